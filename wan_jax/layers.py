@@ -26,8 +26,8 @@ class Linear(nnx.Module):
         kernel = jax.random.normal(rngs.params(), (in_features, out_features), jnp.float32) * in_features**-0.5
         self.kernel = nnx.Param(kernel.astype(dtype))
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if bias else None
-        self.lora_a = None
-        self.lora_b = None
+        self.lora_a = nnx.data(None)  # set by lora.attach
+        self.lora_b = nnx.data(None)
         self.lora_scale = 0.0
         self.dtype = dtype
 

@@ -1,0 +1,65 @@
+"""The device mesh and how arrays lie on it.
+
+Axes: `data` splits the batch; `fsdp` splits the batch as well, and the parameters, which are gathered where they are
+used. One device is a mesh of one, so there is one program for one device, several, and several hosts.
+"""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp")
+BATCH = P(AXES)  # the batch axis over every device
+
+
+def make_mesh(fsdp: int = 1, devices=None) -> Mesh:
+    """A mesh [data, fsdp] over all devices (or those given). Raises ValueError when fsdp does not divide them."""
+    devices = jax.devices() if devices is None else devices
+    if fsdp < 1 or len(devices) % fsdp:
+        raise ValueError(f"mesh.fsdp={fsdp} does not divide the {len(devices)} devices; choose a divisor")
+    return Mesh(np.asarray(devices).reshape(-1, fsdp), AXES)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Sharding of [*leading axes, B, ...]: the batch axis over every device."""
+    return NamedSharding(mesh, P(*[None] * leading, AXES))
+
+
+def check_batch(name: str, batch: int, mesh: Mesh):
+    """Raises ValueError unless `batch` divides over the mesh's devices."""
+    if batch < 1 or batch % mesh.size:
+        raise ValueError(f"{name}={batch} does not divide over {mesh.size} devices; make it a multiple of {mesh.size}")
+
+
+def param_spec(shape: tuple[int, ...], fsdp: int) -> P:
+    """Splits the longest axis that `fsdp` divides (the last one among equals); small arrays stay whole."""
+    candidates = [i for i, n in enumerate(shape) if n % fsdp == 0 and n >= fsdp]
+    if fsdp == 1 or math.prod(shape) < 2**16 or not candidates:
+        return P()
+    axis = max(candidates, key=lambda i: (shape[i], i))
+    return P(*[None] * axis, "fsdp")
+
+
+def shard_params(tree, mesh: Mesh):
+    """Places a tree of arrays (an `nnx.State` too) on the mesh by `param_spec`."""
+    return jax.tree.map(jax.device_put, tree, param_shardings(tree, mesh))
+
+
+def param_shardings(tree, mesh: Mesh):
+    """The shardings of `shard_params`, as a tree of the same structure (abstract leaves will do)."""
+    fsdp = mesh.shape["fsdp"]
+    return jax.tree.map(lambda x: NamedSharding(mesh, param_spec(x.shape, fsdp)), tree)
+
+
+def replicate(tree, mesh: Mesh):
+    """Places a tree of arrays whole on every device."""
+    return jax.tree.map(lambda x: jax.device_put(x, replicated(mesh)), tree)
+
+
