@@ -1,0 +1,175 @@
+"""How well tiny-wan's parts spell, judged by OCR: the VAE's reconstructions, then the model's own samples.
+
+    python -m examples.tiny_wan.evaluate --model assets/tiny-wan [--stage vae|model|all] [--picture sheet.png]
+
+Works on the Diffusers folder itself. `vae` reads back reconstructions of clean held-out signs; `model` samples groups
+of held-out prompts, with the deterministic sampler and as training samples, and prints the mean reward, the spread
+within groups and the rewards' histogram.
+"""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import nnx
+from safetensors.numpy import load_file
+
+from convert import key_table
+from examples.tiny_wan import prompts, signs, sizes
+from wan_jax import params as P
+from wan_jax import sde
+from wan_jax.config import TextEncoderConfig, TransformerConfig, VAEConfig, from_dict
+from wan_jax.solvers import make_solver
+from wan_jax.text_encoder import UMT5Encoder, encode
+from wan_jax.transformer import WanTransformer3D
+from wan_jax.vae import AutoencoderKLWan
+
+
+def load_component(folder, component: str, config_class, module):
+    """() -> module with the weights of a Diffusers component folder; `module(config)` builds it."""
+    folder = pathlib.Path(folder)
+    config = from_dict(config_class, json.loads((folder / "config.json").read_text()))
+    graphdef, like = nnx.split(nnx.eval_shape(lambda: module(config)))
+    abstract = P.flatten(like)
+    tensors = load_file(next(folder.glob("*.safetensors")))
+    flat = key_table.to_ours(component, tensors, {k: v.shape for k, v in abstract.items()})
+    state = P.unflatten(like, {k: jnp.asarray(v).astype(abstract[k].dtype) for k, v in flat.items()})
+    return lambda: nnx.merge(graphdef, state)
+
+
+def load_vae(folder, dtype):
+    return load_component(folder, "vae", VAEConfig, lambda c: AutoencoderKLWan(c, dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def contact_sheet(path, frames: np.ndarray, columns: int = 8):
+    """frames uint8 [N, H, W, 3] as one PNG."""
+    from PIL import Image
+
+    n, h, w, _ = frames.shape
+    rows = -(-n // columns)
+    sheet = np.zeros((rows * (h + 2), columns * (w + 2), 3), np.uint8)
+    for i, frame in enumerate(frames):
+        y, x = divmod(i, columns)
+        sheet[y * (h + 2) : y * (h + 2) + h, x * (w + 2) : x * (w + 2) + w] = frame
+    Image.fromarray(sheet).save(path)
+
+
+def to_uint8(video) -> np.ndarray:
+    return np.asarray(jnp.round((jnp.clip(video.astype(jnp.float32), -1, 1) + 1) * 127.5).astype(jnp.uint8))
+
+
+def read(pool, videos: np.ndarray, texts: list[str]) -> np.ndarray:
+    """OCR rewards [N] of uint8 videos [N, T, H, W, 3]."""
+    return pool.submit(videos, [(text,) for text in texts]).result().values
+
+
+def quoted(chars: np.ndarray) -> list[str]:
+    return [prompts.to_text(row).split('"')[1] for row in chars]
+
+
+def check_vae(folder, pool, frames: int, count: int = 64):
+    vae, atlas = load_vae(folder, jnp.float32), signs.make_atlas()
+
+    @jax.jit
+    def reconstruct(key):
+        chars, sign = prompts.sample(key, count, heldout=True, frames=frames, noise=prompts.NoiseMix.clean())
+        video = signs.render(atlas, sign).astype(jnp.float32)
+        return chars, video, vae().decode(vae().encode(video)[0])
+
+    chars, video, out = reconstruct(jax.random.key(5))
+    texts = quoted(np.asarray(chars))
+    real, back = (read(pool, to_uint8(v), texts) for v in (video, out))
+    print(f"VAE, {frames} frame(s), {count} clean held-out signs: originals read {real.mean():.3f}, "
+          f"reconstructions {back.mean():.3f}, PSNR {-10 * np.log10(np.mean((np.asarray(video - out) / 2) ** 2)):.1f} dB")
+    return to_uint8(jnp.concatenate([video[:8], out[:8]]))[:, -1]
+
+
+class Sampler:
+    """Samples of tiny-wan from a Diffusers folder, for the gates and the model card."""
+
+    def __init__(self, folder, dtype=jnp.float32):
+        folder = pathlib.Path(folder)
+        self.vae = load_vae(folder / "vae", dtype)
+        self.text = load_component(folder / "text_encoder", "text_encoder", TextEncoderConfig,
+                                   lambda c: UMT5Encoder(c, dtype=dtype, rngs=nnx.Rngs(0)))
+        self.dit = load_component(folder / "transformer", "transformer", TransformerConfig,
+                                  lambda c: WanTransformer3D(c, dtype=dtype, rngs=nnx.Rngs(0)))
+
+    def sample(self, chars, key, *, frames=1, steps=10, noise_level=None, guidance=1.0):
+        """uint8 videos for prompts given as ASCII rows; noise_level None is the deterministic Euler sampler."""
+        from examples.tiny_wan.train_transformer import tokenise
+
+        solver = make_solver("euler", steps, sizes.FLOW_SHIFT)
+        schedule = solver.schedule
+        config = sde.SDEConfig(kind="flow_sde", noise_level=noise_level or 0.0)
+        g = sde.diffusion_coefficient(config, schedule) if noise_level else np.zeros(steps, np.float32)
+
+        @jax.jit
+        def run(chars, key):
+            text = encode(self.text(), *tokenise(chars))
+            empty = encode(self.text(), *tokenise(jnp.zeros_like(chars)))
+            model, pad = self.dit(), sizes.TEXT_ROWS - text.shape[1]
+            shape = (chars.shape[0], (frames - 1) // 4 + 1, sizes.HEIGHT // 8, sizes.WIDTH // 8, 16)
+
+            def velocity(x, t):
+                t = jnp.full((x.shape[0],), t)
+                v = model(x, t, text, text_padding=pad)
+                if guidance > 1:
+                    u = model(x, t, empty, text_padding=pad)
+                    v = u + guidance * (v - u)
+                return v
+
+            def step(x, i):
+                s, s_next = jnp.asarray(schedule.sigmas)[i], jnp.asarray(schedule.sigmas)[i + 1]
+                noise = jax.random.normal(jax.random.fold_in(key, i), shape)
+                x, *_ = sde.sde_step(x, velocity(x, jnp.asarray(schedule.timesteps)[i]), s, s_next, jnp.asarray(g)[i], noise)
+                return x, None
+
+            x, _ = jax.lax.scan(step, jax.random.normal(jax.random.fold_in(key, 99), shape), jnp.arange(steps))
+            return self.vae().decode(self.vae().denormalise(x))
+
+        return to_uint8(run(chars, key))
+
+
+def check_model(folder, pool, *, groups=32, size=8, frames=1, **kwargs):
+    """Prints the statistics; returns (rewards [groups, size], frames)."""
+    sampler = Sampler(folder)
+    chars = prompts.sample(jax.random.key(77), groups, heldout=True, frames=frames)[0]
+    rows = jnp.repeat(chars, size, axis=0)
+    videos = sampler.sample(rows, jax.random.key(3), frames=frames, **kwargs)
+    rewards = read(pool, videos, quoted(np.asarray(rows))).reshape(groups, size)
+    hist = np.histogram(rewards, bins=[0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.01])[0]
+    print(f"model, {frames} frame(s), {kwargs}: reward {rewards.mean():.3f}, std inside groups "
+          f"{rewards.std(1).mean():.3f}, groups with spread {np.mean(rewards.std(1) > 0.02):.2f}, histogram {hist}",
+          flush=True)
+    return rewards, videos
+
+
+def main(_):
+    from rewards.ocr import OCRReward
+    from rewards.workers import RewardPool
+
+    root = pathlib.Path(flags.FLAGS.model)
+    with RewardPool(OCRReward(), workers=flags.FLAGS.workers, mode="thread") as pool:
+        sheets = []
+        if flags.FLAGS.stage in ("vae", "all"):
+            for frames in (1, sizes.CLIP_FRAMES):
+                sheets.append(check_vae(root / "vae", pool, frames))
+        if flags.FLAGS.stage in ("model", "all"):
+            for kwargs in (dict(steps=10), dict(steps=10, noise_level=0.7), dict(steps=20), dict(steps=10, guidance=3.0),
+                           dict(steps=20, frames=sizes.CLIP_FRAMES)):
+                videos = check_model(root, pool, **kwargs)[1]
+                sheets.append(videos[:64, -1] if videos.shape[1] > 1 else videos[:64, 0])
+        if flags.FLAGS.picture:
+            contact_sheet(flags.FLAGS.picture, np.concatenate(sheets))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("model", None, "Diffusers folder", required=True)
+    flags.DEFINE_enum("stage", "all", ["vae", "model", "all"], "what to check")
+    flags.DEFINE_string("picture", None, "contact sheet to write")
+    flags.DEFINE_integer("workers", 2, "OCR workers")
+    app.run(main)

@@ -1,0 +1,186 @@
+"""Trains the text encoder and the transformer of tiny-wan together by flow matching on the VAE's latents.
+
+    python -m examples.tiny_wan.train_transformer --vae assets/tiny-wan/vae --out assets/tiny-wan --seconds 900
+
+The latents of a pool of signs are computed once; every step then draws single frames and clips from the pool, a
+sigma (logit-normal, shifted by 3 as at sampling time) and noise, and regresses velocity = noise - latents. A tenth of
+the prompts is dropped, so that guidance works. The text encoder has an auxiliary loss, which letter of the quoted
+text each character is: relative positions alone find that late, and spelling waits for it. Muon and Adam, the rate
+follows the clock; the weights written are a moving average.
+"""
+
+import functools
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import nnx
+
+from examples.tiny_wan import prompts, signs, sizes
+from examples.tiny_wan.optim import muon_or_adam
+from examples.tiny_wan.tokenizer import EOS as EOS_TOKEN
+from examples.tiny_wan.tokenizer import SPACE, UNK, VOCABULARY
+from examples.tiny_wan.train_vae import save
+from wan_jax import params as P
+from wan_jax.config import TextEncoderConfig, TransformerConfig, from_dict
+from wan_jax.text_encoder import UMT5Encoder, encode
+from wan_jax.transformer import WanTransformer3D
+
+flags.DEFINE_string("vae", None, "folder of the trained VAE", required=True)
+flags.DEFINE_string("out", None, "folder to write transformer/ and text_encoder/ into", required=True)
+flags.DEFINE_float("seconds", 900, "time budget of the optimisation, pool and compilation included")
+flags.DEFINE_float("learning_rate", 0.02, "peak rate of Muon")
+flags.DEFINE_float("adam_scale", 0.1, "Adam's rate as a share of Muon's")
+flags.DEFINE_integer("pool", 400_000, "single frames in the pool")
+flags.DEFINE_integer("pool_clips", 20_000, "clips in the pool")
+flags.DEFINE_integer("batch", 1024, "single frames a step")
+flags.DEFINE_integer("clips", 96, "clips a step")
+flags.DEFINE_float("aux", 0.1, "weight of the auxiliary loss")
+flags.DEFINE_integer("seed", 0, "seed")
+FLAGS = flags.FLAGS
+INNER = 50  # optimiser steps a call
+DROPOUT, LETTERS = 0.1, 6
+EOS = VOCABULARY.index(EOS_TOKEN)
+ASCII_IDS = np.array([VOCABULARY.index(c if c in VOCABULARY else SPACE if c == " " else UNK) for c in map(chr, range(128))],
+                     np.int32)
+EMA_DECAY = 0.998
+
+
+def frame_text(chars):
+    """ASCII codes [B, R] to [B, R+2]: the space that the tokenizer puts before a prompt, and room for EOS."""
+    first = jnp.where(chars[:, :1] > 0, ord(" "), 0).astype(chars.dtype)
+    return jnp.concatenate([first, chars, jnp.zeros_like(first)], axis=1)
+
+
+def tokenise(chars):
+    """ASCII codes [B, R] (0 past the end) to ids and mask [B, R+2], as `examples/tiny_wan/tokenizer.py` does it."""
+    chars = frame_text(chars)
+    length = (chars > 0).sum(1, keepdims=True)
+    at = jnp.arange(chars.shape[1])
+    ids = jnp.where(at == length, EOS, jnp.asarray(ASCII_IDS)[chars])
+    mask = at <= length
+    return jnp.where(mask, ids, 0), mask
+
+
+def letter_classes(chars):
+    """ASCII codes [B, R] to [B, R+2]: 0 outside the quotes, else 1 + 6 * line + index of the letter in its line."""
+    chars = frame_text(chars)
+    quote, space = chars == ord('"'), chars == ord(" ")
+    inside = (jnp.cumsum(quote, 1) % 2 == 1) & ~quote
+    line = jnp.cumsum(space & inside, 1)
+    at = jnp.arange(chars.shape[1])
+    start = jax.lax.cummax(jnp.where(quote | (space & inside), at, -1), axis=1)
+    index = jnp.clip(at - start - 1, 0, LETTERS - 1)
+    return jnp.where(inside & ~space, 1 + LETTERS * jnp.clip(line, 0, 1) + index, 0)
+
+
+def make_pool(vae_dir: str, atlas, key, count: int, batch: int, frames: int):
+    """Normalised latents bf16 [count, F, h, w, C] and prompts uint8 [count, R] of freshly rendered signs."""
+    from examples.tiny_wan.evaluate import load_vae
+
+    vae = load_vae(vae_dir, jnp.bfloat16)
+
+    @jax.jit
+    def chunk(_, key):
+        chars, sign = prompts.sample(key, batch, frames=frames)
+        video = signs.render(atlas, sign).astype(jnp.bfloat16)
+        return None, (vae().normalise(vae().encode(video)[0]).astype(jnp.bfloat16), chars)
+
+    _, (latents, chars) = jax.lax.scan(chunk, None, jax.random.split(key, count // batch))
+    return latents.reshape(-1, *latents.shape[2:]), chars.reshape(-1, chars.shape[-1])
+
+
+def main(_):
+    start = time.time()
+    text_config = from_dict(TextEncoderConfig, sizes.TEXT_ENCODER)
+    config = from_dict(TransformerConfig, sizes.TRANSFORMER)
+
+    class Model(nnx.Module):
+        def __init__(self, dtype, rngs):
+            self.text_encoder = UMT5Encoder(text_config, dtype=dtype, rngs=rngs)
+            self.transformer = WanTransformer3D(config, dtype=dtype, rngs=rngs)
+            self.head = nnx.Param(jnp.zeros((text_config.d_model, 1 + 2 * LETTERS), dtype))
+
+    flat = P.flatten(nnx.split(Model(jnp.float32, nnx.Rngs(FLAGS.seed)))[1])
+    flat["transformer/proj_out/kernel"] = flat["transformer/proj_out/kernel"] * 0.01
+    graphdef, like = nnx.split(nnx.eval_shape(lambda: Model(jnp.bfloat16, nnx.Rngs(0))))
+    dtypes = {k: v.dtype for k, v in P.flatten(like).items()}
+    print(f"transformer and text encoder: {sum(v.size for v in flat.values()):,} parameters", flush=True)
+    tx = muon_or_adam(flat, FLAGS.adam_scale)
+    opt_state, ema = tx.init(flat), flat
+
+    key, atlas = jax.random.key(FLAGS.seed + 7), signs.make_atlas()
+    singles = make_pool(FLAGS.vae, atlas, jax.random.fold_in(key, 1), FLAGS.pool, min(1000, FLAGS.pool), 1)
+    clips = make_pool(FLAGS.vae, atlas, jax.random.fold_in(key, 2), FLAGS.pool_clips, min(100, FLAGS.pool_clips),
+                      sizes.CLIP_FRAMES)
+    jax.block_until_ready((singles, clips))
+    print(f"{time.time() - start:6.0f} s  pool of {len(singles[0]):,} frames and {len(clips[0]):,} clips", flush=True)
+
+    def flow_loss(model, latents, chars, key):
+        """Flow-matching loss and auxiliary loss of one batch from the pool, fp32 scalars."""
+        k1, k2, k3, k4 = jax.random.split(key, 4)
+        b = latents.shape[0]
+        chars = jnp.where(jax.random.uniform(k1, (b, 1)) < DROPOUT, 0, chars)
+        ids, mask = tokenise(chars)
+        text = encode(model.text_encoder, ids, mask)
+        logits = (text @ model.head[...]).astype(jnp.float32)
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), letter_classes(chars)[..., None], -1)[..., 0]
+        aux = -(picked * mask).sum() / mask.sum()
+        u = jax.nn.sigmoid(jax.random.normal(k2, (b,)))
+        sigma = (sizes.FLOW_SHIFT * u / (1 + (sizes.FLOW_SHIFT - 1) * u))[:, None, None, None, None]
+        noise = jax.random.normal(k3, latents.shape)
+        x = (1 - sigma) * latents.astype(jnp.float32) + sigma * noise
+        v = model.transformer(x, 1000 * sigma.reshape(b), text, text_padding=sizes.TEXT_ROWS - text.shape[1])
+        return jnp.mean((v - (noise - latents.astype(jnp.float32))) ** 2), aux
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    def train(flat, opt_state, ema, singles, clips, key, lr):
+        def step(carry, key):
+            flat, opt_state, ema = carry
+
+            def total(flat):
+                model = nnx.merge(graphdef, P.unflatten(like, {k: v.astype(dtypes[k]) for k, v in flat.items()}))
+                losses = []
+                for i, (pool, batch) in enumerate(((singles, FLAGS.batch), (clips, FLAGS.clips))):
+                    k1, k2 = jax.random.split(jax.random.fold_in(key, i))
+                    index = jax.random.randint(k1, (batch,), 0, pool[0].shape[0])
+                    losses.append(flow_loss(model, pool[0][index], pool[1][index], k2))
+                (single, aux), (clip, _) = losses
+                return single + 0.4 * clip + FLAGS.aux * aux, jnp.stack([single, clip, aux])
+
+            (_, logs), grads = jax.value_and_grad(total, has_aux=True)(flat)
+            updates, opt_state = tx.update(grads, opt_state, flat)
+            flat = jax.tree.map(lambda p, u: p - lr * u, flat, updates)
+            ema = jax.tree.map(lambda e, p: EMA_DECAY * e + (1 - EMA_DECAY) * p, ema, flat)
+            return (flat, opt_state, ema), logs
+
+        carry, logs = jax.lax.scan(step, (flat, opt_state, ema), jax.random.split(key, INNER))
+        return *carry, logs.mean(0)
+
+    steps, shown = 0, time.time() - start - 10
+    flat, ema = jax.tree.map(jnp.copy, (flat, flat))
+    begun = time.time()
+    total_time = FLAGS.seconds - (begun - start)
+    while (elapsed := time.time() - begun) < total_time:
+        progress = elapsed / total_time
+        lr = FLAGS.learning_rate * min(1.0, (steps + INNER) / 400) * min(1.0, 1.02 - progress)
+        flat, opt_state, ema, logs = train(flat, opt_state, ema, singles, clips, jax.random.fold_in(key, 10 + steps), lr)
+        logs = np.asarray(logs)
+        steps += INNER
+        if time.time() - start - shown > 15:
+            shown = time.time() - start
+            print(f"{shown:6.0f} s  step {steps:6d}  lr {lr:.1e}  single {logs[0]:.4f}  clip {logs[1]:.4f}  "
+                  f"letters {logs[2]:.4f}", flush=True)
+    out = pathlib.Path(FLAGS.out)
+    part = {name: {k.removeprefix(name + "/"): v for k, v in ema.items() if k.startswith(name + "/")}
+            for name in ("transformer", "text_encoder")}
+    save("transformer", part["transformer"], sizes.TRANSFORMER, out / "transformer")
+    save("text_encoder", part["text_encoder"], sizes.TEXT_ENCODER, out / "text_encoder", "model.safetensors")
+    print(f"transformer: {steps} steps in {time.time() - start:.0f} s, loss {logs[0]:.4f}, written to {out}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,64 @@
+"""The policy: the transformer, what of it is trained, and the reference it is held near.
+
+With LoRA the trained arrays are the adapters, and the reference is the same frozen arrays without them. With full
+fine-tuning the trained arrays are fp32 copies of all weights, cast to the model's dtypes where they are used, and the
+reference is the frozen original.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from wan_jax import lora as lora_lib
+from wan_jax import mesh as mesh_lib
+from wan_jax import params as P
+from wan_jax.config import TransformerConfig
+from wan_jax.layers import LoRAParam
+from wan_jax.lora import LoRAConfig
+from wan_jax.transformer import WanTransformer3D
+
+Flat = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Static structure only; the arrays travel beside it: `trainable` (flat dict, fp32) and `frozen` (an nnx.State)."""
+
+    base_graph: nnx.GraphDef
+    graph: nnx.GraphDef  # with adapters; equal to base_graph without LoRA
+    adapters: nnx.State | None  # abstract LoRA state, None for full fine-tuning
+    base: nnx.State  # abstract base state
+    lora: LoRAConfig | None
+
+    def module(self, trainable: Flat, frozen: nnx.State) -> WanTransformer3D:
+        """The transformer under training."""
+        if self.adapters is not None:
+            return nnx.merge(self.graph, P.unflatten(self.adapters, trainable), frozen)
+        dtypes = {path: leaf.dtype for path, leaf in P.flatten(self.base).items()}
+        return nnx.merge(self.graph, P.unflatten(self.base, {k: v.astype(dtypes[k]) for k, v in trainable.items()}))
+
+    def reference(self, frozen: nnx.State) -> WanTransformer3D:
+        """The transformer before training."""
+        return nnx.merge(self.base_graph, frozen)
+
+
+def make_policy(config: TransformerConfig, frozen: nnx.State, mesh, *, lora: LoRAConfig | None, key, dtype,
+                attention: str, remat: str) -> tuple[Policy, Flat]:
+    """The policy and its initial trainable arrays, placed on the mesh. `frozen` is the loaded base state."""
+
+    def build(with_lora: bool):
+        model = WanTransformer3D(config, dtype=dtype, attention=attention, remat=remat, rngs=nnx.Rngs(0))
+        return lora_lib.attach(model, lora, key) if with_lora else model
+
+    base_graph, base = nnx.split(nnx.eval_shape(lambda: build(False)))
+    if lora is None:
+        trainable = {k: jnp.array(v, jnp.float32) for k, v in P.flatten(frozen).items()}
+        policy = Policy(base_graph, base_graph, None, base, None)
+    else:
+        graph, adapters, _ = nnx.split(nnx.eval_shape(lambda: build(True)), LoRAParam, ...)
+        init = jax.jit(lambda: nnx.split(build(True), LoRAParam, ...)[1])
+        trainable = P.flatten(init())
+        policy = Policy(base_graph, graph, adapters, base, lora)
+    return policy, mesh_lib.shard_params(trainable, mesh)

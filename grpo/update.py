@@ -1,0 +1,130 @@
+"""The GRPO update: one jitted program that accumulates gradients over micro-batches and steps, then applies AdamW.
+
+A micro-batch is a rollout batch: the same forward on the same batch layout as when its samples were drawn, so the
+first update's ratio is 1 to float precision. Samples that failed to score are masked, never removed.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from grpo.losses import LossConfig, LossMetrics, Rows, policy_gradient_terms
+from grpo.policy import Flat, Policy
+from grpo.rollout import StepTable, Trajectory
+from wan_jax.guidance import velocity
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimiserConfig:
+    learning_rate: float = 1e-4
+    warmup_updates: int = 0
+    adam_b1: float = 0.9
+    adam_b2: float = 0.999
+    adam_eps: float = 1e-8
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.9
+
+    def __post_init__(self):
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"train.learning_rate={self.learning_rate} must lie between 0 and 1; 1e-4 is usual")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"train.ema_decay={self.ema_decay} must be in [0, 1); 0 evaluates the raw weights")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"train.max_grad_norm={self.max_grad_norm} must be above 0; 1 is usual")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What training changes; all arrays fp32 but the counters."""
+
+    trainable: Flat
+    opt: optax.OptState
+    ema: Flat
+    updates: jax.Array  # int32 [], optimiser steps so far
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class UpdateBatch:
+    """M micro-batches of one optimiser step."""
+
+    trajectory: Trajectory  # its arrays with a leading axis M (text embeddings [M, B, St, text_dim], negative [M, ...])
+    advantages: jax.Array  # [M, B] fp32
+    valid: jax.Array  # [M, B] bool: False leaves a sample out of the mean
+
+
+def make_optimiser(config: OptimiserConfig) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW (Loshchilov & Hutter, arXiv 1711.05101), with a linear warm-up."""
+    rate = config.learning_rate
+    if config.warmup_updates:
+        rate = optax.linear_schedule(rate / config.warmup_updates, rate, config.warmup_updates - 1)
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm),
+                       optax.adamw(rate, b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps,
+                                   weight_decay=config.weight_decay))
+
+
+def init_state(trainable: Flat, config: OptimiserConfig) -> TrainState:
+    """Fresh optimiser state; the EMA starts as a copy of the weights."""
+    opt = jax.jit(make_optimiser(config).init)(trainable)
+    return TrainState(trainable, opt, jax.tree.map(jnp.copy, trainable), jnp.zeros((), jnp.int32))
+
+
+def objective(policy: Policy, table: StepTable, guidance: float, config: LossConfig, trainable: Flat, frozen,
+              x, x_next, old_log_prob, i, text, advantages, valid) -> tuple[jax.Array, LossMetrics]:
+    """Sum of the loss over the valid rows of one micro-batch at step i, and its metrics."""
+    t, *step = table.at(i)
+    rows = Rows(x, x_next, old_log_prob, advantages, *(jnp.broadcast_to(s, advantages.shape) for s in step), mask=valid)
+    v = velocity(policy.module(trainable, frozen), x, t, text, guidance)
+    v_ref = velocity(policy.reference(frozen), x, t, text, guidance) if config.kl_beta > 0 else None
+    loss, metrics = policy_gradient_terms(rows, v, v_ref, config)
+    return jnp.sum(jnp.where(valid, loss, 0.0)), metrics
+
+
+def make_update(policy: Policy, table: StepTable, guidance: float, config: LossConfig,
+                optimiser_config: OptimiserConfig) -> Callable:
+    """The jitted update: (TrainState, frozen, UpdateBatch) -> (TrainState, LossMetrics, norms). Donates the state.
+
+    norms: {'grad_norm', 'update_norm'}, fp32 scalars, the gradient's before clipping.
+    """
+    optimiser = make_optimiser(optimiser_config)
+    grad_fn = jax.grad(partial(objective, policy, table, guidance, config), has_aux=True)
+
+    @partial(jax.jit, donate_argnums=(0,))
+    def update(state: TrainState, frozen, batch: UpdateBatch):
+        def one_step(carry, row, text, advantages, valid):
+            grads, metrics = grad_fn(state.trainable, frozen, *row, text, advantages, valid)
+            return (jax.tree.map(jnp.add, carry[0], grads), carry[1].merge(metrics)), None
+
+        def one_micro_batch(carry, micro):
+            t, advantages, valid = micro
+            rows = (t.x, t.x_next, t.log_prob, t.step)  # each [K, ...]
+            return jax.lax.scan(partial(one_step, text=t.text, advantages=advantages, valid=valid), carry, rows)[0], None
+
+        zero, inf = jnp.zeros((), jnp.float32), jnp.full((), jnp.inf, jnp.float32)
+        none_yet = LossMetrics(count=zero, ratio=zero, ratio_min=inf, ratio_max=-inf, clipped=zero, approx_kl=zero,
+                               policy_loss=zero, kl=zero)
+        carry = (jax.tree.map(jnp.zeros_like, state.trainable), none_yet)
+        (grads, metrics), _ = jax.lax.scan(one_micro_batch, carry, (batch.trajectory, batch.advantages, batch.valid))
+        grads = jax.tree.map(lambda g: g / jnp.maximum(metrics.count, 1.0), grads)
+
+        updates, opt = optimiser.update(grads, state.opt, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        count = state.updates + 1
+        decay = jnp.minimum((1 + count) / (10 + count), optimiser_config.ema_decay)
+        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, trainable)
+        norms = {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
+        return TrainState(trainable, opt, ema, count), metrics, norms
+
+    return update
+
+
+def stack_batches(trajectories: list[Trajectory], advantages: jax.Array, valid: jax.Array) -> UpdateBatch:
+    """Rollout batches [K, B, ...] to one `UpdateBatch`; advantages and valid are [M, B] on the host."""
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trajectories)
+    return UpdateBatch(stacked, jnp.asarray(advantages, jnp.float32), jnp.asarray(valid, bool))
