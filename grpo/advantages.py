@@ -1,0 +1,80 @@
+"""Group-relative advantages: a video is judged against the other videos of its own prompt.
+
+Host-side NumPy in float64, so that every process that holds the gathered rewards gets the same bits. Videos
+whose scoring failed are masked, never removed: shapes stay static and every batch keeps its size.
+"""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupStatistics:
+    """What the rewards of one epoch look like. NaN-free: with nothing valid, all are 0."""
+
+    num_valid: int                # rewards that count
+    num_groups: int               # groups with at least 2 valid rewards, the ones that teach anything
+    mean_reward: float            # over valid rewards
+    std_reward: float             # population standard deviation over valid rewards
+    mean_group_std: float         # over groups with at least 2 valid rewards
+    zero_std_fraction: float      # the share of those groups whose rewards are all equal: no learning signal
+
+
+def group_advantages(rewards: np.ndarray, groups: np.ndarray, valid: np.ndarray, *, std: str,
+                     eps: float = 1e-4, clip: float | None = None) -> np.ndarray:
+    """A = (r - mean of the group) / (std + eps), [N] float32; GRPO, Shao et al., arXiv 2402.03300.
+
+    rewards [N] float, groups [N] int, valid [N] bool. std is the population standard deviation over valid
+    members:
+    'group' of the sample's own group, 'global' of all valid rewards. clip bounds |A|.
+    Invalid samples, groups with fewer than 2 valid members, and groups of equal rewards get exactly 0.
+    The result does not depend on the order of the samples.
+    Raises ValueError on unequal lengths, a valid reward that is not finite, or another `std`.
+    """
+    if std not in ("group", "global"):
+        raise ValueError(f"std={std!r} is unknown; choose 'group' or 'global'")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip={clip}: must be > 0, or None for no clipping")
+    rewards, groups, valid = _checked(rewards, groups, valid)
+    everyone = np.std(np.sort(rewards[valid])) if valid.any() else 0.0
+    advantages = np.zeros(len(rewards))
+    for members in _members(groups, valid):
+        ordered = np.sort(rewards[members])  # sums in a fixed order, so a permutation changes no bit
+        if ordered[0] < ordered[-1]:
+            scale = np.std(ordered) if std == "group" else everyone
+            advantages[members] = (rewards[members] - np.mean(ordered)) / (scale + eps)
+    if clip is not None:
+        advantages = np.clip(advantages, -clip, clip)
+    return advantages.astype(np.float32)
+
+
+def group_statistics(rewards: np.ndarray, groups: np.ndarray, valid: np.ndarray) -> GroupStatistics:
+    """Metrics of the same inputs as `group_advantages`; raises as it does."""
+    rewards, groups, valid = _checked(rewards, groups, valid)
+    kept = np.sort(rewards[valid])
+    stds = np.array([np.std(rewards[m]) if np.ptp(rewards[m]) > 0 else 0.0 for m in _members(groups, valid)])
+    return GroupStatistics(
+        num_valid=len(kept), num_groups=len(stds),
+        mean_reward=float(kept.mean()) if len(kept) else 0.0,
+        std_reward=float(kept.std()) if len(kept) else 0.0,
+        mean_group_std=float(stds.mean()) if len(stds) else 0.0,
+        zero_std_fraction=float(np.mean(stds == 0)) if len(stds) else 0.0)
+
+
+def _members(groups, valid):
+    """Index arrays, one for each group with at least 2 valid members."""
+    found = (np.flatnonzero((groups == group) & valid) for group in np.unique(groups))
+    return [members for members in found if len(members) >= 2]
+
+
+def _checked(rewards, groups, valid):
+    rewards, groups, valid = np.asarray(rewards, np.float64), np.asarray(groups), np.asarray(valid, bool)
+    if rewards.ndim != 1 or not rewards.shape == groups.shape == valid.shape:
+        raise ValueError(f"rewards {rewards.shape}, groups {groups.shape} and valid {valid.shape} must be "
+                         "one list each, of one length")
+    bad = np.flatnonzero(valid & ~np.isfinite(rewards))
+    if len(bad):
+        raise ValueError(f"reward {rewards[bad[0]]} of sample {bad[0]} ({len(bad)} such) is not finite; "
+                         "mark failed samples as invalid")
+    return rewards, groups, valid

@@ -1,0 +1,157 @@
+"""The GRPO objective on (sample, timestep) rows, as pure functions.
+
+Every row is one denoising step of one video: the policy is the Gaussian of `wan_jax.sde`, its action is
+x_next. All inputs and results are per row, [B]; a mask says which rows count, so batches keep their shape.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from wan_jax import sde
+
+Array = jax.Array
+KL_KINDS = ("flow_grpo", "sigma", "x", "velocity")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Flow-GRPO's published settings for Wan. Advantages are expected to be clipped already."""
+
+    clip_low: float = 1e-3
+    clip_high: float = 1e-3
+    kl_beta: float = 0.004
+    kl_kind: str = "flow_grpo"
+
+    def __post_init__(self):
+        if not (0 < self.clip_low <= 1 and 0 < self.clip_high):
+            raise ValueError(f"clip_low={self.clip_low}, clip_high={self.clip_high}: need 0 < clip_low <= 1 "
+                             "and 0 < clip_high; usual values are 1e-5 to 1e-3, because log-probs are means")
+        if not 0 <= self.kl_beta < float("inf"):
+            raise ValueError(f"kl_beta={self.kl_beta}: must be finite and >= 0; 0 switches the reference off")
+        _check_kind(self.kl_kind)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What the rollout left behind for the update: B steps, possibly of different videos and different i."""
+
+    x: Array             # [B, ...] fp32, the latent the step started from
+    x_next: Array        # [B, ...] fp32, the latent that was drawn
+    old_log_prob: Array  # [B] fp32, at rollout
+    advantages: Array    # [B] fp32
+    sigma: Array         # [B] fp32
+    sigma_next: Array    # [B] fp32
+    g: Array             # [B] fp32, `sde.diffusion_coefficient` at the step; > 0 where mask is True
+    mask: Array          # [B] bool, rows that count
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossMetrics:
+    """Sums over the counted rows, one shared count, so micro-batches and devices can be added up exactly."""
+
+    count: Array          # rows
+    ratio: Array          # sum of policy ratios
+    ratio_min: Array
+    ratio_max: Array
+    clipped: Array        # rows whose ratio is outside the clip range
+    approx_kl: Array      # sum of (log-prob - old log-prob)^2 / 2
+    policy_loss: Array    # sum
+    kl: Array             # sum of the penalty before beta
+
+    def merge(self, other: "LossMetrics") -> "LossMetrics":
+        total = jax.tree.map(jnp.add, self, other)
+        return dataclasses.replace(total, ratio_min=jnp.minimum(self.ratio_min, other.ratio_min),
+                                   ratio_max=jnp.maximum(self.ratio_max, other.ratio_max))
+
+    def averages(self) -> dict[str, float]:
+        """For logging, on the host. With no rows the averages are 0 and the ratio's bounds infinite."""
+        n = max(float(self.count), 1.0)
+        return {"ratio_mean": float(self.ratio) / n, "ratio_min": float(self.ratio_min),
+                "ratio_max": float(self.ratio_max), "clip_fraction": float(self.clipped) / n,
+                "approx_kl": float(self.approx_kl) / n, "policy_loss": float(self.policy_loss) / n,
+                "kl": float(self.kl) / n}
+
+
+def clipped_loss(log_prob: Array, old_log_prob: Array, advantages: Array,
+                 clip_low: float, clip_high: float) -> tuple[Array, Array]:
+    """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), [B], and r = exp(log_prob - old_log_prob), [B].
+
+    GRPO (arXiv 2402.03300, eq. 3), per row and as a loss to minimise. Where the clip binds the gradient is 0.
+    """
+    ratio = jnp.exp(log_prob - old_log_prob)
+    clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
+    return jnp.maximum(-advantages * ratio, -advantages * clipped), ratio
+
+
+def kl_to_reference(mean: Array, mean_ref: Array, std: Array | None, *, kind: str) -> Array:
+    """How far the policy's step is from the reference model's: a mean over all but B, [B].
+
+    kind         first two   third        result
+    'flow_grpo'  means       g sqrt(-dt)  mean((mu - mu_ref)^2) / (2 std^2), the Gaussians' KL per dimension
+    'sigma'      means       g            the same without dt, as in Flow-GRPO's image recipes
+    'x'          means       unused       mean((mu - mu_ref)^2)
+    'velocity'   velocities  unused       mean((v - v_ref)^2)
+
+    Where a divisor is 0 (a deterministic step) the result and its gradient are 0. `policy_gradient_terms`
+    passes the right arguments for each kind. Raises ValueError on another kind.
+    """
+    _check_kind(kind)
+    difference = mean.astype(jnp.float32) - mean_ref.astype(jnp.float32)
+    squared = jnp.mean(difference * difference, axis=tuple(range(1, difference.ndim)))  # [B]
+    if kind in ("x", "velocity"):
+        return squared
+    std = jnp.broadcast_to(jnp.asarray(std, jnp.float32), squared.shape)
+    safe = jnp.where(std > 0, std, 1.0)
+    return jnp.where(std > 0, squared / (2.0 * safe * safe), 0.0)
+
+
+def masked_mean(values: Array, mask: Array) -> Array:
+    """Mean of values [B] where mask [B] is True; 0 when nothing is counted. Other values may be NaN."""
+    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def policy_gradient_terms(rows: Rows, velocity: Array, velocity_ref: Array | None,
+                          config: LossConfig) -> tuple[Array, LossMetrics]:
+    """The loss of each row, clipped policy loss + kl_beta * KL, [B], and the metrics of the counted rows.
+
+    velocity [B, ...] is the policy's, the one to differentiate; velocity_ref the reference model's, None
+    without a KL term. Reduce with `masked_mean(loss, rows.mask)`, or sum and divide by a count that spans
+    micro-batches. Raises ValueError when kl_beta > 0 and velocity_ref is None.
+    """
+    if config.kl_beta > 0 and velocity_ref is None:
+        raise ValueError(f"kl_beta={config.kl_beta} needs the reference's velocity; pass it or set kl_beta=0")
+    step = rows.sigma, rows.sigma_next, rows.g
+    mean, std = sde.sde_mean_std(rows.x, velocity, *step)
+    log_prob = sde.log_prob(rows.x_next, mean, std)  # [B]
+    policy_loss, ratio = clipped_loss(log_prob, rows.old_log_prob, rows.advantages,
+                                      config.clip_low, config.clip_high)
+    kl = jnp.zeros_like(policy_loss)
+    if velocity_ref is not None:
+        velocity_ref = jax.lax.stop_gradient(velocity_ref)
+        mean_ref, _ = sde.sde_mean_std(rows.x, velocity_ref, *step)
+        pair = (velocity, velocity_ref) if config.kl_kind == "velocity" else (mean, mean_ref)
+        kl = kl_to_reference(*pair, rows.g if config.kl_kind == "sigma" else std, kind=config.kl_kind)
+    metrics = _metrics(rows, log_prob, ratio, policy_loss, kl, config)
+    return policy_loss + config.kl_beta * kl, jax.lax.stop_gradient(metrics)
+
+
+def _metrics(rows, log_prob, ratio, policy_loss, kl, config) -> LossMetrics:
+    def total(values):
+        return jnp.sum(jnp.where(rows.mask, values, 0.0))
+
+    outside = (ratio < 1.0 - config.clip_low) | (ratio > 1.0 + config.clip_high)
+    return LossMetrics(
+        count=total(1.0), ratio=total(ratio),
+        ratio_min=jnp.min(jnp.where(rows.mask, ratio, jnp.inf)),
+        ratio_max=jnp.max(jnp.where(rows.mask, ratio, -jnp.inf)),
+        clipped=total(outside), approx_kl=total(0.5 * (log_prob - rows.old_log_prob) ** 2),
+        policy_loss=total(policy_loss), kl=total(kl))
+
+
+def _check_kind(kind):
+    if kind not in KL_KINDS:
+        raise ValueError(f"KL kind={kind!r} is unknown; choose one of {', '.join(KL_KINDS)}")

@@ -1,0 +1,212 @@
+"""The GRPO objective: values, gradients and metrics against the float64 reference, whose own gradient is
+checked by central differences."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from grpo.losses import (
+    KL_KINDS,
+    LossConfig,
+    Rows,
+    clipped_loss,
+    kl_to_reference,
+    masked_mean,
+    policy_gradient_terms,
+)
+from wan_jax import sde
+from wan_jax.schedule import flow_sigmas
+
+SHAPE = (8, 4, 1, 3, 5)  # B C F H W
+CONFIG = dict(clip_low=0.02, clip_high=0.03, kl_beta=0.1)
+
+
+def batch(seed=0, distance=0.06):
+    """Eight rows at different steps of one schedule: the float32 arguments of `reference.grpo_objective`."""
+    rng = np.random.default_rng(seed)
+    schedule = flow_sigmas(10, 3.0)
+    steps = np.arange(1, 9)
+    sigma, sigma_next = schedule.sigmas[steps], schedule.sigmas[steps + 1]
+    g = sde.diffusion_coefficient(sde.SDEConfig(), schedule)[steps]
+    x, v_old, z, a, b = (rng.normal(size=SHAPE).astype(np.float32) for _ in range(5))
+    mean, std = sde.sde_mean_std(jnp.asarray(x), jnp.asarray(v_old), sigma, sigma_next, g)
+    x_next = np.asarray(mean) + np.asarray(std).reshape(-1, 1, 1, 1, 1) * z
+    # Moving the mean by +-distance * std * z changes the log-prob by about +-distance: ratios on both sides
+    # of the clip range, and two rows inside it.
+    side = np.array([1, -1, 1, -1, 0, 0, 1, -1], np.float32).reshape(-1, 1, 1, 1, 1)
+    scale = (np.asarray(std) / (sigma_next - sigma)).reshape(-1, 1, 1, 1, 1)
+    v_new = v_old + distance * (0.2 * a + side * scale * z)
+    advantages = np.array([1, 1, -1, -1, 2, -0.5, 0.3, -0.7], np.float32)
+    return dict(x=x, x_next=x_next, v_new=v_new, v_old=v_old, v_ref=v_old + distance * b, sigma=sigma,
+                sigma_next=sigma_next, g=g, advantages=advantages)
+
+
+def rows_of(args, old_log_prob, mask=None):
+    names = ("x", "x_next", "advantages", "sigma", "sigma_next", "g")
+    mask = np.ones(len(args["x"]), bool) if mask is None else mask
+    return Rows(old_log_prob=jnp.asarray(old_log_prob, jnp.float32), mask=jnp.asarray(mask),
+                **{name: jnp.asarray(args[name]) for name in names})
+
+
+def objective(rows, v_new, v_ref, config):
+    """Scalar loss, gradient and metrics, jitted as an update would."""
+    def loss(v):
+        terms, metrics = policy_gradient_terms(rows, v, v_ref, config)
+        return masked_mean(terms, rows.mask), metrics
+    (value, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(jnp.asarray(v_new))
+    return value, gradient, metrics
+
+
+def old_log_prob(args):
+    return sde.log_prob(jnp.asarray(args["x_next"]), *sde.sde_mean_std(
+        jnp.asarray(args["x"]), jnp.asarray(args["v_old"]), args["sigma"], args["sigma_next"], args["g"]))
+
+
+@pytest.mark.parametrize("kind", KL_KINDS)
+def test_objective_equals_reference(kind):
+    args, mask = batch(), np.array([1, 1, 1, 1, 1, 0, 1, 1], bool)
+    want = reference.grpo_objective(**args, **CONFIG, kl_kind=kind, mask=mask)
+    rows = rows_of(args, old_log_prob(args), mask)
+    config = LossConfig(**CONFIG, kl_kind=kind)
+    loss, gradient, metrics = objective(rows, args["v_new"], args["v_ref"], config)
+    assert float(loss) == pytest.approx(want["loss"], rel=2e-5)
+    largest = np.abs(want["gradient"]).max()
+    np.testing.assert_allclose(gradient, want["gradient"], rtol=1e-3, atol=1e-5 * largest)
+    averages = metrics.averages()
+    assert float(metrics.count) == 7
+    for name, values in {"ratio_mean": want["ratio"], "clip_fraction": want["clipped"], "kl": want["kl"],
+                         "policy_loss": want["policy_loss"],
+                         "approx_kl": 0.5 * (want["log_prob"] - want["old_log_prob"]) ** 2}.items():
+        assert averages[name] == pytest.approx(values[mask].mean(), rel=1e-4, abs=1e-6), name
+    assert averages["ratio_min"] == pytest.approx(want["ratio"][mask].min(), rel=1e-5)
+    assert averages["ratio_max"] == pytest.approx(want["ratio"][mask].max(), rel=1e-5)
+
+
+def test_the_batch_exercises_all_branches():
+    args = batch()
+    want = reference.grpo_objective(**args, **CONFIG)
+    up, down, A = want["ratio"] > 1.03, want["ratio"] < 0.98, args["advantages"]
+    for place in (up, down, ~up & ~down):
+        assert np.any(place & (A > 0)) and np.any(place & (A < 0)), want["ratio"]
+    for edge in (1.03, 0.98):
+        assert np.all(np.abs(want["ratio"] - edge) > 1e-3), want["ratio"]
+
+
+@pytest.mark.parametrize("kind", KL_KINDS)
+def test_reference_gradient_by_central_differences(kind):
+    args = {name: np.asarray(value, np.float64) for name, value in batch().items()}
+    direction = np.random.default_rng(3).normal(size=SHAPE)
+    for b in range(SHAPE[0]):  # each row by itself, so that no row hides behind another
+        step = np.zeros(SHAPE)
+        step[b] = 1e-6 * direction[b]
+        plus, minus = (reference.grpo_objective(**{**args, "v_new": args["v_new"] + sign * step}, **CONFIG,
+                                                kl_kind=kind)["loss"] for sign in (1, -1))
+        gradient = reference.grpo_objective(**args, **CONFIG, kl_kind=kind)["gradient"]
+        assert (plus - minus) / 2e-6 == pytest.approx(np.sum(gradient[b] * direction[b]), rel=1e-5, abs=1e-8)
+
+
+def test_on_policy_ratio_is_exactly_one_and_the_gradient_is_plain_policy_gradient():
+    args = batch()
+    rows = rows_of(args, jnp.zeros(8))
+    recompute = jax.jit(lambda v: sde.log_prob(rows.x_next, *sde.sde_mean_std(
+        rows.x, v, rows.sigma, rows.sigma_next, rows.g)))
+    v = jnp.asarray(args["v_old"])
+    logp = recompute(v)
+    loss, ratio = clipped_loss(recompute(v), logp, rows.advantages, 1e-5, 1e-5)
+    np.testing.assert_array_equal(ratio, 1.0)
+    np.testing.assert_array_equal(loss, -rows.advantages)
+    ours = jax.grad(lambda v: clipped_loss(recompute(v), logp, rows.advantages, 1e-5, 1e-5)[0].sum())(v)
+    plain = jax.grad(lambda v: -jnp.sum(rows.advantages * recompute(v)))(v)
+    np.testing.assert_allclose(ours, plain, rtol=1e-6, atol=1e-12)
+    assert np.any(ours)
+
+
+def test_clipped_loss_values_and_gradients():
+    """r = 0.5, 0.9, 1, 1.1, 2 for A = +1 and -1 with the range [0.8, 1.3]."""
+    r = np.array([0.5, 0.9, 1.0, 1.1, 2.0], np.float32)
+    for A, want, slopes in ((1.0, [-0.5, -0.9, -1.0, -1.1, -1.3], [-0.5, -0.9, -1.0, -1.1, 0.0]),
+                            (-1.0, [0.8, 0.9, 1.0, 1.1, 2.0], [0.0, 0.9, 1.0, 1.1, 2.0])):
+        loss, ratio = clipped_loss(jnp.log(r), jnp.zeros(5), jnp.full(5, A), 0.2, 0.3)
+        np.testing.assert_allclose(ratio, r, rtol=1e-6)
+        np.testing.assert_allclose(loss, want, rtol=1e-6)
+        gradient = jax.grad(lambda lp, A=A: clipped_loss(lp, jnp.zeros(5), jnp.full(5, A), 0.2, 0.3)[0].sum())
+        np.testing.assert_allclose(gradient(jnp.log(r)), slopes, rtol=1e-6)
+
+
+def test_kl_kinds():
+    rng = np.random.default_rng(0)
+    a, b = (jnp.asarray(rng.normal(size=(2, 3, 4)), jnp.float32) for _ in range(2))
+    squared = np.mean((np.asarray(a) - np.asarray(b)) ** 2, axis=(1, 2))
+    scale = jnp.array([0.5, 2.0])
+    for kind in ("flow_grpo", "sigma"):
+        ours = kl_to_reference(a, b, scale, kind=kind)
+        np.testing.assert_allclose(ours, squared / (2 * scale**2), rtol=1e-5)
+    for kind in ("x", "velocity"):
+        np.testing.assert_allclose(kl_to_reference(a, b, None, kind=kind), squared, rtol=1e-5)
+    assert not np.any(kl_to_reference(a, a, scale, kind="flow_grpo"))
+    half = jnp.array([0.0, 1.0])  # row 0 deterministic
+    gradient = jax.grad(lambda m: jnp.sum(kl_to_reference(m, b, half, kind="flow_grpo")))(a)
+    assert np.isfinite(gradient).all() and not np.any(gradient[0]) and np.any(gradient[1])
+    with pytest.raises(ValueError, match=r"'forward'.*flow_grpo, sigma, x, velocity"):
+        kl_to_reference(a, b, scale, kind="forward")
+
+
+def test_masked_mean():
+    values = jnp.array([1.0, jnp.nan, 3.0, jnp.inf])
+    assert float(masked_mean(values, jnp.array([True, False, True, False]))) == 2.0
+    assert float(masked_mean(values, jnp.zeros(4, bool))) == 0.0
+
+
+def test_masked_rows_change_nothing():
+    """A padding row of zeros and a masked row of nonsense leave loss, gradient and metrics as they were."""
+    args = batch()
+    config = LossConfig(**CONFIG)
+    old = old_log_prob(args)
+    loss, gradient, metrics = objective(rows_of(args, old), args["v_new"], args["v_ref"], config)
+    padded = {name: np.concatenate([value, 0 * value[:1], 5 * value[:1] if value.ndim > 1 else value[:1]])
+              for name, value in args.items()}
+    rows = rows_of(padded, np.concatenate([old, [0.0, 1.0]]), np.arange(10) < 8)
+    loss2, gradient2, metrics2 = objective(rows, padded["v_new"], padded["v_ref"], config)
+    assert float(loss2) == pytest.approx(float(loss), rel=1e-6)
+    np.testing.assert_allclose(gradient2[:8], gradient, rtol=1e-5, atol=1e-9)
+    assert not np.any(gradient2[8:])
+    assert metrics2.averages() == pytest.approx(metrics.averages(), rel=1e-5)
+
+
+def test_merged_metrics_are_those_of_the_whole_batch():
+    args = batch()
+    old, mask, config = old_log_prob(args), np.array([1, 1, 0, 1, 1, 1, 0, 1], bool), LossConfig(**CONFIG)
+    rows = rows_of(args, old, mask)
+    inputs = rows, jnp.asarray(args["v_new"]), jnp.asarray(args["v_ref"])
+    _, whole = policy_gradient_terms(*inputs, config)
+    parts = [policy_gradient_terms(*jax.tree.map(lambda a, s=s: a[s], inputs), config)[1]
+             for s in (slice(0, 3), slice(3, 8))]
+    assert parts[0].merge(parts[1]).averages() == pytest.approx(whole.averages(), rel=1e-5)
+
+
+def test_reference_velocity():
+    args = batch()
+    rows, v = rows_of(args, old_log_prob(args)), jnp.asarray(args["v_new"])
+    with pytest.raises(ValueError, match=r"kl_beta=0\.1 needs"):
+        policy_gradient_terms(rows, v, None, LossConfig(**CONFIG))
+    config = LossConfig(**{**CONFIG, "kl_beta": 0.0})  # then the KL is only logged
+    without, metrics = policy_gradient_terms(rows, v, None, config)
+    watched, watched_metrics = policy_gradient_terms(rows, v, jnp.asarray(args["v_ref"]), config)
+    np.testing.assert_array_equal(without, watched)
+    assert metrics.averages()["kl"] == 0 < watched_metrics.averages()["kl"]
+
+    def through_reference(v_ref):
+        return jnp.sum(policy_gradient_terms(rows, v, v_ref, LossConfig(**CONFIG))[0])
+    assert not np.any(jax.grad(through_reference)(jnp.asarray(args["v_ref"])))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"clip_low": 0.0}, "clip_low=0.0"), ({"clip_low": 1.5}, "clip_low=1.5"),
+    ({"clip_high": -1.0}, "clip_high=-1.0"), ({"kl_beta": -0.1}, "kl_beta=-0.1"),
+    ({"kl_kind": "kl"}, "'kl'.*flow_grpo"),
+])
+def test_bad_configuration(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LossConfig(**arguments)
