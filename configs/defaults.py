@@ -1,0 +1,89 @@
+"""Every setting of `grpo.train` with its default; a recipe changes the few that make it.
+
+The defaults are Flow-GRPO's published settings for Wan 2.1 (`general_ocr_wan2_1`) where it has one.
+"""
+
+import ml_collections
+
+ConfigDict = ml_collections.ConfigDict
+
+
+def defaults() -> ConfigDict:
+    c = ConfigDict()
+    c.run_dir = ""                      # where checkpoints, logs and the report go; a finished epoch there is resumed
+    c.seed = 0                          # every random draw is a function of (seed, epoch, sample, step)
+    c.epochs = 200                      # one epoch: sample groups, score, update
+
+    c.model = ConfigDict()
+    c.model.path = ""                   # a folder written by convert.from_diffusers
+    c.model.dtype = "bfloat16"          # of the transformer's weights and matrix products
+    c.model.attention = "auto"          # auto | xla | cudnn
+    c.model.remat = "block"             # none | block: recompute activations in the backward pass
+
+    c.lora = ConfigDict()
+    c.lora.rank = 32                    # 0 trains all weights
+    c.lora.alpha = 64.0
+    c.lora.targets = ("to_q", "to_k", "to_v", "to_out.0")
+
+    c.mesh = ConfigDict()
+    c.mesh.fsdp = 1                     # devices the parameters are split over; the others are data parallel
+
+    c.prompts = ConfigDict()
+    c.prompts.train = ""                # text file, one prompt a line, the text to write in quotes
+    c.prompts.heldout = ""              # the same for evaluation
+    c.prompts.negative = ""             # negative prompt of the guidance
+
+    c.sample = ConfigDict()
+    c.sample.frames = 1
+    c.sample.height = 512
+    c.sample.width = 512
+    c.sample.steps = 20                 # denoising steps
+    c.sample.shift = 3.0                # of the sigma schedule
+    c.sample.guidance = 4.5             # classifier-free guidance; up to 1 means none
+    c.sample.groups = 48                # prompts an epoch
+    c.sample.group_size = 12            # videos a prompt
+    c.sample.batch_size = 9             # videos of one rollout batch, and of one micro-batch of the update
+    c.sample.sde = "flow_grpo_wan"      # flow_grpo_wan | flow_sde: the noise of the stochastic steps
+    c.sample.noise_level = None         # None: the form's own default
+    c.sample.max_step_std = None
+    c.sample.sde_steps = 19             # how many steps of an epoch are stochastic and trained
+    c.sample.sde_range = (0, 19)        # drawn from [low, high)
+
+    c.train = ConfigDict()
+    c.train.updates_per_epoch = 2       # the epoch's batches are split over so many optimiser steps
+    c.train.learning_rate = 1e-4
+    c.train.warmup_updates = 0
+    c.train.adam_b1 = 0.9
+    c.train.adam_b2 = 0.999
+    c.train.adam_eps = 1e-8
+    c.train.weight_decay = 1e-4
+    c.train.max_grad_norm = 1.0
+    c.train.ema_decay = 0.9
+    c.train.clip_low = 1e-3             # clip range of the ratio
+    c.train.clip_high = 1e-3
+    c.train.kl_weight = 0.004           # KL to the reference
+    c.train.kl_kind = "flow_grpo"       # flow_grpo | sigma | x | velocity
+    c.train.advantage_std = "group"     # group | global
+    c.train.advantage_clip = 5.0
+    c.train.ratio_tolerance = 1e-4      # |ratio - 1| allowed on policy; more stops the run
+
+    c.reward = ConfigDict()
+    c.reward.rule = "spelling"          # spelling | flow_grpo_image | flow_grpo_video
+    c.reward.engine = "rapidocr"        # rapidocr | paddle
+    c.reward.max_frames = 9             # frames scored of a video
+    c.reward.workers = 2                # scoring processes; 0 scores in the training process
+
+    c.eval = ConfigDict()
+    c.eval.every = 20                   # epochs between held-out evaluations; there is one before and one after anyway
+    c.eval.num_prompts = 256
+    c.eval.frames = 0                   # 0: as in training
+    c.eval.steps = 20
+    c.eval.guidance = 4.5
+    c.eval.solver = "unipc"             # unipc | euler | flow_match_euler
+    c.eval.seed = 1234
+    c.eval.previews = 12                # samples kept as pictures for the report
+
+    c.save = ConfigDict()
+    c.save.every = 10                   # epochs between checkpoints; the last epoch is saved anyway
+    c.save.keep = 3
+    return c

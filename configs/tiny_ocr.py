@@ -1,0 +1,39 @@
+"""tiny-wan learns to spell, on a laptop.
+
+    python -m convert.from_diffusers --src assets/tiny-wan --dst models/tiny-wan --dtype float32
+    python -m grpo.train --config=configs/tiny_ocr.py
+
+Single frames of 64x128 pixels, 10 steps of which 2 are stochastic and trained, LoRA on attention.
+"""
+
+from configs.defaults import defaults
+
+
+def get_config():
+    c = defaults()
+    c.run_dir = "runs/tiny_ocr"
+    c.epochs = 60
+    c.model.path = "models/tiny-wan"
+    c.model.dtype = "float32"
+    c.model.remat = "none"
+    c.prompts.train = "assets/prompts/tiny_train.txt"
+    c.prompts.heldout = "assets/prompts/tiny_heldout.txt"
+    c.sample.height, c.sample.width = 64, 128
+    c.sample.steps = 10
+    c.sample.guidance = 1.0
+    c.sample.groups = 8
+    c.sample.group_size = 8
+    c.sample.batch_size = 32
+    c.sample.sde = "flow_sde"
+    c.sample.noise_level = 0.7
+    c.sample.sde_steps = 2
+    c.sample.sde_range = (0, 6)
+    c.train.updates_per_epoch = 1
+    c.train.learning_rate = 1e-3
+    c.train.kl_weight = 0.0
+    c.eval.every = 20
+    c.eval.steps = 10
+    c.eval.guidance = 1.0
+    c.eval.solver = "euler"
+    c.save.every = 5
+    return c

@@ -1,0 +1,246 @@
+"""Trains a Wan model to write what its prompts quote: Flow-GRPO (Liu et al., arXiv 2505.05470) with an OCR reward.
+
+    python -m grpo.train --config=configs/tiny_ocr.py [--config.train.learning_rate=1e-4 ...]
+
+One linear program: settings, prompts, model, policy, restore; then, epoch by epoch, sample, score, advantages,
+update, log, evaluate, save. The same command on the same run folder continues after the newest checkpoint, bit for
+bit: every random draw is a function of (seed, epoch, sample, step).
+"""
+
+import functools
+import math
+import pathlib
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags, logging
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from grpo import report, settings
+from grpo.advantages import group_advantages, group_statistics
+from grpo.evaluate import Evaluator
+from grpo.policy import make_policy
+from grpo.prompts import PromptSet, epoch_prompts, load_prompts
+from grpo.rollout import StepTable, make_step, rollout, sde_window
+from grpo.run_log import RunLog
+from grpo.update import TrainState, init_state, make_update, stack_batches
+from rewards.ocr import OCRReward
+from rewards.targets import parse_targets
+from rewards.workers import RewardPool
+from wan_jax import cli, model_dir, pipeline
+from wan_jax import mesh as mesh_lib
+from wan_jax.attention import choose_backend
+from wan_jax.checkpoint import Checkpoints
+from wan_jax.cli import UserError
+from wan_jax.solvers import make_solver
+from wan_jax.schedule import flow_sigmas
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, e.g. configs/tiny_ocr.py", lock_config=True)
+
+
+def main(_):
+    c = CONFIG.value
+    if c is None:
+        raise UserError("give a recipe: --config=configs/tiny_ocr.py")
+    s = settings.from_config(c)
+
+    # ---- prompts, before anything heavy ----------------------------------------------------------------------
+    train_prompts = load_prompts(c.prompts.train, parse_targets)
+    heldout = load_prompts(c.prompts.heldout, parse_targets, limit=c.eval.num_prompts)
+    epoch_prompts(c.seed, 0, len(train_prompts), c.sample.groups)
+    if overlap := set(train_prompts.prompts) & set(heldout.prompts):
+        raise UserError(f"{len(overlap)} held-out prompts are training prompts too, e.g. {min(overlap)!r}")
+
+    # ---- mesh, model ------------------------------------------------------------------------------------------
+    mesh = mesh_lib.make_mesh(c.mesh.fsdp)
+    mesh_lib.check_batch("config.sample.batch_size", c.sample.batch_size, mesh)
+    replicated, sharded = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
+    model = model_dir.open_model(c.model.path)
+    config = model.config("transformer")
+    backend = choose_backend(c.model.attention, mesh.devices.flat[0].platform, s.dtype, config.attention_head_dim)
+    shape = pipeline.latent_shape(c.sample.frames, c.sample.height, c.sample.width, model.config("vae"), config)
+    eval_frames = c.eval.frames or c.sample.frames
+    eval_shape = pipeline.latent_shape(eval_frames, c.sample.height, c.sample.width, model.config("vae"), config)
+    checkpoints = Checkpoints(c.run_dir, keep=c.save.keep)
+    restored = checkpoints.latest()
+    if restored is not None:
+        settings.check_resume(checkpoints.meta(restored)["config"], c.to_dict(), str(checkpoints.path(restored)))
+    logging.info("devices: %s; attention: %s; weights: %s", mesh.devices.size, backend, c.model.dtype)
+
+    everything = PromptSet(train_prompts.prompts + heldout.prompts, train_prompts.targets + heldout.targets)
+    bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
+    table = pipeline.embed_prompts(model, everything.prompts, c.prompts.negative, dtype=s.dtype,
+                                   progress=functools.partial(bar, desc="prompts"))
+    eval_table = pipeline.TextTable(table.embeddings[len(train_prompts):], table.negative)
+    vae_graph, vae_state = pipeline.load_vae(model, mesh)
+    decode = pipeline.make_decoder(vae_graph)
+    _, frozen = model_dir.build("transformer", model, dtype=s.dtype, mesh=mesh)
+
+    # ---- policy, optimiser, restore -----------------------------------------------------------------------------
+    key = jax.random.key(c.seed)
+    policy, trainable = make_policy(config, frozen, mesh, lora=s.lora, key=jax.random.fold_in(key, 0), dtype=s.dtype,
+                                    attention=backend, remat=c.model.remat)
+    if s.lora is None and not c.train.kl_weight:
+        frozen = None  # full fine-tuning without a reference: the fp32 copy is the only one
+    state, done = init_state(trainable, s.optimiser), 0
+    if restored is not None:
+        state, done = restore(checkpoints, restored, state), restored
+    schedule = flow_sigmas(c.sample.steps, c.sample.shift)
+    steps = StepTable.make(schedule, s.sde)
+    step = make_step(policy, steps, c.sample.guidance)
+    update = make_update(policy, steps, c.sample.guidance, s.loss, s.optimiser)
+    solver = make_solver(c.eval.solver, c.eval.steps, c.sample.shift)
+    eval_step = pipeline.make_ode_step(policy.module, solver, c.eval.guidance)
+
+    make_reward = functools.partial(OCRReward, rule=c.reward.rule, engine=c.reward.engine, max_frames=c.reward.max_frames)
+    log = RunLog(c.run_dir, resume_epoch=restored)
+    log.config(dict(c.to_dict(), command=" ".join(["python -m grpo.train", *sys.argv[1:]])))
+    with RewardPool(make_reward, workers=c.reward.workers) as pool:
+        evaluator = Evaluator(heldout, eval_table, solver, eval_step, decode, vae_state, pool, mesh, eval_shape,
+                              c.sample.batch_size, c.eval.seed, c.eval.previews)
+
+        def evaluate(epoch: int):
+            result = evaluator((state.ema, frozen), epoch, functools.partial(bar, desc="evaluation"))
+            log.evaluation(result.record, result.videos)
+            r = result.record
+            say(f"epoch {epoch}: held-out OCR reward {r['reward']:.3f} [{r['low']:.3f}, {r['high']:.3f}] on {r['num']} "
+                f"prompts, {r['seconds']:.1f} s")
+
+        if restored is None:
+            say(f"{sum(v.size for v in jax.tree.leaves(trainable)):,} trained parameters, {s.videos} videos an epoch")
+            evaluate(0)
+            save(checkpoints, 0, state, c, s)
+        elif done < c.epochs:
+            say(f"continuing {c.run_dir} after epoch {done}")
+
+        lap, save_seconds = Stopwatch(), 0.0
+        # ---- the loop ---------------------------------------------------------------------------------------------
+        for epoch in range(done + 1, c.epochs + 1):
+            lap()
+            clock, seconds = time.time(), dict.fromkeys(("sample", "decode", "score_wait", "update"), 0.0)
+            epoch_key = jax.random.fold_in(jax.random.fold_in(key, 1), epoch)
+            chosen = epoch_prompts(c.seed, epoch - 1, len(train_prompts), c.sample.groups)
+            prompt_of = np.repeat(chosen, c.sample.group_size)  # [N], a group's videos stand together
+            window = sde_window(c.seed, epoch, c.sample.sde_steps, *c.sample.sde_range)
+
+            # sample, and score while the next batch samples
+            trajectories, pending = [], []
+            for b in bar(range(s.batches), desc=f"epoch {epoch}"):
+                rows = np.arange(b * c.sample.batch_size, (b + 1) * c.sample.batch_size)
+                text = table.batch(prompt_of[rows], sharded, replicated)
+                samples = jax.device_put(jnp.asarray(rows, jnp.int32), sharded)
+                latents, trajectory = rollout(step, state.trainable, frozen, text, key=epoch_key, samples=samples,
+                                              shape=shape, num_steps=c.sample.steps, window=window)
+                seconds["sample"] += lap(latents)
+                videos = np.asarray(decode(vae_state, latents))
+                seconds["decode"] += lap()
+                pending.append(pool.submit(videos, [train_prompts.targets[i] for i in prompt_of[rows]]))
+                trajectories.append(trajectory)
+            scores = [p.result() for p in pending]
+            seconds["score_wait"] += lap()
+
+            # advantages
+            rewards = np.concatenate([score.values for score in scores])
+            valid = np.concatenate([score.valid for score in scores])
+            if not valid.any():
+                errors = [e for score in scores for e in score.errors if e]
+                raise UserError(f"epoch {epoch}: not one of {len(valid)} videos could be scored; the last error was:\n"
+                                f"{errors[-1].strip().splitlines()[-1]}")
+            advantages = group_advantages(rewards, prompt_of, valid, std=c.train.advantage_std,
+                                          clip=c.train.advantage_clip)
+            groups = group_statistics(rewards, prompt_of, valid)
+
+            # update
+            record = {"epoch": epoch}
+            size = s.batches // c.train.updates_per_epoch
+            for first in range(0, s.batches, size):
+                part = slice(first, first + size)
+                batch = stack_batches(trajectories[part], advantages.reshape(s.batches, -1)[part],
+                                      valid.reshape(s.batches, -1)[part])
+                state, metrics, norms = update(state, frozen, batch)
+                values = metrics.averages() | {k: float(v) for k, v in norms.items()}
+                check_finite(values, epoch, checkpoints)
+                if first == 0:
+                    values["ratio_max_error"] = max(values["ratio_max"] - 1, 1 - values["ratio_min"])
+                    check_ratio(values["ratio_max_error"], c.train.ratio_tolerance, epoch)
+                record |= values
+            del trajectories, batch
+            seconds["update"] += lap(state)
+
+            # log, evaluate, save: in this order, so that a resumed run repeats what no checkpoint holds
+            seconds |= {"save": save_seconds, "total": time.time() - clock}
+            failed, retried = sum(score.failures for score in scores), sum(score.retries for score in scores)
+            log.epoch(record | {"reward_mean": groups.mean_reward, "reward_std": groups.std_reward,
+                                "group_std": groups.mean_group_std, "zero_std_fraction": groups.zero_std_fraction,
+                                "failed_scores": failed, "retried_scores": retried, "videos": s.videos,
+                                "seconds": seconds})
+            say(f"epoch {epoch}/{c.epochs}: reward {groups.mean_reward:.3f}, spread in groups {groups.mean_group_std:.3f}, "
+                f"ratio error {record['ratio_max_error']:.1e}, grad {record['grad_norm']:.2e}"
+                + (f", {failed} scores failed" if failed else "") + " | "
+                + " ".join(f"{k} {v:.1f}" for k, v in seconds.items() if v >= 0.05) + " s")
+            if epoch % c.eval.every == 0 or epoch == c.epochs:
+                evaluate(epoch)
+            lap()
+            if epoch % c.save.every == 0 or epoch == c.epochs:
+                save(checkpoints, epoch, state, c, s)
+            save_seconds = lap()  # shown with the next epoch
+    log.close()
+    checkpoints.close()
+    path = report.write_report(pathlib.Path(c.run_dir))
+    say(*report.summary_lines(pathlib.Path(c.run_dir)) or [f"report: {path}"], sep="\n")
+
+
+def say(*lines, **kwargs):
+    print(*lines, flush=True, **kwargs)
+
+
+class Stopwatch:
+    """Called after a stage: the seconds since the last call, once the arrays given are computed."""
+
+    def __init__(self):
+        self.last = time.time()
+
+    def __call__(self, wait_for=None) -> float:
+        jax.block_until_ready(wait_for)
+        before, self.last = self.last, time.time()
+        return self.last - before
+
+
+def save(checkpoints: Checkpoints, epoch: int, state: TrainState, c, s: settings.Settings):
+    """One checkpoint: the whole state, the weights to sample with (EMA), and what is needed to read them."""
+    leaves = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state.opt))}
+    tree = {"trainable": state.trainable, "ema": state.ema, "opt": leaves, "counters": {"updates": state.updates}}
+    lora = s.lora and {"rank": s.lora.rank, "alpha": s.lora.alpha, "targets": list(s.lora.targets)}
+    checkpoints.save(epoch, tree, state.ema, {"config": c.to_dict(), "lora": lora, "model": c.model.path})
+
+
+def restore(checkpoints: Checkpoints, epoch: int, like: TrainState) -> TrainState:
+    leaves, structure = jax.tree.flatten(like.opt)
+    tree = checkpoints.restore_state(epoch, {
+        "trainable": like.trainable, "ema": like.ema, "opt": {str(i): leaf for i, leaf in enumerate(leaves)},
+        "counters": {"updates": like.updates}})
+    opt = jax.tree.unflatten(structure, [tree["opt"][str(i)] for i in range(len(leaves))])
+    return TrainState(tree["trainable"], opt, tree["ema"], tree["counters"]["updates"])
+
+
+def check_finite(values: dict[str, float], epoch: int, checkpoints: Checkpoints):
+    bad = {k: v for k, v in values.items() if not math.isfinite(v)}
+    if bad:
+        raise UserError(f"epoch {epoch}: the update is not finite ({', '.join(f'{k}={v}' for k, v in bad.items())}). "
+                        f"Nothing was saved; the last good checkpoint is {checkpoints.path(checkpoints.latest())}. Lower "
+                        "--config.train.learning_rate, or raise --config.train.kl_weight, in a new run_dir")
+
+
+def check_ratio(error: float, tolerance: float, epoch: int):
+    if error > tolerance:
+        raise UserError(f"epoch {epoch}: the first update's ratio differs from 1 by {error:.2e}, more than "
+                        f"train.ratio_tolerance={tolerance:g}: rollout and update disagree, gradients would be wrong")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    cli.run(main)

@@ -1,0 +1,111 @@
+"""From prompts to videos: text embeddings, the deterministic sampler, and decoding. Shared by `wan_jax.sample` and
+`grpo`, so that training, evaluation and deployment run the same code.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from wan_jax import model_dir
+from wan_jax.cli import UserError
+from wan_jax.config import TransformerConfig, VAEConfig
+from wan_jax.guidance import TextBatch, velocity
+from wan_jax.mesh import replicate
+from wan_jax.solvers import SolverState
+from wan_jax.text_encoder import encode
+from wan_jax.tokenizer import Tokenizer
+from wan_jax.vae import AutoencoderKLWan
+
+TEXT_ROWS = 512  # Wan's text length; rows past the prompt are zero and are attended to
+ROW_MULTIPLE = 16  # embeddings are trimmed to the longest prompt, rounded up, and the rest is counted
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTable:
+    """Embeddings of a prompt set, on the host."""
+
+    embeddings: np.ndarray  # fp32 [P, St, text_dim], rows past each prompt zero
+    negative: np.ndarray  # fp32 [St, text_dim]
+
+    @property
+    def padding(self) -> int:
+        return TEXT_ROWS - self.embeddings.shape[1]
+
+    def batch(self, indices, batch_sharding, replicated) -> TextBatch:
+        """The embeddings of prompts `indices` [B] on the device."""
+        return TextBatch(jax.device_put(self.embeddings[np.asarray(indices)], batch_sharding),
+                         jax.device_put(self.negative, replicated), self.padding)
+
+
+def embed_prompts(model: model_dir.ModelDir, prompts: Sequence[str], negative: str = "", *, dtype=jnp.float32,
+                  batch: int = 16, progress: Callable = lambda x: x) -> TextTable:
+    """Encodes each prompt once with the model's own tokenizer and text encoder, which is freed afterwards."""
+    tokenizer = Tokenizer.load(model.tokenizer_path)
+    texts = [*prompts, negative]
+    longest = min(max(tokenizer.lengths(texts)), TEXT_ROWS)
+    rows = min(-(-longest // ROW_MULTIPLE) * ROW_MULTIPLE, TEXT_ROWS)
+    ids, mask = tokenizer(texts, rows)
+    graphdef, state = model_dir.build("text_encoder", model, dtype=dtype)
+    run = jax.jit(lambda state, ids, mask: encode(nnx.merge(graphdef, state), ids, mask).astype(jnp.float32))
+    out = np.zeros((len(texts), rows, model.config("text_encoder").d_model), np.float32)
+    batch = min(batch, len(texts))
+    for start in progress(range(0, len(texts), batch)):
+        index = np.arange(start, start + batch) % len(texts)  # the last batch wraps around: one compiled shape
+        out[index] = np.asarray(run(state, ids[index], mask[index]))
+    return TextTable(out[:-1], out[-1])
+
+
+def latent_shape(frames: int, height: int, width: int, vae: VAEConfig, transformer: TransformerConfig) -> tuple[int, ...]:
+    """(F, H, W, C) of a video of `frames` x `height` x `width` pixels. Raises `UserError` on sizes Wan cannot make."""
+    t, s, patch = vae.scale_factor_temporal, vae.scale_factor_spatial, transformer.patch_size[1]
+    if frames < 1 or (frames - 1) % t:
+        raise UserError(f"frames={frames}: Wan makes 1 + {t}k frames; use {max(1, frames - (frames - 1) % t)}")
+    for name, value in (("height", height), ("width", width)):
+        if value < s * patch or value % (s * patch):
+            raise UserError(f"{name}={value} must be a multiple of {s * patch}; use "
+                            f"{max(s * patch, round(value / (s * patch)) * s * patch)}")
+    return (frames - 1) // t + 1, height // s, width // s, transformer.in_channels
+
+
+def make_decoder(graphdef) -> Callable:
+    """The jitted VAE decoder: (vae state, latents fp32 [B,F,H,W,C]) -> uint8 [B,T,8H,8W,3] RGB."""
+
+    @jax.jit
+    def decode(state, latents):
+        vae: AutoencoderKLWan = nnx.merge(graphdef, state)
+        video = vae.decode(vae.denormalise(latents))
+        return jnp.round((video.astype(jnp.float32) + 1) * 127.5).astype(jnp.uint8)
+
+    return decode
+
+
+def make_ode_step(module: Callable, solver, guidance: float) -> Callable:
+    """The jitted deterministic step: (arrays of `module`, solver state, step index, text) -> solver state."""
+
+    @partial(jax.jit, donate_argnums=(1,))
+    def step(arrays, state: SolverState, i, text: TextBatch) -> SolverState:
+        t = jnp.asarray(solver.schedule.timesteps, jnp.float32)[i]
+        return solver.step(state, i, velocity(module(*arrays), state.x, t, text, guidance))
+
+    return step
+
+
+def sample_ode(step: Callable, arrays: tuple, solver, noise: jax.Array, text: TextBatch) -> jax.Array:
+    """Final latents fp32 [B,F,H,W,C] from noise of the same shape."""
+    state = solver.init(jnp.copy(noise))
+    for i in range(solver.schedule.num_steps):
+        state = step(arrays, state, i, text)
+    return state.x
+
+
+def load_vae(model: model_dir.ModelDir, mesh):
+    """(graphdef, state replicated on the mesh); the VAE runs in fp32."""
+    graphdef, state = model_dir.build("vae", model, dtype=jnp.float32)
+    return graphdef, replicate(state, mesh)
+
+

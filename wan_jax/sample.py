@@ -1,0 +1,106 @@
+"""Samples a video or a picture from a converted model, or from a checkpoint of a training run.
+
+    python -m wan_jax.sample --model models/tiny-wan --prompt 'A red sign with the word "open".' --out open.png
+    python -m wan_jax.sample --model models/tiny-wan --checkpoint runs/tiny_ocr --prompt '...' --out open.mp4
+"""
+
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import nnx
+
+from wan_jax import cli, lora, media, model_dir, pipeline
+from wan_jax import mesh as mesh_lib
+from wan_jax import params as P
+from wan_jax.attention import choose_backend
+from wan_jax.checkpoint import load_trained
+from wan_jax.cli import UserError
+from wan_jax.layers import LoRAParam
+from wan_jax.solvers import SOLVERS, make_solver
+
+flags.DEFINE_string("model", None, "folder written by convert.from_diffusers", required=True)
+flags.DEFINE_string("checkpoint", None, "run folder of grpo.train, or one of its checkpoints/<epoch>; None: the base")
+flags.DEFINE_multi_string("prompt", None, "what to show; repeat the flag for several", required=True)
+flags.DEFINE_string("negative_prompt", "", "what to steer away from, with guidance above 1")
+flags.DEFINE_string("out", None, "file to write: .png, .mp4 or .gif; with several prompts or samples a number is added",
+                    required=True)
+flags.DEFINE_integer("frames", 1, "pixel frames, 1 + 4k")
+flags.DEFINE_integer("height", 480, "pixels, a multiple of 16")
+flags.DEFINE_integer("width", 832, "pixels, a multiple of 16")
+flags.DEFINE_integer("steps", 50, "denoising steps")
+flags.DEFINE_float("guidance", 5.0, "classifier-free guidance; up to 1 means none")
+flags.DEFINE_float("shift", None, "shift of the sigma schedule; None: the model's own")
+flags.DEFINE_enum("solver", "unipc", list(SOLVERS), "ODE solver")
+flags.DEFINE_integer("seed", 0, "seed of the initial noise")
+flags.DEFINE_integer("samples", 1, "samples a prompt")
+flags.DEFINE_integer("fps", 16, "frames a second of a video")
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "weights and matrix products of the transformer")
+flags.DEFINE_string("attention", "auto", "attention backend")
+flags.DEFINE_string("noise", None, ".npy file with the initial noise [B, F, H, W, C], in place of the seed's")
+FLAGS = flags.FLAGS
+
+
+def load_transformer(model: model_dir.ModelDir, checkpoint: str | None, dtype, attention: str, mesh):
+    """(graphdef, state) of the base transformer, with a run's trained weights or adapters when given."""
+    graphdef, state = model_dir.build("transformer", model, dtype=dtype, mesh=mesh, attention=attention)
+    if checkpoint is None:
+        return graphdef, state
+    settings, trained, _ = load_trained(checkpoint)
+    flat = P.flatten(state)
+    if settings is not None:
+        module = lora.attach(nnx.merge(graphdef, state), settings, jax.random.key(0))
+        graphdef, adapters, state = nnx.split(module, LoRAParam, ...)
+        flat = P.flatten(adapters)
+    wrong = {k for k in flat.keys() | trained.keys() if k not in flat or k not in trained or flat[k].shape != trained[k].shape}
+    if wrong:
+        raise UserError(f"checkpoint {checkpoint} does not fit this model ({len(wrong)} arrays differ, e.g. {min(wrong)}): "
+                        "it was trained from another one; see 'model' in its config.json")
+    trained = {k: jnp.asarray(v).astype(flat[k].dtype) for k, v in trained.items()}
+    if settings is None:
+        return graphdef, P.unflatten(state, trained)
+    return graphdef, nnx.merge_state(P.unflatten(adapters, trained), state)
+
+
+def main(_):
+    suffix = pathlib.Path(FLAGS.out).suffix
+    media.check_suffix(FLAGS.out, FLAGS.frames)
+    dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[FLAGS.dtype]
+    model = model_dir.open_model(FLAGS.model)
+    config = model.config("transformer")
+    shape = pipeline.latent_shape(FLAGS.frames, FLAGS.height, FLAGS.width, model.config("vae"), config)
+    solver = make_solver(FLAGS.solver, FLAGS.steps, model.scheduler.flow_shift if FLAGS.shift is None else FLAGS.shift)
+    mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+    backend = choose_backend(FLAGS.attention, jax.devices()[0].platform, dtype, config.attention_head_dim)
+
+    table = pipeline.embed_prompts(model, FLAGS.prompt, FLAGS.negative_prompt, dtype=dtype)
+    graphdef, state = load_transformer(model, FLAGS.checkpoint, dtype, backend, mesh)
+    vae_graph, vae_state = pipeline.load_vae(model, mesh)
+    index = np.repeat(np.arange(len(FLAGS.prompt)), FLAGS.samples)
+    keys = jax.random.split(jax.random.key(FLAGS.seed), len(index))
+    noise = jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
+    if FLAGS.noise:
+        noise = jnp.asarray(np.load(FLAGS.noise), jnp.float32)
+        if noise.shape != (len(index), *shape):
+            raise UserError(f"--noise {FLAGS.noise} has shape {noise.shape}, these flags need {(len(index), *shape)}")
+
+    start = time.time()
+    step = pipeline.make_ode_step(lambda state: nnx.merge(graphdef, state), solver, FLAGS.guidance)
+    text = table.batch(index, mesh_lib.replicated(mesh), mesh_lib.replicated(mesh))
+    latents = pipeline.sample_ode(step, (state,), solver, noise, text)
+    videos = np.asarray(pipeline.make_decoder(vae_graph)(vae_state, latents))
+    out = pathlib.Path(FLAGS.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for i, video in enumerate(videos):
+        path = out if len(videos) == 1 else out.with_name(f"{out.stem}_{i:03d}{suffix}")
+        media.write(path, video, FLAGS.fps)
+        print(f"{path}  {FLAGS.prompt[index[i]]}")
+    print(f"{len(videos)} sample(s) of {FLAGS.frames} x {FLAGS.height} x {FLAGS.width} in {time.time() - start:.1f} s, "
+          f"compilation included")
+
+
+if __name__ == "__main__":
+    cli.run(main)
