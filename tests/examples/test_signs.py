@@ -1,0 +1,141 @@
+"""The tiny Wan's signs: prompts say what is drawn, clean signs can be read, and the splits stay apart."""
+
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rapidfuzz.distance import Levenshtein
+
+from examples.tiny_wan import prompts, signs
+from examples.tiny_wan.signs import MODES, NoiseMix
+
+ATLAS, BATCH = signs.build_atlas(), 2048
+sample = jax.jit(signs.sample, static_argnames=("batch", "frames", "heldout", "words"))
+render = jax.jit(signs.render, static_argnames=("frames", "dtype"))
+
+
+def only(mode: str) -> NoiseMix:
+    return NoiseMix(**{name: float(name == mode) for name in MODES[1:]})
+
+
+@pytest.fixture(scope="module")
+def score():
+    """Mean reward of pictures [B, 64, 128, 3]: 1 - edit distance / length, at least 0, without spaces."""
+    from rapidocr import RapidOCR
+
+    engine = RapidOCR(params={
+        "Global.use_cls": False, "Global.log_level": "critical",
+        "EngineConfig.onnxruntime.intra_op_num_threads": 1, "Det.limit_type": "min", "Det.limit_side_len": 64,
+        "Rec.rec_img_shape": [3, 48, 160]})
+
+    def mean_reward(pictures, targets):
+        rewards = []
+        for picture, target in zip(np.asarray((pictures + 1) * 127.5 + 0.5).astype(np.uint8), targets):
+            texts = engine(np.ascontiguousarray(picture[..., ::-1])).txts or ()  # OCR takes BGR
+            read, target = "".join(texts).replace(" ", "").lower(), target.replace(" ", "")
+            rewards.append(max(0.0, 1 - Levenshtein.distance(read, target) / len(target)))
+        return np.mean(rewards)
+
+    return mean_reward
+
+
+def test_shapes_and_range():
+    chars, params = sample(jax.random.key(0), ATLAS, batch=5, frames=9, noise=NoiseMix())
+    assert chars.shape == (5, prompts.PROMPT_BYTES) and chars.dtype == jnp.uint8
+    assert params.letters.shape == params.target.shape == (5, 2, 6)
+    video = render(ATLAS, params, frames=9, dtype=jnp.bfloat16)
+    assert video.shape == (5, 9, 64, 128, 3) and video.dtype == jnp.bfloat16
+    assert float(jnp.abs(video).max()) <= 1 and float(video.std()) > 0.2
+
+
+def test_same_key_same_data():
+    first, second = (sample(jax.random.key(3), ATLAS, batch=BATCH, noise=NoiseMix()) for _ in range(2))
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, first, second)))
+    other, _ = sample(jax.random.key(4), ATLAS, batch=BATCH, noise=NoiseMix())
+    assert not np.array_equal(first[0], other)
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+def test_prompt_quotes_the_letters_drawn(frames):
+    chars, params = sample(jax.random.key(1), ATLAS, batch=BATCH, frames=frames, noise=only("clean"))
+    texts = prompts.decode(chars)
+    assert prompts.words(params.letters) == prompts.words(params.target) == [prompts.quoted(t) for t in texts]
+    assert all(text.count('"') == 2 for text in texts)
+    assert 25 <= min(map(len, texts)) and max(map(len, texts)) <= 75
+    assert 0.2 < np.mean([" " in prompts.quoted(text) for text in texts]) < 0.3
+
+
+def test_every_sentence_is_assembled_as_formatted():
+    templates = prompts.TEMPLATES + prompts.MOTION_TEMPLATES
+    n = len(templates)
+    draw = jax.jit(lambda key: prompts.draw_content(key, n, clip=True))
+    content = dataclasses.replace(draw(jax.random.key(2)), template=jnp.arange(n))
+    c = jax.tree.map(np.asarray, content)
+    name, motion, words = prompts.COLOUR_NAMES, prompts.MOTIONS, prompts.words(c.letters)
+    expected = [template.format(sign=name[c.sign[i]], letter=name[c.letter[i]], ground=name[c.ground[i]],
+                                motion=motion[c.motion[i]], word=words[i]) for i, template in enumerate(templates)]
+    assert prompts.decode(jax.jit(prompts.token_chars)(content)) == expected
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_split_is_kept(split):
+    _, params = sample(jax.random.key(5), ATLAS, batch=BATCH, heldout=split, noise=NoiseMix())
+    words = [word for text in prompts.words(params.target) for word in text.split()]
+    assert {prompts.is_heldout(word) for word in words} == {split}
+    assert 0.2 < np.mean([word in prompts.WORDS for word in words]) < 0.5
+    singles = [text for text in prompts.words(params.target) if " " not in text]
+    assert {len(text) for text in singles} == {3, 4, 5, 6}
+
+
+def test_device_hash_is_crc32():
+    words = prompts.WORDS
+    on_device = prompts.heldout(jnp.stack([prompts.encode_word(word) for word in words]))
+    assert on_device.tolist() == [prompts.is_heldout(word) for word in words]
+
+
+def test_frame_0_of_a_clip_is_the_picture_and_the_rest_moves():
+    _, params = sample(jax.random.key(6), ATLAS, batch=5, frames=9, noise=NoiseMix())
+    clip, picture = render(ATLAS, params, frames=9), render(ATLAS, params)
+    np.testing.assert_allclose(clip[:, 0], picture[:, 0], atol=1e-4)
+    assert float(jnp.abs(clip[:, 1] - clip[:, 0]).max((1, 2, 3)).min()) > 0.1
+
+
+def test_misspelt_signs_differ_in_letters_only():
+    clean_chars, clean = sample(jax.random.key(7), ATLAS, batch=BATCH, noise=only("clean"))
+    chars, wrong = sample(jax.random.key(7), ATLAS, batch=BATCH, noise=only("misspelt"))
+    assert np.array_equal(chars, clean_chars)
+    changed = {field.name for field in dataclasses.fields(clean)
+               if not np.array_equal(getattr(clean, field.name), getattr(wrong, field.name))}
+    assert changed == {"letters", "mode"}
+    assert all(a != b for a, b in zip(prompts.words(clean.letters), prompts.words(wrong.letters)))
+    lengths = (np.asarray(wrong.letters) >= 0)
+    assert np.array_equal(lengths, np.sort(lengths, axis=-1)[..., ::-1])  # no gaps
+
+
+def test_modes_come_in_the_shares_asked_for():
+    _, params = sample(jax.random.key(8), ATLAS, batch=BATCH, noise=NoiseMix())
+    shares = np.bincount(params.mode, minlength=len(MODES)) / BATCH
+    expected = [getattr(NoiseMix(), name) for name in MODES[1:]]
+    np.testing.assert_allclose(shares, [1 - sum(expected), *expected], atol=0.03)
+
+
+@pytest.mark.parametrize("mode, low, high", [
+    ("clean", 0.95, 1), ("misspelt", 0.5, 0.85), ("faint", 0, 0.3), ("blurred", 0, 0.3), ("tiny", 0, 0.4),
+    ("covered", 0, 0.2), ("cut_off", 0, 0.35)])
+def test_how_well_each_mode_reads(score, mode, low, high):
+    _, params = sample(jax.random.key(9), ATLAS, batch=BATCH, noise=only(mode))
+    params = jax.tree.map(lambda x: x[:16], params)
+    reward = score(render(ATLAS, params)[:, 0], prompts.words(params.target))
+    assert low <= reward <= high
+
+
+def test_prompt_file(tmp_path):
+    out = tmp_path / "prompts.txt"
+    subprocess.run([sys.executable, "-m", "examples.tiny_wan.prompts", "--split", "heldout", "--count", "300",
+                    "--seed", "1", "--out", str(out)], check=True)
+    words = [prompts.quoted(line) for line in out.read_text().splitlines()]
+    assert len(words) == len(set(words)) == 300 and all(map(prompts.is_heldout, words))
