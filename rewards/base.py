@@ -1,0 +1,47 @@
+"""What every reward looks like.
+
+A reward is an object with one method, `score(frames, record)`: the frames of one video and whatever the
+reward needs to know of its prompt (for `OCRReward` the tuple of target strings). It is built by a picklable
+factory, so that every worker of a `RewardPool` can build its own. A combination of rewards is itself a
+reward: a class whose `score` calls its parts with the fields of its own record and adds up their values.
+"""
+
+import dataclasses
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class RewardError(RuntimeError):
+    """A reward that could not be built or computed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """The worth of one video, and what it was judged by."""
+
+    value: float                             # higher is better
+    text: str = ""                           # what was read in the video, for logs and previews
+    frames: tuple[int, ...] = ()             # indices of the frames that were judged
+    frame_values: tuple[float, ...] = ()     # one value per judged frame
+    frame_texts: tuple[str, ...] = ()        # one text per judged frame
+
+
+class Reward(Protocol):
+    """Anything that can judge one video. It must be deterministic: the same frames always get the same
+    score."""
+
+    def score(self, frames: np.ndarray, record: Any) -> Score:
+        """`frames` uint8 [T, H, W, 3] RGB; `record` says what the video was asked to show."""
+        ...
+
+
+def check_frames(frames: np.ndarray) -> None:
+    """Raises if `frames` is not a video as `Reward.score` takes it."""
+    if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8:
+        found = getattr(frames, "dtype", type(frames).__name__)
+        raise ValueError(f"frames must be a uint8 numpy array, got {found}; "
+                         f"convert decoded video x in [-1, 1] with ((x + 1) * 127.5).round().clip(0, 255)")
+    if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+        raise ValueError(f"frames must be [T, H, W, 3] with no empty axis, got {list(frames.shape)}; "
+                         f"an image is a video with T = 1")

@@ -1,0 +1,78 @@
+"""Rewards that misbehave, importable by worker processes. Each gives the mean of the frames as its value."""
+
+import os
+import pathlib
+import signal
+import sys
+import time
+
+from rewards.base import Score
+
+
+class Mean:
+    """What a first frame of 0, 1, 2 ... means is up to the subclass."""
+
+    def __init__(self, folder="."):
+        self.marks = pathlib.Path(folder)
+
+    def score(self, frames, record):
+        if frames.flat[0] == 1 and record is not None and self.misbehaves(record):
+            return self.misbehave()
+        return Score(float(frames.mean()), f"record {record}")
+
+    def misbehaves(self, record):
+        """Always, or for record "once" at the first try only; a file remembers it across processes."""
+        if record != "once":
+            return True
+        try:
+            (self.marks / "tried").touch(exist_ok=False)
+            return True
+        except FileExistsError:
+            return False
+
+    def misbehave(self):
+        raise ValueError("this video cannot be judged")
+
+
+class Dies(Mean):
+    def misbehave(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Hangs(Mean):
+    def misbehave(self):
+        time.sleep(60)
+
+
+class NotFinite(Mean):
+    def misbehave(self):
+        return Score(float("nan"))
+
+
+class Unpicklable(Mean):
+    def misbehave(self):
+        return Score(1.0, text=lambda: None)
+
+
+class Interrupted(Mean):
+    def misbehave(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return Score(7.0)
+
+
+class Slow(Mean):
+    def score(self, frames, record):
+        time.sleep(0.5)
+        return Score(1.0)
+
+
+class Environment:
+    """Tells what the process is like."""
+
+    def score(self, frames, record):
+        loaded = [name for name in ("jax", "jaxlib", "flax", "torch") if name in sys.modules]
+        return Score(float(os.getpid()), f"{loaded} OMP={os.environ.get('OMP_NUM_THREADS')}")
+
+
+def broken_factory():
+    raise OSError("the model file is missing")
