@@ -7,7 +7,6 @@ of held-out prompts, with the deterministic sampler and as training samples, and
 within groups and the rewards' histogram.
 """
 
-import json
 import pathlib
 
 import jax
@@ -15,33 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from flax import nnx
-from safetensors.numpy import load_file
 
-from convert import key_table
 from examples.tiny_wan import prompts, signs, sizes
-from wan_jax import params as P
+from examples.tiny_wan.folder import load_component, load_vae
+from examples.tiny_wan.train_transformer import tokenise
 from wan_jax import sde
-from wan_jax.config import TextEncoderConfig, TransformerConfig, VAEConfig, from_dict
+from wan_jax.config import TextEncoderConfig, TransformerConfig
 from wan_jax.solvers import make_solver
 from wan_jax.text_encoder import UMT5Encoder, encode
 from wan_jax.transformer import WanTransformer3D
-from wan_jax.vae import AutoencoderKLWan
-
-
-def load_component(folder, component: str, config_class, module):
-    """() -> module with the weights of a Diffusers component folder; `module(config)` builds it."""
-    folder = pathlib.Path(folder)
-    config = from_dict(config_class, json.loads((folder / "config.json").read_text()))
-    graphdef, like = nnx.split(nnx.eval_shape(lambda: module(config)))
-    abstract = P.flatten(like)
-    tensors = load_file(next(folder.glob("*.safetensors")))
-    flat = key_table.to_ours(component, tensors, {k: v.shape for k, v in abstract.items()})
-    state = P.unflatten(like, {k: jnp.asarray(v).astype(abstract[k].dtype) for k, v in flat.items()})
-    return lambda: nnx.merge(graphdef, state)
-
-
-def load_vae(folder, dtype):
-    return load_component(folder, "vae", VAEConfig, lambda c: AutoencoderKLWan(c, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
 def contact_sheet(path, frames: np.ndarray, columns: int = 8):
@@ -67,16 +48,16 @@ def read(pool, videos: np.ndarray, texts: list[str]) -> np.ndarray:
 
 
 def quoted(chars: np.ndarray) -> list[str]:
-    return [prompts.to_text(row).split('"')[1] for row in chars]
+    return [prompts.quoted(text) for text in prompts.decode(chars)]
 
 
 def check_vae(folder, pool, frames: int, count: int = 64):
-    vae, atlas = load_vae(folder, jnp.float32), signs.make_atlas()
+    vae, atlas = load_vae(folder, jnp.float32), signs.build_atlas()
 
     @jax.jit
     def reconstruct(key):
-        chars, sign = prompts.sample(key, count, heldout=True, frames=frames, noise=prompts.NoiseMix.clean())
-        video = signs.render(atlas, sign).astype(jnp.float32)
+        chars, sign = signs.sample(key, atlas, count, heldout=True, frames=frames)
+        video = signs.render(atlas, sign, frames).astype(jnp.float32)
         return chars, video, vae().decode(vae().encode(video)[0])
 
     chars, video, out = reconstruct(jax.random.key(5))
@@ -100,8 +81,6 @@ class Sampler:
 
     def sample(self, chars, key, *, frames=1, steps=10, noise_level=None, guidance=1.0):
         """uint8 videos for prompts given as ASCII rows; noise_level None is the deterministic Euler sampler."""
-        from examples.tiny_wan.train_transformer import tokenise
-
         solver = make_solver("euler", steps, sizes.FLOW_SHIFT)
         schedule = solver.schedule
         config = sde.SDEConfig(kind="flow_sde", noise_level=noise_level or 0.0)
@@ -137,7 +116,7 @@ class Sampler:
 def check_model(folder, pool, *, groups=32, size=8, frames=1, **kwargs):
     """Prints the statistics; returns (rewards [groups, size], frames)."""
     sampler = Sampler(folder)
-    chars = prompts.sample(jax.random.key(77), groups, heldout=True, frames=frames)[0]
+    chars = signs.sample(jax.random.key(77), signs.build_atlas(), groups, heldout=True, frames=frames)[0]
     rows = jnp.repeat(chars, size, axis=0)
     videos = sampler.sample(rows, jax.random.key(3), frames=frames, **kwargs)
     rewards = read(pool, videos, quoted(np.asarray(rows))).reshape(groups, size)
@@ -153,7 +132,7 @@ def main(_):
     from rewards.workers import RewardPool
 
     root = pathlib.Path(flags.FLAGS.model)
-    with RewardPool(OCRReward(), workers=flags.FLAGS.workers, mode="thread") as pool:
+    with RewardPool(OCRReward, workers=flags.FLAGS.workers, mode="thread") as pool:
         sheets = []
         if flags.FLAGS.stage in ("vae", "all"):
             for frames in (1, sizes.CLIP_FRAMES):

@@ -19,29 +19,17 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from examples.tiny_wan import prompts, signs, sizes
+from examples.tiny_wan import signs, sizes
+from examples.tiny_wan.folder import load_vae, save
 from examples.tiny_wan.optim import muon_or_adam
 from examples.tiny_wan.tokenizer import EOS as EOS_TOKEN
 from examples.tiny_wan.tokenizer import SPACE, UNK, VOCABULARY
-from examples.tiny_wan.train_vae import save
 from wan_jax import params as P
 from wan_jax.config import TextEncoderConfig, TransformerConfig, from_dict
 from wan_jax.text_encoder import UMT5Encoder, encode
 from wan_jax.transformer import WanTransformer3D
 
-flags.DEFINE_string("vae", None, "folder of the trained VAE", required=True)
-flags.DEFINE_string("out", None, "folder to write transformer/ and text_encoder/ into", required=True)
-flags.DEFINE_float("seconds", 900, "time budget of the optimisation, pool and compilation included")
-flags.DEFINE_float("learning_rate", 0.02, "peak rate of Muon")
-flags.DEFINE_float("adam_scale", 0.1, "Adam's rate as a share of Muon's")
-flags.DEFINE_integer("pool", 400_000, "single frames in the pool")
-flags.DEFINE_integer("pool_clips", 20_000, "clips in the pool")
-flags.DEFINE_integer("batch", 1024, "single frames a step")
-flags.DEFINE_integer("clips", 96, "clips a step")
-flags.DEFINE_float("aux", 0.1, "weight of the auxiliary loss")
-flags.DEFINE_integer("seed", 0, "seed")
 FLAGS = flags.FLAGS
-INNER = 50  # optimiser steps a call
 DROPOUT, LETTERS = 0.1, 6
 EOS = VOCABULARY.index(EOS_TOKEN)
 ASCII_IDS = np.array([VOCABULARY.index(c if c in VOCABULARY else SPACE if c == " " else UNK) for c in map(chr, range(128))],
@@ -79,14 +67,12 @@ def letter_classes(chars):
 
 def make_pool(vae_dir: str, atlas, key, count: int, batch: int, frames: int):
     """Normalised latents bf16 [count, F, h, w, C] and prompts uint8 [count, R] of freshly rendered signs."""
-    from examples.tiny_wan.evaluate import load_vae
-
     vae = load_vae(vae_dir, jnp.bfloat16)
 
     @jax.jit
     def chunk(_, key):
-        chars, sign = prompts.sample(key, batch, frames=frames)
-        video = signs.render(atlas, sign).astype(jnp.bfloat16)
+        chars, sign = signs.sample(key, atlas, batch, frames=frames, noise=signs.NoiseMix())
+        video = signs.render(atlas, sign, frames).astype(jnp.bfloat16)
         return None, (vae().normalise(vae().encode(video)[0]).astype(jnp.bfloat16), chars)
 
     _, (latents, chars) = jax.lax.scan(chunk, None, jax.random.split(key, count // batch))
@@ -112,7 +98,7 @@ def main(_):
     tx = muon_or_adam(flat, FLAGS.adam_scale)
     opt_state, ema = tx.init(flat), flat
 
-    key, atlas = jax.random.key(FLAGS.seed + 7), signs.make_atlas()
+    key, atlas = jax.random.key(FLAGS.seed + 7), signs.build_atlas()
     singles = make_pool(FLAGS.vae, atlas, jax.random.fold_in(key, 1), FLAGS.pool, min(1000, FLAGS.pool), 1)
     clips = make_pool(FLAGS.vae, atlas, jax.random.fold_in(key, 2), FLAGS.pool_clips, min(100, FLAGS.pool_clips),
                       sizes.CLIP_FRAMES)
@@ -157,19 +143,19 @@ def main(_):
             ema = jax.tree.map(lambda e, p: EMA_DECAY * e + (1 - EMA_DECAY) * p, ema, flat)
             return (flat, opt_state, ema), logs
 
-        carry, logs = jax.lax.scan(step, (flat, opt_state, ema), jax.random.split(key, INNER))
+        carry, logs = jax.lax.scan(step, (flat, opt_state, ema), jax.random.split(key, FLAGS.inner))
         return *carry, logs.mean(0)
 
-    steps, shown = 0, time.time() - start - 10
+    steps, shown, logs = 0, time.time() - start - 20, np.full(3, np.nan)
     flat, ema = jax.tree.map(jnp.copy, (flat, flat))
     begun = time.time()
     total_time = FLAGS.seconds - (begun - start)
     while (elapsed := time.time() - begun) < total_time:
         progress = elapsed / total_time
-        lr = FLAGS.learning_rate * min(1.0, (steps + INNER) / 400) * min(1.0, 1.02 - progress)
+        lr = FLAGS.learning_rate * min(1.0, (steps + FLAGS.inner) / 400) * min(1.0, 1.02 - progress)
         flat, opt_state, ema, logs = train(flat, opt_state, ema, singles, clips, jax.random.fold_in(key, 10 + steps), lr)
         logs = np.asarray(logs)
-        steps += INNER
+        steps += FLAGS.inner
         if time.time() - start - shown > 15:
             shown = time.time() - start
             print(f"{shown:6.0f} s  step {steps:6d}  lr {lr:.1e}  single {logs[0]:.4f}  clip {logs[1]:.4f}  "
@@ -183,4 +169,16 @@ def main(_):
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("vae", None, "folder of the trained VAE", required=True)
+    flags.DEFINE_string("out", None, "folder to write transformer/ and text_encoder/ into", required=True)
+    flags.DEFINE_float("seconds", 900, "time budget of the optimisation, pool and compilation included")
+    flags.DEFINE_float("learning_rate", 0.02, "peak rate of Muon")
+    flags.DEFINE_float("adam_scale", 0.1, "Adam's rate as a share of Muon's")
+    flags.DEFINE_integer("pool", 400_000, "single frames in the pool")
+    flags.DEFINE_integer("pool_clips", 20_000, "clips in the pool")
+    flags.DEFINE_integer("batch", 1024, "single frames a step")
+    flags.DEFINE_integer("clips", 96, "clips a step")
+    flags.DEFINE_float("aux", 0.1, "weight of the auxiliary loss")
+    flags.DEFINE_integer("seed", 0, "seed")
+    flags.DEFINE_integer("inner", 50, "optimiser steps a call")
     app.run(main)

@@ -8,34 +8,24 @@ Loss: weighted L1 + L2 (edges, hence letters, count several times), KL weight 1e
 """
 
 import functools
-import json
 import pathlib
 import time
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import optax
 from absl import app, flags
 from flax import nnx
-from safetensors.numpy import save_file
 
-from convert import key_table
-from examples.tiny_wan import prompts, signs, sizes
+from examples.tiny_wan import signs, sizes
+from examples.tiny_wan.folder import save
 from wan_jax import params as P
 from wan_jax.config import VAEConfig, from_dict
 from wan_jax.vae import AutoencoderKLWan
 
-flags.DEFINE_string("out", None, "folder to write (config.json and safetensors)", required=True)
-flags.DEFINE_float("seconds", 300, "time budget of the optimisation, compilation included")
-flags.DEFINE_float("learning_rate", 2e-3, "peak learning rate")
-flags.DEFINE_integer("batch", 128, "single frames a step")
-flags.DEFINE_integer("clips", 8, "clips a step in the second phase")
-flags.DEFINE_integer("seed", 0, "seed")
 FLAGS = flags.FLAGS
 CLIP_PHASE = 0.55  # the share of the time after which clips join
-INNER = 20  # optimiser steps a call
 KL_WEIGHT = 1e-6
 
 
@@ -79,10 +69,10 @@ def main(_):
     print(f"VAE: {sum(v.size for v in flat.values()):,} parameters", flush=True)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.99), optax.add_decayed_weights(0.01))
     opt_state = tx.init(flat)
-    atlas = signs.make_atlas()
+    atlas = signs.build_atlas()
 
     def render(key, batch, frames):
-        return signs.render(atlas, prompts.sample(key, batch, frames=frames)[1]).astype(jnp.float32)
+        return signs.render(atlas, signs.sample(key, atlas, batch, frames=frames, noise=signs.NoiseMix())[1], frames).astype(jnp.float32)
 
     @functools.partial(jax.jit, static_argnames="clips", donate_argnums=(0, 1))
     def train(flat, opt_state, key, lr, clips):
@@ -101,17 +91,17 @@ def main(_):
             updates, opt_state = tx.update(grads, opt_state, flat)
             return (jax.tree.map(lambda p, u: p - lr * u, flat, updates), opt_state), rec
 
-        (flat, opt_state), recs = jax.lax.scan(step, (flat, opt_state), jax.random.split(key, INNER))
+        (flat, opt_state), recs = jax.lax.scan(step, (flat, opt_state), jax.random.split(key, FLAGS.inner))
         return flat, opt_state, recs.mean()
 
     key, steps, shown = jax.random.key(FLAGS.seed + 1), 0, 0.0
     while (elapsed := time.time() - start) < FLAGS.seconds:
         progress = elapsed / FLAGS.seconds
-        lr = FLAGS.learning_rate * min(1, (steps + INNER) / 200) * (0.5 * (1 + np.cos(np.pi * progress)) + 1e-3)
+        lr = FLAGS.learning_rate * min(1, (steps + FLAGS.inner) / 200) * (0.5 * (1 + np.cos(np.pi * progress)) + 1e-3)
         clips = FLAGS.clips if progress > CLIP_PHASE else 0
         flat, opt_state, rec = train(flat, opt_state, jax.random.fold_in(key, steps), lr, clips=clips)
         rec = float(rec)
-        steps += INNER
+        steps += FLAGS.inner
         if elapsed - shown > 10:
             shown = elapsed
             print(f"{elapsed:6.0f} s  step {steps:6d}  lr {lr:.1e}  clips {clips}  reconstruction {rec:.4f}", flush=True)
@@ -119,8 +109,8 @@ def main(_):
     # the latents' mean and standard deviation go into the config: the transformer sees them normalised
     flat = {k: v.astype(jnp.bfloat16) for k, v in flat.items()}
     encode = jax.jit(lambda video: nnx.merge(graphdef, P.unflatten(like, flat)).encode(video.astype(jnp.bfloat16))[0])
-    z = [np.asarray(encode(render(jax.random.fold_in(key, -1 - i), 256, 1)), np.float32) for i in range(8)]
-    z += [np.asarray(encode(render(jax.random.fold_in(key, -100 - i), 32, sizes.CLIP_FRAMES)), np.float32)
+    z = [np.asarray(encode(render(jax.random.fold_in(key, 2**30 + i), 256, 1)), np.float32) for i in range(8)]
+    z += [np.asarray(encode(render(jax.random.fold_in(key, 2**30 + 100 + i), 32, sizes.CLIP_FRAMES)), np.float32)
           for i in range(4)]
     z = np.concatenate([v.reshape(-1, config.z_dim) for v in z])
     values = dict(sizes.VAE, latents_mean=[round(float(v), 4) for v in z.mean(0)],
@@ -129,13 +119,12 @@ def main(_):
     print(f"VAE: {steps} steps in {time.time() - start:.0f} s, reconstruction {rec:.4f}, written to {FLAGS.out}")
 
 
-def save(component: str, flat: dict, config: dict, out: pathlib.Path, name="diffusion_pytorch_model.safetensors"):
-    """Writes config.json and bf16 safetensors under the published names."""
-    out.mkdir(parents=True, exist_ok=True)
-    host = {k: np.asarray(v).astype(ml_dtypes.bfloat16) for k, v in flat.items()}
-    save_file(dict(key_table.to_theirs(component, host)), out / name, metadata={"format": "pt"})
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
 if __name__ == "__main__":
+    flags.DEFINE_string("out", None, "folder to write (config.json and safetensors)", required=True)
+    flags.DEFINE_float("seconds", 300, "time budget of the optimisation, compilation included")
+    flags.DEFINE_float("learning_rate", 2e-3, "peak learning rate")
+    flags.DEFINE_integer("batch", 128, "single frames a step")
+    flags.DEFINE_integer("clips", 8, "clips a step in the second phase")
+    flags.DEFINE_integer("seed", 0, "seed")
+    flags.DEFINE_integer("inner", 20, "optimiser steps a call")
     app.run(main)

@@ -1,0 +1,39 @@
+"""Reading and writing the component folders of a Diffusers checkpoint, for the training scripts."""
+
+import json
+import pathlib
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from convert import key_table
+from wan_jax import params as P
+from wan_jax.config import VAEConfig, from_dict
+from wan_jax.vae import AutoencoderKLWan
+
+
+def save(component: str, flat: dict, config: dict, out: pathlib.Path, name="diffusion_pytorch_model.safetensors"):
+    """Writes config.json and bf16 safetensors under the published names."""
+    out.mkdir(parents=True, exist_ok=True)
+    host = {k: np.asarray(v).astype(ml_dtypes.bfloat16) for k, v in flat.items()}
+    save_file(dict(key_table.to_theirs(component, host)), out / name, metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_component(folder, component: str, config_class, module):
+    """() -> module with the weights of a Diffusers component folder; `module(config)` builds it."""
+    folder = pathlib.Path(folder)
+    config = from_dict(config_class, json.loads((folder / "config.json").read_text()))
+    graphdef, like = nnx.split(nnx.eval_shape(lambda: module(config)))
+    abstract = P.flatten(like)
+    tensors = load_file(next(folder.glob("*.safetensors")))
+    flat = key_table.to_ours(component, tensors, {k: v.shape for k, v in abstract.items()})
+    state = P.unflatten(like, {k: jnp.asarray(v).astype(abstract[k].dtype) for k, v in flat.items()})
+    return lambda: nnx.merge(graphdef, state)
+
+
+def load_vae(folder, dtype):
+    return load_component(folder, "vae", VAEConfig, lambda c: AutoencoderKLWan(c, dtype=dtype, rngs=nnx.Rngs(0)))
