@@ -1,0 +1,232 @@
+"""Rollout and update: against the float64 reference, on policy, masked, accumulated, and on eight devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from grpo.losses import LossConfig
+from grpo.policy import make_policy
+from grpo.rollout import StepTable, make_step, rollout, sample_noise, sde_window
+from grpo.update import OptimiserConfig, init_state, make_update, objective, stack_batches
+from tests import reference
+from wan_jax import mesh as mesh_lib
+from wan_jax import params as P
+from wan_jax import sde
+from wan_jax.config import TransformerConfig
+from wan_jax.guidance import TextBatch, velocity
+from wan_jax.lora import LoRAConfig
+from wan_jax.schedule import flow_sigmas
+from wan_jax.transformer import WanTransformer3D
+
+CONFIG = TransformerConfig(num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=4, text_dim=12,
+                           freq_dim=16, ffn_dim=64, num_layers=2)
+SHAPE, STEPS, WINDOW = (1, 4, 4, 4), 4, np.array([0, 2])
+LORA = LoRAConfig(rank=4, alpha=8.0)
+TABLE = StepTable.make(flow_sigmas(STEPS, 3.0), sde.SDEConfig("flow_sde", 0.7))
+OPTIMISER = OptimiserConfig(learning_rate=1e-2, ema_decay=0.9)
+
+
+def setup(lora=LORA, mesh=None):
+    """(policy, trainable, frozen) of a random model; adapters are moved away from zero so that they matter."""
+    mesh = mesh or mesh_lib.make_mesh(devices=jax.devices()[:1])
+    model = WanTransformer3D(CONFIG, dtype=jnp.float32, attention="xla", rngs=nnx.Rngs(0))
+    frozen = mesh_lib.shard_params(nnx.split(model)[1], mesh)
+    policy, trainable = make_policy(CONFIG, frozen, mesh, lora=lora, key=jax.random.key(1), dtype=jnp.float32,
+                                    attention="xla", remat="none")
+    moved = {k: v + 0.05 * jax.random.normal(jax.random.fold_in(jax.random.key(2), i), v.shape)
+             for i, (k, v) in enumerate(sorted(trainable.items()))}
+    return policy, mesh_lib.shard_params(moved, mesh), frozen
+
+
+def text_batch(batch: int, mesh=None) -> TextBatch:
+    rng = np.random.default_rng(0)
+    embeddings, negative = rng.standard_normal((batch, 6, 12)), rng.standard_normal((6, 12))
+    mesh = mesh or mesh_lib.make_mesh(devices=jax.devices()[:1])
+    return TextBatch(jax.device_put(embeddings.astype(np.float32), mesh_lib.batch_sharding(mesh)),
+                     jax.device_put(negative.astype(np.float32), mesh_lib.replicated(mesh)), 10)
+
+
+def sampled(policy, trainable, frozen, samples, guidance=1.0, text=None, mesh=None):
+    mesh = mesh or mesh_lib.make_mesh(devices=jax.devices()[:1])
+    step = make_step(policy, TABLE, guidance)
+    samples = jax.device_put(jnp.asarray(samples, jnp.int32), mesh_lib.batch_sharding(mesh))
+    text = text or text_batch(len(samples), mesh)
+    return rollout(step, trainable, frozen, text, key=jax.random.key(3), samples=samples, shape=SHAPE, num_steps=STEPS,
+                   window=WINDOW)
+
+
+def flat_vector(tree) -> np.ndarray:
+    return np.concatenate([np.asarray(x, np.float64).ravel() for _, x in sorted(tree.items())])
+
+
+def copies(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_rollout_keeps_what_the_formulas_say(guidance):
+    policy, trainable, frozen = setup()
+    final, kept = sampled(policy, trainable, frozen, range(3), guidance)
+    module = policy.module(trainable, frozen)
+    assert kept.x.shape == (2, 3, *SHAPE) and kept.log_prob.shape == (2, 3)
+    for row, i in enumerate(WINDOW):
+        t, s, s_next, g = (np.float64(v) for v in (TABLE.timestep[i], TABLE.sigma[i], TABLE.sigma_next[i], TABLE.g[i]))
+        x, x_next = (np.asarray(v[row], np.float64) for v in (kept.x, kept.x_next))
+        v = np.asarray(velocity(module, kept.x[row], t, text_batch(3), guidance), np.float64)
+        mean = x + v * (s_next - s) + g**2 / (2 * s) * (x + (1 - s) * v) * (s_next - s)
+        std = g * np.sqrt(s - s_next)
+        z = np.asarray(sample_noise(jax.random.key(3), jnp.arange(3), i, SHAPE), np.float64)
+        np.testing.assert_allclose(x_next, mean + std * z, atol=2e-5)
+        density = (-((x_next - mean) ** 2) / (2 * std**2) - np.log(std) - 0.5 * np.log(2 * np.pi)).mean((1, 2, 3, 4))
+        np.testing.assert_allclose(kept.log_prob[row], density, atol=2e-5)
+    # between and after the kept steps: ODE
+    x = kept.x_next[0]
+    v = velocity(module, x, TABLE.timestep[1], text_batch(3), guidance)
+    np.testing.assert_allclose(kept.x[1], x + v * (TABLE.sigma_next[1] - TABLE.sigma[1]), atol=2e-5)
+    assert np.isfinite(final).all()
+
+
+def test_a_sample_depends_on_its_number_not_on_its_batch():
+    policy, trainable, frozen = setup()
+    text = text_batch(1)
+    wide = TextBatch(jnp.tile(text.embeddings, (3, 1, 1)), text.negative, text.padding)
+    three, _ = sampled(policy, trainable, frozen, [4, 5, 6], text=wide)
+    one, _ = sampled(policy, trainable, frozen, [5], text=text)
+    np.testing.assert_allclose(three[1:2], one, atol=1e-5)
+    assert np.abs(three[0] - three[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("lora", [LORA, None])
+@pytest.mark.parametrize("kl_kind", ["flow_grpo", "velocity"])
+def test_loss_and_gradient_against_float64(lora, kl_kind):
+    """The objective's value, and its gradient through the model: NumPy's gradient of the loss with respect to the
+    velocity, pulled back through the model's own Jacobian."""
+    policy, trainable, frozen = setup(lora)
+    _, kept = sampled(policy, trainable, frozen, range(4))
+    later = jax.tree.map(lambda p: p + 0.01 * jax.random.normal(jax.random.key(9), p.shape), trainable)
+    config = LossConfig(clip_low=2e-3, clip_high=3e-3, kl_beta=0.5, kl_kind=kl_kind)
+    advantages, valid = np.array([1.5, -0.7, 0.4, -2.0]), np.array([True, True, False, True])
+    i, text = int(WINDOW[1]), text_batch(4)
+    args = (kept.x[1], kept.x_next[1], kept.log_prob[1], i, text, jnp.asarray(advantages, jnp.float32), jnp.asarray(valid))
+    (loss, metrics), grads = jax.jit(jax.value_and_grad(
+        lambda w: objective(policy, TABLE, 1.0, config, w, frozen, *args), has_aux=True))(later)
+
+    def model_velocity(w):
+        return velocity(policy.module(w, frozen), kept.x[1], TABLE.timestep[i], text, 1.0)
+
+    v_new, pull_back = jax.vjp(model_velocity, later)
+    v_old, v_ref = model_velocity(trainable), velocity(policy.reference(frozen), kept.x[1], TABLE.timestep[i], text, 1.0)
+    row = [np.full(4, float(v[i])) for v in (TABLE.sigma, TABLE.sigma_next, TABLE.g)]
+    expected = reference.grpo_objective(*(np.asarray(v, np.float64) for v in (kept.x[1], kept.x_next[1], v_new, v_old, v_ref)),
+                                        *row, advantages, clip_low=2e-3, clip_high=3e-3, kl_beta=0.5, kl_kind=kl_kind,
+                                        mask=valid)
+    np.testing.assert_allclose(loss / 3, expected["loss"], rtol=1e-4)
+    (wanted,) = pull_back(jnp.asarray(expected["gradient"] * 3, jnp.float32))
+    wanted, got = flat_vector(wanted), flat_vector(grads)
+    assert np.linalg.norm(got - wanted) < 2e-3 * np.linalg.norm(wanted)
+    assert float(metrics.count) == 3
+
+
+def test_first_update_is_on_policy_and_moves_towards_the_better_samples():
+    policy, trainable, frozen = setup()
+    _, kept = sampled(policy, trainable, frozen, range(4))
+    update = make_update(policy, TABLE, 1.0, LossConfig(kl_beta=0.0), OPTIMISER)
+    batch = stack_batches([kept], np.array([[2.0, -1.0, 0.5, -1.5]]), np.ones((1, 4), bool))
+    before = copies(trainable)
+    state = init_state(copies(trainable), OPTIMISER)
+    state, first, _ = update(state, frozen, batch)
+    assert abs(first.averages()["ratio_max"] - 1) < 1e-6 and abs(first.averages()["ratio_min"] - 1) < 1e-6
+    assert first.averages()["clip_fraction"] == 0 and float(first.count) == 8
+    _, second, _ = update(state, frozen, batch)
+    assert second.averages()["policy_loss"] < first.averages()["policy_loss"]
+    assert max(abs(second.averages()["ratio_max"] - 1), abs(second.averages()["ratio_min"] - 1)) > 1e-5
+    assert any(np.abs(before[k] - v).max() > 0 for k, v in trainable.items()) is False  # the caller's arrays are his
+
+
+def test_optimiser_and_ema_follow_their_formulas():
+    policy, trainable, frozen = setup()
+    _, kept = sampled(policy, trainable, frozen, range(4))
+    config = OptimiserConfig(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=1e-3, ema_decay=0.9)
+    advantages = np.array([[2.0, -1.0, 0.5, -1.5]])
+    update = make_update(policy, TABLE, 1.0, LossConfig(kl_beta=0.0), config)
+    p0 = {k: np.asarray(v, np.float64) for k, v in trainable.items()}
+    state, _, norms = update(init_state(copies(trainable), config), frozen, stack_batches([kept], advantages, np.ones((1, 4), bool)))
+
+    def loss(w):
+        rows = [objective(policy, TABLE, 1.0, LossConfig(kl_beta=0.0), w, frozen, kept.x[k], kept.x_next[k], kept.log_prob[k],
+                          int(WINDOW[k]), text_batch(4), jnp.asarray(advantages[0], jnp.float32), jnp.ones(4, bool))[0]
+                for k in range(2)]
+        return sum(rows) / 8
+
+    g = {k: np.asarray(v, np.float64) for k, v in jax.grad(loss)(trainable).items()}
+    norm = np.sqrt(sum((v**2).sum() for v in g.values()))
+    np.testing.assert_allclose(norms["grad_norm"], norm, rtol=1e-4)
+    for k, v in state.trainable.items():
+        clipped = g[k] * 1e-3 / norm  # AdamW's first step: m / sqrt(v) = g / |g|
+        wanted = p0[k] - 1e-2 * (clipped / (np.abs(clipped) + 1e-8) + 0.1 * p0[k])
+        close = np.isclose(v, wanted, atol=2e-4)
+        assert close.mean() > 0.97  # where the gradient is near 0 its sign, and eps, are rounding
+        decay = 2 / 11  # (1 + 1) / (10 + 1)
+        np.testing.assert_allclose(state.ema[k], decay * p0[k] + (1 - decay) * np.asarray(v, np.float64), atol=1e-6)
+    assert int(state.updates) == 1
+
+
+def test_micro_batches_add_up_and_masked_equals_removed():
+    policy, trainable, frozen = setup()
+    update = make_update(policy, TABLE, 1.0, LossConfig(kl_beta=0.01), OPTIMISER)
+    text = text_batch(4)
+    part = [TextBatch(text.embeddings[s], text.negative, text.padding) for s in (slice(0, 2), slice(2, 4))]
+    _, whole = sampled(policy, trainable, frozen, range(4), text=text)
+    halves = [sampled(policy, trainable, frozen, r, text=t)[1] for r, t in (((0, 1), part[0]), ((2, 3), part[1]))]
+    advantages, ones = np.array([1.0, -1.0, 0.5, -0.5]), np.ones(4, bool)
+
+    def weights(trajectories, a, v):
+        batch = stack_batches(trajectories, a, v)
+        return flat_vector(update(init_state(copies(trainable), OPTIMISER), frozen, batch)[0].trainable)
+
+    one = weights([whole], advantages[None], ones[None])
+    np.testing.assert_allclose(weights(halves, advantages.reshape(2, 2), ones.reshape(2, 2)), one, atol=2e-5)
+    masked = weights([whole], advantages[None], np.array([[True, True, False, False]]))
+    removed = weights([halves[0]], advantages[None, :2], ones[None, :2])
+    np.testing.assert_allclose(masked, removed, atol=2e-5)
+    assert np.abs(masked - one).max() > 1e-3
+
+
+@pytest.mark.parametrize("fsdp", [1, 4])
+@pytest.mark.parametrize("lora", [LORA, None])
+def test_eight_devices_equal_one(fsdp, lora):
+    assert jax.device_count() == 8
+    results = []
+    for mesh in (mesh_lib.make_mesh(devices=jax.devices()[:1]), mesh_lib.make_mesh(fsdp)):
+        policy, trainable, frozen = setup(lora, mesh)
+        final, kept = sampled(policy, trainable, frozen, range(8), guidance=3.0, text=text_batch(8, mesh), mesh=mesh)
+        assert len(final.sharding.device_set) == mesh.size
+        update = make_update(policy, TABLE, 3.0, LossConfig(kl_beta=0.01), OPTIMISER)
+        advantages = np.linspace(-2, 2, 8)[None]
+        state, metrics, _ = update(init_state(copies(trainable), OPTIMISER), frozen,
+                                   stack_batches([kept], advantages, np.ones((1, 8), bool)))
+        assert metrics.averages()["ratio_max"] - 1 < 1e-5
+        results.append((np.asarray(final), np.asarray(kept.log_prob), flat_vector(state.ema)))
+    for one, eight in zip(*results):
+        np.testing.assert_allclose(eight, one, atol=1e-4)
+
+
+def test_fsdp_splits_the_parameters():
+    mesh = mesh_lib.make_mesh(4)
+    wide = {"kernel": jnp.zeros((2, 256, 512)), "bias": jnp.zeros((512,))}
+    placed = mesh_lib.shard_params(wide, mesh)
+    assert placed["kernel"].sharding.shard_shape((2, 256, 512)) == (2, 256, 128)
+    assert placed["bias"].sharding.shard_shape((512,)) == (512,)
+    with pytest.raises(ValueError, match=r"mesh.fsdp=3 does not divide the 8 devices"):
+        mesh_lib.make_mesh(3)
+
+
+def test_sde_window_is_a_function_of_seed_and_epoch():
+    windows = [tuple(sde_window(0, epoch, 2, 1, 7)) for epoch in range(40)]
+    assert windows == [tuple(sde_window(0, epoch, 2, 1, 7)) for epoch in range(40)]
+    assert all(a < b for a, b in windows) and {i for w in windows for i in w} == set(range(1, 7))
+    assert tuple(sde_window(0, 3, 6, 1, 7)) == (1, 2, 3, 4, 5, 6)
+    with pytest.raises(ValueError, match=r"sde_steps=3 .*\(0, 2\)"):
+        sde_window(0, 0, 3, 0, 2)
