@@ -1,0 +1,321 @@
+"""One page that says what a run achieved: `report.html`, readable anywhere without a network.
+
+    python -m grpo.report --run runs/tiny_ocr
+
+Made from the run folder's files alone (`grpo.run_log` lists them), so it can be rebuilt at any time, also of a run
+that was cut short. Pictures are embedded; all text is escaped.
+"""
+
+import html
+import io
+import math
+import pathlib
+import re
+import sys
+
+import numpy as np
+from absl import app, flags
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from grpo import media, run_log
+from grpo.report_page import COLORS, page
+from grpo.statistics import paired_difference
+from rewards.targets import TargetError, parse_targets
+
+MEDIA_BYTES = 7_000_000  # of all embedded pictures together, so that the page stays below 10 MB
+SURE = "95\N{NO-BREAK SPACE}%"  # confidence of every interval
+VISIBLE = 192            # pixels: smaller pictures are enlarged to about this height
+STAGES = {"sample": "sampling", "decode": "VAE decoding", "score_wait": "waiting for scores", "update": "policy update",
+          "save": "checkpoints"}
+HEALTH = {  # metric: (name, the worse direction, what to expect)
+    "ratio_max_error": ("first update's |ratio − 1|", max, "0 but for rounding: sampling and update agree"),
+    "clip_fraction": ("clipped ratios", max, "a share of 0 to 1; near 1 nothing is learnt"),
+    "approx_kl": ("KL to the sampling policy", max, "small and steady"),
+    "kl": ("KL to the reference model", max, "grows slowly"),
+    "grad_norm": ("gradient norm", max, "no jumps; before clipping"),
+    "loss": ("loss", max, "no trend to expect: advantages are centred"),
+    "policy_loss": ("policy loss", max, "no trend to expect: advantages are centred"),
+    "group_std": ("reward spread within groups", min, "the learning signal; 0 teaches nothing"),
+    "zero_std_fraction": ("groups without spread", max, "a share of 0 to 1; near 1 nothing is learnt"),
+    "failed_scores": ("failed scores", max, "0; such videos are masked, not punished"),
+}
+
+
+def write_report(folder) -> pathlib.Path:
+    """Writes `folder`/report.html and returns its path. Raises FileNotFoundError without a run folder."""
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"run folder {folder} does not exist")
+    metrics, config = run_log.read_metrics(folder), run_log.read_config(folder)
+    every = run_log.read_evaluations(folder)
+    evaluations = comparable(every)
+    sections = [("", _headline(evaluations, metrics, config, len(every) - len(evaluations))),
+                ("Reward", _reward_chart(evaluations, metrics)),
+                ("Before and after" if evaluations[1:] else "Samples", _pictures(folder, evaluations)),
+                ("Every held-out prompt", _prompt_table(evaluations)),
+                ("Where the time went", _timings(metrics, evaluations)),
+                ("Training health", _health(metrics)),
+                ("Settings", _settings(config)),
+                ("Run it again", _command(config))]
+    name = folder.resolve().name
+    text = page(f"{name}: GRPO report", html.escape(name), [(title, body) for title, body in sections if body])
+    path = folder / "report.html"
+    run_log.write_atomically(path, text.encode(errors="replace"))
+    return path
+
+
+def summary_lines(folder) -> list[str]:
+    """What to print at the end of a run: the result, and where its report is."""
+    evaluations = comparable(run_log.read_evaluations(folder))
+    path = pathlib.Path(folder, "report.html")
+    if not evaluations:
+        return ["no held-out evaluation was recorded", f"report: {path}"]
+    first, last = evaluations[0], evaluations[-1]
+    if len(evaluations) == 1:
+        result = (f"{last['reward']:.2f} (95 % CI {_interval(last)}, {last['num']} held-out prompts; "
+                  "one evaluation so far)")
+    else:
+        result = (f"{first['reward']:.2f} -> {last['reward']:.2f} (95 % CI {_interval(first)} -> {_interval(last)}, "
+                  f"{last['num']} held-out prompts; intervals {_overlap(first, last)})")
+    return [f"OCR reward {result}", f"report: {path}"]
+
+
+def comparable(evaluations: list[dict]) -> list[dict]:
+    """Those on the same prompts as the newest: a resumed run may have been given others."""
+    return [e for e in evaluations if e["prompts"] == evaluations[-1]["prompts"]]
+
+
+def _interval(evaluation: dict) -> str:
+    return f"[{evaluation['low']:.2f}, {evaluation['high']:.2f}]"
+
+
+def _overlap(first: dict, last: dict) -> str:
+    return "overlap" if first["low"] <= last["high"] and last["low"] <= first["high"] else "do not overlap"
+
+
+def _headline(evaluations: list[dict], metrics: list[dict], config: dict, others: int) -> str:
+    """The result in one sentence, then in figures."""
+    done, notes, tiles = len(metrics) and metrics[-1]["epoch"], [], []
+    if not evaluations:
+        sentence = "No held-out evaluation was recorded."
+    elif len(evaluations) == 1:
+        last = evaluations[0]
+        sentence = (f"OCR reward {last['reward']:.2f} on {last['num']} held-out prompts, {SURE} confidence interval "
+                    f"{_interval(last)}.")
+        notes.append(f"There is one evaluation so far, after epoch {last['epoch']}: nothing to compare it with.")
+        tiles.append((f"{last['reward']:.2f}", f"after epoch {last['epoch']}, {SURE} CI {_interval(last)}"))
+    else:
+        first, last = evaluations[0], evaluations[-1]
+        sentence = (f"OCR reward {first['reward']:.2f} → {last['reward']:.2f} on {last['num']} held-out prompts, "
+                    f"{SURE} confidence intervals {_interval(first)} and {_interval(last)}, {_overlap(first, last)}.")
+        before, after = np.array(first["rewards"]), np.array(last["rewards"])
+        tiles = [(f"{e['reward']:.2f}", f"after epoch {e['epoch']}, {SURE} CI {_interval(e)}") for e in (first, last)]
+        if np.isfinite(after - before).sum() >= 2:
+            mean, low, high = paired_difference(before, after)
+            tiles.append((f"{mean:+.2f}", f"per prompt and seed, {SURE} CI [{low:+.2f}, {high:+.2f}]"))
+        tiles.append((f"{(after > before).sum()} : {(after < before).sum()}",
+                      f"prompts better : worse, {(after == before).sum()} equal"))
+    failed = evaluations[-1].get("failed_scores", 0) if evaluations else 0
+    if failed:
+        notes.append(f"{failed} of {len(evaluations[-1]['prompts'])} samples of the last evaluation could not be "
+                     "scored and are left out.")
+    if others:
+        notes.append(f"{others} earlier evaluation(s) on other prompts are left out.")
+    if done and done < config.get("epochs", 0):
+        notes.append(f"Epoch {done} of {config['epochs']}: the run is not finished.")
+    if metrics:
+        tiles.append((f"{done}", f"epochs, {sum(m.get('videos', 0) for m in metrics):,} videos sampled"
+                      if "videos" in metrics[-1] else "epochs"))
+    figures = "".join(f'<div class="tile"><b>{html.escape(v)}</b><span>{html.escape(t)}</span></div>' for v, t in tiles)
+    notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
+    return (f'<p class="lead">{html.escape(sentence)}</p>{notes}'
+            + (f'<div class="tiles">{figures}</div>' if tiles else ""))
+
+
+def _reward_chart(evaluations: list[dict], metrics: list[dict]) -> str:
+    points = [(m["epoch"], m["reward_mean"]) for m in metrics if math.isfinite(m.get("reward_mean", math.nan))]
+    if not points and not evaluations:
+        return ""
+    charts = "".join(f'<div class="{name}">{_draw_rewards(evaluations, points, size, name)}</div>'
+                     for name, size in (("wide", (8.6, 3.6)), ("narrow", (3.9, 3.2))))
+    return (f"<figure>{charts}<figcaption>Held-out: the averaged (EMA) weights with the deployment sampler, the same "
+            f"prompts and seeds each time; the band is the {SURE} bootstrap interval. Training: the mean over an "
+            "epoch's samples, drawn with the noisy training sampler: the levels may differ.</figcaption></figure>")
+
+
+def _draw_rewards(evaluations: list[dict], points: list[tuple], size: tuple, name: str) -> str:
+    """Inline SVG whose colours are the page's CSS variables."""
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 10}):
+        figure = Figure(figsize=size, layout="constrained")
+        ax = figure.add_subplot()
+        if points:
+            ax.plot(*zip(*points), color=COLORS["training"], lw=1.4, label="training samples")
+        if evaluations:
+            epochs = [e["epoch"] for e in evaluations]
+            band = [[e[k] for e in evaluations] for k in ("low", "high")]
+            if len(epochs) > 1:
+                ax.fill_between(epochs, *band, color=COLORS["heldout"], alpha=0.22, lw=0)
+            else:
+                ax.vlines(epochs, *band, color=COLORS["heldout"], alpha=0.4, lw=6)
+            ax.plot(epochs, [e["reward"] for e in evaluations], color=COLORS["heldout"], lw=2.2, marker="o", ms=5,
+                    label="held-out prompts")
+        ax.set_xlabel("epoch")
+        ax.set_ylabel("OCR reward")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(axis="y", color=COLORS["grid"], lw=0.8)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right", "left"]].set_visible(False)
+        ax.spines["bottom"].set_color(COLORS["grid"])
+        ax.tick_params(colors=COLORS["muted"], length=0)
+        for label in (ax.xaxis.label, ax.yaxis.label):
+            label.set_color(COLORS["muted"])
+        figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=COLORS["text"])
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={k: None for k in ("Date", "Creator", "Format",
+                                                                                         "Type")})
+    svg = file.getvalue()[file.getvalue().index("<svg"):]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL).replace("xlink:href", "href")
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)  # the page's own typeface
+    for role, color in COLORS.items():
+        svg = svg.replace(color, f"var(--{role})")
+    return svg.replace("<svg ", '<svg role="img" aria-label="OCR reward by epoch" ', 1)
+
+
+def _pictures(folder: pathlib.Path, evaluations: list[dict]) -> str:
+    """The first prompts' samples of the first and the last evaluation, side by side."""
+    sides = [(e, v) for e in (evaluations[:1] + evaluations[1:][-1:])
+             if (v := run_log.read_previews(folder, e["epoch"])) is not None]
+    if not sides:
+        return '<p class="note">No previews were kept.</p>' if evaluations else ""
+    count = min(len(videos) for _, videos in sides)
+    budget = MEDIA_BYTES // (count * len(sides))
+    cards = []
+    for i in range(count):
+        prompt = sides[0][0]["prompts"][i]
+        figures = "".join(
+            f"<figure>{_embed(videos[i], budget, e['epoch'])}"
+            f"<figcaption>after epoch {e['epoch']}: <b>{_reward(e['rewards'][i])}</b>, "
+            f"{_read(e['texts'][i])}</figcaption></figure>" for e, videos in sides)
+        cards.append(f'<article><p class="prompt">{html.escape(prompt)}</p><p class="target">asked for '
+                     f'{html.escape(_target(prompt))}</p><div class="pair">{figures}</div></article>')
+    same = "; both sides start from the same noise" if sides[1:] else ""
+    return f'<p class="note">The first {count} held-out prompts, not a selection{same}.</p>{"".join(cards)}'
+
+
+def _reward(value: float) -> str:
+    return "not scored" if math.isnan(value) else f"{value:.2f}"
+
+
+def _read(text: str) -> str:
+    return f"read <q>{html.escape(text)}</q>" if text.strip() else "nothing read"
+
+
+def _target(prompt: str) -> str:
+    try:
+        return ", ".join(f"“{t}”" for t in parse_targets(prompt))
+    except TargetError:
+        return "no quoted text"
+
+
+def _embed(video: np.ndarray, budget: int, epoch: int) -> str:
+    """video uint8 [T, H, W, 3] as <img> or <video> of at most `budget` characters: the first encoding that fits."""
+    frames, h, w, _ = video.shape
+    alt = f"sample after epoch {epoch}"
+    scale = max(1, -(-VISIBLE // h))
+    look = f'style="width:{w * scale}px"' + (' class="tiny"' if scale > 1 else "")
+    if frames > 1:
+        fps = min(16, frames)  # a short clip lasts a second
+        for crf in (media.CRF, 26, 34):
+            if len(uri := media.mp4_data_uri(video, fps, min(scale, 2), crf=crf)) <= budget:
+                return (f'<video {look} src="{uri}" title="{alt}; click to pause" autoplay muted loop playsinline '
+                        'onclick="this.paused ? this.play() : this.pause()"></video>')
+    middle = video[frames // 2]
+    for factor, quality in ((1, None), (1, 92), (1, 80), (2, 80), (4, 80)):
+        frame = media.shrink(middle, factor)
+        uri = media.jpeg_data_uri(frame, quality) if quality else media.png_data_uri(frame)
+        if len(uri) <= budget:
+            return f'<img {look} src="{uri}" alt="{alt}">'
+    return f'<p class="note">{h} x {w} pixels are too large to embed.</p>'
+
+
+def _prompt_table(evaluations: list[dict]) -> str:
+    if not evaluations:
+        return ""
+    shown = evaluations[:1] + evaluations[1:][-1:]
+    head = ["prompt"] + [f"{what} after {e['epoch']}" for e in shown for what in ("reward", "read")]
+    rows = [[prompt] + [v for e in shown for v in (_reward(e["rewards"][i]), e["texts"][i])]
+            for i, prompt in enumerate(evaluations[-1]["prompts"][:1000])]
+    return f"<details><summary>{len(rows)} prompts</summary>{_table(head, rows)}</details>"
+
+
+def _timings(metrics: list[dict], evaluations: list[dict]) -> str:
+    """Mean seconds an epoch by stage; the first epoch apart, because it compiles."""
+    timed = [m["seconds"] for m in metrics if isinstance(m.get("seconds"), dict)]
+    if not timed:
+        return ""
+    steady = timed[1:] or timed
+    stages = [s for s in dict.fromkeys(k for t in timed for k in t) if s != "total"]
+    mean = {s: float(np.mean([t.get(s, 0.0) for t in steady])) for s in stages}
+    total = sum(mean.values()) or 1.0
+    names = [html.escape(STAGES.get(s, s)) for s in stages]
+    bar = "".join(f'<i class="s{i % 6}" style="width:{mean[s] / total:.2%}" title="{names[i]}"></i>'
+                  for i, s in enumerate(stages))
+    rows = [[f'<i class="dot s{i % 6}"></i>{names[i]}', f"{mean[s]:.2f}", f"{mean[s] / total:.0%}",
+             f"{timed[0].get(s, 0.0):.2f}"] for i, s in enumerate(stages)]
+    rows.append(["all stages", f"{total:.2f}", "100%", f"{sum(v for k, v in timed[0].items() if k != 'total'):.2f}"])
+    over = f"{len(steady)} epoch(s) after the first, which compiles" if timed[1:] else "the only epoch, which compiles"
+    evaluation = [e["seconds"] for e in evaluations if "seconds" in e]
+    return (f'<p class="note">Mean over {over}. Scores are computed while the next batch is sampled: only the wait for '
+            f'the last ones counts.</p><div class="bar">{bar}</div>'
+            + _table(["stage", "s an epoch", "share", "first epoch, s"], rows, escape=False)
+            + (f'<p class="note">Held-out evaluations: {len(evaluation)}, {np.mean(evaluation):.1f} s each, beside the '
+               "epochs.</p>" if evaluation else ""))
+
+
+def _health(metrics: list[dict]) -> str:
+    rows = []
+    for key, (name, worse, expect) in HEALTH.items():
+        values = [(m[key], m["epoch"]) for m in metrics if key in m]
+        if not values:
+            continue
+        bad = [v for v in values if not math.isfinite(v[0])]
+        worst, epoch = bad[0] if bad else worse(values, key=lambda v: v[0])
+        rows.append([name, _short(values[0][0]), _short(values[-1][0]), f"{_short(worst)} (epoch {epoch})", expect])
+    return _table(["", "first", "last", "worst", "expected"], rows) if rows else ""
+
+
+def _settings(config: dict) -> str:
+    rows = [[key.replace("/", "."), str(value)] for key, value in run_log.flatten(config).items() if key != "command"]
+    if not rows:
+        return ""
+    return f"<details><summary>{len(rows)} settings</summary>{_table(['setting', 'value'], rows)}</details>"
+
+
+def _command(config: dict) -> str:
+    return f"<pre>{html.escape(str(config['command']))}</pre>" if config.get("command") else ""
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _table(head: list[str], rows: list[list[str]], escape: bool = True) -> str:
+    clean = html.escape if escape else str
+    body = "".join("<tr>" + "".join(f"<td>{clean(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return (f'<div class="scroll"><table><thead><tr>{"".join(f"<th>{html.escape(h)}</th>" for h in head)}</tr></thead>'
+            f"<tbody>{body}</tbody></table></div>")
+
+
+def main(_):
+    try:
+        print(write_report(RUN.value))
+        print(*summary_lines(RUN.value), sep="\n")
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    RUN = flags.DEFINE_string("run", None, "run folder of grpo.train", required=True)
+    app.run(main)
