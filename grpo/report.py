@@ -18,10 +18,11 @@ from absl import app, flags
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from grpo import media, run_log
+from grpo import run_log
 from grpo.report_page import COLORS, page
 from grpo.statistics import paired_difference
 from rewards.targets import TargetError, parse_targets
+from wan_jax import media
 
 MEDIA_BYTES = 7_000_000  # of all embedded pictures together, so that the page stays below 10 MB
 SURE = "95\N{NO-BREAK SPACE}%"  # confidence of every interval

@@ -22,7 +22,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.summary_pb2 import Summary
 
-from grpo import media
+from wan_jax import media
 
 METRICS, EVALUATIONS, CONFIG = "metrics.jsonl", "evals.jsonl", "config.json"
 GIF_FRAMES, GIF_FPS = 16, 8  # of a clip's preview in TensorBoard, which shows GIFs

@@ -75,7 +75,7 @@ def check_resume(saved: dict, now: dict, checkpoint: str):
     """Raises `UserError` when a run's checkpoint was made with other settings than the ones given now."""
     saved, now = flat(saved), flat(now)
     changed = [f"{k}: {saved.get(k)!r} -> {now.get(k)!r}" for k in sorted(saved.keys() | now.keys())
-               if saved.get(k) != now.get(k) and not any(k == f or f.endswith(".") and k.startswith(f) for f in FREE)]
+               if saved.get(k) != now.get(k) and not any(k == f or (f.endswith(".") and k.startswith(f)) for f in FREE)]
     if changed:
         raise UserError(f"{checkpoint} was made with other settings ({'; '.join(changed[:6])}); continue with the same "
                         "ones, or start a new run with another --config.run_dir")

@@ -16,7 +16,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
@@ -36,8 +36,8 @@ from wan_jax import mesh as mesh_lib
 from wan_jax.attention import choose_backend
 from wan_jax.checkpoint import Checkpoints
 from wan_jax.cli import UserError
-from wan_jax.solvers import make_solver
 from wan_jax.schedule import flow_sigmas
+from wan_jax.solvers import make_solver
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, e.g. configs/tiny_ocr.py", lock_config=True)
 
@@ -69,7 +69,7 @@ def main(_):
     restored = checkpoints.latest()
     if restored is not None:
         settings.check_resume(checkpoints.meta(restored)["config"], c.to_dict(), str(checkpoints.path(restored)))
-    logging.info("devices: %s; attention: %s; weights: %s", mesh.devices.size, backend, c.model.dtype)
+    say(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}, attention {backend}, weights {c.model.dtype}")
 
     everything = PromptSet(train_prompts.prompts + heldout.prompts, train_prompts.targets + heldout.targets)
     bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())

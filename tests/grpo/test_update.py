@@ -12,7 +12,6 @@ from grpo.rollout import StepTable, make_step, rollout, sample_noise, sde_window
 from grpo.update import OptimiserConfig, init_state, make_update, objective, stack_batches
 from tests import reference
 from wan_jax import mesh as mesh_lib
-from wan_jax import params as P
 from wan_jax import sde
 from wan_jax.config import TransformerConfig
 from wan_jax.guidance import TextBatch, velocity

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grpo import media
+from wan_jax import media
 
 
 def clip(frames=4, h=34, w=51):

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Installs what the tests need (PyTorch and Diffusers as peers included) into .venv and runs them.
+#   bash scripts/test.sh [pytest arguments]
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+make_env "parity,test"
+"$VENV/bin/ruff" check .
+exec "$VENV/bin/python" -m pytest "$@"

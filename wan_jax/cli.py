@@ -1,0 +1,59 @@
+"""What the command-line programs share: user errors are one message and exit code 1, never a traceback."""
+
+import errno
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+
+class UserError(Exception):
+    """Something the user can mend; the message names the value, the limit and the fix."""
+
+
+ADVICE = {errno.ENOSPC: "the disk is full; free some space and run the same command again",
+          errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
+          errno.EROFS: "the file system is read-only; choose another folder",
+          errno.EACCES: "permission denied; choose a folder you may write to",
+          errno.EPERM: "permission denied; choose a folder you may write to"}
+
+
+def run(main: Callable) -> None:
+    """`absl.app.run(main)`, with user errors, full or read-only disks and Ctrl-C reported in one line.
+
+    Exit codes: 1 for errors, 130 for Ctrl-C.
+    """
+
+    def guarded(argv):
+        if len(argv) > 1:
+            fail(f"unexpected argument {argv[1]!r}; settings are given as --name=value, see --help")
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # orbax and JAX say a lot at the usual level
+        try:
+            main(argv)
+        except UserError as error:
+            fail(str(error))
+        except KeyboardInterrupt:
+            print("\nstopped; everything saved so far is whole, the same command continues from it", file=sys.stderr)
+            sys.exit(130)
+        except Exception as error:  # an OSError may come wrapped, by orbax for one
+            if (cause := disk_error(error)) is None:
+                raise
+            where = f"{cause.filename}: " if cause.filename else ""
+            fail(f"{where}{ADVICE[cause.errno]} ({cause.strerror})")
+
+    app.run(guarded)
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """The first OSError in the chain of causes that `ADVICE` knows."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in ADVICE:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)

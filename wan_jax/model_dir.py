@@ -1,0 +1,106 @@
+"""A converted model on disk, as `convert.from_diffusers` writes it.
+
+    MODEL/wan_jax.json                          format, source and dtype; written last, so its presence means whole
+    MODEL/model_index.json, scheduler/, tokenizer/          as published
+    MODEL/{transformer,vae,text_encoder}/config.json        as published
+    MODEL/{transformer,vae,text_encoder}/params/            orbax, flat dict {'blocks/attn1/to_q/kernel': array}
+"""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
+
+from wan_jax import config as config_lib
+from wan_jax import mesh as mesh_lib
+from wan_jax import params as P
+from wan_jax.cli import UserError
+from wan_jax.text_encoder import UMT5Encoder
+from wan_jax.transformer import WanTransformer3D
+from wan_jax.vae import AutoencoderKLWan
+
+FORMAT = 1
+MANIFEST = "wan_jax.json"
+COMPONENTS = {"transformer": (config_lib.TransformerConfig, WanTransformer3D),
+              "vae": (config_lib.VAEConfig, AutoencoderKLWan),
+              "text_encoder": (config_lib.TextEncoderConfig, UMT5Encoder)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDir:
+    path: pathlib.Path
+    manifest: dict
+
+    def config(self, component: str):
+        """The component's configuration dataclass."""
+        return config_lib.load(COMPONENTS[component][0], self.path / component / "config.json")
+
+    @property
+    def scheduler(self) -> config_lib.SchedulerConfig:
+        return config_lib.load(config_lib.SchedulerConfig, self.path / "scheduler" / "scheduler_config.json")
+
+    @property
+    def tokenizer_path(self) -> pathlib.Path:
+        return self.path / "tokenizer"
+
+    def load(self, component: str, like: nnx.State, mesh=None) -> nnx.State:
+        """The weights in the structure and dtypes of the abstract state `like`, sharded over `mesh` (None: one device).
+
+        Raises `UserError` when the stored arrays do not fit.
+        """
+        wanted = P.flatten(like)
+        shardings = mesh_lib.param_shardings(wanted, mesh) if mesh else dict.fromkeys(
+            wanted, SingleDeviceSharding(jax.devices()[0]))
+        abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=shardings[k]) for k, v in wanted.items()}
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                flat = checkpointer.restore(params_path(self.path, component), abstract)
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise UserError(f"{self.path / component} cannot be read ({str(error).splitlines()[0][:200]}); convert the "
+                            "model again with python -m convert.from_diffusers") from error
+        return P.unflatten(like, flat)
+
+    def load_numpy(self, component: str) -> dict[str, np.ndarray]:
+        """The weights as stored, on the host."""
+        with ocp.StandardCheckpointer() as checkpointer:
+            return {k: np.asarray(v) for k, v in checkpointer.restore(params_path(self.path, component)).items()}
+
+
+def params_path(model: pathlib.Path, component: str) -> pathlib.Path:
+    return (model / component / "params").absolute()
+
+
+def open_model(path) -> ModelDir:
+    """Raises `UserError` when the folder is missing, is no converted model, or one of another format."""
+    path = pathlib.Path(path)
+    advice = f"convert one with: python -m convert.from_diffusers --src DIFFUSERS_FOLDER --dst {path}"
+    if not path.is_dir():
+        raise UserError(f"model folder {path} does not exist; {advice}")
+    if not (path / MANIFEST).is_file():
+        kind = "a Diffusers folder, not a converted model" if (path / "model_index.json").is_file() else "no converted model"
+        raise UserError(f"{path} is {kind} (it has no {MANIFEST}); {advice}")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except json.JSONDecodeError:
+        raise UserError(f"{path / MANIFEST} is damaged; {advice}") from None
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}; {advice}")
+    return ModelDir(path, manifest)
+
+
+def abstract(component: str, config, *, dtype=jnp.float32, **kwargs) -> tuple[nnx.GraphDef, nnx.State]:
+    """(graphdef, abstract state) of a component; kwargs go to the transformer (attention, remat)."""
+    model_class = COMPONENTS[component][1]
+    return nnx.split(nnx.eval_shape(lambda: model_class(config, dtype=dtype, rngs=nnx.Rngs(0), **kwargs)))
+
+
+def build(component: str, model: ModelDir, *, dtype=jnp.float32, mesh=None, **kwargs) -> tuple[nnx.GraphDef, nnx.State]:
+    """(graphdef, state) of a component with its stored weights, cast to the dtypes the module keeps them in."""
+    graphdef, like = abstract(component, model.config(component), dtype=dtype, **kwargs)
+    return graphdef, model.load(component, like, mesh)
