@@ -47,13 +47,20 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> np.nda
 
 
 class Embedding(nnx.Module):
-    """A lookup table [rows, features], initialised normal(0, std)."""
+    """A lookup table [rows, features], initialised normal(0, std).
+
+    A small table is read by a one-hot product: the gradient of a lookup adds every token's row with atomic operations,
+    which collide when a few rows serve them all (190 ms a training step of 110,000 characters on an H200).
+    """
 
     def __init__(self, rows: int, features: int, *, std: float, dtype, rngs: nnx.Rngs):
         self.embedding = nnx.Param((jax.random.normal(rngs.params(), (rows, features)) * std).astype(dtype))
 
     def __call__(self, ids: Array) -> Array:  # int [...] -> [..., features]
-        return self.embedding[...][ids]
+        table = self.embedding[...]
+        if table.shape[0] > 512:
+            return table[ids]
+        return jnp.matmul(jax.nn.one_hot(ids, table.shape[0], dtype=table.dtype), table, precision="highest")
 
 
 class SelfAttention(nnx.Module):

@@ -23,14 +23,18 @@ def save(component: str, flat: dict, config: dict, out: pathlib.Path, name="diff
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def load_flat(folder: pathlib.Path, component: str, shapes: dict) -> dict[str, np.ndarray]:
+    """A component folder's tensors under our names."""
+    return key_table.to_ours(component, load_file(next(folder.glob("*.safetensors"))), shapes)
+
+
 def load_component(folder, component: str, config_class, module):
     """() -> module with the weights of a Diffusers component folder; `module(config)` builds it."""
     folder = pathlib.Path(folder)
     config = from_dict(config_class, json.loads((folder / "config.json").read_text()))
     graphdef, like = nnx.split(nnx.eval_shape(lambda: module(config)))
     abstract = P.flatten(like)
-    tensors = load_file(next(folder.glob("*.safetensors")))
-    flat = key_table.to_ours(component, tensors, {k: v.shape for k, v in abstract.items()})
+    flat = load_flat(folder, component, {k: v.shape for k, v in abstract.items()})
     state = P.unflatten(like, {k: jnp.asarray(v).astype(abstract[k].dtype) for k, v in flat.items()})
     return lambda: nnx.merge(graphdef, state)
 

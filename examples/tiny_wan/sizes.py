@@ -9,7 +9,7 @@ TRANSFORMER = {
 }
 VAE = {
     "_class_name": "AutoencoderKLWan", "_diffusers_version": "0.37.0",
-    "base_dim": 32, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1, "attn_scales": [],
+    "base_dim": 24, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1, "attn_scales": [],
     "temperal_downsample": [False, True, True], "dropout": 0.0,
     "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16,  # measured after training
 }

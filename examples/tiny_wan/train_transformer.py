@@ -20,7 +20,7 @@ from absl import app, flags
 from flax import nnx
 
 from examples.tiny_wan import signs, sizes
-from examples.tiny_wan.folder import load_vae, save
+from examples.tiny_wan.folder import load_flat, load_vae, save
 from examples.tiny_wan.optim import muon_or_adam
 from examples.tiny_wan.tokenizer import EOS as EOS_TOKEN
 from examples.tiny_wan.tokenizer import SPACE, UNK, VOCABULARY
@@ -92,6 +92,11 @@ def main(_):
 
     flat = P.flatten(nnx.split(Model(jnp.float32, nnx.Rngs(FLAGS.seed)))[1])
     flat["transformer/proj_out/kernel"] = flat["transformer/proj_out/kernel"] * 0.01
+    if FLAGS.init:
+        for name in ("transformer", "text_encoder"):
+            shapes = {k.removeprefix(name + "/"): v.shape for k, v in flat.items() if k.startswith(name + "/")}
+            for path, value in load_flat(pathlib.Path(FLAGS.init) / name, name, shapes).items():
+                flat[f"{name}/{path}"] = jnp.asarray(value, jnp.float32)
     graphdef, like = nnx.split(nnx.eval_shape(lambda: Model(jnp.bfloat16, nnx.Rngs(0))))
     dtypes = {k: v.dtype for k, v in P.flatten(like).items()}
     print(f"transformer and text encoder: {sum(v.size for v in flat.values()):,} parameters", flush=True)
@@ -107,7 +112,7 @@ def main(_):
 
     def flow_loss(model, latents, chars, key):
         """Flow-matching loss and auxiliary loss of one batch from the pool, fp32 scalars."""
-        k1, k2, k3, k4 = jax.random.split(key, 4)
+        k1, k2, k3 = jax.random.split(key, 3)
         b = latents.shape[0]
         chars = jnp.where(jax.random.uniform(k1, (b, 1)) < DROPOUT, 0, chars)
         ids, mask = tokenise(chars)
@@ -152,7 +157,7 @@ def main(_):
     total_time = FLAGS.seconds - (begun - start)
     while (elapsed := time.time() - begun) < total_time:
         progress = elapsed / total_time
-        lr = FLAGS.learning_rate * min(1.0, (steps + FLAGS.inner) / 400) * min(1.0, 1.02 - progress)
+        lr = FLAGS.learning_rate * min(1.0, (steps + FLAGS.inner) / 400) * max(FLAGS.final_rate, 1 - progress)
         flat, opt_state, ema, logs = train(flat, opt_state, ema, singles, clips, jax.random.fold_in(key, 10 + steps), lr)
         logs = np.asarray(logs)
         steps += FLAGS.inner
@@ -180,5 +185,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("clips", 96, "clips a step")
     flags.DEFINE_float("aux", 0.1, "weight of the auxiliary loss")
     flags.DEFINE_integer("seed", 0, "seed")
+    flags.DEFINE_string("init", None, "folder with transformer/ and text_encoder/ to start from")
+    flags.DEFINE_float("final_rate", 0.0, "the rate's share left at the end of its linear decay")
     flags.DEFINE_integer("inner", 50, "optimiser steps a call")
     app.run(main)
