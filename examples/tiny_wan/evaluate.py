@@ -38,6 +38,10 @@ def contact_sheet(path, frames: np.ndarray, columns: int = 8):
     Image.fromarray(sheet).save(path)
 
 
+CHECKS = (dict(steps=10), dict(steps=10, noise_level=0.7), dict(steps=20, frames=sizes.CLIP_FRAMES), dict(steps=20),
+          dict(steps=10, guidance=3.0))
+
+
 def to_uint8(video) -> np.ndarray:
     return np.asarray(jnp.round((jnp.clip(video.astype(jnp.float32), -1, 1) + 1) * 127.5).astype(jnp.uint8))
 
@@ -135,14 +139,13 @@ def main(_):
     with RewardPool(OCRReward, workers=flags.FLAGS.workers, mode="thread") as pool:
         sheets = []
         if flags.FLAGS.stage in ("vae", "all"):
-            for frames in (1, sizes.CLIP_FRAMES):
-                sheets.append(check_vae(root / "vae", pool, frames))
+            sheets += [check_vae(root / "vae", pool, frames) for frames in (1, sizes.CLIP_FRAMES)]
         if flags.FLAGS.stage in ("model", "all"):
-            for kwargs in (dict(steps=10), dict(steps=10, noise_level=0.7), dict(steps=20), dict(steps=10, guidance=3.0),
-                           dict(steps=20, frames=sizes.CLIP_FRAMES)):
-                videos = check_model(root, pool, **kwargs)[1]
-                sheets.append(videos[:64, -1] if videos.shape[1] > 1 else videos[:64, 0])
-        if flags.FLAGS.picture:
+            for kwargs in CHECKS:
+                sheets.append(check_model(root, pool, **kwargs)[1][:64, -1])
+                if flags.FLAGS.picture:
+                    contact_sheet(flags.FLAGS.picture, np.concatenate(sheets))
+        elif flags.FLAGS.picture:
             contact_sheet(flags.FLAGS.picture, np.concatenate(sheets))
 
 

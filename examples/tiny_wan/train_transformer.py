@@ -31,6 +31,7 @@ from wan_jax.transformer import WanTransformer3D
 
 FLAGS = flags.FLAGS
 DROPOUT, LETTERS = 0.1, 6
+LONGEST = 76  # characters of the longest prompt, rounded up
 EOS = VOCABULARY.index(EOS_TOKEN)
 ASCII_IDS = np.array([VOCABULARY.index(c if c in VOCABULARY else SPACE if c == " " else UNK) for c in map(chr, range(128))],
                      np.int32)
@@ -76,7 +77,7 @@ def make_pool(vae_dir: str, atlas, key, count: int, batch: int, frames: int):
         return None, (vae().normalise(vae().encode(video)[0]).astype(jnp.bfloat16), chars)
 
     _, (latents, chars) = jax.lax.scan(chunk, None, jax.random.split(key, count // batch))
-    return latents.reshape(-1, *latents.shape[2:]), chars.reshape(-1, chars.shape[-1])
+    return latents.reshape(-1, *latents.shape[2:]), chars.reshape(-1, chars.shape[-1])[:, :LONGEST]
 
 
 def main(_):
