@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-import reference
+from tests import reference
 
 from grpo.advantages import GroupStatistics, group_advantages, group_statistics
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
+from tests import reference
 
 from grpo.losses import (
     KL_KINDS,

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-import reference
+from tests import reference
 
 from wan_jax.schedule import euler_sigmas, flow_sigmas
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
+from tests import reference
 
 from wan_jax.schedule import euler_sigmas, flow_sigmas
 from wan_jax.sde import SDEConfig, diffusion_coefficient, log_prob, sde_mean_std, sde_step

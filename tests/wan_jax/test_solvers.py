@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
+from tests import reference
 
 from wan_jax.schedule import euler_sigmas, flow_sigmas
 from wan_jax.solvers import Euler, UniPC, euler_step, make_solver, unipc_coefficients
