@@ -1,0 +1,253 @@
+"""Conversion both ways: coverage, bit-exact round trips, and every way a source or a destination can be broken."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from convert import key_table
+from convert.from_diffusers import STEMS, convert
+from convert.to_diffusers import export, merge_lora
+from tests import tiny
+from wan_jax import config as config_lib
+from wan_jax import model_dir
+from wan_jax import params as P
+from wan_jax.cli import UserError
+
+COMPONENTS = tuple(STEMS)
+WAN_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+WAN_VAE = {"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
+
+
+def tensors(folder, component):
+    return load_file(folder / component / f"{STEMS[component]}.safetensors")
+
+
+def identical(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and a[k].tobytes() == b[k].tobytes() for k in a)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return tiny.write_pipeline(tmp_path_factory.mktemp("source") / "wan", bf16=("text_encoder",))
+
+
+@pytest.fixture
+def broken(source, tmp_path):
+    """A copy to break."""
+    return shutil.copytree(source, tmp_path / "broken")
+
+
+@pytest.mark.parametrize("component, settings, keys, parameters", [
+    ("transformer", WAN_1_3B, 825, 1_418_996_800), ("transformer", {}, 1095, 14_288_491_584),
+    ("vae", WAN_VAE, 194, 126_892_531), ("text_encoder", {}, 242, 5_680_910_336)])
+def test_published_sizes(component, settings, keys, parameters):
+    shapes = tiny.state_dict_shapes(component, settings)
+    assert len(shapes) == keys and sum(int(np.prod(s)) for s in shapes.values()) == parameters
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("component, settings", [("transformer", WAN_1_3B), ("transformer", {}), ("vae", WAN_VAE)])
+def test_keys_and_shapes_of_diffusers(component, settings):
+    import diffusers
+    import torch
+
+    peer = {"transformer": diffusers.WanTransformer3DModel, "vae": diffusers.AutoencoderKLWan}[component]
+    with torch.device("meta"):
+        theirs = {k: tuple(v.shape) for k, v in peer(**settings).state_dict().items()}
+    assert tiny.state_dict_shapes(component, settings) == theirs
+
+
+def test_round_trip_is_bit_exact(source, tmp_path):
+    convert(str(source), tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "back")
+    for component in COMPONENTS:
+        assert identical(tensors(tmp_path / "back", component), tensors(source, component))
+        assert (tmp_path / "back" / component / "config.json").read_text() == (source / component / "config.json").read_text()
+    for name in ("model_index.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_float32_and_bfloat16(source, tmp_path):
+    convert(str(source), tmp_path / "single", "float32")
+    export(tmp_path / "single", tmp_path / "back")
+    for component in COMPONENTS:
+        wanted = {k: v.astype(np.float32) for k, v in tensors(source, component).items()}
+        assert identical(tensors(tmp_path / "back", component), wanted)
+    convert(str(source), tmp_path / "half", "bfloat16")
+    model = model_dir.open_model(tmp_path / "half")
+    stored = {c: {k: v.dtype for k, v in model.load_numpy(c).items()} for c in COMPONENTS}
+    assert set(stored["vae"].values()) == {np.dtype(np.float32)}
+    assert stored["transformer"]["blocks/attn1/to_q/kernel"] == ml_dtypes.bfloat16
+    assert {k for k, d in stored["transformer"].items() if d == np.float32} == {
+        "scale_shift_table", "blocks/scale_shift_table", "blocks/norm2/scale", "blocks/norm2/bias"} | {
+        f"condition_embedder/time_embedder/linear_{i}/{leaf}" for i in (1, 2) for leaf in ("kernel", "bias")}
+
+
+def test_shards(source, tmp_path):
+    convert(str(source), tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "back", shard_gb=40e3 / 1e9)
+    index = json.loads((tmp_path / "back/transformer/diffusion_pytorch_model.safetensors.index.json").read_text())
+    files = set(index["weight_map"].values())
+    assert len(files) > 2 and all((tmp_path / "back/transformer" / f).stat().st_size < 60e3 for f in files)
+    convert(str(tmp_path / "back"), tmp_path / "again")
+    for component in COMPONENTS:
+        a, b = (model_dir.open_model(tmp_path / name).load_numpy(component) for name in ("model", "again"))
+        assert identical(a, b)
+    (tmp_path / "back/transformer" / min(files)).unlink()
+    with pytest.raises(UserError, match="00001-of-.* is missing"):
+        convert(str(tmp_path / "back"), tmp_path / "third")
+
+
+def edit(folder, component, change):
+    path = folder / component / f"{STEMS[component]}.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path)
+
+
+FAULTS = {
+    "missing tensor": (lambda w: w.pop("proj_out.bias"), "1 missing .*proj_out.bias"),
+    "unknown tensor": (lambda w: w.update({"blocks.0.attn1.add_k_proj.weight": np.zeros(3, np.float32)}),
+                       "1 unknown .*add_k_proj"),
+    "wrong shape": (lambda w: w.update({"proj_out.bias": np.zeros(3, np.float32)}), r"proj_out.bias: \(3,\)"),
+    "NaN": (lambda w: w["proj_out.bias"].__setitem__(0, np.nan), "proj_out.bias holds NaN"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_tensors_are_named_and_nothing_is_left(broken, tmp_path, fault):
+    change, message = FAULTS[fault]
+    edit(broken, "transformer", change)
+    with pytest.raises(UserError, match=message):
+        convert(str(broken), tmp_path / "model")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"]
+
+
+def spoil(folder, what):
+    weights = folder / "vae" / f"{STEMS['vae']}.safetensors"
+    if what == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif what == "not safetensors":
+        weights.write_bytes(b"<html>error</html>")
+    elif what == "no weights":
+        weights.unlink()
+    elif what == "no config":
+        (folder / "vae" / "config.json").unlink()
+    elif what == "bad json":
+        (folder / "model_index.json").write_text("{")
+    elif what == "no index":
+        (folder / "model_index.json").unlink()
+    elif what == "no tokenizer":
+        shutil.rmtree(folder / "tokenizer")
+    else:
+        index = json.loads((folder / "model_index.json").read_text())
+        changes = {"wrong pipeline": {"_class_name": "WanImageToVideoPipeline"}, "two experts": {"boundary_ratio": 0.875}}
+        (folder / "model_index.json").write_text(json.dumps(index | changes[what]))
+
+
+@pytest.mark.parametrize("what, message", [
+    ("truncated", "diffusion_pytorch_model.safetensors is truncated or damaged"),
+    ("not safetensors", "truncated or damaged"), ("no weights", "is missing: the download is not complete"),
+    ("no config", "config.json does not exist"), ("bad json", "not valid JSON"), ("no index", "Diffusers layout"),
+    ("no tokenizer", "tokenizer is missing"), ("wrong pipeline", "WanImageToVideoPipeline"), ("two experts", "two experts")])
+def test_bad_sources(broken, tmp_path, what, message):
+    spoil(broken, what)
+    with pytest.raises(UserError, match=message):
+        convert(str(broken), tmp_path / "model")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"]
+
+
+def test_null_second_expert_counts_as_none(broken, tmp_path):
+    index = json.loads((broken / "model_index.json").read_text())
+    (broken / "model_index.json").write_text(json.dumps(index | {"transformer_2": [None, None], "boundary_ratio": None}))
+    convert(str(broken), tmp_path / "model")
+    assert model_dir.open_model(tmp_path / "model").config("transformer").num_layers == 2
+
+
+def test_existing_destination_survives(source, broken, tmp_path):
+    convert(str(source), tmp_path / "model")
+    with pytest.raises(UserError, match="--overwrite"):
+        convert(str(source), tmp_path / "model")
+    edit(broken, "vae", lambda w: w.pop("quant_conv.bias"))
+    with pytest.raises(UserError, match="quant_conv.bias"):
+        convert(str(broken), tmp_path / "model", overwrite=True)
+    before = model_dir.open_model(tmp_path / "model").load_numpy("vae")
+    convert(str(source), tmp_path / "model", overwrite=True)
+    assert identical(before, model_dir.open_model(tmp_path / "model").load_numpy("vae"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "model"]
+
+
+def cli(module, *args):
+    return [sys.executable, "-m", module, *args]
+
+
+def test_killed_conversion_leaves_nothing_that_looks_finished(source, tmp_path):
+    command = cli("convert.from_diffusers", f"--src={source}", f"--dst={tmp_path / 'model'}")
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not any(tmp_path.glob(".model.partial-*/transformer")):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "model").exists() and any(tmp_path.glob(".model.partial-*"))
+    with pytest.raises(UserError, match="does not exist"):
+        model_dir.open_model(tmp_path / "model")
+    convert(str(source), tmp_path / "model")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--src=nowhere", "--dst=x"], "no folder, and no hub id"),
+    (["--src=a/b", "--dst=x"], "cannot be downloaded"),
+    (["--src=a/b", "--dst=x", "--dtype=int8"], "dtype")])
+def test_command_line_errors_are_one_message(args, message, tmp_path):
+    result = subprocess.run(cli("convert.from_diffusers", *args), capture_output=True, text=True, check=False,
+                            env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_open_model_says_what_a_folder_is(source, tmp_path):
+    with pytest.raises(UserError, match=r"Diffusers folder.*convert\.from_diffusers"):
+        model_dir.open_model(source)
+    convert(str(source), tmp_path / "model")
+    manifest = tmp_path / "model" / model_dir.MANIFEST
+    manifest.write_text(json.dumps({"format": 99}))
+    with pytest.raises(UserError, match="format 99"):
+        model_dir.open_model(tmp_path / "model")
+
+
+def test_merged_adapters():
+    rng = np.random.default_rng(0)
+    flat = {"blocks/attn1/to_q/kernel": rng.standard_normal((2, 6, 5)).astype(np.float32),
+            "blocks/attn1/to_q/bias": np.ones((2, 5), np.float32)}
+    a, b = rng.standard_normal((2, 6, 3)), rng.standard_normal((2, 3, 5))
+    adapters = {"blocks/attn1/to_q/lora_a": a.astype(np.float32), "blocks/attn1/to_q/lora_b": b.astype(np.float32)}
+    merged = merge_lora(flat, adapters, 0.5)
+    for layer in range(2):
+        np.testing.assert_allclose(merged["blocks/attn1/to_q/kernel"][layer],
+                                   flat["blocks/attn1/to_q/kernel"][layer] + 0.5 * a[layer] @ b[layer], rtol=1e-5)
+    assert merged["blocks/attn1/to_q/bias"] is flat["blocks/attn1/to_q/bias"]
+    with pytest.raises(UserError, match="blocks/attn2/to_q"):
+        merge_lora(flat, {"blocks/attn2/to_q/lora_a": a, "blocks/attn2/to_q/lora_b": b}, 1.0)
+
+
+def test_key_rule_keeps_names_that_end_in_a_number():
+    table = {e.path: e.key for e in key_table.entries("text_encoder", {
+        "encoder/block/layer_1/DenseReluDense/wi_0/kernel": (1, 4, 6)})}
+    assert table == {"encoder/block/layer_1/DenseReluDense/wi_0/kernel":
+                     "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"}
+    config = config_lib.from_dict(config_lib.TransformerConfig, tiny.SETTINGS["transformer"])
+    shapes = {k: v.shape for k, v in P.flatten(model_dir.abstract("transformer", config)[1]).items()}
+    keys = {e.key for e in key_table.entries("transformer", shapes)}
+    assert {"condition_embedder.time_embedder.linear_1.weight", "blocks.1.ffn.net.0.proj.bias",
+            "blocks.0.attn2.to_out.0.weight", "blocks.1.norm2.weight", "blocks.0.scale_shift_table"} <= keys

@@ -1,0 +1,65 @@
+"""A random Wan pipeline in Diffusers layout, a fraction of a second to write, without PyTorch."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from convert import key_table
+from convert.from_diffusers import STEMS
+from examples.tiny_wan import sizes
+from examples.tiny_wan import tokenizer as char_tokenizer
+from wan_jax import config as config_lib
+from wan_jax import model_dir
+from wan_jax import params as P
+
+SETTINGS = {
+    "transformer": sizes.TRANSFORMER | {"num_attention_heads": 2, "attention_head_dim": 24, "text_dim": 24, "freq_dim": 32,
+                                        "ffn_dim": 48, "num_layers": 2},
+    "vae": sizes.VAE | {"base_dim": 8, "latents_mean": [0.1 * i - 0.8 for i in range(16)],
+                        "latents_std": [0.5 + 0.1 * i for i in range(16)]},
+    "text_encoder": sizes.TEXT_ENCODER | {"d_model": 24, "d_kv": 6, "num_heads": 3, "d_ff": 40, "num_layers": 2},
+}
+
+
+def state_dict_shapes(component: str, settings: Mapping) -> dict[str, tuple[int, ...]]:
+    """Key to shape of the published layout."""
+    config = config_lib.from_dict(model_dir.COMPONENTS[component][0], settings)
+    shapes = {k: v.shape for k, v in P.flatten(model_dir.abstract(component, config)[1]).items()}
+    return {e.key: e.shape for e in key_table.entries(component, shapes)}
+
+
+def random_weights(shapes: Mapping[str, tuple[int, ...]], seed: int, dtype=np.float32) -> dict[str, np.ndarray]:
+    """Matrices that keep the variance, norm weights around 1, the rest small and never zero; in key order."""
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for key in sorted(shapes):
+        value = rng.standard_normal(shapes[key])
+        if "norm" in key and key.endswith(("weight", "gamma")):
+            value = 1 + 0.2 * value
+        elif len(shapes[key]) >= 2 and "table" not in key and not key.startswith("shared"):
+            value = value * np.prod(shapes[key][1:]) ** -0.5
+        else:
+            value = 0.3 * value
+        weights[key] = value.astype(dtype)
+    return weights
+
+
+def write_pipeline(path, seed: int = 0, bf16: tuple[str, ...] = ()) -> pathlib.Path:
+    """Writes the folder; components named in `bf16` are stored in bfloat16."""
+    path = pathlib.Path(path)
+    for i, (component, settings) in enumerate(SETTINGS.items()):
+        folder = path / component
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(settings))
+        dtype = ml_dtypes.bfloat16 if component in bf16 else np.float32
+        weights = random_weights(state_dict_shapes(component, settings), seed + i, dtype)
+        save_file(weights, folder / f"{STEMS[component]}.safetensors", metadata={"format": "pt"})
+    (path / "scheduler").mkdir()
+    (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(sizes.SCHEDULER))
+    (path / "model_index.json").write_text(json.dumps(sizes.MODEL_INDEX))
+    char_tokenizer.write(path / "tokenizer")
+    return path
