@@ -56,15 +56,18 @@ def main(_):
         raise UserError(f"{len(overlap)} held-out prompts are training prompts too, e.g. {min(overlap)!r}")
 
     # ---- mesh, model ------------------------------------------------------------------------------------------
-    mesh = mesh_lib.make_mesh(c.mesh.fsdp)
-    mesh_lib.check_batch("config.sample.batch_size", c.sample.batch_size, mesh)
+    with cli.user_input():
+        mesh = mesh_lib.make_mesh(c.mesh.fsdp)
+        mesh_lib.check_batch("config.sample.batch_size", c.sample.batch_size, mesh)
+        model = model_dir.open_model(c.model.path)
+        config, vae_config = model.config("transformer"), model.config("vae")
+        backend = choose_backend(c.model.attention, mesh.devices.flat[0].platform, s.dtype, config.attention_head_dim)
+        size = c.sample.height, c.sample.width
+        shape = pipeline.latent_shape(c.sample.frames, *size, vae_config, config)
+        eval_shape = pipeline.latent_shape(c.eval.frames or c.sample.frames, *size, vae_config, config)
+        schedule = flow_sigmas(c.sample.steps, c.sample.shift)
+        solver = make_solver(c.eval.solver, c.eval.steps, c.sample.shift)
     replicated, sharded = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
-    model = model_dir.open_model(c.model.path)
-    config = model.config("transformer")
-    backend = choose_backend(c.model.attention, mesh.devices.flat[0].platform, s.dtype, config.attention_head_dim)
-    shape = pipeline.latent_shape(c.sample.frames, c.sample.height, c.sample.width, model.config("vae"), config)
-    eval_frames = c.eval.frames or c.sample.frames
-    eval_shape = pipeline.latent_shape(eval_frames, c.sample.height, c.sample.width, model.config("vae"), config)
     checkpoints = Checkpoints(c.run_dir, keep=c.save.keep)
     restored = checkpoints.latest()
     if restored is not None:
@@ -89,11 +92,9 @@ def main(_):
     state, done = init_state(trainable, s.optimiser), 0
     if restored is not None:
         state, done = restore(checkpoints, restored, state), restored
-    schedule = flow_sigmas(c.sample.steps, c.sample.shift)
     steps = StepTable.make(schedule, s.sde)
     step = make_step(policy, steps, c.sample.guidance)
     update = make_update(policy, steps, c.sample.guidance, s.loss, s.optimiser)
-    solver = make_solver(c.eval.solver, c.eval.steps, c.sample.shift)
     eval_step = pipeline.make_ode_step(policy.module, solver, c.eval.guidance)
 
     make_reward = functools.partial(OCRReward, rule=c.reward.rule, engine=c.reward.engine, max_frames=c.reward.max_frames)

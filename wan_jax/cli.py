@@ -1,5 +1,6 @@
 """What the command-line programs share: user errors are one message and exit code 1, never a traceback."""
 
+import contextlib
 import errno
 import sys
 from collections.abc import Callable
@@ -43,6 +44,15 @@ def run(main: Callable) -> None:
             fail(f"{where}{ADVICE[cause.errno]} ({cause.strerror})")
 
     app.run(guarded)
+
+
+@contextlib.contextmanager
+def user_input():
+    """Around the code that checks settings and opens what they name: its ValueErrors are the user's to mend."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def disk_error(error: BaseException | None) -> OSError | None:

@@ -66,15 +66,16 @@ def load_transformer(model: model_dir.ModelDir, checkpoint: str | None, dtype, a
 
 
 def main(_):
-    suffix = pathlib.Path(FLAGS.out).suffix
-    media.check_suffix(FLAGS.out, FLAGS.frames)
-    dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[FLAGS.dtype]
-    model = model_dir.open_model(FLAGS.model)
-    config = model.config("transformer")
-    shape = pipeline.latent_shape(FLAGS.frames, FLAGS.height, FLAGS.width, model.config("vae"), config)
-    solver = make_solver(FLAGS.solver, FLAGS.steps, model.scheduler.flow_shift if FLAGS.shift is None else FLAGS.shift)
-    mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
-    backend = choose_backend(FLAGS.attention, jax.devices()[0].platform, dtype, config.attention_head_dim)
+    with cli.user_input():
+        suffix = pathlib.Path(FLAGS.out).suffix
+        media.check_suffix(FLAGS.out, FLAGS.frames)
+        dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[FLAGS.dtype]
+        model = model_dir.open_model(FLAGS.model)
+        config = model.config("transformer")
+        shape = pipeline.latent_shape(FLAGS.frames, FLAGS.height, FLAGS.width, model.config("vae"), config)
+        solver = make_solver(FLAGS.solver, FLAGS.steps, model.scheduler.flow_shift if FLAGS.shift is None else FLAGS.shift)
+        mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+        backend = choose_backend(FLAGS.attention, jax.devices()[0].platform, dtype, config.attention_head_dim)
 
     table = pipeline.embed_prompts(model, FLAGS.prompt, FLAGS.negative_prompt, dtype=dtype)
     graphdef, state = load_transformer(model, FLAGS.checkpoint, dtype, backend, mesh)

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from tests import reference
 
 from grpo.advantages import GroupStatistics, group_advantages, group_statistics
+from tests import reference
 
 
 def batch(seed=0, groups=5, size=4):

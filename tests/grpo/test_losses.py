@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests import reference
 
 from grpo.losses import (
     KL_KINDS,
@@ -16,6 +15,7 @@ from grpo.losses import (
     masked_mean,
     policy_gradient_terms,
 )
+from tests import reference
 from wan_jax import sde
 from wan_jax.schedule import flow_sigmas
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from tests import reference
 
+from tests import reference
 from wan_jax.schedule import euler_sigmas, flow_sigmas
 
 CURRENT = {  # Diffusers >= 0.37, executed: sigmas to 6 digits without the final 0, and timesteps

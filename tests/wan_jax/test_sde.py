@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests import reference
 
+from tests import reference
 from wan_jax.schedule import euler_sigmas, flow_sigmas
 from wan_jax.sde import SDEConfig, diffusion_coefficient, log_prob, sde_mean_std, sde_step
 from wan_jax.solvers import euler_step

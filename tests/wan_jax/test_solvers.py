@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests import reference
 
+from tests import reference
 from wan_jax.schedule import euler_sigmas, flow_sigmas
 from wan_jax.solvers import Euler, UniPC, euler_step, make_solver, unipc_coefficients
 

@@ -1,0 +1,151 @@
+"""The whole way from prompt to pixels against Diffusers' WanPipeline, and the sampling command."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from convert.from_diffusers import convert
+from convert.to_diffusers import export
+from tests import tiny
+from wan_jax import mesh as mesh_lib
+from wan_jax import model_dir, pipeline
+from wan_jax.cli import UserError
+from wan_jax.config import TransformerConfig, VAEConfig
+from wan_jax.solvers import make_solver
+
+PROMPTS = ('A red sign with the word "open".', 'Someone wrote “it\'s late” on a  wall.')
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """(Diffusers folder, converted folder) of a random model."""
+    root = tmp_path_factory.mktemp("models")
+    convert(str(tiny.write_pipeline(root / "source", seed=3)), root / "model", "float32")
+    return root / "source", root / "model"
+
+
+def one_device():
+    return mesh_lib.make_mesh(devices=jax.devices()[:1])
+
+
+def sample(folder, prompts, noise, *, solver="unipc", steps=6, guidance=4.0, shift=3.0, negative=""):
+    """(latents, uint8 videos) by our pipeline."""
+    model, mesh = model_dir.open_model(folder), one_device()
+    table = pipeline.embed_prompts(model, prompts, negative)
+    graphdef, state = model_dir.build("transformer", model, attention="xla")
+    solver = make_solver(solver, steps, shift)
+    step = pipeline.make_ode_step(lambda s: nnx.merge(graphdef, s), solver, guidance)
+    text = table.batch(np.arange(len(prompts)), mesh_lib.replicated(mesh), mesh_lib.replicated(mesh))
+    latents = pipeline.sample_ode(step, (state,), solver, jnp.asarray(noise), text)
+    vae_graph, vae_state = pipeline.load_vae(model, mesh)
+    return np.asarray(latents), np.asarray(pipeline.make_decoder(vae_graph)(vae_state, latents))
+
+
+def peer_sample(folder, prompts, noise, *, frames, height, width, steps=6, guidance=4.0, shift=3.0, negative=""):
+    """(latents, float frames in [0, 1]) by Diffusers."""
+    import diffusers
+    import torch
+
+    pipe = diffusers.WanPipeline.from_pretrained(folder)
+    pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=shift)
+    pipe.set_progress_bar_config(disable=True)
+    arguments = dict(prompt=list(prompts), negative_prompt=negative, height=height, width=width, num_frames=frames,
+                     num_inference_steps=steps, guidance_scale=guidance)
+    latents = torch.from_numpy(noise.transpose(0, 4, 1, 2, 3).copy())
+    final = pipe(**arguments, latents=latents.clone(), output_type="latent").frames
+    video = pipe(**arguments, latents=latents.clone(), output_type="np").frames
+    return final.numpy().transpose(0, 2, 3, 4, 1), video
+
+
+def relative_error(a, b):
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("frames, guidance, negative", [(1, 1.0, ""), (1, 4.0, "ugly, blurred"), (5, 4.0, "")])
+def test_latents_and_pixels_of_diffusers(folders, frames, guidance, negative):
+    """fp32: latents to 1e-4 relative after six UniPC steps, pixels to 1/255 on average."""
+    source, model = folders
+    noise = np.random.default_rng(0).standard_normal((2, (frames - 1) // 4 + 1, 4, 6, 16)).astype(np.float32)
+    latents, videos = sample(model, PROMPTS, noise, guidance=guidance, negative=negative)
+    wanted, pixels = peer_sample(source, PROMPTS, noise, frames=frames, height=32, width=48, guidance=guidance,
+                                 negative=negative)
+    assert relative_error(latents, wanted) < 1e-4
+    assert np.abs(videos / 255.0 - pixels).mean() < 1 / 255
+
+
+@pytest.mark.parity
+def test_guidance_and_prompt_matter_to_the_parity_test(folders):
+    """The comparison above would notice a wrong prompt, guidance or shift."""
+    _, model = folders
+    noise = np.random.default_rng(0).standard_normal((2, 1, 4, 6, 16)).astype(np.float32)
+    base = sample(model, PROMPTS, noise)[0]
+    for changed in (sample(model, PROMPTS[::-1], noise)[0], sample(model, PROMPTS, noise, guidance=4.5)[0],
+                    sample(model, PROMPTS, noise, shift=3.1)[0], sample(model, PROMPTS, noise, solver="euler")[0]):
+        assert relative_error(changed, base) > 1e-3
+
+
+def test_export_of_a_conversion_samples_the_same(folders, tmp_path):
+    source, model = folders
+    export(model, tmp_path / "back")
+    convert(str(tmp_path / "back"), tmp_path / "again")
+    noise = np.random.default_rng(1).standard_normal((1, 1, 4, 4, 16)).astype(np.float32)
+    np.testing.assert_array_equal(sample(model, PROMPTS[:1], noise)[0], sample(tmp_path / "again", PROMPTS[:1], noise)[0])
+
+
+def test_each_prompt_is_encoded_as_if_alone(folders):
+    model = model_dir.open_model(folders[1])
+    together = pipeline.embed_prompts(model, [PROMPTS[0], "x" * 70, PROMPTS[1]], batch=2)
+    assert together.embeddings.shape[1] % pipeline.ROW_MULTIPLE == 0
+    alone = pipeline.embed_prompts(model, PROMPTS[1:])
+    rows = alone.embeddings.shape[1]
+    np.testing.assert_allclose(together.embeddings[2, :rows], alone.embeddings[0], atol=1e-5)
+    assert not together.embeddings[2, rows:].any() and together.padding == 512 - together.embeddings.shape[1]
+
+
+def test_sizes_that_wan_cannot_make():
+    vae, transformer = VAEConfig(latents_mean=(0,) * 16, latents_std=(1,) * 16), TransformerConfig()
+    assert pipeline.latent_shape(81, 480, 832, vae, transformer) == (21, 60, 104, 16)
+    for arguments, message in (((4, 480, 832), "frames=4.*use 1"), ((5, 472, 832), "height=472.*use 464|480"),
+                               ((5, 480, 8), "width=8.*use 16")):
+        with pytest.raises(UserError, match=message):
+            pipeline.latent_shape(*arguments, vae, transformer)
+
+
+def run_sample(*flags):
+    return subprocess.run([sys.executable, "-m", "wan_jax.sample", *flags], capture_output=True, text=True, check=False)
+
+
+def test_sampling_command(folders, tmp_path):
+    _, model = folders
+    common = (f"--model={model}", "--height=32", "--width=48", "--steps=2")
+    result = run_sample(*common, f"--prompt={PROMPTS[0]}", f"--prompt={PROMPTS[1]}", f"--out={tmp_path / 'a.png'}")
+    assert result.returncode == 0, result.stderr
+    pictures = [np.asarray(Image.open(tmp_path / f"a_00{i}.png")) for i in range(2)]
+    assert pictures[0].shape == (32, 48, 3) and (pictures[0] != pictures[1]).any()
+    result = run_sample(*common, f"--prompt={PROMPTS[0]}", "--frames=5", f"--out={tmp_path / 'b.mp4'}")
+    assert result.returncode == 0 and (tmp_path / "b.mp4").stat().st_size > 500, result.stderr
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--model=nowhere", "--out=x.png"), "model folder nowhere does not exist"),
+    (("--model={source}", "--out=x.png"), "Diffusers folder"),
+    (("--model={model}", "--out=x.png", "--frames=5"), "x.png"),
+    (("--model={model}", "--out=x.bmp"), ".bmp"),
+    (("--model={model}", "--out=x.png", "--height=30"), "height=30"),
+    (("--model={model}", "--out=x.png", "--checkpoint=nowhere"), "nowhere does not exist"),
+    (("--model={model}", "--out=x.png", "--steps=0"), "num_steps=0"),
+    (("--model={model}", "--out=x.png", "--solver=ddim"), "solver"),
+    (("--model={model}", "--out=x.png", "--colour=red"), "colour")])
+def test_sampling_errors_are_one_message(folders, flags, message):
+    source, model = folders
+    result = run_sample("--prompt=x", "--width=48", "--height=32", *(f.format(source=source, model=model) for f in flags))
+    assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
