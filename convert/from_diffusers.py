@@ -44,23 +44,23 @@ def source_folder(src: str) -> pathlib.Path:
     try:
         return pathlib.Path(snapshot_download(src, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{src} is no local folder and cannot be downloaded ({str(error).splitlines()[0][:200]}); check the "
-                        "spelling and the network, or give --src a folder that holds model_index.json") from None
+        raise UserError(f"{src} is no local folder and cannot be downloaded ({str(error).splitlines()[0][:200]}); "
+                        "check the spelling and network, or give --src a folder that holds model_index.json") from None
 
 
 def check_pipeline(src: pathlib.Path) -> dict:
     """model_index.json of a Wan text-to-video pipeline with one expert. Raises `UserError` on anything else."""
     path = src / "model_index.json"
     if not path.is_file():
-        raise UserError(f"{path} is missing: {src} is no checkpoint in Diffusers layout (the original Wan layout is not "
-                        "read; use the '-Diffusers' repository)")
+        raise UserError(f"{path} is missing: {src} is no checkpoint in Diffusers layout (the original Wan layout is "
+                        "not read; use the '-Diffusers' repository)")
     try:
         index = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if index.get("_class_name") != PIPELINE:
-        raise UserError(f"{path}: the pipeline is {index.get('_class_name')!r}, only {PIPELINE!r} (text to video) can be "
-                        "converted")
+        raise UserError(f"{path}: the pipeline is {index.get('_class_name')!r}, only {PIPELINE!r} (text to video) can "
+                        "be converted")
     if any(index.get("transformer_2") or ()) or index.get("boundary_ratio") is not None:
         raise UserError(f"{src} is a Wan 2.2 model with two experts, which this version does not support; use Wan 2.1")
     return index

@@ -38,7 +38,8 @@ def merge_lora(flat: dict[str, np.ndarray], adapters: dict[str, np.ndarray], sca
         a, b = (adapters.get(f"{layer}/{name}") for name in ("lora_a", "lora_b"))
         kernel = flat.get(f"{layer}/kernel")
         if a is None or b is None or kernel is None or (a @ b).shape != kernel.shape:
-            raise UserError(f"the checkpoint's adapter of {layer} does not fit this model: it was trained from another one")
+            raise UserError(f"the checkpoint's adapter of {layer} does not fit this model: it was trained from "
+                            "another one")
         merged[f"{layer}/kernel"] = (kernel.astype(np.float32) + scale * (a @ b)).astype(kernel.dtype)
     return merged
 
@@ -95,7 +96,7 @@ def export(src, dst, checkpoint: str | None = None, dtype: str = "stored", overw
                 tensors = {k: v.astype(DTYPES[dtype]) for k, v in tensors.items()}
             write_tensors(partial / component, STEMS[component], tensors, int(shard_gb * 1e9))
             print(f"{component}: {len(tensors)} tensors, {time.time() - start:.1f} s", flush=True)
-    print(f"{dst}: ready for WanPipeline.from_pretrained" + (f", trained weights of {checkpoint}" if checkpoint else ""))
+    print(f"{dst}: ready for WanPipeline.from_pretrained" + (f", with {checkpoint} merged in" if checkpoint else ""))
 
 
 def main(_):

@@ -39,7 +39,7 @@ class Evaluator:
     previews: int
 
     def __call__(self, arrays: tuple, epoch: int, progress=lambda x: x) -> Evaluation:
-        """arrays: what `step` takes before the solver's state. One sample a prompt, noise from (seed, prompt number)."""
+        """arrays: what `step` takes before the solver's state. One sample a prompt, its noise from (seed, number)."""
         start, pending, kept = time.time(), [], []
         total, key = len(self.prompts), jax.random.key(self.seed)
         replicated, sharded = mesh_lib.replicated(self.mesh), mesh_lib.batch_sharding(self.mesh)

@@ -53,7 +53,7 @@ def epoch_prompts(seed: int, epoch: int, total: int, groups: int) -> np.ndarray:
     `UserError` when there are fewer prompts than groups.
     """
     if groups > total:
-        raise UserError(f"sample.groups={groups} needs as many prompts, the prompt file has {total}; lower sample.groups")
+        raise UserError(f"sample.groups={groups} needs as many prompts, the file has {total}; lower sample.groups")
     per_pass = total // groups
     shuffled = np.random.default_rng([seed, epoch // per_pass, 0x960]).permutation(total)
     start = (epoch % per_pass) * groups

@@ -52,7 +52,7 @@ class StepTable:
 
 
 def sde_window(seed: int, epoch: int, size: int, low: int, high: int) -> np.ndarray:
-    """The stochastic steps of an epoch: `size` distinct steps from [low, high), ascending, a function of (seed, epoch)."""
+    """The stochastic steps of an epoch: `size` of [low, high), ascending, a function of (seed, epoch)."""
     if not 0 <= low < high or not 1 <= size <= high - low:
         raise ValueError(f"sample.sde_steps={size} steps do not fit in sample.sde_range=({low}, {high})")
     if size == high - low:
@@ -75,7 +75,7 @@ def initial_noise(key, samples, shape):
 
 
 def make_step(policy: Policy, table: StepTable, guidance: float):
-    """The jitted denoising step: (trainable, frozen, x, i, stochastic, text, key, samples) -> (x_next, log_prob [B])."""
+    """The jitted denoising step: (trainable, frozen, x, i, stochastic, text, key, samples) -> (x_next, log_prob)."""
 
     @jax.jit
     def step(trainable: Flat, frozen, x, i, stochastic, text: TextBatch, key, samples):

@@ -97,7 +97,8 @@ def main(_):
     update = make_update(policy, steps, c.sample.guidance, s.loss, s.optimiser)
     eval_step = pipeline.make_ode_step(policy.module, solver, c.eval.guidance)
 
-    make_reward = functools.partial(OCRReward, rule=c.reward.rule, engine=c.reward.engine, max_frames=c.reward.max_frames)
+    make_reward = functools.partial(OCRReward, rule=c.reward.rule, engine=c.reward.engine,
+                                    max_frames=c.reward.max_frames)
     log = RunLog(c.run_dir, resume_epoch=restored)
     log.config(dict(c.to_dict(), command=" ".join(["python -m grpo.train", *sys.argv[1:]])))
     with RewardPool(make_reward, workers=c.reward.workers) as pool:
@@ -179,8 +180,9 @@ def main(_):
                                 "group_std": groups.mean_group_std, "zero_std_fraction": groups.zero_std_fraction,
                                 "failed_scores": failed, "retried_scores": retried, "videos": s.videos,
                                 "seconds": seconds})
-            say(f"epoch {epoch}/{c.epochs}: reward {groups.mean_reward:.3f}, spread in groups {groups.mean_group_std:.3f}, "
-                f"ratio error {record['ratio_max_error']:.1e}, grad {record['grad_norm']:.2e}"
+            say(f"epoch {epoch}/{c.epochs}: reward {groups.mean_reward:.3f}, spread in groups "
+                f"{groups.mean_group_std:.3f}, ratio error {record['ratio_max_error']:.1e}, "
+                f"grad {record['grad_norm']:.2e}"
                 + (f", {failed} scores failed" if failed else "") + " | "
                 + " ".join(f"{k} {v:.1f}" for k, v in seconds.items() if v >= 0.05) + " s")
             if epoch % c.eval.every == 0 or epoch == c.epochs:
@@ -232,8 +234,8 @@ def check_finite(values: dict[str, float], epoch: int, checkpoints: Checkpoints)
     bad = {k: v for k, v in values.items() if not math.isfinite(v)}
     if bad:
         raise UserError(f"epoch {epoch}: the update is not finite ({', '.join(f'{k}={v}' for k, v in bad.items())}). "
-                        f"Nothing was saved; the last good checkpoint is {checkpoints.path(checkpoints.latest())}. Lower "
-                        "--config.train.learning_rate, or raise --config.train.kl_weight, in a new run_dir")
+                        f"Nothing was saved; the last good checkpoint is {checkpoints.path(checkpoints.latest())}. "
+                        "Lower --config.train.learning_rate, or raise --config.train.kl_weight, in a new run_dir")
 
 
 def check_ratio(error: float, tolerance: float, epoch: int):

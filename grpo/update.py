@@ -104,7 +104,8 @@ def make_update(policy: Policy, table: StepTable, guidance: float, config: LossC
         def one_micro_batch(carry, micro):
             t, advantages, valid = micro
             rows = (t.x, t.x_next, t.log_prob, t.step)  # each [K, ...]
-            return jax.lax.scan(partial(one_step, text=t.text, advantages=advantages, valid=valid), carry, rows)[0], None
+            body = partial(one_step, text=t.text, advantages=advantages, valid=valid)
+            return jax.lax.scan(body, carry, rows)[0], None
 
         zero, inf = jnp.zeros((), jnp.float32), jnp.full((), jnp.inf, jnp.float32)
         none_yet = LossMetrics(count=zero, ratio=zero, ratio_min=inf, ratio_max=-inf, clipped=zero, approx_kl=zero,

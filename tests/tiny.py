@@ -17,8 +17,8 @@ from wan_jax import model_dir
 from wan_jax import params as P
 
 SETTINGS = {
-    "transformer": sizes.TRANSFORMER | {"num_attention_heads": 2, "attention_head_dim": 24, "text_dim": 24, "freq_dim": 32,
-                                        "ffn_dim": 48, "num_layers": 2},
+    "transformer": sizes.TRANSFORMER | {"num_attention_heads": 2, "attention_head_dim": 24, "text_dim": 24,
+                                        "freq_dim": 32, "ffn_dim": 48, "num_layers": 2},
     "vae": sizes.VAE | {"base_dim": 8, "latents_mean": [0.1 * i - 0.8 for i in range(16)],
                         "latents_std": [0.5 + 0.1 * i for i in range(16)]},
     "text_encoder": sizes.TEXT_ENCODER | {"d_model": 24, "d_kv": 6, "num_heads": 3, "d_ff": 40, "num_layers": 2},

@@ -72,7 +72,7 @@ def load_trained(path) -> tuple[LoRAConfig | None, dict[str, np.ndarray], dict]:
     try:
         epoch = checkpoints.latest() if epoch is None else epoch
         if epoch is None or epoch not in checkpoints.manager.all_steps():
-            raise UserError(f"{path} holds no finished checkpoint yet (found: {sorted(checkpoints.manager.all_steps())})")
+            raise UserError(f"{path} holds no such checkpoint (it has {sorted(checkpoints.manager.all_steps())})")
         meta = checkpoints.meta(epoch)
         trained = ocp.StandardCheckpointer().restore(checkpoints.path(epoch) / "trained")
     finally:

@@ -16,7 +16,7 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """`transformer/config.json` (Diffusers `WanTransformer3DModel`). Width D = num_attention_heads * attention_head_dim."""
+    """`transformer/config.json` (Diffusers `WanTransformer3DModel`). Width D = attention heads * head dim."""
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
     num_attention_heads: int = 40
@@ -91,7 +91,7 @@ class TextEncoderConfig:
 
     def validate(self):
         if self.feed_forward_proj != "gated-gelu":
-            raise ConfigError(f"text encoder config: feed_forward_proj={self.feed_forward_proj!r}; Wan uses 'gated-gelu'")
+            raise ConfigError(f"text encoder: feed_forward_proj={self.feed_forward_proj!r}; Wan uses 'gated-gelu'")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,7 +83,8 @@ def open_model(path) -> ModelDir:
     if not path.is_dir():
         raise UserError(f"model folder {path} does not exist; {advice}")
     if not (path / MANIFEST).is_file():
-        kind = "a Diffusers folder, not a converted model" if (path / "model_index.json").is_file() else "no converted model"
+        diffusers = (path / "model_index.json").is_file()
+        kind = "a Diffusers folder, not a converted model" if diffusers else "no converted model"
         raise UserError(f"{path} is {kind} (it has no {MANIFEST}); {advice}")
     try:
         manifest = json.loads((path / MANIFEST).read_text())

@@ -60,7 +60,8 @@ def embed_prompts(model: model_dir.ModelDir, prompts: Sequence[str], negative: s
     return TextTable(out[:-1], out[-1])
 
 
-def latent_shape(frames: int, height: int, width: int, vae: VAEConfig, transformer: TransformerConfig) -> tuple[int, ...]:
+def latent_shape(frames: int, height: int, width: int, vae: VAEConfig,
+                 transformer: TransformerConfig) -> tuple[int, ...]:
     """(F, H, W, C) of a video of `frames` x `height` x `width` pixels. Raises `UserError` on sizes Wan cannot make."""
     t, s, patch = vae.scale_factor_temporal, vae.scale_factor_spatial, transformer.patch_size[1]
     if frames < 1 or (frames - 1) % t:

@@ -55,10 +55,11 @@ def load_transformer(model: model_dir.ModelDir, checkpoint: str | None, dtype, a
         module = lora.attach(nnx.merge(graphdef, state), settings, jax.random.key(0))
         graphdef, adapters, state = nnx.split(module, LoRAParam, ...)
         flat = P.flatten(adapters)
-    wrong = {k for k in flat.keys() | trained.keys() if k not in flat or k not in trained or flat[k].shape != trained[k].shape}
+    wrong = {k for k in flat.keys() | trained.keys()
+             if k not in flat or k not in trained or flat[k].shape != trained[k].shape}
     if wrong:
-        raise UserError(f"checkpoint {checkpoint} does not fit this model ({len(wrong)} arrays differ, e.g. {min(wrong)}): "
-                        "it was trained from another one; see 'model' in its config.json")
+        raise UserError(f"checkpoint {checkpoint} does not fit this model ({len(wrong)} arrays differ, e.g. "
+                        f"{min(wrong)}): it was trained from another one; see 'model' in its config.json")
     trained = {k: jnp.asarray(v).astype(flat[k].dtype) for k, v in trained.items()}
     if settings is None:
         return graphdef, P.unflatten(state, trained)
@@ -73,7 +74,8 @@ def main(_):
         model = model_dir.open_model(FLAGS.model)
         config = model.config("transformer")
         shape = pipeline.latent_shape(FLAGS.frames, FLAGS.height, FLAGS.width, model.config("vae"), config)
-        solver = make_solver(FLAGS.solver, FLAGS.steps, model.scheduler.flow_shift if FLAGS.shift is None else FLAGS.shift)
+        shift = model.scheduler.flow_shift if FLAGS.shift is None else FLAGS.shift
+        solver = make_solver(FLAGS.solver, FLAGS.steps, shift)
         mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
         backend = choose_backend(FLAGS.attention, jax.devices()[0].platform, dtype, config.attention_head_dim)
 

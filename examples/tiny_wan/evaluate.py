@@ -67,8 +67,9 @@ def check_vae(folder, pool, frames: int, count: int = 64):
     chars, video, out = reconstruct(jax.random.key(5))
     texts = quoted(np.asarray(chars))
     real, back = (read(pool, to_uint8(v), texts) for v in (video, out))
+    psnr = -10 * np.log10(np.mean((np.asarray(video - out) / 2) ** 2))
     print(f"VAE, {frames} frame(s), {count} clean held-out signs: originals read {real.mean():.3f}, "
-          f"reconstructions {back.mean():.3f}, PSNR {-10 * np.log10(np.mean((np.asarray(video - out) / 2) ** 2)):.1f} dB")
+          f"reconstructions {back.mean():.3f}, PSNR {psnr:.1f} dB")
     return to_uint8(jnp.concatenate([video[:8], out[:8]]))[:, -1]
 
 
@@ -108,7 +109,8 @@ class Sampler:
             def step(x, i):
                 s, s_next = jnp.asarray(schedule.sigmas)[i], jnp.asarray(schedule.sigmas)[i + 1]
                 noise = jax.random.normal(jax.random.fold_in(key, i), shape)
-                x, *_ = sde.sde_step(x, velocity(x, jnp.asarray(schedule.timesteps)[i]), s, s_next, jnp.asarray(g)[i], noise)
+                v = velocity(x, jnp.asarray(schedule.timesteps)[i])
+                x, *_ = sde.sde_step(x, v, s, s_next, jnp.asarray(g)[i], noise)
                 return x, None
 
             x, _ = jax.lax.scan(step, jax.random.normal(jax.random.fold_in(key, 99), shape), jnp.arange(steps))

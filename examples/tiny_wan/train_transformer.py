@@ -33,8 +33,8 @@ FLAGS = flags.FLAGS
 DROPOUT, LETTERS = 0.1, 6
 LONGEST = 76  # characters of the longest prompt, rounded up
 EOS = VOCABULARY.index(EOS_TOKEN)
-ASCII_IDS = np.array([VOCABULARY.index(c if c in VOCABULARY else SPACE if c == " " else UNK) for c in map(chr, range(128))],
-                     np.int32)
+ASCII_IDS = np.array([VOCABULARY.index(c if c in VOCABULARY else SPACE if c == " " else UNK)
+                      for c in map(chr, range(128))], np.int32)
 EMA_DECAY = 0.998
 
 
@@ -159,7 +159,8 @@ def main(_):
     while (elapsed := time.time() - begun) < total_time:
         progress = elapsed / total_time
         lr = FLAGS.learning_rate * min(1.0, (steps + FLAGS.inner) / 400) * max(FLAGS.final_rate, 1 - progress)
-        flat, opt_state, ema, logs = train(flat, opt_state, ema, singles, clips, jax.random.fold_in(key, 10 + steps), lr)
+        draw = jax.random.fold_in(key, 10 + steps)
+        flat, opt_state, ema, logs = train(flat, opt_state, ema, singles, clips, draw, lr)
         logs = np.asarray(logs)
         steps += FLAGS.inner
         if time.time() - start - shown > 15:

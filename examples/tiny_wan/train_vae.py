@@ -72,7 +72,8 @@ def main(_):
     atlas = signs.build_atlas()
 
     def render(key, batch, frames):
-        return signs.render(atlas, signs.sample(key, atlas, batch, frames=frames, noise=signs.NoiseMix())[1], frames).astype(jnp.float32)
+        _, sign = signs.sample(key, atlas, batch, frames=frames, noise=signs.NoiseMix())
+        return signs.render(atlas, sign, frames).astype(jnp.float32)
 
     @functools.partial(jax.jit, static_argnames="clips", donate_argnums=(0, 1))
     def train(flat, opt_state, key, lr, clips):
@@ -104,7 +105,8 @@ def main(_):
         steps += FLAGS.inner
         if elapsed - shown > 10:
             shown = elapsed
-            print(f"{elapsed:6.0f} s  step {steps:6d}  lr {lr:.1e}  clips {clips}  reconstruction {rec:.4f}", flush=True)
+            print(f"{elapsed:6.0f} s  step {steps:6d}  lr {lr:.1e}  clips {clips}  reconstruction {rec:.4f}",
+                  flush=True)
 
     # the latents' mean and standard deviation go into the config: the transformer sees them normalised
     flat = {k: v.astype(jnp.bfloat16) for k, v in flat.items()}

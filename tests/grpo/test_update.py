@@ -108,7 +108,8 @@ def test_loss_and_gradient_against_float64(lora, kl_kind):
     config = LossConfig(clip_low=2e-3, clip_high=3e-3, kl_beta=0.5, kl_kind=kl_kind)
     advantages, valid = np.array([1.5, -0.7, 0.4, -2.0]), np.array([True, True, False, True])
     i, text = int(WINDOW[1]), text_batch(4)
-    args = (kept.x[1], kept.x_next[1], kept.log_prob[1], i, text, jnp.asarray(advantages, jnp.float32), jnp.asarray(valid))
+    args = (kept.x[1], kept.x_next[1], kept.log_prob[1], i, text, jnp.asarray(advantages, jnp.float32),
+            jnp.asarray(valid))
     (loss, metrics), grads = jax.jit(jax.value_and_grad(
         lambda w: objective(policy, TABLE, 1.0, config, w, frozen, *args), has_aux=True))(later)
 
@@ -116,11 +117,12 @@ def test_loss_and_gradient_against_float64(lora, kl_kind):
         return velocity(policy.module(w, frozen), kept.x[1], TABLE.timestep[i], text, 1.0)
 
     v_new, pull_back = jax.vjp(model_velocity, later)
-    v_old, v_ref = model_velocity(trainable), velocity(policy.reference(frozen), kept.x[1], TABLE.timestep[i], text, 1.0)
+    v_old = model_velocity(trainable)
+    v_ref = velocity(policy.reference(frozen), kept.x[1], TABLE.timestep[i], text, 1.0)
     row = [np.full(4, float(v[i])) for v in (TABLE.sigma, TABLE.sigma_next, TABLE.g)]
-    expected = reference.grpo_objective(*(np.asarray(v, np.float64) for v in (kept.x[1], kept.x_next[1], v_new, v_old, v_ref)),
-                                        *row, advantages, clip_low=2e-3, clip_high=3e-3, kl_beta=0.5, kl_kind=kl_kind,
-                                        mask=valid)
+    values = [np.asarray(v, np.float64) for v in (kept.x[1], kept.x_next[1], v_new, v_old, v_ref)]
+    expected = reference.grpo_objective(*values, *row, advantages, clip_low=2e-3, clip_high=3e-3, kl_beta=0.5,
+                                        kl_kind=kl_kind, mask=valid)
     np.testing.assert_allclose(loss / 3, expected["loss"], rtol=1e-4)
     (wanted,) = pull_back(jnp.asarray(expected["gradient"] * 3, jnp.float32))
     wanted, got = flat_vector(wanted), flat_vector(grads)
@@ -151,11 +153,13 @@ def test_optimiser_and_ema_follow_their_formulas():
     advantages = np.array([[2.0, -1.0, 0.5, -1.5]])
     update = make_update(policy, TABLE, 1.0, LossConfig(kl_beta=0.0), config)
     p0 = {k: np.asarray(v, np.float64) for k, v in trainable.items()}
-    state, _, norms = update(init_state(copies(trainable), config), frozen, stack_batches([kept], advantages, np.ones((1, 4), bool)))
+    batch = stack_batches([kept], advantages, np.ones((1, 4), bool))
+    state, _, norms = update(init_state(copies(trainable), config), frozen, batch)
 
     def loss(w):
-        rows = [objective(policy, TABLE, 1.0, LossConfig(kl_beta=0.0), w, frozen, kept.x[k], kept.x_next[k], kept.log_prob[k],
-                          int(WINDOW[k]), text_batch(4), jnp.asarray(advantages[0], jnp.float32), jnp.ones(4, bool))[0]
+        rows = [objective(policy, TABLE, 1.0, LossConfig(kl_beta=0.0), w, frozen, kept.x[k], kept.x_next[k],
+                          kept.log_prob[k], int(WINDOW[k]), text_batch(4), jnp.asarray(advantages[0], jnp.float32),
+                          jnp.ones(4, bool))[0]
                 for k in range(2)]
         return sum(rows) / 8
 

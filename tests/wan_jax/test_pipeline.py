@@ -92,11 +92,12 @@ def test_guidance_and_prompt_matter_to_the_parity_test(folders):
 
 
 def test_export_of_a_conversion_samples_the_same(folders, tmp_path):
-    source, model = folders
+    _, model = folders
     export(model, tmp_path / "back")
     convert(str(tmp_path / "back"), tmp_path / "again")
     noise = np.random.default_rng(1).standard_normal((1, 1, 4, 4, 16)).astype(np.float32)
-    np.testing.assert_array_equal(sample(model, PROMPTS[:1], noise)[0], sample(tmp_path / "again", PROMPTS[:1], noise)[0])
+    first, again = (sample(folder, PROMPTS[:1], noise)[0] for folder in (model, tmp_path / "again"))
+    np.testing.assert_array_equal(first, again)
 
 
 def test_each_prompt_is_encoded_as_if_alone(folders):
@@ -145,7 +146,8 @@ def test_sampling_command(folders, tmp_path):
     (("--model={model}", "--out=x.png", "--colour=red"), "colour")])
 def test_sampling_errors_are_one_message(folders, flags, message):
     source, model = folders
-    result = run_sample("--prompt=x", "--width=48", "--height=32", *(f.format(source=source, model=model) for f in flags))
+    flags = [f.format(source=source, model=model) for f in flags]
+    result = run_sample("--prompt=x", "--width=48", "--height=32", *flags)
     assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 

@@ -39,7 +39,8 @@ def build(settings: dict, weights: dict, **kwargs) -> WanTransformer3D:
 
 def golden_model(**kwargs) -> WanTransformer3D:
     _, state = abstract(from_dict(TransformerConfig, maker.CONFIG))
-    shapes = {e.key: e.shape for e in key_table.entries("transformer", {k: v.shape for k, v in P.flatten(state).items()})}
+    ours = {k: v.shape for k, v in P.flatten(state).items()}
+    shapes = {e.key: e.shape for e in key_table.entries("transformer", ours)}
     return build(maker.CONFIG, maker.random_weights(shapes, maker.SEED), **kwargs)
 
 
@@ -152,7 +153,7 @@ def test_attention_backend_choice():
                                            ("gpu", jnp.bfloat16, 256, "256")):
         with pytest.raises(ValueError, match=why):
             choose_backend("cudnn", platform, dtype, head_dim)
-    with pytest.raises(ValueError, match="flash.*auto, xla, cudnn"):
+    with pytest.raises(ValueError, match=r"flash.*auto, xla, cudnn"):
         choose_backend("flash", "cpu", jnp.float32, 128)
 
 
@@ -166,7 +167,8 @@ def test_fresh_adapters_change_nothing_and_trained_ones_act_as_merged_weights():
     model = with_adapters(golden_model(), ("to_q", "to_out.0", "ffn.net.0.proj"))
     np.testing.assert_array_equal(run(model, *inputs), base)
     graphdef, adapters, rest = nnx.split(model, LoRAParam, ...)
-    flat = {k: v + 0.1 * jax.random.normal(jax.random.key(i), v.shape) for i, (k, v) in enumerate(P.flatten(adapters).items())}
+    flat = {k: v + 0.1 * jax.random.normal(jax.random.key(i), v.shape)
+            for i, (k, v) in enumerate(P.flatten(adapters).items())}
     adapted = run(nnx.merge(graphdef, P.unflatten(adapters, flat), rest), *inputs)
     assert relative_error(adapted, base) > 1e-2
 
