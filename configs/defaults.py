@@ -69,7 +69,7 @@ def defaults() -> ConfigDict:
 
     c.reward = ConfigDict()
     c.reward.rule = "spelling"          # spelling | flow_grpo_image | flow_grpo_video
-    c.reward.engine = "rapidocr"        # rapidocr | paddle
+    c.reward.engine = "rapidocr"        # rapidocr | paddleocr
     c.reward.max_frames = 9             # frames scored of a video
     c.reward.workers = 2                # scoring processes; 0 scores in the training process
 

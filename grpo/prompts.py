@@ -27,7 +27,10 @@ def load_prompts(path, parse: Callable[[str], tuple[str, ...]], limit: int | Non
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"prompt file {path} does not exist; give a text file with one prompt a line")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompt file {path} is not UTF-8 text ({error}); save it as UTF-8") from None
     found, problems = {}, []
     for number, line in enumerate(lines, 1):
         prompt = line.strip()

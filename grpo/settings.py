@@ -7,11 +7,26 @@ import ml_collections
 
 from grpo.losses import LossConfig
 from grpo.update import OptimiserConfig
+from rewards.ocr import RULES
+from rewards.ocr_engines import ENGINES
+from wan_jax.attention import BACKENDS
 from wan_jax.cli import UserError
 from wan_jax.lora import LoRAConfig
+from wan_jax.schedule import flow_sigmas
 from wan_jax.sde import SDEConfig
+from wan_jax.solvers import SOLVERS
+from wan_jax.transformer import REMAT_POLICIES
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+REQUIRED = ("run_dir", "model.path", "prompts.train", "prompts.heldout")
+CHOICES = {"model.dtype": DTYPES, "model.attention": BACKENDS, "model.remat": REMAT_POLICIES,
+           "train.advantage_std": ("group", "global"), "reward.rule": RULES, "reward.engine": ENGINES,
+           "eval.solver": SOLVERS}
+AT_LEAST = {"epochs": 1, "lora.rank": 0, "mesh.fsdp": 1, "sample.frames": 1, "sample.steps": 1, "sample.groups": 1,
+            "sample.group_size": 2, "sample.batch_size": 1, "train.updates_per_epoch": 1, "train.warmup_updates": 0,
+            "train.weight_decay": 0, "train.ratio_tolerance": 0, "reward.max_frames": 2, "reward.workers": 0,
+            "eval.every": 1, "eval.num_prompts": 2, "eval.frames": 0, "eval.steps": 1, "eval.previews": 0,
+            "save.every": 1, "save.keep": 1}
 # a resumed run may differ from its checkpoint in these: they do not change what an epoch computes
 FREE = ("epochs", "run_dir", "eval.", "save.", "reward.workers", "model.path", "prompts.heldout", "mesh.")
 
@@ -29,22 +44,16 @@ class Settings:
 
 def from_config(c: ml_collections.ConfigDict) -> Settings:
     """Checks what can be checked without model or device. Raises `UserError` naming the key, the value and the fix."""
-    for key in ("run_dir", "model.path", "prompts.train", "prompts.heldout"):
-        value = c
-        for part in key.split("."):
-            value = value[part]
-        if not value:
+    values = flat(c.to_dict())
+    for key in REQUIRED:
+        if not values[key]:
             raise UserError(f"config.{key} is empty: set it in the recipe or with --config.{key}=...")
-    if c.model.dtype not in DTYPES:
-        raise UserError(f"config.model.dtype={c.model.dtype!r}: choose one of {', '.join(DTYPES)}")
-    for section, key in (("sample", "groups"), ("sample", "batch_size"), ("sample", "steps"),
-                         ("train", "updates_per_epoch"), ("eval", "num_prompts"), ("eval", "steps"), ("eval", "every"),
-                         ("save", "every")):
-        if c[section][key] < 1:
-            raise UserError(f"config.{section}.{key}={c[section][key]} must be at least 1")
-    if c.sample.group_size < 2:
-        raise UserError(f"config.sample.group_size={c.sample.group_size}: a group needs 2 videos to compare, 8 or more "
-                        "work well")
+    for key, choices in CHOICES.items():
+        if values[key] not in choices:
+            raise UserError(f"config.{key}={values[key]!r}: choose one of {', '.join(choices)}")
+    for key, least in AT_LEAST.items():
+        if not values[key] >= least:
+            raise UserError(f"config.{key}={values[key]} must be at least {least}")
     videos = c.sample.groups * c.sample.group_size
     if videos % c.sample.batch_size:
         raise UserError(f"config.sample: groups x group_size = {videos} videos do not fill batches of "
@@ -53,13 +62,16 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
     if batches % c.train.updates_per_epoch:
         raise UserError(f"config.train.updates_per_epoch={c.train.updates_per_epoch} does not divide the epoch's "
                         f"{batches} batches")
+    if len(c.sample.sde_range) != 2:
+        raise UserError(f"config.sample.sde_range={tuple(c.sample.sde_range)} must be (first, last + 1)")
     low, high = c.sample.sde_range
     if not (0 <= low < high <= c.sample.steps and 1 <= c.sample.sde_steps <= high - low):
         raise UserError(f"config.sample: sde_steps={c.sample.sde_steps} steps do not fit in sde_range=({low}, {high}) "
                         f"of {c.sample.steps} steps")
-    if c.train.advantage_std not in ("group", "global"):
-        raise UserError(f"config.train.advantage_std={c.train.advantage_std!r}: choose 'group' or 'global'")
+    if c.lora.rank and not c.lora.targets:
+        raise UserError("config.lora.targets is empty: name the layers to adapt, or train all weights with lora.rank=0")
     try:
+        flow_sigmas(c.sample.steps, c.sample.shift)
         return Settings(
             dtype=DTYPES[c.model.dtype],
             lora=LoRAConfig(c.lora.rank, c.lora.alpha, tuple(c.lora.targets)) if c.lora.rank else None,

@@ -7,6 +7,7 @@ update, log, evaluate, save. The same command on the same run folder continues a
 bit: every random draw is a function of (seed, epoch, sample, step).
 """
 
+import dataclasses
 import functools
 import math
 import pathlib
@@ -28,6 +29,7 @@ from grpo.prompts import PromptSet, epoch_prompts, load_prompts
 from grpo.rollout import StepTable, make_step, rollout, sde_window
 from grpo.run_log import RunLog
 from grpo.update import TrainState, init_state, make_update, stack_batches
+from rewards.base import RewardError
 from rewards.ocr import OCRReward
 from rewards.targets import parse_targets
 from rewards.workers import RewardPool
@@ -36,7 +38,7 @@ from wan_jax import mesh as mesh_lib
 from wan_jax.attention import choose_backend
 from wan_jax.checkpoint import Checkpoints
 from wan_jax.cli import UserError
-from wan_jax.schedule import flow_sigmas
+from wan_jax.schedule import Schedule, flow_sigmas
 from wan_jax.solvers import make_solver
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, e.g. configs/tiny_ocr.py", lock_config=True)
@@ -44,35 +46,61 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, e.g. configs/t
 
 def main(_):
     c = CONFIG.value
-    if c is None:
-        raise UserError("give a recipe: --config=configs/tiny_ocr.py")
     s = settings.from_config(c)
-
-    # ---- prompts, before anything heavy ----------------------------------------------------------------------
     train_prompts = load_prompts(c.prompts.train, parse_targets)
     heldout = load_prompts(c.prompts.heldout, parse_targets, limit=c.eval.num_prompts)
     epoch_prompts(c.seed, 0, len(train_prompts), c.sample.groups)
     if overlap := set(train_prompts.prompts) & set(heldout.prompts):
         raise UserError(f"{len(overlap)} held-out prompts are training prompts too, e.g. {min(overlap)!r}")
-
-    # ---- mesh, model ------------------------------------------------------------------------------------------
     with cli.user_input():
+        plan = Plan.make(c, s)
+    with open_pool(c.reward) as pool:
+        train(c, s, plan, train_prompts, heldout, pool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What follows from settings, model folder and devices before any weight is read."""
+
+    mesh: jax.sharding.Mesh
+    model: model_dir.ModelDir
+    backend: str  # of attention
+    shape: tuple[int, ...]  # latents of one video in training
+    eval_shape: tuple[int, ...]  # and in evaluation
+    schedule: Schedule
+    solver: object  # of the evaluation
+
+    @classmethod
+    def make(cls, c, s: settings.Settings) -> "Plan":
+        """Raises ValueError or `UserError` where settings, model and devices do not fit together."""
         mesh = mesh_lib.make_mesh(c.mesh.fsdp)
         mesh_lib.check_batch("config.sample.batch_size", c.sample.batch_size, mesh)
         model = model_dir.open_model(c.model.path)
-        config, vae_config = model.config("transformer"), model.config("vae")
+        config, vae = model.config("transformer"), model.config("vae")
         backend = choose_backend(c.model.attention, mesh.devices.flat[0].platform, s.dtype, config.attention_head_dim)
-        size = c.sample.height, c.sample.width
-        shape = pipeline.latent_shape(c.sample.frames, *size, vae_config, config)
-        eval_shape = pipeline.latent_shape(c.eval.frames or c.sample.frames, *size, vae_config, config)
-        schedule = flow_sigmas(c.sample.steps, c.sample.shift)
-        solver = make_solver(c.eval.solver, c.eval.steps, c.sample.shift)
+        shape, eval_shape = (pipeline.latent_shape(frames, c.sample.height, c.sample.width, vae, config)
+                             for frames in (c.sample.frames, c.eval.frames or c.sample.frames))
+        return cls(mesh, model, backend, shape, eval_shape, flow_sigmas(c.sample.steps, c.sample.shift),
+                   make_solver(c.eval.solver, c.eval.steps, c.sample.shift))
+
+
+def open_pool(c) -> RewardPool:
+    """The scoring processes. Raises `UserError` when the reward cannot be built, e.g. for a missing package."""
+    reward = functools.partial(OCRReward, rule=c.rule, engine=c.engine, max_frames=c.max_frames)
+    try:
+        return RewardPool(reward, workers=c.workers)
+    except (RewardError, ImportError, ValueError) as error:
+        raise UserError(f"the reward cannot be built: {str(error).strip().splitlines()[-1]}") from error
+
+
+def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout: PromptSet, pool: RewardPool):
+    mesh, model, solver = plan.mesh, plan.model, plan.solver
     replicated, sharded = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
     checkpoints = Checkpoints(c.run_dir, keep=c.save.keep)
     restored = checkpoints.latest()
     if restored is not None:
         settings.check_resume(checkpoints.meta(restored)["config"], c.to_dict(), str(checkpoints.path(restored)))
-    say(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}, attention {backend}, weights {c.model.dtype}")
+    say(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}, attention {plan.backend}, weights {c.model.dtype}")
 
     everything = PromptSet(train_prompts.prompts + heldout.prompts, train_prompts.targets + heldout.targets)
     bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
@@ -85,112 +113,111 @@ def main(_):
 
     # ---- policy, optimiser, restore -----------------------------------------------------------------------------
     key = jax.random.key(c.seed)
-    policy, trainable = make_policy(config, frozen, mesh, lora=s.lora, key=jax.random.fold_in(key, 0), dtype=s.dtype,
-                                    attention=backend, remat=c.model.remat)
+    with cli.user_input():
+        policy, trainable = make_policy(model.config("transformer"), frozen, mesh, lora=s.lora,
+                                        key=jax.random.fold_in(key, 0), dtype=s.dtype, attention=plan.backend,
+                                        remat=c.model.remat)
     if s.lora is None and not c.train.kl_weight:
         frozen = None  # full fine-tuning without a reference: the fp32 copy is the only one
     state, done = init_state(trainable, s.optimiser), 0
     if restored is not None:
         state, done = restore(checkpoints, restored, state), restored
-    steps = StepTable.make(schedule, s.sde)
+    steps = StepTable.make(plan.schedule, s.sde)
     step = make_step(policy, steps, c.sample.guidance)
     update = make_update(policy, steps, c.sample.guidance, s.loss, s.optimiser)
     eval_step = pipeline.make_ode_step(policy.module, solver, c.eval.guidance)
 
-    make_reward = functools.partial(OCRReward, rule=c.reward.rule, engine=c.reward.engine,
-                                    max_frames=c.reward.max_frames)
     log = RunLog(c.run_dir, resume_epoch=restored)
     log.config(dict(c.to_dict(), command=" ".join(["python -m grpo.train", *sys.argv[1:]])))
-    with RewardPool(make_reward, workers=c.reward.workers) as pool:
-        evaluator = Evaluator(heldout, eval_table, solver, eval_step, decode, vae_state, pool, mesh, eval_shape,
-                              c.sample.batch_size, c.eval.seed, c.eval.previews)
+    evaluator = Evaluator(heldout, eval_table, solver, eval_step, decode, vae_state, pool, mesh, plan.eval_shape,
+                          c.sample.batch_size, c.eval.seed, c.eval.previews)
 
-        def evaluate(epoch: int):
-            result = evaluator((state.ema, frozen), epoch, functools.partial(bar, desc="evaluation"))
-            log.evaluation(result.record, result.videos)
-            r = result.record
-            say(f"epoch {epoch}: held-out OCR reward {r['reward']:.3f} [{r['low']:.3f}, {r['high']:.3f}] on {r['num']} "
-                f"prompts, {r['seconds']:.1f} s")
+    def evaluate(epoch: int):
+        result = evaluator((state.ema, frozen), epoch, functools.partial(bar, desc="evaluation"))
+        log.evaluation(result.record, result.videos)
+        r = result.record
+        say(f"epoch {epoch}: held-out OCR reward {r['reward']:.3f} [{r['low']:.3f}, {r['high']:.3f}] on {r['num']} "
+            f"prompts, {r['seconds']:.1f} s")
 
-        if restored is None:
-            say(f"{sum(v.size for v in jax.tree.leaves(trainable)):,} trained parameters, {s.videos} videos an epoch")
-            evaluate(0)
-            save(checkpoints, 0, state, c, s)
-        elif done < c.epochs:
-            say(f"continuing {c.run_dir} after epoch {done}")
+    if restored is None:
+        say(f"{sum(v.size for v in jax.tree.leaves(trainable)):,} trained parameters, {s.videos} videos an epoch")
+        evaluate(0)
+        save(checkpoints, 0, state, c, s)
+    elif done < c.epochs:
+        say(f"continuing {c.run_dir} after epoch {done}")
 
-        lap, save_seconds = Stopwatch(), 0.0
-        # ---- the loop ---------------------------------------------------------------------------------------------
-        for epoch in range(done + 1, c.epochs + 1):
-            lap()
-            clock, seconds = time.time(), dict.fromkeys(("sample", "decode", "score_wait", "update"), 0.0)
-            epoch_key = jax.random.fold_in(jax.random.fold_in(key, 1), epoch)
-            chosen = epoch_prompts(c.seed, epoch - 1, len(train_prompts), c.sample.groups)
-            prompt_of = np.repeat(chosen, c.sample.group_size)  # [N], a group's videos stand together
-            window = sde_window(c.seed, epoch, c.sample.sde_steps, *c.sample.sde_range)
+    lap, save_seconds = Stopwatch(), 0.0
+    # ---- the loop ---------------------------------------------------------------------------------------------
+    for epoch in range(done + 1, c.epochs + 1):
+        lap()
+        clock, seconds = time.time(), dict.fromkeys(("sample", "decode", "score_wait", "update"), 0.0)
+        epoch_key = jax.random.fold_in(jax.random.fold_in(key, 1), epoch)
+        chosen = epoch_prompts(c.seed, epoch - 1, len(train_prompts), c.sample.groups)
+        prompt_of = np.repeat(chosen, c.sample.group_size)  # [N], a group's videos stand together
+        window = sde_window(c.seed, epoch, c.sample.sde_steps, *c.sample.sde_range)
 
-            # sample, and score while the next batch samples
-            trajectories, pending = [], []
-            for b in bar(range(s.batches), desc=f"epoch {epoch}"):
-                rows = np.arange(b * c.sample.batch_size, (b + 1) * c.sample.batch_size)
-                text = table.batch(prompt_of[rows], sharded, replicated)
-                samples = jax.device_put(jnp.asarray(rows, jnp.int32), sharded)
-                latents, trajectory = rollout(step, state.trainable, frozen, text, key=epoch_key, samples=samples,
-                                              shape=shape, num_steps=c.sample.steps, window=window)
-                seconds["sample"] += lap(latents)
-                videos = np.asarray(decode(vae_state, latents))
-                seconds["decode"] += lap()
-                pending.append(pool.submit(videos, [train_prompts.targets[i] for i in prompt_of[rows]]))
-                trajectories.append(trajectory)
-            scores = [p.result() for p in pending]
-            seconds["score_wait"] += lap()
+        # sample, and score while the next batch samples
+        trajectories, pending = [], []
+        for b in bar(range(s.batches), desc=f"epoch {epoch}"):
+            rows = np.arange(b * c.sample.batch_size, (b + 1) * c.sample.batch_size)
+            text = table.batch(prompt_of[rows], sharded, replicated)
+            samples = jax.device_put(jnp.asarray(rows, jnp.int32), sharded)
+            latents, trajectory = rollout(step, state.trainable, frozen, text, key=epoch_key, samples=samples,
+                                          shape=plan.shape, num_steps=c.sample.steps, window=window)
+            seconds["sample"] += lap(latents)
+            videos = np.asarray(decode(vae_state, latents))
+            seconds["decode"] += lap()
+            pending.append(pool.submit(videos, [train_prompts.targets[i] for i in prompt_of[rows]]))
+            trajectories.append(trajectory)
+        scores = [p.result() for p in pending]
+        seconds["score_wait"] += lap()
 
-            # advantages
-            rewards = np.concatenate([score.values for score in scores])
-            valid = np.concatenate([score.valid for score in scores])
-            if not valid.any():
-                errors = [e for score in scores for e in score.errors if e]
-                raise UserError(f"epoch {epoch}: not one of {len(valid)} videos could be scored; the last error was:\n"
-                                f"{errors[-1].strip().splitlines()[-1]}")
-            advantages = group_advantages(rewards, prompt_of, valid, std=c.train.advantage_std,
-                                          clip=c.train.advantage_clip)
-            groups = group_statistics(rewards, prompt_of, valid)
+        # advantages
+        rewards = np.concatenate([score.values for score in scores])
+        valid = np.concatenate([score.valid for score in scores])
+        if not valid.any():
+            errors = [e for score in scores for e in score.errors if e]
+            raise UserError(f"epoch {epoch}: not one of {len(valid)} videos could be scored; the last error was:\n"
+                            f"{errors[-1].strip().splitlines()[-1]}")
+        advantages = group_advantages(rewards, prompt_of, valid, std=c.train.advantage_std,
+                                      clip=c.train.advantage_clip)
+        groups = group_statistics(rewards, prompt_of, valid)
 
-            # update
-            record = {"epoch": epoch}
-            size = s.batches // c.train.updates_per_epoch
-            for first in range(0, s.batches, size):
-                part = slice(first, first + size)
-                batch = stack_batches(trajectories[part], advantages.reshape(s.batches, -1)[part],
-                                      valid.reshape(s.batches, -1)[part])
-                state, metrics, norms = update(state, frozen, batch)
-                values = metrics.averages() | {k: float(v) for k, v in norms.items()}
-                check_finite(values, epoch, checkpoints)
-                if first == 0:
-                    values["ratio_max_error"] = max(values["ratio_max"] - 1, 1 - values["ratio_min"])
-                    check_ratio(values["ratio_max_error"], c.train.ratio_tolerance, epoch)
-                record |= values
-            del trajectories, batch
-            seconds["update"] += lap(state)
+        # update
+        record = {"epoch": epoch}
+        size = s.batches // c.train.updates_per_epoch
+        for first in range(0, s.batches, size):
+            part = slice(first, first + size)
+            batch = stack_batches(trajectories[part], advantages.reshape(s.batches, -1)[part],
+                                  valid.reshape(s.batches, -1)[part])
+            state, metrics, norms = update(state, frozen, batch)
+            values = metrics.averages() | {k: float(v) for k, v in norms.items()}
+            check_finite(values, epoch, checkpoints)
+            if first == 0:
+                values["ratio_max_error"] = max(values["ratio_max"] - 1, 1 - values["ratio_min"])
+                check_ratio(values["ratio_max_error"], c.train.ratio_tolerance, epoch)
+            record |= values
+        del trajectories, batch
+        seconds["update"] += lap(state)
 
-            # log, evaluate, save: in this order, so that a resumed run repeats what no checkpoint holds
-            seconds |= {"save": save_seconds, "total": time.time() - clock}
-            failed, retried = sum(score.failures for score in scores), sum(score.retries for score in scores)
-            log.epoch(record | {"reward_mean": groups.mean_reward, "reward_std": groups.std_reward,
-                                "group_std": groups.mean_group_std, "zero_std_fraction": groups.zero_std_fraction,
-                                "failed_scores": failed, "retried_scores": retried, "videos": s.videos,
-                                "seconds": seconds})
-            say(f"epoch {epoch}/{c.epochs}: reward {groups.mean_reward:.3f}, spread in groups "
-                f"{groups.mean_group_std:.3f}, ratio error {record['ratio_max_error']:.1e}, "
-                f"grad {record['grad_norm']:.2e}"
-                + (f", {failed} scores failed" if failed else "") + " | "
-                + " ".join(f"{k} {v:.1f}" for k, v in seconds.items() if v >= 0.05) + " s")
-            if epoch % c.eval.every == 0 or epoch == c.epochs:
-                evaluate(epoch)
-            lap()
-            if epoch % c.save.every == 0 or epoch == c.epochs:
-                save(checkpoints, epoch, state, c, s)
-            save_seconds = lap()  # shown with the next epoch
+        # log, evaluate, save: in this order, so that a resumed run repeats what no checkpoint holds
+        seconds |= {"save": save_seconds, "total": time.time() - clock}
+        failed, retried = sum(score.failures for score in scores), sum(score.retries for score in scores)
+        log.epoch(record | {"reward_mean": groups.mean_reward, "reward_std": groups.std_reward,
+                            "group_std": groups.mean_group_std, "zero_std_fraction": groups.zero_std_fraction,
+                            "failed_scores": failed, "retried_scores": retried, "videos": s.videos,
+                            "seconds": seconds})
+        say(f"epoch {epoch}/{c.epochs}: reward {groups.mean_reward:.3f}, spread in groups "
+            f"{groups.mean_group_std:.3f}, ratio error {record['ratio_max_error']:.1e}, "
+            f"grad {record['grad_norm']:.2e}"
+            + (f", {failed} scores failed" if failed else "") + " | "
+            + " ".join(f"{k} {v:.1f}" for k, v in seconds.items() if v >= 0.05) + " s")
+        if epoch % c.eval.every == 0 or epoch == c.epochs:
+            evaluate(epoch)
+        lap()
+        if epoch % c.save.every == 0 or epoch == c.epochs:
+            save(checkpoints, epoch, state, c, s)
+        save_seconds = lap()  # shown with the next epoch
     log.close()
     checkpoints.close()
     path = report.write_report(pathlib.Path(c.run_dir))

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -14,6 +15,7 @@ class UserError(Exception):
 
 ADVICE = {errno.ENOSPC: "the disk is full; free some space and run the same command again",
           errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
+          errno.ENOTDIR: "a file stands where a folder is needed; choose another folder",
           errno.EROFS: "the file system is read-only; choose another folder",
           errno.EACCES: "permission denied; choose a folder you may write to",
           errno.EPERM: "permission denied; choose a folder you may write to"}
@@ -43,7 +45,22 @@ def run(main: Callable) -> None:
             where = f"{cause.filename}: " if cause.filename else ""
             fail(f"{where}{ADVICE[cause.errno]} ({cause.strerror})")
 
-    app.run(guarded)
+    app.run(guarded, flags_parser=parse_flags)
+
+
+def parse_flags(argv):
+    """absl's own parsing, and errors of ml_collections flags (a misspelt key, a value of another type) in one line."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        fail(f"{error}; see --help")
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = "" if "site-packages" in frame.filename else f" ({frame.filename}:{frame.lineno})"
+        while error.args and isinstance(error.args[0], Exception):
+            error = error.args[0]
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        fail(f"settings: {' '.join(str(message).split())}{where}")
 
 
 @contextlib.contextmanager

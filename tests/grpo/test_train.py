@@ -1,0 +1,320 @@
+"""`python -m grpo.train` as its user runs it: whole runs, runs that are killed at any moment, and bad input."""
+
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from convert.from_diffusers import convert
+from grpo import settings
+from tests import tiny
+from wan_jax.checkpoint import Checkpoints
+from wan_jax.cli import UserError
+
+RECIPE = '''
+from configs.defaults import defaults
+
+def get_config():
+    c = defaults()
+    c.run_dir = {run!r}
+    c.epochs = 4
+    c.model.path = {model!r}
+    c.model.dtype = "float32"
+    c.model.remat = "none"
+    c.lora.rank = 4
+    c.prompts.train = {train!r}
+    c.prompts.heldout = {heldout!r}
+    c.sample.height, c.sample.width = 16, 32
+    c.sample.steps, c.sample.sde_steps, c.sample.sde_range = 3, 2, (0, 3)
+    c.sample.guidance = 1.0
+    c.sample.groups, c.sample.group_size, c.sample.batch_size = 2, 4, 4
+    c.train.updates_per_epoch = 2
+    c.train.advantage_std = "global"
+    c.eval.every, c.eval.num_prompts, c.eval.steps, c.eval.guidance, c.eval.previews = 2, 4, 2, 1.0, 2
+    c.save.every = 1
+    c.reward.workers = 0
+    return c
+'''
+WORDS = "open exit cafe salt moon tide fern lamp".split()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    root = tmp_path_factory.mktemp("model")
+    convert(str(tiny.write_pipeline(root / "source", seed=3)), root / "model", "float32")
+    return root / "model"
+
+
+@pytest.fixture
+def recipe(model, tmp_path):
+    """Writes a recipe and its prompts; returns (config file, run folder)."""
+    (tmp_path / "train.txt").write_text("".join(f'A sign that says "{w}".\n' for w in WORDS[:4]))
+    (tmp_path / "heldout.txt").write_text("".join(f'A sign that says "{w}".\n' for w in WORDS[4:]))
+    path = tmp_path / "recipe.py"
+    path.write_text(RECIPE.format(run=str(tmp_path / "run"), model=str(model), train=str(tmp_path / "train.txt"),
+                                  heldout=str(tmp_path / "heldout.txt")))
+    return path, tmp_path / "run"
+
+
+def start(config, *overrides, **kwargs):
+    """`overrides`: 'key=value' of the config."""
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.Popen([sys.executable, "-m", "grpo.train", f"--config={config}",
+                             *(f"--config.{o}" for o in overrides)], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+
+
+def train(config, *overrides):
+    """(exit code, standard output, standard error) of a whole run."""
+    process = start(config, *overrides)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def kill_when(config, event, *overrides):
+    """Starts a run and SIGKILLs it as soon as `event(output so far)`; returns the output."""
+    process, out = start(config, *overrides), ""
+    os.set_blocking(process.stdout.fileno(), False)
+    try:
+        deadline = time.time() + 240
+        while not event(out):
+            assert time.time() < deadline and process.poll() is None, out + process.stderr.read()
+            with contextlib.suppress(BlockingIOError):
+                out += os.read(process.stdout.fileno(), 65536).decode()
+            time.sleep(0.001)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    return out
+
+
+def newest(run):
+    checkpoints = Checkpoints(run, read_only=True)
+    try:
+        return checkpoints.latest()
+    finally:
+        checkpoints.close()
+
+
+def arrays_of(run):
+    """Every array of a run's newest checkpoint, by its path."""
+    flat = {}
+    for item in ("state", "trained"):
+        tree = ocp.StandardCheckpointer().restore(run.absolute() / "checkpoints" / str(newest(run)) / item)
+        flat |= {item + jax.tree_util.keystr(path): np.asarray(leaf)
+                 for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return flat
+
+
+def records_of(run):
+    """The metrics and the evaluations, without the clock."""
+    records = []
+    for name in ("metrics.jsonl", "evals.jsonl"):
+        lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
+        records.append([{k: v for k, v in line.items() if "seconds" not in k and k != "time"} for line in lines])
+    return records
+
+
+def result(run):
+    """Everything a run computed."""
+    return newest(run), arrays_of(run), records_of(run)
+
+
+def assert_same(a, b):
+    assert a[0] == b[0] and a[1].keys() == b[1].keys() and a[2] == b[2]
+    assert len(a[1]) > 20
+    for name in a[1]:
+        np.testing.assert_array_equal(a[1][name], b[1][name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """A run that nothing disturbed: (its folder, its output)."""
+    root = tmp_path_factory.mktemp("whole")
+    config, run = recipe.__wrapped__(model, root)
+    code, out, err = train(config)
+    assert code == 0, out + err
+    return config, run, out
+
+
+def test_whole_run(whole):
+    _, run, out = whole
+    assert re.search(r"epoch 0: held-out OCR reward \d\.\d+ \[", out)
+    assert "epoch 4/4: reward" in out and "report.html" in out.splitlines()[-1]
+    last, arrays, (metrics, evaluations) = result(run)
+    assert last == 4
+    assert [r["epoch"] for r in metrics] == [1, 2, 3, 4]
+    assert [r["epoch"] for r in evaluations] == [0, 2, 4]
+    for record in metrics:
+        assert record["ratio_max_error"] <= 1e-5
+        assert record["grad_norm"] > 0
+    adapters = {k: v for k, v in arrays.items() if k.startswith("trained") and "lora_b" in k}
+    assert adapters and all(np.abs(v).max() > 0 for v in adapters.values())
+    saved = json.loads((run / "config.json").read_text())
+    assert saved["lora"]["rank"] == 4 and saved["command"].startswith("python -m grpo.train")
+    html = (run / "report.html").read_text()
+    assert "tide" in html and "data:image/png;base64," in html
+    assert not re.search(r'(src|href)="(?!data:|#)', html)
+
+
+def test_same_command_again_changes_nothing(whole):
+    config, run, _ = whole
+    before = result(run)
+    code, out, err = train(config)
+    assert code == 0, out + err
+    assert "epoch 4/4" not in out
+    assert_same(result(run), before)
+
+
+@pytest.mark.parametrize("seen, delay", [("epoch 0: held-out", 0.0), ("epoch 2/4", 0.03)])
+def test_killed_in_an_epoch_continues_bit_for_bit(whole, recipe, seen, delay):
+    config, run = recipe
+    out = kill_when(config, lambda out: seen in out and (time.sleep(delay) or True))
+    assert "epoch 4/4" not in out
+    code, out, err = train(config)
+    assert code == 0, out + err
+    assert_same(result(run), result(whole[1]))
+
+
+def test_killed_in_a_save_continues_bit_for_bit(whole, recipe):
+    config, run = recipe
+    folder = run / "checkpoints"
+
+    def saving(out):  # a checkpoint that is not the first is being written: its temporary folder is there
+        return (folder / "1").is_dir() and any("tmp" in p.name for p in folder.iterdir())
+
+    for _ in range(5):
+        kill_when(config, saving)
+        left = [p.name for p in folder.iterdir() if "tmp" in p.name]
+        if left:
+            break
+    assert left, "no kill hit a save"
+    assert newest(run) < 4
+    code, out, err = train(config)
+    assert code == 0, out + err
+    assert "continuing" in out
+    assert_same(result(run), result(whole[1]))
+    assert not [p.name for p in folder.iterdir() if "tmp" in p.name]
+
+
+def test_ctrl_c_stops_with_one_line(recipe):
+    config, run = recipe
+    process = start(config, "epochs=1000")
+    for line in process.stdout:
+        if line.startswith("epoch 2/"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "the same command continues" in err and "Traceback" not in err
+    assert newest(run) >= 1
+
+
+def test_full_fine_tuning(recipe):
+    config, run = recipe
+    code, out, err = train(config, "lora.rank=0", "epochs=2", "train.learning_rate=1e-5")
+    assert code == 0, out + err
+    arrays, (metrics, _) = arrays_of(run), records_of(run)
+    assert any(k.startswith("trained") and "patch_embed" in k for k in arrays)
+    assert not any("lora" in k for k in arrays)
+    assert all(r["ratio_max_error"] <= 1e-5 for r in metrics)
+
+
+def test_workers_score_the_same(whole, recipe):
+    config, run = recipe
+    code, out, err = train(config, "reward.workers=2")
+    assert code == 0, out + err
+    assert_same(result(run), result(whole[1]))
+
+
+def test_other_settings_are_refused(whole):
+    config, run, _ = whole
+    before = result(run)
+    code, _, err = train(config, "train.learning_rate=0.5", "epochs=6")
+    assert code == 1 and "Traceback" not in err
+    assert "train.learning_rate: 0.0001 -> 0.5" in err and "--config.run_dir" in err
+    assert_same(result(run), before)
+
+
+def test_divergence_stops_and_names_the_last_good_checkpoint(recipe):
+    config, run = recipe
+    code, out, err = train(config, "lora.alpha=1e38", "epochs=9")
+    assert code == 1 and "Traceback" not in err, out + err
+    assert "not finite" in err and "learning_rate" in err
+    named = re.search(r"last good checkpoint is (\S+)\. ", err)[1]
+    assert pathlib.Path(named) == run.absolute() / "checkpoints" / str(newest(run))
+    assert all(np.isfinite(v).all() for v in arrays_of(run).values())
+
+
+BAD = [
+    ("run_dir=", "config.run_dir is empty"), ("model.path=", "config.model.path is empty"),
+    ("model.dtype=float16", "float32, bfloat16"), ("sample.group_size=1", "group_size=1"),
+    ("sample.groups=0", "groups=0"), ("sample.batch_size=3", "choose a divisor of 8"),
+    ("train.updates_per_epoch=3", "does not divide"), ("sample.sde_steps=4", "sde_range=(0, 3)"),
+    ("sample.sde_range=(1, 9)", "sde_range=(1, 9)"), ("train.advantage_std=batch", "one of group, global"),
+    ("sample.sde=ddim", "flow_grpo_wan"), ("train.clip_low=-1", "clip_low"), ("train.kl_kind=forward", "flow_grpo, "),
+    ("train.learning_rate=-1", "learning_rate"), ("train.ema_decay=1.5", "ema_decay"), ("lora.rank=-2", "rank"),
+    ("lora.targets=()", "targets"), ("eval.num_prompts=1", "num_prompts=1"), ("reward.rule=exact", "spelling"),
+    ("reward.engine=tesseract", "rapidocr"), ("reward.workers=-1", "workers=-1"),
+    ("reward.max_frames=0", "max_frames=0"),
+    ("sample.noise_level=-0.5", "noise_level"), ("model.remat=all", "none, block"), ("epochs=0", "epochs=0"),
+    ("eval.solver=heun", "euler"), ("model.attention=flash", "cudnn"), ("save.keep=0", "keep=0"),
+    ("eval.previews=-1", "previews=-1"), ("sample.shift=0", "shift"),
+]
+
+
+@pytest.mark.parametrize("override, message", BAD, ids=[b[0] for b in BAD])
+def test_bad_settings_are_refused_before_any_work(recipe, override, message):
+    config, _ = recipe
+    key, value = override.split("=")
+    namespace = {}
+    exec(config.read_text(), namespace)
+    c = namespace["get_config"]()
+    section = functools.reduce(lambda part, name: part[name], key.split(".")[:-1], c)
+    old = section[key.split(".")[-1]]
+    with section.ignore_type():
+        section[key.split(".")[-1]] = (value if isinstance(old, str) else
+                                       eval(value) if isinstance(old, tuple) or old is None else type(old)(value))
+    with pytest.raises(UserError, match=re.escape(message)):
+        settings.from_config(c)
+
+
+def test_bad_prompts_are_named_by_line(recipe):
+    config, run = recipe
+    prompts = config.parent / "train.txt"
+    prompts.write_text('A sign that says "open".\nA sign that says nothing.\n\nAnother one.\n')
+    code, _, err = train(config)
+    assert code == 1 and "Traceback" not in err
+    assert "train.txt: 2 of 4 lines" in err and "line 2: " in err and "line 4: " in err
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("override, message", [
+    ("sample.frames=4", "frames"), ("sample.height=50", "50"), ("model.path=/nowhere", "convert.from_diffusers"),
+    ("prompts.train=/nowhere.txt", "/nowhere.txt does not exist"), ("train.learning_rat=1", "learning_rate"),
+    ("sample.groups=100", "100")])
+def test_bad_input_is_one_message(recipe, override, message):
+    config, run = recipe
+    code, _, err = train(config, override)
+    assert code == 1 and "Traceback" not in err and message in err, err
+    assert len(err.strip().splitlines()) <= 6, err
+    assert not run.exists()
+
+
+def test_run_folder_that_cannot_be_written(recipe):
+    config, run = recipe
+    run.write_text("a file where the folder should be")
+    code, _, err = train(config)
+    assert code == 1 and "Traceback" not in err and str(run) in err, err
+    assert run.read_text() == "a file where the folder should be"
