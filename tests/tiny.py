@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from convert import key_table
 from convert.from_diffusers import STEMS
 from examples.tiny_wan import sizes
-from examples.tiny_wan import tokenizer as char_tokenizer
+from examples.tiny_wan.assemble import assemble
 from wan_jax import config as config_lib
 from wan_jax import model_dir
 from wan_jax import params as P
@@ -58,8 +58,5 @@ def write_pipeline(path, seed: int = 0, bf16: tuple[str, ...] = ()) -> pathlib.P
         dtype = ml_dtypes.bfloat16 if component in bf16 else np.float32
         weights = random_weights(state_dict_shapes(component, settings), seed + i, dtype)
         save_file(weights, folder / f"{STEMS[component]}.safetensors", metadata={"format": "pt"})
-    (path / "scheduler").mkdir()
-    (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(sizes.SCHEDULER))
-    (path / "model_index.json").write_text(json.dumps(sizes.MODEL_INDEX))
-    char_tokenizer.write(path / "tokenizer")
+    assemble(path)
     return path

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -45,6 +46,7 @@ def run(main: Callable) -> None:
             where = f"{cause.filename}: " if cause.filename else ""
             fail(f"{where}{ADVICE[cause.errno]} ({cause.strerror})")
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     app.run(guarded, flags_parser=parse_flags)
 
 

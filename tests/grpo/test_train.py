@@ -221,6 +221,17 @@ def test_ctrl_c_stops_with_one_line(recipe):
     assert newest(run) >= 1
 
 
+@pytest.mark.parametrize("seconds", [0.3, 1.5, 4.0])
+def test_ctrl_c_while_starting(recipe, seconds):
+    config, _ = recipe
+    process = start(config)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "stopped" in err and "Traceback" not in err, err
+
+
 def test_full_fine_tuning(recipe):
     config, run = recipe
     code, out, err = train(config, "lora.rank=0", "epochs=2", "train.learning_rate=1e-5")
