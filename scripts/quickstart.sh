@@ -10,7 +10,4 @@ echo "== converting assets/tiny-wan"
 "$VENV/bin/python" -m convert.from_diffusers --src assets/tiny-wan --dst models/tiny-wan --dtype float32 --overwrite
 echo "== training"
 "$VENV/bin/python" -m grpo.train --config=configs/tiny_ocr.py "$@"
-echo "== a sample of the trained model"
-"$VENV/bin/python" -m wan_jax.sample --model models/tiny-wan --checkpoint runs/tiny_ocr --height 64 --width 128 \
-  --steps 10 --guidance 1 --solver euler --prompt 'A blue sign with the word "hello" in white letters.' --out runs/tiny_ocr/hello.png
 echo "== done in $(( (SECONDS - started) / 60 )) min $(( (SECONDS - started) % 60 )) s after the installation"
