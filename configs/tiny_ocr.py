@@ -13,7 +13,7 @@ from configs.defaults import defaults
 def get_config():
     c = defaults()
     c.run_dir = "runs/tiny_ocr"
-    c.epochs = 60
+    c.epochs = 40
     c.model.path = "models/tiny-wan"
     c.model.dtype = "float32"
     c.model.remat = "none"

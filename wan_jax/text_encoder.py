@@ -50,7 +50,8 @@ class Embedding(nnx.Module):
     """A lookup table [rows, features], initialised normal(0, std).
 
     A small table is read by a one-hot product: the gradient of a lookup adds every token's row with atomic operations,
-    which collide when a few rows serve them all (190 ms a training step of 110,000 characters on an H200).
+    which collide when a few rows serve them all. On an H200 the one-hot product took the training step of
+    examples/tiny_wan, 110,000 characters, from 190 to 70 ms.
     """
 
     def __init__(self, rows: int, features: int, *, std: float, dtype, rngs: nnx.Rngs):

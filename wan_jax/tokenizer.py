@@ -5,6 +5,7 @@ The tokenizer is the checkpoint's own `tokenizer/` folder, read by the class tha
 """
 
 import html
+import os
 import pathlib
 import re
 import warnings
@@ -47,6 +48,7 @@ class Tokenizer:
         if not any((path / name).is_file() for name in vocabularies):
             raise TokenizerError(f"{path} has no {' or '.join(vocabularies)}: the download is incomplete, "
                                  "fetch the checkpoint's 'tokenizer' folder again")
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that PyTorch is missing
         from transformers import T5TokenizerFast  # here: it takes seconds to import
 
         try:
