@@ -101,9 +101,10 @@ def convert_component(component: str, src: pathlib.Path, dst: pathlib.Path, dtyp
             if entry.layer == 0:
                 flat[entry.path] = np.empty(shapes[entry.path], value.dtype)
             flat[entry.path][entry.layer] = value
+    count, size = sum(v.size for v in flat.values()), sum(v.nbytes for v in flat.values())
+    cli.check_space(dst.parent, size, f"the {component}")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(model_dir.params_path(dst, component), flat)
-    count, size = sum(v.size for v in flat.values()), sum(v.nbytes for v in flat.values())
     print(f"{component}: {len(table)} tensors, {count:,} parameters, {size / 1e9:.3f} GB, {time.time() - start:.1f} s",
           flush=True)
     return {"tensors": len(table), "parameters": count, "bytes": size}

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from wan_jax.cli import UserError
+from wan_jax.cli import UserError, check_space
 from wan_jax.lora import LoRAConfig
 
 FORMAT = 1
@@ -34,7 +34,11 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def save(self, epoch: int, state: dict, trained: dict, meta: dict):
-        """state: {'trainable' | 'ema' | 'opt': {name: array}}; trained: {path: array}; meta: JSON values."""
+        """state: {'trainable' | 'ema' | 'opt': {name: array}}; trained: {path: array}; meta: JSON values.
+
+        Raises `UserError` when the disk has no room for it.
+        """
+        check_space(self.folder, sum(x.nbytes for x in jax.tree.leaves((state, trained))), "the checkpoint")
         self.manager.save(epoch, args=ocp.args.Composite(
             state=ocp.args.StandardSave(state), trained=ocp.args.StandardSave(trained),
             meta=ocp.args.JsonSave(dict(meta, format=FORMAT, epoch=epoch))))

@@ -2,6 +2,10 @@
 
 import contextlib
 import errno
+import os
+import pathlib
+import re
+import shutil
 import signal
 import sys
 import traceback
@@ -20,6 +24,7 @@ ADVICE = {errno.ENOSPC: "the disk is full; free some space and run the same comm
           errno.EROFS: "the file system is read-only; choose another folder",
           errno.EACCES: "permission denied; choose a folder you may write to",
           errno.EPERM: "permission denied; choose a folder you may write to"}
+OS_ERROR = re.compile(r"os[_ ]error(?:_code)?[= ]'?(\d+)")
 
 
 def run(main: Callable) -> None:
@@ -32,7 +37,7 @@ def run(main: Callable) -> None:
         if len(argv) > 1:
             fail(f"unexpected argument {argv[1]!r}; settings are given as --name=value, see --help")
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # orbax and JAX say a lot at the usual level
+            logging.set_verbosity(logging.ERROR)  # orbax and JAX say a lot at the usual level
         try:
             main(argv)
         except UserError as error:
@@ -75,12 +80,26 @@ def user_input():
 
 
 def disk_error(error: BaseException | None) -> OSError | None:
-    """The first OSError in the chain of causes that `ADVICE` knows."""
+    """The first error of the disk that `ADVICE` knows in the chain of causes.
+
+    tensorstore (under orbax) and safetensors raise errors of their own that only name the system's error number.
+    """
     while error is not None:
         if isinstance(error, OSError) and error.errno in ADVICE:
             return error
+        if (named := OS_ERROR.search(str(error))) and int(named[1]) in ADVICE:
+            return OSError(int(named[1]), os.strerror(int(named[1])))
         error = error.__cause__ or error.__context__
     return None
+
+
+def check_space(folder, needed: int, what: str) -> None:
+    """Raises `UserError` when the disk of `folder`, which need not exist yet, has less than `needed` bytes free."""
+    there = next(p for p in (pathlib.Path(folder).absolute(), *pathlib.Path(folder).absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise UserError(f"{folder}: {what} needs {needed / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB left; free "
+                        "some space and run the same command again")
 
 
 def fail(message: str) -> None:

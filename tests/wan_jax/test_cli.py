@@ -1,0 +1,39 @@
+"""What a user sees when the disk is the problem."""
+
+import errno
+import shutil
+
+import numpy as np
+import pytest
+
+from wan_jax.checkpoint import Checkpoints
+from wan_jax.cli import UserError, check_space, disk_error
+
+
+def test_errors_of_the_disk_are_found_in_the_chain_of_causes():
+    inner = OSError(errno.ENOSPC, "No space left on device", "/x/y")
+    outer = RuntimeError("orbax gave up")
+    outer.__cause__ = inner
+    assert disk_error(outer) is inner
+    assert disk_error(RuntimeError("something else")) is None
+    assert disk_error(OSError(errno.ENOENT, "no such file")) is None
+
+
+@pytest.mark.parametrize("message", [
+    "RESOURCE_EXHAUSTED: Error writing: No space left on device [os_error_code='28']",
+    "Error while serializing: I/O error: No space left on device (os error 28)"])
+def test_errors_that_only_name_the_systems_number(message):
+    """tensorstore's and safetensors' wording."""
+    assert disk_error(ValueError(message)).errno == errno.ENOSPC
+
+
+def test_too_little_space_is_an_error_before_the_first_byte(tmp_path, monkeypatch):
+    check_space(tmp_path / "not/there/yet", 1000, "the checkpoint")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 500, 500))
+    with pytest.raises(UserError, match=r"the checkpoint needs 0\.0 MB, the disk has 0\.0 MB left"):
+        check_space(tmp_path / "not/there/yet", 1000, "the checkpoint")
+    checkpoints = Checkpoints(tmp_path / "run")
+    with pytest.raises(UserError, match="disk"):
+        checkpoints.save(1, {"trainable": {"a": np.zeros(1000, np.float32)}}, {"a": np.zeros(1000, np.float32)}, {})
+    assert checkpoints.latest() is None
+    checkpoints.close()
