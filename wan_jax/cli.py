@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 
@@ -51,8 +52,17 @@ def run(main: Callable) -> None:
             where = f"{cause.filename}: " if cause.filename else ""
             fail(f"{where}{ADVICE[cause.errno]} ({cause.strerror})")
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, interrupt)
     app.run(guarded, flags_parser=parse_flags)
+
+
+def interrupt(signum, frame):
+    """Raises KeyboardInterrupt, a little later where Python would print and forget it: in JAX's callback of the garbage
+    collector and in destructors."""
+    if frame is not None and frame.f_code.co_name in ("_xla_gc_callback", "__del__"):
+        threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        raise KeyboardInterrupt
 
 
 def parse_flags(argv):

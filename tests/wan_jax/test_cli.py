@@ -2,12 +2,14 @@
 
 import errno
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
 
 from wan_jax.checkpoint import Checkpoints
-from wan_jax.cli import UserError, check_space, disk_error
+from wan_jax.cli import UserError, check_space, disk_error, interrupt
 
 
 def test_errors_of_the_disk_are_found_in_the_chain_of_causes():
@@ -17,6 +19,22 @@ def test_errors_of_the_disk_are_found_in_the_chain_of_causes():
     assert disk_error(outer) is inner
     assert disk_error(RuntimeError("something else")) is None
     assert disk_error(OSError(errno.ENOENT, "no such file")) is None
+
+
+def test_ctrl_c_in_a_callback_that_loses_exceptions_is_raised_after_it():
+    class Loses:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Loses()
+            time.sleep(5)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("message", [
