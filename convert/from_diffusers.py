@@ -25,7 +25,8 @@ from wan_jax import config as config_lib
 from wan_jax import params as P
 from wan_jax.cli import UserError
 
-STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+STEMS = {"transformer": "diffusion_pytorch_model", "transformer_2": "diffusion_pytorch_model",
+         "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 PIPELINE = "WanPipeline"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -49,7 +50,7 @@ def source_folder(src: str) -> pathlib.Path:
 
 
 def check_pipeline(src: pathlib.Path) -> dict:
-    """model_index.json of a Wan text-to-video pipeline with one expert. Raises `UserError` on anything else."""
+    """model_index.json of a Wan text-to-video pipeline. Raises `UserError` on anything else."""
     path = src / "model_index.json"
     if not path.is_file():
         raise UserError(f"{path} is missing: {src} is no checkpoint in Diffusers layout (the original Wan layout is "
@@ -61,9 +62,16 @@ def check_pipeline(src: pathlib.Path) -> dict:
     if index.get("_class_name") != PIPELINE:
         raise UserError(f"{path}: the pipeline is {index.get('_class_name')!r}, only {PIPELINE!r} (text to video) can "
                         "be converted")
-    if any(index.get("transformer_2") or ()) or index.get("boundary_ratio") is not None:
-        raise UserError(f"{src} is a Wan 2.2 model with two experts, which this version does not support; use Wan 2.1")
+    boundary = index.get("boundary_ratio")
+    if two_experts(index) != (boundary is not None) or not 0 < (boundary or 0.5) < 1:
+        raise UserError(f"{path}: boundary_ratio is {boundary} and transformer_2 is {index.get('transformer_2')}: "
+                        "a model with two experts has both, with a ratio between 0 and 1")
     return index
+
+
+def two_experts(index: dict) -> bool:
+    """Whether the pipeline has a second transformer; [null, null] means none, as in TI2V-5B."""
+    return any(index.get("transformer_2") or ())
 
 
 def source_dtype(component: str, shards: Shards, table: list[key_table.Entry]):
@@ -113,7 +121,7 @@ def convert_component(component: str, src: pathlib.Path, dst: pathlib.Path, dtyp
 def convert(src: str, dst, dtype: str = "source", overwrite: bool = False) -> None:
     """Converts `src` (folder or hub id) into the folder `dst`. Raises `UserError`; nothing half-written is left."""
     dst, folder = pathlib.Path(dst), source_folder(src)
-    check_pipeline(folder)
+    index = check_pipeline(folder)
     for name in ("tokenizer", "scheduler"):
         if not (folder / name).is_dir():
             raise UserError(f"{folder / name} is missing: the download is not complete")
@@ -122,7 +130,8 @@ def convert(src: str, dst, dtype: str = "source", overwrite: bool = False) -> No
         for name in ("tokenizer", "scheduler"):
             shutil.copytree(folder / name, partial / name)
         manifest = {"format": model_dir.FORMAT, "source": src, "dtype": dtype}
-        manifest["components"] = {c: convert_component(c, folder, partial, dtype) for c in model_dir.COMPONENTS}
+        manifest["components"] = {c: convert_component(c, folder, partial, dtype) for c in model_dir.COMPONENTS
+                                  if c != "transformer_2" or two_experts(index)}
         (partial / model_dir.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     size = sum(f.stat().st_size for f in dst.rglob("*") if f.is_file())
     print(f"{dst}: {size / 1e9:.3f} GB, ready for grpo.train and wan_jax.sample")

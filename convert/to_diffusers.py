@@ -83,7 +83,7 @@ def export(src, dst, checkpoint: str | None = None, dtype: str = "stored", overw
         shutil.copyfile(model.path / "model_index.json", partial / "model_index.json")
         for name in ("tokenizer", "scheduler"):
             shutil.copytree(model.path / name, partial / name)
-        for component in model_dir.COMPONENTS:
+        for component in model.components:
             start = time.time()
             (partial / component).mkdir()
             shutil.copyfile(model.path / component / "config.json", partial / component / "config.json")

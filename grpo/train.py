@@ -76,6 +76,8 @@ class Plan:
         mesh = mesh_lib.make_mesh(c.mesh.fsdp)
         mesh_lib.check_batch("config.sample.batch_size", c.sample.batch_size, mesh)
         model = model_dir.open_model(c.model.path)
+        if len(model.experts) > 1:
+            raise UserError(f"{c.model.path} has two experts, which training does not support yet; use a Wan 2.1 model")
         config, vae = model.config("transformer"), model.config("vae")
         backend = choose_backend(c.model.attention, mesh.devices.flat[0].platform, s.dtype, config.attention_head_dim)
         shape, eval_shape = (pipeline.latent_shape(frames, c.sample.height, c.sample.width, vae, config)

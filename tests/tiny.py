@@ -48,10 +48,11 @@ def random_weights(shapes: Mapping[str, tuple[int, ...]], seed: int, dtype=np.fl
     return weights
 
 
-def write_pipeline(path, seed: int = 0, bf16: tuple[str, ...] = ()) -> pathlib.Path:
-    """Writes the folder; components named in `bf16` are stored in bfloat16."""
+def write_pipeline(path, seed: int = 0, bf16: tuple[str, ...] = (), boundary: float | None = None) -> pathlib.Path:
+    """Writes the folder; components named in `bf16` are stored in bfloat16. With a boundary it has two experts."""
     path = pathlib.Path(path)
-    for i, (component, settings) in enumerate(SETTINGS.items()):
+    parts = SETTINGS | ({"transformer_2": SETTINGS["transformer"]} if boundary else {})
+    for i, (component, settings) in enumerate(parts.items()):
         folder = path / component
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(settings))
@@ -59,4 +60,8 @@ def write_pipeline(path, seed: int = 0, bf16: tuple[str, ...] = ()) -> pathlib.P
         weights = random_weights(state_dict_shapes(component, settings), seed + i, dtype)
         save_file(weights, folder / f"{STEMS[component]}.safetensors", metadata={"format": "pt"})
     assemble(path)
+    if boundary:
+        index = json.loads((path / "model_index.json").read_text())
+        index |= {"boundary_ratio": boundary, "transformer_2": index["transformer"]}
+        (path / "model_index.json").write_text(json.dumps(index))
     return path

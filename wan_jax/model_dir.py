@@ -4,6 +4,8 @@
     MODEL/model_index.json, scheduler/, tokenizer/          as published
     MODEL/{transformer,vae,text_encoder}/config.json        as published
     MODEL/{transformer,vae,text_encoder}/params/            orbax, flat dict {'blocks/attn1/to_q/kernel': array}
+
+Wan 2.2 A14B has a second expert in MODEL/transformer_2/.
 """
 
 import dataclasses
@@ -28,6 +30,7 @@ from wan_jax.vae import AutoencoderKLWan
 FORMAT = 1
 MANIFEST = "wan_jax.json"
 COMPONENTS = {"transformer": (config_lib.TransformerConfig, WanTransformer3D),
+              "transformer_2": (config_lib.TransformerConfig, WanTransformer3D),
               "vae": (config_lib.VAEConfig, AutoencoderKLWan),
               "text_encoder": (config_lib.TextEncoderConfig, UMT5Encoder)}
 
@@ -36,6 +39,21 @@ COMPONENTS = {"transformer": (config_lib.TransformerConfig, WanTransformer3D),
 class ModelDir:
     path: pathlib.Path
     manifest: dict
+    index: dict  # model_index.json
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return tuple(name for name in COMPONENTS if name in self.manifest["components"])
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The transformers, the one for high noise first."""
+        return tuple(name for name in ("transformer", "transformer_2") if name in self.manifest["components"])
+
+    @property
+    def boundary(self) -> float | None:
+        """Steps with timestep >= boundary x 1000 belong to the first expert, the others to the second; None: one."""
+        return self.index.get("boundary_ratio")
 
     def config(self, component: str):
         """The component's configuration dataclass."""
@@ -86,13 +104,16 @@ def open_model(path) -> ModelDir:
         diffusers = (path / "model_index.json").is_file()
         kind = "a Diffusers folder, not a converted model" if diffusers else "no converted model"
         raise UserError(f"{path} is {kind} (it has no {MANIFEST}); {advice}")
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except json.JSONDecodeError:
-        raise UserError(f"{path / MANIFEST} is damaged; {advice}") from None
+    parts = []
+    for name in (MANIFEST, "model_index.json"):
+        try:
+            parts.append(json.loads((path / name).read_text()))
+        except (json.JSONDecodeError, FileNotFoundError):
+            raise UserError(f"{path / name} is missing or damaged; {advice}") from None
+    manifest, index = parts
     if manifest.get("format") != FORMAT:
         raise UserError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}; {advice}")
-    return ModelDir(path, manifest)
+    return ModelDir(path, manifest, index)
 
 
 def abstract(component: str, config, *, dtype=jnp.float32, **kwargs) -> tuple[nnx.GraphDef, nnx.State]:

@@ -72,6 +72,8 @@ def main(_):
         media.check_suffix(FLAGS.out, FLAGS.frames)
         dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[FLAGS.dtype]
         model = model_dir.open_model(FLAGS.model)
+        if len(model.experts) > 1:
+            raise UserError(f"{FLAGS.model} has two experts, which sampling does not support yet; use a Wan 2.1 model")
         config = model.config("transformer")
         shape = pipeline.latent_shape(FLAGS.frames, FLAGS.height, FLAGS.width, model.config("vae"), config)
         shift = model.scheduler.flow_shift if FLAGS.shift is None else FLAGS.shift

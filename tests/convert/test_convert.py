@@ -37,7 +37,7 @@ def identical(a: dict, b: dict) -> bool:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return tiny.write_pipeline(tmp_path_factory.mktemp("source") / "wan", bf16=("text_encoder",))
+    return tiny.write_pipeline(tmp_path_factory.mktemp("source") / "wan", bf16=("text_encoder",), boundary=0.875)
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def spoil(folder, what):
     else:
         index = json.loads((folder / "model_index.json").read_text())
         changes = {"wrong pipeline": {"_class_name": "WanImageToVideoPipeline"},
-                   "two experts": {"boundary_ratio": 0.875}}
+                   "no second expert": {"transformer_2": [None, None]}}
         (folder / "model_index.json").write_text(json.dumps(index | changes[what]))
 
 
@@ -161,7 +161,7 @@ def spoil(folder, what):
     ("not safetensors", "truncated or damaged"), ("no weights", "is missing: the download is not complete"),
     ("no config", "config.json does not exist"), ("bad json", "not valid JSON"), ("no index", "Diffusers layout"),
     ("no tokenizer", "tokenizer is missing"), ("wrong pipeline", "WanImageToVideoPipeline"),
-    ("two experts", "two experts")])
+    ("no second expert", "boundary_ratio is 0.875 and transformer_2 is")])
 def test_bad_sources(broken, tmp_path, what, message):
     spoil(broken, what)
     with pytest.raises(UserError, match=message):
@@ -174,7 +174,17 @@ def test_null_second_expert_counts_as_none(broken, tmp_path):
     index |= {"transformer_2": [None, None], "boundary_ratio": None}
     (broken / "model_index.json").write_text(json.dumps(index))
     convert(str(broken), tmp_path / "model")
-    assert model_dir.open_model(tmp_path / "model").config("transformer").num_layers == 2
+    model = model_dir.open_model(tmp_path / "model")
+    assert model.experts == ("transformer",) and model.boundary is None
+    assert not (tmp_path / "model/transformer_2").exists()
+
+
+def test_two_experts_are_known_by_their_boundary(source, tmp_path):
+    convert(str(source), tmp_path / "model")
+    model = model_dir.open_model(tmp_path / "model")
+    assert model.experts == ("transformer", "transformer_2") and model.boundary == 0.875
+    high, low = (model.load_numpy(name)["patch_embedding/kernel"] for name in model.experts)
+    assert not np.array_equal(high, low)
 
 
 def test_existing_destination_survives(source, broken, tmp_path):
