@@ -89,8 +89,7 @@ def main(_):
     key = jax.random.key(4)
     show("rollout step", timed(lambda: step(trainable, frozen, x, 3, True, text, key, samples), f.repeats), flops)
     window = np.arange(2)
-    _, kept = rollout(step, trainable, frozen, text, key=key, samples=samples, shape=shape, num_steps=2,
-                      window=window)
+    _, kept = rollout(step, trainable, frozen, x, text, key=key, samples=samples, steps=range(2), window=window)
     advantages = np.random.default_rng(0).standard_normal((1, f.batch))
     batch = stack_batches([kept], advantages, np.ones((1, f.batch), bool))
     state, metrics = init_state(trainable, optimiser), None

@@ -18,6 +18,7 @@ def defaults() -> ConfigDict:
     c.model.path = ""                   # a folder written by convert.from_diffusers
     c.model.dtype = "bfloat16"          # of the transformer's weights and matrix products
     c.model.attention = "auto"          # auto | xla | cudnn
+    c.model.offload = "auto"            # auto | never | always: the idle expert of two waits in host memory
     c.model.remat = "block"             # none | block: recompute activations in the backward pass
 
     c.lora = ConfigDict()
@@ -40,6 +41,7 @@ def defaults() -> ConfigDict:
     c.sample.steps = 20                 # denoising steps
     c.sample.shift = 3.0                # of the sigma schedule
     c.sample.guidance = 4.5             # classifier-free guidance; up to 1 means none
+    c.sample.guidance_2 = None          # of the second expert (Wan 2.2 A14B); None: as the first
     c.sample.groups = 48                # prompts an epoch
     c.sample.group_size = 12            # videos a prompt
     c.sample.batch_size = 9             # videos of one rollout batch, and of one micro-batch of the update
@@ -50,6 +52,7 @@ def defaults() -> ConfigDict:
     c.sample.sde_range = (0, 19)        # drawn from [low, high)
 
     c.train = ConfigDict()
+    c.train.experts = ("transformer", "transformer_2")  # which are trained; models with one have only the first
     c.train.updates_per_epoch = 2       # the epoch's batches are split over so many optimiser steps
     c.train.learning_rate = 1e-4
     c.train.warmup_updates = 0
@@ -79,6 +82,7 @@ def defaults() -> ConfigDict:
     c.eval.frames = 0                   # 0: as in training
     c.eval.steps = 20
     c.eval.guidance = 4.5
+    c.eval.guidance_2 = None
     c.eval.solver = "unipc"             # unipc | euler | flow_match_euler
     c.eval.seed = 1234
     c.eval.previews = 12                # samples kept as pictures for the report

@@ -44,9 +44,12 @@ def merge_lora(flat: dict[str, np.ndarray], adapters: dict[str, np.ndarray], sca
     return merged
 
 
-def trained_weights(flat: dict[str, np.ndarray], checkpoint: str) -> dict[str, np.ndarray]:
-    """The base transformer's weights with a run's trained ones merged in or put in their place."""
-    lora, trained, _ = load_trained(checkpoint)
+def trained_weights(flat: dict[str, np.ndarray], checkpoint: str, expert: str) -> dict[str, np.ndarray]:
+    """The base weights of `expert` with a run's trained ones merged in or put in their place, if it trained them."""
+    lora, experts, _ = load_trained(checkpoint)
+    if expert not in experts:
+        return flat
+    trained = experts[expert]
     if lora is not None:
         return merge_lora(flat, trained, lora.scale)
     if {k: v.shape for k, v in flat.items()} != {k: v.shape for k, v in trained.items()}:
@@ -88,8 +91,8 @@ def export(src, dst, checkpoint: str | None = None, dtype: str = "stored", overw
             (partial / component).mkdir()
             shutil.copyfile(model.path / component / "config.json", partial / component / "config.json")
             flat = model.load_numpy(component)
-            if checkpoint and component == "transformer":
-                flat = trained_weights(flat, checkpoint)
+            if checkpoint and component in model.experts:
+                flat = trained_weights(flat, checkpoint, component)
             patch = getattr(model.config(component), "patch_size", None) or (1, 2, 2)
             tensors = dict(key_table.to_theirs(component, flat, patch))
             if dtype != "stored":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from grpo.rollout import initial_noise
 from grpo.statistics import bootstrap_interval
 from rewards.workers import RewardPool
 from wan_jax import mesh as mesh_lib
+from wan_jax.experts import Segment
 from wan_jax.pipeline import TextTable, sample_ode
 
 
@@ -28,7 +30,8 @@ class Evaluator:
     prompts: PromptSet
     table: TextTable
     solver: object
-    step: object  # `pipeline.make_ode_step`
+    steps: tuple  # one `pipeline.make_ode_step` an expert
+    parts: tuple[Segment, ...]  # the schedule's steps by expert
     decode: object  # `pipeline.make_decoder`
     vae_state: object
     pool: RewardPool
@@ -38,17 +41,19 @@ class Evaluator:
     seed: int
     previews: int
 
-    def __call__(self, arrays: tuple, epoch: int, progress=lambda x: x) -> Evaluation:
-        """arrays: what `step` takes before the solver's state. One sample a prompt, its noise from (seed, number)."""
+    def __call__(self, arrays: Callable, epoch: int, progress=lambda x, **_: x) -> Evaluation:
+        """arrays(expert): what its step takes first. One sample a prompt, its noise from (seed, number)."""
         start, pending, kept = time.time(), [], []
         total, key = len(self.prompts), jax.random.key(self.seed)
         replicated, sharded = mesh_lib.replicated(self.mesh), mesh_lib.batch_sharding(self.mesh)
-        for first in progress(range(0, total, self.batch_size)):
-            index = np.arange(first, first + self.batch_size) % total  # the last batch wraps: one compiled shape
+        firsts = range(0, total, self.batch_size)
+        rows = [np.arange(first, first + self.batch_size) % total for first in firsts]  # the last wraps: one shape
+        batches = [(initial_noise(key, jax.device_put(jnp.asarray(index, jnp.int32), sharded), self.shape),
+                    self.table.batch(index, sharded, replicated)) for index in rows]
+        latents = sample_ode(self.steps, arrays, self.parts, self.solver, batches)
+        for first, index, x in progress(zip(firsts, rows, latents), total=len(rows)):
             real = min(self.batch_size, total - first)
-            noise = initial_noise(key, jax.device_put(jnp.asarray(index, jnp.int32), sharded), self.shape)
-            text = self.table.batch(index, sharded, replicated)
-            videos = np.asarray(self.decode(self.vae_state, sample_ode(self.step, arrays, self.solver, noise, text)))
+            videos = np.asarray(self.decode(self.vae_state, x))
             pending.append(self.pool.submit(videos[:real], [self.prompts.targets[i] for i in index[:real]]))
             if first < self.previews:
                 kept.append(videos[: min(real, self.previews - first)])

@@ -14,6 +14,7 @@ import numpy as np
 
 from grpo.policy import Flat, Policy
 from wan_jax import sde
+from wan_jax.experts import Segment
 from wan_jax.guidance import TextBatch, velocity
 from wan_jax.schedule import Schedule
 
@@ -51,14 +52,39 @@ class StepTable:
         return tuple(jnp.asarray(v)[i] for v in (self.timestep, self.sigma, self.sigma_next, self.g))
 
 
-def sde_window(seed: int, epoch: int, size: int, low: int, high: int) -> np.ndarray:
-    """The stochastic steps of an epoch: `size` of [low, high), ascending, a function of (seed, epoch)."""
-    if not 0 <= low < high or not 1 <= size <= high - low:
-        raise ValueError(f"sample.sde_steps={size} steps do not fit in sample.sde_range=({low}, {high})")
+def sde_window(seed: int, epoch: int, size: int, low: int, high: int, segment: int = 0) -> np.ndarray:
+    """The stochastic steps of an epoch: `size` of [low, high), ascending, a function of (seed, epoch, segment)."""
+    if not 0 <= low <= high or not 0 <= size <= high - low:
+        raise ValueError(f"{size} stochastic steps do not fit in the steps {low} to {high}")
     if size == high - low:
         return np.arange(low, high)
-    rng = np.random.default_rng([seed, epoch, 0x5DE])
+    rng = np.random.default_rng([seed, epoch, 0x5DE, *([segment] if segment else [])])
     return np.sort(rng.choice(np.arange(low, high), size, replace=False))
+
+
+def step_quotas(parts: tuple[Segment, ...], experts: tuple[str, ...], trained: tuple[str, ...], size: int, low: int,
+                high: int) -> tuple[int, ...]:
+    """How many of an epoch's `size` stochastic steps each segment gets: in proportion to its steps in [low, high), and
+    at least one for every trained expert, so that each has a gradient in every epoch.
+
+    Raises ValueError when a trained expert has no step there, or there are fewer steps than experts to train.
+    """
+    room = [len(range(max(low, p.steps.start), min(high, p.steps.stop))) if experts[p.expert] in trained else 0
+            for p in parts]
+    for name in trained:
+        if not any(n for p, n in zip(parts, room) if experts[p.expert] == name):
+            split = ", ".join(f"{experts[p.expert]} steps {p.steps.start} to {p.steps.stop - 1}" for p in parts)
+            raise ValueError(f"{name} would be trained without a step: sample.sde_range=({low}, {high}) holds none of "
+                             f"its steps ({split}); change sample.sde_range, sample.shift or sample.steps, or leave "
+                             "the expert out of train.experts")
+    if size < len(trained) or size > sum(room):
+        raise ValueError(f"sample.sde_steps={size} must be from {len(trained)} (one for each trained expert) to "
+                         f"{sum(room)} (the trained experts' steps in sample.sde_range=({low}, {high}))")
+    quotas = [min(n, 1) for n in room]
+    while sum(quotas) < size:  # the next step goes where the share is furthest behind
+        behind = [n / sum(room) - q / size if q < n else -1.0 for n, q in zip(room, quotas)]
+        quotas[int(np.argmax(behind))] += 1
+    return tuple(quotas)
 
 
 def sample_noise(key: jax.Array, samples: jax.Array, step, shape: tuple[int, ...]) -> jax.Array:
@@ -88,20 +114,22 @@ def make_step(policy: Policy, table: StepTable, guidance: float):
     return step
 
 
-def rollout(step, trainable: Flat, frozen, text: TextBatch, *, key, samples, shape: tuple[int, ...], num_steps: int,
-            window: np.ndarray) -> tuple[jax.Array, Trajectory]:
-    """Runs all denoising steps for one batch; steps in `window` are stochastic and kept, the others are ODE steps.
+def rollout(step, trainable: Flat, frozen, x: jax.Array, text: TextBatch, *, key, samples, steps: range,
+            window: np.ndarray) -> tuple[jax.Array, Trajectory | None]:
+    """Runs the denoising steps `steps` for one batch from x fp32 [B,F,H,W,C] (`initial_noise` before step 0).
 
-    samples: int32 [B], global sample numbers in the epoch, sharded over the mesh. Returns (final latents fp32
-    [B,F,H,W,C], Trajectory). Everything is dispatched asynchronously.
+    Steps in `window` are stochastic and kept, the others are ODE steps. samples: int32 [B], global sample numbers in
+    the epoch, sharded over the mesh. Returns (latents after the last step, Trajectory, or None when the window is
+    empty). Everything is dispatched asynchronously.
     """
-    x = initial_noise(key, samples, shape)
     kept = []
-    for i in range(num_steps):
+    for i in steps:
         stochastic = i in window
         x_next, log_prob = step(trainable, frozen, x, i, stochastic, text, key, samples)
         if stochastic:
             kept.append((x, x_next, log_prob))
         x = x_next
+    if not kept:
+        return x, None
     xs, nexts, log_probs = (jnp.stack(v) for v in zip(*kept))
     return x, Trajectory(xs, nexts, log_probs, jnp.asarray(window, jnp.int32), text)

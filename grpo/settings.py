@@ -11,6 +11,7 @@ from rewards.ocr import RULES
 from rewards.ocr_engines import ENGINES
 from wan_jax.attention import BACKENDS
 from wan_jax.cli import UserError
+from wan_jax.experts import OFFLOAD
 from wan_jax.lora import LoRAConfig
 from wan_jax.schedule import flow_sigmas
 from wan_jax.sde import SDEConfig
@@ -20,6 +21,7 @@ from wan_jax.transformer import REMAT_POLICIES
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 REQUIRED = ("run_dir", "model.path", "prompts.train", "prompts.heldout")
 CHOICES = {"model.dtype": DTYPES, "model.attention": BACKENDS, "model.remat": REMAT_POLICIES,
+           "model.offload": OFFLOAD,
            "train.advantage_std": ("group", "global"), "reward.rule": RULES, "reward.engine": ENGINES,
            "eval.solver": SOLVERS}
 AT_LEAST = {"epochs": 1, "lora.rank": 0, "mesh.fsdp": 1, "sample.frames": 1, "sample.steps": 1, "sample.groups": 1,
@@ -28,7 +30,8 @@ AT_LEAST = {"epochs": 1, "lora.rank": 0, "mesh.fsdp": 1, "sample.frames": 1, "sa
             "eval.every": 1, "eval.num_prompts": 2, "eval.frames": 0, "eval.steps": 1, "eval.previews": 0,
             "save.every": 1, "save.keep": 1}
 # a resumed run may differ from its checkpoint in these: they do not change what an epoch computes
-FREE = ("epochs", "run_dir", "eval.", "save.", "reward.workers", "model.path", "prompts.heldout", "mesh.")
+FREE = ("epochs", "run_dir", "eval.", "save.", "reward.workers", "model.path", "model.offload", "prompts.heldout",
+        "mesh.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +71,9 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
     if not (0 <= low < high <= c.sample.steps and 1 <= c.sample.sde_steps <= high - low):
         raise UserError(f"config.sample: sde_steps={c.sample.sde_steps} steps do not fit in sde_range=({low}, {high}) "
                         f"of {c.sample.steps} steps")
+    if unknown := set(c.train.experts) - {"transformer", "transformer_2"}:
+        raise UserError(f"config.train.experts names {', '.join(sorted(unknown))}: choose from transformer and "
+                        "transformer_2")
     if c.lora.rank and not c.lora.targets:
         raise UserError("config.lora.targets is empty: name the layers to adapt, or train all weights with lora.rank=0")
     try:

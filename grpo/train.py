@@ -21,14 +21,14 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from grpo import report, settings
+from grpo import report, run_state, settings
 from grpo.advantages import group_advantages, group_statistics
 from grpo.evaluate import Evaluator
 from grpo.policy import make_policy
 from grpo.prompts import PromptSet, epoch_prompts, load_prompts
-from grpo.rollout import StepTable, make_step, rollout, sde_window
+from grpo.rollout import StepTable, initial_noise, make_step, rollout, sde_window, step_quotas
 from grpo.run_log import RunLog
-from grpo.update import TrainState, init_state, make_update, stack_batches
+from grpo.update import init_state, make_update, stack_batches
 from rewards.base import RewardError
 from rewards.ocr import OCRReward
 from rewards.targets import parse_targets
@@ -38,6 +38,7 @@ from wan_jax import mesh as mesh_lib
 from wan_jax.attention import choose_backend
 from wan_jax.checkpoint import Checkpoints
 from wan_jax.cli import UserError
+from wan_jax.experts import Segment, Weights, choose_offload, guidances, per_guidance, segments
 from wan_jax.schedule import Schedule, flow_sigmas
 from wan_jax.solvers import make_solver
 
@@ -69,6 +70,9 @@ class Plan:
     eval_shape: tuple[int, ...]  # and in evaluation
     schedule: Schedule
     solver: object  # of the evaluation
+    parts: tuple[Segment, ...]  # the schedule's steps by expert
+    quotas: tuple[int, ...]  # of stochastic steps, for each of `parts`
+    trained: tuple[str, ...]  # experts
 
     @classmethod
     def make(cls, c, s: settings.Settings) -> "Plan":
@@ -76,14 +80,19 @@ class Plan:
         mesh = mesh_lib.make_mesh(c.mesh.fsdp)
         mesh_lib.check_batch("config.sample.batch_size", c.sample.batch_size, mesh)
         model = model_dir.open_model(c.model.path)
-        if len(model.experts) > 1:
-            raise UserError(f"{c.model.path} has two experts, which training does not support yet; use a Wan 2.1 model")
         config, vae = model.config("transformer"), model.config("vae")
         backend = choose_backend(c.model.attention, mesh.devices.flat[0].platform, s.dtype, config.attention_head_dim)
         shape, eval_shape = (pipeline.latent_shape(frames, c.sample.height, c.sample.width, vae, config)
                              for frames in (c.sample.frames, c.eval.frames or c.sample.frames))
-        return cls(mesh, model, backend, shape, eval_shape, flow_sigmas(c.sample.steps, c.sample.shift),
-                   make_solver(c.eval.solver, c.eval.steps, c.sample.shift))
+        schedule, solver = flow_sigmas(c.sample.steps, c.sample.shift), make_solver(c.eval.solver, c.eval.steps,
+                                                                                    c.sample.shift)
+        trained = tuple(name for name in model.experts if name in c.train.experts)
+        if not trained:
+            raise UserError(f"config.train.experts={tuple(c.train.experts)} leaves nothing to train: {c.model.path} "
+                            f"has {', '.join(model.experts)}")
+        parts = segments(schedule.timesteps, model.boundary)
+        quotas = step_quotas(parts, model.experts, trained, c.sample.sde_steps, *c.sample.sde_range)
+        return cls(mesh, model, backend, shape, eval_shape, schedule, solver, parts, quotas, trained)
 
 
 def open_pool(c) -> RewardPool:
@@ -111,40 +120,52 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     eval_table = pipeline.TextTable(table.embeddings[len(train_prompts):], table.negative)
     vae_graph, vae_state = pipeline.load_vae(model, mesh)
     decode = pipeline.make_decoder(vae_graph)
-    _, frozen = model_dir.build("transformer", model, dtype=s.dtype, mesh=mesh)
 
     # ---- policy, optimiser, restore -----------------------------------------------------------------------------
-    key = jax.random.key(c.seed)
+    key, config = jax.random.key(c.seed), model.config("transformer")
+    weights = load_weights(c, s, plan)  # of expert i, on the device
+    start = {}  # each expert's trainable arrays
     with cli.user_input():
-        policy, trainable = make_policy(model.config("transformer"), frozen, mesh, lora=s.lora,
-                                        key=jax.random.fold_in(key, 0), dtype=s.dtype, attention=plan.backend,
-                                        remat=c.model.remat)
+        for i, name in enumerate(model.experts):
+            expert_key = jax.random.fold_in(key, 0) if i == 0 else jax.random.fold_in(key, 2)
+            policy, start[name] = make_policy(config, weights(i), mesh, lora=s.lora, key=expert_key, dtype=s.dtype,
+                                              attention=plan.backend, remat=c.model.remat)
     if s.lora is None and not c.train.kl_weight:
-        frozen = None  # full fine-tuning without a reference: the fp32 copy is the only one
-    state, done = init_state(trainable, s.optimiser), 0
+        def weights(expert):  # full fine-tuning without a reference: the fp32 copies are the only ones
+            return None
+
+    states, done = {name: init_state(start[name], s.optimiser) for name in plan.trained}, 0
     if restored is not None:
-        state, done = restore(checkpoints, restored, state), restored
-    steps = StepTable.make(plan.schedule, s.sde)
-    step = make_step(policy, steps, c.sample.guidance)
-    update = make_update(policy, steps, c.sample.guidance, s.loss, s.optimiser)
-    eval_step = pipeline.make_ode_step(policy.module, solver, c.eval.guidance)
+        states, done = run_state.restore(checkpoints, restored, states), restored
+    table_of_steps = StepTable.make(plan.schedule, s.sde)
+    scales = guidances(c.sample.guidance, c.sample.guidance_2, len(model.experts))
+    steps = per_guidance(functools.partial(make_step, policy, table_of_steps), scales)
+    updates = per_guidance(lambda scale: make_update(policy, table_of_steps, scale, s.loss, s.optimiser), scales)
+    eval_steps = per_guidance(functools.partial(pipeline.make_ode_step, policy.module, solver),
+                              guidances(c.eval.guidance, c.eval.guidance_2, len(model.experts)))
 
     log = RunLog(c.run_dir, resume_epoch=restored)
     log.config(dict(c.to_dict(), command=" ".join(["python -m grpo.train", *sys.argv[1:]])))
-    evaluator = Evaluator(heldout, eval_table, solver, eval_step, decode, vae_state, pool, mesh, plan.eval_shape,
-                          c.sample.batch_size, c.eval.seed, c.eval.previews)
+    evaluator = Evaluator(heldout, eval_table, solver, eval_steps,
+                          segments(solver.schedule.timesteps, model.boundary), decode, vae_state, pool, mesh,
+                          plan.eval_shape, c.sample.batch_size, c.eval.seed, c.eval.previews)
+
+    def averaged(expert: int) -> tuple:
+        name = model.experts[expert]
+        return (states[name].ema if name in states else start[name]), weights(expert)
 
     def evaluate(epoch: int):
-        result = evaluator((state.ema, frozen), epoch, functools.partial(bar, desc="evaluation"))
+        result = evaluator(averaged, epoch, functools.partial(bar, desc="evaluation"))
         log.evaluation(result.record, result.videos)
         r = result.record
         say(f"epoch {epoch}: held-out OCR reward {r['reward']:.3f} [{r['low']:.3f}, {r['high']:.3f}] on {r['num']} "
             f"prompts, {r['seconds']:.1f} s")
 
     if restored is None:
-        say(f"{sum(v.size for v in jax.tree.leaves(trainable)):,} trained parameters, {s.videos} videos an epoch")
+        count = sum(v.size for state in states.values() for v in jax.tree.leaves(state.trainable))
+        say(f"{count:,} trained parameters, {s.videos} videos an epoch")
         evaluate(0)
-        save(checkpoints, 0, state, c, s)
+        run_state.save(checkpoints, 0, states, c.to_dict(), s.lora)
     elif done < c.epochs:
         say(f"continuing {c.run_dir} after epoch {done}")
 
@@ -156,21 +177,30 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         epoch_key = jax.random.fold_in(jax.random.fold_in(key, 1), epoch)
         chosen = epoch_prompts(c.seed, epoch - 1, len(train_prompts), c.sample.groups)
         prompt_of = np.repeat(chosen, c.sample.group_size)  # [N], a group's videos stand together
-        window = sde_window(c.seed, epoch, c.sample.sde_steps, *c.sample.sde_range)
+        low, high = c.sample.sde_range
+        windows = [sde_window(c.seed, epoch, quota, max(low, part.steps.start), min(high, part.steps.stop), i)
+                   for i, (part, quota) in enumerate(zip(plan.parts, plan.quotas))]
 
-        # sample, and score while the next batch samples
-        trajectories, pending = [], []
-        for b in bar(range(s.batches), desc=f"epoch {epoch}"):
-            rows = np.arange(b * c.sample.batch_size, (b + 1) * c.sample.batch_size)
-            text = table.batch(prompt_of[rows], sharded, replicated)
-            samples = jax.device_put(jnp.asarray(rows, jnp.int32), sharded)
-            latents, trajectory = rollout(step, state.trainable, frozen, text, key=epoch_key, samples=samples,
-                                          shape=plan.shape, num_steps=c.sample.steps, window=window)
-            seconds["sample"] += lap(latents)
-            videos = np.asarray(decode(vae_state, latents))
-            seconds["decode"] += lap()
-            pending.append(pool.submit(videos, [train_prompts.targets[i] for i in prompt_of[rows]]))
-            trajectories.append(trajectory)
+        # sample, all batches by one expert before the next, and score while the next batch samples
+        rows = [np.arange(b * c.sample.batch_size, (b + 1) * c.sample.batch_size) for b in range(s.batches)]
+        samples = [jax.device_put(jnp.asarray(r, jnp.int32), sharded) for r in rows]
+        latents = [initial_noise(epoch_key, numbers, plan.shape) for numbers in samples]
+        trajectories, pending = {}, []
+        for i, (part, window) in enumerate(zip(plan.parts, windows)):
+            name, frozen = model.experts[part.expert], weights(part.expert)
+            trainable = states[name].trainable if name in states else start[name]
+            for b in bar(range(s.batches), desc=f"epoch {epoch}"):
+                text = table.batch(prompt_of[rows[b]], sharded, replicated)
+                latents[b], trajectory = rollout(steps[part.expert], trainable, frozen, latents[b], text, key=epoch_key,
+                                                 samples=samples[b], steps=part.steps, window=window)
+                if trajectory is not None:
+                    trajectories.setdefault(name, []).append(trajectory)
+                seconds["sample"] += lap(latents[b])
+                if i == len(plan.parts) - 1:
+                    videos = np.asarray(decode(vae_state, latents[b]))
+                    latents[b] = None
+                    seconds["decode"] += lap()
+                    pending.append(pool.submit(videos, [train_prompts.targets[p] for p in prompt_of[rows[b]]]))
         scores = [p.result() for p in pending]
         seconds["score_wait"] += lap()
 
@@ -185,22 +215,27 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
                                       clip=c.train.advantage_clip)
         groups = group_statistics(rewards, prompt_of, valid)
 
-        # update
+        # update: the expert on the device first, so that the next epoch finds the first one there
         record = {"epoch": epoch}
         size = s.batches // c.train.updates_per_epoch
-        for first in range(0, s.batches, size):
-            part = slice(first, first + size)
-            batch = stack_batches(trajectories[part], advantages.reshape(s.batches, -1)[part],
-                                  valid.reshape(s.batches, -1)[part])
-            state, metrics, norms = update(state, frozen, batch)
-            values = metrics.averages() | {k: float(v) for k, v in norms.items()}
-            check_finite(values, epoch, checkpoints)
-            if first == 0:
-                values["ratio_max_error"] = max(values["ratio_max"] - 1, 1 - values["ratio_min"])
-                check_ratio(values["ratio_max_error"], c.train.ratio_tolerance, epoch)
-            record |= values
+        for expert, name in reversed(list(enumerate(model.experts))):
+            if name not in states:
+                continue
+            values = {}
+            for first in range(0, s.batches, size):
+                part = slice(first, first + size)
+                batch = stack_batches(trajectories[name][part], advantages.reshape(s.batches, -1)[part],
+                                      valid.reshape(s.batches, -1)[part])
+                states[name], metrics, norms = updates[expert](states[name], weights(expert), batch)
+                values |= metrics.averages() | {k: float(v) for k, v in norms.items()}
+                check_finite(values, epoch, checkpoints)
+                if first == 0:
+                    values["ratio_max_error"] = max(values["ratio_max"] - 1, 1 - values["ratio_min"])
+                    check_ratio(values["ratio_max_error"], c.train.ratio_tolerance, epoch)
+            record |= values if len(states) == 1 else {name: values, **{
+                k: max(values[k], record.get(k, values[k])) for k in ("ratio_max_error", "grad_norm")}}
         del trajectories, batch
-        seconds["update"] += lap(state)
+        seconds["update"] += lap([state.trainable for state in states.values()])
 
         # log, evaluate, save: in this order, so that a resumed run repeats what no checkpoint holds
         seconds |= {"save": save_seconds, "total": time.time() - clock}
@@ -218,7 +253,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
             evaluate(epoch)
         lap()
         if epoch % c.save.every == 0 or epoch == c.epochs:
-            save(checkpoints, epoch, state, c, s)
+            run_state.save(checkpoints, epoch, states, c.to_dict(), s.lora)
         save_seconds = lap()  # shown with the next epoch
     log.close()
     checkpoints.close()
@@ -242,21 +277,16 @@ class Stopwatch:
         return self.last - before
 
 
-def save(checkpoints: Checkpoints, epoch: int, state: TrainState, c, s: settings.Settings):
-    """One checkpoint: the whole state, the weights to sample with (EMA), and what is needed to read them."""
-    leaves = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state.opt))}
-    tree = {"trainable": state.trainable, "ema": state.ema, "opt": leaves, "counters": {"updates": state.updates}}
-    lora = s.lora and {"rank": s.lora.rank, "alpha": s.lora.alpha, "targets": list(s.lora.targets)}
-    checkpoints.save(epoch, tree, state.ema, {"config": c.to_dict(), "lora": lora, "model": c.model.path})
-
-
-def restore(checkpoints: Checkpoints, epoch: int, like: TrainState) -> TrainState:
-    leaves, structure = jax.tree.flatten(like.opt)
-    tree = checkpoints.restore_state(epoch, {
-        "trainable": like.trainable, "ema": like.ema, "opt": {str(i): leaf for i, leaf in enumerate(leaves)},
-        "counters": {"updates": like.updates}})
-    opt = jax.tree.unflatten(structure, [tree["opt"][str(i)] for i in range(len(leaves))])
-    return TrainState(tree["trainable"], opt, tree["ema"], tree["counters"]["updates"])
+def load_weights(c, s: settings.Settings, plan: Plan) -> Weights:
+    """The frozen transformers, the idle one of two in host memory where `model.offload` says so."""
+    model = plan.model
+    base = model_dir.abstract("transformer", model.config("transformer"), dtype=s.dtype)[1]
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base)) // plan.mesh.shape["fsdp"]
+    offload = choose_offload(c.model.offload, len(model.experts), size, plan.mesh.devices.flat[0])
+    if offload:
+        say("two experts: the idle one waits in host memory")
+    return Weights([functools.partial(lambda name: model_dir.build(name, model, dtype=s.dtype, mesh=plan.mesh)[1], name)
+                    for name in model.experts], offload)
 
 
 def check_finite(values: dict[str, float], epoch: int, checkpoints: Checkpoints):

@@ -1,7 +1,7 @@
 """Checkpoints of a training run (orbax): what the trainer saves and resumes from, and what sampling and export read.
 
     RUN/checkpoints/<epoch>/state/   trainable, ema and optimiser leaves (flat dicts of arrays)
-    RUN/checkpoints/<epoch>/meta/    JSON: epoch, model folder, LoRA settings or null, the config
+    RUN/checkpoints/<epoch>/meta/    JSON: epoch, model folder, trained experts, LoRA settings or null, the config
     RUN/checkpoints/<epoch>/trained/ the weights to sample with (EMA), flat dict
 
 Orbax writes a step to a temporary name and renames it when every file is on disk, so a run killed in the middle of
@@ -59,11 +59,27 @@ class Checkpoints:
         self.manager.close()
 
 
-def load_trained(path) -> tuple[LoRAConfig | None, dict[str, np.ndarray], dict]:
+def join_experts(trees: dict[str, dict]) -> dict:
+    """{expert: {path: array}} to the one flat dict that is stored: bare paths for a model's only transformer, and
+    '<expert>/<path>' where there is a `transformer_2`."""
+    if set(trees) == {"transformer"}:
+        return dict(trees["transformer"])
+    return {f"{name}/{path}": leaf for name, tree in trees.items() for path, leaf in tree.items()}
+
+
+def split_experts(flat: dict, experts: list[str]) -> dict[str, dict]:
+    """The inverse of `join_experts`. experts: the trained ones, as the checkpoint's meta names them."""
+    if experts == ["transformer"]:
+        return {"transformer": dict(flat)}
+    return {name: {k.removeprefix(name + "/"): v for k, v in flat.items() if k.startswith(name + "/")}
+            for name in experts}
+
+
+def load_trained(path) -> tuple[LoRAConfig | None, dict[str, dict[str, np.ndarray]], dict]:
     """The weights to sample with, from a run folder (its newest checkpoint) or one `checkpoints/<epoch>` folder.
 
-    Returns (LoRA settings, or None after full fine-tuning; {path: float32 array}; the checkpoint's meta). Raises
-    `UserError` when there is no finished checkpoint.
+    Returns (LoRA settings, or None after full fine-tuning; {expert: {path: float32 array}} of the trained experts; the
+    checkpoint's meta). Raises `UserError` when there is no finished checkpoint.
     """
     path = pathlib.Path(path).absolute()
     if not path.is_dir():
@@ -83,4 +99,4 @@ def load_trained(path) -> tuple[LoRAConfig | None, dict[str, np.ndarray], dict]:
         checkpoints.close()
     lora = meta["lora"] and LoRAConfig(rank=meta["lora"]["rank"], alpha=meta["lora"]["alpha"],
                                        targets=tuple(meta["lora"]["targets"]))
-    return lora, {k: np.asarray(v) for k, v in trained.items()}, meta
+    return lora, split_experts({k: np.asarray(v) for k, v in trained.items()}, meta["experts"]), meta

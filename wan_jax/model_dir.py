@@ -113,7 +113,10 @@ def open_model(path) -> ModelDir:
     manifest, index = parts
     if manifest.get("format") != FORMAT:
         raise UserError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}; {advice}")
-    return ModelDir(path, manifest, index)
+    model = ModelDir(path, manifest, index)
+    if len({model.config(name) for name in model.experts}) > 1:
+        raise UserError(f"{path}: the two transformers have different configurations; no Wan model has that, {advice}")
+    return model
 
 
 def abstract(component: str, config, *, dtype=jnp.float32, **kwargs) -> tuple[nnx.GraphDef, nnx.State]:

@@ -3,7 +3,7 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -14,6 +14,7 @@ from flax import nnx
 from wan_jax import model_dir
 from wan_jax.cli import UserError
 from wan_jax.config import TransformerConfig, VAEConfig
+from wan_jax.experts import Segment
 from wan_jax.guidance import TextBatch, velocity
 from wan_jax.mesh import replicate
 from wan_jax.solvers import SolverState
@@ -96,12 +97,22 @@ def make_ode_step(module: Callable, solver, guidance: float) -> Callable:
     return step
 
 
-def sample_ode(step: Callable, arrays: tuple, solver, noise: jax.Array, text: TextBatch) -> jax.Array:
-    """Final latents fp32 [B,F,H,W,C] from noise of the same shape."""
-    state = solver.init(jnp.copy(noise))
-    for i in range(solver.schedule.num_steps):
-        state = step(arrays, state, i, text)
-    return state.x
+def sample_ode(steps: Sequence[Callable], arrays: Callable, parts: Sequence[Segment], solver,
+               batches: Sequence[tuple[jax.Array, TextBatch]]) -> Iterator[jax.Array]:
+    """Final latents fp32 [B,F,H,W,C] of each batch (noise of that shape, text), in order.
+
+    steps: one `make_ode_step` an expert; arrays(expert): what it takes first; parts: `experts.segments`. Every batch
+    goes through one expert's steps before the next expert's weights are asked for; the last one yields as it goes.
+    """
+    states = [solver.init(jnp.copy(noise)) for noise, _ in batches]
+    for part in parts:
+        weights = arrays(part.expert)
+        for b, (_, text) in enumerate(batches):
+            for i in part.steps:
+                states[b] = steps[part.expert](weights, states[b], i, text)
+            if part is parts[-1]:
+                yield states[b].x
+                states[b] = None
 
 
 def load_vae(model: model_dir.ModelDir, mesh):

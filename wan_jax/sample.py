@@ -4,6 +4,7 @@
     python -m wan_jax.sample --model models/tiny-wan --checkpoint runs/tiny_ocr --prompt '...' --out open.mp4
 """
 
+import functools
 import pathlib
 import time
 
@@ -13,7 +14,7 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from wan_jax import cli, lora, media, model_dir, pipeline
+from wan_jax import cli, experts, lora, media, model_dir, pipeline
 from wan_jax import mesh as mesh_lib
 from wan_jax import params as P
 from wan_jax.attention import choose_backend
@@ -21,6 +22,7 @@ from wan_jax.checkpoint import load_trained
 from wan_jax.cli import UserError
 from wan_jax.layers import LoRAParam
 from wan_jax.solvers import SOLVERS, make_solver
+from wan_jax.transformer import WanTransformer3D
 
 flags.DEFINE_string("model", None, "folder written by convert.from_diffusers", required=True)
 flags.DEFINE_string("checkpoint", None, "run folder of grpo.train, or one of its checkpoints/<epoch>; None: the base")
@@ -33,37 +35,54 @@ flags.DEFINE_integer("height", 480, "pixels, a multiple of 16")
 flags.DEFINE_integer("width", 832, "pixels, a multiple of 16")
 flags.DEFINE_integer("steps", 50, "denoising steps")
 flags.DEFINE_float("guidance", 5.0, "classifier-free guidance; up to 1 means none")
+flags.DEFINE_float("guidance_2", None, "of the second expert (Wan 2.2 A14B); None: as the first")
 flags.DEFINE_float("shift", None, "shift of the sigma schedule; None: the model's own")
 flags.DEFINE_enum("solver", "unipc", list(SOLVERS), "ODE solver")
 flags.DEFINE_integer("seed", 0, "seed of the initial noise")
 flags.DEFINE_integer("samples", 1, "samples a prompt")
 flags.DEFINE_integer("fps", 16, "frames a second of a video")
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "weights and matrix products of the transformer")
+flags.DEFINE_enum("offload", "auto", experts.OFFLOAD, "keep the idle expert of two in host memory")
 flags.DEFINE_string("attention", "auto", "attention backend")
 flags.DEFINE_string("noise", None, ".npy file with the initial noise [B, F, H, W, C], in place of the seed's")
 FLAGS = flags.FLAGS
 
 
-def load_transformer(model: model_dir.ModelDir, checkpoint: str | None, dtype, attention: str, mesh):
-    """(graphdef, state) of the base transformer, with a run's trained weights or adapters when given."""
-    graphdef, state = model_dir.build("transformer", model, dtype=dtype, mesh=mesh, attention=attention)
-    if checkpoint is None:
-        return graphdef, state
-    settings, trained, _ = load_trained(checkpoint)
-    flat = P.flatten(state)
-    if settings is not None:
-        module = lora.attach(nnx.merge(graphdef, state), settings, jax.random.key(0))
-        graphdef, adapters, state = nnx.split(module, LoRAParam, ...)
-        flat = P.flatten(adapters)
-    wrong = {k for k in flat.keys() | trained.keys()
-             if k not in flat or k not in trained or flat[k].shape != trained[k].shape}
-    if wrong:
-        raise UserError(f"checkpoint {checkpoint} does not fit this model ({len(wrong)} arrays differ, e.g. "
-                        f"{min(wrong)}): it was trained from another one; see 'model' in its config.json")
-    trained = {k: jnp.asarray(v).astype(flat[k].dtype) for k, v in trained.items()}
-    if settings is None:
-        return graphdef, P.unflatten(state, trained)
-    return graphdef, nnx.merge_state(P.unflatten(adapters, trained), state)
+def load_transformers(model: model_dir.ModelDir, checkpoint: str | None, dtype, attention: str, mesh, offload: str):
+    """(graphdef, `experts.Weights`) of the base transformers, with a run's trained weights or adapters when given."""
+    lora_settings, trained = None, {}
+    if checkpoint is not None:
+        lora_settings, trained, _ = load_trained(checkpoint)
+        if extra := sorted(set(trained) - set(model.experts)):
+            raise UserError(f"checkpoint {checkpoint} trained {', '.join(extra)}, which {model.path} has not: it was "
+                            "trained from another model; see 'model' in its config.json")
+    def build():
+        module = WanTransformer3D(model.config("transformer"), dtype=dtype, attention=attention, rngs=nnx.Rngs(0))
+        return lora.attach(module, lora_settings, jax.random.key(0)) if lora_settings else module
+
+    graphdef, adapters, base = nnx.split(nnx.eval_shape(build), LoRAParam, ...)
+
+    def load(expert: str) -> nnx.State:
+        _, state = model_dir.build(expert, model, dtype=dtype, mesh=mesh, attention=attention)
+        target = adapters if lora_settings else state
+        flat, values = P.flatten(target), trained.get(expert)
+        if values is None and not lora_settings:
+            return state
+        if values is None:  # the run did not train this expert: adapters that do nothing
+            values = {k: np.zeros(v.shape, np.float32) for k, v in flat.items()}
+        wrong = {k for k in flat.keys() | values.keys()
+                 if k not in flat or k not in values or flat[k].shape != values[k].shape}
+        if wrong:
+            raise UserError(f"checkpoint {checkpoint} does not fit this model ({len(wrong)} arrays differ, e.g. "
+                            f"{min(wrong)}): it was trained from another one; see 'model' in its config.json")
+        values = mesh_lib.shard_params({k: jnp.asarray(v).astype(flat[k].dtype) for k, v in values.items()}, mesh)
+        values = P.unflatten(target, values)
+        return nnx.merge_state(values, state) if lora_settings else values
+
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base)) // mesh.shape["fsdp"]
+    offloaded = experts.choose_offload(offload, len(model.experts), size, mesh.devices.flat[0])
+    weights = experts.Weights([functools.partial(load, name) for name in model.experts], offloaded)
+    return graphdef, weights
 
 
 def main(_):
@@ -72,8 +91,6 @@ def main(_):
         media.check_suffix(FLAGS.out, FLAGS.frames)
         dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[FLAGS.dtype]
         model = model_dir.open_model(FLAGS.model)
-        if len(model.experts) > 1:
-            raise UserError(f"{FLAGS.model} has two experts, which sampling does not support yet; use a Wan 2.1 model")
         config = model.config("transformer")
         shape = pipeline.latent_shape(FLAGS.frames, FLAGS.height, FLAGS.width, model.config("vae"), config)
         shift = model.scheduler.flow_shift if FLAGS.shift is None else FLAGS.shift
@@ -82,7 +99,7 @@ def main(_):
         backend = choose_backend(FLAGS.attention, jax.devices()[0].platform, dtype, config.attention_head_dim)
 
     table = pipeline.embed_prompts(model, FLAGS.prompt, FLAGS.negative_prompt, dtype=dtype)
-    graphdef, state = load_transformer(model, FLAGS.checkpoint, dtype, backend, mesh)
+    graphdef, weights = load_transformers(model, FLAGS.checkpoint, dtype, backend, mesh, FLAGS.offload)
     vae_graph, vae_state = pipeline.load_vae(model, mesh)
     index = np.repeat(np.arange(len(FLAGS.prompt)), FLAGS.samples)
     keys = jax.random.split(jax.random.key(FLAGS.seed), len(index))
@@ -93,9 +110,12 @@ def main(_):
             raise UserError(f"--noise {FLAGS.noise} has shape {noise.shape}, these flags need {(len(index), *shape)}")
 
     start = time.time()
-    step = pipeline.make_ode_step(lambda state: nnx.merge(graphdef, state), solver, FLAGS.guidance)
+    scales = experts.guidances(FLAGS.guidance, FLAGS.guidance_2, len(model.experts))
+    steps = experts.per_guidance(
+        functools.partial(pipeline.make_ode_step, lambda state: nnx.merge(graphdef, state), solver), scales)
+    parts = experts.segments(solver.schedule.timesteps, model.boundary)
     text = table.batch(index, mesh_lib.replicated(mesh), mesh_lib.replicated(mesh))
-    latents = pipeline.sample_ode(step, (state,), solver, noise, text)
+    latents, = pipeline.sample_ode(steps, lambda i: (weights(i),), parts, solver, [(noise, text)])
     videos = np.asarray(pipeline.make_decoder(vae_graph)(vae_state, latents))
     out = pathlib.Path(FLAGS.out)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 from convert.from_diffusers import convert
 from grpo import settings
 from tests import tiny
-from wan_jax.checkpoint import Checkpoints
+from wan_jax.checkpoint import Checkpoints, load_trained
 from wan_jax.cli import UserError
 
 RECIPE = '''
@@ -247,6 +248,75 @@ def test_workers_score_the_same(whole, recipe):
     code, out, err = train(config, "reward.workers=2")
     assert code == 0, out + err
     assert_same(result(run), result(whole[1]))
+
+
+@pytest.fixture(scope="module")
+def two_experts(tmp_path_factory):
+    root = tmp_path_factory.mktemp("two_experts")
+    convert(str(tiny.write_pipeline(root / "source", seed=3, boundary=0.875)), root / "model", "float32")
+    return root / "model"
+
+
+SPLIT = ("sample.steps=4", "sample.sde_steps=3", "sample.sde_range=(0,4)", "eval.steps=4", "epochs=2")
+
+
+@pytest.fixture(scope="module")
+def two_experts_run(two_experts, tmp_path_factory):
+    """A run that trains both, undisturbed."""
+    root = tmp_path_factory.mktemp("two_experts_run")
+    config, run = recipe.__wrapped__(two_experts, root)
+    code, out, err = train(config, *SPLIT)
+    assert code == 0, out + err
+    return run
+
+
+def test_both_experts_learn_in_every_epoch(tmp_path):
+    """tiny-wan twice, as both experts: its pictures can be read, so there are rewards to learn from."""
+    source = shutil.copytree(pathlib.Path(__file__).parents[2] / "assets/tiny-wan", tmp_path / "source")
+    shutil.copytree(source / "transformer", source / "transformer_2")
+    index = json.loads((source / "model_index.json").read_text())
+    index |= {"boundary_ratio": 0.875, "transformer_2": index["transformer"]}
+    (source / "model_index.json").write_text(json.dumps(index))
+    convert(str(source), tmp_path / "model", "float32")
+    config, run = recipe.__wrapped__(tmp_path / "model", tmp_path)
+    code, out, err = train(config, *SPLIT, "sample.height=64", "sample.width=128", "sample.group_size=8",
+                           "sample.batch_size=8", "sample.guidance=2.0")
+    assert code == 0, out + err
+    metrics, _ = records_of(run)
+    for record in metrics:
+        for name in ("transformer", "transformer_2"):
+            assert record[name]["ratio_max_error"] <= 1e-5 and record[name]["grad_norm"] > 0
+    _, trained, meta = load_trained(run)
+    assert meta["experts"] == ["transformer", "transformer_2"]
+    for name in trained:
+        assert all(np.abs(v).max() > 0 for k, v in trained[name].items() if k.endswith("lora_b")), name
+    one, other = (trained[name]["blocks/attn1/to_q/lora_a"] for name in trained)
+    assert not np.array_equal(one, other)
+
+
+def test_two_experts_resume_bit_for_bit_with_the_idle_one_offloaded(two_experts, two_experts_run, tmp_path):
+    config, run = recipe.__wrapped__(two_experts, tmp_path)
+    kill_when(config, lambda out: "epoch 1/2" in out, *SPLIT, "model.offload=always")
+    code, out, err = train(config, *SPLIT, "model.offload=always")
+    assert code == 0, out + err
+    assert "waits in host memory" in out
+    assert_same(result(run), result(two_experts_run))
+
+
+def test_one_expert_of_two(two_experts, tmp_path):
+    config, run = recipe.__wrapped__(two_experts, tmp_path)
+    code, out, err = train(config, *SPLIT, "sample.sde_steps=1", 'train.experts=("transformer_2",)')
+    assert code == 0, out + err
+    _, trained, _ = load_trained(run)
+    assert list(trained) == ["transformer_2"]
+
+
+def test_a_schedule_without_a_step_for_a_trained_expert_is_refused(two_experts, tmp_path):
+    config, run = recipe.__wrapped__(two_experts, tmp_path)
+    code, _, err = train(config, "sample.steps=4", "sample.sde_steps=2", "sample.sde_range=(2,4)")
+    assert code == 1 and "Traceback" not in err
+    assert "transformer would be trained without a step" in err and "sample.shift" in err
+    assert not run.exists()
 
 
 def test_other_settings_are_refused(whole):

@@ -8,12 +8,13 @@ from flax import nnx
 
 from grpo.losses import LossConfig
 from grpo.policy import make_policy
-from grpo.rollout import StepTable, make_step, rollout, sample_noise, sde_window
+from grpo.rollout import StepTable, initial_noise, make_step, rollout, sample_noise, sde_window, step_quotas
 from grpo.update import OptimiserConfig, init_state, make_update, objective, stack_batches
 from tests import reference
 from wan_jax import mesh as mesh_lib
 from wan_jax import sde
 from wan_jax.config import TransformerConfig
+from wan_jax.experts import Segment
 from wan_jax.guidance import TextBatch, velocity
 from wan_jax.lora import LoRAConfig
 from wan_jax.schedule import flow_sigmas
@@ -52,8 +53,9 @@ def sampled(policy, trainable, frozen, samples, guidance=1.0, text=None, mesh=No
     step = make_step(policy, TABLE, guidance)
     samples = jax.device_put(jnp.asarray(samples, jnp.int32), mesh_lib.batch_sharding(mesh))
     text = text or text_batch(len(samples), mesh)
-    return rollout(step, trainable, frozen, text, key=jax.random.key(3), samples=samples, shape=SHAPE, num_steps=STEPS,
-                   window=WINDOW)
+    key = jax.random.key(3)
+    return rollout(step, trainable, frozen, initial_noise(key, samples, SHAPE), text, key=key, samples=samples,
+                   steps=range(STEPS), window=WINDOW)
 
 
 def flat_vector(tree) -> np.ndarray:
@@ -231,5 +233,26 @@ def test_sde_window_is_a_function_of_seed_and_epoch():
     assert windows == [tuple(sde_window(0, epoch, 2, 1, 7)) for epoch in range(40)]
     assert all(a < b for a, b in windows) and {i for w in windows for i in w} == set(range(1, 7))
     assert tuple(sde_window(0, 3, 6, 1, 7)) == (1, 2, 3, 4, 5, 6)
-    with pytest.raises(ValueError, match=r"sde_steps=3 .*\(0, 2\)"):
+    assert any(tuple(sde_window(0, epoch, 2, 1, 7, segment=1)) != windows[epoch] for epoch in range(9))
+    with pytest.raises(ValueError, match=r"3 stochastic steps do not fit in the steps 0 to 2"):
         sde_window(0, 0, 3, 0, 2)
+
+
+PARTS = (Segment(0, range(0, 7)), Segment(1, range(7, 20)))
+BOTH = ("transformer", "transformer_2")
+
+
+@pytest.mark.parametrize("trained, size, low, high, quotas", [
+    (BOTH, 2, 0, 20, (1, 1)), (BOTH, 10, 0, 20, (3, 7)), (BOTH, 20, 0, 20, (7, 13)), (BOTH, 3, 0, 8, (2, 1)),
+    (BOTH[1:], 3, 0, 20, (0, 3)), (BOTH[:1], 7, 0, 20, (7, 0))])
+def test_every_trained_expert_gets_steps_in_every_epoch(trained, size, low, high, quotas):
+    assert step_quotas(PARTS, BOTH, trained, size, low, high) == quotas
+
+
+@pytest.mark.parametrize("trained, size, low, high, message", [
+    (BOTH, 4, 0, 7, r"transformer_2 would be trained without a step: sample.sde_range=\(0, 7\).*transformer_2 steps 7"),
+    (BOTH, 1, 0, 20, "sde_steps=1 must be from 2"), (BOTH[:1], 8, 0, 20, "from 1 .*to 7"),
+    (BOTH[:1], 1, 7, 20, "transformer would be trained without")])
+def test_a_schedule_that_leaves_a_trained_expert_without_a_step_is_refused(trained, size, low, high, message):
+    with pytest.raises(ValueError, match=message):
+        step_quotas(PARTS, BOTH, trained, size, low, high)

@@ -13,11 +13,18 @@ from PIL import Image
 from convert.from_diffusers import convert
 from convert.to_diffusers import export
 from tests import tiny
+from wan_jax import lora, model_dir, pipeline
 from wan_jax import mesh as mesh_lib
-from wan_jax import model_dir, pipeline
+from wan_jax import params as P
+from wan_jax.checkpoint import Checkpoints, join_experts
 from wan_jax.cli import UserError
 from wan_jax.config import TransformerConfig, VAEConfig
+from wan_jax.experts import guidances, per_guidance, segments
+from wan_jax.layers import LoRAParam
+from wan_jax.lora import LoRAConfig
+from wan_jax.sample import load_transformers
 from wan_jax.solvers import make_solver
+from wan_jax.transformer import WanTransformer3D
 
 PROMPTS = ('A red sign with the word "open".', 'Someone wrote “it\'s late” on a  wall.')
 
@@ -34,20 +41,25 @@ def one_device():
     return mesh_lib.make_mesh(devices=jax.devices()[:1])
 
 
-def sample(folder, prompts, noise, *, solver="unipc", steps=6, guidance=4.0, shift=3.0, negative=""):
+def sample(folder, prompts, noise, *, solver="unipc", steps=6, guidance=4.0, guidance_2=None, shift=3.0, negative="",
+           checkpoint=None, offload="never"):
     """(latents, uint8 videos) by our pipeline."""
     model, mesh = model_dir.open_model(folder), one_device()
     table = pipeline.embed_prompts(model, prompts, negative)
-    graphdef, state = model_dir.build("transformer", model, attention="xla")
+    graphdef, weights = load_transformers(model, checkpoint, jnp.float32, "xla", mesh, offload)
     solver = make_solver(solver, steps, shift)
-    step = pipeline.make_ode_step(lambda s: nnx.merge(graphdef, s), solver, guidance)
+    scales = guidances(guidance, guidance_2, len(model.experts))
+    ode_steps = per_guidance(lambda g: pipeline.make_ode_step(lambda s: nnx.merge(graphdef, s), solver, g), scales)
     text = table.batch(np.arange(len(prompts)), mesh_lib.replicated(mesh), mesh_lib.replicated(mesh))
-    latents = pipeline.sample_ode(step, (state,), solver, jnp.asarray(noise), text)
+    parts = segments(solver.schedule.timesteps, model.boundary)
+    latents, = pipeline.sample_ode(ode_steps, lambda expert: (weights(expert),), parts, solver,
+                                   [(jnp.asarray(noise), text)])
     vae_graph, vae_state = pipeline.load_vae(model, mesh)
     return np.asarray(latents), np.asarray(pipeline.make_decoder(vae_graph)(vae_state, latents))
 
 
-def peer_sample(folder, prompts, noise, *, frames, height, width, steps=6, guidance=4.0, shift=3.0, negative=""):
+def peer_sample(folder, prompts, noise, *, frames, height, width, steps=6, guidance=4.0, guidance_2=None, shift=3.0,
+                negative=""):
     """(latents, float frames in [0, 1]) by Diffusers."""
     import diffusers
     import torch
@@ -56,7 +68,7 @@ def peer_sample(folder, prompts, noise, *, frames, height, width, steps=6, guida
     pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=shift)
     pipe.set_progress_bar_config(disable=True)
     arguments = dict(prompt=list(prompts), negative_prompt=negative, height=height, width=width, num_frames=frames,
-                     num_inference_steps=steps, guidance_scale=guidance)
+                     num_inference_steps=steps, guidance_scale=guidance, guidance_scale_2=guidance_2)
     latents = torch.from_numpy(noise.transpose(0, 4, 1, 2, 3).copy())
     final = pipe(**arguments, latents=latents.clone(), output_type="latent").frames
     video = pipe(**arguments, latents=latents.clone(), output_type="np").frames
@@ -78,6 +90,65 @@ def test_latents_and_pixels_of_diffusers(folders, frames, guidance, negative):
                                  negative=negative)
     assert relative_error(latents, wanted) < 1e-4
     assert np.abs(videos / 255.0 - pixels).mean() < 1 / 255
+
+
+@pytest.fixture(scope="module")
+def two_experts(tmp_path_factory):
+    """(Diffusers folder, converted folder) of a random model with two experts."""
+    root = tmp_path_factory.mktemp("two_experts")
+    convert(str(tiny.write_pipeline(root / "source", seed=5, boundary=0.875)), root / "model", "float32")
+    return root / "source", root / "model"
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("guidance, guidance_2, steps, shift", [
+    (4.0, 3.0, 6, 3.0), (4.0, None, 6, 3.0), (4.0, 1.0, 6, 3.0), (1.0, 5.0, 6, 3.0), (4.0, 3.0, 6, 12.0),
+    (1.0, None, 3, 1.0)])
+def test_two_experts_as_in_diffusers(two_experts, guidance, guidance_2, steps, shift):
+    """The switch at the boundary and each expert's guidance, 1e-4 relative."""
+    source, model = two_experts
+    noise = np.random.default_rng(0).standard_normal((2, 1, 4, 6, 16)).astype(np.float32)
+    latents, videos = sample(model, PROMPTS, noise, guidance=guidance, guidance_2=guidance_2, steps=steps, shift=shift)
+    wanted, pixels = peer_sample(source, PROMPTS, noise, frames=1, height=32, width=48, guidance=guidance,
+                                 guidance_2=guidance_2, steps=steps, shift=shift)
+    assert relative_error(latents, wanted) < 1e-4
+    assert np.abs(videos / 255.0 - pixels).mean() < 1 / 255
+
+
+def write_checkpoint(run, model, names, rank=4, alpha=6.0) -> None:
+    """A checkpoint as training writes it, with random adapters for the experts `names`."""
+    settings, trained = LoRAConfig(rank, alpha), {}
+    config = model_dir.open_model(model).config("transformer")
+    module = WanTransformer3D(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    adapters = P.flatten(nnx.split(lora.attach(module, settings, jax.random.key(0)), LoRAParam, ...)[1])
+    for i, name in enumerate(names):
+        rng = np.random.default_rng(i)
+        trained[name] = {k: rng.standard_normal(v.shape, np.float32) * 0.3 for k, v in adapters.items()}
+    checkpoints = Checkpoints(run)
+    flat = join_experts(trained)
+    checkpoints.save(7, {"trainable": flat}, flat, {"model": str(model), "experts": list(names), "lora": {
+        "rank": rank, "alpha": alpha, "targets": list(settings.targets)}})
+    checkpoints.close()
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("names", [("transformer", "transformer_2"), ("transformer_2",)])
+def test_trained_experts_exported_to_diffusers(two_experts, tmp_path, names):
+    _, model = two_experts
+    write_checkpoint(tmp_path / "run", model, names)
+    export(model, tmp_path / "exported", checkpoint=str(tmp_path / "run"))
+    noise = np.random.default_rng(0).standard_normal((1, 1, 4, 6, 16)).astype(np.float32)
+    ours = sample(model, PROMPTS[:1], noise, guidance=4.0, guidance_2=3.0, checkpoint=str(tmp_path / "run"))[0]
+    wanted, _ = peer_sample(tmp_path / "exported", PROMPTS[:1], noise, frames=1, height=32, width=48, guidance=4.0,
+                            guidance_2=3.0)
+    assert relative_error(ours, wanted) < 1e-4
+    assert relative_error(ours, sample(model, PROMPTS[:1], noise, guidance=4.0, guidance_2=3.0)[0]) > 1e-2
+
+
+def test_offloaded_experts_sample_the_same(two_experts):
+    noise = np.random.default_rng(0).standard_normal((1, 1, 4, 6, 16)).astype(np.float32)
+    first, again = (sample(two_experts[1], PROMPTS[:1], noise, offload=offload)[0] for offload in ("never", "always"))
+    np.testing.assert_array_equal(first, again)
 
 
 @pytest.mark.parity

@@ -1,0 +1,39 @@
+"""What a checkpoint holds of a run: each trained expert's weights, optimiser, moving average and update count."""
+
+from collections.abc import Callable
+
+import jax
+
+from grpo.update import TrainState
+from wan_jax.checkpoint import Checkpoints, join_experts, split_experts
+from wan_jax.lora import LoRAConfig
+
+
+def state_tree(states: dict[str, TrainState]) -> dict:
+    """What a checkpoint stores of the experts' states."""
+    def joined(part: Callable[[TrainState], dict]) -> dict:
+        return join_experts({name: part(state) for name, state in states.items()})
+
+    return {"trainable": joined(lambda state: state.trainable), "ema": joined(lambda state: state.ema),
+            "opt": joined(lambda state: {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state.opt))}),
+            "counters": joined(lambda state: {"updates": state.updates})}
+
+
+def save(checkpoints: Checkpoints, epoch: int, states: dict[str, TrainState], config: dict, lora: LoRAConfig | None):
+    """One checkpoint: the whole state, the weights to sample with (EMA), and what is needed to read them."""
+    tree = state_tree(states)
+    checkpoints.save(epoch, tree, tree["ema"], {
+        "config": config, "model": config["model"]["path"], "experts": list(states),
+        "lora": lora and {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}})
+
+
+def restore(checkpoints: Checkpoints, epoch: int, like: dict[str, TrainState]) -> dict[str, TrainState]:
+    """The experts' states, on the shardings of `like`."""
+    tree = checkpoints.restore_state(epoch, state_tree(like))
+    parts = {key: split_experts(value, list(like)) for key, value in tree.items()}
+    states = {}
+    for name, state in like.items():
+        leaves, structure = jax.tree.flatten(state.opt)
+        opt = jax.tree.unflatten(structure, [parts["opt"][name][str(i)] for i in range(len(leaves))])
+        states[name] = TrainState(parts["trainable"][name], opt, parts["ema"][name], parts["counters"][name]["updates"])
+    return states
