@@ -21,6 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
+from convert.lora import initial_adapters
 from grpo import report, settings
 from grpo.advantages import group_advantages, group_statistics
 from grpo.evaluate import Evaluator
@@ -102,6 +103,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     restored = checkpoints.latest()
     if restored is not None:
         settings.check_resume(checkpoints.meta(restored)["config"], c.to_dict(), str(checkpoints.path(restored)))
+    warm_start = initial_adapters(c.lora.init, model, s.lora) if c.lora.init and restored is None else None
     say(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}, attention {plan.backend}, weights {c.model.dtype}")
 
     everything = PromptSet(train_prompts.prompts + heldout.prompts, train_prompts.targets + heldout.targets)
@@ -119,6 +121,8 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         policy, trainable = make_policy(model.config("transformer"), frozen, mesh, lora=s.lora,
                                         key=jax.random.fold_in(key, 0), dtype=s.dtype, attention=plan.backend,
                                         remat=c.model.remat)
+    if warm_start is not None:
+        trainable = {k: jax.device_put(warm_start[k], v.sharding) for k, v in trainable.items()}
     if s.lora is None and not c.train.kl_weight:
         frozen = None  # full fine-tuning without a reference: the fp32 copy is the only one
     state, done = init_state(trainable, s.optimiser), 0
