@@ -70,6 +70,7 @@ class Plan:
     eval_shape: tuple[int, ...]  # and in evaluation
     schedule: Schedule
     solver: object  # of the evaluation
+    adapters: dict[str, np.ndarray] | None  # to start from; None: fresh ones
 
     @classmethod
     def make(cls, c, s: settings.Settings) -> "Plan":
@@ -84,7 +85,8 @@ class Plan:
         shape, eval_shape = (pipeline.latent_shape(frames, c.sample.height, c.sample.width, vae, config)
                              for frames in (c.sample.frames, c.eval.frames or c.sample.frames))
         return cls(mesh, model, backend, shape, eval_shape, flow_sigmas(c.sample.steps, c.sample.shift),
-                   make_solver(c.eval.solver, c.eval.steps, c.sample.shift))
+                   make_solver(c.eval.solver, c.eval.steps, c.sample.shift),
+                   initial_adapters(c.lora.init, model, s.lora) if c.lora.init else None)
 
 
 def open_pool(c) -> RewardPool:
@@ -103,7 +105,6 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     restored = checkpoints.latest()
     if restored is not None:
         settings.check_resume(checkpoints.meta(restored)["config"], c.to_dict(), str(checkpoints.path(restored)))
-    warm_start = initial_adapters(c.lora.init, model, s.lora) if c.lora.init and restored is None else None
     say(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}, attention {plan.backend}, weights {c.model.dtype}")
 
     everything = PromptSet(train_prompts.prompts + heldout.prompts, train_prompts.targets + heldout.targets)
@@ -121,8 +122,8 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         policy, trainable = make_policy(model.config("transformer"), frozen, mesh, lora=s.lora,
                                         key=jax.random.fold_in(key, 0), dtype=s.dtype, attention=plan.backend,
                                         remat=c.model.remat)
-    if warm_start is not None:
-        trainable = {k: jax.device_put(warm_start[k], v.sharding) for k, v in trainable.items()}
+    if plan.adapters is not None:
+        trainable = {k: jax.device_put(plan.adapters[k], v.sharding) for k, v in trainable.items()}
     if s.lora is None and not c.train.kl_weight:
         frozen = None  # full fine-tuning without a reference: the fp32 copy is the only one
     state, done = init_state(trainable, s.optimiser), 0
