@@ -25,6 +25,7 @@ def defaults() -> ConfigDict:
     c.lora.rank = 32                    # 0 trains all weights
     c.lora.alpha = 64.0
     c.lora.targets = ("to_q", "to_k", "to_v", "to_out.0")
+    c.lora.init = ""                    # LoRA file (Diffusers, ComfyUI) to start from; KL is to the base model
 
     c.mesh = ConfigDict()
     c.mesh.fsdp = 1                     # devices the parameters are split over; the others are data parallel

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import ml_collections
 
+from configs.defaults import defaults
 from grpo.losses import LossConfig
 from grpo.update import OptimiserConfig
 from rewards.ocr import RULES
@@ -76,6 +77,9 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
                         "transformer_2")
     if c.lora.rank and not c.lora.targets:
         raise UserError("config.lora.targets is empty: name the layers to adapt, or train all weights with lora.rank=0")
+    if c.lora.init and not c.lora.rank:
+        raise UserError(f"config.lora.init={c.lora.init} needs adapters to start from: set config.lora.rank as in the "
+                        "file")
     try:
         flow_sigmas(c.sample.steps, c.sample.shift)
         return Settings(
@@ -91,7 +95,7 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
 
 def check_resume(saved: dict, now: dict, checkpoint: str):
     """Raises `UserError` when a run's checkpoint was made with other settings than the ones given now."""
-    saved, now = flat(saved), flat(now)
+    saved, now = flat(defaults().to_dict()) | flat(saved), flat(now)  # a setting newer than the run had its default
     changed = [f"{k}: {saved.get(k)!r} -> {now.get(k)!r}" for k in sorted(saved.keys() | now.keys())
                if saved.get(k) != now.get(k) and not any(k == f or (f.endswith(".") and k.startswith(f)) for f in FREE)]
     if changed:

@@ -21,6 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
+from convert.lora import initial_adapters
 from grpo import report, run_state, settings
 from grpo.advantages import group_advantages, group_statistics
 from grpo.evaluate import Evaluator
@@ -73,6 +74,7 @@ class Plan:
     parts: tuple[Segment, ...]  # the schedule's steps by expert
     quotas: tuple[int, ...]  # of stochastic steps, for each of `parts`
     trained: tuple[str, ...]  # experts
+    adapters: dict[str, dict[str, np.ndarray]] | None  # each expert's to start from; None: fresh ones
 
     @classmethod
     def make(cls, c, s: settings.Settings) -> "Plan":
@@ -92,7 +94,8 @@ class Plan:
                             f"has {', '.join(model.experts)}")
         parts = segments(schedule.timesteps, model.boundary)
         quotas = step_quotas(parts, model.experts, trained, c.sample.sde_steps, *c.sample.sde_range)
-        return cls(mesh, model, backend, shape, eval_shape, schedule, solver, parts, quotas, trained)
+        adapters = initial_adapters(c.lora.init, model, s.lora) if c.lora.init else None
+        return cls(mesh, model, backend, shape, eval_shape, schedule, solver, parts, quotas, trained, adapters)
 
 
 def open_pool(c) -> RewardPool:
@@ -130,6 +133,8 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
             expert_key = jax.random.fold_in(key, 0) if i == 0 else jax.random.fold_in(key, 2)
             policy, start[name] = make_policy(config, weights(i), mesh, lora=s.lora, key=expert_key, dtype=s.dtype,
                                               attention=plan.backend, remat=c.model.remat)
+            if plan.adapters is not None:
+                start[name] = {k: jax.device_put(plan.adapters[name][k], v.sharding) for k, v in start[name].items()}
     if s.lora is None and not c.train.kl_weight:
         def weights(expert):  # full fine-tuning without a reference: the fp32 copies are the only ones
             return None

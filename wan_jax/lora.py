@@ -7,6 +7,7 @@ Targets are named as PEFT names them: a module is adapted when its Diffusers nam
 import dataclasses
 import math
 import zlib
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,11 @@ def attach(model: nnx.Module, config: LoRAConfig, key: jax.Array) -> nnx.Module:
         raise ValueError(f"lora targets {unused} match no dense layer; known endings are to_q, to_k, to_v, to_out.0, "
                          "ffn.net.0.proj, ffn.net.2, proj_out")
     return model
+
+
+def adapted_layers(layers: Iterable[str], targets: Iterable[str]) -> set[str]:
+    """Those of the dense layers ('blocks/attn1/to_q', ...) that the targets name."""
+    return {layer for layer in layers if any(_matches(layer, target) for target in targets)}
 
 
 def _matches(path: str, target: str) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from convert.export_lora import export
 from convert.from_diffusers import convert
 from grpo import settings
 from tests import tiny
@@ -243,6 +244,24 @@ def test_full_fine_tuning(recipe):
     assert all(r["ratio_max_error"] <= 1e-5 for r in metrics)
 
 
+def test_starts_from_a_lora_file(whole, model, recipe):
+    """Another run's adapters through a LoRA file: the weights that run ended with, to the bit, at epoch 0."""
+    _, before, _ = whole
+    config, run = recipe
+    (path,) = export(before, model, config.parent / "lora.safetensors", "comfyui").values()
+    code, out, err = train(config, f"lora.init={path}", "epochs=1")
+    assert code == 0, out + err
+    wanted, first = (load_trained(folder)[1]["transformer"] for folder in (before, run / "checkpoints" / "0"))
+    assert first.keys() == wanted.keys() and all(np.array_equal(first[k], wanted[k]) for k in wanted)
+    assert any(np.abs(v).max() > 0 for k, v in wanted.items() if k.endswith("lora_b"))
+    assert any(not np.array_equal(v, wanted[k]) for k, v in load_trained(run)[1]["transformer"].items())
+    code, out, err = train(config, f"lora.init={path}", "epochs=2")
+    assert code == 0 and "continuing" in out, out + err
+    code, _, err = train(config, f"lora.init={path}", "lora.rank=8", f"run_dir={run}2")
+    assert code == 1 and "file has rank 4" in err and "recipe has rank 8" in err and "Traceback" not in err, err
+    assert not pathlib.Path(f"{run}2").exists()
+
+
 def test_workers_score_the_same(whole, recipe):
     config, run = recipe
     code, out, err = train(config, "reward.workers=2")
@@ -355,6 +374,27 @@ BAD = [
 ]
 
 
+def test_lora_file_without_adapters_is_refused(recipe):
+    namespace = {}
+    exec(recipe[0].read_text(), namespace)
+    c = namespace["get_config"]()
+    c.lora.init, c.lora.rank = "lora.safetensors", 0
+    with pytest.raises(UserError, match=r"lora\.init=lora\.safetensors needs adapters"):
+        settings.from_config(c)
+
+
+def test_a_run_older_than_a_setting_is_resumed_with_its_default(recipe):
+    namespace = {}
+    exec(recipe[0].read_text(), namespace)
+    c = namespace["get_config"]()
+    saved = c.to_dict()
+    del saved["lora"]["init"]
+    settings.check_resume(saved, c.to_dict(), "run")
+    c.lora.init = "lora.safetensors"
+    with pytest.raises(UserError, match=r"lora\.init: '' -> 'lora\.safetensors'"):
+        settings.check_resume(saved, c.to_dict(), "run")
+
+
 @pytest.mark.parametrize("override, message", BAD, ids=[b[0] for b in BAD])
 def test_bad_settings_are_refused_before_any_work(recipe, override, message):
     config, _ = recipe
@@ -383,8 +423,9 @@ def test_bad_prompts_are_named_by_line(recipe):
 
 @pytest.mark.parametrize("override, message", [
     ("sample.frames=4", "frames"), ("sample.height=50", "50"), ("model.path=/nowhere", "convert.from_diffusers"),
-    ("prompts.train=/nowhere.txt", "/nowhere.txt does not exist"), ("train.learning_rat=1", "learning_rate"),
-    ("sample.groups=100", "100")])
+    ("prompts.train=/nowhere.txt", "/nowhere.txt does not exist"),
+    ("lora.init=/nowhere.safetensors", "/nowhere.safetensors does not exist"),
+    ("train.learning_rat=1", "learning_rate"), ("sample.groups=100", "100")])
 def test_bad_input_is_one_message(recipe, override, message):
     config, run = recipe
     code, _, err = train(config, override)

@@ -1,0 +1,412 @@
+"""LoRA files: their effect in Diffusers equals that of our adapters, they come back as they were, and every file that
+would load nothing or something else is refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from convert import lora as files
+from convert.export_lora import export
+from convert.from_diffusers import convert
+from grpo.policy import make_policy
+from tests import tiny
+from wan_jax import lora, model_dir
+from wan_jax import mesh as mesh_lib
+from wan_jax.checkpoint import Checkpoints, join_experts
+from wan_jax.cli import UserError
+from wan_jax.lora import LoRAConfig
+
+ATTENTION = lora.ATTENTION_TARGETS
+FFN = (*ATTENTION, "ffn.net.0.proj", "ffn.net.2")
+EVERYTHING = (*FFN, "proj_out", "time_proj", "linear_1", "linear_2")
+MODULES = {ATTENTION: 8 * 2, (*FFN, "proj_out"): 10 * 2 + 1, EVERYTHING: 10 * 2 + 6}
+LAYOUTS = ("diffusers", "comfyui")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A random model with two experts in Diffusers layout, and converted."""
+    root = tmp_path_factory.mktemp("models")
+    convert(str(tiny.write_pipeline(root / "source", seed=5, boundary=0.875)), root / "model", "float32")
+    return root / "source", model_dir.open_model(root / "model")
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """A random model with one transformer, converted."""
+    root = tmp_path_factory.mktemp("single")
+    convert(str(tiny.write_pipeline(root / "source", seed=6)), root / "model", "float32")
+    return model_dir.open_model(root / "model")
+
+
+@pytest.fixture(scope="module")
+def kernels(single):
+    return files.dense_layers(single.config("transformer"))
+
+
+def random_adapters(kernels, config: LoRAConfig, seed=0):
+    """Adapters as a run trains them, with both factors far from zero."""
+    rng = np.random.default_rng(seed)
+    flat = {}
+    for layer in sorted(lora.adapted_layers(kernels, config.targets)):
+        *stack, n_in, n_out = kernels[layer]
+        flat[f"{layer}/lora_a"] = 0.3 * rng.standard_normal((*stack, n_in, config.rank)).astype(np.float32)
+        flat[f"{layer}/lora_b"] = 0.3 * rng.standard_normal((*stack, config.rank, n_out)).astype(np.float32)
+    return flat
+
+
+def write_run(folder, trained, config: LoRAConfig | None):
+    """A run folder whose checkpoint holds these trained weights: {expert: flat}, or one transformer's alone."""
+    experts = trained if "transformer" in trained else {"transformer": trained}
+    flat = join_experts(experts)
+    settings = config and {"rank": config.rank, "alpha": config.alpha, "targets": list(config.targets)}
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(1, {"trainable": flat}, flat,
+                     {"config": {}, "lora": settings, "model": "", "experts": list(experts)})
+    checkpoints.close()
+    return folder
+
+
+def inputs(seed=1):
+    rng = np.random.default_rng(seed)
+    text = rng.standard_normal((2, 7, tiny.SETTINGS["transformer"]["text_dim"])).astype(np.float32)
+    return rng.standard_normal((2, 2, 4, 6, 16)).astype(np.float32), np.array([930.0, 250.0], np.float32), text
+
+
+def our_velocities(model, expert, config: LoRAConfig, adapters):
+    """(with the adapters, without them): the expert's output as training computes it."""
+    _, frozen = model_dir.build(expert, model, attention="xla")
+    mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+    policy, trainable = make_policy(model.config(expert), frozen, mesh, lora=config, key=jax.random.key(0),
+                                    dtype=jnp.float32, attention="xla", remat="none")
+    assert {k: v.shape for k, v in trainable.items()} == {k: v.shape for k, v in adapters.items()}
+    run = nnx.jit(lambda module, *x: module(*x))
+    return (np.asarray(run(policy.module(flat, frozen), *inputs()))  # B = 0 is the model without adapters
+            for flat in (adapters, {k: v * k.endswith("lora_a") for k, v in adapters.items()}))
+
+
+def their_velocity(transformer):
+    import torch
+
+    latents, timesteps, text = inputs()
+    with torch.no_grad():
+        out = transformer(torch.from_numpy(latents.transpose(0, 4, 1, 2, 3).copy()), torch.from_numpy(timesteps),
+                          torch.from_numpy(text)).sample
+    return out.numpy().transpose(0, 2, 3, 4, 1)
+
+
+def relative_error(a, b):
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+def peer(folder):
+    import diffusers
+
+    return diffusers.WanPipeline.from_pretrained(folder)
+
+
+# ---- the effect -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parity
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("targets", MODULES, ids=["attention", "ffn", "everything"])
+def test_diffusers_computes_the_same(source, tmp_path, layout, targets):
+    """Each expert's file in its own transformer: fp32, 1e-5 relative, alpha unlike the rank."""
+    folder, model = source
+    config = LoRAConfig(rank=3, alpha=5.0, targets=targets)
+    adapters = {expert: random_adapters(files.dense_layers(model.config(expert)), config, seed)
+                for seed, expert in enumerate(model.experts)}
+    run = write_run(tmp_path / "run", adapters, config)
+    written = export(run, model.path, tmp_path / "lora", layout)
+    assert [p.name for p in written.values()] == [p.name for p in sorted((tmp_path / "lora").iterdir())]
+    pipe = peer(folder)
+    for expert, path in written.items():
+        pipe.load_lora_weights(str(path), adapter_name=expert, load_into_transformer_2=expert == "transformer_2")
+        assert len(load_file(path)) == 2 * MODULES[targets]
+    for expert in model.experts:
+        ours, base = our_velocities(model, expert, config, adapters[expert])
+        assert relative_error(their_velocity(getattr(pipe, expert)), ours) < 1e-5
+        assert relative_error(base, ours) > 0.05
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("stated", ["metadata", "alpha tensors"])
+def test_files_that_state_alpha_have_the_effect_they_have_in_diffusers(source, tmp_path, stated):
+    """A file of another program: unscaled factors and an alpha, read by Diffusers and by us."""
+    folder, model = source
+    kernels = files.dense_layers(model.config("transformer"))
+    config = LoRAConfig(rank=4, alpha=6.0, targets=FFN)
+    plain = LoRAConfig(rank=4, alpha=4.0, targets=FFN)  # scale 1: the factors as they are
+    flat, path, metadata = random_adapters(kernels, config), tmp_path / "lora.safetensors", {"format": "pt"}
+    if stated == "metadata":
+        tensors = files.to_tensors(flat, plain, kernels)
+        metadata["lora_adapter_metadata"] = json.dumps({
+            "transformer.r": 4, "transformer.lora_alpha": 6, "transformer.target_modules": list(FFN)})
+    else:
+        tensors = files.to_tensors(flat, plain, kernels, "comfyui")
+        tensors |= {k.replace("lora_up.weight", "alpha"): np.float32(6.0) for k in tensors if "lora_up" in k}
+    save_file({k: np.asarray(v) for k, v in tensors.items()}, path, metadata=metadata)
+    pipe = peer(folder)
+    pipe.load_lora_weights(str(path))
+    found = files.read(path, kernels)
+    assert found.config == config
+    ours, _ = our_velocities(model, "transformer", found.config, found.adapters)
+    assert relative_error(their_velocity(pipe.transformer), ours) < 1e-5
+    np.testing.assert_array_equal(found.adapters["blocks/ffn/net_2/lora_b"], flat["blocks/ffn/net_2/lora_b"])
+
+
+@pytest.mark.parity
+def test_a_file_that_peft_wrote(source, tmp_path):
+    """Diffusers' own way: an adapter on its transformer, saved with `save_lora_weights`, alpha in the metadata."""
+    import torch
+    from diffusers import WanPipeline
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    folder, model = source
+    transformer = peer(folder).transformer
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=10, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    transformer.add_adapter(config)
+    WanPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(transformer),
+                                  transformer_lora_adapter_metadata={"r": 4, "lora_alpha": 10,
+                                                                     "target_modules": ["to_q", "to_v"]})
+    found = files.read(tmp_path / "pytorch_lora_weights.safetensors", files.dense_layers(model.config("transformer")))
+    assert found.config == LoRAConfig(4, 10.0, ("to_q", "to_v"))
+    ours, base = our_velocities(model, "transformer", found.config, found.adapters)
+    assert relative_error(their_velocity(transformer), ours) < 1e-5
+    assert relative_error(base, ours) > 0.01
+
+
+# ---- there and back -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("alpha, exact", [(4.0, True), (8.0, True), (5.0, False)])
+def test_round_trip(single, kernels, tmp_path, layout, alpha, exact):
+    """Bit for bit where alpha / r is a power of two; else B may differ in its last bit, for it was scaled."""
+    config = LoRAConfig(rank=4, alpha=alpha, targets=FFN)
+    flat = random_adapters(kernels, config)
+    run = write_run(tmp_path / "run", flat, config)
+    (path,) = export(run, single.path, tmp_path / "a" / "lora.safetensors", layout).values()
+    assert path == tmp_path / "a" / "lora.safetensors" and [p.name for p in path.parent.iterdir()] == [path.name]
+    found = files.read(path, kernels)
+    assert found.rank == 4 and found.alpha is None and found.targets == FFN
+    back = files.initial_adapters(str(path), single, config)["transformer"]
+    assert back.keys() == flat.keys() and all(v.dtype == np.float32 for v in back.values())
+    for name, value in flat.items():
+        np.testing.assert_array_max_ulp(back[name], value, 0 if exact or name.endswith("lora_a") else 1)
+        scale = 1 if name.endswith("lora_a") else alpha / 4
+        np.testing.assert_array_equal(found.adapters[name], (scale * value.astype(np.float64)).astype(np.float32))
+    again = files.to_tensors(found.adapters, found.config, kernels, layout)
+    stored = load_file(path)
+    assert again.keys() == stored.keys() and all(np.array_equal(again[k], stored[k]) for k in stored)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(single, kernels, tmp_path, dtype):
+    config = LoRAConfig(rank=2, alpha=4.0)
+    flat = random_adapters(kernels, config)
+    (path,) = export(write_run(tmp_path / "run", flat, config), single.path, tmp_path / "lora", dtype=dtype).values()
+    back = files.initial_adapters(str(path), single, config)["transformer"]
+    for name, value in flat.items():
+        np.testing.assert_array_equal(back[name], value.astype(files.DTYPES[dtype]).astype(np.float32))
+
+
+def test_two_experts_come_back_under_their_names(source, tmp_path):
+    _, model = source
+    config = LoRAConfig(rank=2, alpha=4.0)
+    kernels = files.dense_layers(model.config("transformer"))
+    trained = {e: random_adapters(kernels, config, i) for i, e in enumerate(model.experts)}
+    high, low = export(write_run(tmp_path / "run", trained, config), model.path, tmp_path / "x.safetensors").values()
+    assert (high.name, low.name) == ("x_high_noise.safetensors", "x_low_noise.safetensors")
+    assert all(k.startswith("transformer.blocks.") for path in (high, low) for k in load_file(path))
+    back = files.initial_adapters(f"{high},{low}", model, config)
+    assert list(back) == ["transformer", "transformer_2"]
+    assert all(np.array_equal(back[e][k], v) for e, flat in trained.items() for k, v in flat.items())
+    with pytest.raises(UserError, match=r"names 1 files, the model has 2 transformers"):
+        files.initial_adapters(str(high), model, config)
+
+
+def test_names_cover_every_dense_layer(kernels):
+    modules = files.modules(kernels)
+    assert len({files.original_name(m) for m in modules}) == len(modules) == 10 * 2 + 6
+    assert files.original_name("blocks.11.attn2.to_out.0") == "blocks.11.cross_attn.o"
+    assert files.original_name("blocks.0.ffn.net.0.proj") == "blocks.0.ffn.0"
+
+
+@pytest.mark.parametrize("targets", [*MODULES, FFN, ("attn1.to_q",), ("to_v", "attn2.to_q"),
+                                     ("text_embedder.linear_1",)])
+def test_targets_are_read_from_the_layers(kernels, targets):
+    found = files.layer_targets(lora.adapted_layers(kernels, targets), kernels)
+    assert sorted(found) == sorted(targets)
+
+
+# ---- files that are refused -----------------------------------------------------------------------------------------
+
+CONFIG = LoRAConfig(rank=4, alpha=8.0)
+FIRST = "transformer.blocks.0.attn1.to_q.lora_A.weight"
+
+
+def renamed(change):
+    return lambda tensors: {change(k): v for k, v in tensors.items()}
+
+
+def without(part):
+    return lambda tensors: {k: v for k, v in tensors.items() if part not in k}
+
+
+def padded(tensors):
+    return tensors | {k: np.concatenate([v, v], int("lora_B" in k)) for k, v in tensors.items() if "attn1.to_k" in k}
+
+
+FAULTS = {
+    "bare names": (renamed(lambda k: k.removeprefix("transformer.")), "load nothing: its keys begin like 'blocks"),
+    "second prefix": (renamed(lambda k: k.replace("transformer.", "transformer_2.")),
+                      "would load nothing: .*'transformer_2.*for either expert"),
+    "PEFT's own prefix": (renamed(lambda k: "base_model.model." + k.removeprefix("transformer.")), "load nothing"),
+    "kohya": (renamed(lambda k: "lora_unet_" + k.replace(".", "_")), "would load nothing: .*lora_unet_"),
+    "empty": (lambda tensors: {}, "would load nothing: it is empty"),
+    "original names, wrong prefix": (renamed(lambda k: k.replace("attn1.to_q", "self_attn.q")),
+                                     r"no layer for 'transformer\.blocks\.0\.self_attn"),
+    "text encoder too": (lambda t: t | {"text_encoder.layer.lora_A.weight": t[FIRST]}, "mixes layouts.*text_encoder"),
+    "both layouts": (lambda t: t | {FIRST.replace("transformer.", "diffusion_model."): t[FIRST]}, "mixes layouts"),
+    "more blocks": (lambda t: t | {FIRST.replace(".0.", ".2.", 1): t[FIRST]}, r"no layer for .*blocks\.2\."),
+    "fewer blocks": (without("blocks.1."), r"not whole: blocks\.1\.attn1\.to_k lacks a factor, as do 7 other"),
+    "no partner": (without("blocks.0.attn2.to_v.lora_B"), r"not whole: blocks\.0\.attn2\.to_v lacks a factor;"),
+    "other width": (lambda t: t | {FIRST: np.zeros((4, 96), np.float32)},
+                    r"lora_a of blocks\.0\.attn1\.to_q is \(4, 96\), and should be \(4, 48\)"),
+    "mixed ranks": (padded, "ranks 4, 8: only one rank"),
+    "NaN": (lambda t: t | {FIRST: np.full((4, 48), np.nan, np.float32)}, "to_q.lora_A.weight holds NaN"),
+    "bias": (lambda t: t | {"transformer.blocks.0.attn1.to_q.lora_B.bias": np.zeros(48, np.float32)}, "no LoRA factor"),
+    "alpha": (lambda t: t | {"transformer.blocks.0.attn1.to_q.alpha": np.ones((), np.float32)}, "no LoRA factor"),
+    "one dimension": (lambda t: t | {FIRST: np.zeros(4, np.float32)}, "no LoRA factor"),
+    "two names": (lambda t: t | {FIRST.replace("lora_A", "lora_down"): t[FIRST]}, "twice, under two names"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_broken_files_are_refused(kernels, tmp_path, fault):
+    change, message = FAULTS[fault]
+    save_file(change(files.to_tensors(random_adapters(kernels, CONFIG), CONFIG, kernels)), tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=message):
+        files.read(tmp_path / "x.safetensors", kernels)
+
+
+@pytest.mark.parametrize("metadata, message", [
+    ("{", "is damaged"), (json.dumps({"r": 4, "lora_alpha": 8}), r"no transformer\.r"), (json.dumps([1]), "is damaged"),
+    (json.dumps({"transformer.r": 8, "transformer.lora_alpha": 8}), "states rank 8, the tensors have 4"),
+    (json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.use_rslora": True}), "use_rslora=True")])
+def test_metadata_that_is_not_understood_is_refused(kernels, tmp_path, metadata, message):
+    save_file(files.to_tensors(random_adapters(kernels, CONFIG), CONFIG, kernels), tmp_path / "x.safetensors",
+              metadata={"lora_adapter_metadata": metadata})
+    with pytest.raises(UserError, match=message):
+        files.read(tmp_path / "x.safetensors", kernels)
+
+
+def test_several_alphas_are_refused(kernels, tmp_path):
+    tensors = files.to_tensors(random_adapters(kernels, CONFIG), CONFIG, kernels, "comfyui")
+    tensors["diffusion_model.blocks.1.cross_attn.o.alpha"] = np.array(2.0, np.float32)
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="alpha 2, 4"):
+        files.read(tmp_path / "x.safetensors", kernels)
+
+
+def test_damaged_and_missing_files(kernels, tmp_path):
+    tensors = files.to_tensors(random_adapters(kernels, CONFIG), CONFIG, kernels)
+    path = tmp_path / "x.safetensors"
+    save_file(tensors, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="truncated or damaged"):
+        files.read(path, kernels)
+    path.rename(tmp_path / "x.bin")
+    for name, message in (("x.safetensors", "does not exist"), ("x.bin", "no .safetensors file")):
+        with pytest.raises(UserError, match=message):
+            files.read(tmp_path / name, kernels)
+
+
+@pytest.mark.parametrize("changes, named", [
+    ({"rank": 8}, "rank 4, alpha not stated.*recipe has rank 8"), ({"targets": FFN}, "recipe has .*ffn.net.2"),
+    ({"targets": ("to_q",)}, "file has .*to_out.0; |file has .*to_out.0, the recipe has .*targets to_q;")])
+def test_recipe_must_agree(single, kernels, tmp_path, changes, named):
+    save_file(files.to_tensors(random_adapters(kernels, CONFIG), CONFIG, kernels), tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=named):
+        files.initial_adapters(str(tmp_path / "x.safetensors"), single,
+                               LoRAConfig(**({"rank": 4, "alpha": 8.0} | changes)))
+
+
+def test_stated_alpha_must_agree(kernels):
+    file = files.LoRAFile(random_adapters(kernels, CONFIG), 4, 6.0, CONFIG.targets)
+    with pytest.raises(UserError, match=r"file has rank 4, alpha 6, .*recipe has rank 4, alpha 8,"):
+        files.fit(file, CONFIG, kernels, "x")
+    kept = files.fit(file, LoRAConfig(4, 6.0), kernels, "x")
+    assert all(kept[k] is v for k, v in file.adapters.items())
+
+
+# ---- exports that are refused ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("change, message", [
+    (lambda flat: {}, r"\(blocks/attn1/to_k\): it was trained from another one"),
+    (lambda flat: {f"wrong/{k}": v for k, v in flat.items()}, "trained from another one"),
+    (lambda flat: {k: v for k, v in flat.items() if "attn2/to_v" not in k}, r"\(blocks/attn2/to_v\)"),
+    (lambda flat: {k: v[:1] for k, v in flat.items()}, "trained from another model"),
+    (lambda flat: {k: v * np.nan for k, v in flat.items()}, "NaN"),
+    (lambda flat: flat | {"patch_embedding/lora_a": np.zeros((64, 4), np.float32)}, "convolution")])
+def test_adapters_of_another_model_are_not_written(kernels, change, message):
+    with pytest.raises(UserError, match=message):
+        files.to_tensors(change(random_adapters(kernels, CONFIG)), CONFIG, kernels)
+
+
+def test_float16_overflow_is_not_written(single, kernels, tmp_path):
+    flat = {k: v * np.float32(1e6) for k, v in random_adapters(kernels, CONFIG).items()}
+    with pytest.raises(UserError, match="beyond float16"):
+        export(write_run(tmp_path / "run", flat, CONFIG), single.path, tmp_path / "lora", dtype="float16")
+    assert not any((tmp_path / "lora").glob("*"))
+
+
+def test_export_says_what_is_wrong(single, kernels, tmp_path):
+    flat = random_adapters(kernels, CONFIG)
+    run = write_run(tmp_path / "run", flat, CONFIG)
+    with pytest.raises(UserError, match=r"all weights.*convert\.to_diffusers"):
+        export(write_run(tmp_path / "full", flat, None), single.path, tmp_path / "lora")
+    both = write_run(tmp_path / "both", {e: flat for e in files.EXPERTS}, CONFIG)
+    with pytest.raises(UserError, match="trained transformer, transformer_2, the model"):
+        export(both, single.path, tmp_path / "lora")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"give a \.safetensors file or a folder"):
+        export(run, single.path, tmp_path / "file")
+    export(run, single.path, tmp_path / "lora")
+    with pytest.raises(UserError, match="--overwrite"):
+        export(run, single.path, tmp_path / "lora")
+    export(run, single.path, tmp_path / "lora", overwrite=True)
+    assert [p.name for p in (tmp_path / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
+
+
+def test_a_write_that_went_wrong_is_noticed_and_leaves_nothing(single, kernels, tmp_path, monkeypatch):
+    def save(tensors, path, metadata):
+        save_file(tensors | {FIRST: tensors[FIRST] + 1}, path, metadata)
+
+    run = write_run(tmp_path / "run", random_adapters(kernels, CONFIG), CONFIG)
+    monkeypatch.setattr(files, "save_file", save)
+    with pytest.raises(UserError, match="does not hold what was written"):
+        export(run, single.path, tmp_path / "lora")
+    assert not any((tmp_path / "lora").iterdir())
+
+
+def test_command_line(single, kernels, tmp_path):
+    run = write_run(tmp_path / "run", random_adapters(kernels, CONFIG), CONFIG)
+    command = [sys.executable, "-m", "convert.export_lora", f"--src={single.path}", f"--checkpoint={run}",
+               f"--dst={tmp_path / 'lora'}", "--format=comfyui", "--dtype=bfloat16"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "comfyui_lora.safetensors" in done.stdout, done.stdout + done.stderr
+    assert load_file(tmp_path / "lora/comfyui_lora.safetensors").keys() >= {
+        "diffusion_model.blocks.0.self_attn.q.lora_down.weight", "diffusion_model.blocks.1.cross_attn.o.lora_up.weight"}
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "no checkpoints folder" in done.stderr and "Traceback" not in done.stderr
