@@ -1,0 +1,45 @@
+"""Every recipe in configs/ is sound: settings agree, prompts can be scored, the experts it trains have steps."""
+
+import importlib
+import pathlib
+
+import pytest
+
+from examples import ocr_prompts
+from grpo import settings
+from grpo.prompts import epoch_prompts, load_prompts
+from grpo.rollout import step_quotas
+from rewards.targets import parse_targets
+from wan_jax.experts import segments
+from wan_jax.schedule import flow_sigmas
+
+ROOT = pathlib.Path(__file__).parents[2]
+RECIPES = sorted(p.stem for p in (ROOT / "configs").glob("*_ocr.py"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe(name):
+    module = importlib.import_module(f"configs.{name}")
+    c = module.get_config()
+    made = settings.from_config(c)
+    assert c.run_dir == f"runs/{name}" and f"--config=configs/{name}.py" in module.__doc__
+    train, heldout = (load_prompts(ROOT / path, parse_targets) for path in (c.prompts.train, c.prompts.heldout))
+    assert not set(train.prompts) & set(heldout.prompts) and len(heldout) >= c.eval.num_prompts
+    assert len(epoch_prompts(0, 0, len(train), c.sample.groups)) * c.sample.group_size == made.videos
+    two = "a14b" in name
+    experts = ("transformer", "transformer_2")[: 1 + two]
+    parts = segments(flow_sigmas(c.sample.steps, c.sample.shift).timesteps, 0.875 if two else None)
+    assert sum(step_quotas(parts, experts, experts, c.sample.sde_steps, *c.sample.sde_range)) == c.sample.sde_steps
+
+
+def test_every_size_has_a_recipe():
+    assert set(RECIPES) == {"tiny_ocr", "wan21_1_3b_ocr", "wan21_14b_ocr", "wan22_a14b_ocr", "wan22_ti2v_5b_ocr"}
+
+
+def test_prompt_files_are_what_their_code_writes(tmp_path):
+    words = sorted(set(ocr_prompts.WORDS))
+    heldout = ocr_prompts.prompts(words[::6], 256, seed=1)
+    assert (ROOT / "assets/prompts/ocr_heldout.txt").read_text() == "\n".join(heldout) + "\n"
+    used = {w for targets in load_prompts(ROOT / "assets/prompts/ocr_train.txt", parse_targets).targets
+            for t in targets for w in t.lower().split()}
+    assert len(used) > 100 and not used & set(words[::6])
