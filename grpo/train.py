@@ -119,7 +119,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     everything = PromptSet(train_prompts.prompts + heldout.prompts, train_prompts.targets + heldout.targets)
     bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
     table = pipeline.embed_prompts(model, everything.prompts, c.prompts.negative, dtype=s.dtype,
-                                   progress=functools.partial(bar, desc="prompts"))
+                                   progress=functools.partial(bar, desc="prompts"), cache=True)
     eval_table = pipeline.TextTable(table.embeddings[len(train_prompts):], table.negative)
     vae_graph, vae_state = pipeline.load_vae(model, mesh)
     decode = pipeline.make_decoder(vae_graph)

@@ -17,6 +17,7 @@ from wan_jax.config import TransformerConfig, VAEConfig
 from wan_jax.experts import Segment
 from wan_jax.guidance import TextBatch, velocity
 from wan_jax.mesh import replicate
+from wan_jax.prompt_cache import PromptCache
 from wan_jax.solvers import SolverState
 from wan_jax.text_encoder import encode
 from wan_jax.tokenizer import Tokenizer
@@ -44,21 +45,43 @@ class TextTable:
 
 
 def embed_prompts(model: model_dir.ModelDir, prompts: Sequence[str], negative: str = "", *, dtype=jnp.float32,
-                  batch: int = 16, progress: Callable = lambda x: x) -> TextTable:
-    """Encodes each prompt once with the model's own tokenizer and text encoder, which is freed afterwards."""
-    tokenizer = Tokenizer.load(model.tokenizer_path)
-    texts = [*prompts, negative]
-    longest = min(max(tokenizer.lengths(texts)), TEXT_ROWS)
-    rows = min(-(-longest // ROW_MULTIPLE) * ROW_MULTIPLE, TEXT_ROWS)
-    ids, mask = tokenizer(texts, rows)
-    graphdef, state = model_dir.build("text_encoder", model, dtype=dtype)
-    run = jax.jit(lambda state, ids, mask: encode(nnx.merge(graphdef, state), ids, mask).astype(jnp.float32))
-    out = np.zeros((len(texts), rows, model.config("text_encoder").d_model), np.float32)
-    batch = min(batch, len(texts))
-    for start in progress(range(0, len(texts), batch)):
-        index = np.arange(start, start + batch) % len(texts)  # the last batch wraps around: one compiled shape
-        out[index] = np.asarray(run(state, ids[index], mask[index]))
-    return TextTable(out[:-1], out[-1])
+                  batch: int = 16, progress: Callable = lambda x: x, cache: bool = False) -> TextTable:
+    """Encodes each prompt once with the model's own tokenizer and text encoder, which is freed afterwards.
+
+    cache: look for the embeddings in the model's `PromptCache` first, and leave new ones there; the encoder is loaded
+    only for what is missing. A prompt is encoded in as many rows as it needs, rounded up, so its embedding does not
+    depend on the other prompts, rounding aside.
+    """
+    tokenizer, known = Tokenizer.load(model.tokenizer_path), {}
+    texts = list(dict.fromkeys([*prompts, negative]))
+    stored = PromptCache(model, dtype) if cache else None
+    if stored:
+        known = {text: rows for text in texts if (rows := stored.get(text)) is not None}
+    missing = [text for text in texts if text not in known]
+    lengths = dict(zip(missing, np.minimum(tokenizer.lengths(missing), TEXT_ROWS))) if missing else {}
+    if missing:
+        graphdef, state = model_dir.build("text_encoder", model, dtype=dtype)
+        run = jax.jit(lambda state, ids, mask: encode(nnx.merge(graphdef, state), ids, mask).astype(jnp.float32))
+    size, work = min(batch, len(texts)), []
+    for rows in sorted({rounded(n) for n in lengths.values()}):
+        group = [text for text in missing if rounded(lengths[text]) == rows]
+        work += [(rows, group[i : i + size]) for i in range(0, len(group), size)]
+    for rows, group in progress(work):
+        ids, mask = tokenizer((group * size)[:size], rows)  # the last batch wraps around: one compiled shape
+        for text, row in zip(group, np.asarray(run(state, ids, mask))):
+            known[text] = row[: lengths[text]]
+            if stored:
+                stored.put(text, known[text])
+    out = np.zeros((len(texts), rounded(max(map(len, known.values()))), model.config("text_encoder").d_model),
+                   np.float32)
+    for i, text in enumerate(texts):
+        out[i, : len(known[text])] = known[text]
+    index = {text: i for i, text in enumerate(texts)}
+    return TextTable(out[[index[prompt] for prompt in prompts]], out[index[negative]])
+
+
+def rounded(rows: int) -> int:
+    return min(-(-int(rows) // ROW_MULTIPLE) * ROW_MULTIPLE, TEXT_ROWS)
 
 
 def latent_shape(frames: int, height: int, width: int, vae: VAEConfig,

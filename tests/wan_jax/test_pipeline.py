@@ -1,5 +1,7 @@
 """The whole way from prompt to pixels against Diffusers' WanPipeline, and the sampling command."""
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -90,6 +92,42 @@ def test_latents_and_pixels_of_diffusers(folders, frames, guidance, negative):
                                  negative=negative)
     assert relative_error(latents, wanted) < 1e-4
     assert np.abs(videos / 255.0 - pixels).mean() < 1 / 255
+
+
+def test_embeddings_are_cached_by_model_and_prompt(folders, tmp_path, monkeypatch):
+    folder = shutil.copytree(folders[1], tmp_path / "model")
+    model, prompts = model_dir.open_model(folder), [*PROMPTS, PROMPTS[0], "a " * 40]
+    plain = pipeline.embed_prompts(model, prompts, "ugly")
+    first = pipeline.embed_prompts(model, prompts, "ugly", cache=True)
+    assert len(list((folder / "text_cache").glob("*.npy"))) == 4
+    load, loaded = model_dir.build, []
+    monkeypatch.setattr(model_dir, "build", lambda *args, **kwargs: loaded.append(args[0]) or load(*args, **kwargs))
+    again = pipeline.embed_prompts(model, prompts, "ugly", cache=True)
+    assert not loaded  # nothing was missing, so the encoder was not even read
+    for table in (first, again):
+        np.testing.assert_array_equal(table.embeddings, plain.embeddings)
+        np.testing.assert_array_equal(table.negative, plain.negative)
+    alone = pipeline.embed_prompts(model, PROMPTS[1:2], "other")
+    rows = alone.embeddings.shape[1]
+    np.testing.assert_allclose(alone.embeddings[0], plain.embeddings[1, :rows], atol=2e-5)
+    assert not plain.embeddings[1, rows:].any()
+
+    path = next((folder / "text_cache").glob("*.npy"))
+    path.write_bytes(path.read_bytes()[:50])  # damaged: computed again
+    np.testing.assert_array_equal(pipeline.embed_prompts(model, prompts, "ugly", cache=True).embeddings,
+                                  plain.embeddings)
+    manifest = json.loads((folder / "wan_jax.json").read_text())
+    (folder / "wan_jax.json").write_text(json.dumps(manifest | {"source": "another"}))
+    loaded.clear()
+    pipeline.embed_prompts(model_dir.open_model(folder), prompts, "ugly", cache=True)
+    assert loaded == ["text_encoder"]
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(folders, tmp_path):
+    folder = shutil.copytree(folders[1], tmp_path / "model")
+    (folder / "text_cache").write_text("a file where the folder should be")
+    table = pipeline.embed_prompts(model_dir.open_model(folder), PROMPTS, cache=True)
+    assert np.isfinite(table.embeddings).all() and table.embeddings.any()
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,8 @@ def relative_error(a, b):
 def test_velocity_at_true_width(name):
     """fp32 to 1e-5; bf16 to 1e-2.
 
-    Seen: 9e-7 in fp32; in bf16 5.8e-3, and our bf16 is 5.5e-3 from our fp32. The two programs round to 8 bits after sums
-    taken in different orders, so they differ by about what bf16 itself costs, and the bar is twice that.
+    Seen: 9e-7 in fp32; in bf16 5.8e-3, and our bf16 is 5.5e-3 from our fp32. The two programs round to 8 bits after
+    sums taken in different orders, so they differ by about what bf16 itself costs, and the bar is twice that.
     """
     import diffusers
     import torch

@@ -1,0 +1,53 @@
+"""Text embeddings on disk: a prompt set is encoded once for a model, however many runs use it.
+
+    MODEL/text_cache/<key>.npy   fp32 [rows of the prompt, text_dim], without the zero rows after them
+
+The key is a hash of the model's manifest, the encoder's dtype and the prompt. The cache lies in the model's folder and
+goes with it. A folder that cannot be written is no error: the embeddings are then computed again by the next run.
+"""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+
+import numpy as np
+
+from wan_jax.model_dir import MANIFEST, ModelDir
+
+FOLDER = "text_cache"
+
+
+class PromptCache:
+    """`get` and `put` embeddings by prompt."""
+
+    def __init__(self, model: ModelDir, dtype):
+        self.folder = model.path / FOLDER
+        self.salt = hashlib.sha256((model.path / MANIFEST).read_bytes() + np.dtype(dtype).name.encode()).digest()
+        self.writable = True
+
+    def path(self, prompt: str) -> pathlib.Path:
+        return self.folder / f"{hashlib.sha256(self.salt + prompt.encode()).hexdigest()}.npy"
+
+    def get(self, prompt: str) -> np.ndarray | None:
+        """The prompt's rows, or None. A damaged file counts as none."""
+        try:
+            return np.load(self.path(prompt))
+        except (OSError, ValueError, EOFError):
+            return None
+
+    def put(self, prompt: str, rows: np.ndarray) -> None:
+        """Writes the file whole or not at all."""
+        if not self.writable:
+            return
+        path = self.path(prompt)
+        partial = path.with_suffix(f".{os.getpid()}")
+        try:
+            self.folder.mkdir(exist_ok=True)
+            with open(partial, "wb") as file:
+                np.save(file, rows)
+            partial.replace(path)
+        except OSError:
+            self.writable = False
+            with contextlib.suppress(OSError):
+                partial.unlink()
