@@ -117,6 +117,11 @@ def test_sizes_that_wan_cannot_make():
                                ((5, 480, 8), "width=8.*use 16")):
         with pytest.raises(UserError, match=message):
             pipeline.latent_shape(*arguments, vae, transformer)
+    vae = VAEConfig(z_dim=48, is_residual=True, patch_size=2, scale_factor_spatial=16)
+    transformer = TransformerConfig(in_channels=48, out_channels=48)
+    assert pipeline.latent_shape(121, 704, 1280, vae, transformer) == (31, 44, 80, 48)
+    with pytest.raises(UserError, match="height=720 must be a multiple of 32; use 704"):
+        pipeline.latent_shape(121, 720, 1280, vae, transformer)
 
 
 def run_sample(*flags):
