@@ -51,7 +51,8 @@ def broken(source, tmp_path):
 
 @pytest.mark.parametrize("component, settings, keys, parameters", [
     ("transformer", WAN_1_3B, 825, 1_418_996_800), ("transformer", {}, 1095, 14_288_491_584),
-    ("vae", WAN_VAE, 194, 126_892_531), ("vae", WAN_VAE_22, 196, 704_688_668), ("text_encoder", {}, 242, 5_680_910_336)])
+    ("vae", WAN_VAE, 194, 126_892_531), ("vae", WAN_VAE_22, 196, 704_688_668),
+    ("text_encoder", {}, 242, 5_680_910_336)])
 def test_published_sizes(component, settings, keys, parameters):
     shapes = tiny.state_dict_shapes(component, settings)
     assert len(shapes) == keys and sum(int(np.prod(s)) for s in shapes.values()) == parameters

@@ -3,10 +3,7 @@
 B videos, T pixel frames, F latent frames, H W pixels.
 """
 
-import importlib.util
 import json
-import pathlib
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +12,24 @@ import pytest
 from flax import nnx
 
 from convert import key_table
+from tests.random_vae import (
+    BOTH,
+    GOLDEN,
+    WAN_21,
+    WAN_22,
+    abstract,
+    build,
+    largest_difference,
+    maker,
+    quick_jit,
+    random_model,
+    relative_error,
+)
 from wan_jax import params as P
 from wan_jax.config import ConfigError, VAEConfig, from_dict
 from wan_jax.vae import AutoencoderKLWan
 from wan_jax.vae_layers import CausalConv3d, ChannelNorm, Conv2d
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-spec = importlib.util.spec_from_file_location("make_vae", GOLDEN / "make_vae.py")
-maker = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(maker)
-
-BOTH = pytest.mark.parametrize("settings", [maker.CONFIG, maker.CONFIG_22], ids=["2.1", "2.2"])
 TWO_BLOCKS = {"base_dim": 8, "num_res_blocks": 2}
 OTHER_SHAPE = {"base_dim": 8, "decoder_base_dim": 12, "z_dim": 4, "dim_mult": [1, 3, 2], "num_res_blocks": 1,
                "temperal_downsample": [True, True], "scale_factor_spatial": 4,
@@ -34,31 +38,6 @@ OTHER_SHAPE = {"base_dim": 8, "decoder_base_dim": 12, "z_dim": 4, "dim_mult": [1
 TWO_BLOCKS_22 = maker.CONFIG_22 | {"num_res_blocks": 2}
 OTHER_SHAPE_22 = maker.CONFIG_22 | OTHER_SHAPE | {"base_dim": 4, "dim_mult": [1, 4, 2], "patch_size": None,
                                                   "in_channels": 3, "out_channels": 3}
-WAN_22 = {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12,
-          "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16, "latents_mean": [0.0] * 48,
-          "latents_std": [1.0] * 48, "clip_output": False}  # some published files have this key, the class has not
-
-
-def abstract(settings: dict, dtype=jnp.float32):
-    config = from_dict(VAEConfig, settings)
-    return nnx.split(nnx.eval_shape(lambda: AutoencoderKLWan(config, dtype=dtype, rngs=nnx.Rngs(0))))
-
-
-def build(settings: dict, weights: dict, dtype=jnp.float32) -> AutoencoderKLWan:
-    """The VAE with the tensors of a Diffusers state dict (numpy)."""
-    graphdef, state = abstract(settings, dtype)
-    flat = key_table.to_ours("vae", weights, {k: v.shape for k, v in P.flatten(state).items()})
-    return nnx.merge(graphdef, P.unflatten(state, {k: jnp.asarray(v, dtype) for k, v in flat.items()}))
-
-
-def random_model(settings=maker.CONFIG, seed=maker.SEED, dtype=jnp.float32) -> AutoencoderKLWan:
-    shapes = {k: v.shape for k, v in P.flatten(abstract(settings)[1]).items()}
-    table = key_table.entries("vae", shapes)
-    return build(settings, maker.random_weights({e.key: e.shape for e in table}, seed), dtype)
-
-
-# most of the time is compilation; LLVM without optimisation compiles three times faster and computes the same
-quick_jit = partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def outputs(graphdef, state, video, z) -> dict:
@@ -73,18 +52,6 @@ compiled_outputs = quick_jit(outputs)
 def run(model, video, z) -> dict:
     """The posterior of `video` and the decoded `z`; one program a config, dtype and shape."""
     return compiled_outputs(*nnx.split(model), video, z)
-
-
-
-def relative_error(a, b) -> float:
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    assert a.shape == b.shape
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
-
-
-def largest_difference(a, b) -> float:
-    assert a.shape == b.shape
-    return float(jnp.max(jnp.abs(a - b)))
 
 
 # --- against Diffusers ---------------------------------------------------------------------------------
@@ -123,8 +90,7 @@ def test_diffusers(settings, height, width):
 
 
 def test_parameters_of_the_published_vae():
-    settings = {"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
-    shapes = {k: v.shape for k, v in P.flatten(abstract(settings)[1]).items()}
+    shapes = {k: v.shape for k, v in P.flatten(abstract(WAN_21)[1]).items()}
     sizes = {part: sum(int(np.prod(s)) for k, s in shapes.items() if k.startswith(part))
              for part in ("", "encoder/", "decoder/")}
     assert sizes == {"": 126_892_531, "encoder/": 53_595_872, "decoder/": 73_295_331}
