@@ -1,9 +1,8 @@
 """The causal video VAEs of Wan (Diffusers `AutoencoderKLWan`): 2.1's and TI2V-5B's of 2.2 (`is_residual`).
 
 B videos, T pixel frames = 1 + 4 (F - 1), F latent frames, H W pixels, h w latent height and width, z latent channels.
-The two differ in the blocks' shortcuts and the order of their names, in channel counts and in a patch of 2x2 pixels:
-
-    2.1   z 16, 8 x 8 pixels a latent cell      2.2   z 48, 16 x 16 pixels
+2.1: z = 16, 8 x 8 pixels a latent cell. 2.2: z = 48, 16 x 16 pixels, since the encoder takes patches of 2 x 2 pixels
+as channels; every level has a shortcut without weights, and parameters are named by level.
 
 A whole clip costs memory: the last level of a 480x832x81 decode is 12.4 GB a tensor in fp32 (2.1).
 `wan_jax.vae_chunks` decodes long clips in pieces.
