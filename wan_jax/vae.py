@@ -1,16 +1,13 @@
-"""The causal video VAE of Wan 2.1 (Diffusers `AutoencoderKLWan`), channels-last, whole clips at once.
+"""The causal video VAEs of Wan (Diffusers `AutoencoderKLWan`): 2.1's and TI2V-5B's of 2.2 (`is_residual`).
 
-B videos, T pixel frames = 1 + 4 (F - 1), F latent frames, H W pixels, h w latent height and width. Diffusers
-runs chunks with caches; the same result comes from whole clips when (a) every causal convolution sees zero
-frames on the left, (b) the temporal upsampling leaves the first frame alone and starts its history after it,
-(c) the temporal downsampling copies the first frame and starts its first window there. Only `CausalConv3d`,
-`Downsample` and `Upsample` look at other frames: decoding a long video in chunks would carry those three
-histories, nothing else.
+B videos, T pixel frames = 1 + 4 (F - 1), F latent frames, H W pixels, h w latent height and width, z latent channels.
+2.1: z = 16, 8 x 8 pixels a latent cell. 2.2: z = 48, 16 x 16 pixels, since the encoder takes patches of 2 x 2 pixels
+as channels; every level has a shortcut without weights, and parameters are named by level.
 
-A whole clip costs memory: the last level of a 480x832x81 decode is 12.4 GB a tensor in fp32 (base_dim 96).
+A whole clip costs memory: the last level of a 480x832x81 decode is 12.4 GB a tensor in fp32 (2.1).
+`wan_jax.vae_chunks` decodes long clips in pieces.
 """
 
-import math
 from itertools import pairwise
 
 import jax
@@ -18,177 +15,63 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wan_jax.config import ConfigError, VAEConfig
-from wan_jax.layers import Linear
+from wan_jax.vae_layers import (
+    CausalConv3d,
+    ChannelNorm,
+    Downsample,
+    History,
+    MidBlock,
+    ResidualBlock,
+    Upsample,
+    average_down,
+    duplicate_up,
+    patchify,
+    unpatchify,
+)
 
 Array = jax.Array
 
 
-def _conv(x: Array, kernel: Array, stride: int, padding) -> Array:
-    """2-D convolution of every frame of x [B,T,H,W,I] with kernel [kh,kw,I,O]."""
-    frames = x.reshape(-1, *x.shape[2:])
-    y = jax.lax.conv_general_dilated(frames, kernel.astype(x.dtype), (stride, stride), padding,
-                                     dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    return y.reshape(*x.shape[:2], *y.shape[1:])
+class DownBlock(nnx.Module):
+    """A level of the 2.2 encoder: residual blocks, downsampler, plus `average_down` of the input.
 
-
-def _init(rngs: nnx.Rngs, shape: tuple[int, ...], dtype) -> nnx.Param:
-    """normal(0, 1/fan_in), drawn in fp32: keeps the variance of a convolution's input."""
-    fan_in = math.prod(shape[:-1])
-    return nnx.Param((jax.random.normal(rngs.params(), shape, jnp.float32) * fan_in**-0.5).astype(dtype))
-
-
-class CausalConv3d(nnx.Module):
-    """kernel [kt,kh,kw,in,out] on x [B,T,H,W,in]; kt-1 zero frames on the left, frames zero-padded.
-
-    Computed as y_t = sum_s K_(kt-1-s) * x_(t-s), 2-D convolutions over the frames that exist: a single frame
-    costs one 2-D convolution with the last tap, and a clip never multiplies the zero frames. This beats XLA's
-    3-D convolution: [1,9,64,128,32] fp32 on two CPU cores 18 ms for 131, with gradients 190 for 458;
-    [32,9,64,128,32] bf16 on an H200 1.0 ms for 1.3, with gradients 3.0 for 3.7. One convolution over
-    the three frames stacked as channels is 24 % faster to 10 % slower there, in three times the memory.
+    down: (spatial, temporal).
     """
 
-    def __init__(self, n_in: int, n_out: int, kernel: tuple[int, int, int], *, dtype, rngs: nnx.Rngs):
-        self.kernel = _init(rngs, (*kernel, n_in, n_out), dtype)
-        self.bias = nnx.Param(jnp.zeros((n_out,), dtype))
+    def __init__(self, n_in: int, n_out: int, resnets: int, down: tuple[bool, bool], *, dtype, rngs: nnx.Rngs):
+        for i in range(resnets):
+            setattr(self, f"resnets_{i}", ResidualBlock(n_out if i else n_in, n_out, dtype=dtype, rngs=rngs))
+        spatial, temporal = down
+        self.downsampler = Downsample(n_out, temporal, dtype=dtype, rngs=rngs) if spatial else None
+        self.resnets, self.shortcut = resnets, (n_out, 1 + temporal, 1 + spatial)
 
     def __call__(self, x: Array) -> Array:
-        kernel = self.kernel[...]
-        kt, kh, kw = kernel.shape[:3]
-        space = [(kh // 2, kh // 2), (kw // 2, kw // 2)]
-        y = _conv(x, kernel[-1], 1, space)
-        for s in range(1, min(kt, x.shape[1])):
-            past = _conv(x[:, :-s], kernel[-1 - s], 1, space)  # [B,T-s,H,W,out]
-            y = y + jnp.pad(past, ((0, 0), (s, 0), (0, 0), (0, 0), (0, 0)))
-        return y + self.bias[...].astype(x.dtype)
-
-
-class Conv2d(nnx.Module):
-    """kernel [kh, kw, in, out], applied to every frame of x [B,T,H,W,in]."""
-
-    def __init__(self, n_in: int, n_out: int, *, stride: int = 1, dtype, rngs: nnx.Rngs):
-        self.kernel = _init(rngs, (3, 3, n_in, n_out), dtype)
-        self.bias = nnx.Param(jnp.zeros((n_out,), dtype))
-        self.stride = stride
-
-    def __call__(self, x: Array) -> Array:
-        # stride 2 pads right and bottom only
-        space = [(1, 1)] * 2 if self.stride == 1 else [(0, 1)] * 2
-        return _conv(x, self.kernel[...], self.stride, space) + self.bias[...].astype(x.dtype)
-
-
-class ChannelNorm(nnx.Module):
-    """x / max(||x||, 1e-12) * sqrt(C) * scale over the channels, in fp32 (Diffusers `WanRMS_norm`)."""
-
-    def __init__(self, channels: int, *, dtype):
-        self.scale = nnx.Param(jnp.ones((channels,), dtype))
-
-    def __call__(self, x: Array) -> Array:
-        y = x.astype(jnp.float32)
-        # the clamp acts on the square, so the gradient at x = 0 is finite
-        norm = jnp.sqrt(jnp.maximum(jnp.sum(y * y, axis=-1, keepdims=True), 1e-24))
-        return (y / norm * (math.sqrt(x.shape[-1]) * self.scale[...].astype(jnp.float32))).astype(x.dtype)
-
-
-class ResidualBlock(nnx.Module):
-    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))); a 1x1x1 convolution of x where the channels change."""
-
-    def __init__(self, n_in: int, n_out: int, *, dtype, rngs: nnx.Rngs):
-        kw = dict(dtype=dtype, rngs=rngs)
-        self.norm1 = ChannelNorm(n_in, dtype=dtype)
-        self.conv1 = CausalConv3d(n_in, n_out, (3, 3, 3), **kw)
-        self.norm2 = ChannelNorm(n_out, dtype=dtype)
-        self.conv2 = CausalConv3d(n_out, n_out, (3, 3, 3), **kw)
-        self.conv_shortcut = CausalConv3d(n_in, n_out, (1, 1, 1), **kw) if n_in != n_out else None
-
-    def __call__(self, x: Array) -> Array:
-        h = self.conv1(jax.nn.silu(self.norm1(x)))
-        h = self.conv2(jax.nn.silu(self.norm2(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
-
-
-class AttentionBlock(nnx.Module):
-    """Single-head attention of each frame over its own H*W positions."""
-
-    def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
-        self.norm = ChannelNorm(channels, dtype=dtype)
-        self.to_qkv = Linear(channels, 3 * channels, dtype=dtype, rngs=rngs)
-        self.proj = Linear(channels, channels, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: Array) -> Array:
-        b, t, h, w, c = x.shape
-        q, k, v = jnp.split(self.to_qkv(self.norm(x)).reshape(b * t, h * w, 3 * c), 3, axis=-1)
-        logits = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32) * c**-0.5
-        out = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(logits, axis=-1).astype(x.dtype), v)
-        return x + self.proj(out).reshape(x.shape)
-
-
-class MidBlock(nnx.Module):
-    """Residual block, attention, residual block at the lowest resolution."""
-
-    def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
-        self.resnets_0 = ResidualBlock(channels, channels, dtype=dtype, rngs=rngs)
-        self.attentions_0 = AttentionBlock(channels, dtype=dtype, rngs=rngs)
-        self.resnets_1 = ResidualBlock(channels, channels, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: Array) -> Array:
-        return self.resnets_1(self.attentions_0(self.resnets_0(x)))
-
-
-class Downsample(nnx.Module):
-    """Halves height and width, and the frames after the first where `temporal`."""
-
-    def __init__(self, channels: int, temporal: bool, *, dtype, rngs: nnx.Rngs):
-        self.resample_1 = Conv2d(channels, channels, stride=2, dtype=dtype, rngs=rngs)
-        if temporal:
-            self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), dtype=dtype, rngs=rngs)
-        self.temporal = temporal
-
-    def __call__(self, x: Array) -> Array:
-        x = self.resample_1(x)
-        if not self.temporal or x.shape[1] == 1:
-            return x
-        y = self.time_conv.bias[...].astype(x.dtype)
-        for tap in range(3):  # windows (0,1,2), (2,3,4), ...: T = 1 + 2k frames give k
-            y = y + x[:, tap:x.shape[1] - 2 + tap:2] @ self.time_conv.kernel[...][tap, 0, 0].astype(x.dtype)
-        return jnp.concatenate([x[:, :1], y], axis=1)  # [B,1+k,H,W,C]
-
-
-class Upsample(nnx.Module):
-    """Doubles height and width, and the frames after the first where `temporal`; halves the channels."""
-
-    def __init__(self, channels: int, temporal: bool, *, dtype, rngs: nnx.Rngs):
-        self.resample_1 = Conv2d(channels, channels // 2, dtype=dtype, rngs=rngs)
-        if temporal:
-            self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1), dtype=dtype, rngs=rngs)
-        self.temporal = temporal
-
-    def __call__(self, x: Array) -> Array:
-        b, t, h, w, c = x.shape
-        if self.temporal and t > 1:
-            # the earlier frame's channels come first
-            pairs = self.time_conv(x[:, 1:]).reshape(b, t - 1, h, w, 2, c)
-            rest = pairs.transpose(0, 1, 4, 2, 3, 5).reshape(b, 2 * (t - 1), h, w, c)
-            x = jnp.concatenate([x[:, :1], rest], axis=1)
-        x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
-        return self.resample_1(x)
+        shortcut = average_down(x, *self.shortcut)
+        for i in range(self.resnets):
+            x = getattr(self, f"resnets_{i}")(x)
+        return (x if self.downsampler is None else self.downsampler(x)) + shortcut
 
 
 class Encoder(nnx.Module):
-    """[B,T,H,W,in] -> [B,F,H/8,W/8,2z]; the levels' blocks in one flat list, as in Wan 2.1."""
+    """[B,T,H,W,in] -> [B,F,h,w,2z]; H W in patches. 2.1 lists all levels' blocks flat, 2.2 one block a level."""
 
     def __init__(self, config: VAEConfig, *, dtype, rngs: nnx.Rngs):
         kw = dict(dtype=dtype, rngs=rngs)
         dims = [config.base_dim * m for m in (1, *config.dim_mult)]
+        down = [(True, temporal) for temporal in config.temperal_downsample] + [(False, False)]
         self.conv_in = CausalConv3d(config.in_channels, dims[0], (3, 3, 3), **kw)
-        n = 0
-        for level, (n_in, n_out) in enumerate(pairwise(dims)):
-            for _ in range(config.num_res_blocks):
-                setattr(self, f"down_blocks_{n}", ResidualBlock(n_in, n_out, **kw))
-                n_in, n = n_out, n + 1
-            if level < len(config.dim_mult) - 1:
-                setattr(self, f"down_blocks_{n}", Downsample(n_out, config.temperal_downsample[level], **kw))
-                n += 1
-        self.num_blocks = n
+        blocks = []
+        for (n_in, n_out), (spatial, temporal) in zip(pairwise(dims), down):
+            if config.is_residual:
+                blocks.append(DownBlock(n_in, n_out, config.num_res_blocks, (spatial, temporal), **kw))
+                continue
+            for i in range(config.num_res_blocks):
+                blocks.append(ResidualBlock(n_out if i else n_in, n_out, **kw))
+            if spatial:
+                blocks.append(Downsample(n_out, temporal, **kw))
+        for i, block in enumerate(blocks):
+            setattr(self, f"down_blocks_{i}", block)
+        self.num_blocks = len(blocks)
         self.mid_block = MidBlock(dims[-1], **kw)
         self.norm_out = ChannelNorm(dims[-1], dtype=dtype)
         self.conv_out = CausalConv3d(dims[-1], 2 * config.z_dim, (3, 3, 3), **kw)
@@ -201,63 +84,85 @@ class Encoder(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    """A level of the decoder: `resnets` residual blocks; upsample: (spatial, temporal)."""
+    """A level of the decoder: residual blocks and upsampler; in 2.2 plus `duplicate_up` of the input.
 
-    def __init__(self, n_in: int, n_out: int, resnets: int, upsample: tuple[bool, bool], *, dtype,
+    up: (spatial, temporal). 2.1's upsampler halves the channels, 2.2's keeps them.
+    """
+
+    def __init__(self, n_in: int, n_out: int, resnets: int, up: tuple[bool, bool], residual: bool, *, dtype,
                  rngs: nnx.Rngs):
+        kw = dict(dtype=dtype, rngs=rngs)
         for i in range(resnets):
-            block = ResidualBlock(n_in if i == 0 else n_out, n_out, dtype=dtype, rngs=rngs)
-            setattr(self, f"resnets_{i}", block)
-        spatial, temporal = upsample
-        self.upsamplers_0 = Upsample(n_out, temporal, dtype=dtype, rngs=rngs) if spatial else None
-        self.resnets = resnets
+            setattr(self, f"resnets_{i}", ResidualBlock(n_out if i else n_in, n_out, **kw))
+        spatial, temporal = up
+        self.upsampler = Upsample(n_out, n_out, temporal, **kw) if spatial and residual else None
+        self.upsamplers_0 = Upsample(n_out, n_out // 2, temporal, **kw) if spatial and not residual else None
+        self.resnets, self.shortcut = resnets, (n_out, 1 + temporal, 1 + spatial)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, history: History | None = None) -> Array:
+        h = x
         for i in range(self.resnets):
-            x = getattr(self, f"resnets_{i}")(x)
-        return x if self.upsamplers_0 is None else self.upsamplers_0(x)
+            h = getattr(self, f"resnets_{i}")(h, history)
+        if self.upsampler is not None:
+            starts_clip = history is None or history.starts_clip
+            return self.upsampler(h, history) + duplicate_up(x, *self.shortcut, starts_clip)
+        return h if self.upsamplers_0 is None else self.upsamplers_0(h, history)
 
 
 class Decoder(nnx.Module):
-    """[B,F,h,w,z] -> [B,T,8h,8w,out]."""
+    """[B,F,h,w,z] -> [B,T,H,W,out], H W in patches; a chunk of a clip where there is a history."""
 
     def __init__(self, config: VAEConfig, *, dtype, rngs: nnx.Rngs):
         kw = dict(dtype=dtype, rngs=rngs)
         mult, base = config.dim_mult[::-1], config.decoder_base_dim or config.base_dim
         dims = [base * m for m in (mult[0], *mult)]
-        temporal = config.temperal_downsample[::-1]
+        up = [(True, temporal) for temporal in config.temperal_downsample[::-1]] + [(False, False)]
         self.conv_in = CausalConv3d(config.z_dim, dims[0], (3, 3, 3), **kw)
         self.mid_block = MidBlock(dims[0], **kw)
-        last = len(mult) - 1
         for i, (n_in, n_out) in enumerate(pairwise(dims)):
-            upsample = (i < last, i < last and temporal[i])
-            block = UpBlock(n_in if i == 0 else n_in // 2, n_out, config.num_res_blocks + 1, upsample, **kw)
+            halved = i > 0 and not config.is_residual
+            block = UpBlock(n_in // 2 if halved else n_in, n_out, config.num_res_blocks + 1, up[i], config.is_residual,
+                            **kw)
             setattr(self, f"up_blocks_{i}", block)
         self.num_blocks = len(mult)
         self.norm_out = ChannelNorm(dims[-1], dtype=dtype)
         self.conv_out = CausalConv3d(dims[-1], config.out_channels, (3, 3, 3), **kw)
 
-    def __call__(self, x: Array) -> Array:
-        x = self.mid_block(self.conv_in(x))
+    def __call__(self, x: Array, history: History | None = None) -> Array:
+        x = self.mid_block(self.conv_in(x, history), history)
         for i in range(self.num_blocks):
-            x = getattr(self, f"up_blocks_{i}")(x)
-        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+            x = getattr(self, f"up_blocks_{i}")(x, history)
+        return self.conv_out(jax.nn.silu(self.norm_out(x)), history)
 
 
 def _check_config(config: VAEConfig):
     """Raises `ConfigError` on a VAE that this module would not compute as Diffusers does."""
-    if config.is_residual or config.patch_size:
-        raise ConfigError("vae config: the Wan 2.2 residual VAE (is_residual=true) is not supported by this "
-                          "version; use a Wan 2.1 checkpoint")
-    levels, temporal = len(config.dim_mult), config.temperal_downsample
+    levels, temporal, patch = len(config.dim_mult), config.temperal_downsample, config.patch_size or 1
     if len(temporal) != levels - 1:
         raise ConfigError(f"vae config: temperal_downsample has {len(temporal)} values; dim_mult has "
                           f"{levels}, so {levels - 1} are needed")
-    factors = {"scale_factor_spatial": 2 ** (levels - 1), "scale_factor_temporal": 2 ** sum(temporal)}
+    factors = {"scale_factor_spatial": patch * 2 ** (levels - 1), "scale_factor_temporal": 2 ** sum(temporal)}
     for name, factor in factors.items():
         if getattr(config, name) != factor:
-            raise ConfigError(f"vae config: {name}={getattr(config, name)}, but dim_mult and "
-                              f"temperal_downsample make it {factor}; set it to {factor}")
+            raise ConfigError(f"vae config: {name}={getattr(config, name)}, but dim_mult, temperal_downsample and "
+                              f"patch_size make it {factor}; set it to {factor}")
+    for name in ("in_channels", "out_channels"):
+        if getattr(config, name) % patch**2:
+            raise ConfigError(f"vae config: {name}={getattr(config, name)} counts the channels of whole patches; "
+                              f"with patch_size={patch} it must be a multiple of {patch**2}")
+    if config.is_residual:
+        _check_shortcuts(config.dim_mult, temporal)
+
+
+def _check_shortcuts(mult: tuple[int, ...], temporal: tuple[bool, ...]):
+    """Raises `ConfigError` where `average_down` or `duplicate_up` would not divide their channels evenly."""
+    factors = [4 * (1 + t) for t in temporal]
+    down = zip((1, *mult), mult, (*factors, 1))
+    up = zip((mult[-1], *mult[::-1]), mult[::-1], factors[::-1])
+    if any(n_in * factor % n_out for n_in, n_out, factor in down) or any(
+            n_out * factor % n_in for n_in, n_out, factor in up):
+        raise ConfigError(f"vae config: the shortcuts of is_residual=true cannot divide the channels of dim_mult="
+                          f"{list(mult)}; Wan 2.2 has [1, 2, 4, 4]")
 
 
 class AutoencoderKLWan(nnx.Module):
@@ -278,7 +183,8 @@ class AutoencoderKLWan(nnx.Module):
         Both as the encoder gives them, not normalised; logvar is clamped to [-30, 20]. Raises ValueError on a
         frame count, size or channel count that the model cannot code.
         """
-        self._check(video, self.config.in_channels, "video")
+        patch = self.config.patch_size or 1
+        self._check(video, self.config.in_channels // patch**2, "video")
         _, t, h, w, _ = video.shape
         ft, fs = self.config.scale_factor_temporal, self.config.scale_factor_spatial
         if (t - 1) % ft:
@@ -288,18 +194,30 @@ class AutoencoderKLWan(nnx.Module):
             if size < fs or size % fs:
                 raise ValueError(f"video has {name} {size}; it must be a multiple of {fs}, "
                                  f"use {max(fs, size - size % fs)}")
-        moments = self.quant_conv(self.encoder(video.astype(self.dtype))).astype(jnp.float32)
+        moments = self.quant_conv(self.encoder(patchify(video.astype(self.dtype), patch))).astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def decode(self, z: Array) -> Array:
-        """z [B,F,h,w,z] (denormalised latents) -> video fp32 [B,1+4(F-1),8h,8w,3] clamped to [-1,1].
+        """z [B,F,h,w,z] (denormalised latents) -> video fp32 [B,T,H,W,3] clamped to [-1,1].
 
         Raises ValueError on another rank or channel count.
         """
+        return self._decode(z, None)
+
+    def decode_chunk(self, z: Array, history: tuple[Array, ...] = ()) -> tuple[Array, tuple[Array, ...]]:
+        """The next f >= 1 latent frames z [B,f,h,w,z] of a clip -> (their video as `decode`'s, history).
+
+        history: what the chunk before returned, () at the start of a clip. The first chunk gives 1 + 4 (f - 1) frames,
+        each later one 4 f; joined they are `decode` of the whole clip, up to rounding. Raises ValueError as `decode`.
+        """
+        carried = History(history)
+        return self._decode(z, carried), carried.frames
+
+    def _decode(self, z: Array, history: History | None) -> Array:
         self._check(z, self.config.z_dim, "z")
-        video = self.decoder(self.post_quant_conv(z.astype(self.dtype)))
-        return jnp.clip(video.astype(jnp.float32), -1.0, 1.0)
+        video = self.decoder(self.post_quant_conv(z.astype(self.dtype)), history)
+        return jnp.clip(unpatchify(video.astype(jnp.float32), self.config.patch_size or 1), -1.0, 1.0)
 
     def normalise(self, z: Array) -> Array:
         """(z - mean) / std per channel, fp32: what the transformer works on."""

@@ -25,6 +25,9 @@ from wan_jax.cli import UserError
 COMPONENTS = tuple(STEMS)
 WAN_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 WAN_VAE = {"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
+WAN_VAE_22 = {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12,
+              "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16, "latents_mean": [0.0] * 48,
+              "latents_std": [1.0] * 48}
 
 
 def tensors(folder, component):
@@ -48,14 +51,16 @@ def broken(source, tmp_path):
 
 @pytest.mark.parametrize("component, settings, keys, parameters", [
     ("transformer", WAN_1_3B, 825, 1_418_996_800), ("transformer", {}, 1095, 14_288_491_584),
-    ("vae", WAN_VAE, 194, 126_892_531), ("text_encoder", {}, 242, 5_680_910_336)])
+    ("vae", WAN_VAE, 194, 126_892_531), ("vae", WAN_VAE_22, 196, 704_688_668),
+    ("text_encoder", {}, 242, 5_680_910_336)])
 def test_published_sizes(component, settings, keys, parameters):
     shapes = tiny.state_dict_shapes(component, settings)
     assert len(shapes) == keys and sum(int(np.prod(s)) for s in shapes.values()) == parameters
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("component, settings", [("transformer", WAN_1_3B), ("transformer", {}), ("vae", WAN_VAE)])
+@pytest.mark.parametrize("component, settings", [("transformer", WAN_1_3B), ("transformer", {}), ("vae", WAN_VAE),
+                                                 ("vae", WAN_VAE_22)])
 def test_keys_and_shapes_of_diffusers(component, settings):
     import diffusers
     import torch

@@ -1,4 +1,5 @@
-"""Makes vae.npz: latents and videos of Diffusers' `AutoencoderKLWan` for a small random VAE.
+"""Makes vae.npz and vae_22.npz: latents and videos of Diffusers' `AutoencoderKLWan` for a small random VAE, the first
+built as Wan 2.1's, the second as 2.2's.
 
     python tests/golden/make_vae.py        # needs torch and diffusers
 
@@ -12,12 +13,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
-PATH = pathlib.Path(__file__).parent / "vae.npz"
+FOLDER = pathlib.Path(__file__).parent
 SEED = 21
 LATENT_FRAMES = {"picture": 1, "clip": 3}
 CONFIG = dict(base_dim=12, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1, attn_scales=[],
               temperal_downsample=[False, True, True], dropout=0.0,
               latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
+CONFIG_22 = CONFIG | dict(base_dim=8, decoder_base_dim=12, z_dim=48, is_residual=True, in_channels=12, out_channels=12,
+                          patch_size=2, scale_factor_spatial=16, latents_mean=[0.0] * 48, latents_std=[1.0] * 48)
+RECORDED = {"vae": (CONFIG, 16, 24), "vae_22": (CONFIG_22, 16, 32)}  # file name: config, height, width
 
 
 def random_weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
@@ -80,14 +84,16 @@ def main():
     import diffusers
     import torch
 
-    model, _ = peer(CONFIG)
-    arrays = {}
-    for case, frames in LATENT_FRAMES.items():
-        outputs = run(model, *random_inputs(SEED, frames, 16, 24, CONFIG))
-        arrays |= {f"{case}_{name}": x for name, x in outputs.items()}
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    np.savez_compressed(PATH, config=json.dumps(CONFIG), versions=json.dumps(versions), seed=SEED, **arrays)
-    print(f"{PATH.name}: {PATH.stat().st_size} bytes, {versions}")
+    for name, (config, height, width) in RECORDED.items():
+        model, _ = peer(config)
+        arrays = {}
+        for case, frames in LATENT_FRAMES.items():
+            outputs = run(model, *random_inputs(SEED, frames, height, width, config))
+            arrays |= {f"{case}_{key}": x for key, x in outputs.items()}
+        path = FOLDER / f"{name}.npz"
+        np.savez_compressed(path, config=json.dumps(config), versions=json.dumps(versions), seed=SEED, **arrays)
+        print(f"{path.name}: {path.stat().st_size} bytes, {versions}")
 
 
 if __name__ == "__main__":

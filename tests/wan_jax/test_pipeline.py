@@ -15,7 +15,7 @@ from PIL import Image
 from convert.from_diffusers import convert
 from convert.to_diffusers import export
 from tests import tiny
-from wan_jax import lora, model_dir, pipeline
+from wan_jax import lora, model_dir, pipeline, vae_chunks
 from wan_jax import mesh as mesh_lib
 from wan_jax import params as P
 from wan_jax.checkpoint import Checkpoints, join_experts
@@ -226,6 +226,51 @@ def test_sizes_that_wan_cannot_make():
                                ((5, 480, 8), "width=8.*use 16")):
         with pytest.raises(UserError, match=message):
             pipeline.latent_shape(*arguments, vae, transformer)
+    vae = VAEConfig(z_dim=48, is_residual=True, patch_size=2, scale_factor_spatial=16)
+    transformer = TransformerConfig(in_channels=48, out_channels=48)
+    assert pipeline.latent_shape(121, 704, 1280, vae, transformer) == (31, 44, 80, 48)
+    with pytest.raises(UserError, match="height=720 must be a multiple of 32; use 704"):
+        pipeline.latent_shape(121, 720, 1280, vae, transformer)
+
+
+def test_decoding_in_pieces(folders, monkeypatch):
+    """By argument, by the automatic choice, on one device and several: the pixels of the whole clip."""
+    graphdef, state = pipeline.load_vae(model_dir.open_model(folders[1]), one_device())
+    latents = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 4, 6, 16)), jnp.float32)
+    sizes, wrapped = [], vae_chunks.decode_chunks
+
+    def spy(step, latents, chunks):
+        sizes.append(chunks)
+        return wrapped(step, latents, chunks)
+
+    monkeypatch.setattr(vae_chunks, "decode_chunks", spy)
+    decode = pipeline.make_decoder(graphdef)
+    whole = decode(state, latents)
+    assert type(whole) is np.ndarray and whole.dtype == np.uint8 and whole.shape == (2, 13, 32, 48, 3)
+    assert not sizes and len(np.unique(whole)) > 50
+
+    def same(video):
+        return video.dtype == np.uint8 and np.abs(video.astype(int) - whole).max() <= 1
+
+    in_chunks = pipeline.make_decoder(graphdef, chunk=3)
+    assert same(in_chunks(state, latents)) and same(pipeline.make_decoder(graphdef, chunk=4)(state, latents))
+    assert sizes == [[1, 3]]
+    monkeypatch.setattr(vae_chunks, "BUDGET", 1.0)
+    assert same(pipeline.make_decoder(graphdef)(state, latents))
+    assert sizes.pop() == [1, 1, 1, 1]
+    assert not np.abs(decode(state, latents[:, :1]).astype(int) - whole[:, :1]).max() > 1 and len(sizes) == 1
+    mesh = mesh_lib.make_mesh(devices=jax.devices()[:2])
+    sharded = jax.device_put(latents, mesh_lib.batch_sharding(mesh))
+    assert same(in_chunks(mesh_lib.replicate(state, mesh), sharded)) and len(sizes) == 2
+    tiled = pipeline.make_decoder(graphdef, chunk=3, tile=4, overlap=2)
+    assert tiled(state, latents).shape == whole.shape and len(sizes) == 4
+    assert same(pipeline.make_decoder(graphdef, chunk=0, tile=8, overlap=2)(state, latents))  # one tile
+
+
+@pytest.mark.parametrize("settings", [{"chunk": -1}, {"tile": -1}, {"tile": 8, "overlap": 8}])
+def test_pieces_that_cannot_be(settings):
+    with pytest.raises(ValueError, match=r"chunk=.*tile=.*overlap="):
+        pipeline.make_decoder(None, **settings)
 
 
 def run_sample(*flags):

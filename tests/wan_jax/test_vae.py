@@ -3,10 +3,7 @@
 B videos, T pixel frames, F latent frames, H W pixels.
 """
 
-import importlib.util
 import json
-import pathlib
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,41 +12,32 @@ import pytest
 from flax import nnx
 
 from convert import key_table
+from tests.random_vae import (
+    BOTH,
+    GOLDEN,
+    WAN_21,
+    WAN_22,
+    abstract,
+    build,
+    largest_difference,
+    maker,
+    quick_jit,
+    random_model,
+    relative_error,
+)
 from wan_jax import params as P
 from wan_jax.config import ConfigError, VAEConfig, from_dict
-from wan_jax.vae import AutoencoderKLWan, CausalConv3d, ChannelNorm, Conv2d
-
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-spec = importlib.util.spec_from_file_location("make_vae", GOLDEN / "make_vae.py")
-maker = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(maker)
+from wan_jax.vae import AutoencoderKLWan
+from wan_jax.vae_layers import CausalConv3d, ChannelNorm, Conv2d
 
 TWO_BLOCKS = {"base_dim": 8, "num_res_blocks": 2}
 OTHER_SHAPE = {"base_dim": 8, "decoder_base_dim": 12, "z_dim": 4, "dim_mult": [1, 3, 2], "num_res_blocks": 1,
                "temperal_downsample": [True, True], "scale_factor_spatial": 4,
                "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
-
-
-def abstract(settings: dict, dtype=jnp.float32):
-    config = from_dict(VAEConfig, settings)
-    return nnx.split(nnx.eval_shape(lambda: AutoencoderKLWan(config, dtype=dtype, rngs=nnx.Rngs(0))))
-
-
-def build(settings: dict, weights: dict, dtype=jnp.float32) -> AutoencoderKLWan:
-    """The VAE with the tensors of a Diffusers state dict (numpy)."""
-    graphdef, state = abstract(settings, dtype)
-    flat = key_table.to_ours("vae", weights, {k: v.shape for k, v in P.flatten(state).items()})
-    return nnx.merge(graphdef, P.unflatten(state, {k: jnp.asarray(v, dtype) for k, v in flat.items()}))
-
-
-def random_model(settings=maker.CONFIG, seed=maker.SEED, dtype=jnp.float32) -> AutoencoderKLWan:
-    shapes = {k: v.shape for k, v in P.flatten(abstract(settings)[1]).items()}
-    table = key_table.entries("vae", shapes)
-    return build(settings, maker.random_weights({e.key: e.shape for e in table}, seed), dtype)
-
-
-# most of the time is compilation; LLVM without optimisation compiles three times faster and computes the same
-quick_jit = partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+# 2.2 as published in all but width; then without patches and with a last level that changes the channels
+TWO_BLOCKS_22 = maker.CONFIG_22 | {"num_res_blocks": 2}
+OTHER_SHAPE_22 = maker.CONFIG_22 | OTHER_SHAPE | {"base_dim": 4, "dim_mult": [1, 4, 2], "patch_size": None,
+                                                  "in_channels": 3, "out_channels": 3}
 
 
 def outputs(graphdef, state, video, z) -> dict:
@@ -66,40 +54,31 @@ def run(model, video, z) -> dict:
     return compiled_outputs(*nnx.split(model), video, z)
 
 
-
-def relative_error(a, b) -> float:
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    assert a.shape == b.shape
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
-
-
-def largest_difference(a, b) -> float:
-    assert a.shape == b.shape
-    return float(jnp.max(jnp.abs(a - b)))
-
-
 # --- against Diffusers ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", maker.LATENT_FRAMES)
-def test_recorded_outputs(case):
-    assert maker.PATH.stat().st_size < 300_000
-    with np.load(maker.PATH) as recorded:
-        assert json.loads(str(recorded["config"])) == maker.CONFIG and int(recorded["seed"]) == maker.SEED
-        video, z = maker.random_inputs(maker.SEED, maker.LATENT_FRAMES[case], 16, 24, maker.CONFIG)
-        for name, ours in run(random_model(), video, z).items():
+@pytest.mark.parametrize("file", maker.RECORDED)
+def test_recorded_outputs(file, case):
+    path, (config, height, width) = GOLDEN / f"{file}.npz", maker.RECORDED[file]
+    assert path.stat().st_size < 300_000
+    with np.load(path) as recorded:
+        assert json.loads(str(recorded["config"])) == config and int(recorded["seed"]) == maker.SEED
+        inputs = maker.random_inputs(maker.SEED, maker.LATENT_FRAMES[case], height, width, config)
+        for name, ours in run(random_model(config), *inputs).items():
             assert relative_error(ours, recorded[f"{case}_{name}"]) <= 1e-5, name
         assert np.mean(np.abs(recorded[f"{case}_video"]) == 1) < 0.2  # the clamp hides little
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("changes", [TWO_BLOCKS, OTHER_SHAPE], ids=["two blocks", "other shape"])
-def test_diffusers(changes):
-    settings = maker.CONFIG | changes
+@pytest.mark.parametrize("settings, height, width", [
+    (maker.CONFIG | TWO_BLOCKS, 16, 24), (maker.CONFIG | OTHER_SHAPE, 16, 24), (TWO_BLOCKS_22, 32, 48),
+    (OTHER_SHAPE_22, 16, 24)], ids=["two blocks", "other shape", "2.2 two blocks", "2.2 other shape"])
+def test_diffusers(settings, height, width):
     model, weights = maker.peer(settings, seed=5)
     ours = build(settings, weights)
     for frames in (1, 2, 3):
-        inputs = maker.random_inputs(frames, frames, 16, 24, settings)
+        inputs = maker.random_inputs(frames, frames, height, width, settings)
         theirs = maker.run(model, *inputs)
         for name, value in run(ours, *inputs).items():
             error = relative_error(value, theirs[name])
@@ -111,8 +90,7 @@ def test_diffusers(changes):
 
 
 def test_parameters_of_the_published_vae():
-    settings = {"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
-    shapes = {k: v.shape for k, v in P.flatten(abstract(settings)[1]).items()}
+    shapes = {k: v.shape for k, v in P.flatten(abstract(WAN_21)[1]).items()}
     sizes = {part: sum(int(np.prod(s)) for k, s in shapes.items() if k.startswith(part))
              for part in ("", "encoder/", "decoder/")}
     assert sizes == {"": 126_892_531, "encoder/": 53_595_872, "decoder/": 73_295_331}
@@ -125,10 +103,25 @@ def test_parameters_of_the_published_vae():
     assert theirs["encoder.down_blocks.6.conv_shortcut.weight"] == (384, 192, 1, 1, 1)
 
 
+def test_parameters_of_the_published_2_2_vae():
+    shapes = {k: v.shape for k, v in P.flatten(abstract(WAN_22)[1]).items()}
+    sizes = {part: sum(int(np.prod(s)) for k, s in shapes.items() if k.startswith(part))
+             for part in ("", "encoder/", "decoder/")}
+    assert sizes == {"": 704_688_668, "encoder/": 149_627_776, "decoder/": 555_049_228}
+    theirs = {e.key: e.shape for e in key_table.entries("vae", shapes)}
+    assert len(theirs) == 196
+    assert theirs["encoder.down_blocks.2.downsampler.time_conv.weight"] == (640, 640, 3, 1, 1)
+    assert theirs["decoder.up_blocks.0.upsampler.time_conv.weight"] == (2048, 1024, 3, 1, 1)
+    assert theirs["decoder.up_blocks.2.upsampler.resample.1.weight"] == (512, 512, 3, 3)
+    assert theirs["decoder.up_blocks.2.resnets.0.conv_shortcut.weight"] == (512, 1024, 1, 1, 1)
+    assert theirs["encoder.down_blocks.1.resnets.0.norm1.gamma"] == (160, 1, 1, 1)
+
+
 @pytest.mark.parity
-def test_keys_of_diffusers_both_ways():
-    model, weights = maker.peer(maker.CONFIG | TWO_BLOCKS)
-    back = dict(key_table.to_theirs("vae", P.flatten(nnx.state(build(maker.CONFIG | TWO_BLOCKS, weights)))))
+@pytest.mark.parametrize("settings", [maker.CONFIG | TWO_BLOCKS, TWO_BLOCKS_22], ids=["2.1", "2.2"])
+def test_keys_of_diffusers_both_ways(settings):
+    model, weights = maker.peer(settings)
+    back = dict(key_table.to_theirs("vae", P.flatten(nnx.state(build(settings, weights)))))
     assert set(back) == set(model.state_dict())
     for key, value in back.items():
         np.testing.assert_array_equal(value, weights[key])
@@ -160,16 +153,18 @@ def test_causal_convolution_is_a_left_padded_3d_convolution(window):
         assert relative_error(layer(x), expected) < 1e-6, frames
 
 
-def test_the_first_frame_is_coded_as_a_single_frame():
-    model = random_model()
-    video, z = maker.random_inputs(7, 3, 16, 24, maker.CONFIG)
+@BOTH
+def test_the_first_frame_is_coded_as_a_single_frame(settings):
+    model = random_model(settings)
+    video, z = maker.random_inputs(7, 3, 32, 48, settings)
     clip, picture = run(model, video, z), run(model, video[:, :1], z[:, :1])
     for name in clip:
         assert largest_difference(clip[name][:, :1], picture[name]) < 1e-5, name
 
 
-def test_single_frames_use_the_last_temporal_tap_only():
-    model = random_model()
+@BOTH
+def test_single_frames_use_the_last_temporal_tap_only(settings):
+    model = random_model(settings)
     graphdef, state = nnx.split(model)
     flat = P.flatten(state)
     for path, value in flat.items():
@@ -178,7 +173,7 @@ def test_single_frames_use_the_last_temporal_tap_only():
         elif path.endswith("kernel") and value.ndim == 5:
             flat[path] = value.at[:-1].set(jnp.nan)
     broken = nnx.merge(graphdef, P.unflatten(state, flat))
-    inputs = maker.random_inputs(8, 1, 16, 24, maker.CONFIG)
+    inputs = maker.random_inputs(8, 1, 32, 48, settings)
     expected = run(model, *inputs)
     for name, value in run(broken, *inputs).items():
         np.testing.assert_array_equal(value, expected[name], name)
@@ -301,8 +296,9 @@ def test_latents_that_cannot_be_decoded():
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"is_residual": True}, "Wan 2.2 residual VAE.*not supported by this version"),
-    ({"patch_size": 2}, "Wan 2.2 residual VAE"),
+    ({"patch_size": 2}, "scale_factor_spatial=8.*patch_size make it 16; set it to 16"),
+    ({"patch_size": 2, "scale_factor_spatial": 16}, "in_channels=3.*multiple of 4"),
+    ({"is_residual": True, "dim_mult": [1, 3, 2, 4]}, r"shortcuts.*dim_mult=\[1, 3, 2, 4\]"),
     ({"temperal_downsample": [True, True]}, "temperal_downsample has 2 values.*4.*3 are needed"),
     ({"temperal_downsample": [False, False, True]}, "scale_factor_temporal=4.*set it to 2"),
     ({"scale_factor_spatial": 16}, "scale_factor_spatial=16.*set it to 8"),
