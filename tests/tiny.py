@@ -23,6 +23,12 @@ SETTINGS = {
                         "latents_std": [0.5 + 0.1 * i for i in range(16)]},
     "text_encoder": sizes.TEXT_ENCODER | {"d_model": 24, "d_kv": 6, "num_heads": 3, "d_ff": 40, "num_layers": 2},
 }
+TI2V = {"transformer": SETTINGS["transformer"] | {"in_channels": 48, "out_channels": 48},
+        "vae": sizes.VAE | {"base_dim": 16, "decoder_base_dim": 24, "z_dim": 48, "is_residual": True, "in_channels": 12,
+                            "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16,
+                            "latents_mean": [0.02 * i - 0.5 for i in range(48)],
+                            "latents_std": [0.5 + 0.02 * i for i in range(48)]},
+        "text_encoder": SETTINGS["text_encoder"]}
 
 
 def state_dict_shapes(component: str, settings: Mapping) -> dict[str, tuple[int, ...]]:
@@ -48,10 +54,12 @@ def random_weights(shapes: Mapping[str, tuple[int, ...]], seed: int, dtype=np.fl
     return weights
 
 
-def write_pipeline(path, seed: int = 0, bf16: tuple[str, ...] = (), boundary: float | None = None) -> pathlib.Path:
-    """Writes the folder; components named in `bf16` are stored in bfloat16. With a boundary it has two experts."""
+def write_pipeline(path, seed: int = 0, bf16: tuple[str, ...] = (), boundary: float | None = None,
+                   ti2v: bool = False) -> pathlib.Path:
+    """Writes the folder; components named in `bf16` are stored in bfloat16. With a boundary it has two experts, as Wan
+    2.2 A14B; `ti2v` is the layout of Wan 2.2 TI2V-5B."""
     path = pathlib.Path(path)
-    parts = SETTINGS | ({"transformer_2": SETTINGS["transformer"]} if boundary else {})
+    parts = (TI2V if ti2v else SETTINGS) | ({"transformer_2": SETTINGS["transformer"]} if boundary else {})
     for i, (component, settings) in enumerate(parts.items()):
         folder = path / component
         folder.mkdir(parents=True)
@@ -60,8 +68,9 @@ def write_pipeline(path, seed: int = 0, bf16: tuple[str, ...] = (), boundary: fl
         weights = random_weights(state_dict_shapes(component, settings), seed + i, dtype)
         save_file(weights, folder / f"{STEMS[component]}.safetensors", metadata={"format": "pt"})
     assemble(path)
-    if boundary:
+    if boundary or ti2v:
         index = json.loads((path / "model_index.json").read_text())
-        index |= {"boundary_ratio": boundary, "transformer_2": index["transformer"]}
+        index |= {"boundary_ratio": boundary, "transformer_2": index["transformer"] if boundary else [None, None],
+                  "expand_timesteps": ti2v}
         (path / "model_index.json").write_text(json.dumps(index))
     return path

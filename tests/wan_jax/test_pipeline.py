@@ -183,6 +183,20 @@ def test_trained_experts_exported_to_diffusers(two_experts, tmp_path, names):
     assert relative_error(ours, sample(model, PROMPTS[:1], noise, guidance=4.0, guidance_2=3.0)[0]) > 1e-2
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize("frames", [1, 5])
+def test_ti2v_as_in_diffusers(tmp_path, frames):
+    """The layout of TI2V-5B: 48 channels, the VAE of Wan 2.2. Diffusers feeds a timestep for every token, all equal in
+    text to video; we feed one."""
+    source = tiny.write_pipeline(tmp_path / "source", seed=7, ti2v=True)
+    convert(str(source), tmp_path / "model", "float32")
+    noise = np.random.default_rng(0).standard_normal((2, (frames - 1) // 4 + 1, 4, 6, 48)).astype(np.float32)
+    latents, videos = sample(tmp_path / "model", PROMPTS, noise, shift=5.0)
+    wanted, pixels = peer_sample(source, PROMPTS, noise, frames=frames, height=64, width=96, shift=5.0)
+    assert relative_error(latents, wanted) < 1e-4
+    assert videos.shape[1:] == (frames, 64, 96, 3) and np.abs(videos / 255.0 - pixels).mean() < 1 / 255
+
+
 def test_offloaded_experts_sample_the_same(two_experts):
     noise = np.random.default_rng(0).standard_normal((1, 1, 4, 6, 16)).astype(np.float32)
     first, again = (sample(two_experts[1], PROMPTS[:1], noise, offload=offload)[0] for offload in ("never", "always"))
