@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from grpo.losses import LossConfig, LossMetrics, Rows, policy_gradient_terms
-from grpo.policy import Flat, Policy
+from grpo.policy import COMPILER_OPTIONS, Flat, Policy
 from grpo.rollout import StepTable, Trajectory
 from wan_jax.guidance import velocity
 
@@ -95,7 +95,7 @@ def make_update(policy: Policy, table: StepTable, guidance: float, config: LossC
     optimiser = make_optimiser(optimiser_config)
     grad_fn = jax.grad(partial(objective, policy, table, guidance, config), has_aux=True)
 
-    @partial(jax.jit, donate_argnums=(0,))
+    @partial(jax.jit, donate_argnums=(0,), compiler_options=COMPILER_OPTIONS)
     def update(state: TrainState, frozen, batch: UpdateBatch):
         def one_step(carry, row, text, advantages, valid):
             grads, metrics = grad_fn(state.trainable, frozen, *row, text, advantages, valid)
