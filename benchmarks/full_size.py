@@ -17,6 +17,7 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
+from benchmarks import kernels
 from grpo.losses import LossConfig
 from grpo.policy import make_policy
 from grpo.rollout import StepTable, make_step, rollout
@@ -105,6 +106,9 @@ def main(_):
     seconds = timed(one_update, f.repeats)
     show(f"update of {len(window)} steps, each", seconds / len(window), 3 * flops)
     first = one_update.first.averages()
+    if f.profile:
+        kernels.show("rollout step", lambda: step(trainable, frozen, x, 3, True, text, key, samples))
+        kernels.show("update", one_update)
     print(f"first update's ratio: {first['ratio_min']:.7f} to {first['ratio_max']:.7f}")
 
 
@@ -118,4 +122,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("dtype", "bfloat16", "of weights and matrix products")
     flags.DEFINE_enum("remat", "block", ["none", "block"], "recomputation")
     flags.DEFINE_integer("repeats", 5, "timed calls")
+    flags.DEFINE_bool("profile", False, "list the kernels by time")
     app.run(main)
