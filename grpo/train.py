@@ -237,7 +237,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
                 check_finite(values, epoch, checkpoints)
                 if first == 0:
                     values["ratio_max_error"] = max(values["ratio_max"] - 1, 1 - values["ratio_min"])
-                    check_ratio(values["ratio_max_error"], c.train.ratio_tolerance, epoch)
+                    check_ratio(values["ratio_max_error"], s.ratio_tolerance, epoch)
             record |= values if len(states) == 1 else {name: values, **{
                 k: max(values[k], record.get(k, values[k])) for k in ("ratio_max_error", "grad_norm")}}
         del trajectories, batch
