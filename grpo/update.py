@@ -16,6 +16,7 @@ from grpo.losses import LossConfig, LossMetrics, Rows, policy_gradient_terms
 from grpo.policy import Flat, Policy
 from grpo.rollout import StepTable, Trajectory
 from wan_jax.guidance import velocity
+from wan_jax.mesh import param_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +70,15 @@ def make_optimiser(config: OptimiserConfig) -> optax.GradientTransformation:
                                    weight_decay=config.weight_decay))
 
 
-def init_state(trainable: Flat, config: OptimiserConfig) -> TrainState:
-    """Fresh optimiser state; the EMA starts as a copy of the weights."""
-    opt = jax.jit(make_optimiser(config).init)(trainable)
-    return TrainState(trainable, opt, jax.tree.map(jnp.copy, trainable), jnp.zeros((), jnp.int32))
+def init_state(trainable: Flat, config: OptimiserConfig, mesh: jax.sharding.Mesh | None = None) -> TrainState:
+    """Fresh optimiser state; the EMA starts as a copy of the weights. mesh: where `trainable` lies; without it the
+    zeros, which depend on no input, would all be made on one device."""
+    def fresh(trainable):
+        return make_optimiser(config).init(trainable), jnp.zeros((), jnp.int32)
+
+    shardings = param_shardings(jax.eval_shape(fresh, trainable), mesh) if mesh else None
+    opt, updates = jax.jit(fresh, out_shardings=shardings)(trainable)
+    return TrainState(trainable, opt, jax.tree.map(jnp.copy, trainable), updates)
 
 
 def objective(policy: Policy, table: StepTable, guidance: float, config: LossConfig, trainable: Flat, frozen,

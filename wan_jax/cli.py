@@ -41,19 +41,26 @@ def run(main: Callable) -> None:
             logging.set_verbosity(logging.ERROR)  # orbax and JAX say a lot at the usual level
         try:
             main(argv)
-        except UserError as error:
-            fail(str(error))
-        except KeyboardInterrupt:
-            print("\nstopped; everything saved so far is whole, the same command continues from it", file=sys.stderr)
-            sys.exit(130)
-        except Exception as error:  # an OSError may come wrapped, by orbax for one
-            if (cause := disk_error(error)) is None:
+        except (Exception, KeyboardInterrupt) as error:
+            if (known := explain(error)) is None:
                 raise
-            where = f"{cause.filename}: " if cause.filename else ""
-            fail(f"{where}{ADVICE[cause.errno]} ({cause.strerror})")
+            print(known[0], file=sys.stderr)
+            sys.exit(known[1])
 
     signal.signal(signal.SIGINT, interrupt)
     app.run(guarded, flags_parser=parse_flags)
+
+
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """What to print for an error, and the exit code; None where only a traceback helps."""
+    if isinstance(error, UserError):
+        return f"error: {error}", 1
+    if isinstance(error, KeyboardInterrupt):
+        return "\nstopped; everything saved so far is whole, the same command continues from it", 130
+    if (cause := disk_error(error)) is not None:  # an OSError may come wrapped, by orbax for one
+        where = f"{cause.filename}: " if cause.filename else ""
+        return f"error: {where}{ADVICE[cause.errno]} ({cause.strerror})", 1
+    return None
 
 
 def interrupt(signum, frame):

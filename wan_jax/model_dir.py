@@ -68,17 +68,20 @@ class ModelDir:
         return self.path / "tokenizer"
 
     def load(self, component: str, like: nnx.State, mesh=None) -> nnx.State:
-        """The weights in the structure and dtypes of the abstract state `like`, sharded over `mesh` (None: one device).
+        """The weights in the structure and dtypes of the abstract state `like`.
+
+        They are sharded over `mesh`, which all processes do together; None: on this process's first device, and
+        no other process need take part.
 
         Raises `UserError` when the stored arrays do not fit.
         """
         wanted = P.flatten(like)
         shardings = mesh_lib.param_shardings(wanted, mesh) if mesh else dict.fromkeys(
-            wanted, SingleDeviceSharding(jax.devices()[0]))
+            wanted, SingleDeviceSharding(jax.local_devices()[0]))
         abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=shardings[k]) for k, v in wanted.items()}
         try:
-            with ocp.StandardCheckpointer() as checkpointer:
-                flat = checkpointer.restore(params_path(self.path, component), abstract)
+            with checkpointer(alone=mesh is None) as reader:
+                flat = reader.restore(params_path(self.path, component), abstract)
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise UserError(f"{self.path / component} cannot be read ({str(error).splitlines()[0][:200]}); convert the "
                             "model again with python -m convert.from_diffusers") from error
@@ -86,8 +89,17 @@ class ModelDir:
 
     def load_numpy(self, component: str) -> dict[str, np.ndarray]:
         """The weights as stored, on the host."""
-        with ocp.StandardCheckpointer() as checkpointer:
-            return {k: np.asarray(v) for k, v in checkpointer.restore(params_path(self.path, component)).items()}
+        with checkpointer(alone=True) as reader:
+            return {k: np.asarray(v) for k, v in reader.restore(params_path(self.path, component)).items()}
+
+
+def checkpointer(alone: bool) -> ocp.StandardCheckpointer:
+    """alone: this process reads by itself; orbax would wait for the others otherwise."""
+    if not alone or jax.process_count() == 1:
+        return ocp.StandardCheckpointer()
+    me = jax.process_index()
+    return ocp.StandardCheckpointer(multiprocessing_options=ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"))
 
 
 def params_path(model: pathlib.Path, component: str) -> pathlib.Path:
