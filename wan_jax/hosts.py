@@ -11,6 +11,7 @@ import hashlib
 import os
 import pickle
 import re
+import signal
 import socket
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -126,6 +127,8 @@ def joined(launch: Launch | None, timeout: float = 100, stage_timeout: float = 7
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         known = cli.explain(error)
         if known is None:
+            if lost := _watch.lost():
+                _watch.fail(lost)
             traceback.print_exc()
         text, code = known or (f"error: {me} failed: {type(error).__name__}", 1)
         _watch.fail(f"{me} ended the run: {' '.join(text.removeprefix('error: ').split())}", code, shown=text)
@@ -142,6 +145,7 @@ def _join(launch: Launch, timeout: float, join_timeout: float) -> None:
     hosts_output.set_message(f"error: {problem}: is each started once, with its own number, the same count, and can it "
                              "reach the coordinator?")
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
+    interrupted = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would wait for the connection
     try:
         jax.distributed.initialize(
             launch.coordinator, launch.processes, launch.process, local_device_ids=[] if launch.all_devices and
@@ -150,6 +154,8 @@ def _join(launch: Launch, timeout: float, join_timeout: float) -> None:
             heartbeat_timeout_seconds=int(3 * timeout + 10))  # the watch is faster, and says what happened
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"{problem}: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        signal.signal(signal.SIGINT, interrupted)
 
 
 def first() -> bool:

@@ -18,7 +18,7 @@ MESSAGE = b"\x1f"
 LOST = re.compile(rb"Terminating process because the JAX distributed service|Polled an error from coordination service"
                   rb"|Use error polling to propagate the following error")
 STATUS = re.compile(rb"absl::Status: ([^\n]*)")
-NOISE = re.compile(rb"\[Gloo\] Rank|^\d+ is connected to \d+ peer ranks|W\d{4} [\d:.]+ +\d+ coordination_service")
+NOISE = re.compile(rb"\[Gloo\] Rank|connected to \d+ peer ranks|^\s*\d*\s*$|W\d{4} [\d:.]+ +\d+ coordination_service")
 
 
 def divert() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
         elif not NOISE.search(line):
             os.write(2, line)
     if lost:
-        os.write(2, message + (b" (" + status[:200] + b")" if status else b"") + b"\n")
+        os.write(2, message + (b" (" + status.split(b". ")[0] + b")" if status else b"") + b"\n")
 
 
 if __name__ == "__main__":

@@ -77,6 +77,13 @@ class Watch:
     def close(self) -> None:
         self.closed.set()
 
+    def lost(self) -> str | None:
+        """For the main thread after an error of unknown cause: whether it is that another process is gone. A broken
+        connection fails a collective at once, so a silence much shorter than the timeout tells."""
+        silence = min(3 * self.interval, self.timeout)
+        time.sleep(silence + 2 * self.interval)
+        return verdict(self.peers, self.answered, time.monotonic(), silence, 0)
+
     def fail(self, text: str, code: int = 1, shown: str | None = None) -> None:
         """Tells the others why this process ends (`text`; it is ignored when another was first) and ends it, without
         waiting for any of them. shown: what is printed here, if not `text`."""
