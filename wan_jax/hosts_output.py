@@ -18,7 +18,9 @@ MESSAGE = b"\x1f"
 LOST = re.compile(rb"Terminating process because the JAX distributed service|Polled an error from coordination service"
                   rb"|Use error polling to propagate the following error")
 STATUS = re.compile(rb"absl::Status: ([^\n]*)")
-NOISE = re.compile(rb"\[Gloo\] Rank|connected to \d+ peer ranks|^\s*\d*\s*$|W\d{4} [\d:.]+ +\d+ coordination_service")
+# gloo prints its greeting in pieces, so that those of several threads mix
+NOISE = re.compile(rb"^(\[Gloo\] Rank|Expected number of connected|connected to|peer ranks|is|[.:\d\s])*$"
+                   rb"|W\d{4} [\d:.]+ +\d+ coordination_service")
 
 
 def divert() -> None:
