@@ -113,6 +113,8 @@ def joined(launch: Launch | None, timeout: float = 100, stage_timeout: float = 7
     for name, value in (("--host_timeout", timeout), ("--join_timeout", join_timeout)):
         if value < 1:
             raise UserError(f"{name}={value}: must be 1 second or more")
+    if stage_timeout < 0:
+        raise UserError(f"--stage_timeout={stage_timeout}: must be 0, for no limit, or more seconds")
     _join(launch, timeout, join_timeout)
     process, count = jax.process_index(), jax.process_count()
     me = f"process {process} on {socket.gethostname()}"
