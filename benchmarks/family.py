@@ -108,7 +108,7 @@ def measure(model: str, folder: pathlib.Path, source: pathlib.Path, dtype: str) 
     for name, shape in {"sample 512x512x1": dict(height=512, width=512),
                         "sample 480x832x33": dict(height=480, width=832, frames=33)}.items():
         if flags.FLAGS.clips or "frames" not in shape:
-            out = folder / f"sample.{'mp4' if 'frames' in shape else 'png'}"
+            out = folder / f"sample.{'gif' if 'frames' in shape else 'png'}"
             stage, output = run(name, python("wan_jax.sample", **sample, **shape, out=out))
             stage.note = re.search(r"sample\(s\) of .*", output)[0]
             stages.append(stage)

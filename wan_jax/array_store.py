@@ -14,6 +14,7 @@ import math
 import pathlib
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
@@ -22,7 +23,6 @@ from wan_jax.cli import UserError
 
 CHUNK = 2**28  # bytes
 CONTEXT = {"file_io_sync": False, "file_io_concurrency": {"limit": 4}}  # who writes decides when to wait for the disk
-RESTORE_GB = 4  # read from files at once on the way to the devices; one array at least
 
 
 class StoreError(UserError):
@@ -109,12 +109,14 @@ class ArrayStore:
         array = self._arrays[name]
         return (array[layer] if layer is not None else array[rows]).read().result()
 
+    def place(self, name: str, dtype, sharding: jax.sharding.Sharding) -> jax.Array:
+        """An array on the devices of `sharding`, in `dtype`. Reads this process's shards only, one copy of each."""
+        array, parts = ts.cast(self._arrays[name], np.dtype(dtype).name), {}
 
-def restore(path: pathlib.Path, abstract: dict) -> dict:
-    """The arrays onto the shapes, dtypes and shardings of `abstract` ({name: `jax.ShapeDtypeStruct`}).
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            key = tuple((s.start, s.stop) for s in index)
+            if key not in parts:
+                parts[key] = array[index].read().result()
+            return parts[key]
 
-    Holds `RESTORE_GB` or the largest array's shards of this process on the host.
-    """
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=RESTORE_GB)) as checkpointer:
-        args = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
-        return checkpointer.restore(path.absolute(), args=args)
+        return jax.make_array_from_callback(self.shapes[name], sharding, part)

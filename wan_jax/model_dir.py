@@ -18,7 +18,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from wan_jax import array_store
 from wan_jax import config as config_lib
 from wan_jax import mesh as mesh_lib
 from wan_jax import params as P
@@ -81,8 +80,9 @@ class ModelDir:
                             f"unknown or of another shape ({', '.join(wrong[:3])}); {AGAIN}")
         shardings = mesh_lib.param_shardings(wanted, mesh) if mesh else dict.fromkeys(
             wanted, SingleDeviceSharding(jax.devices()[0]))
-        abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=shardings[k]) for k, v in wanted.items()}
-        return P.unflatten(like, array_store.restore(store.path, abstract))
+        # one array at a time: the host holds this process's shards of the largest
+        flat = {k: jax.block_until_ready(store.place(k, v.dtype, shardings[k])) for k, v in wanted.items()}
+        return P.unflatten(like, flat)
 
     def load_numpy(self, component: str) -> dict[str, np.ndarray]:
         """The weights as stored, on the host."""

@@ -145,6 +145,7 @@ def test_first_update_is_on_policy_and_moves_towards_the_better_samples():
     assert abs(first.averages()["ratio_max"] - 1) < 1e-6 and abs(first.averages()["ratio_min"] - 1) < 1e-6
     assert first.averages()["clip_fraction"] == 0 and float(first.count) == 8
     _, second, _ = update(state, frozen, batch)
+    assert update._cache_size() == 1  # compiled once
     assert second.averages()["policy_loss"] < first.averages()["policy_loss"]
     assert max(abs(second.averages()["ratio_max"] - 1), abs(second.averages()["ratio_min"] - 1)) > 1e-5
     assert any(np.abs(before[k] - v).max() > 0 for k, v in trainable.items()) is False  # the caller's arrays are his
