@@ -146,7 +146,8 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     table_of_steps = StepTable.make(plan.schedule, s.sde)
     scales = guidances(c.sample.guidance, c.sample.guidance_2, len(model.experts))
     steps = per_guidance(functools.partial(make_step, policy, table_of_steps), scales)
-    updates = per_guidance(lambda scale: make_update(policy, table_of_steps, scale, s.loss, s.optimiser), scales)
+    updates = per_guidance(lambda scale: make_update(policy, table_of_steps, scale, s.loss, s.optimiser, mesh),
+                           scales)
     eval_steps = per_guidance(functools.partial(pipeline.make_ode_step, policy.module, solver),
                               guidances(c.eval.guidance, c.eval.guidance_2, len(model.experts)))
 

@@ -15,7 +15,7 @@ from configs import wan21_14b_ocr
 from grpo import settings
 from grpo.policy import make_structure
 from grpo.rollout import StepTable, Trajectory, initial_noise, make_step
-from grpo.update import UpdateBatch, init_state, make_update
+from grpo.update import UpdateBatch, make_update, state_shapes
 from wan_jax import mesh as mesh_lib
 from wan_jax import model_dir, pipeline, presets, vae_chunks
 from wan_jax.guidance import TextBatch
@@ -89,13 +89,13 @@ class Run:
         """Of one optimiser step: M micro-batches of the recipe's batch, K stochastic steps each."""
         s, policy, sample = self.settings, self.policy, self.recipe.sample
         m, k = s.batches // self.recipe.train.updates_per_epoch, sample.sde_steps
-        state = jax.eval_shape(lambda trainable: init_state(trainable, s.optimiser), policy.trainable)
+        state = state_shapes(policy, s.optimiser)
         x = self.latents(m, k)
         trajectory = Trajectory(x, x, self.rows(jnp.float32, m, k), jax.ShapeDtypeStruct((m, k), jnp.int32),
                                 self.text(m))
         b = sample.batch_size
         batch = UpdateBatch(trajectory, jax.ShapeDtypeStruct((m, b), jnp.float32), jax.ShapeDtypeStruct((m, b), bool))
-        update = make_update(policy, self.table, sample.guidance, s.loss, s.optimiser)
+        update = make_update(policy, self.table, sample.guidance, s.loss, s.optimiser, self.mesh)
         return Program(update, (self.params(state), self.params(policy.base), batch))
 
     def decode(self) -> Program:
