@@ -1,104 +1,168 @@
-"""Folders that appear whole or not at all, and safetensors read one tensor at a time."""
+"""Folders that appear whole or not at all, and a component's safetensors read one tensor at a time."""
 
 import contextlib
+import errno
+import fcntl
 import json
+import math
 import os
 import pathlib
-import secrets
 import shutil
 from collections.abc import Iterator
 
-import ml_dtypes  # noqa: F401 (registers bfloat16 with NumPy, for safetensors)
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from wan_jax.cli import UserError
 
+DOWNLOAD = "download it again"
+DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+          "BF16": np.dtype(ml_dtypes.bfloat16)}  # safetensors' names
+LEFT_OUT = ".conversion.jsonl"  # the journal of a conversion, no part of the finished folder
+
+
+def partial_folder(destination: pathlib.Path) -> pathlib.Path:
+    """Where `destination` is made."""
+    destination = destination.absolute()
+    return destination.parent / f".{destination.name}.partial"
+
 
 @contextlib.contextmanager
-def whole_folder(destination: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
+def whole_folder(destination: pathlib.Path, overwrite: bool, *, resumable: bool = False) -> Iterator[pathlib.Path]:
     """Yields a partial folder beside `destination`, renamed to it when the block ends without an exception.
 
-    After a failure or Ctrl-C the partial folder is removed; one left by a killed process is removed by the next call
-    for the same destination. An existing destination raises `UserError` without `overwrite`; with it, it stays until
-    the new one is complete.
+    Not resumable: the partial folder is removed after any failure, and one that a killed process left is emptied by the
+    next call. Resumable: it is yielded with what it holds, and kept after Ctrl-C, a full disk or any other error but a
+    `UserError` of the call that made it.
+
+    An existing destination raises `UserError` without `overwrite`; with it, it stays until the new one is complete. So
+    does another process that is at work on the same destination.
     """
     destination = destination.absolute()
     if destination.exists() and not overwrite:
         raise UserError(f"{destination} exists already; remove it, choose another --dst, or give --overwrite")
     destination.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{destination.name}.partial-"
-    for leftover in destination.parent.glob(prefix + "*"):
-        if not _alive(leftover.name.removeprefix(prefix).split("-")[0]):
-            shutil.rmtree(leftover, ignore_errors=True)
-    partial = destination.parent / f"{prefix}{os.getpid()}-{secrets.token_hex(3)}"
-    partial.mkdir()
-    try:
-        yield partial
-        for path in partial.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-        old = destination.with_name(f"{prefix}{os.getpid()}-old")
-        if destination.exists():
-            destination.rename(old)
-        partial.rename(destination)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    partial = partial_folder(destination)
+    old = partial.with_name(partial.name + "-old")
+    kept = resumable and partial.exists()
+    partial.mkdir(exist_ok=True)
+    with _locked(partial):
+        if old.exists():  # killed between the two renames below
+            shutil.rmtree(old, ignore_errors=True)
+        if not resumable:
+            for path in partial.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        try:
+            yield partial
+            for path in partial.rglob("*"):
+                if path.is_file():
+                    with open(path, "rb") as file:
+                        os.fsync(file.fileno())
+            if destination.exists():
+                destination.rename(old)
+            partial.rename(destination)
+            (destination / LEFT_OUT).unlink(missing_ok=True)
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException as error:
+            if not resumable or (isinstance(error, UserError) and not kept):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
-def _alive(pid: str) -> bool:
-    """Whether a conversion that owns a partial folder still runs."""
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+    """Holds the folder for this process; the system lets go of it when the process ends, however it ends."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(f"another process is writing {folder}; wait for it to end or choose another "
+                                "--dst") from None
+            # other errors: a file system without locks (some cluster mounts); go on without
+        yield
+    finally:
+        os.close(handle)
 
 
 class Shards:
     """The tensors of one component folder, from one safetensors file or from several with an index.
 
-    Raises `UserError` on a missing, truncated or damaged file, an index that names a missing shard, and a tensor that
-    stands in two files.
+    Raises `UserError` on a missing, truncated or damaged file, a tensor that stands in two files, a type that is not
+    read, and an index that does not agree with the files: a missing shard, a tensor that is not where it should be, a
+    wrong total_size.
     """
 
     def __init__(self, folder: pathlib.Path, stem: str):
         index = folder / f"{stem}.safetensors.index.json"
+        weight_map, total, names = None, None, [f"{stem}.safetensors"]
         if index.is_file():
             try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise UserError(f"{index} is damaged: download it again") from None
-        else:
-            names = [f"{stem}.safetensors"]
-        self.where, self.shapes = {}, {}
+                content = json.loads(index.read_text())
+                weight_map = {str(k): str(v) for k, v in content["weight_map"].items()}
+                total = (content.get("metadata") or {}).get("total_size")
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f"{index} is damaged: {DOWNLOAD}") from None
+            names = sorted(set(weight_map.values()))
+        self.files = [folder / name for name in names] + ([index] if weight_map is not None else [])
+        self.where, self.shapes, self.dtypes = {}, {}, {}
         for name in names:
-            path = folder / name
-            if not path.is_file():
-                raise UserError(f"{path} is missing: the download is not complete")
-            try:
-                with safe_open(path, "numpy") as file:
-                    for key in file.keys():
-                        if key in self.where:
-                            raise UserError(f"tensor {key} stands in {self.where[key].name} and in {name}: the folder "
-                                            "mixes two checkpoints; download it again")
-                        self.where[key] = path
-                        self.shapes[key] = tuple(file.get_slice(key).get_shape())
-            except SafetensorError as error:
-                raise UserError(f"{path} is truncated or damaged ({error}): download it again") from None
+            if not (folder / name).is_file():
+                raise UserError(f"{folder / name} is missing: the download is not complete")
+            self._add(folder / name)
+        if weight_map is not None:
+            self._check_index(index, weight_map, total)
 
-    def read(self, key: str) -> np.ndarray:
-        """One tensor; bfloat16 as ml_dtypes.bfloat16. Raises `UserError` when it holds NaN or infinity."""
+    def _add(self, path: pathlib.Path) -> None:
         try:
-            with safe_open(self.where[key], "numpy") as file:
-                value = file.get_tensor(key)
+            with safe_open(path, "numpy") as file:
+                for key in file.offset_keys():  # as they lie in the file
+                    if key in self.where:
+                        raise UserError(f"tensor {key} stands in {self.where[key].name} and in {path.name}: the folder "
+                                        f"mixes two checkpoints; {DOWNLOAD}")
+                    part = file.get_slice(key)
+                    if part.get_dtype() not in DTYPES:
+                        raise UserError(f"{path}: tensor {key} is stored as {part.get_dtype()}, which is not read "
+                                        f"({', '.join(DTYPES)} are)")
+                    self.where[key], self.shapes[key] = path, tuple(part.get_shape())
+                    self.dtypes[key] = DTYPES[part.get_dtype()]
         except SafetensorError as error:
-            raise UserError(f"{self.where[key]} is damaged at {key} ({error}): download it again") from None
-        if not np.isfinite(value.astype(np.float32) if value.dtype.itemsize < 4 else value).all():
-            raise UserError(f"{self.where[key]}: tensor {key} holds NaN or infinity: the file is damaged")
+            raise UserError(f"{path} is truncated or damaged ({error}): {DOWNLOAD}") from None
+
+    def _check_index(self, index: pathlib.Path, weight_map: dict[str, str], total: int | None) -> None:
+        found = {key: path.name for key, path in self.where.items()}
+        for key in sorted(weight_map.keys() | found.keys()):
+            if weight_map.get(key) != found.get(key):
+                raise UserError(f"{index} and its files disagree: tensor {key} is in {weight_map.get(key, 'no file')} "
+                                f"by the index, and in {found.get(key, 'no file')} in truth; {DOWNLOAD}")
+        size = sum(math.prod(self.shapes[key]) * self.dtypes[key].itemsize for key in found)
+        if total is not None and total != size:
+            raise UserError(f"{index}: total_size is {total}, the tensors of its {len(self.files) - 1} files have "
+                            f"{size} bytes; {DOWNLOAD}")
+
+    def read(self, key: str, rows: slice | None = None) -> np.ndarray:
+        """One tensor or rows of it, as stored. Raises `UserError` when it holds NaN or infinity."""
+        path = self.where[key]
+        try:
+            with safe_open(path, "numpy") as file:  # opened each time: what is mapped counts as memory until closed
+                value = file.get_tensor(key) if rows is None else file.get_slice(key)[rows]
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged at {key} ({error}): {DOWNLOAD}") from None
+        if not all_finite(value):
+            raise UserError(f"{path}: tensor {key} holds NaN or infinity: the file is damaged")
         return value
+
+
+def all_finite(value: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite; in blocks, and bfloat16 by its exponent's bits (NumPy's own is slow)."""
+    value = value.reshape(-1)
+    for i in range(0, value.size, 2**20):
+        block = value[i : i + 2**20]
+        if block.dtype == ml_dtypes.bfloat16:
+            if (np.bitwise_and(block.view(np.uint16), 0x7F80) == 0x7F80).any():
+                return False
+        elif not np.isfinite(block).all():
+            return False
+    return True

@@ -3,32 +3,38 @@
     python -m convert.from_diffusers --src Wan-AI/Wan2.1-T2V-1.3B-Diffusers --dst models/wan-1.3b [--dtype bfloat16]
 
 `--src` is a local folder or a hub id. bfloat16 keeps in float32 what the models keep so (the transformer's time
-embedder, scale_shift_tables and norm2), and the VAE whole. Every tensor is accounted for, both ways.
+embedder, scale_shift_tables and norm2), and the VAE whole; `--dtype bfloat16,text_encoder=float32` names exceptions.
+Every tensor is accounted for, both ways. `--check` compares a converted folder with its source, bit for bit.
+
+Tensors go a few at a time from the source's files to their place in ours, so memory does not grow with the model (see
+benchmarks/convert.py). A conversion that was stopped or killed continues when the same command is run again.
 """
 
+import contextlib
 import json
+import os
 import pathlib
 import shutil
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
-import jax.numpy as jnp
-import ml_dtypes
-import numpy as np
-import orbax.checkpoint as ocp
 from absl import flags
 from tqdm import tqdm
 
-from convert import key_table
-from convert.folders import Shards, whole_folder
-from wan_jax import cli, model_dir
-from wan_jax import config as config_lib
-from wan_jax import params as P
+from convert.check import differences
+from convert.folders import partial_folder, whole_folder
+from convert.journal import Journal
+from convert.plan import DTYPES, STEMS, Plan, parse_dtypes, plan_component
+from wan_jax import array_store, cli, model_dir
 from wan_jax.cli import UserError
 
-STEMS = {"transformer": "diffusion_pytorch_model", "transformer_2": "diffusion_pytorch_model",
-         "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+__all__ = ["DTYPES", "STEMS", "check", "convert"]
+
 PIPELINE = "WanPipeline"
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+COPIED = ("tokenizer", "scheduler")  # folders taken over as they are
+RECORD_BYTES = 2**30  # written between two entries of the journal: what a kill or a power cut costs at most
+WORKERS = 4  # tensors under way at once, each at most a few hundred MB
 
 
 def source_folder(src: str) -> pathlib.Path:
@@ -38,15 +44,30 @@ def source_folder(src: str) -> pathlib.Path:
         return path
     if src.count("/") != 1 or path.is_absolute() or src.startswith("."):
         raise UserError(f"--src {src} is no folder, and no hub id of the form owner/name")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "tokenizer/*"]
+    elsewhere = (f"or run `hf download {src} --local-dir FOLDER` where there is a network and give --src FOLDER "
+                 "(a local folder with that name was not found either)")
     try:
         return pathlib.Path(snapshot_download(src, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{src} is no local folder and cannot be downloaded ({str(error).splitlines()[0][:200]}); "
-                        "check the spelling and network, or give --src a folder that holds model_index.json") from None
+    except RepositoryNotFoundError:
+        reason = ("the hub knows no such model, or it is private; check the spelling, log in with `hf auth login`, or "
+                  "give --src a folder that holds model_index.json")
+    except LocalEntryNotFoundError as error:
+        if constants.HF_HUB_OFFLINE:
+            reason = (f"HF_HUB_OFFLINE is set and the model is not in the cache {constants.HF_HUB_CACHE}; unset it, "
+                      + elsewhere)
+        else:
+            reason = (f"the hub {constants.ENDPOINT} cannot be reached ({str(error).splitlines()[0][:120]}) and the "
+                      f"model is not in the cache {constants.HF_HUB_CACHE}; check the network, {elsewhere}")
+    except (HfHubHTTPError, OSError) as error:
+        if cli.disk_error(error):
+            raise
+        reason = (f"{str(error).splitlines()[0][:200]}; run the same command again to continue the download, "
+                  + elsewhere)
+    raise UserError(f"{src} cannot be downloaded: {reason}")
 
 
 def check_pipeline(src: pathlib.Path) -> dict:
@@ -74,77 +95,157 @@ def two_experts(index: dict) -> bool:
     return any(index.get("transformer_2") or ())
 
 
-def source_dtype(component: str, shards: Shards, table: list[key_table.Entry]):
-    """float32 or bfloat16: what the component's matrices are stored in."""
-    largest = max(table, key=lambda e: int(np.prod(e.shape)))
-    return jnp.bfloat16 if shards.read(largest.key).dtype == ml_dtypes.bfloat16 else jnp.float32
+def planned(src: pathlib.Path, index: dict, dtypes: dict[str, str]) -> dict[str, Plan]:
+    """The plans of all components: whatever is wrong with the source's headers is found before data is written."""
+    for name in COPIED:
+        if not (src / name).is_dir():
+            raise UserError(f"{src / name} is missing: the download is not complete")
+    return {c: plan_component(c, src, dtypes[c]) for c in model_dir.COMPONENTS
+            if c != "transformer_2" or two_experts(index)}
 
 
-def convert_component(component: str, src: pathlib.Path, dst: pathlib.Path, dtype: str) -> dict:
-    """Writes one component's folder; returns its line of the manifest."""
-    start = time.time()
-    (dst / component).mkdir()
-    if not (src / component).is_dir():
-        raise UserError(f"{src / component} is missing: the download is not complete")
-    shards = Shards(src / component, STEMS[component])
+def fingerprint(src: pathlib.Path, plans: dict[str, Plan]) -> dict[str, list[int]]:
+    """{file: [bytes, time of last change in ns]} of all that is converted."""
+    files = [src / "model_index.json", *(f for name in COPIED for f in (src / name).rglob("*") if f.is_file())]
+    for plan in plans.values():
+        files += [src / plan.component / "config.json", *plan.shards.files]
+    return {str(f.relative_to(src)): [f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(files)}
+
+
+def reopened(plan: Plan, path: pathlib.Path, done: set[str]) -> array_store.ArrayStore | None:
+    """What a killed conversion left of a component, when it holds what its journal says."""
+    if not done:
+        return None
     try:
-        config = config_lib.load(model_dir.COMPONENTS[component][0], src / component / "config.json")
-        shutil.copyfile(src / component / "config.json", dst / component / "config.json")
-        shapes = {k: v.shape for k, v in P.flatten(model_dir.abstract(component, config)[1]).items()}
-        patch = getattr(config, "patch_size", None) or (1, 2, 2)
-        table = key_table.entries(component, shapes, patch)
-        key_table.check_coverage(component, table, shards.shapes)
-    except (config_lib.ConfigError, key_table.KeyTableError) as error:
-        raise UserError(f"{src}: {error}") from None
-    exact = dtype == "source"  # every tensor in the type it is stored in
-    kept = DTYPES["float32" if component == "vae" or exact else dtype]
-    dtypes = {k: np.dtype(v.dtype) for k, v in P.flatten(model_dir.abstract(component, config, dtype=kept)[1]).items()}
-    flat: dict[str, np.ndarray] = {}
-    for entry in tqdm(table, desc=component, leave=False, disable=None):
-        value = entry.to_ours(shards.read(entry.key))
-        value = value if exact else value.astype(dtypes[entry.path])
-        if entry.layer is None:
-            flat[entry.path] = np.ascontiguousarray(value)
-        else:
-            if entry.layer == 0:
-                flat[entry.path] = np.empty(shapes[entry.path], value.dtype)
-            flat[entry.path][entry.layer] = value
-    count, size = sum(v.size for v in flat.values()), sum(v.nbytes for v in flat.values())
-    cli.check_space(dst.parent, size, f"the {component}")
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(model_dir.params_path(dst, component), flat)
-    print(f"{component}: {len(table)} tensors, {count:,} parameters, {size / 1e9:.3f} GB, {time.time() - start:.1f} s",
-          flush=True)
-    return {"tensors": len(table), "parameters": count, "bytes": size}
+        store = array_store.ArrayStore(path)
+    except array_store.StoreError:
+        return None
+    same = {name: (store.shapes[name], store.dtypes[name]) for name in store.shapes} == {
+        name: (tuple(shape), dtype) for name, (shape, dtype, _) in plan.arrays.items()}
+    written = same and all(store.is_written(e.path, e.layer) for e in plan.table if e.key in done)
+    return store if written else None
 
 
-def convert(src: str, dst, dtype: str = "source", overwrite: bool = False) -> None:
-    """Converts `src` (folder or hub id) into the folder `dst`. Raises `UserError`; nothing half-written is left."""
+@contextlib.contextmanager
+def cancelling_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """A thread pool that forgets what is still in the queue when the block ends with an exception."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def fsync(path: pathlib.Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_component(plan: Plan, dst: pathlib.Path, journal: Journal) -> dict:
+    """Writes one component's folder, without what the journal knows as done; returns its line of the manifest.
+
+    The journal learns of a tensor when its bytes are on the disk, so it can be believed after a power cut too.
+    """
+    start, path = time.time(), model_dir.params_path(dst, plan.component)
+    path.parent.mkdir(exist_ok=True)
+    shutil.copyfile(plan.source / plan.component / "config.json", path.parent / "config.json")
+    store = reopened(plan, path, journal.done(plan.component))
+    if store is None:
+        journal.forget(plan.component)
+        store = array_store.create(path, plan.arrays)
+    done = journal.done(plan.component)
+
+    def write(entry):
+        for row, value in plan.pieces(entry):
+            store.write(entry.path, value, entry.layer, row).result()
+        for file in store.chunk_files(entry.path, entry.layer):
+            fsync(file)
+
+    written, unrecorded = [], 0
+    with (tqdm(desc=plan.component, total=plan.size, unit="B", unit_scale=True, leave=False, disable=None,
+               initial=sum(plan.stored_bytes(e) for e in plan.table if e.key in done)) as bar,
+          cancelling_pool(WORKERS) as pool):
+        for entry, future in [(e, pool.submit(write, e)) for e in plan.table if e.key not in done]:
+            future.result()
+            bar.update(plan.stored_bytes(entry))
+            written.append(entry.key)
+            unrecorded += plan.stored_bytes(entry)
+            if unrecorded >= RECORD_BYTES:
+                journal.add(plan.component, written)
+                written, unrecorded = [], 0
+    journal.add(plan.component, written)
+    earlier = f", {len(done)} tensors of them earlier" if done else ""
+    print(f"{plan.component}: {len(plan.table)} tensors, {plan.parameters:,} parameters, {plan.size / 1e9:.3f} GB, "
+          f"{time.time() - start:.1f} s{earlier}", flush=True)
+    return {"tensors": len(plan.table), "parameters": plan.parameters, "bytes": plan.size}
+
+
+def convert(src: str, dst, dtype: str = "source", overwrite: bool = False, restart: bool = False) -> None:
+    """Converts `src` (folder or hub id) into the folder `dst`, or continues where a killed conversion stopped.
+
+    `restart` throws away what a killed one left. Raises `UserError`; `dst` is whole or not there.
+    """
+    dtypes = parse_dtypes(dtype)
     dst, folder = pathlib.Path(dst), source_folder(src)
-    index = check_pipeline(folder)
-    for name in ("tokenizer", "scheduler"):
-        if not (folder / name).is_dir():
-            raise UserError(f"{folder / name} is missing: the download is not complete")
-    with whole_folder(dst, overwrite) as partial:
+    plans = planned(folder, check_pipeline(folder), dtypes)
+    work = {"format": model_dir.FORMAT, "dtypes": {c: dtypes[c] for c in plans},
+            "files": fingerprint(folder, plans)}
+    with whole_folder(dst, overwrite, resumable=True) as partial:
+        journal = Journal(partial, work, restart)
+        there = sum(f.stat().st_blocks * 512 for f in partial.glob("*/params/**/*") if f.is_file())
+        cli.check_space(dst.absolute().parent, sum(p.size for p in plans.values()) - there, f"the model {dst.name}")
         shutil.copyfile(folder / "model_index.json", partial / "model_index.json")
-        for name in ("tokenizer", "scheduler"):
-            shutil.copytree(folder / name, partial / name)
+        for name in COPIED:
+            shutil.copytree(folder / name, partial / name, dirs_exist_ok=True)
         manifest = {"format": model_dir.FORMAT, "source": src, "dtype": dtype}
-        manifest["components"] = {c: convert_component(c, folder, partial, dtype) for c in model_dir.COMPONENTS
-                                  if c != "transformer_2" or two_experts(index)}
+        manifest["components"] = {c: write_component(plan, partial, journal) for c, plan in plans.items()}
+        if fingerprint(folder, plans) != work["files"]:
+            raise UserError(f"{folder} changed while it was read; run the same command again")
         (partial / model_dir.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     size = sum(f.stat().st_size for f in dst.rglob("*") if f.is_file())
     print(f"{dst}: {size / 1e9:.3f} GB, ready for grpo.train and wan_jax.sample")
 
 
+def check(src: str, dst) -> None:
+    """Compares the model folder `dst` with its source, tensor by tensor. Raises `UserError` with the first differences.
+    """
+    model, folder = model_dir.open_model(dst), source_folder(src)
+    plans = planned(folder, check_pipeline(folder), parse_dtypes(model.manifest["dtype"]))
+    found = []
+    if tuple(plans) != model.components:
+        found.append(f"components: {', '.join(model.components)}, the source has {', '.join(plans)}")
+    copied = [f for name in COPIED for f in sorted((folder / name).rglob("*")) if f.is_file()]
+    files = ["model_index.json", *(f"{c}/config.json" for c in plans), *(str(f.relative_to(folder)) for f in copied)]
+    found += [f"{name}: is missing or differs" for name in files
+              if not (model.path / name).is_file() or (model.path / name).read_bytes() != (folder / name).read_bytes()]
+    for component in [c for c in plans if c in model.components]:
+        found += differences(plans[component], model)
+    if found:
+        more = f"\n  and {len(found) - 5} more" if len(found) > 5 else ""
+        raise UserError(f"{dst} differs from {src} in {len(found)} places; convert it again with --overwrite\n  "
+                        + "\n  ".join(found[:5]) + more)
+    print(f"{dst}: {sum(len(p.table) for p in plans.values())} tensors agree with {src}, bit for bit")
+
+
 def main(_):
     FLAGS = flags.FLAGS
-    convert(FLAGS.src, FLAGS.dst, FLAGS.dtype, FLAGS.overwrite)
+    if FLAGS.check:
+        check(FLAGS.src, FLAGS.dst)
+        return
+    try:
+        convert(FLAGS.src, FLAGS.dst, FLAGS.dtype, FLAGS.overwrite, FLAGS.restart)
+    except KeyboardInterrupt:
+        if (partial := partial_folder(pathlib.Path(FLAGS.dst))).exists():
+            print(f"\nwhat is done is kept in {partial}; remove it if you do not mean to continue", flush=True)
+        raise
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("src", None, "folder in Diffusers layout, or hub id", required=True)
     flags.DEFINE_string("dst", None, "folder to write", required=True)
-    flags.DEFINE_enum("dtype", "source", ["source", *DTYPES], "type of the weights; source keeps each tensor's own")
+    flags.DEFINE_string("dtype", "source", f"type of the weights: source (each tensor's own), {' or '.join(DTYPES)}; "
+                        "exceptions after a comma: bfloat16,text_encoder=float32")
     flags.DEFINE_bool("overwrite", False, "replace an existing --dst")
+    flags.DEFINE_bool("restart", False, "throw away what a killed conversion to the same --dst left")
+    flags.DEFINE_bool("check", False, "compare an existing --dst with --src instead of converting")
     cli.run(main)

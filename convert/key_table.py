@@ -37,6 +37,15 @@ class Entry:
     to_ours: Callable[[np.ndarray], np.ndarray]
     to_theirs: Callable[[np.ndarray], np.ndarray]
 
+    @property
+    def same(self) -> bool:
+        """Whether both sides have the same layout, so that rows of one are rows of the other."""
+        return self.to_ours is _same
+
+
+def _same(w: np.ndarray) -> np.ndarray:
+    return w
+
 
 def _key(component: str, path: str, layer: int | None) -> str:
     parts = path.split("/")
@@ -72,7 +81,7 @@ def _convert(component: str, path: str, shape: tuple[int, ...], patch: tuple[int
     if leaf == "scale" and component == "vae":
         theirs = (*shape, 1, 1) if "attentions_" in path else (*shape, 1, 1, 1)
         return theirs, lambda w: w.reshape(shape), lambda w: w.reshape(theirs)
-    return shape, lambda w: w, lambda w: w
+    return shape, _same, _same
 
 
 def entries(component: str, shapes: Mapping[str, tuple[int, ...]],

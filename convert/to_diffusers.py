@@ -3,13 +3,16 @@
     python -m convert.to_diffusers --src models/wan-1.3b --dst exported [--checkpoint runs/my_run] [--dtype bfloat16]
 
 The inverse of `convert.from_diffusers`, by the same key table: without a checkpoint and with the default --dtype every
-tensor comes back bit for bit. Diffusers' `WanPipeline.from_pretrained` loads the result.
+tensor comes back bit for bit, with one file's tensors in memory at a time (and a run's trained weights, which are read
+whole). Diffusers' `WanPipeline.from_pretrained` loads the result.
 """
 
 import json
+import math
 import pathlib
 import shutil
 import time
+from collections.abc import Callable, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -18,64 +21,79 @@ from safetensors.numpy import save_file
 
 from convert import key_table
 from convert.folders import whole_folder
-from convert.from_diffusers import STEMS
+from convert.plan import STEMS, contiguous
 from wan_jax import cli, model_dir
+from wan_jax.array_store import ArrayStore
 from wan_jax.checkpoint import load_trained
 from wan_jax.cli import UserError
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+Read = Callable[[str, int | None], np.ndarray]  # (path, layer or None) to one layer of an array, or all of it
 
 
-def merge_lora(flat: dict[str, np.ndarray], adapters: dict[str, np.ndarray], scale: float) -> dict[str, np.ndarray]:
-    """kernel + scale * A B for every adapted layer, computed in float32, in the kernel's own dtype.
+def merge_lora(base: Read, shapes: Mapping[str, tuple[int, ...]], adapters: dict[str, np.ndarray],
+               scale: float) -> Read:
+    """kernel + scale * A B for every adapted layer, computed in float32 when it is read, in the kernel's own dtype.
 
-    flat: {'.../kernel': [L, in, out], ...}; adapters: {'.../lora_a': [L, in, r], '.../lora_b': [L, r, out]}. Raises
+    shapes: {'.../kernel': [L, in, out], ...}; adapters: {'.../lora_a': [L, in, r], '.../lora_b': [L, r, out]}. Raises
     `UserError` when an adapter has no layer, or no partner.
     """
     layers = {path.rsplit("/", 1)[0] for path in adapters}
-    merged = dict(flat)
     for layer in sorted(layers):
         a, b = (adapters.get(f"{layer}/{name}") for name in ("lora_a", "lora_b"))
-        kernel = flat.get(f"{layer}/kernel")
-        if a is None or b is None or kernel is None or (a @ b).shape != kernel.shape:
+        *stack, n_in, n_out = shapes.get(f"{layer}/kernel", (0, 0))
+        if a is None or b is None or [a.shape, b.shape] != [(*stack, n_in, a.shape[-1]), (*stack, a.shape[-1], n_out)]:
             raise UserError(f"the checkpoint's adapter of {layer} does not fit this model: it was trained from "
                             "another one")
-        merged[f"{layer}/kernel"] = (kernel.astype(np.float32) + scale * (a @ b)).astype(kernel.dtype)
-    return merged
+
+    def read(path: str, layer: int | None) -> np.ndarray:
+        value, (module, _, leaf) = base(path, layer), path.rpartition("/")
+        if leaf != "kernel" or module not in layers:
+            return value
+        a, b = (adapters[f"{module}/{name}"][... if layer is None else layer] for name in ("lora_a", "lora_b"))
+        return (value.astype(np.float32) + scale * (a @ b)).astype(value.dtype)
+
+    return read
 
 
-def trained_weights(flat: dict[str, np.ndarray], checkpoint: str, expert: str) -> dict[str, np.ndarray]:
+def trained_weights(store: ArrayStore, checkpoint: str, expert: str) -> Read:
     """The base weights of `expert` with a run's trained ones merged in or put in their place, if it trained them."""
     lora, experts, _ = load_trained(checkpoint)
     if expert not in experts:
-        return flat
+        return store.read
     trained = experts[expert]
     if lora is not None:
-        return merge_lora(flat, trained, lora.scale)
-    if {k: v.shape for k, v in flat.items()} != {k: v.shape for k, v in trained.items()}:
+        return merge_lora(store.read, store.shapes, trained, lora.scale)
+    if store.shapes != {k: v.shape for k, v in trained.items()}:
         raise UserError(f"checkpoint {checkpoint} does not fit this model: it was trained from another one")
-    return {k: v.astype(flat[k].dtype) for k, v in trained.items()}
+    return lambda path, layer: trained[path][... if layer is None else layer].astype(store.dtypes[path])
 
 
-def write_tensors(folder: pathlib.Path, stem: str, tensors: dict[str, np.ndarray], shard_bytes: int) -> None:
-    """One safetensors file, or several of at most `shard_bytes` with an index, as Diffusers names them."""
-    shards, size = [{}], 0
-    for key, value in tensors.items():
-        if shards[-1] and size + value.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][key] = value
-        size += value.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], folder / f"{stem}.safetensors", metadata={"format": "pt"})
-        return
+def write_tensors(folder: pathlib.Path, stem: str, table: list[key_table.Entry], dtypes: dict[str, np.dtype],
+                  read: Read, shard_bytes: int) -> None:
+    """One safetensors file, or several of at most `shard_bytes` with an index, as Diffusers names them.
+
+    dtypes: {path: dtype to write}. One file's tensors are in memory at a time.
+    """
+    def size(entry):
+        return math.prod(entry.shape) * dtypes[entry.path].itemsize
+
+    shards, filled = [[]], 0
+    for entry in table:
+        if shards[-1] and filled + size(entry) > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += size(entry)
     weight_map = {}
     for i, shard in enumerate(shards, 1):
-        name = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, name)
-    index = {"metadata": {"total_size": sum(v.nbytes for v in tensors.values())}, "weight_map": weight_map}
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file({e.key: contiguous(e.to_theirs(read(e.path, e.layer)).astype(dtypes[e.path], copy=False))
+                   for e in shard}, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys((entry.key for entry in shard), name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(map(size, table))}, "weight_map": weight_map}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def export(src, dst, checkpoint: str | None = None, dtype: str = "stored", overwrite: bool = False,
@@ -90,15 +108,16 @@ def export(src, dst, checkpoint: str | None = None, dtype: str = "stored", overw
             start = time.time()
             (partial / component).mkdir()
             shutil.copyfile(model.path / component / "config.json", partial / component / "config.json")
-            flat = model.load_numpy(component)
-            if checkpoint and component in model.experts:
-                flat = trained_weights(flat, checkpoint, component)
+            store = model.arrays(component)
+            merged = checkpoint and component in model.experts
+            read = trained_weights(store, checkpoint, component) if merged else store.read
             patch = getattr(model.config(component), "patch_size", None) or (1, 2, 2)
-            tensors = dict(key_table.to_theirs(component, flat, patch))
-            if dtype != "stored":
-                tensors = {k: v.astype(DTYPES[dtype]) for k, v in tensors.items()}
-            write_tensors(partial / component, STEMS[component], tensors, int(shard_gb * 1e9))
-            print(f"{component}: {len(tensors)} tensors, {time.time() - start:.1f} s", flush=True)
+            table = key_table.entries(component, store.shapes, patch)
+            dtypes = store.dtypes if dtype == "stored" else dict.fromkeys(store.shapes, DTYPES[dtype])
+            size = sum(math.prod(shape) * dtypes[k].itemsize for k, shape in store.shapes.items())
+            cli.check_space(partial, size, f"the {component}")
+            write_tensors(partial / component, STEMS[component], table, dtypes, read, int(shard_gb * 1e9))
+            print(f"{component}: {len(table)} tensors, {size / 1e9:.3f} GB, {time.time() - start:.1f} s", flush=True)
     print(f"{dst}: ready for WanPipeline.from_pretrained" + (f", with {checkpoint} merged in" if checkpoint else ""))
 
 

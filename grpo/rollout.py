@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo.policy import Flat, Policy
+from grpo.policy import COMPILER_OPTIONS, Flat, Policy
 from wan_jax import sde
 from wan_jax.experts import Segment
 from wan_jax.guidance import TextBatch, velocity
@@ -103,7 +103,7 @@ def initial_noise(key, samples, shape):
 def make_step(policy: Policy, table: StepTable, guidance: float):
     """The jitted denoising step: (trainable, frozen, x, i, stochastic, text, key, samples) -> (x_next, log_prob)."""
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=COMPILER_OPTIONS)
     def step(trainable: Flat, frozen, x, i, stochastic, text: TextBatch, key, samples):
         t, sigma, sigma_next, g = table.at(i)
         v = velocity(policy.module(trainable, frozen), x, t, text, guidance)

@@ -34,7 +34,7 @@ from rewards.base import RewardError
 from rewards.ocr import OCRReward
 from rewards.targets import parse_targets
 from rewards.workers import RewardPool
-from wan_jax import cli, model_dir, pipeline
+from wan_jax import cli, memory, model_dir, pipeline
 from wan_jax import mesh as mesh_lib
 from wan_jax.attention import choose_backend
 from wan_jax.checkpoint import Checkpoints
@@ -49,6 +49,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, e.g. configs/t
 def main(_):
     c = CONFIG.value
     s = settings.from_config(c)
+    cli.keep_compiled_programs()
     train_prompts = load_prompts(c.prompts.train, parse_targets)
     heldout = load_prompts(c.prompts.heldout, parse_targets, limit=c.eval.num_prompts)
     epoch_prompts(c.seed, 0, len(train_prompts), c.sample.groups)
@@ -248,7 +249,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         log.epoch(record | {"reward_mean": groups.mean_reward, "reward_std": groups.std_reward,
                             "group_std": groups.mean_group_std, "zero_std_fraction": groups.zero_std_fraction,
                             "failed_scores": failed, "retried_scores": retried, "videos": s.videos,
-                            "seconds": seconds})
+                            "seconds": seconds, "peak_memory": memory.peaks().known()})
         say(f"epoch {epoch}/{c.epochs}: reward {groups.mean_reward:.3f}, spread in groups "
             f"{groups.mean_group_std:.3f}, ratio error {record['ratio_max_error']:.1e}, "
             f"grad {record['grad_norm']:.2e}"
@@ -262,6 +263,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         save_seconds = lap()  # shown with the next epoch
     log.close()
     checkpoints.close()
+    say(memory.peaks())
     path = report.write_report(pathlib.Path(c.run_dir))
     say(*report.summary_lines(pathlib.Path(c.run_dir)) or [f"report: {path}"], sep="\n")
 

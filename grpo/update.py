@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from grpo.losses import LossConfig, LossMetrics, Rows, policy_gradient_terms
-from grpo.policy import Flat, Policy
+from grpo.policy import COMPILER_OPTIONS, Flat, Policy
 from grpo.rollout import StepTable, Trajectory
+from wan_jax import mesh as mesh_lib
 from wan_jax.guidance import velocity
 
 
@@ -70,9 +71,11 @@ def make_optimiser(config: OptimiserConfig) -> optax.GradientTransformation:
 
 
 def init_state(trainable: Flat, config: OptimiserConfig) -> TrainState:
-    """Fresh optimiser state; the EMA starts as a copy of the weights."""
-    opt = jax.jit(make_optimiser(config).init)(trainable)
-    return TrainState(trainable, opt, jax.tree.map(jnp.copy, trainable), jnp.zeros((), jnp.int32))
+    """Fresh optimiser state; the EMA starts as a copy of the weights. All of it lies on the weights' mesh, as it does
+    after an update, so that the update compiles once."""
+    mesh = next(iter(trainable.values())).sharding.mesh
+    opt = mesh_lib.shard_params(jax.jit(make_optimiser(config).init)(trainable), mesh)
+    return TrainState(trainable, opt, jax.tree.map(jnp.copy, trainable), mesh_lib.replicate(jnp.int32(0), mesh))
 
 
 def objective(policy: Policy, table: StepTable, guidance: float, config: LossConfig, trainable: Flat, frozen,
@@ -95,7 +98,7 @@ def make_update(policy: Policy, table: StepTable, guidance: float, config: LossC
     optimiser = make_optimiser(optimiser_config)
     grad_fn = jax.grad(partial(objective, policy, table, guidance, config), has_aux=True)
 
-    @partial(jax.jit, donate_argnums=(0,))
+    @partial(jax.jit, donate_argnums=(0,), compiler_options=COMPILER_OPTIONS)
     def update(state: TrainState, frozen, batch: UpdateBatch):
         def one_step(carry, row, text, advantages, valid):
             grads, metrics = grad_fn(state.trainable, frozen, *row, text, advantages, valid)

@@ -12,6 +12,7 @@ import threading
 import traceback
 from collections.abc import Callable
 
+import jax
 from absl import app, flags, logging
 
 
@@ -25,6 +26,7 @@ ADVICE = {errno.ENOSPC: "the disk is full; free some space and run the same comm
           errno.EROFS: "the file system is read-only; choose another folder",
           errno.EACCES: "permission denied; choose a folder you may write to",
           errno.EPERM: "permission denied; choose a folder you may write to"}
+interrupted = threading.Event()  # Ctrl-C was pressed
 OS_ERROR = re.compile(r"os[_ ]error(?:_code)?[= ]'?(\d+)")
 
 
@@ -41,19 +43,31 @@ def run(main: Callable) -> None:
             logging.set_verbosity(logging.ERROR)  # orbax and JAX say a lot at the usual level
         try:
             main(argv)
-        except UserError as error:
-            fail(str(error))
-        except KeyboardInterrupt:
-            print("\nstopped; everything saved so far is whole, the same command continues from it", file=sys.stderr)
-            sys.exit(130)
-        except Exception as error:  # an OSError may come wrapped, by orbax for one
-            if (cause := disk_error(error)) is None:
+        except BaseException as error:
+            if interrupted.is_set():  # by its KeyboardInterrupt, or what an extension module made of it
+                print("\nstopped; everything saved so far is whole, the same command continues from it",
+                      file=sys.stderr)
+                sys.exit(130)
+            if isinstance(error, UserError):
+                fail(str(error))
+            if (cause := disk_error(error)) is None:  # an OSError may come wrapped, by orbax for one
                 raise
             where = f"{cause.filename}: " if cause.filename else ""
             fail(f"{where}{ADVICE[cause.errno]} ({cause.strerror})")
 
+    interrupted.clear()
     signal.signal(signal.SIGINT, interrupt)
     app.run(guarded, flags_parser=parse_flags)
+
+
+def keep_compiled_programs() -> None:
+    """Lets JAX keep the programs it compiles for an accelerator, so that the next run starts at once.
+
+    In JAX_COMPILATION_CACHE_DIR if that is set, or ~/.cache/wan_jax. Not for the CPU, whose programs compile fast and
+    only fit the machine they were compiled on.
+    """
+    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "wan_jax"))
 
 
 def interrupt(signum, frame):
@@ -62,6 +76,7 @@ def interrupt(signum, frame):
     if frame is not None and frame.f_code.co_name in ("_xla_gc_callback", "__del__"):
         threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
     else:
+        interrupted.set()
         raise KeyboardInterrupt
 
 

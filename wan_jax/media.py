@@ -5,6 +5,7 @@ import io
 import os
 import pathlib
 import tempfile
+import warnings
 
 import imageio_ffmpeg
 import numpy as np
@@ -146,7 +147,9 @@ def _write_mp4(path: pathlib.Path, video: np.ndarray, fps: float, crf: int) -> N
     writer = imageio_ffmpeg.write_frames(
         str(path), (w + w % 2, h + h % 2), fps=fps, codec="libx264", quality=None, macro_block_size=1,
         ffmpeg_log_level="error", output_params=["-crf", str(crf), "-movflags", "+faststart"])
-    writer.send(None)
+    with warnings.catch_warnings():  # ffmpeg replaces the forked process at once, which is safe beside JAX's threads
+        warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
+        writer.send(None)
     try:
         for frame in video:
             writer.send(np.ascontiguousarray(frame))

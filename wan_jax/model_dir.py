@@ -5,7 +5,7 @@
     MODEL/{transformer,vae,text_encoder}/config.json        as published
     MODEL/{transformer,vae,text_encoder}/params/            orbax, flat dict {'blocks/attn1/to_q/kernel': array}
 
-Wan 2.2 A14B has a second expert in MODEL/transformer_2/.
+Wan 2.2 A14B has a second expert in MODEL/transformer_2/. The arrays lie on disk as `array_store` describes.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from wan_jax import config as config_lib
 from wan_jax import mesh as mesh_lib
 from wan_jax import params as P
+from wan_jax.array_store import ArrayStore, StoreError
 from wan_jax.cli import UserError
 from wan_jax.text_encoder import UMT5Encoder
 from wan_jax.transformer import WanTransformer3D
@@ -29,6 +29,7 @@ from wan_jax.vae import AutoencoderKLWan
 
 FORMAT = 1
 MANIFEST = "wan_jax.json"
+AGAIN = "convert the model again with python -m convert.from_diffusers --overwrite"
 COMPONENTS = {"transformer": (config_lib.TransformerConfig, WanTransformer3D),
               "transformer_2": (config_lib.TransformerConfig, WanTransformer3D),
               "vae": (config_lib.VAEConfig, AutoencoderKLWan),
@@ -72,22 +73,30 @@ class ModelDir:
 
         Raises `UserError` when the stored arrays do not fit.
         """
-        wanted = P.flatten(like)
+        wanted, store = P.flatten(like), self.arrays(component)
+        if wrong := sorted(k for k in wanted.keys() | store.shapes.keys()
+                           if k not in wanted or store.shapes.get(k) != tuple(wanted[k].shape)):
+            raise UserError(f"{store.path} does not fit {component}/config.json: {len(wrong)} arrays are missing, "
+                            f"unknown or of another shape ({', '.join(wrong[:3])}); {AGAIN}")
         shardings = mesh_lib.param_shardings(wanted, mesh) if mesh else dict.fromkeys(
             wanted, SingleDeviceSharding(jax.devices()[0]))
-        abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=shardings[k]) for k, v in wanted.items()}
-        try:
-            with ocp.StandardCheckpointer() as checkpointer:
-                flat = checkpointer.restore(params_path(self.path, component), abstract)
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            raise UserError(f"{self.path / component} cannot be read ({str(error).splitlines()[0][:200]}); convert the "
-                            "model again with python -m convert.from_diffusers") from error
+        # one array at a time: the host holds this process's shards of the largest
+        flat = {k: jax.block_until_ready(store.place(k, v.dtype, shardings[k])) for k, v in wanted.items()}
         return P.unflatten(like, flat)
 
     def load_numpy(self, component: str) -> dict[str, np.ndarray]:
         """The weights as stored, on the host."""
-        with ocp.StandardCheckpointer() as checkpointer:
-            return {k: np.asarray(v) for k, v in checkpointer.restore(params_path(self.path, component)).items()}
+        store = self.arrays(component)
+        return {k: store.read(k) for k in store.shapes}
+
+    def arrays(self, component: str) -> ArrayStore:
+        """The stored arrays, not read yet. Raises `UserError` when they are missing or damaged."""
+        try:
+            store = ArrayStore(params_path(self.path, component))
+            store.check_whole()
+            return store
+        except StoreError as error:
+            raise UserError(f"{error}; {AGAIN}") from None
 
 
 def params_path(model: pathlib.Path, component: str) -> pathlib.Path:

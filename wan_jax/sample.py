@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from wan_jax import cli, experts, lora, media, model_dir, pipeline
+from wan_jax import cli, experts, lora, media, memory, model_dir, pipeline
 from wan_jax import mesh as mesh_lib
 from wan_jax import params as P
 from wan_jax.attention import choose_backend
@@ -86,6 +86,7 @@ def load_transformers(model: model_dir.ModelDir, checkpoint: str | None, dtype, 
 
 
 def main(_):
+    cli.keep_compiled_programs()
     with cli.user_input():
         suffix = pathlib.Path(FLAGS.out).suffix
         media.check_suffix(FLAGS.out, FLAGS.frames)
@@ -124,7 +125,7 @@ def main(_):
         media.write(path, video, FLAGS.fps)
         print(f"{path}  {FLAGS.prompt[index[i]]}")
     print(f"{len(videos)} sample(s) of {FLAGS.frames} x {FLAGS.height} x {FLAGS.width} in {time.time() - start:.1f} s, "
-          f"compilation included")
+          f"compilation included; {memory.peaks()}")
 
 
 if __name__ == "__main__":

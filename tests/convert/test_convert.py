@@ -3,10 +3,8 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import ml_dtypes
 import numpy as np
@@ -209,26 +207,10 @@ def cli(module, *args):
     return [sys.executable, "-m", module, *args]
 
 
-def test_killed_conversion_leaves_nothing_that_looks_finished(source, tmp_path):
-    command = cli("convert.from_diffusers", f"--src={source}", f"--dst={tmp_path / 'model'}")
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not any(tmp_path.glob(".model.partial-*/transformer")):
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "model").exists() and any(tmp_path.glob(".model.partial-*"))
-    with pytest.raises(UserError, match="does not exist"):
-        model_dir.open_model(tmp_path / "model")
-    convert(str(source), tmp_path / "model")
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
-
-
 @pytest.mark.parametrize("args, message", [
     (["--src=nowhere", "--dst=x"], "no folder, and no hub id"),
-    (["--src=a/b", "--dst=x"], "cannot be downloaded"),
-    (["--src=a/b", "--dst=x", "--dtype=int8"], "dtype")])
+    (["--src=a/b", "--dst=x"], "HF_HUB_OFFLINE is set and the model is not in the cache"),
+    (["--src=a/b", "--dst=x", "--dtype=int8"], "'int8' is not understood; give one of source, float32, bfloat16")])
 def test_command_line_errors_are_one_message(args, message, tmp_path):
     result = subprocess.run(cli("convert.from_diffusers", *args), capture_output=True, text=True, check=False,
                             env=os.environ | {"HF_HUB_OFFLINE": "1"})
@@ -251,13 +233,18 @@ def test_merged_adapters():
             "blocks/attn1/to_q/bias": np.ones((2, 5), np.float32)}
     a, b = rng.standard_normal((2, 6, 3)), rng.standard_normal((2, 3, 5))
     adapters = {"blocks/attn1/to_q/lora_a": a.astype(np.float32), "blocks/attn1/to_q/lora_b": b.astype(np.float32)}
-    merged = merge_lora(flat, adapters, 0.5)
+    shapes = {k: v.shape for k, v in flat.items()}
+
+    def stored(path, layer):
+        return flat[path][layer]
+
+    merged = merge_lora(stored, shapes, adapters, 0.5)
     for layer in range(2):
-        np.testing.assert_allclose(merged["blocks/attn1/to_q/kernel"][layer],
+        np.testing.assert_allclose(merged("blocks/attn1/to_q/kernel", layer),
                                    flat["blocks/attn1/to_q/kernel"][layer] + 0.5 * a[layer] @ b[layer], rtol=1e-5)
-    assert merged["blocks/attn1/to_q/bias"] is flat["blocks/attn1/to_q/bias"]
+    assert np.array_equal(merged("blocks/attn1/to_q/bias", 1), flat["blocks/attn1/to_q/bias"][1])
     with pytest.raises(UserError, match="blocks/attn2/to_q"):
-        merge_lora(flat, {"blocks/attn2/to_q/lora_a": a, "blocks/attn2/to_q/lora_b": b}, 1.0)
+        merge_lora(stored, shapes, {"blocks/attn2/to_q/lora_a": a, "blocks/attn2/to_q/lora_b": b}, 1.0)
 
 
 def test_key_rule_keeps_names_that_end_in_a_number():

@@ -3,6 +3,8 @@
 import errno
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -35,6 +37,25 @@ def test_ctrl_c_in_a_callback_that_loses_exceptions_is_raised_after_it():
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+SWALLOWS = """
+import signal
+from wan_jax import cli
+
+def main(_):
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        raise ImportError("initialization failed")  # as an extension module that is interrupted while it loads
+
+cli.run(main)
+"""
+
+
+def test_ctrl_c_that_became_another_error_is_still_ctrl_c():
+    done = subprocess.run([sys.executable, "-c", SWALLOWS], capture_output=True, text=True, check=False)
+    assert done.returncode == 130 and "stopped" in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("message", [

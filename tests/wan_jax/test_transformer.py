@@ -13,7 +13,7 @@ from flax import nnx
 from convert import key_table
 from wan_jax import lora
 from wan_jax import params as P
-from wan_jax.attention import attention, choose_backend
+from wan_jax.attention import attention, choose_backend, repeat_keys
 from wan_jax.config import ConfigError, TransformerConfig, from_dict
 from wan_jax.layers import LoRAParam
 from wan_jax.transformer import WanTransformer3D, rope_table
@@ -143,6 +143,12 @@ def test_attention_against_float64():
     expected = np.einsum("bnqk,bknh->bqnh", weights / weights.sum(-1, keepdims=True), v)
     out = attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), backend="xla", key_counts=counts)
     assert relative_error(out, expected) < 1e-6
+
+
+@pytest.mark.parametrize("counts", [[3], [1, 1], [1, 1, 5], [2, 1, 1, 4, 3, 1]])
+def test_repeated_keys(counts):
+    x = np.arange(2 * len(counts) * 6, dtype=np.float32).reshape(2, len(counts), 3, 2)
+    assert np.array_equal(repeat_keys(jnp.asarray(x), np.array(counts)), np.repeat(x, counts, axis=1))
 
 
 def test_attention_backend_choice():

@@ -1,6 +1,8 @@
 """Each published model's configuration at true width, cut to two blocks, against Diffusers."""
 
+import dataclasses
 import gc
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +13,23 @@ from flax import nnx
 from convert import key_table
 from wan_jax import model_dir
 from wan_jax import params as P
-from wan_jax.config import TransformerConfig
+from wan_jax.presets import PRESETS
 
-MODELS = {"1.3B": dict(num_attention_heads=12, ffn_dim=8960), "14B and A14B": {},
-          "TI2V-5B": dict(num_attention_heads=24, ffn_dim=14336, in_channels=48, out_channels=48)}
+MODELS = ("wan2.1-1.3b", "wan2.1-14b", "wan2.2-ti2v-5b")  # A14B's experts have the configuration of 14B
 # What Diffusers keeps in fp32 under from_pretrained(torch_dtype=bfloat16).
 KEPT = ("scale_shift_table", "time_embedder", "norm2")
+
+
+def test_presets_have_the_published_number_of_parameters():
+    """Counts of the published files: transformer, VAE and text encoder."""
+    def count(component, config):
+        return sum(math.prod(v.shape) for v in P.flatten(model_dir.abstract(component, config)[1]).values())
+
+    assert {name: count("transformer", p.transformer) for name, p in PRESETS.items()} == {
+        "wan2.1-1.3b": 1_418_996_800, "wan2.1-14b": 14_288_491_584, "wan2.2-a14b": 14_288_491_584,
+        "wan2.2-ti2v-5b": 4_999_787_712}
+    assert [count("vae", PRESETS[name].vae) for name in ("wan2.1-14b", "wan2.2-ti2v-5b")] == [126_892_531, 704_688_668]
+    assert count("text_encoder", PRESETS["wan2.1-14b"].text_encoder) == 5_680_910_336
 
 
 def relative_error(a, b):
@@ -34,9 +47,9 @@ def test_velocity_at_true_width(name):
     import diffusers
     import torch
 
-    config = TransformerConfig(**MODELS[name], num_layers=2)
+    config = dataclasses.replace(PRESETS[name].transformer, num_layers=2)
     torch.manual_seed(0)
-    peer = diffusers.WanTransformer3DModel(num_layers=2, **MODELS[name]).eval()
+    peer = diffusers.WanTransformer3DModel(**dataclasses.asdict(config)).eval()
     rng = np.random.default_rng(1)
     latents = rng.standard_normal((1, 2, 8, 12, config.in_channels)).astype(np.float32)
     text = rng.standard_normal((1, 512, 4096)).astype(np.float32)

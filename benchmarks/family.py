@@ -1,0 +1,174 @@
+"""Each model of the family at full size with random weights, by the commands of the README: convert, sample, train an
+epoch with LoRA, save, resume, export. Wall time, peak device memory and peak host memory of every command.
+
+    python -m benchmarks.family --folder /tmp/family [--models wan2.1-1.3b,wan2.1-14b,wan2.2-a14b,wan2.2-ti2v-5b]
+
+Every stage is a process of its own; its seconds include starting Python, reading the weights and compiling. The epoch
+is the recipe's with 2 groups of 9 pictures, 4 stochastic steps, and evaluations of 9 prompts in 4 steps; the resumed
+run adds a second one. "cp" is the rate of `cp` and a sync, measured on the largest file of the source. --folder needs
+room for the model twice (28 to 137 GB in bfloat16); --source is where the source is written, if that is another disk.
+Everything is removed in the end but --folder/results.json, which a second call adds to.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+from absl import app, flags
+
+RECIPES = {"wan2.1-1.3b": "wan21_1_3b_ocr", "wan2.1-14b": "wan21_14b_ocr", "wan2.2-a14b": "wan22_a14b_ocr",
+           "wan2.2-ti2v-5b": "wan22_ti2v_5b_ocr"}
+EPOCH = {"sample.frames": 1, "sample.height": 512, "sample.width": 512, "sample.groups": 2,
+         "sample.group_size": 9, "sample.batch_size": 9, "sample.sde_steps": 4, "eval.frames": 1,
+         "eval.num_prompts": 9, "eval.steps": 4, "train.updates_per_epoch": 1, "save.every": 1, "reward.workers": 4}
+PROMPT = 'A wooden sign with the words "OPEN DAILY" carved into it, on a rainy city street at night.'
+PEAKS = re.compile(r"peak memory: device ([\d.]+|unknown)(?: GiB)?, host ([\d.]+) GiB")
+GIB = 2**30
+
+
+@dataclasses.dataclass
+class Stage:
+    """What one command took."""
+
+    name: str
+    seconds: float
+    host_gib: float  # of the largest process
+    device_gib: float | None = None
+    note: str = ""
+
+
+def run(name: str, arguments: list[str]) -> tuple[Stage, str]:
+    """Runs a command; its output is shown, too. Stops the benchmark when the command fails.
+
+    A child's peak memory as the system counts it begins at its parent's, so this module imports little.
+    """
+    print(f"--- {name}: {' '.join(arguments)}", flush=True)
+    start = time.time()
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    stage = Stage(name, time.time() - start, usage.ru_maxrss * 1024 / GIB)
+    print(output[-3000:] + f"    {stage.seconds:.1f} s, {stage.host_gib:.2f} GiB", flush=True)
+    if os.waitstatus_to_exitcode(status):
+        sys.exit(f"{name} failed")
+    if found := PEAKS.search(output):
+        stage.device_gib = None if found[1] == "unknown" else float(found[1])
+    return stage, output
+
+
+def python(module: str, **settings) -> list[str]:
+    return [sys.executable, "-m", module, *(f"--{k.replace('__', '.')}={v}" for k, v in settings.items())]
+
+
+def size(folder: pathlib.Path) -> int:
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+def copy_rate(source: pathlib.Path, target: pathlib.Path) -> float:
+    """Bytes a second of cp and sync of the source's largest file, its pages dropped from the cache first."""
+    file = max((f for f in source.rglob("*.safetensors")), key=lambda f: f.stat().st_size)
+    forget(file)
+    start = time.time()
+    subprocess.run(["cp", str(file), str(target)], check=True)
+    subprocess.run(["sync", str(target)], check=True)
+    rate = file.stat().st_size / (time.time() - start)
+    target.unlink()
+    return rate
+
+
+def forget(*files: pathlib.Path) -> None:
+    for file in files:
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(model: str, folder: pathlib.Path, source: pathlib.Path, dtype: str) -> list[Stage]:
+    """All stages of one model."""
+    stages, converted, run_dir = [], folder / "model", folder / "run"
+    run("random weights", [*python("benchmarks.random_model", model=model, out=source, dtype=dtype),
+                           *(["--link_expert"] if flags.FLAGS.link_expert else [])])
+    rate = copy_rate(source, folder / "copy")
+    forget(*(f for f in source.rglob("*.safetensors")))
+    stage, _ = run("convert", python("convert.from_diffusers", src=source, dst=converted, dtype="bfloat16"))
+    read, written = size(source), size(converted)
+    stage.note = (f"{read / 1e9:.1f} GB read, {written / 1e9:.1f} GB written, {read / stage.seconds / 1e9:.2f} GB/s; "
+                  f"cp {rate / 1e9:.2f} GB/s")
+    stages.append(stage)
+    if flags.FLAGS.check:
+        stages.append(run("check", [*python("convert.from_diffusers", src=source, dst=converted), "--check"])[0])
+    shutil.rmtree(source)
+    sample = dict(model=converted, prompt=PROMPT, dtype="bfloat16", steps=20)
+    for name, shape in {"sample 512x512x1": dict(height=512, width=512),
+                        "sample 480x832x33": dict(height=480, width=832, frames=33)}.items():
+        if flags.FLAGS.clips or "frames" not in shape:
+            out = folder / f"sample.{'gif' if 'frames' in shape else 'png'}"
+            stage, output = run(name, python("wan_jax.sample", **sample, **shape, out=out))
+            stage.note = re.search(r"sample\(s\) of .*", output)[0]
+            stages.append(stage)
+    settings = {"config.run_dir": run_dir, "config.model.path": converted}
+    settings |= {f"config.{k}": v for k, v in EPOCH.items()}
+    for epochs, name in ((1, "train 1 epoch"), (2, "resume, 1 epoch")):
+        stage, _ = run(name, python("grpo.train", config=f"configs/{RECIPES[model]}.py", **settings,
+                                    **{"config.epochs": epochs}))
+        record = [json.loads(line) for line in open(run_dir / "metrics.jsonl")][-1]
+        stage.note = ", ".join(f"{k} {v:.1f} s" for k, v in record["seconds"].items() if k != "save")
+        stages.append(stage)
+    stages[-1].note += f"; checkpoint {size(run_dir / 'checkpoints' / '2') / 1e9:.2f} GB"
+    stage, _ = run("export LoRA", python("convert.export_lora", src=converted, checkpoint=run_dir, dst=folder / "lora"))
+    stage.note = f"{size(folder / 'lora') / 1e9:.2f} GB"
+    stages.append(stage)
+    if flags.FLAGS.export:
+        stage, _ = run("export the model", python("convert.to_diffusers", src=converted, checkpoint=run_dir,
+                                                  dst=folder / "exported"))
+        stage.note = f"{size(folder / 'exported') / 1e9:.1f} GB"
+        stages.append(stage)
+    return stages
+
+
+def table(results: dict[str, list[dict]]) -> str:
+    lines = ["| model | command | seconds | device peak, GiB | host peak, GiB | |", "|---|---|--:|--:|--:|---|"]
+    for model, stages in results.items():
+        lines += [f"| {model} | {s['name']} | {s['seconds']:.1f} | "
+                  f"{'' if s['device_gib'] is None else format(s['device_gib'], '.1f')} | {s['host_gib']:.1f} | "
+                  f"{s['note']} |" for s in stages]
+    return "\n".join(lines)
+
+
+def main(_):
+    f = flags.FLAGS
+    folder = pathlib.Path(f.folder).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "results.json"
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    for model in f.models:
+        work = folder / "work"
+        source = pathlib.Path(f.source or folder).absolute() / "source"
+        for old in (work, source):
+            shutil.rmtree(old, ignore_errors=True)
+        work.mkdir()
+        try:
+            results[model] = [dataclasses.asdict(s) for s in measure(model, work, source, f.source_dtype)]
+        finally:
+            for old in (work, source):
+                shutil.rmtree(old, ignore_errors=True)
+        path.write_text(json.dumps(results, indent=2) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("models", list(RECIPES), "which models")
+    flags.DEFINE_string("folder", None, "where models and runs are written", required=True)
+    flags.DEFINE_string("source", None, "where the Diffusers folders are written; None: --folder")
+    flags.DEFINE_enum("source_dtype", "bfloat16", ["float32", "bfloat16"], "of the Diffusers folders")
+    flags.DEFINE_bool("link_expert", False, "A14B: both experts are the same files in the source")
+    flags.DEFINE_bool("clips", True, "sample 480x832x33 too")
+    flags.DEFINE_bool("check", False, "compare the converted model with its source")
+    flags.DEFINE_bool("export", False, "export the whole model with the adapters merged in")
+    app.run(main)

@@ -1,0 +1,125 @@
+"""What a conversion will write, known from the headers alone, before data is read.
+
+`plan_component` checks a component of the source against its config; `Plan.pieces` then yields one tensor as it will be
+stored, at most a few hundred MB at a time. Writing and `--check` share it.
+"""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+
+from convert import key_table
+from convert.folders import Shards
+from wan_jax import array_store, model_dir
+from wan_jax import config as config_lib
+from wan_jax import params as P
+from wan_jax.cli import UserError
+
+STEMS = {"transformer": "diffusion_pytorch_model", "transformer_2": "diffusion_pytorch_model",
+         "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+TILE = 32  # columns transposed at once: 5.8 GB/s on one core, NumPy's own copy 1.2 GB/s
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One component's conversion."""
+
+    component: str
+    source: pathlib.Path
+    shards: Shards
+    table: list[key_table.Entry]  # in the order of the source's files, so that they are read in one pass
+    arrays: dict[str, tuple[tuple[int, ...], np.dtype, bool]]  # ours: {path: (shape, dtype, stacked over layers)}
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for shape, _, _ in self.arrays.values())
+
+    @property
+    def size(self) -> int:
+        """Bytes of our arrays."""
+        return sum(self.stored_bytes(entry) for entry in self.table)
+
+    def stored_bytes(self, entry: key_table.Entry) -> int:
+        """Bytes of one source tensor in our layout."""
+        return math.prod(entry.shape) * self.arrays[entry.path][1].itemsize
+
+    def pieces(self, entry: key_table.Entry) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, contiguous array as stored) for one tensor of the source: whole, or, where the layout is the same
+        and no layers are stacked (the 4.2 GB embedding), in the parts of `array_store.chunk_shape`.
+
+        Holds at most twice the bytes of a part. Raises `UserError` on NaN, infinity and a damaged file.
+        """
+        shape, dtype, stacked = self.arrays[entry.path]
+        rows = array_store.chunk_shape(shape, dtype.itemsize, stacked)[0]
+        if stacked or not entry.same or rows == shape[0]:
+            yield 0, _as_stored(entry, self.shards.read(entry.key), dtype)
+            return
+        for row in range(0, shape[0], rows):
+            yield row, _as_stored(entry, self.shards.read(entry.key, slice(row, min(row + rows, shape[0]))), dtype)
+
+
+def _as_stored(entry: key_table.Entry, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A source tensor, or rows of it, in our layout and dtype (rounded to nearest even), contiguous."""
+    return contiguous(entry.to_ours(value if value.dtype == dtype else value.astype(dtype)))
+
+
+def contiguous(value: np.ndarray) -> np.ndarray:
+    """`np.ascontiguousarray`, faster for a transposed matrix: in tiles that stay in the cache."""
+    if value.ndim != 2 or value.flags.c_contiguous:
+        return np.ascontiguousarray(value)
+    unsigned = value.view(f"u{value.dtype.itemsize}")
+    out = np.empty(value.shape, unsigned.dtype)
+    for i in range(0, value.shape[1], TILE):
+        out[:, i:i + TILE] = unsigned[:, i:i + TILE]
+    return out.view(value.dtype)
+
+
+def parse_dtypes(text: str) -> dict[str, str]:
+    """'bfloat16' or 'bfloat16,text_encoder=float32' to {component: 'source' | 'float32' | 'bfloat16'}.
+
+    The VAE stays in float32 unless it is named or the type is 'source'. Raises `UserError` on other words.
+    """
+    known = ("source", *DTYPES)
+    parts = [part.strip() for part in text.split(",")]
+    general = [part for part in parts if "=" not in part]
+    named = dict(part.split("=", 1) for part in parts if "=" in part)
+    bad = [v for v in (*general, *named.values()) if v not in known] + [k for k in named if k not in STEMS]
+    if bad or len(general) > 1:
+        raise UserError(f"--dtype={text}: {bad[0] if bad else 'two general types'!r} is not understood; give one of "
+                        f"{', '.join(known)}, and exceptions such as text_encoder=float32 after a comma (components: "
+                        f"{', '.join(STEMS)})")
+    default = general[0] if general else "source"
+    return {c: named.get(c, "float32" if c == "vae" and default == "bfloat16" else default) for c in STEMS}
+
+
+def plan_component(component: str, src: pathlib.Path, dtype: str) -> Plan:
+    """Reads config and headers, not the data. dtype: 'source', 'float32' or 'bfloat16' (what the model keeps in float32
+    stays so). Raises `UserError` when the source is not complete, damaged, or not the model its config describes.
+    """
+    if not (src / component).is_dir():
+        raise UserError(f"{src / component} is missing: the download is not complete")
+    shards = Shards(src / component, STEMS[component])
+    try:
+        config = config_lib.load(model_dir.COMPONENTS[component][0], src / component / "config.json")
+        kept = DTYPES["float32" if dtype == "source" else dtype]
+        like = P.flatten(model_dir.abstract(component, config, dtype=kept)[1])
+        table = key_table.entries(component, {k: v.shape for k, v in like.items()},
+                                  getattr(config, "patch_size", None) or (1, 2, 2))
+        key_table.check_coverage(component, table, shards.shapes)
+    except (config_lib.ConfigError, key_table.KeyTableError) as error:
+        raise UserError(f"{src}: {error}") from None
+    dtypes = {k: np.dtype(v.dtype) for k, v in like.items()}
+    if dtype == "source":  # every tensor in the type it is stored in; layers that differ meet in one that holds both
+        stored: dict[str, list[np.dtype]] = {}
+        for entry in table:
+            stored.setdefault(entry.path, []).append(shards.dtypes[entry.key])
+        dtypes = {k: np.result_type(*set(v)) for k, v in stored.items()}
+    stacked = {entry.path for entry in table if entry.layer is not None}
+    order = {key: i for i, key in enumerate(shards.where)}
+    table.sort(key=lambda e: order[e.key])
+    return Plan(component, src, shards, table, {k: (v.shape, dtypes[k], k in stacked) for k, v in like.items()})

@@ -1,0 +1,430 @@
+"""Conversion of what is larger than memory: streaming, going on after a kill, and --check."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from convert import from_diffusers, plan
+from convert.folders import LEFT_OUT, Shards, partial_folder, whole_folder
+from convert.from_diffusers import STEMS, check, convert
+from convert.plan import contiguous, parse_dtypes
+from tests import tiny
+from wan_jax import array_store, model_dir
+from wan_jax.cli import UserError
+
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return tiny.write_pipeline(tmp_path_factory.mktemp("source") / "wan", seed=3)
+
+
+@pytest.fixture
+def own(source, tmp_path):
+    """A copy to change."""
+    return shutil.copytree(source, tmp_path / "own")
+
+
+def shard(folder, component="transformer", parts=3):
+    """Splits a component's file as Diffusers does; returns the index's path."""
+    whole = folder / component / f"{STEMS[component]}.safetensors"
+    weights, weight_map = load_file(whole), {}
+    for i in range(parts):
+        name = f"{STEMS[component]}-{i + 1:05d}-of-{parts:05d}.safetensors"
+        part = {k: weights[k] for k in sorted(weights)[i::parts]}
+        save_file(part, folder / component / name)
+        weight_map |= dict.fromkeys(part, name)
+    whole.unlink()
+    index = {"metadata": {"total_size": sum(v.nbytes for v in weights.values())}, "weight_map": weight_map}
+    path = folder / component / f"{STEMS[component]}.safetensors.index.json"
+    path.write_text(json.dumps(index))
+    return path
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def run(code, *args, **kwargs):
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=False,
+                          env=env, **kwargs)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+PEAK = r"""
+import re, sys
+from convert import from_diffusers
+from wan_jax import array_store
+array_store.CHUNK = 2**22
+# not ru_maxrss, which begins at the parent's
+peak = lambda: 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1])
+convert = lambda i: from_diffusers.convert(sys.argv[2 * i - 1], sys.argv[2 * i], "bfloat16")
+convert(1)
+before = peak()
+convert(2)
+print("convert", peak() - before)
+from_diffusers.check(sys.argv[3], sys.argv[4])
+print("check", peak() - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_model(source, own, tmp_path):
+    """A text encoder of 390 MB in float32, 61 MB of it one embedding: less than a third of it in memory at once."""
+    settings = tiny.SETTINGS["text_encoder"] | {"vocab_size": 60000, "d_model": 256, "d_ff": 4096, "num_layers": 26}
+    (own / "text_encoder/config.json").write_text(json.dumps(settings))
+    shapes = tiny.state_dict_shapes("text_encoder", settings)
+    weights = {k: np.full(s, 0.5, np.float32) for k, s in shapes.items()}
+    size = sum(v.nbytes for v in weights.values())
+    assert size > 380e6
+    save_file(weights, own / "text_encoder/model.safetensors")
+    del weights
+    done = run(PEAK, source, tmp_path / "small", own, tmp_path / "large")
+    assert done.returncode == 0, done.stderr
+    grown = {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines() if line.count(" ") == 1}
+    assert grown["convert"] < size / 3 and grown["check"] < size / 3
+    stored = model_dir.open_model(tmp_path / "large").load_numpy("text_encoder")
+    assert all((v == 0.5).all() and v.dtype == ml_dtypes.bfloat16 for v in stored.values())
+
+
+def test_arrays_in_small_pieces_are_the_same(source, tmp_path, monkeypatch):
+    """Chunks of a few rows, for the embedding that is read in parts and for the layers, also where none divides it."""
+    convert(str(source), tmp_path / "whole", "bfloat16")
+    monkeypatch.setattr(array_store, "CHUNK", 500)
+    convert(str(source), tmp_path / "pieces", "bfloat16")
+    whole, pieces = (model_dir.open_model(tmp_path / name) for name in ("whole", "pieces"))
+    files = {name: len(list((tmp_path / name).rglob("*"))) for name in ("whole", "pieces")}
+    assert files["pieces"] > 2 * files["whole"]
+    for component in whole.components:
+        a, b = whole.load_numpy(component), pieces.load_numpy(component)
+        assert a.keys() == b.keys() and all(np.array_equal(as_bits(a[k]), as_bits(b[k])) for k in a)
+    check(str(source), tmp_path / "pieces")
+
+
+def as_bits(value):
+    return value.view(f"u{value.dtype.itemsize}")
+
+
+def test_the_store_is_an_orbax_checkpoint(source, tmp_path):
+    """Orbax itself restores it, without knowing of us: whole, and sharded."""
+    import jax
+    import orbax.checkpoint as ocp
+    convert(str(source), tmp_path / "model", "bfloat16")
+    path = model_dir.params_path(tmp_path / "model", "transformer")
+    stored = model_dir.open_model(tmp_path / "model").load_numpy("transformer")
+    mesh = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4])
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+    name = "blocks/ffn/net_2/kernel"
+    abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=rows if k == name else jax.sharding.NamedSharding(
+        mesh, jax.sharding.PartitionSpec())) for k, v in stored.items()}
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored, sharded = checkpointer.restore(path), checkpointer.restore(path, abstract)
+    assert restored.keys() == stored.keys()
+    assert all(np.array_equal(restored[k], v) and restored[k].dtype == v.dtype for k, v in stored.items())
+    assert sharded[name].sharding == rows and np.array_equal(np.asarray(sharded[name]), stored[name])
+
+
+def test_a_store_that_lost_a_file_is_refused(source, tmp_path):
+    convert(str(source), tmp_path / "model", "bfloat16")
+    model = model_dir.open_model(tmp_path / "model")
+    params = model_dir.params_path(tmp_path / "model", "vae")
+    chunk = next(f for f in sorted((params / "quant_conv/kernel").iterdir()) if f.name != ".zarray")
+    content = chunk.read_bytes()
+    chunk.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=r"files of 1 arrays are missing or truncated \(quant_conv/kernel\).*convert"):
+        model.load_numpy("vae")
+    chunk.unlink()
+    with pytest.raises(UserError, match=r"missing or truncated \(quant_conv/kernel\)"):
+        model_dir.build("vae", model)
+    (params / "quant_conv/kernel/.zarray").unlink()
+    with pytest.raises(UserError, match=r"vae/params is missing or damaged"):
+        model_dir.build("vae", model)
+    shutil.rmtree(params)
+    shutil.copytree(model_dir.params_path(tmp_path / "model", "transformer"), params)
+    with pytest.raises(UserError, match=r"does not fit vae/config.json"):
+        model_dir.build("vae", model)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (64, 32), (70, 97), (1, 40), (2, 3, 4)])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_contiguous_transpose(shape, dtype):
+    value = np.arange(np.prod(shape)).reshape(shape).astype(dtype).T
+    copy = contiguous(value)
+    assert copy.flags.c_contiguous and copy.dtype == dtype and np.array_equal(copy, value)
+
+
+def test_load_onto_a_mesh_is_what_is_stored(source, tmp_path):
+    """Arrays split and replicated over 8 devices, in the file's dtype and in another."""
+    import jax
+    import jax.numpy as jnp
+
+    from wan_jax import mesh as mesh_lib
+    from wan_jax import params as P
+    convert(str(source), tmp_path / "model", "float32")
+    model = model_dir.open_model(tmp_path / "model")
+    stored = model.load_numpy("text_encoder")
+    mesh = mesh_lib.make_mesh(fsdp=4)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        _, like = model_dir.abstract("text_encoder", model.config("text_encoder"), dtype=dtype)
+        for name, value in P.flatten(model.load("text_encoder", like, mesh)).items():
+            assert value.dtype == P.flatten(like)[name].dtype
+            assert np.array_equal(np.asarray(value), stored[name].astype(value.dtype))
+            assert value.sharding.is_equivalent_to(
+                mesh_lib.param_shardings({name: value}, mesh)[name], value.ndim)
+    assert jax.device_count() == 8
+
+
+# ---- kill and continue ----------------------------------------------------------------------------------------------
+
+DIE = """
+import os, signal, sys
+from convert import from_diffusers
+from convert.plan import Plan
+from_diffusers.RECORD_BYTES = 0
+from_diffusers.WORKERS = 1
+pieces, count = Plan.pieces, 0
+def dying(self, entry):
+    global count
+    count += 1
+    if count == int(sys.argv[3]):
+        os.kill(os.getpid(), getattr(signal, sys.argv[4]))
+    yield from pieces(self, entry)
+Plan.pieces = dying
+from_diffusers.convert(sys.argv[1], sys.argv[2], "bfloat16")
+"""
+KILLED_AT = 90  # of the transformer's tensors and those of the text encoder
+
+
+def killed(source, dst, at=KILLED_AT, how="SIGKILL"):
+    done = run(DIE, source, dst, at, how)
+    assert done.returncode == -getattr(signal, how), done.stderr
+    assert not dst.exists() and (partial_folder(dst) / LEFT_OUT).is_file()
+    with pytest.raises(UserError, match=r"no converted model|Diffusers folder"):
+        model_dir.open_model(partial_folder(dst))
+
+
+def counted(monkeypatch):
+    """The keys of the tensors that are read from the source from now on, one after the other."""
+    keys, pieces = [], plan.Plan.pieces
+    monkeypatch.setattr(from_diffusers, "WORKERS", 1)
+
+    def counting(self, entry):
+        keys.append((self.component, entry.key))
+        return pieces(self, entry)
+
+    monkeypatch.setattr(plan.Plan, "pieces", counting)
+    return keys
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
+def test_a_killed_conversion_continues(source, tmp_path, monkeypatch, capsys, how):
+    convert(str(source), tmp_path / "wanted" / "model", "bfloat16")
+    keys = counted(monkeypatch)
+    convert(str(source), tmp_path / "wanted" / "again", "bfloat16")
+    everything = list(keys)
+    killed(source, tmp_path / "model", how=how)
+    capsys.readouterr()
+    keys.clear()
+    convert(str(source), tmp_path / "model", "bfloat16")
+    # what was written but not yet recorded is done again
+    assert len(everything) - KILLED_AT < len(keys) < len(everything) and keys == everything[-len(keys):]
+    assert "tensors of them earlier" in capsys.readouterr().out
+    got, wanted = contents(tmp_path / "model"), contents(tmp_path / "wanted" / "model")
+    assert {k for k in got.keys() | wanted.keys() if got.get(k) != wanted.get(k)} <= {
+        f"{c}/params/{name}" for c in model_dir.COMPONENTS for name in ("_CHECKPOINT_METADATA", "commit_success.txt")}
+    # which hold the time
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "wanted"]
+
+
+def test_a_line_cut_short_and_a_lost_file_are_done_again(source, tmp_path, monkeypatch):
+    killed(source, tmp_path / "model")
+    partial = partial_folder(tmp_path / "model")
+    journal = partial / LEFT_OUT
+    lines = journal.read_text().splitlines()
+    journal.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:-4])
+    shutil.rmtree(partial / "transformer/params/proj_out/kernel")
+    keys = counted(monkeypatch)
+    convert(str(source), tmp_path / "model", "bfloat16")
+    again = json.loads(lines[-1])
+    assert (again["component"], again["keys"][0]) in keys
+    assert {k for c, k in keys if c == "transformer"} == set(Shards(source / "transformer", STEMS["transformer"]).where)
+    check(str(source), tmp_path / "model")
+
+
+@pytest.mark.parametrize("what", ["weights", "time", "config", "dtype"])
+def test_a_changed_source_is_refused(own, tmp_path, what):
+    dst, dtype = tmp_path / "model", "bfloat16"
+    killed(own, dst)
+    path = own / "vae" / "diffusion_pytorch_model.safetensors"
+    if what == "weights":
+        save_file({k: v + 1 for k, v in load_file(path).items()}, path)
+    elif what == "time":
+        os.utime(path)
+    elif what == "config":
+        path = own / "scheduler/scheduler_config.json"
+        path.write_text(path.read_text() + "\n")
+    else:
+        dtype = "float32"
+    named = rf"source has changed since \(1 files, the first {path.relative_to(own)}"
+    named = "dtypes was" if what == "dtype" else named
+    before = contents(partial_folder(dst))
+    with pytest.raises(UserError, match=rf"{named}.*Give --restart"):
+        convert(str(own), dst, dtype)
+    assert contents(partial_folder(dst)) == before and not dst.exists()
+    convert(str(own), dst, dtype, restart=True)
+    check(str(own), dst)
+
+
+def test_a_source_that_changes_under_way_is_noticed(own, tmp_path, monkeypatch):
+    pieces = plan.Plan.pieces
+
+    def changing(self, entry):
+        if self.component == "vae":
+            os.utime(own / "transformer" / "config.json", ns=(1, 1))
+        return pieces(self, entry)
+
+    monkeypatch.setattr(plan.Plan, "pieces", changing)
+    with pytest.raises(UserError, match="changed while it was read"):
+        convert(str(own), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_two_conversions_to_one_folder(source, tmp_path):
+    with whole_folder(tmp_path / "model", False, resumable=True):
+        with pytest.raises(UserError, match="another process is writing"):
+            convert(str(source), tmp_path / "model")
+    assert (tmp_path / "model").is_dir()
+
+
+# ---- the source's index ---------------------------------------------------------------------------------------------
+
+def test_sharded_source(own, source, tmp_path):
+    shard(own)
+    convert(str(own), tmp_path / "sharded")
+    check(str(source / "."), tmp_path / "sharded")
+
+
+def change_index(path, what):
+    index = json.loads(path.read_text())
+    names = sorted(set(index["weight_map"].values()))
+    if what == "total_size":
+        index["metadata"]["total_size"] += 4
+    elif what == "other file":
+        index["weight_map"]["proj_out.bias"] = next(n for n in names if n != index["weight_map"]["proj_out.bias"])
+    elif what == "not in the files":
+        index["weight_map"]["blocks.9.norm2.bias"] = names[0]
+    elif what == "not in the index":
+        del index["weight_map"]["proj_out.bias"]
+    elif what == "no file":
+        index["weight_map"]["proj_out.bias"] = "other.safetensors"
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("what, message", [
+    ("total_size", r"total_size is \d+, the tensors of its 3 files have \d+ bytes"),
+    ("other file", r"proj_out.bias is in .* by the index, and in .* in truth"),
+    ("not in the files", r"blocks.9.norm2.bias is in .*00001-of-00003.safetensors by the index, and in no file"),
+    ("not in the index", "proj_out.bias is in no file by the index"), ("no file", "other.safetensors is missing")])
+def test_an_index_that_does_not_agree(own, tmp_path, what, message):
+    change_index(shard(own), what)
+    with pytest.raises(UserError, match=message):
+        convert(str(own), tmp_path / "model")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["own"]
+
+
+def test_types_that_are_not_read(own, tmp_path):
+    path = own / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(path) | {"quant_conv.bias": np.zeros(32, np.int8)}, path)
+    with pytest.raises(UserError, match=r"quant_conv.bias is stored as I8, which is not read \(F64, F32,"):
+        convert(str(own), tmp_path / "model")
+
+
+# ---- --dtype and --check --------------------------------------------------------------------------------------------
+
+def test_dtype_for_each_component(source, tmp_path):
+    assert set(parse_dtypes("source").values()) == {"source"}
+    assert parse_dtypes("bfloat16")["vae"] == "float32" and parse_dtypes("bfloat16,vae=bfloat16")["vae"] == "bfloat16"
+    for bad in ("int8", "vae=int8", "unet=float32", "float32,bfloat16", ""):
+        with pytest.raises(UserError, match="--dtype="):
+            parse_dtypes(bad)
+    convert(str(source), tmp_path / "model", "bfloat16,text_encoder=float32")
+    model = model_dir.open_model(tmp_path / "model")
+    found = {c: {str(v.dtype) for v in model.load_numpy(c).values()} for c in model.components}
+    assert found == {"transformer": {"bfloat16", "float32"}, "vae": {"float32"}, "text_encoder": {"float32"}}
+    check(str(source), tmp_path / "model")
+
+
+def rewrite(path, change):
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path)
+
+
+def change_store(path, fault):
+    """Changes a component's stored arrays."""
+    store = array_store.ArrayStore(path)
+    if fault == "flipped bit":
+        file, = store.chunk_files("blocks/ffn/net_2/kernel", 1)
+        file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    elif fault == "truncated":
+        file, = store.chunk_files("proj_out/kernel")
+        file.write_bytes(file.read_bytes()[:-2])
+    else:
+        arrays = {k: (shape, store.dtypes[k], k.startswith("blocks/")) for k, shape in store.shapes.items()}
+        values = {k: store.read(k) for k in arrays}
+        if fault == "missing tensor":
+            del arrays["blocks/ffn/net_2/kernel"]
+        elif fault == "unknown tensor":
+            arrays["extra"], values["extra"] = ((3,), np.float32, False), np.zeros(3, np.float32)
+        elif fault == "other dtype":
+            arrays["proj_out/kernel"] = (store.shapes["proj_out/kernel"], np.float32, False)
+        shutil.rmtree(path)
+        changed = array_store.create(path, arrays)
+        for name, (shape, dtype, stacked) in arrays.items():
+            for layer in range(shape[0]) if stacked else [None]:
+                changed.write(name, values[name][... if layer is None else layer].astype(dtype), layer).result()
+
+
+@pytest.mark.parametrize("fault, message", [
+    ("flipped bit", r"blocks/ffn/net_2/kernel\[1\] \(blocks.1.ffn.net.2.weight\): 1 values differ, the first is"),
+    ("missing tensor", "blocks/ffn/net_2/kernel is missing, expected bfloat16"),
+    ("unknown tensor", r"extra is float32 \[3\], expected nothing"),
+    ("other dtype", r"proj_out/kernel is float32 .*, expected bfloat16"),
+    ("truncated", r"missing or truncated \(proj_out/kernel\)"),
+    ("config", "vae/config.json: is missing or differs"), ("tokenizer", "tokenizer/.*: is missing or differs")])
+def test_check_finds(source, tmp_path, fault, message):
+    dst = tmp_path / "model"
+    convert(str(source), dst, "bfloat16")
+    if fault == "config":
+        (dst / "vae/config.json").write_text("{}")
+    elif fault == "tokenizer":
+        next(p for p in (dst / "tokenizer").iterdir()).unlink()
+    else:
+        change_store(model_dir.params_path(dst, "transformer"), fault)
+    with pytest.raises(UserError, match=message) as caught:
+        check(str(source), dst)
+    assert "in 1 places" in str(caught.value)
+
+
+def test_check_finds_what_changed_in_the_source(own, tmp_path):
+    convert(str(own), tmp_path / "model")
+    check(str(own), tmp_path / "model")
+    path = own / "vae" / "diffusion_pytorch_model.safetensors"
+    rewrite(path, lambda w: w["quant_conv.bias"].__setitem__(3, 7.0))
+    command = [sys.executable, "-m", "convert.from_diffusers", f"--src={own}", f"--dst={tmp_path / 'model'}", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "quant_conv/bias (quant_conv.bias): 1 values differ" in done.stderr
+    assert "should be 7.0" in done.stderr and "Traceback" not in done.stderr
+    rewrite(path, lambda w: w.pop("quant_conv.bias"))
+    with pytest.raises(UserError, match=r"1 missing \(quant_conv.bias\)"):
+        check(str(own), tmp_path / "model")

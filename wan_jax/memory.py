@@ -1,0 +1,38 @@
+"""Peak memory of this process, on its devices and on the host."""
+
+import dataclasses
+import pathlib
+import re
+import resource
+import sys
+
+import jax
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Peaks:
+    """Bytes, since the process began."""
+
+    device: int | None  # of the fullest device; None where the backend does not count
+    host: int  # resident
+
+    def known(self) -> dict[str, int]:
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+
+    def __str__(self) -> str:
+        device = "unknown" if self.device is None else f"{self.device / GIB:.2f} GiB"
+        return f"peak memory: device {device}, host {self.host / GIB:.2f} GiB"
+
+
+def peaks() -> Peaks:
+    device = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in jax.local_devices()]
+    return Peaks(max((x for x in device if x is not None), default=None), _host())
+
+
+def _host() -> int:
+    status = pathlib.Path("/proc/self/status")  # ru_maxrss begins at the parent's
+    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
