@@ -16,9 +16,9 @@ from wan_jax.attention import choose_backend
 
 pytestmark = pytest.mark.skipif(stubs.why_not() is not None, reason=str(stubs.why_not()))
 BACKEND = choose_backend("auto", "rocm", jnp.bfloat16, 128)
-MEMORY_LINEAR = {"chunked", "pallas"}  # attention backends that hold no array of S x S
 LIMIT = 0.9 * stubs.MEMORY
 ONE_EACH = [Case("wan2.1-1.3b", True, devices, video) for devices in (1, 8) for video in (False, True)]
+VIDEO = Case("wan2.1-1.3b", True, 1, True)
 
 
 @pytest.fixture(scope="session")
@@ -67,11 +67,8 @@ def check(executable, case: Case, tokens: int, attends: bool = True):
     assert needs(executable.memory_analysis()) < LIMIT
     text = executable.as_text()
     assert bool(inspection.collectives(text)) == (case.devices > 1 and attends)
-    squares = inspection.square_buffers(text, tokens)
-    if BACKEND not in MEMORY_LINEAR:
-        assert bool(squares) == attends
-    elif case.video:  # a picture's 1024 tokens may be one chunk
-        assert not squares
+    if case.video:  # a picture's 1024 tokens may be one chunk
+        assert not inspection.square_buffers(text, tokens)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -114,10 +111,11 @@ def test_what_cannot_fit_is_seen(compiled):
     assert needs(executable.memory_analysis()) > stubs.MEMORY
 
 
-def test_dense_attention_is_seen(code_objects):
-    run = ONE_EACH[0].run(stubs.mi300x(), "xla")
-    program = run.ode_step()
-    assert inspection.square_buffers(program.jitted.lower(*program.args).compile().as_text(), run.tokens)
+@pytest.mark.parametrize("backend, dense", [("pallas", False), ("xla", True)])
+def test_other_attention_compiles_and_what_is_dense_is_seen(backend, dense, compiled):
+    run = VIDEO.run(stubs.mi300x(), backend)
+    text = compiled(f"update {VIDEO}, attention {backend}", run.update()).as_text()
+    assert bool(inspection.square_buffers(text, run.tokens)) == dense
 
 
 def test_a_call_of_cuda_is_refused(code_objects):
