@@ -77,11 +77,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, backend: str,
             raise ValueError(f"key_counts={key_counts} must be {k.shape[1]} positive integers, one a key")
         key_bias = jnp.asarray(np.log(counts), jnp.float32)  # c equal terms exp(x) sum to exp(x + log c)
     if backend == "cudnn":
-        # Repeated, not biased: cuDNN takes a bias in the 16-bit type only, where exp(log 448) comes out 1.1 % short,
-        # and JAX always asks for the bias' gradient, which cuDNN gives only for one video and a bias of each head.
-        if key_counts is not None:
-            k, v = repeat_keys(k, counts), repeat_keys(v, counts)
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        return _cudnn(q, *((k, v) if key_counts is None else (repeat_keys(x, counts) for x in (k, v))))
     if backend == "chunked":
         return chunked_attention(q, k, v, key_bias)
     if backend == "pallas":
@@ -93,6 +89,18 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, backend: str,
         logits = logits + key_bias
     weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
     return jnp.einsum("bnqk,bknh->bqnh", weights, v)
+
+
+def _cudnn(q, k, v):
+    """cuDNN's flash attention; JAX refuses to differentiate it at odd lengths, so these get one row more, masked.
+
+    Counted keys come repeated, not biased: cuDNN takes a bias in the 16-bit type only, where exp(log 448) is 1.1 %
+    short, and JAX always asks for the bias' gradient, which cuDNN gives only for one video and a bias of each head.
+    """
+    sq, sk = q.shape[1], k.shape[1]
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    lengths = jnp.full(k.shape[0], sk, jnp.int32) if sk % 2 else None
+    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")[:, :sq]
 
 
 def repeat_keys(x: jax.Array, counts: np.ndarray) -> jax.Array:
