@@ -23,7 +23,7 @@ from grpo.policy import make_policy
 from grpo.rollout import StepTable, make_step, rollout
 from grpo.update import OptimiserConfig, init_state, make_update, stack_batches
 from wan_jax import mesh as mesh_lib
-from wan_jax.attention import choose_backend
+from wan_jax.attention import choose_backend, platform_of
 from wan_jax.config import TransformerConfig
 from wan_jax.guidance import TextBatch
 from wan_jax.lora import LoRAConfig
@@ -62,7 +62,7 @@ def main(_):
     config = TransformerConfig(**SIZES[f.size], attention_head_dim=128, text_dim=4096)
     mesh, dtype = mesh_lib.make_mesh(devices=jax.devices()[:1]), jnp.dtype(f.dtype)
     device = mesh.devices.flat[0]
-    backend = choose_backend("auto", device.platform, dtype, config.attention_head_dim)
+    backend = choose_backend("auto", platform_of(device), dtype, config.attention_head_dim)
     draw = jax.jit(lambda: nnx.split(WanTransformer3D(config, dtype=dtype, attention=backend, rngs=nnx.Rngs(0)))[1])
     frozen = draw()
     policy, trainable = make_policy(config, frozen, mesh, lora=LoRAConfig(), key=jax.random.key(0), dtype=dtype,

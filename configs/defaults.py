@@ -17,7 +17,7 @@ def defaults() -> ConfigDict:
     c.model = ConfigDict()
     c.model.path = ""                   # a folder written by convert.from_diffusers
     c.model.dtype = "bfloat16"          # of the transformer's weights and matrix products
-    c.model.attention = "auto"          # auto | xla | cudnn
+    c.model.attention = "auto"          # auto | xla | chunked | cudnn | pallas (wan_jax/attention.py)
     c.model.offload = "auto"            # auto | never | always: the idle expert of two waits in host memory
     c.model.remat = "block"             # none | block: recompute activations in the backward pass
 

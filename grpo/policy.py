@@ -36,6 +36,12 @@ class Policy:
     base: nnx.State  # abstract base state
     lora: LoRAConfig | None
 
+    @property
+    def trainable(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the trained arrays, fp32."""
+        arrays = P.flatten(self.base if self.adapters is None else self.adapters)
+        return {path: jax.ShapeDtypeStruct(x.shape, jnp.float32) for path, x in arrays.items()}
+
     def module(self, trainable: Flat, frozen: nnx.State) -> WanTransformer3D:
         """The transformer under training."""
         if self.adapters is not None:
@@ -48,21 +54,29 @@ class Policy:
         return nnx.merge(self.base_graph, frozen)
 
 
+def make_structure(config: TransformerConfig, *, lora: LoRAConfig | None, dtype, attention: str, remat: str) -> Policy:
+    """The policy without arrays: enough to trace, lower and compile what it takes part in."""
+    key = jax.random.key(0)  # of adapters that are never drawn
+    base_graph, base = nnx.split(nnx.eval_shape(lambda: _build(config, None, key, dtype, attention, remat)))
+    if lora is None:
+        return Policy(base_graph, base_graph, None, base, None)
+    graph, adapters, _ = nnx.split(nnx.eval_shape(lambda: _build(config, lora, key, dtype, attention, remat)),
+                                   LoRAParam, ...)
+    return Policy(base_graph, graph, adapters, base, lora)
+
+
 def make_policy(config: TransformerConfig, frozen: nnx.State, mesh, *, lora: LoRAConfig | None, key, dtype,
                 attention: str, remat: str) -> tuple[Policy, Flat]:
     """The policy and its initial trainable arrays, placed on the mesh. `frozen` is the loaded base state."""
-
-    def build(with_lora: bool):
-        model = WanTransformer3D(config, dtype=dtype, attention=attention, remat=remat, rngs=nnx.Rngs(0))
-        return lora_lib.attach(model, lora, key) if with_lora else model
-
-    base_graph, base = nnx.split(nnx.eval_shape(lambda: build(False)))
+    policy = make_structure(config, lora=lora, dtype=dtype, attention=attention, remat=remat)
     if lora is None:
         trainable = {k: jnp.array(v, jnp.float32) for k, v in P.flatten(frozen).items()}
-        policy = Policy(base_graph, base_graph, None, base, None)
     else:
-        graph, adapters, _ = nnx.split(nnx.eval_shape(lambda: build(True)), LoRAParam, ...)
-        init = jax.jit(lambda: nnx.split(build(True), LoRAParam, ...)[1])
+        init = jax.jit(lambda: nnx.split(_build(config, lora, key, dtype, attention, remat), LoRAParam, ...)[1])
         trainable = P.flatten(init())
-        policy = Policy(base_graph, graph, adapters, base, lora)
     return policy, mesh_lib.shard_params(trainable, mesh)
+
+
+def _build(config, lora: LoRAConfig | None, key, dtype, attention: str, remat: str) -> WanTransformer3D:
+    model = WanTransformer3D(config, dtype=dtype, attention=attention, remat=remat, rngs=nnx.Rngs(0))
+    return lora_lib.attach(model, lora, key) if lora else model

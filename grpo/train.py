@@ -38,7 +38,7 @@ from rewards.targets import parse_targets
 from rewards.workers import RewardPool
 from wan_jax import cli, hosts, memory, model_dir, pipeline
 from wan_jax import mesh as mesh_lib
-from wan_jax.attention import choose_backend
+from wan_jax.attention import choose_backend, platform_of
 from wan_jax.checkpoint import Checkpoints
 from wan_jax.cli import UserError
 from wan_jax.experts import Segment, Weights, choose_offload, guidances, per_guidance, segments
@@ -99,7 +99,8 @@ class Plan:
         mesh_lib.check_batch("config.sample.batch_size", c.sample.batch_size, mesh)
         model = model_dir.open_model(c.model.path)
         config, vae = model.config("transformer"), model.config("vae")
-        backend = choose_backend(c.model.attention, mesh.devices.flat[0].platform, s.dtype, config.attention_head_dim)
+        backend = choose_backend(c.model.attention, platform_of(mesh.devices.flat[0]), s.dtype,
+                                 config.attention_head_dim)
         shape, eval_shape = (pipeline.latent_shape(frames, c.sample.height, c.sample.width, vae, config)
                              for frames in (c.sample.frames, c.eval.frames or c.sample.frames))
         schedule, solver = flow_sigmas(c.sample.steps, c.sample.shift), make_solver(c.eval.solver, c.eval.steps,
@@ -166,7 +167,8 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     table_of_steps = StepTable.make(plan.schedule, s.sde)
     scales = guidances(c.sample.guidance, c.sample.guidance_2, len(model.experts))
     steps = per_guidance(functools.partial(make_step, policy, table_of_steps), scales)
-    updates = per_guidance(lambda scale: make_update(policy, table_of_steps, scale, s.loss, s.optimiser), scales)
+    updates = per_guidance(lambda scale: make_update(policy, table_of_steps, scale, s.loss, s.optimiser, mesh),
+                           scales)
     eval_steps = per_guidance(functools.partial(pipeline.make_ode_step, policy.module, solver),
                               guidances(c.eval.guidance, c.eval.guidance_2, len(model.experts)))
 

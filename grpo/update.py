@@ -82,6 +82,13 @@ def init_state(trainable: Flat, config: OptimiserConfig) -> TrainState:
     return TrainState(trainable, opt, jax.tree.map(jnp.copy, trainable), updates)
 
 
+def state_shapes(policy: Policy, config: OptimiserConfig) -> TrainState:
+    """`init_state` without arrays: a TrainState of `jax.ShapeDtypeStruct`s."""
+    shapes = policy.trainable
+    return TrainState(shapes, jax.eval_shape(make_optimiser(config).init, shapes), shapes,
+                      jax.ShapeDtypeStruct((), jnp.int32))
+
+
 def objective(policy: Policy, table: StepTable, guidance: float, config: LossConfig, trainable: Flat, frozen,
               x, x_next, old_log_prob, i, text, advantages, valid) -> tuple[jax.Array, LossMetrics]:
     """Sum of the loss over the valid rows of one micro-batch at step i, and its metrics."""
@@ -94,15 +101,18 @@ def objective(policy: Policy, table: StepTable, guidance: float, config: LossCon
 
 
 def make_update(policy: Policy, table: StepTable, guidance: float, config: LossConfig,
-                optimiser_config: OptimiserConfig) -> Callable:
+                optimiser_config: OptimiserConfig, mesh: jax.sharding.Mesh | None = None) -> Callable:
     """The jitted update: (TrainState, frozen, UpdateBatch) -> (TrainState, LossMetrics, norms). Donates the state.
 
-    norms: {'grad_norm', 'update_norm'}, fp32 scalars, the gradient's before clipping.
+    norms: {'grad_norm', 'update_norm'}, fp32 scalars, the gradient's before clipping. mesh: where the state lies; the
+    new one then lies as the old one, where XLA would split biases by its own choice and the next call compile again.
     """
     optimiser = make_optimiser(optimiser_config)
+    state = state_shapes(policy, optimiser_config)
+    shardings = (mesh_lib.param_shardings(state, mesh), None, None) if mesh else None
     grad_fn = jax.grad(partial(objective, policy, table, guidance, config), has_aux=True)
 
-    @partial(jax.jit, donate_argnums=(0,), compiler_options=COMPILER_OPTIONS)
+    @partial(jax.jit, donate_argnums=(0,), out_shardings=shardings, compiler_options=COMPILER_OPTIONS)
     def update(state: TrainState, frozen, batch: UpdateBatch):
         def one_step(carry, row, text, advantages, valid):
             grads, metrics = grad_fn(state.trainable, frozen, *row, text, advantages, valid)

@@ -62,7 +62,7 @@ def embed_prompts(model: model_dir.ModelDir, prompts: Sequence[str], negative: s
     lengths = dict(zip(missing, np.minimum(tokenizer.lengths(missing), TEXT_ROWS))) if missing else {}
     if missing:
         graphdef, state = model_dir.build("text_encoder", model, dtype=dtype)
-        run = jax.jit(lambda state, ids, mask: encode(nnx.merge(graphdef, state), ids, mask).astype(jnp.float32))
+        run = make_encoder(graphdef)
     size, work = min(batch, len(texts)), []
     for rows in sorted({rounded(n) for n in lengths.values()}):
         group = [text for text in missing if rounded(lengths[text]) == rows]
@@ -79,6 +79,11 @@ def embed_prompts(model: model_dir.ModelDir, prompts: Sequence[str], negative: s
         out[i, : len(known[text])] = known[text]
     index = {text: i for i, text in enumerate(texts)}
     return TextTable(out[[index[prompt] for prompt in prompts]], out[index[negative]])
+
+
+def make_encoder(graphdef) -> Callable:
+    """The jitted text encoder: (state, ids int32 [B, S], mask [B, S]) -> fp32 [B, S, text_dim], zero past the mask."""
+    return jax.jit(lambda state, ids, mask: encode(nnx.merge(graphdef, state), ids, mask).astype(jnp.float32))
 
 
 def rounded(rows: int) -> int:
@@ -98,6 +103,28 @@ def latent_shape(frames: int, height: int, width: int, vae: VAEConfig,
     return (frames - 1) // t + 1, height // s, width // s, transformer.in_channels
 
 
+def decoder_programs(graphdef, *, blended: bool = False) -> tuple[Callable, Callable]:
+    """What `make_decoder` runs, jitted: (vae state, latents fp32 [B,F,h,w,C]) -> video, and
+    (vae state, latents of a chunk, history) -> (video, history). Videos [B,T,H,W,3] are uint8, or fp32 in [-1, 1] where
+    they are still to be blended."""
+
+    def pixels(video):
+        return video if blended else jnp.round((video + 1) * 127.5).astype(jnp.uint8)
+
+    @jax.jit
+    def whole(state, latents):
+        vae: AutoencoderKLWan = nnx.merge(graphdef, state)
+        return pixels(vae.decode(vae.denormalise(latents)))
+
+    @partial(jax.jit, donate_argnums=(2,))
+    def step(state, latents, history):
+        vae: AutoencoderKLWan = nnx.merge(graphdef, state)
+        video, history = vae.decode_chunk(vae.denormalise(latents), history)
+        return pixels(video), history
+
+    return whole, step
+
+
 def make_decoder(graphdef, *, chunk: int | None = None, tile: int = 0, overlap: int = 8) -> Callable:
     """The jitted VAE decoder: (vae state, latents fp32 [B,F,h,w,C]) -> uint8 [B,T,H,W,3] RGB on the host; with
     several processes, the videos whose latents lie on this one's devices.
@@ -113,20 +140,7 @@ def make_decoder(graphdef, *, chunk: int | None = None, tile: int = 0, overlap: 
         raise ValueError(f"chunk={chunk}, tile={tile}, overlap={overlap}: none may be negative, and tiles must overlap "
                          "by less than their size")
 
-    def pixels(video):
-        return video if tile else jnp.round((video + 1) * 127.5).astype(jnp.uint8)  # tiles are blended before rounding
-
-    @jax.jit
-    def whole(state, latents):
-        vae: AutoencoderKLWan = nnx.merge(graphdef, state)
-        return pixels(vae.decode(vae.denormalise(latents)))
-
-    @partial(jax.jit, donate_argnums=(2,))
-    def step(state, latents, history):
-        vae: AutoencoderKLWan = nnx.merge(graphdef, state)
-        video, history = vae.decode_chunk(vae.denormalise(latents), history)
-        return pixels(video), history
-
+    whole, step = decoder_programs(graphdef, blended=tile > 0)
     chosen = {}  # shape on one device: latent frames a chunk
 
     def in_time(state, latents):

@@ -17,7 +17,7 @@ from flax import nnx
 from wan_jax import cli, experts, lora, media, memory, model_dir, pipeline
 from wan_jax import mesh as mesh_lib
 from wan_jax import params as P
-from wan_jax.attention import choose_backend
+from wan_jax.attention import choose_backend, platform_of
 from wan_jax.checkpoint import load_trained
 from wan_jax.cli import UserError
 from wan_jax.layers import LoRAParam
@@ -43,7 +43,7 @@ flags.DEFINE_integer("samples", 1, "samples a prompt")
 flags.DEFINE_integer("fps", 16, "frames a second of a video")
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "weights and matrix products of the transformer")
 flags.DEFINE_enum("offload", "auto", experts.OFFLOAD, "keep the idle expert of two in host memory")
-flags.DEFINE_string("attention", "auto", "attention backend")
+flags.DEFINE_string("attention", "auto", "backend: auto, xla, chunked, cudnn or pallas")
 flags.DEFINE_string("noise", None, ".npy file with the initial noise [B, F, H, W, C], in place of the seed's")
 FLAGS = flags.FLAGS
 
@@ -97,7 +97,7 @@ def main(_):
         shift = model.scheduler.flow_shift if FLAGS.shift is None else FLAGS.shift
         solver = make_solver(FLAGS.solver, FLAGS.steps, shift)
         mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
-        backend = choose_backend(FLAGS.attention, jax.devices()[0].platform, dtype, config.attention_head_dim)
+        backend = choose_backend(FLAGS.attention, platform_of(jax.devices()[0]), dtype, config.attention_head_dim)
 
     table = pipeline.embed_prompts(model, FLAGS.prompt, FLAGS.negative_prompt, dtype=dtype)
     graphdef, weights = load_transformers(model, FLAGS.checkpoint, dtype, backend, mesh, FLAGS.offload)

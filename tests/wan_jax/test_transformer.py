@@ -13,7 +13,6 @@ from flax import nnx
 from convert import key_table
 from wan_jax import lora
 from wan_jax import params as P
-from wan_jax.attention import attention, choose_backend, repeat_keys
 from wan_jax.config import ConfigError, TransformerConfig, from_dict
 from wan_jax.layers import LoRAParam
 from wan_jax.transformer import WanTransformer3D, rope_table
@@ -132,35 +131,6 @@ def test_rope_pairs_and_limit():
 def test_configs_of_other_models_are_refused(field, value):
     with pytest.raises(ConfigError, match=field):
         from_dict(TransformerConfig, {field: value})
-
-
-def test_attention_against_float64():
-    rng = np.random.default_rng(0)
-    q, k, v = (rng.standard_normal((2, n, 3, 8)) for n in (5, 7, 7))
-    counts = np.array([1, 1, 4, 1, 1, 9, 1])
-    logits = np.einsum("bqnh,bknh->bnqk", q, k) / np.sqrt(8)
-    weights = np.exp(logits) * counts
-    expected = np.einsum("bnqk,bknh->bqnh", weights / weights.sum(-1, keepdims=True), v)
-    out = attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), backend="xla", key_counts=counts)
-    assert relative_error(out, expected) < 1e-6
-
-
-@pytest.mark.parametrize("counts", [[3], [1, 1], [1, 1, 5], [2, 1, 1, 4, 3, 1]])
-def test_repeated_keys(counts):
-    x = np.arange(2 * len(counts) * 6, dtype=np.float32).reshape(2, len(counts), 3, 2)
-    assert np.array_equal(repeat_keys(jnp.asarray(x), np.array(counts)), np.repeat(x, counts, axis=1))
-
-
-def test_attention_backend_choice():
-    assert choose_backend("auto", "gpu", jnp.bfloat16, 128) == "cudnn"
-    assert choose_backend("auto", "gpu", jnp.float32, 128) == choose_backend("auto", "cpu", jnp.bfloat16, 128) == "xla"
-    assert choose_backend("auto", "rocm", jnp.bfloat16, 128) == "xla"
-    for platform, dtype, head_dim, why in (("cpu", jnp.bfloat16, 128, "cpu"), ("gpu", jnp.float32, 128, "float32"),
-                                           ("gpu", jnp.bfloat16, 256, "256")):
-        with pytest.raises(ValueError, match=why):
-            choose_backend("cudnn", platform, dtype, head_dim)
-    with pytest.raises(ValueError, match=r"flash.*auto, xla, cudnn"):
-        choose_backend("flash", "cpu", jnp.float32, 128)
 
 
 def with_adapters(model, targets=lora.ATTENTION_TARGETS, seed=0):

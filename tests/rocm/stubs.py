@@ -1,0 +1,135 @@
+"""XLA's ROCm compiler without ROCm or a GPU: stand-ins for the libraries that the plugin links to.
+
+The plugin holds the whole compiler (LLVM, LLD, Triton); what it takes from ROCm's libraries is for running. Here every
+library that the loader does not find is replaced by one of the same name whose functions all report failure, so that
+the plugin loads, and `mi300x` describes the devices to compile for. Nothing can be executed this way.
+
+Needs `jax[rocm7-local]`, a C compiler and readelf (Debian: gcc, binutils), on Linux with glibc.
+"""
+
+import ctypes
+import importlib
+import importlib.util
+import pathlib
+import re
+import shutil
+import subprocess
+import tempfile
+from unittest import mock
+
+PLUGIN = "jax_plugins.xla_rocm7"
+GLIBC = re.compile(r"(libc|libm|librt|libdl|libpthread|libgcc_s|libstdc\+\+|ld-linux-x86-64)\.so")
+
+# The MI300X as XLA's own description has it (openxla/xla, xla/backends/gpu/target_config/specs/mi300.txtpb), except for
+# the memory, which is AMD's figure of 192 GB.
+MEMORY = 192 * 10**9
+MI300X = f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 64 threads_per_core_limit: 2048
+  shared_memory_per_block: 65536 shared_memory_per_block_optin: 65536 shared_memory_per_core: 65536
+  core_count: 304 fpus_per_core: 128 clock_rate_ghz: 2.1
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65536 block_dim_limit_z: 65536
+  memory_bandwidth: 6810000000000 l2_cache_size: 4194304 device_memory_size: {MEMORY}
+  registers_per_core_limit: 131072 registers_per_block_limit: 131072
+  rocm_compute_capability {{ gcn_arch_name: "gfx942:sramecc+:xnack-" }}
+}}
+platform_name: "ROCM"
+device_description_str: "MI300X"
+dnn_version_info {{}}
+"""
+
+
+def why_not() -> str | None:
+    """What is missing to compile for ROCm here; None: nothing."""
+    try:
+        plugin = importlib.util.find_spec(PLUGIN)
+    except ModuleNotFoundError:  # no plugin of any kind
+        plugin = None
+    if plugin is None:
+        return "JAX's ROCm plugin is not installed: bash scripts/test_rocm.sh"
+    tools = [tool for tool in ("gcc", "readelf") if not shutil.which(tool)]
+    return f"{' and '.join(tools)} not found: apt-get install gcc binutils" if tools else None
+
+
+def load():
+    """Registers the ROCm plugin with JAX for compilation. Once a process; raises OSError where it cannot be loaded."""
+    packages = (PLUGIN, "jax_rocm7_plugin")
+    libraries = [path for name in packages for folder in importlib.util.find_spec(name).submodule_search_locations
+                 for path in sorted(pathlib.Path(folder).glob("*.so"))]
+    with tempfile.TemporaryDirectory() as folder:
+        load_stubs(libraries, pathlib.Path(folder))
+    # the plugin does not register on a machine without an AMD GPU
+    with mock.patch("jax._src.hardware_utils.num_available_amd_gpus", lambda stop_at=None: 1):
+        importlib.reload(importlib.import_module(PLUGIN)).initialize()  # JAX may have tried it without the stubs
+
+
+def mi300x(count: int = 1) -> list:
+    """`count` MI300X of one host, to compile for."""
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc("", "rocm", target_config=MI300X, topology=f"1x1x{count}").devices
+
+
+def load_stubs(libraries: list[pathlib.Path], folder: pathlib.Path):
+    """Builds stand-ins in `folder` for what `libraries` need and the loader lacks, and loads them for the process."""
+    missing = []
+    for library in libraries:
+        for name in re.findall(r"\(NEEDED\).*\[(.+)\]", readelf("-d", library)):
+            if name not in missing and not GLIBC.match(name) and not loads(name):
+                missing.append(name)
+    symbols = {name: {} for name in missing}  # library: {function: its version, '' without}
+    system = [ctypes.CDLL(name) for name in (None, "libstdc++.so.6", "libm.so.6", "libgcc_s.so.1")]
+    for library in libraries:
+        owner = version_owners(library)
+        for function, version in undefined(library):
+            if owner.get(version) in symbols:
+                symbols[owner[version]][function] = version
+            elif not version and missing and not any(hasattr(lib, function) for lib in system):
+                symbols[missing[0]][function] = ""  # any library will do: they are all in one namespace
+    for name, functions in symbols.items():
+        path = folder / name
+        source, script = path.with_suffix(".c"), path.with_suffix(".map")
+        source.write_text("".join(map(stub, sorted(functions))))
+        versions = sorted(set(functions.values()) - {""})
+        script.write_text("".join(
+            f"{v} {{ global: {' '.join(f'{f};' for f in functions if functions[f] == v)} }};\n" for v in versions))
+        subprocess.run(["gcc", "-shared", "-fPIC", "-w", "-o", path, source, f"-Wl,-soname,{name}",
+                        *([f"-Wl,--version-script={script}"] if versions else [])], check=True)
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+
+
+def stub(function: str) -> str:
+    """C of a function that fails: hipErrorNoDevice from HIP, 1 from the others, a text where a text is wanted."""
+    if re.search(r"(GetErrorString|GetErrorName|_to_string|status_string)$", function):
+        return f'const char* {function}(void) {{ return "no ROCm here"; }}\n'
+    if function == "__hipRegisterFatBinary":  # called while the plugin loads; it wants a handle
+        return f"static void* handle; void** {function}(void) {{ return &handle; }}\n"
+    return f"int {function}(void) {{ return {100 if function.startswith('hip') else 1}; }}\n"
+
+
+def loads(name: str) -> bool:
+    try:
+        ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return False
+    return True
+
+
+def undefined(library: pathlib.Path) -> list[tuple[str, str]]:
+    """(symbol, version or '') of everything that the library takes from others, weak references left out."""
+    table = readelf("--dyn-syms", library)
+    return re.findall(r" GLOBAL +DEFAULT +UND +([^@\s]+)@?@?(\S*)", table)
+
+
+def version_owners(library: pathlib.Path) -> dict[str, str]:
+    """Symbol version to the library that the version is of."""
+    owners, current = {}, None
+    for file, version in re.findall(r"Version: 1 +File: (\S+)|Name: (\S+)", readelf("-V", library)):
+        current = file or current
+        if version:
+            owners[version] = current
+    return owners
+
+
+def readelf(option: str, library: pathlib.Path) -> str:
+    return subprocess.run(["readelf", "-W", option, library], capture_output=True, text=True, check=True).stdout

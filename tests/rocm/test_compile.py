@@ -1,0 +1,125 @@
+"""XLA's ROCm compiler makes MI300X programs of training, which fit: ahead of time, without a GPU.
+
+Runs where JAX's ROCm plugin is installed (scripts/test_rocm.sh). Shows neither numerics nor speed.
+"""
+
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.rocm import inspection, stubs
+from tests.rocm.programs import CASES, TOO_LARGE, Case, Program
+from wan_jax.attention import choose_backend
+
+pytestmark = pytest.mark.skipif(stubs.why_not() is not None, reason=str(stubs.why_not()))
+BACKEND = choose_backend("auto", "rocm", jnp.bfloat16, 128)
+LIMIT = 0.9 * stubs.MEMORY
+ONE_EACH = [Case("wan2.1-1.3b", True, devices, video) for devices in (1, 8) for video in (False, True)]
+VIDEO = Case("wan2.1-1.3b", True, 1, True)
+
+
+@pytest.fixture(scope="session")
+def code_objects(tmp_path_factory):
+    """The folder in which XLA leaves its code objects; the plugin is loaded, and ready to compile."""
+    folder = tmp_path_factory.mktemp("hsaco")
+    os.environ |= {"TF_XLA_HSACO_CACHE_DIR": str(folder), "TF_XLA_HSACO_BITCODE_SIZE_THRESHOLD": "0"}
+    stubs.load()
+    jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for absent devices cannot be read back
+    yield folder
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
+@pytest.fixture
+def compiled(code_objects, table):
+    """compile(name, program) -> the executable, measured, after the checks that every program must pass."""
+
+    def compile(name: str, program: Program):
+        before = set(code_objects.iterdir())
+        lowered = program.jitted.lower(*program.args)
+        assert inspection.lowered_targets(lowered.as_text()) <= inspection.LOWERED
+        start = time.perf_counter()
+        executable = lowered.compile()
+        seconds = time.perf_counter() - start
+        text, memory = executable.as_text(), executable.memory_analysis()
+        found = inspection.collectives(text)
+        table.append(f"| {name} | {seconds:.1f} | {memory.argument_size_in_bytes / 1e9:.2f} | "
+                     f"{memory.temp_size_in_bytes / 1e9:.2f} | {needs(memory) / 1e9:.2f} | "
+                     f"{', '.join(f'{n} {found[n]}' for n in inspection.COLLECTIVES if found[n])} |")
+        assert inspection.compiled_targets(text) <= inspection.COMPILED
+        new = set(code_objects.iterdir()) - before
+        assert new and all(map(inspection.is_gfx942, new))
+        return executable
+
+    return compile
+
+
+def needs(memory) -> int:
+    """Bytes on a device while the program runs: arguments, results that take no argument's place, temporaries; XLA's
+    own figure for the peak leaves out what its allocation of temporaries wastes."""
+    return max(memory.peak_memory_in_bytes, memory.argument_size_in_bytes + memory.temp_size_in_bytes
+               + memory.output_size_in_bytes - memory.alias_size_in_bytes)
+
+
+def check(executable, case: Case, tokens: int, attends: bool = True):
+    assert needs(executable.memory_analysis()) < LIMIT
+    text = executable.as_text()
+    assert bool(inspection.collectives(text)) == (case.devices > 1 and attends)
+    if case.video:  # a picture's 1024 tokens may be one chunk
+        assert not inspection.square_buffers(text, tokens)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rollout_step_compiles_and_fits(case, compiled):
+    run = case.run(stubs.mi300x(case.devices), BACKEND)
+    program = run.rollout_step()
+    executable = compiled(f"rollout {case}", program)
+    check(executable, case, run.tokens)
+    latents = program.args[2]
+    assert executable.output_shardings[0].is_equivalent_to(latents.sharding, latents.ndim)  # the next step's argument
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_update_compiles_and_fits(case, compiled):
+    run = case.run(stubs.mi300x(case.devices), BACKEND)
+    program = run.update()
+    executable = compiled(f"update {case}", program)
+    check(executable, case, run.tokens)
+    after = executable.output_shardings[0]  # of the state, which is the next update's argument
+    moved = [path for (path, x), sharding in zip(jax.tree.leaves_with_path(program.args[0]), jax.tree.leaves(after))
+             if not sharding.is_equivalent_to(x.sharding, x.ndim)]
+    assert not moved
+
+
+@pytest.mark.parametrize("case", ONE_EACH, ids=str)
+def test_ode_step_and_decoder_compile_and_fit(case, compiled):
+    run = case.run(stubs.mi300x(case.devices), BACKEND)
+    check(compiled(f"ODE step {case}", run.ode_step()), case, run.tokens)
+    check(compiled(f"decode {case}", run.decode()), case, run.tokens, attends=False)
+
+
+def test_text_encoder_compiles_and_fits(compiled):
+    executable = compiled("text encoder", ONE_EACH[0].run(stubs.mi300x(), BACKEND).encode_text())
+    assert needs(executable.memory_analysis()) < LIMIT
+
+
+def test_what_cannot_fit_is_seen(compiled):
+    """All weights of 14B trained on one device: two fp32 moments, the weights and their average are 229 GB."""
+    executable = compiled(f"update {TOO_LARGE} (does not fit)", TOO_LARGE.run(stubs.mi300x(), BACKEND).update())
+    assert needs(executable.memory_analysis()) > stubs.MEMORY
+
+
+@pytest.mark.parametrize("backend, dense", [("pallas", False), ("xla", True)])
+def test_other_attention_compiles_and_what_is_dense_is_seen(backend, dense, compiled):
+    run = VIDEO.run(stubs.mi300x(), backend)
+    text = compiled(f"update {VIDEO}, attention {backend}", run.update()).as_text()
+    assert bool(inspection.square_buffers(text, run.tokens)) == dense
+
+
+def test_a_call_of_cuda_is_refused(code_objects):
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(stubs.mi300x()[0]))
+    call = jax.jit(lambda a: jax.ffi.ffi_call("cusolver_potrf_ffi", jax.ShapeDtypeStruct(a.shape, a.dtype))(a))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"cusolver_potrf_ffi on a platform ROCM"):
+        call.lower(x).compile()

@@ -1,0 +1,80 @@
+"""Every program of training lowers for AMD GPUs, at full size, and asks for nothing that only NVIDIA or a host has.
+
+Needs neither plugin nor GPU; arguments are abstract. What XLA makes of it is `test_compile`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.rocm.inspection import LOWERED, lowered_targets
+from tests.rocm.programs import CASES, Case, Program
+from wan_jax.attention import choose_backend
+
+PROGRAMS = ("initial_noise", "rollout_step", "ode_step", "update", "decode")
+BACKEND = choose_backend("auto", "rocm", jnp.bfloat16, 128)
+
+
+def lower(program: Program) -> str:
+    return program.jitted.trace(*program.args).lower(lowering_platforms=("rocm",)).as_text()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_training_asks_for_nothing_foreign(case):
+    run = case.run(jax.devices(), BACKEND)
+    for name in PROGRAMS:
+        text = lower(getattr(run, name)())
+        assert "stablehlo" in text and lowered_targets(text) <= LOWERED, name
+        assert f"mhlo.num_partitions = {case.devices} " in text, name
+
+
+def test_text_encoder_asks_for_nothing_foreign():
+    run = CASES[0].run(jax.devices(), BACKEND)
+    assert lowered_targets(lower(run.encode_text())) <= LOWERED
+
+
+def test_ti2v_5b_asks_for_nothing_foreign():
+    """The other VAE, of Wan 2.2, and its transformer, on videos long enough to be decoded in chunks."""
+    run = Case("wan2.2-ti2v-5b", True, 1, True).run(jax.devices(), BACKEND)
+    run.recipe.sample.frames, run.recipe.sample.height, run.recipe.sample.width = 81, 704, 1280
+    for name in PROGRAMS:
+        program = getattr(run, name)()
+        assert lowered_targets(lower(program)) <= LOWERED, name
+        assert name != "decode" or len(program.args) == 3, "decoded whole"
+
+
+@pytest.mark.parametrize("function, target", [
+    (jnp.linalg.cholesky, "hipsolver_potrf_ffi"),
+    (lambda x: jax.ffi.ffi_call("cusolver_potrf_ffi", jax.ShapeDtypeStruct(x.shape, x.dtype))(x), "cusolver_potrf_ffi"),
+])
+def test_a_foreign_call_is_seen(function, target):
+    x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    found = lowered_targets(lower(Program(jax.jit(function), (x,))))
+    assert target in found and not found <= LOWERED
+
+
+@pytest.mark.parametrize("callback", [
+    lambda x: jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x),
+    lambda x: jax.debug.print("{}", x.sum()),
+])
+def test_a_host_callback_is_seen(callback):
+    program = Program(jax.jit(callback), (jax.ShapeDtypeStruct((4,), jnp.float32),))
+    with pytest.raises((ValueError, AssertionError), match=r"lowering platform rocm|callback"):  # JAX refuses, or we do
+        found = lowered_targets(lower(program))
+        assert found <= LOWERED, found
+
+
+def test_cases_are_what_they_say():
+    assert {case.devices for case in CASES} == {1, 8} and {case.lora for case in CASES} == {True, False}
+    for case in CASES:
+        run = case.run(jax.devices(), BACKEND)
+        assert run.tokens == (3510 if case.video else 1024)
+        state, frozen, batch = run.update().args
+        adapters = any("lora" in path for path in state.trainable)
+        assert adapters == case.lora and len(jax.tree.leaves(frozen)) > 0
+        latents = batch.trajectory.x
+        assert latents.sharding.shard_shape(latents.shape)[2] == 9
+        assert dataclasses.asdict(run.settings.loss)["kl_beta"] > 0
