@@ -1,8 +1,8 @@
 """Every attention backend against float64, at awkward lengths; its memory, its sharding and its choice.
 
 Tolerances are relative in the 2-norm. fp32: 5e-6, some tens of roundings of 2^-24 (8e-7 seen). bf16: 1e-2, a few
-roundings of 2^-9 in the probabilities, their gradients and the results (2.6e-3 seen; 7e-3 for `pallas`, which like every
-flash attention takes rowsum(dO O) from the rounded output, where one counted key has most of the weight).
+roundings of 2^-9 in the probabilities, their gradients and the results (2.6e-3 seen; 7e-3 for `pallas`, which like
+every flash attention takes rowsum(dO O) from the rounded output, where one counted key has most of the weight).
 """
 
 import functools
