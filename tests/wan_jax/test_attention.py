@@ -163,6 +163,13 @@ def test_devices_work_on_their_own_videos(name):
     assert_close((arrays[0], *results), (arrays[0], *exact(*arrays, function.keywords["key_counts"])[1:]), 5e-6)
 
 
+def test_pallas_gathers_what_is_split_along_the_tokens():
+    arrays = draw(24, 16, "float32", batch=2, heads=2, head_dim=16)
+    sharding = NamedSharding(mesh.make_mesh(2, jax.devices()[:8]), P(None, mesh.AXES))
+    results = computed(interpreted, *(jax.device_put(x, sharding) for x in arrays))
+    assert_close(results, exact(*arrays), TOLERANCE["float32"])
+
+
 def kernel_tiles():
     return [getattr(DEFAULT, name) for name in ("forward", "keys", "queries")]
 
