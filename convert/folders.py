@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 import shutil
+import threading
 from collections.abc import Iterator
 
 import ml_dtypes
@@ -87,6 +88,22 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
         os.close(handle)
 
 
+class Buffers(threading.local):
+    """Memory that a thread uses again and again: getting hundreds of MB anew from the system for every tensor took
+    longer than what was done with it."""
+
+    def __init__(self):
+        self.slots: dict[str, np.ndarray] = {}
+
+    def take(self, slot: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An array of the slot's memory, not cleared; the slot's last one is overwritten with it."""
+        size = math.prod(shape) * dtype.itemsize
+        if slot not in self.slots or self.slots[slot].size < size:
+            self.slots.pop(slot, None)
+            self.slots[slot] = np.empty(size, np.uint8)
+        return self.slots[slot][:size].view(dtype).reshape(shape)
+
+
 class Shards:
     """The tensors of one component folder, from one safetensors file or from several with an index.
 
@@ -107,7 +124,7 @@ class Shards:
                 raise UserError(f"{index} is damaged: {DOWNLOAD}") from None
             names = sorted(set(weight_map.values()))
         self.files = [folder / name for name in names] + ([index] if weight_map is not None else [])
-        self.where, self.shapes, self.dtypes = {}, {}, {}
+        self.where, self.shapes, self.dtypes, self.offsets = {}, {}, {}, {}
         for name in names:
             if not (folder / name).is_file():
                 raise UserError(f"{folder / name} is missing: the download is not complete")
@@ -117,7 +134,9 @@ class Shards:
 
     def _add(self, path: pathlib.Path) -> None:
         try:
-            with safe_open(path, "numpy") as file:
+            with safe_open(path, "numpy") as file, open(path, "rb") as header:  # the library checks what we read
+                size = int.from_bytes(header.read(8), "little")
+                places = json.loads(header.read(size))
                 for key in file.offset_keys():  # as they lie in the file
                     if key in self.where:
                         raise UserError(f"tensor {key} stands in {self.where[key].name} and in {path.name}: the folder "
@@ -128,6 +147,7 @@ class Shards:
                                         f"({', '.join(DTYPES)} are)")
                     self.where[key], self.shapes[key] = path, tuple(part.get_shape())
                     self.dtypes[key] = DTYPES[part.get_dtype()]
+                    self.offsets[key] = 8 + size + places[key]["data_offsets"][0]
         except SafetensorError as error:
             raise UserError(f"{path} is truncated or damaged ({error}): {DOWNLOAD}") from None
 
@@ -142,14 +162,23 @@ class Shards:
             raise UserError(f"{index}: total_size is {total}, the tensors of its {len(self.files) - 1} files have "
                             f"{size} bytes; {DOWNLOAD}")
 
-    def read(self, key: str, rows: slice | None = None) -> np.ndarray:
-        """One tensor or rows of it, as stored. Raises `UserError` when it holds NaN or infinity."""
-        path = self.where[key]
-        try:
-            with safe_open(path, "numpy") as file:  # opened each time: what is mapped counts as memory until closed
-                value = file.get_tensor(key) if rows is None else file.get_slice(key)[rows]
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged at {key} ({error}): {DOWNLOAD}") from None
+    def read(self, key: str, rows: range | None = None, buffers: Buffers | None = None) -> np.ndarray:
+        """One tensor or rows of it, as stored; in the buffers' slot "source" if they are given.
+
+        Raises `UserError` when it holds NaN or infinity, or the file is shorter than it was.
+        """
+        path, shape, dtype, start = self.where[key], self.shapes[key], self.dtypes[key], self.offsets[key]
+        if rows is not None:
+            start += rows.start * math.prod(shape[1:]) * dtype.itemsize
+            shape = (len(rows), *shape[1:])
+        value = buffers.take("source", shape, dtype) if buffers else np.empty(shape, dtype)
+        rest = memoryview(value.reshape(-1).view(np.uint8))
+        with open(path, "rb", buffering=0) as file:
+            file.seek(start)
+            while rest:
+                if not (n := file.readinto(rest[:2**30])):
+                    raise UserError(f"{path} is truncated or damaged (it ends inside {key}): {DOWNLOAD}")
+                rest = rest[n:]
         if not all_finite(value):
             raise UserError(f"{path}: tensor {key} holds NaN or infinity: the file is damaged")
         return value

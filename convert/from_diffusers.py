@@ -12,7 +12,6 @@ benchmarks/convert.py). A conversion that was stopped or killed continues when t
 
 import contextlib
 import json
-import os
 import pathlib
 import shutil
 import time
@@ -136,11 +135,6 @@ def cancelling_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def fsync(path: pathlib.Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
 def write_component(plan: Plan, dst: pathlib.Path, journal: Journal) -> dict:
     """Writes one component's folder, without what the journal knows as done; returns its line of the manifest.
 
@@ -157,9 +151,7 @@ def write_component(plan: Plan, dst: pathlib.Path, journal: Journal) -> dict:
 
     def write(entry):
         for row, value in plan.pieces(entry):
-            store.write(entry.path, value, entry.layer, row).result()
-        for file in store.chunk_files(entry.path, entry.layer):
-            fsync(file)
+            store.write(entry.path, value, entry.layer, row)
 
     written, unrecorded = [], 0
     with (tqdm(desc=plan.component, total=plan.size, unit="B", unit_scale=True, leave=False, disable=None,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert import key_table
-from convert.folders import Shards
+from convert.folders import Buffers, Shards
 from wan_jax import array_store, model_dir
 from wan_jax import config as config_lib
 from wan_jax import params as P
@@ -22,6 +22,7 @@ from wan_jax.cli import UserError
 STEMS = {"transformer": "diffusion_pytorch_model", "transformer_2": "diffusion_pytorch_model",
          "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+BUFFERS = Buffers()
 TILE = 32  # columns transposed at once: 5.8 GB/s on one core, NumPy's own copy 1.2 GB/s
 
 
@@ -52,31 +53,42 @@ class Plan:
         """(first row, contiguous array as stored) for one tensor of the source: whole, or, where the layout is the same
         and no layers are stacked (the 4.2 GB embedding), in the parts of `array_store.chunk_shape`.
 
-        Holds at most twice the bytes of a part. Raises `UserError` on NaN, infinity and a damaged file.
+        An array is good until this thread asks for the next one of any plan: it lies in the thread's `Buffers`. Raises
+        `UserError` on NaN, infinity and a damaged file.
         """
         shape, dtype, stacked = self.arrays[entry.path]
         rows = array_store.chunk_shape(shape, dtype.itemsize, stacked)[0]
         if stacked or not entry.same or rows == shape[0]:
-            yield 0, _as_stored(entry, self.shards.read(entry.key), dtype)
+            yield 0, _as_stored(entry, self.shards.read(entry.key, buffers=BUFFERS), dtype)
             return
         for row in range(0, shape[0], rows):
-            yield row, _as_stored(entry, self.shards.read(entry.key, slice(row, min(row + rows, shape[0]))), dtype)
+            part = self.shards.read(entry.key, range(row, min(row + rows, shape[0])), BUFFERS)
+            yield row, _as_stored(entry, part, dtype)
 
 
 def _as_stored(entry: key_table.Entry, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """A source tensor, or rows of it, in our layout and dtype (rounded to nearest even), contiguous."""
-    return contiguous(entry.to_ours(value if value.dtype == dtype else value.astype(dtype)))
+    if value.dtype != dtype:
+        cast = BUFFERS.take("cast", value.shape, dtype)
+        np.copyto(cast, value, casting="unsafe")
+        value = cast
+    ours = entry.to_ours(value)
+    return ours if ours.flags.c_contiguous else contiguous(ours, BUFFERS.take("ours", ours.shape, dtype))
 
 
-def contiguous(value: np.ndarray) -> np.ndarray:
-    """`np.ascontiguousarray`, faster for a transposed matrix: in tiles that stay in the cache."""
+def contiguous(value: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """The array in C order, in `out` if given; copies a transposed matrix faster than NumPy: in tiles that stay in the
+    cache."""
+    if out is None and value.flags.c_contiguous:
+        return value
+    out = np.empty(value.shape, value.dtype) if out is None else out
+    a, b = (x.view(f"u{x.dtype.itemsize}") for x in (out, value))
     if value.ndim != 2 or value.flags.c_contiguous:
-        return np.ascontiguousarray(value)
-    unsigned = value.view(f"u{value.dtype.itemsize}")
-    out = np.empty(value.shape, unsigned.dtype)
-    for i in range(0, value.shape[1], TILE):
-        out[:, i:i + TILE] = unsigned[:, i:i + TILE]
-    return out.view(value.dtype)
+        a[...] = b
+    else:
+        for i in range(0, value.shape[1], TILE):
+            a[:, i:i + TILE] = b[:, i:i + TILE]
+    return out
 
 
 def parse_dtypes(text: str) -> dict[str, str]:

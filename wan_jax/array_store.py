@@ -11,6 +11,7 @@ than `CHUNK` bytes is split further. Chunks are not compressed: trained weights 
 
 import itertools
 import math
+import os
 import pathlib
 from collections.abc import Mapping
 
@@ -22,7 +23,7 @@ import tensorstore as ts
 from wan_jax.cli import UserError
 
 CHUNK = 2**28  # bytes
-CONTEXT = {"file_io_sync": False, "file_io_concurrency": {"limit": 4}}  # who writes decides when to wait for the disk
+CONTEXT = {"file_io_concurrency": {"limit": 4}}
 
 
 class StoreError(UserError):
@@ -56,6 +57,17 @@ def create(path: pathlib.Path, arrays: Mapping[str, tuple[tuple[int, ...], np.dt
 def _spec(path: pathlib.Path, name: str) -> dict:
     return {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path / name}/"},
             "store_data_equal_to_fill_value": True}
+
+
+def _write_file(path: pathlib.Path, value: np.ndarray) -> None:
+    """A file that appears whole, when it is on the disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb", buffering=0) as file:
+        rest = memoryview(value.reshape(-1).view(np.uint8))
+        while rest:
+            rest = rest[file.write(rest[:2**30]):]
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 class ArrayStore:
@@ -98,11 +110,22 @@ class ArrayStore:
     def _chunk(self, name: str) -> tuple[int, ...]:
         return tuple(self._arrays[name].chunk_layout.read_chunk.shape)
 
-    def write(self, name: str, value: np.ndarray, layer: int | None = None, row: int = 0) -> ts.WriteFutures:
-        """Starts writing one layer, or the rows from `row` on of an array without layers. `value` must not change."""
-        array = self._arrays[name]
-        target = array[layer] if layer is not None else array[row : row + len(value)]
-        return target.write(value, can_reference_source_data_indefinitely=True)
+    def write(self, name: str, value: np.ndarray, layer: int | None = None, row: int = 0) -> None:
+        """Writes one layer, or the rows from `row` on of an array without layers; it is on the disk on return.
+
+        value: contiguous, in the array's dtype. A chunk without compression is its values as they lie in memory; whole
+        ones go to their files directly, where TensorStore would copy them first, which halved the speed.
+        """
+        head = () if layer is None else (layer,)
+        chunk = self._chunk(name)[len(head):]
+        if chunk[1:] == value.shape[1:] and len(value) % chunk[0] == row % chunk[0] == 0:
+            for first in range(0, len(value), chunk[0]):
+                index = (*head, (row + first) // chunk[0], *[0] * (len(chunk) - 1))
+                _write_file(self.path / name / ".".join(map(str, index)), value[first : first + chunk[0]])
+        else:
+            array = self._arrays[name]
+            target = array[layer] if layer is not None else array[row : row + len(value)]
+            target.write(value, can_reference_source_data_indefinitely=True).result()
 
     def read(self, name: str, layer: int | None = None, rows: slice = slice(None)) -> np.ndarray:
         """An array, one layer of it, or rows of one without layers, as stored."""

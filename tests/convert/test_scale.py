@@ -392,7 +392,7 @@ def change_store(path, fault):
         changed = array_store.create(path, arrays)
         for name, (shape, dtype, stacked) in arrays.items():
             for layer in range(shape[0]) if stacked else [None]:
-                changed.write(name, values[name][... if layer is None else layer].astype(dtype), layer).result()
+                changed.write(name, values[name][... if layer is None else layer].astype(dtype), layer)
 
 
 @pytest.mark.parametrize("fault, message", [

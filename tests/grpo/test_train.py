@@ -120,11 +120,12 @@ def arrays_of(run):
 
 
 def records_of(run):
-    """The metrics and the evaluations, without the clock."""
+    """The metrics and the evaluations, without clock and memory."""
     records = []
     for name in ("metrics.jsonl", "evals.jsonl"):
         lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
-        records.append([{k: v for k, v in line.items() if "seconds" not in k and k != "time"} for line in lines])
+        records.append([{k: v for k, v in line.items() if "seconds" not in k and k not in ("time", "peak_memory")}
+                        for line in lines])
     return records
 
 
