@@ -54,7 +54,7 @@ def run(name: str, arguments: list[str]) -> tuple[Stage, str]:
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     stage = Stage(name, time.time() - start, usage.ru_maxrss * 1024 / GIB)
-    print(output[-3000:] + f"    {stage.seconds:.1f} s, {stage.host_gib:.2f} GiB", flush=True)
+    print(output[-1500:] + f"    {stage.seconds:.1f} s, {stage.host_gib:.2f} GiB", flush=True)
     if os.waitstatus_to_exitcode(status):
         sys.exit(f"{name} failed")
     if found := PEAKS.search(output):
@@ -89,9 +89,9 @@ def forget(*files: pathlib.Path) -> None:
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(model: str, folder: pathlib.Path, source: pathlib.Path, dtype: str) -> list[Stage]:
-    """All stages of one model."""
-    stages, converted, run_dir = [], folder / "model", folder / "run"
+def measure(model: str, folder: pathlib.Path, source: pathlib.Path, dtype: str, stages: list[Stage]) -> None:
+    """All stages of one model; each is added to `stages` when it is done."""
+    converted, run_dir = folder / "model", folder / "run"
     run("random weights", [*python("benchmarks.random_model", model=model, out=source, dtype=dtype),
                            *(["--link_expert"] if flags.FLAGS.link_expert else [])])
     rate = copy_rate(source, folder / "copy")
@@ -129,7 +129,6 @@ def measure(model: str, folder: pathlib.Path, source: pathlib.Path, dtype: str) 
                                                   dst=folder / "exported"))
         stage.note = f"{size(folder / 'exported') / 1e9:.1f} GB"
         stages.append(stage)
-    return stages
 
 
 def table(results: dict[str, list[dict]]) -> str:
@@ -153,12 +152,14 @@ def main(_):
         for old in (work, source):
             shutil.rmtree(old, ignore_errors=True)
         work.mkdir()
+        stages: list[Stage] = []
         try:
-            results[model] = [dataclasses.asdict(s) for s in measure(model, work, source, f.source_dtype)]
+            measure(model, work, source, f.source_dtype, stages)
         finally:
             for old in (work, source):
                 shutil.rmtree(old, ignore_errors=True)
-        path.write_text(json.dumps(results, indent=2) + "\n")
+            results[model] = [dataclasses.asdict(s) for s in stages]
+            path.write_text(json.dumps(results, indent=2) + "\n")
     print(table(results))
 
 

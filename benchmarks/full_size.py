@@ -72,8 +72,8 @@ def main(_):
     optimiser = OptimiserConfig()
     update = make_update(policy, steps, f.guidance, LossConfig(kl_beta=f.kl), optimiser)
     shape = ((f.frames - 1) // 4 + 1, f.height // 8, f.width // 8, 16)
-    text = TextBatch(jax.random.normal(jax.random.key(1), (f.batch, TEXT, 4096), dtype),
-                     jax.random.normal(jax.random.key(2), (TEXT, 4096), dtype), TEXT_ROWS - TEXT)
+    text = TextBatch(jax.random.normal(jax.random.key(1), (f.batch, TEXT, 4096)),
+                     jax.random.normal(jax.random.key(2), (TEXT, 4096)), TEXT_ROWS - TEXT)
     flops = f.batch * forward_flops(config, shape[0] * shape[1] * shape[2] // 4) * (2 if f.guidance > 1 else 1)
     parameters = sum(x.size for x in jax.tree.leaves(frozen))
     print(f"{f.size}: {parameters:,} parameters {dtype.name}, {f.batch} x {f.frames} x {f.height} x {f.width}, "
@@ -92,7 +92,7 @@ def main(_):
     window = np.array([2, 17])
     _, kept = rollout(step, trainable, frozen, x, text, key=key, samples=samples, steps=range(18), window=window)
     advantages = np.random.default_rng(0).standard_normal((1, f.batch))
-    batch = stack_batches([kept], advantages, np.ones((1, f.batch), bool))
+    batch = stack_batches([kept] * f.micro, np.repeat(advantages, f.micro, 0), np.ones((f.micro, f.batch), bool))
     state, metrics = init_state(trainable, optimiser), None
 
     def one_update():
@@ -104,7 +104,7 @@ def main(_):
 
     one_update.first = None
     seconds = timed(one_update, f.repeats)
-    show(f"update of {len(window)} steps, each", seconds / len(window), 3 * flops)
+    show(f"update of {f.micro} x {len(window)} steps, each", seconds / len(window) / f.micro, 3 * flops)
     first = one_update.first.averages()
     if f.profile:
         kernels.show("rollout step", lambda: step(state.trainable, frozen, x, 3, True, text, key, samples))
@@ -119,6 +119,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("frames", 1, "pixel frames")
     flags.DEFINE_integer("batch", 9, "videos")
     flags.DEFINE_float("guidance", 1.0, "classifier-free guidance")
+    flags.DEFINE_integer("micro", 1, "rollout batches in an update")
     flags.DEFINE_float("kl", 0.0, "weight of the KL to the reference, one more forward pass")
     flags.DEFINE_string("dtype", "bfloat16", "of weights and matrix products")
     flags.DEFINE_enum("remat", "block", ["none", "block"], "recomputation")

@@ -69,7 +69,8 @@ def defaults() -> ConfigDict:
     c.train.kl_kind = "flow_grpo"       # flow_grpo | sigma | x | velocity
     c.train.advantage_std = "group"     # group | global
     c.train.advantage_clip = 5.0
-    c.train.ratio_tolerance = 1e-4      # |ratio - 1| allowed on policy; more stops the run
+    c.train.ratio_tolerance = ml_collections.config_dict.placeholder(float)  # |ratio - 1| allowed on policy, more stops
+    #                                     the run; None: 1e-4 in float32, 2e-3 in bfloat16
 
     c.reward = ConfigDict()
     c.reward.rule = "spelling"          # spelling | flow_grpo_image | flow_grpo_video

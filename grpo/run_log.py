@@ -98,6 +98,15 @@ class RunLog:
         self._board.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), epoch)
 
 
+class SilentLog:
+    """Takes the place of `RunLog` in the processes that write nothing."""
+
+    def config(self, values: dict) -> None: ...
+    def epoch(self, record: dict) -> None: ...
+    def evaluation(self, record: dict, videos: np.ndarray | None = None) -> None: ...
+    def close(self) -> None: ...
+
+
 def read_metrics(folder) -> list[dict]:
     """The records of metrics.jsonl, oldest first; [] when there are none. A last line cut off by a kill is ignored."""
     return _read_lines(pathlib.Path(folder, METRICS))

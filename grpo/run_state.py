@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 
 from grpo.update import TrainState
+from wan_jax import hosts
 from wan_jax.checkpoint import Checkpoints, join_experts, split_experts
 from wan_jax.lora import LoRAConfig
 
@@ -20,8 +21,12 @@ def state_tree(states: dict[str, TrainState]) -> dict:
 
 
 def save(checkpoints: Checkpoints, epoch: int, states: dict[str, TrainState], config: dict, lora: LoRAConfig | None):
-    """One checkpoint: the whole state, the weights to sample with (EMA), and what is needed to read them."""
+    """One checkpoint: the whole state, the weights to sample with (EMA), and what is needed to read them.
+
+    All processes write it together. Raises `UserError`, and writes nothing, when their weights differ.
+    """
     tree = state_tree(states)
+    hosts.check_same(tree, f"epoch {epoch}: the trained weights")
     checkpoints.save(epoch, tree, tree["ema"], {
         "config": config, "model": config["model"]["path"], "experts": list(states),
         "lora": lora and {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}})

@@ -4,18 +4,19 @@
 
 One linear program: settings, prompts, model, policy, restore; then, epoch by epoch, sample, score, advantages,
 update, log, evaluate, save. The same command on the same run folder continues after the newest checkpoint, bit for
-bit: every random draw is a function of (seed, epoch, sample, step).
+bit: every random draw is a function of (seed, epoch, sample, step). On several hosts every process runs this program
+(docs/hosts.md); each decodes and scores the videos on its own devices, and the first one writes and prints.
 """
 
 import dataclasses
 import functools
 import math
+import os
 import pathlib
 import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
@@ -28,13 +29,14 @@ from grpo.evaluate import Evaluator
 from grpo.policy import make_policy
 from grpo.prompts import PromptSet, epoch_prompts, load_prompts
 from grpo.rollout import StepTable, initial_noise, make_step, rollout, sde_window, step_quotas
-from grpo.run_log import RunLog
+from grpo.run_log import RunLog, SilentLog
+from grpo.scores import gather_scores
 from grpo.update import init_state, make_update, stack_batches
 from rewards.base import RewardError
 from rewards.ocr import OCRReward
 from rewards.targets import parse_targets
 from rewards.workers import RewardPool
-from wan_jax import cli, memory, model_dir, pipeline
+from wan_jax import cli, hosts, memory, model_dir, pipeline
 from wan_jax import mesh as mesh_lib
 from wan_jax.attention import choose_backend, platform_of
 from wan_jax.checkpoint import Checkpoints
@@ -44,21 +46,34 @@ from wan_jax.schedule import Schedule, flow_sigmas
 from wan_jax.solvers import make_solver
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, e.g. configs/tiny_ocr.py", lock_config=True)
+CLUSTER = flags.DEFINE_enum("cluster", "auto", hosts.CLUSTERS, "where a run on several hosts learns of its processes: "
+                            "from srun or mpirun where these started more than one (auto), from an indexed Kubernetes "
+                            "job (k8s), or nowhere (none); see docs/hosts.md")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "in place of --cluster: host:port of process 0, a free port")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "with --coordinator: how many processes run this command")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "with --coordinator: this one's number, from 0")
+JOIN_TIMEOUT = flags.DEFINE_integer("join_timeout", 300, "seconds in which all processes must have started")
+HOST_TIMEOUT = flags.DEFINE_integer("host_timeout", 100, "seconds after which a silent process ends the run on the "
+                                    "others")
+STAGE_TIMEOUT = flags.DEFINE_integer("stage_timeout", 7200, "seconds in which some process must get on to another "
+                                     "batch or stage, or the run ends; 0: no limit")
 
 
 def main(_):
     c = CONFIG.value
     s = settings.from_config(c)
-    cli.keep_compiled_programs()
     train_prompts = load_prompts(c.prompts.train, parse_targets)
     heldout = load_prompts(c.prompts.heldout, parse_targets, limit=c.eval.num_prompts)
     epoch_prompts(c.seed, 0, len(train_prompts), c.sample.groups)
     if overlap := set(train_prompts.prompts) & set(heldout.prompts):
         raise UserError(f"{len(overlap)} held-out prompts are training prompts too, e.g. {min(overlap)!r}")
-    with cli.user_input():
-        plan = Plan.make(c, s)
-    with open_pool(c.reward) as pool:
-        train(c, s, plan, train_prompts, heldout, pool)
+    launch = hosts.choose(CLUSTER.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, os.environ)
+    with hosts.joined(launch, HOST_TIMEOUT.value, STAGE_TIMEOUT.value, JOIN_TIMEOUT.value):
+        cli.keep_compiled_programs()
+        with cli.user_input():
+            plan = Plan.make(c, s)
+        with open_pool(c.reward) as pool:
+            train(c, s, plan, train_prompts, heldout, pool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,15 +128,20 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     mesh, model, solver = plan.mesh, plan.model, plan.solver
     replicated, sharded = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
     checkpoints = Checkpoints(c.run_dir, keep=c.save.keep)
-    restored = checkpoints.latest()
+    restored = hosts.from_first(checkpoints.latest)
     if restored is not None:
         settings.check_resume(checkpoints.meta(restored)["config"], c.to_dict(), str(checkpoints.path(restored)))
-    say(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}, attention {plan.backend}, weights {c.model.dtype}")
+    processes = f" on {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    say(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}{processes}, attention {plan.backend}, "
+        f"weights {c.model.dtype}")
 
     everything = PromptSet(train_prompts.prompts + heldout.prompts, train_prompts.targets + heldout.targets)
-    bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
-    table = pipeline.embed_prompts(model, everything.prompts, c.prompts.negative, dtype=s.dtype,
-                                   progress=functools.partial(bar, desc="prompts"), cache=True)
+    bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not (sys.stderr.isatty() and hosts.first()))
+    hosts.stage("encoding the prompts")
+    table = hosts.from_first(lambda: pipeline.embed_prompts(
+        model, everything.prompts, c.prompts.negative, dtype=s.dtype, progress=functools.partial(bar, desc="prompts"),
+        cache=True))
+    hosts.stage("loading the weights")
     eval_table = pipeline.TextTable(table.embeddings[len(train_prompts):], table.negative)
     vae_graph, vae_state = pipeline.load_vae(model, mesh)
     decode = pipeline.make_decoder(vae_graph)
@@ -136,7 +156,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
             policy, start[name] = make_policy(config, weights(i), mesh, lora=s.lora, key=expert_key, dtype=s.dtype,
                                               attention=plan.backend, remat=c.model.remat)
             if plan.adapters is not None:
-                start[name] = {k: jax.device_put(plan.adapters[name][k], v.sharding) for k, v in start[name].items()}
+                start[name] = {k: mesh_lib.place(plan.adapters[name][k], v.sharding) for k, v in start[name].items()}
     if s.lora is None and not c.train.kl_weight:
         def weights(expert):  # full fine-tuning without a reference: the fp32 copies are the only ones
             return None
@@ -152,7 +172,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     eval_steps = per_guidance(functools.partial(pipeline.make_ode_step, policy.module, solver),
                               guidances(c.eval.guidance, c.eval.guidance_2, len(model.experts)))
 
-    log = RunLog(c.run_dir, resume_epoch=restored)
+    log = RunLog(c.run_dir, resume_epoch=restored) if hosts.first() else SilentLog()
     log.config(dict(c.to_dict(), command=" ".join(["python -m grpo.train", *sys.argv[1:]])))
     evaluator = Evaluator(heldout, eval_table, solver, eval_steps,
                           segments(solver.schedule.timesteps, model.boundary), decode, vae_state, pool, mesh,
@@ -191,13 +211,15 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
 
         # sample, all batches by one expert before the next, and score while the next batch samples
         rows = [np.arange(b * c.sample.batch_size, (b + 1) * c.sample.batch_size) for b in range(s.batches)]
-        samples = [jax.device_put(jnp.asarray(r, jnp.int32), sharded) for r in rows]
+        samples = [mesh_lib.place(r.astype(np.int32), sharded) for r in rows]
+        mine = hosts.my_rows(sharded, c.sample.batch_size)  # of each batch, on this process's devices
         latents = [initial_noise(epoch_key, numbers, plan.shape) for numbers in samples]
         trajectories, pending = {}, []
         for i, (part, window) in enumerate(zip(plan.parts, windows)):
             name, frozen = model.experts[part.expert], weights(part.expert)
             trainable = states[name].trainable if name in states else start[name]
             for b in bar(range(s.batches), desc=f"epoch {epoch}"):
+                hosts.stage(f"epoch {epoch}: sampling batch {b + 1} of {s.batches} with {name}")
                 text = table.batch(prompt_of[rows[b]], sharded, replicated)
                 latents[b], trajectory = rollout(steps[part.expert], trainable, frozen, latents[b], text, key=epoch_key,
                                                  samples=samples[b], steps=part.steps, window=window)
@@ -205,25 +227,28 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
                     trajectories.setdefault(name, []).append(trajectory)
                 seconds["sample"] += lap(latents[b])
                 if i == len(plan.parts) - 1:
-                    videos = np.asarray(decode(vae_state, latents[b]))
+                    hosts.stage(f"epoch {epoch}: decoding batch {b + 1} of {s.batches}")
+                    videos = decode(vae_state, latents[b])  # those of rows `mine`
                     latents[b] = None
                     seconds["decode"] += lap()
-                    pending.append(pool.submit(videos, [train_prompts.targets[p] for p in prompt_of[rows[b]]]))
-        scores = [p.result() for p in pending]
+                    numbers = rows[b][mine]
+                    targets = [train_prompts.targets[p] for p in prompt_of[numbers]]
+                    pending.append((numbers, pool.submit(videos, targets)))
+        hosts.stage(f"epoch {epoch}: scores")
+        scores = gather_scores(pending, s.videos)
         seconds["score_wait"] += lap()
 
-        # advantages
-        rewards = np.concatenate([score.values for score in scores])
-        valid = np.concatenate([score.valid for score in scores])
+        # advantages, from here on the same on every process
+        rewards, valid = scores.values, scores.valid
         if not valid.any():
-            errors = [e for score in scores for e in score.errors if e]
             raise UserError(f"epoch {epoch}: not one of {len(valid)} videos could be scored; the last error was:\n"
-                            f"{errors[-1].strip().splitlines()[-1]}")
+                            f"{scores.error}")
         advantages = group_advantages(rewards, prompt_of, valid, std=c.train.advantage_std,
                                       clip=c.train.advantage_clip)
         groups = group_statistics(rewards, prompt_of, valid)
 
         # update: the expert on the device first, so that the next epoch finds the first one there
+        hosts.stage(f"epoch {epoch}: update")
         record = {"epoch": epoch}
         size = s.batches // c.train.updates_per_epoch
         for expert, name in reversed(list(enumerate(model.experts))):
@@ -239,7 +264,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
                 check_finite(values, epoch, checkpoints)
                 if first == 0:
                     values["ratio_max_error"] = max(values["ratio_max"] - 1, 1 - values["ratio_min"])
-                    check_ratio(values["ratio_max_error"], c.train.ratio_tolerance, epoch)
+                    check_ratio(values["ratio_max_error"], s.ratio_tolerance, epoch)
             record |= values if len(states) == 1 else {name: values, **{
                 k: max(values[k], record.get(k, values[k])) for k in ("ratio_max_error", "grad_norm")}}
         del trajectories, batch
@@ -247,31 +272,34 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
 
         # log, evaluate, save: in this order, so that a resumed run repeats what no checkpoint holds
         seconds |= {"save": save_seconds, "total": time.time() - clock}
-        failed, retried = sum(score.failures for score in scores), sum(score.retries for score in scores)
         log.epoch(record | {"reward_mean": groups.mean_reward, "reward_std": groups.std_reward,
                             "group_std": groups.mean_group_std, "zero_std_fraction": groups.zero_std_fraction,
-                            "failed_scores": failed, "retried_scores": retried, "videos": s.videos,
+                            "failed_scores": scores.failures, "retried_scores": scores.retries, "videos": s.videos,
                             "seconds": seconds, "peak_memory": memory.peaks().known()})
         say(f"epoch {epoch}/{c.epochs}: reward {groups.mean_reward:.3f}, spread in groups "
             f"{groups.mean_group_std:.3f}, ratio error {record['ratio_max_error']:.1e}, "
             f"grad {record['grad_norm']:.2e}"
-            + (f", {failed} scores failed" if failed else "") + " | "
+            + (f", {scores.failures} scores failed" if scores.failures else "") + " | "
             + " ".join(f"{k} {v:.1f}" for k, v in seconds.items() if v >= 0.05) + " s")
         if epoch % c.eval.every == 0 or epoch == c.epochs:
             evaluate(epoch)
         lap()
+        hosts.stage(f"epoch {epoch}: saving")
         if epoch % c.save.every == 0 or epoch == c.epochs:
             run_state.save(checkpoints, epoch, states, c.to_dict(), s.lora)
         save_seconds = lap()  # shown with the next epoch
     log.close()
     checkpoints.close()
     say(memory.peaks())
+    if not hosts.first():
+        return
     path = report.write_report(pathlib.Path(c.run_dir))
     say(*report.summary_lines(pathlib.Path(c.run_dir)) or [f"report: {path}"], sep="\n")
 
 
 def say(*lines, **kwargs):
-    print(*lines, flush=True, **kwargs)
+    if hosts.first():
+        print(*lines, flush=True, **kwargs)
 
 
 class Stopwatch:
@@ -291,7 +319,7 @@ def load_weights(c, s: settings.Settings, plan: Plan) -> Weights:
     model = plan.model
     base = model_dir.abstract("transformer", model.config("transformer"), dtype=s.dtype)[1]
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base)) // plan.mesh.shape["fsdp"]
-    offload = choose_offload(c.model.offload, len(model.experts), size, plan.mesh.devices.flat[0])
+    offload = choose_offload(c.model.offload, len(model.experts), size, plan.mesh.local_devices[0])
     if offload:
         say("two experts: the idle one waits in host memory")
     return Weights([functools.partial(lambda name: model_dir.build(name, model, dtype=s.dtype, mesh=plan.mesh)[1], name)

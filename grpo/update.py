@@ -73,9 +73,13 @@ def make_optimiser(config: OptimiserConfig) -> optax.GradientTransformation:
 def init_state(trainable: Flat, config: OptimiserConfig) -> TrainState:
     """Fresh optimiser state; the EMA starts as a copy of the weights. All of it lies on the weights' mesh, as it does
     after an update, so that the update compiles once."""
+    def fresh(trainable):
+        return make_optimiser(config).init(trainable), jnp.zeros((), jnp.int32)
+
     mesh = next(iter(trainable.values())).sharding.mesh
-    opt = mesh_lib.shard_params(jax.jit(make_optimiser(config).init)(trainable), mesh)
-    return TrainState(trainable, opt, jax.tree.map(jnp.copy, trainable), mesh_lib.replicate(jnp.int32(0), mesh))
+    shardings = mesh_lib.param_shardings(jax.eval_shape(fresh, trainable), mesh)
+    opt, updates = jax.jit(fresh, out_shardings=shardings)(trainable)
+    return TrainState(trainable, opt, jax.tree.map(jnp.copy, trainable), updates)
 
 
 def state_shapes(policy: Policy, config: OptimiserConfig) -> TrainState:

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import triton as plt
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 LOG2E = math.log2(math.e)
 LDS_BYTES = 65536  # local data share of one gfx942 workgroup
@@ -39,8 +41,8 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """The three kernels' tilings. These compile for gfx942 without spilling registers at head_dim 16 to 128; larger
-    ones save reads but spill: dK and dV of 64 keys by 64 queries need 390 registers a thread at head_dim 128."""
+    """The three kernels' tilings. These compile for gfx942 without spilling registers at head_dim 16 to 128, 266 of a
+    thread's 512 being the most; at head_dim 128, 128 by 64 rows with 8 warps would spill 117 of them in `keys`."""
 
     forward: Tile = Tile(128, 64)  # own queries, stream keys
     keys: Tile = Tile(64, 32)  # dK and dV: own keys, stream queries
@@ -184,13 +186,15 @@ def _call(kernel, name: str, tile: Tile, own: str, interpret: bool, axes: str, i
         )(*arrays)
 
     def partition(mesh, given, made):
-        return mesh, run, tuple(x.sharding for x in made), tuple(x.sharding for x in given)
+        split = dict(zip(arguments[0], given[0].sharding.spec))  # mesh axes of q's videos and heads; all else whole
+        ours, theirs = (tuple(NamedSharding(mesh, P(*(split.get(axis) if axis in "bn" else None for axis in names)))
+                              for names in side) for side in (arguments, results))
+        return mesh, run, theirs, ours
 
     # The compiler cannot look into a kernel: without this rule it gathers every operand on every device.
     shared = custom_partitioning(run)
     rule = " -> ".join(", ".join(" ".join(names) for names in side) for side in (arguments, results))
-    whole = tuple(axis for axis in dict.fromkeys("".join(arguments)) if axis not in "bn")
-    shared.def_partition(partition, sharding_rule=rule, need_replication_factors=whole)
+    shared.def_partition(partition, sharding_rule=rule)
     return shared(*inputs)
 
 

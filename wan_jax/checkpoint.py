@@ -75,6 +75,14 @@ def split_experts(flat: dict, experts: list[str]) -> dict[str, dict]:
             for name in experts}
 
 
+def read_numpy(path) -> dict:
+    """The tree of NumPy arrays in an orbax folder, whichever devices it was written from."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = checkpointer.metadata(path).item_metadata.tree
+        plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=plain))
+
+
 def load_trained(path) -> tuple[LoRAConfig | None, dict[str, dict[str, np.ndarray]], dict]:
     """The weights to sample with, from a run folder (its newest checkpoint) or one `checkpoints/<epoch>` folder.
 
@@ -94,9 +102,9 @@ def load_trained(path) -> tuple[LoRAConfig | None, dict[str, dict[str, np.ndarra
         if epoch is None or epoch not in checkpoints.manager.all_steps():
             raise UserError(f"{path} holds no such checkpoint (it has {sorted(checkpoints.manager.all_steps())})")
         meta = checkpoints.meta(epoch)
-        trained = ocp.StandardCheckpointer().restore(checkpoints.path(epoch) / "trained")
+        trained = read_numpy(checkpoints.path(epoch) / "trained")
     finally:
         checkpoints.close()
     lora = meta["lora"] and LoRAConfig(rank=meta["lora"]["rank"], alpha=meta["lora"]["alpha"],
                                        targets=tuple(meta["lora"]["targets"]))
-    return lora, split_experts({k: np.asarray(v) for k, v in trained.items()}, meta["experts"]), meta
+    return lora, split_experts(trained, meta["experts"]), meta

@@ -44,16 +44,10 @@ def run(main: Callable) -> None:
         try:
             main(argv)
         except BaseException as error:
-            if interrupted.is_set():  # by its KeyboardInterrupt, or what an extension module made of it
-                print("\nstopped; everything saved so far is whole, the same command continues from it",
-                      file=sys.stderr)
-                sys.exit(130)
-            if isinstance(error, UserError):
-                fail(str(error))
-            if (cause := disk_error(error)) is None:  # an OSError may come wrapped, by orbax for one
+            if (known := explain(error)) is None:
                 raise
-            where = f"{cause.filename}: " if cause.filename else ""
-            fail(f"{where}{ADVICE[cause.errno]} ({cause.strerror})")
+            print(known[0], file=sys.stderr)
+            sys.exit(known[1])
 
     interrupted.clear()
     signal.signal(signal.SIGINT, interrupt)
@@ -68,6 +62,18 @@ def keep_compiled_programs() -> None:
     """
     if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "wan_jax"))
+
+
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """What to print for an error, and the exit code; None where only a traceback helps."""
+    if interrupted.is_set():  # the error is its KeyboardInterrupt, or what an extension module made of it
+        return "\nstopped; everything saved so far is whole, the same command continues from it", 130
+    if isinstance(error, UserError):
+        return f"error: {error}", 1
+    if (cause := disk_error(error)) is not None:  # an OSError may come wrapped, by orbax for one
+        where = f"{cause.filename}: " if cause.filename else ""
+        return f"error: {where}{ADVICE[cause.errno]} ({cause.strerror})", 1
+    return None
 
 
 def interrupt(signum, frame):

@@ -38,6 +38,15 @@ def check_batch(name: str, batch: int, mesh: Mesh):
         raise ValueError(f"{name}={batch} does not divide over {mesh.size} devices; make it a multiple of {mesh.size}")
 
 
+def place(x, sharding: NamedSharding) -> jax.Array:
+    """x on the devices. Where they are several hosts' too, every process gives the same whole array, and only what its
+    own devices hold is copied; `jax.device_put` would compare the processes' arrays first."""
+    if sharding.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+        return jax.device_put(x, sharding)
+    whole = np.asarray(x)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
 def param_spec(shape: tuple[int, ...], fsdp: int) -> P:
     """Splits the longest axis that `fsdp` divides (the last one among equals); small arrays stay whole."""
     candidates = [i for i, n in enumerate(shape) if n % fsdp == 0 and n >= fsdp]
@@ -49,7 +58,7 @@ def param_spec(shape: tuple[int, ...], fsdp: int) -> P:
 
 def shard_params(tree, mesh: Mesh):
     """Places a tree of arrays (an `nnx.State` too) on the mesh by `param_spec`."""
-    return jax.tree.map(jax.device_put, tree, param_shardings(tree, mesh))
+    return jax.tree.map(place, tree, param_shardings(tree, mesh))
 
 
 def param_shardings(tree, mesh: Mesh):
@@ -60,6 +69,6 @@ def param_shardings(tree, mesh: Mesh):
 
 def replicate(tree, mesh: Mesh):
     """Places a tree of arrays whole on every device."""
-    return jax.tree.map(lambda x: jax.device_put(x, replicated(mesh)), tree)
+    return jax.tree.map(lambda x: place(x, replicated(mesh)), tree)
 
 

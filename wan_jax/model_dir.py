@@ -69,7 +69,10 @@ class ModelDir:
         return self.path / "tokenizer"
 
     def load(self, component: str, like: nnx.State, mesh=None) -> nnx.State:
-        """The weights in the structure and dtypes of the abstract state `like`, sharded over `mesh` (None: one device).
+        """The weights in the structure and dtypes of the abstract state `like`.
+
+        They are sharded over `mesh`, which all processes do together; None: on this process's first device, and
+        no other process need take part.
 
         Raises `UserError` when the stored arrays do not fit.
         """
@@ -79,7 +82,7 @@ class ModelDir:
             raise UserError(f"{store.path} does not fit {component}/config.json: {len(wrong)} arrays are missing, "
                             f"unknown or of another shape ({', '.join(wrong[:3])}); {AGAIN}")
         shardings = mesh_lib.param_shardings(wanted, mesh) if mesh else dict.fromkeys(
-            wanted, SingleDeviceSharding(jax.devices()[0]))
+            wanted, SingleDeviceSharding(jax.local_devices()[0]))
         # one array at a time: the host holds this process's shards of the largest
         flat = {k: jax.block_until_ready(store.place(k, v.dtype, shardings[k])) for k, v in wanted.items()}
         return P.unflatten(like, flat)

@@ -16,7 +16,8 @@ from wan_jax.cli import UserError
 from wan_jax.config import TransformerConfig, VAEConfig
 from wan_jax.experts import Segment
 from wan_jax.guidance import TextBatch, velocity
-from wan_jax.mesh import replicate
+from wan_jax.hosts import my_part
+from wan_jax.mesh import place, replicate
 from wan_jax.prompt_cache import PromptCache
 from wan_jax.solvers import SolverState
 from wan_jax.text_encoder import encode
@@ -40,8 +41,8 @@ class TextTable:
 
     def batch(self, indices, batch_sharding, replicated) -> TextBatch:
         """The embeddings of prompts `indices` [B] on the device."""
-        return TextBatch(jax.device_put(self.embeddings[np.asarray(indices)], batch_sharding),
-                         jax.device_put(self.negative, replicated), self.padding)
+        return TextBatch(place(self.embeddings[np.asarray(indices)], batch_sharding),
+                         place(self.negative, replicated), self.padding)
 
 
 def embed_prompts(model: model_dir.ModelDir, prompts: Sequence[str], negative: str = "", *, dtype=jnp.float32,
@@ -125,7 +126,8 @@ def decoder_programs(graphdef, *, blended: bool = False) -> tuple[Callable, Call
 
 
 def make_decoder(graphdef, *, chunk: int | None = None, tile: int = 0, overlap: int = 8) -> Callable:
-    """The jitted VAE decoder: (vae state, latents fp32 [B,F,h,w,C]) -> uint8 [B,T,H,W,3] RGB on the host.
+    """The jitted VAE decoder: (vae state, latents fp32 [B,F,h,w,C]) -> uint8 [B,T,H,W,3] RGB on the host; with
+    several processes, the videos whose latents lie on this one's devices.
 
     chunk: latent frames at a time, 0 for the whole clip; None takes whole clips where they need less than
     `vae_chunks.BUDGET` bytes a device by estimate, and else the largest chunk that fits, at least one latent frame: one
@@ -149,7 +151,7 @@ def make_decoder(graphdef, *, chunk: int | None = None, tile: int = 0, overlap: 
             chosen[shape] = automatic if chunk is None else chunk
         size = chosen[shape]
         if not 0 < size < shape[1]:
-            return np.asarray(whole(state, latents))
+            return my_part(whole(state, latents))
         sizes = vae_chunks.chunk_sizes(shape[1], size)
         return np.concatenate(list(vae_chunks.decode_chunks(partial(step, state), latents, sizes)), axis=1)
 

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from wan_jax.config import VAEConfig
+from wan_jax.hosts import my_part
 
 Array = jax.Array
 
@@ -71,7 +72,7 @@ def decode_chunks(step: Callable, latents: Array, sizes: list[int]) -> Iterator[
     for size in sizes:
         video, history = step(latents[:, start:start + size], history)
         start += size
-        yield np.asarray(video)
+        yield my_part(video)
 
 
 def tile_starts(size: int, tile: int, overlap: int) -> list[int]:

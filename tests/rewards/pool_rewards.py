@@ -6,6 +6,8 @@ import signal
 import sys
 import time
 
+import numpy as np
+
 from rewards.base import Score
 
 
@@ -76,3 +78,11 @@ class Environment:
 
 def broken_factory():
     raise OSError("the model file is missing")
+
+
+class Brightness:
+    """Every pixel counts, so equal rewards mean equal pictures."""
+
+    def score(self, frames, record):
+        weights = 1 + np.arange(frames.size).reshape(frames.shape) % 251
+        return Score(float((frames * weights).sum() / (255 * weights.sum())), str(frames.flat[0]))

@@ -1,8 +1,8 @@
 """Every attention backend against float64, at awkward lengths; its memory, its sharding and its choice.
 
 Tolerances are relative in the 2-norm. fp32: 5e-6, some tens of roundings of 2^-24 (8e-7 seen). bf16: 1e-2, a few
-roundings of 2^-9 in the probabilities, their gradients and the results (2.6e-3 seen; 7e-3 for `pallas`, which like every
-flash attention takes rowsum(dO O) from the rounded output, where one counted key has most of the weight).
+roundings of 2^-9 in the probabilities, their gradients and the results (2.6e-3 seen; 7e-3 for `pallas`, which like
+every flash attention takes rowsum(dO O) from the rounded output, where one counted key has most of the weight).
 """
 
 import functools
@@ -161,6 +161,13 @@ def test_devices_work_on_their_own_videos(name):
     results = program(*(jax.device_put(x, sharding) for x in arrays))
     assert all(x.sharding.spec[0] == mesh.AXES for x in results)
     assert_close((arrays[0], *results), (arrays[0], *exact(*arrays, function.keywords["key_counts"])[1:]), 5e-6)
+
+
+def test_pallas_gathers_what_is_split_along_the_tokens():
+    arrays = draw(24, 16, "float32", batch=2, heads=2, head_dim=16)
+    sharding = NamedSharding(mesh.make_mesh(2, jax.devices()[:8]), P(None, mesh.AXES))
+    results = computed(interpreted, *(jax.device_put(x, sharding) for x in arrays))
+    assert_close(results, exact(*arrays), TOLERANCE["float32"])
 
 
 def kernel_tiles():

@@ -1,0 +1,43 @@
+"""The scores of an epoch or an evaluation, from every process's own reward pool."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from rewards.workers import PendingScores
+from wan_jax import hosts
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Of N videos; the same bits on every process."""
+
+    values: np.ndarray  # float64 [N], nan where not valid
+    valid: np.ndarray  # bool [N]
+    texts: list[str]  # N, what was read; "" where not valid
+    failures: int  # videos that are not valid
+    retries: int
+    error: str  # the last line of one failure's traceback; "" without
+
+
+def gather_scores(pending: Sequence[tuple[np.ndarray, PendingScores]], total: int) -> Scores:
+    """Waits for this process's batches, and exchanges the results: all processes call it at the same point.
+
+    pending: (numbers int [n] of the videos among all `total`, their scores). Raises ValueError when a video has none.
+    """
+    mine = []
+    for numbers, batch in pending:
+        result = batch.result()
+        errors = [error.strip().splitlines()[-1] for error in result.errors if error]
+        mine.append((numbers, result.values, result.valid, result.texts, result.retries, errors[-1:]))
+    values, valid, texts = np.full(total, np.nan), np.zeros(total, bool), [""] * total
+    scored, retries, last = np.zeros(total, bool), 0, []
+    for numbers, *arrays, read, again, errors in (piece for pieces in hosts.gather(mine) for piece in pieces):
+        values[numbers], valid[numbers] = arrays
+        scored[numbers], retries, last = True, retries + again, errors or last
+        for number, text in zip(numbers, read):
+            texts[number] = text
+    if not scored.all():
+        raise ValueError(f"{(~scored).sum()} of {total} videos were scored by no process")
+    return Scores(values, valid, texts, int((~valid).sum()), retries, last[0] if last else "")

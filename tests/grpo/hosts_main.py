@@ -1,0 +1,44 @@
+"""`grpo.train` with a reward that depends on every pixel, and a record of what each process computed.
+
+    python -m tests.grpo.hosts_main FOLDER --config=... [--coordinator=...]
+
+FOLDER/<process>_<epoch>.npz: the rewards and advantages that entered the update, and the digest of every trained array,
+optimiser state and moving average as this process holds it when it saves.
+"""
+
+import hashlib
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+from grpo import run_state, train
+from rewards.workers import RewardPool
+from tests.rewards.pool_rewards import Brightness
+from wan_jax import cli
+
+FOLDER = pathlib.Path(sys.argv.pop(1))
+entered = {}
+
+
+def advantages(rewards, *args, **kwargs):
+    entered.update(rewards=rewards, advantages=group_advantages(rewards, *args, **kwargs))
+    return entered["advantages"]
+
+
+def save(checkpoints, epoch, states, *args):
+    sha = hashlib.sha256()
+    for leaf in jax.tree.leaves(states):
+        for shard in leaf.addressable_shards:
+            sha.update(np.asarray(shard.data).tobytes())
+    np.savez(FOLDER / f"{jax.process_index()}_{epoch}.npz", digest=sha.hexdigest(), **entered)
+    write(checkpoints, epoch, states, *args)
+
+
+group_advantages, write = train.group_advantages, run_state.save
+train.group_advantages, run_state.save = advantages, save
+train.open_pool = lambda c: RewardPool(Brightness, workers=c.workers)
+
+if __name__ == "__main__":
+    cli.run(train.main)

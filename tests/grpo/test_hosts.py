@@ -1,0 +1,269 @@
+"""Training in two processes of four simulated devices: the same as one of eight, and the end of one is the end of both.
+
+The launchers are played by their environment variables, which JAX reads; the collectives are gloo's, over TCP.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.grpo.test_train import model, newest, recipe  # noqa: F401
+from wan_jax import hosts, hosts_watch
+from wan_jax.checkpoint import read_numpy
+from wan_jax.cli import UserError
+
+TIMEOUT = 5  # --host_timeout
+SETTINGS = ("sample.batch_size=8", "sample.group_size=8", "train.updates_per_epoch=1", "reward.workers=1",
+            "train.learning_rate=1e-3", "save.keep=9")
+AGAIN = "run the same command again"
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
+
+
+def flags_of(process, port):
+    return {}, (f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={process}")
+
+
+def slurm(process, port):
+    return {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_LOCALID": str(process),
+            "SLURM_PROCID": str(process), "SLURM_STEP_TASKS_PER_NODE": "2", "JAX_COORDINATOR_PORT": port}, ()
+
+
+def open_mpi(process, port):
+    return {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911", "OMPI_COMM_WORLD_SIZE": "2",
+            "OMPI_COMM_WORLD_RANK": str(process), "OMPI_COMM_WORLD_LOCAL_RANK": str(process),
+            "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "JAX_COORDINATOR_PORT": port}, ()
+
+
+class Processes:
+    """One run: `launcher` None is one process of eight devices. Their output goes to files of the folder."""
+
+    def __init__(self, config, epochs, launcher=None):
+        self.folder, port = config.parent, free_port()
+        self.files, self.all = [], []
+        for i in range(2 if launcher else 1):
+            extra, flags = launcher(i, port) if launcher else ({}, ())
+            env = os.environ | extra | {
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 if launcher else 8}",
+                "JAX_COMPILATION_CACHE_DIR": str(config.parent.parent / "cache"),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+            self.files.append([config.parent / f"{name}{i}" for name in ("out", "err")])
+            with open(self.files[i][0], "w") as out, open(self.files[i][1], "w") as err:
+                self.all.append(subprocess.Popen(
+                    [sys.executable, "-m", "tests.grpo.hosts_main", str(config.parent), f"--config={config}",
+                     f"--config.epochs={epochs}", *(f"--config.{s}" for s in SETTINGS), *flags,
+                     f"--host_timeout={TIMEOUT}", "--join_timeout=60"],
+                    env=env, stdout=out, stderr=err, cwd=pathlib.Path(__file__).parents[2]))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        for process in self.all:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            process.wait()
+
+    def text(self, i):
+        """(standard output, standard error) so far."""
+        return tuple(path.read_text() for path in self.files[i])
+
+    def finish(self):
+        codes = [process.wait(timeout=200) for process in self.all]
+        assert codes == [0] * len(codes), [self.text(i) for i in range(len(codes))]
+
+    def until(self, seen):
+        """Waits for `seen` in the output of process 0."""
+        deadline = time.time() + 150
+        while seen not in self.text(0)[0]:
+            assert time.time() < deadline and all(p.poll() is None for p in self.all), (self.text(0), self.text(1))
+            time.sleep(0.02)
+
+    def ends_alone(self, i, victim, number):
+        """Sends `number` to the victim; (exit code, seconds, standard error) of process i after that."""
+        self.all[victim].send_signal(number)
+        start = time.time()
+        code = self.all[i].wait(timeout=60)
+        seconds = time.time() - start
+        time.sleep(0.5)  # the reader behind a process that aborts says so after its end
+        return code, seconds, self.text(i)[1]
+
+
+def entered(folder, process, epoch):
+    with np.load(folder / f"{process}_{epoch}.npz") as file:
+        return {name: file[name] for name in file.files}
+
+
+@pytest.fixture(scope="module")
+def one(model, tmp_path_factory):  # noqa: F811
+    """Two epochs in one process: the folder."""
+    config, _ = recipe.__wrapped__(model, tmp_path_factory.mktemp("one"))
+    with Processes(config, 2) as run:
+        run.finish()
+    return config.parent
+
+
+@pytest.fixture(scope="module")
+def two(model, tmp_path_factory):  # noqa: F811
+    """The same in two processes, started by Slurm's variables: (config file, folder, standard output and error)."""
+    config, _ = recipe.__wrapped__(model, tmp_path_factory.mktemp("two"))
+    with Processes(config, 2, slurm) as run:
+        run.finish()
+        return config, config.parent, [run.text(0), run.text(1)]
+
+
+def test_both_hold_the_same_bits(two):
+    _, folder, _ = two
+    seen = [entered(folder, 0, epoch) for epoch in (0, 1, 2)]
+    for epoch in (1, 2):
+        other = entered(folder, 1, epoch)
+        assert seen[epoch].keys() == other.keys() == {"digest", "rewards", "advantages"}
+        for name, value in seen[epoch].items():
+            np.testing.assert_array_equal(value, other[name], err_msg=f"epoch {epoch}: {name}")
+    assert len({str(s["digest"]) for s in seen}) == 3  # it learnt something
+    assert not np.array_equal(seen[1]["rewards"], seen[2]["rewards"])
+
+
+def test_as_in_one_process(one, two):
+    """Rewards to the bit in the first epoch; the gradient's sum over devices is taken in another order by gloo."""
+    _, folder, _ = two
+    for epoch in (1, 2):
+        a, b = entered(one, 0, epoch), entered(folder, 0, epoch)
+        assert a["rewards"].std() > 1e-3
+        np.testing.assert_allclose(b["rewards"], a["rewards"], rtol=0, atol=0 if epoch == 1 else 1e-4)
+        np.testing.assert_allclose(b["advantages"], a["advantages"], rtol=0, atol=0 if epoch == 1 else 2e-2)
+    a, b = (read_numpy(path / "run/checkpoints/2/trained") for path in (one, folder))
+    start = read_numpy(one / "run/checkpoints/0/trained")
+    moved = max(np.abs(a[name] - start[name]).max() for name in a)
+    apart = max(np.abs(a[name] - b[name]).max() for name in a)
+    assert apart < 1e-3 * moved, (apart, moved)
+    evaluations = [[json.loads(line) for line in (path / "run/evals.jsonl").read_text().splitlines()]
+                   for path in (one, folder)]
+    assert evaluations[0][0]["rewards"] == evaluations[1][0]["rewards"]
+    assert [e["texts"] for e in evaluations[0]] == [e["texts"] for e in evaluations[1]]
+    previews = [np.load(path / "run/previews/eval_000000.npz")["videos"] for path in (one, folder)]
+    np.testing.assert_array_equal(*previews)
+
+
+def test_the_first_writes_and_prints(two):
+    _, folder, ((out, err), (other_out, other_err)) = two
+    assert "8 x cpu on 2 processes" in out and "report.html" in out.splitlines()[-1]
+    assert not other_out and not err and not other_err, (err, other_out, other_err)
+    assert len((folder / "run/metrics.jsonl").read_text().splitlines()) == 2
+    assert (folder / "run/report.html").is_file()
+
+
+def test_faults_end_the_others_and_the_run_resumes(two):
+    """One run: the second process is killed, the coordinator is killed, the second hangs; then one process goes on."""
+    config, folder, _ = two
+    for launcher, victim, number, epochs, codes, message in (
+            (open_mpi, 1, signal.SIGKILL, 2, (1,), "process 1 on .* not been heard of"),
+            (flags_of, 0, signal.SIGKILL, 0, (1, -signal.SIGABRT), "process 0, the coordinator"),
+            (slurm, 1, signal.SIGSTOP, 0, (1,), "process 1 on .* not been heard of")):
+        before = newest(folder / "run")
+        with Processes(config, 1000, launcher) as run:
+            run.until(f"epoch {before + epochs}/" if epochs else "continuing")
+            code, seconds, err = run.ends_alone(1 - victim, victim, number)
+            out = run.text(0)[0]
+        assert f"after epoch {before}" in out
+        assert code in codes and seconds < TIMEOUT + 5, (code, seconds, err)
+        assert re.search(message, err) and AGAIN in err and len(err.strip().splitlines()) == 1, err
+        assert newest(folder / "run") >= before + max(epochs - 1, 0)
+    last = newest(folder / "run")
+    with Processes(config, last + 1) as run:
+        run.finish()
+        assert f"continuing {folder / 'run'} after epoch {last}" in run.text(0)[0]
+    assert newest(folder / "run") == last + 1
+    epochs = [json.loads(line)["epoch"] for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    assert epochs == list(range(1, last + 2))
+
+
+def test_an_error_of_one_process_ends_both(model, tmp_path):  # noqa: F811
+    """A file where process 0's folder should be: it says so, and the other one says who ended the run."""
+    config, run_folder = recipe.__wrapped__(model, tmp_path)
+    (tmp_path / "blocked").write_text("")
+    text = config.read_text().replace(repr(str(run_folder)), "__import__('os').environ['RUN']")
+    config.write_text(text)
+
+    def launcher(process, port):
+        return {"RUN": str(tmp_path / "blocked" / "run" if process == 0 else run_folder)}, flags_of(process, port)[1]
+
+    with Processes(config, 1, launcher) as run:
+        codes = [process.wait(timeout=60) for process in run.all]
+        errors = [run.text(i)[1] for i in (0, 1)]
+    assert codes == [1, 1], errors
+    assert "blocked" in errors[0] and errors[0].startswith("error: ") and len(errors[0].splitlines()) == 1, errors
+    assert "process 0 on" in errors[1] and "ended the run" in errors[1] and "blocked" in errors[1], errors
+
+
+@pytest.mark.parametrize("given, message", [
+    (("auto", "node:1", None, None), "--num_processes and --process_id not given"),
+    (("auto", None, 2, 0), "--coordinator not given"), (("auto", "node", 2, 0), "host:port"),
+    (("auto", "node:99999", 2, 0), "host:port"), (("auto", "node:1", 2, 2), "--process_id=2"),
+    (("auto", "node:1", 0, 0), "--num_processes=0"), (("slurm", "node:1", 2, 0), "one or the other"),
+    (("slurm", None, None, None), "srun"), (("ompi", None, None, None), "mpirun"),
+    (("k8s", None, None, None), "completionMode: Indexed")])
+def test_half_given_flags_are_one_message(given, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        hosts.choose(*given, {})
+
+
+def test_what_a_launcher_says():
+    nothing = ("auto", None, None, None)
+    assert hosts.choose(*nothing, {}) is None
+    assert hosts.choose("auto", "node:1", 1, 0, {}) is None
+    assert hosts.choose("auto", "node:1", 3, 2, slurm(0, "1")[0]) == hosts.Launch("node:1", 3, 2)
+    step = slurm(1, "1")[0]
+    assert hosts.choose(*nothing, step) == hosts.Launch(cluster="slurm", all_devices=False)
+    assert hosts.choose(*nothing, step | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}) == hosts.Launch(cluster="slurm")
+    assert hosts.choose(*nothing, step | {"SLURM_NTASKS": "1"}) is None
+    assert hosts.choose("none", None, None, None, step) is None
+    del step["SLURM_STEP_NODELIST"]  # the batch script itself, not a task of srun
+    assert hosts.choose(*nothing, step) is None
+    mpi = open_mpi(1, "1")[0]
+    assert hosts.choose(*nothing, mpi | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}) == hosts.Launch(cluster="ompi")
+    del mpi["OMPI_MCA_orte_hnp_uri"]
+    with pytest.raises(UserError, match=r"Open MPI 5.*--process_id=\$OMPI_COMM_WORLD_RANK"):
+        hosts.choose(*nothing, mpi)
+    assert hosts.choose("k8s", None, None, None, {"JOB_COMPLETION_INDEX": "0"}) == hosts.Launch(cluster="k8s")
+
+
+def test_verdicts_of_the_watch():
+    def peers(**changes):
+        known = {p: hosts_watch.Peer(1, 100.0, f"node{p}", "sampling", 5, 1.0) for p in range(3)}
+        for name, value in changes.items():
+            setattr(known[1], name, value)
+        return known
+
+    def judge(known, answered=100.0, stage_timeout=50.0):
+        return hosts_watch.verdict(known, answered, 109.0, 10.0, stage_timeout)
+
+    assert judge(peers()) is None
+    assert "process 1 on node1" in judge(peers(at=98.0)) and "'sampling'" in judge(peers(at=98.0))
+    assert "process 0 on node0, the coordinator" in judge(peers(at=98.0), answered=98.0)
+    stuck = peers(count=4, stage="scores")
+    assert judge(stuck) is None
+    for peer in stuck.values():
+        peer.seconds = 51.0
+    assert "process 1 on node1 is furthest behind, in 'scores'" in judge(stuck)
+    assert judge(stuck, stage_timeout=0) is None
+
+
+def test_other_weights_on_another_process_are_not_saved(monkeypatch):
+    monkeypatch.setattr(hosts, "gather", lambda mine: ["a", "a", "b", "a"])
+    with pytest.raises(UserError, match=r"the weights of process 2 differ .* \(1 of 4"):
+        hosts.check_same({}, "the weights")
