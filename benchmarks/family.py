@@ -2,12 +2,14 @@
 epoch with LoRA, save, resume, export. Wall time, peak device memory and peak host memory of every command.
 
     python -m benchmarks.family --folder /tmp/family [--models wan2.1-1.3b,wan2.1-14b,wan2.2-a14b,wan2.2-ti2v-5b]
+                                [--stages convert,sample,clip,train,resume,lora]
 
 Every stage is a process of its own; its seconds include starting Python, reading the weights and compiling. The epoch
 is the recipe's with 2 groups of 9 pictures, 4 stochastic steps, and evaluations of 9 prompts in 4 steps; the resumed
 run adds a second one. "cp" is the rate of `cp` and a sync, measured on the largest file of the source. --folder needs
 room for the model twice (28 to 137 GB in bfloat16); --source is where the source is written, if that is another disk.
-Everything is removed in the end but --folder/results.json, which a second call adds to.
+Everything is removed in the end but --folder/results.json, which a second call adds to; the rows of a call that was
+stopped are kept, too.
 """
 
 import dataclasses
@@ -29,6 +31,9 @@ EPOCH = {"sample.frames": 1, "sample.height": 512, "sample.width": 512, "sample.
          "eval.num_prompts": 9, "eval.steps": 4, "train.updates_per_epoch": 1, "save.every": 1, "reward.workers": 4}
 PROMPT = 'A wooden sign with the words "OPEN DAILY" carved into it, on a rainy city street at night.'
 PEAKS = re.compile(r"peak memory: device ([\d.]+|unknown)(?: GiB)?, host ([\d.]+) GiB")
+STAGES = ("convert", "check", "sample", "clip", "train", "resume", "lora", "export")
+SHAPES = {"sample": ("sample 512x512x1", dict(height=512, width=512)),
+          "clip": ("sample 480x832x33", dict(height=480, width=832, frames=33))}
 GIB = 2**30
 
 
@@ -101,34 +106,33 @@ def measure(model: str, folder: pathlib.Path, source: pathlib.Path, dtype: str, 
     stage.note = (f"{read / 1e9:.1f} GB read, {written / 1e9:.1f} GB written, {read / stage.seconds / 1e9:.2f} GB/s; "
                   f"cp {rate / 1e9:.2f} GB/s")
     stages.append(stage)
-    if flags.FLAGS.check:
+    wanted = flags.FLAGS.stages
+    if "check" in wanted:
         stages.append(run("check", [*python("convert.from_diffusers", src=source, dst=converted), "--check"])[0])
     shutil.rmtree(source)
-    sample = dict(model=converted, prompt=PROMPT, dtype="bfloat16", steps=20)
-    for name, shape in {"sample 512x512x1": dict(height=512, width=512),
-                        "sample 480x832x33": dict(height=480, width=832, frames=33)}.items():
-        if flags.FLAGS.clips or "frames" not in shape:
-            out = folder / f"sample.{'gif' if 'frames' in shape else 'png'}"
-            stage, output = run(name, python("wan_jax.sample", **sample, **shape, out=out))
-            stage.note = re.search(r"sample\(s\) of .*", output)[0]
-            stages.append(stage)
+    for kind in (kind for kind in SHAPES if kind in wanted):
+        name, shape = SHAPES[kind]
+        out = folder / f"sample.{'gif' if 'frames' in shape else 'png'}"
+        stage, output = run(name, python("wan_jax.sample", model=converted, prompt=PROMPT, dtype="bfloat16", steps=20,
+                                         out=out, **shape))
+        stage.note = re.search(r"sample\(s\) of .*", output)[0].partition(";")[0]
+        stages.append(stage)
     settings = {"config.run_dir": run_dir, "config.model.path": converted}
     settings |= {f"config.{k}": v for k, v in EPOCH.items()}
-    for epochs, name in ((1, "train 1 epoch"), (2, "resume, 1 epoch")):
-        stage, _ = run(name, python("grpo.train", config=f"configs/{RECIPES[model]}.py", **settings,
-                                    **{"config.epochs": epochs}))
+    for epochs, name in ((1, "train"), (2, "resume")):
+        if name not in wanted:
+            continue
+        stage, _ = run(f"{name}, 1 epoch", python("grpo.train", config=f"configs/{RECIPES[model]}.py", **settings,
+                                                  **{"config.epochs": epochs}))
         record = [json.loads(line) for line in open(run_dir / "metrics.jsonl")][-1]
         stage.note = ", ".join(f"{k} {v:.1f} s" for k, v in record["seconds"].items() if k != "save")
+        stage.note += f"; checkpoint {size(run_dir / 'checkpoints' / str(epochs)) / 1e9:.2f} GB"
         stages.append(stage)
-    stages[-1].note += f"; checkpoint {size(run_dir / 'checkpoints' / '2') / 1e9:.2f} GB"
-    stage, _ = run("export LoRA", python("convert.export_lora", src=converted, checkpoint=run_dir, dst=folder / "lora"))
-    stage.note = f"{size(folder / 'lora') / 1e9:.2f} GB"
-    stages.append(stage)
-    if flags.FLAGS.export:
-        stage, _ = run("export the model", python("convert.to_diffusers", src=converted, checkpoint=run_dir,
-                                                  dst=folder / "exported"))
-        stage.note = f"{size(folder / 'exported') / 1e9:.1f} GB"
-        stages.append(stage)
+    for kind, module, name in (("lora", "export_lora", "export LoRA"), ("export", "to_diffusers", "export the model")):
+        if kind in wanted:
+            out = folder / kind
+            stages.append(run(name, python(f"convert.{module}", src=converted, checkpoint=run_dir, dst=out))[0])
+            stages[-1].note = f"{size(out) / 1e9:.2f} GB"
 
 
 def table(results: dict[str, list[dict]]) -> str:
@@ -169,7 +173,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("source", None, "where the Diffusers folders are written; None: --folder")
     flags.DEFINE_enum("source_dtype", "bfloat16", ["float32", "bfloat16"], "of the Diffusers folders")
     flags.DEFINE_bool("link_expert", False, "A14B: both experts are the same files in the source")
-    flags.DEFINE_bool("clips", True, "sample 480x832x33 too")
-    flags.DEFINE_bool("check", False, "compare the converted model with its source")
-    flags.DEFINE_bool("export", False, "export the whole model with the adapters merged in")
+    flags.DEFINE_list("stages", [s for s in STAGES if s not in ("check", "export")], "which commands; convert always "
+                      "runs, check compares with the source, export writes the whole model with the adapters merged in")
+    flags.register_validator("stages", lambda names: set(names) <= set(STAGES), f"known are {', '.join(STAGES)}")
     app.run(main)

@@ -142,7 +142,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         model, everything.prompts, c.prompts.negative, dtype=s.dtype, progress=functools.partial(bar, desc="prompts"),
         cache=True))
     hosts.stage("loading the weights")
-    eval_table = pipeline.TextTable(table.embeddings[len(train_prompts):], table.negative)
+    eval_table = dataclasses.replace(table, prompts=table.prompts[len(train_prompts):])
     vae_graph, vae_state = pipeline.load_vae(model, mesh)
     decode = pipeline.make_decoder(vae_graph)
 

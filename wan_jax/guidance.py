@@ -13,7 +13,7 @@ from wan_jax.transformer import WanTransformer3D
 class TextBatch:
     """What the transformer attends to for a batch of B videos."""
 
-    embeddings: jax.Array  # [B, St, text_dim], rows past the prompt zeroed
+    embeddings: jax.Array  # [B, St, text_dim] in the encoder's type, rows past the prompt zeroed
     negative: jax.Array  # [St, text_dim], the negative prompt's, shared by the batch
     padding: int = dataclasses.field(metadata={"static": True})  # zero rows beyond St (Wan's text has 512 in all)
 

@@ -30,19 +30,23 @@ ROW_MULTIPLE = 16  # embeddings are trimmed to the longest prompt, rounded up, a
 
 @dataclasses.dataclass(frozen=True)
 class TextTable:
-    """Embeddings of a prompt set, on the host."""
+    """Embeddings of a prompt set on the host: of each prompt its own rows, in the encoder's type."""
 
-    embeddings: np.ndarray  # fp32 [P, St, text_dim], rows past each prompt zero
-    negative: np.ndarray  # fp32 [St, text_dim]
-
-    @property
-    def padding(self) -> int:
-        return TEXT_ROWS - self.embeddings.shape[1]
+    prompts: tuple[np.ndarray, ...]  # [rows of the prompt, text_dim] each
+    negative: np.ndarray  # [its rows, text_dim]
+    rows: int  # St of every batch
 
     def batch(self, indices, batch_sharding, replicated) -> TextBatch:
         """The embeddings of prompts `indices` [B] on the device."""
-        return TextBatch(place(self.embeddings[np.asarray(indices)], batch_sharding),
-                         place(self.negative, replicated), self.padding)
+        return TextBatch(place(self.padded([self.prompts[i] for i in np.asarray(indices)]), batch_sharding),
+                         place(self.padded([self.negative])[0], replicated), TEXT_ROWS - self.rows)
+
+    def padded(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
+        """[len(prompts), St, text_dim], rows past each prompt zero."""
+        out = np.zeros((len(prompts), self.rows, self.negative.shape[1]), self.negative.dtype)
+        for row, rows in zip(out, prompts):
+            row[: len(rows)] = rows
+        return out
 
 
 def embed_prompts(model: model_dir.ModelDir, prompts: Sequence[str], negative: str = "", *, dtype=jnp.float32,
@@ -70,20 +74,17 @@ def embed_prompts(model: model_dir.ModelDir, prompts: Sequence[str], negative: s
     for rows, group in progress(work):
         ids, mask = tokenizer((group * size)[:size], rows)  # the last batch wraps around: one compiled shape
         for text, row in zip(group, np.asarray(run(state, ids, mask))):
-            known[text] = row[: lengths[text]]
+            known[text] = row[: lengths[text]].copy()
             if stored:
                 stored.put(text, known[text])
-    out = np.zeros((len(texts), rounded(max(map(len, known.values()))), model.config("text_encoder").d_model),
-                   np.float32)
-    for i, text in enumerate(texts):
-        out[i, : len(known[text])] = known[text]
-    index = {text: i for i, text in enumerate(texts)}
-    return TextTable(out[[index[prompt] for prompt in prompts]], out[index[negative]])
+    return TextTable(tuple(known[prompt] for prompt in prompts), known[negative],
+                     rounded(max(map(len, known.values()))))
 
 
 def make_encoder(graphdef) -> Callable:
-    """The jitted text encoder: (state, ids int32 [B, S], mask [B, S]) -> fp32 [B, S, text_dim], zero past the mask."""
-    return jax.jit(lambda state, ids, mask: encode(nnx.merge(graphdef, state), ids, mask).astype(jnp.float32))
+    """The jitted text encoder: (state, ids int32 [B, S], mask [B, S]) -> [B, S, text_dim] in the encoder's type, zero
+    past the mask."""
+    return jax.jit(lambda state, ids, mask: encode(nnx.merge(graphdef, state), ids, mask))
 
 
 def rounded(rows: int) -> int:

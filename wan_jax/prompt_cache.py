@@ -1,6 +1,7 @@
 """Text embeddings on disk: a prompt set is encoded once for a model, however many runs use it.
 
-    MODEL/text_cache/<key>.npy   fp32 [rows of the prompt, text_dim], without the zero rows after them
+    MODEL/text_cache/<key>.npy   [rows of the prompt, text_dim] without the zero rows after them, in the encoder's
+                                 type; bfloat16, which NumPy's files cannot name, as its bits in uint16
 
 The key is a hash of the model's manifest, the encoder's dtype and the prompt. The cache lies in the model's folder and
 goes with it. A folder that cannot be written is no error: the embeddings are then computed again by the next run.
@@ -23,7 +24,9 @@ class PromptCache:
 
     def __init__(self, model: ModelDir, dtype):
         self.folder = model.path / FOLDER
-        self.salt = hashlib.sha256((model.path / MANIFEST).read_bytes() + np.dtype(dtype).name.encode()).digest()
+        self.dtype = np.dtype(dtype)
+        self.stored = self.dtype if self.dtype.isbuiltin == 1 else np.dtype(f"u{self.dtype.itemsize}")
+        self.salt = hashlib.sha256((model.path / MANIFEST).read_bytes() + f"{self.dtype} rows".encode()).digest()
         self.writable = True
 
     def path(self, prompt: str) -> pathlib.Path:
@@ -32,9 +35,10 @@ class PromptCache:
     def get(self, prompt: str) -> np.ndarray | None:
         """The prompt's rows, or None. A damaged file counts as none."""
         try:
-            return np.load(self.path(prompt))
+            rows = np.load(self.path(prompt))
         except (OSError, ValueError, EOFError):
             return None
+        return rows.view(self.dtype) if rows.dtype == self.stored else None
 
     def put(self, prompt: str, rows: np.ndarray) -> None:
         """Writes the file whole or not at all."""
@@ -45,7 +49,7 @@ class PromptCache:
         try:
             self.folder.mkdir(exist_ok=True)
             with open(partial, "wb") as file:
-                np.save(file, rows)
+                np.save(file, rows.view(self.stored))
             partial.replace(path)
         except OSError:
             self.writable = False

@@ -105,17 +105,17 @@ def test_embeddings_are_cached_by_model_and_prompt(folders, tmp_path, monkeypatc
     again = pipeline.embed_prompts(model, prompts, "ugly", cache=True)
     assert not loaded  # nothing was missing, so the encoder was not even read
     for table in (first, again):
-        np.testing.assert_array_equal(table.embeddings, plain.embeddings)
+        np.testing.assert_array_equal(table.padded(table.prompts), plain.padded(plain.prompts))
         np.testing.assert_array_equal(table.negative, plain.negative)
+        assert table.rows == plain.rows
     alone = pipeline.embed_prompts(model, PROMPTS[1:2], "other")
-    rows = alone.embeddings.shape[1]
-    np.testing.assert_allclose(alone.embeddings[0], plain.embeddings[1, :rows], atol=2e-5)
-    assert not plain.embeddings[1, rows:].any()
+    np.testing.assert_allclose(alone.prompts[0], plain.prompts[1], atol=2e-5)
+    assert not plain.padded(plain.prompts)[1, len(alone.prompts[0]):].any()
 
     path = next((folder / "text_cache").glob("*.npy"))
     path.write_bytes(path.read_bytes()[:50])  # damaged: computed again
-    np.testing.assert_array_equal(pipeline.embed_prompts(model, prompts, "ugly", cache=True).embeddings,
-                                  plain.embeddings)
+    mended = pipeline.embed_prompts(model, prompts, "ugly", cache=True)
+    np.testing.assert_array_equal(mended.padded(mended.prompts), plain.padded(plain.prompts))
     manifest = json.loads((folder / "wan_jax.json").read_text())
     (folder / "wan_jax.json").write_text(json.dumps(manifest | {"source": "another"}))
     loaded.clear()
@@ -127,7 +127,18 @@ def test_a_cache_that_cannot_be_written_is_no_error(folders, tmp_path):
     folder = shutil.copytree(folders[1], tmp_path / "model")
     (folder / "text_cache").write_text("a file where the folder should be")
     table = pipeline.embed_prompts(model_dir.open_model(folder), PROMPTS, cache=True)
-    assert np.isfinite(table.embeddings).all() and table.embeddings.any()
+    assert all(np.isfinite(rows).all() and rows.any() for rows in table.prompts)
+
+
+def test_bfloat16_embeddings_stay_bfloat16(folders, tmp_path):
+    folder = shutil.copytree(folders[1], tmp_path / "model")
+    model = model_dir.open_model(folder)
+    first, again = (pipeline.embed_prompts(model, PROMPTS, dtype=jnp.bfloat16, cache=True) for _ in range(2))
+    full = pipeline.embed_prompts(model, PROMPTS, cache=True)  # the types do not share files
+    for a, b, c in zip(first.prompts, again.prompts, full.prompts):
+        assert a.dtype == b.dtype == jnp.bfloat16 and c.dtype == np.float32
+        np.testing.assert_array_equal(a, b)
+        assert 0 < relative_error(a.astype(np.float32), c) < 0.05
 
 
 @pytest.fixture(scope="module")
@@ -226,11 +237,13 @@ def test_export_of_a_conversion_samples_the_same(folders, tmp_path):
 def test_each_prompt_is_encoded_as_if_alone(folders):
     model = model_dir.open_model(folders[1])
     together = pipeline.embed_prompts(model, [PROMPTS[0], "x" * 70, PROMPTS[1]], batch=2)
-    assert together.embeddings.shape[1] % pipeline.ROW_MULTIPLE == 0
+    assert together.rows % pipeline.ROW_MULTIPLE == 0
     alone = pipeline.embed_prompts(model, PROMPTS[1:])
-    rows = alone.embeddings.shape[1]
-    np.testing.assert_allclose(together.embeddings[2, :rows], alone.embeddings[0], atol=1e-5)
-    assert not together.embeddings[2, rows:].any() and together.padding == 512 - together.embeddings.shape[1]
+    np.testing.assert_allclose(together.prompts[2], alone.prompts[0], atol=1e-5)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    batch = together.batch([2], device, device)
+    assert not batch.embeddings[0, len(alone.prompts[0]):].any()
+    assert batch.padding == 512 - batch.embeddings.shape[1] == 512 - together.rows
 
 
 def test_sizes_that_wan_cannot_make():
