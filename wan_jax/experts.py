@@ -49,7 +49,7 @@ class Weights:
     """The experts' frozen arrays: `weights(i)` is expert i's state, on the device.
 
     With offload, states live in host memory (pinned where the backend has it) and only the one asked for last is on
-    the device; asking for another drops it first.
+    the device: asking for another deletes it first, also for callers that still hold it.
     """
 
     def __init__(self, loaders: Sequence[Callable[[], nnx.State]], offload: bool):
@@ -67,7 +67,9 @@ class Weights:
         if not self.offload:
             return self.states[expert]
         if self.current is None or self.current[0] != expert:
-            self.current = None
+            if self.current is not None:
+                for x in jax.tree.leaves(self.current[1]):
+                    x.delete()
             self.current = expert, jax.device_put(self.states[expert], self.shardings)
         return self.current[1]
 

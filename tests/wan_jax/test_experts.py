@@ -57,6 +57,8 @@ def test_weights_come_back_as_they_were(offload):
         assert weights(1) is weights(1)
         first = weights(0)
         assert weights(0) is first and weights.current[0] == 0
+        weights(1)
+        assert all(x.is_deleted() for x in jax.tree.leaves(first))  # the device never holds both
 
 
 def test_offload_is_chosen_by_what_fits():
