@@ -6,6 +6,7 @@ a function of (seed, epoch, sample number, step), so results depend neither on t
 """
 
 import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -133,3 +134,24 @@ def rollout(step, trainable: Flat, frozen, x: jax.Array, text: TextBatch, *, key
         return x, None
     xs, nexts, log_probs = (jnp.stack(v) for v in zip(*kept))
     return x, Trajectory(xs, nexts, log_probs, jnp.asarray(window, jnp.int32), text)
+
+
+def rollout_batches(steps: Sequence, arrays: Callable, noise: Sequence[jax.Array], texts: Sequence[TextBatch], *, key,
+                    samples: Sequence[jax.Array], parts: Sequence[Segment], windows: Sequence[np.ndarray]
+                    ) -> Iterator[tuple[int, int, jax.Array, Trajectory | None]]:
+    """Dispatches `rollout` for every part of the schedule and every batch; yields (part, batch, latents, Trajectory).
+
+    All batches go through one expert's steps before the next expert's weights are asked for, with nothing under way,
+    since these change places on the device. steps: one `make_step` an expert; arrays(expert): (trainable, frozen);
+    noise, texts, samples: one a batch; windows: one a part.
+    """
+    latents = list(noise)
+    for i, (part, window) in enumerate(zip(parts, windows)):
+        if i:
+            jax.block_until_ready(latents)
+        trainable, frozen = arrays(part.expert)
+        for b, (text, numbers) in enumerate(zip(texts, samples)):
+            x, trajectory = rollout(steps[part.expert], trainable, frozen, latents[b], text, key=key, samples=numbers,
+                                    steps=part.steps, window=window)
+            latents[b] = x if i < len(parts) - 1 else None
+            yield i, b, x, trajectory

@@ -124,8 +124,8 @@ def records_of(run):
     records = []
     for name in ("metrics.jsonl", "evals.jsonl"):
         lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
-        records.append([{k: v for k, v in line.items() if "seconds" not in k and k not in ("time", "peak_memory")}
-                        for line in lines])
+        measured = ("time", "peak_memory", "idle_share")
+        records.append([{k: v for k, v in line.items() if "seconds" not in k and k not in measured} for line in lines])
     return records
 
 
