@@ -55,11 +55,16 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, max_len: int = 1024) -
 
 
 def apply_rope(x: Array, cos: np.ndarray, sin: np.ndarray) -> Array:
-    """Rotates the interleaved pairs (x0, x1), (x2, x3), ... of x [B, S, N, head_dim] in fp32; x's dtype is kept."""
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    c, s = cos[None, :, None, :], sin[None, :, None, :]
-    return jnp.stack([even * c - odd * s, even * s + odd * c], axis=-1).reshape(x.shape).astype(x.dtype)
+    """Rotates the interleaved pairs (x0, x1), (x2, x3), ... of x [B, S, N, head_dim] in fp32; x's dtype is kept.
+
+    Each value times its cosine plus its neighbour times the signed sine: reads and writes stay in order, where taking
+    the pairs apart and stacking them again makes GPUs write every other value.
+    """
+    c = np.repeat(cos, 2, axis=-1)[:, None]  # [S, 1, head_dim]
+    s = np.stack([-sin, sin], axis=-1).reshape(c.shape)
+    y = x.astype(jnp.float32)
+    neighbour = y.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
+    return (y * c + neighbour * s).astype(x.dtype)
 
 
 def timestep_features(timesteps: Array, dim: int) -> Array:
