@@ -164,9 +164,9 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     states, done = {name: init_state(start[name], s.optimiser) for name in plan.trained}, 0
     if restored is not None:
         states, done = run_state.restore(checkpoints, restored, states), restored
-    table_of_steps = StepTable.make(plan.schedule, s.sde)
+    table_of_steps = StepTable.make(plan.schedule, s.sde, c.train.credit)
     scales = guidances(c.sample.guidance, c.sample.guidance_2, len(model.experts))
-    steps = per_guidance(functools.partial(make_step, policy, table_of_steps), scales)
+    steps = per_guidance(functools.partial(make_step, policy, table_of_steps, keep_mean=s.loss.needs_old_mean), scales)
     updates = per_guidance(lambda scale: make_update(policy, table_of_steps, scale, s.loss, s.optimiser, mesh),
                            scales)
     eval_steps = per_guidance(functools.partial(pipeline.make_ode_step, policy.module, solver),
@@ -210,7 +210,8 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         chosen = epoch_prompts(c.seed, epoch - 1, len(train_prompts), c.sample.groups)
         prompt_of = np.repeat(chosen, c.sample.group_size)  # [N], a group's videos stand together
         low, high = c.sample.sde_range
-        windows = [sde_window(c.seed, epoch, quota, max(low, part.steps.start), min(high, part.steps.stop), i)
+        windows = [sde_window(c.seed, epoch, quota, max(low, part.steps.start), min(high, part.steps.stop), i,
+                              rule=c.sample.sde_window, every=c.sample.sde_window_epochs)
                    for i, (part, quota) in enumerate(zip(plan.parts, plan.quotas))]
 
         # sample, all batches by one expert before the next. The host is one batch ahead of the device, which so has
