@@ -32,7 +32,7 @@ def defaults() -> ConfigDict:
     c.mesh.fsdp = 1                     # devices the parameters are split over; the others are data parallel
 
     c.prompts = ConfigDict()
-    c.prompts.train = ""                # text file, one prompt a line, the text to write in quotes
+    c.prompts.train = ""                # text, one prompt a line, what to write in quotes; or .jsonl
     c.prompts.heldout = ""              # the same for evaluation
     c.prompts.negative = ""             # negative prompt of the guidance
 
