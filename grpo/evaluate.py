@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from grpo.combine import base_statistics
 from grpo.prompts import PromptSet
 from grpo.rollout import initial_noise
 from grpo.scores import gather_scores
@@ -71,4 +72,6 @@ class Evaluator:
                   "failed_scores": scores.failures, "rewards": [float(r) for r in rewards],
                   "prompts": list(self.prompts.prompts), "texts": scores.texts,
                   "seconds": time.time() - start}
+        if scores.parts:
+            record["measures"] = base_statistics(scores.parts)
         return Evaluation(record, np.stack([shown[number] for number in sorted(shown)]) if shown else None)
