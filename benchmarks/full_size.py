@@ -133,17 +133,9 @@ def main(_):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("size", "1.3b", list(workload.SIZES), "configuration")
-    flags.DEFINE_integer("height", 512, "pixels")
-    flags.DEFINE_integer("width", 512, "pixels")
-    flags.DEFINE_integer("frames", 1, "pixel frames")
-    flags.DEFINE_integer("batch", 9, "videos")
-    flags.DEFINE_float("guidance", 1.0, "classifier-free guidance")
+    workload.define_flags(guidance=1.0, kl=0.0)
     flags.DEFINE_integer("micro", 1, "rollout batches in an update")
-    flags.DEFINE_float("kl", 0.0, "weight of the KL to the reference, one more forward pass")
     flags.DEFINE_string("dtype", "bfloat16", "of weights and matrix products")
     flags.DEFINE_enum("remat", "block", ["none", "block"], "recomputation")
-    flags.DEFINE_integer("repeats", 5, "timed calls")
-    flags.DEFINE_string("json", None, "file to write the figures to")
     flags.DEFINE_bool("profile", False, "list the kernels by time")
     app.run(main)

@@ -8,6 +8,7 @@ import json
 import pathlib
 
 import numpy as np
+from absl import flags
 
 from wan_jax.config import TransformerConfig
 
@@ -45,6 +46,26 @@ def forward_flops(c: TransformerConfig, tokens: int) -> float:
 def batch_flops(config: TransformerConfig, shape: tuple[int, ...], batch: int, guidance: float) -> float:
     """Of a rollout step's forward passes: two for each video with guidance. An update counts three times that."""
     return batch * forward_flops(config, shape[0] * shape[1] * shape[2] // 4) * (2 if guidance > 1 else 1)
+
+
+def define_flags(guidance: float, kl: float) -> None:
+    """The flags of a workload, with the defaults that differ between works."""
+    flags.DEFINE_enum("size", "1.3b", list(SIZES), "configuration")
+    flags.DEFINE_integer("height", 512, "pixels")
+    flags.DEFINE_integer("width", 512, "pixels")
+    flags.DEFINE_integer("frames", 1, "pixel frames")
+    flags.DEFINE_integer("batch", 9, "videos")
+    flags.DEFINE_float("guidance", guidance, "classifier-free guidance")
+    flags.DEFINE_float("kl", kl, "weight of the KL to the reference, one more forward pass")
+    flags.DEFINE_integer("repeats", 5, "timed calls")
+    flags.DEFINE_string("json", None, "file to write the figures to")
+
+
+def define_epoch_flags() -> None:
+    flags.DEFINE_integer("groups", 3, "prompts of the epoch")
+    flags.DEFINE_integer("group_size", 12, "videos of a prompt")
+    flags.DEFINE_integer("steps", STEPS, "denoising steps; all but the last are trained")
+    flags.DEFINE_integer("updates", 2, "optimiser steps")
 
 
 @dataclasses.dataclass(frozen=True)
