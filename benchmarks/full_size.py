@@ -1,6 +1,6 @@
 """Rollout step and update step of Wan at full size with random weights: seconds, model FLOP/s and peak memory.
 
-    python -m benchmarks.full_size --size 1.3b [--height 512 --width 512 --frames 1 --batch 9 --guidance 1] [--json FILE]
+    python -m benchmarks.full_size --size 1.3b [--height 512 --width 512 --frames 1 --batch 9 --guidance 1 --json FILE]
 
 The transformer is the real configuration with weights drawn on the device, LoRA rank 32 on attention; text is 64 rows
 of random embeddings padded to 512. Model FLOPs count the matrix products of a forward pass (two for guidance), times
@@ -85,8 +85,7 @@ def timed(function, repeats: int) -> float:
     return statistics.median(seconds[1:])
 
 
-def main(_):
-    f = flags.FLAGS
+def measure(f) -> Record:
     r = RandomPolicy.draw(f.size, f.dtype, f.remat)
     policy, trainable, frozen = r.policy, r.trainable, r.frozen
     steps, optimiser = step_table(), OptimiserConfig()
@@ -129,7 +128,11 @@ def main(_):
         kernels.show("rollout step", lambda: step(state.trainable, frozen, x, 3, True, text, key, samples))
         kernels.show("update", one_update)
     print(f"first update's ratio: {first['ratio_min']:.7f} to {first['ratio_max']:.7f}")
-    Record("ours", stages, kind, software(), (first["ratio_min"], first["ratio_max"])).write(f.json)
+    return Record("ours", stages, kind, software(), (first["ratio_min"], first["ratio_max"]))
+
+
+def main(_):
+    measure(flags.FLAGS).write(flags.FLAGS.json)
 
 
 if __name__ == "__main__":

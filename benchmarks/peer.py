@@ -6,6 +6,7 @@
 
 Modes: `autocast`, what that script does: weights in fp32 under bf16 autocast. `bf16`: weights and adapters in bf16, but
 what Diffusers keeps in fp32, without autocast. `bf16-compile`: the same with every block through `torch.compile`.
+`fp32`: without autocast, for checks against ours.
 All: LoRA rank 32 on to_q, to_k, to_v, to_out.0, gradient checkpointing, two forward passes for guidance, the reference
 by switching the adapters off, one SDE step trained at a time with a backward pass each, gradient clipping, AdamW.
 Weights are random and drawn on the device.
@@ -37,7 +38,7 @@ from benchmarks.workload import Record, Stage
 from wan_jax.config import TransformerConfig
 from wan_jax.schedule import Schedule, flow_sigmas
 
-MODES = ("autocast", "bf16", "bf16-compile")
+MODES = ("autocast", "bf16", "bf16-compile", "fp32")
 CLIP, ADVANTAGE_CLIP, MAX_NORM = 1e-3, 5.0, 1.0
 
 
@@ -71,6 +72,10 @@ def drawn_as(dtype: torch.dtype, device: str):
         torch.set_default_dtype(before)
 
 
+def weight_dtype(mode: str) -> torch.dtype:
+    return torch.bfloat16 if mode.startswith("bf16") else torch.float32
+
+
 def make_transformer(config: TransformerConfig, dtype: torch.dtype, device: str) -> WanTransformer3DModel:
     """Random weights in the types that `from_pretrained(torch_dtype=dtype)` gives them."""
     with drawn_as(dtype, device):
@@ -95,7 +100,7 @@ class Policy:
             for block in transformer.blocks:
                 block.compile(backend=compiler)
         self.mode, self.guidance, self.device = mode, guidance, transformer.device.type
-        self.dtype = torch.float32 if mode == "autocast" else torch.bfloat16
+        self.dtype = weight_dtype(mode)
         self.sigmas, self.timesteps = schedule.sigmas.tolist(), schedule.timesteps.tolist()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=1e-4)
@@ -159,7 +164,7 @@ def log_prob(x_next, mean, std: float):
     return -0.5 * (z * z).mean(1) - math.log(std) - 0.5 * math.log(2 * math.pi)
 
 
-# ---- measuring ---------------------------------------------------------------------------------------------------------
+# ---- measuring ------------------------------------------------------------------------------------------------------
 def wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -194,7 +199,7 @@ def latents(f, device: str) -> torch.Tensor:
 
 
 def make_policy(f, config: TransformerConfig, device: str, steps: int) -> Policy:
-    transformer = make_transformer(config, torch.float32 if f.mode == "autocast" else torch.bfloat16, device)
+    transformer = make_transformer(config, weight_dtype(f.mode), device)
     if f.attention:
         transformer.set_attention_backend(f.attention)
     return Policy(transformer, f.mode, flow_sigmas(steps, workload.SHIFT), f.guidance, f.compiler)
@@ -203,8 +208,8 @@ def make_policy(f, config: TransformerConfig, device: str, steps: int) -> Policy
 def measure_steps(f, device: str) -> tuple[dict[str, Stage], tuple[float, float]]:
     """Seconds and peak memory of a rollout step and of a trained step, and the first update's ratio."""
     config = workload.transformer_config(f.size)
-    policy, text, x = make_policy(f, config, device, workload.STEPS), random_text(config, f.batch, device), latents(
-        f, device)
+    policy = make_policy(f, config, device, workload.STEPS)
+    text, x = random_text(config, f.batch, device), latents(f, device)
     flops = workload.batch_flops(config, workload.latent_shape(f.frames, f.height, f.width), f.batch, f.guidance)
     policy.model.eval()
     stages = {"rollout": Stage.of(timed(lambda: policy.sample(x, 3, text), f.repeats, device), peak_bytes(device),
@@ -219,7 +224,7 @@ def measure_steps(f, device: str) -> tuple[dict[str, Stage], tuple[float, float]
     return stages, (float(ratios[0].min()), float(ratios[0].max()))
 
 
-# ---- decoding ----------------------------------------------------------------------------------------------------------
+# ---- decoding -------------------------------------------------------------------------------------------------------
 def make_decoder(dtype: torch.dtype, device: str, **settings):
     """latents fp32 [B, C, F, H, W] -> uint8 [B, T, H, W, 3] on the host, with random weights; settings of the VAE."""
     with drawn_as(dtype, device):
@@ -237,8 +242,9 @@ def make_decoder(dtype: torch.dtype, device: str, **settings):
 
 
 def measure_decode(f, device: str) -> dict[str, Stage]:
-    torch.backends.cudnn.benchmark = f.mode != "autocast"
-    decode = make_decoder(torch.float32 if f.mode == "autocast" else torch.bfloat16, device, **vae_settings(f.size))
+    dtype = weight_dtype(f.mode)
+    torch.backends.cudnn.benchmark = dtype == torch.bfloat16
+    decode = make_decoder(dtype, device, **vae_settings(f.size))
     x = latents(f, device)
     stage = Stage.of(timed(lambda: decode(x), f.repeats, device), peak_bytes(device))
     print(f"decode: {stage}", flush=True)
@@ -249,7 +255,7 @@ def vae_settings(size: str) -> dict:
     return {"base_dim": 8, "num_res_blocks": 1} if size == "tiny" else {}
 
 
-# ---- the epoch ---------------------------------------------------------------------------------------------------------
+# ---- the epoch ------------------------------------------------------------------------------------------------------
 class Scorer:
     """8 threads, each with a reader of its own; a batch is one thread's task."""
 
@@ -271,11 +277,11 @@ class Scorer:
 def measure_epoch(f, device: str) -> dict[str, Stage]:
     """One epoch's seconds by stage. Drawn signs are scored in place of the decoded videos (`workload.signs`)."""
     config = workload.transformer_config(f.size)
-    policy, decode, scorer = make_policy(f, config, device, f.steps), make_decoder(
-        torch.float32, device, **vae_settings(f.size)), Scorer()
+    policy, scorer = make_policy(f, config, device, f.steps), Scorer()
+    decode = make_decoder(torch.float32, device, **vae_settings(f.size))
     targets = [target for _, target in workload.prompts(f.groups) for _ in range(f.group_size)]
-    rows = [slice(start, start + f.batch) for start in range(0, len(targets), f.batch)]
-    pictures = [workload.signs(targets[r], f.frames, f.height, f.width, b) for b, r in enumerate(rows)]
+    rows = workload.epoch_rows(f.groups, f.group_size, f.batch, f.updates)
+    pictures = [workload.signs([targets[i] for i in r], f.frames, f.height, f.width, b) for b, r in enumerate(rows)]
     texts = [random_text(config, f.batch, device) for _ in rows]
 
     def sample(text, steps: int) -> list[Kept]:
@@ -298,12 +304,12 @@ def measure_epoch(f, device: str) -> dict[str, Stage]:
         clock("sample")
         decode(batches[-1][-1].x_next)
         clock("decode")
-        pending.append(scorer.submit(picture, targets[r]))
+        pending.append(scorer.submit(picture, [targets[i] for i in r]))
     rewards = np.concatenate([scores.result() for scores in pending]).reshape(f.groups, f.group_size)
     clock("score wait")
     advantages = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True) + 1e-4)
     advantages = torch.tensor(advantages.clip(-ADVANTAGE_CLIP, ADVANTAGE_CLIP), dtype=torch.float32, device=device)
-    work = [(kept[:-1], text, advantages.flatten()[r]) for kept, text, r in zip(batches, texts, rows)]
+    work = [(kept[:-1], text, advantages.flatten()[r.tolist()]) for kept, text, r in zip(batches, texts, rows)]
     size = len(work) // f.updates
     for first in range(0, len(work), size):
         policy.update(work[first:first + size], f.kl)
@@ -331,8 +337,7 @@ class Clock:
         return stages
 
 
-def main(_):
-    f = flags.FLAGS
+def measure(f) -> Record:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = True  # as the script
@@ -345,7 +350,11 @@ def main(_):
         print(f"first update's ratio: {ratio[0]:.7f} to {ratio[1]:.7f}")
     else:
         stages = {"decode": measure_decode, "epoch": measure_epoch}[f.task](f, device)
-    Record(f"peer {f.mode}", stages, kind, f"torch {torch.__version__}", ratio).write(f.json)
+    return Record(f"peer {f.mode}", stages, kind, f"torch {torch.__version__}", ratio)
+
+
+def main(_):
+    measure(flags.FLAGS).write(flags.FLAGS.json)
 
 
 if __name__ == "__main__":

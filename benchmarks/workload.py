@@ -68,6 +68,15 @@ def define_epoch_flags() -> None:
     flags.DEFINE_integer("updates", 2, "optimiser steps")
 
 
+def epoch_rows(groups: int, group_size: int, batch: int, updates: int) -> list[np.ndarray]:
+    """The numbers of each batch's videos. Raises ValueError where batches or updates do not come out even."""
+    videos = groups * group_size
+    if videos % batch or (videos // batch) % updates:
+        raise ValueError(f"groups={groups} x group_size={group_size} videos do not fill a multiple of "
+                         f"updates={updates} batches of batch={batch}; change one of them")
+    return [np.arange(start, start + batch) for start in range(0, videos, batch)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """One timed thing of one side."""
