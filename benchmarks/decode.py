@@ -7,8 +7,11 @@ latent frames. Where XLA's search for the fastest convolutions runs in the same 
 the peak: with JAX_COMPILATION_CACHE_DIR set, a second call shows what decoding takes.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import app, flags
 from flax import nnx
 
@@ -16,17 +19,26 @@ from benchmarks import workload
 from benchmarks.full_size import peak_bytes, software, timed
 from benchmarks.workload import Record, Stage
 from wan_jax import model_dir, pipeline
+from wan_jax import params as P
 from wan_jax.config import VAEConfig
 from wan_jax.presets import VAE_21
-from wan_jax.vae import AutoencoderKLWan
 
 TINY = VAEConfig(base_dim=8, num_res_blocks=1, latents_mean=VAE_21.latents_mean, latents_std=VAE_21.latents_std)
 
 
 def random_vae(size: str, dtype) -> tuple[nnx.GraphDef, nnx.State]:
-    config = TINY if size == "tiny" else VAE_21
-    graph, _ = model_dir.abstract("vae", config, dtype=dtype)
-    return graph, jax.jit(lambda: nnx.split(AutoencoderKLWan(config, dtype=dtype, rngs=nnx.Rngs(0)))[1])()
+    """Weights drawn on the host, which compiles nothing: kernels that keep the variance, scales 1, biases 0."""
+    graph, like = model_dir.abstract("vae", TINY if size == "tiny" else VAE_21, dtype=dtype)
+    rng = np.random.default_rng(0)
+
+    def draw(path: str, x: jax.ShapeDtypeStruct) -> jax.Array:
+        if path.endswith("kernel"):
+            value = rng.standard_normal(x.shape, np.float32) * math.prod(x.shape[:-1]) ** -0.5
+        else:
+            value = np.full(x.shape, float(path.endswith("scale")))
+        return jnp.asarray(value, x.dtype)
+
+    return graph, P.unflatten(like, {path: draw(path, x) for path, x in P.flatten(like).items()})
 
 
 def measure(f) -> Record:

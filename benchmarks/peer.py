@@ -257,13 +257,13 @@ def vae_settings(size: str) -> dict:
 
 # ---- the epoch ------------------------------------------------------------------------------------------------------
 class Scorer:
-    """8 threads, each with a reader of its own; a batch is one thread's task."""
+    """Threads, each with a reader of its own; a batch is one thread's task."""
 
-    def __init__(self):
+    def __init__(self, threads: int):
         from rewards.ocr import OCRReward
 
         self.make = functools.partial(OCRReward, rule="flow_grpo_video")
-        self.local, self.threads = threading.local(), ThreadPoolExecutor(8)
+        self.local, self.threads = threading.local(), ThreadPoolExecutor(threads)
 
     def score(self, videos: np.ndarray, targets) -> list[float]:
         if not hasattr(self.local, "reward"):
@@ -277,7 +277,7 @@ class Scorer:
 def measure_epoch(f, device: str) -> dict[str, Stage]:
     """One epoch's seconds by stage. Drawn signs are scored in place of the decoded videos (`workload.signs`)."""
     config = workload.transformer_config(f.size)
-    policy, scorer = make_policy(f, config, device, f.steps), Scorer()
+    policy, scorer = make_policy(f, config, device, f.steps), Scorer(f.readers)
     decode = make_decoder(torch.float32, device, **vae_settings(f.size))
     targets = [target for _, target in workload.prompts(f.groups) for _ in range(f.group_size)]
     rows = workload.epoch_rows(f.groups, f.group_size, f.batch, f.updates)
@@ -293,7 +293,7 @@ def measure_epoch(f, device: str) -> dict[str, Stage]:
 
     kept = sample(texts[0], 2)  # the warm-up; every thread builds its reader
     decode(kept[-1].x_next)
-    list(scorer.threads.map(lambda _: (scorer.score(pictures[0][:1], targets[:1]), time.sleep(0.5)), range(8)))
+    list(scorer.threads.map(lambda _: (scorer.score(pictures[0][:1], targets[:1]), time.sleep(0.5)), range(f.readers)))
     policy.update([(kept, texts[0], torch.randn(f.batch, device=device))], f.kl)
     wait(device)
 
@@ -362,6 +362,7 @@ if __name__ == "__main__":
     workload.define_epoch_flags()
     flags.DEFINE_enum("task", "steps", ["steps", "decode", "epoch"], "what to measure")
     flags.DEFINE_enum("mode", "autocast", MODES, "weights and compilation")
+    flags.DEFINE_integer("readers", 8, "threads that score; the script has 8")
     flags.DEFINE_string("attention", None, "Diffusers' attention backend, e.g. _native_cudnn; None: PyTorch's choice")
     flags.DEFINE_string("compiler", "inductor", "backend of torch.compile")
     app.run(main)
