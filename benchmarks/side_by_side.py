@@ -136,25 +136,25 @@ def ratio(records: dict[str, Record], stage: str, kind: str) -> float | None:
     return records[side].stages[stage].ms / records["ours"].stages[stage].ms
 
 
-def leanest(records: dict[str, Record], stage: str) -> float | None:
-    """The least peak memory of a peer."""
-    peaks = [r.stages[stage].peak_gib for side, r in records.items() if side != "ours"]
-    return min((p for p in peaks if p is not None), default=None)
+def leanest(records: dict[str, Record], stage: str) -> tuple[float, str] | None:
+    """The least peak memory of a peer, and whose."""
+    peaks = [(r.stages[stage].peak_gib, side) for side, r in records.items() if side != "ours"]
+    return min((p for p in peaks if p[0] is not None), default=None)
 
 
 def judge(records: dict[str, Record], bar: Bar, peers: tuple[str, ...]) -> str:
     """'2.5x autocast: 2.61, reached'; 'not measured' where a figure is missing.
 
-    peers: the work's; 'best' and 'memory' need one in bf16 where the work has one.
+    peers: the work's; 'best' needs one in bf16 where the work has one.
     """
-    if bar.kind in ("best", "memory") and "bf16" in peers and not records.keys() & (set(PEERS) - {"autocast"}):
-        return f"{bar.kind}: no peer in bf16 was measured"
+    if bar.kind == "best" and "bf16" in peers and not records.keys() & (set(PEERS) - {"autocast"}):
+        return f"{bar.least:g}x best: no peer in bf16 was measured"
     ours = records["ours"].stages[bar.stage] if "ours" in records else None
     if bar.kind == "memory":
         limit, value = leanest(records, bar.stage), ours and ours.peak_gib
         if limit is None or value is None:
             return "memory: not measured"
-        return f"memory at most {limit:.1f} GiB: {value:.1f}, {verdict(value <= limit)}"
+        return f"memory at most {limit[0]:.1f} GiB ({limit[1]}): {value:.1f}, {verdict(value <= limit[0])}"
     name = f"MFU {bar.least:.2f}" if bar.kind == "mfu" else f"{bar.least:g}x {bar.kind}"
     value = ours and ours.mfu(MEASURED) if bar.kind == "mfu" else ratio(records, bar.stage, bar.kind)
     return f"{name}: not measured" if value is None else f"{name}: {value:.2f}, {verdict(value >= bar.least)}"

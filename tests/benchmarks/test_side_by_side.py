@@ -34,14 +34,14 @@ def test_ratios_are_to_the_fastest_peer_of_each_stage():
     (Bar("rollout", "autocast", 3.0), "3x autocast: 3.00, reached"),
     (Bar("rollout", "best", 2.0), "2x best: 1.80, **not reached**"),
     (Bar("rollout", "mfu", 0.7), "MFU 0.70: 0.70, reached"),  # 553 of 790
-    (Bar("rollout", "memory"), "memory at most 4.5 GiB: 5.0, **not reached**")])
+    (Bar("rollout", "memory"), "memory at most 4.5 GiB (bf16): 5.0, **not reached**")])
 def test_bars(bar, verdict):
     assert judge(RECORDS, bar, PEERS) == verdict
 
 
 def test_bars_need_what_they_compare_with():
     some = {side: RECORDS[side] for side in ("ours", "autocast")}
-    assert judge(some, Bar("rollout", "best", 2.0), PEERS) == "best: no peer in bf16 was measured"
+    assert judge(some, Bar("rollout", "best", 2.0), PEERS) == "2x best: no peer in bf16 was measured"
     assert judge({"bf16": RECORDS["bf16"]}, Bar("rollout", "mfu", 0.6), PEERS) == "MFU 0.60: not measured"
     assert judge(some, Bar("rollout", "best", 2.0), ("autocast",)) == "2x best: 3.00, reached"
 
@@ -56,7 +56,7 @@ def test_table_has_a_row_for_each_stage_and_says_what_failed(tmp_path):
     assert lines[2] == ("| 1.3B, 9 x 1 x 512 x 512 | rollout | 50.0 | 150.0 | 90.0 (bf16-compile) | 3.00 | 1.80 | "
                         "0.56 | 0.70 | 5.0 | 12.0 | 6.0 | 2.5x autocast: 3.00, reached; "
                         "2x best: 1.80, **not reached**; MFU 0.65: 0.70, reached; "
-                        "memory at most 6.0 GiB: 5.0, reached |")
+                        "memory at most 6.0 GiB (bf16-compile): 5.0, reached |")
     assert "- 1.3B, 9 x 1 x 512 x 512, bf16: failed, out of memory" in lines and lines[-1] == "- GPU, 1.0"
     assert {len(line.split(" | ")) for line in lines[2:4]} == {len(side_by_side.HEAD)}
 
