@@ -2,7 +2,7 @@
 
     python -m benchmarks.epoch --size 1.3b [--groups 3 --group_size 12 --batch 9 --workers 14] [--json FILE]
 
-Counted: sampling with guidance over all steps, all but the last stochastic; the VAE's decoding to frames on the host;
+Counted: sampling with guidance over all steps, --trained of them stochastic; the VAE's decoding to frames on the host;
 OCR in worker processes while the next batch samples; advantages; the update over all stochastic steps with the KL to
 the reference, clipping, AdamW and the moving average. Not counted: encoding the prompts, logging, checkpoints. What is
 scored are drawn signs of the videos' size (`workload.signs`), since random weights draw no text. The figures are of the
@@ -70,10 +70,10 @@ class Epoch:
         f, key, clock = self.f, jax.random.key(number), Clock()
         trajectories, pending = [], []
         for text, rows, pictures in zip(self.texts, self.rows, self.pictures):
-            samples = jnp.asarray(rows, jnp.int32)
+            samples = self.policy.placed(jnp.asarray(rows, jnp.int32))
             x, trajectory = rollout(self.step, self.state.trainable, self.policy.frozen,
                                     initial_noise(key, samples, self.shape), text, key=key, samples=samples,
-                                    steps=range(f.steps), window=np.arange(f.steps - 1))
+                                    steps=range(f.steps), window=np.arange(f.trained))
             trajectories.append(trajectory)
             clock("sample", x)
             self.decode(self.vae, x)

@@ -56,6 +56,10 @@ class RandomPolicy:
                                         key=jax.random.key(0), dtype=dtype, attention=backend, remat=remat)
         return cls(config, mesh, backend, policy, trainable, frozen)
 
+    def placed(self, rows: jax.Array) -> jax.Array:
+        """[B, ...] on the mesh as training lays them: elsewhere the second call of a program would compile it again."""
+        return mesh_lib.place(rows, mesh_lib.batch_sharding(self.mesh))
+
 
 def random_text(batch: int) -> TextBatch:
     """Embeddings of a batch of prompts and of the negative one."""
@@ -90,7 +94,7 @@ def measure(f) -> Record:
     policy, trainable, frozen = r.policy, r.trainable, r.frozen
     steps, optimiser = step_table(), OptimiserConfig()
     step = make_step(policy, steps, f.guidance)
-    update = make_update(policy, steps, f.guidance, LossConfig(kl_beta=f.kl), optimiser)
+    update = make_update(policy, steps, f.guidance, LossConfig(kl_beta=f.kl), optimiser, r.mesh)
     shape, text = workload.latent_shape(f.frames, f.height, f.width), random_text(f.batch)
     flops = workload.batch_flops(r.config, shape, f.batch, f.guidance)
     parameters, kind = sum(x.size for x in jax.tree.leaves(frozen)), jax.devices()[0].device_kind
@@ -102,8 +106,8 @@ def measure(f) -> Record:
         stages[name] = Stage.of(seconds, peak_bytes(), work)
         print(f"{title}: {stages[name]}", flush=True)
 
-    samples = jnp.arange(f.batch, dtype=jnp.int32)
-    x = jax.random.normal(jax.random.key(3), (f.batch, *shape))
+    samples = r.placed(jnp.arange(f.batch, dtype=jnp.int32))
+    x = r.placed(jax.random.normal(jax.random.key(3), (f.batch, *shape)))
     key = jax.random.key(4)
     show("rollout", "rollout step",
          timed(lambda: step(trainable, frozen, x, 3, True, text, key, samples), f.repeats), flops)

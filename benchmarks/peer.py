@@ -309,7 +309,7 @@ def measure_epoch(f, device: str) -> dict[str, Stage]:
     clock("score wait")
     advantages = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True) + 1e-4)
     advantages = torch.tensor(advantages.clip(-ADVANTAGE_CLIP, ADVANTAGE_CLIP), dtype=torch.float32, device=device)
-    work = [(kept[:-1], text, advantages.flatten()[r.tolist()]) for kept, text, r in zip(batches, texts, rows)]
+    work = [(kept[:f.trained], text, advantages.flatten()[r.tolist()]) for kept, text, r in zip(batches, texts, rows)]
     size = len(work) // f.updates
     for first in range(0, len(work), size):
         policy.update(work[first:first + size], f.kl)

@@ -79,7 +79,8 @@ WORKS = {
         "1.3B, epoch of 3 x 12 x 1 x 512 x 512", "epoch", "epoch",
         f"--size=1.3b {IMAGE} --guidance=4.5 --kl=0.004 --groups=3 --group_size=12",
         ("epoch", "sample", "decode", "score wait", "update"), ("autocast", "bf16-compile", "bf16"),
-        (Bar("epoch", "autocast", 3.0), Bar("epoch", "memory")), "", "--group_size=3 --updates=1 --steps=2 --epochs=1"),
+        (Bar("epoch", "autocast", 3.0), Bar("epoch", "memory")), "",
+        "--group_size=3 --updates=1 --steps=2 --trained=1 --epochs=1"),
 }
 
 

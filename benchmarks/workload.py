@@ -64,7 +64,8 @@ def define_flags(guidance: float, kl: float) -> None:
 def define_epoch_flags() -> None:
     flags.DEFINE_integer("groups", 3, "prompts of the epoch")
     flags.DEFINE_integer("group_size", 12, "videos of a prompt")
-    flags.DEFINE_integer("steps", STEPS, "denoising steps; all but the last are trained")
+    flags.DEFINE_integer("steps", STEPS, "denoising steps")
+    flags.DEFINE_integer("trained", STEPS - 1, "how many of them are trained, the first ones")
     flags.DEFINE_integer("updates", 2, "optimiser steps")
 
 

@@ -22,7 +22,7 @@ from wan_jax.schedule import flow_sigmas
 
 TINY = dict(size="tiny", height=16, width=32, frames=1, batch=2, guidance=1.0, kl=0.0, repeats=1, dtype="float32",
             remat="block", micro=1, profile=False, chunk=None, groups=1, group_size=2, steps=2, updates=1, readers=1,
-            mode="autocast", attention=None, compiler="aot_eager")
+            trained=1, mode="autocast", attention=None, compiler="aot_eager")
 
 
 def settings(**changes):
@@ -39,9 +39,14 @@ def quick(monkeypatch):
 def peer():
     pytest.importorskip("peft")
     pytest.importorskip("diffusers")
+    import torch
+
     from benchmarks import peer
 
-    return peer
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small that several threads only wait for each other
+    yield peer
+    torch.set_num_threads(threads)
 
 
 def check(record, stages):
@@ -59,7 +64,7 @@ def test_our_steps(quick):
 
 
 def test_our_epoch(quick):
-    f = settings(steps=workload.STEPS)  # the rollout step's program is that of the test above
+    f = settings(steps=workload.STEPS, trained=2)  # the programs are those of the test above
     with RewardPool(lambda: OCRReward(rule="flow_grpo_video")) as pool:
         one = epoch.Epoch(f, pool)
         assert list(one(0)) == ["sample", "decode", "score wait", "update"]
