@@ -45,7 +45,7 @@ def measure(f) -> Record:
     graph, state = random_vae(f.size, jnp.dtype(f.dtype))
     decode = pipeline.make_decoder(graph, chunk=f.chunk)
     x = jax.random.normal(jax.random.key(0), (f.batch, *workload.latent_shape(f.frames, f.height, f.width)))
-    stage = Stage.of(timed(lambda: decode(state, x), f.repeats), peak_bytes())
+    stage = Stage.of(timed(lambda: decode(state, x)(), f.repeats), peak_bytes())
     print(f"decode {f.batch} x {f.frames} x {f.height} x {f.width}, {f.dtype}, {jax.devices()[0].device_kind}: {stage}")
     return Record(f"ours {f.dtype}", {"decode": stage}, jax.devices()[0].device_kind, software())
 

@@ -23,12 +23,13 @@ from benchmarks.full_size import RandomPolicy, peak_bytes, random_text, software
 from benchmarks.workload import Record, Stage
 from grpo.advantages import group_advantages
 from grpo.losses import LossConfig
-from grpo.rollout import StepTable, initial_noise, make_step, rollout
+from grpo.rollout import StepTable, initial_noise, make_step, rollout_batches
 from grpo.scores import gather_scores
 from grpo.update import OptimiserConfig, init_state, make_update, stack_batches
 from rewards.ocr import OCRReward
 from rewards.workers import RewardPool
 from wan_jax import pipeline
+from wan_jax.experts import Segment
 from wan_jax.schedule import flow_sigmas
 from wan_jax.sde import SDEConfig
 
@@ -46,7 +47,10 @@ class Clock:
 
 
 class Epoch:
-    """Everything an epoch needs, on the device; a call runs one and returns the seconds of its stages."""
+    """Everything an epoch needs, on the device; a call runs one and returns the seconds of its stages.
+
+    As in training the host is one batch ahead of the device, so some of a batch's sampling lies in another's decoding.
+    """
 
     def __init__(self, f, pool: RewardPool):
         self.f, self.pool = f, pool
@@ -69,16 +73,18 @@ class Epoch:
     def __call__(self, number: int) -> dict[str, float]:
         f, key, clock = self.f, jax.random.key(number), Clock()
         trajectories, pending = [], []
-        for text, rows, pictures in zip(self.texts, self.rows, self.pictures):
-            samples = self.policy.placed(jnp.asarray(rows, jnp.int32))
-            x, trajectory = rollout(self.step, self.state.trainable, self.policy.frozen,
-                                    initial_noise(key, samples, self.shape), text, key=key, samples=samples,
-                                    steps=range(f.steps), window=np.arange(f.trained))
+        samples = [self.policy.placed(jnp.asarray(rows, jnp.int32)) for rows in self.rows]
+        noise = [initial_noise(key, numbers, self.shape) for numbers in samples]
+        batches = rollout_batches([self.step], lambda _: (self.state.trainable, self.policy.frozen), noise, self.texts,
+                                  key=key, samples=samples, parts=[Segment(0, range(f.steps))],
+                                  windows=[np.arange(f.trained)])
+        decoding = ((*batch, self.decode(self.vae, batch[2])) for batch in batches)
+        for _, b, x, trajectory, video in pipeline.one_ahead(decoding):
             trajectories.append(trajectory)
             clock("sample", x)
-            self.decode(self.vae, x)
+            video()
             clock("decode")
-            pending.append((rows, self.pool.submit(pictures, [self.targets[i] for i in rows])))
+            pending.append((self.rows[b], self.pool.submit(self.pictures[b], [self.targets[i] for i in self.rows[b]])))
         scores = gather_scores(pending, len(self.targets))
         clock("score wait")
         groups = np.repeat(np.arange(f.groups), f.group_size)

@@ -31,7 +31,7 @@ from wan_jax.guidance import TextBatch
 from wan_jax.lora import LoRAConfig
 from wan_jax.schedule import flow_sigmas
 from wan_jax.sde import SDEConfig
-from wan_jax.transformer import WanTransformer3D
+from wan_jax.transformer import REMAT_POLICIES, WanTransformer3D
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +143,6 @@ if __name__ == "__main__":
     workload.define_flags(guidance=1.0, kl=0.0)
     flags.DEFINE_integer("micro", 1, "rollout batches in an update")
     flags.DEFINE_string("dtype", "bfloat16", "of weights and matrix products")
-    flags.DEFINE_enum("remat", "block", ["none", "block"], "recomputation")
+    flags.DEFINE_enum("remat", "block", list(REMAT_POLICIES), "recomputation")
     flags.DEFINE_bool("profile", False, "list the kernels by time")
     app.run(main)
