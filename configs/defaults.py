@@ -47,6 +47,8 @@ def defaults() -> ConfigDict:
     c.sample.groups = 48                # prompts an epoch
     c.sample.group_size = 12            # videos a prompt
     c.sample.batch_size = 9             # videos of one rollout batch, and of one micro-batch of the update
+    c.sample.shared_noise = False       # a group's videos start from one noise, and the steps before the first
+    #                                     stochastic one, the same for all of them, are computed once for the group
     c.sample.sde = "flow_grpo_wan"      # flow_grpo_wan | flow_sde | dance | cps: the noise of the stochastic steps
     c.sample.noise_level = None         # None: the form's own default
     c.sample.max_step_std = None

@@ -186,14 +186,31 @@ def rollout(step, trainable: Flat, frozen, x: jax.Array, text: TextBatch, *, key
     return x, Trajectory(xs, nexts, log_probs, jnp.asarray(window, jnp.int32), text, means)
 
 
+def prefix(part: Segment, window: np.ndarray) -> range:
+    """The steps of a part before its first stochastic one: videos with one prompt and one noise are the same there."""
+    return range(part.steps.start, int(window[0]) if len(window) else part.steps.stop)
+
+
+def group_leaders(groups: int, group_size: int, batch: int) -> np.ndarray:
+    """The number of each group's first video, in batches: int32 [m, batch], where the last wraps around."""
+    count = -(-groups // batch)
+    return np.resize(np.arange(groups) * group_size, (count, batch)).astype(np.int32)
+
+
+@partial(jax.jit, static_argnames=("sharding",))
+def branch(latents: Sequence[jax.Array], rows: jax.Array, sharding) -> jax.Array:
+    """Rows of batches [B, ...] laid end to end, int32 [B], as a batch of that sharding."""
+    return jax.lax.with_sharding_constraint(jnp.concatenate(latents)[rows], sharding)
+
+
 def rollout_batches(steps: Sequence, arrays: Callable, noise: Sequence[jax.Array], texts: Sequence[TextBatch], *, key,
-                    samples: Sequence[jax.Array], parts: Sequence[Segment], windows: Sequence[np.ndarray]
+                    samples: Sequence[jax.Array], parts: Sequence[Segment], windows: Sequence[np.ndarray], done: int = 0
                     ) -> Iterator[tuple[int, int, jax.Array, Trajectory | None]]:
     """Dispatches `rollout` for every part of the schedule and every batch; yields (part, batch, latents, Trajectory).
 
     All batches go through one expert's steps before the next expert's weights are asked for, with nothing under way,
     since these change places on the device. steps: one `make_step` an expert; arrays(expert): (trainable, frozen);
-    noise, texts, samples: one a batch; windows: one a part.
+    noise, texts, samples: one a batch; windows: one a part; done: steps of the first part that `noise` has behind it.
     """
     latents = list(noise)
     for i, (part, window) in enumerate(zip(parts, windows)):
@@ -202,6 +219,6 @@ def rollout_batches(steps: Sequence, arrays: Callable, noise: Sequence[jax.Array
         trainable, frozen = arrays(part.expert)
         for b, (text, numbers) in enumerate(zip(texts, samples)):
             x, trajectory = rollout(steps[part.expert], trainable, frozen, latents[b], text, key=key, samples=numbers,
-                                    steps=part.steps, window=window)
+                                    steps=part.steps if i else part.steps[done:], window=window)
             latents[b] = x if i < len(parts) - 1 else None
             yield i, b, x, trajectory

@@ -28,7 +28,18 @@ from grpo.advantages import group_advantages, group_statistics
 from grpo.evaluate import Evaluator
 from grpo.policy import make_policy
 from grpo.prompts import PromptSet, epoch_prompts, load_prompts
-from grpo.rollout import StepTable, initial_noise, make_step, rollout_batches, sde_window, step_quotas
+from grpo.rollout import (
+    StepTable,
+    branch,
+    group_leaders,
+    initial_noise,
+    make_step,
+    prefix,
+    rollout,
+    rollout_batches,
+    sde_window,
+    step_quotas,
+)
 from grpo.run_log import RunLog, SilentLog
 from grpo.scores import gather_scores
 from grpo.update import init_state, make_update, stack_batches
@@ -219,11 +230,25 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         rows = [np.arange(b * c.sample.batch_size, (b + 1) * c.sample.batch_size) for b in range(s.batches)]
         samples = [mesh_lib.place(r.astype(np.int32), sharded) for r in rows]
         mine = hosts.my_rows(sharded, c.sample.batch_size)  # of each batch, on this process's devices
-        noise = [initial_noise(epoch_key, numbers, plan.shape) for numbers in samples]
         texts = [table.batch(prompt_of[r], sharded, replicated) for r in rows]
+        shared, evaluations = range(0), s.videos * c.sample.steps
+        if c.sample.shared_noise:  # a group's videos are one until they branch
+            shared, expert = prefix(plan.parts[0], windows[0]), plan.parts[0].expert
+            first = group_leaders(c.sample.groups, c.sample.group_size, c.sample.batch_size)
+            evaluations -= len(shared) * (s.videos - first.size)
+            trunk = []
+            for r in first:
+                numbers = mesh_lib.place(r, sharded)
+                trunk.append(rollout(steps[expert], *sampled(expert), initial_noise(epoch_key, numbers, plan.shape),
+                                     table.batch(prompt_of[r], sharded, replicated), key=epoch_key, samples=numbers,
+                                     steps=shared, window=np.arange(0))[0])
+            groups = (np.arange(s.videos) // c.sample.group_size).astype(np.int32)
+            noise = [branch(trunk, mesh_lib.place(groups[r], replicated), sharded) for r in rows]
+        else:
+            noise = [initial_noise(epoch_key, numbers, plan.shape) for numbers in samples]
         trajectories, pending = {}, []
         batches = rollout_batches(steps, sampled, noise, texts, key=epoch_key, samples=samples, parts=plan.parts,
-                                  windows=windows)
+                                  windows=windows, done=len(shared))
         last = len(plan.parts) - 1
         decoding = ((*batch, decode(vae_state, batch[2]) if batch[0] == last else None) for batch in batches)
         for i, b, x, trajectory, video in bar(pipeline.one_ahead(decoding), desc=f"epoch {epoch}",
@@ -255,7 +280,8 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
 
         # update: the expert on the device first, so that the next epoch finds the first one there
         hosts.stage(f"epoch {epoch}: update")
-        record = {"epoch": epoch}
+        record = {"epoch": epoch, "evaluations": evaluations,
+                  "evaluations_saved": s.videos * c.sample.steps - evaluations}
         size = s.batches // c.train.updates_per_epoch
         for expert, name in reversed(list(enumerate(model.experts))):
             if name not in states:

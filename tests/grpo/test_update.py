@@ -13,9 +13,13 @@ from grpo.policy import make_policy
 from grpo.rollout import (
     WINDOWS,
     StepTable,
+    branch,
+    group_leaders,
     initial_noise,
     make_step,
+    prefix,
     rollout,
+    rollout_batches,
     sample_noise,
     sde_window,
     step_quotas,
@@ -314,6 +318,34 @@ def test_every_form_and_objective_is_on_policy_at_first(kind, objective_name):
     values = metrics.averages()
     assert max(values["ratio_max"] - 1, 1 - values["ratio_min"]) < 2e-6, values
     assert float(norms["grad_norm"]) > 0
+
+
+def test_branches_of_a_shared_prefix_are_the_rollouts_from_one_noise():
+    """Three groups of two: the prefix of each computed once, and the same as when every video goes all the way."""
+    policy, trainable, frozen = setup()
+    mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+    step, key, text = make_step(policy, TABLE, 1.0), jax.random.key(3), text_batch(3)
+    part, window = Segment(0, range(STEPS)), np.array([2])
+    shared = prefix(part, window)
+    leaders = group_leaders(3, 2, 3)
+    np.testing.assert_array_equal(leaders, [[0, 2, 4]])
+    trunk, _ = rollout(step, trainable, frozen, initial_noise(key, leaders[0], SHAPE), text, key=key,
+                       samples=leaders[0], steps=shared, window=np.arange(0))
+    of = np.array([0, 0, 1, 1, 2, 2])
+    wide = TextBatch(text.embeddings[of], text.negative, text.padding)
+    start = branch([trunk], jnp.asarray(of), mesh_lib.batch_sharding(mesh))
+    common = dict(key=key, samples=[jnp.arange(6)], parts=[part], windows=[window])
+    arrays = lambda expert: (trainable, frozen)  # noqa: E731
+    (_, _, x, kept), = rollout_batches([step], arrays, [start], [wide], **common, done=len(shared))
+    noise = initial_noise(key, jnp.asarray(leaders[0][of]), SHAPE)
+    (_, _, y, whole), = rollout_batches([step], arrays, [noise], [wide], **common)
+    np.testing.assert_allclose(x, y, atol=2e-5)
+    np.testing.assert_allclose(kept.x, whole.x, atol=2e-5)
+    for group in (0, 2, 4):
+        np.testing.assert_array_equal(kept.x[0, group], kept.x[0, group + 1])
+        assert np.abs(x[group] - x[group + 1]).max() > 0.1
+    assert prefix(part, np.arange(0)) == range(STEPS) and not prefix(part, np.array([0, 3]))
+    np.testing.assert_array_equal(group_leaders(3, 4, 2), [[0, 4], [8, 0]])
 
 
 PARTS = (Segment(0, range(0, 7)), Segment(1, range(7, 20)))
