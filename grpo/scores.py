@@ -10,7 +10,7 @@ from grpo.combine import MAIN
 from rewards.base import RewardError
 from rewards.ocr import OCRReward
 from rewards.quality import QualityReward
-from rewards.several import SeveralRewards
+from rewards.several import DERIVED, SeveralRewards
 from rewards.workers import PendingScores, RewardPool
 from wan_jax import hosts
 from wan_jax.cli import UserError
@@ -19,7 +19,8 @@ from wan_jax.cli import UserError
 def open_pool(c, weights: dict[str, float]) -> RewardPool:
     """The scoring processes. Raises `UserError` when the reward cannot be built, e.g. for a missing package."""
     reward = functools.partial(OCRReward, rule=c.rule, engine=c.engine, max_frames=c.max_frames)
-    measures = {name: functools.partial(QualityReward, name) for name in weights if name != MAIN}
+    measures = {name: None if name in DERIVED else functools.partial(QualityReward, name)
+                for name in weights if name != MAIN}
     if measures:
         reward = functools.partial(SeveralRewards, {MAIN: reward} | measures)
     try:
