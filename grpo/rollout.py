@@ -104,14 +104,14 @@ def make_step(policy: Policy, table: StepTable, guidance: float):
     """The jitted denoising step: (trainable, frozen, x, i, stochastic, text, key, samples) -> (x_next, log_prob)."""
 
     @partial(jax.jit, compiler_options=COMPILER_OPTIONS)
-    def step(trainable: Flat, frozen, x, i, stochastic, text: TextBatch, key, samples):
+    def rollout_step(trainable: Flat, frozen, x, i, stochastic, text: TextBatch, key, samples):
         t, sigma, sigma_next, g = table.at(i)
         v = velocity(policy.module(trainable, frozen), x, t, text, guidance)
         noise = sample_noise(key, samples, i, x.shape[1:])
         x_next, log_prob, _, _ = sde.sde_step(x, v, sigma, sigma_next, jnp.where(stochastic, g, 0.0), noise)
         return x_next, log_prob
 
-    return step
+    return rollout_step
 
 
 def rollout(step, trainable: Flat, frozen, x: jax.Array, text: TextBatch, *, key, samples, steps: range,

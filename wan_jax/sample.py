@@ -80,7 +80,7 @@ def load_transformers(model: model_dir.ModelDir, checkpoint: str | None, dtype, 
         return nnx.merge_state(values, state) if lora_settings else values
 
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base)) // mesh.shape["fsdp"]
-    offloaded = experts.choose_offload(offload, len(model.experts), size, mesh.devices.flat[0])
+    offloaded = experts.choose_offload(offload, len(model.experts), size, memory.limit(mesh.devices.flat[0]))
     weights = experts.Weights([functools.partial(load, name) for name in model.experts], offloaded)
     return graphdef, weights
 
