@@ -65,6 +65,11 @@ def device_bytes(tree) -> int:
                for x in jax.tree.leaves(tree) if isinstance(x, jax.ShapeDtypeStruct))
 
 
+def data_bytes(program: Program) -> int:
+    """What lies on a device while the program runs and not throughout."""
+    return device_bytes(program.args[program.stay:]) + device_bytes(program.beside)
+
+
 def offloads(run: Run, limit: int | None) -> bool:
     """Whether the idle one of two experts waits in host memory, on devices of `limit` bytes."""
     return choose_offload(run.recipe.model.offload, len(run.preset.experts), device_bytes(run.params(run.policy.base)),
@@ -80,20 +85,17 @@ def what_stays(run: Run, offload: bool) -> dict[str, int]:
             "VAE": device_bytes(run.vae[1])}
 
 
-def compile_program(program: Program, compiler_options: dict | None = None) -> tuple[Measured, jax.stages.Compiled]:
+def measure(program: Program, compiler_options: dict | None = None) -> Measured:
+    """Compiles the program."""
     start = time.time()
-    compiled = program.jitted.lower(*program.args).compile(compiler_options)
-    m = compiled.memory_analysis()
+    m = program.jitted.lower(*program.args).compile(compiler_options).memory_analysis()
     work = m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
-    data = device_bytes(program.args[program.stay:]) + device_bytes(program.beside)
-    return Measured(program.name, time.time() - start, work, data), compiled
+    return Measured(program.name, time.time() - start, work, data_bytes(program))
 
 
-def compile_all(run: Run, offload: bool, progress: Callable = lambda x, **_: x,
-                compiler_options: dict | None = None) -> Memory:
+def compile_all(run: Run, offload: bool, progress: Callable = lambda x: x) -> Memory:
     """Compiles `run.programs()` for the mesh."""
-    measured = [compile_program(program, compiler_options)[0] for program in progress(run.programs())]
-    return Memory(what_stays(run, offload), tuple(measured))
+    return Memory(what_stays(run, offload), tuple(measure(program) for program in progress(run.programs())))
 
 
 def check_fits(memory: Memory, run: Run, offload: bool, limit: int | None):

@@ -7,6 +7,7 @@ import dataclasses
 import os
 
 import jax
+import jax.numpy as jnp
 
 from grpo.programs import Program, Run
 from wan_jax import flops
@@ -103,7 +104,7 @@ def count(program: Program) -> float:
 def seconds(run: Run, kind: Kind, efficiency: Efficiency) -> dict[str, float]:
     """Of an epoch's stages and of one evaluation."""
     w, devices = work(run), 1 if kind.platform == "cpu" else run.mesh.size  # simulated devices share the cores
-    rate = devices * (kind.bf16 if run.settings.dtype.dtype.itemsize == 2 else kind.fp32)
+    rate = devices * (kind.bf16 if jnp.dtype(run.settings.dtype).itemsize == 2 else kind.fp32)
     decode = devices * kind.fp32 * efficiency.decode
     return {"sample": w.sample / rate / efficiency.rollout, "decode": w.decode / decode,
             "update": w.update / rate / efficiency.update,

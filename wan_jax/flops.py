@@ -6,7 +6,6 @@ Element-wise work is not counted; it is a few per cent of a transformer's. Paddi
 import math
 from collections.abc import Callable, Iterator
 
-import jax
 from jax.extend import core
 
 
