@@ -158,12 +158,14 @@ def between(points: list[Point], tokens: int) -> float:
 def estimated_peak(run: Run, base: int, points: list[Point]) -> tuple[float, str]:
     """(bytes, in what) at the run's size: the update's work by the points, the decoder's by `vae_chunks`, the rest
     counted. The rollout needs less than the update, which holds a forward pass, too."""
-    update = max(ahead.data_bytes(run.update(run.preset.experts.index(name))) for name in run.trained)
+    batches = [run.update_batch(run.preset.experts.index(name)) for name in run.trained]
+    kept = ahead.device_bytes(run.trajectories)
+    update = kept + max(map(ahead.device_bytes, batches)) + between(points, run.tokens)
     latents = run.latents()
     local = latents.sharding.shard_shape(latents.shape)
     chunk = vae_chunks.choose_chunk(run.preset.vae, local)
-    decode = ahead.device_bytes(run.trajectories) + vae_chunks.decode_bytes(run.preset.vae, local, chunk)
-    return max((base + update + between(points, run.tokens), "the update"), (base + decode, "the decoder"))
+    decode = kept + vae_chunks.decode_bytes(run.preset.vae, local, chunk)
+    return max((base + update, "the update"), (base + decode, "the decoder"))
 
 
 def largest_clips(run: Run, base: int, limit: int, points: list[Point]) -> list[str]:
