@@ -142,14 +142,14 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     # ---- programs: compiled, and refused where they do not fit, before any weight is read -----------------------
     hosts.stage("compiling")
     with cli.user_input():
-        run = Run(presets.of_folder(model), c, mesh, plan.backend,
-                  pipeline.text_rows(model, everything.prompts, c.prompts.negative))
-        limit = memory.limit(mesh.local_devices[0])
+        rows = hosts.from_first(lambda: pipeline.text_rows(model, everything.prompts, c.prompts.negative))
+        run, limit = Run(presets.of_folder(model), c, mesh, plan.backend, rows), memory.limit(mesh.local_devices[0])
         offload = ahead.offloads(run, limit)
         steps, updates, eval_steps = run.steps, run.updates, run.eval_steps  # jitted, one an expert
+    if (restored or 0) < c.epochs:
         needed = ahead.compile_all(run, offload, functools.partial(bar, desc="compiling"))
-    say(*needed.table(limit), sep="\n")
-    ahead.check_fits(needed, run, offload, limit)
+        say(*needed.table(limit), sep="\n")
+        ahead.check_fits(needed, run, offload, limit)
     compiled = ahead.CompileCounter()
 
     hosts.stage("encoding the prompts")
