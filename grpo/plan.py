@@ -13,14 +13,17 @@ import dataclasses
 import os
 import pathlib
 import time
+from itertools import chain
 
 import jax
 from absl import flags
 from ml_collections import config_flags
 
 from grpo import ahead, costs
-from grpo.programs import Program, Run
-from wan_jax import cli, memory, model_dir, presets, rocm_compiler, vae_chunks
+from grpo.programs import TEXT_ROWS, Program, Run
+from grpo.prompts import load_prompts
+from rewards.targets import parse_targets
+from wan_jax import cli, memory, model_dir, pipeline, presets, rocm_compiler, vae_chunks
 from wan_jax import mesh as mesh_lib
 from wan_jax.attention import choose_backend, platform_of
 from wan_jax.cli import UserError
@@ -83,15 +86,19 @@ def choose_target(device: str, count: int) -> Target:
     return Target(kind, simulated, "cpu", limit, "XLA for the CPU", notes)
 
 
-def choose_preset(path: str, name: str | None) -> tuple[presets.Preset, str]:
-    """(the configuration, where it is from): --model, else the folder's, else the published one of its name."""
+def choose_model(c, name: str | None) -> tuple[presets.Preset, int, str]:
+    """(the configuration, rows of the prompts, where it is from): --model, else the recipe's folder, else the published
+    one of the folder's name; without its tokenizer the rows are a guess."""
+    path = c.model.path
     if name is None and pathlib.Path(path).is_dir():
-        return presets.of_folder(model_dir.open_model(path)), path
+        model = model_dir.open_model(path)
+        prompts = (load_prompts(file, parse_targets).prompts for file in (c.prompts.train, c.prompts.heldout))
+        return presets.of_folder(model), pipeline.text_rows(model, [*chain(*prompts)], c.prompts.negative), path
     name = name or pathlib.Path(path).name
     if name not in presets.PRESETS:
         raise UserError(f"config.model.path={path} does not exist; convert the model first (python -m "
                         f"convert.from_diffusers), or give --model, one of {', '.join(presets.PRESETS)}")
-    return presets.PRESETS[name], f"{name} as published"
+    return presets.PRESETS[name], TEXT_ROWS, f"{name} as published"
 
 
 def compiled_backend(setting: str, target: Target, dtype, head_dim: int) -> tuple[str, tuple[str, ...]]:
@@ -216,8 +223,8 @@ def main(_):
         target = choose_target(f.device, f.devices)
         mesh = mesh_lib.make_mesh(c.mesh.fsdp, devices=target.devices)
         mesh_lib.check_batch("config.sample.batch_size", c.sample.batch_size, mesh)
-        preset, source = choose_preset(c.model.path, f.model)
-        run = Run(preset, c, mesh, "chunked")
+        preset, rows, source = choose_model(c, f.model)
+        run = Run(preset, c, mesh, "chunked", rows)
         backend, notes = compiled_backend(c.model.attention, target, run.settings.dtype,
                                           preset.transformer.attention_head_dim)
         run = dataclasses.replace(run, backend=backend)

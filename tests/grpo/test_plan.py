@@ -100,13 +100,15 @@ def test_search_compiles_the_update_at_other_sizes(monkeypatch):
     assert run.recipe.sample.frames == 33 and run.recipe.model.dtype == "bfloat16"  # as they were
 
 
-def test_models_and_devices_are_chosen(tmp_path):
-    assert plan.choose_preset("models/wan2.1-14b", None)[0] == presets.PRESETS["wan2.1-14b"]
-    assert plan.choose_preset("models/mine", "wan2.2-a14b")[0] == presets.PRESETS["wan2.2-a14b"]
+def test_models_and_devices_are_chosen():
+    recipe = wan21_14b_ocr.get_config()
+    assert plan.choose_model(recipe, None)[0] == presets.PRESETS["wan2.1-14b"]
+    assert plan.choose_model(recipe, "wan2.2-a14b")[0] == presets.PRESETS["wan2.2-a14b"]
     for module, model, *_ in MEASURED:
-        assert plan.choose_preset(module.get_config().model.path, None)[0] == presets.PRESETS[model]
+        assert plan.choose_model(module.get_config(), None)[0] == presets.PRESETS[model]
+    recipe.model.path = "models/mine"
     with pytest.raises(UserError, match=r"models/mine does not exist.*--model, one of wan2\.1-1\.3b"):
-        plan.choose_preset("models/mine", None)
+        plan.choose_model(recipe, None)
     with pytest.raises(UserError, match="--devices=99: 8 are here"):
         plan.choose_target("here", 99)
     with pytest.raises(UserError, match="--devices=99: XLA_FLAGS allows 8"):
@@ -124,12 +126,13 @@ def test_command_line_without_weights(tmp_path):
         shutil.rmtree(params)
     config, run = test_train.recipe.__wrapped__(tmp_path / "model", tmp_path)
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", plan.FRACTION)}
-    command = [sys.executable, "-m", "grpo.plan", f"--config={config}", "--device=h200", "--devices=2", "--nosearch",
-               "--update_efficiency=0.1", "--config.mesh.fsdp=2"]
+    command = [sys.executable, "-m", "grpo.plan", f"--config={config}", "--device=h200", "--nosearch",
+               "--update_efficiency=0.1"]
     result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     out = result.stdout
-    assert "on 2 x H200: 4 clips of 1 x 16 x 32 a batch (2 tokens each)" in out
+    assert "on 1 x H200: 4 clips of 1 x 16 x 32 a batch (2 tokens each)" in out
+    assert "prompts of 32 tokens" in out  # by the tokenizer
     assert "an estimate from the programs in float32" in out and "limit: 0.75 of 139 GiB" in out
     for name in ("rollout step", "update", "evaluation step", "decode"):
         assert re.search(rf"^  {name} +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+$", out, re.M), out
@@ -137,6 +140,6 @@ def test_command_line_without_weights(tmp_path):
     assert re.search(r"an epoch [\d.]+ \(sample [\d.]+, decode [\d.]+, update [\d.]+\), 8 videos", out)
     assert "an evaluation" in out and "update by the flags, the others measured on an H200" in out
     assert not run.exists()
-    result = subprocess.run([*command, "--config.sample.batch_size=1"], env=env, capture_output=True, text=True)
-    assert result.returncode == 1 and "batch_size=1 does not divide over 2 devices" in result.stderr
+    result = subprocess.run([*command, "--devices=3"], env=env, capture_output=True, text=True)
+    assert result.returncode == 1 and "batch_size=4 does not divide over 3 devices" in result.stderr
     assert "Traceback" not in result.stderr
