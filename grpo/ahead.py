@@ -117,7 +117,7 @@ def remedies(run: Run, offload: bool) -> Sequence[str]:
     if c.sample.batch_size > devices:
         found.append(f"Lower --config.sample.batch_size={c.sample.batch_size}, which is "
                      f"{c.sample.batch_size // devices} videos a device.")
-    if c.model.remat == "none":
+    if c.model.remat != "block":
         found.append("Set --config.model.remat=block.")
     if run.mesh.shape["fsdp"] < devices:
         found.append(f"Raise --config.mesh.fsdp={run.mesh.shape['fsdp']} up to the {devices} devices.")
