@@ -117,8 +117,9 @@ def remedies(run: Run, offload: bool) -> Sequence[str]:
     if c.sample.batch_size > devices:
         found.append(f"Lower --config.sample.batch_size={c.sample.batch_size}, which is "
                      f"{c.sample.batch_size // devices} videos a device.")
-    if c.model.remat != "block":
-        found.append("Set --config.model.remat=block.")
+    if c.model.remat != "offload":
+        found.append("Set --config.model.remat=offload." if c.model.remat == "block" else
+                     "Set --config.model.remat=block, or offload.")
     if run.mesh.shape["fsdp"] < devices:
         found.append(f"Raise --config.mesh.fsdp={run.mesh.shape['fsdp']} up to the {devices} devices.")
     if len(run.preset.experts) > 1 and not offload:

@@ -1,6 +1,7 @@
 """What an epoch costs in seconds, estimated: FLOPs of the programs, peak rates of data sheets, measured shares of them.
 
-The scores are not in it: they are read on the host, beside the next batch's sampling, and depend on the CPU.
+The scores are not in it: they are read on the host, beside the next batch's sampling, and depend on the CPU. Steps that
+a group shares (`sample.shared_noise`) are not taken off.
 """
 
 import dataclasses

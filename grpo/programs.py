@@ -109,7 +109,7 @@ class Run:
 
     @functools.cached_property
     def table(self) -> StepTable:
-        return StepTable.make(self.schedule, self.settings.sde)
+        return StepTable.make(self.schedule, self.settings.sde, self.recipe.train.credit)
 
     @functools.cached_property
     def solver(self):
@@ -123,7 +123,8 @@ class Run:
     @functools.cached_property
     def steps(self) -> tuple[Callable, ...]:
         """Denoising steps of the rollout."""
-        return per_guidance(functools.partial(make_step, self.policy, self.table), self.scales(self.recipe.sample))
+        make = functools.partial(make_step, self.policy, self.table, keep_mean=self.settings.loss.needs_old_mean)
+        return per_guidance(make, self.scales(self.recipe.sample))
 
     @functools.cached_property
     def updates(self) -> tuple[Callable, ...]:
@@ -170,9 +171,7 @@ class Run:
         return Program(self.named("rollout step", expert), self.steps[expert],
                        (self.trainable, self.frozen, self.latents(), integer(), jax.ShapeDtypeStruct((), bool),
                         self.text(), random_key(), self.rows(jnp.int32)), stay=2,
-                       # with the latents of the other batches, and what the batch keeps before it is stacked
-                       beside=(*self.trajectories, *[self.latents()] * (self.settings.batches - 1),
-                               *[self.latents()] * 2 * self.trained_steps(expert)))
+                       beside=(*self.trajectories, *[self.latents()] * (self.settings.batches - 1), *self.unstacked))
 
     def ode_step(self, expert: int = 0) -> Program:
         return Program(self.named("evaluation step", expert), self.eval_steps[expert],
@@ -196,14 +195,15 @@ class Run:
         programs, history, step = [], (), self.decoder[1]
         for name, frames in zip(("decode, first chunk", "decode, chunk"), vae_chunks.chunk_sizes(shape[0], chunk)):
             piece = self.rows(jnp.float32, shape=(frames, *shape[1:]))
-            programs.append(Program(name, step, (state, piece, history), stay=1, beside=(*self.trajectories, latents)))
+            programs.append(Program(name, step, (state, piece, history), stay=1,
+                                    beside=(*self.trajectories, *self.unstacked, latents)))
             history = lie(jax.eval_shape(step, *programs[-1].args)[1], latents.sharding)
         return programs
 
     def decode_whole(self, shape: tuple[int, ...]) -> Program:
         state = lie(self.vae[1], mesh_lib.replicated(self.mesh))
         return Program("decode", self.decoder[0], (state, self.rows(jnp.float32, shape=shape)), stay=1,
-                       beside=self.trajectories)
+                       beside=(*self.trajectories, *self.unstacked))
 
     def encode_text(self) -> Program:
         """The text encoder on 16 prompts, on one device; it is gone before the weights come."""
@@ -241,13 +241,20 @@ class Run:
         k = self.trained_steps(expert)
         x = self.latents(*leading, k)
         return Trajectory(x, x, self.rows(jnp.float32, *leading, k), jax.ShapeDtypeStruct((*leading, k), jnp.int32),
-                          self.text(*leading))
+                          self.text(*leading), x if self.settings.loss.needs_old_mean else None)
 
     @functools.cached_property
     def trajectories(self) -> tuple[Trajectory, ...]:
         """All of an epoch."""
         experts = [i for i, name in enumerate(self.preset.experts) if name in self.trained]
         return tuple(self.trajectory(i) for i in experts for _ in range(self.settings.batches))
+
+    @property
+    def unstacked(self) -> list[jax.ShapeDtypeStruct]:
+        """What the batch under way keeps of its steps before they are stacked; the host dispatches one batch ahead, so
+        it may lie there while another is decoded."""
+        most = max(map(self.trained_steps, range(len(self.preset.experts))))
+        return [self.latents()] * most * (3 if self.settings.loss.needs_old_mean else 2)
 
     def update_batch(self, expert: int) -> UpdateBatch:
         m, b = self.micro_batches, self.recipe.sample.batch_size

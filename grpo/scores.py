@@ -19,6 +19,7 @@ class Scores:
     failures: int  # videos that are not valid
     retries: int
     error: str  # the last line of one failure's traceback; "" without
+    parts: dict[str, np.ndarray]  # of several rewards, float64 [N] each; nan where that one failed
 
 
 def gather_scores(pending: Sequence[tuple[np.ndarray, PendingScores]], total: int) -> Scores:
@@ -30,14 +31,16 @@ def gather_scores(pending: Sequence[tuple[np.ndarray, PendingScores]], total: in
     for numbers, batch in pending:
         result = batch.result()
         errors = [error.strip().splitlines()[-1] for error in result.errors if error]
-        mine.append((numbers, result.values, result.valid, result.texts, result.retries, errors[-1:]))
+        mine.append((numbers, result.values, result.valid, result.texts, result.retries, errors[-1:], result.parts))
     values, valid, texts = np.full(total, np.nan), np.zeros(total, bool), [""] * total
-    scored, retries, last = np.zeros(total, bool), 0, []
-    for numbers, *arrays, read, again, errors in (piece for pieces in hosts.gather(mine) for piece in pieces):
+    scored, retries, last, parts = np.zeros(total, bool), 0, [], {}
+    for numbers, *arrays, read, again, errors, several in (piece for pieces in hosts.gather(mine) for piece in pieces):
         values[numbers], valid[numbers] = arrays
+        for name, some in several.items():
+            parts.setdefault(name, np.full(total, np.nan))[numbers] = some
         scored[numbers], retries, last = True, retries + again, errors or last
         for number, text in zip(numbers, read):
             texts[number] = text
     if not scored.all():
         raise ValueError(f"{(~scored).sum()} of {total} videos were scored by no process")
-    return Scores(values, valid, texts, int((~valid).sum()), retries, last[0] if last else "")
+    return Scores(values, valid, texts, int((~valid).sum()), retries, last[0] if last else "", parts)

@@ -23,18 +23,30 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from convert.lora import initial_adapters
-from grpo import ahead, report, run_state, settings
+from grpo import ahead, combine, report, run_log, run_state, settings
 from grpo.advantages import group_advantages, group_statistics
+from grpo.combine import MAIN
 from grpo.evaluate import Evaluator
 from grpo.policy import make_policy
 from grpo.programs import Run
 from grpo.prompts import PromptSet, epoch_prompts, load_prompts
-from grpo.rollout import initial_noise, rollout, sde_window, step_quotas
+from grpo.rollout import (
+    branch,
+    group_leaders,
+    initial_noise,
+    prefix,
+    rollout,
+    rollout_batches,
+    sde_window,
+    step_quotas,
+)
 from grpo.run_log import RunLog, SilentLog
 from grpo.scores import gather_scores
 from grpo.update import init_state, stack_batches
 from rewards.base import RewardError
 from rewards.ocr import OCRReward
+from rewards.quality import QualityReward
+from rewards.several import SeveralRewards
 from rewards.targets import parse_targets
 from rewards.workers import RewardPool
 from wan_jax import cli, hosts, memory, model_dir, pipeline, presets
@@ -73,7 +85,7 @@ def main(_):
         cli.keep_compiled_programs()
         with cli.user_input():
             plan = Plan.make(c, s)
-        with open_pool(c.reward) as pool:
+        with open_pool(c.reward, s.weights) as pool:
             train(c, s, plan, train_prompts, heldout, pool)
 
 
@@ -116,9 +128,12 @@ class Plan:
         return cls(mesh, model, backend, shape, eval_shape, schedule, solver, parts, quotas, trained, adapters)
 
 
-def open_pool(c) -> RewardPool:
+def open_pool(c, weights: dict[str, float]) -> RewardPool:
     """The scoring processes. Raises `UserError` when the reward cannot be built, e.g. for a missing package."""
     reward = functools.partial(OCRReward, rule=c.rule, engine=c.engine, max_frames=c.max_frames)
+    measures = {name: functools.partial(QualityReward, name) for name in weights if name != MAIN}
+    if measures:
+        reward = functools.partial(SeveralRewards, {MAIN: reward} | measures)
     try:
         return RewardPool(reward, workers=c.workers)
     except (RewardError, ImportError, ValueError) as error:
@@ -186,6 +201,10 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
                           segments(solver.schedule.timesteps, model.boundary), decode, vae_state, pool, mesh,
                           plan.eval_shape, c.sample.batch_size, c.eval.seed, c.eval.previews)
 
+    def sampled(expert: int) -> tuple:
+        name = model.experts[expert]
+        return (states[name].trainable if name in states else start[name]), weights(expert)
+
     def averaged(expert: int) -> tuple:
         name = model.experts[expert]
         return (states[name].ema if name in states else start[name]), weights(expert)
@@ -196,14 +215,16 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         r = result.record
         say(f"epoch {epoch}: held-out OCR reward {r['reward']:.3f} [{r['low']:.3f}, {r['high']:.3f}] on {r['num']} "
             f"prompts, {r['seconds']:.1f} s")
+        return r.get("measures", {})
 
     if restored is None:
         count = sum(v.size for state in states.values() for v in jax.tree.leaves(state.trainable))
         say(f"{count:,} trained parameters, {s.videos} videos an epoch")
-        evaluate(0)
+        base = evaluate(0)
         run_state.save(checkpoints, 0, states, c.to_dict(), s.lora)
     elif done < c.epochs:
         say(f"continuing {c.run_dir} after epoch {done}")
+        base = hosts.from_first(lambda: read_base(c.run_dir, s.weights))
 
     lap, save_seconds = Stopwatch(), 0.0
     # ---- the loop ---------------------------------------------------------------------------------------------
@@ -215,50 +236,70 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         chosen = epoch_prompts(c.seed, epoch - 1, len(train_prompts), c.sample.groups)
         prompt_of = np.repeat(chosen, c.sample.group_size)  # [N], a group's videos stand together
         low, high = c.sample.sde_range
-        windows = [sde_window(c.seed, epoch, quota, max(low, part.steps.start), min(high, part.steps.stop), i)
+        windows = [sde_window(c.seed, epoch, quota, max(low, part.steps.start), min(high, part.steps.stop), i,
+                              rule=c.sample.sde_window, every=c.sample.sde_window_epochs)
                    for i, (part, quota) in enumerate(zip(plan.parts, plan.quotas))]
 
-        # sample, all batches by one expert before the next, and score while the next batch samples
+        # sample, all batches by one expert before the next. The host is one batch ahead of the device, which so has
+        # work while the host fetches videos and hands them to the scoring processes
         rows = [np.arange(b * c.sample.batch_size, (b + 1) * c.sample.batch_size) for b in range(s.batches)]
         samples = [mesh_lib.place(r.astype(np.int32), sharded) for r in rows]
         mine = hosts.my_rows(sharded, c.sample.batch_size)  # of each batch, on this process's devices
-        latents = [initial_noise(epoch_key, numbers, plan.shape) for numbers in samples]
+        texts = [table.batch(prompt_of[r], sharded, replicated) for r in rows]
+        shared, evaluations = range(0), s.videos * c.sample.steps
+        if c.sample.shared_noise:  # a group's videos are one until they branch
+            shared, expert = prefix(plan.parts[0], windows[0]), plan.parts[0].expert
+            first = group_leaders(c.sample.groups, c.sample.group_size, c.sample.batch_size)
+            evaluations -= len(shared) * (s.videos - first.size)
+            trunk = []
+            for r in first:
+                numbers = mesh_lib.place(r, sharded)
+                trunk.append(rollout(steps[expert], *sampled(expert), initial_noise(epoch_key, numbers, plan.shape),
+                                     table.batch(prompt_of[r], sharded, replicated), key=epoch_key, samples=numbers,
+                                     steps=shared, window=np.arange(0))[0])
+            groups = (np.arange(s.videos) // c.sample.group_size).astype(np.int32)
+            noise = [branch(trunk, mesh_lib.place(groups[r], replicated), sharded) for r in rows]
+        else:
+            noise = [initial_noise(epoch_key, numbers, plan.shape) for numbers in samples]
         trajectories, pending = {}, []
-        for i, (part, window) in enumerate(zip(plan.parts, windows)):
-            name, frozen = model.experts[part.expert], weights(part.expert)
-            trainable = states[name].trainable if name in states else start[name]
-            for b in bar(range(s.batches), desc=f"epoch {epoch}"):
-                hosts.stage(f"epoch {epoch}: sampling batch {b + 1} of {s.batches} with {name}")
-                text = table.batch(prompt_of[rows[b]], sharded, replicated)
-                latents[b], trajectory = rollout(steps[part.expert], trainable, frozen, latents[b], text, key=epoch_key,
-                                                 samples=samples[b], steps=part.steps, window=window)
-                if trajectory is not None:
-                    trajectories.setdefault(name, []).append(trajectory)
-                seconds["sample"] += lap(latents[b])
-                if i == len(plan.parts) - 1:
-                    hosts.stage(f"epoch {epoch}: decoding batch {b + 1} of {s.batches}")
-                    videos = decode(vae_state, latents[b])  # those of rows `mine`
-                    latents[b] = None
-                    seconds["decode"] += lap()
-                    numbers = rows[b][mine]
-                    targets = [train_prompts.targets[p] for p in prompt_of[numbers]]
-                    pending.append((numbers, pool.submit(videos, targets)))
+        batches = rollout_batches(steps, sampled, noise, texts, key=epoch_key, samples=samples, parts=plan.parts,
+                                  windows=windows, done=len(shared))
+        last = len(plan.parts) - 1
+        decoding = ((*batch, decode(vae_state, batch[2]) if batch[0] == last else None) for batch in batches)
+        for i, b, x, trajectory, video in bar(pipeline.one_ahead(decoding), desc=f"epoch {epoch}",
+                                              total=len(plan.parts) * s.batches):
+            name = model.experts[plan.parts[i].expert]
+            hosts.stage(f"epoch {epoch}: sampling batch {b + 1} of {s.batches} with {name}")
+            if trajectory is not None:
+                trajectories.setdefault(name, []).append(trajectory)
+            seconds["sample"] += lap(x)
+            if video is not None:
+                hosts.stage(f"epoch {epoch}: decoding batch {b + 1} of {s.batches}")
+                videos = video()  # those of rows `mine`
+                seconds["decode"] += lap()
+                numbers = rows[b][mine]
+                targets = [train_prompts.targets[p] for p in prompt_of[numbers]]
+                pending.append((numbers, pool.submit(videos, targets)))
         hosts.stage(f"epoch {epoch}: scores")
         scores = gather_scores(pending, s.videos)
         seconds["score_wait"] += lap()
 
         # advantages, from here on the same on every process
-        rewards, valid = scores.values, scores.valid
+        rewards = combine.terms(scores.values, scores.parts, s.weights, base)
+        total = combine.combined(rewards, s.weights)
+        valid = scores.valid & np.isfinite(total)
         if not valid.any():
             raise UserError(f"epoch {epoch}: not one of {len(valid)} videos could be scored; the last error was:\n"
                             f"{scores.error}")
-        advantages = group_advantages(rewards, prompt_of, valid, std=c.train.advantage_std,
-                                      clip=c.train.advantage_clip)
-        groups = group_statistics(rewards, prompt_of, valid)
+        how = dict(std=c.train.advantage_std, clip=c.train.advantage_clip)
+        advantages = (group_advantages(total, prompt_of, valid, **how) if c.reward.combine == "rewards" else
+                      combine.combined_advantages(rewards, s.weights, prompt_of, valid, **how))
+        groups = group_statistics(total, prompt_of, valid)
 
         # update: the expert on the device first, so that the next epoch finds the first one there
         hosts.stage(f"epoch {epoch}: update")
-        record = {"epoch": epoch}
+        record = {"epoch": epoch, "evaluations": evaluations,
+                  "evaluations_saved": s.videos * c.sample.steps - evaluations}
         size = s.batches // c.train.updates_per_epoch
         for expert, name in reversed(list(enumerate(model.experts))):
             if name not in states:
@@ -276,21 +317,24 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
                     check_ratio(values["ratio_max_error"], s.ratio_tolerance, epoch)
             record |= values if len(states) == 1 else {name: values, **{
                 k: max(values[k], record.get(k, values[k])) for k in ("ratio_max_error", "grad_norm")}}
-        del trajectories, batch
+        del trajectories, texts, batch
         seconds["update"] += lap([state.trainable for state in states.values()])
         if epoch > done + 1 and (warning := compiled.warning(epoch)):
             say(warning)
 
         # log, evaluate, save: in this order, so that a resumed run repeats what no checkpoint holds
         seconds |= {"save": save_seconds, "total": time.time() - clock}
+        working = seconds["sample"] + seconds["decode"] + seconds["update"]
         log.epoch(record | {"reward_mean": groups.mean_reward, "reward_std": groups.std_reward,
                             "group_std": groups.mean_group_std, "zero_std_fraction": groups.zero_std_fraction,
-                            "failed_scores": scores.failures, "retried_scores": scores.retries, "videos": s.videos,
-                            "seconds": seconds, "peak_memory": memory.peaks().known()})
+                            "rewards": combine.means({MAIN: scores.values} | scores.parts),
+                            "failed_scores": int((~valid).sum()), "retried_scores": scores.retries, "videos": s.videos,
+                            "seconds": seconds, "idle_share": max(0.0, 1 - working / seconds["total"]),
+                            "peak_memory": memory.peaks().known()})
         say(f"epoch {epoch}/{c.epochs}: reward {groups.mean_reward:.3f}, spread in groups "
             f"{groups.mean_group_std:.3f}, ratio error {record['ratio_max_error']:.1e}, "
             f"grad {record['grad_norm']:.2e}"
-            + (f", {scores.failures} scores failed" if scores.failures else "") + " | "
+            + (f", {(~valid).sum()} scores failed" if not valid.all() else "") + " | "
             + " ".join(f"{k} {v:.1f}" for k, v in seconds.items() if v >= 0.05) + " s")
         if epoch % c.eval.every == 0 or epoch == c.epochs:
             evaluate(epoch)
@@ -332,6 +376,16 @@ def load_weights(s: settings.Settings, plan: Plan, offload: bool) -> Weights:
         say("two experts: the idle one waits in host memory")
     return Weights([functools.partial(lambda name: model_dir.build(name, model, dtype=s.dtype, mesh=plan.mesh)[1], name)
                     for name in model.experts], offload)
+
+
+def read_base(run_dir: str, weights: dict[str, float]) -> combine.Base:
+    """The measures of the first evaluation. Raises `UserError` where the run's folder has lost them."""
+    first = run_log.read_evaluations(run_dir)[:1]
+    measures = first[0].get("measures", {}) if first and first[0]["epoch"] == 0 else {}
+    if missing := [name for name in weights if name != MAIN and name not in measures]:
+        raise UserError(f"{run_dir}/{run_log.EVALUATIONS} has no evaluation of epoch 0 with {', '.join(missing)}, by "
+                        "which the quality of later videos is judged; start a new run with another --config.run_dir")
+    return measures
 
 
 def check_finite(values: dict[str, float], epoch: int, checkpoints: Checkpoints):

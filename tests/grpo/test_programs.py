@@ -154,9 +154,10 @@ def test_ti2v_5b_and_clips_in_chunks():
 
 
 REMEDIES = [({}, 1, 1, "sample.batch_size=8", "mesh.fsdp=1 up"),
-            ({"model.remat": "none"}, 1, 1, "remat=block", "fsdp=1"),
+            ({"model.remat": "none"}, 1, 1, "remat=block, or", "fsdp=1"),
+            ({"model.remat": "offload"}, 1, 1, "batch_size=8", "remat="),
             ({}, 8, 2, "mesh.fsdp=2 up to the 8", "batch_size=8, which"),
-            ({"lora.rank": 0}, 8, 8, "lora.rank=32", "remat=")]
+            ({"lora.rank": 0}, 8, 8, "lora.rank=32.", "fsdp=8 up")]
 
 
 @pytest.mark.parametrize("overrides, devices, fsdp, said, unsaid", REMEDIES)
