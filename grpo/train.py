@@ -157,8 +157,9 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     # ---- programs: compiled, and refused where they do not fit, before any weight is read -----------------------
     hosts.stage("compiling")
     with cli.user_input():
-        rows = hosts.from_first(lambda: pipeline.text_rows(model, everything.prompts, c.prompts.negative))
-        run, limit = Run(presets.of_folder(model), c, mesh, plan.backend, rows), memory.limit(mesh.local_devices[0])
+        text_rows = hosts.from_first(lambda: pipeline.text_rows(model, everything.prompts, c.prompts.negative))
+        run = Run(presets.of_folder(model), c, mesh, plan.backend, text_rows)
+        limit = memory.limit(mesh.local_devices[0])
         offload = ahead.offloads(run, limit)
         steps, updates, eval_steps = run.steps, run.updates, run.eval_steps  # jitted, one an expert
     if (restored or 0) < c.epochs:
