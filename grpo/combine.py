@@ -1,8 +1,9 @@
 """Several rewards as one: what training maximises, and which videos count.
 
-The spelling counts as it is. A measure of quality (`rewards/quality.py`) has no scale of its own, so it counts against
-the videos of the model that training starts from, on the held-out prompts: 0 within one standard deviation of their
-mean, falling to -1 at four, on the side that is bad. Weight 0 means measured and logged, and nothing else.
+The spelling, and how stable the text is in time, count as they are. A measure of quality (`rewards/quality.py`) has no
+scale of its own, so it counts against the videos of the model that training starts from, on the held-out prompts: 0
+within one standard deviation of their mean, falling to -1 at four, on the side that is bad. Weight 0 means measured and
+logged, and nothing else.
 """
 
 from collections.abc import Mapping
@@ -45,7 +46,8 @@ def terms(values: np.ndarray, parts: Mapping[str, np.ndarray], weights: Mapping[
           base: Base) -> dict[str, np.ndarray]:
     """The rewards that train, by name: [N] float64 each, nan where a video has none. values [N]: the spelling."""
     found = {MAIN: np.asarray(values, np.float64)}
-    found |= {name: against_base(name, parts[name], *base[name]) for name in parts if name != MAIN}
+    found |= {name: against_base(name, part, *base[name]) if name in BAD_SIDE else part
+              for name, part in parts.items() if name != MAIN}
     return {name: found[name] for name, weight in weights.items() if weight}
 
 

@@ -1,12 +1,32 @@
-"""The scores of an epoch or an evaluation, from every process's own reward pool."""
+"""The reward pool of a recipe, and the scores of an epoch or an evaluation from every process's own."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 
-from rewards.workers import PendingScores
+from grpo.combine import MAIN
+from rewards.base import RewardError
+from rewards.ocr import OCRReward
+from rewards.quality import QualityReward
+from rewards.several import DERIVED, SeveralRewards
+from rewards.workers import PendingScores, RewardPool
 from wan_jax import hosts
+from wan_jax.cli import UserError
+
+
+def open_pool(c, weights: dict[str, float]) -> RewardPool:
+    """The scoring processes. Raises `UserError` when the reward cannot be built, e.g. for a missing package."""
+    reward = functools.partial(OCRReward, rule=c.rule, engine=c.engine, max_frames=c.max_frames)
+    measures = {name: None if name in DERIVED else functools.partial(QualityReward, name)
+                for name in weights if name != MAIN}
+    if measures:
+        reward = functools.partial(SeveralRewards, {MAIN: reward} | measures)
+    try:
+        return RewardPool(reward, workers=c.workers)
+    except (RewardError, ImportError, ValueError) as error:
+        raise UserError(f"the reward cannot be built: {str(error).strip().splitlines()[-1]}") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from convert.lora import initial_adapters
 from grpo import ahead, combine, report, run_log, run_state, settings
 from grpo.advantages import group_advantages, group_statistics
 from grpo.combine import MAIN
-from grpo.evaluate import Evaluator
+from grpo.evaluator import Evaluator
 from grpo.policy import make_policy
 from grpo.programs import Run
 from grpo.prompts import PromptSet, epoch_prompts, load_prompts
@@ -41,12 +41,8 @@ from grpo.rollout import (
     step_quotas,
 )
 from grpo.run_log import RunLog, SilentLog
-from grpo.scores import gather_scores
+from grpo.scores import gather_scores, open_pool
 from grpo.update import init_state, stack_batches
-from rewards.base import RewardError
-from rewards.ocr import OCRReward
-from rewards.quality import QualityReward
-from rewards.several import SeveralRewards
 from rewards.targets import parse_targets
 from rewards.workers import RewardPool
 from wan_jax import cli, hosts, memory, model_dir, pipeline, presets
@@ -126,18 +122,6 @@ class Plan:
         quotas = step_quotas(parts, model.experts, trained, c.sample.sde_steps, *c.sample.sde_range)
         adapters = initial_adapters(c.lora.init, model, s.lora) if c.lora.init else None
         return cls(mesh, model, backend, shape, eval_shape, schedule, solver, parts, quotas, trained, adapters)
-
-
-def open_pool(c, weights: dict[str, float]) -> RewardPool:
-    """The scoring processes. Raises `UserError` when the reward cannot be built, e.g. for a missing package."""
-    reward = functools.partial(OCRReward, rule=c.rule, engine=c.engine, max_frames=c.max_frames)
-    measures = {name: functools.partial(QualityReward, name) for name in weights if name != MAIN}
-    if measures:
-        reward = functools.partial(SeveralRewards, {MAIN: reward} | measures)
-    try:
-        return RewardPool(reward, workers=c.workers)
-    except (RewardError, ImportError, ValueError) as error:
-        raise UserError(f"the reward cannot be built: {str(error).strip().splitlines()[-1]}") from error
 
 
 def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout: PromptSet, pool: RewardPool):

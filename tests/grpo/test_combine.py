@@ -56,6 +56,8 @@ def test_weights_add_up_and_zero_is_only_measured():
     rewards = terms(ocr, parts, weights, base)
     assert set(rewards) == {MAIN, "motion"}  # a failing measure of weight 0 spoils nothing
     np.testing.assert_allclose(combined(rewards, weights), ocr - 0.5 * np.clip((10 - motion - 2) / 6, 0, 1))
+    raw = terms(ocr, {"stability": motion}, {MAIN: 1.0, "stability": 1.0}, {})  # has a scale of its own
+    np.testing.assert_array_equal(raw["stability"], motion)
     np.testing.assert_array_equal(combined(terms(ocr, {}, {MAIN: 1.0}, {}), {MAIN: 1.0}), ocr)
     motion[3] = np.nan
     assert np.flatnonzero(np.isnan(combined(terms(ocr, parts, weights, base), weights))).tolist() == [3]

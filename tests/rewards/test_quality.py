@@ -7,8 +7,9 @@ import cv2
 import numpy as np
 import pytest
 
+from rewards.base import Score
 from rewards.quality import MEASURES, QualityReward
-from rewards.several import SeveralRewards
+from rewards.several import SeveralRewards, stability
 from rewards.workers import RewardPool
 from tests.rewards import pool_rewards
 
@@ -87,6 +88,20 @@ def test_several_rewards_keep_apart():
     np.testing.assert_array_equal(scores.parts["ocr"], scores.values)
     assert scores.parts["motion"][0] < 1e-3 < 0.5 < scores.parts["motion"][1]
     assert np.isnan(scores.parts["broken"]).all() and list(scores.parts) == ["ocr", "motion", "broken"]
+
+
+@pytest.mark.parametrize(("texts", "expected"), [
+    (["OPEN"], 1), ([""], 0), (["OPEN", "Open ", "OPEN"], 1), (["OPEN", "", "OPEN"], 0), (["", ""], 0),
+    (["OPEN", "OPEN", "OPEX", "OPEX"], (1 + 0.75 + 1) / 3),
+])
+def test_stability_of_the_text(texts, expected):
+    assert stability(Score(0.0, frame_texts=tuple(texts))) == pytest.approx(expected)
+
+
+def test_a_derived_value_needs_no_second_reading():
+    makers = {"ocr": pool_rewards.Reader, "stability": None}
+    score = SeveralRewards(makers).score(clip(3), "a")
+    assert score.parts == (("ocr", 1.0), ("stability", 1.0))
 
 
 def test_without_the_main_reward_there_is_no_score():
