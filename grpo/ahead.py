@@ -126,8 +126,8 @@ def remedies(run: Run, offload: bool) -> Sequence[str]:
         found.append("Set --config.model.offload=always.")
     if run.settings.lora is None:
         found.append("Train adapters instead of all weights: --config.lora.rank=32.")
-    return [*found, "Lower sample.frames, height or width, or use more devices with --config.mesh.fsdp. On a GPU that runs "
-            "nothing else, XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 gives JAX more than its usual three quarters."]
+    return [*found, "Lower sample.frames, height or width, or use more devices with --config.mesh.fsdp. On a GPU that "
+            "runs nothing else, XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 gives JAX more than its usual three quarters."]
 
 
 class CompileCounter:
