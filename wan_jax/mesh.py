@@ -11,16 +11,20 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "fsdp")
-BATCH = P(AXES)  # the batch axis over every device
+AXES = ("data", "fsdp", "context")
+BATCH_AXES = ("data", "fsdp")
+BATCH = P(BATCH_AXES)
 
 
-def make_mesh(fsdp: int = 1, devices=None) -> Mesh:
-    """A mesh [data, fsdp] over all devices (or those given). Raises ValueError when fsdp does not divide them."""
+def make_mesh(fsdp: int = 1, devices=None, context: int = 1) -> Mesh:
+    """A mesh [data, fsdp, context] over all devices (or those given); devices of one `context`, which exchange the most,
+    are neighbours. Raises ValueError when fsdp and context do not divide them."""
     devices = jax.devices() if devices is None else devices
-    if fsdp < 1 or len(devices) % fsdp:
-        raise ValueError(f"mesh.fsdp={fsdp} does not divide the {len(devices)} devices; choose a divisor")
-    return Mesh(np.asarray(devices).reshape(-1, fsdp), AXES)
+    for name, value, among in (("fsdp", fsdp, len(devices)), ("context", context, len(devices) // max(fsdp, 1))):
+        if value < 1 or among % value:
+            of = f"{len(devices)} devices" + (f" by fsdp={fsdp}, {among}" if name == "context" and fsdp > 1 else "")
+            raise ValueError(f"mesh.{name}={value} does not divide the {of}; choose a divisor")
+    return Mesh(np.asarray(devices).reshape(-1, fsdp, context), AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -28,14 +32,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Sharding of [*leading axes, B, ...]: the batch axis over every device."""
-    return NamedSharding(mesh, P(*[None] * leading, AXES))
+    """Sharding of [*leading axes, B, ...]: the batch axis over data x fsdp, whole on the devices of a context."""
+    return NamedSharding(mesh, P(*[None] * leading, BATCH_AXES))
 
 
 def check_batch(name: str, batch: int, mesh: Mesh):
-    """Raises ValueError unless `batch` divides over the mesh's devices."""
-    if batch < 1 or batch % mesh.size:
-        raise ValueError(f"{name}={batch} does not divide over {mesh.size} devices; make it a multiple of {mesh.size}")
+    """Raises ValueError unless `batch` divides over data x fsdp."""
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch < 1 or batch % parts:
+        raise ValueError(f"{name}={batch} does not divide over {parts} devices (mesh {describe(mesh)}); make it a "
+                         f"multiple of {parts}")
+
+
+def describe(mesh: Mesh) -> str:
+    """'data 2 x fsdp 4 x context 1'"""
+    return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
 
 
 def place(x, sharding: NamedSharding) -> jax.Array:

@@ -60,7 +60,7 @@ class Run:
     @property
     def policy(self):
         return make_structure(self.preset.transformer, lora=self.settings.lora, dtype=self.settings.dtype,
-                              attention=self.backend, remat=self.recipe.model.remat)
+                              attention=self.backend, remat=self.recipe.model.remat, mesh=self.mesh)
 
     @property
     def table(self) -> StepTable:
