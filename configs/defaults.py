@@ -28,7 +28,9 @@ def defaults() -> ConfigDict:
     c.lora.init = ""                    # LoRA file (Diffusers, ComfyUI) to start from; KL is to the base model
 
     c.mesh = ConfigDict()
-    c.mesh.fsdp = 1                     # devices the parameters are split over; the others are data parallel
+    # devices = data x fsdp x context, batches split over data x fsdp; 0: chosen (`wan_jax.mesh.choose`) and printed
+    c.mesh.fsdp = 0                     # devices that the weights, gradients, moments and averages are split over
+    c.mesh.context = 0                  # devices that a video's tokens are split over; for long videos, small batches
 
     c.prompts = ConfigDict()
     c.prompts.train = ""                # text file, one prompt a line, the text to write in quotes
@@ -63,6 +65,7 @@ def defaults() -> ConfigDict:
     c.train.weight_decay = 1e-4
     c.train.max_grad_norm = 1.0
     c.train.ema_decay = 0.9
+    c.train.offload_optimiser = False   # moments and average wait in host memory between updates
     c.train.clip_low = 1e-3             # clip range of the ratio
     c.train.clip_high = 1e-3
     c.train.kl_weight = 0.004           # KL to the reference

@@ -1,15 +1,15 @@
 """How the transformer runs on devices that share its weights (`fsdp`) or the tokens of a video (`context`).
 
-The whole forward runs inside one `jax.shard_map`: every device computes on its own videos and rows of tokens with the
-weights of one block at a time, kernels see local arrays, and what devices send each other is written here, nothing else:
+The whole forward runs inside one `jax.shard_map`: every device computes on its own videos and rows of tokens, with one
+block's weights at a time, kernels see local arrays, and what devices send each other is written here, nothing else:
 
-- a block's weights: all-gathered over `fsdp` inside the scan over the blocks, so that one block's stand whole at a time;
-  backward they are gathered again, and their gradients reduce-scattered, which is the gather's transpose;
-- the tokens: each device of `context` takes ceil(S / devices) rows of the S, the last ones zeros where S is no multiple.
-  Everything but self-attention works on rows. Self-attention changes rows for heads and back by all-to-all (Jacobs et
-  al. 2023, "DeepSpeed Ulysses", arXiv 2309.14509), so that a device attends with all rows and N / devices heads; where
-  `context` does not divide N, keys and values are gathered instead, and a device attends with its own queries. The
-  zeros stand last, so they are cut off before the kernel and no mask is needed;
+- a block's weights: all-gathered over `fsdp` inside the scan over the blocks, so that one block's stand whole at a
+  time; backward they are gathered again, and their gradients reduce-scattered, which is the gather's transpose;
+- the tokens: each device of `context` takes ceil(S / devices) rows of the S, the last of them zeros where S is no
+  multiple. Everything but self-attention works on rows. Self-attention changes rows for heads and back by all-to-all
+  (Jacobs et al. 2023, "DeepSpeed Ulysses", arXiv 2309.14509), so that a device attends with all rows and N / devices
+  heads; where `context` does not divide N, keys and values are gathered instead, and a device attends with its own
+  queries. The zeros stand last, so they are cut off before the kernel and no mask is needed;
 - at the end the rows, gathered: a velocity lies as its latents do, split by videos alone.
 
 Left to XLA's partitioner, gradients of split weights were all-reduced whole, and activations moved in place of weights

@@ -1,7 +1,14 @@
 """The device mesh and how arrays lie on it.
 
-Axes: `data` splits the batch; `fsdp` splits the batch as well, and the parameters, which are gathered where they are
-used. One device is a mesh of one, so there is one program for one device, several, and several hosts.
+| axis | the batch | parameters, gradients, optimiser | a video's tokens |
+|---|---|---|---|
+| `data` | split | whole | whole |
+| `fsdp` | split | split, gathered a block at a time where they are used | whole |
+| `context` | whole | whole | split, in the transformer alone (`layout.py`) |
+
+So a batch has to divide over data x fsdp. Latents, noise and log-probs are split by videos only: the devices of one
+`context` hold the same ones, bit for bit, and what is not the transformer they compute alike. One device is a mesh of
+one, so there is one program for one device, several, and several hosts. `choose` says which mesh is taken by default.
 """
 
 import math
@@ -17,7 +24,7 @@ BATCH = P(BATCH_AXES)
 
 
 def make_mesh(fsdp: int = 1, devices=None, context: int = 1) -> Mesh:
-    """A mesh [data, fsdp, context] over all devices (or those given); devices of one `context`, which exchange the most,
+    """A mesh [data, fsdp, context] over all devices (or those given); those of one `context`, which exchange the most,
     are neighbours. Raises ValueError when fsdp and context do not divide them."""
     devices = jax.devices() if devices is None else devices
     for name, value, among in (("fsdp", fsdp, len(devices)), ("context", context, len(devices) // max(fsdp, 1))):
@@ -25,6 +32,26 @@ def make_mesh(fsdp: int = 1, devices=None, context: int = 1) -> Mesh:
             of = f"{len(devices)} devices" + (f" by fsdp={fsdp}, {among}" if name == "context" and fsdp > 1 else "")
             raise ValueError(f"mesh.{name}={value} does not divide the {of}; choose a divisor")
     return Mesh(np.asarray(devices).reshape(-1, fsdp, context), AXES)
+
+
+def choose(devices: int, batch: int, state: float, memory: float, *, fsdp: int = 0,
+           context: int = 0) -> tuple[int, int]:
+    """(fsdp, context) for so many devices; what is given and not 0 is kept.
+
+    context: 1, unless the batch has fewer videos than there are devices; then the fewest devices a video that leave
+    none idle, devices / gcd(devices, batch). fsdp: the fewest devices over which `state`, the bytes of weights,
+    gradients, moments and averages, is at most half of a device's `memory`, as the other half is for activations: 1
+    where it fits whole (data parallel), all where it fits nowhere. memory 0: not known, as on CPUs; nothing is split.
+    """
+    if not context:
+        context = devices // math.gcd(devices, batch) if 0 < batch < devices else 1
+        if fsdp and devices // context % fsdp:
+            context = 1
+    if not fsdp:
+        most = max(devices // context, 1)
+        fits = [n for n in range(1, most + 1) if most % n == 0 and (not memory or state / n <= memory / 2)]
+        fsdp = fits[0] if fits else most
+    return fsdp, context
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

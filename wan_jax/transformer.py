@@ -17,8 +17,8 @@ from flax import nnx
 
 from wan_jax.attention import attention
 from wan_jax.config import TransformerConfig
-from wan_jax.layout import saved_but_gathers, self_attention
 from wan_jax.layers import LayerNorm, Linear, RMSNorm, layer_norm
+from wan_jax.layout import saved_but_gathers, self_attention
 
 Array = jax.Array
 REMAT_POLICIES = ("none", "block")
