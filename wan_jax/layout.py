@@ -23,7 +23,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from wan_jax import params as P
 from wan_jax.attention import attention
@@ -43,7 +43,7 @@ class Layout:
         """`model.forward`, from and to global arrays: parameters as `mesh.param_shardings` lays them, the others split
         over data x fsdp by their first axis. B must be a multiple of data x fsdp."""
         graphdef, state = nnx.split(model)
-        specs = jax.tree.map(lambda x: param_spec(x.shape, self.mesh.shape["fsdp"]), state)
+        specs = jax.tree.map(self.spec, state)
         early = Gather(tuple((path, axis) for path, axis in split_axes(state, self.mesh)
                              if not path.startswith(BLOCKS) or axis == 0))
 
@@ -53,6 +53,13 @@ class Layout:
         # check_vma=False: gradients of what is whole on several devices are summed over them, kernels unchanged
         return jax.shard_map(local, mesh=self.mesh, in_specs=(specs, BATCH, BATCH, BATCH), out_specs=BATCH,
                              check_vma=False)(state, latents, timesteps, text)
+
+    def spec(self, x) -> PartitionSpec:
+        """How a parameter lies, by `mesh.param_spec`. Axes of one device are named too, where they split nothing: over
+        an axis that is not named the gradient is summed, and XLA keeps a sum over one device."""
+        ones = tuple(axis for axis, size in self.mesh.shape.items() if size == 1)
+        first, *rest = tuple(param_spec(x.shape, self.mesh.shape["fsdp"])) or (None,)
+        return PartitionSpec(((first,) if first else ()) + ones or None, *rest)
 
     def own_tokens(self, x: jax.Array, axis: int) -> jax.Array:
         """This device's rows of an array that has all S along `axis`, filled up with zeros."""
