@@ -40,7 +40,12 @@ def check_device(device: jax.Device):
 
 
 def to_host(state: TrainState) -> TrainState:
-    """The state with moments and average in host memory, split over the devices' hosts as it was."""
+    """The state with moments and average in host memory, split over the devices' hosts as it was, once they are there:
+    what comes next on the device may need their room."""
+    return jax.block_until_ready(leaving(state))
+
+
+def leaving(state: TrainState) -> TrainState:
     return TrainState(state.trainable, moved(state.opt, KIND), moved(state.ema, KIND), state.updates)
 
 
@@ -80,7 +85,7 @@ def make_update(policy: Policy, table: StepTable, guidance: float, config: LossC
             new, norm = step(to_device(part), {ANY: grads.pop(name)})
             if done:  # two on the device: one that moves while the other is stepped
                 jax.block_until_ready(list(done.values())[-1])
-            done[name] = to_host(new)
+            done[name] = leaving(new)
             norms.append(norm)
         new = joined(done)
         return TrainState(new.trainable, (empty, new.opt), new.ema, new.updates), metrics, {
