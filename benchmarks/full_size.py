@@ -29,7 +29,7 @@ from wan_jax.guidance import TextBatch
 from wan_jax.lora import LoRAConfig
 from wan_jax.schedule import flow_sigmas
 from wan_jax.sde import SDEConfig
-from wan_jax.transformer import WanTransformer3D
+from wan_jax.transformer import REMAT_POLICIES, WanTransformer3D
 
 SIZES = {
     "1.3b": dict(num_attention_heads=12, ffn_dim=8960, num_layers=30),
@@ -122,7 +122,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("micro", 1, "rollout batches in an update")
     flags.DEFINE_float("kl", 0.0, "weight of the KL to the reference, one more forward pass")
     flags.DEFINE_string("dtype", "bfloat16", "of weights and matrix products")
-    flags.DEFINE_enum("remat", "block", ["none", "block"], "recomputation")
+    flags.DEFINE_enum("remat", "block", list(REMAT_POLICIES), "recomputation")
     flags.DEFINE_integer("repeats", 5, "timed calls")
     flags.DEFINE_bool("profile", False, "list the kernels by time")
     app.run(main)

@@ -19,7 +19,8 @@ def defaults() -> ConfigDict:
     c.model.dtype = "bfloat16"          # of the transformer's weights and matrix products
     c.model.attention = "auto"          # auto | xla | chunked | cudnn | pallas (wan_jax/attention.py)
     c.model.offload = "auto"            # auto | never | always: the idle expert of two waits in host memory
-    c.model.remat = "block"             # none | block: recompute activations in the backward pass
+    c.model.remat = "block"             # none | save_matmuls | block | offload: how much of each block the backward
+    #                                     pass computes again (wan_jax/transformer.py): less time or less memory
 
     c.lora = ConfigDict()
     c.lora.rank = 32                    # 0 trains all weights
@@ -33,7 +34,7 @@ def defaults() -> ConfigDict:
     c.mesh.context = 0                  # devices that a video's tokens are split over; for long videos, small batches
 
     c.prompts = ConfigDict()
-    c.prompts.train = ""                # text file, one prompt a line, the text to write in quotes
+    c.prompts.train = ""                # text, one prompt a line, what to write in quotes; or .jsonl
     c.prompts.heldout = ""              # the same for evaluation
     c.prompts.negative = ""             # negative prompt of the guidance
 
@@ -48,11 +49,16 @@ def defaults() -> ConfigDict:
     c.sample.groups = 48                # prompts an epoch
     c.sample.group_size = 12            # videos a prompt
     c.sample.batch_size = 9             # videos of one rollout batch, and of one micro-batch of the update
-    c.sample.sde = "flow_grpo_wan"      # flow_grpo_wan | flow_sde: the noise of the stochastic steps
+    c.sample.shared_noise = False       # a group's videos start from one noise, and the steps before the first
+    #                                     stochastic one, the same for all of them, are computed once for the group
+    c.sample.sde = "flow_grpo_wan"      # flow_grpo_wan | flow_sde | dance | cps: the noise of the stochastic steps
     c.sample.noise_level = None         # None: the form's own default
     c.sample.max_step_std = None
     c.sample.sde_steps = 19             # how many steps of an epoch are stochastic and trained
     c.sample.sde_range = (0, 19)        # drawn from [low, high)
+    c.sample.sde_window = "any"         # any subset | random (a window of neighbours: Flow-GRPO-Fast) | progressive |
+    #                                     decay | exp_decay (MixGRPO's sliding window)
+    c.sample.sde_window_epochs = 25     # epochs a sliding window stays at its first place
 
     c.train = ConfigDict()
     c.train.experts = ("transformer", "transformer_2")  # which are trained; models with one have only the first
@@ -66,11 +72,14 @@ def defaults() -> ConfigDict:
     c.train.max_grad_norm = 1.0
     c.train.ema_decay = 0.9
     c.train.offload_optimiser = False   # moments and average wait in host memory between updates
+    c.train.objective = "clip"          # clip | unscaled | guard | dppo (grpo/losses.py)
+    c.train.divergence = 1e-5           # of dppo: where a row is left out
+    c.train.credit = "none"             # none | longcat: how much each step counts (grpo/rollout.py)
     c.train.clip_low = 1e-3             # clip range of the ratio
     c.train.clip_high = 1e-3
     c.train.kl_weight = 0.004           # KL to the reference
     c.train.kl_kind = "flow_grpo"       # flow_grpo | sigma | x | velocity
-    c.train.advantage_std = "group"     # group | global
+    c.train.advantage_std = "group"     # group | global | max | none (grpo/advantages.py)
     c.train.advantage_clip = 5.0
     c.train.ratio_tolerance = ml_collections.config_dict.placeholder(float)  # |ratio - 1| allowed on policy, more stops
     #                                     the run; None: 1e-4 in float32, 2e-3 in bfloat16

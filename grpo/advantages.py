@@ -8,6 +8,8 @@ import dataclasses
 
 import numpy as np
 
+STDS = ("group", "global", "max", "none")
+
 
 @dataclasses.dataclass(frozen=True)
 class GroupStatistics:
@@ -25,24 +27,27 @@ def group_advantages(rewards: np.ndarray, groups: np.ndarray, valid: np.ndarray,
                      eps: float = 1e-4, clip: float | None = None) -> np.ndarray:
     """A = (r - mean of the group) / (std + eps), [N] float32; GRPO, Shao et al., arXiv 2402.03300.
 
-    rewards [N] float, groups [N] int, valid [N] bool. std is the population standard deviation over valid
-    members:
-    'group' of the sample's own group, 'global' of all valid rewards. clip bounds |A|.
+    rewards [N] float, groups [N] int, valid [N] bool. std names the divisor, a population standard deviation over valid
+    members: 'group' of the sample's own group, 'global' of all valid rewards (Flow-GRPO's image recipes), 'max' the
+    largest of any group's (so that no group's small differences are blown up), 'none' no division (Dr. GRPO, arXiv
+    2503.20783). clip bounds |A|.
     Invalid samples, groups with fewer than 2 valid members, and groups of equal rewards get exactly 0.
     The result does not depend on the order of the samples.
     Raises ValueError on unequal lengths, a valid reward that is not finite, or another `std`.
     """
-    if std not in ("group", "global"):
-        raise ValueError(f"std={std!r} is unknown; choose 'group' or 'global'")
+    if std not in STDS:
+        raise ValueError(f"std={std!r} is unknown; choose one of {', '.join(STDS)}")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip={clip}: must be > 0, or None for no clipping")
     rewards, groups, valid = _checked(rewards, groups, valid)
-    everyone = np.std(np.sort(rewards[valid])) if valid.any() else 0.0
+    members_of = _members(groups, valid)
+    sorted_of = [np.sort(rewards[members]) for members in members_of]  # summed in order, a permutation changes no bit
+    everyone = {"global": np.std(np.sort(rewards[valid])) if valid.any() else 0.0,
+                "max": max(map(np.std, sorted_of), default=0.0), "none": 1.0 - eps}
     advantages = np.zeros(len(rewards))
-    for members in _members(groups, valid):
-        ordered = np.sort(rewards[members])  # sums in a fixed order, so a permutation changes no bit
+    for members, ordered in zip(members_of, sorted_of):
         if ordered[0] < ordered[-1]:
-            scale = np.std(ordered) if std == "group" else everyone
+            scale = np.std(ordered) if std == "group" else everyone[std]
             advantages[members] = (rewards[members] - np.mean(ordered)) / (scale + eps)
     if clip is not None:
         advantages = np.clip(advantages, -clip, clip)

@@ -15,7 +15,7 @@ from rewards.workers import RewardPool
 from wan_jax import hosts
 from wan_jax import mesh as mesh_lib
 from wan_jax.experts import Segment
-from wan_jax.pipeline import TextTable, sample_ode
+from wan_jax.pipeline import TextTable, one_ahead, sample_ode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +54,11 @@ class Evaluator:
                     self.table.batch(index, sharded, replicated)) for index in rows]
         latents = sample_ode(self.steps, arrays, self.parts, self.solver, batches)
         mine = hosts.my_rows(sharded, self.batch_size)
-        for first, x in progress(zip(firsts, latents), total=len(rows)):
+        decoding = ((first, self.decode(self.vae_state, x)) for first, x in zip(firsts, latents))
+        for first, video in progress(one_ahead(decoding), total=len(rows)):
             hosts.stage(f"evaluation after epoch {epoch}: videos {first} to {first + self.batch_size - 1}")
             real = mine < total - first  # not those that wrapped
-            videos, numbers = self.decode(self.vae_state, x)[real], first + mine[real]
+            videos, numbers = video()[real], first + mine[real]
             if len(videos):
                 pending.append((numbers, self.pool.submit(videos, [self.prompts.targets[i] for i in numbers])))
             kept += zip(numbers[numbers < self.previews].tolist(), videos)

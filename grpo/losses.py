@@ -13,16 +13,29 @@ from wan_jax import sde
 
 Array = jax.Array
 KL_KINDS = ("flow_grpo", "sigma", "x", "velocity")
+OBJECTIVES = ("clip", "unscaled", "guard", "dppo")
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Flow-GRPO's published settings for Wan. Advantages are expected to be clipped already."""
+    """Flow-GRPO's published settings for Wan. Advantages are expected to be clipped already.
+
+    objective, with d = log-prob - old log-prob, A the advantage, std the step's, D = mean((mu - mu_old)^2) / (2 std^2):
+    'clip'      GRPO's clipped ratio r = exp(d).
+    'unscaled'  the same with r = exp(2 std^2 d), the density without its variance, as the code of CPS has it
+                (arXiv 2509.05952): a step's noise does not change how far a change of the mean moves r.
+    'guard'     GRPO-Guard (arXiv 2510.22319): r = exp(std (d + D)), whose mean stays at 1, and a loss divided by -dt,
+                so that all steps have gradients of one size. D is each sample's own, where the authors' code takes one
+                for the whole batch. Published clip range 2e-6, no KL.
+    'dppo'      Flow-DPPO: no clip; a row is left out once D >= divergence and its ratio has moved the way A asks for.
+    """
 
     clip_low: float = 1e-3
     clip_high: float = 1e-3
     kl_beta: float = 0.004
     kl_kind: str = "flow_grpo"
+    objective: str = "clip"
+    divergence: float = 1e-5
 
     def __post_init__(self):
         if not (0 < self.clip_low <= 1 and 0 < self.clip_high):
@@ -31,6 +44,14 @@ class LossConfig:
         if not 0 <= self.kl_beta < float("inf"):
             raise ValueError(f"kl_beta={self.kl_beta}: must be finite and >= 0; 0 switches the reference off")
         _check_kind(self.kl_kind)
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective={self.objective!r} is unknown; choose one of {', '.join(OBJECTIVES)}")
+        if not self.divergence > 0:
+            raise ValueError(f"divergence={self.divergence}: must be > 0; 1e-5 is usual")
+
+    @property
+    def needs_old_mean(self) -> bool:
+        return self.objective in ("guard", "dppo")
 
 
 @jax.tree_util.register_dataclass
@@ -46,6 +67,9 @@ class Rows:
     sigma_next: Array    # [B] fp32
     g: Array             # [B] fp32, `sde.diffusion_coefficient` at the step; > 0 where mask is True
     mask: Array          # [B] bool, rows that count
+    old_mean: Array | None = None  # [B, ...] fp32 at rollout, where the objective needs it
+    weight: Array | None = None    # [B] fp32, the step's credit: of the policy loss, and its square of the KL
+    preserving: bool = dataclasses.field(default=False, metadata={"static": True})  # CPS' mean
 
 
 @jax.tree_util.register_dataclass
@@ -76,13 +100,12 @@ class LossMetrics:
                 "kl": float(self.kl) / n}
 
 
-def clipped_loss(log_prob: Array, old_log_prob: Array, advantages: Array,
-                 clip_low: float, clip_high: float) -> tuple[Array, Array]:
-    """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), [B], and r = exp(log_prob - old_log_prob), [B].
+def clipped_loss(log_ratio: Array, advantages: Array, clip_low: float, clip_high: float) -> tuple[Array, Array]:
+    """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), [B], and r = exp(log_ratio), [B].
 
     GRPO (arXiv 2402.03300, eq. 3), per row and as a loss to minimise. Where the clip binds the gradient is 0.
     """
-    ratio = jnp.exp(log_prob - old_log_prob)
+    ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
     return jnp.maximum(-advantages * ratio, -advantages * clipped), ratio
 
@@ -124,19 +147,39 @@ def policy_gradient_terms(rows: Rows, velocity: Array, velocity_ref: Array | Non
     """
     if config.kl_beta > 0 and velocity_ref is None:
         raise ValueError(f"kl_beta={config.kl_beta} needs the reference's velocity; pass it or set kl_beta=0")
-    step = rows.sigma, rows.sigma_next, rows.g
+    step = rows.sigma, rows.sigma_next, rows.g, rows.preserving
     mean, std = sde.sde_mean_std(rows.x, velocity, *step)
     log_prob = sde.log_prob(rows.x_next, mean, std)  # [B]
-    policy_loss, ratio = clipped_loss(log_prob, rows.old_log_prob, rows.advantages,
-                                      config.clip_low, config.clip_high)
+    policy_loss, ratio = policy_term(rows, log_prob, mean, std, config)
     kl = jnp.zeros_like(policy_loss)
     if velocity_ref is not None:
         velocity_ref = jax.lax.stop_gradient(velocity_ref)
         mean_ref, _ = sde.sde_mean_std(rows.x, velocity_ref, *step)
         pair = (velocity, velocity_ref) if config.kl_kind == "velocity" else (mean, mean_ref)
         kl = kl_to_reference(*pair, rows.g if config.kl_kind == "sigma" else std, kind=config.kl_kind)
+    if rows.weight is not None:
+        policy_loss, kl = rows.weight * policy_loss, rows.weight**2 * kl
     metrics = _metrics(rows, log_prob, ratio, policy_loss, kl, config)
     return policy_loss + config.kl_beta * kl, jax.lax.stop_gradient(metrics)
+
+
+def policy_term(rows: Rows, log_prob: Array, mean: Array, std: Array, config: LossConfig) -> tuple[Array, Array]:
+    """The objective's policy loss of each row and its ratio, [B] both: `LossConfig` has the formulas.
+
+    log_prob [B], mean [B, ...] and std [B] are the current policy's at rows.x.
+    """
+    log_ratio, clip = log_prob - rows.old_log_prob, (config.clip_low, config.clip_high)
+    if config.objective == "clip":
+        return clipped_loss(log_ratio, rows.advantages, *clip)
+    if config.objective == "unscaled":
+        return clipped_loss(2.0 * std * std * log_ratio, rows.advantages, *clip)
+    divergence = kl_to_reference(mean, rows.old_mean, std, kind="flow_grpo")  # [B], of the two Gaussians
+    if config.objective == "guard":
+        loss, ratio = clipped_loss(std * (log_ratio + divergence), rows.advantages, *clip)
+        return loss / (rows.sigma - rows.sigma_next), ratio
+    ratio = jnp.exp(log_ratio)
+    moved = ((ratio > 1) & (rows.advantages > 0)) | ((ratio < 1) & (rows.advantages < 0))
+    return jnp.where(moved & (divergence >= config.divergence), 0.0, -rows.advantages * ratio), ratio
 
 
 def _metrics(rows, log_prob, ratio, policy_loss, kl, config) -> LossMetrics:

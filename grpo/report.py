@@ -252,7 +252,8 @@ def _prompt_table(evaluations: list[dict]) -> str:
 
 
 def _timings(metrics: list[dict], evaluations: list[dict]) -> str:
-    """Mean seconds an epoch by stage; the first epoch apart, because it compiles."""
+    """Mean seconds an epoch by stage; the first epoch apart, because it compiles. And the device's idle share: outside
+    sampling, decoding and update it has nothing to do."""
     timed = [m["seconds"] for m in metrics if isinstance(m.get("seconds"), dict)]
     if not timed:
         return ""
@@ -266,10 +267,12 @@ def _timings(metrics: list[dict], evaluations: list[dict]) -> str:
     rows = [[f'<i class="dot s{i % 6}"></i>{names[i]}', f"{mean[s]:.2f}", f"{mean[s] / total:.0%}",
              f"{timed[0].get(s, 0.0):.2f}"] for i, s in enumerate(stages)]
     rows.append(["all stages", f"{total:.2f}", "100%", f"{sum(v for k, v in timed[0].items() if k != 'total'):.2f}"])
+    idle = [m["idle_share"] for m in metrics if "idle_share" in m and isinstance(m.get("seconds"), dict)]
+    waits = f" The device waits for the host {np.mean(idle[1:] or idle):.1%} of an epoch." if idle else ""
     over = f"{len(steady)} epoch(s) after the first, which compiles" if timed[1:] else "the only epoch, which compiles"
     evaluation = [e["seconds"] for e in evaluations if "seconds" in e]
     return (f'<p class="note">Mean over {over}. Scores are computed while the next batch is sampled: only the wait for '
-            f'the last ones counts.</p><div class="bar">{bar}</div>'
+            f'the last ones counts.{waits}</p><div class="bar">{bar}</div>'
             + _table(["stage", "s an epoch", "share", "first epoch, s"], rows, escape=False)
             + (f'<p class="note">Held-out evaluations: {len(evaluation)}, {np.mean(evaluation):.1f} s each, beside the '
                "epochs.</p>" if evaluation else ""))

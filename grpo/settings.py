@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import ml_collections
 
 from configs.defaults import defaults
-from grpo.losses import LossConfig
+from grpo.advantages import STDS
+from grpo.losses import OBJECTIVES, LossConfig
+from grpo.rollout import CREDITS, WINDOWS
 from grpo.update import OptimiserConfig
 from rewards.ocr import RULES
 from rewards.ocr_engines import ENGINES
@@ -27,11 +29,13 @@ RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-3}
 REQUIRED = ("run_dir", "model.path", "prompts.train", "prompts.heldout")
 CHOICES = {"model.dtype": DTYPES, "model.attention": BACKENDS, "model.remat": REMAT_POLICIES,
            "model.offload": OFFLOAD,
-           "train.advantage_std": ("group", "global"), "reward.rule": RULES, "reward.engine": ENGINES,
+           "sample.sde_window": WINDOWS, "train.credit": CREDITS, "train.objective": OBJECTIVES,
+           "train.advantage_std": STDS, "reward.rule": RULES, "reward.engine": ENGINES,
            "eval.solver": SOLVERS}
 AT_LEAST = {"epochs": 1, "lora.rank": 0, "mesh.fsdp": 0, "mesh.context": 0, "sample.frames": 1, "sample.steps": 1,
-            "sample.groups": 1, "sample.group_size": 2, "sample.batch_size": 1, "train.updates_per_epoch": 1,
-            "train.warmup_updates": 0, "train.weight_decay": 0, "reward.max_frames": 2, "reward.workers": 0,
+            "sample.groups": 1, "sample.group_size": 2, "sample.batch_size": 1, "sample.sde_window_epochs": 1,
+            "train.updates_per_epoch": 1, "train.warmup_updates": 0,
+            "train.weight_decay": 0, "reward.max_frames": 2, "reward.workers": 0,
             "eval.every": 1, "eval.num_prompts": 2, "eval.frames": 0, "eval.steps": 1, "eval.previews": 0,
             "save.every": 1, "save.keep": 1}
 # a resumed run may differ from its checkpoint in these: they do not change what an epoch computes
@@ -94,7 +98,8 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
             dtype=DTYPES[c.model.dtype],
             lora=LoRAConfig(c.lora.rank, c.lora.alpha, tuple(c.lora.targets)) if c.lora.rank else None,
             sde=SDEConfig(c.sample.sde, c.sample.noise_level, c.sample.max_step_std),
-            loss=LossConfig(c.train.clip_low, c.train.clip_high, c.train.kl_weight, c.train.kl_kind),
+            loss=LossConfig(c.train.clip_low, c.train.clip_high, c.train.kl_weight, c.train.kl_kind,
+                            c.train.objective, c.train.divergence),
             optimiser=OptimiserConfig(**{f.name: c.train[f.name] for f in dataclasses.fields(OptimiserConfig)}),
             videos=videos, batches=batches,
             ratio_tolerance=RATIO_TOLERANCE[c.model.dtype] if tolerance is None else tolerance)

@@ -28,7 +28,18 @@ from grpo.advantages import group_advantages, group_statistics
 from grpo.evaluate import Evaluator
 from grpo.policy import make_policy
 from grpo.prompts import PromptSet, epoch_prompts, load_prompts
-from grpo.rollout import StepTable, initial_noise, make_step, rollout, sde_window, step_quotas
+from grpo.rollout import (
+    StepTable,
+    branch,
+    group_leaders,
+    initial_noise,
+    make_step,
+    prefix,
+    rollout,
+    rollout_batches,
+    sde_window,
+    step_quotas,
+)
 from grpo.run_log import RunLog, SilentLog
 from grpo.scores import gather_scores
 from grpo.update import init_state, make_update, stack_batches
@@ -169,9 +180,9 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     states, done = {name: on_host(init_state(start[name], s.optimiser)) for name in plan.trained}, 0
     if restored is not None:
         states, done = run_state.restore(checkpoints, restored, states), restored
-    table_of_steps = StepTable.make(plan.schedule, s.sde)
+    table_of_steps = StepTable.make(plan.schedule, s.sde, c.train.credit)
     scales = guidances(c.sample.guidance, c.sample.guidance_2, len(model.experts))
-    steps = per_guidance(functools.partial(make_step, policy, table_of_steps), scales)
+    steps = per_guidance(functools.partial(make_step, policy, table_of_steps, keep_mean=s.loss.needs_old_mean), scales)
     make = offload.make_update if c.train.offload_optimiser else make_update
     updates = per_guidance(lambda scale: make(policy, table_of_steps, scale, s.loss, s.optimiser, mesh), scales)
     eval_steps = per_guidance(functools.partial(pipeline.make_ode_step, policy.module, solver),
@@ -182,6 +193,10 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     evaluator = Evaluator(heldout, eval_table, solver, eval_steps,
                           segments(solver.schedule.timesteps, model.boundary), decode, vae_state, pool, mesh,
                           plan.eval_shape, c.sample.batch_size, c.eval.seed, c.eval.previews)
+
+    def sampled(expert: int) -> tuple:
+        name = model.experts[expert]
+        return (states[name].trainable if name in states else start[name]), weights(expert)
 
     def averaged(expert: int) -> tuple:
         name = model.experts[expert]
@@ -211,35 +226,51 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         chosen = epoch_prompts(c.seed, epoch - 1, len(train_prompts), c.sample.groups)
         prompt_of = np.repeat(chosen, c.sample.group_size)  # [N], a group's videos stand together
         low, high = c.sample.sde_range
-        windows = [sde_window(c.seed, epoch, quota, max(low, part.steps.start), min(high, part.steps.stop), i)
+        windows = [sde_window(c.seed, epoch, quota, max(low, part.steps.start), min(high, part.steps.stop), i,
+                              rule=c.sample.sde_window, every=c.sample.sde_window_epochs)
                    for i, (part, quota) in enumerate(zip(plan.parts, plan.quotas))]
 
-        # sample, all batches by one expert before the next, and score while the next batch samples
+        # sample, all batches by one expert before the next. The host is one batch ahead of the device, which so has
+        # work while the host fetches videos and hands them to the scoring processes
         rows = [np.arange(b * c.sample.batch_size, (b + 1) * c.sample.batch_size) for b in range(s.batches)]
         samples = [mesh_lib.place(r.astype(np.int32), sharded) for r in rows]
         mine = hosts.my_rows(sharded, c.sample.batch_size)  # of each batch, on this process's devices
-        latents = [initial_noise(epoch_key, numbers, plan.shape) for numbers in samples]
+        texts = [table.batch(prompt_of[r], sharded, replicated) for r in rows]
+        shared, evaluations = range(0), s.videos * c.sample.steps
+        if c.sample.shared_noise:  # a group's videos are one until they branch
+            shared, expert = prefix(plan.parts[0], windows[0]), plan.parts[0].expert
+            first = group_leaders(c.sample.groups, c.sample.group_size, c.sample.batch_size)
+            evaluations -= len(shared) * (s.videos - first.size)
+            trunk = []
+            for r in first:
+                numbers = mesh_lib.place(r, sharded)
+                trunk.append(rollout(steps[expert], *sampled(expert), initial_noise(epoch_key, numbers, plan.shape),
+                                     table.batch(prompt_of[r], sharded, replicated), key=epoch_key, samples=numbers,
+                                     steps=shared, window=np.arange(0))[0])
+            groups = (np.arange(s.videos) // c.sample.group_size).astype(np.int32)
+            noise = [branch(trunk, mesh_lib.place(groups[r], replicated), sharded) for r in rows]
+        else:
+            noise = [initial_noise(epoch_key, numbers, plan.shape) for numbers in samples]
         trajectories, pending = {}, []
-        for i, (part, window) in enumerate(zip(plan.parts, windows)):
-            name, frozen = model.experts[part.expert], weights(part.expert)
-            trainable = states[name].trainable if name in states else start[name]
-            for b in bar(range(s.batches), desc=f"epoch {epoch}"):
-                hosts.stage(f"epoch {epoch}: sampling batch {b + 1} of {s.batches} with {name}")
-                text = table.batch(prompt_of[rows[b]], sharded, replicated)
-                latents[b], trajectory = rollout(steps[part.expert], trainable, frozen, latents[b], text, key=epoch_key,
-                                                 samples=samples[b], steps=part.steps, window=window)
-                if trajectory is not None:
-                    trajectories.setdefault(name, []).append(trajectory)
-                seconds["sample"] += lap(latents[b])
-                if i == len(plan.parts) - 1:
-                    hosts.stage(f"epoch {epoch}: decoding batch {b + 1} of {s.batches}")
-                    videos = decode(vae_state, latents[b])  # those of rows `mine`
-                    latents[b] = None
-                    seconds["decode"] += lap()
-                    numbers = rows[b][mine]
-                    targets = [train_prompts.targets[p] for p in prompt_of[numbers]]
-                    if len(numbers):  # none where other processes answer for all that lie here
-                        pending.append((numbers, pool.submit(videos, targets)))
+        batches = rollout_batches(steps, sampled, noise, texts, key=epoch_key, samples=samples, parts=plan.parts,
+                                  windows=windows, done=len(shared))
+        last = len(plan.parts) - 1
+        decoding = ((*batch, decode(vae_state, batch[2]) if batch[0] == last else None) for batch in batches)
+        for i, b, x, trajectory, video in bar(pipeline.one_ahead(decoding), desc=f"epoch {epoch}",
+                                              total=len(plan.parts) * s.batches):
+            name = model.experts[plan.parts[i].expert]
+            hosts.stage(f"epoch {epoch}: sampling batch {b + 1} of {s.batches} with {name}")
+            if trajectory is not None:
+                trajectories.setdefault(name, []).append(trajectory)
+            seconds["sample"] += lap(x)
+            if video is not None:
+                hosts.stage(f"epoch {epoch}: decoding batch {b + 1} of {s.batches}")
+                videos = video()  # those of rows `mine`
+                seconds["decode"] += lap()
+                numbers = rows[b][mine]
+                targets = [train_prompts.targets[p] for p in prompt_of[numbers]]
+                if len(numbers):  # none where other processes answer for all that lie here
+                    pending.append((numbers, pool.submit(videos, targets)))
         hosts.stage(f"epoch {epoch}: scores")
         scores = gather_scores(pending, s.videos)
         seconds["score_wait"] += lap()
@@ -255,7 +286,8 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
 
         # update: the expert on the device first, so that the next epoch finds the first one there
         hosts.stage(f"epoch {epoch}: update")
-        record = {"epoch": epoch}
+        record = {"epoch": epoch, "evaluations": evaluations,
+                  "evaluations_saved": s.videos * c.sample.steps - evaluations}
         size = s.batches // c.train.updates_per_epoch
         for expert, name in reversed(list(enumerate(model.experts))):
             if name not in states:
@@ -273,15 +305,17 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
                     check_ratio(values["ratio_max_error"], s.ratio_tolerance, epoch)
             record |= values if len(states) == 1 else {name: values, **{
                 k: max(values[k], record.get(k, values[k])) for k in ("ratio_max_error", "grad_norm")}}
-        del trajectories, batch
+        del trajectories, texts, batch
         seconds["update"] += lap([state.trainable for state in states.values()])
 
         # log, evaluate, save: in this order, so that a resumed run repeats what no checkpoint holds
         seconds |= {"save": save_seconds, "total": time.time() - clock}
+        working = seconds["sample"] + seconds["decode"] + seconds["update"]
         log.epoch(record | {"reward_mean": groups.mean_reward, "reward_std": groups.std_reward,
                             "group_std": groups.mean_group_std, "zero_std_fraction": groups.zero_std_fraction,
                             "failed_scores": scores.failures, "retried_scores": scores.retries, "videos": s.videos,
-                            "seconds": seconds, "peak_memory": memory.peaks().known()})
+                            "seconds": seconds, "idle_share": max(0.0, 1 - working / seconds["total"]),
+                            "peak_memory": memory.peaks().known()})
         say(f"epoch {epoch}/{c.epochs}: reward {groups.mean_reward:.3f}, spread in groups "
             f"{groups.mean_group_std:.3f}, ratio error {record['ratio_max_error']:.1e}, "
             f"grad {record['grad_norm']:.2e}"

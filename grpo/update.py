@@ -99,10 +99,12 @@ def state_shapes(policy: Policy, config: OptimiserConfig) -> TrainState:
 
 
 def objective(policy: Policy, table: StepTable, guidance: float, config: LossConfig, trainable: Flat, frozen,
-              x, x_next, old_log_prob, i, text, advantages, valid) -> tuple[jax.Array, LossMetrics]:
+              x, x_next, old_log_prob, i, old_mean, text, advantages, valid) -> tuple[jax.Array, LossMetrics]:
     """Sum of the loss over the valid rows of one micro-batch at step i, and its metrics."""
     t, *step = table.at(i)
-    rows = Rows(x, x_next, old_log_prob, advantages, *(jnp.broadcast_to(s, advantages.shape) for s in step), mask=valid)
+    weight = None if table.weight is None else jnp.broadcast_to(jnp.asarray(table.weight)[i], advantages.shape)
+    rows = Rows(x, x_next, old_log_prob, advantages, *(jnp.broadcast_to(s, advantages.shape) for s in step), mask=valid,
+                old_mean=old_mean, weight=weight, preserving=table.preserving)
     v = velocity(policy.module(trainable, frozen), x, t, text, guidance)
     v_ref = velocity(policy.reference(frozen), x, t, text, guidance) if config.kl_beta > 0 else None
     loss, metrics = policy_gradient_terms(rows, v, v_ref, config)
@@ -120,7 +122,7 @@ def make_gradient(policy: Policy, table: StepTable, guidance: float, config: Los
 
         def one_micro_batch(carry, micro):
             t, advantages, valid = micro
-            rows = (t.x, t.x_next, t.log_prob, t.step)  # each [K, ...]
+            rows = (t.x, t.x_next, t.log_prob, t.step, t.mean)  # each [K, ...]
             body = partial(one_step, text=t.text, advantages=advantages, valid=valid)
             return jax.lax.scan(body, carry, rows)[0], None
 

@@ -90,11 +90,15 @@ def unipc(x, velocity, sigmas, order=2):
 
 # The stochastic step ------------------------------------------------------------------------------
 def diffusion_coefficient(kind, sigmas, noise_level):
-    """g of each step [T] (Flow-GRPO, arXiv 2505.05470, and its code for Wan), without any bound."""
+    """g of each step [T] (Flow-GRPO, arXiv 2505.05470, and its code for Wan; DanceGRPO; CPS), without any bound."""
     g = []
     for i, s in enumerate(sigmas[:-1]):
         if kind == "flow_grpo_wan":
             g.append(noise_level * sigmas[1] * s)
+        elif kind == "dance":
+            g.append(noise_level)
+        elif kind == "cps":  # the step's std is sigma_next sin(a pi / 2), and g that over sqrt(-dt)
+            g.append(sigmas[i + 1] * math.sin(noise_level * math.pi / 2) / math.sqrt(s - sigmas[i + 1]))
         else:
             g.append(noise_level * math.sqrt(s / (1 - (sigmas[1] if i == 0 else s))))
     return np.array(g)
@@ -105,6 +109,12 @@ def mean_std(x, v, s, s_next, g):
     dt = s_next - s
     mean = x * (1 + g**2 / (2 * s) * dt) + v * (1 + g**2 * (1 - s) / (2 * s)) * dt
     return mean, g * math.sqrt(-dt)
+
+
+def cps_mean_std(x, v, s, s_next, g):
+    """One sample of coefficients-preserving sampling (arXiv 2509.05952): predicted and fresh noise make up s_next."""
+    clean, noise, std = x - s * v, x + (1 - s) * v, g * math.sqrt(s - s_next)
+    return (1 - s_next) * clean + math.sqrt(s_next**2 - std**2) * noise, std
 
 
 def log_prob(x_next, mean, std):
@@ -124,7 +134,9 @@ def group_advantages(rewards, groups, valid, std, eps):
         if not ok or len(members) < 2:
             result.append(0.0)
             continue
-        spread = np.std(members) if std == "group" else np.std(kept)
+        every_group = [[q for q, other, fine in zip(rewards, groups, valid) if fine and other == g] for g in groups]
+        spread = {"group": np.std(members), "global": np.std(kept), "none": 1 - eps,
+                  "max": max(np.std(m) for m in every_group if len(m) > 1)}[std]
         result.append((r - np.mean(members)) / (spread + eps))
     return np.array(result)
 
@@ -132,6 +144,26 @@ def group_advantages(rewards, groups, valid, std, eps):
 def clipped_loss(ratio, advantage, low, high):
     """GRPO (arXiv 2402.03300, eq. 3) as a loss: the smaller of the plain and the clipped objective."""
     return -min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)
+
+
+def policy_loss(objective, x_next, mean, mean_old, std, dt, advantage, low, high, divergence):
+    """(loss, ratio) of one row: GRPO, GRPO-Guard (arXiv 2510.22319), Flow-DPPO, CPS' unscaled density."""
+    def squares(a):  # the mean of squares
+        return float(np.mean(a**2))
+
+    if objective == "unscaled":  # -|x_next - mean|^2 as log-density
+        ratio = math.exp(squares(x_next - mean_old) - squares(x_next - mean))
+        return clipped_loss(ratio, advantage, low, high), ratio
+    d = (squares(x_next - mean_old) - squares(x_next - mean)) / (2 * std**2)
+    apart = squares(mean - mean_old) / (2 * std**2)
+    if objective == "guard":
+        ratio = math.exp(std * (d + apart))
+        return clipped_loss(ratio, advantage, low, high) / -dt, ratio
+    ratio = math.exp(d)
+    if objective == "clip":
+        return clipped_loss(ratio, advantage, low, high), ratio
+    out = apart >= divergence and (ratio - 1) * advantage > 0
+    return (0.0 if out else -advantage * ratio), ratio
 
 
 def kl(kind, mean, mean_ref, v, v_ref, std, g):

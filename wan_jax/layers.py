@@ -7,8 +7,10 @@ Parameters are named as the published state dict names them, up to Flax's words 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 Array = jax.Array
+MATMUL = "matmul"  # a dense layer's result, as rematerialisation knows it
 
 
 class LoRAParam(nnx.Param):
@@ -39,7 +41,7 @@ class Linear(nnx.Module):
         if self.lora_a is not None:
             low = x @ self.lora_a[...].astype(self.dtype)  # [..., r]
             y = y + (low @ self.lora_b[...].astype(self.dtype)) * self.lora_scale
-        return y
+        return checkpoint_name(y, MATMUL)
 
 
 class RMSNorm(nnx.Module):

@@ -2,6 +2,7 @@
 `grpo`, so that training, evaluation and deployment run the same code.
 """
 
+import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -127,8 +128,9 @@ def decoder_programs(graphdef, *, blended: bool = False) -> tuple[Callable, Call
 
 
 def make_decoder(graphdef, *, chunk: int | None = None, tile: int = 0, overlap: int = 8) -> Callable:
-    """The jitted VAE decoder: (vae state, latents fp32 [B,F,h,w,C]) -> uint8 [B,T,H,W,3] RGB on the host; with
-    several processes, the videos whose latents lie on this one's devices.
+    """The jitted VAE decoder: (vae state, latents fp32 [B,F,h,w,C]) -> a function that waits for the videos and gives
+    them as uint8 [B,T,H,W,3] RGB on the host; with several processes, those whose latents lie on this one's devices.
+    Meanwhile the device can be given more to do. (Tiles are only started by the second call.)
 
     chunk: latent frames at a time, 0 for the whole clip; None takes whole clips where they need less than
     `vae_chunks.BUDGET` bytes a device by estimate, and else the largest chunk that fits, at least one latent frame: one
@@ -144,7 +146,7 @@ def make_decoder(graphdef, *, chunk: int | None = None, tile: int = 0, overlap: 
     whole, step = decoder_programs(graphdef, blended=tile > 0)
     chosen = {}  # shape on one device: latent frames a chunk
 
-    def in_time(state, latents):
+    def in_time(state, latents) -> list[jax.Array]:
         shape = latents.sharding.shard_shape(latents.shape)
         if shape not in chosen:
             vae: AutoencoderKLWan = nnx.merge(graphdef, state)
@@ -152,18 +154,37 @@ def make_decoder(graphdef, *, chunk: int | None = None, tile: int = 0, overlap: 
             chosen[shape] = automatic if chunk is None else chunk
         size = chosen[shape]
         if not 0 < size < shape[1]:
-            return my_part(whole(state, latents))
+            return [whole(state, latents)]
         sizes = vae_chunks.chunk_sizes(shape[1], size)
-        return np.concatenate(list(vae_chunks.decode_chunks(partial(step, state), latents, sizes)), axis=1)
+        return list(vae_chunks.decode_chunks(partial(step, state), latents, sizes))
 
-    def decode(state, latents) -> np.ndarray:
+    def fetched(pieces: list[jax.Array]) -> np.ndarray:
+        return np.concatenate([my_part(piece) for piece in pieces], axis=1)
+
+    def decode(state, latents) -> Callable[[], np.ndarray]:
         latents = jnp.asarray(latents)
-        if not tile:
-            return in_time(state, latents)
-        video = vae_chunks.decode_tiles(partial(in_time, state), latents, tile, overlap)
-        return np.round((video + 1) * 127.5).astype(np.uint8)
+        if tile:
+            def blended():
+                video = vae_chunks.decode_tiles(lambda x: fetched(in_time(state, x)), latents, tile, overlap)
+                return np.round((video + 1) * 127.5).astype(np.uint8)
+            return blended
+        pieces = in_time(state, latents)
+        for piece in pieces:
+            piece.copy_to_host_async()
+        return partial(fetched, pieces)
 
     return decode
+
+
+def one_ahead(dispatched: Iterator) -> Iterator:
+    """The items of `dispatched`, each only when the next has been asked for: where asking dispatches work, the device
+    has some left while the host waits for an item's results, fetches and scores them."""
+    waiting = collections.deque()
+    for item in dispatched:
+        waiting.append(item)
+        if len(waiting) > 1:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def make_ode_step(module: Callable, solver, guidance: float) -> Callable:
@@ -182,10 +203,13 @@ def sample_ode(steps: Sequence[Callable], arrays: Callable, parts: Sequence[Segm
     """Final latents fp32 [B,F,H,W,C] of each batch (noise of that shape, text), in order.
 
     steps: one `make_ode_step` an expert; arrays(expert): what it takes first; parts: `experts.segments`. Every batch
-    goes through one expert's steps before the next expert's weights are asked for; the last one yields as it goes.
+    goes through one expert's steps before the next expert's weights are asked for, with nothing under way; the last
+    one yields as it goes.
     """
     states = [solver.init(jnp.copy(noise)) for noise, _ in batches]
     for part in parts:
+        if part is not parts[0]:
+            jax.block_until_ready(states)
         weights = arrays(part.expert)
         for b, (_, text) in enumerate(batches):
             for i in part.steps:

@@ -117,7 +117,7 @@ def main(_):
     parts = experts.segments(solver.schedule.timesteps, model.boundary)
     text = table.batch(index, mesh_lib.replicated(mesh), mesh_lib.replicated(mesh))
     latents, = pipeline.sample_ode(steps, lambda i: (weights(i),), parts, solver, [(noise, text)])
-    videos = np.asarray(pipeline.make_decoder(vae_graph)(vae_state, latents))
+    videos = pipeline.make_decoder(vae_graph)(vae_state, latents)()
     out = pathlib.Path(FLAGS.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     for i, video in enumerate(videos):

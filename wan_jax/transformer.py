@@ -14,14 +14,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from wan_jax.attention import attention
 from wan_jax.config import TransformerConfig
-from wan_jax.layers import LayerNorm, Linear, RMSNorm, layer_norm
+from wan_jax.layers import MATMUL, LayerNorm, Linear, RMSNorm, layer_norm
 from wan_jax.layout import saved_but_gathers, self_attention
 
 Array = jax.Array
-REMAT_POLICIES = ("none", "block")
+RESIDUAL = "residual"  # a block's input, as rematerialisation knows it
+# What of a block's forward pass the backward pass finds: everything; the block's input; that and the results of all
+# dense layers, so that only norms, activations and attention are computed again; the input, waiting in host memory.
+REMAT_POLICIES = {
+    "none": None,
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "save_matmuls": jax.checkpoint_policies.save_only_these_names(MATMUL),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[RESIDUAL], offload_src="device",
+        offload_dst="pinned_host"),
+}
 
 
 def rope_table(grid: tuple[int, int, int], head_dim: int, max_len: int = 1024) -> tuple[np.ndarray, np.ndarray]:
@@ -45,12 +56,18 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, max_len: int = 1024) -
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
-def apply_rope(x: Array, cos: np.ndarray, sin: np.ndarray) -> Array:
-    """Rotates the interleaved pairs (x0, x1), (x2, x3), ... of x [B, S, N, head_dim] in fp32; x's dtype is kept."""
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    c, s = cos[None, :, None, :], sin[None, :, None, :]
-    return jnp.stack([even * c - odd * s, even * s + odd * c], axis=-1).reshape(x.shape).astype(x.dtype)
+def apply_rope(x: Array, cos: np.ndarray | Array, sin: np.ndarray | Array) -> Array:
+    """Rotates the interleaved pairs (x0, x1), (x2, x3), ... of x [B, S, N, head_dim] in fp32; x's dtype is kept.
+
+    Each value times its cosine plus its neighbour times the signed sine: reads and writes stay in order, where taking
+    the pairs apart and stacking them again makes GPUs write every other value.
+    """
+    xp = np if isinstance(cos, np.ndarray) else jnp  # constants of the program, or a device's rows of them
+    c = xp.repeat(cos, 2, axis=-1)[:, None]  # [S, 1, head_dim]
+    s = xp.stack([-sin, sin], axis=-1).reshape(c.shape)
+    y = x.astype(jnp.float32)
+    neighbour = y.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
+    return (y * c + neighbour * s).astype(x.dtype)
 
 
 def timestep_features(timesteps: Array, dim: int) -> Array:
@@ -193,8 +210,8 @@ class WanTransformer3D(nnx.Module):
     """velocity = model(latents, timesteps, text).
 
     dtype: storage and compute type of the weights (see the module's docstring for what stays fp32). attention: a
-    concrete backend of `attention.choose_backend`. remat: 'none', or 'block' to recompute each block in the backward
-    pass (activation memory of one block plus one residual stream a layer).
+    concrete backend of `attention.choose_backend`. remat: what the backward pass computes again, one of
+    `REMAT_POLICIES`; 'block' takes the activation memory of one block, and one residual stream a layer.
     """
 
     def __init__(self, config: TransformerConfig, *, dtype=jnp.bfloat16, attention: str = "xla", remat: str = "none",
@@ -251,10 +268,11 @@ class WanTransformer3D(nnx.Module):
         graphdef, params = nnx.split(self.blocks)
 
         def run_block(x, block_params):
+            x = checkpoint_name(x, RESIDUAL)
             return nnx.merge(graphdef, block_params)(x, context, modulation, rope, key_counts), None
 
-        if self.remat == "block":
-            run_block = jax.checkpoint(run_block, prevent_cse=False)
+        if policy := REMAT_POLICIES[self.remat]:
+            run_block = jax.checkpoint(run_block, prevent_cse=False, policy=policy)
         x, _ = jax.lax.scan(run_block, x, params)
 
         m = self.scale_shift_table[...] + temb.astype(jnp.float32)[:, None]  # [B,2,D]

@@ -20,7 +20,6 @@ import jax
 import numpy as np
 
 from wan_jax.config import VAEConfig
-from wan_jax.hosts import my_part
 
 Array = jax.Array
 
@@ -60,8 +59,8 @@ def chunk_sizes(frames: int, chunk: int) -> list[int]:
     return [first] + [chunk] * ((frames - first) // chunk)
 
 
-def decode_chunks(step: Callable, latents: Array, sizes: list[int]) -> Iterator[np.ndarray]:
-    """The video of latents [B,F,h,w,z] in pieces [B,t,H,W,C] on the host, one a chunk of `sizes` latent frames.
+def decode_chunks(step: Callable, latents: Array, sizes: list[int]) -> Iterator[Array]:
+    """The video of latents [B,F,h,w,z] in pieces [B,t,H,W,C], one a chunk of `sizes` latent frames.
 
     step: (latents of a chunk, history) -> (video, history), e.g. on `AutoencoderKLWan.decode_chunk`. Raises ValueError
     where the sizes are not F in sum or not positive.
@@ -72,7 +71,7 @@ def decode_chunks(step: Callable, latents: Array, sizes: list[int]) -> Iterator[
     for size in sizes:
         video, history = step(latents[:, start:start + size], history)
         start += size
-        yield my_part(video)
+        yield video
 
 
 def tile_starts(size: int, tile: int, overlap: int) -> list[int]:

@@ -1,6 +1,8 @@
 """The GRPO objective: values, gradients and metrics against the float64 reference, whose own gradient is
 checked by central differences."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +10,14 @@ import pytest
 
 from grpo.losses import (
     KL_KINDS,
+    OBJECTIVES,
     LossConfig,
     Rows,
     clipped_loss,
     kl_to_reference,
     masked_mean,
     policy_gradient_terms,
+    policy_term,
 )
 from tests import reference
 from wan_jax import sde
@@ -114,10 +118,10 @@ def test_on_policy_ratio_is_exactly_one_and_the_gradient_is_plain_policy_gradien
         rows.x, v, rows.sigma, rows.sigma_next, rows.g)))
     v = jnp.asarray(args["v_old"])
     logp = recompute(v)
-    loss, ratio = clipped_loss(recompute(v), logp, rows.advantages, 1e-5, 1e-5)
+    loss, ratio = clipped_loss(recompute(v) - logp, rows.advantages, 1e-5, 1e-5)
     np.testing.assert_array_equal(ratio, 1.0)
     np.testing.assert_array_equal(loss, -rows.advantages)
-    ours = jax.grad(lambda v: clipped_loss(recompute(v), logp, rows.advantages, 1e-5, 1e-5)[0].sum())(v)
+    ours = jax.grad(lambda v: clipped_loss(recompute(v) - logp, rows.advantages, 1e-5, 1e-5)[0].sum())(v)
     plain = jax.grad(lambda v: -jnp.sum(rows.advantages * recompute(v)))(v)
     np.testing.assert_allclose(ours, plain, rtol=1e-6, atol=1e-12)
     assert np.any(ours)
@@ -128,10 +132,10 @@ def test_clipped_loss_values_and_gradients():
     r = np.array([0.5, 0.9, 1.0, 1.1, 2.0], np.float32)
     for A, want, slopes in ((1.0, [-0.5, -0.9, -1.0, -1.1, -1.3], [-0.5, -0.9, -1.0, -1.1, 0.0]),
                             (-1.0, [0.8, 0.9, 1.0, 1.1, 2.0], [0.0, 0.9, 1.0, 1.1, 2.0])):
-        loss, ratio = clipped_loss(jnp.log(r), jnp.zeros(5), jnp.full(5, A), 0.2, 0.3)
+        loss, ratio = clipped_loss(jnp.log(r), jnp.full(5, A), 0.2, 0.3)
         np.testing.assert_allclose(ratio, r, rtol=1e-6)
         np.testing.assert_allclose(loss, want, rtol=1e-6)
-        gradient = jax.grad(lambda lp, A=A: clipped_loss(lp, jnp.zeros(5), jnp.full(5, A), 0.2, 0.3)[0].sum())
+        gradient = jax.grad(lambda lp, A=A: clipped_loss(lp, jnp.full(5, A), 0.2, 0.3)[0].sum())
         np.testing.assert_allclose(gradient(jnp.log(r)), slopes, rtol=1e-6)
 
 
@@ -210,3 +214,86 @@ def test_reference_velocity():
 def test_bad_configuration(arguments, message):
     with pytest.raises(ValueError, match=message):
         LossConfig(**arguments)
+
+
+def variant(args, objective_name, preserving, distance=1.0):
+    """(rows with the old mean, velocities, clip range, the reference's (loss, ratio) of row b at velocity v)."""
+    args = dict(args, v_new=args["v_old"] + distance * (args["v_new"] - args["v_old"]))
+    step = args["sigma"], args["sigma_next"], args["g"]
+    plain, std = sde.sde_mean_std(jnp.asarray(args["x"]), jnp.asarray(args["v_old"]), *step)
+    old_mean, _ = sde.sde_mean_std(jnp.asarray(args["x"]), jnp.asarray(args["v_old"]), *step, preserving)
+    args["x_next"] = np.asarray(old_mean + args["x_next"] - plain, np.float32)  # with the same noise
+    scale = {"guard": float(std.mean()), "unscaled": 2 * float(jnp.mean(std**2))}.get(objective_name, 1.0)
+    clip = {"clip_low": 0.02 * scale, "clip_high": 0.03 * scale}
+    rows = dataclasses.replace(rows_of(args, sde.log_prob(jnp.asarray(args["x_next"]), old_mean, std)),
+                               old_mean=old_mean, preserving=preserving)
+    mean_std = reference.cps_mean_std if preserving else reference.mean_std
+    wide = {k: np.asarray(v, np.float64) for k, v in args.items()}
+
+    def of_row(b, v):
+        row = wide["x"][b], wide["sigma"][b], wide["sigma_next"][b], wide["g"][b]
+        (mean, std), (old, _) = (mean_std(row[0], u, *row[1:]) for u in (v, wide["v_old"][b]))
+        return reference.policy_loss(objective_name, wide["x_next"][b], mean, old, std, row[2] - row[1],
+                                     wide["advantages"][b], clip["clip_low"], clip["clip_high"], 1e-3)
+
+    return rows, args["v_new"], clip, of_row
+
+
+@pytest.mark.parametrize("preserving", [False, True])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_equal_their_formulas(name, preserving):
+    """Losses, ratios, and gradients against central differences, on both sides of every clip."""
+    rows, v, clip, of_row = variant(batch(), name, preserving)
+    config = LossConfig(**clip, kl_beta=0.0, objective=name, divergence=1e-3)
+    loss, gradient, metrics = objective(rows, v, None, config)
+    want, ratios = zip(*(of_row(b, v[b].astype(np.float64)) for b in range(8)))
+    assert float(loss) == pytest.approx(np.mean(want), rel=1e-4, abs=1e-7)
+    assert float(metrics.ratio_max) == pytest.approx(max(ratios), rel=1e-5)
+    assert float(metrics.ratio_min) == pytest.approx(min(ratios), rel=1e-5)
+    rng, expected, found = np.random.default_rng(3), [], []
+    for b in range(8):
+        direction = rng.normal(size=SHAPE[1:])
+        ends = [of_row(b, v[b] + h * direction)[0] for h in (1e-5, -1e-5)]
+        expected.append((ends[0] - ends[1]) / 2e-5 / 8)
+        found.append(float(np.sum(np.asarray(gradient[b], np.float64) * direction)))
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-5 * np.abs(expected).max())
+    assert 0 < np.count_nonzero(found) < 8  # some rows are clipped or left out
+
+
+@pytest.mark.parametrize("preserving", [False, True])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_on_policy_the_ratio_is_one_and_the_gradient_is_not_zero(name, preserving):
+    rows, v, *_ = variant(batch(), name, preserving, distance=0.0)
+    _, gradient, metrics = objective(rows, v, None, LossConfig(kl_beta=0.0, objective=name))
+    assert max(float(metrics.ratio_max) - 1, 1 - float(metrics.ratio_min)) < 2e-6
+    assert all(np.abs(np.asarray(gradient)).reshape(8, -1).max(1) > 0)
+
+
+def test_guard_centres_the_ratio_where_clip_is_shifted_to_the_left():
+    """Over the noise: E[log ratio] is -D with the plain density, 0 with the correction."""
+    args, shift = batch(), 0.05
+    step = args["sigma"][:1], args["sigma_next"][:1], args["g"][:1]
+    x, v = np.repeat(args["x"][:1], 2000, 0), np.repeat(args["v_old"][:1], 2000, 0)
+    old_mean, std = sde.sde_mean_std(jnp.asarray(x), jnp.asarray(v), *(np.repeat(a, 2000) for a in step))
+    z = np.random.default_rng(0).normal(size=x.shape)
+    x_next = jnp.asarray(old_mean + float(std[0]) * z, jnp.float32)
+    ones, names = jnp.ones(2000), ("sigma", "sigma_next", "g")
+    rows = Rows(x=jnp.asarray(x), x_next=x_next, old_log_prob=sde.log_prob(x_next, old_mean, std), advantages=ones,
+                mask=ones > 0, old_mean=old_mean, **{n: jnp.repeat(a, 2000) for n, a in zip(names, step)})
+    mean = old_mean + shift * float(std[0])
+    new = sde.log_prob(x_next, mean, std)
+    logs = {name: np.log(policy_term(rows, new, mean, std, LossConfig(objective=name))[1])
+            for name in ("clip", "guard")}
+    assert np.mean(logs["clip"]) == pytest.approx(-shift**2 / 2, rel=0.3)
+    assert abs(np.mean(logs["guard"])) < 0.15 * float(std[0]) * shift**2 / 2
+
+
+def test_weights_scale_the_loss_and_their_squares_the_penalty():
+    args = batch()
+    rows = rows_of(args, old_log_prob(args))
+    config = LossConfig(**CONFIG)
+    plain = policy_gradient_terms(rows, jnp.asarray(args["v_new"]), jnp.asarray(args["v_ref"]), config)[1]
+    weighted = dataclasses.replace(rows, weight=jnp.full(8, 3.0))
+    thrice = policy_gradient_terms(weighted, jnp.asarray(args["v_new"]), jnp.asarray(args["v_ref"]), config)[1]
+    assert float(thrice.policy_loss) == pytest.approx(3 * float(plain.policy_loss), rel=1e-6)
+    assert float(thrice.kl) == pytest.approx(9 * float(plain.kl), rel=1e-6)

@@ -124,8 +124,8 @@ def records_of(run):
     records = []
     for name in ("metrics.jsonl", "evals.jsonl"):
         lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
-        records.append([{k: v for k, v in line.items() if "seconds" not in k and k not in ("time", "peak_memory")}
-                        for line in lines])
+        measured = ("time", "peak_memory", "idle_share")
+        records.append([{k: v for k, v in line.items() if "seconds" not in k and k not in measured} for line in lines])
     return records
 
 
@@ -370,7 +370,8 @@ BAD = [
     ("lora.targets=()", "targets"), ("eval.num_prompts=1", "num_prompts=1"), ("reward.rule=exact", "spelling"),
     ("reward.engine=tesseract", "rapidocr"), ("reward.workers=-1", "workers=-1"),
     ("reward.max_frames=0", "max_frames=0"),
-    ("sample.noise_level=-0.5", "noise_level"), ("model.remat=all", "none, block"), ("epochs=0", "epochs=0"),
+    ("sample.noise_level=-0.5", "noise_level"), ("model.remat=all", "none, block, save_matmuls"),
+    ("epochs=0", "epochs=0"), ("sample.sde_window=left", "progressive"), ("train.objective=ppo", "guard"),
     ("eval.solver=heun", "euler"), ("model.attention=flash", "cudnn"), ("save.keep=0", "keep=0"),
     ("eval.previews=-1", "previews=-1"), ("sample.shift=0", "shift"),
 ]

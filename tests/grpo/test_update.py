@@ -10,7 +10,21 @@ from flax import nnx
 
 from grpo.losses import LossConfig
 from grpo.policy import make_policy
-from grpo.rollout import StepTable, initial_noise, make_step, rollout, sample_noise, sde_window, step_quotas
+from grpo.rollout import (
+    WINDOWS,
+    StepTable,
+    branch,
+    group_leaders,
+    initial_noise,
+    make_step,
+    prefix,
+    rollout,
+    rollout_batches,
+    sample_noise,
+    sde_window,
+    step_quotas,
+    window_epochs,
+)
 from grpo.update import OptimiserConfig, init_state, make_update, objective, stack_batches
 from tests import reference
 from wan_jax import mesh as mesh_lib
@@ -112,7 +126,7 @@ def test_loss_and_gradient_against_float64(lora, kl_kind):
     config = LossConfig(clip_low=2e-3, clip_high=3e-3, kl_beta=0.5, kl_kind=kl_kind)
     advantages, valid = np.array([1.5, -0.7, 0.4, -2.0]), np.array([True, True, False, True])
     i, text = int(WINDOW[1]), text_batch(4)
-    args = (kept.x[1], kept.x_next[1], kept.log_prob[1], i, text, jnp.asarray(advantages, jnp.float32),
+    args = (kept.x[1], kept.x_next[1], kept.log_prob[1], i, None, text, jnp.asarray(advantages, jnp.float32),
             jnp.asarray(valid))
     (loss, metrics), grads = jax.jit(jax.value_and_grad(
         lambda w: objective(policy, TABLE, 1.0, config, w, frozen, *args), has_aux=True))(later)
@@ -175,8 +189,8 @@ def test_optimiser_and_ema_follow_their_formulas():
 
     def loss(w):
         rows = [objective(policy, TABLE, 1.0, LossConfig(kl_beta=0.0), w, frozen, kept.x[k], kept.x_next[k],
-                          kept.log_prob[k], int(WINDOW[k]), text_batch(4), jnp.asarray(advantages[0], jnp.float32),
-                          jnp.ones(4, bool))[0]
+                          kept.log_prob[k], int(WINDOW[k]), None, text_batch(4),
+                          jnp.asarray(advantages[0], jnp.float32), jnp.ones(4, bool))[0]
                 for k in range(2)]
         return sum(rows) / 8
 
@@ -222,6 +236,71 @@ def test_sde_window_is_a_function_of_seed_and_epoch():
     assert any(tuple(sde_window(0, epoch, 2, 1, 7, segment=1)) != windows[epoch] for epoch in range(9))
     with pytest.raises(ValueError, match=r"3 stochastic steps do not fit in the steps 0 to 2"):
         sde_window(0, 0, 3, 0, 2)
+
+
+def test_windows_of_neighbours():
+    """A random window takes every place; the sliding ones go from the first step to the last and start again."""
+    def places(rule, epochs, size=3, low=2, high=9, every=5):
+        windows = [sde_window(0, epoch, size, low, high, rule=rule, every=every) for epoch in range(1, epochs + 1)]
+        assert all(np.array_equal(w, np.arange(w[0], w[0] + size)) for w in windows)
+        return [int(w[0]) for w in windows]
+
+    assert set(places("random", 200)) == {2, 3, 4, 5, 6}
+    assert places("progressive", 30) == [2] * 5 + [3] * 5 + [4] * 5 + [5] * 5 + [6] * 5 + [2] * 5
+    assert places("decay", 19) == [2] * 5 + [3] * 4 + [4] * 3 + [5] * 3 + [6] * 2 + [2] * 2  # int(5 (1 - c/7) + c/7)
+    assert [window_epochs("exp_decay", place, 30, 10) for place in (0, 13, 14, 20)] == [10, 10, 10, 5]
+    for rule in WINDOWS:
+        np.testing.assert_array_equal(sde_window(0, 3, 7, 2, 9, rule=rule), np.arange(2, 9))
+    with pytest.raises(ValueError, match="progressive"):
+        sde_window(0, 0, 2, 0, 4, rule="left")
+
+
+@pytest.mark.parametrize(("kind", "objective_name"), [("dance", "guard"), ("cps", "dppo"), ("cps", "unscaled")])
+def test_every_form_and_objective_is_on_policy_at_first(kind, objective_name):
+    """Rollout and update agree on the step's mean and log-prob, the mean at rollout travels with the trajectory."""
+    config = LossConfig(kl_beta=0.0, objective=objective_name)
+    policy, trainable, frozen = setup()
+    table = StepTable.make(flow_sigmas(STEPS, 3.0), sde.SDEConfig(kind), credit="longcat")
+    step = make_step(policy, table, 1.0, keep_mean=config.needs_old_mean)
+    samples, text = jnp.arange(4, dtype=jnp.int32), text_batch(4)
+    x = initial_noise(jax.random.key(5), samples, SHAPE)
+    _, kept = rollout(step, trainable, frozen, x, text, key=jax.random.key(6), samples=samples, steps=range(4),
+                      window=WINDOW)
+    assert (kept.mean is not None) == config.needs_old_mean
+    update = make_update(policy, table, 1.0, config, OPTIMISER)
+    batch = stack_batches([kept], np.array([[2.0, -1.0, 0.5, -1.5]]), np.ones((1, 4), bool))
+    _, metrics, norms = update(init_state(copies(trainable), OPTIMISER), frozen, batch)
+    values = metrics.averages()
+    assert max(values["ratio_max"] - 1, 1 - values["ratio_min"]) < 2e-6, values
+    assert float(norms["grad_norm"]) > 0
+
+
+def test_branches_of_a_shared_prefix_are_the_rollouts_from_one_noise():
+    """Three groups of two: the prefix of each computed once, and the same as when every video goes all the way."""
+    policy, trainable, frozen = setup()
+    mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+    step, key, text = make_step(policy, TABLE, 1.0), jax.random.key(3), text_batch(3)
+    part, window = Segment(0, range(STEPS)), np.array([2])
+    shared = prefix(part, window)
+    leaders = group_leaders(3, 2, 3)
+    np.testing.assert_array_equal(leaders, [[0, 2, 4]])
+    trunk, _ = rollout(step, trainable, frozen, initial_noise(key, leaders[0], SHAPE), text, key=key,
+                       samples=leaders[0], steps=shared, window=np.arange(0))
+    of = np.array([0, 0, 1, 1, 2, 2])
+    wide = TextBatch(text.embeddings[of], text.negative, text.padding)
+    start = branch([trunk], jnp.asarray(of), mesh_lib.batch_sharding(mesh))
+    common = dict(key=key, samples=[jnp.arange(6)], parts=[part], windows=[window])
+    arrays = lambda expert: (trainable, frozen)  # noqa: E731
+    (_, _, x, kept), = rollout_batches([step], arrays, [start], [wide], **common, done=len(shared))
+    noise = initial_noise(key, jnp.asarray(leaders[0][of]), SHAPE)
+    (_, _, y, whole), = rollout_batches([step], arrays, [noise], [wide], **common)
+    np.testing.assert_allclose(x, y, atol=2e-5)
+    np.testing.assert_allclose(kept.x, whole.x, atol=2e-5)
+    for group in (0, 2, 4):
+        np.testing.assert_array_equal(kept.x[0, group], kept.x[0, group + 1])
+        assert np.abs(x[group] - x[group + 1]).max() > 0.1
+    assert prefix(part, np.arange(0)) == range(STEPS) and not prefix(part, np.array([0, 3]))
+    np.testing.assert_array_equal(group_leaders(3, 4, 2), [[0, 4], [8, 0]])
 
 
 PARTS = (Segment(0, range(0, 7)), Segment(1, range(7, 20)))

@@ -57,7 +57,7 @@ def sample(folder, prompts, noise, *, solver="unipc", steps=6, guidance=4.0, gui
     latents, = pipeline.sample_ode(ode_steps, lambda expert: (weights(expert),), parts, solver,
                                    [(jnp.asarray(noise), text)])
     vae_graph, vae_state = pipeline.load_vae(model, mesh)
-    return np.asarray(latents), np.asarray(pipeline.make_decoder(vae_graph)(vae_state, latents))
+    return np.asarray(latents), pipeline.make_decoder(vae_graph)(vae_state, latents)()
 
 
 def peer_sample(folder, prompts, noise, *, frames, height, width, steps=6, guidance=4.0, guidance_2=None, shift=3.0,
@@ -272,12 +272,12 @@ def test_decoding_in_pieces(folders, monkeypatch):
 
     monkeypatch.setattr(vae_chunks, "decode_chunks", spy)
     decode = pipeline.make_decoder(graphdef)
-    whole = decode(state, latents)
+    whole = decode(state, latents)()
     assert type(whole) is np.ndarray and whole.dtype == np.uint8 and whole.shape == (2, 13, 32, 48, 3)
     assert not sizes and len(np.unique(whole)) > 50
 
     def same(video):
-        return video.dtype == np.uint8 and np.abs(video.astype(int) - whole).max() <= 1
+        return video().dtype == np.uint8 and np.abs(video().astype(int) - whole).max() <= 1
 
     in_chunks = pipeline.make_decoder(graphdef, chunk=3)
     assert same(in_chunks(state, latents)) and same(pipeline.make_decoder(graphdef, chunk=4)(state, latents))
@@ -285,13 +285,20 @@ def test_decoding_in_pieces(folders, monkeypatch):
     monkeypatch.setattr(vae_chunks, "BUDGET", 1.0)
     assert same(pipeline.make_decoder(graphdef)(state, latents))
     assert sizes.pop() == [1, 1, 1, 1]
-    assert not np.abs(decode(state, latents[:, :1]).astype(int) - whole[:, :1]).max() > 1 and len(sizes) == 1
+    assert not np.abs(decode(state, latents[:, :1])().astype(int) - whole[:, :1]).max() > 1 and len(sizes) == 1
     mesh = mesh_lib.make_mesh(devices=jax.devices()[:2])
     sharded = jax.device_put(latents, mesh_lib.batch_sharding(mesh))
     assert same(in_chunks(mesh_lib.replicate(state, mesh), sharded)) and len(sizes) == 2
     tiled = pipeline.make_decoder(graphdef, chunk=3, tile=4, overlap=2)
-    assert tiled(state, latents).shape == whole.shape and len(sizes) == 4
+    assert tiled(state, latents)().shape == whole.shape and len(sizes) == 4
     assert same(pipeline.make_decoder(graphdef, chunk=0, tile=8, overlap=2)(state, latents))  # one tile
+
+
+def test_one_ahead_asks_for_the_next_before_it_gives_the_last():
+    asked = []
+    numbers = (asked.append(i) or i for i in range(3))
+    assert [(i, list(asked)) for i in pipeline.one_ahead(numbers)] == [(0, [0, 1]), (1, [0, 1, 2]), (2, [0, 1, 2])]
+    assert list(pipeline.one_ahead(iter(()))) == []
 
 
 @pytest.mark.parametrize("settings", [{"chunk": -1}, {"tile": -1}, {"tile": 8, "overlap": 8}])

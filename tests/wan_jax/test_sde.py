@@ -10,7 +10,7 @@ import pytest
 
 from tests import reference
 from wan_jax.schedule import euler_sigmas, flow_sigmas
-from wan_jax.sde import SDEConfig, diffusion_coefficient, log_prob, sde_mean_std, sde_step
+from wan_jax.sde import DEFAULTS, SDEConfig, diffusion_coefficient, log_prob, sde_mean_std, sde_step
 from wan_jax.solvers import euler_step
 
 SHAPE = (3, 4, 2, 5, 6)  # B C F H W
@@ -27,7 +27,8 @@ def step_std(sde, schedule):
 
 
 @pytest.mark.parametrize(("kind", "level"),
-                         [("flow_grpo_wan", 1.0), ("flow_grpo_wan", 0.7), ("flow_sde", 0.7)])
+                         [("flow_grpo_wan", 1.0), ("flow_grpo_wan", 0.7), ("flow_sde", 0.7), ("dance", 0.3),
+                          ("cps", 0.8)])
 def test_coefficient_equals_reference(kind, level):
     for schedule in SCHEDULES:
         g = diffusion_coefficient(SDEConfig(kind, level, math.inf), schedule)
@@ -47,12 +48,14 @@ def test_published_defaults():
     assert step_std(SDEConfig("flow_sde"), euler_sigmas(20, 3.0))[0] == pytest.approx(0.70, abs=5e-3)
 
 
-@pytest.mark.parametrize("kind", ["flow_grpo_wan", "flow_sde"])
+@pytest.mark.parametrize("kind", DEFAULTS)
 def test_std_is_sane_at_every_step(kind):
     """Without any bound: flow_sde without its guard would start with 3 to 131, or infinity, on these lists."""
     for schedule in SCHEDULES:
         std = step_std(SDEConfig(kind, max_step_std=math.inf), schedule)
-        assert np.all((std > 0) & (std <= 0.8)), std
+        limit = 0.952 if kind == "cps" else 0.8  # sin(0.8 pi / 2)
+        assert np.all((std[:-1] > 0) & (std[:-1] <= limit)), std
+        assert std[-1] > 0 or kind == "cps"
 
 
 def test_max_step_std_lowers_g():
@@ -65,32 +68,35 @@ def test_max_step_std_lowers_g():
 
 
 def test_zero_noise_level_is_the_ode():
-    for kind in ("flow_grpo_wan", "flow_sde"):
+    for kind in DEFAULTS:
         assert not diffusion_coefficient(SDEConfig(kind, 0.0), flow_sigmas(10, 3.0)).any()
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ({"kind": "dance"}, "'dance'.*flow_grpo_wan, flow_sde"), ({"noise_level": -1.0}, "noise_level=-1.0"),
-    ({"noise_level": math.nan}, "noise_level=nan"), ({"max_step_std": 0.0}, "max_step_std=0.0"),
+    ({"kind": "sde"}, "'sde'.*flow_grpo_wan, flow_sde"), ({"noise_level": -1.0}, "noise_level=-1.0"),
+    ({"noise_level": math.nan}, "noise_level=nan"), ({"kind": "cps", "noise_level": 1.1}, "0 .the ODE. to 1"),
+    ({"max_step_std": 0.0}, "max_step_std=0.0"),
 ])
 def test_bad_configuration(arguments, message):
     with pytest.raises(ValueError, match=message):
         SDEConfig(**arguments)
 
 
-@pytest.mark.parametrize("kind", ["flow_grpo_wan", "flow_sde"])
+@pytest.mark.parametrize("kind", DEFAULTS)
 @pytest.mark.parametrize("schedule", [flow_sigmas(20, 3.0), flow_sigmas(10, 12.0, "legacy")])
 def test_step_equals_reference(kind, schedule):
     """Every step of the schedule, values and log-prob, with sigma, sigma_next and g per sample."""
     g = diffusion_coefficient(SDEConfig(kind), schedule)
     x, v, z = normal(0), normal(1), normal(2)
-    step = jax.jit(sde_step)
+    preserving = SDEConfig(kind).preserving
+    mean_std = reference.cps_mean_std if preserving else reference.mean_std
+    step = jax.jit(sde_step, static_argnames="preserving")
     for i in range(0, schedule.num_steps - 2, 3):
         sigma, after, gs = schedule.sigmas[i:i + 3], schedule.sigmas[i + 1:i + 4], g[i:i + 3]
-        x_next, logp, mean, std = step(x, v, sigma, after, gs, z)
+        x_next, logp, mean, std = step(x, v, sigma, after, gs, z, preserving=preserving)
         for b in range(3):
             row = (np.asarray(a[b], np.float64) for a in (x, v, sigma, after, gs))
-            want_mean, want_std = reference.mean_std(*row)
+            want_mean, want_std = mean_std(*row)
             np.testing.assert_allclose(mean[b], want_mean, rtol=1e-5, atol=2e-6)
             np.testing.assert_allclose(std[b], want_std, rtol=2e-6)
             drawn = want_mean + want_std * np.asarray(z[b], np.float64)
@@ -182,3 +188,20 @@ def test_on_policy_ratio_is_one():
     x_next, logp, _, _ = jax.jit(sde_step)(x, v, 0.8, 0.7, 0.5, z)
     again = jax.jit(lambda v: log_prob(x_next, *sde_mean_std(x, v, 0.8, 0.7, 0.5)))(v)
     np.testing.assert_allclose(jnp.exp(again - logp), 1.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
+def test_cps_keeps_the_coefficients_of_the_schedule(level):
+    """1 - s_next of the data, s_next of noise in all, fresh or not; without fresh noise the step is Euler's."""
+    schedule = flow_sigmas(10, 3.0)
+    clean, noise = normal(0), normal(1)
+    for i in range(schedule.num_steps):
+        s, after = schedule.sigmas[i:i + 2].astype(float)
+        g = diffusion_coefficient(SDEConfig("cps", level), schedule)[i]
+        x = (1 - s) * clean + s * noise
+        mean, std = sde_mean_std(x, noise - clean, s, after, g, preserving=True)
+        np.testing.assert_allclose(float(std), after * math.sin(level * math.pi / 2), atol=1e-6)
+        kept = math.sqrt(max(after**2 - float(std)**2, 0))
+        np.testing.assert_allclose(mean, (1 - after) * clean + kept * noise, atol=2e-3 if level == 1 else 2e-5)
+        if level == 0:
+            np.testing.assert_allclose(mean, euler_step(x, noise - clean, s, after), atol=2e-6)
