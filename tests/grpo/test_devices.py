@@ -154,10 +154,9 @@ def test_weights_are_gathered_block_by_block_and_gradients_scattered(capfd):
 def test_axes_of_the_mesh():
     mesh = mesh_lib.make_mesh(2, context=2)
     assert mesh_lib.describe(mesh) == "data 2 x fsdp 2 x context 2"
-    wide = {"kernel": jnp.zeros((2, 256, 512)), "bias": jnp.zeros((512,))}
-    placed = mesh_lib.shard_params(wide, mesh)
-    assert placed["kernel"].sharding.shard_shape((2, 256, 512)) == (2, 256, 256)
-    assert placed["bias"].sharding.shard_shape((512,)) == (512,)
+    for shape, shard in (((2, 256, 512), (2, 128, 512)), ((2, 32, 2048), (2, 32, 1024)), ((40, 5120), (40, 2560)),
+                         ((512,), (512,))):
+        assert mesh_lib.shard_params({"": jnp.zeros(shape)}, mesh)[""].sharding.shard_shape(shape) == shard
     assert mesh_lib.batch_sharding(mesh, 1).shard_shape((3, 8, 5)) == (3, 2, 5)
     mesh_lib.check_batch("batch", 4, mesh)
 
