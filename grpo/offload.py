@@ -46,6 +46,7 @@ def to_host(state: TrainState) -> TrainState:
 
 
 def leaving(state: TrainState) -> TrainState:
+    """`to_host` without waiting."""
     return TrainState(state.trainable, moved(state.opt, KIND), moved(state.ema, KIND), state.updates)
 
 
@@ -83,6 +84,8 @@ def make_update(policy: Policy, table: StepTable, guidance: float, config: LossC
         for name in sorted(grads):
             part = only(TrainState(state.trainable, opt, state.ema, state.updates), name)
             new, norm = step(to_device(part), {ANY: grads.pop(name)})
+            for x in jax.tree.leaves((part.opt, part.ema)):
+                x.delete()  # so that the host does not hold the old and the new of everything
             if done:  # two on the device: one that moves while the other is stepped
                 jax.block_until_ready(list(done.values())[-1])
             done[name] = leaving(new)
