@@ -88,6 +88,12 @@ def defaults() -> ConfigDict:
     c.reward.rule = "spelling"          # spelling | flow_grpo_image | flow_grpo_video
     c.reward.engine = "rapidocr"        # rapidocr | paddleocr
     c.reward.max_frames = 9             # frames scored of a video
+    c.reward.weights = ConfigDict()     # of the rewards; 0: measured and logged, None: not measured
+    c.reward.weights.ocr = 1.0          # the spelling
+    for name in ("stability",           # of the text in time (rewards/several.py)
+                 "sharpness", "exposure", "contrast", "compressibility", "flicker", "motion"):
+        c.reward.weights[name] = ml_collections.config_dict.placeholder(float)  # rewards/quality.py, grpo/combine.py
+    c.reward.combine = "rewards"        # rewards | advantages: which are added up (grpo/combine.py)
     c.reward.workers = 2                # scoring processes; 0 scores in the training process
 
     c.eval = ConfigDict()

@@ -15,12 +15,15 @@ def state_bytes(policy: Policy, *, experts: int, trained: int, kl: bool, offload
     For each trained parameter 4 bytes of weight, 8 of moments and 4 of average for every trained expert, and 4 of
     gradient for the one being updated. Frozen weights of all experts, of one where `offload` (config.model.offload)
     lets the other wait in host memory, of none in full fine-tuning without a reference; full fine-tuning computes
-    with a copy of the weights in their own type.
+    with a copy of the weights in their own type. Where nothing is trained, an evaluation, the frozen weights are all.
     """
     count = sum(x.size for x in policy.trainable.values())
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(policy.base))
+    frozen = weights * (experts if offload == "never" else 1)
+    if not trained:
+        return frozen
     full = policy.adapters is None
-    frozen = 0 if full and not kl else weights * (experts if offload == "never" else 1)
+    frozen = 0 if full and not kl else frozen
     held = 4 + (0 if offload_optimiser else 12)
     return frozen + (weights if full else 0) + count * (held * trained + 4)
 
@@ -42,5 +45,5 @@ def choose_mesh(c: ml_collections.ConfigDict, s: Settings, config: TransformerCo
     mesh = mesh_lib.make_mesh(fsdp, devices, context)
     mesh_lib.check_batch("config.sample.batch_size", c.sample.batch_size, mesh)
     limit = f" of {memory / 1e9:.0f}" if memory else ""
-    return mesh, (f"mesh {mesh_lib.describe(mesh)}: weights, gradients, moments and averages take about "
-                  f"{state / fsdp / 1e9:.3g}{limit} GB a device")
+    return mesh, (f"mesh {mesh_lib.describe(mesh)}: weights{', gradients, moments and averages' if trained else ''} take "
+                  f"about {state / fsdp / 1e9:.3g}{limit} GB a device")

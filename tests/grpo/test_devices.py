@@ -209,5 +209,6 @@ def test_bytes_that_a_run_holds():
     assert per_parameter() == 4 + 16 + 4  # a copy in the model's type, weight with moments and average, gradient
     assert per_parameter(kl=True) == 4 + 4 + 16 + 4
     assert per_parameter(offload_optimiser=True) == 4 + 4 + 4
+    assert per_parameter(trained=0) == 4  # an evaluation
     assert per_parameter(2, 2, kl=True) == 4 + 4 + 2 * 16 + 4
     assert per_parameter(2, 1, kl=True, offload="never") == 2 * 4 + 4 + 16 + 4
