@@ -45,5 +45,5 @@ def choose_mesh(c: ml_collections.ConfigDict, s: Settings, config: TransformerCo
     mesh = mesh_lib.make_mesh(fsdp, devices, context)
     mesh_lib.check_batch("config.sample.batch_size", c.sample.batch_size, mesh)
     limit = f" of {memory / 1e9:.0f}" if memory else ""
-    return mesh, (f"mesh {mesh_lib.describe(mesh)}: weights{', gradients, moments and averages' if trained else ''} take "
-                  f"about {state / fsdp / 1e9:.3g}{limit} GB a device")
+    what = "weights, gradients, moments and averages" if trained else "weights"
+    return mesh, f"mesh {mesh_lib.describe(mesh)}: {what} take about {state / fsdp / 1e9:.3g}{limit} GB a device"
