@@ -34,7 +34,9 @@ def defaults() -> ConfigDict:
     c.lora.init = ""                    # LoRA file (Diffusers, ComfyUI) to start from; KL is to the base model
 
     c.mesh = ConfigDict()
-    c.mesh.fsdp = 1                     # devices the parameters are split over; the others are data parallel
+    # devices = data x fsdp x context, batches split over data x fsdp; 0: chosen (`wan_jax.mesh.choose`) and printed
+    c.mesh.fsdp = 0                     # devices that the weights, gradients, moments and averages are split over
+    c.mesh.context = 0                  # devices that a video's tokens are split over; for long videos, small batches
 
     c.prompts = ConfigDict()
     c.prompts.train = ""                # text, one prompt a line, what to write in quotes; or .jsonl
@@ -74,6 +76,7 @@ def defaults() -> ConfigDict:
     c.train.weight_decay = 1e-4
     c.train.max_grad_norm = 1.0
     c.train.ema_decay = 0.9
+    c.train.offload_optimiser = False   # moments and average wait in host memory between updates
     c.train.objective = "clip"          # clip | unscaled | guard | dppo (grpo/losses.py)
     c.train.divergence = 1e-5           # of dppo: where a row is left out
     c.train.credit = "none"             # none | longcat: how much each step counts (grpo/rollout.py)

@@ -5,7 +5,8 @@
 
 Published: 200 epochs take the OCR reward on training prompts from 0.55 to 0.79; the rest as `general_ocr_wan2_1`. On
 one H200 a trained step of 9 pictures without guidance peaks at 35 GiB with random weights (docs/results.md); several
-GPUs share the batch, so sample.batch_size is a multiple of their number. The curve has not been run here.
+GPUs share the batch, so sample.batch_size is a multiple of their number. All weights (lora.rank=0)
+take 4 GPUs or more to train, which share them (mesh.fsdp). The curve has not been run here.
 """
 
 from configs.defaults import defaults

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import jax
 
 from grpo.programs import Program, Run
+from wan_jax import mesh as mesh_lib
 from wan_jax.cli import UserError
 from wan_jax.experts import choose_offload
 from wan_jax.memory import GIB
@@ -79,8 +80,10 @@ def offloads(run: Run, limit: int | None) -> bool:
 def what_stays(run: Run, offload: bool) -> dict[str, int]:
     """Bytes that lie on a device from the first epoch to the last."""
     experts, trained = len(run.preset.experts), len(run.trained)
+    alone = run.recipe.train.offload_optimiser  # the optimiser's state and the average wait in host memory
     return {"frozen weights": device_bytes(run.frozen) * (1 if offload else experts),
-            "trained weights, optimiser, average": device_bytes(run.state) * trained
+            "trained weights" if alone else "trained weights, optimiser, average":
+            device_bytes(run.trainable if alone else run.state) * trained
             + device_bytes(run.trainable) * (experts - trained),
             "VAE": device_bytes(run.vae[1])}
 
@@ -112,16 +115,18 @@ def check_fits(memory: Memory, run: Run, offload: bool, limit: int | None):
 
 def remedies(run: Run, offload: bool) -> Sequence[str]:
     """What would lower the need of memory and is not done yet."""
-    c, devices = run.recipe, run.mesh.size
+    c, devices, shards = run.recipe, run.mesh.size, mesh_lib.batch_shards(run.mesh)
     found = []
-    if c.sample.batch_size > devices:
+    if c.sample.batch_size > shards:
         found.append(f"Lower --config.sample.batch_size={c.sample.batch_size}, which is "
-                     f"{c.sample.batch_size // devices} videos a device.")
+                     f"{c.sample.batch_size // shards} videos a device.")
     if c.model.remat != "offload":
         found.append("Set --config.model.remat=offload." if c.model.remat == "block" else
                      "Set --config.model.remat=block, or offload.")
     if run.mesh.shape["fsdp"] < devices:
         found.append(f"Raise --config.mesh.fsdp={run.mesh.shape['fsdp']} up to the {devices} devices.")
+    if not c.train.offload_optimiser and run.settings.lora is None:
+        found.append("Set --config.train.offload_optimiser=True.")
     if len(run.preset.experts) > 1 and not offload:
         found.append("Set --config.model.offload=always.")
     if run.settings.lora is None:

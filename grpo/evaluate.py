@@ -17,14 +17,13 @@ from flax import nnx
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from grpo import report, settings
+from grpo import devices, report, settings
 from grpo.evaluator import Evaluator
 from grpo.prompts import load_prompts
 from grpo.run_log import RunLog
 from grpo.scores import open_pool
 from rewards.targets import parse_targets
 from wan_jax import cli, memory, model_dir, pipeline
-from wan_jax import mesh as mesh_lib
 from wan_jax.attention import choose_backend, platform_of
 from wan_jax.checkpoint import load_trained
 from wan_jax.cli import UserError
@@ -52,13 +51,14 @@ def main(_):
     cli.keep_compiled_programs()
     with cli.user_input():
         model = model_dir.open_model(c.model.path)
-        config, mesh = model.config("transformer"), mesh_lib.make_mesh(c.mesh.fsdp)
-        mesh_lib.check_batch("config.sample.batch_size", c.sample.batch_size, mesh)
+        config = model.config("transformer")
+        mesh, spread = devices.choose_mesh(c, s, config, experts=len(model.experts), trained=0)
         backend = choose_backend(c.model.attention, platform_of(mesh.devices.flat[0]), s.dtype,
                                  config.attention_head_dim)
         shape = pipeline.latent_shape(c.eval.frames or c.sample.frames, c.sample.height, c.sample.width,
                                       model.config("vae"), config)
         solver = make_solver(c.eval.solver, c.eval.steps, c.sample.shift)
+    print(spread, flush=True)
     bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
     with open_pool(c.reward, s.weights) as pool:
         table = pipeline.embed_prompts(model, prompts.prompts, c.prompts.negative, dtype=s.dtype, cache=True,

@@ -19,7 +19,8 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from grpo import ahead, costs
+from grpo import ahead, costs, settings
+from grpo.devices import choose_mesh
 from grpo.programs import TEXT_ROWS, Program, Run
 from grpo.prompts import load_prompts
 from rewards.targets import parse_targets
@@ -221,9 +222,10 @@ def main(_):
     cli.keep_compiled_programs()
     with cli.user_input():
         target = choose_target(f.device, f.devices)
-        mesh = mesh_lib.make_mesh(c.mesh.fsdp, devices=target.devices)
-        mesh_lib.check_batch("config.sample.batch_size", c.sample.batch_size, mesh)
         preset, rows, source = choose_model(c, f.model)
+        trained = len(set(preset.experts) & set(c.train.experts))
+        mesh, spread = choose_mesh(c, settings.from_config(c), preset.transformer, experts=len(preset.experts),
+                                   trained=trained, devices=target.devices, memory=target.limit)
         run = Run(preset, c, mesh, "chunked", rows)
         backend, notes = compiled_backend(c.model.attention, target, run.settings.dtype,
                                           preset.transformer.attention_head_dim)
@@ -232,8 +234,8 @@ def main(_):
     label = target.kind.label if target.kind else target.devices[0].device_kind
     say(f"{source} on {mesh.size} x {label}: {c.sample.batch_size} clips of {c.sample.frames} x {c.sample.height} x "
         f"{c.sample.width} a batch ({run.tokens} tokens each), latents {' x '.join(map(str, shape))}, prompts of "
-        f"{run.text_rows} tokens", f"compiled by {target.compiler}, attention {backend}, weights {c.model.dtype}",
-        *target.notes, *notes)
+        f"{run.text_rows} tokens", spread,
+        f"compiled by {target.compiler}, attention {backend}, weights {c.model.dtype}", *target.notes, *notes)
 
     # ---- memory ---------------------------------------------------------------------------------------------------
     needed = compile_all(run, target, offload)
@@ -259,7 +261,8 @@ def main(_):
         update = next(p for p in needed.programs if p.name.startswith("update"))
         points = [Point(run.tokens, update.work)]
         points += [p for p in search_points(run, target) if p.tokens != run.tokens]
-        say(f"largest clips at {c.sample.batch_size // mesh.size} videos a device, of {', '.join(map(str, FRAMES))} "
+        share = c.sample.batch_size // mesh_lib.batch_shards(mesh)
+        say(f"largest clips at {share} videos a device, of {', '.join(map(str, FRAMES))} "
             f"frames (update compiled at {', '.join(str(p.tokens) for p in points)} tokens, lines between; decoder by "
             "wan_jax/vae_chunks.py):")
         say(*largest_clips(run, needed.base, target.limit, points))

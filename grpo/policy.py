@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from wan_jax import layout
 from wan_jax import lora as lora_lib
 from wan_jax import mesh as mesh_lib
 from wan_jax import params as P
@@ -54,21 +55,25 @@ class Policy:
         return nnx.merge(self.base_graph, frozen)
 
 
-def make_structure(config: TransformerConfig, *, lora: LoRAConfig | None, dtype, attention: str, remat: str) -> Policy:
-    """The policy without arrays: enough to trace, lower and compile what it takes part in."""
+def make_structure(config: TransformerConfig, *, lora: LoRAConfig | None, dtype, attention: str, remat: str,
+                   mesh=None) -> Policy:
+    """The policy without arrays: enough to trace, lower and compile what it takes part in. mesh: as of its arrays."""
     key = jax.random.key(0)  # of adapters that are never drawn
-    base_graph, base = nnx.split(nnx.eval_shape(lambda: _build(config, None, key, dtype, attention, remat)))
+
+    def structure(lora):
+        return nnx.eval_shape(lambda: layout.attach(_build(config, lora, key, dtype, attention, remat), mesh))
+
+    base_graph, base = nnx.split(structure(None))
     if lora is None:
         return Policy(base_graph, base_graph, None, base, None)
-    graph, adapters, _ = nnx.split(nnx.eval_shape(lambda: _build(config, lora, key, dtype, attention, remat)),
-                                   LoRAParam, ...)
+    graph, adapters, _ = nnx.split(structure(lora), LoRAParam, ...)
     return Policy(base_graph, graph, adapters, base, lora)
 
 
 def make_policy(config: TransformerConfig, frozen: nnx.State, mesh, *, lora: LoRAConfig | None, key, dtype,
                 attention: str, remat: str) -> tuple[Policy, Flat]:
     """The policy and its initial trainable arrays, placed on the mesh. `frozen` is the loaded base state."""
-    policy = make_structure(config, lora=lora, dtype=dtype, attention=attention, remat=remat)
+    policy = make_structure(config, lora=lora, dtype=dtype, attention=attention, remat=remat, mesh=mesh)
     if lora is None:
         trainable = {k: jnp.array(v, jnp.float32) for k, v in P.flatten(frozen).items()}
     else:

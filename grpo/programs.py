@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from grpo import settings
+from grpo import offload, settings, update
 from grpo.policy import make_structure
 from grpo.rollout import StepTable, Trajectory, initial_noise, make_step, step_quotas
-from grpo.update import TrainState, UpdateBatch, make_update, state_shapes
+from grpo.update import TrainState, UpdateBatch, state_shapes
 from wan_jax import mesh as mesh_lib
 from wan_jax import model_dir, pipeline, presets, vae_chunks
 from wan_jax.experts import Segment, guidances, per_guidance, segments
@@ -105,7 +105,7 @@ class Run:
     @functools.cached_property
     def policy(self):
         return make_structure(self.preset.transformer, lora=self.settings.lora, dtype=self.settings.dtype,
-                              attention=self.backend, remat=self.recipe.model.remat)
+                              attention=self.backend, remat=self.recipe.model.remat, mesh=self.mesh)
 
     @functools.cached_property
     def table(self) -> StepTable:
@@ -129,6 +129,7 @@ class Run:
     @functools.cached_property
     def updates(self) -> tuple[Callable, ...]:
         s = self.settings
+        make_update = offload.make_update if self.recipe.train.offload_optimiser else update.make_update
         return per_guidance(lambda scale: make_update(self.policy, self.table, scale, s.loss, s.optimiser, self.mesh),
                             self.scales(self.recipe.sample))
 
@@ -176,11 +177,16 @@ class Run:
     def ode_step(self, expert: int = 0) -> Program:
         return Program(self.named("evaluation step", expert), self.eval_steps[expert],
                        ((self.trainable, self.frozen), self.solver_state(), integer(), self.text()), stay=1,
-                       beside=((self.solver_state(), self.text()),) * (self.eval_batches - 1)
+                       beside=(self.trainable if self.recipe.train.offload_optimiser else None,)  # the average, fetched
+                       + ((self.solver_state(), self.text()),) * (self.eval_batches - 1)
                        + (self.rows(jnp.float32, shape=self.eval_shape),) * self.eval_batches)  # the noise
 
     def update(self, expert: int = 0) -> Program:
-        """Of one optimiser step: M micro-batches of the recipe's batch, K stochastic steps each."""
+        """Of one optimiser step: M micro-batches of the recipe's batch, K stochastic steps each. Where the optimiser's
+        state waits in host memory, the gradient, which takes the most."""
+        if self.recipe.train.offload_optimiser:
+            return Program(self.named("update", expert), self.updates[expert].gradient,
+                           (self.trainable, self.frozen, self.update_batch(expert)), stay=2, beside=self.trajectories)
         return Program(self.named("update", expert), self.updates[expert],
                        (self.state, self.frozen, self.update_batch(expert)), stay=2, beside=self.trajectories)
 

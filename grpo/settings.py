@@ -33,15 +33,15 @@ CHOICES = {"model.dtype": DTYPES, "model.attention": BACKENDS, "model.remat": RE
            "sample.sde_window": WINDOWS, "train.credit": CREDITS, "train.objective": OBJECTIVES,
            "train.advantage_std": STDS, "reward.rule": RULES, "reward.engine": ENGINES,
            "eval.solver": SOLVERS, "reward.combine": COMBINATIONS}
-AT_LEAST = {"epochs": 1, "lora.rank": 0, "mesh.fsdp": 1, "sample.frames": 1, "sample.steps": 1, "sample.groups": 1,
-            "sample.group_size": 2, "sample.batch_size": 1, "sample.sde_window_epochs": 1,
+AT_LEAST = {"epochs": 1, "lora.rank": 0, "mesh.fsdp": 0, "mesh.context": 0, "sample.frames": 1, "sample.steps": 1,
+            "sample.groups": 1, "sample.group_size": 2, "sample.batch_size": 1, "sample.sde_window_epochs": 1,
             "train.updates_per_epoch": 1, "train.warmup_updates": 0,
             "train.weight_decay": 0, "reward.max_frames": 2, "reward.workers": 0,
             "eval.every": 1, "eval.num_prompts": 2, "eval.frames": 0, "eval.steps": 1, "eval.previews": 0,
             "save.every": 1, "save.keep": 1}
 # a resumed run may differ from its checkpoint in these: they do not change what an epoch computes
 FREE = ("epochs", "run_dir", "eval.", "save.", "reward.workers", "model.path", "model.offload", "prompts.heldout",
-        "mesh.")
+        "mesh.", "train.offload_optimiser")
 
 
 @dataclasses.dataclass(frozen=True)

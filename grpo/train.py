@@ -23,7 +23,8 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from convert.lora import initial_adapters
-from grpo import ahead, combine, report, run_log, run_state, settings
+from grpo import ahead, combine, devices, report, run_log, run_state, settings
+from grpo import offload as optimiser_offload
 from grpo.advantages import group_advantages, group_statistics
 from grpo.combine import MAIN
 from grpo.evaluator import Evaluator
@@ -90,6 +91,7 @@ class Plan:
     """What follows from settings, model folder and devices before any weight is read."""
 
     mesh: jax.sharding.Mesh
+    spread: str  # how the run lies on the mesh, for the log
     model: model_dir.ModelDir
     backend: str  # of attention
     shape: tuple[int, ...]  # latents of one video in training
@@ -104,10 +106,12 @@ class Plan:
     @classmethod
     def make(cls, c, s: settings.Settings) -> "Plan":
         """Raises ValueError or `UserError` where settings, model and devices do not fit together."""
-        mesh = mesh_lib.make_mesh(c.mesh.fsdp)
-        mesh_lib.check_batch("config.sample.batch_size", c.sample.batch_size, mesh)
         model = model_dir.open_model(c.model.path)
         config, vae = model.config("transformer"), model.config("vae")
+        mesh, spread = devices.choose_mesh(c, s, config, experts=len(model.experts),
+                                           trained=len(set(model.experts) & set(c.train.experts)))
+        if c.train.offload_optimiser:
+            optimiser_offload.check_device(mesh.local_devices[0])
         backend = choose_backend(c.model.attention, platform_of(mesh.devices.flat[0]), s.dtype,
                                  config.attention_head_dim)
         shape, eval_shape = (pipeline.latent_shape(frames, c.sample.height, c.sample.width, vae, config)
@@ -121,7 +125,7 @@ class Plan:
         parts = segments(schedule.timesteps, model.boundary)
         quotas = step_quotas(parts, model.experts, trained, c.sample.sde_steps, *c.sample.sde_range)
         adapters = initial_adapters(c.lora.init, model, s.lora) if c.lora.init else None
-        return cls(mesh, model, backend, shape, eval_shape, schedule, solver, parts, quotas, trained, adapters)
+        return cls(mesh, spread, model, backend, shape, eval_shape, schedule, solver, parts, quotas, trained, adapters)
 
 
 def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout: PromptSet, pool: RewardPool):
@@ -134,6 +138,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     processes = f" on {jax.process_count()} processes" if jax.process_count() > 1 else ""
     say(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}{processes}, attention {plan.backend}, "
         f"weights {c.model.dtype}")
+    say(plan.spread)
 
     everything = PromptSet(train_prompts.prompts + heldout.prompts, train_prompts.targets + heldout.targets)
     bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not (sys.stderr.isatty() and hosts.first()))
@@ -176,7 +181,9 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         def weights(expert):  # full fine-tuning without a reference: the fp32 copies are the only ones
             return None
 
-    states, done = {name: init_state(start[name], s.optimiser) for name in plan.trained}, 0
+    on_host, on_device = ((optimiser_offload.to_host, optimiser_offload.to_device) if c.train.offload_optimiser else
+                          (lambda x: x,) * 2)
+    states, done = {name: on_host(init_state(start[name], s.optimiser)) for name in plan.trained}, 0
     if restored is not None:
         states, done = run_state.restore(checkpoints, restored, states), restored
 
@@ -192,7 +199,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
 
     def averaged(expert: int) -> tuple:
         name = model.experts[expert]
-        return (states[name].ema if name in states else start[name]), weights(expert)
+        return (on_device(states[name].ema) if name in states else start[name]), weights(expert)
 
     def evaluate(epoch: int):
         result = evaluator(averaged, epoch, functools.partial(bar, desc="evaluation"))
@@ -264,7 +271,8 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
                 seconds["decode"] += lap()
                 numbers = rows[b][mine]
                 targets = [train_prompts.targets[p] for p in prompt_of[numbers]]
-                pending.append((numbers, pool.submit(videos, targets)))
+                if len(numbers):  # none where other processes answer for all that lie here
+                    pending.append((numbers, pool.submit(videos, targets)))
         hosts.stage(f"epoch {epoch}: scores")
         scores = gather_scores(pending, s.videos)
         seconds["score_wait"] += lap()

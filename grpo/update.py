@@ -62,12 +62,21 @@ class UpdateBatch:
 
 def make_optimiser(config: OptimiserConfig) -> optax.GradientTransformation:
     """Global-norm clipping, then AdamW (Loshchilov & Hutter, arXiv 1711.05101), with a linear warm-up."""
+    return optax.chain(clipping(config), adamw(config))
+
+
+def clipping(config: OptimiserConfig) -> optax.GradientTransformation:
+    """Needs all gradients at once, and has no state."""
+    return optax.clip_by_global_norm(config.max_grad_norm)
+
+
+def adamw(config: OptimiserConfig) -> optax.GradientTransformation:
+    """Works on each array by itself."""
     rate = config.learning_rate
     if config.warmup_updates:
         rate = optax.linear_schedule(rate / config.warmup_updates, rate, config.warmup_updates - 1)
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm),
-                       optax.adamw(rate, b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps,
-                                   weight_decay=config.weight_decay))
+    return optax.adamw(rate, b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps,
+                       weight_decay=config.weight_decay)
 
 
 def init_state(trainable: Flat, config: OptimiserConfig) -> TrainState:
@@ -102,22 +111,13 @@ def objective(policy: Policy, table: StepTable, guidance: float, config: LossCon
     return jnp.sum(jnp.where(valid, loss, 0.0)), metrics
 
 
-def make_update(policy: Policy, table: StepTable, guidance: float, config: LossConfig,
-                optimiser_config: OptimiserConfig, mesh: jax.sharding.Mesh | None = None) -> Callable:
-    """The jitted update: (TrainState, frozen, UpdateBatch) -> (TrainState, LossMetrics, norms). Donates the state.
-
-    norms: {'grad_norm', 'update_norm'}, fp32 scalars, the gradient's before clipping. mesh: where the state lies; the
-    new one then lies as the old one, where XLA would split biases by its own choice and the next call compile again.
-    """
-    optimiser = make_optimiser(optimiser_config)
-    state = state_shapes(policy, optimiser_config)
-    shardings = (mesh_lib.param_shardings(state, mesh), None, None) if mesh else None
+def make_gradient(policy: Policy, table: StepTable, guidance: float, config: LossConfig) -> Callable:
+    """(trainable, frozen, UpdateBatch) -> (mean gradient of the objective over the valid rows, LossMetrics)."""
     grad_fn = jax.grad(partial(objective, policy, table, guidance, config), has_aux=True)
 
-    @partial(jax.jit, donate_argnums=(0,), out_shardings=shardings, compiler_options=COMPILER_OPTIONS)
-    def update(state: TrainState, frozen, batch: UpdateBatch):
+    def gradient(trainable: Flat, frozen, batch: UpdateBatch):
         def one_step(carry, row, text, advantages, valid):
-            grads, metrics = grad_fn(state.trainable, frozen, *row, text, advantages, valid)
+            grads, metrics = grad_fn(trainable, frozen, *row, text, advantages, valid)
             return (jax.tree.map(jnp.add, carry[0], grads), carry[1].merge(metrics)), None
 
         def one_micro_batch(carry, micro):
@@ -129,17 +129,43 @@ def make_update(policy: Policy, table: StepTable, guidance: float, config: LossC
         zero, inf = jnp.zeros((), jnp.float32), jnp.full((), jnp.inf, jnp.float32)
         none_yet = LossMetrics(count=zero, ratio=zero, ratio_min=inf, ratio_max=-inf, clipped=zero, approx_kl=zero,
                                policy_loss=zero, kl=zero)
-        carry = (jax.tree.map(jnp.zeros_like, state.trainable), none_yet)
+        carry = (jax.tree.map(jnp.zeros_like, trainable), none_yet)
         (grads, metrics), _ = jax.lax.scan(one_micro_batch, carry, (batch.trajectory, batch.advantages, batch.valid))
-        grads = jax.tree.map(lambda g: g / jnp.maximum(metrics.count, 1.0), grads)
+        return jax.tree.map(lambda g: g / jnp.maximum(metrics.count, 1.0), grads), metrics
 
-        updates, opt = optimiser.update(grads, state.opt, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        count = state.updates + 1
-        decay = jnp.minimum((1 + count) / (10 + count), optimiser_config.ema_decay)
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, trainable)
+    return gradient
+
+
+def apply_gradient(optimiser: optax.GradientTransformation, ema_decay: float, state: TrainState,
+                   grads: Flat) -> tuple[TrainState, Flat]:
+    """The state after one optimiser step, and what was added to the weights. The average begins fast: it keeps at most
+    (1 + n) / (10 + n) of itself in update n."""
+    updates, opt = optimiser.update(grads, state.opt, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    count = state.updates + 1
+    decay = jnp.minimum((1 + count) / (10 + count), ema_decay)
+    ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, trainable)
+    return TrainState(trainable, opt, ema, count), updates
+
+
+def make_update(policy: Policy, table: StepTable, guidance: float, config: LossConfig,
+                optimiser_config: OptimiserConfig, mesh: jax.sharding.Mesh | None = None) -> Callable:
+    """The jitted update: (TrainState, frozen, UpdateBatch) -> (TrainState, LossMetrics, norms). Donates the state.
+
+    norms: {'grad_norm', 'update_norm'}, fp32 scalars, the gradient's before clipping. mesh: where the state lies; the
+    new one then lies as the old one, where XLA would split biases by its own choice and the next call compile again.
+    """
+    optimiser = make_optimiser(optimiser_config)
+    state = state_shapes(policy, optimiser_config)
+    shardings = (mesh_lib.param_shardings(state, mesh), None, None) if mesh else None
+    gradient = make_gradient(policy, table, guidance, config)
+
+    @partial(jax.jit, donate_argnums=(0,), out_shardings=shardings, compiler_options=COMPILER_OPTIONS)
+    def update(state: TrainState, frozen, batch: UpdateBatch):
+        grads, metrics = gradient(state.trainable, frozen, batch)
+        new, updates = apply_gradient(optimiser, optimiser_config.ema_decay, state, grads)
         norms = {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
-        return TrainState(trainable, opt, ema, count), metrics, norms
+        return new, metrics, norms
 
     return update
 

@@ -204,19 +204,26 @@ def _pieces(data: bytes, size: int) -> Iterator[np.ndarray]:
 
 
 def my_rows(sharding: jax.sharding.Sharding, count: int) -> np.ndarray:
-    """The rows of a batch of `count`, sharded over its only axis, that this process holds: int [n], ascending."""
-    held = sharding.addressable_devices_indices_map((count,)).values()
-    return np.unique(np.concatenate([np.arange(count)[index] for index in held]))
+    """The rows of a batch of `count`, sharded over its only axis, that this process answers for: int [n], ascending.
+
+    Rows that lie on several devices are its own where the first of these is, so that every row is one process's.
+    """
+    owner = {}
+    for device, index in sharding.devices_indices_map((count,)).items():
+        owner.setdefault(index[0].indices(count)[:2], device.process_index)
+    mine = [np.arange(*span) for span, process in sorted(owner.items()) if process == jax.process_index()]
+    return np.concatenate([np.arange(0), *mine])
 
 
 def my_part(x: jax.Array) -> np.ndarray:
-    """Those rows of x [B, ...], on the host: [n, ...]. Raises ValueError when another axis is sharded too."""
+    """Those rows of x [B, ...], on the host: [n, ...], n 0 where other processes answer for all that lie here. Raises
+    ValueError when another axis is sharded too."""
     if not isinstance(x, jax.Array) or x.is_fully_addressable:
         return np.asarray(x)
-    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
-    if any(data.shape[1:] != x.shape[1:] for data in shards.values()):
+    if x.sharding.shard_shape(x.shape)[1:] != x.shape[1:]:
         raise ValueError(f"an array {x.shape} is sharded as {x.sharding}; only its first axis may be")
-    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards if shard.replica_id == 0}
+    return np.concatenate([np.zeros((0, *x.shape[1:]), x.dtype), *(np.asarray(shards[at]) for at in sorted(shards))])
 
 
 def digest(tree) -> str:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from wan_jax import experts, lora, memory, model_dir
+from wan_jax import experts, layout, lora, memory, model_dir
 from wan_jax import mesh as mesh_lib
 from wan_jax import params as P
 from wan_jax.checkpoint import load_trained
@@ -26,7 +26,9 @@ def load_transformers(model: model_dir.ModelDir, checkpoint: str | None, dtype, 
                             "trained from another model; see 'model' in its config.json")
     def build():
         module = WanTransformer3D(model.config("transformer"), dtype=dtype, attention=attention, rngs=nnx.Rngs(0))
-        return lora.attach(module, lora_settings, jax.random.key(0)) if lora_settings else module
+        if lora_settings:
+            lora.attach(module, lora_settings, jax.random.key(0))
+        return layout.attach(module, mesh)
 
     graphdef, adapters, base = nnx.split(nnx.eval_shape(build), LoRAParam, ...)
 

@@ -8,6 +8,7 @@ the scale_shift_tables, norms, modulation, softmax and RoPE in fp32; the residua
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from wan_jax.attention import attention
 from wan_jax.config import TransformerConfig
 from wan_jax.layers import MATMUL, LayerNorm, Linear, RMSNorm, layer_norm
+from wan_jax.layout import saved_but_gathers, self_attention
 
 Array = jax.Array
 RESIDUAL = "residual"  # a block's input, as rematerialisation knows it
@@ -54,14 +56,15 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, max_len: int = 1024) -
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
-def apply_rope(x: Array, cos: np.ndarray, sin: np.ndarray) -> Array:
+def apply_rope(x: Array, cos: np.ndarray | Array, sin: np.ndarray | Array) -> Array:
     """Rotates the interleaved pairs (x0, x1), (x2, x3), ... of x [B, S, N, head_dim] in fp32; x's dtype is kept.
 
     Each value times its cosine plus its neighbour times the signed sine: reads and writes stay in order, where taking
     the pairs apart and stacking them again makes GPUs write every other value.
     """
-    c = np.repeat(cos, 2, axis=-1)[:, None]  # [S, 1, head_dim]
-    s = np.stack([-sin, sin], axis=-1).reshape(c.shape)
+    xp = np if isinstance(cos, np.ndarray) else jnp  # constants of the program, or a device's rows of them
+    c = xp.repeat(cos, 2, axis=-1)[:, None]  # [S, 1, head_dim]
+    s = xp.stack([-sin, sin], axis=-1).reshape(c.shape)
     y = x.astype(jnp.float32)
     neighbour = y.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
     return (y * c + neighbour * s).astype(x.dtype)
@@ -73,6 +76,14 @@ def timestep_features(timesteps: Array, dim: int) -> Array:
     freqs = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
     angle = timesteps.astype(jnp.float32)[:, None] * freqs
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+class Positions(NamedTuple):
+    """The rows' places: rotary angles, and where the rows are a device's share of a video's tokens, their number S."""
+
+    cos: Array  # fp32 [S, head_dim/2]
+    sin: Array
+    tokens: int | None = None
 
 
 class Attention(nnx.Module):
@@ -89,16 +100,19 @@ class Attention(nnx.Module):
         self.heads = config.num_attention_heads
         self.backend = backend
 
-    def __call__(self, x: Array, context: Array, rope=None, key_counts=None) -> Array:  # [B,S,D],[B,Sk,D] -> [B,S,D]
+    def __call__(self, x: Array, context: Array, rope: Positions | None = None, key_counts=None) -> Array:
+        # [B,S,D], [B,Sk,D] -> [B,S,D]; self-attention where there is a rope
         def split(y):
             return y.reshape(*y.shape[:2], self.heads, -1)
 
         q = split(self.norm_q(self.to_q(x)))
         k = split(self.norm_k(self.to_k(context)))
         v = split(self.to_v(context))
-        if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        out = attention(q, k, v, backend=self.backend, key_counts=key_counts)
+        if rope is None:
+            out = attention(q, k, v, backend=self.backend, key_counts=key_counts)
+        else:
+            q, k = (apply_rope(y, rope.cos, rope.sin) for y in (q, k))
+            out = self_attention(q, k, v, backend=self.backend, tokens=rope.tokens)
         return self.to_out_0(out.reshape(x.shape))
 
 
@@ -132,9 +146,22 @@ class Block(nnx.Module):
         self.attn2 = Attention(config, dtype=dtype, backend=backend, rngs=rngs)
         self.ffn = FeedForward(config, dtype=dtype, rngs=rngs)
         self.eps = config.eps
+        self.gather = None  # set by layout.attach
 
-    def __call__(self, x: Array, context: Array, modulation: Array, rope, key_counts) -> Array:
+    def __call__(self, x: Array, context: Array, modulation: Array, rope: Positions, key_counts) -> Array:
         # x [B,S,D], context [B,St,D], modulation fp32 [B,6,D]
+        if self.gather is None:
+            return self.forward(x, context, modulation, rope, key_counts)
+
+        def gathered(x, context, modulation):
+            return self.gather.module(self).forward(x, context, modulation, rope, key_counts)
+
+        if self.gather.again:
+            gathered = jax.checkpoint(gathered, prevent_cse=False, policy=saved_but_gathers)
+        return gathered(x, context, modulation)
+
+    def forward(self, x: Array, context: Array, modulation: Array, rope: Positions, key_counts) -> Array:
+        """`__call__` with all of the block's parameters whole."""
         m = self.scale_shift_table[...] + modulation
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (m[:, i : i + 1] for i in range(6))  # each [B,1,D]
         h = (layer_norm(x, self.eps) * (1 + scale_a) + shift_a).astype(x.dtype)
@@ -206,6 +233,7 @@ class WanTransformer3D(nnx.Module):
         self.config = config
         self.dtype = dtype
         self.remat = remat
+        self.layout = None  # set by layout.attach
 
     def __call__(self, latents: Array, timesteps: Array, text: Array, *, text_padding: int = 0) -> Array:
         """latents [B,F,H,W,C], timesteps [B] on the 0..1000 scale, text [B,St,text_dim] -> velocity fp32 [B,F,H,W,C].
@@ -213,6 +241,12 @@ class WanTransformer3D(nnx.Module):
         text_padding: how many zero rows follow the St given ones. Wan attends to the padding, so St + text_padding
         must be what the model was trained with (512); the zero rows are computed once and counted.
         """
+        if self.layout is None:
+            return self.forward(latents, timesteps, text, text_padding)
+        return self.layout.run(self, latents, timesteps, text, text_padding)
+
+    def forward(self, latents: Array, timesteps: Array, text: Array, text_padding: int) -> Array:
+        """`__call__` on whole arrays, or inside `layout.run` on a device's own videos and parameters."""
         config = self.config
         b, f, h, w, _ = latents.shape
         _, ph, pw = config.patch_size
@@ -224,10 +258,13 @@ class WanTransformer3D(nnx.Module):
 
         x = latents.astype(self.dtype).reshape(b, f, grid[1], ph, grid[2], pw, -1)
         x = x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(b, math.prod(grid), -1)  # [B,S,(ph pw C)]
+        rope = Positions(*rope_table(grid, config.attention_head_dim, config.rope_max_seq_len))
+        if split := self.layout is not None and self.layout.mesh.shape["context"] > 1:  # from here S is this device's
+            x, *angles = (self.layout.own_tokens(y, axis) for y, axis in ((x, 1), (rope.cos, 0), (rope.sin, 0)))
+            rope = Positions(*angles, math.prod(grid))
         x = self.patch_embedding(x)  # [B,S,D]
         temb, modulation, context = self.condition_embedder(timesteps, text)
         modulation = modulation.astype(jnp.float32)
-        rope = rope_table(grid, config.attention_head_dim, config.rope_max_seq_len)
         graphdef, params = nnx.split(self.blocks)
 
         def run_block(x, block_params):
@@ -241,5 +278,7 @@ class WanTransformer3D(nnx.Module):
         m = self.scale_shift_table[...] + temb.astype(jnp.float32)[:, None]  # [B,2,D]
         x = (layer_norm(x, config.eps) * (1 + m[:, 1:]) + m[:, :1]).astype(self.dtype)
         x = self.proj_out(x)  # [B,S,(ph pw C)]
+        if split:
+            x = self.layout.all_tokens(x, math.prod(grid))
         x = x.reshape(b, f, grid[1], grid[2], ph, pw, -1).transpose(0, 1, 2, 4, 3, 5, 6)
         return x.reshape(b, f, h, w, -1).astype(jnp.float32)

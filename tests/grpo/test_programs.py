@@ -30,12 +30,12 @@ from wan_jax.config import TransformerConfig
 WIDE = TransformerConfig(num_attention_heads=4, attention_head_dim=64, text_dim=24, freq_dim=32, ffn_dim=512,
                          num_layers=2)  # its matrices are large enough to be split by fsdp
 GIB = 2**30
-make_mesh = mesh_lib.make_mesh
+choose_mesh = train.devices.choose_mesh
 
 
 @functools.cache
 def devices_mesh(devices: int, fsdp: int = 1):
-    return make_mesh(fsdp, devices=jax.devices()[:devices])
+    return mesh_lib.make_mesh(fsdp, devices=jax.devices()[:devices])
 
 
 def run_of(module, model, devices=1, fsdp=1, **sample):
@@ -55,7 +55,8 @@ def start(tmp_path, monkeypatch):
         c = namespace["get_config"]()
         c.update_from_flattened_dict({"epochs": 2} | overrides)
         s = settings.from_config(c)
-        monkeypatch.setattr(mesh_lib, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:devices]))
+        some = functools.partial(choose_mesh, devices=jax.devices()[:devices])
+        monkeypatch.setattr(train.devices, "choose_mesh", some)
         prompts = [load_prompts(p, parse_targets) for p in (c.prompts.train, c.prompts.heldout)]
         return c, s, train.Plan.make(c, s), *prompts, RewardPool(Brightness, workers=0)
     return make

@@ -379,6 +379,7 @@ def test_divergence_stops_and_names_the_last_good_checkpoint(recipe):
 BAD = [
     ("run_dir=", "config.run_dir is empty"), ("model.path=", "config.model.path is empty"),
     ("model.dtype=float16", "float32, bfloat16"), ("sample.group_size=1", "group_size=1"),
+    ("mesh.fsdp=-1", "mesh.fsdp=-1 must be at least 0"), ("mesh.context=-1", "mesh.context=-1 must be at least 0"),
     ("sample.groups=0", "groups=0"), ("sample.batch_size=3", "choose a divisor of 8"),
     ("train.updates_per_epoch=3", "does not divide"), ("sample.sde_steps=4", "sde_range=(0, 3)"),
     ("sample.sde_range=(1, 9)", "sde_range=(1, 9)"), ("train.advantage_std=batch", "one of group, global"),

@@ -1,0 +1,113 @@
+"""The optimiser's moments and the moving average in host memory between updates, and one array at a time on the device.
+
+The gradient of all arrays is one program, as in `update.make_update`, whose peak then lacks 12 bytes a trained
+parameter; after it, array by array, the moments and the average come to the device, are stepped, and go back. The
+same functions compute as without it, so results are the same but for rounding.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from grpo.losses import LossConfig
+from grpo.policy import COMPILER_OPTIONS, Policy
+from grpo.rollout import StepTable
+from grpo.update import (
+    OptimiserConfig,
+    TrainState,
+    UpdateBatch,
+    adamw,
+    apply_gradient,
+    clipping,
+    make_gradient,
+    state_shapes,
+)
+from wan_jax import mesh as mesh_lib
+
+KIND = "pinned_host"
+ANY = "array"  # in place of each one's name, so that those of one shape share a program
+
+
+def check_device(device: jax.Device):
+    """Raises ValueError where the backend has no host memory that arrays could lie in."""
+    kinds = sorted(memory.kind for memory in device.addressable_memories())
+    if KIND not in kinds:
+        raise ValueError(f"config.train.offload_optimiser=True needs memory of kind {KIND}, {device.platform} has "
+                         f"{', '.join(kinds)}; set it to False, and split the state with config.mesh.fsdp")
+
+
+def to_host(state: TrainState) -> TrainState:
+    """The state with moments and average in host memory, split over the devices' hosts as it was, once they are there:
+    what comes next on the device may need their room."""
+    return jax.block_until_ready(leaving(state))
+
+
+def leaving(state: TrainState) -> TrainState:
+    """`to_host` without waiting."""
+    return TrainState(state.trainable, moved(state.opt, KIND), moved(state.ema, KIND), state.updates)
+
+
+def to_device(tree):
+    return moved(tree, "device")
+
+
+def moved(tree, kind: str):
+    """The tree with its arrays in memory of `kind`; counters stay where they are."""
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(kind)) if x.ndim else x, tree)
+
+
+def make_update(policy: Policy, table: StepTable, guidance: float, config: LossConfig,
+                optimiser_config: OptimiserConfig, mesh: jax.sharding.Mesh) -> Callable:
+    """As `update.make_update`, for states of `to_host`, which the new ones are too. Donates the state."""
+    shardings = mesh_lib.param_shardings(state_shapes(policy, optimiser_config), mesh)
+    mean_gradient = make_gradient(policy, table, guidance, config)
+
+    @partial(jax.jit, out_shardings=(shardings.trainable, None, None), compiler_options=COMPILER_OPTIONS)
+    def gradient(trainable, frozen, batch: UpdateBatch):
+        grads, metrics = mean_gradient(trainable, frozen, batch)
+        clipped, _ = clipping(optimiser_config).update(grads, optax.EmptyState())
+        return clipped, metrics, optax.global_norm(grads)
+
+    @partial(jax.jit, donate_argnums=(0, 1), compiler_options=COMPILER_OPTIONS)
+    def step(state: TrainState, grads):
+        new, updates = apply_gradient(adamw(optimiser_config), optimiser_config.ema_decay, state, grads)
+        return jax.tree.map(jax.lax.with_sharding_constraint, new,
+                            mesh_lib.param_shardings(new, mesh)), optax.global_norm(updates)
+
+    def update(state: TrainState, frozen, batch: UpdateBatch):
+        grads, metrics, grad_norm = gradient(state.trainable, frozen, batch)
+        empty, opt = state.opt  # clipping's, adamw's
+        done, norms = {}, []
+        for name in sorted(grads):
+            part = only(TrainState(state.trainable, opt, state.ema, state.updates), name)
+            new, norm = step(to_device(part), {ANY: grads.pop(name)})
+            for x in jax.tree.leaves((part.opt, part.ema)):
+                x.delete()  # so that the host does not hold the old and the new of everything
+            if done:  # two on the device: one that moves while the other is stepped
+                jax.block_until_ready(list(done.values())[-1])
+            done[name] = leaving(new)
+            norms.append(norm)
+        new = joined(done)
+        return TrainState(new.trainable, (empty, new.opt), new.ema, new.updates), metrics, {
+            "grad_norm": grad_norm, "update_norm": jnp.sqrt(sum(norm**2 for norm in norms))}
+
+    update.gradient = gradient  # to be compiled ahead: its peak is the whole's
+    return update
+
+
+def only(state: TrainState, name: str) -> TrainState:
+    """The state of one trained array; counters are copied, so that all of it can be donated."""
+    return jax.tree.map(lambda x: {ANY: x[name]} if is_dict(x) else jnp.copy(x), state, is_leaf=is_dict)
+
+
+def joined(parts: dict[str, TrainState]) -> TrainState:
+    """The inverse of `only`, of all names."""
+    return jax.tree.map(lambda *xs: {k: x[ANY] for k, x in zip(parts, xs)} if is_dict(xs[0]) else xs[0],
+                        *parts.values(), is_leaf=is_dict)
+
+
+def is_dict(x) -> bool:
+    return isinstance(x, dict)
