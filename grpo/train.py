@@ -23,7 +23,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from convert.lora import initial_adapters
-from grpo import report, run_state, settings
+from grpo import report, reward_servers, run_state, settings
 from grpo.advantages import group_advantages, group_statistics
 from grpo.evaluate import Evaluator
 from grpo.policy import make_policy
@@ -127,10 +127,11 @@ class Plan:
 
 
 def open_pool(c) -> RewardPool:
-    """The scoring processes. Raises `UserError` when the reward cannot be built, e.g. for a missing package."""
+    """The scoring processes, or the threads that ask servers. Raises `UserError` when the reward cannot be built, e.g.
+    for a missing package."""
     reward = functools.partial(OCRReward, rule=c.rule, engine=c.engine, max_frames=c.max_frames)
     try:
-        return RewardPool(reward, workers=c.workers)
+        return reward_servers.remote_pool(c) if c.servers else RewardPool(reward, workers=c.workers)
     except (RewardError, ImportError, ValueError) as error:
         raise UserError(f"the reward cannot be built: {str(error).strip().splitlines()[-1]}") from error
 
