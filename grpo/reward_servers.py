@@ -20,7 +20,7 @@ def check_settings(c) -> None:
     if not c.servers:
         if c.engine == JUDGE:
             raise UserError("config.reward.engine='judge' asks a vision model, but config.reward.servers=() names "
-                            "none: give its URLs, --config.reward.servers=\"('http://host:8000',)\"")
+                            "none: give its URLs, --config.reward.servers=http://host:8000")
         return
     for url in c.servers:
         try:

@@ -259,6 +259,7 @@ def main(_):
     except RewardError as error:
         raise UsageError(f"the reward cannot be built: {str(error).strip().splitlines()[-1]}") from None
     with pool:
+        sock.listen()       # from here on a client that connects is answered
         print(f"reward server on http://{HOST.value}:{sock.getsockname()[1]} with {WORKERS.value} workers: "
               f"{json.dumps(about)}{'' if token else ', no token'}", flush=True)
         serve(make_app(pool, about, token, Limits(body=MAX_MIB.value << 20), MAX_QUEUE.value), sock, GRACE.value)
