@@ -11,9 +11,8 @@ import sys
 import threading
 import time
 
-import pool_rewards
-
 from rewards.workers import RewardPool
+from tests.rewards import pool_rewards
 
 TOKEN = "a-token-for-tests"
 ROOT = pathlib.Path(__file__).parent.parent.parent

@@ -139,7 +139,7 @@ def test_a_refused_request_is_not_repeated():
 
 def test_attempts_are_limited():
     with scripted(lambda method, path, headers, body: (500 if path == "/work" else 200, {"detail": "no"})) as url:
-        with pytest.raises(RewardError, match="in 3 attempts: .*answered 500 no"):
+        with pytest.raises(RewardError, match=r"in 3 attempts: .*answered 500 no"):
             ask(endpoints(url, retries=2))
 
 

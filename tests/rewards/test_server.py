@@ -156,7 +156,7 @@ def test_token(tmp_path, monkeypatch):
     assert server.read_token(None, "A_TOKEN", "127.0.0.1", False) == ""
     assert server.read_token(None, "A_TOKEN", "0.0.0.0", True) == ""
     for host in ("0.0.0.0", "::", "10.0.0.1", "cpu1"):
-        with pytest.raises(server.UsageError, match="there is no token.*A_TOKEN.*--allow_all"):
+        with pytest.raises(server.UsageError, match=r"there is no token.*A_TOKEN.*--allow_all"):
             server.read_token(None, "A_TOKEN", host, False)
     monkeypatch.setenv("A_TOKEN", "of-the-environment")
     assert server.read_token(None, "A_TOKEN", "0.0.0.0", False) == "of-the-environment"

@@ -26,9 +26,8 @@ def body_of(**changes):
 
 def test_a_request_arrives_as_it_was_sent():
     for videos in (VIDEOS, VIDEOS[:, :, ::-1, 1:4]):     # also what does not lie in one piece
-        videos, records = videos, RECORDS
-        got, found = decode_request(b"".join(encode_request(videos, records)), Limits())
-        assert got.dtype == np.uint8 and np.array_equal(got, videos) and found == records
+        got, found = decode_request(b"".join(encode_request(videos, RECORDS)), Limits())
+        assert got.dtype == np.uint8 and np.array_equal(got, videos) and found == RECORDS
 
 
 def test_pixels_are_not_copied():
@@ -42,14 +41,15 @@ def test_scores_arrive_bit_for_bit():
     scores = [Score(third, 'a "quoted" | ü \ud800 早', (0, 4), (tiny, sys.float_info.max), ("x", "")), None,
               Score(np.float64(0.1) + np.float64(0.2), frames=(np.int64(3),), frame_values=(np.float64(third),))]
     values = np.array([s.value if s else np.nan for s in scores])
-    batch = BatchScores(values, ~np.isnan(values), [], scores, ["", "Traceback\n  line 1\nValueError: why\n", ""], 1, 1, 0.)
+    errors = ["", "Traceback\n  line 1\nValueError: why\n", ""]
+    batch = BatchScores(values, ~np.isnan(values), [], scores, errors, failures=1, retries=1, seconds=0.0)
     got = decode_scores(json.loads(encode_scores(batch)), 3)
     assert got[0] == scores[0] and got[2] == scores[2] and type(got[2].value) is float
     assert isinstance(got[1], RewardError) and str(got[1]).endswith("ValueError: why")
 
 
 def test_a_record_that_json_cannot_hold_is_refused():
-    with pytest.raises(RewardError, match="cannot be sent.*set"):
+    with pytest.raises(RewardError, match=r"cannot be sent.*set"):
         encode_request(VIDEOS, [{"A"}, "B"])
 
 
