@@ -1,10 +1,11 @@
 """Rollout step and update step of Wan at full size with random weights: seconds, model FLOP/s and peak memory.
 
-    python -m benchmarks.full_size --size 1.3b [--height 512 --width 512 --frames 1 --batch 9 --guidance 1]
+    python -m benchmarks.full_size --size 1.3b [--height 512 --width 512 --frames 1 --batch 9 --guidance 1 --json FILE]
 
 The transformer is the real configuration with weights drawn on the device, LoRA rank 32 on attention; text is 64 rows
 of random embeddings padded to 512. Model FLOPs count the matrix products of a forward pass (two for guidance), times
-three in the update; recomputation and the reference of --kl are not counted.
+three in the update; recomputation and the reference of --kl are not counted. MFU is of an H200's nominal 989 TFLOP/s.
+`benchmarks.peer` measures the same in PyTorch, `benchmarks.side_by_side` both.
 """
 
 import dataclasses
@@ -17,9 +18,10 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from benchmarks import kernels
+from benchmarks import kernels, workload
+from benchmarks.workload import Record, Stage
 from grpo.losses import LossConfig
-from grpo.policy import make_policy
+from grpo.policy import Policy, make_policy
 from grpo.rollout import StepTable, make_step, rollout
 from grpo.update import OptimiserConfig, init_state, make_update, stack_batches
 from wan_jax import mesh as mesh_lib
@@ -31,20 +33,50 @@ from wan_jax.schedule import flow_sigmas
 from wan_jax.sde import SDEConfig
 from wan_jax.transformer import REMAT_POLICIES, WanTransformer3D
 
-SIZES = {
-    "1.3b": dict(num_attention_heads=12, ffn_dim=8960, num_layers=30),
-    "14b": dict(num_attention_heads=40, ffn_dim=13824, num_layers=40),
-    "tiny": dict(num_attention_heads=2, ffn_dim=512, num_layers=2),
-}
-TEXT, TEXT_ROWS = 64, 512
+
+@dataclasses.dataclass(frozen=True)
+class RandomPolicy:
+    """A policy with weights drawn on the device."""
+
+    config: TransformerConfig
+    mesh: jax.sharding.Mesh
+    backend: str
+    policy: Policy
+    trainable: dict
+    frozen: nnx.State
+
+    @classmethod
+    def draw(cls, size: str, dtype, remat: str) -> "RandomPolicy":
+        config = workload.transformer_config(size)
+        mesh, dtype = mesh_lib.make_mesh(devices=jax.devices()[:1]), jnp.dtype(dtype)
+        backend = choose_backend("auto", platform_of(mesh.devices.flat[0]), dtype, config.attention_head_dim)
+        frozen = jax.jit(lambda: nnx.split(
+            WanTransformer3D(config, dtype=dtype, attention=backend, rngs=nnx.Rngs(0)))[1])()
+        policy, trainable = make_policy(config, frozen, mesh, lora=LoRAConfig(workload.RANK, workload.ALPHA),
+                                        key=jax.random.key(0), dtype=dtype, attention=backend, remat=remat)
+        return cls(config, mesh, backend, policy, trainable, frozen)
+
+    def placed(self, rows: jax.Array) -> jax.Array:
+        """[B, ...] on the mesh as training lays them: elsewhere the second call of a program would compile it again."""
+        return mesh_lib.place(rows, mesh_lib.batch_sharding(self.mesh))
 
 
-def forward_flops(c: TransformerConfig, tokens: int) -> float:
-    """Matrix-product FLOPs of one video's forward pass, the padded text rows counted once."""
-    d = c.num_attention_heads * c.attention_head_dim
-    block = tokens * (6 * 2 * d * d + 2 * 2 * d * c.ffn_dim) + 4 * tokens**2 * d  # q k v o, cross q o, FFN; self
-    block += (TEXT + 1) * 2 * 2 * d * d + 4 * tokens * (TEXT + 1) * d  # cross k v; cross attention
-    return c.num_layers * block
+def random_text(batch: int) -> TextBatch:
+    """Embeddings of a batch of prompts and of the negative one."""
+    return TextBatch(jax.random.normal(jax.random.key(1), (batch, workload.TEXT, 4096)),
+                     jax.random.normal(jax.random.key(2), (workload.TEXT, 4096)), workload.TEXT_ROWS - workload.TEXT)
+
+
+def step_table() -> StepTable:
+    return StepTable.make(flow_sigmas(workload.STEPS, workload.SHIFT), SDEConfig("flow_grpo_wan"))
+
+
+def peak_bytes() -> int | None:
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def software() -> str:
+    return f"JAX {jax.__version__}"
 
 
 def timed(function, repeats: int) -> float:
@@ -57,39 +89,29 @@ def timed(function, repeats: int) -> float:
     return statistics.median(seconds[1:])
 
 
-def main(_):
-    f = flags.FLAGS
-    config = TransformerConfig(**SIZES[f.size], attention_head_dim=128, text_dim=4096)
-    mesh, dtype = mesh_lib.make_mesh(devices=jax.devices()[:1]), jnp.dtype(f.dtype)
-    device = mesh.devices.flat[0]
-    backend = choose_backend("auto", platform_of(device), dtype, config.attention_head_dim)
-    draw = jax.jit(lambda: nnx.split(WanTransformer3D(config, dtype=dtype, attention=backend, rngs=nnx.Rngs(0)))[1])
-    frozen = draw()
-    policy, trainable = make_policy(config, frozen, mesh, lora=LoRAConfig(), key=jax.random.key(0), dtype=dtype,
-                                    attention=backend, remat=f.remat)
-    steps = StepTable.make(flow_sigmas(20, 3.0), SDEConfig("flow_grpo_wan"))
+def measure(f) -> Record:
+    r = RandomPolicy.draw(f.size, f.dtype, f.remat)
+    policy, trainable, frozen = r.policy, r.trainable, r.frozen
+    steps, optimiser = step_table(), OptimiserConfig()
     step = make_step(policy, steps, f.guidance)
-    optimiser = OptimiserConfig()
-    update = make_update(policy, steps, f.guidance, LossConfig(kl_beta=f.kl), optimiser)
-    shape = ((f.frames - 1) // 4 + 1, f.height // 8, f.width // 8, 16)
-    text = TextBatch(jax.random.normal(jax.random.key(1), (f.batch, TEXT, 4096)),
-                     jax.random.normal(jax.random.key(2), (TEXT, 4096)), TEXT_ROWS - TEXT)
-    flops = f.batch * forward_flops(config, shape[0] * shape[1] * shape[2] // 4) * (2 if f.guidance > 1 else 1)
-    parameters = sum(x.size for x in jax.tree.leaves(frozen))
-    print(f"{f.size}: {parameters:,} parameters {dtype.name}, {f.batch} x {f.frames} x {f.height} x {f.width}, "
-          f"guidance {f.guidance}, attention {backend}, remat {f.remat}, {device.device_kind}, jax {jax.__version__}",
-          flush=True)
+    update = make_update(policy, steps, f.guidance, LossConfig(kl_beta=f.kl), optimiser, r.mesh)
+    shape, text = workload.latent_shape(f.frames, f.height, f.width), random_text(f.batch)
+    flops = workload.batch_flops(r.config, shape, f.batch, f.guidance)
+    parameters, kind = sum(x.size for x in jax.tree.leaves(frozen)), jax.devices()[0].device_kind
+    print(f"{f.size}: {parameters:,} parameters {f.dtype}, {f.batch} x {f.frames} x {f.height} x {f.width}, "
+          f"guidance {f.guidance}, attention {r.backend}, remat {f.remat}, {kind}, jax {jax.__version__}", flush=True)
+    stages = {}
 
-    def show(name, seconds, work):
-        peak = (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
-        print(f"{name}: {1000 * seconds:.1f} ms, {work / seconds / 1e12:.0f} TFLOP/s (model), peak memory so far "
-              f"{peak:.1f} GiB", flush=True)
+    def show(name, title, seconds, work):
+        stages[name] = Stage.of(seconds, peak_bytes(), work)
+        print(f"{title}: {stages[name]}", flush=True)
 
-    samples = jnp.arange(f.batch, dtype=jnp.int32)
-    x = jax.random.normal(jax.random.key(3), (f.batch, *shape))
+    samples = r.placed(jnp.arange(f.batch, dtype=jnp.int32))
+    x = r.placed(jax.random.normal(jax.random.key(3), (f.batch, *shape)))
     key = jax.random.key(4)
-    show("rollout step", timed(lambda: step(trainable, frozen, x, 3, True, text, key, samples), f.repeats), flops)
-    window = np.array([2, 17])
+    show("rollout", "rollout step",
+         timed(lambda: step(trainable, frozen, x, 3, True, text, key, samples), f.repeats), flops)
+    window = np.array(workload.TRAINED)
     _, kept = rollout(step, trainable, frozen, x, text, key=key, samples=samples, steps=range(18), window=window)
     advantages = np.random.default_rng(0).standard_normal((1, f.batch))
     batch = stack_batches([kept] * f.micro, np.repeat(advantages, f.micro, 0), np.ones((f.micro, f.batch), bool))
@@ -104,25 +126,23 @@ def main(_):
 
     one_update.first = None
     seconds = timed(one_update, f.repeats)
-    show(f"update of {f.micro} x {len(window)} steps, each", seconds / len(window) / f.micro, 3 * flops)
+    show("update", f"update of {f.micro} x {len(window)} steps, each", seconds / len(window) / f.micro, 3 * flops)
     first = one_update.first.averages()
     if f.profile:
         kernels.show("rollout step", lambda: step(state.trainable, frozen, x, 3, True, text, key, samples))
         kernels.show("update", one_update)
     print(f"first update's ratio: {first['ratio_min']:.7f} to {first['ratio_max']:.7f}")
+    return Record("ours", stages, kind, software(), (first["ratio_min"], first["ratio_max"]))
+
+
+def main(_):
+    measure(flags.FLAGS).write(flags.FLAGS.json)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("size", "1.3b", list(SIZES), "configuration")
-    flags.DEFINE_integer("height", 512, "pixels")
-    flags.DEFINE_integer("width", 512, "pixels")
-    flags.DEFINE_integer("frames", 1, "pixel frames")
-    flags.DEFINE_integer("batch", 9, "videos")
-    flags.DEFINE_float("guidance", 1.0, "classifier-free guidance")
+    workload.define_flags(guidance=1.0, kl=0.0)
     flags.DEFINE_integer("micro", 1, "rollout batches in an update")
-    flags.DEFINE_float("kl", 0.0, "weight of the KL to the reference, one more forward pass")
     flags.DEFINE_string("dtype", "bfloat16", "of weights and matrix products")
     flags.DEFINE_enum("remat", "block", list(REMAT_POLICIES), "recomputation")
-    flags.DEFINE_integer("repeats", 5, "timed calls")
     flags.DEFINE_bool("profile", False, "list the kernels by time")
     app.run(main)

@@ -32,7 +32,7 @@ def defaults() -> ConfigDict:
     c.mesh.fsdp = 1                     # devices the parameters are split over; the others are data parallel
 
     c.prompts = ConfigDict()
-    c.prompts.train = ""                # text file, one prompt a line, the text to write in quotes
+    c.prompts.train = ""                # text, one prompt a line, what to write in quotes; or .jsonl
     c.prompts.heldout = ""              # the same for evaluation
     c.prompts.negative = ""             # negative prompt of the guidance
 
@@ -85,6 +85,12 @@ def defaults() -> ConfigDict:
     c.reward.rule = "spelling"          # spelling | flow_grpo_image | flow_grpo_video
     c.reward.engine = "rapidocr"        # rapidocr | paddleocr | judge: the vision model at reward.servers reads
     c.reward.max_frames = 9             # frames scored of a video
+    c.reward.weights = ConfigDict()     # of the rewards; 0: measured and logged, None: not measured
+    c.reward.weights.ocr = 1.0          # the spelling
+    for name in ("stability",           # of the text in time (rewards/several.py)
+                 "sharpness", "exposure", "contrast", "compressibility", "flicker", "motion"):
+        c.reward.weights[name] = ml_collections.config_dict.placeholder(float)  # rewards/quality.py, grpo/combine.py
+    c.reward.combine = "rewards"        # rewards | advantages: which are added up (grpo/combine.py)
     c.reward.workers = 2                # scoring processes; 0 scores in the training process; with servers: how many
     #                                     videos are sent at the same time, at least the workers of all servers
     c.reward.servers = ()               # URLs of reward servers (docs/rewards_server.md); none: scored here

@@ -1,74 +1,95 @@
-"""Held-out evaluation: the deployment sampler, fixed prompts and seeds, OCR rewards with a confidence interval."""
+"""Held-out evaluation of a model, and of what a run made of it: the same prompts, noise and sampler for both.
 
-import dataclasses
-import time
-from collections.abc import Callable
+    python -m grpo.evaluate --config=configs/tiny_ocr.py --checkpoint=runs/tiny_ocr --out=runs/tiny_eval
+    python -m grpo.evaluate --config=configs/tiny_ocr.py --out=runs/base --config.prompts.heldout=my_prompts.txt
 
-import jax
-import numpy as np
+Everything but the checkpoint comes from the recipe, so figures compare with those of training: `eval.*`, `reward.*`,
+`sample.height`, `sample.width`, `sample.shift`, `sample.batch_size`, `model.*`, `prompts.heldout`. OUT gets evals.jsonl
+(each prompt's reward and what was read), the first prompts' videos, and report.html with the two side by side.
+"""
 
-from grpo.prompts import PromptSet
-from grpo.rollout import initial_noise
-from grpo.scores import gather_scores
-from grpo.statistics import bootstrap_interval
-from rewards.workers import RewardPool
-from wan_jax import hosts
+import functools
+import pathlib
+import sys
+
+from absl import flags
+from flax import nnx
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from grpo import report, settings
+from grpo.evaluator import Evaluator
+from grpo.prompts import load_prompts
+from grpo.run_log import RunLog
+from grpo.scores import open_pool
+from rewards.targets import parse_targets
+from wan_jax import cli, memory, model_dir, pipeline
 from wan_jax import mesh as mesh_lib
-from wan_jax.experts import Segment
-from wan_jax.pipeline import TextTable, one_ahead, sample_ode
+from wan_jax.attention import choose_backend, platform_of
+from wan_jax.checkpoint import load_trained
+from wan_jax.cli import UserError
+from wan_jax.experts import guidances, per_guidance, segments
+from wan_jax.solvers import make_solver
+from wan_jax.trained import load_transformers
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, e.g. configs/tiny_ocr.py", lock_config=True)
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "run folder of grpo.train, or one of its checkpoints/<epoch>; "
+                                 "None: only the model itself")
+OUT = flags.DEFINE_string("out", None, "folder to write", required=True)
+BASE = flags.DEFINE_bool("base", True, "evaluate the model itself, too; a checkpoint of epoch 0 is the model itself")
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    record: dict  # what evals.jsonl holds
-    videos: np.ndarray | None  # uint8 [n, T, H, W, 3], the first samples
+def main(_):
+    c = CONFIG.value
+    c.run_dir = OUT.value
+    s = settings.from_config(c)
+    prompts = load_prompts(c.prompts.heldout, parse_targets, limit=c.eval.num_prompts)
+    if CHECKPOINT.value is None and not BASE.value:
+        raise UserError("--nobase without --checkpoint leaves nothing to evaluate")
+    if (pathlib.Path(OUT.value) / "checkpoints").exists():
+        raise UserError(f"--out {OUT.value} is a training run's folder; give another one")
+    epoch = 0 if CHECKPOINT.value is None else load_trained(CHECKPOINT.value)[2]["epoch"]
+    cli.keep_compiled_programs()
+    with cli.user_input():
+        model = model_dir.open_model(c.model.path)
+        config, mesh = model.config("transformer"), mesh_lib.make_mesh(c.mesh.fsdp)
+        mesh_lib.check_batch("config.sample.batch_size", c.sample.batch_size, mesh)
+        backend = choose_backend(c.model.attention, platform_of(mesh.devices.flat[0]), s.dtype,
+                                 config.attention_head_dim)
+        shape = pipeline.latent_shape(c.eval.frames or c.sample.frames, c.sample.height, c.sample.width,
+                                      model.config("vae"), config)
+        solver = make_solver(c.eval.solver, c.eval.steps, c.sample.shift)
+    bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
+    with open_pool(c.reward, s.weights) as pool:
+        table = pipeline.embed_prompts(model, prompts.prompts, c.prompts.negative, dtype=s.dtype, cache=True,
+                                       progress=functools.partial(bar, desc="prompts"))
+        vae_graph, vae_state = pipeline.load_vae(model, mesh)
+        decode = pipeline.make_decoder(vae_graph)
+        log = RunLog(c.run_dir)
+        log.config(dict(c.to_dict(), command=" ".join(["python -m grpo.evaluate", *sys.argv[1:]])))
+
+        def evaluate(checkpoint: str | None, number: int):
+            graph, weights = load_transformers(model, checkpoint, s.dtype, backend, mesh, c.model.offload)
+            steps = per_guidance(
+                functools.partial(pipeline.make_ode_step, functools.partial(nnx.merge, graph), solver),
+                guidances(c.eval.guidance, c.eval.guidance_2, len(model.experts)))
+            evaluator = Evaluator(prompts, table, solver, steps, segments(solver.schedule.timesteps, model.boundary),
+                                  decode, vae_state, pool, mesh, shape, c.sample.batch_size, c.eval.seed,
+                                  c.eval.previews)
+            result = evaluator(lambda expert: (weights(expert),), number, functools.partial(bar, desc="evaluation"))
+            log.evaluation(result.record, result.videos)
+            r = result.record
+            print(f"{checkpoint or c.model.path}: OCR reward {r['reward']:.3f} [{r['low']:.3f}, {r['high']:.3f}] on "
+                  f"{r['num']} prompts, {r['seconds']:.1f} s", flush=True)
+
+        if BASE.value and (epoch > 0 or CHECKPOINT.value is None):
+            evaluate(None, 0)
+        if CHECKPOINT.value is not None:
+            evaluate(CHECKPOINT.value, epoch)
+        log.close()
+    print(memory.peaks(), f"report: {report.write_report(c.run_dir)}", sep="\n")
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluator:
-    """Everything that stays fixed between the evaluations of a run; call it with the weights to judge."""
-
-    prompts: PromptSet
-    table: TextTable
-    solver: object
-    steps: tuple  # one `pipeline.make_ode_step` an expert
-    parts: tuple[Segment, ...]  # the schedule's steps by expert
-    decode: object  # `pipeline.make_decoder`
-    vae_state: object
-    pool: RewardPool
-    mesh: jax.sharding.Mesh
-    shape: tuple[int, ...]  # latents of one video
-    batch_size: int
-    seed: int
-    previews: int
-
-    def __call__(self, arrays: Callable, epoch: int, progress=lambda x, **_: x) -> Evaluation:
-        """arrays(expert): what its step takes first. One sample a prompt, its noise from (seed, number). Every process
-        scores the videos on its own devices; the result is the same on all."""
-        start, pending, kept = time.time(), [], []
-        total, key = len(self.prompts), jax.random.key(self.seed)
-        replicated, sharded = mesh_lib.replicated(self.mesh), mesh_lib.batch_sharding(self.mesh)
-        firsts = range(0, total, self.batch_size)
-        rows = [np.arange(first, first + self.batch_size) % total for first in firsts]  # the last wraps: one shape
-        batches = [(initial_noise(key, mesh_lib.place(index.astype(np.int32), sharded), self.shape),
-                    self.table.batch(index, sharded, replicated)) for index in rows]
-        latents = sample_ode(self.steps, arrays, self.parts, self.solver, batches)
-        mine = hosts.my_rows(sharded, self.batch_size)
-        decoding = ((first, self.decode(self.vae_state, x)) for first, x in zip(firsts, latents))
-        for first, video in progress(one_ahead(decoding), total=len(rows)):
-            hosts.stage(f"evaluation after epoch {epoch}: videos {first} to {first + self.batch_size - 1}")
-            real = mine < total - first  # not those that wrapped
-            videos, numbers = video()[real], first + mine[real]
-            if len(videos):
-                pending.append((numbers, self.pool.submit(videos, [self.prompts.targets[i] for i in numbers])))
-            kept += zip(numbers[numbers < self.previews].tolist(), videos)
-        hosts.stage(f"evaluation after epoch {epoch}: scores")
-        scores = gather_scores(pending, total)
-        shown = dict(video for part in hosts.gather(kept) for video in part)
-        rewards = scores.values
-        mean, low, high = bootstrap_interval(rewards, seed=self.seed)
-        record = {"epoch": epoch, "reward": mean, "low": low, "high": high, "num": int(np.isfinite(rewards).sum()),
-                  "failed_scores": scores.failures, "rewards": [float(r) for r in rewards],
-                  "prompts": list(self.prompts.prompts), "texts": scores.texts,
-                  "seconds": time.time() - start}
-        return Evaluation(record, np.stack([shown[number] for number in sorted(shown)]) if shown else None)
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    cli.run(main)

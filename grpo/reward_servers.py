@@ -1,14 +1,15 @@
-"""The pool of a run whose videos are scored elsewhere: by reward servers, or by a vision model as the judge."""
+"""The reward of a run whose videos are scored elsewhere: by reward servers, or by a vision model as the judge."""
 
 import functools
 import os
+from collections.abc import Callable
 
+from rewards.base import Reward
 from rewards.connections import check_url
 from rewards.endpoints import log
 from rewards.judge import QUESTIONS, JudgeReward, Transcriber, VisionEndpoint
 from rewards.ocr import OCRReward, even_frames
 from rewards.remote import RemoteReward
-from rewards.workers import RewardPool
 from wan_jax.cli import UserError
 
 JUDGE = "judge"
@@ -37,8 +38,8 @@ def check_settings(c) -> None:
                         "such as REWARD_TOKEN, never the token itself")
 
 
-def remote_pool(c) -> RewardPool:
-    """As many threads as videos in flight, around one client of all servers.
+def connect(c) -> Callable[[], Reward]:
+    """A factory that gives every thread of a pool the same reward, a client of all servers.
 
     c: `config.reward`, checked. Raises RewardError or ValueError when no server can be used.
     """
@@ -56,4 +57,4 @@ def remote_pool(c) -> RewardPool:
         if reward.workers > c.workers:
             log.warning("the reward servers have %d workers, but config.reward.workers=%d videos in flight keep at "
                         "most as many busy: raise it", reward.workers, c.workers)
-    return RewardPool(lambda: reward, workers=c.workers, mode="thread")
+    return lambda: reward

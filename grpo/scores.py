@@ -1,12 +1,35 @@
-"""The scores of an epoch or an evaluation, from every process's own reward pool."""
+"""The reward pool of a recipe, and the scores of an epoch or an evaluation from every process's own."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 
-from rewards.workers import PendingScores
+from grpo import reward_servers
+from grpo.combine import MAIN
+from rewards.base import RewardError
+from rewards.ocr import OCRReward
+from rewards.quality import QualityReward
+from rewards.several import DERIVED, SeveralRewards
+from rewards.workers import PendingScores, RewardPool
 from wan_jax import hosts
+from wan_jax.cli import UserError
+
+
+def open_pool(c, weights: dict[str, float]) -> RewardPool:
+    """The scoring processes, or the threads that ask servers. Raises `UserError` when the reward cannot be built, e.g.
+    for a missing package."""
+    measures = {name: None if name in DERIVED else functools.partial(QualityReward, name)
+                for name in weights if name != MAIN}
+    try:
+        reward = (reward_servers.connect(c) if c.servers else
+                  functools.partial(OCRReward, rule=c.rule, engine=c.engine, max_frames=c.max_frames))
+        if measures:
+            reward = functools.partial(SeveralRewards, {MAIN: reward} | measures)
+        return RewardPool(reward, workers=c.workers, mode="thread" if c.servers else "process")
+    except (RewardError, ImportError, ValueError) as error:
+        raise UserError(f"the reward cannot be built: {str(error).strip().splitlines()[-1]}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +42,7 @@ class Scores:
     failures: int  # videos that are not valid
     retries: int
     error: str  # the last line of one failure's traceback; "" without
+    parts: dict[str, np.ndarray]  # of several rewards, float64 [N] each; nan where that one failed
 
 
 def gather_scores(pending: Sequence[tuple[np.ndarray, PendingScores]], total: int) -> Scores:
@@ -30,14 +54,16 @@ def gather_scores(pending: Sequence[tuple[np.ndarray, PendingScores]], total: in
     for numbers, batch in pending:
         result = batch.result()
         errors = [error.strip().splitlines()[-1] for error in result.errors if error]
-        mine.append((numbers, result.values, result.valid, result.texts, result.retries, errors[-1:]))
+        mine.append((numbers, result.values, result.valid, result.texts, result.retries, errors[-1:], result.parts))
     values, valid, texts = np.full(total, np.nan), np.zeros(total, bool), [""] * total
-    scored, retries, last = np.zeros(total, bool), 0, []
-    for numbers, *arrays, read, again, errors in (piece for pieces in hosts.gather(mine) for piece in pieces):
+    scored, retries, last, parts = np.zeros(total, bool), 0, [], {}
+    for numbers, *arrays, read, again, errors, several in (piece for pieces in hosts.gather(mine) for piece in pieces):
         values[numbers], valid[numbers] = arrays
+        for name, some in several.items():
+            parts.setdefault(name, np.full(total, np.nan))[numbers] = some
         scored[numbers], retries, last = True, retries + again, errors or last
         for number, text in zip(numbers, read):
             texts[number] = text
     if not scored.all():
         raise ValueError(f"{(~scored).sum()} of {total} videos were scored by no process")
-    return Scores(values, valid, texts, int((~valid).sum()), retries, last[0] if last else "")
+    return Scores(values, valid, texts, int((~valid).sum()), retries, last[0] if last else "", parts)

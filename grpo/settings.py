@@ -7,6 +7,7 @@ import ml_collections
 
 from configs.defaults import defaults
 from grpo.advantages import STDS
+from grpo.combine import COMBINATIONS, MAIN
 from grpo.losses import OBJECTIVES, LossConfig
 from grpo.reward_servers import JUDGE, JUDGE_QUESTIONS, check_settings
 from grpo.rollout import CREDITS, WINDOWS
@@ -32,7 +33,8 @@ CHOICES = {"model.dtype": DTYPES, "model.attention": BACKENDS, "model.remat": RE
            "model.offload": OFFLOAD,
            "sample.sde_window": WINDOWS, "train.credit": CREDITS, "train.objective": OBJECTIVES,
            "train.advantage_std": STDS, "reward.rule": RULES, "reward.engine": (*ENGINES, JUDGE),
-           "reward.judge_question": JUDGE_QUESTIONS, "eval.solver": SOLVERS}
+           "reward.judge_question": JUDGE_QUESTIONS, "eval.solver": SOLVERS,
+           "reward.combine": COMBINATIONS}
 AT_LEAST = {"epochs": 1, "lora.rank": 0, "mesh.fsdp": 1, "sample.frames": 1, "sample.steps": 1, "sample.groups": 1,
             "sample.group_size": 2, "sample.batch_size": 1, "sample.sde_window_epochs": 1,
             "train.updates_per_epoch": 1, "train.warmup_updates": 0,
@@ -55,6 +57,7 @@ class Settings:
     videos: int  # an epoch's videos
     batches: int  # an epoch's rollout batches
     ratio_tolerance: float
+    weights: dict[str, float]  # of the rewards that are measured
 
 
 def from_config(c: ml_collections.ConfigDict) -> Settings:
@@ -87,6 +90,10 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
     if not (0 <= low < high <= c.sample.steps and 1 <= c.sample.sde_steps <= high - low):
         raise UserError(f"config.sample: sde_steps={c.sample.sde_steps} steps do not fit in sde_range=({low}, {high}) "
                         f"of {c.sample.steps} steps")
+    weights = {k: v for k, v in c.reward.weights.items() if v is not None}
+    if not all(v >= 0 for v in weights.values()) or not any(weights.values()) or MAIN not in weights:
+        raise UserError(f"config.reward.weights={weights}: weights must be at least 0, not all of them 0, and {MAIN} "
+                        "must have one")
     if unknown := set(c.train.experts) - {"transformer", "transformer_2"}:
         raise UserError(f"config.train.experts names {', '.join(sorted(unknown))}: choose from transformer and "
                         "transformer_2")
@@ -105,7 +112,7 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
                             c.train.objective, c.train.divergence),
             optimiser=OptimiserConfig(**{f.name: c.train[f.name] for f in dataclasses.fields(OptimiserConfig)}),
             videos=videos, batches=batches,
-            ratio_tolerance=RATIO_TOLERANCE[c.model.dtype] if tolerance is None else tolerance)
+            ratio_tolerance=RATIO_TOLERANCE[c.model.dtype] if tolerance is None else tolerance, weights=weights)
     except ValueError as error:
         raise UserError(f"config: {error}") from None
 

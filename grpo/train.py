@@ -23,9 +23,10 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from convert.lora import initial_adapters
-from grpo import report, reward_servers, run_state, settings
+from grpo import combine, report, run_log, run_state, settings
 from grpo.advantages import group_advantages, group_statistics
-from grpo.evaluate import Evaluator
+from grpo.combine import MAIN
+from grpo.evaluator import Evaluator
 from grpo.policy import make_policy
 from grpo.prompts import PromptSet, epoch_prompts, load_prompts
 from grpo.rollout import (
@@ -41,10 +42,8 @@ from grpo.rollout import (
     step_quotas,
 )
 from grpo.run_log import RunLog, SilentLog
-from grpo.scores import gather_scores
+from grpo.scores import gather_scores, open_pool
 from grpo.update import init_state, make_update, stack_batches
-from rewards.base import RewardError
-from rewards.ocr import OCRReward
 from rewards.targets import parse_targets
 from rewards.workers import RewardPool
 from wan_jax import cli, hosts, memory, model_dir, pipeline
@@ -83,7 +82,7 @@ def main(_):
         cli.keep_compiled_programs()
         with cli.user_input():
             plan = Plan.make(c, s)
-        with open_pool(c.reward) as pool:
+        with open_pool(c.reward, s.weights) as pool:
             train(c, s, plan, train_prompts, heldout, pool)
 
 
@@ -124,16 +123,6 @@ class Plan:
         quotas = step_quotas(parts, model.experts, trained, c.sample.sde_steps, *c.sample.sde_range)
         adapters = initial_adapters(c.lora.init, model, s.lora) if c.lora.init else None
         return cls(mesh, model, backend, shape, eval_shape, schedule, solver, parts, quotas, trained, adapters)
-
-
-def open_pool(c) -> RewardPool:
-    """The scoring processes, or the threads that ask servers. Raises `UserError` when the reward cannot be built, e.g.
-    for a missing package."""
-    reward = functools.partial(OCRReward, rule=c.rule, engine=c.engine, max_frames=c.max_frames)
-    try:
-        return reward_servers.remote_pool(c) if c.servers else RewardPool(reward, workers=c.workers)
-    except (RewardError, ImportError, ValueError) as error:
-        raise UserError(f"the reward cannot be built: {str(error).strip().splitlines()[-1]}") from error
 
 
 def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout: PromptSet, pool: RewardPool):
@@ -204,14 +193,16 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         r = result.record
         say(f"epoch {epoch}: held-out OCR reward {r['reward']:.3f} [{r['low']:.3f}, {r['high']:.3f}] on {r['num']} "
             f"prompts, {r['seconds']:.1f} s")
+        return r.get("measures", {})
 
     if restored is None:
         count = sum(v.size for state in states.values() for v in jax.tree.leaves(state.trainable))
         say(f"{count:,} trained parameters, {s.videos} videos an epoch")
-        evaluate(0)
+        base = evaluate(0)
         run_state.save(checkpoints, 0, states, c.to_dict(), s.lora)
     elif done < c.epochs:
         say(f"continuing {c.run_dir} after epoch {done}")
+        base = hosts.from_first(lambda: read_base(c.run_dir, s.weights))
 
     lap, save_seconds = Stopwatch(), 0.0
     # ---- the loop ---------------------------------------------------------------------------------------------
@@ -271,13 +262,16 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         seconds["score_wait"] += lap()
 
         # advantages, from here on the same on every process
-        rewards, valid = scores.values, scores.valid
+        rewards = combine.terms(scores.values, scores.parts, s.weights, base)
+        total = combine.combined(rewards, s.weights)
+        valid = scores.valid & np.isfinite(total)
         if not valid.any():
             raise UserError(f"epoch {epoch}: not one of {len(valid)} videos could be scored; the last error was:\n"
                             f"{scores.error}")
-        advantages = group_advantages(rewards, prompt_of, valid, std=c.train.advantage_std,
-                                      clip=c.train.advantage_clip)
-        groups = group_statistics(rewards, prompt_of, valid)
+        how = dict(std=c.train.advantage_std, clip=c.train.advantage_clip)
+        advantages = (group_advantages(total, prompt_of, valid, **how) if c.reward.combine == "rewards" else
+                      combine.combined_advantages(rewards, s.weights, prompt_of, valid, **how))
+        groups = group_statistics(total, prompt_of, valid)
 
         # update: the expert on the device first, so that the next epoch finds the first one there
         hosts.stage(f"epoch {epoch}: update")
@@ -308,13 +302,14 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         working = seconds["sample"] + seconds["decode"] + seconds["update"]
         log.epoch(record | {"reward_mean": groups.mean_reward, "reward_std": groups.std_reward,
                             "group_std": groups.mean_group_std, "zero_std_fraction": groups.zero_std_fraction,
-                            "failed_scores": scores.failures, "retried_scores": scores.retries, "videos": s.videos,
+                            "rewards": combine.means({MAIN: scores.values} | scores.parts),
+                            "failed_scores": int((~valid).sum()), "retried_scores": scores.retries, "videos": s.videos,
                             "seconds": seconds, "idle_share": max(0.0, 1 - working / seconds["total"]),
                             "peak_memory": memory.peaks().known()})
         say(f"epoch {epoch}/{c.epochs}: reward {groups.mean_reward:.3f}, spread in groups "
             f"{groups.mean_group_std:.3f}, ratio error {record['ratio_max_error']:.1e}, "
             f"grad {record['grad_norm']:.2e}"
-            + (f", {scores.failures} scores failed" if scores.failures else "") + " | "
+            + (f", {(~valid).sum()} scores failed" if not valid.all() else "") + " | "
             + " ".join(f"{k} {v:.1f}" for k, v in seconds.items() if v >= 0.05) + " s")
         if epoch % c.eval.every == 0 or epoch == c.epochs:
             evaluate(epoch)
@@ -359,6 +354,16 @@ def load_weights(c, s: settings.Settings, plan: Plan) -> Weights:
         say("two experts: the idle one waits in host memory")
     return Weights([functools.partial(lambda name: model_dir.build(name, model, dtype=s.dtype, mesh=plan.mesh)[1], name)
                     for name in model.experts], offload)
+
+
+def read_base(run_dir: str, weights: dict[str, float]) -> combine.Base:
+    """The measures of the first evaluation. Raises `UserError` where the run's folder has lost them."""
+    first = run_log.read_evaluations(run_dir)[:1]
+    measures = first[0].get("measures", {}) if first and first[0]["epoch"] == 0 else {}
+    if missing := [name for name in weights if name != MAIN and name not in measures]:
+        raise UserError(f"{run_dir}/{run_log.EVALUATIONS} has no evaluation of epoch 0 with {', '.join(missing)}, by "
+                        "which the quality of later videos is judged; start a new run with another --config.run_dir")
+    return measures
 
 
 def check_finite(values: dict[str, float], epoch: int, checkpoints: Checkpoints):

@@ -2,8 +2,8 @@
 
 A reward is an object with one method, `score(frames, record)`: the frames of one video and whatever the
 reward needs to know of its prompt (for `OCRReward` the tuple of target strings). It is built by a picklable
-factory, so that every worker of a `RewardPool` can build its own. A combination of rewards is itself a
-reward: a class whose `score` calls its parts with the fields of its own record and adds up their values.
+factory, so that every worker of a `RewardPool` can build its own. `rewards.several` scores several rewards
+together; `grpo.combine` adds them up.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ class Score:
     frames: tuple[int, ...] = ()             # indices of the frames that were judged
     frame_values: tuple[float, ...] = ()     # one value per judged frame
     frame_texts: tuple[str, ...] = ()        # one text per judged frame
+    parts: tuple[tuple[str, float], ...] = ()  # of several rewards, each one's value; nan where it failed
 
 
 class Reward(Protocol):

@@ -123,7 +123,7 @@ def encode_scores(batch: BatchScores) -> bytes:
 
     Python writes a double with the digits that give the same double back, so values arrive bit for bit.
     """
-    nothing = dict.fromkeys(_FIELDS) | {"text": "", "frames": (), "frame_values": (), "frame_texts": ()}
+    nothing = dataclasses.asdict(Score(0.0)) | {"value": None}
     scores = [{"valid": score is not None, "error": error.strip().splitlines()[-1] if error else "",
                **(dataclasses.asdict(score) if score else nothing)}
               for score, error in zip(batch.scores, batch.errors)]

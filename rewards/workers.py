@@ -45,6 +45,7 @@ class BatchScores:
     values: np.ndarray                   # float64 [B], nan where not valid
     valid: np.ndarray                    # bool [B]
     texts: list[str]                     # B, what was read; "" where not valid
+    parts: dict[str, np.ndarray]         # of several rewards, float64 [B] each; nan where that one failed
     scores: list[Score | None]           # B, the whole scores; None where not valid
     errors: list[str]                    # B, traceback of the last attempt; "" where valid
     failures: int                        # videos that are not valid
@@ -90,7 +91,10 @@ class PendingScores:
                                f"use more workers, fewer frames, or wait longer") from None
         scores = [outcome.score for outcome in outcomes]
         valid = np.array([score is not None for score in scores], bool)
+        found = [dict(score.parts) if score else {} for score in scores]
         return BatchScores(
+            parts={name: np.array([part.get(name, np.nan) for part in found], np.float64)
+                   for name in dict.fromkeys(name for part in found for name in part)},
             values=np.array([score.value if score else np.nan for score in scores], np.float64),
             valid=valid,
             texts=[score.text if score else "" for score in scores],

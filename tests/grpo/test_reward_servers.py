@@ -2,8 +2,9 @@ import ml_collections
 import pytest
 
 from configs.defaults import defaults
-from grpo import train
+from grpo.combine import MAIN
 from grpo.reward_servers import check_settings
+from grpo.scores import open_pool
 from rewards.judge import TRANSCRIBE
 from tests.rewards.drawing import video
 from tests.rewards.serving import TOKEN, Command, scripted
@@ -21,19 +22,21 @@ def test_servers_score_as_this_process_does(monkeypatch):
     pytest.importorskip("fastapi")
     monkeypatch.setenv("A_TOKEN", f"{TOKEN}\n")
     videos, targets = video("OPEN", frames=12)[None], [("OPFN",)]
+    weights = {MAIN: 1.0, "stability": 0.1, "flicker": 0.0}     # from the server's score; measured here
     with Command("--workers=1", "--max_frames=3") as server:
         url = server.url()
-        with train.open_pool(reward_of(servers=(url,), max_frames=3, token_env="A_TOKEN")) as pool:
+        with open_pool(reward_of(servers=(url,), max_frames=3, token_env="A_TOKEN"), weights) as pool:
             remote = pool.submit(videos, targets).result()
         with pytest.raises(UserError, match="scores with max_frames=3 instead of 9: start it with the same"):
-            train.open_pool(reward_of(servers=(url,), token_env="A_TOKEN"))
+            open_pool(reward_of(servers=(url,), token_env="A_TOKEN"), {MAIN: 1.0})
         with pytest.raises(UserError, match=r"refused the token.*token_env names"):
-            train.open_pool(reward_of(servers=(url,), token_env="NOT_SET"))
-    with train.open_pool(reward_of(max_frames=3, workers=0)) as pool:
+            open_pool(reward_of(servers=(url,), token_env="NOT_SET"), {MAIN: 1.0})
+    with open_pool(reward_of(max_frames=3, workers=0), weights) as pool:
         here = pool.submit(videos, targets).result()
     assert here.valid.all() and remote.scores == here.scores and here.scores[0].frames == (0, 6, 11)
+    assert [name for name, _ in here.scores[0].parts] == list(weights)
     with pytest.raises(UserError, match=r"no reward server works.*refused"):
-        train.open_pool(reward_of(servers=(url,)))
+        open_pool(reward_of(servers=(url,)), {MAIN: 1.0})
 
 
 @pytest.mark.parametrize("question, answer, value", [
@@ -49,7 +52,7 @@ def test_a_judge(question, answer, value):
 
     with scripted(model) as url:
         c = reward_of(servers=(url,), engine="judge", judge_question=question, max_frames=2)
-        with train.open_pool(c) as pool:
+        with open_pool(c, {MAIN: 1.0}) as pool:
             assert pool.submit(video("OPEN")[None], [("OPEN",)]).result().values.tolist() == [value]
     assert asked == ([True, True] if question == "transcribe" else [False])
 

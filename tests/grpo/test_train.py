@@ -19,7 +19,7 @@ import pytest
 
 from convert.export_lora import export
 from convert.from_diffusers import convert
-from grpo import settings
+from grpo import run_log, settings
 from tests import tiny
 from tests.rewards.serving import TOKEN, Command
 from wan_jax.checkpoint import Checkpoints, load_trained
@@ -150,6 +150,23 @@ def whole(model, tmp_path_factory):
     code, out, err = train(config)
     assert code == 0, out + err
     return config, run, out
+
+
+def test_evaluation_of_a_checkpoint_repeats_the_runs_own(whole, tmp_path):
+    """`python -m grpo.evaluate`: the base as epoch 0 saw it, the checkpoint as the last evaluation did."""
+    config, run, _ = whole
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "grpo.evaluate", f"--config={config}", f"--checkpoint={run}"]
+    done = subprocess.run([*command, f"--out={tmp_path / 'out'}"], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "report.html" in done.stdout, done.stdout + done.stderr
+    ours, theirs = (run_log.read_evaluations(folder) for folder in (tmp_path / "out", run))
+    assert [r["epoch"] for r in ours] == [0, 4] and (tmp_path / "out" / "report.html").is_file()
+    for record in ours:
+        same = next(r for r in theirs if r["epoch"] == record["epoch"])
+        assert record["prompts"] == same["prompts"] and record["texts"] == same["texts"]
+        np.testing.assert_allclose(record["rewards"], same["rewards"], atol=1e-6)
+    refused = subprocess.run([*command, f"--out={run}"], capture_output=True, text=True, env=env)
+    assert refused.returncode == 1 and "is a training run's folder" in refused.stderr
 
 
 def test_whole_run(whole):

@@ -36,6 +36,18 @@ class Mean:
         raise ValueError("this video cannot be judged")
 
 
+class Broken(Mean):
+    def score(self, frames, record):
+        return self.misbehave()
+
+
+class Reader:
+    """Reads its record in every frame."""
+
+    def score(self, frames, record):
+        return Score(1.0, record, frame_texts=(record,) * len(frames))
+
+
 class Dies(Mean):
     def misbehave(self):
         os.kill(os.getpid(), signal.SIGKILL)

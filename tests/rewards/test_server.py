@@ -47,7 +47,7 @@ def test_scores(url):
     expected = [pool_rewards.Brightness().score(video, None) for video in VIDEOS]
     assert status == 200 and [score["value"] for score in found["scores"]] == [score.value for score in expected]
     assert found["scores"][0] == {"valid": True, "error": "", "value": expected[0].value, "text": expected[0].text,
-                                  "frames": [], "frame_values": [], "frame_texts": []}
+                                  "frames": [], "frame_values": [], "frame_texts": [], "parts": []}
 
 
 def test_health(url):

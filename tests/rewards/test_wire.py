@@ -38,11 +38,12 @@ def test_pixels_are_not_copied():
 
 def test_scores_arrive_bit_for_bit():
     third, tiny = 1 / 3, math.ulp(0.0)
-    scores = [Score(third, 'a "quoted" | ü \ud800 早', (0, 4), (tiny, sys.float_info.max), ("x", "")), None,
+    scores = [Score(third, 'a "quoted" | ü \ud800 早', (0, 4), (tiny, sys.float_info.max), ("x", ""),
+                    (("ocr", third), ("flicker", 0.0))), None,
               Score(np.float64(0.1) + np.float64(0.2), frames=(np.int64(3),), frame_values=(np.float64(third),))]
     values = np.array([s.value if s else np.nan for s in scores])
     errors = ["", "Traceback\n  line 1\nValueError: why\n", ""]
-    batch = BatchScores(values, ~np.isnan(values), [], scores, errors, failures=1, retries=1, seconds=0.0)
+    batch = BatchScores(values, ~np.isnan(values), [], {}, scores, errors, failures=1, retries=1, seconds=0.0)
     got = decode_scores(json.loads(encode_scores(batch)), 3)
     assert got[0] == scores[0] and got[2] == scores[2] and type(got[2].value) is float
     assert isinstance(got[1], RewardError) and str(got[1]).endswith("ValueError: why")

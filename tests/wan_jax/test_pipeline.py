@@ -24,8 +24,8 @@ from wan_jax.config import TransformerConfig, VAEConfig
 from wan_jax.experts import guidances, per_guidance, segments
 from wan_jax.layers import LoRAParam
 from wan_jax.lora import LoRAConfig
-from wan_jax.sample import load_transformers
 from wan_jax.solvers import make_solver
+from wan_jax.trained import load_transformers
 from wan_jax.transformer import WanTransformer3D
 
 PROMPTS = ('A red sign with the word "open".', 'Someone wrote “it\'s late” on a  wall.')

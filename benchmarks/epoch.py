@@ -1,0 +1,130 @@
+"""One epoch of training with random weights, by the functions that `grpo.train` calls: seconds of every stage.
+
+    python -m benchmarks.epoch --size 1.3b [--groups 3 --group_size 12 --batch 9 --workers 14] [--json FILE]
+
+Counted: sampling with guidance over all steps, --trained of them stochastic; the VAE's decoding to frames on the host;
+OCR in worker processes while the next batch samples; advantages; the update over all stochastic steps with the KL to
+the reference, clipping, AdamW and the moving average. Not counted: encoding the prompts, logging, checkpoints. What is
+scored are drawn signs of the videos' size (`workload.signs`), since random weights draw no text. The figures are of the
+last epoch, the ones before compile. `benchmarks.peer --task=epoch` is the same in PyTorch.
+"""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from benchmarks import workload
+from benchmarks.decode import random_vae
+from benchmarks.full_size import RandomPolicy, peak_bytes, random_text, software
+from benchmarks.workload import Record, Stage
+from grpo.advantages import group_advantages
+from grpo.losses import LossConfig
+from grpo.rollout import StepTable, initial_noise, make_step, rollout_batches
+from grpo.scores import gather_scores
+from grpo.update import OptimiserConfig, init_state, make_update, stack_batches
+from rewards.ocr import OCRReward
+from rewards.workers import RewardPool
+from wan_jax import pipeline
+from wan_jax.experts import Segment
+from wan_jax.schedule import flow_sigmas
+from wan_jax.sde import SDEConfig
+
+
+class Clock:
+    """Adds up the seconds of stages; called after each with its name and the arrays to wait for."""
+
+    def __init__(self):
+        self.last, self.seconds = time.perf_counter(), {}
+
+    def __call__(self, stage: str, arrays=None) -> None:
+        jax.block_until_ready(arrays)
+        before, self.last = self.last, time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + self.last - before
+
+
+class Epoch:
+    """Everything an epoch needs, on the device; a call runs one and returns the seconds of its stages.
+
+    As in training the host is one batch ahead of the device, so some of a batch's sampling lies in another's decoding.
+    """
+
+    def __init__(self, f, pool: RewardPool):
+        self.f, self.pool = f, pool
+        self.policy = RandomPolicy.draw(f.size, f.dtype, "block")
+        table = StepTable.make(flow_sigmas(f.steps, workload.SHIFT), SDEConfig("flow_grpo_wan"))
+        optimiser = OptimiserConfig()
+        self.step = make_step(self.policy.policy, table, f.guidance)
+        self.update = make_update(self.policy.policy, table, f.guidance, LossConfig(kl_beta=f.kl), optimiser,
+                                  self.policy.mesh)
+        self.state = init_state(self.policy.trainable, optimiser)
+        graph, self.vae = random_vae(f.size, jnp.float32)
+        self.decode = pipeline.make_decoder(graph)
+        self.targets = [target for _, target in workload.prompts(f.groups) for _ in range(f.group_size)]
+        self.rows = workload.epoch_rows(f.groups, f.group_size, f.batch, f.updates)
+        self.texts = [random_text(f.batch) for _ in self.rows]
+        self.pictures = [workload.signs([self.targets[i] for i in r], f.frames, f.height, f.width, b)
+                         for b, r in enumerate(self.rows)]
+        self.shape = workload.latent_shape(f.frames, f.height, f.width)
+
+    def __call__(self, number: int) -> dict[str, float]:
+        f, key, clock = self.f, jax.random.key(number), Clock()
+        trajectories, pending = [], []
+        samples = [self.policy.placed(jnp.asarray(rows, jnp.int32)) for rows in self.rows]
+        noise = [initial_noise(key, numbers, self.shape) for numbers in samples]
+        batches = rollout_batches([self.step], lambda _: (self.state.trainable, self.policy.frozen), noise, self.texts,
+                                  key=key, samples=samples, parts=[Segment(0, range(f.steps))],
+                                  windows=[np.arange(f.trained)])
+        decoding = ((*batch, self.decode(self.vae, batch[2])) for batch in batches)
+        for _, b, x, trajectory, video in pipeline.one_ahead(decoding):
+            trajectories.append(trajectory)
+            clock("sample", x)
+            video()
+            clock("decode")
+            pending.append((self.rows[b], self.pool.submit(self.pictures[b], [self.targets[i] for i in self.rows[b]])))
+        scores = gather_scores(pending, len(self.targets))
+        clock("score wait")
+        groups = np.repeat(np.arange(f.groups), f.group_size)
+        advantages = group_advantages(scores.values, groups, scores.valid, std="group", clip=5.0)
+        size = len(self.rows) // f.updates
+        for first in range(0, len(self.rows), size):
+            part = slice(first, first + size)
+            batch = stack_batches(trajectories[part], advantages.reshape(-1, f.batch)[part],
+                                  scores.valid.reshape(-1, f.batch)[part])
+            self.state, metrics, _ = self.update(self.state, self.policy.frozen, batch)
+            if first == 0:
+                self.ratio = metrics.averages()
+        clock("update", self.state.trainable)
+        return clock.seconds
+
+
+def measure(f) -> Record:
+    with RewardPool(functools.partial(OCRReward, rule="flow_grpo_video"), workers=f.workers) as pool:
+        epoch, kind = Epoch(f, pool), jax.devices()[0].device_kind
+        for number in range(f.epochs):
+            seconds = epoch(number)
+            print(f"epoch {number + 1}: " + ", ".join(f"{k} {v:.2f} s" for k, v in seconds.items()), flush=True)
+            if number == 0:
+                ratio = epoch.ratio["ratio_min"], epoch.ratio["ratio_max"]
+    seconds = {"epoch": sum(seconds.values())} | seconds
+    stages = {name: Stage.of(value / len(epoch.targets), peak_bytes()) for name, value in seconds.items()}
+    for name, stage in stages.items():
+        print(f"{name}, per video: {stage}")
+    print(f"first update's ratio: {ratio[0]:.7f} to {ratio[1]:.7f}")
+    return Record("ours", stages, kind, software(), ratio)
+
+
+def main(_):
+    measure(flags.FLAGS).write(flags.FLAGS.json)
+
+
+if __name__ == "__main__":
+    workload.define_flags(guidance=4.5, kl=0.004)
+    workload.define_epoch_flags()
+    flags.DEFINE_string("dtype", "bfloat16", "of weights and matrix products")
+    flags.DEFINE_integer("epochs", 2, "how many; the last one counts")
+    flags.DEFINE_integer("workers", 14, "scoring processes")
+    app.run(main)

@@ -1,0 +1,77 @@
+"""Held-out evaluation: the deployment sampler, fixed prompts and seeds, OCR rewards with a confidence interval."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from grpo.combine import base_statistics
+from grpo.prompts import PromptSet
+from grpo.rollout import initial_noise
+from grpo.scores import gather_scores
+from grpo.statistics import bootstrap_interval
+from rewards.workers import RewardPool
+from wan_jax import hosts
+from wan_jax import mesh as mesh_lib
+from wan_jax.experts import Segment
+from wan_jax.pipeline import TextTable, one_ahead, sample_ode
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    record: dict  # what evals.jsonl holds
+    videos: np.ndarray | None  # uint8 [n, T, H, W, 3], the first samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Everything that stays fixed between the evaluations of a run; call it with the weights to judge."""
+
+    prompts: PromptSet
+    table: TextTable
+    solver: object
+    steps: tuple  # one `pipeline.make_ode_step` an expert
+    parts: tuple[Segment, ...]  # the schedule's steps by expert
+    decode: object  # `pipeline.make_decoder`
+    vae_state: object
+    pool: RewardPool
+    mesh: jax.sharding.Mesh
+    shape: tuple[int, ...]  # latents of one video
+    batch_size: int
+    seed: int
+    previews: int
+
+    def __call__(self, arrays: Callable, epoch: int, progress=lambda x, **_: x) -> Evaluation:
+        """arrays(expert): what its step takes first. One sample a prompt, its noise from (seed, number). Every process
+        scores the videos on its own devices; the result is the same on all."""
+        start, pending, kept = time.time(), [], []
+        total, key = len(self.prompts), jax.random.key(self.seed)
+        replicated, sharded = mesh_lib.replicated(self.mesh), mesh_lib.batch_sharding(self.mesh)
+        firsts = range(0, total, self.batch_size)
+        rows = [np.arange(first, first + self.batch_size) % total for first in firsts]  # the last wraps: one shape
+        batches = [(initial_noise(key, mesh_lib.place(index.astype(np.int32), sharded), self.shape),
+                    self.table.batch(index, sharded, replicated)) for index in rows]
+        latents = sample_ode(self.steps, arrays, self.parts, self.solver, batches)
+        mine = hosts.my_rows(sharded, self.batch_size)
+        decoding = ((first, self.decode(self.vae_state, x)) for first, x in zip(firsts, latents))
+        for first, video in progress(one_ahead(decoding), total=len(rows)):
+            hosts.stage(f"evaluation after epoch {epoch}: videos {first} to {first + self.batch_size - 1}")
+            real = mine < total - first  # not those that wrapped
+            videos, numbers = video()[real], first + mine[real]
+            if len(videos):
+                pending.append((numbers, self.pool.submit(videos, [self.prompts.targets[i] for i in numbers])))
+            kept += zip(numbers[numbers < self.previews].tolist(), videos)
+        hosts.stage(f"evaluation after epoch {epoch}: scores")
+        scores = gather_scores(pending, total)
+        shown = dict(video for part in hosts.gather(kept) for video in part)
+        rewards = scores.values
+        mean, low, high = bootstrap_interval(rewards, seed=self.seed)
+        record = {"epoch": epoch, "reward": mean, "low": low, "high": high, "num": int(np.isfinite(rewards).sum()),
+                  "failed_scores": scores.failures, "rewards": [float(r) for r in rewards],
+                  "prompts": list(self.prompts.prompts), "texts": scores.texts,
+                  "seconds": time.time() - start}
+        if scores.parts:
+            record["measures"] = base_statistics(scores.parts)
+        return Evaluation(record, np.stack([shown[number] for number in sorted(shown)]) if shown else None)
