@@ -23,6 +23,9 @@ def check_settings(c) -> None:
             raise UserError("config.reward.engine='judge' asks a vision model, but config.reward.servers=() names "
                             "none: give its URLs, --config.reward.servers=http://host:8000")
         return
+    if c.engine == JUDGE and c.judge_question != JUDGE_QUESTIONS[0] and c.weights.stability is not None:
+        raise UserError(f"config.reward.weights.stability={c.weights.stability} compares the texts of frames, which "
+                        f"config.reward.judge_question={c.judge_question!r} does not read: use 'transcribe', or None")
     for url in c.servers:
         try:
             check_url(url)

@@ -81,6 +81,8 @@ class Endpoints:
         if not (timeout > 0 and retries >= 0 and patience >= 0 and first_pause > 0):
             raise ValueError(f"timeout={timeout} and first_pause={first_pause} must be above 0, retries={retries} and "
                              f"patience={patience} at least 0")
+        if not token.isascii() or any(char.isspace() or not char.isprintable() for char in token):
+            raise ValueError("the token has characters that no HTTP header can hold: use ASCII letters and digits")
         self._servers = [_Server(url, Connections(url)) for url in dict.fromkeys(urls)]
         self._probe_path, self._check, self._timeout = probe_path, check, timeout
         self._retries, self._patience, self._first_pause = retries, patience, first_pause
@@ -222,7 +224,7 @@ class Endpoints:
             try:
                 self._probe(server)
                 error = ""
-            except (_Failed, _Busy, RewardError, OSError, http.client.HTTPException) as reason:
+            except Exception as reason:     # whatever it is, this thread must go on
                 error = _say(reason, PROBE_TIMEOUT)
             with self._changed:
                 server.error, server.probes = error, server.probes + 1

@@ -62,6 +62,8 @@ def test_a_judge(question, answer, value):
     ({"servers": ("cpu1:8080",)}, "config.reward.servers: .*write http://host:port"),
     ({"servers": ("http://a", "http://user:hush@b")}, "environment variable instead"),
     ({"servers": ("http://a",), "workers": 0}, "config.reward.workers=0.*number of videos in flight"),
+    ({"servers": ("http://a",), "engine": "judge", "judge_question": "rate", "weights": {"stability": 0.0}},
+     r"weights.stability=0.0 .*use 'transcribe'"),
     ({"servers": ("http://a",), "timeout": 0.0}, "config.reward.timeout=0.0 must be above 0"),
     ({"servers": ("http://a",), "token_env": "hush-hush"}, "never the token itself")])
 def test_settings_that_cannot_be_meant(changes, message):

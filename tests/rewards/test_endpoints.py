@@ -222,6 +222,9 @@ def test_unusable_settings():
     for options in ({"timeout": 0}, {"retries": -1}, {"patience": -1}, {"first_pause": 0}):
         with pytest.raises(ValueError, match="must be above 0"):
             endpoints("http://cpu1", **options)
+    with pytest.raises(ValueError, match="no HTTP header") as error:
+        endpoints("http://cpu1", token="a-secret\nHost: other")
+    assert "secret" not in str(error.value)
     for urls in ((), "http://cpu1"):
         with pytest.raises(ValueError, match="give a list"):
             Endpoints(urls, "/health", lambda answer: None)
