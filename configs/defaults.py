@@ -8,6 +8,11 @@ import ml_collections
 ConfigDict = ml_collections.ConfigDict
 
 
+def optional_float():
+    """None until a recipe or the command line gives a number; a plain None could not be set there."""
+    return ml_collections.config_dict.placeholder(float)
+
+
 def defaults() -> ConfigDict:
     c = ConfigDict()
     c.run_dir = ""                      # where checkpoints, logs and the report go; a finished epoch there is resumed
@@ -43,15 +48,15 @@ def defaults() -> ConfigDict:
     c.sample.steps = 20                 # denoising steps
     c.sample.shift = 3.0                # of the sigma schedule
     c.sample.guidance = 4.5             # classifier-free guidance; up to 1 means none
-    c.sample.guidance_2 = None          # of the second expert (Wan 2.2 A14B); None: as the first
+    c.sample.guidance_2 = optional_float()  # of the second expert (Wan 2.2 A14B); None: as the first
     c.sample.groups = 48                # prompts an epoch
     c.sample.group_size = 12            # videos a prompt
     c.sample.batch_size = 9             # videos of one rollout batch, and of one micro-batch of the update
     c.sample.shared_noise = False       # a group's videos start from one noise, and the steps before the first
     #                                     stochastic one, the same for all of them, are computed once for the group
     c.sample.sde = "flow_grpo_wan"      # flow_grpo_wan | flow_sde | dance | cps: the noise of the stochastic steps
-    c.sample.noise_level = None         # None: the form's own default
-    c.sample.max_step_std = None
+    c.sample.noise_level = optional_float()  # None: the form's own default
+    c.sample.max_step_std = optional_float()
     c.sample.sde_steps = 19             # how many steps of an epoch are stochastic and trained
     c.sample.sde_range = (0, 19)        # drawn from [low, high)
     c.sample.sde_window = "any"         # any subset | random (a window of neighbours: Flow-GRPO-Fast) | progressive |
@@ -78,8 +83,8 @@ def defaults() -> ConfigDict:
     c.train.kl_kind = "flow_grpo"       # flow_grpo | sigma | x | velocity
     c.train.advantage_std = "group"     # group | global | max | none (grpo/advantages.py)
     c.train.advantage_clip = 5.0
-    c.train.ratio_tolerance = ml_collections.config_dict.placeholder(float)  # |ratio - 1| allowed on policy, more stops
-    #                                     the run; None: 1e-4 in float32, 2e-3 in bfloat16
+    c.train.ratio_tolerance = optional_float()  # |ratio - 1| allowed on policy, more stops the run; None: 1e-4 in
+    #                                     float32, 2e-3 in bfloat16
 
     c.reward = ConfigDict()
     c.reward.rule = "spelling"          # spelling | flow_grpo_image | flow_grpo_video
@@ -89,7 +94,7 @@ def defaults() -> ConfigDict:
     c.reward.weights.ocr = 1.0          # the spelling
     for name in ("stability",           # of the text in time (rewards/several.py)
                  "sharpness", "exposure", "contrast", "compressibility", "flicker", "motion"):
-        c.reward.weights[name] = ml_collections.config_dict.placeholder(float)  # rewards/quality.py, grpo/combine.py
+        c.reward.weights[name] = optional_float()  # rewards/quality.py, grpo/combine.py
     c.reward.combine = "rewards"        # rewards | advantages: which are added up (grpo/combine.py)
     c.reward.workers = 2                # scoring processes; 0 scores in the training process; with servers: how many
     #                                     videos are sent at the same time, at least the workers of all servers
@@ -107,7 +112,7 @@ def defaults() -> ConfigDict:
     c.eval.frames = 0                   # 0: as in training
     c.eval.steps = 20
     c.eval.guidance = 4.5
-    c.eval.guidance_2 = None
+    c.eval.guidance_2 = optional_float()
     c.eval.solver = "unipc"             # unipc | euler | flow_match_euler
     c.eval.seed = 1234
     c.eval.previews = 12                # samples kept as pictures for the report

@@ -154,7 +154,7 @@ def make_step(policy: Policy, table: StepTable, guidance: float, keep_mean: bool
     mean None without keep_mean."""
 
     @partial(jax.jit, compiler_options=COMPILER_OPTIONS)
-    def step(trainable: Flat, frozen, x, i, stochastic, text: TextBatch, key, samples):
+    def rollout_step(trainable: Flat, frozen, x, i, stochastic, text: TextBatch, key, samples):
         t, sigma, sigma_next, g = table.at(i)
         v = velocity(policy.module(trainable, frozen), x, t, text, guidance)
         noise = sample_noise(key, samples, i, x.shape[1:])
@@ -162,7 +162,7 @@ def make_step(policy: Policy, table: StepTable, guidance: float, keep_mean: bool
                                                  table.preserving)
         return x_next, log_prob, mean if keep_mean else None
 
-    return step
+    return rollout_step
 
 
 def rollout(step, trainable: Flat, frozen, x: jax.Array, text: TextBatch, *, key, samples, steps: range,

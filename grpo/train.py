@@ -23,18 +23,17 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from convert.lora import initial_adapters
-from grpo import combine, report, run_log, run_state, settings
+from grpo import ahead, combine, report, run_log, run_state, settings
 from grpo.advantages import group_advantages, group_statistics
 from grpo.combine import MAIN
 from grpo.evaluator import Evaluator
 from grpo.policy import make_policy
+from grpo.programs import Run
 from grpo.prompts import PromptSet, epoch_prompts, load_prompts
 from grpo.rollout import (
-    StepTable,
     branch,
     group_leaders,
     initial_noise,
-    make_step,
     prefix,
     rollout,
     rollout_batches,
@@ -43,15 +42,15 @@ from grpo.rollout import (
 )
 from grpo.run_log import RunLog, SilentLog
 from grpo.scores import gather_scores, open_pool
-from grpo.update import init_state, make_update, stack_batches
+from grpo.update import init_state, stack_batches
 from rewards.targets import parse_targets
 from rewards.workers import RewardPool
-from wan_jax import cli, hosts, memory, model_dir, pipeline
+from wan_jax import cli, hosts, memory, model_dir, pipeline, presets
 from wan_jax import mesh as mesh_lib
 from wan_jax.attention import choose_backend, platform_of
 from wan_jax.checkpoint import Checkpoints
 from wan_jax.cli import UserError
-from wan_jax.experts import Segment, Weights, choose_offload, guidances, per_guidance, segments
+from wan_jax.experts import Segment, Weights, segments
 from wan_jax.schedule import Schedule, flow_sigmas
 from wan_jax.solvers import make_solver
 
@@ -138,6 +137,21 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
 
     everything = PromptSet(train_prompts.prompts + heldout.prompts, train_prompts.targets + heldout.targets)
     bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not (sys.stderr.isatty() and hosts.first()))
+
+    # ---- programs: compiled, and refused where they do not fit, before any weight is read -----------------------
+    hosts.stage("compiling")
+    with cli.user_input():
+        text_rows = hosts.from_first(lambda: pipeline.text_rows(model, everything.prompts, c.prompts.negative))
+        run = Run(presets.of_folder(model), c, mesh, plan.backend, text_rows)
+        limit = memory.limit(mesh.local_devices[0])
+        offload = ahead.offloads(run, limit)
+        steps, updates, eval_steps = run.steps, run.updates, run.eval_steps  # jitted, one an expert
+    if (restored or 0) < c.epochs:
+        needed = ahead.compile_all(run, offload, functools.partial(bar, desc="compiling"))
+        say(*needed.table(limit), sep="\n")
+        ahead.check_fits(needed, run, offload, limit)
+    compiled = ahead.CompileCounter()
+
     hosts.stage("encoding the prompts")
     table = hosts.from_first(lambda: pipeline.embed_prompts(
         model, everything.prompts, c.prompts.negative, dtype=s.dtype, progress=functools.partial(bar, desc="prompts"),
@@ -145,17 +159,17 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     hosts.stage("loading the weights")
     eval_table = dataclasses.replace(table, prompts=table.prompts[len(train_prompts):])
     vae_graph, vae_state = pipeline.load_vae(model, mesh)
-    decode = pipeline.make_decoder(vae_graph)
+    decode = pipeline.make_decoder(vae_graph, programs=run.decoder)
 
     # ---- policy, optimiser, restore -----------------------------------------------------------------------------
     key, config = jax.random.key(c.seed), model.config("transformer")
-    weights = load_weights(c, s, plan)  # of expert i, on the device
+    weights = load_weights(s, plan, offload)  # of expert i, on the device
     start = {}  # each expert's trainable arrays
     with cli.user_input():
         for i, name in enumerate(model.experts):
             expert_key = jax.random.fold_in(key, 0) if i == 0 else jax.random.fold_in(key, 2)
-            policy, start[name] = make_policy(config, weights(i), mesh, lora=s.lora, key=expert_key, dtype=s.dtype,
-                                              attention=plan.backend, remat=c.model.remat)
+            _, start[name] = make_policy(config, weights(i), mesh, lora=s.lora, key=expert_key, dtype=s.dtype,
+                                         attention=plan.backend, remat=c.model.remat)
             if plan.adapters is not None:
                 start[name] = {k: mesh_lib.place(plan.adapters[name][k], v.sharding) for k, v in start[name].items()}
     if s.lora is None and not c.train.kl_weight:
@@ -165,13 +179,6 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     states, done = {name: init_state(start[name], s.optimiser) for name in plan.trained}, 0
     if restored is not None:
         states, done = run_state.restore(checkpoints, restored, states), restored
-    table_of_steps = StepTable.make(plan.schedule, s.sde, c.train.credit)
-    scales = guidances(c.sample.guidance, c.sample.guidance_2, len(model.experts))
-    steps = per_guidance(functools.partial(make_step, policy, table_of_steps, keep_mean=s.loss.needs_old_mean), scales)
-    updates = per_guidance(lambda scale: make_update(policy, table_of_steps, scale, s.loss, s.optimiser, mesh),
-                           scales)
-    eval_steps = per_guidance(functools.partial(pipeline.make_ode_step, policy.module, solver),
-                              guidances(c.eval.guidance, c.eval.guidance_2, len(model.experts)))
 
     log = RunLog(c.run_dir, resume_epoch=restored) if hosts.first() else SilentLog()
     log.config(dict(c.to_dict(), command=" ".join(["python -m grpo.train", *sys.argv[1:]])))
@@ -208,6 +215,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     # ---- the loop ---------------------------------------------------------------------------------------------
     for epoch in range(done + 1, c.epochs + 1):
         lap()
+        compiled.clear()
         clock, seconds = time.time(), dict.fromkeys(("sample", "decode", "score_wait", "update"), 0.0)
         epoch_key = jax.random.fold_in(jax.random.fold_in(key, 1), epoch)
         chosen = epoch_prompts(c.seed, epoch - 1, len(train_prompts), c.sample.groups)
@@ -296,6 +304,8 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
                 k: max(values[k], record.get(k, values[k])) for k in ("ratio_max_error", "grad_norm")}}
         del trajectories, texts, batch
         seconds["update"] += lap([state.trainable for state in states.values()])
+        if epoch > done + 1 and (warning := compiled.warning(epoch)):
+            say(warning)
 
         # log, evaluate, save: in this order, so that a resumed run repeats what no checkpoint holds
         seconds |= {"save": save_seconds, "total": time.time() - clock}
@@ -344,12 +354,9 @@ class Stopwatch:
         return self.last - before
 
 
-def load_weights(c, s: settings.Settings, plan: Plan) -> Weights:
-    """The frozen transformers, the idle one of two in host memory where `model.offload` says so."""
+def load_weights(s: settings.Settings, plan: Plan, offload: bool) -> Weights:
+    """The frozen transformers, the idle one of two in host memory with `offload`."""
     model = plan.model
-    base = model_dir.abstract("transformer", model.config("transformer"), dtype=s.dtype)[1]
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base)) // plan.mesh.shape["fsdp"]
-    offload = choose_offload(c.model.offload, len(model.experts), size, plan.mesh.local_devices[0])
     if offload:
         say("two experts: the idle one waits in host memory")
     return Weights([functools.partial(lambda name: model_dir.build(name, model, dtype=s.dtype, mesh=plan.mesh)[1], name)

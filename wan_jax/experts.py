@@ -84,14 +84,14 @@ def to_host(tree):
     return jax.tree.map(place, tree)
 
 
-def choose_offload(setting: str, experts: int, expert_bytes: int, device) -> bool:
+def choose_offload(setting: str, experts: int, expert_bytes: int, limit: int | None) -> bool:
     """'auto' offloads when two experts' weights would take more than half of the device's memory.
 
-    expert_bytes: one expert's bytes on one device. Raises ValueError on an unknown setting.
+    expert_bytes: one expert's bytes on one device; limit: the bytes of one (`memory.limit`), None: unknown. Raises
+    ValueError on an unknown setting.
     """
     if setting not in OFFLOAD:
         raise ValueError(f"offload={setting!r} is unknown; choose one of {', '.join(OFFLOAD)}")
     if experts == 1 or setting == "never":
         return False
-    limit = (device.memory_stats() or {}).get("bytes_limit", 0)
-    return setting == "always" or (limit > 0 and experts * expert_bytes > limit / 2)
+    return setting == "always" or (limit is not None and experts * expert_bytes > limit / 2)

@@ -26,6 +26,11 @@ class Peaks:
         return f"peak memory: device {device}, host {self.host / GIB:.2f} GiB"
 
 
+def limit(device: jax.Device) -> int | None:
+    """Bytes that this process may use of the device; None where the backend sets no limit (the CPU)."""
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
 def peaks() -> Peaks:
     device = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in jax.local_devices()]
     return Peaks(max((x for x in device if x is not None), default=None), _host())

@@ -82,6 +82,12 @@ def embed_prompts(model: model_dir.ModelDir, prompts: Sequence[str], negative: s
                      rounded(max(map(len, known.values()))))
 
 
+def text_rows(model: model_dir.ModelDir, prompts: Sequence[str], negative: str = "") -> int:
+    """St of the table that `embed_prompts` makes of these prompts, without encoding them."""
+    lengths = Tokenizer.load(model.tokenizer_path).lengths(list(dict.fromkeys([*prompts, negative])))
+    return rounded(max(lengths))
+
+
 def make_encoder(graphdef) -> Callable:
     """The jitted text encoder: (state, ids int32 [B, S], mask [B, S]) -> [B, S, text_dim] in the encoder's type, zero
     past the mask."""
@@ -114,20 +120,21 @@ def decoder_programs(graphdef, *, blended: bool = False) -> tuple[Callable, Call
         return video if blended else jnp.round((video + 1) * 127.5).astype(jnp.uint8)
 
     @jax.jit
-    def whole(state, latents):
+    def decode(state, latents):
         vae: AutoencoderKLWan = nnx.merge(graphdef, state)
         return pixels(vae.decode(vae.denormalise(latents)))
 
     @partial(jax.jit, donate_argnums=(2,))
-    def step(state, latents, history):
+    def decode_chunk(state, latents, history):
         vae: AutoencoderKLWan = nnx.merge(graphdef, state)
         video, history = vae.decode_chunk(vae.denormalise(latents), history)
         return pixels(video), history
 
-    return whole, step
+    return decode, decode_chunk
 
 
-def make_decoder(graphdef, *, chunk: int | None = None, tile: int = 0, overlap: int = 8) -> Callable:
+def make_decoder(graphdef, *, chunk: int | None = None, tile: int = 0, overlap: int = 8,
+                 programs: tuple[Callable, Callable] | None = None) -> Callable:
     """The jitted VAE decoder: (vae state, latents fp32 [B,F,h,w,C]) -> a function that waits for the videos and gives
     them as uint8 [B,T,H,W,3] RGB on the host; with several processes, those whose latents lie on this one's devices.
     Meanwhile the device can be given more to do. (Tiles are only started by the second call.)
@@ -137,13 +144,14 @@ def make_decoder(graphdef, *, chunk: int | None = None, tile: int = 0, overlap: 
     for 81 frames of Wan 2.1, which takes 9.3 GB a video beside the weights at 480x832 and 21.5 GB at 720x1280, for 74
     and 172 GB whole (`vae_chunks` says how measured). Chunks give the same video up to rounding. tile > 0: in tiles of
     so many latent cells too, overlapping by `overlap`; that needs less and is an approximation
-    (`vae_chunks.decode_tiles`). Raises ValueError on values out of range.
+    (`vae_chunks.decode_tiles`). programs: this model's `decoder_programs`, compiled already, where there are no tiles.
+    Raises ValueError on values out of range.
     """
     if (chunk is not None and chunk < 0) or tile < 0 or (tile and not 0 <= overlap < tile):
         raise ValueError(f"chunk={chunk}, tile={tile}, overlap={overlap}: none may be negative, and tiles must overlap "
                          "by less than their size")
 
-    whole, step = decoder_programs(graphdef, blended=tile > 0)
+    whole, step = programs or decoder_programs(graphdef, blended=tile > 0)
     chosen = {}  # shape on one device: latent frames a chunk
 
     def in_time(state, latents) -> list[jax.Array]:
@@ -191,11 +199,11 @@ def make_ode_step(module: Callable, solver, guidance: float) -> Callable:
     """The jitted deterministic step: (arrays of `module`, solver state, step index, text) -> solver state."""
 
     @partial(jax.jit, donate_argnums=(1,))
-    def step(arrays, state: SolverState, i, text: TextBatch) -> SolverState:
+    def ode_step(arrays, state: SolverState, i, text: TextBatch) -> SolverState:
         t = jnp.asarray(solver.schedule.timesteps, jnp.float32)[i]
         return solver.step(state, i, velocity(module(*arrays), state.x, t, text, guidance))
 
-    return step
+    return ode_step
 
 
 def sample_ode(steps: Sequence[Callable], arrays: Callable, parts: Sequence[Segment], solver,

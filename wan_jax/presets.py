@@ -6,6 +6,7 @@ A converted model brings its own; these are the same values (Diffusers repositor
 import dataclasses
 
 from wan_jax.config import TextEncoderConfig, TransformerConfig, VAEConfig
+from wan_jax.model_dir import ModelDir
 
 VAE_21 = VAEConfig(
     latents_mean=(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715, 0.5517,
@@ -52,3 +53,9 @@ PRESETS = {
         transformer=TransformerConfig(num_attention_heads=24, ffn_dim=14336, num_layers=30, in_channels=48,
                                       out_channels=48)),
 }
+
+
+def of_folder(model: ModelDir) -> Preset:
+    """A converted model's own configuration; the shift is a recipe's to say."""
+    return Preset(str(model.path), model.config("transformer"), model.config("vae"), boundary=model.boundary,
+                  text_encoder=model.config("text_encoder"))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from wan_jax import experts, lora, model_dir
+from wan_jax import experts, lora, memory, model_dir
 from wan_jax import mesh as mesh_lib
 from wan_jax import params as P
 from wan_jax.checkpoint import load_trained
@@ -48,6 +48,6 @@ def load_transformers(model: model_dir.ModelDir, checkpoint: str | None, dtype, 
         return nnx.merge_state(values, state) if lora_settings else values
 
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base)) // mesh.shape["fsdp"]
-    offloaded = experts.choose_offload(offload, len(model.experts), size, mesh.devices.flat[0])
+    offloaded = experts.choose_offload(offload, len(model.experts), size, memory.limit(mesh.local_devices[0]))
     weights = experts.Weights([functools.partial(load, name) for name in model.experts], offloaded)
     return graphdef, weights

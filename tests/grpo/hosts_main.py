@@ -38,7 +38,7 @@ def save(checkpoints, epoch, states, *args):
 
 group_advantages, write = train.group_advantages, run_state.save
 train.group_advantages, run_state.save = advantages, save
-train.open_pool = lambda c, weights: RewardPool(Brightness, workers=c.workers)
+train.open_pool = lambda c, _: RewardPool(Brightness, workers=c.workers)
 
 if __name__ == "__main__":
     cli.run(train.main)

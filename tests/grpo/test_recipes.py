@@ -2,9 +2,13 @@
 
 import importlib
 import pathlib
+import sys
 
 import pytest
+from absl import flags as absl_flags
+from ml_collections import config_flags
 
+from configs.defaults import defaults
 from examples import ocr_prompts
 from grpo import settings
 from grpo.prompts import epoch_prompts, load_prompts
@@ -30,6 +34,18 @@ def test_recipe(name):
     experts = ("transformer", "transformer_2")[: 1 + two]
     parts = segments(flow_sigmas(c.sample.steps, c.sample.shift).timesteps, 0.875 if two else None)
     assert sum(step_quotas(parts, experts, experts, c.sample.sde_steps, *c.sample.sde_range)) == c.sample.sde_steps
+
+
+def test_every_setting_can_be_given_on_the_command_line(monkeypatch):
+    """Also those that are None until then."""
+    for key, default in settings.flat(defaults().to_dict()).items():
+        value = {str: "x", bool: not default, list: "(1,2)"}.get(type(default), 3)
+        given = absl_flags.FlagValues()
+        monkeypatch.setattr("sys.argv", ["train", f"--config.{key}={value}"])  # where ml_collections looks
+        config_flags.DEFINE_config_dict("config", defaults(), flag_values=given)
+        given(sys.argv)
+        found = settings.flat(given.config.to_dict())[key]
+        assert found == ([1, 2] if isinstance(default, list) else value), key
 
 
 def test_every_size_has_a_recipe():

@@ -172,6 +172,7 @@ def test_evaluation_of_a_checkpoint_repeats_the_runs_own(whole, tmp_path):
 def test_whole_run(whole):
     _, run, out = whole
     assert re.search(r"epoch 0: held-out OCR reward \d\.\d+ \[", out)
+    assert "memory of a device" in out and "compiled again" not in out
     assert "epoch 4/4: reward" in out and "report.html" in out.splitlines()[-1]
     last, arrays, (metrics, evaluations) = result(run)
     assert last == 4

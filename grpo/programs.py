@@ -1,0 +1,290 @@
+"""The programs that training runs on the devices, and abstract arguments to lower and compile them with.
+
+`grpo.train` runs the jitted functions made here; `grpo.ahead` compiles them before a weight is read, and `grpo.plan`
+without weights, for any mesh: of devices that exist, or of a topology to compile for. Arguments have the types and lie
+on the mesh as training's own, so a program compiled ahead is the one that the loop runs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from grpo import settings
+from grpo.policy import make_structure
+from grpo.rollout import StepTable, Trajectory, initial_noise, make_step, step_quotas
+from grpo.update import TrainState, UpdateBatch, make_update, state_shapes
+from wan_jax import mesh as mesh_lib
+from wan_jax import model_dir, pipeline, presets, vae_chunks
+from wan_jax.experts import Segment, guidances, per_guidance, segments
+from wan_jax.guidance import TextBatch
+from wan_jax.schedule import Schedule, flow_sigmas
+from wan_jax.solvers import SolverState, make_solver
+
+TEXT_ROWS = 64  # taken for the prompts' longest where they have not been encoded, of the 512 the transformer attends to
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    name: str
+    jitted: Callable
+    args: tuple  # abstract, up to static ones
+    stay: int = 0  # how many of the arguments, from the first, lie on the devices throughout training
+    beside: tuple = ()  # abstract trees of what else lies there while it runs, but not throughout
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training run before it has weights: a model, a recipe, a mesh and an attention backend."""
+
+    preset: presets.Preset
+    recipe: ml_collections.ConfigDict
+    mesh: jax.sharding.Mesh
+    backend: str
+    text_rows: int = TEXT_ROWS  # St of every batch
+
+    # ---- what follows from the recipe ------------------------------------------------------------------------------
+    @functools.cached_property
+    def settings(self) -> settings.Settings:
+        return settings.from_config(self.recipe)
+
+    def shape_of(self, frames: int) -> tuple[int, ...]:
+        """(F, H, W, C) of the latents of a video of so many frames."""
+        sample = self.recipe.sample
+        return pipeline.latent_shape(frames, sample.height, sample.width, self.preset.vae, self.preset.transformer)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one video's latents in training."""
+        return self.shape_of(self.recipe.sample.frames)
+
+    @property
+    def eval_shape(self) -> tuple[int, ...]:
+        """And in evaluation."""
+        return self.shape_of(self.recipe.eval.frames or self.recipe.sample.frames)
+
+    @property
+    def tokens(self) -> int:
+        """S of one video in training."""
+        frames, height, width, _ = self.shape
+        return frames * (height // 2) * (width // 2)
+
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        return flow_sigmas(self.recipe.sample.steps, self.recipe.sample.shift)
+
+    @property
+    def parts(self) -> tuple[Segment, ...]:
+        """The schedule's steps by expert."""
+        return segments(self.schedule.timesteps, self.preset.boundary)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Experts."""
+        return tuple(name for name in self.preset.experts if name in self.recipe.train.experts)
+
+    def trained_steps(self, expert: int) -> int:
+        """K, the stochastic steps of an epoch that train this expert."""
+        sample = self.recipe.sample
+        quotas = step_quotas(self.parts, self.preset.experts, self.trained, sample.sde_steps, *sample.sde_range)
+        return sum(quota for part, quota in zip(self.parts, quotas) if part.expert == expert)
+
+    @property
+    def micro_batches(self) -> int:
+        """M, the rollout batches of one optimiser step."""
+        return self.settings.batches // self.recipe.train.updates_per_epoch
+
+    @property
+    def eval_batches(self) -> int:
+        return -(-self.recipe.eval.num_prompts // self.recipe.sample.batch_size)
+
+    # ---- the jitted functions, one an expert; experts with the same guidance share them ------------------------------
+    @functools.cached_property
+    def policy(self):
+        return make_structure(self.preset.transformer, lora=self.settings.lora, dtype=self.settings.dtype,
+                              attention=self.backend, remat=self.recipe.model.remat)
+
+    @functools.cached_property
+    def table(self) -> StepTable:
+        return StepTable.make(self.schedule, self.settings.sde, self.recipe.train.credit)
+
+    @functools.cached_property
+    def solver(self):
+        """Of the evaluation."""
+        evaluation = self.recipe.eval
+        return make_solver(evaluation.solver, evaluation.steps, self.recipe.sample.shift)
+
+    def scales(self, section) -> tuple[float, ...]:
+        return guidances(section.guidance, section.guidance_2, len(self.preset.experts))
+
+    @functools.cached_property
+    def steps(self) -> tuple[Callable, ...]:
+        """Denoising steps of the rollout."""
+        make = functools.partial(make_step, self.policy, self.table, keep_mean=self.settings.loss.needs_old_mean)
+        return per_guidance(make, self.scales(self.recipe.sample))
+
+    @functools.cached_property
+    def updates(self) -> tuple[Callable, ...]:
+        s = self.settings
+        return per_guidance(lambda scale: make_update(self.policy, self.table, scale, s.loss, s.optimiser, self.mesh),
+                            self.scales(self.recipe.sample))
+
+    @functools.cached_property
+    def eval_steps(self) -> tuple[Callable, ...]:
+        """Denoising steps of the evaluation: the deployment sampler's."""
+        return per_guidance(functools.partial(pipeline.make_ode_step, self.policy.module, self.solver),
+                            self.scales(self.recipe.eval))
+
+    @functools.cached_property
+    def vae(self) -> tuple:
+        """(graphdef, abstract state)."""
+        return model_dir.abstract("vae", self.preset.vae)
+
+    @functools.cached_property
+    def decoder(self) -> tuple[Callable, Callable]:
+        return pipeline.decoder_programs(self.vae[0])
+
+    # ---- the programs ----------------------------------------------------------------------------------------------
+    def programs(self) -> list[Program]:
+        """All that the epochs run over and over, each once: experts may share theirs."""
+        experts, distinct = range(len(self.preset.experts)), {}
+        trained = [i for i in experts if self.preset.experts[i] in self.trained]
+        for program in [*map(self.rollout_step, experts), *map(self.update, trained), *map(self.ode_step, experts)]:
+            leaves, treedef = jax.tree.flatten(program.args)
+            key = program.jitted, treedef, tuple((x.shape, x.dtype) for x in leaves)
+            distinct[key] = program if key not in distinct else dataclasses.replace(
+                program, name=program.name.partition(", ")[0])
+        evaluation = [] if self.eval_shape == self.shape else [
+            dataclasses.replace(p, name=f"evaluation {p.name}", beside=()) for p in self.decode(self.eval_shape)]
+        return [*distinct.values(), *self.decode(), *evaluation]
+
+    def named(self, name: str, expert: int) -> str:
+        return f"{name}, {self.preset.experts[expert]}" if len(self.preset.experts) > 1 else name
+
+    def initial_noise(self) -> Program:
+        return Program("initial noise", initial_noise, (random_key(), self.rows(jnp.int32), self.shape))
+
+    def rollout_step(self, expert: int = 0) -> Program:
+        return Program(self.named("rollout step", expert), self.steps[expert],
+                       (self.trainable, self.frozen, self.latents(), integer(), jax.ShapeDtypeStruct((), bool),
+                        self.text(), random_key(), self.rows(jnp.int32)), stay=2,
+                       beside=(*self.trajectories, *[self.latents()] * (self.settings.batches - 1), *self.unstacked))
+
+    def ode_step(self, expert: int = 0) -> Program:
+        return Program(self.named("evaluation step", expert), self.eval_steps[expert],
+                       ((self.trainable, self.frozen), self.solver_state(), integer(), self.text()), stay=1,
+                       beside=((self.solver_state(), self.text()),) * (self.eval_batches - 1)
+                       + (self.rows(jnp.float32, shape=self.eval_shape),) * self.eval_batches)  # the noise
+
+    def update(self, expert: int = 0) -> Program:
+        """Of one optimiser step: M micro-batches of the recipe's batch, K stochastic steps each."""
+        return Program(self.named("update", expert), self.updates[expert],
+                       (self.state, self.frozen, self.update_batch(expert)), stay=2, beside=self.trajectories)
+
+    def decode(self, shape: tuple[int, ...] | None = None) -> list[Program]:
+        """The VAE on a batch of latents (F, H, W, C), the rollout's by default: whole clips, or the chunks that
+        `pipeline.make_decoder` chooses, the first one and those after it."""
+        whole = self.decode_whole(shape := shape or self.shape)
+        state, latents = whole.args
+        chunk = vae_chunks.choose_chunk(self.preset.vae, latents.sharding.shard_shape(latents.shape))
+        if not 0 < chunk < shape[0]:
+            return [whole]
+        programs, history, step = [], (), self.decoder[1]
+        for name, frames in zip(("decode, first chunk", "decode, chunk"), vae_chunks.chunk_sizes(shape[0], chunk)):
+            piece = self.rows(jnp.float32, shape=(frames, *shape[1:]))
+            programs.append(Program(name, step, (state, piece, history), stay=1,
+                                    beside=(*self.trajectories, *self.unstacked, latents)))
+            history = lie(jax.eval_shape(step, *programs[-1].args)[1], latents.sharding)
+        return programs
+
+    def decode_whole(self, shape: tuple[int, ...]) -> Program:
+        state = lie(self.vae[1], mesh_lib.replicated(self.mesh))
+        return Program("decode", self.decoder[0], (state, self.rows(jnp.float32, shape=shape)), stay=1,
+                       beside=(*self.trajectories, *self.unstacked))
+
+    def encode_text(self) -> Program:
+        """The text encoder on 16 prompts, on one device; it is gone before the weights come."""
+        graph, state = model_dir.abstract("text_encoder", self.preset.text_encoder, dtype=self.settings.dtype)
+        here = jax.sharding.SingleDeviceSharding(self.mesh.devices.flat[0])
+        ids = jax.ShapeDtypeStruct((16, self.text_rows), jnp.int32, sharding=here)
+        return Program("text encoder", pipeline.make_encoder(graph), (lie(state, here), ids, ids))
+
+    # ---- arguments -------------------------------------------------------------------------------------------------
+    def params(self, tree):
+        """Abstract parameters, or what has their shapes, as `mesh.shard_params` lays them."""
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree,
+                            mesh_lib.param_shardings(tree, self.mesh))
+
+    @functools.cached_property
+    def frozen(self):
+        """One expert's base weights; None in full fine-tuning without a reference, as in `grpo.train`."""
+        needed = self.settings.lora is not None or self.recipe.train.kl_weight
+        return self.params(self.policy.base) if needed else None
+
+    @functools.cached_property
+    def trainable(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return self.params(self.policy.trainable)
+
+    @functools.cached_property
+    def state(self) -> TrainState:
+        return self.params(state_shapes(self.policy, self.settings.optimiser))
+
+    def solver_state(self) -> SolverState:
+        x = self.rows(jnp.float32, shape=self.eval_shape)
+        return SolverState(x, (x,) * len(jax.eval_shape(self.solver.init, x).history))
+
+    def trajectory(self, expert: int, *leading: int) -> Trajectory:
+        """Of a rollout batch; with a leading axis, of several."""
+        k = self.trained_steps(expert)
+        x = self.latents(*leading, k)
+        return Trajectory(x, x, self.rows(jnp.float32, *leading, k), jax.ShapeDtypeStruct((*leading, k), jnp.int32),
+                          self.text(*leading), x if self.settings.loss.needs_old_mean else None)
+
+    @functools.cached_property
+    def trajectories(self) -> tuple[Trajectory, ...]:
+        """All of an epoch."""
+        experts = [i for i, name in enumerate(self.preset.experts) if name in self.trained]
+        return tuple(self.trajectory(i) for i in experts for _ in range(self.settings.batches))
+
+    @property
+    def unstacked(self) -> list[jax.ShapeDtypeStruct]:
+        """What the batch under way keeps of its steps before they are stacked; the host dispatches one batch ahead, so
+        it may lie there while another is decoded."""
+        most = max(map(self.trained_steps, range(len(self.preset.experts))))
+        return [self.latents()] * most * (3 if self.settings.loss.needs_old_mean else 2)
+
+    def update_batch(self, expert: int) -> UpdateBatch:
+        m, b = self.micro_batches, self.recipe.sample.batch_size
+        return UpdateBatch(self.trajectory(expert, m), jax.ShapeDtypeStruct((m, b), jnp.float32),
+                           jax.ShapeDtypeStruct((m, b), bool))
+
+    def rows(self, dtype, *leading: int, shape: tuple[int, ...] = ()) -> jax.ShapeDtypeStruct:
+        """[*leading, B, *shape], split over the mesh by B."""
+        sharding = mesh_lib.batch_sharding(self.mesh, len(leading))
+        return jax.ShapeDtypeStruct((*leading, self.recipe.sample.batch_size, *shape), dtype, sharding=sharding)
+
+    def latents(self, *leading: int) -> jax.ShapeDtypeStruct:
+        return self.rows(jnp.float32, *leading, shape=self.shape)
+
+    def text(self, *leading: int) -> TextBatch:
+        """In the text encoder's type, which is the model's."""
+        dtype, rows = self.settings.dtype, (self.text_rows, self.preset.transformer.text_dim)
+        negative = jax.ShapeDtypeStruct((*leading, *rows), dtype, sharding=mesh_lib.replicated(self.mesh))
+        return TextBatch(self.rows(dtype, *leading, shape=rows), negative, pipeline.TEXT_ROWS - self.text_rows)
+
+
+def lie(tree, sharding):
+    """The abstract tree, lying so."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def integer() -> jax.ShapeDtypeStruct:
+    """A Python int."""
+    return jax.ShapeDtypeStruct((), jnp.int32, weak_type=True)
+
+
+def random_key() -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(lambda: jax.random.key(0))

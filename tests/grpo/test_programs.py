@@ -1,0 +1,191 @@
+"""Programs compiled ahead: the loop runs these very ones, they tell what a device must hold, and what cannot fit is
+refused before a weight is read."""
+
+import collections
+import dataclasses
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import wan21_1_3b_ocr, wan22_a14b_ocr, wan22_ti2v_5b_ocr
+from convert.from_diffusers import convert
+from grpo import ahead, settings, train
+from grpo.policy import make_policy
+from grpo.programs import Run
+from grpo.prompts import load_prompts
+from grpo.update import init_state
+from rewards.targets import parse_targets
+from rewards.workers import RewardPool
+from tests import tiny
+from tests.grpo import test_train
+from tests.rewards.pool_rewards import Brightness
+from wan_jax import mesh as mesh_lib
+from wan_jax import model_dir, presets
+from wan_jax.cli import UserError
+from wan_jax.config import TransformerConfig
+
+WIDE = TransformerConfig(num_attention_heads=4, attention_head_dim=64, text_dim=24, freq_dim=32, ffn_dim=512,
+                         num_layers=2)  # its matrices are large enough to be split by fsdp
+GIB = 2**30
+make_mesh = mesh_lib.make_mesh
+
+
+@functools.cache
+def devices_mesh(devices: int, fsdp: int = 1):
+    return make_mesh(fsdp, devices=jax.devices()[:devices])
+
+
+def run_of(module, model, devices=1, fsdp=1, **sample):
+    recipe = module.get_config()
+    recipe.sample.update(sample)
+    return Run(presets.PRESETS[model], recipe, devices_mesh(devices, fsdp), "chunked")
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """start(devices, **{'section.key': value}) -> the arguments of `grpo.train.train` for a tiny model."""
+    def make(devices, **overrides):
+        convert(str(tiny.write_pipeline(tmp_path / "source", seed=3)), tmp_path / "model", "float32")
+        path, _ = test_train.recipe.__wrapped__(tmp_path / "model", tmp_path)
+        namespace = {}
+        exec(path.read_text(), namespace)
+        c = namespace["get_config"]()
+        c.update_from_flattened_dict({"epochs": 2} | overrides)
+        s = settings.from_config(c)
+        monkeypatch.setattr(mesh_lib, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:devices]))
+        prompts = [load_prompts(p, parse_targets) for p in (c.prompts.train, c.prompts.heldout)]
+        return c, s, train.Plan.make(c, s), *prompts, RewardPool(Brightness, workers=0)
+    return make
+
+
+def test_the_loop_runs_what_was_compiled_ahead(start, capsys):
+    """In bfloat16, on two devices that share the weights."""
+    c, s, plan, *rest = start(2, **{"model.dtype": "bfloat16", "mesh.fsdp": 2, "train.updates_per_epoch": 1})
+    seen = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, fun_name="", **__: seen.append(fun_name) if event == ahead.COMPILED else None)
+    train.train(c, s, plan, *rest)
+    run = Run(presets.of_folder(plan.model), c, plan.mesh, plan.backend)
+    ours = collections.Counter(f"jit({program.jitted.__name__})" for program in run.programs())
+    assert ours == {"jit(rollout_step)": 1, "jit(update)": 1, "jit(ode_step)": 1, "jit(decode)": 1}
+    assert {name: seen.count(name) for name in ours} == ours  # once each, by `ahead`
+    out = capsys.readouterr().out
+    assert "memory of a device, GiB: frozen weights" in out and "epoch 2/2" in out
+    assert "compiled again" not in out
+    assert out.index("memory of a device") < out.index("trained parameters")
+
+
+def test_all_weights_without_a_reference_need_no_frozen_ones():
+    run = run_of(wan21_1_3b_ocr, "wan2.1-1.3b")
+    run.recipe.lora.rank = 0
+    assert run.frozen is not None and run.rollout_step().args[1] is run.frozen
+    alone = Run(run.preset, run.recipe.copy_and_resolve_references(), run.mesh, run.backend)
+    alone.recipe.train.kl_weight = 0.0
+    assert alone.update().args[1] is None and ahead.what_stays(alone, False)["frozen weights"] == 0
+
+
+def test_what_compiles_again_is_named():
+    counter = ahead.CompileCounter()
+
+    @jax.jit
+    def wandering(x):
+        return x + 1
+
+    wandering(jnp.zeros(3))
+    assert any("wandering" in name for name in counter.names)
+    counter.clear()
+    wandering(jnp.ones(3))
+    assert counter.warning(2) is None
+    wandering(jnp.zeros(4))
+    assert "epoch 3 compiled again" in counter.warning(3) and "wandering" in counter.warning(3)
+
+
+@pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full"])
+def test_what_stays_is_what_lies_on_a_device(rank):
+    recipe = wan21_1_3b_ocr.get_config()
+    recipe.lora.rank = rank
+    mesh = devices_mesh(8, 4)
+    preset = dataclasses.replace(presets.PRESETS["wan2.1-1.3b"], transformer=WIDE)
+    run = Run(preset, recipe, mesh, "chunked")
+    stays = ahead.what_stays(run, offload=False)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), run.policy.base)
+    frozen = mesh_lib.shard_params(zeros, mesh)
+    _, trainable = make_policy(WIDE, frozen, mesh, lora=run.settings.lora, key=jax.random.key(0), dtype=jnp.bfloat16,
+                               attention="chunked", remat="block")
+    state = init_state(trainable, run.settings.optimiser)
+
+    def there(tree):
+        return sum(shard.data.nbytes for x in jax.tree.leaves(tree) for shard in x.addressable_shards
+                   if shard.device == jax.devices()[0])
+
+    assert stays["frozen weights"] == there(frozen) < sum(x.nbytes for x in jax.tree.leaves(frozen)) / 2
+    assert stays["trained weights, optimiser, average"] == there(state)
+
+
+def test_two_experts():
+    """They share a program where guidance and shapes agree."""
+    run = run_of(wan22_a14b_ocr, "wan2.2-a14b", devices=4)
+    names = [p.name for p in run.programs()]
+    assert names == [f"{what}, {expert}" for what in ("rollout step", "update", "evaluation step")
+                     for expert in ("transformer", "transformer_2")] + ["decode"]
+    updates = [p for p in run.programs() if p.name.startswith("update")]
+    k = [p.args[2].trajectory.x.shape[1] for p in updates]
+    assert k == [run.trained_steps(0), run.trained_steps(1)] and sum(k) == run.recipe.sample.sde_steps and k[0] > k[1]
+    run.recipe.sample.guidance_2 = run.recipe.eval.guidance_2 = None
+    alike = dataclasses.replace(run, recipe=run.recipe)
+    assert [p.name for p in alike.programs()] == ["rollout step", *names[2:4], "evaluation step", "decode"]
+    one, both = (ahead.what_stays(run, offload)["frozen weights"] for offload in (True, False))
+    assert both == 2 * one == 2 * ahead.device_bytes(run.params(run.policy.base))
+    assert ahead.offloads(run, 80 * GIB) and not ahead.offloads(run, 139 * GIB) and not ahead.offloads(run, None)
+
+
+def test_ti2v_5b_and_clips_in_chunks():
+    run = run_of(wan22_ti2v_5b_ocr, "wan2.2-ti2v-5b", devices=4, frames=81, height=704, width=1280, batch_size=4)
+    assert run.shape == (21, 44, 80, 48)
+    first, chunk = run.decode()
+    assert [p.name for p in (first, chunk)] == ["decode, first chunk", "decode, chunk"]
+    assert first.args[2] == () and len(jax.tree.leaves(chunk.args[2])) > 10
+    text = run.text()
+    assert text.embeddings.dtype == text.negative.dtype == jnp.bfloat16
+    assert [p.name for p in run.programs()] == ["rollout step", "update", "evaluation step", first.name, chunk.name]
+
+
+REMEDIES = [({}, 1, 1, "sample.batch_size=8", "mesh.fsdp=1 up"),
+            ({"model.remat": "none"}, 1, 1, "remat=block, or", "fsdp=1"),
+            ({"model.remat": "offload"}, 1, 1, "batch_size=8", "remat="),
+            ({}, 8, 2, "mesh.fsdp=2 up to the 8", "batch_size=8, which"),
+            ({"lora.rank": 0}, 8, 8, "lora.rank=32.", "fsdp=8 up")]
+
+
+@pytest.mark.parametrize("overrides, devices, fsdp, said, unsaid", REMEDIES)
+def test_what_cannot_fit_is_refused_with_the_settings_that_help(overrides, devices, fsdp, said, unsaid):
+    run = run_of(wan21_1_3b_ocr, "wan2.1-1.3b", devices, fsdp)
+    run.recipe.update_from_flattened_dict(overrides)
+    programs = (ahead.Measured("rollout step", 1.0, GIB, 0), ahead.Measured("update", 1.0, 5 * GIB, 2 * GIB))
+    memory = ahead.Memory({"frozen weights": 3 * GIB, "VAE": GIB}, programs)
+    for limit in (None, 11 * GIB):
+        ahead.check_fits(memory, run, False, limit)
+    with pytest.raises(UserError) as error:
+        ahead.check_fits(memory, run, False, 11 * GIB - 1)
+    message = str(error.value)
+    assert "needs 11.0 GiB" in message and "in the update" in message and "frozen weights 3.0" in message
+    assert said in message and unsaid not in message
+
+
+def test_refused_before_a_weight_is_read(start, monkeypatch):
+    arguments = start(1)
+    monkeypatch.setattr(train.memory, "limit", lambda device: 2**20)
+    monkeypatch.setattr(ahead, "measure", lambda program: ahead.Measured(program.name, 0.0, 2**21, 0))
+    monkeypatch.setattr(model_dir, "build", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(UserError, match=r"on each device, in the rollout step .* --config\.sample\.batch_size=4"):
+        train.train(*arguments)
+
+
+def test_data_counts_shards_and_repeats():
+    sharded = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=mesh_lib.batch_sharding(devices_mesh(8)))
+    whole = jax.ShapeDtypeStruct((8, 4), jnp.bfloat16)
+    program = types.SimpleNamespace(args=("stays", sharded, whole), stay=1, beside=(whole, [whole]))
+    assert ahead.data_bytes(program) == 16 + 64 + 2 * 64
