@@ -91,7 +91,7 @@ def defaults() -> ConfigDict:
 
     c.reward = ConfigDict()
     c.reward.rule = "spelling"          # spelling | flow_grpo_image | flow_grpo_video
-    c.reward.engine = "rapidocr"        # rapidocr | paddleocr
+    c.reward.engine = "rapidocr"        # rapidocr | paddleocr | judge: the vision model at reward.servers reads
     c.reward.max_frames = 9             # frames scored of a video
     c.reward.weights = ConfigDict()     # of the rewards; 0: measured and logged, None: not measured
     c.reward.weights.ocr = 1.0          # the spelling
@@ -99,7 +99,15 @@ def defaults() -> ConfigDict:
                  "sharpness", "exposure", "contrast", "compressibility", "flicker", "motion"):
         c.reward.weights[name] = optional_float()  # rewards/quality.py, grpo/combine.py
     c.reward.combine = "rewards"        # rewards | advantages: which are added up (grpo/combine.py)
-    c.reward.workers = 2                # scoring processes; 0 scores in the training process
+    c.reward.workers = 2                # scoring processes; 0 scores in the training process; with servers: how many
+    #                                     videos are sent at the same time, at least the workers of all servers
+    c.reward.servers = ()               # URLs of reward servers (docs/rewards_server.md); none: scored here
+    c.reward.token_env = "REWARD_TOKEN"  # environment variable with the servers' token; the token is stored nowhere
+    c.reward.timeout = 120.0            # seconds until a server that does not answer counts as down
+    c.reward.retries = 3                # further servers asked for the score of one video
+    c.reward.patience = 120.0           # seconds to wait when no server works; then videos are masked and counted
+    c.reward.judge_model = ""           # of engine judge: its name at the servers; "": the only one they have
+    c.reward.judge_question = "transcribe"  # transcribe (scored by the rule) | yes_no | rate (rewards/judge.py)
 
     c.eval = ConfigDict()
     c.eval.every = 20                   # epochs between held-out evaluations; there is one before and one after anyway

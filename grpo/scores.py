@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from grpo import reward_servers
 from grpo.combine import MAIN
 from rewards.base import RewardError
 from rewards.ocr import OCRReward
@@ -17,14 +18,16 @@ from wan_jax.cli import UserError
 
 
 def open_pool(c, weights: dict[str, float]) -> RewardPool:
-    """The scoring processes. Raises `UserError` when the reward cannot be built, e.g. for a missing package."""
-    reward = functools.partial(OCRReward, rule=c.rule, engine=c.engine, max_frames=c.max_frames)
+    """The scoring processes, or the threads that ask servers. Raises `UserError` when the reward cannot be built, e.g.
+    for a missing package."""
     measures = {name: None if name in DERIVED else functools.partial(QualityReward, name)
                 for name in weights if name != MAIN}
-    if measures:
-        reward = functools.partial(SeveralRewards, {MAIN: reward} | measures)
     try:
-        return RewardPool(reward, workers=c.workers)
+        reward = (reward_servers.connect(c) if c.servers else
+                  functools.partial(OCRReward, rule=c.rule, engine=c.engine, max_frames=c.max_frames))
+        if measures:
+            reward = functools.partial(SeveralRewards, {MAIN: reward} | measures)
+        return RewardPool(reward, workers=c.workers, mode="thread" if c.servers else "process")
     except (RewardError, ImportError, ValueError) as error:
         raise UserError(f"the reward cannot be built: {str(error).strip().splitlines()[-1]}") from error
 

@@ -9,6 +9,7 @@ from configs.defaults import defaults
 from grpo.advantages import STDS
 from grpo.combine import COMBINATIONS, MAIN
 from grpo.losses import OBJECTIVES, LossConfig
+from grpo.reward_servers import JUDGE, JUDGE_QUESTIONS, check_settings
 from grpo.rollout import CREDITS, WINDOWS
 from grpo.update import OptimiserConfig
 from rewards.ocr import RULES
@@ -31,17 +32,20 @@ REQUIRED = ("run_dir", "model.path", "prompts.train", "prompts.heldout")
 CHOICES = {"model.dtype": DTYPES, "model.attention": BACKENDS, "model.remat": REMAT_POLICIES,
            "model.offload": OFFLOAD,
            "sample.sde_window": WINDOWS, "train.credit": CREDITS, "train.objective": OBJECTIVES,
-           "train.advantage_std": STDS, "reward.rule": RULES, "reward.engine": ENGINES,
-           "eval.solver": SOLVERS, "reward.combine": COMBINATIONS}
+           "train.advantage_std": STDS, "reward.rule": RULES, "reward.engine": (*ENGINES, JUDGE),
+           "reward.judge_question": JUDGE_QUESTIONS, "eval.solver": SOLVERS,
+           "reward.combine": COMBINATIONS}
 AT_LEAST = {"epochs": 1, "lora.rank": 0, "mesh.fsdp": 0, "mesh.context": 0, "sample.frames": 1, "sample.steps": 1,
             "sample.groups": 1, "sample.group_size": 2, "sample.batch_size": 1, "sample.sde_window_epochs": 1,
             "train.updates_per_epoch": 1, "train.warmup_updates": 0,
             "train.weight_decay": 0, "reward.max_frames": 2, "reward.workers": 0,
+            "reward.retries": 0, "reward.patience": 0,
             "eval.every": 1, "eval.num_prompts": 2, "eval.frames": 0, "eval.steps": 1, "eval.previews": 0,
             "save.every": 1, "save.keep": 1}
 # a resumed run may differ from its checkpoint in these: they do not change what an epoch computes
-FREE = ("epochs", "run_dir", "eval.", "save.", "reward.workers", "model.path", "model.offload", "prompts.heldout",
-        "mesh.", "train.offload_optimiser")
+FREE = ("epochs", "run_dir", "eval.", "save.", "reward.workers", "reward.servers", "reward.token_env", "reward.timeout",
+        "reward.retries", "reward.patience", "model.path", "model.offload", "prompts.heldout", "mesh.",
+        "train.offload_optimiser")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +73,7 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
     for key, least in AT_LEAST.items():
         if not values[key] >= least:
             raise UserError(f"config.{key}={values[key]} must be at least {least}")
+    check_settings(c.reward)
     tolerance = c.train.ratio_tolerance
     if tolerance is not None and not tolerance >= 0:
         raise UserError(f"config.train.ratio_tolerance={tolerance} must be at least 0, or None")

@@ -199,6 +199,10 @@ class OCRReward:
         self.rule, self.max_frames = RULES[rule], max_frames
         self.engine = make_engine(engine, **(engine_options or {})) if isinstance(engine, str) else engine
 
+    def close(self) -> None:
+        """Ends the waiting of an engine that waits for others, as a judge's does."""
+        getattr(self.engine, "close", lambda: None)()
+
     def score(self, frames: np.ndarray, targets: Sequence[str]) -> Score:
         """`frames` uint8 [T, H, W, 3] RGB (an image has T = 1); `targets` as `parse_targets(prompt)` returns
         them."""

@@ -33,6 +33,11 @@ class SeveralRewards:
     def __init__(self, makers: Mapping[str, Callable[[], Reward]]):
         self.rewards = {name: make and make() for name, make in makers.items()}
 
+    def close(self) -> None:
+        """Ends the waiting of those that wait for others."""
+        for reward in self.rewards.values():
+            getattr(reward, "close", lambda: None)()
+
     def score(self, frames: np.ndarray, record: Any) -> Score:
         (main, first), *others = self.rewards.items()
         score = first.score(frames, record)

@@ -62,13 +62,16 @@ class _Outcome:
 
 
 class PendingScores:
-    """The future of one submitted batch."""
+    """The future of one submitted batch.
+
+    futures: one for each video, to wait for them in another way, or to cancel those that have not begun.
+    """
 
     def __init__(self, futures: list[concurrent.futures.Future], submitted: float):
-        self._futures, self._submitted = futures, submitted
+        self.futures, self._submitted = futures, submitted
 
     def done(self) -> bool:
-        return all(future.done() for future in self._futures)
+        return all(future.done() for future in self.futures)
 
     def result(self, timeout: float | None = None) -> BatchScores:
         """Waits for the batch; `TimeoutError` after `timeout` seconds, `RewardError` if the pool was
@@ -78,13 +81,13 @@ class PendingScores:
             # Not concurrent.futures.wait: it waits for ever for a future that was cancelled by a shutdown.
             outcomes: list[_Outcome] = [
                 future.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
-                for future in self._futures]
+                for future in self.futures]
         except concurrent.futures.CancelledError:
             raise RewardError("the reward pool was closed before this batch was scored: "
                               "take the result first") from None
         except TimeoutError:
-            late = sum(not future.done() for future in self._futures)
-            raise TimeoutError(f"{late} of {len(self._futures)} videos not scored within {timeout} s; "
+            late = sum(not future.done() for future in self.futures)
+            raise TimeoutError(f"{late} of {len(self.futures)} videos not scored within {timeout} s; "
                                f"use more workers, fewer frames, or wait longer") from None
         scores = [outcome.score for outcome in outcomes]
         valid = np.array([score is not None for score in scores], bool)
@@ -111,13 +114,11 @@ class _Scorer(Protocol):
 
 
 class _LocalScorer:
-    """A reward in this process."""
+    """A reward in this process. One that waits for others has a `close` of its own, which ends the waiting."""
 
     def __init__(self, make_reward: Callable[[], Reward]):
-        self.score = make_reward().score
-
-    def close(self) -> None:
-        pass
+        reward = make_reward()
+        self.score, self.close = reward.score, getattr(reward, "close", lambda: None)
 
 
 class _ProcessScorer:
@@ -217,7 +218,7 @@ class RewardPool:
             raise ValueError(f"unknown mode {mode!r} of the reward pool: choose one of {', '.join(MODES)}")
         if workers < 0 or (mode == "inline" and workers > 0):
             raise ValueError(f"workers={workers} with mode={mode!r}: must be 0 or more, and 0 if inline")
-        self._closed = False
+        self.workers, self._closed = workers, False
         self._idle: queue.SimpleQueue[_Scorer] = queue.SimpleQueue()
         self._executor = concurrent.futures.ThreadPoolExecutor(workers, "reward") if workers else None
         if mode == "process" and workers:

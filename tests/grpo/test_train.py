@@ -21,6 +21,7 @@ from convert.export_lora import export
 from convert.from_diffusers import convert
 from grpo import run_log, settings
 from tests import tiny
+from tests.rewards.serving import TOKEN, Command
 from wan_jax.checkpoint import Checkpoints, load_trained
 from wan_jax.cli import UserError
 
@@ -288,6 +289,21 @@ def test_workers_score_the_same(whole, recipe):
     assert_same(result(run), result(whole[1]))
 
 
+def test_servers_score_the_same_and_one_may_die(whole, recipe, monkeypatch):
+    pytest.importorskip("fastapi")
+    config, run = recipe
+    monkeypatch.setenv("REWARD_TOKEN", TOKEN)
+    with Command("--workers=1") as one, Command("--workers=1") as other:
+        process = start(config, f"reward.servers={(one.url(), other.url())!r}", "reward.workers=2")
+        while not (line := process.stdout.readline()).startswith("epoch 1/"):
+            assert line, process.stderr.read()
+        one.kill()
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    assert "is not used for now" in err and TOKEN not in out + err + (run / "config.json").read_text()
+    assert_same(result(run), result(whole[1]))
+
+
 @pytest.fixture(scope="module")
 def two_experts(tmp_path_factory):
     root = tmp_path_factory.mktemp("two_experts")
@@ -387,7 +403,8 @@ BAD = [
     ("train.learning_rate=-1", "learning_rate"), ("train.ema_decay=1.5", "ema_decay"), ("lora.rank=-2", "rank"),
     ("lora.targets=()", "targets"), ("eval.num_prompts=1", "num_prompts=1"), ("reward.rule=exact", "spelling"),
     ("reward.engine=tesseract", "rapidocr"), ("reward.workers=-1", "workers=-1"),
-    ("reward.max_frames=0", "max_frames=0"),
+    ("reward.max_frames=0", "max_frames=0"), ("reward.retries=-1", "retries=-1"),
+    ("reward.engine=judge", "config.reward.servers=()"), ("reward.judge_question=why", "transcribe, yes_no, rate"),
     ("sample.noise_level=-0.5", "noise_level"), ("model.remat=all", "none, block, save_matmuls"),
     ("epochs=0", "epochs=0"), ("sample.sde_window=left", "progressive"), ("train.objective=ppo", "guard"),
     ("eval.solver=heun", "euler"), ("model.attention=flash", "cudnn"), ("save.keep=0", "keep=0"),

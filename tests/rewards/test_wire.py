@@ -1,0 +1,99 @@
+import json
+import math
+import pickle
+import struct
+import sys
+
+import numpy as np
+import pytest
+
+from rewards.base import RewardError, Score
+from rewards.wire import MAGIC, Limits, WireError, decode_request, decode_scores, encode_request, encode_scores
+from rewards.workers import BatchScores
+
+VIDEOS = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5, 3), np.uint8)
+RECORDS = [("OPEN", "早安"), {"targets": ("A",), "weight": 0.1, "none": None}]
+
+
+def framed(header, pixels=b""):
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<8sI", MAGIC, len(header)) + header + pixels
+
+
+def body_of(**changes):
+    return framed({"shape": [2, 3, 4, 5, 3], "dtype": "uint8", "records": [["A"], ["B"]]} | changes, VIDEOS.tobytes())
+
+
+def test_a_request_arrives_as_it_was_sent():
+    for videos in (VIDEOS, VIDEOS[:, :, ::-1, 1:4]):     # also what does not lie in one piece
+        got, found = decode_request(b"".join(encode_request(videos, RECORDS)), Limits())
+        assert got.dtype == np.uint8 and np.array_equal(got, videos) and found == RECORDS
+
+
+def test_pixels_are_not_copied():
+    body = b"".join(encode_request(VIDEOS, RECORDS))
+    assert np.shares_memory(decode_request(body, Limits())[0], np.frombuffer(body, np.uint8))
+    assert np.shares_memory(np.frombuffer(encode_request(VIDEOS, RECORDS)[2], np.uint8), VIDEOS)
+
+
+def test_scores_arrive_bit_for_bit():
+    third, tiny = 1 / 3, math.ulp(0.0)
+    scores = [Score(third, 'a "quoted" | ü \ud800 早', (0, 4), (tiny, sys.float_info.max), ("x", ""),
+                    (("ocr", third), ("flicker", 0.0))), None,
+              Score(np.float64(0.1) + np.float64(0.2), frames=(np.int64(3),), frame_values=(np.float64(third),))]
+    values = np.array([s.value if s else np.nan for s in scores])
+    errors = ["", "Traceback\n  line 1\nValueError: why\n", ""]
+    batch = BatchScores(values, ~np.isnan(values), [], {}, scores, errors, failures=1, retries=1, seconds=0.0)
+    got = decode_scores(json.loads(encode_scores(batch)), 3)
+    assert got[0] == scores[0] and got[2] == scores[2] and type(got[2].value) is float
+    assert isinstance(got[1], RewardError) and str(got[1]).endswith("ValueError: why")
+
+
+def test_a_record_that_json_cannot_hold_is_refused():
+    with pytest.raises(RewardError, match=r"cannot be sent.*set"):
+        encode_request(VIDEOS, [{"A"}, "B"])
+
+
+@pytest.mark.parametrize("answer", [None, [], {}, {"scores": 3}, {"scores": []}, {"scores": [{"valid": True}]},
+                                    {"scores": [{"valid": True, "value": "1"}]}, {"scores": [{"valid": False}]},
+                                    {"scores": [{"valid": True, "value": 1.0}] * 2}])
+def test_answers_of_another_kind_are_refused(answer):
+    with pytest.raises(RewardError, match="not the scores of 1 videos"):
+        decode_scores(answer, 1)
+
+
+@pytest.mark.parametrize("body, status, message", [
+    (b"", 415, "begins with b''"),
+    (pickle.dumps(VIDEOS), 415, "docs/rewards_server.md"),
+    (b"PK\x03\x04 an npz file", 415, "begins with b'PK"),
+    (MAGIC, 415, "begins with"),
+    (struct.pack("<8sI", MAGIC, 100) + b"{}", 400, "100 bytes announced, 2 there"),
+    (struct.pack("<8sI", MAGIC, 2 ** 31), 413, "limit of 1048576"),
+    (framed(b"{"), 400, "not JSON"),
+    (framed(b"\xff\xfe"), 400, "not JSON"),
+    (framed(b"[" * 100_000), 400, "not JSON"),
+    (framed(pickle.dumps({"shape": [1]})), 400, "not JSON"),
+    (framed([1, 2]), 400, "must be"),
+    (framed({"shape": [1, 1, 1, 1, 3]}), 400, "must be"),
+    (body_of(dtype="float32"), 422, "'float32' is not taken"),
+    (body_of(dtype="object"), 422, "send uint8"),
+    (body_of(shape=[3, 4, 5, 3]), 422, "is not"),
+    (body_of(shape=[2, 3, 4, 5, 4]), 422, "is not"),
+    (body_of(shape=[0, 3, 4, 5, 3]), 422, "no empty axis"),
+    (body_of(shape=[2, 3, 4, -5, 3]), 422, "no empty axis"),
+    (body_of(shape=[2, 3, 4, 5.0, 3]), 422, "is not"),
+    (body_of(shape=[True, 3, 4, 5, 3]), 422, "is not"),
+    (body_of(shape="2,3,4,5,3"), 422, "is not"),
+    (body_of(shape=[65, 1, 1, 1, 3]), 413, "videos = 65 is more than the limit of 64"),
+    (body_of(shape=[2, 2000, 4, 5, 3]), 413, "frames = 2000"),
+    (body_of(shape=[2, 3, 10 ** 30, 5, 3]), 413, "height = 1"),
+    (body_of(shape=[2, 3, 4, 4097, 3]), 413, "width = 4097 is more than the limit of 4096"),
+    (body_of(records=[["A"]]), 422, "2 videos but 1 records"),
+    (body_of(records="AB"), 422, "2 videos but str records"),
+    (body_of()[:-1], 400, "360 bytes of pixels, but 359 follow"),
+    (body_of() + b"x", 400, "but 361 follow"),
+])
+def test_malformed_requests(body, status, message):
+    with pytest.raises(WireError, match=message.replace("(", r"\(")) as error:
+        decode_request(body, Limits())
+    assert error.value.status == status and len(str(error.value)) < 400
