@@ -24,8 +24,9 @@ def defaults() -> ConfigDict:
     c.model.dtype = "bfloat16"          # of the transformer's weights and matrix products
     c.model.attention = "auto"          # auto | xla | chunked | cudnn | pallas (wan_jax/attention.py)
     c.model.offload = "auto"            # auto | never | always: the idle expert of two waits in host memory
-    c.model.remat = "block"             # none | save_matmuls | block | offload: how much of each block the backward
-    #                                     pass computes again (wan_jax/transformer.py): less time or less memory
+    c.model.remat = "auto"              # none | save_matmuls | block | offload: how much of each block the backward
+    #                                     pass computes again (wan_jax/transformer.py): less time or less memory; auto:
+    #                                     save_matmuls where that fits (grpo/devices.py), else block
 
     c.lora = ConfigDict()
     c.lora.rank = 32                    # 0 trains all weights

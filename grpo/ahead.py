@@ -120,8 +120,8 @@ def remedies(run: Run, offload: bool) -> Sequence[str]:
     if c.sample.batch_size > shards:
         found.append(f"Lower --config.sample.batch_size={c.sample.batch_size}, which is "
                      f"{c.sample.batch_size // shards} videos a device.")
-    if c.model.remat != "offload":
-        found.append("Set --config.model.remat=offload." if c.model.remat == "block" else
+    if run.remat != "offload":
+        found.append("Set --config.model.remat=offload." if run.remat == "block" else
                      "Set --config.model.remat=block, or offload.")
     if run.mesh.shape["fsdp"] < devices:
         found.append(f"Raise --config.mesh.fsdp={run.mesh.shape['fsdp']} up to the {devices} devices.")

@@ -226,16 +226,17 @@ def main(_):
         trained = len(set(preset.experts) & set(c.train.experts))
         mesh, spread = choose_mesh(c, settings.from_config(c), preset.transformer, experts=len(preset.experts),
                                    trained=trained, devices=target.devices, memory=target.limit)
-        run = Run(preset, c, mesh, "chunked", rows)
+        run = Run(preset, c, mesh, "chunked", rows, target.limit)
         backend, notes = compiled_backend(c.model.attention, target, run.settings.dtype,
                                           preset.transformer.attention_head_dim)
-        run = dataclasses.replace(run, backend=backend)
+        run = dataclasses.replace(changed(run, model=dict(remat=run.remat)), backend=backend)
         offload, shape = ahead.offloads(run, target.limit), run.shape
     label = target.kind.label if target.kind else target.devices[0].device_kind
     say(f"{source} on {mesh.size} x {label}: {c.sample.batch_size} clips of {c.sample.frames} x {c.sample.height} x "
         f"{c.sample.width} a batch ({run.tokens} tokens each), latents {' x '.join(map(str, shape))}, prompts of "
         f"{run.text_rows} tokens", spread,
-        f"compiled by {target.compiler}, attention {backend}, weights {c.model.dtype}", *target.notes, *notes)
+        f"compiled by {target.compiler}, attention {backend}, weights {c.model.dtype}, "
+        f"rematerialisation {run.remat}", *target.notes, *notes)
 
     # ---- memory ---------------------------------------------------------------------------------------------------
     needed = compile_all(run, target, offload)
@@ -259,13 +260,14 @@ def main(_):
         say("largest clips: not searched, dense attention needs memory quadratic in the tokens")
     else:
         update = next(p for p in needed.programs if p.name.startswith("update"))
-        points = [Point(run.tokens, update.work)]
-        points += [p for p in search_points(run, target) if p.tokens != run.tokens]
+        lean = changed(run, model=dict(remat="block")) if c.model.remat == "auto" else run  # as 'auto' falls back to
+        points = [Point(run.tokens, update.work)] if lean.remat == run.remat else []
+        points += [p for p in search_points(lean, target) if p.tokens not in {q.tokens for q in points}]
         share = c.sample.batch_size // mesh_lib.batch_shards(mesh)
         say(f"largest clips at {share} videos a device, of {', '.join(map(str, FRAMES))} "
             f"frames (update compiled at {', '.join(str(p.tokens) for p in points)} tokens, lines between; decoder by "
             "wan_jax/vae_chunks.py):")
-        say(*largest_clips(run, needed.base, target.limit, points))
+        say(*largest_clips(lean, needed.base, target.limit, points))
     say(f"planned in {time.time() - start:.0f} s")
 
 

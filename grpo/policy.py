@@ -22,9 +22,12 @@ from wan_jax.transformer import WanTransformer3D
 
 Flat = dict[str, jax.Array]
 
-# Of rollout and update: XLA may otherwise leave out roundings to bfloat16 inside what it fuses, which differs between
-# the two. Without this the first update's ratio was off by 6e-4 (bfloat16, 2048 latents a video), with it by 2e-5.
-COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
+# Of rollout and update. XLA may otherwise leave out roundings to bfloat16 inside what it fuses, which differs between
+# the two: without the first option the first update's ratio was off by 6e-4 (bfloat16, 2048 latents a video), with it
+# by 2e-5. Large products are the vendor's library's (cuBLASLt, hipBLASLt), where bias, GELU and the adapters' share
+# are part of the product; Triton's would leave them to kernels of their own.
+COMPILER_OPTIONS = {"xla_allow_excess_precision": False, "xla_gpu_enable_triton_gemm": False,
+                    "xla_gpu_enable_cublaslt": True}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from grpo import offload, settings, update
+from grpo import devices, offload, settings, update
 from grpo.policy import make_structure
 from grpo.rollout import StepTable, Trajectory, initial_noise, make_step, step_quotas
 from grpo.update import TrainState, UpdateBatch, state_shapes
@@ -38,13 +38,15 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A training run before it has weights: a model, a recipe, a mesh and an attention backend."""
+    """A training run before it has weights: a model, a recipe, a mesh, an attention backend, and the memory of a device
+    in bytes, None where it is not known."""
 
     preset: presets.Preset
     recipe: ml_collections.ConfigDict
     mesh: jax.sharding.Mesh
     backend: str
     text_rows: int = TEXT_ROWS  # St of every batch
+    memory: int | None = None
 
     # ---- what follows from the recipe ------------------------------------------------------------------------------
     @functools.cached_property
@@ -71,6 +73,12 @@ class Run:
         """S of one video in training."""
         frames, height, width, _ = self.shape
         return frames * (height // 2) * (width // 2)
+
+    @functools.cached_property
+    def remat(self) -> str:
+        """What the backward pass computes again, one of `REMAT_POLICIES`."""
+        return devices.choose_remat(self.recipe, self.settings, self.preset.transformer, self.mesh, tokens=self.tokens,
+                                    experts=len(self.preset.experts), trained=len(self.trained), memory=self.memory)
 
     @functools.cached_property
     def schedule(self) -> Schedule:
@@ -105,7 +113,7 @@ class Run:
     @functools.cached_property
     def policy(self):
         return make_structure(self.preset.transformer, lora=self.settings.lora, dtype=self.settings.dtype,
-                              attention=self.backend, remat=self.recipe.model.remat, mesh=self.mesh)
+                              attention=self.backend, remat=self.remat, mesh=self.mesh)
 
     @functools.cached_property
     def table(self) -> StepTable:

@@ -29,7 +29,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # or text is far above either.
 RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-3}
 REQUIRED = ("run_dir", "model.path", "prompts.train", "prompts.heldout")
-CHOICES = {"model.dtype": DTYPES, "model.attention": BACKENDS, "model.remat": REMAT_POLICIES,
+CHOICES = {"model.dtype": DTYPES, "model.attention": BACKENDS, "model.remat": ("auto", *REMAT_POLICIES),
            "model.offload": OFFLOAD,
            "sample.sde_window": WINDOWS, "train.credit": CREDITS, "train.objective": OBJECTIVES,
            "train.advantage_std": STDS, "reward.rule": RULES, "reward.engine": (*ENGINES, JUDGE),

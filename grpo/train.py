@@ -147,11 +147,12 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     hosts.stage("compiling")
     with cli.user_input():
         text_rows = hosts.from_first(lambda: pipeline.text_rows(model, everything.prompts, c.prompts.negative))
-        run = Run(presets.of_folder(model), c, mesh, plan.backend, text_rows)
         limit = memory.limit(mesh.local_devices[0])
+        run = Run(presets.of_folder(model), c, mesh, plan.backend, text_rows, limit)
         offload = ahead.offloads(run, limit)
         steps, updates, eval_steps = run.steps, run.updates, run.eval_steps  # jitted, one an expert
     if (restored or 0) < c.epochs:
+        say(f"rematerialisation: {run.remat}")
         needed = ahead.compile_all(run, offload, functools.partial(bar, desc="compiling"))
         say(*needed.table(limit), sep="\n")
         ahead.check_fits(needed, run, offload, limit)
@@ -174,7 +175,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         for i, name in enumerate(model.experts):
             expert_key = jax.random.fold_in(key, 0) if i == 0 else jax.random.fold_in(key, 2)
             _, start[name] = make_policy(config, weights(i), mesh, lora=s.lora, key=expert_key, dtype=s.dtype,
-                                         attention=plan.backend, remat=c.model.remat)
+                                         attention=plan.backend, remat=run.remat)
             if plan.adapters is not None:
                 start[name] = {k: mesh_lib.place(plan.adapters[name][k], v.sharding) for k, v in start[name].items()}
     if s.lora is None and not c.train.kl_weight:

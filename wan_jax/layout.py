@@ -116,8 +116,9 @@ def split_axes(state: nnx.State, mesh: Mesh) -> list[tuple[str, int]]:
 
 
 def saved_but_gathers(primitive, *_, **__) -> bool:
-    """Policy of `jax.checkpoint`: keeps what it would keep without it, but no gathered weights."""
-    return primitive.name != "all_gather"
+    """Policy of `jax.checkpoint`: keeps what it would keep without it, but no gathered weights, nor several beside each
+    other (`layers.joined`)."""
+    return primitive.name not in ("all_gather", "concatenate")
 
 
 def self_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, backend: str, tokens: int | None) -> jax.Array:

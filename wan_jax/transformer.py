@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from wan_jax.attention import attention
 from wan_jax.config import TransformerConfig
-from wan_jax.layers import MATMUL, LayerNorm, Linear, RMSNorm, layer_norm
+from wan_jax.layers import MATMUL, LayerNorm, Linear, LoRAParam, RMSNorm, joined, layer_norm
 from wan_jax.layout import saved_but_gathers, self_attention
 
 Array = jax.Array
@@ -105,9 +105,11 @@ class Attention(nnx.Module):
         def split(y):
             return y.reshape(*y.shape[:2], self.heads, -1)
 
-        q = split(self.norm_q(self.to_q(x)))
-        k = split(self.norm_k(self.to_k(context)))
-        v = split(self.to_v(context))
+        if rope is None:
+            q, (k, v) = self.to_q(x), joined([self.to_k, self.to_v], context)
+        else:
+            q, k, v = joined([self.to_q, self.to_k, self.to_v], x)
+        q, k, v = split(self.norm_q(q)), split(self.norm_k(k)), split(v)
         if rope is None:
             out = attention(q, k, v, backend=self.backend, key_counts=key_counts)
         else:
@@ -117,18 +119,24 @@ class Attention(nnx.Module):
 
 
 class GELUProjection(nnx.Module):
-    """The first half of the feed-forward network: dense, then tanh-approximated GELU (`ffn.net.0`)."""
+    """The first half of the feed-forward network: dense, then tanh-approximated GELU (`ffn.net.0`).
 
-    def __init__(self, d: int, f: int, *, dtype, rngs: nnx.Rngs):
+    saved: the update keeps the dense layer's result, rounded to `dtype`, so that GELU cannot be part of its product, as
+    it may be in a rollout. The rollout then rounds too, or the first update's ratio would be off by 1e-4 in bfloat16.
+    """
+
+    def __init__(self, d: int, f: int, *, saved: bool, dtype, rngs: nnx.Rngs):
         self.proj = Linear(d, f, dtype=dtype, rngs=rngs)
+        self.saved = saved
 
     def __call__(self, x: Array) -> Array:
-        return jax.nn.gelu(self.proj(x), approximate=True)
+        y = self.proj(x)
+        return jax.nn.gelu(jax.lax.optimization_barrier(y) if self.saved else y, approximate=True)
 
 
 class FeedForward(nnx.Module):
-    def __init__(self, config: TransformerConfig, *, dtype, rngs: nnx.Rngs):
-        self.net_0 = GELUProjection(config.width, config.ffn_dim, dtype=dtype, rngs=rngs)
+    def __init__(self, config: TransformerConfig, *, saved: bool, dtype, rngs: nnx.Rngs):
+        self.net_0 = GELUProjection(config.width, config.ffn_dim, saved=saved, dtype=dtype, rngs=rngs)
         self.net_2 = Linear(config.ffn_dim, config.width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
@@ -138,13 +146,13 @@ class FeedForward(nnx.Module):
 class Block(nnx.Module):
     """Modulated self-attention, cross-attention to the text, modulated feed-forward."""
 
-    def __init__(self, config: TransformerConfig, *, dtype, backend: str, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, *, dtype, backend: str, saved: bool, rngs: nnx.Rngs):
         d = config.width
         self.scale_shift_table = nnx.Param(jax.random.normal(rngs.params(), (1, 6, d), jnp.float32) * d**-0.5)
         self.attn1 = Attention(config, dtype=dtype, backend=backend, rngs=rngs)
         self.norm2 = LayerNorm(d, eps=config.eps)
         self.attn2 = Attention(config, dtype=dtype, backend=backend, rngs=rngs)
-        self.ffn = FeedForward(config, dtype=dtype, rngs=rngs)
+        self.ffn = FeedForward(config, saved=saved, dtype=dtype, rngs=rngs)
         self.eps = config.eps
         self.gather = None  # set by layout.attach
 
@@ -223,7 +231,7 @@ class WanTransformer3D(nnx.Module):
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
         def make_blocks(rngs):
-            return Block(config, dtype=dtype, backend=attention, rngs=rngs)
+            return Block(config, dtype=dtype, backend=attention, saved=remat in ("none", "save_matmuls"), rngs=rngs)
 
         self.patch_embedding = Linear(patch * config.in_channels, d, dtype=dtype, rngs=rngs)
         self.condition_embedder = ConditionEmbedder(config, dtype=dtype, rngs=rngs)
@@ -265,15 +273,16 @@ class WanTransformer3D(nnx.Module):
         x = self.patch_embedding(x)  # [B,S,D]
         temb, modulation, context = self.condition_embedder(timesteps, text)
         modulation = modulation.astype(jnp.float32)
-        graphdef, params = nnx.split(self.blocks)
+        graphdef, adapters, params = nnx.split(self.blocks, LoRAParam, ...)
+        adapters = jax.tree.map(lambda factor: factor.astype(self.dtype), adapters)  # of all blocks at once
 
         def run_block(x, block_params):
             x = checkpoint_name(x, RESIDUAL)
-            return nnx.merge(graphdef, block_params)(x, context, modulation, rope, key_counts), None
+            return nnx.merge(graphdef, *block_params)(x, context, modulation, rope, key_counts), None
 
         if policy := REMAT_POLICIES[self.remat]:
             run_block = jax.checkpoint(run_block, prevent_cse=False, policy=policy)
-        x, _ = jax.lax.scan(run_block, x, params)
+        x, _ = jax.lax.scan(run_block, x, (adapters, params))
 
         m = self.scale_shift_table[...] + temb.astype(jnp.float32)[:, None]  # [B,2,D]
         x = (layer_norm(x, config.eps) * (1 + m[:, 1:]) + m[:, :1]).astype(self.dtype)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from configs import wan21_1_3b_ocr
 from configs.defaults import defaults
-from grpo import devices, offload, run_state
+from grpo import devices, offload, run_state, settings
 from grpo.losses import LossConfig
 from grpo.policy import make_structure
 from grpo.rollout import Trajectory
@@ -212,3 +213,25 @@ def test_bytes_that_a_run_holds():
     assert per_parameter(trained=0) == 4  # an evaluation
     assert per_parameter(2, 2, kl=True) == 4 + 4 + 2 * 16 + 4
     assert per_parameter(2, 1, kl=True, offload="never") == 2 * 4 + 4 + 16 + 4
+
+
+def test_what_is_computed_again_follows_the_memory():
+    """1.3B, 9 pictures of 512x512: 7 x 1536 + 8960 values of 30 layers for 1,024 tokens, twice with guidance."""
+    c = wan21_1_3b_ocr.get_config()
+    c.sample.frames, c.sample.height, c.sample.width, c.sample.batch_size = 1, 512, 512, 9
+    config = presets.PRESETS["wan2.1-1.3b"].transformer
+    mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+    kept = 2 * 9 * 1024 * 30 * (7 * 1536 + 8960) * 2
+
+    def chosen(memory, mesh=mesh):
+        return devices.choose_remat(c, settings.from_config(c), config, mesh, tokens=1024, experts=1, trained=1,
+                                    memory=memory)
+
+    state = devices.state_of(c, settings.from_config(c), config, 1, 1)
+    assert chosen(None) == "block"
+    least = (kept + state) / devices.SHARE
+    assert chosen(least + 1e6) == "save_matmuls" and chosen(least - 1e6) == "block"
+    c.sample.guidance = 1.0
+    assert chosen(least - 1e6) == "save_matmuls" and chosen((kept / 2 + state) / devices.SHARE - 1e6) == "block"
+    c.model.remat = "none"
+    assert chosen(None) == chosen(1.0) == "none"
