@@ -32,6 +32,7 @@ from wan_jax import pipeline
 from wan_jax.experts import Segment
 from wan_jax.schedule import flow_sigmas
 from wan_jax.sde import SDEConfig
+from wan_jax.transformer import REMAT_POLICIES
 
 
 class Clock:
@@ -54,7 +55,7 @@ class Epoch:
 
     def __init__(self, f, pool: RewardPool):
         self.f, self.pool = f, pool
-        self.policy = RandomPolicy.draw(f.size, f.dtype, "block")
+        self.policy = RandomPolicy.draw(f.size, f.dtype, f.remat)
         table = StepTable.make(flow_sigmas(f.steps, workload.SHIFT), SDEConfig("flow_grpo_wan"))
         optimiser = OptimiserConfig()
         self.step = make_step(self.policy.policy, table, f.guidance)
@@ -125,6 +126,7 @@ if __name__ == "__main__":
     workload.define_flags(guidance=4.5, kl=0.004)
     workload.define_epoch_flags()
     flags.DEFINE_string("dtype", "bfloat16", "of weights and matrix products")
+    flags.DEFINE_enum("remat", "save_matmuls", list(REMAT_POLICIES), "what the backward pass computes again")
     flags.DEFINE_integer("epochs", 2, "how many; the last one counts")
     flags.DEFINE_integer("workers", 14, "scoring processes")
     app.run(main)

@@ -143,6 +143,6 @@ if __name__ == "__main__":
     workload.define_flags(guidance=1.0, kl=0.0)
     flags.DEFINE_integer("micro", 1, "rollout batches in an update")
     flags.DEFINE_string("dtype", "bfloat16", "of weights and matrix products")
-    flags.DEFINE_enum("remat", "block", list(REMAT_POLICIES), "recomputation")
+    flags.DEFINE_enum("remat", "save_matmuls", list(REMAT_POLICIES), "what the backward pass computes again")
     flags.DEFINE_bool("profile", False, "list the kernels by time")
     app.run(main)

@@ -8,8 +8,9 @@ call with other works or sides adds to it. `--works=` alone prints the table aga
 work has --limit seconds for all its processes. Before the works that decode, ours runs once for XLA's search for
 convolutions: its scratch memory is not what decoding takes, and the programs found are kept in OUT/compiled.
 
-Ratios are the peer's time over ours. MFU is of the nominal 989 TFLOP/s; the bars' MFU is of the 790 that a large
-bf16 product reached on an H200, as they were set. An epoch's figures are of one video.
+`ours-block` computes whole blocks again in the backward pass, as the peer does; `ours` keeps the dense layers' results,
+as training does where they fit. Ratios are the peer's time over ours. MFU is of the nominal 989 TFLOP/s; the bars' MFU
+is of the 790 that a large bf16 product reached on an H200, as they were set. An epoch's figures are of one video.
 """
 
 import dataclasses
@@ -26,7 +27,8 @@ from benchmarks.workload import MEASURED, NOMINAL, Record, Stage
 
 PEERS = {"autocast": "--mode=autocast", "bf16": "--mode=bf16", "bf16-compile": "--mode=bf16-compile",
          "bf16-compile-cudnn": "--mode=bf16-compile --attention=_native_cudnn"}
-SIDES = ("ours", *PEERS)
+OURS = {"ours": "", "ours-block": "--remat=block"}
+SIDES = (*OURS, *PEERS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Work:
     bars: tuple[Bar, ...]
     ours: str = ""  # arguments of ours alone
     search: str | None = None  # arguments of a first run of ours, for XLA's search
+    own: tuple[str, ...] = ("ours",)  # of OURS
 
 
 IMAGE = "--height=512 --width=512 --frames=1 --batch=9"
@@ -60,15 +63,16 @@ UPDATE = Bar("update", "autocast", 2.2), Bar("update", "best", 2.0), Bar("update
 WORKS = {
     "1.3b-image": Work(
         "1.3B, 9 x 1 x 512 x 512", "full_size", "steps", f"--size=1.3b {IMAGE}", STEPS, tuple(PEERS),
-        (Bar("rollout", "autocast", 2.5), Bar("rollout", "best", 2.0), Bar("rollout", "mfu", 0.65), *UPDATE, *MEMORY)),
+        (Bar("rollout", "autocast", 2.5), Bar("rollout", "best", 2.0), Bar("rollout", "mfu", 0.65), *UPDATE, *MEMORY),
+        own=tuple(OURS)),
     "1.3b-clip": Work(
         "1.3B, 8 x 33 x 240 x 416", "full_size", "steps", "--size=1.3b --height=240 --width=416 --frames=33 --batch=8",
-        STEPS, tuple(PEERS), (*UPDATE, *MEMORY)),
+        STEPS, tuple(PEERS), (*UPDATE, *MEMORY), own=tuple(OURS)),
     "14b-image": Work(
         "14B, 9 x 1 x 512 x 512", "full_size", "steps", f"--size=14b {IMAGE}", STEPS,
         ("bf16", "bf16-compile", "bf16-compile-cudnn", "autocast"),
         (Bar("rollout", "best", 1.6), Bar("rollout", "mfu", 0.78), Bar("update", "best", 1.6),
-         Bar("update", "mfu", 0.78), *MEMORY)),
+         Bar("update", "mfu", 0.78), *MEMORY), own=tuple(OURS)),
     "decode": Work(
         "VAE in fp32, 1 x 81 x 480 x 832", "decode", "decode", DECODE, ("decode",), ("autocast",),
         (Bar("decode", "best", 2.0), Bar("decode", "memory")), "--dtype=float32", "--dtype=float32"),
@@ -86,8 +90,8 @@ WORKS = {
 
 def command(work: Work, side: str, *extra: str) -> list[str]:
     """Of one side of a work; later arguments win."""
-    if side == "ours":
-        arguments = [f"benchmarks.{work.module}", *work.shape.split(), *work.ours.split()]
+    if side in OURS:
+        arguments = [f"benchmarks.{work.module}", *work.shape.split(), *work.ours.split(), *OURS[side].split()]
     else:
         arguments = ["benchmarks.peer", f"--task={work.task}", *PEERS[side].split(), *work.shape.split()]
     return [sys.executable, "-m", *arguments, *extra]
@@ -113,8 +117,8 @@ def run(arguments: list[str], folder: pathlib.Path, seconds: float) -> str | Non
 def measure(work: Work, sides: list[str], folder: pathlib.Path, limit: float, found: dict, write) -> None:
     """Adds {side: record, or {'failed': why}} to `found`, and calls `write` after each."""
     end, file = time.monotonic() + limit, folder / "record.json"
-    for side in (s for s in ("ours", *work.peers) if s in sides):
-        if side == "ours" and work.search is not None:
+    for side in (s for s in (*work.own, *work.peers) if s in sides):
+        if side == work.own[0] and work.search is not None:
             run(command(work, side, *work.search.split(), "--repeats=1"), folder, end - time.monotonic())
         file.unlink(missing_ok=True)
         failed = run(command(work, side, f"--json={file}"), folder, end - time.monotonic())
@@ -125,39 +129,39 @@ def measure(work: Work, sides: list[str], folder: pathlib.Path, limit: float, fo
 # ---- the table ------------------------------------------------------------------------------------------------------
 def best_peer(records: dict[str, Record], stage: str) -> str | None:
     """The fastest peer's side."""
-    peers = [side for side in records if side != "ours"]
+    peers = [side for side in records if side not in OURS]
     return min(peers, key=lambda side: records[side].stages[stage].ms, default=None)
 
 
-def ratio(records: dict[str, Record], stage: str, kind: str) -> float | None:
+def ratio(records: dict[str, Record], stage: str, kind: str, own: str = "ours") -> float | None:
     """The peer's time over ours; None where a side was not measured."""
     side = best_peer(records, stage) if kind == "best" else kind
-    if "ours" not in records or side not in records:
+    if own not in records or side not in records:
         return None
-    return records[side].stages[stage].ms / records["ours"].stages[stage].ms
+    return records[side].stages[stage].ms / records[own].stages[stage].ms
 
 
 def leanest(records: dict[str, Record], stage: str) -> tuple[float, str] | None:
     """The least peak memory of a peer, and whose."""
-    peaks = [(r.stages[stage].peak_gib, side) for side, r in records.items() if side != "ours"]
+    peaks = [(r.stages[stage].peak_gib, side) for side, r in records.items() if side not in OURS]
     return min((p for p in peaks if p[0] is not None), default=None)
 
 
-def judge(records: dict[str, Record], bar: Bar, peers: tuple[str, ...]) -> str:
+def judge(records: dict[str, Record], bar: Bar, peers: tuple[str, ...], own: str = "ours") -> str:
     """'2.5x autocast: 2.61, reached'; 'not measured' where a figure is missing.
 
     peers: the work's; 'best' needs one in bf16 where the work has one.
     """
     if bar.kind == "best" and "bf16" in peers and not records.keys() & (set(PEERS) - {"autocast"}):
         return f"{bar.least:g}x best: no peer in bf16 was measured"
-    ours = records["ours"].stages[bar.stage] if "ours" in records else None
+    ours = records[own].stages[bar.stage] if own in records else None
     if bar.kind == "memory":
         limit, value = leanest(records, bar.stage), ours and ours.peak_gib
         if limit is None or value is None:
             return "memory: not measured"
         return f"memory at most {limit[0]:.1f} GiB ({limit[1]}): {value:.1f}, {verdict(value <= limit[0])}"
     name = f"MFU {bar.least:.2f}" if bar.kind == "mfu" else f"{bar.least:g}x {bar.kind}"
-    value = ours and ours.mfu(MEASURED) if bar.kind == "mfu" else ratio(records, bar.stage, bar.kind)
+    value = ours and ours.mfu(MEASURED) if bar.kind == "mfu" else ratio(records, bar.stage, bar.kind, own)
     return f"{name}: not measured" if value is None else f"{name}: {value:.2f}, {verdict(value >= bar.least)}"
 
 
@@ -165,10 +169,10 @@ def verdict(reached: bool) -> str:
     return "reached" if reached else "**not reached**"
 
 
-def row(work: Work, stage: str, records: dict[str, Record]) -> str:
+def row(work: Work, stage: str, records: dict[str, Record], own: str) -> str:
     best = best_peer(records, stage)
     ours, autocast, fastest = (records[side].stages[stage] if side in records else None
-                               for side in ("ours", "autocast", best))
+                               for side in (own, "autocast", best))
 
     def shown(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
@@ -177,11 +181,12 @@ def row(work: Work, stage: str, records: dict[str, Record]) -> str:
         return shown(stage and stage.peak_gib, ".1f")
 
     mfu = [ours.mfu(peak) if ours and ours.tflops else None for peak in (NOMINAL, MEASURED)]
-    bars = "; ".join(judge(records, bar, work.peers) for bar in work.bars if bar.stage == stage)
-    cells = [work.title, stage, shown(ours and ours.ms, ".1f"), shown(autocast and autocast.ms, ".1f"),
-             f"{fastest.ms:.1f} ({best})" if fastest else "", shown(ratio(records, stage, "autocast"), ".2f"),
-             shown(ratio(records, stage, "best"), ".2f"), *(shown(x, ".2f") for x in mfu), peak(ours), peak(autocast),
-             peak(fastest), bars]
+    bars = "; ".join(judge(records, bar, work.peers, own) for bar in work.bars if bar.stage == stage)
+    name = stage if own == "ours" else f"{stage}, {own}"
+    cells = [work.title, name, shown(ours and ours.ms, ".1f"), shown(autocast and autocast.ms, ".1f"),
+             f"{fastest.ms:.1f} ({best})" if fastest else "", shown(ratio(records, stage, "autocast", own), ".2f"),
+             shown(ratio(records, stage, "best", own), ".2f"), *(shown(x, ".2f") for x in mfu), peak(ours),
+             peak(autocast), peak(fastest), bars]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -195,7 +200,8 @@ def table(results: dict[str, dict]) -> str:
     for name in (name for name in WORKS if name in results):
         work = WORKS[name]
         records = {side: Record.from_dict(v) for side, v in results[name].items() if "failed" not in v}
-        lines += [row(work, stage, records) for stage in work.stages] if records else []
+        lines += [row(work, stage, records, own) for own in work.own for stage in work.stages
+                  if own in records or (records and own == "ours")]
         for side, values in results[name].items():
             if "failed" in values:
                 notes.append(f"- {work.title}, {side}: failed, {values['failed']}")

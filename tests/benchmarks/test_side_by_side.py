@@ -63,7 +63,7 @@ def test_table_has_a_row_for_each_stage_and_says_what_failed(tmp_path):
 
 def test_both_sides_get_the_same_shape():
     for work in WORKS.values():
-        commands = [side_by_side.command(work, side) for side in ("ours", *work.peers)]
+        commands = [side_by_side.command(work, side) for side in (*work.own, *work.peers)]
         assert all(set(work.shape.split()) <= set(c) for c in commands)
         assert {bar.stage for bar in work.bars} <= set(work.stages)
 
