@@ -13,11 +13,20 @@ def optional_float():
     return ml_collections.config_dict.placeholder(float)
 
 
+def optional_int():
+    """The same for a whole number."""
+    return ml_collections.config_dict.placeholder(int)
+
+
 def defaults() -> ConfigDict:
     c = ConfigDict()
     c.run_dir = ""                      # where checkpoints, logs and the report go; a finished epoch there is resumed
     c.seed = 0                          # every random draw is a function of (seed, epoch, sample, step)
     c.epochs = 200                      # one epoch: sample groups, score, update
+
+    c.budget = ConfigDict()             # the run ends after the epoch that reaches one of them (grpo/budget.py)
+    c.budget.evaluations = optional_int()  # of the model while sampling
+    c.budget.seconds = optional_float()  # of the epochs
 
     c.model = ConfigDict()
     c.model.path = ""                   # a folder written by convert.from_diffusers
