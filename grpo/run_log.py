@@ -56,7 +56,7 @@ class RunLog:
 
     def config(self, values: dict) -> None:
         """Every setting of the run, nested; values that JSON cannot hold are written as text."""
-        write_atomically(self.folder / CONFIG, json.dumps(_plain(values), indent=2, allow_nan=False).encode() + b"\n")
+        write_atomically(self.folder / CONFIG, json.dumps(plain(values), indent=2, allow_nan=False).encode() + b"\n")
 
     def epoch(self, record: dict) -> None:
         """One epoch's numbers; record["epoch"] is its number, groups of numbers may be nested."""
@@ -179,17 +179,17 @@ def _epoch_of(record: dict) -> int:
 
 
 def _line(record: dict) -> bytes:
-    return (json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n").encode(errors="replace")
+    return (json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n").encode(errors="replace")
 
 
-def _plain(value):
+def plain(value):
     """What JSON can hold: arrays and their scalars as numbers and lists, tuples as lists, non-finite floats as null."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (str, bool, int)) else str(value)
