@@ -129,6 +129,14 @@ def defaults() -> ConfigDict:
     c.eval.seed = 1234
     c.eval.previews = 12                # samples kept as pictures for the report
 
+    c.log = ConfigDict()                # beside the run's own files and TensorBoard (grpo/sinks.py)
+    c.log.wandb = ConfigDict()
+    c.log.wandb.project = ""            # Weights & Biases: "" is not used; WANDB_MODE=offline keeps the run here
+    c.log.wandb.entity = ""             # user or team; "": the default one
+    c.log.mlflow = ConfigDict()
+    c.log.mlflow.uri = ""               # MLflow: "" is not used; http://host:5000, or sqlite:///FILE
+    c.log.mlflow.experiment = "wan-jax-grpo"
+
     c.save = ConfigDict()
     c.save.every = 10                   # epochs between checkpoints; the last epoch is saved anyway
     c.save.keep = 3

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from configs.defaults import defaults
+from grpo import sinks
 from grpo.advantages import STDS
 from grpo.budget import Budget
 from grpo.combine import COMBINATIONS, MAIN
@@ -46,7 +47,7 @@ AT_LEAST = {"epochs": 1, "lora.rank": 0, "mesh.fsdp": 0, "mesh.context": 0, "sam
 # a resumed run may differ from its checkpoint in these: they do not change what an epoch computes
 FREE = ("epochs", "budget.", "run_dir", "eval.", "save.", "reward.workers", "reward.servers", "reward.token_env",
         "reward.timeout", "reward.retries", "reward.patience", "model.path", "model.offload", "prompts.heldout",
-        "mesh.", "train.offload_optimiser")
+        "mesh.", "train.offload_optimiser", "log.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,7 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
         if not values[key] >= least:
             raise UserError(f"config.{key}={values[key]} must be at least {least}")
     check_settings(c.reward)
+    sinks.check(c.log)
     tolerance = c.train.ratio_tolerance
     if tolerance is not None and not tolerance >= 0:
         raise UserError(f"config.train.ratio_tolerance={tolerance} must be at least 0, or None")

@@ -191,7 +191,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     if restored is not None:
         states = run_state.restore(checkpoints, restored, states)
 
-    log = RunLog(c.run_dir, resume_epoch=restored) if hosts.first() else SilentLog()
+    log = RunLog(c.run_dir, restored, c.log) if hosts.first() else SilentLog()
     log.config(dict(c.to_dict(), command=" ".join(["python -m grpo.train", *sys.argv[1:]])))
     evaluator = Evaluator(heldout, eval_table, solver, eval_steps,
                           segments(solver.schedule.timesteps, model.boundary), decode, vae_state, pool, mesh,
