@@ -24,6 +24,7 @@ from wan_jax import media
 
 MEDIA_BYTES = 7_000_000  # of all embedded pictures together, so that the page stays below 10 MB
 SURE = "95\N{NO-BREAK SPACE}%"  # confidence of every interval
+FPS = 16
 VISIBLE = 192            # pixels: smaller pictures are enlarged to about this height
 STAGES = {"sample": "sampling", "decode": "VAE decoding", "score_wait": "waiting for scores", "update": "policy update",
           "save": "checkpoints"}
@@ -49,6 +50,7 @@ def write_report(folder) -> pathlib.Path:
     metrics, config = run_log.read_metrics(folder), run_log.read_config(folder)
     every = run_log.read_evaluations(folder)
     evaluations = comparable(every)
+    write_pairs(folder, evaluations)
     sections = [("", _headline(evaluations, metrics, config, len(every) - len(evaluations))),
                 ("Reward", _reward_chart(evaluations, metrics)),
                 ("Before and after" if evaluations[1:] else "Samples", _pictures(folder, evaluations)),
@@ -62,6 +64,26 @@ def write_report(folder) -> pathlib.Path:
     path = folder / "report.html"
     run_log.write_atomically(path, text.encode(errors="replace"))
     return path
+
+
+def write_pairs(folder: pathlib.Path, evaluations: list[dict]) -> None:
+    """Writes `folder`/side_by_side/000.png or .mp4 and so on: the first prompts' samples of the first evaluation on the
+    left, of the last one on the right; the same prompt and noise. Nothing where there are no two to compare."""
+    sides = _previews(folder, evaluations)
+    if len(sides) < 2 or sides[0][1].shape[1:] != sides[1][1].shape[1:]:
+        return
+    pairs = folder / "side_by_side"
+    pairs.mkdir(exist_ok=True)
+    for i, (before, after) in enumerate(zip(sides[0][1], sides[1][1])):
+        frames, height = before.shape[:2]
+        media.write(pairs / f"{i:03d}.{'mp4' if frames > 1 else 'png'}", media.side_by_side(before, after),
+                    min(FPS, frames), max(1, -(-VISIBLE // height)))
+
+
+def _previews(folder: pathlib.Path, evaluations: list[dict]) -> list[tuple[dict, np.ndarray]]:
+    """The first and the last evaluation with their videos uint8 [n, T, H, W, 3], of those that have any."""
+    return [(e, v) for e in (evaluations[:1] + evaluations[1:][-1:])
+            if (v := run_log.read_previews(folder, e["epoch"])) is not None]
 
 
 def summary_lines(folder) -> list[str]:
@@ -161,8 +183,7 @@ def _reward_chart(evaluations: list[dict], metrics: list[dict]) -> str:
 
 def _pictures(folder: pathlib.Path, evaluations: list[dict]) -> str:
     """The first prompts' samples of the first and the last evaluation, side by side."""
-    sides = [(e, v) for e in (evaluations[:1] + evaluations[1:][-1:])
-             if (v := run_log.read_previews(folder, e["epoch"])) is not None]
+    sides = _previews(folder, evaluations)
     if not sides:
         return '<p class="note">No previews were kept.</p>' if evaluations else ""
     count = min(len(videos) for _, videos in sides)
@@ -176,8 +197,9 @@ def _pictures(folder: pathlib.Path, evaluations: list[dict]) -> str:
             f"{_read(e['texts'][i])}</figcaption></figure>" for e, videos in sides)
         cards.append(f'<article><p class="prompt">{html.escape(prompt)}</p><p class="target">asked for '
                      f'{html.escape(_target(prompt))}</p><div class="pair">{figures}</div></article>')
+    pairs = " The folder side_by_side has each pair in one file." if sides[1:] else ""
     same = "; both sides start from the same noise" if sides[1:] else ""
-    return f'<p class="note">The first {count} held-out prompts, not a selection{same}.</p>{"".join(cards)}'
+    return f'<p class="note">The first {count} held-out prompts, not a selection{same}.{pairs}</p>{"".join(cards)}'
 
 
 def _reward(value: float) -> str:
@@ -202,7 +224,7 @@ def _embed(video: np.ndarray, budget: int, epoch: int) -> str:
     scale = max(1, -(-VISIBLE // h))
     look = f'style="width:{w * scale}px"' + (' class="tiny"' if scale > 1 else "")
     if frames > 1:
-        fps = min(16, frames)  # a short clip lasts a second
+        fps = min(FPS, frames)  # a short clip lasts a second
         for crf in (media.CRF, 26, 34):
             if len(uri := media.mp4_data_uri(video, fps, min(scale, 2), crf=crf)) <= budget:
                 return (f'<video {look} src="{uri}" title="{alt}; click to pause" autoplay muted loop playsinline '

@@ -162,6 +162,7 @@ def test_evaluation_of_a_checkpoint_repeats_the_runs_own(whole, tmp_path):
     assert done.returncode == 0 and "report.html" in done.stdout, done.stdout + done.stderr
     ours, theirs = (run_log.read_evaluations(folder) for folder in (tmp_path / "out", run))
     assert [r["epoch"] for r in ours] == [0, 4] and (tmp_path / "out" / "report.html").is_file()
+    assert len(list((tmp_path / "out" / "side_by_side").iterdir())) == 2
     for record in ours:
         same = next(r for r in theirs if r["epoch"] == record["epoch"])
         assert record["prompts"] == same["prompts"] and record["texts"] == same["texts"]
