@@ -13,11 +13,20 @@ def optional_float():
     return ml_collections.config_dict.placeholder(float)
 
 
+def optional_int():
+    """The same for a whole number."""
+    return ml_collections.config_dict.placeholder(int)
+
+
 def defaults() -> ConfigDict:
     c = ConfigDict()
     c.run_dir = ""                      # where checkpoints, logs and the report go; a finished epoch there is resumed
     c.seed = 0                          # every random draw is a function of (seed, epoch, sample, step)
     c.epochs = 200                      # one epoch: sample groups, score, update
+
+    c.budget = ConfigDict()             # the run ends after the epoch that reaches one of them (grpo/budget.py)
+    c.budget.evaluations = optional_int()  # of the model while sampling
+    c.budget.seconds = optional_float()  # of the epochs
 
     c.model = ConfigDict()
     c.model.path = ""                   # a folder written by convert.from_diffusers
@@ -120,6 +129,14 @@ def defaults() -> ConfigDict:
     c.eval.solver = "unipc"             # unipc | euler | flow_match_euler
     c.eval.seed = 1234
     c.eval.previews = 12                # samples kept as pictures for the report
+
+    c.log = ConfigDict()                # beside the run's own files and TensorBoard (grpo/sinks.py)
+    c.log.wandb = ConfigDict()
+    c.log.wandb.project = ""            # Weights & Biases: "" is not used; WANDB_MODE=offline keeps the run here
+    c.log.wandb.entity = ""             # user or team; "": the default one
+    c.log.mlflow = ConfigDict()
+    c.log.mlflow.uri = ""               # MLflow: "" is not used; http://host:5000, or sqlite:///FILE
+    c.log.mlflow.experiment = "wan-jax-grpo"
 
     c.save = ConfigDict()
     c.save.every = 10                   # epochs between checkpoints; the last epoch is saved anyway

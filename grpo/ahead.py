@@ -136,18 +136,21 @@ def remedies(run: Run, offload: bool) -> Sequence[str]:
 
 
 class CompileCounter:
-    """Names of the programs that XLA compiled, or read from the persistent cache, since `clear`."""
+    """Names of the programs that XLA compiled, or read from the persistent cache, since `clear`, and the seconds."""
 
     def __init__(self):
         self.names: list[str] = []
+        self.seconds = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event: str, duration: float, fun_name: str = "", **_):
         if event == COMPILED:
             self.names.append(fun_name)
+            self.seconds += duration
 
     def clear(self):
         self.names.clear()
+        self.seconds = 0.0
 
     def warning(self, epoch: int) -> str | None:
         """For an epoch that should have compiled nothing."""

@@ -5,7 +5,8 @@
 
 Everything but the checkpoint comes from the recipe, so figures compare with those of training: `eval.*`, `reward.*`,
 `sample.height`, `sample.width`, `sample.shift`, `sample.batch_size`, `model.*`, `prompts.heldout`. OUT gets evals.jsonl
-(each prompt's reward and what was read), the first prompts' videos, and report.html with the two side by side.
+(each prompt's reward and what was read), the first prompts' videos, report.html, and side_by_side/, where a file has
+what the model and the checkpoint made of one prompt and noise, left and right.
 """
 
 import functools

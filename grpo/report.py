@@ -7,25 +7,24 @@ that was cut short. Pictures are embedded; all text is escaped.
 """
 
 import html
-import io
 import math
 import pathlib
-import re
 import sys
 
 import numpy as np
 from absl import app, flags
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from grpo import run_log
-from grpo.report_page import COLORS, page
+from grpo.budget import Budget, Spent
+from grpo.charts import chart
+from grpo.report_page import COLORS, page, table
 from grpo.statistics import paired_difference
 from rewards.targets import TargetError, parse_targets
 from wan_jax import media
 
 MEDIA_BYTES = 7_000_000  # of all embedded pictures together, so that the page stays below 10 MB
 SURE = "95\N{NO-BREAK SPACE}%"  # confidence of every interval
+FPS = 16
 VISIBLE = 192            # pixels: smaller pictures are enlarged to about this height
 STAGES = {"sample": "sampling", "decode": "VAE decoding", "score_wait": "waiting for scores", "update": "policy update",
           "save": "checkpoints"}
@@ -51,6 +50,7 @@ def write_report(folder) -> pathlib.Path:
     metrics, config = run_log.read_metrics(folder), run_log.read_config(folder)
     every = run_log.read_evaluations(folder)
     evaluations = comparable(every)
+    write_pairs(folder, evaluations)
     sections = [("", _headline(evaluations, metrics, config, len(every) - len(evaluations))),
                 ("Reward", _reward_chart(evaluations, metrics)),
                 ("Before and after" if evaluations[1:] else "Samples", _pictures(folder, evaluations)),
@@ -64,6 +64,26 @@ def write_report(folder) -> pathlib.Path:
     path = folder / "report.html"
     run_log.write_atomically(path, text.encode(errors="replace"))
     return path
+
+
+def write_pairs(folder: pathlib.Path, evaluations: list[dict]) -> None:
+    """Writes `folder`/side_by_side/000.png or .mp4 and so on: the first prompts' samples of the first evaluation on the
+    left, of the last one on the right; the same prompt and noise. Nothing where there are no two to compare."""
+    sides = _previews(folder, evaluations)
+    if len(sides) < 2 or sides[0][1].shape[1:] != sides[1][1].shape[1:]:
+        return
+    pairs = folder / "side_by_side"
+    pairs.mkdir(exist_ok=True)
+    for i, (before, after) in enumerate(zip(sides[0][1], sides[1][1])):
+        frames, height = before.shape[:2]
+        media.write(pairs / f"{i:03d}.{'mp4' if frames > 1 else 'png'}", media.side_by_side(before, after),
+                    min(FPS, frames), max(1, -(-VISIBLE // height)))
+
+
+def _previews(folder: pathlib.Path, evaluations: list[dict]) -> list[tuple[dict, np.ndarray]]:
+    """The first and the last evaluation with their videos uint8 [n, T, H, W, 3], of those that have any."""
+    return [(e, v) for e in (evaluations[:1] + evaluations[1:][-1:])
+            if (v := run_log.read_previews(folder, e["epoch"])) is not None]
 
 
 def summary_lines(folder) -> list[str]:
@@ -123,7 +143,8 @@ def _headline(evaluations: list[dict], metrics: list[dict], config: dict, others
                      "scored and are left out.")
     if others:
         notes.append(f"{others} earlier evaluation(s) on other prompts are left out.")
-    if done and done < config.get("epochs", 0):
+    if done and done < config.get("epochs", 0) and not Budget(**config.get("budget", {})).reached(
+            Spent(metrics[-1].get("spent_evaluations", 0), metrics[-1].get("spent_seconds", 0.0))):
         notes.append(f"Epoch {done} of {config['epochs']}: the run is not finished.")
     if metrics:
         tiles.append((f"{done}", f"epochs, {sum(m.get('videos', 0) for m in metrics):,} videos sampled"
@@ -138,18 +159,8 @@ def _reward_chart(evaluations: list[dict], metrics: list[dict]) -> str:
     points = [(m["epoch"], m["reward_mean"]) for m in metrics if math.isfinite(m.get("reward_mean", math.nan))]
     if not points and not evaluations:
         return ""
-    charts = "".join(f'<div class="{name}">{_draw_rewards(evaluations, points, size, name)}</div>'
-                     for name, size in (("wide", (8.6, 3.6)), ("narrow", (3.9, 3.2))))
-    return (f"<figure>{charts}<figcaption>Held-out: the averaged (EMA) weights with the deployment sampler, the same "
-            f"prompts and seeds each time; the band is the {SURE} bootstrap interval. Training: the mean over an "
-            "epoch's samples, drawn with the noisy training sampler: the levels may differ.</figcaption></figure>")
 
-
-def _draw_rewards(evaluations: list[dict], points: list[tuple], size: tuple, name: str) -> str:
-    """Inline SVG whose colours are the page's CSS variables."""
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 10}):
-        figure = Figure(figsize=size, layout="constrained")
-        ax = figure.add_subplot()
+    def draw(ax):
         if points:
             ax.plot(*zip(*points), color=COLORS["training"], lw=1.4, label="training samples")
         if evaluations:
@@ -164,30 +175,15 @@ def _draw_rewards(evaluations: list[dict], points: list[tuple], size: tuple, nam
         ax.set_xlabel("epoch")
         ax.set_ylabel("OCR reward")
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.grid(axis="y", color=COLORS["grid"], lw=0.8)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right", "left"]].set_visible(False)
-        ax.spines["bottom"].set_color(COLORS["grid"])
-        ax.tick_params(colors=COLORS["muted"], length=0)
-        for label in (ax.xaxis.label, ax.yaxis.label):
-            label.set_color(COLORS["muted"])
-        figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=COLORS["text"])
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={k: None for k in ("Date", "Creator", "Format",
-                                                                                         "Type")})
-    svg = file.getvalue()[file.getvalue().index("<svg"):]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL).replace("xlink:href", "href")
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)  # the page's own typeface
-    for role, color in COLORS.items():
-        svg = svg.replace(color, f"var(--{role})")
-    return svg.replace("<svg ", '<svg role="img" aria-label="OCR reward by epoch" ', 1)
+
+    return chart(draw, "Held-out: the averaged (EMA) weights with the deployment sampler, the same prompts and seeds "
+                 f"each time; the band is the {SURE} bootstrap interval. Training: the mean over an epoch's samples, "
+                 "drawn with the noisy training sampler: the levels may differ.", "OCR reward by epoch")
 
 
 def _pictures(folder: pathlib.Path, evaluations: list[dict]) -> str:
     """The first prompts' samples of the first and the last evaluation, side by side."""
-    sides = [(e, v) for e in (evaluations[:1] + evaluations[1:][-1:])
-             if (v := run_log.read_previews(folder, e["epoch"])) is not None]
+    sides = _previews(folder, evaluations)
     if not sides:
         return '<p class="note">No previews were kept.</p>' if evaluations else ""
     count = min(len(videos) for _, videos in sides)
@@ -201,8 +197,9 @@ def _pictures(folder: pathlib.Path, evaluations: list[dict]) -> str:
             f"{_read(e['texts'][i])}</figcaption></figure>" for e, videos in sides)
         cards.append(f'<article><p class="prompt">{html.escape(prompt)}</p><p class="target">asked for '
                      f'{html.escape(_target(prompt))}</p><div class="pair">{figures}</div></article>')
+    pairs = " The folder side_by_side has each pair in one file." if sides[1:] else ""
     same = "; both sides start from the same noise" if sides[1:] else ""
-    return f'<p class="note">The first {count} held-out prompts, not a selection{same}.</p>{"".join(cards)}'
+    return f'<p class="note">The first {count} held-out prompts, not a selection{same}.{pairs}</p>{"".join(cards)}'
 
 
 def _reward(value: float) -> str:
@@ -227,7 +224,7 @@ def _embed(video: np.ndarray, budget: int, epoch: int) -> str:
     scale = max(1, -(-VISIBLE // h))
     look = f'style="width:{w * scale}px"' + (' class="tiny"' if scale > 1 else "")
     if frames > 1:
-        fps = min(16, frames)  # a short clip lasts a second
+        fps = min(FPS, frames)  # a short clip lasts a second
         for crf in (media.CRF, 26, 34):
             if len(uri := media.mp4_data_uri(video, fps, min(scale, 2), crf=crf)) <= budget:
                 return (f'<video {look} src="{uri}" title="{alt}; click to pause" autoplay muted loop playsinline '
@@ -248,7 +245,7 @@ def _prompt_table(evaluations: list[dict]) -> str:
     head = ["prompt"] + [f"{what} after {e['epoch']}" for e in shown for what in ("reward", "read")]
     rows = [[prompt] + [v for e in shown for v in (_reward(e["rewards"][i]), e["texts"][i])]
             for i, prompt in enumerate(evaluations[-1]["prompts"][:1000])]
-    return f"<details><summary>{len(rows)} prompts</summary>{_table(head, rows)}</details>"
+    return f"<details><summary>{len(rows)} prompts</summary>{table(head, rows)}</details>"
 
 
 def _timings(metrics: list[dict], evaluations: list[dict]) -> str:
@@ -273,7 +270,7 @@ def _timings(metrics: list[dict], evaluations: list[dict]) -> str:
     evaluation = [e["seconds"] for e in evaluations if "seconds" in e]
     return (f'<p class="note">Mean over {over}. Scores are computed while the next batch is sampled: only the wait for '
             f'the last ones counts.{waits}</p><div class="bar">{bar}</div>'
-            + _table(["stage", "s an epoch", "share", "first epoch, s"], rows, escape=False)
+            + table(["stage", "s an epoch", "share", "first epoch, s"], rows, escape=False)
             + (f'<p class="note">Held-out evaluations: {len(evaluation)}, {np.mean(evaluation):.1f} s each, beside the '
                "epochs.</p>" if evaluation else ""))
 
@@ -287,14 +284,14 @@ def _health(metrics: list[dict]) -> str:
         bad = [v for v in values if not math.isfinite(v[0])]
         worst, epoch = bad[0] if bad else worse(values, key=lambda v: v[0])
         rows.append([name, _short(values[0][0]), _short(values[-1][0]), f"{_short(worst)} (epoch {epoch})", expect])
-    return _table(["", "first", "last", "worst", "expected"], rows) if rows else ""
+    return table(["", "first", "last", "worst", "expected"], rows) if rows else ""
 
 
 def _settings(config: dict) -> str:
     rows = [[key.replace("/", "."), str(value)] for key, value in run_log.flatten(config).items() if key != "command"]
     if not rows:
         return ""
-    return f"<details><summary>{len(rows)} settings</summary>{_table(['setting', 'value'], rows)}</details>"
+    return f"<details><summary>{len(rows)} settings</summary>{table(['setting', 'value'], rows)}</details>"
 
 
 def _command(config: dict) -> str:
@@ -303,13 +300,6 @@ def _command(config: dict) -> str:
 
 def _short(value: float) -> str:
     return f"{value:.3g}"
-
-
-def _table(head: list[str], rows: list[list[str]], escape: bool = True) -> str:
-    clean = html.escape if escape else str
-    body = "".join("<tr>" + "".join(f"<td>{clean(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return (f'<div class="scroll"><table><thead><tr>{"".join(f"<th>{html.escape(h)}</th>" for h in head)}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>")
 
 
 def main(_):

@@ -5,6 +5,7 @@
     runs/NAME/evals.jsonl             one line a held-out evaluation
     runs/NAME/previews/eval_000012.npz  uint8 videos [n, T, H, W, 3] of an evaluation's first prompts
     runs/NAME/tensorboard/            the same numbers and pictures
+    runs/NAME/trackers.json           the run's ids at Weights & Biases and MLflow, where it is logged there
 
 The JSON is strict: NaN and infinities are written as null and read back as NaN. Every line is on disk when the call
 returns; a file that is replaced is replaced whole. OSError (disk full, read-only folder) is left to the caller.
@@ -19,13 +20,13 @@ import os
 import pathlib
 
 import numpy as np
-from tensorboardX import SummaryWriter
-from tensorboardX.proto.summary_pb2 import Summary
 
+from grpo import sinks
+from grpo.sinks import Sheet, TensorBoard
 from wan_jax import media
 
 METRICS, EVALUATIONS, CONFIG = "metrics.jsonl", "evals.jsonl", "config.json"
-GIF_FRAMES, GIF_FPS = 16, 8  # of a clip's preview in TensorBoard, which shows GIFs
+GIF_FRAMES, GIF_FPS = 16, 8  # of a clip's previews on a sheet
 
 
 class RunLog:
@@ -34,9 +35,10 @@ class RunLog:
     resume_epoch: the epoch of the checkpoint the run continues after; later records are dropped, because the run will
     write them again. None: the run starts at the beginning, and records of an earlier attempt are set aside as
     `*.old`.
+    trackers: `config.log`, which says where numbers and previews go beside; None: to TensorBoard alone.
     """
 
-    def __init__(self, folder, resume_epoch: int | None = None):
+    def __init__(self, folder, resume_epoch: int | None = None, trackers=None):
         self.folder = pathlib.Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, EVALUATIONS):
@@ -52,11 +54,16 @@ class RunLog:
         for path in (self.folder / "previews").glob("eval_*.npz"):
             if int(path.stem.removeprefix("eval_")) > last:
                 path.unlink()
-        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=last + 1)
+        self._sinks = [TensorBoard(self.folder / "tensorboard", last + 1)]
+        if trackers is not None:
+            self._sinks += sinks.trackers(self.folder, trackers, resume_epoch is not None)
 
     def config(self, values: dict) -> None:
         """Every setting of the run, nested; values that JSON cannot hold are written as text."""
-        write_atomically(self.folder / CONFIG, json.dumps(_plain(values), indent=2, allow_nan=False).encode() + b"\n")
+        values = plain(values)
+        write_atomically(self.folder / CONFIG, json.dumps(values, indent=2, allow_nan=False).encode() + b"\n")
+        for sink in self._sinks:
+            sink.config({key.replace("/", "."): value for key, value in flatten(values).items()})
 
     def epoch(self, record: dict) -> None:
         """One epoch's numbers; record["epoch"] is its number, groups of numbers may be nested."""
@@ -77,15 +84,16 @@ class RunLog:
         self._write(EVALUATIONS, "eval", record)
 
     def close(self) -> None:
-        self._board.close()
+        for sink in self._sinks:
+            sink.close()
 
     def _write(self, name: str, tag: str, record: dict) -> None:
         epoch = _epoch_of(record)
         append_line(self.folder / name, record)
-        for key, value in flatten(record).items():
-            if isinstance(value, numbers.Real) and key != "epoch":
-                self._board.add_scalar(f"{tag}/{key}", float(value), epoch)
-        self._board.flush()
+        values = {f"{tag}/{key}": float(value) for key, value in flatten(record).items()
+                  if isinstance(value, numbers.Real) and key != "epoch"}
+        for sink in self._sinks:
+            sink.numbers(values, epoch)
 
     def _show(self, tag: str, videos: np.ndarray, epoch: int) -> None:
         """A sheet of the videos: a PNG for pictures, an animated GIF of some frames for clips."""
@@ -94,8 +102,9 @@ class RunLog:
         sheets = np.stack([media.contact_sheet(np.stack([media.fit_height(f, lowest, highest) for f in videos[:, t]]))
                            for t in times])  # [t, sheet height, sheet width, 3]
         data = media.png_bytes(sheets[0]) if len(sheets) == 1 else media.gif_bytes(sheets, GIF_FPS)
-        image = Summary.Image(height=sheets.shape[1], width=sheets.shape[2], colorspace=3, encoded_image_string=data)
-        self._board.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), epoch)
+        sheet = Sheet(data, ".png" if len(sheets) == 1 else ".gif", *sheets.shape[1:3])
+        for sink in self._sinks:
+            sink.previews(tag, sheet, epoch)
 
 
 class SilentLog:
@@ -179,17 +188,17 @@ def _epoch_of(record: dict) -> int:
 
 
 def _line(record: dict) -> bytes:
-    return (json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n").encode(errors="replace")
+    return (json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n").encode(errors="replace")
 
 
-def _plain(value):
+def plain(value):
     """What JSON can hold: arrays and their scalars as numbers and lists, tuples as lists, non-finite floats as null."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (str, bool, int)) else str(value)

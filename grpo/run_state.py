@@ -1,9 +1,11 @@
 """What a checkpoint holds of a run: each trained expert's weights, optimiser, moving average and update count."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 
+from grpo.budget import Spent
 from grpo.update import TrainState
 from wan_jax import hosts
 from wan_jax.checkpoint import Checkpoints, join_experts, split_experts
@@ -20,7 +22,8 @@ def state_tree(states: dict[str, TrainState]) -> dict:
             "counters": joined(lambda state: {"updates": state.updates})}
 
 
-def save(checkpoints: Checkpoints, epoch: int, states: dict[str, TrainState], config: dict, lora: LoRAConfig | None):
+def save(checkpoints: Checkpoints, epoch: int, states: dict[str, TrainState], config: dict, lora: LoRAConfig | None,
+         spent: Spent):
     """One checkpoint: the whole state, the weights to sample with (EMA), and what is needed to read them.
 
     All processes write it together. Raises `UserError`, and writes nothing, when their weights differ.
@@ -28,8 +31,13 @@ def save(checkpoints: Checkpoints, epoch: int, states: dict[str, TrainState], co
     tree = state_tree(states)
     hosts.check_same(tree, f"epoch {epoch}: the trained weights")
     checkpoints.save(epoch, tree, tree["ema"], {
-        "config": config, "model": config["model"]["path"], "experts": list(states),
+        "config": config, "model": config["model"]["path"], "experts": list(states), "spent": dataclasses.asdict(spent),
         "lora": lora and {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}})
+
+
+def spent_by(checkpoints: Checkpoints, epoch: int) -> Spent:
+    """What the run had spent; nothing where the checkpoint is older than the count."""
+    return Spent(**checkpoints.meta(epoch).get("spent", {}))
 
 
 def restore(checkpoints: Checkpoints, epoch: int, like: dict[str, TrainState]) -> dict[str, TrainState]:

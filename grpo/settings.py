@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import ml_collections
 
 from configs.defaults import defaults
+from grpo import sinks
 from grpo.advantages import STDS
+from grpo.budget import Budget
 from grpo.combine import COMBINATIONS, MAIN
 from grpo.losses import OBJECTIVES, LossConfig
 from grpo.reward_servers import JUDGE, JUDGE_QUESTIONS, check_settings
@@ -43,9 +45,9 @@ AT_LEAST = {"epochs": 1, "lora.rank": 0, "mesh.fsdp": 0, "mesh.context": 0, "sam
             "eval.every": 1, "eval.num_prompts": 2, "eval.frames": 0, "eval.steps": 1, "eval.previews": 0,
             "save.every": 1, "save.keep": 1}
 # a resumed run may differ from its checkpoint in these: they do not change what an epoch computes
-FREE = ("epochs", "run_dir", "eval.", "save.", "reward.workers", "reward.servers", "reward.token_env", "reward.timeout",
-        "reward.retries", "reward.patience", "model.path", "model.offload", "prompts.heldout", "mesh.",
-        "train.offload_optimiser")
+FREE = ("epochs", "budget.", "run_dir", "eval.", "save.", "reward.workers", "reward.servers", "reward.token_env",
+        "reward.timeout", "reward.retries", "reward.patience", "model.path", "model.offload", "prompts.heldout",
+        "mesh.", "train.offload_optimiser", "log.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Settings:
     batches: int  # an epoch's rollout batches
     ratio_tolerance: float
     weights: dict[str, float]  # of the rewards that are measured
+    budget: Budget
 
 
 def from_config(c: ml_collections.ConfigDict) -> Settings:
@@ -74,6 +77,7 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
         if not values[key] >= least:
             raise UserError(f"config.{key}={values[key]} must be at least {least}")
     check_settings(c.reward)
+    sinks.check(c.log)
     tolerance = c.train.ratio_tolerance
     if tolerance is not None and not tolerance >= 0:
         raise UserError(f"config.train.ratio_tolerance={tolerance} must be at least 0, or None")
@@ -113,7 +117,8 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
                             c.train.objective, c.train.divergence),
             optimiser=OptimiserConfig(**{f.name: c.train[f.name] for f in dataclasses.fields(OptimiserConfig)}),
             videos=videos, batches=batches,
-            ratio_tolerance=RATIO_TOLERANCE[c.model.dtype] if tolerance is None else tolerance, weights=weights)
+            ratio_tolerance=RATIO_TOLERANCE[c.model.dtype] if tolerance is None else tolerance, weights=weights,
+            budget=Budget(**c.budget.to_dict()))
     except ValueError as error:
         raise UserError(f"config: {error}") from None
 

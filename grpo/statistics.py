@@ -1,6 +1,8 @@
-"""How sure we are of a mean reward: percentile bootstrap (Efron & Tibshirani 1993, chapter 13) over samples."""
+"""How sure we are of a mean reward: percentile bootstrap (Efron & Tibshirani 1993, chapter 13) over samples, and
+Student's interval over seeds."""
 
 import numpy as np
+from scipy import stats
 
 CHUNK = 1000  # resamples drawn at once: 1000 x 1000 values are 8 MB
 
@@ -45,3 +47,15 @@ def paired_difference(before, after, *, confidence: float = 0.95, draws: int = 1
     if before.shape != after.shape:
         raise ValueError(f"pairs need the same samples before and after, got shapes {before.shape} and {after.shape}")
     return bootstrap_interval(after - before, confidence=confidence, draws=draws, seed=seed)
+
+
+def t_interval(values, *, confidence: float = 0.95) -> tuple[float, float]:
+    """(mean, half the width) of Student's interval for the mean of independent values [N]: t sqrt(s^2 / N), s^2 the
+    unbiased variance, t the quantile for N - 1 degrees of freedom. One value alone has the half-width NaN, and none
+    have NaN for both. Made for few values, as one a seed."""
+    values = np.asarray(values, np.float64)
+    mean = float(values.mean()) if len(values) else float("nan")
+    if len(values) < 2:
+        return mean, float("nan")
+    t = stats.t.ppf((1 + confidence) / 2, len(values) - 1)
+    return mean, float(t * values.std(ddof=1) / np.sqrt(len(values)))

@@ -26,6 +26,7 @@ from convert.lora import initial_adapters
 from grpo import ahead, combine, devices, report, run_log, run_state, settings
 from grpo import offload as optimiser_offload
 from grpo.advantages import group_advantages, group_statistics
+from grpo.budget import Spent
 from grpo.combine import MAIN
 from grpo.evaluator import Evaluator
 from grpo.policy import make_policy
@@ -132,9 +133,12 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     mesh, model, solver = plan.mesh, plan.model, plan.solver
     replicated, sharded = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
     checkpoints = Checkpoints(c.run_dir, keep=c.save.keep)
-    restored = hosts.from_first(checkpoints.latest)
+    restored, spent = hosts.from_first(checkpoints.latest), Spent()
     if restored is not None:
+        spent = run_state.spent_by(checkpoints, restored)
         settings.check_resume(checkpoints.meta(restored)["config"], c.to_dict(), str(checkpoints.path(restored)))
+    done = restored or 0
+    epochs = range(done + 1, (done if s.budget.reached(spent) else c.epochs) + 1)
     processes = f" on {jax.process_count()} processes" if jax.process_count() > 1 else ""
     say(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}{processes}, attention {plan.backend}, "
         f"weights {c.model.dtype}")
@@ -151,7 +155,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         run = Run(presets.of_folder(model), c, mesh, plan.backend, text_rows, limit)
         offload = ahead.offloads(run, limit)
         steps, updates, eval_steps = run.steps, run.updates, run.eval_steps  # jitted, one an expert
-    if (restored or 0) < c.epochs:
+    if epochs:
         say(f"rematerialisation: {run.remat}")
         needed = ahead.compile_all(run, offload, functools.partial(bar, desc="compiling"))
         say(*needed.table(limit), sep="\n")
@@ -184,11 +188,11 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
 
     on_host, on_device = ((optimiser_offload.to_host, optimiser_offload.to_device) if c.train.offload_optimiser else
                           (lambda x: x,) * 2)
-    states, done = {name: on_host(init_state(start[name], s.optimiser)) for name in plan.trained}, 0
+    states = {name: on_host(init_state(start[name], s.optimiser)) for name in plan.trained}
     if restored is not None:
-        states, done = run_state.restore(checkpoints, restored, states), restored
+        states = run_state.restore(checkpoints, restored, states)
 
-    log = RunLog(c.run_dir, resume_epoch=restored) if hosts.first() else SilentLog()
+    log = RunLog(c.run_dir, restored, c.log) if hosts.first() else SilentLog()
     log.config(dict(c.to_dict(), command=" ".join(["python -m grpo.train", *sys.argv[1:]])))
     evaluator = Evaluator(heldout, eval_table, solver, eval_steps,
                           segments(solver.schedule.timesteps, model.boundary), decode, vae_state, pool, mesh,
@@ -214,14 +218,14 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         count = sum(v.size for state in states.values() for v in jax.tree.leaves(state.trainable))
         say(f"{count:,} trained parameters, {s.videos} videos an epoch")
         base = evaluate(0)
-        run_state.save(checkpoints, 0, states, c.to_dict(), s.lora)
-    elif done < c.epochs:
+        run_state.save(checkpoints, 0, states, c.to_dict(), s.lora, spent)
+    elif epochs:
         say(f"continuing {c.run_dir} after epoch {done}")
         base = hosts.from_first(lambda: read_base(c.run_dir, s.weights))
 
     lap, save_seconds = Stopwatch(), 0.0
     # ---- the loop ---------------------------------------------------------------------------------------------
-    for epoch in range(done + 1, c.epochs + 1):
+    for epoch in epochs:
         lap()
         compiled.clear()
         clock, seconds = time.time(), dict.fromkeys(("sample", "decode", "score_wait", "update"), 0.0)
@@ -319,7 +323,10 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         # log, evaluate, save: in this order, so that a resumed run repeats what no checkpoint holds
         seconds |= {"save": save_seconds, "total": time.time() - clock}
         working = seconds["sample"] + seconds["decode"] + seconds["update"]
-        log.epoch(record | {"reward_mean": groups.mean_reward, "reward_std": groups.std_reward,
+        spent += Spent(evaluations, hosts.gather(seconds["total"] - compiled.seconds)[0])
+        final = epoch == c.epochs or s.budget.reached(spent)
+        log.epoch(record | {"spent_evaluations": spent.evaluations, "spent_seconds": spent.seconds,
+                            "reward_mean": groups.mean_reward, "reward_std": groups.std_reward,
                             "group_std": groups.mean_group_std, "zero_std_fraction": groups.zero_std_fraction,
                             "rewards": combine.means({MAIN: scores.values} | scores.parts),
                             "failed_scores": int((~valid).sum()), "retried_scores": scores.retries, "videos": s.videos,
@@ -330,13 +337,15 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
             f"grad {record['grad_norm']:.2e}"
             + (f", {(~valid).sum()} scores failed" if not valid.all() else "") + " | "
             + " ".join(f"{k} {v:.1f}" for k, v in seconds.items() if v >= 0.05) + " s")
-        if epoch % c.eval.every == 0 or epoch == c.epochs:
+        if epoch % c.eval.every == 0 or final:
             evaluate(epoch)
         lap()
         hosts.stage(f"epoch {epoch}: saving")
-        if epoch % c.save.every == 0 or epoch == c.epochs:
-            run_state.save(checkpoints, epoch, states, c.to_dict(), s.lora)
+        if epoch % c.save.every == 0 or final:
+            run_state.save(checkpoints, epoch, states, c.to_dict(), s.lora, spent)
         save_seconds = lap()  # shown with the next epoch
+        if final:
+            break
     log.close()
     checkpoints.close()
     say(memory.peaks())

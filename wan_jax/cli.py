@@ -26,6 +26,7 @@ ADVICE = {errno.ENOSPC: "the disk is full; free some space and run the same comm
           errno.EROFS: "the file system is read-only; choose another folder",
           errno.EACCES: "permission denied; choose a folder you may write to",
           errno.EPERM: "permission denied; choose a folder you may write to"}
+FLAG_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)  # of flags and of recipes
 interrupted = threading.Event()  # Ctrl-C was pressed
 OS_ERROR = re.compile(r"os[_ ]error(?:_code)?[= ]'?(\d+)")
 
@@ -90,15 +91,22 @@ def parse_flags(argv):
     """absl's own parsing, and errors of ml_collections flags (a misspelt key, a value of another type) in one line."""
     try:
         return flags.FLAGS(argv)
-    except flags.Error as error:
-        fail(f"{error}; see --help")
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = "" if "site-packages" in frame.filename else f" ({frame.filename}:{frame.lineno})"
-        while error.args and isinstance(error.args[0], Exception):
-            error = error.args[0]
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        fail(f"settings: {' '.join(str(message).split())}{where}")
+    except FLAG_ERRORS as error:
+        fail(flag_message(error))
+
+
+def flag_message(error: Exception) -> str:
+    """In one line, one of `FLAG_ERRORS` or a `UserError`."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, flags.Error):
+        return f"{error}; see --help"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = "" if "site-packages" in frame.filename else f" ({frame.filename}:{frame.lineno})"
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return f"settings: {' '.join(str(message).split())}{where}"
 
 
 @contextlib.contextmanager

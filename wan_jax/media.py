@@ -100,6 +100,18 @@ def contact_sheet(frames: np.ndarray, columns: int = 4, scale: int = 1, gap: int
     return sheet
 
 
+def side_by_side(left: np.ndarray, right: np.ndarray, gap: int = 4) -> np.ndarray:
+    """Two videos uint8 [T, H, W, 3] as one, uint8 [T, H, 2 W + gap, 3], grey between them. Raises ValueError on unlike
+    shapes."""
+    _check(left, 4)
+    _check(right, 4)
+    if left.shape != right.shape:
+        raise ValueError(f"videos of {list(left.shape)} and {list(right.shape)} cannot stand side by side: give "
+                         "the same frames, height and width")
+    frames, height, _, _ = left.shape
+    return np.concatenate([left, np.full((frames, height, gap, 3), 128, np.uint8), right], axis=2)
+
+
 def png_bytes(frame: np.ndarray) -> bytes:
     """frame uint8 [H, W, 3] as a PNG file's bytes."""
     _check(frame, 3)

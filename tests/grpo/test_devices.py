@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from configs import wan21_1_3b_ocr
 from configs.defaults import defaults
 from grpo import devices, offload, run_state, settings
+from grpo.budget import Spent
 from grpo.losses import LossConfig
 from grpo.policy import make_structure
 from grpo.rollout import Trajectory
@@ -77,7 +78,8 @@ def test_eight_devices_equal_one_with_all_weights(tmp_path):
         np.testing.assert_allclose(many, alone, atol=1e-4)
         np.testing.assert_allclose(hosted, many, atol=1e-6)
     checkpoints = Checkpoints(tmp_path)
-    run_state.save(checkpoints, 1, {"transformer": state}, defaults().to_dict(), None)
+    run_state.save(checkpoints, 1, {"transformer": state}, defaults().to_dict(), None, Spent(5, 1.5))
+    assert run_state.spent_by(checkpoints, 1) == Spent(5, 1.5)
     restored = run_state.restore(checkpoints, 1, {"transformer": state})["transformer"]
     other_way = run_state.restore(checkpoints, 1, {"transformer": before})["transformer"]
     checkpoints.close()

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from PIL import Image
@@ -110,12 +111,18 @@ def test_pictures_are_the_previews(tmp_path):
     for picture, (when, i) in zip(found, ((0, 0), (4, 0), (0, 1), (4, 1))):
         expected = np.random.default_rng(when).integers(0, 256, (2, 1, 16, 32, 3), np.uint8)[i, 0]
         np.testing.assert_array_equal(picture, expected)
+    for i in range(2):  # the same, both in one file
+        pair = np.asarray(Image.open(tmp_path / "side_by_side" / f"00{i}.png"))[::12, ::12]
+        np.testing.assert_array_equal(np.concatenate([pair[:, :32], pair[:, 36:]]), np.concatenate(found[2 * i:][:2]))
     assert text.count('class="tiny"') == 4 and "width:384px" in text, "16 pixels are shown 192 high"
 
 
 def test_clips_are_videos(tmp_path):
     text = run(tmp_path, frames=5)
     assert text.count('src="data:video/mp4;base64,') == 4 and "data:image" not in text
+    assert sorted(p.name for p in (tmp_path / "side_by_side").iterdir()) == ["000.mp4", "001.mp4"]
+    reader = imageio_ffmpeg.read_frames(str(tmp_path / "side_by_side" / "000.mp4"))
+    assert next(reader)["size"] == (12 * (32 + 4 + 32), 12 * 16) and len(list(reader)) == 5
     Checker(text)
 
 

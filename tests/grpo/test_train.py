@@ -19,7 +19,8 @@ import pytest
 
 from convert.export_lora import export
 from convert.from_diffusers import convert
-from grpo import run_log, settings
+from grpo import run_log, run_state, settings
+from grpo.budget import Budget, Spent
 from tests import tiny
 from tests.rewards.serving import TOKEN, Command
 from wan_jax.checkpoint import Checkpoints, load_trained
@@ -161,6 +162,7 @@ def test_evaluation_of_a_checkpoint_repeats_the_runs_own(whole, tmp_path):
     assert done.returncode == 0 and "report.html" in done.stdout, done.stdout + done.stderr
     ours, theirs = (run_log.read_evaluations(folder) for folder in (tmp_path / "out", run))
     assert [r["epoch"] for r in ours] == [0, 4] and (tmp_path / "out" / "report.html").is_file()
+    assert len(list((tmp_path / "out" / "side_by_side").iterdir())) == 2
     for record in ours:
         same = next(r for r in theirs if r["epoch"] == record["epoch"])
         assert record["prompts"] == same["prompts"] and record["texts"] == same["texts"]
@@ -409,6 +411,7 @@ BAD = [
     ("epochs=0", "epochs=0"), ("sample.sde_window=left", "progressive"), ("train.objective=ppo", "guard"),
     ("eval.solver=heun", "euler"), ("model.attention=flash", "cudnn"), ("save.keep=0", "keep=0"),
     ("eval.previews=-1", "previews=-1"), ("sample.shift=0", "shift"),
+    ("budget.evaluations=0", "budget.evaluations=0 must be above 0"), ("budget.seconds=-1.0", "budget.seconds=-1.0"),
 ]
 
 
@@ -478,3 +481,22 @@ def test_run_folder_that_cannot_be_written(recipe):
     code, _, err = train(config)
     assert code == 1 and "Traceback" not in err and str(run) in err, err
     assert run.read_text() == "a file where the folder should be"
+
+
+def test_a_budget_ends_the_run_as_its_last_epoch_would(whole, tmp_path):
+    """24 evaluations an epoch, 8 videos of 3 steps, 4 epochs behind it: 100 are reached in the fifth."""
+    run = shutil.copytree(whole[1], tmp_path / "run")
+    code, out, err = train(whole[0], f"run_dir={run}", "budget.evaluations=100", "epochs=9", "save.every=9")
+    assert code == 0, out + err
+    assert "epoch 5/9" in out and "epoch 6/9" not in out
+    metrics, evaluations = records_of(run)
+    assert [r["spent_evaluations"] for r in metrics] == [24, 48, 72, 96, 120] and newest(run) == 5
+    assert [r["epoch"] for r in evaluations] == [0, 2, 4, 5]
+    seconds = [r["spent_seconds"] for r in run_log.read_metrics(run)]
+    assert 0 < seconds[0] and all(np.diff(seconds) > 0)
+    checkpoints = Checkpoints(run, read_only=True)
+    spent = run_state.spent_by(checkpoints, 5)
+    checkpoints.close()
+    assert spent == Spent(120, seconds[-1])
+    assert Budget(120).reached(spent) and not Budget(121).reached(spent) and Budget(None, seconds[-1]).reached(spent)
+    assert "is not finished" not in (run / "report.html").read_text()

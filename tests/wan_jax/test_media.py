@@ -99,3 +99,12 @@ def test_fit_height():
         assert media.fit_height(np.zeros((h, 10, 3), np.uint8), 64, 128).shape[0] == expected
     checker = np.tile(np.array([[0, 200], [200, 0]], np.uint8)[..., None], (4, 4, 3))
     assert (media.shrink(checker, 2) == 100).all()
+
+
+def test_side_by_side():
+    left, right = (np.full((3, 4, 6, 3), value, np.uint8) for value in (1, 2))
+    both = media.side_by_side(left, right, gap=2)
+    assert both.shape == (3, 4, 14, 3) and both.dtype == np.uint8
+    assert (both[:, :, :6] == 1).all() and (both[:, :, 6:8] == 128).all() and (both[:, :, 8:] == 2).all()
+    with pytest.raises(ValueError, match=r"\[3, 4, 6, 3\] and \[2, 4, 6, 3\]"):
+        media.side_by_side(left, right[:2])
