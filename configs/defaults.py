@@ -62,7 +62,8 @@ def defaults() -> ConfigDict:
     c.sample.sde_steps = 19             # how many steps of an epoch are stochastic and trained
     c.sample.sde_range = (0, 19)        # drawn from [low, high)
     c.sample.sde_window = "any"         # any subset | random (a window of neighbours: Flow-GRPO-Fast) | progressive |
-    #                                     decay | exp_decay (MixGRPO's sliding window)
+    #                                     decay | exp_decay (MixGRPO's sliding window) | one_per_group: sde_steps=1,
+    #                                     another step for every group (Flash-GRPO)
     c.sample.sde_window_epochs = 25     # epochs a sliding window stays at its first place
 
     c.train = ConfigDict()
@@ -79,7 +80,7 @@ def defaults() -> ConfigDict:
     c.train.offload_optimiser = False   # moments and average wait in host memory between updates
     c.train.objective = "clip"          # clip | unscaled | guard | dppo (grpo/losses.py)
     c.train.divergence = 1e-5           # of dppo: where a row is left out
-    c.train.credit = "none"             # none | longcat: how much each step counts (grpo/rollout.py)
+    c.train.credit = "none"             # none | longcat | rectified: how much each step counts (grpo/rollout.py)
     c.train.clip_low = 1e-3             # clip range of the ratio
     c.train.clip_high = 1e-3
     c.train.kl_weight = 0.004           # KL to the reference

@@ -87,9 +87,10 @@ def work(run: Run) -> Work:
     forward = [count(run.rollout_step(i)) for i in experts]
     sample = sum(len(part.steps) * forward[part.expert] for part in run.parts)
     passes = 4 if run.recipe.train.kl_weight else 3
-    trained = sum(run.trained_steps(i) * forward[i] for i in experts if run.preset.experts[i] in run.trained)
+    trained = sum(run.update_batches(i).size * run.trained_steps(i) * forward[i] for i in experts
+                  if run.preset.experts[i] in run.trained)
     evaluation = max(count(run.ode_step(i)) for i in experts) * run.recipe.eval.steps
-    return Work(batches * sample, batches * decode_flops(run, run.shape), batches * passes * trained,
+    return Work(batches * sample, batches * decode_flops(run, run.shape), passes * trained,
                 run.eval_batches * evaluation, run.eval_batches * decode_flops(run, run.eval_shape))
 
 

@@ -12,11 +12,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from grpo import offload, settings, update
 from grpo.policy import make_structure
-from grpo.rollout import StepTable, Trajectory, initial_noise, make_step, step_quotas
+from grpo.rollout import StepTable, Trajectory, initial_noise, make_step
 from grpo.update import TrainState, UpdateBatch, state_shapes
+from grpo.windows import ONE_PER_GROUP, Windows, batches_with
 from wan_jax import mesh as mesh_lib
 from wan_jax import model_dir, pipeline, presets, vae_chunks
 from wan_jax.experts import Segment, guidances, per_guidance, segments
@@ -86,16 +88,19 @@ class Run:
         """Experts."""
         return tuple(name for name in self.preset.experts if name in self.recipe.train.experts)
 
+    @property
+    def windows(self) -> Windows:
+        return Windows.make(self.recipe.sample, self.parts, self.preset.experts, self.trained)
+
     def trained_steps(self, expert: int) -> int:
         """K, the stochastic steps of an epoch that train this expert."""
-        sample = self.recipe.sample
-        quotas = step_quotas(self.parts, self.preset.experts, self.trained, sample.sde_steps, *sample.sde_range)
-        return sum(quota for part, quota in zip(self.parts, quotas) if part.expert == expert)
+        return sum(quota for part, quota in zip(self.parts, self.windows.quotas) if part.expert == expert)
 
-    @property
-    def micro_batches(self) -> int:
-        """M, the rollout batches of one optimiser step."""
-        return self.settings.batches // self.recipe.train.updates_per_epoch
+    def update_batches(self, expert: int) -> np.ndarray:
+        """The rollout batches that train this expert in each optimiser step of an epoch: int [updates, M]."""
+        i = next(i for i, part in enumerate(self.parts) if part.expert == expert)
+        return batches_with(self.windows.videos(i), self.recipe.sample.batch_size, self.settings.batches,
+                            self.recipe.train.updates_per_epoch)
 
     @property
     def eval_batches(self) -> int:
@@ -109,7 +114,8 @@ class Run:
 
     @functools.cached_property
     def table(self) -> StepTable:
-        return StepTable.make(self.schedule, self.settings.sde, self.recipe.train.credit)
+        return StepTable.make(self.schedule, self.settings.sde, self.recipe.train.credit,
+                              slice(*self.recipe.sample.sde_range))
 
     @functools.cached_property
     def solver(self):
@@ -170,7 +176,7 @@ class Run:
 
     def rollout_step(self, expert: int = 0) -> Program:
         return Program(self.named("rollout step", expert), self.steps[expert],
-                       (self.trainable, self.frozen, self.latents(), integer(), jax.ShapeDtypeStruct((), bool),
+                       (self.trainable, self.frozen, self.latents(), integer(), self.stochastic,
                         self.text(), random_key(), self.rows(jnp.int32)), stay=2,
                        beside=(*self.trajectories, *[self.latents()] * (self.settings.batches - 1), *self.unstacked))
 
@@ -246,7 +252,9 @@ class Run:
         """Of a rollout batch; with a leading axis, of several."""
         k = self.trained_steps(expert)
         x = self.latents(*leading, k)
-        return Trajectory(x, x, self.rows(jnp.float32, *leading, k), jax.ShapeDtypeStruct((*leading, k), jnp.int32),
+        step = (self.rows(jnp.int32, *leading, k) if self.recipe.sample.sde_window == ONE_PER_GROUP else
+                jax.ShapeDtypeStruct((*leading, k), jnp.int32))
+        return Trajectory(x, x, self.rows(jnp.float32, *leading, k), step,
                           self.text(*leading), x if self.settings.loss.needs_old_mean else None)
 
     @functools.cached_property
@@ -263,9 +271,15 @@ class Run:
         return [self.latents()] * most * (3 if self.settings.loss.needs_old_mean else 2)
 
     def update_batch(self, expert: int) -> UpdateBatch:
-        m, b = self.micro_batches, self.recipe.sample.batch_size
+        m, b = self.update_batches(expert).shape[1], self.recipe.sample.batch_size
         return UpdateBatch(self.trajectory(expert, m), jax.ShapeDtypeStruct((m, b), jnp.float32),
                            jax.ShapeDtypeStruct((m, b), bool))
+
+    @property
+    def stochastic(self) -> jax.ShapeDtypeStruct:
+        """Whether a step is: one for all videos of a batch, or each one's own."""
+        return (self.rows(bool) if self.recipe.sample.sde_window == ONE_PER_GROUP else
+                jax.ShapeDtypeStruct((), bool))
 
     def rows(self, dtype, *leading: int, shape: tuple[int, ...] = ()) -> jax.ShapeDtypeStruct:
         """[*leading, B, *shape], split over the mesh by B."""

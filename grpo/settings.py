@@ -10,8 +10,9 @@ from grpo.advantages import STDS
 from grpo.combine import COMBINATIONS, MAIN
 from grpo.losses import OBJECTIVES, LossConfig
 from grpo.reward_servers import JUDGE, JUDGE_QUESTIONS, check_settings
-from grpo.rollout import CREDITS, WINDOWS
+from grpo.rollout import CREDITS
 from grpo.update import OptimiserConfig
+from grpo.windows import ONE_PER_GROUP, WINDOWS
 from rewards.ocr import RULES
 from rewards.ocr_engines import ENGINES
 from wan_jax.attention import BACKENDS
@@ -91,6 +92,9 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
     if not (0 <= low < high <= c.sample.steps and 1 <= c.sample.sde_steps <= high - low):
         raise UserError(f"config.sample: sde_steps={c.sample.sde_steps} steps do not fit in sde_range=({low}, {high}) "
                         f"of {c.sample.steps} steps")
+    if c.sample.sde_window == ONE_PER_GROUP and c.sample.sde_steps != 1:
+        raise UserError(f"config.sample.sde_steps={c.sample.sde_steps} must be 1 with sample.sde_window="
+                        f"{ONE_PER_GROUP}")
     weights = {k: v for k, v in c.reward.weights.items() if v is not None}
     if not all(v >= 0 for v in weights.values()) or not any(weights.values()) or MAIN not in weights:
         raise UserError(f"config.reward.weights={weights}: weights must be at least 0, not all of them 0, and {MAIN} "

@@ -38,12 +38,11 @@ from grpo.rollout import (
     prefix,
     rollout,
     rollout_batches,
-    sde_window,
-    step_quotas,
 )
 from grpo.run_log import RunLog, SilentLog
 from grpo.scores import gather_scores, open_pool
 from grpo.update import init_state, stack_batches
+from grpo.windows import Windows
 from rewards.targets import parse_targets
 from rewards.workers import RewardPool
 from wan_jax import cli, hosts, memory, model_dir, pipeline, presets
@@ -99,7 +98,7 @@ class Plan:
     schedule: Schedule
     solver: object  # of the evaluation
     parts: tuple[Segment, ...]  # the schedule's steps by expert
-    quotas: tuple[int, ...]  # of stochastic steps, for each of `parts`
+    windows: Windows  # of stochastic steps
     trained: tuple[str, ...]  # experts
     adapters: dict[str, dict[str, np.ndarray]] | None  # each expert's to start from; None: fresh ones
 
@@ -123,9 +122,9 @@ class Plan:
             raise UserError(f"config.train.experts={tuple(c.train.experts)} leaves nothing to train: {c.model.path} "
                             f"has {', '.join(model.experts)}")
         parts = segments(schedule.timesteps, model.boundary)
-        quotas = step_quotas(parts, model.experts, trained, c.sample.sde_steps, *c.sample.sde_range)
+        windows = Windows.make(c.sample, parts, model.experts, trained)
         adapters = initial_adapters(c.lora.init, model, s.lora) if c.lora.init else None
-        return cls(mesh, spread, model, backend, shape, eval_shape, schedule, solver, parts, quotas, trained, adapters)
+        return cls(mesh, spread, model, backend, shape, eval_shape, schedule, solver, parts, windows, trained, adapters)
 
 
 def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout: PromptSet, pool: RewardPool):
@@ -227,10 +226,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         epoch_key = jax.random.fold_in(jax.random.fold_in(key, 1), epoch)
         chosen = epoch_prompts(c.seed, epoch - 1, len(train_prompts), c.sample.groups)
         prompt_of = np.repeat(chosen, c.sample.group_size)  # [N], a group's videos stand together
-        low, high = c.sample.sde_range
-        windows = [sde_window(c.seed, epoch, quota, max(low, part.steps.start), min(high, part.steps.stop), i,
-                              rule=c.sample.sde_window, every=c.sample.sde_window_epochs)
-                   for i, (part, quota) in enumerate(zip(plan.parts, plan.quotas))]
+        windows = plan.windows.of_epoch(c.seed, epoch)
 
         # sample, all batches by one expert before the next. The host is one batch ahead of the device, which so has
         # work while the host fetches videos and hands them to the scoring processes
@@ -293,23 +289,25 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         hosts.stage(f"epoch {epoch}: update")
         record = {"epoch": epoch, "evaluations": evaluations,
                   "evaluations_saved": s.videos * c.sample.steps - evaluations}
-        size = s.batches // c.train.updates_per_epoch
-        for expert, name in reversed(list(enumerate(model.experts))):
+        for i, part in reversed(list(enumerate(plan.parts))):
+            expert, name = part.expert, model.experts[part.expert]
             if name not in states:
                 continue
-            values = {}
-            for first in range(0, s.batches, size):
-                part = slice(first, first + size)
-                batch = stack_batches(trajectories[name][part], advantages.reshape(s.batches, -1)[part],
-                                      valid.reshape(s.batches, -1)[part])
+            values, count = {}, np.isin(np.arange(s.videos), plan.windows.videos(i)) & valid
+            for chosen in run.update_batches(expert):
+                rows = count.reshape(s.batches, -1)[chosen]
+                if not rows.any():  # nothing to learn from
+                    continue
+                batch = stack_batches([trajectories[name][b] for b in chosen],
+                                      advantages.reshape(s.batches, -1)[chosen], rows)
                 states[name], metrics, norms = updates[expert](states[name], weights(expert), batch)
                 values |= metrics.averages() | {k: float(v) for k, v in norms.items()}
                 check_finite(values, epoch, checkpoints)
-                if first == 0:
+                if "ratio_max_error" not in values:
                     values["ratio_max_error"] = max(values["ratio_max"] - 1, 1 - values["ratio_min"])
                     check_ratio(values["ratio_max_error"], s.ratio_tolerance, epoch)
             record |= values if len(states) == 1 else {name: values, **{
-                k: max(values[k], record.get(k, values[k])) for k in ("ratio_max_error", "grad_norm")}}
+                k: max(values[k], record.get(k, values[k])) for k in ("ratio_max_error", "grad_norm") if k in values}}
         del trajectories, texts, batch
         seconds["update"] += lap([state.trainable for state in states.values()])
         if epoch > done + 1 and (warning := compiled.warning(epoch)):

@@ -12,7 +12,7 @@ import pytest
 
 from configs import wan21_1_3b_ocr, wan22_a14b_ocr, wan22_ti2v_5b_ocr
 from convert.from_diffusers import convert
-from grpo import ahead, settings, train
+from grpo import ahead, run_log, settings, train
 from grpo.policy import make_policy
 from grpo.programs import Run
 from grpo.prompts import load_prompts
@@ -46,9 +46,11 @@ def run_of(module, model, devices=1, fsdp=1, **sample):
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """start(devices, **{'section.key': value}) -> the arguments of `grpo.train.train` for a tiny model."""
-    def make(devices, **overrides):
-        convert(str(tiny.write_pipeline(tmp_path / "source", seed=3)), tmp_path / "model", "float32")
+    """start(devices, **{'section.key': value}) -> the arguments of `grpo.train.train` for a tiny model; with a boundary
+    it has two experts."""
+    def make(devices, boundary=None, **overrides):
+        source = tiny.write_pipeline(tmp_path / "source", seed=3, boundary=boundary)
+        convert(str(source), tmp_path / "model", "float32")
         path, _ = test_train.recipe.__wrapped__(tmp_path / "model", tmp_path)
         namespace = {}
         exec(path.read_text(), namespace)
@@ -77,6 +79,23 @@ def test_the_loop_runs_what_was_compiled_ahead(start, capsys):
     assert "memory of a device, GiB: frozen weights" in out and "epoch 2/2" in out
     assert "compiled again" not in out
     assert out.index("memory of a device") < out.index("trained parameters")
+
+
+def test_one_step_a_group_trains_both_experts_by_the_programs_compiled_ahead(start, capsys):
+    """Three groups of four in batches of six, on two devices."""
+    c, s, plan, *rest = start(2, 0.875, **{
+        "sample.steps": 4, "sample.sde_range": (0, 4), "sample.sde_window": "one_per_group", "sample.sde_steps": 1,
+        "sample.groups": 3, "sample.batch_size": 6, "sample.shared_noise": True, "train.updates_per_epoch": 1,
+        "train.credit": "rectified", "eval.every": 2})
+    seen = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, fun_name="", **__: seen.append(fun_name) if event == ahead.COMPILED else None)
+    train.train(c, s, plan, *rest)
+    assert [seen.count(f"jit({name})") for name in ("rollout_step", "update", "choose_rows")] == [1, 2, 1]
+    assert "compiled again" not in capsys.readouterr().out
+    for record in run_log.read_metrics(c.run_dir):
+        for name in ("transformer", "transformer_2"):
+            assert record[name]["grad_norm"] > 0 and record[name]["ratio_max_error"] < 1e-5, record
 
 
 def test_all_weights_without_a_reference_need_no_frozen_ones():

@@ -408,7 +408,8 @@ BAD = [
     ("sample.noise_level=-0.5", "noise_level"), ("model.remat=all", "none, block, save_matmuls"),
     ("epochs=0", "epochs=0"), ("sample.sde_window=left", "progressive"), ("train.objective=ppo", "guard"),
     ("eval.solver=heun", "euler"), ("model.attention=flash", "cudnn"), ("save.keep=0", "keep=0"),
-    ("eval.previews=-1", "previews=-1"), ("sample.shift=0", "shift"),
+    ("sample.sde_window=one_per_group", "sde_steps=2 must be 1"), ("eval.previews=-1", "previews=-1"),
+    ("sample.shift=0", "shift"),
 ]
 
 
