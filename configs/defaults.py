@@ -84,6 +84,10 @@ def defaults() -> ConfigDict:
     c.train.clip_low = 1e-3             # clip range of the ratio
     c.train.clip_high = 1e-3
     c.train.kl_weight = 0.004           # KL to the reference
+    c.train.kl_as = "loss"              # loss | reward: kl_weight x KL at sampling is taken off the reward of each step
+    c.train.kl_target = optional_float()  # the KL that the weight is adapted to, from kl_weight on; None: it stays
+    c.train.kl_horizon = 20.0           # updates in which twice the target multiplies the weight by e
+    c.train.kl_weight_range = (1e-4, 1.0)  # bounds of the adapted weight
     c.train.kl_kind = "flow_grpo"       # flow_grpo | sigma | x | velocity
     c.train.advantage_std = "group"     # group | global | max | none (grpo/advantages.py)
     c.train.advantage_clip = 5.0

@@ -54,6 +54,15 @@ def group_advantages(rewards: np.ndarray, groups: np.ndarray, valid: np.ndarray,
     return advantages.astype(np.float32)
 
 
+def step_advantages(rewards: np.ndarray, kl: np.ndarray, weight: float, groups: np.ndarray, valid: np.ndarray, *,
+                    std: str, clip: float | None = None) -> np.ndarray:
+    """`group_advantages` of each step by itself, [K, N] float32, where the KL to the reference is part of the reward:
+    of r - weight KL_k, so that a video's steps are told apart (Flow-GRPO's code). kl [K, N]; a video is left out of the
+    steps where its KL is not finite."""
+    return np.stack([group_advantages(rewards - weight * of_step, groups, valid & np.isfinite(of_step), std=std,
+                                      clip=clip) for of_step in np.asarray(kl, np.float64)])
+
+
 def group_statistics(rewards: np.ndarray, groups: np.ndarray, valid: np.ndarray) -> GroupStatistics:
     """Metrics of the same inputs as `group_advantages`; raises as it does."""
     rewards, groups, valid = _checked(rewards, groups, valid)

@@ -84,9 +84,10 @@ def work(run: Run) -> Work:
     """Counted in the jaxprs, with dense attention, whose products are the model's whatever the backend."""
     run = dataclasses.replace(run, backend="xla")
     batches, experts = run.settings.batches, range(len(run.preset.experts))
-    forward = [count(run.rollout_step(i)) for i in experts]
+    branches = 2 if run.settings.kl_reward else 1  # the reference stands in the step's program, but is rarely run
+    forward = [count(run.rollout_step(i)) / branches for i in experts]
     sample = sum(len(part.steps) * forward[part.expert] for part in run.parts)
-    passes = 4 if run.recipe.train.kl_weight else 3
+    passes = 4 if run.recipe.train.kl_weight else 3  # also where the reference is run at sampling
     trained = sum(run.update_batches(i).size * run.trained_steps(i) * forward[i] for i in experts
                   if run.preset.experts[i] in run.trained)
     evaluation = max(count(run.ode_step(i)) for i in experts) * run.recipe.eval.steps

@@ -129,7 +129,9 @@ class Run:
     @functools.cached_property
     def steps(self) -> tuple[Callable, ...]:
         """Denoising steps of the rollout."""
-        make = functools.partial(make_step, self.policy, self.table, keep_mean=self.settings.loss.needs_old_mean)
+        loss, in_reward = self.settings.loss, self.settings.kl_reward > 0
+        make = functools.partial(make_step, self.policy, self.table, keep_mean=loss.needs_old_mean,
+                                 kl_kind=loss.kl_kind if in_reward else None)
         return per_guidance(make, self.scales(self.recipe.sample))
 
     @functools.cached_property
@@ -192,7 +194,8 @@ class Run:
         state waits in host memory, the gradient, which takes the most."""
         if self.recipe.train.offload_optimiser:
             return Program(self.named("update", expert), self.updates[expert].gradient,
-                           (self.trainable, self.frozen, self.update_batch(expert)), stay=2, beside=self.trajectories)
+                           (self.trainable, self.frozen, self.update_batch(expert),
+                            *([self.state.kl.weight] if self.state.kl else [])), stay=2, beside=self.trajectories)
         return Program(self.named("update", expert), self.updates[expert],
                        (self.state, self.frozen, self.update_batch(expert)), stay=2, beside=self.trajectories)
 
@@ -242,7 +245,7 @@ class Run:
 
     @functools.cached_property
     def state(self) -> TrainState:
-        return self.params(state_shapes(self.policy, self.settings.optimiser))
+        return self.params(state_shapes(self.policy, self.settings.optimiser, self.settings.loss))
 
     def solver_state(self) -> SolverState:
         x = self.rows(jnp.float32, shape=self.eval_shape)
@@ -272,7 +275,8 @@ class Run:
 
     def update_batch(self, expert: int) -> UpdateBatch:
         m, b = self.update_batches(expert).shape[1], self.recipe.sample.batch_size
-        return UpdateBatch(self.trajectory(expert, m), jax.ShapeDtypeStruct((m, b), jnp.float32),
+        steps = (self.trained_steps(expert),) if self.settings.kl_reward else ()
+        return UpdateBatch(self.trajectory(expert, m), jax.ShapeDtypeStruct((m, *steps, b), jnp.float32),
                            jax.ShapeDtypeStruct((m, b), bool))
 
     @property

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo.losses import step_kl
 from grpo.policy import COMPILER_OPTIONS, Flat, Policy
 from wan_jax import mesh as mesh_lib
 from wan_jax import sde
@@ -36,6 +37,7 @@ class Trajectory:
     step: jax.Array  # [K] int32, index into the schedule; [1, B] where each video has its own
     text: TextBatch
     mean: jax.Array | None = None  # [K, B, F, H, W, C] of the step's Gaussian, where the objective needs it
+    kl: jax.Array | None = None  # [K, B] to the reference, where it is part of the reward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,18 +100,25 @@ def initial_noise(key, samples, shape):
     return sample_noise(key, samples, INITIAL, shape)
 
 
-def make_step(policy: Policy, table: StepTable, guidance: float, keep_mean: bool = False):
-    """The jitted denoising step: (trainable, frozen, x, i, stochastic, text, key, samples) -> (x_next, log_prob, mean),
-    mean None without keep_mean. stochastic: bool, or bool [B]."""
+def make_step(policy: Policy, table: StepTable, guidance: float, keep_mean: bool = False, kl_kind: str | None = None):
+    """The jitted denoising step: (trainable, frozen, x, i, stochastic, text, key, samples) -> (x_next, log_prob, mean,
+    kl), mean None without keep_mean, kl [B] to the reference (`kl_to_reference`) or None without kl_kind; where no row
+    is stochastic the reference is not run. stochastic: bool, or bool [B]."""
 
     @partial(jax.jit, compiler_options=COMPILER_OPTIONS)
     def rollout_step(trainable: Flat, frozen, x, i, stochastic, text: TextBatch, key, samples):
         t, sigma, sigma_next, g = table.at(i)
+        g = jnp.where(stochastic, g, 0.0)
         v = velocity(policy.module(trainable, frozen), x, t, text, guidance)
         noise = sample_noise(key, samples, i, x.shape[1:])
-        x_next, log_prob, mean, _ = sde.sde_step(x, v, sigma, sigma_next, jnp.where(stochastic, g, 0.0), noise,
-                                                 table.preserving)
-        return x_next, log_prob, mean if keep_mean else None
+        x_next, log_prob, mean, _ = sde.sde_step(x, v, sigma, sigma_next, g, noise, table.preserving)
+
+        def distance():
+            v_ref = velocity(policy.reference(frozen), x, t, text, guidance)
+            return step_kl(x, v, v_ref, (sigma, sigma_next, g, table.preserving), kl_kind)
+
+        kl = jax.lax.cond(jnp.any(stochastic), distance, lambda: jnp.zeros(len(x))) if kl_kind else None
+        return x_next, log_prob, mean if keep_mean else None, kl
 
     return rollout_step
 
@@ -127,8 +136,8 @@ def rollout(step, trainable: Flat, frozen, x: jax.Array, text: TextBatch, *, key
     for i in steps:
         rows = window[0] == i if own else i in window
         stochastic = mesh_lib.place(rows, samples.sharding) if own else rows
-        x_next, log_prob, mean = step(trainable, frozen, x, i, stochastic, text, key, samples)
-        now = x, x_next, log_prob, mean
+        x_next, *rest = step(trainable, frozen, x, i, stochastic, text, key, samples)
+        now = x, x_next, *rest
         if own and kept:
             kept = [choose_rows(stochastic, now, kept[0])] if rows.any() else kept
         elif own or stochastic:
@@ -136,13 +145,13 @@ def rollout(step, trainable: Flat, frozen, x: jax.Array, text: TextBatch, *, key
         x = x_next
     if not kept:
         return x, None
-    xs, nexts, log_probs, means = jax.tree.map(lambda *rows: jnp.stack(rows), *kept)
+    xs, nexts, log_probs, means, kls = jax.tree.map(lambda *rows: jnp.stack(rows), *kept)
     if own:
         inside = np.where((window[0] >= steps.start) & (window[0] < steps.stop), window[0], steps.start)
         index = jnp.stack([mesh_lib.place(inside.astype(np.int32), samples.sharding)])
     else:
         index = jnp.asarray(window, jnp.int32)
-    return x, Trajectory(xs, nexts, log_probs, index, text, means)
+    return x, Trajectory(xs, nexts, log_probs, index, text, means, kls)
 
 
 @jax.jit

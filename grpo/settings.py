@@ -29,11 +29,13 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # same product and then differ by its rounding: 1e-7 to 6e-6 seen on an H200 at full size, and once 4.6e-4. A wrong step
 # or text is far above either.
 RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-3}
+KL_PLACES = ("loss", "reward")
 REQUIRED = ("run_dir", "model.path", "prompts.train", "prompts.heldout")
 CHOICES = {"model.dtype": DTYPES, "model.attention": BACKENDS, "model.remat": REMAT_POLICIES,
            "model.offload": OFFLOAD,
            "sample.sde_window": WINDOWS, "train.credit": CREDITS, "train.objective": OBJECTIVES,
-           "train.advantage_std": STDS, "reward.rule": RULES, "reward.engine": (*ENGINES, JUDGE),
+           "train.kl_as": KL_PLACES, "train.advantage_std": STDS,
+           "reward.rule": RULES, "reward.engine": (*ENGINES, JUDGE),
            "reward.judge_question": JUDGE_QUESTIONS, "eval.solver": SOLVERS,
            "reward.combine": COMBINATIONS}
 AT_LEAST = {"epochs": 1, "lora.rank": 0, "mesh.fsdp": 0, "mesh.context": 0, "sample.frames": 1, "sample.steps": 1,
@@ -60,6 +62,7 @@ class Settings:
     batches: int  # an epoch's rollout batches
     ratio_tolerance: float
     weights: dict[str, float]  # of the rewards that are measured
+    kl_reward: float  # what the KL takes off the reward of a step, a multiple of it
 
 
 def from_config(c: ml_collections.ConfigDict) -> Settings:
@@ -107,17 +110,24 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
     if c.lora.init and not c.lora.rank:
         raise UserError(f"config.lora.init={c.lora.init} needs adapters to start from: set config.lora.rank as in the "
                         "file")
+    in_reward = c.train.kl_as == "reward"
+    if in_reward and not (c.train.kl_weight > 0 and c.train.kl_target is None and c.reward.combine == "rewards"):
+        raise UserError(f"config.train.kl_as=reward takes kl_weight times the KL off a fixed sum of rewards: it needs "
+                        f"train.kl_weight={c.train.kl_weight} above 0, train.kl_target={c.train.kl_target} None and "
+                        f"reward.combine={c.reward.combine} to be rewards")
     try:
         flow_sigmas(c.sample.steps, c.sample.shift)
         return Settings(
             dtype=DTYPES[c.model.dtype],
             lora=LoRAConfig(c.lora.rank, c.lora.alpha, tuple(c.lora.targets)) if c.lora.rank else None,
             sde=SDEConfig(c.sample.sde, c.sample.noise_level, c.sample.max_step_std),
-            loss=LossConfig(c.train.clip_low, c.train.clip_high, c.train.kl_weight, c.train.kl_kind,
-                            c.train.objective, c.train.divergence),
+            loss=LossConfig(c.train.clip_low, c.train.clip_high, 0.0 if in_reward else c.train.kl_weight,
+                            c.train.kl_kind, c.train.objective, c.train.divergence, c.train.kl_target,
+                            c.train.kl_horizon, tuple(c.train.kl_weight_range)),
             optimiser=OptimiserConfig(**{f.name: c.train[f.name] for f in dataclasses.fields(OptimiserConfig)}),
             videos=videos, batches=batches,
-            ratio_tolerance=RATIO_TOLERANCE[c.model.dtype] if tolerance is None else tolerance, weights=weights)
+            ratio_tolerance=RATIO_TOLERANCE[c.model.dtype] if tolerance is None else tolerance, weights=weights,
+            kl_reward=c.train.kl_weight if in_reward else 0.0)
     except ValueError as error:
         raise UserError(f"config: {error}") from None
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from convert.lora import initial_adapters
 from grpo import ahead, combine, devices, report, run_log, run_state, settings
 from grpo import offload as optimiser_offload
-from grpo.advantages import group_advantages, group_statistics
+from grpo.advantages import group_advantages, group_statistics, step_advantages
 from grpo.combine import MAIN
 from grpo.evaluator import Evaluator
 from grpo.policy import make_policy
@@ -40,7 +40,7 @@ from grpo.rollout import (
     rollout_batches,
 )
 from grpo.run_log import RunLog, SilentLog
-from grpo.scores import gather_scores, open_pool
+from grpo.scores import gather_rows, gather_scores, open_pool
 from grpo.update import init_state, stack_batches
 from grpo.windows import Windows
 from rewards.targets import parse_targets
@@ -182,7 +182,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
 
     on_host, on_device = ((optimiser_offload.to_host, optimiser_offload.to_device) if c.train.offload_optimiser else
                           (lambda x: x,) * 2)
-    states, done = {name: on_host(init_state(start[name], s.optimiser)) for name in plan.trained}, 0
+    states, done = {name: on_host(init_state(start[name], s.optimiser, s.loss)) for name in plan.trained}, 0
     if restored is not None:
         states, done = run_state.restore(checkpoints, restored, states), restored
 
@@ -294,18 +294,22 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
             if name not in states:
                 continue
             values, count = {}, np.isin(np.arange(s.videos), plan.windows.videos(i)) & valid
+            if s.kl_reward:
+                kl = gather_rows([t.kl for t in trajectories[name]], sharded)  # [K, N]
+                advantages = step_advantages(total, kl, s.kl_reward, prompt_of, count, **how)
+            by_batch = np.moveaxis(advantages.reshape(*advantages.shape[:-1], s.batches, -1), -2, 0)  # [., (K,) B]
             for chosen in run.update_batches(expert):
                 rows = count.reshape(s.batches, -1)[chosen]
                 if not rows.any():  # nothing to learn from
                     continue
-                batch = stack_batches([trajectories[name][b] for b in chosen],
-                                      advantages.reshape(s.batches, -1)[chosen], rows)
+                batch = stack_batches([trajectories[name][b] for b in chosen], by_batch[chosen], rows)
                 states[name], metrics, norms = updates[expert](states[name], weights(expert), batch)
                 values |= metrics.averages() | {k: float(v) for k, v in norms.items()}
                 check_finite(values, epoch, checkpoints)
                 if "ratio_max_error" not in values:
                     values["ratio_max_error"] = max(values["ratio_max"] - 1, 1 - values["ratio_min"])
                     check_ratio(values["ratio_max_error"], s.ratio_tolerance, epoch)
+            values |= {"kl": float(kl[:, count].mean())} if s.kl_reward and count.any() else {}
             record |= values if len(states) == 1 else {name: values, **{
                 k: max(values[k], record.get(k, values[k])) for k in ("ratio_max_error", "grad_norm") if k in values}}
         del trajectories, texts, batch

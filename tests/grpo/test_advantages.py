@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from grpo.advantages import STDS, GroupStatistics, group_advantages, group_statistics
+from grpo.advantages import STDS, GroupStatistics, group_advantages, group_statistics, step_advantages
 from tests import reference
 
 
@@ -112,3 +112,19 @@ def test_unknown_options():
         group_advantages(*batch(), std="batch")
     with pytest.raises(ValueError, match="clip=0"):
         group_advantages(*batch(), std="group", clip=0)
+
+
+def test_kl_as_reward_tells_the_steps_apart():
+    """Each step by itself, against the reference with that step's rewards; without a weight all steps are as one."""
+    rewards, groups, valid = batch()
+    kl = np.random.default_rng(5).random((3, len(rewards)))
+    ours = step_advantages(rewards, kl, 0.3, groups, valid, std="group", clip=5.0)
+    assert ours.shape == kl.shape and ours.dtype == np.float32
+    for row, of_step in zip(ours, kl):
+        wanted = reference.group_advantages(rewards - 0.3 * of_step, groups, valid, "group", 1e-4)
+        np.testing.assert_allclose(row, wanted, rtol=1e-6, atol=1e-7)
+    assert np.abs(ours[0] - ours[1]).max() > 0.1
+    plain = group_advantages(rewards, groups, valid, std="group", clip=5.0)
+    np.testing.assert_array_equal(step_advantages(rewards, kl, 0.0, groups, valid, std="group", clip=5.0), [plain] * 3)
+    kl[1, 2] = np.nan
+    assert step_advantages(rewards, kl, 0.3, groups, valid, std="group")[1, 2] == 0

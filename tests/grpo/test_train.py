@@ -409,7 +409,8 @@ BAD = [
     ("epochs=0", "epochs=0"), ("sample.sde_window=left", "progressive"), ("train.objective=ppo", "guard"),
     ("eval.solver=heun", "euler"), ("model.attention=flash", "cudnn"), ("save.keep=0", "keep=0"),
     ("sample.sde_window=one_per_group", "sde_steps=2 must be 1"), ("eval.previews=-1", "previews=-1"),
-    ("sample.shift=0", "shift"),
+    ("sample.shift=0", "shift"), ("train.kl_as=both", "one of loss, reward"),
+    ("train.kl_target=-1.0", "kl_target=-1.0"),
 ]
 
 

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from configs.defaults import defaults
+from grpo import offload, run_state
+from grpo import update as update_lib
 from grpo.losses import LossConfig
 from grpo.policy import make_policy
 from grpo.rollout import (
@@ -25,6 +28,7 @@ from grpo.update import OptimiserConfig, init_state, make_gradient, make_update,
 from tests import reference
 from wan_jax import mesh as mesh_lib
 from wan_jax import sde
+from wan_jax.checkpoint import Checkpoints
 from wan_jax.config import TransformerConfig
 from wan_jax.experts import Segment
 from wan_jax.guidance import TextBatch, velocity
@@ -302,6 +306,61 @@ def test_every_row_its_own_stochastic_step():
             np.testing.assert_allclose(a[0, row], b[0, row], atol=2e-5)
     assert np.linalg.norm(grads - sum(parts)) < 1e-3 * np.linalg.norm(grads)
     assert np.linalg.norm(parts[0]) > 0 < np.linalg.norm(parts[1])
+
+
+def test_kl_at_sampling_and_advantages_of_each_step():
+    """The rollout's KL is the formula's; [M, K, B] advantages weight the steps' gradients one by one."""
+    policy, trainable, frozen = setup()
+    samples, text, key = jnp.arange(3, dtype=jnp.int32), text_batch(3), jax.random.key(3)
+    step = make_step(policy, TABLE, 1.0, kl_kind="flow_grpo")
+    _, kept = rollout(step, trainable, frozen, initial_noise(key, samples, SHAPE), text, key=key, samples=samples,
+                      steps=range(STEPS), window=WINDOW)
+    for k, i in enumerate(WINDOW):
+        v, v_ref = (np.asarray(velocity(m, kept.x[k], TABLE.timestep[i], text, 1.0), np.float64)
+                    for m in (policy.module(trainable, frozen), policy.reference(frozen)))
+        of_step = [np.float64(a[i]) for a in (TABLE.sigma, TABLE.sigma_next, TABLE.g)]
+        for row in range(3):
+            (mean, std), (mean_ref, _) = (reference.mean_std(np.asarray(kept.x[k, row], np.float64), u[row], *of_step)
+                                          for u in (v, v_ref))
+            wanted = reference.kl("flow_grpo", mean, mean_ref, None, None, std, of_step[2])
+            assert float(kept.kl[k, row]) == pytest.approx(wanted, rel=1e-3) and wanted > 0
+    gradient = jax.jit(make_gradient(policy, TABLE, 1.0, LossConfig(kl_beta=0.0)))
+
+    def of(advantages):
+        batch = stack_batches([kept], np.array([advantages]), np.ones((1, 3), bool))
+        return flat_vector(gradient(trainable, frozen, batch)[0])
+
+    first, second, zero = [1.0, -2.0, 1.5], [0.5, 1.0, -1.0], [0.0] * 3
+    both = of([first, second])
+    np.testing.assert_allclose(both, of([first, zero]) + of([zero, second]), atol=1e-5 * np.abs(both).max())
+    np.testing.assert_allclose(of([first, first]), of(first), atol=1e-5 * np.abs(both).max())
+
+
+def test_an_adaptive_kl_weight_is_used_kept_and_saved(tmp_path):
+    """Two updates, with the optimiser's state on the device and on the host: their weights follow the KL they report,
+    and a checkpoint holds the control to the bit."""
+    config = LossConfig(kl_beta=0.1, kl_target=0.02, kl_horizon=3.0, kl_range=(1e-3, 0.2))
+    policy, trainable, frozen = setup()
+    _, kept = sampled(policy, trainable, frozen, range(4))
+    batch, results = stack_batches([kept], np.array([[2.0, -1.0, 0.5, -1.5]]), np.ones((1, 4), bool)), []
+    mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+    for module, start in ((update_lib, lambda state: state), (offload, offload.to_host)):
+        update = module.make_update(policy, TABLE, 1.0, config, OPTIMISER, mesh)
+        state, weight, average = start(init_state(copies(trainable), OPTIMISER, config)), 0.1, None
+        for _ in range(2):
+            state, metrics, norms = update(state, frozen, batch)
+            assert float(norms["kl_weight"]) == pytest.approx(weight, rel=1e-5)
+            kl = metrics.averages()["kl"]
+            average = kl if average is None else 0.9 * average + 0.1 * kl
+            weight = min(max(weight * np.exp((average - 0.02) / 0.02 / 3), 1e-3), 0.2)
+            assert float(state.kl.weight) == pytest.approx(weight, rel=1e-4) and weight not in (0.1, 1e-3, 0.2)
+        results.append(state)
+    np.testing.assert_allclose(*(flat_vector(state.trainable) for state in results), atol=1e-5)
+    checkpoints = Checkpoints(tmp_path)
+    run_state.save(checkpoints, 1, {"transformer": results[0]}, defaults().to_dict(), None)
+    restored = run_state.restore(checkpoints, 1, {"transformer": results[0]})["transformer"]
+    checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, restored, results[0])
 
 
 @pytest.mark.parametrize("kind", ["flow_grpo_wan", "flow_sde", "dance", "cps"])
