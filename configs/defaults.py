@@ -68,6 +68,8 @@ def defaults() -> ConfigDict:
 
     c.train = ConfigDict()
     c.train.experts = ("transformer", "transformer_2")  # which are trained; models with one have only the first
+    c.train.groups = 0                  # of the sampled groups, those with the largest spread of rewards; 0: all
+    c.train.best_of = 0                 # of each group, so many best videos and as many worst; 0: all
     c.train.updates_per_epoch = 2       # the epoch's batches are split over so many optimiser steps
     c.train.learning_rate = 1e-4
     c.train.warmup_updates = 0

@@ -98,6 +98,8 @@ class Run:
 
     def update_batches(self, expert: int) -> np.ndarray:
         """The rollout batches that train this expert in each optimiser step of an epoch: int [updates, M]."""
+        if self.settings.train_batches < self.settings.batches:  # of those that are chosen by their rewards
+            return np.arange(self.settings.train_batches).reshape(self.recipe.train.updates_per_epoch, -1)
         i = next(i for i, part in enumerate(self.parts) if part.expert == expert)
         return batches_with(self.windows.videos(i), self.recipe.sample.batch_size, self.settings.batches,
                             self.recipe.train.updates_per_epoch)

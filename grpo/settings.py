@@ -40,7 +40,7 @@ CHOICES = {"model.dtype": DTYPES, "model.attention": BACKENDS, "model.remat": RE
            "reward.combine": COMBINATIONS}
 AT_LEAST = {"epochs": 1, "lora.rank": 0, "mesh.fsdp": 0, "mesh.context": 0, "sample.frames": 1, "sample.steps": 1,
             "sample.groups": 1, "sample.group_size": 2, "sample.batch_size": 1, "sample.sde_window_epochs": 1,
-            "train.updates_per_epoch": 1, "train.warmup_updates": 0,
+            "train.updates_per_epoch": 1, "train.groups": 0, "train.best_of": 0, "train.warmup_updates": 0,
             "train.weight_decay": 0, "reward.max_frames": 2, "reward.workers": 0,
             "reward.retries": 0, "reward.patience": 0,
             "eval.every": 1, "eval.num_prompts": 2, "eval.frames": 0, "eval.steps": 1, "eval.previews": 0,
@@ -60,6 +60,7 @@ class Settings:
     optimiser: OptimiserConfig
     videos: int  # an epoch's videos
     batches: int  # an epoch's rollout batches
+    train_batches: int  # those of them that are trained
     ratio_tolerance: float
     weights: dict[str, float]  # of the rewards that are measured
     kl_reward: float  # what the KL takes off the reward of a step, a multiple of it
@@ -86,9 +87,10 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
         raise UserError(f"config.sample: groups x group_size = {videos} videos do not fill batches of "
                         f"batch_size={c.sample.batch_size}; choose a divisor of {videos}")
     batches = videos // c.sample.batch_size
-    if batches % c.train.updates_per_epoch:
+    train_batches = check_choice(c) or batches
+    if train_batches % c.train.updates_per_epoch:
         raise UserError(f"config.train.updates_per_epoch={c.train.updates_per_epoch} does not divide the epoch's "
-                        f"{batches} batches")
+                        f"{train_batches} batches")
     if len(c.sample.sde_range) != 2:
         raise UserError(f"config.sample.sde_range={tuple(c.sample.sde_range)} must be (first, last + 1)")
     low, high = c.sample.sde_range
@@ -125,11 +127,30 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
                             c.train.kl_kind, c.train.objective, c.train.divergence, c.train.kl_target,
                             c.train.kl_horizon, tuple(c.train.kl_weight_range)),
             optimiser=OptimiserConfig(**{f.name: c.train[f.name] for f in dataclasses.fields(OptimiserConfig)}),
-            videos=videos, batches=batches,
+            videos=videos, batches=batches, train_batches=train_batches,
             ratio_tolerance=RATIO_TOLERANCE[c.model.dtype] if tolerance is None else tolerance, weights=weights,
             kl_reward=c.train.kl_weight if in_reward else 0.0)
     except ValueError as error:
         raise UserError(f"config: {error}") from None
+
+
+def check_choice(c: ml_collections.ConfigDict) -> int:
+    """How many rollout batches are trained where groups are chosen by their rewards, 0 where all are."""
+    size, batch, groups = c.sample.group_size, c.sample.batch_size, c.train.groups
+    if 2 * c.train.best_of > size:
+        raise UserError(f"config.train.best_of={c.train.best_of} best and as many worst are more than "
+                        f"sample.group_size={size}; take at most {size // 2}, or 0 for all")
+    if groups in (0, c.sample.groups):
+        return 0
+    if groups > c.sample.groups:
+        raise UserError(f"config.train.groups={groups}: only sample.groups={c.sample.groups} are sampled")
+    if size % batch:
+        raise UserError(f"config.train.groups={groups} chooses whole batches: sample.batch_size={batch} must divide "
+                        f"sample.group_size={size}")
+    if c.sample.sde_window == ONE_PER_GROUP:
+        raise UserError(f"config.train.groups={groups} does not go with sample.sde_window={ONE_PER_GROUP}: the groups "
+                        "left out would be missing at their steps; use another window, or train.groups=0")
+    return groups * size // batch
 
 
 def check_resume(saved: dict, now: dict, checkpoint: str):

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from convert.lora import initial_adapters
 from grpo import ahead, combine, devices, report, run_log, run_state, settings
 from grpo import offload as optimiser_offload
-from grpo.advantages import group_advantages, group_statistics, step_advantages
+from grpo.advantages import extremes, group_advantages, group_statistics, largest_spread, step_advantages
 from grpo.combine import MAIN
 from grpo.evaluator import Evaluator
 from grpo.policy import make_policy
@@ -284,6 +284,9 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         advantages = (group_advantages(total, prompt_of, valid, **how) if c.reward.combine == "rewards" else
                       combine.combined_advantages(rewards, s.weights, prompt_of, valid, **how))
         groups = group_statistics(total, prompt_of, valid)
+        kept = largest_spread(total, prompt_of, valid, c.train.groups or c.sample.groups)
+        order = np.flatnonzero(kept.reshape(s.batches, -1).any(1))  # the batches that are trained
+        counted = kept & extremes(total, prompt_of, valid, c.train.best_of)
 
         # update: the expert on the device first, so that the next epoch finds the first one there
         hosts.stage(f"epoch {epoch}: update")
@@ -293,13 +296,13 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
             expert, name = part.expert, model.experts[part.expert]
             if name not in states:
                 continue
-            values, count = {}, np.isin(np.arange(s.videos), plan.windows.videos(i)) & valid
+            values, here = {}, np.isin(np.arange(s.videos), plan.windows.videos(i))
             if s.kl_reward:
                 kl = gather_rows([t.kl for t in trajectories[name]], sharded)  # [K, N]
-                advantages = step_advantages(total, kl, s.kl_reward, prompt_of, count, **how)
+                advantages = step_advantages(total, kl, s.kl_reward, prompt_of, here & valid, **how)
             by_batch = np.moveaxis(advantages.reshape(*advantages.shape[:-1], s.batches, -1), -2, 0)  # [., (K,) B]
-            for chosen in run.update_batches(expert):
-                rows = count.reshape(s.batches, -1)[chosen]
+            for chosen in order[run.update_batches(expert)]:
+                rows = (here & counted).reshape(s.batches, -1)[chosen]
                 if not rows.any():  # nothing to learn from
                     continue
                 batch = stack_batches([trajectories[name][b] for b in chosen], by_batch[chosen], rows)
@@ -309,7 +312,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
                 if "ratio_max_error" not in values:
                     values["ratio_max_error"] = max(values["ratio_max"] - 1, 1 - values["ratio_min"])
                     check_ratio(values["ratio_max_error"], s.ratio_tolerance, epoch)
-            values |= {"kl": float(kl[:, count].mean())} if s.kl_reward and count.any() else {}
+            values |= {"kl": float(kl[:, here].mean())} if s.kl_reward else {}
             record |= values if len(states) == 1 else {name: values, **{
                 k: max(values[k], record.get(k, values[k])) for k in ("ratio_max_error", "grad_norm") if k in values}}
         del trajectories, texts, batch
@@ -324,6 +327,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
                             "group_std": groups.mean_group_std, "zero_std_fraction": groups.zero_std_fraction,
                             "rewards": combine.means({MAIN: scores.values} | scores.parts),
                             "failed_scores": int((~valid).sum()), "retried_scores": scores.retries, "videos": s.videos,
+                            "videos_trained": int(counted.sum()),
                             "seconds": seconds, "idle_share": max(0.0, 1 - working / seconds["total"]),
                             "peak_memory": memory.peaks().known()})
         say(f"epoch {epoch}/{c.epochs}: reward {groups.mean_reward:.3f}, spread in groups "

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from grpo.advantages import STDS, GroupStatistics, group_advantages, group_statistics, step_advantages
+from grpo.advantages import (
+    STDS,
+    GroupStatistics,
+    extremes,
+    group_advantages,
+    group_statistics,
+    largest_spread,
+    step_advantages,
+)
 from tests import reference
 
 
@@ -128,3 +136,29 @@ def test_kl_as_reward_tells_the_steps_apart():
     np.testing.assert_array_equal(step_advantages(rewards, kl, 0.0, groups, valid, std="group", clip=5.0), [plain] * 3)
     kl[1, 2] = np.nan
     assert step_advantages(rewards, kl, 0.3, groups, valid, std="group")[1, 2] == 0
+
+
+def test_extremes_and_their_ties():
+    rewards, groups, valid = batch(seed=3, size=7)
+    for count in (0, 1, 2, 3, 4):
+        kept = extremes(np.where(valid, rewards, np.nan), groups, valid, count)
+        for group in np.unique(groups):
+            members = sorted((r, i) for i, r in enumerate(rewards) if groups[i] == group and valid[i])
+            wanted = members if not count or len(members) <= 2 * count else members[:count] + members[-count:]
+            assert sorted(np.flatnonzero(kept & (groups == group))) == sorted(i for _, i in wanted)
+    equal = extremes(np.zeros(5), np.zeros(5, int), np.ones(5, bool), 1)
+    np.testing.assert_array_equal(equal, [True, False, False, False, True])
+
+
+def test_groups_of_largest_spread():
+    """Five groups of four: the chosen are whole groups, failed videos too, and none has less spread than one left."""
+    rewards, groups, valid = batch(seed=1)
+    spread = {g: np.std(rewards[(groups == g) & valid]) for g in np.unique(groups)}
+    for count in (1, 3, 5):
+        kept = largest_spread(np.where(valid, rewards, np.nan), groups, valid, count)
+        chosen = set(groups[kept])
+        assert len(chosen) == count and kept.sum() == 4 * count
+        assert min(spread[g] for g in chosen) >= max((v for g, v in spread.items() if g not in chosen), default=0)
+    one = np.repeat([5, 3, 4], 2)  # nothing valid in 3, equal rewards in 5 and 4: the first ones
+    kept = largest_spread(np.array([1.0, 1, 0, 9, 2, 2]), one, one != 3, 2)
+    np.testing.assert_array_equal(kept, one != 4)

@@ -16,7 +16,7 @@ from grpo import ahead, run_log, settings, train
 from grpo.policy import make_policy
 from grpo.programs import Run
 from grpo.prompts import load_prompts
-from grpo.update import init_state
+from grpo.update import init_state, stack_batches
 from rewards.targets import parse_targets
 from rewards.workers import RewardPool
 from tests import tiny
@@ -79,6 +79,21 @@ def test_the_loop_runs_what_was_compiled_ahead(start, capsys):
     assert "memory of a device, GiB: frozen weights" in out and "epoch 2/2" in out
     assert "compiled again" not in out
     assert out.index("memory of a device") < out.index("trained parameters")
+
+
+def test_groups_sampled_in_excess_are_not_trained(start, capsys, monkeypatch):
+    """Four groups of four, in batches of two, of which two with one best and one worst video each are trained."""
+    stacked = []
+    monkeypatch.setattr(train, "stack_batches", lambda *a: stacked.append(a) or stack_batches(*a))
+    c, s, plan, *rest = start(1, **{"sample.groups": 4, "sample.batch_size": 2, "train.groups": 2, "train.best_of": 1,
+                                    "eval.every": 2})
+    train.train(c, s, plan, *rest)
+    assert "compiled again" not in capsys.readouterr().out
+    assert [record["videos_trained"] for record in run_log.read_metrics(c.run_dir)] == [4, 4]
+    assert len(stacked) == 4  # two optimiser steps in each of two epochs, one group in each
+    for trajectories, advantages, valid in stacked:
+        assert len(trajectories) == 2 and valid.sum() == 2
+        assert valid.ravel()[advantages.argmax()] and valid.ravel()[advantages.argmin()]
 
 
 def test_one_step_a_group_trains_both_experts_by_the_programs_compiled_ahead(start, capsys):

@@ -410,7 +410,8 @@ BAD = [
     ("eval.solver=heun", "euler"), ("model.attention=flash", "cudnn"), ("save.keep=0", "keep=0"),
     ("sample.sde_window=one_per_group", "sde_steps=2 must be 1"), ("eval.previews=-1", "previews=-1"),
     ("sample.shift=0", "shift"), ("train.kl_as=both", "one of loss, reward"),
-    ("train.kl_target=-1.0", "kl_target=-1.0"),
+    ("train.kl_target=-1.0", "kl_target=-1.0"), ("train.best_of=3", "best_of=3 best and as many worst"),
+    ("train.groups=3", "only sample.groups=2"), ("train.groups=-1", "groups=-1"),
 ]
 
 
