@@ -91,6 +91,10 @@ def defaults() -> ConfigDict:
     c.train.kl_horizon = 20.0           # updates in which twice the target multiplies the weight by e
     c.train.kl_weight_range = (1e-4, 1.0)  # bounds of the adapted weight
     c.train.kl_kind = "flow_grpo"       # flow_grpo | sigma | x | velocity
+    c.train.cfg_distill_weight = 0.0    # of a loss that pulls the velocity without guidance (sample.guidance=1) to the
+    #                                     reference's with guidance
+    c.train.cfg_distill_guidance = 4.5  # the reference's
+    c.train.cfg_distill_guidance_2 = optional_float()  # of the second expert; None: as the first
     c.train.advantage_std = "group"     # group | global | max | none (grpo/advantages.py)
     c.train.advantage_clip = 5.0
     c.train.ratio_tolerance = optional_float()  # |ratio - 1| allowed on policy, more stops the run; None: 1e-4 in
@@ -123,6 +127,7 @@ def defaults() -> ConfigDict:
     c.eval.steps = 20
     c.eval.guidance = 4.5
     c.eval.guidance_2 = optional_float()
+    c.eval.also_unguided = False        # each evaluation a second time without guidance, under `unguided`
     c.eval.solver = "unipc"             # unipc | euler | flow_match_euler
     c.eval.seed = 1234
     c.eval.previews = 12                # samples kept as pictures for the report

@@ -9,7 +9,8 @@ from wan_jax import mesh as mesh_lib
 from wan_jax.config import TransformerConfig
 
 
-def state_bytes(policy: Policy, *, experts: int, trained: int, kl: bool, offload: str, offload_optimiser: bool) -> int:
+def state_bytes(policy: Policy, *, experts: int, trained: int, reference: bool, offload: str,
+                offload_optimiser: bool) -> int:
     """Bytes that a run holds on its devices beside activations, if it had one: all of them fall with `mesh.fsdp`.
 
     For each trained parameter 4 bytes of weight, 8 of moments and 4 of average for every trained expert, and 4 of
@@ -23,7 +24,7 @@ def state_bytes(policy: Policy, *, experts: int, trained: int, kl: bool, offload
     if not trained:
         return frozen
     full = policy.adapters is None
-    frozen = 0 if full and not kl else frozen
+    frozen = 0 if full and not reference else frozen
     held = 4 + (0 if offload_optimiser else 12)
     return frozen + (weights if full else 0) + count * (held * trained + 4)
 
@@ -38,7 +39,7 @@ def choose_mesh(c: ml_collections.ConfigDict, s: Settings, config: TransformerCo
     if memory is None:
         memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
     policy = make_structure(config, lora=s.lora, dtype=s.dtype, attention="xla", remat="none")
-    state = state_bytes(policy, experts=experts, trained=trained, kl=c.train.kl_weight > 0, offload=c.model.offload,
+    state = state_bytes(policy, experts=experts, trained=trained, reference=s.reference, offload=c.model.offload,
                         offload_optimiser=c.train.offload_optimiser)
     fsdp, context = mesh_lib.choose(len(devices), c.sample.batch_size, state, memory, fsdp=c.mesh.fsdp,
                                     context=c.mesh.context)

@@ -30,6 +30,9 @@ class LossConfig:
                 for the whole batch. Published clip range 2e-6, no KL.
     'dppo'      Flow-DPPO: no clip; a row is left out once D >= divergence and its ratio has moved the way A asks for.
 
+    distill_weight: of mean((v - v_teacher)^2), where the teacher is the reference at guidance `distill_guidance` and v
+    the policy's velocity without guidance: guidance distilled into the model (Meng et al., arXiv 2210.03142).
+
     kl_target: kl_beta is only the first weight of the KL, and `adapted_kl` changes it; None: it stays.
     """
 
@@ -42,6 +45,8 @@ class LossConfig:
     kl_target: float | None = None
     kl_horizon: float = 20.0
     kl_range: tuple[float, float] = (1e-4, 1.0)
+    distill_weight: float = 0.0
+    distill_guidance: float = 1.0
 
     def __post_init__(self):
         if not (0 < self.clip_low <= 1 and 0 < self.clip_high):
@@ -52,6 +57,8 @@ class LossConfig:
         _check_kind(self.kl_kind)
         if self.kl_target is not None:
             self._check_target()
+        if not 0 <= self.distill_weight < float("inf"):
+            raise ValueError(f"distill_weight={self.distill_weight}: must be finite and >= 0; 0 switches it off")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective={self.objective!r} is unknown; choose one of {', '.join(OBJECTIVES)}")
         if not self.divergence > 0:
@@ -111,6 +118,7 @@ class LossMetrics:
     approx_kl: Array      # sum of (log-prob - old log-prob)^2 / 2
     policy_loss: Array    # sum
     kl: Array             # sum of the penalty before beta
+    distillation: Array | None = None  # sum of the squares before their weight, where guidance is distilled
 
     def merge(self, other: "LossMetrics") -> "LossMetrics":
         total = jax.tree.map(jnp.add, self, other)
@@ -123,7 +131,8 @@ class LossMetrics:
         return {"ratio_mean": float(self.ratio) / n, "ratio_min": float(self.ratio_min),
                 "ratio_max": float(self.ratio_max), "clip_fraction": float(self.clipped) / n,
                 "approx_kl": float(self.approx_kl) / n, "policy_loss": float(self.policy_loss) / n,
-                "kl": float(self.kl) / n}
+                "kl": float(self.kl) / n} | (
+                    {} if self.distillation is None else {"distillation": float(self.distillation) / n})
 
 
 def clipped_loss(log_ratio: Array, advantages: Array, clip_low: float, clip_high: float) -> tuple[Array, Array]:
@@ -181,10 +190,10 @@ def masked_mean(values: Array, mask: Array) -> Array:
 
 
 def policy_gradient_terms(rows: Rows, velocity: Array, velocity_ref: Array | None, config: LossConfig,
-                          kl_beta: Array | None = None) -> tuple[Array, LossMetrics]:
+                          kl_beta: Array | None = None, teacher: Array | None = None) -> tuple[Array, LossMetrics]:
     """The loss of each row, clipped policy loss + kl_beta * KL, [B], and the metrics of the counted rows.
 
-    kl_beta fp32 []: in place of the configuration's.
+    kl_beta fp32 []: in place of the configuration's. teacher [B, ...]: the velocity that is distilled.
     velocity [B, ...] is the policy's, the one to differentiate; velocity_ref the reference model's, None
     without a KL term. Reduce with `masked_mean(loss, rows.mask)`, or sum and divide by a count that spans
     micro-batches. Raises ValueError when kl_beta > 0 and velocity_ref is None.
@@ -201,7 +210,12 @@ def policy_gradient_terms(rows: Rows, velocity: Array, velocity_ref: Array | Non
     if rows.weight is not None:
         policy_loss, kl = rows.weight * policy_loss, rows.weight**2 * kl
     metrics = _metrics(rows, log_prob, ratio, policy_loss, kl, config)
-    return policy_loss + (config.kl_beta if kl_beta is None else kl_beta) * kl, jax.lax.stop_gradient(metrics)
+    loss = policy_loss + (config.kl_beta if kl_beta is None else kl_beta) * kl
+    if teacher is not None:
+        apart = kl_to_reference(velocity, jax.lax.stop_gradient(teacher), None, kind="velocity")
+        loss += config.distill_weight * apart
+        metrics = dataclasses.replace(metrics, distillation=jnp.sum(jnp.where(rows.mask, apart, 0.0)))
+    return loss, jax.lax.stop_gradient(metrics)
 
 
 def policy_term(rows: Rows, log_prob: Array, mean: Array, std: Array, config: LossConfig) -> tuple[Array, Array]:

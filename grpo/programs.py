@@ -140,14 +140,24 @@ class Run:
     def updates(self) -> tuple[Callable, ...]:
         s = self.settings
         make_update = offload.make_update if self.recipe.train.offload_optimiser else update.make_update
-        return per_guidance(lambda scale: make_update(self.policy, self.table, scale, s.loss, s.optimiser, self.mesh),
-                            self.scales(self.recipe.sample))
+        train = self.recipe.train
+        teachers = guidances(train.cfg_distill_guidance, train.cfg_distill_guidance_2, len(self.preset.experts))
+        losses = [dataclasses.replace(s.loss, distill_guidance=teacher if s.loss.distill_weight else 1.0)
+                  for teacher in teachers]
+        return per_guidance(lambda one: make_update(self.policy, self.table, *one, s.optimiser, self.mesh),
+                            tuple(zip(self.scales(self.recipe.sample), losses)))
 
     @functools.cached_property
     def eval_steps(self) -> tuple[Callable, ...]:
         """Denoising steps of the evaluation: the deployment sampler's."""
         return per_guidance(functools.partial(pipeline.make_ode_step, self.policy.module, self.solver),
                             self.scales(self.recipe.eval))
+
+    @functools.cached_property
+    def unguided_steps(self) -> tuple[Callable, ...]:
+        """The same without guidance, where the evaluation is made without it as well."""
+        make = functools.partial(pipeline.make_ode_step, self.policy.module, self.solver)
+        return per_guidance(make, (1.0,) * len(self.preset.experts)) if self.recipe.eval.also_unguided else ()
 
     @functools.cached_property
     def vae(self) -> tuple:
@@ -163,7 +173,9 @@ class Run:
         """All that the epochs run over and over, each once: experts may share theirs."""
         experts, distinct = range(len(self.preset.experts)), {}
         trained = [i for i in experts if self.preset.experts[i] in self.trained]
-        for program in [*map(self.rollout_step, experts), *map(self.update, trained), *map(self.ode_step, experts)]:
+        unguided = [self.unguided_step()] if self.unguided_steps else []  # one for all experts
+        for program in [*map(self.rollout_step, experts), *map(self.update, trained), *map(self.ode_step, experts),
+                        *unguided]:
             leaves, treedef = jax.tree.flatten(program.args)
             key = program.jitted, treedef, tuple((x.shape, x.dtype) for x in leaves)
             distinct[key] = program if key not in distinct else dataclasses.replace(
@@ -190,6 +202,10 @@ class Run:
                        beside=(self.trainable if self.recipe.train.offload_optimiser else None,)  # the average, fetched
                        + ((self.solver_state(), self.text()),) * (self.eval_batches - 1)
                        + (self.rows(jnp.float32, shape=self.eval_shape),) * self.eval_batches)  # the noise
+
+    def unguided_step(self) -> Program:
+        return dataclasses.replace(self.ode_step(), name="evaluation step without guidance",
+                                   jitted=self.unguided_steps[0])
 
     def update(self, expert: int = 0) -> Program:
         """Of one optimiser step: M micro-batches of the recipe's batch, K stochastic steps each. Where the optimiser's
@@ -238,7 +254,7 @@ class Run:
     @functools.cached_property
     def frozen(self):
         """One expert's base weights; None in full fine-tuning without a reference, as in `grpo.train`."""
-        needed = self.settings.lora is not None or self.recipe.train.kl_weight
+        needed = self.settings.lora is not None or self.settings.reference
         return self.params(self.policy.base) if needed else None
 
     @functools.cached_property

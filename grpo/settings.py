@@ -63,6 +63,7 @@ class Settings:
     train_batches: int  # those of them that are trained
     ratio_tolerance: float
     weights: dict[str, float]  # of the rewards that are measured
+    reference: bool  # whether the frozen model is computed with, beside the one that is trained
     kl_reward: float  # what the KL takes off the reward of a step, a multiple of it
 
 
@@ -117,6 +118,13 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
         raise UserError(f"config.train.kl_as=reward takes kl_weight times the KL off a fixed sum of rewards: it needs "
                         f"train.kl_weight={c.train.kl_weight} above 0, train.kl_target={c.train.kl_target} None and "
                         f"reward.combine={c.reward.combine} to be rewards")
+    if c.train.cfg_distill_weight and not c.sample.guidance <= 1 < c.train.cfg_distill_guidance:
+        raise UserError(f"config.train.cfg_distill_weight={c.train.cfg_distill_weight} trains the model without "
+                        f"guidance to follow the guided one: set sample.guidance={c.sample.guidance} to 1 and "
+                        f"train.cfg_distill_guidance={c.train.cfg_distill_guidance} above 1")
+    if c.eval.also_unguided and c.eval.guidance <= 1:
+        raise UserError(f"config.eval.also_unguided=True: with eval.guidance={c.eval.guidance} there is no guidance to "
+                        "leave out; set it above 1, or also_unguided=False")
     try:
         flow_sigmas(c.sample.steps, c.sample.shift)
         return Settings(
@@ -125,10 +133,11 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
             sde=SDEConfig(c.sample.sde, c.sample.noise_level, c.sample.max_step_std),
             loss=LossConfig(c.train.clip_low, c.train.clip_high, 0.0 if in_reward else c.train.kl_weight,
                             c.train.kl_kind, c.train.objective, c.train.divergence, c.train.kl_target,
-                            c.train.kl_horizon, tuple(c.train.kl_weight_range)),
+                            c.train.kl_horizon, tuple(c.train.kl_weight_range), c.train.cfg_distill_weight),
             optimiser=OptimiserConfig(**{f.name: c.train[f.name] for f in dataclasses.fields(OptimiserConfig)}),
             videos=videos, batches=batches, train_batches=train_batches,
             ratio_tolerance=RATIO_TOLERANCE[c.model.dtype] if tolerance is None else tolerance, weights=weights,
+            reference=c.train.kl_weight > 0 or c.train.cfg_distill_weight > 0,
             kl_reward=c.train.kl_weight if in_reward else 0.0)
     except ValueError as error:
         raise UserError(f"config: {error}") from None

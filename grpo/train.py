@@ -27,7 +27,7 @@ from grpo import ahead, combine, devices, report, run_log, run_state, settings
 from grpo import offload as optimiser_offload
 from grpo.advantages import extremes, group_advantages, group_statistics, largest_spread, step_advantages
 from grpo.combine import MAIN
-from grpo.evaluator import Evaluator
+from grpo.evaluator import Evaluator, said
 from grpo.policy import make_policy
 from grpo.programs import Run
 from grpo.prompts import PromptSet, epoch_prompts, load_prompts
@@ -176,7 +176,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
                                          attention=plan.backend, remat=c.model.remat)
             if plan.adapters is not None:
                 start[name] = {k: mesh_lib.place(plan.adapters[name][k], v.sharding) for k, v in start[name].items()}
-    if s.lora is None and not c.train.kl_weight:
+    if s.lora is None and not s.reference:
         def weights(expert):  # full fine-tuning without a reference: the fp32 copies are the only ones
             return None
 
@@ -190,7 +190,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     log.config(dict(c.to_dict(), command=" ".join(["python -m grpo.train", *sys.argv[1:]])))
     evaluator = Evaluator(heldout, eval_table, solver, eval_steps,
                           segments(solver.schedule.timesteps, model.boundary), decode, vae_state, pool, mesh,
-                          plan.eval_shape, c.sample.batch_size, c.eval.seed, c.eval.previews)
+                          plan.eval_shape, c.sample.batch_size, c.eval.seed, c.eval.previews, run.unguided_steps)
 
     def sampled(expert: int) -> tuple:
         name = model.experts[expert]
@@ -203,10 +203,8 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     def evaluate(epoch: int):
         result = evaluator(averaged, epoch, functools.partial(bar, desc="evaluation"))
         log.evaluation(result.record, result.videos)
-        r = result.record
-        say(f"epoch {epoch}: held-out OCR reward {r['reward']:.3f} [{r['low']:.3f}, {r['high']:.3f}] on {r['num']} "
-            f"prompts, {r['seconds']:.1f} s")
-        return r.get("measures", {})
+        say(f"epoch {epoch}: held-out {said(result.record)}")
+        return result.record.get("measures", {})
 
     if restored is None:
         count = sum(v.size for state in states.values() for v in jax.tree.leaves(state.trainable))

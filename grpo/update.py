@@ -116,7 +116,9 @@ def objective(policy: Policy, table: StepTable, guidance: float, config: LossCon
                 old_mean=old_mean, weight=weight, preserving=table.preserving)
     v = velocity(policy.module(trainable, frozen), x, t, text, guidance)
     v_ref = velocity(policy.reference(frozen), x, t, text, guidance) if config.kl_beta > 0 else None
-    loss, metrics = policy_gradient_terms(rows, v, v_ref, config, kl_beta)
+    teacher = (velocity(policy.reference(frozen), x, t, text, config.distill_guidance) if config.distill_weight > 0
+               else None)
+    loss, metrics = policy_gradient_terms(rows, v, v_ref, config, kl_beta, teacher)
     return jnp.sum(jnp.where(valid, loss, 0.0)), metrics
 
 
@@ -139,7 +141,7 @@ def make_gradient(policy: Policy, table: StepTable, guidance: float, config: Los
 
         zero, inf = jnp.zeros((), jnp.float32), jnp.full((), jnp.inf, jnp.float32)
         none_yet = LossMetrics(count=zero, ratio=zero, ratio_min=inf, ratio_max=-inf, clipped=zero, approx_kl=zero,
-                               policy_loss=zero, kl=zero)
+                               policy_loss=zero, kl=zero, distillation=zero if config.distill_weight > 0 else None)
         carry = (jax.tree.map(jnp.zeros_like, trainable), none_yet)
         (grads, metrics), _ = jax.lax.scan(one_micro_batch, carry, (batch.trajectory, batch.advantages, batch.valid))
         return jax.tree.map(lambda g: g / jnp.maximum(metrics.count, 1.0), grads), metrics

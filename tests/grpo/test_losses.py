@@ -329,3 +329,24 @@ def test_a_weight_in_place_of_the_configured_one():
     given, _ = policy_gradient_terms(rows, v, v_ref, LossConfig(**CONFIG), kl_beta=jnp.asarray(0.7))
     wanted, _ = policy_gradient_terms(rows, v, v_ref, LossConfig(**CONFIG | {"kl_beta": 0.7}))
     np.testing.assert_allclose(given, wanted, rtol=1e-6)
+
+
+def test_distillation_adds_its_squares_and_their_gradient():
+    args, mask = batch(), np.arange(8) != 5
+    rows = rows_of(args, old_log_prob(args), mask)
+    teacher = np.random.default_rng(7).normal(size=SHAPE).astype(np.float32)
+
+    def of(v, config, teacher):
+        terms, metrics = policy_gradient_terms(rows, v, jnp.asarray(args["v_ref"]), config, teacher=teacher)
+        return masked_mean(terms, rows.mask), metrics
+
+    grad = jax.value_and_grad(of, has_aux=True)
+    (plain, _), plain_gradient = grad(jnp.asarray(args["v_new"]), LossConfig(**CONFIG), None)
+    (loss, metrics), gradient = grad(jnp.asarray(args["v_new"]), LossConfig(**CONFIG, distill_weight=0.3),
+                                     jnp.asarray(teacher))
+    apart = (args["v_new"] - teacher).astype(np.float64) * mask.reshape(-1, 1, 1, 1, 1)
+    squares = np.mean(apart**2, axis=(1, 2, 3, 4)).sum() / 7
+    assert metrics.averages()["distillation"] == pytest.approx(squares, rel=1e-5)
+    assert float(loss) == pytest.approx(float(plain) + 0.3 * squares, rel=1e-5)
+    wanted = np.asarray(plain_gradient) + 0.3 * 2 * apart / (7 * np.prod(SHAPE[1:]))
+    np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-7)

@@ -86,9 +86,13 @@ def test_groups_sampled_in_excess_are_not_trained(start, capsys, monkeypatch):
     stacked = []
     monkeypatch.setattr(train, "stack_batches", lambda *a: stacked.append(a) or stack_batches(*a))
     c, s, plan, *rest = start(1, **{"sample.groups": 4, "sample.batch_size": 2, "train.groups": 2, "train.best_of": 1,
-                                    "eval.every": 2})
+                                    "eval.every": 2, "eval.guidance": 3.0, "eval.also_unguided": True})
     train.train(c, s, plan, *rest)
-    assert "compiled again" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "compiled again" not in out and "; without guidance: OCR reward" in out
+    for record in run_log.read_evaluations(c.run_dir):
+        assert len(record["unguided"]["rewards"]) == record["num"] == 4
+        assert record["unguided"]["rewards"] != record["rewards"]
     assert [record["videos_trained"] for record in run_log.read_metrics(c.run_dir)] == [4, 4]
     assert len(stacked) == 4  # two optimiser steps in each of two epochs, one group in each
     for trajectories, advantages, valid in stacked:

@@ -411,6 +411,7 @@ BAD = [
     ("sample.sde_window=one_per_group", "sde_steps=2 must be 1"), ("eval.previews=-1", "previews=-1"),
     ("sample.shift=0", "shift"), ("train.kl_as=both", "one of loss, reward"),
     ("train.kl_target=-1.0", "kl_target=-1.0"), ("train.best_of=3", "best_of=3 best and as many worst"),
+    ("eval.also_unguided=True", "no guidance to"), ("train.cfg_distill_weight=-1.0", "distill_weight=-1.0"),
     ("train.groups=3", "only sample.groups=2"), ("train.groups=-1", "groups=-1"),
 ]
 

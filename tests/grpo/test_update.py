@@ -336,6 +336,27 @@ def test_kl_at_sampling_and_advantages_of_each_step():
     np.testing.assert_allclose(of([first, first]), of(first), atol=1e-5 * np.abs(both).max())
 
 
+def test_guidance_is_distilled_into_the_model_without_it():
+    """The loss is the distance to the reference's v_u + 4 (v_c - v_u), and updates without a reward make it smaller."""
+    policy, trainable, frozen = setup()
+    _, kept = sampled(policy, trainable, frozen, range(4))
+    config = LossConfig(kl_beta=0.0, distill_weight=1.0, distill_guidance=4.0)
+    update, state = make_update(policy, TABLE, 1.0, config, OPTIMISER), init_state(copies(trainable), OPTIMISER)
+    text, wanted = text_batch(4), []
+    negative = TextBatch(jnp.broadcast_to(text.negative, text.embeddings.shape), text.negative, text.padding)
+    for k, i in enumerate(WINDOW):
+        v, v_c, v_u = (np.asarray(velocity(m, kept.x[k], TABLE.timestep[i], about, 1.0), np.float64) for m, about in (
+            (policy.module(trainable, frozen), text), (policy.reference(frozen), text),
+            (policy.reference(frozen), negative)))
+        wanted.append(np.mean((v - (v_u + 4 * (v_c - v_u))) ** 2))
+    batch, found = stack_batches([kept], np.zeros((1, 4)), np.ones((1, 4), bool)), []
+    for _ in range(4):
+        state, metrics, _ = update(state, frozen, batch)
+        found.append(metrics.averages()["distillation"])
+    assert found[0] == pytest.approx(np.mean(wanted), rel=1e-3)
+    assert found[0] > found[1] > found[2] > found[3]
+
+
 def test_an_adaptive_kl_weight_is_used_kept_and_saved(tmp_path):
     """Two updates, with the optimiser's state on the device and on the host: their weights follow the KL they report,
     and a checkpoint holds the control to the bit."""
