@@ -57,6 +57,7 @@ def defaults() -> ConfigDict:
     c.sample.shared_noise = False       # a group's videos start from one noise, and the steps before the first
     #                                     stochastic one, the same for all of them, are computed once for the group
     c.sample.sde = "flow_grpo_wan"      # flow_grpo_wan | flow_sde | dance | cps: the noise of the stochastic steps
+    c.sample.ode_solver = "euler"       # euler | dpmpp_2m (MixGRPO-Flash): of the other steps
     c.sample.noise_level = optional_float()  # None: the form's own default
     c.sample.max_step_std = optional_float()
     c.sample.sde_steps = 19             # how many steps of an epoch are stochastic and trained
@@ -128,7 +129,7 @@ def defaults() -> ConfigDict:
     c.eval.guidance = 4.5
     c.eval.guidance_2 = optional_float()
     c.eval.also_unguided = False        # each evaluation a second time without guidance, under `unguided`
-    c.eval.solver = "unipc"             # unipc | euler | flow_match_euler
+    c.eval.solver = "unipc"             # unipc | euler | flow_match_euler | dpmpp_2m
     c.eval.seed = 1234
     c.eval.previews = 12                # samples kept as pictures for the report
 

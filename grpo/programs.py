@@ -117,7 +117,7 @@ class Run:
     @functools.cached_property
     def table(self) -> StepTable:
         return StepTable.make(self.schedule, self.settings.sde, self.recipe.train.credit,
-                              slice(*self.recipe.sample.sde_range))
+                              slice(*self.recipe.sample.sde_range), self.recipe.sample.ode_solver)
 
     @functools.cached_property
     def solver(self):
@@ -191,9 +191,10 @@ class Run:
         return Program("initial noise", initial_noise, (random_key(), self.rows(jnp.int32), self.shape))
 
     def rollout_step(self, expert: int = 0) -> Program:
+        past = () if self.table.dpm is None else (self.latents(), self.stochastic)
         return Program(self.named("rollout step", expert), self.steps[expert],
                        (self.trainable, self.frozen, self.latents(), integer(), self.stochastic,
-                        self.text(), random_key(), self.rows(jnp.int32)), stay=2,
+                        self.text(), random_key(), self.rows(jnp.int32), *past), stay=2,
                        beside=(*self.trajectories, *[self.latents()] * (self.settings.batches - 1), *self.unstacked))
 
     def ode_step(self, expert: int = 0) -> Program:

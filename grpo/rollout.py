@@ -20,8 +20,9 @@ from wan_jax import sde
 from wan_jax.experts import Segment
 from wan_jax.guidance import TextBatch, velocity
 from wan_jax.schedule import Schedule
-from wan_jax.solvers import per_sample
+from wan_jax.solvers import DPMSolverPP2M, dpm_step, per_sample
 
+ODE_SOLVERS = ("euler", "dpmpp_2m")
 CREDITS = ("none", "longcat", "rectified")
 INITIAL = 2**31 - 1  # the "step" of the initial noise
 
@@ -50,14 +51,15 @@ class StepTable:
     g: np.ndarray
     weight: np.ndarray | None = None  # what the step counts in the loss (`step_credit`); None: as all others
     preserving: bool = False  # the mean of a stochastic step is CPS'
+    dpm: np.ndarray | None = None  # [T, 3], `DPMSolverPP2M.table`, where the other steps are that solver's; None: Euler
 
     @classmethod
     def make(cls, schedule: Schedule, config: sde.SDEConfig, credit: str = "none",
-             trained: slice = slice(None)) -> "StepTable":
-        """trained: the steps that may be stochastic."""
+             trained: slice = slice(None), ode_solver: str = "euler") -> "StepTable":
+        """trained: the steps that may be stochastic; ode_solver: of the others, one of ODE_SOLVERS."""
         return cls(np.asarray(schedule.timesteps, np.float32), schedule.sigmas[:-1], schedule.sigmas[1:],
                    sde.diffusion_coefficient(config, schedule), step_credit(credit, schedule, config, trained),
-                   config.preserving)
+                   config.preserving, DPMSolverPP2M(schedule).table if ode_solver == "dpmpp_2m" else None)
 
     def at(self, i):
         """(timestep, sigma, sigma_next, g) of step i, which may be traced, or of steps [B], [B] each."""
@@ -102,42 +104,58 @@ def initial_noise(key, samples, shape):
 
 def make_step(policy: Policy, table: StepTable, guidance: float, keep_mean: bool = False, kl_kind: str | None = None):
     """The jitted denoising step: (trainable, frozen, x, i, stochastic, text, key, samples) -> (x_next, log_prob, mean,
-    kl), mean None without keep_mean, kl [B] to the reference (`kl_to_reference`) or None without kl_kind; where no row
-    is stochastic the reference is not run. stochastic: bool, or bool [B]."""
+    kl, clean), mean None without keep_mean, kl [B] to the reference (`kl_to_reference`) or None without kl_kind; where
+    no row is stochastic the reference is not run. stochastic: bool, or bool [B].
+
+    With DPM-Solver++ between stochastic steps, it also takes (last, follows): the `clean` sample that the step before
+    predicted, and whether that one was deterministic, as `stochastic`. Where it was not, the solver starts anew with
+    a step of first order: noise has moved x off the path that the prediction was for.
+    """
 
     @partial(jax.jit, compiler_options=COMPILER_OPTIONS)
-    def rollout_step(trainable: Flat, frozen, x, i, stochastic, text: TextBatch, key, samples):
+    def rollout_step(trainable: Flat, frozen, x, i, stochastic, text: TextBatch, key, samples, last=None, follows=None):
         t, sigma, sigma_next, g = table.at(i)
         g = jnp.where(stochastic, g, 0.0)
         v = velocity(policy.module(trainable, frozen), x, t, text, guidance)
         noise = sample_noise(key, samples, i, x.shape[1:])
         x_next, log_prob, mean, _ = sde.sde_step(x, v, sigma, sigma_next, g, noise, table.preserving)
 
+        clean = None
+        if table.dpm is not None:
+            clean = x - sigma * v
+            keep, base, old = jnp.asarray(table.dpm)[i]
+            ode = dpm_step(x, clean, last, keep, base, jnp.where(follows, old, 0.0))
+            x_next = jnp.where(per_sample(stochastic, x) > 0, x_next, ode)
+
         def distance():
             v_ref = velocity(policy.reference(frozen), x, t, text, guidance)
             return step_kl(x, v, v_ref, (sigma, sigma_next, g, table.preserving), kl_kind)
 
         kl = jax.lax.cond(jnp.any(stochastic), distance, lambda: jnp.zeros(len(x))) if kl_kind else None
-        return x_next, log_prob, mean if keep_mean else None, kl
+        return x_next, log_prob, mean if keep_mean else None, kl, clean
 
     return rollout_step
 
 
 def rollout(step, trainable: Flat, frozen, x: jax.Array, text: TextBatch, *, key, samples, steps: range,
-            window: np.ndarray) -> tuple[jax.Array, Trajectory | None]:
+            window: np.ndarray, multistep: bool = False) -> tuple[jax.Array, Trajectory | None]:
     """Runs the denoising steps `steps` for one batch from x fp32 [B,F,H,W,C] (`initial_noise` before step 0).
 
     Steps in `window` [K] are stochastic and kept, the others are ODE steps; a window [1, B] has each row's own, and
     what a row with a step outside `steps` leaves behind is an ODE step, to be masked. samples: int32 [B], global sample
-    numbers in the epoch, sharded over the mesh. Returns (latents after the last step, Trajectory, or None when the
-    window is empty). Everything is dispatched asynchronously.
+    numbers in the epoch, sharded over the mesh. multistep: the step is one that takes `last` and `follows`. Returns
+    (latents after the last step, Trajectory, or None when the window is empty). Everything is dispatched
+    asynchronously.
     """
     kept, own = [], window.ndim == 2
+    place = partial(mesh_lib.place, sharding=samples.sharding) if own else lambda flag: flag
+    past = (x, place(np.zeros(window.shape[1], bool) if own else False)) if multistep else ()
     for i in steps:
         rows = window[0] == i if own else i in window
-        stochastic = mesh_lib.place(rows, samples.sharding) if own else rows
-        x_next, *rest = step(trainable, frozen, x, i, stochastic, text, key, samples)
+        stochastic = place(rows)
+        x_next, *rest, clean = step(trainable, frozen, x, i, stochastic, text, key, samples, *past)
         now = x, x_next, *rest
+        past = (clean, place(~rows if own else not rows)) if multistep else ()
         if own and kept:
             kept = [choose_rows(stochastic, now, kept[0])] if rows.any() else kept
         elif own or stochastic:
@@ -180,14 +198,15 @@ def branch(latents: Sequence[jax.Array], rows: jax.Array, sharding) -> jax.Array
 
 
 def rollout_batches(steps: Sequence, arrays: Callable, noise: Sequence[jax.Array], texts: Sequence[TextBatch], *, key,
-                    samples: Sequence[jax.Array], parts: Sequence[Segment], windows: Sequence[np.ndarray], done: int = 0
+                    samples: Sequence[jax.Array], parts: Sequence[Segment], windows: Sequence[np.ndarray],
+                    done: int = 0, multistep: bool = False
                     ) -> Iterator[tuple[int, int, jax.Array, Trajectory | None]]:
     """Dispatches `rollout` for every part of the schedule and every batch; yields (part, batch, latents, Trajectory).
 
     All batches go through one expert's steps before the next expert's weights are asked for, with nothing under way,
     since these change places on the device. steps: one `make_step` an expert; arrays(expert): (trainable, frozen);
     noise, texts, samples: one a batch; windows: one a part, [K] or, of all batches' videos, [1, N]; done: steps of the
-    first part that `noise` has behind it.
+    first part that `noise` has behind it; multistep as of `rollout`, which starts anew with each part and after `done`.
     """
     latents = list(noise)
     for i, (part, window) in enumerate(zip(parts, windows)):
@@ -197,6 +216,6 @@ def rollout_batches(steps: Sequence, arrays: Callable, noise: Sequence[jax.Array
         for b, (text, numbers) in enumerate(zip(texts, samples)):
             mine = window if window.ndim == 1 else window[:, b * len(numbers):(b + 1) * len(numbers)]
             x, trajectory = rollout(steps[part.expert], trainable, frozen, latents[b], text, key=key, samples=numbers,
-                                    steps=part.steps if i else part.steps[done:], window=mine)
+                                    steps=part.steps if i else part.steps[done:], window=mine, multistep=multistep)
             latents[b] = x if i < len(parts) - 1 else None
             yield i, b, x, trajectory

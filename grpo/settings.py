@@ -10,7 +10,7 @@ from grpo.advantages import STDS
 from grpo.combine import COMBINATIONS, MAIN
 from grpo.losses import OBJECTIVES, LossConfig
 from grpo.reward_servers import JUDGE, JUDGE_QUESTIONS, check_settings
-from grpo.rollout import CREDITS
+from grpo.rollout import CREDITS, ODE_SOLVERS
 from grpo.update import OptimiserConfig
 from grpo.windows import ONE_PER_GROUP, WINDOWS
 from rewards.ocr import RULES
@@ -33,9 +33,9 @@ KL_PLACES = ("loss", "reward")
 REQUIRED = ("run_dir", "model.path", "prompts.train", "prompts.heldout")
 CHOICES = {"model.dtype": DTYPES, "model.attention": BACKENDS, "model.remat": REMAT_POLICIES,
            "model.offload": OFFLOAD,
-           "sample.sde_window": WINDOWS, "train.credit": CREDITS, "train.objective": OBJECTIVES,
-           "train.kl_as": KL_PLACES, "train.advantage_std": STDS,
-           "reward.rule": RULES, "reward.engine": (*ENGINES, JUDGE),
+           "sample.sde_window": WINDOWS, "sample.ode_solver": ODE_SOLVERS,
+           "train.credit": CREDITS, "train.objective": OBJECTIVES, "train.kl_as": KL_PLACES,
+           "train.advantage_std": STDS, "reward.rule": RULES, "reward.engine": (*ENGINES, JUDGE),
            "reward.judge_question": JUDGE_QUESTIONS, "eval.solver": SOLVERS,
            "reward.combine": COMBINATIONS}
 AT_LEAST = {"epochs": 1, "lora.rank": 0, "mesh.fsdp": 0, "mesh.context": 0, "sample.frames": 1, "sample.steps": 1,

@@ -31,14 +31,7 @@ from grpo.evaluator import Evaluator, said
 from grpo.policy import make_policy
 from grpo.programs import Run
 from grpo.prompts import PromptSet, epoch_prompts, load_prompts
-from grpo.rollout import (
-    branch,
-    group_leaders,
-    initial_noise,
-    prefix,
-    rollout,
-    rollout_batches,
-)
+from grpo.rollout import branch, group_leaders, initial_noise, prefix, rollout, rollout_batches
 from grpo.run_log import RunLog, SilentLog
 from grpo.scores import gather_rows, gather_scores, open_pool
 from grpo.update import init_state, stack_batches
@@ -232,7 +225,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         samples = [mesh_lib.place(r.astype(np.int32), sharded) for r in rows]
         mine = hosts.my_rows(sharded, c.sample.batch_size)  # of each batch, on this process's devices
         texts = [table.batch(prompt_of[r], sharded, replicated) for r in rows]
-        shared, evaluations = range(0), s.videos * c.sample.steps
+        shared, evaluations, multistep = range(0), s.videos * c.sample.steps, c.sample.ode_solver != "euler"
         if c.sample.shared_noise:  # a group's videos are one until they branch
             shared, expert = prefix(plan.parts[0], windows[0]), plan.parts[0].expert
             first = group_leaders(c.sample.groups, c.sample.group_size, c.sample.batch_size)
@@ -242,14 +235,14 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
                 numbers = mesh_lib.place(r, sharded)
                 trunk.append(rollout(steps[expert], *sampled(expert), initial_noise(epoch_key, numbers, plan.shape),
                                      table.batch(prompt_of[r], sharded, replicated), key=epoch_key, samples=numbers,
-                                     steps=shared, window=np.arange(0))[0])
+                                     steps=shared, window=np.arange(0), multistep=multistep)[0])
             groups = (np.arange(s.videos) // c.sample.group_size).astype(np.int32)
             noise = [branch(trunk, mesh_lib.place(groups[r], replicated), sharded) for r in rows]
         else:
             noise = [initial_noise(epoch_key, numbers, plan.shape) for numbers in samples]
         trajectories, pending = {}, []
         batches = rollout_batches(steps, sampled, noise, texts, key=epoch_key, samples=samples, parts=plan.parts,
-                                  windows=windows, done=len(shared))
+                                  windows=windows, done=len(shared), multistep=multistep)
         last = len(plan.parts) - 1
         decoding = ((*batch, decode(vae_state, batch[2]) if batch[0] == last else None) for batch in batches)
         for i, b, x, trajectory, video in bar(pipeline.one_ahead(decoding), desc=f"epoch {epoch}",

@@ -105,7 +105,7 @@ def test_one_step_a_group_trains_both_experts_by_the_programs_compiled_ahead(sta
     c, s, plan, *rest = start(2, 0.875, **{
         "sample.steps": 4, "sample.sde_range": (0, 4), "sample.sde_window": "one_per_group", "sample.sde_steps": 1,
         "sample.groups": 3, "sample.batch_size": 6, "sample.shared_noise": True, "train.updates_per_epoch": 1,
-        "train.credit": "rectified", "train.kl_as": "reward", "eval.every": 2})
+        "train.credit": "rectified", "sample.ode_solver": "dpmpp_2m", "train.kl_as": "reward", "eval.every": 2})
     seen = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, fun_name="", **__: seen.append(fun_name) if event == ahead.COMPILED else None)

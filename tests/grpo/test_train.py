@@ -412,7 +412,8 @@ BAD = [
     ("sample.shift=0", "shift"), ("train.kl_as=both", "one of loss, reward"),
     ("train.kl_target=-1.0", "kl_target=-1.0"), ("train.best_of=3", "best_of=3 best and as many worst"),
     ("eval.also_unguided=True", "no guidance to"), ("train.cfg_distill_weight=-1.0", "distill_weight=-1.0"),
-    ("train.groups=3", "only sample.groups=2"), ("train.groups=-1", "groups=-1"),
+    ("sample.ode_solver=heun", "euler, dpmpp_2m"), ("train.groups=3", "only sample.groups=2"),
+    ("train.groups=-1", "groups=-1"),
 ]
 
 

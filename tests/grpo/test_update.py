@@ -336,6 +336,35 @@ def test_kl_at_sampling_and_advantages_of_each_step():
     np.testing.assert_allclose(of([first, first]), of(first), atol=1e-5 * np.abs(both).max())
 
 
+def test_dpm_solver_between_stochastic_steps():
+    """Without a stochastic step the rollout is the solver's own trajectory; after one it starts anew, row by row."""
+    policy, trainable, frozen = setup()
+    schedule = flow_sigmas(6, 3.0)
+    table = StepTable.make(schedule, sde.SDEConfig("flow_sde", 0.7), ode_solver="dpmpp_2m")
+    step, key, text = make_step(policy, table, 1.0), jax.random.key(3), text_batch(2)
+    module = jax.jit(lambda x, t: velocity(policy.module(trainable, frozen), x, t, text, 1.0))
+    samples = jnp.arange(2, dtype=jnp.int32)
+    noise = initial_noise(key, samples, SHAPE)
+    sigmas = schedule.sigmas.astype(np.float64)
+
+    def run(window):
+        return rollout(step, trainable, frozen, noise, text, key=key, samples=samples, steps=range(6), window=window,
+                       multistep=True)
+
+    def solved(x, first=0):
+        return reference.dpm_solver_pp_2m(np.asarray(x, np.float64), lambda x, i: np.asarray(
+            module(jnp.asarray(x, jnp.float32), schedule.timesteps[first + i]), np.float64), sigmas[first:])
+
+    path = solved(noise)
+    np.testing.assert_allclose(run(np.arange(0))[0], path[-1], atol=5e-5)
+    final, kept = run(np.array([[2, 9]]))  # the first video's step; the second one has none here
+    np.testing.assert_allclose(kept.x[0, 0], path[2][0], atol=5e-5)
+    np.testing.assert_allclose(final[1], path[-1][1], atol=5e-5)
+    again = solved(np.stack([kept.x_next[0, 0], path[3][1]]), first=3)  # the solver on steps 3 to 5 alone
+    np.testing.assert_allclose(final[0], again[-1][0], atol=5e-5)
+    assert np.abs(again[-1][1] - path[-1][1]).max() > 1e-3  # what starting anew changes
+
+
 def test_guidance_is_distilled_into_the_model_without_it():
     """The loss is the distance to the reference's v_u + 4 (v_c - v_u), and updates without a reward make it smaller."""
     policy, trainable, frozen = setup()
