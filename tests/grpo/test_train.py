@@ -454,6 +454,23 @@ def test_bad_settings_are_refused_before_any_work(recipe, override, message):
         settings.from_config(c)
 
 
+@pytest.mark.parametrize("overrides, message", [
+    ({"train.kl_as": "reward", "reward.combine": "advantages"}, "reward.combine=advantages to be rewards"),
+    ({"train.kl_as": "reward", "train.kl_weight": 0.0}, "train.kl_weight=0.0 above 0"),
+    ({"train.groups": 1, "sample.batch_size": 8, "train.updates_per_epoch": 1}, "batch_size=8 must divide"),
+    ({"train.groups": 1}, "does not divide the epoch's 1 batches"),
+    ({"train.groups": 1, "sample.sde_window": "one_per_group", "sample.sde_steps": 1}, "does not go with"),
+    ({"train.cfg_distill_weight": 0.1, "sample.guidance": 4.5}, "set sample.guidance=4.5 to 1"),
+    ({"train.kl_target": 0.1, "train.kl_weight_range": (0.1, 0.2)}, "must hold the first weight, 0.004")])
+def test_settings_that_do_not_go_together_are_refused(recipe, overrides, message):
+    namespace = {}
+    exec(recipe[0].read_text(), namespace)
+    c = namespace["get_config"]()
+    c.update_from_flattened_dict(overrides)
+    with pytest.raises(UserError, match=re.escape(message)):
+        settings.from_config(c)
+
+
 def test_bad_prompts_are_named_by_line(recipe):
     config, run = recipe
     prompts = config.parent / "train.txt"
