@@ -63,7 +63,7 @@ def moved(tree, kind: str):
 def make_update(policy: Policy, table: StepTable, guidance: float, config: LossConfig,
                 optimiser_config: OptimiserConfig, mesh: jax.sharding.Mesh) -> Callable:
     """As `update.make_update`, for states of `to_host`, which the new ones are too. Donates the state."""
-    shardings = mesh_lib.param_shardings(state_shapes(policy, optimiser_config), mesh)
+    shardings = mesh_lib.param_shardings(state_shapes(policy, optimiser_config, config), mesh)
     mean_gradient = make_gradient(policy, table, guidance, config)
 
     @partial(jax.jit, out_shardings=(shardings.trainable, None, None), compiler_options=COMPILER_OPTIONS)
@@ -78,7 +78,7 @@ def make_update(policy: Policy, table: StepTable, guidance: float, config: LossC
         return jax.tree.map(jax.lax.with_sharding_constraint, new,
                             mesh_lib.param_shardings(new, mesh)), optax.global_norm(updates)
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=shardings.kl)
     def adapt(kl, updates, metrics):
         return after_update(kl, updates, metrics, config)
 

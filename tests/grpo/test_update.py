@@ -405,6 +405,7 @@ def test_an_adaptive_kl_weight_is_used_kept_and_saved(tmp_path):
             weight = min(max(weight * np.exp((average - 0.02) / 0.02 / 3), 1e-3), 0.2)
             assert float(state.kl.weight) == pytest.approx(weight, rel=1e-4) and weight not in (0.1, 1e-3, 0.2)
         results.append(state)
+        assert getattr(update, "gradient", update)._cache_size() == 1  # compiled once
     np.testing.assert_allclose(*(flat_vector(state.trainable) for state in results), atol=1e-5)
     checkpoints = Checkpoints(tmp_path)
     run_state.save(checkpoints, 1, {"transformer": results[0]}, defaults().to_dict(), None)
