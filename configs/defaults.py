@@ -67,16 +67,20 @@ def defaults() -> ConfigDict:
     c.sample.shared_noise = False       # a group's videos start from one noise, and the steps before the first
     #                                     stochastic one, the same for all of them, are computed once for the group
     c.sample.sde = "flow_grpo_wan"      # flow_grpo_wan | flow_sde | dance | cps: the noise of the stochastic steps
+    c.sample.ode_solver = "euler"       # euler | dpmpp_2m (MixGRPO-Flash): of the other steps
     c.sample.noise_level = optional_float()  # None: the form's own default
     c.sample.max_step_std = optional_float()
     c.sample.sde_steps = 19             # how many steps of an epoch are stochastic and trained
     c.sample.sde_range = (0, 19)        # drawn from [low, high)
     c.sample.sde_window = "any"         # any subset | random (a window of neighbours: Flow-GRPO-Fast) | progressive |
-    #                                     decay | exp_decay (MixGRPO's sliding window)
+    #                                     decay | exp_decay (MixGRPO's sliding window) | one_per_group: sde_steps=1,
+    #                                     another step for every group (Flash-GRPO)
     c.sample.sde_window_epochs = 25     # epochs a sliding window stays at its first place
 
     c.train = ConfigDict()
     c.train.experts = ("transformer", "transformer_2")  # which are trained; models with one have only the first
+    c.train.groups = 0                  # of the sampled groups, those with the largest spread of rewards; 0: all
+    c.train.best_of = 0                 # of each group, so many best videos and as many worst; 0: all
     c.train.updates_per_epoch = 2       # the epoch's batches are split over so many optimiser steps
     c.train.learning_rate = 1e-4
     c.train.warmup_updates = 0
@@ -89,11 +93,19 @@ def defaults() -> ConfigDict:
     c.train.offload_optimiser = False   # moments and average wait in host memory between updates
     c.train.objective = "clip"          # clip | unscaled | guard | dppo (grpo/losses.py)
     c.train.divergence = 1e-5           # of dppo: where a row is left out
-    c.train.credit = "none"             # none | longcat: how much each step counts (grpo/rollout.py)
+    c.train.credit = "none"             # none | longcat | rectified: how much each step counts (grpo/rollout.py)
     c.train.clip_low = 1e-3             # clip range of the ratio
     c.train.clip_high = 1e-3
     c.train.kl_weight = 0.004           # KL to the reference
+    c.train.kl_as = "loss"              # loss | reward: kl_weight x KL at sampling is taken off the reward of each step
+    c.train.kl_target = optional_float()  # the KL that the weight is adapted to, from kl_weight on; None: it stays
+    c.train.kl_horizon = 20.0           # updates in which twice the target multiplies the weight by e
+    c.train.kl_weight_range = (1e-4, 1.0)  # bounds of the adapted weight
     c.train.kl_kind = "flow_grpo"       # flow_grpo | sigma | x | velocity
+    c.train.cfg_distill_weight = 0.0    # of a loss that pulls the velocity without guidance (sample.guidance=1) to the
+    #                                     reference's with guidance
+    c.train.cfg_distill_guidance = 4.5  # the reference's
+    c.train.cfg_distill_guidance_2 = optional_float()  # of the second expert; None: as the first
     c.train.advantage_std = "group"     # group | global | max | none (grpo/advantages.py)
     c.train.advantage_clip = 5.0
     c.train.ratio_tolerance = optional_float()  # |ratio - 1| allowed on policy, more stops the run; None: 1e-4 in
@@ -126,7 +138,8 @@ def defaults() -> ConfigDict:
     c.eval.steps = 20
     c.eval.guidance = 4.5
     c.eval.guidance_2 = optional_float()
-    c.eval.solver = "unipc"             # unipc | euler | flow_match_euler
+    c.eval.also_unguided = False        # each evaluation a second time without guidance, under `unguided`
+    c.eval.solver = "unipc"             # unipc | euler | flow_match_euler | dpmpp_2m
     c.eval.seed = 1234
     c.eval.previews = 12                # samples kept as pictures for the report
 

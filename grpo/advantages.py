@@ -54,6 +54,39 @@ def group_advantages(rewards: np.ndarray, groups: np.ndarray, valid: np.ndarray,
     return advantages.astype(np.float32)
 
 
+def step_advantages(rewards: np.ndarray, kl: np.ndarray, weight: float, groups: np.ndarray, valid: np.ndarray, *,
+                    std: str, clip: float | None = None) -> np.ndarray:
+    """`group_advantages` of each step by itself, [K, N] float32, where the KL to the reference is part of the reward:
+    of r - weight KL_k, so that a video's steps are told apart (Flow-GRPO's code). kl [K, N]; a video is left out of the
+    steps where its KL is not finite."""
+    return np.stack([group_advantages(rewards - weight * of_step, groups, valid & np.isfinite(of_step), std=std,
+                                      clip=clip) for of_step in np.asarray(kl, np.float64)])
+
+
+def extremes(rewards: np.ndarray, groups: np.ndarray, valid: np.ndarray, count: int) -> np.ndarray:
+    """The `count` best and the `count` worst valid videos of each group, bool [N]; DanceGRPO's selection (arXiv
+    2505.07818). Their advantages are still those within the whole group. Of equal rewards the first videos are the
+    worst. 0 keeps all valid ones, and so does a group with no more than 2 count of them."""
+    rewards, groups, valid = _checked(rewards, groups, valid)
+    kept = valid.copy()
+    for group in np.unique(groups) if count else ():
+        members = np.flatnonzero((groups == group) & valid)
+        order = members[np.argsort(rewards[members], kind="stable")]
+        kept[order[count:max(count, len(order) - count)]] = False
+    return kept
+
+
+def largest_spread(rewards: np.ndarray, groups: np.ndarray, valid: np.ndarray, count: int) -> np.ndarray:
+    """All videos of the `count` groups whose valid rewards have the largest standard deviations, bool [N]: of groups
+    sampled in excess, those that teach most (DAPO, arXiv 2503.14476, samples until groups of equal rewards are
+    replaced). Of equal groups the first ones."""
+    rewards, groups, valid = _checked(rewards, groups, valid)
+    names = groups[np.sort(np.unique(groups, return_index=True)[1])]  # in the videos' order
+    members = [np.sort(rewards[(groups == name) & valid]) for name in names]
+    spread = np.array([np.std(m) if len(m) > 1 and m[0] < m[-1] else 0.0 for m in members])
+    return np.isin(groups, names[np.argsort(-spread, kind="stable")[:count]])
+
+
 def group_statistics(rewards: np.ndarray, groups: np.ndarray, valid: np.ndarray) -> GroupStatistics:
     """Metrics of the same inputs as `group_advantages`; raises as it does."""
     rewards, groups, valid = _checked(rewards, groups, valid)

@@ -84,13 +84,18 @@ def work(run: Run) -> Work:
     """Counted in the jaxprs, with dense attention, whose products are the model's whatever the backend."""
     run = dataclasses.replace(run, backend="xla")
     batches, experts = run.settings.batches, range(len(run.preset.experts))
-    forward = [count(run.rollout_step(i)) for i in experts]
+    branches = 2 if run.settings.kl_reward else 1  # the reference stands in the step's program, but is rarely run
+    forward = [count(run.rollout_step(i)) / branches for i in experts]
     sample = sum(len(part.steps) * forward[part.expert] for part in run.parts)
-    passes = 4 if run.recipe.train.kl_weight else 3
-    trained = sum(run.trained_steps(i) * forward[i] for i in experts if run.preset.experts[i] in run.trained)
+    passes = 4 if run.recipe.train.kl_weight else 3  # also where the reference is run at sampling
+    passes += 2 if run.settings.loss.distill_weight else 0  # the teacher is guided, the others are not
+    trained = sum(run.update_batches(i).size * run.trained_steps(i) * forward[i] for i in experts
+                  if run.preset.experts[i] in run.trained)
     evaluation = max(count(run.ode_step(i)) for i in experts) * run.recipe.eval.steps
-    return Work(batches * sample, batches * decode_flops(run, run.shape), batches * passes * trained,
-                run.eval_batches * evaluation, run.eval_batches * decode_flops(run, run.eval_shape))
+    evaluation += count(run.unguided_step()) * run.recipe.eval.steps if run.unguided_steps else 0
+    return Work(batches * sample, batches * decode_flops(run, run.shape), passes * trained,
+                run.eval_batches * evaluation,
+                run.eval_batches * decode_flops(run, run.eval_shape) * (2 if run.unguided_steps else 1))
 
 
 def decode_flops(run: Run, shape: tuple[int, ...]) -> float:

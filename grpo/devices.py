@@ -12,7 +12,8 @@ from wan_jax.config import TransformerConfig
 SHARE = 0.7  # of a device's memory, for weights, states and what `save_matmuls` keeps, where model.remat is 'auto'
 
 
-def state_bytes(policy: Policy, *, experts: int, trained: int, kl: bool, offload: str, offload_optimiser: bool) -> int:
+def state_bytes(policy: Policy, *, experts: int, trained: int, reference: bool, offload: str,
+                offload_optimiser: bool) -> int:
     """Bytes that a run holds on its devices beside activations, if it had one: all of them fall with `mesh.fsdp`.
 
     For each trained parameter 4 bytes of weight, 8 of moments and 4 of average for every trained expert, and 4 of
@@ -26,7 +27,7 @@ def state_bytes(policy: Policy, *, experts: int, trained: int, kl: bool, offload
     if not trained:
         return frozen
     full = policy.adapters is None
-    frozen = 0 if full and not kl else frozen
+    frozen = 0 if full and not reference else frozen
     held = 4 + (0 if offload_optimiser else 12)
     return frozen + (weights if full else 0) + count * (held * trained + 4)
 
@@ -34,7 +35,7 @@ def state_bytes(policy: Policy, *, experts: int, trained: int, kl: bool, offload
 def state_of(c: ml_collections.ConfigDict, s: Settings, config: TransformerConfig, experts: int, trained: int) -> int:
     """`state_bytes` of a recipe."""
     policy = make_structure(config, lora=s.lora, dtype=s.dtype, attention="xla", remat="none")
-    return state_bytes(policy, experts=experts, trained=trained, kl=c.train.kl_weight > 0, offload=c.model.offload,
+    return state_bytes(policy, experts=experts, trained=trained, reference=s.reference, offload=c.model.offload,
                        offload_optimiser=c.train.offload_optimiser)
 
 

@@ -19,7 +19,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from grpo import devices, report, settings
-from grpo.evaluator import Evaluator
+from grpo.evaluator import Evaluator, said
 from grpo.prompts import load_prompts
 from grpo.run_log import RunLog
 from grpo.scores import open_pool
@@ -71,17 +71,16 @@ def main(_):
 
         def evaluate(checkpoint: str | None, number: int):
             graph, weights = load_transformers(model, checkpoint, s.dtype, backend, mesh, c.model.offload)
-            steps = per_guidance(
-                functools.partial(pipeline.make_ode_step, functools.partial(nnx.merge, graph), solver),
-                guidances(c.eval.guidance, c.eval.guidance_2, len(model.experts)))
+            make = functools.partial(pipeline.make_ode_step, functools.partial(nnx.merge, graph), solver)
+            experts = len(model.experts)
+            steps = per_guidance(make, guidances(c.eval.guidance, c.eval.guidance_2, experts))
+            unguided = per_guidance(make, (1.0,) * experts) if c.eval.also_unguided else ()
             evaluator = Evaluator(prompts, table, solver, steps, segments(solver.schedule.timesteps, model.boundary),
                                   decode, vae_state, pool, mesh, shape, c.sample.batch_size, c.eval.seed,
-                                  c.eval.previews)
+                                  c.eval.previews, unguided)
             result = evaluator(lambda expert: (weights(expert),), number, functools.partial(bar, desc="evaluation"))
             log.evaluation(result.record, result.videos)
-            r = result.record
-            print(f"{checkpoint or c.model.path}: OCR reward {r['reward']:.3f} [{r['low']:.3f}, {r['high']:.3f}] on "
-                  f"{r['num']} prompts, {r['seconds']:.1f} s", flush=True)
+            print(f"{checkpoint or c.model.path}: {said(result.record)}", flush=True)
 
         if BASE.value and (epoch > 0 or CHECKPOINT.value is None):
             evaluate(None, 0)

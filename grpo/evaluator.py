@@ -25,6 +25,13 @@ class Evaluation:
     videos: np.ndarray | None  # uint8 [n, T, H, W, 3], the first samples
 
 
+def said(record: dict) -> str:
+    """An evaluation's record in one line."""
+    alone = f"; without guidance: {said(record['unguided'])}" if "unguided" in record else ""
+    return (f"OCR reward {record['reward']:.3f} [{record['low']:.3f}, {record['high']:.3f}] on {record['num']} "
+            f"prompts, {record['seconds']:.1f} s{alone}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
     """Everything that stays fixed between the evaluations of a run; call it with the weights to judge."""
@@ -42,6 +49,7 @@ class Evaluator:
     batch_size: int
     seed: int
     previews: int
+    unguided: tuple = ()  # as `steps`, without guidance: evaluated as well
 
     def __call__(self, arrays: Callable, epoch: int, progress=lambda x, **_: x) -> Evaluation:
         """arrays(expert): what its step takes first. One sample a prompt, its noise from (seed, number). Every process
@@ -74,4 +82,8 @@ class Evaluator:
                   "seconds": time.time() - start}
         if scores.parts:
             record["measures"] = base_statistics(scores.parts)
+        if self.unguided:
+            alone = dataclasses.replace(self, steps=self.unguided, unguided=(), previews=0)
+            record["unguided"] = alone(arrays, epoch, progress).record
+            del record["unguided"]["prompts"], record["unguided"]["epoch"]
         return Evaluation(record, np.stack([shown[number] for number in sorted(shown)]) if shown else None)

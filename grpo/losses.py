@@ -13,6 +13,7 @@ from wan_jax import sde
 
 Array = jax.Array
 KL_KINDS = ("flow_grpo", "sigma", "x", "velocity")
+KL_DECAY = 0.9  # of the average that an adaptive weight follows
 OBJECTIVES = ("clip", "unscaled", "guard", "dppo")
 
 
@@ -28,6 +29,11 @@ class LossConfig:
                 so that all steps have gradients of one size. D is each sample's own, where the authors' code takes one
                 for the whole batch. Published clip range 2e-6, no KL.
     'dppo'      Flow-DPPO: no clip; a row is left out once D >= divergence and its ratio has moved the way A asks for.
+
+    distill_weight: of mean((v - v_teacher)^2), where the teacher is the reference at guidance `distill_guidance` and v
+    the policy's velocity without guidance: guidance distilled into the model (Meng et al., arXiv 2210.03142).
+
+    kl_target: kl_beta is only the first weight of the KL, and `adapted_kl` changes it; None: it stays.
     """
 
     clip_low: float = 1e-3
@@ -36,6 +42,11 @@ class LossConfig:
     kl_kind: str = "flow_grpo"
     objective: str = "clip"
     divergence: float = 1e-5
+    kl_target: float | None = None
+    kl_horizon: float = 20.0
+    kl_range: tuple[float, float] = (1e-4, 1.0)
+    distill_weight: float = 0.0
+    distill_guidance: float = 1.0
 
     def __post_init__(self):
         if not (0 < self.clip_low <= 1 and 0 < self.clip_high):
@@ -44,10 +55,23 @@ class LossConfig:
         if not 0 <= self.kl_beta < float("inf"):
             raise ValueError(f"kl_beta={self.kl_beta}: must be finite and >= 0; 0 switches the reference off")
         _check_kind(self.kl_kind)
+        if self.kl_target is not None:
+            self._check_target()
+        if not 0 <= self.distill_weight < float("inf"):
+            raise ValueError(f"distill_weight={self.distill_weight}: must be finite and >= 0; 0 switches it off")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective={self.objective!r} is unknown; choose one of {', '.join(OBJECTIVES)}")
         if not self.divergence > 0:
             raise ValueError(f"divergence={self.divergence}: must be > 0; 1e-5 is usual")
+
+    def _check_target(self):
+        low, high = self.kl_range
+        if not (0 < self.kl_target < float("inf") and 0 < self.kl_horizon < float("inf")):
+            raise ValueError(f"kl_target={self.kl_target}, kl_horizon={self.kl_horizon}: must be finite and > 0; leave "
+                             "kl_target out to keep the weight")
+        if not 0 < low <= self.kl_beta <= high:
+            raise ValueError(f"kl_range={tuple(self.kl_range)} must hold the first weight, {self.kl_beta}, and begin "
+                             "above 0: a weight of 0 can never grow")
 
     @property
     def needs_old_mean(self) -> bool:
@@ -74,6 +98,15 @@ class Rows:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class KLControl:
+    """The state of an adaptive KL weight, fp32 [] both."""
+
+    weight: Array
+    average: Array  # of the KL over the updates so far
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class LossMetrics:
     """Sums over the counted rows, one shared count, so micro-batches and devices can be added up exactly."""
 
@@ -85,6 +118,7 @@ class LossMetrics:
     approx_kl: Array      # sum of (log-prob - old log-prob)^2 / 2
     policy_loss: Array    # sum
     kl: Array             # sum of the penalty before beta
+    distillation: Array | None = None  # sum of the squares before their weight, where guidance is distilled
 
     def merge(self, other: "LossMetrics") -> "LossMetrics":
         total = jax.tree.map(jnp.add, self, other)
@@ -97,7 +131,8 @@ class LossMetrics:
         return {"ratio_mean": float(self.ratio) / n, "ratio_min": float(self.ratio_min),
                 "ratio_max": float(self.ratio_max), "clip_fraction": float(self.clipped) / n,
                 "approx_kl": float(self.approx_kl) / n, "policy_loss": float(self.policy_loss) / n,
-                "kl": float(self.kl) / n}
+                "kl": float(self.kl) / n} | (
+                    {} if self.distillation is None else {"distillation": float(self.distillation) / n})
 
 
 def clipped_loss(log_ratio: Array, advantages: Array, clip_low: float, clip_high: float) -> tuple[Array, Array]:
@@ -119,8 +154,8 @@ def kl_to_reference(mean: Array, mean_ref: Array, std: Array | None, *, kind: st
     'x'          means       unused       mean((mu - mu_ref)^2)
     'velocity'   velocities  unused       mean((v - v_ref)^2)
 
-    Where a divisor is 0 (a deterministic step) the result and its gradient are 0. `policy_gradient_terms`
-    passes the right arguments for each kind. Raises ValueError on another kind.
+    Where a divisor is 0 (a deterministic step) the result and its gradient are 0. `step_kl` passes the right arguments
+    for each kind. Raises ValueError on another kind.
     """
     _check_kind(kind)
     difference = mean.astype(jnp.float32) - mean_ref.astype(jnp.float32)
@@ -132,15 +167,33 @@ def kl_to_reference(mean: Array, mean_ref: Array, std: Array | None, *, kind: st
     return jnp.where(std > 0, squared / (2.0 * safe * safe), 0.0)
 
 
+def step_kl(x: Array, velocity: Array, velocity_ref: Array, step: tuple, kind: str) -> Array:
+    """`kl_to_reference` of a step from x [B, ...], [B]. step: (sigma, sigma_next, g, preserving) of `sde_mean_std`."""
+    if kind == "velocity":
+        return kl_to_reference(velocity, velocity_ref, None, kind=kind)
+    (mean, std), (mean_ref, _) = (sde.sde_mean_std(x, v, *step) for v in (velocity, velocity_ref))
+    return kl_to_reference(mean, mean_ref, step[2] if kind == "sigma" else std, kind=kind)
+
+
+def adapted_kl(control: KLControl, kl: Array, first: Array, config: LossConfig) -> KLControl:
+    """The control after an update whose mean KL was `kl`: weight *= exp((average - target) / target / horizon), within
+    kl_range, so that a KL twice the target raises the weight by e in `horizon` updates (Pref-GRPO's code; Ziegler et
+    al., arXiv 1909.08593, have the same with a linear step). first: whether it was the first one, bool []."""
+    average = jnp.where(first, kl, KL_DECAY * control.average + (1 - KL_DECAY) * kl)
+    weight = control.weight * jnp.exp((average - config.kl_target) / config.kl_target / config.kl_horizon)
+    return KLControl(jnp.clip(weight, *config.kl_range), average)
+
+
 def masked_mean(values: Array, mask: Array) -> Array:
     """Mean of values [B] where mask [B] is True; 0 when nothing is counted. Other values may be NaN."""
     return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
 
 
-def policy_gradient_terms(rows: Rows, velocity: Array, velocity_ref: Array | None,
-                          config: LossConfig) -> tuple[Array, LossMetrics]:
+def policy_gradient_terms(rows: Rows, velocity: Array, velocity_ref: Array | None, config: LossConfig,
+                          kl_beta: Array | None = None, teacher: Array | None = None) -> tuple[Array, LossMetrics]:
     """The loss of each row, clipped policy loss + kl_beta * KL, [B], and the metrics of the counted rows.
 
+    kl_beta fp32 []: in place of the configuration's. teacher [B, ...]: the velocity that is distilled.
     velocity [B, ...] is the policy's, the one to differentiate; velocity_ref the reference model's, None
     without a KL term. Reduce with `masked_mean(loss, rows.mask)`, or sum and divide by a count that spans
     micro-batches. Raises ValueError when kl_beta > 0 and velocity_ref is None.
@@ -153,14 +206,16 @@ def policy_gradient_terms(rows: Rows, velocity: Array, velocity_ref: Array | Non
     policy_loss, ratio = policy_term(rows, log_prob, mean, std, config)
     kl = jnp.zeros_like(policy_loss)
     if velocity_ref is not None:
-        velocity_ref = jax.lax.stop_gradient(velocity_ref)
-        mean_ref, _ = sde.sde_mean_std(rows.x, velocity_ref, *step)
-        pair = (velocity, velocity_ref) if config.kl_kind == "velocity" else (mean, mean_ref)
-        kl = kl_to_reference(*pair, rows.g if config.kl_kind == "sigma" else std, kind=config.kl_kind)
+        kl = step_kl(rows.x, velocity, jax.lax.stop_gradient(velocity_ref), step, config.kl_kind)
     if rows.weight is not None:
         policy_loss, kl = rows.weight * policy_loss, rows.weight**2 * kl
     metrics = _metrics(rows, log_prob, ratio, policy_loss, kl, config)
-    return policy_loss + config.kl_beta * kl, jax.lax.stop_gradient(metrics)
+    loss = policy_loss + (config.kl_beta if kl_beta is None else kl_beta) * kl
+    if teacher is not None:
+        apart = kl_to_reference(velocity, jax.lax.stop_gradient(teacher), None, kind="velocity")
+        loss += config.distill_weight * apart
+        metrics = dataclasses.replace(metrics, distillation=jnp.sum(jnp.where(rows.mask, apart, 0.0)))
+    return loss, jax.lax.stop_gradient(metrics)
 
 
 def policy_term(rows: Rows, log_prob: Array, mean: Array, std: Array, config: LossConfig) -> tuple[Array, Array]:

@@ -20,6 +20,7 @@ from grpo.update import (
     TrainState,
     UpdateBatch,
     adamw,
+    after_update,
     apply_gradient,
     clipping,
     make_gradient,
@@ -47,7 +48,7 @@ def to_host(state: TrainState) -> TrainState:
 
 def leaving(state: TrainState) -> TrainState:
     """`to_host` without waiting."""
-    return TrainState(state.trainable, moved(state.opt, KIND), moved(state.ema, KIND), state.updates)
+    return TrainState(state.trainable, moved(state.opt, KIND), moved(state.ema, KIND), state.updates, state.kl)
 
 
 def to_device(tree):
@@ -62,12 +63,12 @@ def moved(tree, kind: str):
 def make_update(policy: Policy, table: StepTable, guidance: float, config: LossConfig,
                 optimiser_config: OptimiserConfig, mesh: jax.sharding.Mesh) -> Callable:
     """As `update.make_update`, for states of `to_host`, which the new ones are too. Donates the state."""
-    shardings = mesh_lib.param_shardings(state_shapes(policy, optimiser_config), mesh)
+    shardings = mesh_lib.param_shardings(state_shapes(policy, optimiser_config, config), mesh)
     mean_gradient = make_gradient(policy, table, guidance, config)
 
     @partial(jax.jit, out_shardings=(shardings.trainable, None, None), compiler_options=COMPILER_OPTIONS)
-    def gradient(trainable, frozen, batch: UpdateBatch):
-        grads, metrics = mean_gradient(trainable, frozen, batch)
+    def gradient(trainable, frozen, batch: UpdateBatch, kl_beta=None):
+        grads, metrics = mean_gradient(trainable, frozen, batch, kl_beta)
         clipped, _ = clipping(optimiser_config).update(grads, optax.EmptyState())
         return clipped, metrics, optax.global_norm(grads)
 
@@ -77,8 +78,13 @@ def make_update(policy: Policy, table: StepTable, guidance: float, config: LossC
         return jax.tree.map(jax.lax.with_sharding_constraint, new,
                             mesh_lib.param_shardings(new, mesh)), optax.global_norm(updates)
 
+    @partial(jax.jit, out_shardings=shardings.kl)
+    def adapt(kl, updates, metrics):
+        return after_update(kl, updates, metrics, config)
+
     def update(state: TrainState, frozen, batch: UpdateBatch):
-        grads, metrics, grad_norm = gradient(state.trainable, frozen, batch)
+        grads, metrics, grad_norm = gradient(state.trainable, frozen, batch, *([state.kl.weight] if state.kl else []))
+        control = adapt(state.kl, state.updates, metrics)
         empty, opt = state.opt  # clipping's, adamw's
         done, norms = {}, []
         for name in sorted(grads):
@@ -91,8 +97,9 @@ def make_update(policy: Policy, table: StepTable, guidance: float, config: LossC
             done[name] = leaving(new)
             norms.append(norm)
         new = joined(done)
-        return TrainState(new.trainable, (empty, new.opt), new.ema, new.updates), metrics, {
-            "grad_norm": grad_norm, "update_norm": jnp.sqrt(sum(norm**2 for norm in norms))}
+        return TrainState(new.trainable, (empty, new.opt), new.ema, new.updates, control), metrics, {
+            "grad_norm": grad_norm, "update_norm": jnp.sqrt(sum(norm**2 for norm in norms))} | (
+            {"kl_weight": state.kl.weight} if state.kl else {})
 
     update.gradient = gradient  # to be compiled ahead: its peak is the whole's
     return update

@@ -12,11 +12,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from grpo import devices, offload, settings, update
 from grpo.policy import make_structure
-from grpo.rollout import StepTable, Trajectory, initial_noise, make_step, step_quotas
+from grpo.rollout import StepTable, Trajectory, initial_noise, make_step
 from grpo.update import TrainState, UpdateBatch, state_shapes
+from grpo.windows import ONE_PER_GROUP, Windows, batches_with
 from wan_jax import mesh as mesh_lib
 from wan_jax import model_dir, pipeline, presets, vae_chunks
 from wan_jax.experts import Segment, guidances, per_guidance, segments
@@ -94,16 +96,21 @@ class Run:
         """Experts."""
         return tuple(name for name in self.preset.experts if name in self.recipe.train.experts)
 
+    @property
+    def windows(self) -> Windows:
+        return Windows.make(self.recipe.sample, self.parts, self.preset.experts, self.trained)
+
     def trained_steps(self, expert: int) -> int:
         """K, the stochastic steps of an epoch that train this expert."""
-        sample = self.recipe.sample
-        quotas = step_quotas(self.parts, self.preset.experts, self.trained, sample.sde_steps, *sample.sde_range)
-        return sum(quota for part, quota in zip(self.parts, quotas) if part.expert == expert)
+        return sum(quota for part, quota in zip(self.parts, self.windows.quotas) if part.expert == expert)
 
-    @property
-    def micro_batches(self) -> int:
-        """M, the rollout batches of one optimiser step."""
-        return self.settings.batches // self.recipe.train.updates_per_epoch
+    def update_batches(self, expert: int) -> np.ndarray:
+        """The rollout batches that train this expert in each optimiser step of an epoch: int [updates, M]."""
+        if self.settings.train_batches < self.settings.batches:  # of those that are chosen by their rewards
+            return np.arange(self.settings.train_batches).reshape(self.recipe.train.updates_per_epoch, -1)
+        i = next(i for i, part in enumerate(self.parts) if part.expert == expert)
+        return batches_with(self.windows.videos(i), self.recipe.sample.batch_size, self.settings.batches,
+                            self.recipe.train.updates_per_epoch)
 
     @property
     def eval_batches(self) -> int:
@@ -117,7 +124,8 @@ class Run:
 
     @functools.cached_property
     def table(self) -> StepTable:
-        return StepTable.make(self.schedule, self.settings.sde, self.recipe.train.credit)
+        return StepTable.make(self.schedule, self.settings.sde, self.recipe.train.credit,
+                              slice(*self.recipe.sample.sde_range), self.recipe.sample.ode_solver)
 
     @functools.cached_property
     def solver(self):
@@ -131,21 +139,33 @@ class Run:
     @functools.cached_property
     def steps(self) -> tuple[Callable, ...]:
         """Denoising steps of the rollout."""
-        make = functools.partial(make_step, self.policy, self.table, keep_mean=self.settings.loss.needs_old_mean)
+        loss, in_reward = self.settings.loss, self.settings.kl_reward > 0
+        make = functools.partial(make_step, self.policy, self.table, keep_mean=loss.needs_old_mean,
+                                 kl_kind=loss.kl_kind if in_reward else None)
         return per_guidance(make, self.scales(self.recipe.sample))
 
     @functools.cached_property
     def updates(self) -> tuple[Callable, ...]:
         s = self.settings
         make_update = offload.make_update if self.recipe.train.offload_optimiser else update.make_update
-        return per_guidance(lambda scale: make_update(self.policy, self.table, scale, s.loss, s.optimiser, self.mesh),
-                            self.scales(self.recipe.sample))
+        train = self.recipe.train
+        teachers = guidances(train.cfg_distill_guidance, train.cfg_distill_guidance_2, len(self.preset.experts))
+        losses = [dataclasses.replace(s.loss, distill_guidance=teacher if s.loss.distill_weight else 1.0)
+                  for teacher in teachers]
+        return per_guidance(lambda one: make_update(self.policy, self.table, *one, s.optimiser, self.mesh),
+                            tuple(zip(self.scales(self.recipe.sample), losses)))
 
     @functools.cached_property
     def eval_steps(self) -> tuple[Callable, ...]:
         """Denoising steps of the evaluation: the deployment sampler's."""
         return per_guidance(functools.partial(pipeline.make_ode_step, self.policy.module, self.solver),
                             self.scales(self.recipe.eval))
+
+    @functools.cached_property
+    def unguided_steps(self) -> tuple[Callable, ...]:
+        """The same without guidance, where the evaluation is made without it as well."""
+        make = functools.partial(pipeline.make_ode_step, self.policy.module, self.solver)
+        return per_guidance(make, (1.0,) * len(self.preset.experts)) if self.recipe.eval.also_unguided else ()
 
     @functools.cached_property
     def vae(self) -> tuple:
@@ -161,7 +181,9 @@ class Run:
         """All that the epochs run over and over, each once: experts may share theirs."""
         experts, distinct = range(len(self.preset.experts)), {}
         trained = [i for i in experts if self.preset.experts[i] in self.trained]
-        for program in [*map(self.rollout_step, experts), *map(self.update, trained), *map(self.ode_step, experts)]:
+        unguided = [self.unguided_step()] if self.unguided_steps else []  # one for all experts
+        for program in [*map(self.rollout_step, experts), *map(self.update, trained), *map(self.ode_step, experts),
+                        *unguided]:
             leaves, treedef = jax.tree.flatten(program.args)
             key = program.jitted, treedef, tuple((x.shape, x.dtype) for x in leaves)
             distinct[key] = program if key not in distinct else dataclasses.replace(
@@ -177,9 +199,10 @@ class Run:
         return Program("initial noise", initial_noise, (random_key(), self.rows(jnp.int32), self.shape))
 
     def rollout_step(self, expert: int = 0) -> Program:
+        past = () if self.table.dpm is None else (self.latents(), self.stochastic)
         return Program(self.named("rollout step", expert), self.steps[expert],
-                       (self.trainable, self.frozen, self.latents(), integer(), jax.ShapeDtypeStruct((), bool),
-                        self.text(), random_key(), self.rows(jnp.int32)), stay=2,
+                       (self.trainable, self.frozen, self.latents(), integer(), self.stochastic,
+                        self.text(), random_key(), self.rows(jnp.int32), *past), stay=2,
                        beside=(*self.trajectories, *[self.latents()] * (self.settings.batches - 1), *self.unstacked))
 
     def ode_step(self, expert: int = 0) -> Program:
@@ -189,12 +212,17 @@ class Run:
                        + ((self.solver_state(), self.text()),) * (self.eval_batches - 1)
                        + (self.rows(jnp.float32, shape=self.eval_shape),) * self.eval_batches)  # the noise
 
+    def unguided_step(self) -> Program:
+        return dataclasses.replace(self.ode_step(), name="evaluation step without guidance",
+                                   jitted=self.unguided_steps[0])
+
     def update(self, expert: int = 0) -> Program:
         """Of one optimiser step: M micro-batches of the recipe's batch, K stochastic steps each. Where the optimiser's
         state waits in host memory, the gradient, which takes the most."""
         if self.recipe.train.offload_optimiser:
             return Program(self.named("update", expert), self.updates[expert].gradient,
-                           (self.trainable, self.frozen, self.update_batch(expert)), stay=2, beside=self.trajectories)
+                           (self.trainable, self.frozen, self.update_batch(expert),
+                            *([self.state.kl.weight] if self.state.kl else [])), stay=2, beside=self.trajectories)
         return Program(self.named("update", expert), self.updates[expert],
                        (self.state, self.frozen, self.update_batch(expert)), stay=2, beside=self.trajectories)
 
@@ -235,7 +263,7 @@ class Run:
     @functools.cached_property
     def frozen(self):
         """One expert's base weights; None in full fine-tuning without a reference, as in `grpo.train`."""
-        needed = self.settings.lora is not None or self.recipe.train.kl_weight
+        needed = self.settings.lora is not None or self.settings.reference
         return self.params(self.policy.base) if needed else None
 
     @functools.cached_property
@@ -244,7 +272,7 @@ class Run:
 
     @functools.cached_property
     def state(self) -> TrainState:
-        return self.params(state_shapes(self.policy, self.settings.optimiser))
+        return self.params(state_shapes(self.policy, self.settings.optimiser, self.settings.loss))
 
     def solver_state(self) -> SolverState:
         x = self.rows(jnp.float32, shape=self.eval_shape)
@@ -254,7 +282,9 @@ class Run:
         """Of a rollout batch; with a leading axis, of several."""
         k = self.trained_steps(expert)
         x = self.latents(*leading, k)
-        return Trajectory(x, x, self.rows(jnp.float32, *leading, k), jax.ShapeDtypeStruct((*leading, k), jnp.int32),
+        step = (self.rows(jnp.int32, *leading, k) if self.recipe.sample.sde_window == ONE_PER_GROUP else
+                jax.ShapeDtypeStruct((*leading, k), jnp.int32))
+        return Trajectory(x, x, self.rows(jnp.float32, *leading, k), step,
                           self.text(*leading), x if self.settings.loss.needs_old_mean else None)
 
     @functools.cached_property
@@ -271,9 +301,16 @@ class Run:
         return [self.latents()] * most * (3 if self.settings.loss.needs_old_mean else 2)
 
     def update_batch(self, expert: int) -> UpdateBatch:
-        m, b = self.micro_batches, self.recipe.sample.batch_size
-        return UpdateBatch(self.trajectory(expert, m), jax.ShapeDtypeStruct((m, b), jnp.float32),
+        m, b = self.update_batches(expert).shape[1], self.recipe.sample.batch_size
+        steps = (self.trained_steps(expert),) if self.settings.kl_reward else ()
+        return UpdateBatch(self.trajectory(expert, m), jax.ShapeDtypeStruct((m, *steps, b), jnp.float32),
                            jax.ShapeDtypeStruct((m, b), bool))
+
+    @property
+    def stochastic(self) -> jax.ShapeDtypeStruct:
+        """Whether a step is: one for all videos of a batch, or each one's own."""
+        return (self.rows(bool) if self.recipe.sample.sde_window == ONE_PER_GROUP else
+                jax.ShapeDtypeStruct((), bool))
 
     def rows(self, dtype, *leading: int, shape: tuple[int, ...] = ()) -> jax.ShapeDtypeStruct:
         """[*leading, B, *shape], split over the mesh by B."""

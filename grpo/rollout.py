@@ -6,7 +6,6 @@ a function of (seed, epoch, sample number, step), so results depend neither on t
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -14,14 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo.losses import step_kl
 from grpo.policy import COMPILER_OPTIONS, Flat, Policy
+from wan_jax import mesh as mesh_lib
 from wan_jax import sde
 from wan_jax.experts import Segment
 from wan_jax.guidance import TextBatch, velocity
 from wan_jax.schedule import Schedule
+from wan_jax.solvers import DPMSolverPP2M, dpm_step, per_sample
 
-CREDITS = ("none", "longcat")
-WINDOWS = ("any", "random", "progressive", "decay", "exp_decay")
+ODE_SOLVERS = ("euler", "dpmpp_2m")
+CREDITS = ("none", "longcat", "rectified")
 INITIAL = 2**31 - 1  # the "step" of the initial noise
 
 
@@ -33,9 +35,10 @@ class Trajectory:
     x: jax.Array  # [K, B, F, H, W, C] latents before the step
     x_next: jax.Array  # [K, B, F, H, W, C] latents after it, as sampled
     log_prob: jax.Array  # [K, B]
-    step: jax.Array  # [K] int32, index into the schedule
+    step: jax.Array  # [K] int32, index into the schedule; [1, B] where each video has its own
     text: TextBatch
     mean: jax.Array | None = None  # [K, B, F, H, W, C] of the step's Gaussian, where the objective needs it
+    kl: jax.Array | None = None  # [K, B] to the reference, where it is part of the reward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,92 +51,42 @@ class StepTable:
     g: np.ndarray
     weight: np.ndarray | None = None  # what the step counts in the loss (`step_credit`); None: as all others
     preserving: bool = False  # the mean of a stochastic step is CPS'
+    dpm: np.ndarray | None = None  # [T, 3], `DPMSolverPP2M.table`, where the other steps are that solver's; None: Euler
 
     @classmethod
-    def make(cls, schedule: Schedule, config: sde.SDEConfig, credit: str = "none") -> "StepTable":
+    def make(cls, schedule: Schedule, config: sde.SDEConfig, credit: str = "none",
+             trained: slice = slice(None), ode_solver: str = "euler") -> "StepTable":
+        """trained: the steps that may be stochastic; ode_solver: of the others, one of ODE_SOLVERS."""
         return cls(np.asarray(schedule.timesteps, np.float32), schedule.sigmas[:-1], schedule.sigmas[1:],
-                   sde.diffusion_coefficient(config, schedule), step_credit(credit, schedule), config.preserving)
+                   sde.diffusion_coefficient(config, schedule), step_credit(credit, schedule, config, trained),
+                   config.preserving, DPMSolverPP2M(schedule).table if ode_solver == "dpmpp_2m" else None)
 
     def at(self, i):
-        """(timestep, sigma, sigma_next, g) of step i, which may be traced."""
+        """(timestep, sigma, sigma_next, g) of step i, which may be traced, or of steps [B], [B] each."""
         return tuple(jnp.asarray(v)[i] for v in (self.timestep, self.sigma, self.sigma_next, self.g))
 
 
-def step_credit(kind: str, schedule: Schedule) -> np.ndarray | None:
+def step_credit(kind: str, schedule: Schedule, config: sde.SDEConfig, trained: slice) -> np.ndarray | None:
     """The weight of each step in the loss, fp32 [T]; None for 'none'.
 
     'longcat': w = sqrt(s / (1 - s)) / sqrt(-dt), which cancels the coefficient sqrt(-dt (1 - s) / s) that the gradient
     of flow_sde's log-prob has (LongCat-Video). The first step takes s_1 in the divisor, as `sde.diffusion_coefficient`.
+    'rectified': w = 1 / c over its mean of the `trained` steps, Flash-GRPO's temporal gradient rectification (arXiv
+    2605.15980). The gradient of a step's log-prob with respect to v is z |d mean / d v| / std with z ~ N(0, 1), so
+    c = |d mean / d v| / std = sqrt(-dt) / g + g sqrt(-dt) (1 - s) / (2 s) for all forms but CPS; on flow_sde, 1 / c is
+    'longcat' up to a factor. The published divisor is the mean over an update's rows; ours does not change between
+    updates, and is the same where the rows are spread evenly over the trained steps.
     """
     if kind not in CREDITS:
         raise ValueError(f"credit={kind!r} is unknown; choose one of {', '.join(CREDITS)}")
     if kind == "none":
         return None
+    if kind == "rectified":
+        std = sde.diffusion_coefficient(config, schedule) * np.sqrt(-np.diff(schedule.sigmas.astype(np.float64)))
+        weight = std / sde.mean_slope(config, schedule)
+        return (weight / np.mean(weight[trained])).astype(np.float32)
     s = schedule.sigmas.astype(np.float64)
     return (np.sqrt(s[:-1] / (1.0 - np.append(s[1], s[1:-1]))) / np.sqrt(-np.diff(s))).astype(np.float32)
-
-
-def sde_window(seed: int, epoch: int, size: int, low: int, high: int, segment: int = 0, *, rule: str = "any",
-               every: int = 25) -> np.ndarray:
-    """The stochastic steps of an epoch: `size` of [low, high), ascending, a function of (seed, epoch, segment).
-
-    rule: 'any' subset; 'random', a window of neighbours at a random place (Flow-GRPO-Fast; MixGRPO's random strategy);
-    'progressive', 'decay' and 'exp_decay', MixGRPO's windows that slide from the first steps to the last and start
-    again: `every` epochs at each place, or fewer the later the steps (`window_epochs`). MixGRPO: arXiv 2507.21802;
-    its window is empty at the last place, ours stops where it is whole. Raises ValueError when they do not fit.
-    """
-    if not 0 <= low <= high or not 0 <= size <= high - low:
-        raise ValueError(f"{size} stochastic steps do not fit in the steps {low} to {high}")
-    if rule not in WINDOWS or every < 1:
-        raise ValueError(f"window={rule!r}, every={every}: choose one of {', '.join(WINDOWS)}, and at least 1 epoch")
-    if size == high - low:
-        return np.arange(low, high)
-    rng = np.random.default_rng([seed, epoch, 0x5DE, *([segment] if segment else [])])
-    if rule == "any":
-        return np.sort(rng.choice(np.arange(low, high), size, replace=False))
-    places = high - low - size + 1
-    if rule == "random":
-        place = int(rng.integers(places))
-    else:
-        stays = [window_epochs(rule, place, high - low, every) for place in range(places)]
-        place = int(np.searchsorted(np.cumsum(stays), (epoch - 1) % sum(stays), side="right"))
-    return np.arange(low + place, low + place + size)
-
-
-def window_epochs(rule: str, place: int, steps: int, every: int) -> int:
-    """How many epochs MixGRPO's window stays at a place, of `steps` in all: `every` ('progressive'), falling to a fifth
-    along the schedule ('decay'), or as exp(-0.1 (place - 13)) from the fourteenth place on ('exp_decay')."""
-    if rule == "decay":
-        least = max(1, every // 5)
-        return max(least, int(every * (1 - place / steps) + least * place / steps))
-    if rule == "exp_decay":
-        return math.ceil(every * math.exp(-0.1 * max(place - 13, 0)))
-    return every
-
-
-def step_quotas(parts: tuple[Segment, ...], experts: tuple[str, ...], trained: tuple[str, ...], size: int, low: int,
-                high: int) -> tuple[int, ...]:
-    """How many of an epoch's `size` stochastic steps each segment gets: in proportion to its steps in [low, high), and
-    at least one for every trained expert, so that each has a gradient in every epoch.
-
-    Raises ValueError when a trained expert has no step there, or there are fewer steps than experts to train.
-    """
-    room = [len(range(max(low, p.steps.start), min(high, p.steps.stop))) if experts[p.expert] in trained else 0
-            for p in parts]
-    for name in trained:
-        if not any(n for p, n in zip(parts, room) if experts[p.expert] == name):
-            split = ", ".join(f"{experts[p.expert]} steps {p.steps.start} to {p.steps.stop - 1}" for p in parts)
-            raise ValueError(f"{name} would be trained without a step: sample.sde_range=({low}, {high}) holds none of "
-                             f"its steps ({split}); change sample.sde_range, sample.shift or sample.steps, or leave "
-                             "the expert out of train.experts")
-    if size < len(trained) or size > sum(room):
-        raise ValueError(f"sample.sde_steps={size} must be from {len(trained)} (one for each trained expert) to "
-                         f"{sum(room)} (the trained experts' steps in sample.sde_range=({low}, {high}))")
-    quotas = [min(n, 1) for n in room]
-    while sum(quotas) < size:  # the next step goes where the share is furthest behind
-        behind = [n / sum(room) - q / size if q < n else -1.0 for n, q in zip(room, quotas)]
-        quotas[int(np.argmax(behind))] += 1
-    return tuple(quotas)
 
 
 def sample_noise(key: jax.Array, samples: jax.Array, step, shape: tuple[int, ...]) -> jax.Array:
@@ -149,46 +102,87 @@ def initial_noise(key, samples, shape):
     return sample_noise(key, samples, INITIAL, shape)
 
 
-def make_step(policy: Policy, table: StepTable, guidance: float, keep_mean: bool = False):
-    """The jitted denoising step: (trainable, frozen, x, i, stochastic, text, key, samples) -> (x_next, log_prob, mean),
-    mean None without keep_mean."""
+def make_step(policy: Policy, table: StepTable, guidance: float, keep_mean: bool = False, kl_kind: str | None = None):
+    """The jitted denoising step: (trainable, frozen, x, i, stochastic, text, key, samples) -> (x_next, log_prob, mean,
+    kl, clean), mean None without keep_mean, kl [B] to the reference (`kl_to_reference`) or None without kl_kind; where
+    no row is stochastic the reference is not run. stochastic: bool, or bool [B].
+
+    With DPM-Solver++ between stochastic steps, it also takes (last, follows): the `clean` sample that the step before
+    predicted, and whether that one was deterministic, as `stochastic`. Where it was not, the solver starts anew with
+    a step of first order: noise has moved x off the path that the prediction was for.
+    """
 
     @partial(jax.jit, compiler_options=COMPILER_OPTIONS)
-    def rollout_step(trainable: Flat, frozen, x, i, stochastic, text: TextBatch, key, samples):
+    def rollout_step(trainable: Flat, frozen, x, i, stochastic, text: TextBatch, key, samples, last=None, follows=None):
         t, sigma, sigma_next, g = table.at(i)
+        g = jnp.where(stochastic, g, 0.0)
         v = velocity(policy.module(trainable, frozen), x, t, text, guidance)
         noise = sample_noise(key, samples, i, x.shape[1:])
-        x_next, log_prob, mean, _ = sde.sde_step(x, v, sigma, sigma_next, jnp.where(stochastic, g, 0.0), noise,
-                                                 table.preserving)
-        return x_next, log_prob, mean if keep_mean else None
+        x_next, log_prob, mean, _ = sde.sde_step(x, v, sigma, sigma_next, g, noise, table.preserving)
+
+        clean = None
+        if table.dpm is not None:
+            clean = x - sigma * v
+            keep, base, old = jnp.asarray(table.dpm)[i]
+            ode = dpm_step(x, clean, last, keep, base, jnp.where(follows, old, 0.0))
+            x_next = jnp.where(per_sample(stochastic, x) > 0, x_next, ode)
+
+        def distance():
+            v_ref = velocity(policy.reference(frozen), x, t, text, guidance)
+            return step_kl(x, v, v_ref, (sigma, sigma_next, g, table.preserving), kl_kind)
+
+        kl = jax.lax.cond(jnp.any(stochastic), distance, lambda: jnp.zeros(len(x))) if kl_kind else None
+        return x_next, log_prob, mean if keep_mean else None, kl, clean
 
     return rollout_step
 
 
 def rollout(step, trainable: Flat, frozen, x: jax.Array, text: TextBatch, *, key, samples, steps: range,
-            window: np.ndarray) -> tuple[jax.Array, Trajectory | None]:
+            window: np.ndarray, multistep: bool = False) -> tuple[jax.Array, Trajectory | None]:
     """Runs the denoising steps `steps` for one batch from x fp32 [B,F,H,W,C] (`initial_noise` before step 0).
 
-    Steps in `window` are stochastic and kept, the others are ODE steps. samples: int32 [B], global sample numbers in
-    the epoch, sharded over the mesh. Returns (latents after the last step, Trajectory, or None when the window is
-    empty). Everything is dispatched asynchronously.
+    Steps in `window` [K] are stochastic and kept, the others are ODE steps; a window [1, B] has each row's own, and
+    what a row with a step outside `steps` leaves behind is an ODE step, to be masked. samples: int32 [B], global sample
+    numbers in the epoch, sharded over the mesh. multistep: the step is one that takes `last` and `follows`. Returns
+    (latents after the last step, Trajectory, or None when the window is empty). Everything is dispatched
+    asynchronously.
     """
-    kept = []
+    kept, own = [], window.ndim == 2
+    place = partial(mesh_lib.place, sharding=samples.sharding) if own else lambda flag: flag
+    past = (x, place(np.zeros(window.shape[1], bool) if own else False)) if multistep else ()
     for i in steps:
-        stochastic = i in window
-        x_next, log_prob, mean = step(trainable, frozen, x, i, stochastic, text, key, samples)
-        if stochastic:
-            kept.append((x, x_next, log_prob, mean))
+        rows = window[0] == i if own else i in window
+        stochastic = place(rows)
+        x_next, *rest, clean = step(trainable, frozen, x, i, stochastic, text, key, samples, *past)
+        now = x, x_next, *rest
+        past = (clean, place(~rows if own else not rows)) if multistep else ()
+        if own and kept:
+            kept = [choose_rows(stochastic, now, kept[0])] if rows.any() else kept
+        elif own or stochastic:
+            kept.append(now)
         x = x_next
     if not kept:
         return x, None
-    xs, nexts, log_probs, means = jax.tree.map(lambda *rows: jnp.stack(rows), *kept)
-    return x, Trajectory(xs, nexts, log_probs, jnp.asarray(window, jnp.int32), text, means)
+    xs, nexts, log_probs, means, kls = jax.tree.map(lambda *rows: jnp.stack(rows), *kept)
+    if own:
+        inside = np.where((window[0] >= steps.start) & (window[0] < steps.stop), window[0], steps.start)
+        index = jnp.stack([mesh_lib.place(inside.astype(np.int32), samples.sharding)])
+    else:
+        index = jnp.asarray(window, jnp.int32)
+    return x, Trajectory(xs, nexts, log_probs, index, text, means, kls)
+
+
+@jax.jit
+def choose_rows(rows: jax.Array, new, old):
+    """Trees of [B, ...]: the rows of `new` where bool [B] is True, else those of `old`."""
+    return jax.tree.map(lambda a, b: jnp.where(per_sample(rows, a) > 0, a, b), new, old)
 
 
 def prefix(part: Segment, window: np.ndarray) -> range:
-    """The steps of a part before its first stochastic one: videos with one prompt and one noise are the same there."""
-    return range(part.steps.start, int(window[0]) if len(window) else part.steps.stop)
+    """The steps of a part before its first stochastic one, of any video: those with one prompt and one noise are the
+    same there."""
+    inside = window[(window >= part.steps.start) & (window < part.steps.stop)]
+    return range(part.steps.start, int(inside.min()) if inside.size else part.steps.stop)
 
 
 def group_leaders(groups: int, group_size: int, batch: int) -> np.ndarray:
@@ -204,13 +198,15 @@ def branch(latents: Sequence[jax.Array], rows: jax.Array, sharding) -> jax.Array
 
 
 def rollout_batches(steps: Sequence, arrays: Callable, noise: Sequence[jax.Array], texts: Sequence[TextBatch], *, key,
-                    samples: Sequence[jax.Array], parts: Sequence[Segment], windows: Sequence[np.ndarray], done: int = 0
+                    samples: Sequence[jax.Array], parts: Sequence[Segment], windows: Sequence[np.ndarray],
+                    done: int = 0, multistep: bool = False
                     ) -> Iterator[tuple[int, int, jax.Array, Trajectory | None]]:
     """Dispatches `rollout` for every part of the schedule and every batch; yields (part, batch, latents, Trajectory).
 
     All batches go through one expert's steps before the next expert's weights are asked for, with nothing under way,
     since these change places on the device. steps: one `make_step` an expert; arrays(expert): (trainable, frozen);
-    noise, texts, samples: one a batch; windows: one a part; done: steps of the first part that `noise` has behind it.
+    noise, texts, samples: one a batch; windows: one a part, [K] or, of all batches' videos, [1, N]; done: steps of the
+    first part that `noise` has behind it; multistep as of `rollout`, which starts anew with each part and after `done`.
     """
     latents = list(noise)
     for i, (part, window) in enumerate(zip(parts, windows)):
@@ -218,7 +214,8 @@ def rollout_batches(steps: Sequence, arrays: Callable, noise: Sequence[jax.Array
             jax.block_until_ready(latents)
         trainable, frozen = arrays(part.expert)
         for b, (text, numbers) in enumerate(zip(texts, samples)):
+            mine = window if window.ndim == 1 else window[:, b * len(numbers):(b + 1) * len(numbers)]
             x, trajectory = rollout(steps[part.expert], trainable, frozen, latents[b], text, key=key, samples=numbers,
-                                    steps=part.steps if i else part.steps[done:], window=window)
+                                    steps=part.steps if i else part.steps[done:], window=mine, multistep=multistep)
             latents[b] = x if i < len(parts) - 1 else None
             yield i, b, x, trajectory

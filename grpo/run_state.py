@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 
 from grpo.budget import Spent
+from grpo.losses import KLControl
 from grpo.update import TrainState
 from wan_jax import hosts
 from wan_jax.checkpoint import Checkpoints, join_experts, split_experts
@@ -19,7 +20,7 @@ def state_tree(states: dict[str, TrainState]) -> dict:
 
     return {"trainable": joined(lambda state: state.trainable), "ema": joined(lambda state: state.ema),
             "opt": joined(lambda state: {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state.opt))}),
-            "counters": joined(lambda state: {"updates": state.updates})}
+            "counters": joined(lambda state: {"updates": state.updates} | (vars(state.kl) if state.kl else {}))}
 
 
 def save(checkpoints: Checkpoints, epoch: int, states: dict[str, TrainState], config: dict, lora: LoRAConfig | None,
@@ -48,5 +49,7 @@ def restore(checkpoints: Checkpoints, epoch: int, like: dict[str, TrainState]) -
     for name, state in like.items():
         leaves, structure = jax.tree.flatten(state.opt)
         opt = jax.tree.unflatten(structure, [parts["opt"][name][str(i)] for i in range(len(leaves))])
-        states[name] = TrainState(parts["trainable"][name], opt, parts["ema"][name], parts["counters"][name]["updates"])
+        counters = dict(parts["counters"][name])
+        states[name] = TrainState(parts["trainable"][name], opt, parts["ema"][name], counters.pop("updates"),
+                                  KLControl(**counters) if counters else None)
     return states

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from grpo import reward_servers
@@ -14,6 +15,7 @@ from rewards.quality import QualityReward
 from rewards.several import DERIVED, SeveralRewards
 from rewards.workers import PendingScores, RewardPool
 from wan_jax import hosts
+from wan_jax import mesh as mesh_lib
 from wan_jax.cli import UserError
 
 
@@ -43,6 +45,19 @@ class Scores:
     retries: int
     error: str  # the last line of one failure's traceback; "" without
     parts: dict[str, np.ndarray]  # of several rewards, float64 [N] each; nan where that one failed
+
+
+def gather_rows(batches: Sequence[jax.Array], sharding: jax.sharding.Sharding) -> np.ndarray:
+    """Batches [K, B] on the devices, end to end: [K, N] on every process, which all call this at the same point.
+    sharding: of B; each process gives the rows that are then its own."""
+    size = batches[0].shape[1]
+    rows = hosts.my_rows(sharding, size)
+    mine = [(b * size + rows, np.stack([hosts.my_part(mesh_lib.place(x[k], sharding)) for k in range(len(x))]))
+            for b, x in enumerate(batches)]
+    whole = np.full((len(batches[0]), len(batches) * size), np.nan)
+    for numbers, values in (piece for pieces in hosts.gather(mine) for piece in pieces):
+        whole[:, numbers] = values
+    return whole
 
 
 def gather_scores(pending: Sequence[tuple[np.ndarray, PendingScores]], total: int) -> Scores:

@@ -12,8 +12,9 @@ from grpo.budget import Budget
 from grpo.combine import COMBINATIONS, MAIN
 from grpo.losses import OBJECTIVES, LossConfig
 from grpo.reward_servers import JUDGE, JUDGE_QUESTIONS, check_settings
-from grpo.rollout import CREDITS, WINDOWS
+from grpo.rollout import CREDITS, ODE_SOLVERS
 from grpo.update import OptimiserConfig
+from grpo.windows import ONE_PER_GROUP, WINDOWS
 from rewards.ocr import RULES
 from rewards.ocr_engines import ENGINES
 from wan_jax.attention import BACKENDS
@@ -30,16 +31,18 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # same product and then differ by its rounding: 1e-7 to 6e-6 seen on an H200 at full size, and once 4.6e-4. A wrong step
 # or text is far above either.
 RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-3}
+KL_PLACES = ("loss", "reward")
 REQUIRED = ("run_dir", "model.path", "prompts.train", "prompts.heldout")
 CHOICES = {"model.dtype": DTYPES, "model.attention": BACKENDS, "model.remat": ("auto", *REMAT_POLICIES),
            "model.offload": OFFLOAD,
-           "sample.sde_window": WINDOWS, "train.credit": CREDITS, "train.objective": OBJECTIVES,
+           "sample.sde_window": WINDOWS, "sample.ode_solver": ODE_SOLVERS,
+           "train.credit": CREDITS, "train.objective": OBJECTIVES, "train.kl_as": KL_PLACES,
            "train.advantage_std": STDS, "reward.rule": RULES, "reward.engine": (*ENGINES, JUDGE),
            "reward.judge_question": JUDGE_QUESTIONS, "eval.solver": SOLVERS,
            "reward.combine": COMBINATIONS}
 AT_LEAST = {"epochs": 1, "lora.rank": 0, "mesh.fsdp": 0, "mesh.context": 0, "sample.frames": 1, "sample.steps": 1,
             "sample.groups": 1, "sample.group_size": 2, "sample.batch_size": 1, "sample.sde_window_epochs": 1,
-            "train.updates_per_epoch": 1, "train.warmup_updates": 0,
+            "train.updates_per_epoch": 1, "train.groups": 0, "train.best_of": 0, "train.warmup_updates": 0,
             "train.weight_decay": 0, "reward.max_frames": 2, "reward.workers": 0,
             "reward.retries": 0, "reward.patience": 0,
             "eval.every": 1, "eval.num_prompts": 2, "eval.frames": 0, "eval.steps": 1, "eval.previews": 0,
@@ -59,9 +62,12 @@ class Settings:
     optimiser: OptimiserConfig
     videos: int  # an epoch's videos
     batches: int  # an epoch's rollout batches
+    train_batches: int  # those of them that are trained
     ratio_tolerance: float
     weights: dict[str, float]  # of the rewards that are measured
     budget: Budget
+    reference: bool  # whether the frozen model is computed with, beside the one that is trained
+    kl_reward: float  # what the KL takes off the reward of a step, a multiple of it
 
 
 def from_config(c: ml_collections.ConfigDict) -> Settings:
@@ -86,15 +92,19 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
         raise UserError(f"config.sample: groups x group_size = {videos} videos do not fill batches of "
                         f"batch_size={c.sample.batch_size}; choose a divisor of {videos}")
     batches = videos // c.sample.batch_size
-    if batches % c.train.updates_per_epoch:
+    train_batches = check_choice(c) or batches
+    if train_batches % c.train.updates_per_epoch:
         raise UserError(f"config.train.updates_per_epoch={c.train.updates_per_epoch} does not divide the epoch's "
-                        f"{batches} batches")
+                        f"{train_batches} batches")
     if len(c.sample.sde_range) != 2:
         raise UserError(f"config.sample.sde_range={tuple(c.sample.sde_range)} must be (first, last + 1)")
     low, high = c.sample.sde_range
     if not (0 <= low < high <= c.sample.steps and 1 <= c.sample.sde_steps <= high - low):
         raise UserError(f"config.sample: sde_steps={c.sample.sde_steps} steps do not fit in sde_range=({low}, {high}) "
                         f"of {c.sample.steps} steps")
+    if c.sample.sde_window == ONE_PER_GROUP and c.sample.sde_steps != 1:
+        raise UserError(f"config.sample.sde_steps={c.sample.sde_steps} must be 1 with sample.sde_window="
+                        f"{ONE_PER_GROUP}")
     weights = {k: v for k, v in c.reward.weights.items() if v is not None}
     if not all(v >= 0 for v in weights.values()) or not any(weights.values()) or MAIN not in weights:
         raise UserError(f"config.reward.weights={weights}: weights must be at least 0, not all of them 0, and {MAIN} "
@@ -107,20 +117,54 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
     if c.lora.init and not c.lora.rank:
         raise UserError(f"config.lora.init={c.lora.init} needs adapters to start from: set config.lora.rank as in the "
                         "file")
+    in_reward = c.train.kl_as == "reward"
+    if in_reward and not (c.train.kl_weight > 0 and c.train.kl_target is None and c.reward.combine == "rewards"):
+        raise UserError(f"config.train.kl_as=reward takes kl_weight times the KL off a fixed sum of rewards: it needs "
+                        f"train.kl_weight={c.train.kl_weight} above 0, train.kl_target={c.train.kl_target} None and "
+                        f"reward.combine={c.reward.combine} to be rewards")
+    if c.train.cfg_distill_weight and not c.sample.guidance <= 1 < c.train.cfg_distill_guidance:
+        raise UserError(f"config.train.cfg_distill_weight={c.train.cfg_distill_weight} trains the model without "
+                        f"guidance to follow the guided one: set sample.guidance={c.sample.guidance} to 1 and "
+                        f"train.cfg_distill_guidance={c.train.cfg_distill_guidance} above 1")
+    if c.eval.also_unguided and c.eval.guidance <= 1:
+        raise UserError(f"config.eval.also_unguided=True: with eval.guidance={c.eval.guidance} there is no guidance to "
+                        "leave out; set it above 1, or also_unguided=False")
     try:
         flow_sigmas(c.sample.steps, c.sample.shift)
         return Settings(
             dtype=DTYPES[c.model.dtype],
             lora=LoRAConfig(c.lora.rank, c.lora.alpha, tuple(c.lora.targets)) if c.lora.rank else None,
             sde=SDEConfig(c.sample.sde, c.sample.noise_level, c.sample.max_step_std),
-            loss=LossConfig(c.train.clip_low, c.train.clip_high, c.train.kl_weight, c.train.kl_kind,
-                            c.train.objective, c.train.divergence),
+            loss=LossConfig(c.train.clip_low, c.train.clip_high, 0.0 if in_reward else c.train.kl_weight,
+                            c.train.kl_kind, c.train.objective, c.train.divergence, c.train.kl_target,
+                            c.train.kl_horizon, tuple(c.train.kl_weight_range), c.train.cfg_distill_weight),
             optimiser=OptimiserConfig(**{f.name: c.train[f.name] for f in dataclasses.fields(OptimiserConfig)}),
-            videos=videos, batches=batches,
+            videos=videos, batches=batches, train_batches=train_batches,
             ratio_tolerance=RATIO_TOLERANCE[c.model.dtype] if tolerance is None else tolerance, weights=weights,
-            budget=Budget(**c.budget.to_dict()))
+            budget=Budget(**c.budget.to_dict()),
+            reference=c.train.kl_weight > 0 or c.train.cfg_distill_weight > 0,
+            kl_reward=c.train.kl_weight if in_reward else 0.0)
     except ValueError as error:
         raise UserError(f"config: {error}") from None
+
+
+def check_choice(c: ml_collections.ConfigDict) -> int:
+    """How many rollout batches are trained where groups are chosen by their rewards, 0 where all are."""
+    size, batch, groups = c.sample.group_size, c.sample.batch_size, c.train.groups
+    if 2 * c.train.best_of > size:
+        raise UserError(f"config.train.best_of={c.train.best_of} best and as many worst are more than "
+                        f"sample.group_size={size}; take at most {size // 2}, or 0 for all")
+    if groups in (0, c.sample.groups):
+        return 0
+    if groups > c.sample.groups:
+        raise UserError(f"config.train.groups={groups}: only sample.groups={c.sample.groups} are sampled")
+    if size % batch:
+        raise UserError(f"config.train.groups={groups} chooses whole batches: sample.batch_size={batch} must divide "
+                        f"sample.group_size={size}")
+    if c.sample.sde_window == ONE_PER_GROUP:
+        raise UserError(f"config.train.groups={groups} does not go with sample.sde_window={ONE_PER_GROUP}: the groups "
+                        "left out would be missing at their steps; use another window, or train.groups=0")
+    return groups * size // batch
 
 
 def check_resume(saved: dict, now: dict, checkpoint: str):

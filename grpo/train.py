@@ -25,26 +25,18 @@ from tqdm import tqdm
 from convert.lora import initial_adapters
 from grpo import ahead, combine, devices, report, run_log, run_state, settings
 from grpo import offload as optimiser_offload
-from grpo.advantages import group_advantages, group_statistics
+from grpo.advantages import extremes, group_advantages, group_statistics, largest_spread, step_advantages
 from grpo.budget import Spent
 from grpo.combine import MAIN
-from grpo.evaluator import Evaluator
+from grpo.evaluator import Evaluator, said
 from grpo.policy import make_policy
 from grpo.programs import Run
 from grpo.prompts import PromptSet, epoch_prompts, load_prompts
-from grpo.rollout import (
-    branch,
-    group_leaders,
-    initial_noise,
-    prefix,
-    rollout,
-    rollout_batches,
-    sde_window,
-    step_quotas,
-)
+from grpo.rollout import branch, group_leaders, initial_noise, prefix, rollout, rollout_batches
 from grpo.run_log import RunLog, SilentLog
-from grpo.scores import gather_scores, open_pool
+from grpo.scores import gather_rows, gather_scores, open_pool
 from grpo.update import init_state, stack_batches
+from grpo.windows import Windows
 from rewards.targets import parse_targets
 from rewards.workers import RewardPool
 from wan_jax import cli, hosts, memory, model_dir, pipeline, presets
@@ -100,7 +92,7 @@ class Plan:
     schedule: Schedule
     solver: object  # of the evaluation
     parts: tuple[Segment, ...]  # the schedule's steps by expert
-    quotas: tuple[int, ...]  # of stochastic steps, for each of `parts`
+    windows: Windows  # of stochastic steps
     trained: tuple[str, ...]  # experts
     adapters: dict[str, dict[str, np.ndarray]] | None  # each expert's to start from; None: fresh ones
 
@@ -124,9 +116,9 @@ class Plan:
             raise UserError(f"config.train.experts={tuple(c.train.experts)} leaves nothing to train: {c.model.path} "
                             f"has {', '.join(model.experts)}")
         parts = segments(schedule.timesteps, model.boundary)
-        quotas = step_quotas(parts, model.experts, trained, c.sample.sde_steps, *c.sample.sde_range)
+        windows = Windows.make(c.sample, parts, model.experts, trained)
         adapters = initial_adapters(c.lora.init, model, s.lora) if c.lora.init else None
-        return cls(mesh, spread, model, backend, shape, eval_shape, schedule, solver, parts, quotas, trained, adapters)
+        return cls(mesh, spread, model, backend, shape, eval_shape, schedule, solver, parts, windows, trained, adapters)
 
 
 def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout: PromptSet, pool: RewardPool):
@@ -182,13 +174,13 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
                                          attention=plan.backend, remat=run.remat)
             if plan.adapters is not None:
                 start[name] = {k: mesh_lib.place(plan.adapters[name][k], v.sharding) for k, v in start[name].items()}
-    if s.lora is None and not c.train.kl_weight:
+    if s.lora is None and not s.reference:
         def weights(expert):  # full fine-tuning without a reference: the fp32 copies are the only ones
             return None
 
     on_host, on_device = ((optimiser_offload.to_host, optimiser_offload.to_device) if c.train.offload_optimiser else
                           (lambda x: x,) * 2)
-    states = {name: on_host(init_state(start[name], s.optimiser)) for name in plan.trained}
+    states = {name: on_host(init_state(start[name], s.optimiser, s.loss)) for name in plan.trained}
     if restored is not None:
         states = run_state.restore(checkpoints, restored, states)
 
@@ -196,7 +188,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     log.config(dict(c.to_dict(), command=" ".join(["python -m grpo.train", *sys.argv[1:]])))
     evaluator = Evaluator(heldout, eval_table, solver, eval_steps,
                           segments(solver.schedule.timesteps, model.boundary), decode, vae_state, pool, mesh,
-                          plan.eval_shape, c.sample.batch_size, c.eval.seed, c.eval.previews)
+                          plan.eval_shape, c.sample.batch_size, c.eval.seed, c.eval.previews, run.unguided_steps)
 
     def sampled(expert: int) -> tuple:
         name = model.experts[expert]
@@ -209,10 +201,8 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     def evaluate(epoch: int):
         result = evaluator(averaged, epoch, functools.partial(bar, desc="evaluation"))
         log.evaluation(result.record, result.videos)
-        r = result.record
-        say(f"epoch {epoch}: held-out OCR reward {r['reward']:.3f} [{r['low']:.3f}, {r['high']:.3f}] on {r['num']} "
-            f"prompts, {r['seconds']:.1f} s")
-        return r.get("measures", {})
+        say(f"epoch {epoch}: held-out {said(result.record)}")
+        return result.record.get("measures", {})
 
     if restored is None:
         count = sum(v.size for state in states.values() for v in jax.tree.leaves(state.trainable))
@@ -232,10 +222,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         epoch_key = jax.random.fold_in(jax.random.fold_in(key, 1), epoch)
         chosen = epoch_prompts(c.seed, epoch - 1, len(train_prompts), c.sample.groups)
         prompt_of = np.repeat(chosen, c.sample.group_size)  # [N], a group's videos stand together
-        low, high = c.sample.sde_range
-        windows = [sde_window(c.seed, epoch, quota, max(low, part.steps.start), min(high, part.steps.stop), i,
-                              rule=c.sample.sde_window, every=c.sample.sde_window_epochs)
-                   for i, (part, quota) in enumerate(zip(plan.parts, plan.quotas))]
+        windows = plan.windows.of_epoch(c.seed, epoch)
 
         # sample, all batches by one expert before the next. The host is one batch ahead of the device, which so has
         # work while the host fetches videos and hands them to the scoring processes
@@ -243,7 +230,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         samples = [mesh_lib.place(r.astype(np.int32), sharded) for r in rows]
         mine = hosts.my_rows(sharded, c.sample.batch_size)  # of each batch, on this process's devices
         texts = [table.batch(prompt_of[r], sharded, replicated) for r in rows]
-        shared, evaluations = range(0), s.videos * c.sample.steps
+        shared, evaluations, multistep = range(0), s.videos * c.sample.steps, c.sample.ode_solver != "euler"
         if c.sample.shared_noise:  # a group's videos are one until they branch
             shared, expert = prefix(plan.parts[0], windows[0]), plan.parts[0].expert
             first = group_leaders(c.sample.groups, c.sample.group_size, c.sample.batch_size)
@@ -253,14 +240,14 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
                 numbers = mesh_lib.place(r, sharded)
                 trunk.append(rollout(steps[expert], *sampled(expert), initial_noise(epoch_key, numbers, plan.shape),
                                      table.batch(prompt_of[r], sharded, replicated), key=epoch_key, samples=numbers,
-                                     steps=shared, window=np.arange(0))[0])
+                                     steps=shared, window=np.arange(0), multistep=multistep)[0])
             groups = (np.arange(s.videos) // c.sample.group_size).astype(np.int32)
             noise = [branch(trunk, mesh_lib.place(groups[r], replicated), sharded) for r in rows]
         else:
             noise = [initial_noise(epoch_key, numbers, plan.shape) for numbers in samples]
         trajectories, pending = {}, []
         batches = rollout_batches(steps, sampled, noise, texts, key=epoch_key, samples=samples, parts=plan.parts,
-                                  windows=windows, done=len(shared))
+                                  windows=windows, done=len(shared), multistep=multistep)
         last = len(plan.parts) - 1
         decoding = ((*batch, decode(vae_state, batch[2]) if batch[0] == last else None) for batch in batches)
         for i, b, x, trajectory, video in bar(pipeline.one_ahead(decoding), desc=f"epoch {epoch}",
@@ -293,28 +280,37 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         advantages = (group_advantages(total, prompt_of, valid, **how) if c.reward.combine == "rewards" else
                       combine.combined_advantages(rewards, s.weights, prompt_of, valid, **how))
         groups = group_statistics(total, prompt_of, valid)
+        kept = largest_spread(total, prompt_of, valid, c.train.groups or c.sample.groups)
+        order = np.flatnonzero(kept.reshape(s.batches, -1).any(1))  # the batches that are trained
+        counted = kept & extremes(total, prompt_of, valid, c.train.best_of)
 
         # update: the expert on the device first, so that the next epoch finds the first one there
         hosts.stage(f"epoch {epoch}: update")
         record = {"epoch": epoch, "evaluations": evaluations,
                   "evaluations_saved": s.videos * c.sample.steps - evaluations}
-        size = s.batches // c.train.updates_per_epoch
-        for expert, name in reversed(list(enumerate(model.experts))):
+        for i, part in reversed(list(enumerate(plan.parts))):
+            expert, name = part.expert, model.experts[part.expert]
             if name not in states:
                 continue
-            values = {}
-            for first in range(0, s.batches, size):
-                part = slice(first, first + size)
-                batch = stack_batches(trajectories[name][part], advantages.reshape(s.batches, -1)[part],
-                                      valid.reshape(s.batches, -1)[part])
+            values, here = {}, np.isin(np.arange(s.videos), plan.windows.videos(i))
+            if s.kl_reward:
+                kl = gather_rows([t.kl for t in trajectories[name]], sharded)  # [K, N]
+                advantages = step_advantages(total, kl, s.kl_reward, prompt_of, here & valid, **how)
+            by_batch = np.moveaxis(advantages.reshape(*advantages.shape[:-1], s.batches, -1), -2, 0)  # [., (K,) B]
+            for chosen in order[run.update_batches(expert)]:
+                rows = (here & counted).reshape(s.batches, -1)[chosen]
+                if not rows.any():  # nothing to learn from
+                    continue
+                batch = stack_batches([trajectories[name][b] for b in chosen], by_batch[chosen], rows)
                 states[name], metrics, norms = updates[expert](states[name], weights(expert), batch)
                 values |= metrics.averages() | {k: float(v) for k, v in norms.items()}
                 check_finite(values, epoch, checkpoints)
-                if first == 0:
+                if "ratio_max_error" not in values:
                     values["ratio_max_error"] = max(values["ratio_max"] - 1, 1 - values["ratio_min"])
                     check_ratio(values["ratio_max_error"], s.ratio_tolerance, epoch)
+            values |= {"kl": float(kl[:, here].mean())} if s.kl_reward else {}
             record |= values if len(states) == 1 else {name: values, **{
-                k: max(values[k], record.get(k, values[k])) for k in ("ratio_max_error", "grad_norm")}}
+                k: max(values[k], record.get(k, values[k])) for k in ("ratio_max_error", "grad_norm") if k in values}}
         del trajectories, texts, batch
         seconds["update"] += lap([state.trainable for state in states.values()])
         if epoch > done + 1 and (warning := compiled.warning(epoch)):
@@ -330,6 +326,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
                             "group_std": groups.mean_group_std, "zero_std_fraction": groups.zero_std_fraction,
                             "rewards": combine.means({MAIN: scores.values} | scores.parts),
                             "failed_scores": int((~valid).sum()), "retried_scores": scores.retries, "videos": s.videos,
+                            "videos_trained": int(counted.sum()),
                             "seconds": seconds, "idle_share": max(0.0, 1 - working / seconds["total"]),
                             "peak_memory": memory.peaks().known()})
         say(f"epoch {epoch}/{c.epochs}: reward {groups.mean_reward:.3f}, spread in groups "

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grpo.losses import LossConfig, LossMetrics, Rows, policy_gradient_terms
+from grpo.losses import KLControl, LossConfig, LossMetrics, Rows, adapted_kl, policy_gradient_terms
 from grpo.policy import COMPILER_OPTIONS, Flat, Policy
 from grpo.rollout import StepTable, Trajectory
 from wan_jax import mesh as mesh_lib
@@ -48,6 +48,7 @@ class TrainState:
     opt: optax.OptState
     ema: Flat
     updates: jax.Array  # int32 [], optimiser steps so far
+    kl: KLControl | None = None  # where the weight of the KL adapts
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +57,7 @@ class UpdateBatch:
     """M micro-batches of one optimiser step."""
 
     trajectory: Trajectory  # its arrays with a leading axis M (text embeddings [M, B, St, text_dim], negative [M, ...])
-    advantages: jax.Array  # [M, B] fp32
+    advantages: jax.Array  # [M, B] fp32, or [M, K, B]: each step's own
     valid: jax.Array  # [M, B] bool: False leaves a sample out of the mean
 
 
@@ -79,27 +80,35 @@ def adamw(config: OptimiserConfig) -> optax.GradientTransformation:
                        weight_decay=config.weight_decay)
 
 
-def init_state(trainable: Flat, config: OptimiserConfig) -> TrainState:
+def init_state(trainable: Flat, config: OptimiserConfig, loss: LossConfig | None = None) -> TrainState:
     """Fresh optimiser state; the EMA starts as a copy of the weights. All of it lies on the weights' mesh, as it does
-    after an update, so that the update compiles once."""
+    after an update, so that the update compiles once. loss: as of the update; None: its KL weight does not adapt."""
     def fresh(trainable):
-        return make_optimiser(config).init(trainable), jnp.zeros((), jnp.int32)
+        return make_optimiser(config).init(trainable), jnp.zeros((), jnp.int32), init_kl(loss)
 
     mesh = next(iter(trainable.values())).sharding.mesh
     shardings = mesh_lib.param_shardings(jax.eval_shape(fresh, trainable), mesh)
-    opt, updates = jax.jit(fresh, out_shardings=shardings)(trainable)
-    return TrainState(trainable, opt, jax.tree.map(jnp.copy, trainable), updates)
+    opt, updates, kl = jax.jit(fresh, out_shardings=shardings)(trainable)
+    return TrainState(trainable, opt, jax.tree.map(jnp.copy, trainable), updates, kl)
 
 
-def state_shapes(policy: Policy, config: OptimiserConfig) -> TrainState:
+def init_kl(loss: LossConfig | None) -> KLControl | None:
+    """The first weight, where it adapts."""
+    if loss is None or loss.kl_target is None:
+        return None
+    return KLControl(jnp.asarray(loss.kl_beta, jnp.float32), jnp.zeros((), jnp.float32))
+
+
+def state_shapes(policy: Policy, config: OptimiserConfig, loss: LossConfig | None = None) -> TrainState:
     """`init_state` without arrays: a TrainState of `jax.ShapeDtypeStruct`s."""
     shapes = policy.trainable
     return TrainState(shapes, jax.eval_shape(make_optimiser(config).init, shapes), shapes,
-                      jax.ShapeDtypeStruct((), jnp.int32))
+                      jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(lambda: init_kl(loss)))
 
 
 def objective(policy: Policy, table: StepTable, guidance: float, config: LossConfig, trainable: Flat, frozen,
-              x, x_next, old_log_prob, i, old_mean, text, advantages, valid) -> tuple[jax.Array, LossMetrics]:
+              x, x_next, old_log_prob, i, old_mean, text, advantages, valid,
+              kl_beta: jax.Array | None = None) -> tuple[jax.Array, LossMetrics]:
     """Sum of the loss over the valid rows of one micro-batch at step i, and its metrics."""
     t, *step = table.at(i)
     weight = None if table.weight is None else jnp.broadcast_to(jnp.asarray(table.weight)[i], advantages.shape)
@@ -107,28 +116,32 @@ def objective(policy: Policy, table: StepTable, guidance: float, config: LossCon
                 old_mean=old_mean, weight=weight, preserving=table.preserving)
     v = velocity(policy.module(trainable, frozen), x, t, text, guidance)
     v_ref = velocity(policy.reference(frozen), x, t, text, guidance) if config.kl_beta > 0 else None
-    loss, metrics = policy_gradient_terms(rows, v, v_ref, config)
+    teacher = (velocity(policy.reference(frozen), x, t, text, config.distill_guidance) if config.distill_weight > 0
+               else None)
+    loss, metrics = policy_gradient_terms(rows, v, v_ref, config, kl_beta, teacher)
     return jnp.sum(jnp.where(valid, loss, 0.0)), metrics
 
 
 def make_gradient(policy: Policy, table: StepTable, guidance: float, config: LossConfig) -> Callable:
-    """(trainable, frozen, UpdateBatch) -> (mean gradient of the objective over the valid rows, LossMetrics)."""
+    """(trainable, frozen, UpdateBatch, kl_beta) -> (mean gradient of the objective over the valid rows, LossMetrics).
+    kl_beta fp32 []: in place of the configuration's, or None."""
     grad_fn = jax.grad(partial(objective, policy, table, guidance, config), has_aux=True)
 
-    def gradient(trainable: Flat, frozen, batch: UpdateBatch):
-        def one_step(carry, row, text, advantages, valid):
-            grads, metrics = grad_fn(trainable, frozen, *row, text, advantages, valid)
+    def gradient(trainable: Flat, frozen, batch: UpdateBatch, kl_beta: jax.Array | None = None):
+        def one_step(carry, row, text, valid):
+            *row, advantages = row
+            grads, metrics = grad_fn(trainable, frozen, *row, text, advantages, valid, kl_beta)
             return (jax.tree.map(jnp.add, carry[0], grads), carry[1].merge(metrics)), None
 
         def one_micro_batch(carry, micro):
             t, advantages, valid = micro
-            rows = (t.x, t.x_next, t.log_prob, t.step, t.mean)  # each [K, ...]
-            body = partial(one_step, text=t.text, advantages=advantages, valid=valid)
+            rows = (t.x, t.x_next, t.log_prob, t.step, t.mean, jnp.broadcast_to(advantages, t.log_prob.shape))
+            body = partial(one_step, text=t.text, valid=valid)  # rows: each [K, ...]
             return jax.lax.scan(body, carry, rows)[0], None
 
         zero, inf = jnp.zeros((), jnp.float32), jnp.full((), jnp.inf, jnp.float32)
         none_yet = LossMetrics(count=zero, ratio=zero, ratio_min=inf, ratio_max=-inf, clipped=zero, approx_kl=zero,
-                               policy_loss=zero, kl=zero)
+                               policy_loss=zero, kl=zero, distillation=zero if config.distill_weight > 0 else None)
         carry = (jax.tree.map(jnp.zeros_like, trainable), none_yet)
         (grads, metrics), _ = jax.lax.scan(one_micro_batch, carry, (batch.trajectory, batch.advantages, batch.valid))
         return jax.tree.map(lambda g: g / jnp.maximum(metrics.count, 1.0), grads), metrics
@@ -145,32 +158,42 @@ def apply_gradient(optimiser: optax.GradientTransformation, ema_decay: float, st
     count = state.updates + 1
     decay = jnp.minimum((1 + count) / (10 + count), ema_decay)
     ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, trainable)
-    return TrainState(trainable, opt, ema, count), updates
+    return TrainState(trainable, opt, ema, count, state.kl), updates
+
+
+def after_update(kl: KLControl | None, updates: jax.Array, metrics: LossMetrics, config: LossConfig
+                 ) -> KLControl | None:
+    """The KL's control after another update than the `updates` so far; None where it does not adapt."""
+    return kl and adapted_kl(kl, metrics.kl / jnp.maximum(metrics.count, 1.0), updates == 0, config)
 
 
 def make_update(policy: Policy, table: StepTable, guidance: float, config: LossConfig,
                 optimiser_config: OptimiserConfig, mesh: jax.sharding.Mesh | None = None) -> Callable:
     """The jitted update: (TrainState, frozen, UpdateBatch) -> (TrainState, LossMetrics, norms). Donates the state.
 
-    norms: {'grad_norm', 'update_norm'}, fp32 scalars, the gradient's before clipping. mesh: where the state lies; the
+    norms: {'grad_norm', 'update_norm'}, fp32 scalars, the gradient's before clipping; and 'kl_weight', the one it had,
+    where that adapts. mesh: where the state lies; the
     new one then lies as the old one, where XLA would split biases by its own choice and the next call compile again.
     """
     optimiser = make_optimiser(optimiser_config)
-    state = state_shapes(policy, optimiser_config)
+    state = state_shapes(policy, optimiser_config, config)
     shardings = (mesh_lib.param_shardings(state, mesh), None, None) if mesh else None
     gradient = make_gradient(policy, table, guidance, config)
 
     @partial(jax.jit, donate_argnums=(0,), out_shardings=shardings, compiler_options=COMPILER_OPTIONS)
     def update(state: TrainState, frozen, batch: UpdateBatch):
-        grads, metrics = gradient(state.trainable, frozen, batch)
+        grads, metrics = gradient(state.trainable, frozen, batch, state.kl and state.kl.weight)
         new, updates = apply_gradient(optimiser, optimiser_config.ema_decay, state, grads)
         norms = {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
-        return new, metrics, norms
+        norms |= {"kl_weight": state.kl.weight} if state.kl else {}
+        return dataclasses.replace(new, kl=after_update(state.kl, state.updates, metrics, config)), metrics, norms
 
     return update
 
 
 def stack_batches(trajectories: list[Trajectory], advantages: jax.Array, valid: jax.Array) -> UpdateBatch:
-    """Rollout batches [K, B, ...] to one `UpdateBatch`; advantages and valid are [M, B] on the host."""
+    """Rollout batches [K, B, ...] to one `UpdateBatch`, without the KL, which is in the advantages. On the host:
+    advantages [M, B] or [M, K, B], valid [M, B]."""
+    trajectories = [dataclasses.replace(t, kl=None) for t in trajectories]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trajectories)
     return UpdateBatch(stacked, jnp.asarray(advantages, jnp.float32), jnp.asarray(valid, bool))

@@ -88,6 +88,21 @@ def unipc(x, velocity, sigmas, order=2):
     return np.array(xs)
 
 
+def dpm_solver_pp_2m(x, velocity, sigmas):
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), first order at both ends: samples [T+1, ...]."""
+    steps, xs, m_last = len(sigmas) - 1, [x], None
+    for i in range(steps):
+        s, s_next, x = sigmas[i], sigmas[i + 1], xs[-1]
+        m = d = x - s * velocity(x, i)
+        if 0 < i < steps - 1:
+            r = (_log_snr(s) - _log_snr(sigmas[i - 1])) / (_log_snr(s_next) - _log_snr(s))
+            d = (1 + 1 / (2 * r)) * m - m_last / (2 * r)
+        decay = 0.0 if s_next == 0 else math.exp(_log_snr(s) - _log_snr(s_next))  # e^-h
+        xs.append(s_next / s * x + (1 - s_next) * (1 - decay) * d)
+        m_last = m
+    return np.array(xs)
+
+
 # The stochastic step ------------------------------------------------------------------------------
 def diffusion_coefficient(kind, sigmas, noise_level):
     """g of each step [T] (Flow-GRPO, arXiv 2505.05470, and its code for Wan; DanceGRPO; CPS), without any bound."""

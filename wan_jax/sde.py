@@ -115,6 +115,17 @@ def sde_mean_std(x: Array, velocity: Array, sigma, sigma_next, g, preserving: bo
     return x + velocity * per_sample(dt, x) + per_sample(drift, x) * predicted_noise, std
 
 
+def mean_slope(config: SDEConfig, schedule: Schedule) -> np.ndarray:
+    """|d mean / d v| of every stochastic step, [T] float64: (1 + g^2 (1 - s) / (2 s)) (-dt), or with CPS' mean
+    |s (1 - s_next) - (1 - s) sqrt(s_next^2 - std^2)|."""
+    sigmas, g = schedule.sigmas.astype(np.float64), diffusion_coefficient(config, schedule).astype(np.float64)
+    s, s_next = sigmas[:-1], sigmas[1:]
+    if config.preserving:
+        kept = np.sqrt(np.maximum(s_next**2 - g**2 * (s - s_next), 0.0))
+        return np.abs(s * (1 - s_next) - (1 - s) * kept)
+    return (1 + g**2 * (1 - s) / (2 * s)) * (s - s_next)
+
+
 def log_prob(x_next: Array, mean: Array, std) -> Array:
     """log N(x_next; mean, std^2 I) per sample, [B] fp32, as the MEAN over all other dimensions.
 

@@ -21,14 +21,15 @@ import numpy as np
 from wan_jax.schedule import Schedule, euler_sigmas, flow_sigmas
 
 Array = jax.Array
-SOLVERS = ("unipc", "euler", "flow_match_euler")
+SOLVERS = ("unipc", "euler", "flow_match_euler", "dpmpp_2m")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SolverState:
     x: Array                         # [B, ...] fp32, the current sample
-    history: tuple[Array, ...] = ()  # what a multistep solver remembers, each like x; UniPC: (x_last, m1, m2)
+    history: tuple[Array, ...] = ()  # what a multistep solver remembers, each like x; UniPC: (x_last, m1, m2);
+    #                                  DPM-Solver++: (m1,)
 
 
 def per_sample(value, x: Array) -> Array:
@@ -140,17 +141,48 @@ def _predictor(s, log_snr, i, p):
     return s[i + 1] / s[i], base, old
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class DPMSolverPP2M:
+    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095): data prediction, second order from the last step's prediction,
+    first order at both ends. UniPC's predictor without its corrector. Raises ValueError as `UniPC`."""
+
+    schedule: Schedule
+    table: np.ndarray = dataclasses.field(init=False, repr=False)  # [T, 3] float32
+
+    def __post_init__(self):
+        object.__setattr__(self, "table", unipc_coefficients(self.schedule.sigmas)[:, 4:])
+
+    def init(self, x: Array) -> SolverState:
+        x = x.astype(jnp.float32)
+        return SolverState(x, (jnp.zeros_like(x),))
+
+    def step(self, state: SolverState, i, velocity: Array) -> SolverState:
+        x, (last,) = state.x, state.history
+        clean = x - jnp.asarray(self.schedule.sigmas)[i] * velocity.astype(jnp.float32)
+        return SolverState(dpm_step(x, clean, last, *jnp.asarray(self.table)[i]), (clean,))
+
+
+def dpm_step(x: Array, clean: Array, last: Array, keep, base, old) -> Array:
+    """keep x + base m0 + old (m1 - m0), fp32: m0 = `clean` and m1 = `last` [B, ...], the samples that this step and the
+    one before predict; the coefficients scalars or [B], a row of `DPMSolverPP2M.table`. old = 0 is the first order."""
+    keep, base, old = (per_sample(value, x) for value in (keep, base, old))
+    return keep * x + base * clean + old * (last - clean)
+
+
 def make_solver(name: str, num_steps: int, shift: float, *, order: int = 2, version: str = "diffusers"):
     """A solver by name, with `.schedule`, `.init(x)` and `.step(state, i, velocity)`.
 
     'unipc'             UniPC on flow_sigmas, the sampler that Wan ships with; only here `order` applies
     'euler'             Euler on flow_sigmas, Flow-GRPO's deterministic sampler: same sigmas as training
     'flow_match_euler'  Euler on euler_sigmas, Diffusers' scheduler of that name (`version` does not apply)
+    'dpmpp_2m'          DPM-Solver++(2M) on flow_sigmas
     """
     if name == "unipc":
         return UniPC(flow_sigmas(num_steps, shift, version), order)
     if name == "euler":
         return Euler(flow_sigmas(num_steps, shift, version))
+    if name == "dpmpp_2m":
+        return DPMSolverPP2M(flow_sigmas(num_steps, shift, version))
     if name == "flow_match_euler":
         return Euler(euler_sigmas(num_steps, shift))
     raise ValueError(f"solver={name!r} is unknown; choose one of {', '.join(SOLVERS)}")

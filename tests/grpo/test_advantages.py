@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from grpo.advantages import STDS, GroupStatistics, group_advantages, group_statistics
+from grpo.advantages import (
+    STDS,
+    GroupStatistics,
+    extremes,
+    group_advantages,
+    group_statistics,
+    largest_spread,
+    step_advantages,
+)
 from tests import reference
 
 
@@ -112,3 +120,45 @@ def test_unknown_options():
         group_advantages(*batch(), std="batch")
     with pytest.raises(ValueError, match="clip=0"):
         group_advantages(*batch(), std="group", clip=0)
+
+
+def test_kl_as_reward_tells_the_steps_apart():
+    """Each step by itself, against the reference with that step's rewards; without a weight all steps are as one."""
+    rewards, groups, valid = batch()
+    kl = np.random.default_rng(5).random((3, len(rewards)))
+    ours = step_advantages(rewards, kl, 0.3, groups, valid, std="group", clip=5.0)
+    assert ours.shape == kl.shape and ours.dtype == np.float32
+    for row, of_step in zip(ours, kl):
+        wanted = reference.group_advantages(rewards - 0.3 * of_step, groups, valid, "group", 1e-4)
+        np.testing.assert_allclose(row, wanted, rtol=1e-6, atol=1e-7)
+    assert np.abs(ours[0] - ours[1]).max() > 0.1
+    plain = group_advantages(rewards, groups, valid, std="group", clip=5.0)
+    np.testing.assert_array_equal(step_advantages(rewards, kl, 0.0, groups, valid, std="group", clip=5.0), [plain] * 3)
+    kl[1, 2] = np.nan
+    assert step_advantages(rewards, kl, 0.3, groups, valid, std="group")[1, 2] == 0
+
+
+def test_extremes_and_their_ties():
+    rewards, groups, valid = batch(seed=3, size=7)
+    for count in (0, 1, 2, 3, 4):
+        kept = extremes(np.where(valid, rewards, np.nan), groups, valid, count)
+        for group in np.unique(groups):
+            members = sorted((r, i) for i, r in enumerate(rewards) if groups[i] == group and valid[i])
+            wanted = members if not count or len(members) <= 2 * count else members[:count] + members[-count:]
+            assert sorted(np.flatnonzero(kept & (groups == group))) == sorted(i for _, i in wanted)
+    equal = extremes(np.zeros(5), np.zeros(5, int), np.ones(5, bool), 1)
+    np.testing.assert_array_equal(equal, [True, False, False, False, True])
+
+
+def test_groups_of_largest_spread():
+    """Five groups of four: the chosen are whole groups, failed videos too, and none has less spread than one left."""
+    rewards, groups, valid = batch(seed=1)
+    spread = {g: np.std(rewards[(groups == g) & valid]) for g in np.unique(groups)}
+    for count in (1, 3, 5):
+        kept = largest_spread(np.where(valid, rewards, np.nan), groups, valid, count)
+        chosen = set(groups[kept])
+        assert len(chosen) == count and kept.sum() == 4 * count
+        assert min(spread[g] for g in chosen) >= max((v for g, v in spread.items() if g not in chosen), default=0)
+    one = np.repeat([5, 3, 4], 2)  # nothing valid in 3, equal rewards in 5 and 4: the first ones
+    kept = largest_spread(np.array([1.0, 1, 0, 9, 2, 2]), one, one != 3, 2)
+    np.testing.assert_array_equal(kept, one != 4)

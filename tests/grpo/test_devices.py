@@ -205,16 +205,16 @@ def test_bytes_that_a_run_holds():
     policy = make_structure(WIDE, lora=None, dtype=jnp.float32, attention="xla", remat="none")
     count = sum(x.size for x in policy.trainable.values())
 
-    def per_parameter(experts=1, trained=1, kl=False, offload="auto", offload_optimiser=False):
-        return devices.state_bytes(policy, experts=experts, trained=trained, kl=kl, offload=offload,
+    def per_parameter(experts=1, trained=1, reference=False, offload="auto", offload_optimiser=False):
+        return devices.state_bytes(policy, experts=experts, trained=trained, reference=reference, offload=offload,
                                    offload_optimiser=offload_optimiser) / count
 
     assert per_parameter() == 4 + 16 + 4  # a copy in the model's type, weight with moments and average, gradient
-    assert per_parameter(kl=True) == 4 + 4 + 16 + 4
+    assert per_parameter(reference=True) == 4 + 4 + 16 + 4
     assert per_parameter(offload_optimiser=True) == 4 + 4 + 4
     assert per_parameter(trained=0) == 4  # an evaluation
-    assert per_parameter(2, 2, kl=True) == 4 + 4 + 2 * 16 + 4
-    assert per_parameter(2, 1, kl=True, offload="never") == 2 * 4 + 4 + 16 + 4
+    assert per_parameter(2, 2, reference=True) == 4 + 4 + 2 * 16 + 4
+    assert per_parameter(2, 1, reference=True, offload="never") == 2 * 4 + 4 + 16 + 4
 
 
 def test_what_is_computed_again_follows_the_memory():

@@ -2,6 +2,7 @@
 checked by central differences."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,10 @@ import pytest
 from grpo.losses import (
     KL_KINDS,
     OBJECTIVES,
+    KLControl,
     LossConfig,
     Rows,
+    adapted_kl,
     clipped_loss,
     kl_to_reference,
     masked_mean,
@@ -209,7 +212,10 @@ def test_reference_velocity():
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"clip_low": 0.0}, "clip_low=0.0"), ({"clip_low": 1.5}, "clip_low=1.5"),
     ({"clip_high": -1.0}, "clip_high=-1.0"), ({"kl_beta": -0.1}, "kl_beta=-0.1"),
-    ({"kl_kind": "kl"}, "'kl'.*flow_grpo"),
+    ({"kl_kind": "kl"}, "'kl'.*flow_grpo"), ({"kl_target": 0.0}, r"kl_target=0\.0"),
+    ({"kl_target": 0.1, "kl_horizon": -1.0}, r"kl_horizon=-1\.0"),
+    ({"kl_target": 0.1, "kl_beta": 0.0}, "first weight, 0.0"),
+    ({"kl_target": 0.1, "kl_beta": 2.0}, "first weight, 2.0"),
 ])
 def test_bad_configuration(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -297,3 +303,50 @@ def test_weights_scale_the_loss_and_their_squares_the_penalty():
     thrice = policy_gradient_terms(weighted, jnp.asarray(args["v_new"]), jnp.asarray(args["v_ref"]), config)[1]
     assert float(thrice.policy_loss) == pytest.approx(3 * float(plain.policy_loss), rel=1e-6)
     assert float(thrice.kl) == pytest.approx(9 * float(plain.kl), rel=1e-6)
+
+
+def test_an_adaptive_weight_follows_its_formula_and_finds_the_target():
+    """Against NumPy; then in a loop in which more weight means less KL, where it must settle."""
+    config = LossConfig(kl_beta=0.01, kl_target=0.5, kl_horizon=5.0, kl_range=(1e-3, 0.1))
+    control, weight, average = KLControl(jnp.asarray(0.01), jnp.asarray(0.0)), 0.01, 0.0
+    for n, kl in enumerate([0.2, 3.0, 3.0, 0.0, 1e6, 0.0]):
+        control = adapted_kl(control, jnp.asarray(kl), jnp.asarray(n == 0), config)
+        average = kl if n == 0 else 0.9 * average + 0.1 * kl
+        weight = min(max(weight * math.exp(min((average - 0.5) / 0.5 / 5.0, 50)), 1e-3), 0.1)
+        assert float(control.weight) == pytest.approx(weight, rel=1e-4)
+        assert float(control.average) == pytest.approx(average, rel=1e-5)
+    assert float(control.weight) == pytest.approx(0.1)  # at its bound
+    control = KLControl(jnp.asarray(0.01), jnp.asarray(0.0))
+    for n in range(200):
+        kl = 0.02 / control.weight
+        control = adapted_kl(control, kl, jnp.asarray(n == 0), config)
+    assert float(kl) == pytest.approx(0.5, rel=0.02)
+
+
+def test_a_weight_in_place_of_the_configured_one():
+    args = batch()
+    rows, v, v_ref = rows_of(args, old_log_prob(args)), jnp.asarray(args["v_new"]), jnp.asarray(args["v_ref"])
+    given, _ = policy_gradient_terms(rows, v, v_ref, LossConfig(**CONFIG), kl_beta=jnp.asarray(0.7))
+    wanted, _ = policy_gradient_terms(rows, v, v_ref, LossConfig(**CONFIG | {"kl_beta": 0.7}))
+    np.testing.assert_allclose(given, wanted, rtol=1e-6)
+
+
+def test_distillation_adds_its_squares_and_their_gradient():
+    args, mask = batch(), np.arange(8) != 5
+    rows = rows_of(args, old_log_prob(args), mask)
+    teacher = np.random.default_rng(7).normal(size=SHAPE).astype(np.float32)
+
+    def of(v, config, teacher):
+        terms, metrics = policy_gradient_terms(rows, v, jnp.asarray(args["v_ref"]), config, teacher=teacher)
+        return masked_mean(terms, rows.mask), metrics
+
+    grad = jax.value_and_grad(of, has_aux=True)
+    (plain, _), plain_gradient = grad(jnp.asarray(args["v_new"]), LossConfig(**CONFIG), None)
+    (loss, metrics), gradient = grad(jnp.asarray(args["v_new"]), LossConfig(**CONFIG, distill_weight=0.3),
+                                     jnp.asarray(teacher))
+    apart = (args["v_new"] - teacher).astype(np.float64) * mask.reshape(-1, 1, 1, 1, 1)
+    squares = np.mean(apart**2, axis=(1, 2, 3, 4)).sum() / 7
+    assert metrics.averages()["distillation"] == pytest.approx(squares, rel=1e-5)
+    assert float(loss) == pytest.approx(float(plain) + 0.3 * squares, rel=1e-5)
+    wanted = np.asarray(plain_gradient) + 0.3 * 2 * apart / (7 * np.prod(SHAPE[1:]))
+    np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-7)

@@ -12,11 +12,11 @@ import pytest
 
 from configs import wan21_1_3b_ocr, wan22_a14b_ocr, wan22_ti2v_5b_ocr
 from convert.from_diffusers import convert
-from grpo import ahead, settings, train
+from grpo import ahead, run_log, settings, train
 from grpo.policy import make_policy
 from grpo.programs import Run
 from grpo.prompts import load_prompts
-from grpo.update import init_state
+from grpo.update import init_state, stack_batches
 from rewards.targets import parse_targets
 from rewards.workers import RewardPool
 from tests import tiny
@@ -46,9 +46,11 @@ def run_of(module, model, devices=1, fsdp=1, **sample):
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """start(devices, **{'section.key': value}) -> the arguments of `grpo.train.train` for a tiny model."""
-    def make(devices, **overrides):
-        convert(str(tiny.write_pipeline(tmp_path / "source", seed=3)), tmp_path / "model", "float32")
+    """start(devices, **{'section.key': value}) -> the arguments of `grpo.train.train` for a tiny model; with a boundary
+    it has two experts."""
+    def make(devices, boundary=None, **overrides):
+        source = tiny.write_pipeline(tmp_path / "source", seed=3, boundary=boundary)
+        convert(str(source), tmp_path / "model", "float32")
         path, _ = test_train.recipe.__wrapped__(tmp_path / "model", tmp_path)
         namespace = {}
         exec(path.read_text(), namespace)
@@ -77,6 +79,43 @@ def test_the_loop_runs_what_was_compiled_ahead(start, capsys):
     assert "memory of a device, GiB: frozen weights" in out and "epoch 2/2" in out
     assert "compiled again" not in out
     assert out.index("memory of a device") < out.index("trained parameters")
+
+
+def test_groups_sampled_in_excess_are_not_trained(start, capsys, monkeypatch):
+    """Four groups of four, in batches of two, of which two with one best and one worst video each are trained."""
+    stacked = []
+    monkeypatch.setattr(train, "stack_batches", lambda *a: stacked.append(a) or stack_batches(*a))
+    c, s, plan, *rest = start(1, **{"sample.groups": 4, "sample.batch_size": 2, "train.groups": 2, "train.best_of": 1,
+                                    "eval.every": 2, "eval.guidance": 3.0, "eval.also_unguided": True})
+    train.train(c, s, plan, *rest)
+    out = capsys.readouterr().out
+    assert "compiled again" not in out and "; without guidance: OCR reward" in out
+    for record in run_log.read_evaluations(c.run_dir):
+        assert len(record["unguided"]["rewards"]) == record["num"] == 4
+        assert record["unguided"]["rewards"] != record["rewards"]
+    assert [record["videos_trained"] for record in run_log.read_metrics(c.run_dir)] == [4, 4]
+    assert len(stacked) == 4  # two optimiser steps in each of two epochs, one group in each
+    for trajectories, advantages, valid in stacked:
+        assert len(trajectories) == 2 and valid.sum() == 2
+        assert valid.ravel()[advantages.argmax()] and valid.ravel()[advantages.argmin()]
+
+
+def test_one_step_a_group_trains_both_experts_by_the_programs_compiled_ahead(start, capsys):
+    """Three groups of four in batches of six, on two devices."""
+    c, s, plan, *rest = start(2, 0.875, **{
+        "sample.steps": 4, "sample.sde_range": (0, 4), "sample.sde_window": "one_per_group", "sample.sde_steps": 1,
+        "sample.groups": 3, "sample.batch_size": 6, "sample.shared_noise": True, "train.updates_per_epoch": 1,
+        "train.credit": "rectified", "sample.ode_solver": "dpmpp_2m", "train.kl_as": "reward", "eval.every": 2})
+    seen = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, fun_name="", **__: seen.append(fun_name) if event == ahead.COMPILED else None)
+    train.train(c, s, plan, *rest)
+    assert [seen.count(f"jit({name})") for name in ("rollout_step", "update", "choose_rows")] == [1, 2, 1]
+    assert "compiled again" not in capsys.readouterr().out
+    for record in run_log.read_metrics(c.run_dir):
+        for name in ("transformer", "transformer_2"):
+            assert record[name]["grad_norm"] > 0 and record[name]["ratio_max_error"] < 1e-5, record
+            assert (record[name]["kl"] > 0) == (record["epoch"] > 1)  # that of the sampling policy
 
 
 def test_all_weights_without_a_reference_need_no_frozen_ones():

@@ -12,7 +12,7 @@ from configs.defaults import defaults
 from examples import ocr_prompts
 from grpo import settings
 from grpo.prompts import epoch_prompts, load_prompts
-from grpo.rollout import step_quotas
+from grpo.windows import step_quotas
 from rewards.targets import parse_targets
 from wan_jax.experts import segments
 from wan_jax.schedule import flow_sigmas

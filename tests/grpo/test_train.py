@@ -410,8 +410,13 @@ BAD = [
     ("sample.noise_level=-0.5", "noise_level"), ("model.remat=all", "none, block, save_matmuls"),
     ("epochs=0", "epochs=0"), ("sample.sde_window=left", "progressive"), ("train.objective=ppo", "guard"),
     ("eval.solver=heun", "euler"), ("model.attention=flash", "cudnn"), ("save.keep=0", "keep=0"),
-    ("eval.previews=-1", "previews=-1"), ("sample.shift=0", "shift"),
     ("budget.evaluations=0", "budget.evaluations=0 must be above 0"), ("budget.seconds=-1.0", "budget.seconds=-1.0"),
+    ("sample.sde_window=one_per_group", "sde_steps=2 must be 1"), ("eval.previews=-1", "previews=-1"),
+    ("sample.shift=0", "shift"), ("train.kl_as=both", "one of loss, reward"),
+    ("train.kl_target=-1.0", "kl_target=-1.0"), ("train.best_of=3", "best_of=3 best and as many worst"),
+    ("eval.also_unguided=True", "no guidance to"), ("train.cfg_distill_weight=-1.0", "distill_weight=-1.0"),
+    ("sample.ode_solver=heun", "euler, dpmpp_2m"), ("train.groups=3", "only sample.groups=2"),
+    ("train.groups=-1", "groups=-1"),
 ]
 
 
@@ -448,6 +453,23 @@ def test_bad_settings_are_refused_before_any_work(recipe, override, message):
     with section.ignore_type():
         section[key.split(".")[-1]] = (value if isinstance(old, str) else
                                        eval(value) if isinstance(old, tuple) or old is None else type(old)(value))
+    with pytest.raises(UserError, match=re.escape(message)):
+        settings.from_config(c)
+
+
+@pytest.mark.parametrize("overrides, message", [
+    ({"train.kl_as": "reward", "reward.combine": "advantages"}, "reward.combine=advantages to be rewards"),
+    ({"train.kl_as": "reward", "train.kl_weight": 0.0}, "train.kl_weight=0.0 above 0"),
+    ({"train.groups": 1, "sample.batch_size": 8, "train.updates_per_epoch": 1}, "batch_size=8 must divide"),
+    ({"train.groups": 1}, "does not divide the epoch's 1 batches"),
+    ({"train.groups": 1, "sample.sde_window": "one_per_group", "sample.sde_steps": 1}, "does not go with"),
+    ({"train.cfg_distill_weight": 0.1, "sample.guidance": 4.5}, "set sample.guidance=4.5 to 1"),
+    ({"train.kl_target": 0.1, "train.kl_weight_range": (0.1, 0.2)}, "must hold the first weight, 0.004")])
+def test_settings_that_do_not_go_together_are_refused(recipe, overrides, message):
+    namespace = {}
+    exec(recipe[0].read_text(), namespace)
+    c = namespace["get_config"]()
+    c.update_from_flattened_dict(overrides)
     with pytest.raises(UserError, match=re.escape(message)):
         settings.from_config(c)
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from configs.defaults import defaults
+from grpo import offload, run_state
+from grpo import update as update_lib
 from grpo.losses import LossConfig
 from grpo.policy import make_policy
 from grpo.rollout import (
-    WINDOWS,
     StepTable,
     branch,
     group_leaders,
@@ -21,14 +23,12 @@ from grpo.rollout import (
     rollout,
     rollout_batches,
     sample_noise,
-    sde_window,
-    step_quotas,
-    window_epochs,
 )
-from grpo.update import OptimiserConfig, init_state, make_update, objective, stack_batches
+from grpo.update import OptimiserConfig, init_state, make_gradient, make_update, objective, stack_batches
 from tests import reference
 from wan_jax import mesh as mesh_lib
 from wan_jax import sde
+from wan_jax.checkpoint import Checkpoints
 from wan_jax.config import TransformerConfig
 from wan_jax.experts import Segment
 from wan_jax.guidance import TextBatch, velocity
@@ -228,33 +228,6 @@ def test_micro_batches_add_up_and_masked_equals_removed():
     assert np.abs(masked - one).max() > 1e-3
 
 
-def test_sde_window_is_a_function_of_seed_and_epoch():
-    windows = [tuple(sde_window(0, epoch, 2, 1, 7)) for epoch in range(40)]
-    assert windows == [tuple(sde_window(0, epoch, 2, 1, 7)) for epoch in range(40)]
-    assert all(a < b for a, b in windows) and {i for w in windows for i in w} == set(range(1, 7))
-    assert tuple(sde_window(0, 3, 6, 1, 7)) == (1, 2, 3, 4, 5, 6)
-    assert any(tuple(sde_window(0, epoch, 2, 1, 7, segment=1)) != windows[epoch] for epoch in range(9))
-    with pytest.raises(ValueError, match=r"3 stochastic steps do not fit in the steps 0 to 2"):
-        sde_window(0, 0, 3, 0, 2)
-
-
-def test_windows_of_neighbours():
-    """A random window takes every place; the sliding ones go from the first step to the last and start again."""
-    def places(rule, epochs, size=3, low=2, high=9, every=5):
-        windows = [sde_window(0, epoch, size, low, high, rule=rule, every=every) for epoch in range(1, epochs + 1)]
-        assert all(np.array_equal(w, np.arange(w[0], w[0] + size)) for w in windows)
-        return [int(w[0]) for w in windows]
-
-    assert set(places("random", 200)) == {2, 3, 4, 5, 6}
-    assert places("progressive", 30) == [2] * 5 + [3] * 5 + [4] * 5 + [5] * 5 + [6] * 5 + [2] * 5
-    assert places("decay", 19) == [2] * 5 + [3] * 4 + [4] * 3 + [5] * 3 + [6] * 2 + [2] * 2  # int(5 (1 - c/7) + c/7)
-    assert [window_epochs("exp_decay", place, 30, 10) for place in (0, 13, 14, 20)] == [10, 10, 10, 5]
-    for rule in WINDOWS:
-        np.testing.assert_array_equal(sde_window(0, 3, 7, 2, 9, rule=rule), np.arange(2, 9))
-    with pytest.raises(ValueError, match="progressive"):
-        sde_window(0, 0, 2, 0, 4, rule="left")
-
-
 @pytest.mark.parametrize(("kind", "objective_name"), [("dance", "guard"), ("cps", "dppo"), ("cps", "unscaled")])
 def test_every_form_and_objective_is_on_policy_at_first(kind, objective_name):
     """Rollout and update agree on the step's mean and log-prob, the mean at rollout travels with the trajectory."""
@@ -303,21 +276,165 @@ def test_branches_of_a_shared_prefix_are_the_rollouts_from_one_noise():
     np.testing.assert_array_equal(group_leaders(3, 4, 2), [[0, 4], [8, 0]])
 
 
-PARTS = (Segment(0, range(0, 7)), Segment(1, range(7, 20)))
-BOTH = ("transformer", "transformer_2")
+def test_every_row_its_own_stochastic_step():
+    """Rows at steps 3, 0 and 1 of a segment that ends before 3: what they leave behind is what the rollouts with one
+    window for all do, their gradient the sum of those rows' own, and the row that is masked changes nothing."""
+    policy, trainable, frozen = setup()
+    table = StepTable.make(flow_sigmas(STEPS, 3.0), sde.SDEConfig("flow_sde", 0.7), "rectified")
+    own, samples, text, key = np.array([[3, 0, 1]]), jnp.arange(3, dtype=jnp.int32), text_batch(3), jax.random.key(3)
+    step, x = make_step(policy, table, 1.0), initial_noise(key, samples, SHAPE)
+    gradient = jax.jit(make_gradient(policy, table, 1.0, LossConfig(kl_beta=0.0)))
+
+    def run(window, valid):
+        """(latents, Trajectory, the sum of the rows' gradients)."""
+        final, kept = rollout(step, trainable, frozen, x, text, key=key, samples=samples, steps=range(3), window=window)
+        batch = stack_batches([kept], np.array([[1.0, -2.0, 1.5]]), np.array([valid]))
+        grads, metrics = gradient(trainable, frozen, batch)
+        values = metrics.averages()
+        assert max(values["ratio_max"] - 1, 1 - values["ratio_min"]) < 2e-6, values
+        return final, kept, flat_vector(grads) * np.sum(valid)
+
+    final, kept, grads = run(own, [False, True, True])
+    assert kept.x.shape == (1, 3, *SHAPE)
+    np.testing.assert_array_equal(kept.step, [[0, 0, 1]])
+    parts = []
+    for row in (1, 2):
+        alone, one, part = run(own[0, row:row + 1], np.arange(3) == row)
+        parts.append(part)
+        np.testing.assert_allclose(final[row], alone[row], atol=2e-5)
+        for a, b in ((kept.x, one.x), (kept.x_next, one.x_next), (kept.log_prob, one.log_prob)):
+            np.testing.assert_allclose(a[0, row], b[0, row], atol=2e-5)
+    assert np.linalg.norm(grads - sum(parts)) < 1e-3 * np.linalg.norm(grads)
+    assert np.linalg.norm(parts[0]) > 0 < np.linalg.norm(parts[1])
 
 
-@pytest.mark.parametrize("trained, size, low, high, quotas", [
-    (BOTH, 2, 0, 20, (1, 1)), (BOTH, 10, 0, 20, (3, 7)), (BOTH, 20, 0, 20, (7, 13)), (BOTH, 3, 0, 8, (2, 1)),
-    (BOTH[1:], 3, 0, 20, (0, 3)), (BOTH[:1], 7, 0, 20, (7, 0))])
-def test_every_trained_expert_gets_steps_in_every_epoch(trained, size, low, high, quotas):
-    assert step_quotas(PARTS, BOTH, trained, size, low, high) == quotas
+def test_kl_at_sampling_and_advantages_of_each_step():
+    """The rollout's KL is the formula's; [M, K, B] advantages weight the steps' gradients one by one."""
+    policy, trainable, frozen = setup()
+    samples, text, key = jnp.arange(3, dtype=jnp.int32), text_batch(3), jax.random.key(3)
+    step = make_step(policy, TABLE, 1.0, kl_kind="flow_grpo")
+    _, kept = rollout(step, trainable, frozen, initial_noise(key, samples, SHAPE), text, key=key, samples=samples,
+                      steps=range(STEPS), window=WINDOW)
+    for k, i in enumerate(WINDOW):
+        v, v_ref = (np.asarray(velocity(m, kept.x[k], TABLE.timestep[i], text, 1.0), np.float64)
+                    for m in (policy.module(trainable, frozen), policy.reference(frozen)))
+        of_step = [np.float64(a[i]) for a in (TABLE.sigma, TABLE.sigma_next, TABLE.g)]
+        for row in range(3):
+            (mean, std), (mean_ref, _) = (reference.mean_std(np.asarray(kept.x[k, row], np.float64), u[row], *of_step)
+                                          for u in (v, v_ref))
+            wanted = reference.kl("flow_grpo", mean, mean_ref, None, None, std, of_step[2])
+            assert float(kept.kl[k, row]) == pytest.approx(wanted, rel=1e-3) and wanted > 0
+    gradient = jax.jit(make_gradient(policy, TABLE, 1.0, LossConfig(kl_beta=0.0)))
+
+    def of(advantages):
+        batch = stack_batches([kept], np.array([advantages]), np.ones((1, 3), bool))
+        return flat_vector(gradient(trainable, frozen, batch)[0])
+
+    first, second, zero = [1.0, -2.0, 1.5], [0.5, 1.0, -1.0], [0.0] * 3
+    both = of([first, second])
+    np.testing.assert_allclose(both, of([first, zero]) + of([zero, second]), atol=1e-5 * np.abs(both).max())
+    assert np.linalg.norm(of([first, zero])) > 0 < np.linalg.norm(of([zero, second]))
 
 
-@pytest.mark.parametrize("trained, size, low, high, message", [
-    (BOTH, 4, 0, 7, r"transformer_2 would be trained without a step: sample.sde_range=\(0, 7\).*transformer_2 steps 7"),
-    (BOTH, 1, 0, 20, "sde_steps=1 must be from 2"), (BOTH[:1], 8, 0, 20, "from 1 .*to 7"),
-    (BOTH[:1], 1, 7, 20, "transformer would be trained without")])
-def test_a_schedule_that_leaves_a_trained_expert_without_a_step_is_refused(trained, size, low, high, message):
-    with pytest.raises(ValueError, match=message):
-        step_quotas(PARTS, BOTH, trained, size, low, high)
+def test_dpm_solver_between_stochastic_steps():
+    """Without a stochastic step the rollout is the solver's own trajectory; after one it starts anew, row by row."""
+    policy, trainable, frozen = setup()
+    schedule = flow_sigmas(6, 3.0)
+    table = StepTable.make(schedule, sde.SDEConfig("flow_sde", 0.7), ode_solver="dpmpp_2m")
+    step, key, text = make_step(policy, table, 1.0), jax.random.key(3), text_batch(2)
+    module = jax.jit(lambda x, t: velocity(policy.module(trainable, frozen), x, t, text, 1.0))
+    samples = jnp.arange(2, dtype=jnp.int32)
+    noise = initial_noise(key, samples, SHAPE)
+    sigmas = schedule.sigmas.astype(np.float64)
+
+    def run(window):
+        return rollout(step, trainable, frozen, noise, text, key=key, samples=samples, steps=range(6), window=window,
+                       multistep=True)
+
+    def solved(x, first=0):
+        return reference.dpm_solver_pp_2m(np.asarray(x, np.float64), lambda x, i: np.asarray(
+            module(jnp.asarray(x, jnp.float32), schedule.timesteps[first + i]), np.float64), sigmas[first:])
+
+    path = solved(noise)
+    np.testing.assert_allclose(run(np.arange(0))[0], path[-1], atol=5e-5)
+    final, kept = run(np.array([[2, 9]]))  # the first video's step; the second one has none here
+    np.testing.assert_allclose(kept.x[0, 0], path[2][0], atol=5e-5)
+    np.testing.assert_allclose(final[1], path[-1][1], atol=5e-5)
+    again = solved(np.stack([kept.x_next[0, 0], path[3][1]]), first=3)  # the solver on steps 3 to 5 alone
+    np.testing.assert_allclose(final[0], again[-1][0], atol=5e-5)
+    assert np.abs(again[-1][1] - path[-1][1]).max() > 1e-3  # what starting anew changes
+
+
+def test_guidance_is_distilled_into_the_model_without_it():
+    """The loss is the distance to the reference's v_u + 4 (v_c - v_u), and updates without a reward make it smaller."""
+    policy, trainable, frozen = setup()
+    _, kept = sampled(policy, trainable, frozen, range(4))
+    config = LossConfig(kl_beta=0.0, distill_weight=1.0, distill_guidance=4.0)
+    update, state = make_update(policy, TABLE, 1.0, config, OPTIMISER), init_state(copies(trainable), OPTIMISER)
+    text, wanted = text_batch(4), []
+    negative = TextBatch(jnp.broadcast_to(text.negative, text.embeddings.shape), text.negative, text.padding)
+    for k, i in enumerate(WINDOW):
+        v, v_c, v_u = (np.asarray(velocity(m, kept.x[k], TABLE.timestep[i], about, 1.0), np.float64) for m, about in (
+            (policy.module(trainable, frozen), text), (policy.reference(frozen), text),
+            (policy.reference(frozen), negative)))
+        wanted.append(np.mean((v - (v_u + 4 * (v_c - v_u))) ** 2))
+    batch, found = stack_batches([kept], np.zeros((1, 4)), np.ones((1, 4), bool)), []
+    for _ in range(4):
+        state, metrics, _ = update(state, frozen, batch)
+        found.append(metrics.averages()["distillation"])
+    assert found[0] == pytest.approx(np.mean(wanted), rel=1e-3)
+    assert found[0] > found[1] > found[2] > found[3]
+
+
+def test_an_adaptive_kl_weight_is_used_kept_and_saved(tmp_path):
+    """Two updates, with the optimiser's state on the device and on the host: their weights follow the KL they report,
+    and a checkpoint holds the control to the bit."""
+    config = LossConfig(kl_beta=0.1, kl_target=0.02, kl_horizon=3.0, kl_range=(1e-3, 0.2))
+    policy, trainable, frozen = setup()
+    _, kept = sampled(policy, trainable, frozen, range(4))
+    batch, results = stack_batches([kept], np.array([[2.0, -1.0, 0.5, -1.5]]), np.ones((1, 4), bool)), []
+    mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+    for module, start in ((update_lib, lambda state: state), (offload, offload.to_host)):
+        update = module.make_update(policy, TABLE, 1.0, config, OPTIMISER, mesh)
+        state, weight, average = start(init_state(copies(trainable), OPTIMISER, config)), 0.1, None
+        for _ in range(2):
+            state, metrics, norms = update(state, frozen, batch)
+            assert float(norms["kl_weight"]) == pytest.approx(weight, rel=1e-5)
+            kl = metrics.averages()["kl"]
+            average = kl if average is None else 0.9 * average + 0.1 * kl
+            weight = min(max(weight * np.exp((average - 0.02) / 0.02 / 3), 1e-3), 0.2)
+            assert float(state.kl.weight) == pytest.approx(weight, rel=1e-4) and weight not in (0.1, 1e-3, 0.2)
+        results.append(state)
+        assert getattr(update, "gradient", update)._cache_size() == 1  # compiled once
+    np.testing.assert_allclose(*(flat_vector(state.trainable) for state in results), atol=1e-5)
+    checkpoints = Checkpoints(tmp_path)
+    run_state.save(checkpoints, 1, {"transformer": results[0]}, defaults().to_dict(), None)
+    restored = run_state.restore(checkpoints, 1, {"transformer": results[0]})["transformer"]
+    checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, restored, results[0])
+
+
+@pytest.mark.parametrize("kind", ["flow_grpo_wan", "flow_sde", "dance", "cps"])
+def test_rectified_credit_gives_every_step_a_gradient_of_one_size(kind):
+    """The root mean square, over the noise, of weight x d log-prob / d v is the same at every step."""
+    schedule, config = flow_sigmas(10, 3.0), sde.SDEConfig(kind)
+    table = StepTable.make(schedule, config, "rectified", slice(0, 6))
+    s, g = schedule.sigmas.astype(np.float64), sde.diffusion_coefficient(config, schedule).astype(np.float64)
+    mean_std = reference.cps_mean_std if kind == "cps" else reference.mean_std
+    sizes = []
+    for i in range(9):
+        (a, std), (b, _) = (mean_std(0.3, v, s[i], s[i + 1], g[i]) for v in (0.0, 1.0))
+        sizes.append(table.weight[i] * abs(b - a) / std)
+    np.testing.assert_allclose(sizes, sizes[0], rtol=1e-5)
+    assert np.mean(table.weight[:6]) == pytest.approx(1, rel=1e-6)
+    if kind == "flow_sde":
+        longcat = StepTable.make(schedule, config, "longcat").weight
+        np.testing.assert_allclose(table.weight[1:] / longcat[1:], table.weight[1] / longcat[1], rtol=1e-5)
+
+
+def test_rectified_credit_of_wans_published_schedule():
+    """Flash-GRPO's constants for 20 steps with shift 3 are these up to a factor: 7.4770 at 999, 3.7754 at 785."""
+    schedule = flow_sigmas(20, 3.0, "legacy")
+    weight = StepTable.make(schedule, sde.SDEConfig(), "rectified").weight
+    at = dict(zip(schedule.timesteps.astype(int).tolist(), weight))
+    assert at[999] / at[785] == pytest.approx(7.4770 / 3.7754, rel=1e-4)

@@ -70,7 +70,16 @@ def test_last_unipc_step_returns_the_predicted_sample():
     assert np.isfinite(table).all()
 
 
-@pytest.mark.parametrize("name", ["unipc", "euler", "flow_match_euler"])
+def test_dpm_solver_equals_reference():
+    for (steps, shift), version in zip(GRID, itertools.cycle(("diffusers", "legacy", "legacy"))):
+        solver = make_solver("dpmpp_2m", steps, shift, version=version)
+        sigmas, timesteps = solver.schedule.sigmas.astype(np.float64), solver.schedule.timesteps
+        theirs = reference.dpm_solver_pp_2m(noise().astype(float), lambda x, i, t=timesteps: fake_model(x, t[i], np),
+                                            sigmas)
+        assert_close_per_step(trajectory(solver, noise()), theirs, 2e-6)
+
+
+@pytest.mark.parametrize("name", ["unipc", "euler", "flow_match_euler", "dpmpp_2m"])
 def test_exact_on_straight_paths(name):
     """With the true velocity of a straight path, noise - x0, every solver lands on x0."""
     x0, eps = noise(1), noise(2)
@@ -83,7 +92,7 @@ def test_exact_on_straight_paths(name):
         np.testing.assert_allclose(state.x, (1 - sigma) * x0 + sigma * eps, atol=3e-6)
 
 
-def test_unipc_is_more_accurate_than_euler():
+def test_second_order_is_more_accurate_than_euler():
     """Against a 2000-step Euler solution of the same ODE, over flow sigmas with shift 3."""
     def v(x, s):
         return np.tanh(x) + s
@@ -91,13 +100,13 @@ def test_unipc_is_more_accurate_than_euler():
     fine = np.linspace(flow_sigmas(20, 3.0).sigmas[0], 0, 2001)
     target = reference.euler(noise().astype(np.float64), lambda x, i: v(x, fine[i]), fine)[-1]
     errors = {}
-    for name in ("unipc", "euler"):
+    for name in ("unipc", "euler", "dpmpp_2m"):
         solver = make_solver(name, 20, 3.0)
         state = solver.init(jnp.asarray(noise()))
         for i in range(20):
             state = solver.step(state, i, jnp.asarray(v(np.asarray(state.x), solver.schedule.sigmas[i])))
         errors[name] = relative_error(np.asarray(state.x), target)
-    assert errors["unipc"] < 0.25 * errors["euler"], errors
+    assert max(errors["unipc"], errors["dpmpp_2m"]) < 0.25 * errors["euler"], errors
 
 
 def test_euler_equals_reference():
@@ -163,6 +172,17 @@ def test_unipc_is_diffusers(order):
                                        flow_shift=shift, solver_order=order)
         assert_close_per_step(trajectory(make_solver("unipc", steps, shift, order=order), noise()),
                               diffusers_trajectory(peer, steps))
+
+
+@pytest.mark.parity
+def test_dpm_solver_is_diffusers():
+    from diffusers import DPMSolverMultistepScheduler
+    for steps, shift in GRID[::3]:
+        peer = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+        peer.set_timesteps(steps)
+        solver = make_solver("dpmpp_2m", steps, shift, version="legacy")
+        np.testing.assert_allclose(peer.sigmas, solver.schedule.sigmas, atol=1e-6)
+        assert_close_per_step(trajectory(solver, noise()), diffusers_trajectory(peer, steps))
 
 
 @pytest.mark.parity
