@@ -193,7 +193,7 @@ def test_the_chosen_mesh(devices, batch, state, memory, given, chosen):
     ("wan2.1-14b", 0, ("data 1 x fsdp 4", "data 1 x fsdp 4"))])
 def test_published_models_over_four_devices(model, rank, expected):
     c, s = defaults(), types.SimpleNamespace(lora=dataclasses.replace(LORA, rank=rank) if rank else None,
-                                             dtype=jnp.bfloat16)
+                                             dtype=jnp.bfloat16, reference=True)
     c.sample.batch_size = 36
     config = presets.PRESETS[model].transformer
     for memory, mesh in zip((196e9, 105e9), expected):
