@@ -1,7 +1,8 @@
-"""The GRPO update: one jitted program that accumulates gradients over micro-batches and steps, then applies AdamW.
+"""The update: one jitted program that accumulates gradients over micro-batches and steps, then applies AdamW.
 
 A micro-batch is a rollout batch: the same forward on the same batch layout as when its samples were drawn, so the
-first update's ratio is 1 to float precision. Samples that failed to score are masked, never removed.
+first update's ratio is 1 to float precision. Samples that failed to score are masked, never removed. The gradient here
+is GRPO's; other methods bring theirs (`grpo.forward`).
 """
 
 import dataclasses
@@ -48,6 +49,7 @@ class TrainState:
     opt: optax.OptState
     ema: Flat
     updates: jax.Array  # int32 [], optimiser steps so far
+    old: Flat | None = None  # weights of an earlier update, where the method keeps them (`forward.ForwardConfig`)
 
 
 @jax.tree_util.register_dataclass
@@ -79,23 +81,24 @@ def adamw(config: OptimiserConfig) -> optax.GradientTransformation:
                        weight_decay=config.weight_decay)
 
 
-def init_state(trainable: Flat, config: OptimiserConfig) -> TrainState:
-    """Fresh optimiser state; the EMA starts as a copy of the weights. All of it lies on the weights' mesh, as it does
-    after an update, so that the update compiles once."""
+def init_state(trainable: Flat, config: OptimiserConfig, keeps_old: bool = False) -> TrainState:
+    """Fresh optimiser state; the EMA, and the old weights where there are any, start as a copy of the weights. All of
+    it lies on the weights' mesh, as it does after an update, so that the update compiles once."""
     def fresh(trainable):
         return make_optimiser(config).init(trainable), jnp.zeros((), jnp.int32)
 
     mesh = next(iter(trainable.values())).sharding.mesh
     shardings = mesh_lib.param_shardings(jax.eval_shape(fresh, trainable), mesh)
     opt, updates = jax.jit(fresh, out_shardings=shardings)(trainable)
-    return TrainState(trainable, opt, jax.tree.map(jnp.copy, trainable), updates)
+    ema, old = jax.tree.map(jnp.copy, (trainable, trainable if keeps_old else None))
+    return TrainState(trainable, opt, ema, updates, old)
 
 
-def state_shapes(policy: Policy, config: OptimiserConfig) -> TrainState:
+def state_shapes(policy: Policy, config: OptimiserConfig, keeps_old: bool = False) -> TrainState:
     """`init_state` without arrays: a TrainState of `jax.ShapeDtypeStruct`s."""
     shapes = policy.trainable
     return TrainState(shapes, jax.eval_shape(make_optimiser(config).init, shapes), shapes,
-                      jax.ShapeDtypeStruct((), jnp.int32))
+                      jax.ShapeDtypeStruct((), jnp.int32), shapes if keeps_old else None)
 
 
 def objective(policy: Policy, table: StepTable, guidance: float, config: LossConfig, trainable: Flat, frozen,
@@ -112,10 +115,12 @@ def objective(policy: Policy, table: StepTable, guidance: float, config: LossCon
 
 
 def make_gradient(policy: Policy, table: StepTable, guidance: float, config: LossConfig) -> Callable:
-    """(trainable, frozen, UpdateBatch) -> (mean gradient of the objective over the valid rows, LossMetrics)."""
+    """(trainable, None, frozen, UpdateBatch) -> (mean gradient of the objective over the valid rows, LossMetrics).
+
+    None: GRPO keeps no old weights, its old policy is in what the rollout left behind."""
     grad_fn = jax.grad(partial(objective, policy, table, guidance, config), has_aux=True)
 
-    def gradient(trainable: Flat, frozen, batch: UpdateBatch):
+    def gradient(trainable: Flat, old: None, frozen, batch: UpdateBatch):
         def one_step(carry, row, text, advantages, valid):
             grads, metrics = grad_fn(trainable, frozen, *row, text, advantages, valid)
             return (jax.tree.map(jnp.add, carry[0], grads), carry[1].merge(metrics)), None
@@ -136,34 +141,41 @@ def make_gradient(policy: Policy, table: StepTable, guidance: float, config: Los
     return gradient
 
 
-def apply_gradient(optimiser: optax.GradientTransformation, ema_decay: float, state: TrainState,
-                   grads: Flat) -> tuple[TrainState, Flat]:
+def apply_gradient(optimiser: optax.GradientTransformation, ema_decay: float, state: TrainState, grads: Flat,
+                   old_kept=None) -> tuple[TrainState, Flat]:
     """The state after one optimiser step, and what was added to the weights. The average begins fast: it keeps at most
-    (1 + n) / (10 + n) of itself in update n."""
+    (1 + n) / (10 + n) of itself in update n. Old weights keep `old_kept` of themselves, a scalar; the rest is new."""
     updates, opt = optimiser.update(grads, state.opt, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
     count = state.updates + 1
     decay = jnp.minimum((1 + count) / (10 + count), ema_decay)
     ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, trainable)
-    return TrainState(trainable, opt, ema, count), updates
+    old = state.old and jax.tree.map(lambda o, p: old_kept * o + (1 - old_kept) * p, state.old, trainable)
+    return TrainState(trainable, opt, ema, count, old), updates
 
 
 def make_update(policy: Policy, table: StepTable, guidance: float, config: LossConfig,
                 optimiser_config: OptimiserConfig, mesh: jax.sharding.Mesh | None = None) -> Callable:
-    """The jitted update: (TrainState, frozen, UpdateBatch) -> (TrainState, LossMetrics, norms). Donates the state.
+    """GRPO's jitted update: `update_of` its gradient."""
+    return update_of(make_gradient(policy, table, guidance, config), policy, optimiser_config, mesh)
 
-    norms: {'grad_norm', 'update_norm'}, fp32 scalars, the gradient's before clipping. mesh: where the state lies; the
-    new one then lies as the old one, where XLA would split biases by its own choice and the next call compile again.
+
+def update_of(gradient: Callable, policy: Policy, optimiser_config: OptimiserConfig,
+              mesh: jax.sharding.Mesh | None = None, keeps_old: bool = False) -> Callable:
+    """The jitted update: (TrainState, frozen, batch[, old_kept]) -> (TrainState, metrics, norms). Donates the state.
+
+    gradient: (trainable, old weights or None, frozen, batch) -> (gradient, metrics). norms: {'grad_norm',
+    'update_norm'}, fp32 scalars, the gradient's before clipping. mesh: where the state lies; the new one then lies as
+    the old one, where XLA would split biases by its own choice and the next call compile again.
     """
     optimiser = make_optimiser(optimiser_config)
-    state = state_shapes(policy, optimiser_config)
+    state = state_shapes(policy, optimiser_config, keeps_old)
     shardings = (mesh_lib.param_shardings(state, mesh), None, None) if mesh else None
-    gradient = make_gradient(policy, table, guidance, config)
 
     @partial(jax.jit, donate_argnums=(0,), out_shardings=shardings, compiler_options=COMPILER_OPTIONS)
-    def update(state: TrainState, frozen, batch: UpdateBatch):
-        grads, metrics = gradient(state.trainable, frozen, batch)
-        new, updates = apply_gradient(optimiser, optimiser_config.ema_decay, state, grads)
+    def update(state: TrainState, frozen, batch, old_kept=None):
+        grads, metrics = gradient(state.trainable, state.old, frozen, batch)
+        new, updates = apply_gradient(optimiser, optimiser_config.ema_decay, state, grads, old_kept)
         norms = {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
         return new, metrics, norms
 
