@@ -86,10 +86,10 @@ def work(run: Run) -> Work:
     batches, experts = run.settings.batches, range(len(run.preset.experts))
     forward = [count(run.rollout_step(i)) for i in experts]
     sample = sum(len(part.steps) * forward[part.expert] for part in run.parts)
-    passes = 4 if run.recipe.train.kl_weight else 3
-    trained = sum(run.trained_steps(i) * forward[i] for i in experts if run.preset.experts[i] in run.trained)
+    trained = sum(run.trained_steps(i) * run.passes_share(i) * forward[i] for i in experts
+                  if run.preset.experts[i] in run.trained)
     evaluation = max(count(run.ode_step(i)) for i in experts) * run.recipe.eval.steps
-    return Work(batches * sample, batches * decode_flops(run, run.shape), batches * passes * trained,
+    return Work(batches * sample, batches * decode_flops(run, run.shape), batches * run.settings.passes * trained,
                 run.eval_batches * evaluation, run.eval_batches * decode_flops(run, run.eval_shape))
 
 

@@ -9,13 +9,15 @@ from wan_jax import mesh as mesh_lib
 from wan_jax.config import TransformerConfig
 
 
-def state_bytes(policy: Policy, *, experts: int, trained: int, kl: bool, offload: str, offload_optimiser: bool) -> int:
+def state_bytes(policy: Policy, *, experts: int, trained: int, kl: bool, keeps_old: bool = False,
+                offload: str, offload_optimiser: bool) -> int:
     """Bytes that a run holds on its devices beside activations, if it had one: all of them fall with `mesh.fsdp`.
 
-    For each trained parameter 4 bytes of weight, 8 of moments and 4 of average for every trained expert, and 4 of
-    gradient for the one being updated. Frozen weights of all experts, of one where `offload` (config.model.offload)
-    lets the other wait in host memory, of none in full fine-tuning without a reference; full fine-tuning computes
-    with a copy of the weights in their own type. Where nothing is trained, an evaluation, the frozen weights are all.
+    For each trained parameter 4 bytes of weight, 8 of moments and 4 of average for every trained expert, 4 of old
+    weights where the method keeps them, and 4 of gradient for the one being updated. Frozen weights of all experts, of
+    one where `offload` (config.model.offload) lets the other wait in host memory, of none in full fine-tuning without a
+    reference (kl: whether there is one); full fine-tuning computes with a copy of the weights in their own type. Where
+    nothing is trained, an evaluation, the frozen weights are all.
     """
     count = sum(x.size for x in policy.trainable.values())
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(policy.base))
@@ -24,7 +26,7 @@ def state_bytes(policy: Policy, *, experts: int, trained: int, kl: bool, offload
         return frozen
     full = policy.adapters is None
     frozen = 0 if full and not kl else frozen
-    held = 4 + (0 if offload_optimiser else 12)
+    held = 4 + (0 if offload_optimiser else 12) + (4 if keeps_old else 0)
     return frozen + (weights if full else 0) + count * (held * trained + 4)
 
 
@@ -38,8 +40,8 @@ def choose_mesh(c: ml_collections.ConfigDict, s: Settings, config: TransformerCo
     if memory is None:
         memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
     policy = make_structure(config, lora=s.lora, dtype=s.dtype, attention="xla", remat="none")
-    state = state_bytes(policy, experts=experts, trained=trained, kl=c.train.kl_weight > 0, offload=c.model.offload,
-                        offload_optimiser=c.train.offload_optimiser)
+    state = state_bytes(policy, experts=experts, trained=trained, kl=s.needs_reference, keeps_old=s.keeps_old,
+                        offload=c.model.offload, offload_optimiser=c.train.offload_optimiser)
     fsdp, context = mesh_lib.choose(len(devices), c.sample.batch_size, state, memory, fsdp=c.mesh.fsdp,
                                     context=c.mesh.context)
     mesh = mesh_lib.make_mesh(fsdp, devices, context)

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from grpo import offload, settings, update
+from grpo import forward, offload, settings, update
+from grpo.forward import ForwardBatch
 from grpo.policy import make_structure
+from grpo.preferences import layout
 from grpo.rollout import StepTable, Trajectory, initial_noise, make_step, step_quotas
 from grpo.update import TrainState, UpdateBatch, state_shapes
 from wan_jax import mesh as mesh_lib
@@ -87,15 +89,28 @@ class Run:
         return tuple(name for name in self.preset.experts if name in self.recipe.train.experts)
 
     def trained_steps(self, expert: int) -> int:
-        """K, the stochastic steps of an epoch that train this expert."""
-        sample = self.recipe.sample
-        quotas = step_quotas(self.parts, self.preset.experts, self.trained, sample.sde_steps, *sample.sde_range)
+        """K, the stochastic steps of an epoch that train this expert, or the noise levels of a video."""
+        quotas = step_quotas(self.parts, self.preset.experts, self.trained, *self.settings.quota)
         return sum(quota for part, quota in zip(self.parts, quotas) if part.expert == expert)
 
     @property
-    def micro_batches(self) -> int:
-        """M, the rollout batches of one optimiser step."""
-        return self.settings.batches // self.recipe.train.updates_per_epoch
+    def micro_batches(self) -> tuple[int, int]:
+        """(M, B) of one optimiser step: its rollout batches, or batches of what the method selects."""
+        sample, updates, s = self.recipe.sample, self.recipe.train.updates_per_epoch, self.settings
+        if s.forward is None:
+            return s.batches // updates, sample.batch_size
+        rows = sample.groups if s.forward.method in ("dpo", "sft") else s.videos
+        return layout(rows, updates, sample.batch_size, mesh_lib.batch_shards(self.mesh))
+
+    def passes_share(self, expert: int) -> float:
+        """A forward pass of an epoch's updates by this expert, in those of the rollout: other methods than GRPO train
+        without guidance, and may leave videos out."""
+        if (f := self.settings.forward) is None:
+            return 1.0
+        micro, rows = self.micro_batches
+        branches = 2 if self.scales(self.recipe.sample)[expert] > 1 else 1
+        each = micro * rows * (2 if f.method == "dpo" else 1)
+        return self.recipe.train.updates_per_epoch * each / self.settings.videos / branches
 
     @property
     def eval_batches(self) -> int:
@@ -129,9 +144,13 @@ class Run:
     @functools.cached_property
     def updates(self) -> tuple[Callable, ...]:
         s = self.settings
-        make_update = offload.make_update if self.recipe.train.offload_optimiser else update.make_update
-        return per_guidance(lambda scale: make_update(self.policy, self.table, scale, s.loss, s.optimiser, self.mesh),
-                            self.scales(self.recipe.sample))
+        where = offload if self.recipe.train.offload_optimiser else update
+        if s.forward is not None:
+            made = where.update_of(forward.make_gradient(self.policy, s.forward), self.policy, s.optimiser, self.mesh,
+                                   s.keeps_old)
+            return (made,) * len(self.preset.experts)
+        return per_guidance(lambda scale: where.make_update(self.policy, self.table, scale, s.loss, s.optimiser,
+                                                            self.mesh), self.scales(self.recipe.sample))
 
     @functools.cached_property
     def eval_steps(self) -> tuple[Callable, ...]:
@@ -186,9 +205,11 @@ class Run:
         state waits in host memory, the gradient, which takes the most."""
         if self.recipe.train.offload_optimiser:
             return Program(self.named("update", expert), self.updates[expert].gradient,
-                           (self.trainable, self.frozen, self.update_batch(expert)), stay=2, beside=self.trajectories)
+                           (self.trainable, self.state.old, self.frozen, self.update_batch(expert)), stay=3,
+                           beside=self.trajectories)
+        kept = (number(),) if self.settings.keeps_old else ()
         return Program(self.named("update", expert), self.updates[expert],
-                       (self.state, self.frozen, self.update_batch(expert)), stay=2, beside=self.trajectories)
+                       (self.state, self.frozen, self.update_batch(expert), *kept), stay=2, beside=self.trajectories)
 
     def decode(self, shape: tuple[int, ...] | None = None) -> list[Program]:
         """The VAE on a batch of latents (F, H, W, C), the rollout's by default: whole clips, or the chunks that
@@ -227,7 +248,7 @@ class Run:
     @functools.cached_property
     def frozen(self):
         """One expert's base weights; None in full fine-tuning without a reference, as in `grpo.train`."""
-        needed = self.settings.lora is not None or self.recipe.train.kl_weight
+        needed = self.settings.lora is not None or self.settings.needs_reference
         return self.params(self.policy.base) if needed else None
 
     @functools.cached_property
@@ -236,7 +257,7 @@ class Run:
 
     @functools.cached_property
     def state(self) -> TrainState:
-        return self.params(state_shapes(self.policy, self.settings.optimiser))
+        return self.params(state_shapes(self.policy, self.settings.optimiser, self.settings.keeps_old))
 
     def solver_state(self) -> SolverState:
         x = self.rows(jnp.float32, shape=self.eval_shape)
@@ -250,8 +271,10 @@ class Run:
                           self.text(*leading), x if self.settings.loss.needs_old_mean else None)
 
     @functools.cached_property
-    def trajectories(self) -> tuple[Trajectory, ...]:
-        """All of an epoch."""
+    def trajectories(self) -> tuple:
+        """All of an epoch; of methods that train on finished videos, their latents."""
+        if self.settings.forward is not None:
+            return (self.latents(),) * self.settings.batches
         experts = [i for i, name in enumerate(self.preset.experts) if name in self.trained]
         return tuple(self.trajectory(i) for i in experts for _ in range(self.settings.batches))
 
@@ -259,27 +282,37 @@ class Run:
     def unstacked(self) -> list[jax.ShapeDtypeStruct]:
         """What the batch under way keeps of its steps before they are stacked; the host dispatches one batch ahead, so
         it may lie there while another is decoded."""
+        if self.settings.forward is not None:
+            return []
         most = max(map(self.trained_steps, range(len(self.preset.experts))))
         return [self.latents()] * most * (3 if self.settings.loss.needs_old_mean else 2)
 
-    def update_batch(self, expert: int) -> UpdateBatch:
-        m, b = self.micro_batches, self.recipe.sample.batch_size
-        return UpdateBatch(self.trajectory(expert, m), jax.ShapeDtypeStruct((m, b), jnp.float32),
-                           jax.ShapeDtypeStruct((m, b), bool))
+    def update_batch(self, expert: int) -> UpdateBatch | ForwardBatch:
+        m, b = self.micro_batches
+        floats, bools = (jax.ShapeDtypeStruct((m, b), dtype) for dtype in (jnp.float32, bool))
+        if (f := self.settings.forward) is None:
+            return UpdateBatch(self.trajectory(expert, m), floats, bools)
+        k, latents = self.trained_steps(expert), self.rows(jnp.float32, m, shape=self.shape, batch=b)
+        levels = jax.ShapeDtypeStruct((m, k, b), jnp.float32)
+        return ForwardBatch(latents, latents if f.method == "dpo" else None, self.text(m, batch=b),
+                            self.rows(jnp.int32, m, batch=b), levels, levels, floats, bools,
+                            jax.ShapeDtypeStruct((k,), jnp.int32), random_key())
 
-    def rows(self, dtype, *leading: int, shape: tuple[int, ...] = ()) -> jax.ShapeDtypeStruct:
-        """[*leading, B, *shape], split over the mesh by B."""
+    def rows(self, dtype, *leading: int, shape: tuple[int, ...] = (), batch: int = 0) -> jax.ShapeDtypeStruct:
+        """[*leading, B, *shape], split over the mesh by B. batch: another B than the recipe's."""
         sharding = mesh_lib.batch_sharding(self.mesh, len(leading))
-        return jax.ShapeDtypeStruct((*leading, self.recipe.sample.batch_size, *shape), dtype, sharding=sharding)
+        size = batch or self.recipe.sample.batch_size
+        return jax.ShapeDtypeStruct((*leading, size, *shape), dtype, sharding=sharding)
 
     def latents(self, *leading: int) -> jax.ShapeDtypeStruct:
         return self.rows(jnp.float32, *leading, shape=self.shape)
 
-    def text(self, *leading: int) -> TextBatch:
+    def text(self, *leading: int, batch: int = 0) -> TextBatch:
         """In the text encoder's type, which is the model's."""
         dtype, rows = self.settings.dtype, (self.text_rows, self.preset.transformer.text_dim)
         negative = jax.ShapeDtypeStruct((*leading, *rows), dtype, sharding=mesh_lib.replicated(self.mesh))
-        return TextBatch(self.rows(dtype, *leading, shape=rows), negative, pipeline.TEXT_ROWS - self.text_rows)
+        return TextBatch(self.rows(dtype, *leading, shape=rows, batch=batch), negative,
+                         pipeline.TEXT_ROWS - self.text_rows)
 
 
 def lie(tree, sharding):
@@ -290,6 +323,11 @@ def lie(tree, sharding):
 def integer() -> jax.ShapeDtypeStruct:
     """A Python int."""
     return jax.ShapeDtypeStruct((), jnp.int32, weak_type=True)
+
+
+def number() -> jax.ShapeDtypeStruct:
+    """A Python float."""
+    return jax.ShapeDtypeStruct((), jnp.float32, weak_type=True)
 
 
 def random_key() -> jax.ShapeDtypeStruct:

@@ -82,6 +82,8 @@ def sde_window(seed: int, epoch: int, size: int, low: int, high: int, segment: i
     again: `every` epochs at each place, or fewer the later the steps (`window_epochs`). MixGRPO: arXiv 2507.21802;
     its window is empty at the last place, ours stops where it is whole. Raises ValueError when they do not fit.
     """
+    if size == 0:
+        return np.arange(0)
     if not 0 <= low <= high or not 0 <= size <= high - low:
         raise ValueError(f"{size} stochastic steps do not fit in the steps {low} to {high}")
     if rule not in WINDOWS or every < 1:
@@ -112,23 +114,25 @@ def window_epochs(rule: str, place: int, steps: int, every: int) -> int:
 
 
 def step_quotas(parts: tuple[Segment, ...], experts: tuple[str, ...], trained: tuple[str, ...], size: int, low: int,
-                high: int) -> tuple[int, ...]:
+                high: int, setting: str = "sample.sde_steps") -> tuple[int, ...]:
     """How many of an epoch's `size` stochastic steps each segment gets: in proportion to its steps in [low, high), and
-    at least one for every trained expert, so that each has a gradient in every epoch.
+    at least one for every trained expert, so that each has a gradient in every epoch. Noise levels of `grpo.forward`
+    are shared out in the same way. setting: what `size` is called, for messages.
 
     Raises ValueError when a trained expert has no step there, or there are fewer steps than experts to train.
     """
+    where = f"sample.sde_range=({low}, {high})" if setting == "sample.sde_steps" else "the rollout"
     room = [len(range(max(low, p.steps.start), min(high, p.steps.stop))) if experts[p.expert] in trained else 0
             for p in parts]
     for name in trained:
         if not any(n for p, n in zip(parts, room) if experts[p.expert] == name):
             split = ", ".join(f"{experts[p.expert]} steps {p.steps.start} to {p.steps.stop - 1}" for p in parts)
-            raise ValueError(f"{name} would be trained without a step: sample.sde_range=({low}, {high}) holds none of "
-                             f"its steps ({split}); change sample.sde_range, sample.shift or sample.steps, or leave "
-                             "the expert out of train.experts")
+            raise ValueError(f"{name} would be trained without a step: {where} holds none of its steps ({split}); "
+                             "change sample.sde_range, sample.shift or sample.steps, or leave the expert out of "
+                             "train.experts")
     if size < len(trained) or size > sum(room):
-        raise ValueError(f"sample.sde_steps={size} must be from {len(trained)} (one for each trained expert) to "
-                         f"{sum(room)} (the trained experts' steps in sample.sde_range=({low}, {high}))")
+        raise ValueError(f"{setting}={size} must be from {len(trained)} (one for each trained expert) to "
+                         f"{sum(room)} (the trained experts' steps in {where})")
     quotas = [min(n, 1) for n in room]
     while sum(quotas) < size:  # the next step goes where the share is furthest behind
         behind = [n / sum(room) - q / size if q < n else -1.0 for n, q in zip(room, quotas)]

@@ -8,6 +8,7 @@ import ml_collections
 from configs.defaults import defaults
 from grpo.advantages import STDS
 from grpo.combine import COMBINATIONS, MAIN
+from grpo.forward import FORWARD_METHODS, ForwardConfig
 from grpo.losses import OBJECTIVES, LossConfig
 from grpo.reward_servers import JUDGE, JUDGE_QUESTIONS, check_settings
 from grpo.rollout import CREDITS, WINDOWS
@@ -31,13 +32,14 @@ RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-3}
 REQUIRED = ("run_dir", "model.path", "prompts.train", "prompts.heldout")
 CHOICES = {"model.dtype": DTYPES, "model.attention": BACKENDS, "model.remat": REMAT_POLICIES,
            "model.offload": OFFLOAD,
+           "train.method": ("grpo", *FORWARD_METHODS),
            "sample.sde_window": WINDOWS, "train.credit": CREDITS, "train.objective": OBJECTIVES,
            "train.advantage_std": STDS, "reward.rule": RULES, "reward.engine": (*ENGINES, JUDGE),
            "reward.judge_question": JUDGE_QUESTIONS, "eval.solver": SOLVERS,
            "reward.combine": COMBINATIONS}
 AT_LEAST = {"epochs": 1, "lora.rank": 0, "mesh.fsdp": 0, "mesh.context": 0, "sample.frames": 1, "sample.steps": 1,
             "sample.groups": 1, "sample.group_size": 2, "sample.batch_size": 1, "sample.sde_window_epochs": 1,
-            "train.updates_per_epoch": 1, "train.warmup_updates": 0,
+            "train.updates_per_epoch": 1, "train.warmup_updates": 0, "train.timesteps": 1,
             "train.weight_decay": 0, "reward.max_frames": 2, "reward.workers": 0,
             "reward.retries": 0, "reward.patience": 0,
             "eval.every": 1, "eval.num_prompts": 2, "eval.frames": 0, "eval.steps": 1, "eval.previews": 0,
@@ -53,12 +55,29 @@ class Settings:
     dtype: type
     lora: LoRAConfig | None
     sde: SDEConfig
-    loss: LossConfig
+    loss: LossConfig  # of GRPO
+    forward: ForwardConfig | None  # of its relatives; None: GRPO
     optimiser: OptimiserConfig
     videos: int  # an epoch's videos
     batches: int  # an epoch's rollout batches
     ratio_tolerance: float
     weights: dict[str, float]  # of the rewards that are measured
+    quota: tuple[int, int, int, str]  # steps or noise levels to train on, of which steps (low, high), and their setting
+
+    @property
+    def keeps_old(self) -> bool:
+        """Whether the run's state has weights of an earlier update."""
+        return self.forward is not None and self.forward.keeps_old
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the update asks the base model."""
+        return self.loss.kl_beta > 0 if self.forward is None else self.forward.needs_reference
+
+    @property
+    def passes(self) -> int:
+        """Forward passes that an update's FLOPs are worth: three of the policy, one of each other model."""
+        return 3 + self.needs_reference + self.keeps_old
 
 
 def from_config(c: ml_collections.ConfigDict) -> Settings:
@@ -85,6 +104,9 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
     if batches % c.train.updates_per_epoch:
         raise UserError(f"config.train.updates_per_epoch={c.train.updates_per_epoch} does not divide the epoch's "
                         f"{batches} batches")
+    grpo = c.train.method == "grpo"
+    if not grpo:
+        check_forward(c)
     if len(c.sample.sde_range) != 2:
         raise UserError(f"config.sample.sde_range={tuple(c.sample.sde_range)} must be (first, last + 1)")
     low, high = c.sample.sde_range
@@ -111,11 +133,29 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
             sde=SDEConfig(c.sample.sde, c.sample.noise_level, c.sample.max_step_std),
             loss=LossConfig(c.train.clip_low, c.train.clip_high, c.train.kl_weight, c.train.kl_kind,
                             c.train.objective, c.train.divergence),
+            forward=None if grpo else ForwardConfig(
+                c.train.method, c.train.nft_beta, c.train.advantage_clip, c.train.old_rate, c.train.old_most,
+                c.train.dpo_beta, c.train.reference_every, c.train.temperature, c.train.kl_weight),
             optimiser=OptimiserConfig(**{f.name: c.train[f.name] for f in dataclasses.fields(OptimiserConfig)}),
             videos=videos, batches=batches,
-            ratio_tolerance=RATIO_TOLERANCE[c.model.dtype] if tolerance is None else tolerance, weights=weights)
+            ratio_tolerance=RATIO_TOLERANCE[c.model.dtype] if tolerance is None else tolerance, weights=weights,
+            quota=(c.sample.sde_steps, low, high, "sample.sde_steps") if grpo else
+            (c.train.timesteps, 0, c.sample.steps, "train.timesteps"))
     except ValueError as error:
         raise UserError(f"config: {error}") from None
+
+
+def check_forward(c: ml_collections.ConfigDict):
+    """Of the methods that train on finished videos. Raises `UserError`."""
+    method, updates = c.train.method, c.train.updates_per_epoch
+    if c.train.timesteps > c.sample.steps:
+        raise UserError(f"config.train.timesteps={c.train.timesteps} must be at most sample.steps={c.sample.steps}")
+    if c.sample.shared_noise:
+        raise UserError(f"config.sample.shared_noise=True with train.method={method}: without stochastic steps all "
+                        "videos of a group would be one; set it to False")
+    if method in ("dpo", "sft") and c.sample.groups % updates:
+        raise UserError(f"config.train.updates_per_epoch={updates} does not divide sample.groups={c.sample.groups}: "
+                        f"train.method={method} trains on one {'pair' if method == 'dpo' else 'video'} of each group")
 
 
 def check_resume(saved: dict, now: dict, checkpoint: str):

@@ -1,4 +1,5 @@
-"""Trains a Wan model to write what its prompts quote: Flow-GRPO (Liu et al., arXiv 2505.05470) with an OCR reward.
+"""Trains a Wan model to write what its prompts quote: Flow-GRPO (Liu et al., arXiv 2505.05470) with an OCR reward, or
+one of its relatives that train on the finished videos (`grpo.forward`).
 
     python -m grpo.train --config=configs/tiny_ocr.py [--config.train.learning_rate=1e-4 ...]
 
@@ -23,12 +24,13 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from convert.lora import initial_adapters
-from grpo import ahead, combine, devices, report, run_log, run_state, settings
+from grpo import ahead, combine, devices, forward, report, run_log, run_state, settings
 from grpo import offload as optimiser_offload
 from grpo.advantages import group_advantages, group_statistics
 from grpo.combine import MAIN
 from grpo.evaluator import Evaluator
 from grpo.policy import make_policy
+from grpo.preferences import select
 from grpo.programs import Run
 from grpo.prompts import PromptSet, epoch_prompts, load_prompts
 from grpo.rollout import (
@@ -99,7 +101,7 @@ class Plan:
     schedule: Schedule
     solver: object  # of the evaluation
     parts: tuple[Segment, ...]  # the schedule's steps by expert
-    quotas: tuple[int, ...]  # of stochastic steps, for each of `parts`
+    quotas: tuple[int, ...]  # of trained steps (GRPO) or noise levels, for each of `parts`
     trained: tuple[str, ...]  # experts
     adapters: dict[str, dict[str, np.ndarray]] | None  # each expert's to start from; None: fresh ones
 
@@ -123,7 +125,7 @@ class Plan:
             raise UserError(f"config.train.experts={tuple(c.train.experts)} leaves nothing to train: {c.model.path} "
                             f"has {', '.join(model.experts)}")
         parts = segments(schedule.timesteps, model.boundary)
-        quotas = step_quotas(parts, model.experts, trained, c.sample.sde_steps, *c.sample.sde_range)
+        quotas = step_quotas(parts, model.experts, trained, *s.quota)
         adapters = initial_adapters(c.lora.init, model, s.lora) if c.lora.init else None
         return cls(mesh, spread, model, backend, shape, eval_shape, schedule, solver, parts, quotas, trained, adapters)
 
@@ -177,13 +179,13 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
                                          attention=plan.backend, remat=c.model.remat)
             if plan.adapters is not None:
                 start[name] = {k: mesh_lib.place(plan.adapters[name][k], v.sharding) for k, v in start[name].items()}
-    if s.lora is None and not c.train.kl_weight:
+    if s.lora is None and not s.needs_reference:
         def weights(expert):  # full fine-tuning without a reference: the fp32 copies are the only ones
             return None
 
     on_host, on_device = ((optimiser_offload.to_host, optimiser_offload.to_device) if c.train.offload_optimiser else
                           (lambda x: x,) * 2)
-    states, done = {name: on_host(init_state(start[name], s.optimiser)) for name in plan.trained}, 0
+    states, done = {name: on_host(init_state(start[name], s.optimiser, s.keeps_old)) for name in plan.trained}, 0
     if restored is not None:
         states, done = run_state.restore(checkpoints, restored, states), restored
 
@@ -195,7 +197,9 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
 
     def sampled(expert: int) -> tuple:
         name = model.experts[expert]
-        return (states[name].trainable if name in states else start[name]), weights(expert)
+        if name not in states:
+            return start[name], weights(expert)
+        return (states[name].old if c.train.method == "nft" else states[name].trainable), weights(expert)
 
     def averaged(expert: int) -> tuple:
         name = model.experts[expert]
@@ -228,8 +232,8 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         chosen = epoch_prompts(c.seed, epoch - 1, len(train_prompts), c.sample.groups)
         prompt_of = np.repeat(chosen, c.sample.group_size)  # [N], a group's videos stand together
         low, high = c.sample.sde_range
-        windows = [sde_window(c.seed, epoch, quota, max(low, part.steps.start), min(high, part.steps.stop), i,
-                              rule=c.sample.sde_window, every=c.sample.sde_window_epochs)
+        windows = [sde_window(c.seed, epoch, 0 if s.forward else quota, max(low, part.steps.start),
+                              min(high, part.steps.stop), i, rule=c.sample.sde_window, every=c.sample.sde_window_epochs)
                    for i, (part, quota) in enumerate(zip(plan.parts, plan.quotas))]
 
         # sample, all batches by one expert before the next. The host is one batch ahead of the device, which so has
@@ -253,7 +257,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
             noise = [branch(trunk, mesh_lib.place(groups[r], replicated), sharded) for r in rows]
         else:
             noise = [initial_noise(epoch_key, numbers, plan.shape) for numbers in samples]
-        trajectories, pending = {}, []
+        trajectories, finished, pending = {}, [], []
         batches = rollout_batches(steps, sampled, noise, texts, key=epoch_key, samples=samples, parts=plan.parts,
                                   windows=windows, done=len(shared))
         last = len(plan.parts) - 1
@@ -266,6 +270,8 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
                 trajectories.setdefault(name, []).append(trajectory)
             seconds["sample"] += lap(x)
             if video is not None:
+                if s.forward is not None:
+                    finished.append(x)
                 hosts.stage(f"epoch {epoch}: decoding batch {b + 1} of {s.batches}")
                 videos = video()  # those of rows `mine`
                 seconds["decode"] += lap()
@@ -294,23 +300,34 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         record = {"epoch": epoch, "evaluations": evaluations,
                   "evaluations_saved": s.videos * c.sample.steps - evaluations}
         size = s.batches // c.train.updates_per_epoch
+        if s.forward is not None:
+            value = total if c.reward.combine == "rewards" else advantages
+            selected = select(s.forward, value, advantages, valid, c.sample.group_size).batches(
+                c.train.updates_per_epoch, c.sample.batch_size, mesh_lib.batch_shards(mesh))
         for expert, name in reversed(list(enumerate(model.experts))):
             if name not in states:
                 continue
-            values = {}
-            for first in range(0, s.batches, size):
-                part = slice(first, first + size)
-                batch = stack_batches(trajectories[name][part], advantages.reshape(s.batches, -1)[part],
-                                      valid.reshape(s.batches, -1)[part])
-                states[name], metrics, norms = updates[expert](states[name], weights(expert), batch)
+            values, old_kept = {}, ()
+            for number in range(c.train.updates_per_epoch):
+                if s.forward is None:
+                    part = slice(number * size, (number + 1) * size)
+                    batch = stack_batches(trajectories[name][part], advantages.reshape(s.batches, -1)[part],
+                                          valid.reshape(s.batches, -1)[part])
+                else:
+                    levels = forward.noise_levels(s.forward, c.seed, epoch, s.videos, expert, plan.parts, plan.quotas,
+                                                  plan.schedule, model.boundary)
+                    words = [table.batch(prompt_of[r], sharded, replicated) for r in selected[number].videos]
+                    batch = forward.stack(selected[number], finished, words, levels, epoch_key, mesh)
+                    old_kept = s.forward.old_kept(epoch, number, c.train.updates_per_epoch)
+                states[name], metrics, norms = updates[expert](states[name], weights(expert), batch, *old_kept)
                 values |= metrics.averages() | {k: float(v) for k, v in norms.items()}
                 check_finite(values, epoch, checkpoints)
-                if first == 0:
+                if s.forward is None and number == 0:
                     values["ratio_max_error"] = max(values["ratio_max"] - 1, 1 - values["ratio_min"])
                     check_ratio(values["ratio_max_error"], s.ratio_tolerance, epoch)
             record |= values if len(states) == 1 else {name: values, **{
-                k: max(values[k], record.get(k, values[k])) for k in ("ratio_max_error", "grad_norm")}}
-        del trajectories, texts, batch
+                k: max(values[k], record.get(k, values[k])) for k in ("ratio_max_error", "grad_norm") if k in values}}
+        del trajectories, finished, texts, batch
         seconds["update"] += lap([state.trainable for state in states.values()])
         if epoch > done + 1 and (warning := compiled.warning(epoch)):
             say(warning)
@@ -325,8 +342,9 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
                             "seconds": seconds, "idle_share": max(0.0, 1 - working / seconds["total"]),
                             "peak_memory": memory.peaks().known()})
         say(f"epoch {epoch}/{c.epochs}: reward {groups.mean_reward:.3f}, spread in groups "
-            f"{groups.mean_group_std:.3f}, ratio error {record['ratio_max_error']:.1e}, "
-            f"grad {record['grad_norm']:.2e}"
+            f"{groups.mean_group_std:.3f}, "
+            + (f"ratio error {record['ratio_max_error']:.1e}, " if s.forward is None else "")
+            + f"grad {record['grad_norm']:.2e}"
             + (f", {(~valid).sum()} scores failed" if not valid.all() else "") + " | "
             + " ".join(f"{k} {v:.1f}" for k, v in seconds.items() if v >= 0.05) + " s")
         if epoch % c.eval.every == 0 or epoch == c.epochs:
