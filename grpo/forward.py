@@ -132,7 +132,7 @@ def mean_square(x: Array) -> Array:
 
 
 def nft_loss(x: Array, x0: Array, sigma: Array, v: Array, v_old: Array, optimality: Array, beta: float) -> Array:
-    """DiffusionNFT (arXiv 2509.16117, eq. 5 and its section on adaptive weighting), [B]: with r the optimality,
+    """DiffusionNFT (arXiv 2509.16117) with its adaptive weighting, [B]: with r the optimality,
 
         r l(v+) / beta + (1 - r) l(v-) / beta,   v+ = (1 - beta) v_old + beta v,   v- = (1 + beta) v_old - beta v,
         l(v) = mean((x - s v - x0)^2) / w,       w = max(mean |x - s v - x0|, 1e-5), a constant to the gradient.

@@ -14,7 +14,7 @@ from configs import tiny_ocr, wan21_1_3b_ocr, wan22_a14b_ocr
 from grpo import costs, forward, preferences, settings, train
 from grpo.forward import ForwardConfig, noise_levels
 from grpo.programs import Run
-from grpo.rollout import sample_noise
+from grpo.rollout import sample_noise, step_quotas
 from tests import reference
 from tests.grpo import test_programs, test_update
 from tests.grpo.test_train import arrays_of, assert_same, result
@@ -84,6 +84,8 @@ def test_noise_levels_lie_with_their_expert_and_cover_it():
         assert first.draw.tolist() == [0, 1, 2] and second.draw.tolist() == [3, 4]
         assert (np.diff(first.sigma.mean(0)) * (-1 if method == "nft" else 1) > 0).all()  # strata, in their order
         np.testing.assert_array_equal(draw(expert=0).sigma, first.sigma)
+    with pytest.raises(ValueError, match=r"train\.timesteps=1 must be from 2 .* to 20 \(.* in the rollout\)"):
+        step_quotas(parts, ("one", "two"), ("one", "two"), 1, 0, 20, "train.timesteps")
     steps = noise_levels(ForwardConfig("nft"), 0, 1, 9, 0, segments(schedule.timesteps, None), (20,), schedule, None)
     np.testing.assert_array_equal(steps.sigma, np.tile(schedule.sigmas[:-1], (9, 1)))  # as many as steps: each once
     whole = noise_levels(ForwardConfig("rwr"), 0, 1, 999, 0, segments(schedule.timesteps, None), (4,), schedule, None)
