@@ -78,6 +78,16 @@ def defaults() -> ConfigDict:
     c.sample.sde_window_epochs = 25     # epochs a sliding window stays at its first place
 
     c.train = ConfigDict()
+    c.train.method = "grpo"             # grpo | nft | dpo | rwr | sft: the others train on the finished videos, noised
+    #                                     again (grpo/forward.py), and leave GRPO's settings aside
+    c.train.timesteps = 4               # of the others: noise levels a video and epoch, shared out between the experts
+    c.train.nft_beta = 0.1              # of nft: how far its positive and negative policies lie from the old one
+    c.train.old_rate = 1e-3             # of nft: after n updates the old policy, which samples, keeps min(old_rate n,
+    c.train.old_most = 0.5              # old_most) of itself, once an epoch
+    c.train.dpo_beta = 100.0            # of dpo
+    c.train.reference_every = 0         # of dpo: updates after which the policy becomes the reference (online DPO); 0:
+    #                                     the reference is the base model
+    c.train.temperature = 1.0           # of rwr: videos weigh exp(reward / temperature), within their group
     c.train.experts = ("transformer", "transformer_2")  # which are trained; models with one have only the first
     c.train.groups = 0                  # of the sampled groups, those with the largest spread of rewards; 0: all
     c.train.best_of = 0                 # of each group, so many best videos and as many worst; 0: all
@@ -96,7 +106,7 @@ def defaults() -> ConfigDict:
     c.train.credit = "none"             # none | longcat | rectified: how much each step counts (grpo/rollout.py)
     c.train.clip_low = 1e-3             # clip range of the ratio
     c.train.clip_high = 1e-3
-    c.train.kl_weight = 0.004           # KL to the reference
+    c.train.kl_weight = 0.004           # KL to the reference; nft, rwr, sft: of mean((v - v_ref)^2); dpo has none
     c.train.kl_as = "loss"              # loss | reward: kl_weight x KL at sampling is taken off the reward of each step
     c.train.kl_target = optional_float()  # the KL that the weight is adapted to, from kl_weight on; None: it stays
     c.train.kl_horizon = 20.0           # updates in which twice the target multiplies the weight by e
@@ -107,7 +117,7 @@ def defaults() -> ConfigDict:
     c.train.cfg_distill_guidance = 4.5  # the reference's
     c.train.cfg_distill_guidance_2 = optional_float()  # of the second expert; None: as the first
     c.train.advantage_std = "group"     # group | global | max | none (grpo/advantages.py)
-    c.train.advantage_clip = 5.0
+    c.train.advantage_clip = 5.0        # also what nft divides advantages by
     c.train.ratio_tolerance = optional_float()  # |ratio - 1| allowed on policy, more stops the run; None: 1e-4 in
     #                                     float32, 2e-3 in bfloat16
 

@@ -83,7 +83,7 @@ def what_stays(run: Run, offload: bool) -> dict[str, int]:
     alone = run.recipe.train.offload_optimiser  # the optimiser's state and the average wait in host memory
     return {"frozen weights": device_bytes(run.frozen) * (1 if offload else experts),
             "trained weights" if alone else "trained weights, optimiser, average":
-            device_bytes(run.trainable if alone else run.state) * trained
+            device_bytes((run.trainable, run.state.old) if alone else run.state) * trained
             + device_bytes(run.trainable) * (experts - trained),
             "VAE": device_bytes(run.vae[1])}
 

@@ -87,13 +87,11 @@ def work(run: Run) -> Work:
     branches = 2 if run.settings.kl_reward else 1  # the reference stands in the step's program, but is rarely run
     forward = [count(run.rollout_step(i)) / branches for i in experts]
     sample = sum(len(part.steps) * forward[part.expert] for part in run.parts)
-    passes = 4 if run.recipe.train.kl_weight else 3  # also where the reference is run at sampling
-    passes += 2 if run.settings.loss.distill_weight else 0  # the teacher is guided, the others are not
-    trained = sum(run.update_batches(i).size * run.trained_steps(i) * forward[i] for i in experts
+    trained = sum(run.update_passes(i) * run.trained_steps(i) * forward[i] for i in experts
                   if run.preset.experts[i] in run.trained)
     evaluation = max(count(run.ode_step(i)) for i in experts) * run.recipe.eval.steps
     evaluation += count(run.unguided_step()) * run.recipe.eval.steps if run.unguided_steps else 0
-    return Work(batches * sample, batches * decode_flops(run, run.shape), passes * trained,
+    return Work(batches * sample, batches * decode_flops(run, run.shape), run.settings.passes * trained,
                 run.eval_batches * evaluation,
                 run.eval_batches * decode_flops(run, run.eval_shape) * (2 if run.unguided_steps else 1))
 

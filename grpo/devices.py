@@ -11,15 +11,15 @@ from wan_jax.config import TransformerConfig
 
 SHARE = 0.7  # of a device's memory, for weights, states and what `save_matmuls` keeps, where model.remat is 'auto'
 
-
-def state_bytes(policy: Policy, *, experts: int, trained: int, reference: bool, offload: str,
-                offload_optimiser: bool) -> int:
+def state_bytes(policy: Policy, *, experts: int, trained: int, reference: bool, keeps_old: bool = False,
+                offload: str, offload_optimiser: bool) -> int:
     """Bytes that a run holds on its devices beside activations, if it had one: all of them fall with `mesh.fsdp`.
 
-    For each trained parameter 4 bytes of weight, 8 of moments and 4 of average for every trained expert, and 4 of
-    gradient for the one being updated. Frozen weights of all experts, of one where `offload` (config.model.offload)
-    lets the other wait in host memory, of none in full fine-tuning without a reference; full fine-tuning computes
-    with a copy of the weights in their own type. Where nothing is trained, an evaluation, the frozen weights are all.
+    For each trained parameter 4 bytes of weight, 8 of moments and 4 of average for every trained expert, 4 of old
+    weights where the method keeps them, and 4 of gradient for the one being updated. Frozen weights of all experts, of
+    one where `offload` (config.model.offload) lets the other wait in host memory, of none in full fine-tuning without a
+    `reference`; full fine-tuning computes with a copy of the weights in their own type. Where
+    nothing is trained, an evaluation, the frozen weights are all.
     """
     count = sum(x.size for x in policy.trainable.values())
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(policy.base))
@@ -28,15 +28,15 @@ def state_bytes(policy: Policy, *, experts: int, trained: int, reference: bool, 
         return frozen
     full = policy.adapters is None
     frozen = 0 if full and not reference else frozen
-    held = 4 + (0 if offload_optimiser else 12)
+    held = 4 + (0 if offload_optimiser else 12) + (4 if keeps_old else 0)
     return frozen + (weights if full else 0) + count * (held * trained + 4)
 
 
 def state_of(c: ml_collections.ConfigDict, s: Settings, config: TransformerConfig, experts: int, trained: int) -> int:
     """`state_bytes` of a recipe."""
     policy = make_structure(config, lora=s.lora, dtype=s.dtype, attention="xla", remat="none")
-    return state_bytes(policy, experts=experts, trained=trained, reference=s.reference, offload=c.model.offload,
-                       offload_optimiser=c.train.offload_optimiser)
+    return state_bytes(policy, experts=experts, trained=trained, reference=s.needs_reference,
+                       keeps_old=s.keeps_old, offload=c.model.offload, offload_optimiser=c.train.offload_optimiser)
 
 
 def choose_mesh(c: ml_collections.ConfigDict, s: Settings, config: TransformerConfig, *, experts: int, trained: int,

@@ -5,6 +5,7 @@ parameter; after it, array by array, the moments and the average come to the dev
 same functions compute as without it, so results are the same but for rounding.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -18,7 +19,6 @@ from grpo.rollout import StepTable
 from grpo.update import (
     OptimiserConfig,
     TrainState,
-    UpdateBatch,
     adamw,
     after_update,
     apply_gradient,
@@ -48,7 +48,7 @@ def to_host(state: TrainState) -> TrainState:
 
 def leaving(state: TrainState) -> TrainState:
     """`to_host` without waiting."""
-    return TrainState(state.trainable, moved(state.opt, KIND), moved(state.ema, KIND), state.updates, state.kl)
+    return dataclasses.replace(state, opt=moved(state.opt, KIND), ema=moved(state.ema, KIND))
 
 
 def to_device(tree):
@@ -62,34 +62,39 @@ def moved(tree, kind: str):
 
 def make_update(policy: Policy, table: StepTable, guidance: float, config: LossConfig,
                 optimiser_config: OptimiserConfig, mesh: jax.sharding.Mesh) -> Callable:
-    """As `update.make_update`, for states of `to_host`, which the new ones are too. Donates the state."""
-    shardings = mesh_lib.param_shardings(state_shapes(policy, optimiser_config, config), mesh)
-    mean_gradient = make_gradient(policy, table, guidance, config)
+    """GRPO's: `update_of` its gradient."""
+    return update_of(make_gradient(policy, table, guidance, config), policy, optimiser_config, mesh, config)
+
+
+def update_of(mean_gradient: Callable, policy: Policy, optimiser_config: OptimiserConfig, mesh: jax.sharding.Mesh,
+              loss: LossConfig | None = None, keeps_old: bool = False) -> Callable:
+    """As `update.update_of`, for states of `to_host`, which the new ones are too. Donates the state."""
+    shardings = mesh_lib.param_shardings(state_shapes(policy, optimiser_config, loss), mesh)
 
     @partial(jax.jit, out_shardings=(shardings.trainable, None, None), compiler_options=COMPILER_OPTIONS)
-    def gradient(trainable, frozen, batch: UpdateBatch, kl_beta=None):
-        grads, metrics = mean_gradient(trainable, frozen, batch, kl_beta)
+    def gradient(trainable, held, frozen, batch):
+        grads, metrics = mean_gradient(trainable, held, frozen, batch)
         clipped, _ = clipping(optimiser_config).update(grads, optax.EmptyState())
         return clipped, metrics, optax.global_norm(grads)
 
     @partial(jax.jit, donate_argnums=(0, 1), compiler_options=COMPILER_OPTIONS)
-    def step(state: TrainState, grads):
-        new, updates = apply_gradient(adamw(optimiser_config), optimiser_config.ema_decay, state, grads)
+    def step(state: TrainState, grads, old_kept):
+        new, updates = apply_gradient(adamw(optimiser_config), optimiser_config.ema_decay, state, grads, old_kept)
         return jax.tree.map(jax.lax.with_sharding_constraint, new,
                             mesh_lib.param_shardings(new, mesh)), optax.global_norm(updates)
 
     @partial(jax.jit, out_shardings=shardings.kl)
     def adapt(kl, updates, metrics):
-        return after_update(kl, updates, metrics, config)
+        return after_update(kl, updates, metrics, loss)
 
-    def update(state: TrainState, frozen, batch: UpdateBatch):
-        grads, metrics, grad_norm = gradient(state.trainable, frozen, batch, *([state.kl.weight] if state.kl else []))
+    def update(state: TrainState, frozen, batch, old_kept=None):
+        grads, metrics, grad_norm = gradient(state.trainable, state.held, frozen, batch)
         control = adapt(state.kl, state.updates, metrics)
         empty, opt = state.opt  # clipping's, adamw's
         done, norms = {}, []
         for name in sorted(grads):
-            part = only(TrainState(state.trainable, opt, state.ema, state.updates), name)
-            new, norm = step(to_device(part), {ANY: grads.pop(name)})
+            part = only(dataclasses.replace(state, opt=opt, kl=None), name)
+            new, norm = step(to_device(part), {ANY: grads.pop(name)}, old_kept)
             for x in jax.tree.leaves((part.opt, part.ema)):
                 x.delete()  # so that the host does not hold the old and the new of everything
             if done:  # two on the device: one that moves while the other is stepped
@@ -97,9 +102,9 @@ def make_update(policy: Policy, table: StepTable, guidance: float, config: LossC
             done[name] = leaving(new)
             norms.append(norm)
         new = joined(done)
-        return TrainState(new.trainable, (empty, new.opt), new.ema, new.updates, control), metrics, {
-            "grad_norm": grad_norm, "update_norm": jnp.sqrt(sum(norm**2 for norm in norms))} | (
-            {"kl_weight": state.kl.weight} if state.kl else {})
+        norms = {"grad_norm": grad_norm, "update_norm": jnp.sqrt(sum(norm**2 for norm in norms))}
+        norms |= {"kl_weight": state.kl.weight} if state.kl else {}
+        return dataclasses.replace(new, opt=(empty, new.opt), kl=control), metrics, norms
 
     update.gradient = gradient  # to be compiled ahead: its peak is the whole's
     return update

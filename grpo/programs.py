@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from grpo import devices, offload, settings, update
+from grpo import devices, forward, offload, settings, update
+from grpo.forward import ForwardBatch
 from grpo.policy import make_structure
+from grpo.preferences import layout
 from grpo.rollout import StepTable, Trajectory, initial_noise, make_step
 from grpo.update import TrainState, UpdateBatch, state_shapes
 from grpo.windows import ONE_PER_GROUP, Windows, batches_with
@@ -98,10 +100,10 @@ class Run:
 
     @property
     def windows(self) -> Windows:
-        return Windows.make(self.recipe.sample, self.parts, self.preset.experts, self.trained)
+        return Windows.make(self.recipe.sample, self.parts, self.preset.experts, self.trained, self.settings.levels)
 
     def trained_steps(self, expert: int) -> int:
-        """K, the stochastic steps of an epoch that train this expert."""
+        """K, the stochastic steps of an epoch that train this expert, or the noise levels of a video."""
         return sum(quota for part, quota in zip(self.parts, self.windows.quotas) if part.expert == expert)
 
     def update_batches(self, expert: int) -> np.ndarray:
@@ -111,6 +113,23 @@ class Run:
         i = next(i for i, part in enumerate(self.parts) if part.expert == expert)
         return batches_with(self.windows.videos(i), self.recipe.sample.batch_size, self.settings.batches,
                             self.recipe.train.updates_per_epoch)
+
+    @property
+    def selected(self) -> tuple[int, int]:
+        """(M, B) of one optimiser step of a method that trains on finished videos: batches of what it selects."""
+        sample, one_a_group = self.recipe.sample, self.settings.forward.method in ("dpo", "sft")
+        return layout(sample.groups if one_a_group else self.settings.videos, self.recipe.train.updates_per_epoch,
+                      sample.batch_size, mesh_lib.batch_shards(self.mesh))
+
+    def update_passes(self, expert: int) -> float:
+        """How many of the rollout's forward passes one forward of all an epoch's updates is worth, for each of this
+        expert's steps: other methods than GRPO train without guidance, and may leave videos out."""
+        if (f := self.settings.forward) is None:
+            return self.update_batches(expert).size
+        micro, rows = self.selected
+        branches = 2 if self.scales(self.recipe.sample)[expert] > 1 else 1
+        videos = self.recipe.train.updates_per_epoch * micro * rows * (2 if f.method == "dpo" else 1)
+        return videos / self.recipe.sample.batch_size / branches
 
     @property
     def eval_batches(self) -> int:
@@ -147,12 +166,15 @@ class Run:
     @functools.cached_property
     def updates(self) -> tuple[Callable, ...]:
         s = self.settings
-        make_update = offload.make_update if self.recipe.train.offload_optimiser else update.make_update
-        train = self.recipe.train
+        where, train = offload if self.recipe.train.offload_optimiser else update, self.recipe.train
+        if s.forward is not None:
+            made = where.update_of(forward.make_gradient(self.policy, s.forward), self.policy, s.optimiser, self.mesh,
+                                   keeps_old=s.keeps_old)
+            return (made,) * len(self.preset.experts)
         teachers = guidances(train.cfg_distill_guidance, train.cfg_distill_guidance_2, len(self.preset.experts))
         losses = [dataclasses.replace(s.loss, distill_guidance=teacher if s.loss.distill_weight else 1.0)
                   for teacher in teachers]
-        return per_guidance(lambda one: make_update(self.policy, self.table, *one, s.optimiser, self.mesh),
+        return per_guidance(lambda one: where.make_update(self.policy, self.table, *one, s.optimiser, self.mesh),
                             tuple(zip(self.scales(self.recipe.sample), losses)))
 
     @functools.cached_property
@@ -221,10 +243,11 @@ class Run:
         state waits in host memory, the gradient, which takes the most."""
         if self.recipe.train.offload_optimiser:
             return Program(self.named("update", expert), self.updates[expert].gradient,
-                           (self.trainable, self.frozen, self.update_batch(expert),
-                            *([self.state.kl.weight] if self.state.kl else [])), stay=2, beside=self.trajectories)
+                           (self.trainable, self.state.held, self.frozen, self.update_batch(expert)), stay=3,
+                           beside=self.trajectories)
+        kept = (number(),) if self.settings.keeps_old else ()
         return Program(self.named("update", expert), self.updates[expert],
-                       (self.state, self.frozen, self.update_batch(expert)), stay=2, beside=self.trajectories)
+                       (self.state, self.frozen, self.update_batch(expert), *kept), stay=2, beside=self.trajectories)
 
     def decode(self, shape: tuple[int, ...] | None = None) -> list[Program]:
         """The VAE on a batch of latents (F, H, W, C), the rollout's by default: whole clips, or the chunks that
@@ -263,7 +286,7 @@ class Run:
     @functools.cached_property
     def frozen(self):
         """One expert's base weights; None in full fine-tuning without a reference, as in `grpo.train`."""
-        needed = self.settings.lora is not None or self.settings.reference
+        needed = self.settings.lora is not None or self.settings.needs_reference
         return self.params(self.policy.base) if needed else None
 
     @functools.cached_property
@@ -272,7 +295,8 @@ class Run:
 
     @functools.cached_property
     def state(self) -> TrainState:
-        return self.params(state_shapes(self.policy, self.settings.optimiser, self.settings.loss))
+        return self.params(state_shapes(self.policy, self.settings.optimiser, self.settings.loss,
+                                        self.settings.keeps_old))
 
     def solver_state(self) -> SolverState:
         x = self.rows(jnp.float32, shape=self.eval_shape)
@@ -282,14 +306,15 @@ class Run:
         """Of a rollout batch; with a leading axis, of several."""
         k = self.trained_steps(expert)
         x = self.latents(*leading, k)
-        step = (self.rows(jnp.int32, *leading, k) if self.recipe.sample.sde_window == ONE_PER_GROUP else
-                jax.ShapeDtypeStruct((*leading, k), jnp.int32))
+        step = self.rows(jnp.int32, *leading, k) if self.own_steps else jax.ShapeDtypeStruct((*leading, k), jnp.int32)
         return Trajectory(x, x, self.rows(jnp.float32, *leading, k), step,
                           self.text(*leading), x if self.settings.loss.needs_old_mean else None)
 
     @functools.cached_property
-    def trajectories(self) -> tuple[Trajectory, ...]:
-        """All of an epoch."""
+    def trajectories(self) -> tuple:
+        """All of an epoch; of methods that train on finished videos, their latents."""
+        if self.settings.forward is not None:
+            return (self.latents(),) * self.settings.batches
         experts = [i for i, name in enumerate(self.preset.experts) if name in self.trained]
         return tuple(self.trajectory(i) for i in experts for _ in range(self.settings.batches))
 
@@ -297,34 +322,50 @@ class Run:
     def unstacked(self) -> list[jax.ShapeDtypeStruct]:
         """What the batch under way keeps of its steps before they are stacked; the host dispatches one batch ahead, so
         it may lie there while another is decoded."""
+        if self.settings.forward is not None:
+            return []
         most = max(map(self.trained_steps, range(len(self.preset.experts))))
         return [self.latents()] * most * (3 if self.settings.loss.needs_old_mean else 2)
 
-    def update_batch(self, expert: int) -> UpdateBatch:
-        m, b = self.update_batches(expert).shape[1], self.recipe.sample.batch_size
-        steps = (self.trained_steps(expert),) if self.settings.kl_reward else ()
-        return UpdateBatch(self.trajectory(expert, m), jax.ShapeDtypeStruct((m, *steps, b), jnp.float32),
-                           jax.ShapeDtypeStruct((m, b), bool))
+    def update_batch(self, expert: int) -> UpdateBatch | ForwardBatch:
+        if (f := self.settings.forward) is None:
+            m, b = self.update_batches(expert).shape[1], self.recipe.sample.batch_size
+            steps = (self.trained_steps(expert),) if self.settings.kl_reward else ()
+            return UpdateBatch(self.trajectory(expert, m), jax.ShapeDtypeStruct((m, *steps, b), jnp.float32),
+                               jax.ShapeDtypeStruct((m, b), bool))
+        m, b = self.selected
+        floats, bools = (jax.ShapeDtypeStruct((m, b), dtype) for dtype in (jnp.float32, bool))
+        k, latents = self.trained_steps(expert), self.rows(jnp.float32, m, shape=self.shape, batch=b)
+        levels = jax.ShapeDtypeStruct((m, k, b), jnp.float32)
+        return ForwardBatch(latents, latents if f.method == "dpo" else None, self.text(m, batch=b),
+                            self.rows(jnp.int32, m, batch=b), levels, levels, floats, bools,
+                            jax.ShapeDtypeStruct((k,), jnp.int32), random_key())
+
+    @property
+    def own_steps(self) -> bool:
+        """Whether videos of a batch have stochastic steps of their own."""
+        return self.windows.rule == ONE_PER_GROUP
 
     @property
     def stochastic(self) -> jax.ShapeDtypeStruct:
         """Whether a step is: one for all videos of a batch, or each one's own."""
-        return (self.rows(bool) if self.recipe.sample.sde_window == ONE_PER_GROUP else
-                jax.ShapeDtypeStruct((), bool))
+        return self.rows(bool) if self.own_steps else jax.ShapeDtypeStruct((), bool)
 
-    def rows(self, dtype, *leading: int, shape: tuple[int, ...] = ()) -> jax.ShapeDtypeStruct:
-        """[*leading, B, *shape], split over the mesh by B."""
+    def rows(self, dtype, *leading: int, shape: tuple[int, ...] = (), batch: int = 0) -> jax.ShapeDtypeStruct:
+        """[*leading, B, *shape], split over the mesh by B. batch: another B than the recipe's."""
         sharding = mesh_lib.batch_sharding(self.mesh, len(leading))
-        return jax.ShapeDtypeStruct((*leading, self.recipe.sample.batch_size, *shape), dtype, sharding=sharding)
+        size = batch or self.recipe.sample.batch_size
+        return jax.ShapeDtypeStruct((*leading, size, *shape), dtype, sharding=sharding)
 
     def latents(self, *leading: int) -> jax.ShapeDtypeStruct:
         return self.rows(jnp.float32, *leading, shape=self.shape)
 
-    def text(self, *leading: int) -> TextBatch:
+    def text(self, *leading: int, batch: int = 0) -> TextBatch:
         """In the text encoder's type, which is the model's."""
         dtype, rows = self.settings.dtype, (self.text_rows, self.preset.transformer.text_dim)
         negative = jax.ShapeDtypeStruct((*leading, *rows), dtype, sharding=mesh_lib.replicated(self.mesh))
-        return TextBatch(self.rows(dtype, *leading, shape=rows), negative, pipeline.TEXT_ROWS - self.text_rows)
+        return TextBatch(self.rows(dtype, *leading, shape=rows, batch=batch), negative,
+                         pipeline.TEXT_ROWS - self.text_rows)
 
 
 def lie(tree, sharding):
@@ -335,6 +376,11 @@ def lie(tree, sharding):
 def integer() -> jax.ShapeDtypeStruct:
     """A Python int."""
     return jax.ShapeDtypeStruct((), jnp.int32, weak_type=True)
+
+
+def number() -> jax.ShapeDtypeStruct:
+    """A Python float."""
+    return jax.ShapeDtypeStruct((), jnp.float32, weak_type=True)
 
 
 def random_key() -> jax.ShapeDtypeStruct:

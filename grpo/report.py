@@ -33,6 +33,8 @@ HEALTH = {  # metric: (name, the worse direction, what to expect)
     "clip_fraction": ("clipped ratios", max, "a share of 0 to 1; near 1 nothing is learnt"),
     "approx_kl": ("KL to the sampling policy", max, "small and steady"),
     "kl": ("KL to the reference model", max, "grows slowly"),
+    "flow_error": ("flow-matching error", max, "no jumps; depends on the noise levels drawn"),
+    "preferred": ("pairs ordered rightly", min, "a share of 0 to 1; 0 at first, then above 1/2"),
     "grad_norm": ("gradient norm", max, "no jumps; before clipping"),
     "loss": ("loss", max, "no trend to expect: advantages are centred"),
     "policy_loss": ("policy loss", max, "no trend to expect: advantages are centred"),

@@ -1,4 +1,5 @@
-"""What a checkpoint holds of a run: each trained expert's weights, optimiser, moving average and update count."""
+"""What a checkpoint holds of a run: each trained expert's weights, optimiser, moving average and update count, and the
+old weights of methods that keep them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,9 +19,12 @@ def state_tree(states: dict[str, TrainState]) -> dict:
     def joined(part: Callable[[TrainState], dict]) -> dict:
         return join_experts({name: part(state) for name, state in states.items()})
 
-    return {"trainable": joined(lambda state: state.trainable), "ema": joined(lambda state: state.ema),
+    tree = {"trainable": joined(lambda state: state.trainable), "ema": joined(lambda state: state.ema),
             "opt": joined(lambda state: {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state.opt))}),
             "counters": joined(lambda state: {"updates": state.updates} | (vars(state.kl) if state.kl else {}))}
+    if any(state.old for state in states.values()):
+        tree["old"] = joined(lambda state: state.old)
+    return tree
 
 
 def save(checkpoints: Checkpoints, epoch: int, states: dict[str, TrainState], config: dict, lora: LoRAConfig | None,
@@ -51,5 +55,6 @@ def restore(checkpoints: Checkpoints, epoch: int, like: dict[str, TrainState]) -
         opt = jax.tree.unflatten(structure, [parts["opt"][name][str(i)] for i in range(len(leaves))])
         counters = dict(parts["counters"][name])
         states[name] = TrainState(parts["trainable"][name], opt, parts["ema"][name], counters.pop("updates"),
-                                  KLControl(**counters) if counters else None)
+                                  KLControl(**counters) if counters else None,
+                                  parts["old"][name] if state.old else None)
     return states

@@ -10,6 +10,7 @@ from grpo import sinks
 from grpo.advantages import STDS
 from grpo.budget import Budget
 from grpo.combine import COMBINATIONS, MAIN
+from grpo.forward import FORWARD_METHODS, ForwardConfig
 from grpo.losses import OBJECTIVES, LossConfig
 from grpo.reward_servers import JUDGE, JUDGE_QUESTIONS, check_settings
 from grpo.rollout import CREDITS, ODE_SOLVERS
@@ -32,9 +33,13 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # or text is far above either.
 RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-3}
 KL_PLACES = ("loss", "reward")
+# settings of GRPO that other methods would leave aside without a word, and what they are when nobody asks for them
+GRPO_ONLY = {"train.groups": 0, "train.best_of": 0, "train.kl_as": "loss", "train.kl_target": None,
+             "train.cfg_distill_weight": 0.0}
 REQUIRED = ("run_dir", "model.path", "prompts.train", "prompts.heldout")
 CHOICES = {"model.dtype": DTYPES, "model.attention": BACKENDS, "model.remat": ("auto", *REMAT_POLICIES),
            "model.offload": OFFLOAD,
+           "train.method": ("grpo", *FORWARD_METHODS),
            "sample.sde_window": WINDOWS, "sample.ode_solver": ODE_SOLVERS,
            "train.credit": CREDITS, "train.objective": OBJECTIVES, "train.kl_as": KL_PLACES,
            "train.advantage_std": STDS, "reward.rule": RULES, "reward.engine": (*ENGINES, JUDGE),
@@ -43,6 +48,7 @@ CHOICES = {"model.dtype": DTYPES, "model.attention": BACKENDS, "model.remat": ("
 AT_LEAST = {"epochs": 1, "lora.rank": 0, "mesh.fsdp": 0, "mesh.context": 0, "sample.frames": 1, "sample.steps": 1,
             "sample.groups": 1, "sample.group_size": 2, "sample.batch_size": 1, "sample.sde_window_epochs": 1,
             "train.updates_per_epoch": 1, "train.groups": 0, "train.best_of": 0, "train.warmup_updates": 0,
+            "train.timesteps": 1,
             "train.weight_decay": 0, "reward.max_frames": 2, "reward.workers": 0,
             "reward.retries": 0, "reward.patience": 0,
             "eval.every": 1, "eval.num_prompts": 2, "eval.frames": 0, "eval.steps": 1, "eval.previews": 0,
@@ -58,7 +64,8 @@ class Settings:
     dtype: type
     lora: LoRAConfig | None
     sde: SDEConfig
-    loss: LossConfig
+    loss: LossConfig  # of GRPO
+    forward: ForwardConfig | None  # of its relatives; None: GRPO
     optimiser: OptimiserConfig
     videos: int  # an epoch's videos
     batches: int  # an epoch's rollout batches
@@ -66,8 +73,28 @@ class Settings:
     ratio_tolerance: float
     weights: dict[str, float]  # of the rewards that are measured
     budget: Budget
-    reference: bool  # whether the frozen model is computed with, beside the one that is trained
     kl_reward: float  # what the KL takes off the reward of a step, a multiple of it
+    levels: int | None  # noise levels a video of a method that trains on finished videos; None: GRPO
+
+    @property
+    def keeps_old(self) -> bool:
+        """Whether the run's state has weights of an earlier update."""
+        return self.forward is not None and self.forward.keeps_old
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the base model is computed with, beside the one that is trained."""
+        if self.forward is not None:
+            return self.forward.needs_reference
+        return self.loss.kl_beta > 0 or self.loss.distill_weight > 0 or self.kl_reward > 0
+
+    @property
+    def passes(self) -> int:
+        """Forward passes that an update's FLOPs are worth: three of the policy, one of each other model, also of the
+        reference that is run at sampling; a teacher has guidance, for two."""
+        if self.forward is not None:
+            return 3 + self.needs_reference + self.keeps_old
+        return 3 + (self.loss.kl_beta > 0 or self.kl_reward > 0) + 2 * (self.loss.distill_weight > 0)
 
 
 def from_config(c: ml_collections.ConfigDict) -> Settings:
@@ -96,6 +123,9 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
     if train_batches % c.train.updates_per_epoch:
         raise UserError(f"config.train.updates_per_epoch={c.train.updates_per_epoch} does not divide the epoch's "
                         f"{train_batches} batches")
+    grpo = c.train.method == "grpo"
+    if not grpo:
+        check_forward(c)
     if len(c.sample.sde_range) != 2:
         raise UserError(f"config.sample.sde_range={tuple(c.sample.sde_range)} must be (first, last + 1)")
     low, high = c.sample.sde_range
@@ -138,12 +168,14 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
             loss=LossConfig(c.train.clip_low, c.train.clip_high, 0.0 if in_reward else c.train.kl_weight,
                             c.train.kl_kind, c.train.objective, c.train.divergence, c.train.kl_target,
                             c.train.kl_horizon, tuple(c.train.kl_weight_range), c.train.cfg_distill_weight),
+            forward=None if grpo else ForwardConfig(
+                c.train.method, c.train.nft_beta, c.train.advantage_clip, c.train.old_rate, c.train.old_most,
+                c.train.dpo_beta, c.train.reference_every, c.train.temperature, c.train.kl_weight),
             optimiser=OptimiserConfig(**{f.name: c.train[f.name] for f in dataclasses.fields(OptimiserConfig)}),
             videos=videos, batches=batches, train_batches=train_batches,
             ratio_tolerance=RATIO_TOLERANCE[c.model.dtype] if tolerance is None else tolerance, weights=weights,
-            budget=Budget(**c.budget.to_dict()),
-            reference=c.train.kl_weight > 0 or c.train.cfg_distill_weight > 0,
-            kl_reward=c.train.kl_weight if in_reward else 0.0)
+            budget=Budget(**c.budget.to_dict()), kl_reward=c.train.kl_weight if in_reward else 0.0,
+            levels=None if grpo else c.train.timesteps)
     except ValueError as error:
         raise UserError(f"config: {error}") from None
 
@@ -165,6 +197,24 @@ def check_choice(c: ml_collections.ConfigDict) -> int:
         raise UserError(f"config.train.groups={groups} does not go with sample.sde_window={ONE_PER_GROUP}: the groups "
                         "left out would be missing at their steps; use another window, or train.groups=0")
     return groups * size // batch
+
+
+def check_forward(c: ml_collections.ConfigDict):
+    """Of the methods that train on finished videos. Raises `UserError`."""
+    method, updates = c.train.method, c.train.updates_per_epoch
+    for key, plain in GRPO_ONLY.items():
+        section, name = key.split(".")
+        if c[section][name] != plain:
+            raise UserError(f"config.{key}={c[section][name]} is of train.method=grpo; with train.method={method} "
+                            f"leave it at {plain}")
+    if c.train.timesteps > c.sample.steps:
+        raise UserError(f"config.train.timesteps={c.train.timesteps} must be at most sample.steps={c.sample.steps}")
+    if c.sample.shared_noise:
+        raise UserError(f"config.sample.shared_noise=True with train.method={method}: without stochastic steps all "
+                        "videos of a group would be one; set it to False")
+    if method in ("dpo", "sft") and c.sample.groups % updates:
+        raise UserError(f"config.train.updates_per_epoch={updates} does not divide sample.groups={c.sample.groups}: "
+                        f"train.method={method} trains on one {'pair' if method == 'dpo' else 'video'} of each group")
 
 
 def check_resume(saved: dict, now: dict, checkpoint: str):

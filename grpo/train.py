@@ -1,4 +1,5 @@
-"""Trains a Wan model to write what its prompts quote: Flow-GRPO (Liu et al., arXiv 2505.05470) with an OCR reward.
+"""Trains a Wan model to write what its prompts quote: Flow-GRPO (Liu et al., arXiv 2505.05470) with an OCR reward, or
+one of its relatives that train on the finished videos (`grpo.forward`).
 
     python -m grpo.train --config=configs/tiny_ocr.py [--config.train.learning_rate=1e-4 ...]
 
@@ -23,13 +24,14 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from convert.lora import initial_adapters
-from grpo import ahead, combine, devices, report, run_log, run_state, settings
+from grpo import ahead, combine, devices, forward, report, run_log, run_state, settings
 from grpo import offload as optimiser_offload
 from grpo.advantages import extremes, group_advantages, group_statistics, largest_spread, step_advantages
 from grpo.budget import Spent
 from grpo.combine import MAIN
 from grpo.evaluator import Evaluator, said
 from grpo.policy import make_policy
+from grpo.preferences import select
 from grpo.programs import Run
 from grpo.prompts import PromptSet, epoch_prompts, load_prompts
 from grpo.rollout import branch, group_leaders, initial_noise, prefix, rollout, rollout_batches
@@ -92,7 +94,7 @@ class Plan:
     schedule: Schedule
     solver: object  # of the evaluation
     parts: tuple[Segment, ...]  # the schedule's steps by expert
-    windows: Windows  # of stochastic steps
+    windows: Windows  # of stochastic steps, and how many steps or noise levels train each of `parts`
     trained: tuple[str, ...]  # experts
     adapters: dict[str, dict[str, np.ndarray]] | None  # each expert's to start from; None: fresh ones
 
@@ -116,7 +118,7 @@ class Plan:
             raise UserError(f"config.train.experts={tuple(c.train.experts)} leaves nothing to train: {c.model.path} "
                             f"has {', '.join(model.experts)}")
         parts = segments(schedule.timesteps, model.boundary)
-        windows = Windows.make(c.sample, parts, model.experts, trained)
+        windows = Windows.make(c.sample, parts, model.experts, trained, s.levels)
         adapters = initial_adapters(c.lora.init, model, s.lora) if c.lora.init else None
         return cls(mesh, spread, model, backend, shape, eval_shape, schedule, solver, parts, windows, trained, adapters)
 
@@ -174,13 +176,13 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
                                          attention=plan.backend, remat=run.remat)
             if plan.adapters is not None:
                 start[name] = {k: mesh_lib.place(plan.adapters[name][k], v.sharding) for k, v in start[name].items()}
-    if s.lora is None and not s.reference:
+    if s.lora is None and not s.needs_reference:
         def weights(expert):  # full fine-tuning without a reference: the fp32 copies are the only ones
             return None
 
     on_host, on_device = ((optimiser_offload.to_host, optimiser_offload.to_device) if c.train.offload_optimiser else
                           (lambda x: x,) * 2)
-    states = {name: on_host(init_state(start[name], s.optimiser, s.loss)) for name in plan.trained}
+    states = {name: on_host(init_state(start[name], s.optimiser, s.loss, s.keeps_old)) for name in plan.trained}
     if restored is not None:
         states = run_state.restore(checkpoints, restored, states)
 
@@ -192,7 +194,9 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
 
     def sampled(expert: int) -> tuple:
         name = model.experts[expert]
-        return (states[name].trainable if name in states else start[name]), weights(expert)
+        if name not in states:
+            return start[name], weights(expert)
+        return (states[name].old if c.train.method == "nft" else states[name].trainable), weights(expert)
 
     def averaged(expert: int) -> tuple:
         name = model.experts[expert]
@@ -245,7 +249,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
             noise = [branch(trunk, mesh_lib.place(groups[r], replicated), sharded) for r in rows]
         else:
             noise = [initial_noise(epoch_key, numbers, plan.shape) for numbers in samples]
-        trajectories, pending = {}, []
+        trajectories, finished, pending = {}, [], []
         batches = rollout_batches(steps, sampled, noise, texts, key=epoch_key, samples=samples, parts=plan.parts,
                                   windows=windows, done=len(shared), multistep=multistep)
         last = len(plan.parts) - 1
@@ -258,6 +262,8 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
                 trajectories.setdefault(name, []).append(trajectory)
             seconds["sample"] += lap(x)
             if video is not None:
+                if s.forward is not None:
+                    finished.append(x)
                 hosts.stage(f"epoch {epoch}: decoding batch {b + 1} of {s.batches}")
                 videos = video()  # those of rows `mine`
                 seconds["decode"] += lap()
@@ -288,30 +294,43 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         hosts.stage(f"epoch {epoch}: update")
         record = {"epoch": epoch, "evaluations": evaluations,
                   "evaluations_saved": s.videos * c.sample.steps - evaluations}
+        batch = None
+        if s.forward is not None:
+            value = total if c.reward.combine == "rewards" else advantages
+            selected = select(s.forward, value, advantages, valid, c.sample.group_size).batches(
+                c.train.updates_per_epoch, c.sample.batch_size, mesh_lib.batch_shards(mesh))
         for i, part in reversed(list(enumerate(plan.parts))):
             expert, name = part.expert, model.experts[part.expert]
             if name not in states:
                 continue
-            values, here = {}, np.isin(np.arange(s.videos), plan.windows.videos(i))
-            if s.kl_reward:
-                kl = gather_rows([t.kl for t in trajectories[name]], sharded)  # [K, N]
-                advantages = step_advantages(total, kl, s.kl_reward, prompt_of, here & valid, **how)
-            by_batch = np.moveaxis(advantages.reshape(*advantages.shape[:-1], s.batches, -1), -2, 0)  # [., (K,) B]
-            for chosen in order[run.update_batches(expert)]:
-                rows = (here & counted).reshape(s.batches, -1)[chosen]
-                if not rows.any():  # nothing to learn from
-                    continue
-                batch = stack_batches([trajectories[name][b] for b in chosen], by_batch[chosen], rows)
-                states[name], metrics, norms = updates[expert](states[name], weights(expert), batch)
+            if s.forward is not None:
+                levels = forward.noise_levels(s.forward, c.seed, epoch, s.videos, expert, plan.parts,
+                                              plan.windows.quotas, plan.schedule, model.boundary)
+                batches = ((forward.stack(chosen, finished, [table.batch(prompt_of[r], sharded, replicated)
+                                                             for r in chosen.videos], levels, epoch_key, mesh),
+                            *s.forward.old_kept(epoch, number, c.train.updates_per_epoch))
+                           for number, chosen in enumerate(selected))
+            else:
+                here = np.isin(np.arange(s.videos), plan.windows.videos(i))
+                if s.kl_reward:
+                    kl = gather_rows([t.kl for t in trajectories[name]], sharded)  # [K, N]
+                    advantages = step_advantages(total, kl, s.kl_reward, prompt_of, here & valid, **how)
+                by_batch = np.moveaxis(advantages.reshape(*advantages.shape[:-1], s.batches, -1), -2, 0)  # [., (K,) B]
+                rows = (here & counted).reshape(s.batches, -1)
+                batches = ((stack_batches([trajectories[name][b] for b in chosen], by_batch[chosen], rows[chosen]),)
+                           for chosen in order[run.update_batches(expert)] if rows[chosen].any())  # else: no lesson
+            values = {}
+            for batch, *old_kept in batches:
+                states[name], metrics, norms = updates[expert](states[name], weights(expert), batch, *old_kept)
                 values |= metrics.averages() | {k: float(v) for k, v in norms.items()}
                 check_finite(values, epoch, checkpoints)
-                if "ratio_max_error" not in values:
+                if s.forward is None and "ratio_max_error" not in values:
                     values["ratio_max_error"] = max(values["ratio_max"] - 1, 1 - values["ratio_min"])
                     check_ratio(values["ratio_max_error"], s.ratio_tolerance, epoch)
             values |= {"kl": float(kl[:, here].mean())} if s.kl_reward else {}
             record |= values if len(states) == 1 else {name: values, **{
                 k: max(values[k], record.get(k, values[k])) for k in ("ratio_max_error", "grad_norm") if k in values}}
-        del trajectories, texts, batch
+        del trajectories, finished, texts, batches, batch
         seconds["update"] += lap([state.trainable for state in states.values()])
         if epoch > done + 1 and (warning := compiled.warning(epoch)):
             say(warning)
@@ -330,8 +349,9 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
                             "seconds": seconds, "idle_share": max(0.0, 1 - working / seconds["total"]),
                             "peak_memory": memory.peaks().known()})
         say(f"epoch {epoch}/{c.epochs}: reward {groups.mean_reward:.3f}, spread in groups "
-            f"{groups.mean_group_std:.3f}, ratio error {record['ratio_max_error']:.1e}, "
-            f"grad {record['grad_norm']:.2e}"
+            f"{groups.mean_group_std:.3f}, "
+            + (f"ratio error {record['ratio_max_error']:.1e}, " if "ratio_max_error" in record else "")
+            + (f"grad {record['grad_norm']:.2e}" if "grad_norm" in record else "nothing to learn from")
             + (f", {(~valid).sum()} scores failed" if not valid.all() else "") + " | "
             + " ".join(f"{k} {v:.1f}" for k, v in seconds.items() if v >= 0.05) + " s")
         if epoch % c.eval.every == 0 or final:

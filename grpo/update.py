@@ -1,7 +1,8 @@
-"""The GRPO update: one jitted program that accumulates gradients over micro-batches and steps, then applies AdamW.
+"""The update: one jitted program that accumulates gradients over micro-batches and steps, then applies AdamW.
 
 A micro-batch is a rollout batch: the same forward on the same batch layout as when its samples were drawn, so the
-first update's ratio is 1 to float precision. Samples that failed to score are masked, never removed.
+first update's ratio is 1 to float precision. Samples that failed to score are masked, never removed. The gradient here
+is GRPO's; other methods bring theirs (`grpo.forward`).
 """
 
 import dataclasses
@@ -49,6 +50,12 @@ class TrainState:
     ema: Flat
     updates: jax.Array  # int32 [], optimiser steps so far
     kl: KLControl | None = None  # where the weight of the KL adapts
+    old: Flat | None = None  # weights of an earlier update, where the method keeps them (`forward.ForwardConfig`)
+
+    @property
+    def held(self):
+        """What the gradient needs of it beside the trained weights: the old ones, or the KL's weight; None: nothing."""
+        return self.kl.weight if self.kl else self.old
 
 
 @jax.tree_util.register_dataclass
@@ -80,16 +87,19 @@ def adamw(config: OptimiserConfig) -> optax.GradientTransformation:
                        weight_decay=config.weight_decay)
 
 
-def init_state(trainable: Flat, config: OptimiserConfig, loss: LossConfig | None = None) -> TrainState:
-    """Fresh optimiser state; the EMA starts as a copy of the weights. All of it lies on the weights' mesh, as it does
-    after an update, so that the update compiles once. loss: as of the update; None: its KL weight does not adapt."""
+def init_state(trainable: Flat, config: OptimiserConfig, loss: LossConfig | None = None,
+               keeps_old: bool = False) -> TrainState:
+    """Fresh optimiser state; the EMA, and the old weights where there are any, start as a copy of the weights. All of
+    it lies on the weights' mesh, as it does after an update, so that the update compiles once. loss: as of the update;
+    None: its KL weight does not adapt."""
     def fresh(trainable):
         return make_optimiser(config).init(trainable), jnp.zeros((), jnp.int32), init_kl(loss)
 
     mesh = next(iter(trainable.values())).sharding.mesh
     shardings = mesh_lib.param_shardings(jax.eval_shape(fresh, trainable), mesh)
     opt, updates, kl = jax.jit(fresh, out_shardings=shardings)(trainable)
-    return TrainState(trainable, opt, jax.tree.map(jnp.copy, trainable), updates, kl)
+    ema, old = jax.tree.map(jnp.copy, (trainable, trainable if keeps_old else None))
+    return TrainState(trainable, opt, ema, updates, kl, old)
 
 
 def init_kl(loss: LossConfig | None) -> KLControl | None:
@@ -99,11 +109,13 @@ def init_kl(loss: LossConfig | None) -> KLControl | None:
     return KLControl(jnp.asarray(loss.kl_beta, jnp.float32), jnp.zeros((), jnp.float32))
 
 
-def state_shapes(policy: Policy, config: OptimiserConfig, loss: LossConfig | None = None) -> TrainState:
+def state_shapes(policy: Policy, config: OptimiserConfig, loss: LossConfig | None = None,
+                 keeps_old: bool = False) -> TrainState:
     """`init_state` without arrays: a TrainState of `jax.ShapeDtypeStruct`s."""
     shapes = policy.trainable
     return TrainState(shapes, jax.eval_shape(make_optimiser(config).init, shapes), shapes,
-                      jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(lambda: init_kl(loss)))
+                      jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(lambda: init_kl(loss)),
+                      shapes if keeps_old else None)
 
 
 def objective(policy: Policy, table: StepTable, guidance: float, config: LossConfig, trainable: Flat, frozen,
@@ -123,11 +135,11 @@ def objective(policy: Policy, table: StepTable, guidance: float, config: LossCon
 
 
 def make_gradient(policy: Policy, table: StepTable, guidance: float, config: LossConfig) -> Callable:
-    """(trainable, frozen, UpdateBatch, kl_beta) -> (mean gradient of the objective over the valid rows, LossMetrics).
+    """(trainable, kl_beta, frozen, UpdateBatch) -> (mean gradient of the objective over the valid rows, LossMetrics).
     kl_beta fp32 []: in place of the configuration's, or None."""
     grad_fn = jax.grad(partial(objective, policy, table, guidance, config), has_aux=True)
 
-    def gradient(trainable: Flat, frozen, batch: UpdateBatch, kl_beta: jax.Array | None = None):
+    def gradient(trainable: Flat, kl_beta: jax.Array | None, frozen, batch: UpdateBatch):
         def one_step(carry, row, text, valid):
             *row, advantages = row
             grads, metrics = grad_fn(trainable, frozen, *row, text, advantages, valid, kl_beta)
@@ -149,44 +161,52 @@ def make_gradient(policy: Policy, table: StepTable, guidance: float, config: Los
     return gradient
 
 
-def apply_gradient(optimiser: optax.GradientTransformation, ema_decay: float, state: TrainState,
-                   grads: Flat) -> tuple[TrainState, Flat]:
+def apply_gradient(optimiser: optax.GradientTransformation, ema_decay: float, state: TrainState, grads: Flat,
+                   old_kept=None) -> tuple[TrainState, Flat]:
     """The state after one optimiser step, and what was added to the weights. The average begins fast: it keeps at most
-    (1 + n) / (10 + n) of itself in update n."""
+    (1 + n) / (10 + n) of itself in update n. Old weights keep `old_kept` of themselves, a scalar; the rest is new."""
     updates, opt = optimiser.update(grads, state.opt, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
     count = state.updates + 1
     decay = jnp.minimum((1 + count) / (10 + count), ema_decay)
     ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, trainable)
-    return TrainState(trainable, opt, ema, count, state.kl), updates
+    old = state.old and jax.tree.map(lambda o, p: old_kept * o + (1 - old_kept) * p, state.old, trainable)
+    return TrainState(trainable, opt, ema, count, state.kl, old), updates
 
 
-def after_update(kl: KLControl | None, updates: jax.Array, metrics: LossMetrics, config: LossConfig
-                 ) -> KLControl | None:
+def after_update(kl: KLControl | None, updates: jax.Array, metrics, config: LossConfig | None) -> KLControl | None:
     """The KL's control after another update than the `updates` so far; None where it does not adapt."""
     return kl and adapted_kl(kl, metrics.kl / jnp.maximum(metrics.count, 1.0), updates == 0, config)
 
 
 def make_update(policy: Policy, table: StepTable, guidance: float, config: LossConfig,
                 optimiser_config: OptimiserConfig, mesh: jax.sharding.Mesh | None = None) -> Callable:
-    """The jitted update: (TrainState, frozen, UpdateBatch) -> (TrainState, LossMetrics, norms). Donates the state.
+    """GRPO's jitted update: `update_of` its gradient."""
+    return update_of(make_gradient(policy, table, guidance, config), policy, optimiser_config, mesh, config)
 
-    norms: {'grad_norm', 'update_norm'}, fp32 scalars, the gradient's before clipping; and 'kl_weight', the one it had,
-    where that adapts. mesh: where the state lies; the
-    new one then lies as the old one, where XLA would split biases by its own choice and the next call compile again.
+
+
+def update_of(gradient: Callable, policy: Policy, optimiser_config: OptimiserConfig,
+              mesh: jax.sharding.Mesh | None = None, loss: LossConfig | None = None, keeps_old: bool = False
+              ) -> Callable:
+    """The jitted update: (TrainState, frozen, batch[, old_kept]) -> (TrainState, metrics, norms). Donates the state.
+
+    gradient: (trainable, what `TrainState.held` is, frozen, batch) -> (gradient, metrics). norms: {'grad_norm',
+    'update_norm'}, fp32 scalars, the gradient's before clipping; and 'kl_weight', the one it had, where that adapts.
+    mesh: where the state lies; the new one then lies as the old one, where XLA would split biases by its own choice
+    and the next call compile again. loss: whose KL weight may adapt.
     """
     optimiser = make_optimiser(optimiser_config)
-    state = state_shapes(policy, optimiser_config, config)
+    state = state_shapes(policy, optimiser_config, loss, keeps_old)
     shardings = (mesh_lib.param_shardings(state, mesh), None, None) if mesh else None
-    gradient = make_gradient(policy, table, guidance, config)
 
     @partial(jax.jit, donate_argnums=(0,), out_shardings=shardings, compiler_options=COMPILER_OPTIONS)
-    def update(state: TrainState, frozen, batch: UpdateBatch):
-        grads, metrics = gradient(state.trainable, frozen, batch, state.kl and state.kl.weight)
-        new, updates = apply_gradient(optimiser, optimiser_config.ema_decay, state, grads)
+    def update(state: TrainState, frozen, batch, old_kept=None):
+        grads, metrics = gradient(state.trainable, state.held, frozen, batch)
+        new, updates = apply_gradient(optimiser, optimiser_config.ema_decay, state, grads, old_kept)
         norms = {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
         norms |= {"kl_weight": state.kl.weight} if state.kl else {}
-        return dataclasses.replace(new, kl=after_update(state.kl, state.updates, metrics, config)), metrics, norms
+        return dataclasses.replace(new, kl=after_update(state.kl, state.updates, metrics, loss)), metrics, norms
 
     return update
 

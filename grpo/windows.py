@@ -19,13 +19,19 @@ class Windows:
     rule: str  # of WINDOWS
     every: int  # epochs that a sliding window stays
     rooms: tuple[range, ...]  # the steps that may be stochastic; none where the expert is not trained
-    quotas: tuple[int, ...]  # how many of them are, in an epoch; of each video that has any
+    quotas: tuple[int, ...]  # how many of them are, in an epoch; of each video that has any. Or its noise levels
     groups: tuple[int, ...]  # how many groups have theirs here; all of them, but with one step a group
     group_size: int
 
     @classmethod
-    def make(cls, sample, parts: Sequence[Segment], experts: Sequence[str], trained: Sequence[str]) -> "Windows":
-        """sample: the recipe's section. Raises ValueError where a trained expert would be left without a step."""
+    def make(cls, sample, parts: Sequence[Segment], experts: Sequence[str], trained: Sequence[str],
+             levels: int | None = None) -> "Windows":
+        """sample: the recipe's section. levels: the noise levels a video of a method that trains on finished videos
+        (`grpo.forward`), shared out as steps would be; no step is stochastic then. Raises ValueError where a trained
+        expert would be left without a step."""
+        if levels is not None:
+            quotas = step_quotas(parts, experts, trained, levels, 0, sample.steps, "train.timesteps")
+            return cls("any", 1, (range(0),) * len(parts), quotas, (sample.groups,) * len(parts), sample.group_size)
         low, high = sample.sde_range
         alone = sample.sde_window == ONE_PER_GROUP
         quotas = step_quotas(parts, experts, trained, len(trained) if alone else sample.sde_steps, low, high)
@@ -39,7 +45,7 @@ class Windows:
         another segment."""
         if self.rule != ONE_PER_GROUP:
             return [sde_window(seed, epoch, quota, room.start, room.stop, i, rule=self.rule, every=self.every)
-                    for i, (room, quota) in enumerate(zip(self.rooms, self.quotas))]
+                    if room else np.arange(0) for i, (room, quota) in enumerate(zip(self.rooms, self.quotas))]
         own = np.repeat(group_steps(seed, epoch, self.groups, self.rooms), self.group_size)[None]
         return [own if room else np.arange(0) for room in self.rooms]
 
@@ -91,23 +97,25 @@ def window_epochs(rule: str, place: int, steps: int, every: int) -> int:
 
 
 def step_quotas(parts: tuple[Segment, ...], experts: tuple[str, ...], trained: tuple[str, ...], size: int, low: int,
-                high: int) -> tuple[int, ...]:
+                high: int, setting: str = "sample.sde_steps") -> tuple[int, ...]:
     """How many of an epoch's `size` stochastic steps each segment gets: in proportion to its steps in [low, high), and
-    at least one for every trained expert, so that each has a gradient in every epoch.
+    at least one for every trained expert, so that each has a gradient in every epoch. Noise levels are shared out in
+    the same way. setting: what `size` is called, for messages.
 
     Raises ValueError when a trained expert has no step there, or there are fewer steps than experts to train.
     """
+    where = f"sample.sde_range=({low}, {high})" if setting == "sample.sde_steps" else "the rollout"
     room = [len(range(max(low, p.steps.start), min(high, p.steps.stop))) if experts[p.expert] in trained else 0
             for p in parts]
     for name in trained:
         if not any(n for p, n in zip(parts, room) if experts[p.expert] == name):
             split = ", ".join(f"{experts[p.expert]} steps {p.steps.start} to {p.steps.stop - 1}" for p in parts)
-            raise ValueError(f"{name} would be trained without a step: sample.sde_range=({low}, {high}) holds none of "
-                             f"its steps ({split}); change sample.sde_range, sample.shift or sample.steps, or leave "
-                             "the expert out of train.experts")
+            raise ValueError(f"{name} would be trained without a step: {where} holds none of its steps ({split}); "
+                             "change sample.sde_range, sample.shift or sample.steps, or leave the expert out of "
+                             "train.experts")
     if size < len(trained) or size > sum(room):
-        raise ValueError(f"sample.sde_steps={size} must be from {len(trained)} (one for each trained expert) to "
-                         f"{sum(room)} (the trained experts' steps in sample.sde_range=({low}, {high}))")
+        raise ValueError(f"{setting}={size} must be from {len(trained)} (one for each trained expert) to "
+                         f"{sum(room)} (the trained experts' steps in {where})")
     return in_proportion(room, size, room)
 
 

@@ -229,3 +229,35 @@ def grpo_objective(x, x_next, v_new, v_old, v_ref, sigma, sigma_next, g, advanta
         gradient[b] /= count
     loss = float(np.sum((out["policy_loss"] + kl_beta * out["kl"])[mask]) / count)
     return {"loss": loss, "gradient": gradient, **out}
+
+
+# Methods on finished videos -----------------------------------------------------------------------
+def nft_loss(x0, noise, s, v, v_old, r, beta):
+    """One video: DiffusionNFT (arXiv 2509.16117) with its adaptive weight, before any scale."""
+    x = (1 - s) * x0 + s * noise
+
+    def error(velocity):
+        residual = x - s * velocity - x0
+        return np.mean(residual**2) / max(np.mean(np.abs(residual)), 1e-5)
+
+    positive, negative = (1 - beta) * v_old + beta * v, (1 + beta) * v_old - beta * v
+    return r * error(positive) / beta + (1 - r) * error(negative) / beta
+
+
+def dpo_loss(better, worse, beta):
+    """One pair, each (x0, noise, v, v_ref): Flow-DPO (arXiv 2501.13918)."""
+    def excess(x0, noise, v, v_ref):
+        return np.mean((v - (noise - x0)) ** 2) - np.mean((v_ref - (noise - x0)) ** 2)
+
+    margin = excess(*better) - excess(*worse)
+    return math.log1p(math.exp(beta / 2 * margin))
+
+
+def regression_weights(rewards, valid, size, temperature):
+    """exp(r / temperature) over its mean among the group's valid videos."""
+    result = []
+    for i, (r, ok) in enumerate(zip(rewards, valid)):
+        group = range(i // size * size, i // size * size + size)
+        kept = [math.exp(rewards[j] / temperature) for j in group if valid[j]]
+        result.append(math.exp(r / temperature) / (sum(kept) / len(kept)) if ok else 0.0)
+    return np.array(result)

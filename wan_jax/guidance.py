@@ -18,6 +18,11 @@ class TextBatch:
     padding: int = dataclasses.field(metadata={"static": True})  # zero rows beyond St (Wan's text has 512 in all)
 
 
+def pair(x: jax.Array, y: jax.Array) -> jax.Array:
+    """[B, ...] twice to [2B, ...], interleaved: each device keeps its own videos."""
+    return jnp.stack([x, y], axis=1).reshape(2 * x.shape[0], *x.shape[1:])
+
+
 def velocity(model: WanTransformer3D, latents: jax.Array, timestep: jax.Array, text: TextBatch,
              guidance: float) -> jax.Array:
     """v, or v_u + guidance (v_c - v_u) when guidance > 1 (Ho & Salimans, arXiv 2207.12598; Diffusers' WanPipeline).
@@ -30,10 +35,6 @@ def velocity(model: WanTransformer3D, latents: jax.Array, timestep: jax.Array, t
     if guidance <= 1:
         return model(latents, t, text.embeddings, text_padding=text.padding)
     negative = jnp.broadcast_to(text.negative[None], text.embeddings.shape)
-
-    def pair(x, y):  # [B, ...] twice to [2B, ...], interleaved: each device keeps its own videos
-        return jnp.stack([x, y], axis=1).reshape(2 * b, *x.shape[1:])
-
     both = model(pair(latents, latents), pair(t, t), pair(text.embeddings, negative), text_padding=text.padding)
     both = both.reshape(b, 2, *latents.shape[1:])
     conditional, unconditional = both[:, 0], both[:, 1]

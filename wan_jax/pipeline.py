@@ -195,13 +195,19 @@ def one_ahead(dispatched: Iterator) -> Iterator:
     yield from waiting
 
 
-def make_ode_step(module: Callable, solver, guidance: float) -> Callable:
-    """The jitted deterministic step: (arrays of `module`, solver state, step index, text) -> solver state."""
+def make_ode_step(module: Callable, solver, guidance: float, shift: Callable | None = None) -> Callable:
+    """The jitted deterministic step: (arrays of `module`, solver state, step index, text) -> solver state.
+
+    shift: (latents, sigma, timestep, text) -> what is taken off the velocity (`reward_head.shift`), None: nothing.
+    """
 
     @partial(jax.jit, donate_argnums=(1,))
     def ode_step(arrays, state: SolverState, i, text: TextBatch) -> SolverState:
         t = jnp.asarray(solver.schedule.timesteps, jnp.float32)[i]
-        return solver.step(state, i, velocity(module(*arrays), state.x, t, text, guidance))
+        v = velocity(module(*arrays), state.x, t, text, guidance)
+        if shift is not None:
+            v = v - shift(state.x, jnp.asarray(solver.schedule.sigmas)[i], t, text)
+        return solver.step(state, i, v)
 
     return ode_step
 

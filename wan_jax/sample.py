@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from wan_jax import cli, experts, media, memory, model_dir, pipeline
+from wan_jax import cli, experts, media, memory, model_dir, pipeline, reward_head
 from wan_jax import mesh as mesh_lib
 from wan_jax.attention import choose_backend, platform_of
 from wan_jax.cli import UserError
@@ -33,6 +33,8 @@ flags.DEFINE_integer("width", 832, "pixels, a multiple of 16")
 flags.DEFINE_integer("steps", 50, "denoising steps")
 flags.DEFINE_float("guidance", 5.0, "classifier-free guidance; up to 1 means none")
 flags.DEFINE_float("guidance_2", None, "of the second expert (Wan 2.2 A14B); None: as the first")
+flags.DEFINE_string("reward_head", None, "file of grpo.reward_head: guidance towards a higher reward (Flow-NRG)")
+flags.DEFINE_float("reward_guidance", 1.0, "its weight", lower_bound=0.0)
 flags.DEFINE_float("shift", None, "shift of the sigma schedule; None: the model's own")
 flags.DEFINE_enum("solver", "unipc", list(SOLVERS), "ODE solver")
 flags.DEFINE_integer("seed", 0, "seed of the initial noise")
@@ -56,6 +58,12 @@ def main(_):
         shape = pipeline.latent_shape(FLAGS.frames, FLAGS.height, FLAGS.width, model.config("vae"), config)
         shift = model.scheduler.flow_shift if FLAGS.shift is None else FLAGS.shift
         solver = make_solver(FLAGS.solver, FLAGS.steps, shift)
+        steer = None
+        if FLAGS.reward_head:
+            head = reward_head.load_head(FLAGS.reward_head, config)
+
+            def steer(x, *args):
+                return FLAGS.reward_guidance * reward_head.shift(head, x, *args)
         mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
         backend = choose_backend(FLAGS.attention, platform_of(jax.devices()[0]), dtype, config.attention_head_dim)
 
@@ -72,8 +80,8 @@ def main(_):
 
     start = time.time()
     scales = experts.guidances(FLAGS.guidance, FLAGS.guidance_2, len(model.experts))
-    steps = experts.per_guidance(
-        functools.partial(pipeline.make_ode_step, lambda state: nnx.merge(graphdef, state), solver), scales)
+    steps = experts.per_guidance(functools.partial(
+        pipeline.make_ode_step, lambda state: nnx.merge(graphdef, state), solver, shift=steer), scales)
     parts = experts.segments(solver.schedule.timesteps, model.boundary)
     text = table.batch(index, mesh_lib.replicated(mesh), mesh_lib.replicated(mesh))
     latents, = pipeline.sample_ode(steps, lambda i: (weights(i),), parts, solver, [(noise, text)])

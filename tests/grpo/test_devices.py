@@ -193,7 +193,7 @@ def test_the_chosen_mesh(devices, batch, state, memory, given, chosen):
     ("wan2.1-14b", 0, ("data 1 x fsdp 4", "data 1 x fsdp 4"))])
 def test_published_models_over_four_devices(model, rank, expected):
     c, s = defaults(), types.SimpleNamespace(lora=dataclasses.replace(LORA, rank=rank) if rank else None,
-                                             dtype=jnp.bfloat16, reference=True)
+                                             dtype=jnp.bfloat16, needs_reference=True, keeps_old=False)
     c.sample.batch_size = 36
     config = presets.PRESETS[model].transformer
     for memory, mesh in zip((196e9, 105e9), expected):
@@ -205,13 +205,14 @@ def test_bytes_that_a_run_holds():
     policy = make_structure(WIDE, lora=None, dtype=jnp.float32, attention="xla", remat="none")
     count = sum(x.size for x in policy.trainable.values())
 
-    def per_parameter(experts=1, trained=1, reference=False, offload="auto", offload_optimiser=False):
+    def per_parameter(experts=1, trained=1, reference=False, offload="auto", offload_optimiser=False, keeps_old=False):
         return devices.state_bytes(policy, experts=experts, trained=trained, reference=reference, offload=offload,
-                                   offload_optimiser=offload_optimiser) / count
+                                   offload_optimiser=offload_optimiser, keeps_old=keeps_old) / count
 
     assert per_parameter() == 4 + 16 + 4  # a copy in the model's type, weight with moments and average, gradient
     assert per_parameter(reference=True) == 4 + 4 + 16 + 4
     assert per_parameter(offload_optimiser=True) == 4 + 4 + 4
+    assert per_parameter(keeps_old=True) == 4 + 16 + 4 + 4
     assert per_parameter(trained=0) == 4  # an evaluation
     assert per_parameter(2, 2, reference=True) == 4 + 4 + 2 * 16 + 4
     assert per_parameter(2, 1, reference=True, offload="never") == 2 * 4 + 4 + 16 + 4

@@ -11,6 +11,7 @@ from flax import nnx
 from configs.defaults import defaults
 from grpo import offload, run_state
 from grpo import update as update_lib
+from grpo.budget import Spent
 from grpo.losses import LossConfig
 from grpo.policy import make_policy
 from grpo.rollout import (
@@ -289,7 +290,7 @@ def test_every_row_its_own_stochastic_step():
         """(latents, Trajectory, the sum of the rows' gradients)."""
         final, kept = rollout(step, trainable, frozen, x, text, key=key, samples=samples, steps=range(3), window=window)
         batch = stack_batches([kept], np.array([[1.0, -2.0, 1.5]]), np.array([valid]))
-        grads, metrics = gradient(trainable, frozen, batch)
+        grads, metrics = gradient(trainable, None, frozen, batch)
         values = metrics.averages()
         assert max(values["ratio_max"] - 1, 1 - values["ratio_min"]) < 2e-6, values
         return final, kept, flat_vector(grads) * np.sum(valid)
@@ -328,7 +329,7 @@ def test_kl_at_sampling_and_advantages_of_each_step():
 
     def of(advantages):
         batch = stack_batches([kept], np.array([advantages]), np.ones((1, 3), bool))
-        return flat_vector(gradient(trainable, frozen, batch)[0])
+        return flat_vector(gradient(trainable, None, frozen, batch)[0])
 
     first, second, zero = [1.0, -2.0, 1.5], [0.5, 1.0, -1.0], [0.0] * 3
     both = of([first, second])
@@ -408,7 +409,7 @@ def test_an_adaptive_kl_weight_is_used_kept_and_saved(tmp_path):
         assert getattr(update, "gradient", update)._cache_size() == 1  # compiled once
     np.testing.assert_allclose(*(flat_vector(state.trainable) for state in results), atol=1e-5)
     checkpoints = Checkpoints(tmp_path)
-    run_state.save(checkpoints, 1, {"transformer": results[0]}, defaults().to_dict(), None)
+    run_state.save(checkpoints, 1, {"transformer": results[0]}, defaults().to_dict(), None, Spent())
     restored = run_state.restore(checkpoints, 1, {"transformer": results[0]})["transformer"]
     checkpoints.close()
     jax.tree.map(np.testing.assert_array_equal, restored, results[0])

@@ -1,0 +1,174 @@
+"""Trains a reward head (`wan_jax.reward_head`) on videos that a model makes for its training prompts.
+
+    python -m grpo.reward_head --config=configs/tiny_ocr.py [--checkpoint=runs/tiny_ocr] --out=heads/tiny.safetensors
+    python -m wan_jax.sample --model models/tiny-wan --reward_head heads/tiny.safetensors --reward_guidance 1 ...
+
+Samples as the recipe evaluates (`eval.solver`, `eval.steps`, `eval.guidance`), scores as it trains (`reward.*`), and
+fits the head to the rewards of noised latents by least squares. One video in eight is held out; how much better the
+head foretells its reward than the mean does is printed by noise level: guidance is worth trying where it does at all.
+Measures of quality, which count against a first evaluation in training, are left out.
+"""
+
+import functools
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from flax import nnx
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from grpo import combine, devices, settings
+from grpo.prompts import load_prompts
+from grpo.rollout import initial_noise
+from grpo.scores import gather_scores, open_pool
+from rewards.targets import parse_targets
+from wan_jax import cli, model_dir, pipeline
+from wan_jax import mesh as mesh_lib
+from wan_jax.attention import choose_backend, platform_of
+from wan_jax.cli import UserError
+from wan_jax.experts import guidances, per_guidance, segments
+from wan_jax.guidance import TextBatch
+from wan_jax.reward_head import head_config, make_head, predict, save_head
+from wan_jax.solvers import make_solver, per_sample
+from wan_jax.trained import load_transformers
+from wan_jax.transformer import WanTransformer3D
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, e.g. configs/tiny_ocr.py", lock_config=True)
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "run folder of grpo.train, or one of its checkpoints/<epoch>; "
+                                 "None: the model itself")
+OUT = flags.DEFINE_string("out", None, "file to write, .safetensors", required=True)
+VIDEOS = flags.DEFINE_integer("videos", 512, "videos to sample, rounded up to whole batches", lower_bound=16)
+UPDATES = flags.DEFINE_integer("updates", 2000, "of the head", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch", 32, "videos of one update", lower_bound=1)
+RATE = flags.DEFINE_float("learning_rate", 3e-4, "of AdamW, falling to 0 as a cosine", lower_bound=0.0)
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels that are reported
+HELD_OUT = 8  # one video in so many
+
+
+def noised(key, x0: jax.Array, sigma) -> jax.Array:
+    """x_s = (1 - s) x0 + s e; sigma scalar or [B]."""
+    s = per_sample(sigma, x0)
+    return (1 - s) * x0 + s * jax.random.normal(key, x0.shape, jnp.float32)
+
+
+def fit(head: WanTransformer3D, latents: np.ndarray, text: Sequence[np.ndarray], padding: int, rewards: np.ndarray, *,
+        updates: int, batch: int, rate: float, seed: int, progress=lambda x: x) -> WanTransformer3D:
+    """The head after `updates` of AdamW on mean((predict(x_s) - r)^2), s uniform, noise fresh.
+
+    latents fp32 [N,F,H,W,C], text [N,St,text_dim], rewards [N]. A function of the seed.
+    """
+    graphdef, params = nnx.split(head)
+    optimiser = optax.adamw(optax.cosine_decay_schedule(rate, updates))
+    key, rng = jax.random.key(seed), np.random.default_rng([seed, 0x4EAD])
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def update(params, opt, i, x0, words, target):
+        level, noise = jax.random.split(jax.random.fold_in(key, i))
+        sigma = jax.random.uniform(level, target.shape)
+
+        def loss(params):
+            found = predict(nnx.merge(graphdef, params), noised(noise, x0, sigma), 1000 * sigma,
+                            TextBatch(words, words[0], padding))
+            return jnp.mean((found - target) ** 2)
+
+        changes, opt = optimiser.update(jax.grad(loss)(params), opt, params)
+        return optax.apply_updates(params, changes), opt
+
+    opt = optimiser.init(params)
+    for i in progress(range(updates)):
+        rows = rng.choice(len(rewards), batch, replace=len(rewards) < batch)
+        params, opt = update(params, opt, i, latents[rows], text[rows], rewards[rows].astype(np.float32))
+    return nnx.merge(graphdef, params)
+
+
+def explained(head: WanTransformer3D, latents: np.ndarray, text: np.ndarray, padding: int, rewards: np.ndarray,
+              batch: int, mean: float) -> dict[float, float]:
+    """By noise level, the share of the rewards' spread around `mean` that the head foretells: 1 - its squared error
+    over the mean's. 0: as good as the mean; below 0: worse."""
+    run = nnx.jit(lambda head, x, t, words: predict(head, x, t, TextBatch(words, words[0], padding)))
+    shares = {}
+    for level in LEVELS:
+        x = noised(jax.random.key(1), jnp.asarray(latents), level)
+        rows = [np.arange(first, first + batch) % len(rewards) for first in range(0, len(rewards), batch)]
+        found = np.concatenate([run(head, x[r], 1000 * level, text[r]) for r in rows])[: len(rewards)]
+        shares[level] = 1 - float(np.sum((found - rewards) ** 2) / max(np.sum((rewards - mean) ** 2), 1e-12))
+    return shares
+
+
+def main(_):
+    c = CONFIG.value
+    c.run_dir = c.run_dir or str(pathlib.Path(OUT.value).parent)
+    s = settings.from_config(c)
+    if pathlib.Path(OUT.value).suffix != ".safetensors":
+        raise UserError(f"--out {OUT.value}: the file's name must end in .safetensors")
+    if jax.process_count() > 1:
+        raise UserError("grpo.reward_head runs in one process")
+    prompts = load_prompts(c.prompts.train, parse_targets)
+    cli.keep_compiled_programs()
+    with cli.user_input():
+        model = model_dir.open_model(c.model.path)
+        config, size = model.config("transformer"), c.sample.batch_size
+        mesh, spread = devices.choose_mesh(c, s, config, experts=len(model.experts), trained=0)
+        backend = choose_backend(c.model.attention, platform_of(mesh.devices.flat[0]), s.dtype,
+                                 config.attention_head_dim)
+        shape = pipeline.latent_shape(c.sample.frames, c.sample.height, c.sample.width, model.config("vae"), config)
+        solver = make_solver(c.eval.solver, c.eval.steps, c.sample.shift)
+    bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
+    videos = -(-VIDEOS.value // size) * size
+    order = np.random.default_rng([c.seed, 0x4EAD]).permutation(len(prompts))
+    chosen = np.resize(order, videos)  # every prompt as often as any other
+    print(spread, f"{videos} videos of {min(videos, len(prompts))} prompts", sep="\n", flush=True)
+
+    # ---- videos and their rewards --------------------------------------------------------------------------------
+    table = pipeline.embed_prompts(model, prompts.prompts, c.prompts.negative, dtype=s.dtype, cache=True,
+                                   progress=functools.partial(bar, desc="prompts"))
+    graph, weights = load_transformers(model, CHECKPOINT.value, s.dtype, backend, mesh, c.model.offload)
+    vae_graph, vae_state = pipeline.load_vae(model, mesh)
+    decode = pipeline.make_decoder(vae_graph)
+    steps = per_guidance(functools.partial(pipeline.make_ode_step, functools.partial(nnx.merge, graph), solver),
+                         guidances(c.eval.guidance, c.eval.guidance_2, len(model.experts)))
+    replicated, sharded = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
+    rows = np.arange(videos, dtype=np.int32).reshape(-1, size)
+    batches = [(initial_noise(jax.random.key(c.seed), mesh_lib.place(r, sharded), shape),
+                table.batch(chosen[r], sharded, replicated)) for r in rows]
+    kept, pending = [], []
+    with open_pool(c.reward, s.weights) as pool:
+        latents = pipeline.sample_ode(steps, lambda expert: (weights(expert),), segments(
+            solver.schedule.timesteps, model.boundary), solver, batches)
+        for r, x in bar(zip(rows, latents), total=len(rows), desc="videos"):
+            kept.append(np.asarray(x))
+            pending.append((r, pool.submit(decode(vae_state, x)(), [prompts.targets[p] for p in chosen[r]])))
+        scores = gather_scores(pending, videos)
+    own = {combine.MAIN: scores.values} | {k: v for k, v in scores.parts.items() if k not in combine.BAD_SIDE}
+    rewards = combine.combined({k: own[k] for k, w in s.weights.items() if w and k in own}, s.weights)
+    good = np.flatnonzero(np.isfinite(rewards))
+    if len(good) < 2 * HELD_OUT or np.ptp(rewards[good]) == 0:
+        raise UserError(f"{len(good)} of {videos} videos have a reward, {np.unique(rewards[good]).size} different "
+                        "ones: too few to learn from; raise --videos, or use other prompts")
+
+    # ---- the head --------------------------------------------------------------------------------------------------
+    del steps, batches
+    latents, rewards = np.concatenate(kept)[good], rewards[good]
+    text = table.padded([table.prompts[p] for p in chosen[good]])
+    out = np.arange(len(good)) % HELD_OUT == 0
+    head = make_head(head_config(config), c.seed)
+    padding = pipeline.TEXT_ROWS - table.rows
+    head = fit(head, latents[~out], text[~out], padding, rewards[~out], updates=UPDATES.value, batch=BATCH.value,
+               rate=RATE.value, seed=c.seed, progress=functools.partial(bar, desc="updates"))
+    mean = rewards[~out].mean()
+    shares = explained(head, latents[out], text[out], padding, rewards[out], BATCH.value, mean)
+    pathlib.Path(OUT.value).parent.mkdir(parents=True, exist_ok=True)
+    save_head(OUT.value, head)
+    print(f"mean reward {mean:.3f}; held-out spread explained at noise level "
+          + ", ".join(f"{level:g}: {share:.2f}" for level, share in shares.items()), OUT.value, sep="\n")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    cli.run(main)

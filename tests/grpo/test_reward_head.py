@@ -1,0 +1,80 @@
+"""The reward head: it learns a reward that latents show, its gradient is the shift, and the shift raises the reward."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo.reward_head import LEVELS, explained, fit
+from tests.grpo import test_update
+from wan_jax import pipeline, reward_head
+from wan_jax.cli import UserError
+from wan_jax.solvers import make_solver
+
+SHAPE, PADDING = (1, 4, 4, 4), 10
+TEXT = test_update.text_batch(4)
+
+
+@pytest.fixture(scope="module")
+def head():
+    """Taught that a video is worth the mean of its first channel; with the data."""
+    rng = np.random.default_rng(0)
+    rewards = rng.standard_normal(64)
+    latents = rng.standard_normal((64, *SHAPE)).astype(np.float32)
+    latents[..., 0] += rewards[:, None, None, None] - latents[..., 0].mean((1, 2, 3))[:, None, None, None]
+    text = np.zeros((64, 6, 12), np.float32)
+    config = reward_head.head_config(test_update.CONFIG, heads=1, layers=1)
+    fresh = reward_head.make_head(config)
+    trained = fit(fresh, latents, text, PADDING, rewards, updates=300, batch=32, rate=3e-3, seed=0)
+    return trained, latents, text, rewards
+
+
+def test_what_latents_show_is_learnt(head):
+    trained, latents, text, rewards = head
+    shares = explained(trained, latents, text, PADDING, rewards, 24, rewards.mean())
+    assert list(shares) == list(LEVELS) and shares[0.1] > 0.8 and shares[0.1] > shares[0.5] > shares[0.9]
+
+
+def test_the_shift_is_the_gradient_times_the_noise_ratio(head):
+    trained, latents, *_ = head
+    x, way = jnp.asarray(latents[:4]), jax.random.normal(jax.random.key(1), (4, *SHAPE))
+    reward = jax.jit(lambda x: reward_head.predict(trained, x, 300.0, TEXT))
+    shift = jax.jit(lambda x, sigma, text: reward_head.shift(trained, x, sigma, 300.0, text))
+    slope = np.asarray(reward(x + 1e-2 * way) - reward(x - 1e-2 * way), np.float64) / 2e-2
+    for sigma, factor in ((0.3, 3 / 7), (0.75, 3.0), (0.999999, 10.0), (1.0, 10.0), (0.0, 0.0)):
+        found = np.asarray(shift(x, sigma, TEXT) * way).sum((1, 2, 3, 4))
+        np.testing.assert_allclose(found, factor * slope, rtol=2e-2, atol=2e-3)
+    alone = shift(x[:1], 0.3, dataclasses.replace(TEXT, embeddings=TEXT.embeddings[:1]))
+    np.testing.assert_allclose(alone, shift(x, 0.3, TEXT)[:1], atol=1e-5)
+
+
+def test_guidance_raises_the_reward(head):
+    trained, solver = head[0], make_solver("unipc", 6, 3.0)
+    policy, trainable, frozen = test_update.setup()
+    noise = jax.random.normal(jax.random.key(2), (4, *SHAPE))
+
+    def sample(steer):
+        step = pipeline.make_ode_step(policy.module, solver, 1.0, steer)
+        state = solver.init(jnp.copy(noise))
+        for i in range(6):
+            state = step((trainable, frozen), state, i, TEXT)
+        return np.asarray(state.x)
+
+    plain, guided = sample(None), sample(lambda *args: reward_head.shift(trained, *args))
+    assert (guided[..., 0].mean((1, 2, 3)) > plain[..., 0].mean((1, 2, 3)) + 0.1).all()
+
+
+def test_a_file_holds_a_head(head, tmp_path):
+    path, x = tmp_path / "head.safetensors", jnp.asarray(head[1][:4])
+    reward_head.save_head(path, head[0])
+    again = reward_head.load_head(path, test_update.CONFIG)
+    ours, theirs = (reward_head.predict(h, x, 500.0, TEXT) for h in (again, head[0]))
+    np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(UserError, match="text_dim=12, this model has 4096"):
+        reward_head.load_head(path, dataclasses.replace(test_update.CONFIG, text_dim=4096))
+    (tmp_path / "other").write_bytes(b"nothing")
+    for name in ("other", "none"):
+        with pytest.raises(UserError, match=r"is not a reward head .*grpo\.reward_head"):
+            reward_head.load_head(tmp_path / name, test_update.CONFIG)

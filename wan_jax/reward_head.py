@@ -1,0 +1,81 @@
+"""Reward guidance at sampling: Flow-NRG (Liu et al., arXiv 2501.13918).
+
+A small transformer of Wan's kind predicts from noised latents, their noise level and the prompt what the finished video
+will be worth; the sampler's velocity is shifted along the gradient of that prediction. Trained by
+`python -m grpo.reward_head`, used by `python -m wan_jax.sample --reward_head=... --reward_guidance=...`. The head here
+is a model of its own, with no weights of the video model in it.
+
+The shift follows from tilting the model's distribution to p(x) exp(w r(x)). With x_s = (1 - s) x0 + s e and v the mean
+of e - x0 given x_s, the score is -(x_s + (1 - s) v) / s, so v = -(x_s + s score) / (1 - s). Tilting adds w grad r to
+the score, to first order in w with r the expected reward given x_s, and so -w s / (1 - s) grad r to v.
+"""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from wan_jax import params as P
+from wan_jax.cli import UserError
+from wan_jax.config import TransformerConfig
+from wan_jax.guidance import TextBatch
+from wan_jax.solvers import per_sample
+from wan_jax.transformer import WanTransformer3D
+
+Array = jax.Array
+MOST = 10.0  # of s / (1 - s), which is 1e6 in the first step, where noise says nothing of the reward
+
+
+def head_config(model: TransformerConfig, heads: int = 4, layers: int = 2) -> TransformerConfig:
+    """A head for a model's latents and prompts: width 32 x heads, one output a patch element."""
+    width = 32 * heads
+    return dataclasses.replace(model, num_attention_heads=heads, attention_head_dim=32, out_channels=1,
+                               ffn_dim=4 * width, freq_dim=64, num_layers=layers)
+
+
+def make_head(config: TransformerConfig, seed: int = 0) -> WanTransformer3D:
+    """With random weights, fp32."""
+    return WanTransformer3D(config, dtype=jnp.float32, attention="chunked", rngs=nnx.Rngs(seed))
+
+
+def predict(head: WanTransformer3D, latents: Array, timestep: Array, text: TextBatch) -> Array:
+    """The expected reward, fp32 [B]. latents fp32 [B,F,H,W,C]; timestep scalar or [B], 0..1000."""
+    t = jnp.broadcast_to(timestep, latents.shape[:1])
+    out = head(latents, t, text.embeddings.astype(jnp.float32), text_padding=text.padding)
+    return jnp.mean(out, axis=tuple(range(1, out.ndim)))
+
+
+def shift(head: WanTransformer3D, latents: Array, sigma, timestep, text: TextBatch) -> Array:
+    """min(s / (1 - s), 10) grad r, fp32 [B,F,H,W,C]: what guidance of weight 1 takes off the velocity. sigma scalar or
+    [B]."""
+    gradient = jax.grad(lambda x: jnp.sum(predict(head, x, timestep, text)))(latents)  # rows do not touch
+    sigma = jnp.asarray(sigma, jnp.float32)
+    return per_sample(jnp.minimum(sigma / jnp.maximum(1.0 - sigma, 1e-9), MOST), latents) * gradient
+
+
+def save_head(path, head: WanTransformer3D):
+    """One safetensors file, its configuration in the header."""
+    arrays = {k: np.asarray(v) for k, v in P.flatten(nnx.state(head, nnx.Param)).items()}
+    save_file(arrays, path, metadata={"config": json.dumps(dataclasses.asdict(head.config))})
+
+
+def load_head(path, model: TransformerConfig) -> WanTransformer3D:
+    """Raises `UserError` where the file is no head, or one for another model's latents or prompts."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            values = json.loads((file.metadata() or {})["config"])
+            arrays = {name: jnp.asarray(file.get_tensor(name)) for name in file.keys()}
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"{path} is not a reward head ({error}): make one with python -m grpo.reward_head") from None
+    config = TransformerConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    for name in ("in_channels", "text_dim", "patch_size"):
+        if getattr(config, name) != getattr(model, name):
+            raise UserError(f"reward head {path} has {name}={getattr(config, name)}, this model has "
+                            f"{getattr(model, name)}: it was trained for another one")
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: make_head(config)))
+    return nnx.merge(graphdef, P.unflatten(state, arrays))
