@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import math
+import pathlib
+import shutil
 from statistics import NormalDist
 
 import jax
@@ -193,23 +195,21 @@ def test_how_the_old_weights_follow():
 
 def test_nft_samples_with_the_old_policy_and_resumes_bit_for_bit(start, capsys):
     """Two devices, two updates an epoch; after each epoch the old policy has followed by the formula."""
-    nft = {"train.method": "nft", "train.timesteps": 2, "train.old_rate": 0.1, "epochs": 1, "eval.every": 1}
-    c, s, *rest = start(2, **nft)
+    c, s, *rest = start(2, **{"train.method": "nft", "train.timesteps": 2, "train.old_rate": 0.1})
+    run = pathlib.Path(c.run_dir)
     train.train(c, s, *rest)
-    first = arrays_of(train.pathlib.Path(c.run_dir))
-    c.epochs = 2
-    train.train(c, s, *rest)
-    out = capsys.readouterr().out
-    assert "continuing" in out and "epoch 2/2" in out and "ratio error" not in out and "compiled again" not in out
-    last = result(train.pathlib.Path(c.run_dir))
+    last = result(run)
+    shutil.rmtree(run / "checkpoints" / "2")  # as if killed before it was saved
+    first = arrays_of(run)
     for name in [n for n in first if "'old'" in n]:
-        new, old = (last[1][name.replace("'old'", "'trainable'")], first[name])
+        new, old = last[1][name.replace("'old'", "'trainable'")], first[name]
         np.testing.assert_allclose(last[1][name], 0.4 * old + 0.6 * new, atol=1e-7, err_msg=name)
         assert name.endswith("lora_a']") or np.abs(last[1][name] - new).max() > 0
     assert sum("'old'" in n for n in first) == sum("'trainable'" in n for n in first) > 0
-    c.run_dir += "2"
     train.train(c, s, *rest)
-    assert_same(result(train.pathlib.Path(c.run_dir)), last)
+    assert_same(result(run), last)
+    out = capsys.readouterr().out
+    assert "continuing" in out and "epoch 2/2" in out and "ratio error" not in out and "compiled again" not in out
 
 
 def test_online_dpo_runs(start, capsys):
@@ -217,7 +217,7 @@ def test_online_dpo_runs(start, capsys):
     c, s, *rest = start(2, **{"train.method": "dpo", "train.reference_every": 1, "train.timesteps": 1, "epochs": 1,
                               "train.updates_per_epoch": 1})
     train.train(c, s, *rest)
-    arrays = arrays_of(train.pathlib.Path(c.run_dir))
+    arrays = arrays_of(pathlib.Path(c.run_dir))
     assert "epoch 1/1" in capsys.readouterr().out
     for name in [n for n in arrays if "'old'" in n]:
         np.testing.assert_array_equal(arrays[name], arrays[name.replace("'old'", "'trainable'")])
