@@ -54,6 +54,7 @@ def defaults() -> ConfigDict:
 
     c.sample = ConfigDict()
     c.sample.frames = 1
+    c.sample.frame_schedule = ()        # ((epoch, frames), ...): so many from that epoch on, e.g. ((50, 9), (100, 33))
     c.sample.height = 512
     c.sample.width = 512
     c.sample.steps = 20                 # denoising steps
@@ -122,6 +123,7 @@ def defaults() -> ConfigDict:
     c.eval.every = 20                   # epochs between held-out evaluations; there is one before and one after anyway
     c.eval.num_prompts = 256
     c.eval.frames = 0                   # 0: as in training
+    c.eval.more_frames = ()             # evaluations with so many frames as well, logged apart, e.g. (33,)
     c.eval.steps = 20
     c.eval.guidance = 4.5
     c.eval.guidance_2 = optional_float()

@@ -18,7 +18,7 @@ from flax import nnx
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from grpo import devices, report, settings
+from grpo import clip_lengths, devices, report, settings
 from grpo.evaluator import Evaluator
 from grpo.prompts import load_prompts
 from grpo.run_log import RunLog
@@ -56,8 +56,8 @@ def main(_):
         mesh, spread = devices.choose_mesh(c, s, config, experts=len(model.experts), trained=0)
         backend = choose_backend(c.model.attention, platform_of(mesh.devices.flat[0]), s.dtype,
                                  config.attention_head_dim)
-        shape = pipeline.latent_shape(c.eval.frames or c.sample.frames, c.sample.height, c.sample.width,
-                                      model.config("vae"), config)
+        shapes = {frames: pipeline.latent_shape(frames, c.sample.height, c.sample.width, model.config("vae"), config)
+                  for frames in clip_lengths.evaluated(c.sample.frames, c.eval.frames, c.eval.more_frames)}
         solver = make_solver(c.eval.solver, c.eval.steps, c.sample.shift)
     print(spread, flush=True)
     bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
@@ -74,14 +74,17 @@ def main(_):
             steps = per_guidance(
                 functools.partial(pipeline.make_ode_step, functools.partial(nnx.merge, graph), solver),
                 guidances(c.eval.guidance, c.eval.guidance_2, len(model.experts)))
-            evaluator = Evaluator(prompts, table, solver, steps, segments(solver.schedule.timesteps, model.boundary),
-                                  decode, vae_state, pool, mesh, shape, c.sample.batch_size, c.eval.seed,
-                                  c.eval.previews)
-            result = evaluator(lambda expert: (weights(expert),), number, functools.partial(bar, desc="evaluation"))
-            log.evaluation(result.record, result.videos)
-            r = result.record
-            print(f"{checkpoint or c.model.path}: OCR reward {r['reward']:.3f} [{r['low']:.3f}, {r['high']:.3f}] on "
-                  f"{r['num']} prompts, {r['seconds']:.1f} s", flush=True)
+            for i, (frames, shape) in enumerate(shapes.items()):
+                evaluator = Evaluator(prompts, table, solver, steps,
+                                      segments(solver.schedule.timesteps, model.boundary), decode, vae_state, pool,
+                                      mesh, shape, c.sample.batch_size, c.eval.seed, c.eval.previews)
+                result = evaluator(lambda expert: (weights(expert),), number,
+                                   functools.partial(bar, desc="evaluation"))
+                log.evaluation(result.record, result.videos, frames if i else None)
+                r = result.record
+                print(f"{checkpoint or c.model.path}: OCR reward {r['reward']:.3f} [{r['low']:.3f}, {r['high']:.3f}] "
+                      f"on {r['num']} prompts, {r['seconds']:.1f} s"
+                      + (f", {frames} frames" if len(shapes) > 1 else ""), flush=True)
 
         if BASE.value and (epoch > 0 or CHECKPOINT.value is None):
             evaluate(None, 0)

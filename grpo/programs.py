@@ -7,13 +7,13 @@ on the mesh as training's own, so a program compiled ahead is the one that the l
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 
-from grpo import offload, settings, update
+from grpo import clip_lengths, offload, settings, update
 from grpo.policy import make_structure
 from grpo.rollout import StepTable, Trajectory, initial_noise, make_step, step_quotas
 from grpo.update import TrainState, UpdateBatch, state_shapes
@@ -25,6 +25,8 @@ from wan_jax.schedule import Schedule, flow_sigmas
 from wan_jax.solvers import SolverState, make_solver
 
 TEXT_ROWS = 64  # taken for the prompts' longest where they have not been encoded, of the 512 the transformer attends to
+# of a Run: what its lengths share
+JITTED = ("settings", "policy", "table", "solver", "steps", "updates", "eval_steps", "vae", "decoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,25 @@ class Run:
     def eval_shape(self) -> tuple[int, ...]:
         """And in evaluation."""
         return self.shape_of(self.recipe.eval.frames or self.recipe.sample.frames)
+
+    @property
+    def trained_frames(self) -> tuple[int, ...]:
+        """All that epochs have, each once."""
+        return clip_lengths.trained(self.recipe.sample.frames, self.recipe.sample.frame_schedule)
+
+    @property
+    def evaluated_frames(self) -> tuple[int, ...]:
+        c = self.recipe
+        return clip_lengths.evaluated(c.sample.frames, c.eval.frames, c.eval.more_frames)
+
+    def with_frames(self, sample: int, evaluation: int) -> "Run":
+        """At one length in training and one in evaluation, with the same jitted functions."""
+        recipe = self.recipe.copy_and_resolve_references()
+        recipe.sample.update(frames=sample, frame_schedule=())
+        recipe.eval.update(frames=evaluation, more_frames=())
+        other = dataclasses.replace(self, recipe=recipe)
+        vars(other).update({name: getattr(self, name) for name in JITTED})
+        return other
 
     @property
     def tokens(self) -> int:
@@ -150,17 +171,29 @@ class Run:
 
     # ---- the programs ----------------------------------------------------------------------------------------------
     def programs(self) -> list[Program]:
-        """All that the epochs run over and over, each once: experts may share theirs."""
-        experts, distinct = range(len(self.preset.experts)), {}
+        """All that the epochs run over and over, each once, for every length: experts may share theirs, an evaluation
+        has training's decoder where the lengths are the same."""
+        training = {f: self.with_frames(f, self.evaluated_frames[0]) for f in self.trained_frames}
+        evaluation = {f: self.with_frames(self.trained_frames[0], f) for f in self.evaluated_frames}
+        distinct = {}
+        for runs, made in ((training, Run.training_steps), (evaluation, Run.evaluation_steps), (training, Run.decode),
+                           (evaluation, Run.evaluation_decode)):
+            for length, run in runs.items():
+                for program in made(run):
+                    name = f"{program.name}, {length} frames" if len(runs) > 1 else program.name
+                    distinct.setdefault(identity(program), dataclasses.replace(program, name=name))
+        return list(distinct.values())
+
+    def training_steps(self) -> list[Program]:
+        experts = range(len(self.preset.experts))
         trained = [i for i in experts if self.preset.experts[i] in self.trained]
-        for program in [*map(self.rollout_step, experts), *map(self.update, trained), *map(self.ode_step, experts)]:
-            leaves, treedef = jax.tree.flatten(program.args)
-            key = program.jitted, treedef, tuple((x.shape, x.dtype) for x in leaves)
-            distinct[key] = program if key not in distinct else dataclasses.replace(
-                program, name=program.name.partition(", ")[0])
-        evaluation = [] if self.eval_shape == self.shape else [
-            dataclasses.replace(p, name=f"evaluation {p.name}", beside=()) for p in self.decode(self.eval_shape)]
-        return [*distinct.values(), *self.decode(), *evaluation]
+        return shared([*map(self.rollout_step, experts), *map(self.update, trained)])
+
+    def evaluation_steps(self) -> list[Program]:
+        return shared(map(self.ode_step, range(len(self.preset.experts))))
+
+    def evaluation_decode(self) -> list[Program]:
+        return [dataclasses.replace(p, name=f"evaluation {p.name}", beside=()) for p in self.decode(self.eval_shape)]
 
     def named(self, name: str, expert: int) -> str:
         return f"{name}, {self.preset.experts[expert]}" if len(self.preset.experts) > 1 else name
@@ -280,6 +313,22 @@ class Run:
         dtype, rows = self.settings.dtype, (self.text_rows, self.preset.transformer.text_dim)
         negative = jax.ShapeDtypeStruct((*leading, *rows), dtype, sharding=mesh_lib.replicated(self.mesh))
         return TextBatch(self.rows(dtype, *leading, shape=rows), negative, pipeline.TEXT_ROWS - self.text_rows)
+
+
+def identity(program: Program) -> tuple:
+    """Equal for programs that are compiled once."""
+    leaves, treedef = jax.tree.flatten(program.args)
+    return program.jitted, treedef, tuple((x.shape, x.dtype) for x in leaves)
+
+
+def shared(programs: Iterable[Program]) -> list[Program]:
+    """Each once: what several experts run loses the expert's name."""
+    distinct = {}
+    for program in programs:
+        key = identity(program)
+        distinct[key] = program if key not in distinct else dataclasses.replace(
+            program, name=program.name.partition(", ")[0])
+    return list(distinct.values())
 
 
 def lie(tree, sharding):

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import ml_collections
 
 from configs.defaults import defaults
-from grpo import sinks
+from grpo import clip_lengths, sinks
 from grpo.advantages import STDS
 from grpo.budget import Budget
-from grpo.combine import COMBINATIONS, MAIN
+from grpo.combine import BAD_SIDE, COMBINATIONS, MAIN
 from grpo.losses import OBJECTIVES, LossConfig
 from grpo.reward_servers import JUDGE, JUDGE_QUESTIONS, check_settings
 from grpo.rollout import CREDITS, WINDOWS
@@ -99,6 +99,9 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
     if not all(v >= 0 for v in weights.values()) or not any(weights.values()) or MAIN not in weights:
         raise UserError(f"config.reward.weights={weights}: weights must be at least 0, not all of them 0, and {MAIN} "
                         "must have one")
+    if c.sample.frame_schedule and (quality := set(weights) & set(BAD_SIDE)):
+        raise UserError(f"config.reward.weights has {', '.join(sorted(quality))}, which are judged by the base model's "
+                        "videos of one length: leave them or config.sample.frame_schedule out")
     if unknown := set(c.train.experts) - {"transformer", "transformer_2"}:
         raise UserError(f"config.train.experts names {', '.join(sorted(unknown))}: choose from transformer and "
                         "transformer_2")
@@ -109,6 +112,7 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
                         "file")
     try:
         flow_sigmas(c.sample.steps, c.sample.shift)
+        clip_lengths.check(c.sample.frames, c.sample.frame_schedule, c.eval.frames, c.eval.more_frames)
         return Settings(
             dtype=DTYPES[c.model.dtype],
             lora=LoRAConfig(c.lora.rank, c.lora.alpha, tuple(c.lora.targets)) if c.lora.rank else None,
@@ -140,5 +144,9 @@ def flat(values: dict, prefix: str = "") -> dict:
         if isinstance(value, dict):
             out |= flat(value, f"{prefix}{key}.")
         else:
-            out[prefix + key] = list(value) if isinstance(value, tuple) else value
+            out[prefix + key] = _listed(value)
     return out
+
+
+def _listed(value):
+    return [_listed(v) for v in value] if isinstance(value, (tuple, list)) else value
