@@ -106,8 +106,11 @@ def defaults() -> ConfigDict:
     c.reward.weights = ConfigDict()     # of the rewards; 0: measured and logged, None: not measured
     c.reward.weights.ocr = 1.0          # the spelling
     for name in ("stability",           # of the text in time (rewards/several.py)
+                 "clip", "pickscore",   # the prompt as a whole (rewards/clip.py)
                  "sharpness", "exposure", "contrast", "compressibility", "flicker", "motion"):
         c.reward.weights[name] = optional_float()  # rewards/quality.py, grpo/combine.py
+    c.reward.clip_model = ""            # folder of a CLIP model as transformers writes it
+    c.reward.pickscore_model = ""       # the same, of PickScore
     c.reward.combine = "rewards"        # rewards | advantages: which are added up (grpo/combine.py)
     c.reward.workers = 2                # scoring processes; 0 scores in the training process; with servers: how many
     #                                     videos are sent at the same time, at least the workers of all servers

@@ -22,7 +22,7 @@ from grpo import clip_lengths, devices, report, settings
 from grpo.evaluator import Evaluator
 from grpo.prompts import load_prompts
 from grpo.run_log import RunLog
-from grpo.scores import open_pool
+from grpo.scores import for_rewards, open_pool
 from rewards.targets import parse_targets
 from wan_jax import cli, memory, model_dir, pipeline
 from wan_jax.attention import choose_backend, platform_of
@@ -43,7 +43,7 @@ def main(_):
     c = CONFIG.value
     c.run_dir = OUT.value
     s = settings.from_config(c)
-    prompts = load_prompts(c.prompts.heldout, parse_targets, limit=c.eval.num_prompts)
+    prompts = for_rewards(load_prompts(c.prompts.heldout, parse_targets, limit=c.eval.num_prompts), s.weights)
     if CHECKPOINT.value is None and not BASE.value:
         raise UserError("--nobase without --checkpoint leaves nothing to evaluate")
     if (pathlib.Path(OUT.value) / "checkpoints").exists():

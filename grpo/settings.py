@@ -14,6 +14,7 @@ from grpo.losses import OBJECTIVES, LossConfig
 from grpo.reward_servers import JUDGE, JUDGE_QUESTIONS, check_settings
 from grpo.rollout import CREDITS, WINDOWS
 from grpo.update import OptimiserConfig
+from rewards.clip import KINDS, check_model
 from rewards.ocr import RULES
 from rewards.ocr_engines import ENGINES
 from wan_jax.attention import BACKENDS
@@ -47,7 +48,7 @@ AT_LEAST = {"epochs": 1, "lora.rank": 0, "mesh.fsdp": 0, "mesh.context": 0, "sam
 # a resumed run may differ from its checkpoint in these: they do not change what an epoch computes
 FREE = ("epochs", "budget.", "run_dir", "eval.", "save.", "reward.workers", "reward.servers", "reward.token_env",
         "reward.timeout", "reward.retries", "reward.patience", "model.path", "model.offload", "prompts.heldout",
-        "mesh.", "train.offload_optimiser", "log.")
+        "mesh.", "train.offload_optimiser", "log.", "reward.clip_model", "reward.pickscore_model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,17 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
     if not all(v >= 0 for v in weights.values()) or not any(weights.values()) or MAIN not in weights:
         raise UserError(f"config.reward.weights={weights}: weights must be at least 0, not all of them 0, and {MAIN} "
                         "must have one")
+    for name in KINDS:
+        if name in weights:
+            path = c.reward[f"{name}_model"]
+            if not path or c.reward.servers:
+                raise UserError(f"config.reward.weights.{name} is scored by the workers here: set "
+                                f"config.reward.{name}_model={path!r} to the model's folder, and give no "
+                                f"config.reward.servers={tuple(c.reward.servers)}")
+            try:
+                check_model(path)
+            except ValueError as error:
+                raise UserError(f"config.reward.{name}_model: {error}") from None
     if c.sample.frame_schedule and (quality := set(weights) & set(BAD_SIDE)):
         raise UserError(f"config.reward.weights has {', '.join(sorted(quality))}, which are judged by the base model's "
                         "videos of one length: leave them or config.sample.frame_schedule out")

@@ -43,7 +43,7 @@ from grpo.rollout import (
     step_quotas,
 )
 from grpo.run_log import RunLog, SilentLog
-from grpo.scores import gather_scores, open_pool
+from grpo.scores import for_rewards, gather_scores, open_pool
 from grpo.update import init_state, stack_batches
 from rewards.targets import parse_targets
 from rewards.workers import RewardPool
@@ -78,6 +78,7 @@ def main(_):
     epoch_prompts(c.seed, 0, len(train_prompts), c.sample.groups)
     if overlap := set(train_prompts.prompts) & set(heldout.prompts):
         raise UserError(f"{len(overlap)} held-out prompts are training prompts too, e.g. {min(overlap)!r}")
+    train_prompts, heldout = (for_rewards(prompts, s.weights) for prompts in (train_prompts, heldout))
     launch = hosts.choose(CLUSTER.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, os.environ)
     with hosts.joined(launch, HOST_TIMEOUT.value, STAGE_TIMEOUT.value, JOIN_TIMEOUT.value):
         cli.keep_compiled_programs()
