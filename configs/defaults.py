@@ -55,6 +55,7 @@ def defaults() -> ConfigDict:
 
     c.sample = ConfigDict()
     c.sample.frames = 1
+    c.sample.frame_schedule = ()        # ((epoch, frames), ...): so many from that epoch on, e.g. ((50, 9), (100, 33))
     c.sample.height = 512
     c.sample.width = 512
     c.sample.steps = 20                 # denoising steps
@@ -128,8 +129,11 @@ def defaults() -> ConfigDict:
     c.reward.weights = ConfigDict()     # of the rewards; 0: measured and logged, None: not measured
     c.reward.weights.ocr = 1.0          # the spelling
     for name in ("stability",           # of the text in time (rewards/several.py)
+                 "clip", "pickscore",   # the prompt as a whole (rewards/clip.py)
                  "sharpness", "exposure", "contrast", "compressibility", "flicker", "motion"):
         c.reward.weights[name] = optional_float()  # rewards/quality.py, grpo/combine.py
+    c.reward.clip_model = ""            # folder of a CLIP model as transformers writes it
+    c.reward.pickscore_model = ""       # the same, of PickScore
     c.reward.combine = "rewards"        # rewards | advantages: which are added up (grpo/combine.py)
     c.reward.workers = 2                # scoring processes; 0 scores in the training process; with servers: how many
     #                                     videos are sent at the same time, at least the workers of all servers
@@ -145,6 +149,7 @@ def defaults() -> ConfigDict:
     c.eval.every = 20                   # epochs between held-out evaluations; there is one before and one after anyway
     c.eval.num_prompts = 256
     c.eval.frames = 0                   # 0: as in training
+    c.eval.more_frames = ()             # evaluations with so many frames as well, logged apart, e.g. (33,)
     c.eval.steps = 20
     c.eval.guidance = 4.5
     c.eval.guidance_2 = optional_float()

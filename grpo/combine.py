@@ -1,9 +1,9 @@
 """Several rewards as one: what training maximises, and which videos count.
 
-The spelling, and how stable the text is in time, count as they are. A measure of quality (`rewards/quality.py`) has no
-scale of its own, so it counts against the videos of the model that training starts from, on the held-out prompts: 0
-within one standard deviation of their mean, falling to -1 at four, on the side that is bad. Weight 0 means measured and
-logged, and nothing else.
+The spelling, how stable the text is in time and what a CLIP model says count as they are. A measure of quality
+(`rewards/quality.py`) has no scale of its own, so it counts against the videos of the model that training starts from,
+on the held-out prompts: 0 within one standard deviation of their mean, falling to -1 at four, on the side that is bad.
+Weight 0 means measured and logged, and nothing else.
 """
 
 from collections.abc import Mapping

@@ -18,11 +18,11 @@ from flax import nnx
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from grpo import devices, report, settings
+from grpo import clip_lengths, devices, report, settings
 from grpo.evaluator import Evaluator, said
 from grpo.prompts import load_prompts
 from grpo.run_log import RunLog
-from grpo.scores import open_pool
+from grpo.scores import for_rewards, open_pool
 from rewards.targets import parse_targets
 from wan_jax import cli, memory, model_dir, pipeline
 from wan_jax.attention import choose_backend, platform_of
@@ -43,7 +43,7 @@ def main(_):
     c = CONFIG.value
     c.run_dir = OUT.value
     s = settings.from_config(c)
-    prompts = load_prompts(c.prompts.heldout, parse_targets, limit=c.eval.num_prompts)
+    prompts = for_rewards(load_prompts(c.prompts.heldout, parse_targets, limit=c.eval.num_prompts), s.weights)
     if CHECKPOINT.value is None and not BASE.value:
         raise UserError("--nobase without --checkpoint leaves nothing to evaluate")
     if (pathlib.Path(OUT.value) / "checkpoints").exists():
@@ -56,8 +56,8 @@ def main(_):
         mesh, spread = devices.choose_mesh(c, s, config, experts=len(model.experts), trained=0)
         backend = choose_backend(c.model.attention, platform_of(mesh.devices.flat[0]), s.dtype,
                                  config.attention_head_dim)
-        shape = pipeline.latent_shape(c.eval.frames or c.sample.frames, c.sample.height, c.sample.width,
-                                      model.config("vae"), config)
+        shapes = {frames: pipeline.latent_shape(frames, c.sample.height, c.sample.width, model.config("vae"), config)
+                  for frames in clip_lengths.evaluated(c.sample.frames, c.eval.frames, c.eval.more_frames)}
         solver = make_solver(c.eval.solver, c.eval.steps, c.sample.shift)
     print(spread, flush=True)
     bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
@@ -75,12 +75,15 @@ def main(_):
             experts = len(model.experts)
             steps = per_guidance(make, guidances(c.eval.guidance, c.eval.guidance_2, experts))
             unguided = per_guidance(make, (1.0,) * experts) if c.eval.also_unguided else ()
-            evaluator = Evaluator(prompts, table, solver, steps, segments(solver.schedule.timesteps, model.boundary),
-                                  decode, vae_state, pool, mesh, shape, c.sample.batch_size, c.eval.seed,
-                                  c.eval.previews, unguided)
-            result = evaluator(lambda expert: (weights(expert),), number, functools.partial(bar, desc="evaluation"))
-            log.evaluation(result.record, result.videos)
-            print(f"{checkpoint or c.model.path}: {said(result.record)}", flush=True)
+            for i, (frames, shape) in enumerate(shapes.items()):
+                evaluator = Evaluator(prompts, table, solver, steps,
+                                      segments(solver.schedule.timesteps, model.boundary), decode, vae_state, pool,
+                                      mesh, shape, c.sample.batch_size, c.eval.seed, c.eval.previews, unguided)
+                result = evaluator(lambda expert: (weights(expert),), number,
+                                   functools.partial(bar, desc="evaluation"))
+                log.evaluation(result.record, result.videos, frames if i else None)
+                print(f"{checkpoint or c.model.path}: {said(result.record)}"
+                      + (f", {frames} frames" if len(shapes) > 1 else ""), flush=True)
 
         if BASE.value and (epoch > 0 or CHECKPOINT.value is None):
             evaluate(None, 0)

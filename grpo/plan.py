@@ -150,7 +150,8 @@ class Point:
 
 def resized(run: Run, frames: int, height: int, width: int) -> Run:
     """The run with clips of this size, evaluated at it too. Raises `UserError` on sizes the model cannot make."""
-    other = changed(run, sample=dict(frames=frames, height=height, width=width), eval=dict(frames=0))
+    other = changed(run, sample=dict(frames=frames, frame_schedule=(), height=height, width=width),
+                    eval=dict(frames=0, more_frames=()))
     _ = other.shape
     return other
 
@@ -251,7 +252,12 @@ def main(_):
     if target.kind is None:
         say(f"seconds: the rates of {label} are not known here; known are {', '.join(costs.KINDS)}")
     else:
-        say(*seconds_lines(run, target.kind, given_efficiency(f, costs.default_efficiency(run, target.kind))))
+        for frames in run.trained_frames:
+            at_length = run.with_frames(frames, run.evaluated_frames[0])
+            if len(run.trained_frames) > 1:
+                say(f"with {frames} frames:")
+            say(*seconds_lines(at_length, target.kind,
+                               given_efficiency(f, costs.default_efficiency(run, target.kind))))
 
     # ---- the largest clips ------------------------------------------------------------------------------------------
     if target.limit is None or not f.search:

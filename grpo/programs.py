@@ -7,14 +7,14 @@ on the mesh as training's own, so a program compiled ahead is the one that the l
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from grpo import devices, forward, offload, settings, update
+from grpo import clip_lengths, devices, forward, offload, settings, update
 from grpo.forward import ForwardBatch
 from grpo.policy import make_structure
 from grpo.preferences import layout
@@ -29,6 +29,9 @@ from wan_jax.schedule import Schedule, flow_sigmas
 from wan_jax.solvers import SolverState, make_solver
 
 TEXT_ROWS = 64  # taken for the prompts' longest where they have not been encoded, of the 512 the transformer attends to
+# of a Run: what its lengths share
+JITTED = ("settings", "remat", "policy", "table", "solver", "steps", "updates", "eval_steps", "unguided_steps", "vae",
+          "decoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,15 +76,36 @@ class Run:
         return self.shape_of(self.recipe.eval.frames or self.recipe.sample.frames)
 
     @property
+    def trained_frames(self) -> tuple[int, ...]:
+        """All that epochs have, each once."""
+        return clip_lengths.trained(self.recipe.sample.frames, self.recipe.sample.frame_schedule)
+
+    @property
+    def evaluated_frames(self) -> tuple[int, ...]:
+        c = self.recipe
+        return clip_lengths.evaluated(c.sample.frames, c.eval.frames, c.eval.more_frames)
+
+    def with_frames(self, sample: int, evaluation: int) -> "Run":
+        """At one length in training and one in evaluation, with the same jitted functions."""
+        if (self.trained_frames, self.evaluated_frames) == ((sample,), (evaluation,)):
+            return self
+        recipe = self.recipe.copy_and_resolve_references()
+        recipe.sample.update(frames=sample, frame_schedule=())
+        recipe.eval.update(frames=evaluation, more_frames=())
+        other = dataclasses.replace(self, recipe=recipe)
+        vars(other).update({name: getattr(self, name) for name in JITTED})
+        return other
+
+    @property
     def tokens(self) -> int:
         """S of one video in training."""
-        frames, height, width, _ = self.shape
-        return frames * (height // 2) * (width // 2)
+        return tokens(self.shape)
 
     @functools.cached_property
     def remat(self) -> str:
-        """What the backward pass computes again, one of `REMAT_POLICIES`."""
-        return devices.choose_remat(self.recipe, self.settings, self.preset.transformer, self.mesh, tokens=self.tokens,
+        """What the backward pass computes again, one of `REMAT_POLICIES`, by the longest videos."""
+        return devices.choose_remat(self.recipe, self.settings, self.preset.transformer, self.mesh,
+                                    tokens=tokens(self.shape_of(max(self.trained_frames))),
                                     experts=len(self.preset.experts), trained=len(self.trained), memory=self.memory)
 
     @functools.cached_property
@@ -200,19 +224,30 @@ class Run:
 
     # ---- the programs ----------------------------------------------------------------------------------------------
     def programs(self) -> list[Program]:
-        """All that the epochs run over and over, each once: experts may share theirs."""
-        experts, distinct = range(len(self.preset.experts)), {}
+        """All that the epochs run over and over, each once, for every length: experts may share theirs, an evaluation
+        has training's decoder where the lengths are the same."""
+        training = {f: self.with_frames(f, self.evaluated_frames[0]) for f in self.trained_frames}
+        evaluation = {f: self.with_frames(self.trained_frames[0], f) for f in self.evaluated_frames}
+        distinct = {}
+        for runs, made in ((training, Run.training_steps), (evaluation, Run.evaluation_steps), (training, Run.decode),
+                           (evaluation, Run.evaluation_decode)):
+            for length, run in runs.items():
+                for program in made(run):
+                    name = f"{program.name}, {length} frames" if len(runs) > 1 else program.name
+                    distinct.setdefault(identity(program), dataclasses.replace(program, name=name))
+        return list(distinct.values())
+
+    def training_steps(self) -> list[Program]:
+        experts = range(len(self.preset.experts))
         trained = [i for i in experts if self.preset.experts[i] in self.trained]
+        return shared([*map(self.rollout_step, experts), *map(self.update, trained)])
+
+    def evaluation_steps(self) -> list[Program]:
         unguided = [self.unguided_step()] if self.unguided_steps else []  # one for all experts
-        for program in [*map(self.rollout_step, experts), *map(self.update, trained), *map(self.ode_step, experts),
-                        *unguided]:
-            leaves, treedef = jax.tree.flatten(program.args)
-            key = program.jitted, treedef, tuple((x.shape, x.dtype) for x in leaves)
-            distinct[key] = program if key not in distinct else dataclasses.replace(
-                program, name=program.name.partition(", ")[0])
-        evaluation = [] if self.eval_shape == self.shape else [
-            dataclasses.replace(p, name=f"evaluation {p.name}", beside=()) for p in self.decode(self.eval_shape)]
-        return [*distinct.values(), *self.decode(), *evaluation]
+        return shared([*map(self.ode_step, range(len(self.preset.experts))), *unguided])
+
+    def evaluation_decode(self) -> list[Program]:
+        return [dataclasses.replace(p, name=f"evaluation {p.name}", beside=()) for p in self.decode(self.eval_shape)]
 
     def named(self, name: str, expert: int) -> str:
         return f"{name}, {self.preset.experts[expert]}" if len(self.preset.experts) > 1 else name
@@ -366,6 +401,28 @@ class Run:
         negative = jax.ShapeDtypeStruct((*leading, *rows), dtype, sharding=mesh_lib.replicated(self.mesh))
         return TextBatch(self.rows(dtype, *leading, shape=rows, batch=batch), negative,
                          pipeline.TEXT_ROWS - self.text_rows)
+
+
+def tokens(shape: tuple[int, ...]) -> int:
+    """S of latents (F, H, W, C)."""
+    frames, height, width, _ = shape
+    return frames * (height // 2) * (width // 2)
+
+
+def identity(program: Program) -> tuple:
+    """Equal for programs that are compiled once."""
+    leaves, treedef = jax.tree.flatten(program.args)
+    return program.jitted, treedef, tuple((x.shape, x.dtype) for x in leaves)
+
+
+def shared(programs: Iterable[Program]) -> list[Program]:
+    """Each once: what several experts run loses the expert's name."""
+    distinct = {}
+    for program in programs:
+        key = identity(program)
+        distinct[key] = program if key not in distinct else dataclasses.replace(
+            program, name=program.name.partition(", ")[0])
+    return list(distinct.values())
 
 
 def lie(tree, sharding):

@@ -18,7 +18,7 @@ from wan_jax.cli import UserError
 @dataclasses.dataclass(frozen=True)
 class PromptSet:
     prompts: tuple[str, ...]
-    targets: tuple[tuple[str, ...], ...]  # the texts each prompt asks for, in order
+    targets: tuple  # the texts each prompt asks for, in order: tuple[str, ...]; or `Asked`, these and the prompt
     metadata: tuple[dict, ...] = ()  # each prompt's other fields
 
     def __len__(self):

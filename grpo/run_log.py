@@ -3,6 +3,7 @@
     runs/NAME/config.json             every setting, and the command
     runs/NAME/metrics.jsonl           one line an epoch
     runs/NAME/evals.jsonl             one line a held-out evaluation
+    runs/NAME/evals_33_frames.jsonl   the same for a further length of its videos
     runs/NAME/previews/eval_000012.npz  uint8 videos [n, T, H, W, 3] of an evaluation's first prompts
     runs/NAME/tensorboard/            the same numbers and pictures
     runs/NAME/trackers.json           the run's ids at Weights & Biases and MLflow, where it is logged there
@@ -41,7 +42,7 @@ class RunLog:
     def __init__(self, folder, resume_epoch: int | None = None, trackers=None):
         self.folder = pathlib.Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS, EVALUATIONS):
+        for name in (METRICS, EVALUATIONS, *(p.name for p in self.folder.glob("evals_*_frames.jsonl"))):
             path = self.folder / name
             if not path.exists():
                 continue
@@ -69,19 +70,23 @@ class RunLog:
         """One epoch's numbers; record["epoch"] is its number, groups of numbers may be nested."""
         self._write(METRICS, "train", record)
 
-    def evaluation(self, record: dict, videos: np.ndarray | None = None) -> None:
+    def evaluation(self, record: dict, videos: np.ndarray | None = None, frames: int | None = None) -> None:
         """One held-out evaluation and uint8 videos [n, T, H, W, 3] of its first n prompts.
 
-        The videos are written first: a line in evals.jsonl has its previews.
+        The videos are written first: a line in evals.jsonl has its previews. frames: of an evaluation at a further
+        length, which has a file and tags of its own, and no previews on disk.
         """
+        tag, name = ("eval", EVALUATIONS) if frames is None else (f"eval_{frames}_frames",
+                                                                  f"evals_{frames}_frames.jsonl")
         if videos is not None and len(videos):
-            path = preview_path(self.folder, _epoch_of(record))
-            path.parent.mkdir(exist_ok=True)
-            file = io.BytesIO()
-            np.savez_compressed(file, videos=videos)
-            write_atomically(path, file.getvalue())
-            self._show("eval/previews", videos, record["epoch"])
-        self._write(EVALUATIONS, "eval", record)
+            if frames is None:
+                path = preview_path(self.folder, _epoch_of(record))
+                path.parent.mkdir(exist_ok=True)
+                file = io.BytesIO()
+                np.savez_compressed(file, videos=videos)
+                write_atomically(path, file.getvalue())
+            self._show(f"{tag}/previews", videos, record["epoch"])
+        self._write(name, tag, record)
 
     def close(self) -> None:
         for sink in self._sinks:
@@ -112,7 +117,7 @@ class SilentLog:
 
     def config(self, values: dict) -> None: ...
     def epoch(self, record: dict) -> None: ...
-    def evaluation(self, record: dict, videos: np.ndarray | None = None) -> None: ...
+    def evaluation(self, record: dict, videos: np.ndarray | None = None, frames: int | None = None) -> None: ...
     def close(self) -> None: ...
 
 

@@ -9,7 +9,9 @@ import numpy as np
 
 from grpo import reward_servers
 from grpo.combine import MAIN
-from rewards.base import RewardError
+from grpo.prompts import PromptSet
+from rewards.base import Asked, RewardError
+from rewards.clip import KINDS, ClipReward
 from rewards.ocr import OCRReward
 from rewards.quality import QualityReward
 from rewards.several import DERIVED, SeveralRewards
@@ -22,8 +24,9 @@ from wan_jax.cli import UserError
 def open_pool(c, weights: dict[str, float]) -> RewardPool:
     """The scoring processes, or the threads that ask servers. Raises `UserError` when the reward cannot be built, e.g.
     for a missing package."""
-    measures = {name: None if name in DERIVED else functools.partial(QualityReward, name)
-                for name in weights if name != MAIN}
+    measures = {name: None if name in DERIVED else
+                functools.partial(ClipReward, c[f"{name}_model"], name, c.max_frames) if name in KINDS else
+                functools.partial(QualityReward, name) for name in weights if name != MAIN}
     try:
         reward = (reward_servers.connect(c) if c.servers else
                   functools.partial(OCRReward, rule=c.rule, engine=c.engine, max_frames=c.max_frames))
@@ -32,6 +35,13 @@ def open_pool(c, weights: dict[str, float]) -> RewardPool:
         return RewardPool(reward, workers=c.workers, mode="thread" if c.servers else "process")
     except (RewardError, ImportError, ValueError) as error:
         raise UserError(f"the reward cannot be built: {str(error).strip().splitlines()[-1]}") from error
+
+
+def for_rewards(prompts: PromptSet, weights: dict[str, float]) -> PromptSet:
+    """The set with the prompt beside its targets where a reward asks for it."""
+    if not set(weights) & set(KINDS):
+        return prompts
+    return dataclasses.replace(prompts, targets=tuple(map(Asked, prompts.targets, prompts.prompts)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,16 +6,17 @@ import jax.numpy as jnp
 import ml_collections
 
 from configs.defaults import defaults
-from grpo import sinks
+from grpo import clip_lengths, sinks
 from grpo.advantages import STDS
 from grpo.budget import Budget
-from grpo.combine import COMBINATIONS, MAIN
+from grpo.combine import BAD_SIDE, COMBINATIONS, MAIN
 from grpo.forward import FORWARD_METHODS, ForwardConfig
 from grpo.losses import OBJECTIVES, LossConfig
 from grpo.reward_servers import JUDGE, JUDGE_QUESTIONS, check_settings
 from grpo.rollout import CREDITS, ODE_SOLVERS
 from grpo.update import OptimiserConfig
 from grpo.windows import ONE_PER_GROUP, WINDOWS
+from rewards.clip import KINDS, check_model
 from rewards.ocr import RULES
 from rewards.ocr_engines import ENGINES
 from wan_jax.attention import BACKENDS
@@ -56,7 +57,7 @@ AT_LEAST = {"epochs": 1, "lora.rank": 0, "mesh.fsdp": 0, "mesh.context": 0, "sam
 # a resumed run may differ from its checkpoint in these: they do not change what an epoch computes
 FREE = ("epochs", "budget.", "run_dir", "eval.", "save.", "reward.workers", "reward.servers", "reward.token_env",
         "reward.timeout", "reward.retries", "reward.patience", "model.path", "model.offload", "prompts.heldout",
-        "mesh.", "train.offload_optimiser", "log.")
+        "mesh.", "train.offload_optimiser", "log.", "reward.clip_model", "reward.pickscore_model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +140,20 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
     if not all(v >= 0 for v in weights.values()) or not any(weights.values()) or MAIN not in weights:
         raise UserError(f"config.reward.weights={weights}: weights must be at least 0, not all of them 0, and {MAIN} "
                         "must have one")
+    for name in KINDS:
+        if name in weights:
+            path = c.reward[f"{name}_model"]
+            if not path or c.reward.servers:
+                raise UserError(f"config.reward.weights.{name} is scored by the workers here: set "
+                                f"config.reward.{name}_model={path!r} to the model's folder, and give no "
+                                f"config.reward.servers={tuple(c.reward.servers)}")
+            try:
+                check_model(path)
+            except ValueError as error:
+                raise UserError(f"config.reward.{name}_model: {error}") from None
+    if c.sample.frame_schedule and (quality := set(weights) & set(BAD_SIDE)):
+        raise UserError(f"config.reward.weights has {', '.join(sorted(quality))}, which are judged by the base model's "
+                        "videos of one length: leave them or config.sample.frame_schedule out")
     if unknown := set(c.train.experts) - {"transformer", "transformer_2"}:
         raise UserError(f"config.train.experts names {', '.join(sorted(unknown))}: choose from transformer and "
                         "transformer_2")
@@ -161,6 +176,7 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
                         "leave out; set it above 1, or also_unguided=False")
     try:
         flow_sigmas(c.sample.steps, c.sample.shift)
+        clip_lengths.check(c.sample.frames, c.sample.frame_schedule, c.eval.frames, c.eval.more_frames)
         return Settings(
             dtype=DTYPES[c.model.dtype],
             lora=LoRAConfig(c.lora.rank, c.lora.alpha, tuple(c.lora.targets)) if c.lora.rank else None,
@@ -234,5 +250,9 @@ def flat(values: dict, prefix: str = "") -> dict:
         if isinstance(value, dict):
             out |= flat(value, f"{prefix}{key}.")
         else:
-            out[prefix + key] = list(value) if isinstance(value, tuple) else value
+            out[prefix + key] = _listed(value)
     return out
+
+
+def _listed(value):
+    return [_listed(v) for v in value] if isinstance(value, (tuple, list)) else value

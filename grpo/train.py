@@ -24,7 +24,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from convert.lora import initial_adapters
-from grpo import ahead, combine, devices, forward, report, run_log, run_state, settings
+from grpo import ahead, clip_lengths, combine, devices, forward, report, run_log, run_state, settings
 from grpo import offload as optimiser_offload
 from grpo.advantages import extremes, group_advantages, group_statistics, largest_spread, step_advantages
 from grpo.budget import Spent
@@ -36,7 +36,7 @@ from grpo.programs import Run
 from grpo.prompts import PromptSet, epoch_prompts, load_prompts
 from grpo.rollout import branch, group_leaders, initial_noise, prefix, rollout, rollout_batches
 from grpo.run_log import RunLog, SilentLog
-from grpo.scores import gather_rows, gather_scores, open_pool
+from grpo.scores import for_rewards, gather_rows, gather_scores, open_pool
 from grpo.update import init_state, stack_batches
 from grpo.windows import Windows
 from rewards.targets import parse_targets
@@ -72,6 +72,7 @@ def main(_):
     epoch_prompts(c.seed, 0, len(train_prompts), c.sample.groups)
     if overlap := set(train_prompts.prompts) & set(heldout.prompts):
         raise UserError(f"{len(overlap)} held-out prompts are training prompts too, e.g. {min(overlap)!r}")
+    train_prompts, heldout = (for_rewards(prompts, s.weights) for prompts in (train_prompts, heldout))
     launch = hosts.choose(CLUSTER.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, os.environ)
     with hosts.joined(launch, HOST_TIMEOUT.value, STAGE_TIMEOUT.value, JOIN_TIMEOUT.value):
         cli.keep_compiled_programs()
@@ -89,8 +90,8 @@ class Plan:
     spread: str  # how the run lies on the mesh, for the log
     model: model_dir.ModelDir
     backend: str  # of attention
-    shape: tuple[int, ...]  # latents of one video in training
-    eval_shape: tuple[int, ...]  # and in evaluation
+    shapes: dict[int, tuple[int, ...]]  # latents of one video of so many frames, in training or evaluation
+    eval_frames: tuple[int, ...]  # of the evaluations; by the first the run is judged
     schedule: Schedule
     solver: object  # of the evaluation
     parts: tuple[Segment, ...]  # the schedule's steps by expert
@@ -109,8 +110,9 @@ class Plan:
             optimiser_offload.check_device(mesh.local_devices[0])
         backend = choose_backend(c.model.attention, platform_of(mesh.devices.flat[0]), s.dtype,
                                  config.attention_head_dim)
-        shape, eval_shape = (pipeline.latent_shape(frames, c.sample.height, c.sample.width, vae, config)
-                             for frames in (c.sample.frames, c.eval.frames or c.sample.frames))
+        eval_frames = clip_lengths.evaluated(c.sample.frames, c.eval.frames, c.eval.more_frames)
+        shapes = {length: pipeline.latent_shape(length, c.sample.height, c.sample.width, vae, config)
+                  for length in (*clip_lengths.trained(c.sample.frames, c.sample.frame_schedule), *eval_frames)}
         schedule, solver = flow_sigmas(c.sample.steps, c.sample.shift), make_solver(c.eval.solver, c.eval.steps,
                                                                                     c.sample.shift)
         trained = tuple(name for name in model.experts if name in c.train.experts)
@@ -120,7 +122,8 @@ class Plan:
         parts = segments(schedule.timesteps, model.boundary)
         windows = Windows.make(c.sample, parts, model.experts, trained, s.levels)
         adapters = initial_adapters(c.lora.init, model, s.lora) if c.lora.init else None
-        return cls(mesh, spread, model, backend, shape, eval_shape, schedule, solver, parts, windows, trained, adapters)
+        return cls(mesh, spread, model, backend, shapes, eval_frames, schedule, solver, parts, windows, trained,
+                   adapters)
 
 
 def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout: PromptSet, pool: RewardPool):
@@ -188,9 +191,11 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
 
     log = RunLog(c.run_dir, restored, c.log) if hosts.first() else SilentLog()
     log.config(dict(c.to_dict(), command=" ".join(["python -m grpo.train", *sys.argv[1:]])))
-    evaluator = Evaluator(heldout, eval_table, solver, eval_steps,
-                          segments(solver.schedule.timesteps, model.boundary), decode, vae_state, pool, mesh,
-                          plan.eval_shape, c.sample.batch_size, c.eval.seed, c.eval.previews, run.unguided_steps)
+    evaluators = {length: Evaluator(heldout, eval_table, solver, eval_steps,
+                                    segments(solver.schedule.timesteps, model.boundary), decode, vae_state, pool, mesh,
+                                    plan.shapes[length], c.sample.batch_size, c.eval.seed, c.eval.previews,
+                                    run.unguided_steps)
+                  for length in plan.eval_frames}
 
     def sampled(expert: int) -> tuple:
         name = model.experts[expert]
@@ -203,10 +208,14 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         return (on_device(states[name].ema) if name in states else start[name]), weights(expert)
 
     def evaluate(epoch: int):
-        result = evaluator(averaged, epoch, functools.partial(bar, desc="evaluation"))
-        log.evaluation(result.record, result.videos)
-        say(f"epoch {epoch}: held-out {said(result.record)}")
-        return result.record.get("measures", {})
+        records = []
+        for length, evaluator in evaluators.items():
+            result = evaluator(averaged, epoch, functools.partial(bar, desc="evaluation"))
+            log.evaluation(result.record, result.videos, length if records else None)
+            records.append(result.record)
+            say(f"epoch {epoch}: held-out {said(result.record)}"
+                + (f", {length} frames" if len(evaluators) > 1 else ""))
+        return records[0].get("measures", {})
 
     if restored is None:
         count = sum(v.size for state in states.values() for v in jax.tree.leaves(state.trainable))
@@ -223,6 +232,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         lap()
         compiled.clear()
         clock, seconds = time.time(), dict.fromkeys(("sample", "decode", "score_wait", "update"), 0.0)
+        length = clip_lengths.at(epoch, c.sample.frames, c.sample.frame_schedule)
         epoch_key = jax.random.fold_in(jax.random.fold_in(key, 1), epoch)
         chosen = epoch_prompts(c.seed, epoch - 1, len(train_prompts), c.sample.groups)
         prompt_of = np.repeat(chosen, c.sample.group_size)  # [N], a group's videos stand together
@@ -242,13 +252,14 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
             trunk = []
             for r in first:
                 numbers = mesh_lib.place(r, sharded)
-                trunk.append(rollout(steps[expert], *sampled(expert), initial_noise(epoch_key, numbers, plan.shape),
+                trunk.append(rollout(steps[expert], *sampled(expert),
+                                     initial_noise(epoch_key, numbers, plan.shapes[length]),
                                      table.batch(prompt_of[r], sharded, replicated), key=epoch_key, samples=numbers,
                                      steps=shared, window=np.arange(0), multistep=multistep)[0])
             groups = (np.arange(s.videos) // c.sample.group_size).astype(np.int32)
             noise = [branch(trunk, mesh_lib.place(groups[r], replicated), sharded) for r in rows]
         else:
-            noise = [initial_noise(epoch_key, numbers, plan.shape) for numbers in samples]
+            noise = [initial_noise(epoch_key, numbers, plan.shapes[length]) for numbers in samples]
         trajectories, finished, pending = {}, [], []
         batches = rollout_batches(steps, sampled, noise, texts, key=epoch_key, samples=samples, parts=plan.parts,
                                   windows=windows, done=len(shared), multistep=multistep)
@@ -292,7 +303,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
 
         # update: the expert on the device first, so that the next epoch finds the first one there
         hosts.stage(f"epoch {epoch}: update")
-        record = {"epoch": epoch, "evaluations": evaluations,
+        record = {"epoch": epoch, "frames": length, "evaluations": evaluations,
                   "evaluations_saved": s.videos * c.sample.steps - evaluations}
         batch = None
         if s.forward is not None:
@@ -332,7 +343,8 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
                 k: max(values[k], record.get(k, values[k])) for k in ("ratio_max_error", "grad_norm") if k in values}}
         del trajectories, finished, texts, batches, batch
         seconds["update"] += lap([state.trainable for state in states.values()])
-        if epoch > done + 1 and (warning := compiled.warning(epoch)):
+        known = epoch > done + 1 and length == clip_lengths.at(epoch - 1, c.sample.frames, c.sample.frame_schedule)
+        if known and (warning := compiled.warning(epoch)):
             say(warning)
 
         # log, evaluate, save: in this order, so that a resumed run repeats what no checkpoint holds

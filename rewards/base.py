@@ -28,6 +28,14 @@ class Score:
     parts: tuple[tuple[str, float], ...] = ()  # of several rewards, each one's value; nan where it failed
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """The record of a video where a reward needs more than the texts it should show."""
+
+    targets: tuple[str, ...]
+    prompt: str
+
+
 class Reward(Protocol):
     """Anything that can judge one video. It must be deterministic: the same frames always get the same
     score."""

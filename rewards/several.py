@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rewards.base import Reward, Score
+from rewards.base import Asked, Reward, Score
 from rewards.text_match import Normaliser, similarity
 
 
@@ -28,6 +28,7 @@ class SeveralRewards:
 
     A reward that fails after the first one leaves nan under its own name and the others alone; when the first one
     fails, so does the score. makers: {name: factory}, the first one is the main one, or None for one of `DERIVED`.
+    The record may be an `Asked`, which those see that have `asks_prompt`; the others see its targets.
     """
 
     def __init__(self, makers: Mapping[str, Callable[[], Reward]]):
@@ -40,11 +41,13 @@ class SeveralRewards:
 
     def score(self, frames: np.ndarray, record: Any) -> Score:
         (main, first), *others = self.rewards.items()
-        score = first.score(frames, record)
+        targets = record.targets if isinstance(record, Asked) else record
+        score = first.score(frames, targets)
         parts = [(main, score.value)]
         for name, reward in others:
             try:
-                parts.append((name, reward.score(frames, record).value if reward else DERIVED[name](score)))
+                seen = record if getattr(reward, "asks_prompt", False) else targets
+                parts.append((name, reward.score(frames, seen).value if reward else DERIVED[name](score)))
             except Exception:  # whatever it is, it concerns this reward alone
                 parts.append((name, float("nan")))
         return Score(score.value, score.text, score.frames, score.frame_values, score.frame_texts, tuple(parts))

@@ -1,0 +1,112 @@
+"""CLIP rewards by a tiny random model: the formula, what is refused, and beside other rewards in a worker."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+
+from configs import tiny_ocr
+from grpo import scores, settings
+from grpo.prompts import PromptSet
+from rewards.base import Asked, RewardError
+from rewards.clip import ClipReward, check_model
+from rewards.several import SeveralRewards
+from rewards.workers import RewardPool
+from tests.rewards.pool_rewards import Brightness
+from wan_jax.cli import UserError
+
+torch = pytest.importorskip("torch", reason="needs pip install -e '.[clip]'")
+PROMPT = "a red sign that says open"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Written by transformers: 16 x 16 pixels, words as tokens."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    folder = tmp_path_factory.mktemp("clip")
+    words = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *PROMPT.split(), "blue"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>",
+                                         unk_token="<unk>").save_pretrained(folder)
+    size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, projection_dim=8)
+    text = dict(size, vocab_size=len(words), max_position_embeddings=12, eos_token_id=1, bos_token_id=0, pad_token_id=0)
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(text_config=text, vision_config=dict(size, image_size=16, patch_size=8),
+                                     projection_dim=8)
+    transformers.CLIPModel(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({
+        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": 16},
+        "do_center_crop": True, "crop_size": {"height": 16, "width": 16}, "do_normalize": True,
+        "image_mean": [0.5, 0.4, 0.3], "image_std": [0.25, 0.3, 0.35], "do_rescale": True, "resample": 3}))
+    return folder
+
+
+def videos(n=1, frames=12):
+    return np.random.default_rng(0).integers(0, 256, (n, frames, 16, 16, 3), np.uint8)
+
+
+def cosines(model, frames):
+    """By the parts of the model: pooled states, projections, norms; the pixels normalised here."""
+    import transformers
+
+    clip = transformers.CLIPModel.from_pretrained(model)
+    pixels = (frames / 255 - np.array([0.5, 0.4, 0.3])) / np.array([0.25, 0.3, 0.35])
+    tokens = torch.tensor([[3, 4, 5, 6, 7, 8, 1]])
+    with torch.no_grad():
+        image = clip.visual_projection(clip.vision_model(
+            torch.tensor(pixels.transpose(0, 3, 1, 2), dtype=torch.float32)).pooler_output).numpy()
+        text = clip.text_projection(clip.text_model(tokens).last_hidden_state[:, -1]).numpy()[0]
+    return image @ text / np.linalg.norm(image, axis=1) / np.linalg.norm(text)
+
+
+def test_the_formula(model):
+    (video,) = videos()
+    score = ClipReward(str(model), max_frames=3).score(video, Asked(("open",), PROMPT))
+    assert score.frames == (0, 6, 11)
+    expected = cosines(model, video[[0, 6, 11]])
+    np.testing.assert_allclose(score.frame_values, expected, atol=1e-5)
+    assert score.value == pytest.approx(expected.mean(), abs=1e-5) and np.ptp(expected) > 1e-4
+    picked = ClipReward(str(model), "pickscore", 3).score(video, Asked(("open",), PROMPT))
+    assert picked.value == pytest.approx(np.exp(2.6592) * expected.mean() / 26, abs=1e-5)
+    long = ClipReward(str(model), max_frames=3).score(video, Asked(("open",), "blue " * 50))
+    assert np.isfinite(long.value) and long.value != score.value
+
+
+def test_what_is_refused(model, tmp_path, monkeypatch):
+    with pytest.raises(RewardError, match="needs the prompt"):
+        ClipReward(str(model)).score(videos()[0], ("open",))
+    with pytest.raises(ValueError, match="is no folder with a CLIP model"):
+        check_model(str(tmp_path))
+    c = tiny_ocr.get_config()
+    c.reward.weights.clip = 0.5
+    for changes, message in (
+            ({}, "set config.reward.clip_model=''"),
+            ({"reward.clip_model": str(tmp_path)}, "config.reward.clip_model: .* is no folder"),
+            ({"reward.clip_model": str(model), "reward.servers": ("http://x:1",)}, "give no config.reward.servers")):
+        c.update_from_flattened_dict(changes)
+        with pytest.raises(UserError, match=message):
+            settings.from_config(c)
+    c.reward.servers = ()
+    assert settings.from_config(c).weights["clip"] == 0.5
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"pip install -e '.\[clip\]'"):
+        settings.from_config(c)
+
+
+def test_beside_others_in_a_worker(model):
+    """The main reward sees the texts, CLIP the prompt."""
+    prompts = scores.for_rewards(PromptSet((PROMPT,), (("open",),)), {"ocr": 1.0, "clip": 0.1})
+    assert prompts.targets == (Asked(("open",), PROMPT),)
+    plain = PromptSet((PROMPT,), (("open",),))
+    assert scores.for_rewards(plain, {"ocr": 1.0, "motion": 0.1}) is plain
+    makers = {"ocr": Brightness, "clip": functools.partial(ClipReward, str(model), "clip", 3)}
+    with RewardPool(functools.partial(SeveralRewards, makers), workers=1) as pool:
+        found = pool.submit(videos(2), [*prompts.targets] * 2).result()
+    assert found.valid.all()
+    np.testing.assert_allclose(found.parts["clip"], [cosines(model, v[[0, 6, 11]]).mean() for v in videos(2)],
+                               atol=1e-5)
