@@ -3,15 +3,14 @@ one of its relatives that train on the finished videos (`grpo.forward`).
 
     python -m grpo.train --config=configs/tiny_ocr.py [--config.train.learning_rate=1e-4 ...]
 
-One linear program: settings, prompts, model, policy, restore; then, epoch by epoch, sample, score, advantages,
-update, log, evaluate, save. The same command on the same run folder continues after the newest checkpoint, bit for
-bit: every random draw is a function of (seed, epoch, sample, step). On several hosts every process runs this program
-(docs/hosts.md); each decodes and scores the videos on its own devices, and the first one writes and prints.
+One linear program: settings, prompts, model, policy, restore; then, epoch by epoch, sample, score, update
+(`grpo.learner`), log, evaluate, save. The same command on the same run folder continues after the newest checkpoint,
+bit for bit: every random draw is a function of (seed, epoch, sample, step). On several hosts every process runs this
+program (docs/hosts.md); each decodes and scores the videos on its own devices, and the first one writes and prints.
 """
 
 import dataclasses
 import functools
-import math
 import os
 import pathlib
 import sys
@@ -24,20 +23,18 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from convert.lora import initial_adapters
-from grpo import ahead, clip_lengths, combine, devices, forward, report, run_log, run_state, settings
+from grpo import ahead, clip_lengths, combine, devices, report, run_log, run_state, settings
 from grpo import offload as optimiser_offload
-from grpo.advantages import extremes, group_advantages, group_statistics, largest_spread, step_advantages
 from grpo.budget import Spent
 from grpo.combine import MAIN
 from grpo.evaluator import Evaluator, said
+from grpo.learner import Learner, Stopwatch
 from grpo.policy import make_policy
-from grpo.preferences import select
 from grpo.programs import Run
 from grpo.prompts import PromptSet, epoch_prompts, load_prompts
-from grpo.rollout import branch, group_leaders, initial_noise, prefix, rollout, rollout_batches
 from grpo.run_log import RunLog, SilentLog
-from grpo.scores import for_rewards, gather_rows, gather_scores, open_pool
-from grpo.update import init_state, stack_batches
+from grpo.scores import for_rewards, open_pool
+from grpo.update import init_state
 from grpo.windows import Windows
 from rewards.targets import parse_targets
 from rewards.workers import RewardPool
@@ -128,7 +125,6 @@ class Plan:
 
 def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout: PromptSet, pool: RewardPool):
     mesh, model, solver = plan.mesh, plan.model, plan.solver
-    replicated, sharded = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
     checkpoints = Checkpoints(c.run_dir, keep=c.save.keep)
     restored, spent = hosts.from_first(checkpoints.latest), Spent()
     if restored is not None:
@@ -151,7 +147,6 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         limit = memory.limit(mesh.local_devices[0])
         run = Run(presets.of_folder(model), c, mesh, plan.backend, text_rows, limit)
         offload = ahead.offloads(run, limit)
-        steps, updates, eval_steps = run.steps, run.updates, run.eval_steps  # jitted, one an expert
     if epochs:
         say(f"rematerialisation: {run.remat}")
         needed = ahead.compile_all(run, offload, functools.partial(bar, desc="compiling"))
@@ -191,26 +186,19 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
 
     log = RunLog(c.run_dir, restored, c.log) if hosts.first() else SilentLog()
     log.config(dict(c.to_dict(), command=" ".join(["python -m grpo.train", *sys.argv[1:]])))
-    evaluators = {length: Evaluator(heldout, eval_table, solver, eval_steps,
+    evaluators = {length: Evaluator(heldout, eval_table, solver, run.eval_steps,
                                     segments(solver.schedule.timesteps, model.boundary), decode, vae_state, pool, mesh,
                                     plan.shapes[length], c.sample.batch_size, c.eval.seed, c.eval.previews,
                                     run.unguided_steps)
                   for length in plan.eval_frames}
 
-    def sampled(expert: int) -> tuple:
-        name = model.experts[expert]
-        if name not in states:
-            return start[name], weights(expert)
-        return (states[name].old if c.train.method == "nft" else states[name].trainable), weights(expert)
-
-    def averaged(expert: int) -> tuple:
-        name = model.experts[expert]
-        return (on_device(states[name].ema) if name in states else start[name]), weights(expert)
+    learner = Learner(c, s, run, model.boundary, plan.shapes, train_prompts, table, pool, decode, vae_state, start,
+                      weights, states, on_device, checkpoints, bar)
 
     def evaluate(epoch: int):
         records = []
         for length, evaluator in evaluators.items():
-            result = evaluator(averaged, epoch, functools.partial(bar, desc="evaluation"))
+            result = evaluator(learner.averaged, epoch, functools.partial(bar, desc="evaluation"))
             log.evaluation(result.record, result.videos, length if records else None)
             records.append(result.record)
             say(f"epoch {epoch}: held-out {said(result.record)}"
@@ -226,153 +214,49 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         say(f"continuing {c.run_dir} after epoch {done}")
         base = hosts.from_first(lambda: read_base(c.run_dir, s.weights))
 
-    lap, save_seconds = Stopwatch(), 0.0
-    # ---- the loop ---------------------------------------------------------------------------------------------
+    save_seconds = 0.0
     for epoch in epochs:
-        lap()
         compiled.clear()
-        clock, seconds = time.time(), dict.fromkeys(("sample", "decode", "score_wait", "update"), 0.0)
-        length = clip_lengths.at(epoch, c.sample.frames, c.sample.frame_schedule)
-        epoch_key = jax.random.fold_in(jax.random.fold_in(key, 1), epoch)
-        chosen = epoch_prompts(c.seed, epoch - 1, len(train_prompts), c.sample.groups)
-        prompt_of = np.repeat(chosen, c.sample.group_size)  # [N], a group's videos stand together
-        windows = plan.windows.of_epoch(c.seed, epoch)
-
-        # sample, all batches by one expert before the next. The host is one batch ahead of the device, which so has
-        # work while the host fetches videos and hands them to the scoring processes
-        rows = [np.arange(b * c.sample.batch_size, (b + 1) * c.sample.batch_size) for b in range(s.batches)]
-        samples = [mesh_lib.place(r.astype(np.int32), sharded) for r in rows]
-        mine = hosts.my_rows(sharded, c.sample.batch_size)  # of each batch, on this process's devices
-        texts = [table.batch(prompt_of[r], sharded, replicated) for r in rows]
-        shared, evaluations, multistep = range(0), s.videos * c.sample.steps, c.sample.ode_solver != "euler"
-        if c.sample.shared_noise:  # a group's videos are one until they branch
-            shared, expert = prefix(plan.parts[0], windows[0]), plan.parts[0].expert
-            first = group_leaders(c.sample.groups, c.sample.group_size, c.sample.batch_size)
-            evaluations -= len(shared) * (s.videos - first.size)
-            trunk = []
-            for r in first:
-                numbers = mesh_lib.place(r, sharded)
-                trunk.append(rollout(steps[expert], *sampled(expert),
-                                     initial_noise(epoch_key, numbers, plan.shapes[length]),
-                                     table.batch(prompt_of[r], sharded, replicated), key=epoch_key, samples=numbers,
-                                     steps=shared, window=np.arange(0), multistep=multistep)[0])
-            groups = (np.arange(s.videos) // c.sample.group_size).astype(np.int32)
-            noise = [branch(trunk, mesh_lib.place(groups[r], replicated), sharded) for r in rows]
-        else:
-            noise = [initial_noise(epoch_key, numbers, plan.shapes[length]) for numbers in samples]
-        trajectories, finished, pending = {}, [], []
-        batches = rollout_batches(steps, sampled, noise, texts, key=epoch_key, samples=samples, parts=plan.parts,
-                                  windows=windows, done=len(shared), multistep=multistep)
-        last = len(plan.parts) - 1
-        decoding = ((*batch, decode(vae_state, batch[2]) if batch[0] == last else None) for batch in batches)
-        for i, b, x, trajectory, video in bar(pipeline.one_ahead(decoding), desc=f"epoch {epoch}",
-                                              total=len(plan.parts) * s.batches):
-            name = model.experts[plan.parts[i].expert]
-            hosts.stage(f"epoch {epoch}: sampling batch {b + 1} of {s.batches} with {name}")
-            if trajectory is not None:
-                trajectories.setdefault(name, []).append(trajectory)
-            seconds["sample"] += lap(x)
-            if video is not None:
-                if s.forward is not None:
-                    finished.append(x)
-                hosts.stage(f"epoch {epoch}: decoding batch {b + 1} of {s.batches}")
-                videos = video()  # those of rows `mine`
-                seconds["decode"] += lap()
-                numbers = rows[b][mine]
-                targets = [train_prompts.targets[p] for p in prompt_of[numbers]]
-                if len(numbers):  # none where other processes answer for all that lie here
-                    pending.append((numbers, pool.submit(videos, targets)))
-        hosts.stage(f"epoch {epoch}: scores")
-        scores = gather_scores(pending, s.videos)
-        seconds["score_wait"] += lap()
-
-        # advantages, from here on the same on every process
-        rewards = combine.terms(scores.values, scores.parts, s.weights, base)
-        total = combine.combined(rewards, s.weights)
-        valid = scores.valid & np.isfinite(total)
-        if not valid.any():
-            raise UserError(f"epoch {epoch}: not one of {len(valid)} videos could be scored; the last error was:\n"
-                            f"{scores.error}")
-        how = dict(std=c.train.advantage_std, clip=c.train.advantage_clip)
-        advantages = (group_advantages(total, prompt_of, valid, **how) if c.reward.combine == "rewards" else
-                      combine.combined_advantages(rewards, s.weights, prompt_of, valid, **how))
-        groups = group_statistics(total, prompt_of, valid)
-        kept = largest_spread(total, prompt_of, valid, c.train.groups or c.sample.groups)
-        order = np.flatnonzero(kept.reshape(s.batches, -1).any(1))  # the batches that are trained
-        counted = kept & extremes(total, prompt_of, valid, c.train.best_of)
-
-        # update: the expert on the device first, so that the next epoch finds the first one there
+        lap = Stopwatch()
+        sampled = learner.sample(epoch, lap)
+        lesson = learner.lesson(epoch, sampled, base)
         hosts.stage(f"epoch {epoch}: update")
-        record = {"epoch": epoch, "frames": length, "evaluations": evaluations,
-                  "evaluations_saved": s.videos * c.sample.steps - evaluations}
-        batch = None
-        if s.forward is not None:
-            value = total if c.reward.combine == "rewards" else advantages
-            selected = select(s.forward, value, advantages, valid, c.sample.group_size).batches(
-                c.train.updates_per_epoch, c.sample.batch_size, mesh_lib.batch_shards(mesh))
-        for i, part in reversed(list(enumerate(plan.parts))):
-            expert, name = part.expert, model.experts[part.expert]
-            if name not in states:
-                continue
-            if s.forward is not None:
-                levels = forward.noise_levels(s.forward, c.seed, epoch, s.videos, expert, plan.parts,
-                                              plan.windows.quotas, plan.schedule, model.boundary)
-                batches = ((forward.stack(chosen, finished, [table.batch(prompt_of[r], sharded, replicated)
-                                                             for r in chosen.videos], levels, epoch_key, mesh),
-                            *s.forward.old_kept(epoch, number, c.train.updates_per_epoch))
-                           for number, chosen in enumerate(selected))
-            else:
-                here = np.isin(np.arange(s.videos), plan.windows.videos(i))
-                if s.kl_reward:
-                    kl = gather_rows([t.kl for t in trajectories[name]], sharded)  # [K, N]
-                    advantages = step_advantages(total, kl, s.kl_reward, prompt_of, here & valid, **how)
-                by_batch = np.moveaxis(advantages.reshape(*advantages.shape[:-1], s.batches, -1), -2, 0)  # [., (K,) B]
-                rows = (here & counted).reshape(s.batches, -1)
-                batches = ((stack_batches([trajectories[name][b] for b in chosen], by_batch[chosen], rows[chosen]),)
-                           for chosen in order[run.update_batches(expert)] if rows[chosen].any())  # else: no lesson
-            values = {}
-            for batch, *old_kept in batches:
-                states[name], metrics, norms = updates[expert](states[name], weights(expert), batch, *old_kept)
-                values |= metrics.averages() | {k: float(v) for k, v in norms.items()}
-                check_finite(values, epoch, checkpoints)
-                if s.forward is None and "ratio_max_error" not in values:
-                    values["ratio_max_error"] = max(values["ratio_max"] - 1, 1 - values["ratio_min"])
-                    check_ratio(values["ratio_max_error"], s.ratio_tolerance, epoch)
-            values |= {"kl": float(kl[:, here].mean())} if s.kl_reward else {}
-            record |= values if len(states) == 1 else {name: values, **{
-                k: max(values[k], record.get(k, values[k])) for k in ("ratio_max_error", "grad_norm") if k in values}}
-        del trajectories, finished, texts, batches, batch
-        seconds["update"] += lap([state.trainable for state in states.values()])
+        record = {"epoch": epoch, "frames": sampled.length, "evaluations": sampled.evaluations,
+                  "evaluations_saved": sampled.saved} | learner.learn(epoch, sampled, lesson)
+        lap("update", [state.trainable for state in states.values()])
+        scores, evaluations, length = sampled.scores, sampled.evaluations, sampled.length
+        del sampled
         known = epoch > done + 1 and length == clip_lengths.at(epoch - 1, c.sample.frames, c.sample.frame_schedule)
         if known and (warning := compiled.warning(epoch)):
             say(warning)
 
         # log, evaluate, save: in this order, so that a resumed run repeats what no checkpoint holds
-        seconds |= {"save": save_seconds, "total": time.time() - clock}
+        seconds = lap.seconds | {"save": save_seconds, "total": time.time() - lap.begun}
         working = seconds["sample"] + seconds["decode"] + seconds["update"]
         spent += Spent(evaluations, hosts.gather(seconds["total"] - compiled.seconds)[0])
         final = epoch == c.epochs or s.budget.reached(spent)
+        failed, groups = int((~lesson.valid).sum()), lesson.groups
         log.epoch(record | {"spent_evaluations": spent.evaluations, "spent_seconds": spent.seconds,
                             "reward_mean": groups.mean_reward, "reward_std": groups.std_reward,
                             "group_std": groups.mean_group_std, "zero_std_fraction": groups.zero_std_fraction,
                             "rewards": combine.means({MAIN: scores.values} | scores.parts),
-                            "failed_scores": int((~valid).sum()), "retried_scores": scores.retries, "videos": s.videos,
-                            "videos_trained": int(counted.sum()),
+                            "failed_scores": failed, "retried_scores": scores.retries, "videos": s.videos,
+                            "videos_trained": int(lesson.counted.sum()),
                             "seconds": seconds, "idle_share": max(0.0, 1 - working / seconds["total"]),
                             "peak_memory": memory.peaks().known()})
         say(f"epoch {epoch}/{c.epochs}: reward {groups.mean_reward:.3f}, spread in groups "
             f"{groups.mean_group_std:.3f}, "
             + (f"ratio error {record['ratio_max_error']:.1e}, " if "ratio_max_error" in record else "")
             + (f"grad {record['grad_norm']:.2e}" if "grad_norm" in record else "nothing to learn from")
-            + (f", {(~valid).sum()} scores failed" if not valid.all() else "") + " | "
+            + (f", {failed} scores failed" if failed else "") + " | "
             + " ".join(f"{k} {v:.1f}" for k, v in seconds.items() if v >= 0.05) + " s")
         if epoch % c.eval.every == 0 or final:
             evaluate(epoch)
-        lap()
+        saving = time.time()
         hosts.stage(f"epoch {epoch}: saving")
         if epoch % c.save.every == 0 or final:
             run_state.save(checkpoints, epoch, states, c.to_dict(), s.lora, spent)
-        save_seconds = lap()  # shown with the next epoch
+        save_seconds = time.time() - saving  # shown with the next epoch
         if final:
             break
     log.close()
@@ -387,18 +271,6 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
 def say(*lines, **kwargs):
     if hosts.first():
         print(*lines, flush=True, **kwargs)
-
-
-class Stopwatch:
-    """Called after a stage: the seconds since the last call, once the arrays given are computed."""
-
-    def __init__(self):
-        self.last = time.time()
-
-    def __call__(self, wait_for=None) -> float:
-        jax.block_until_ready(wait_for)
-        before, self.last = self.last, time.time()
-        return self.last - before
 
 
 def load_weights(s: settings.Settings, plan: Plan, offload: bool) -> Weights:
@@ -418,20 +290,6 @@ def read_base(run_dir: str, weights: dict[str, float]) -> combine.Base:
         raise UserError(f"{run_dir}/{run_log.EVALUATIONS} has no evaluation of epoch 0 with {', '.join(missing)}, by "
                         "which the quality of later videos is judged; start a new run with another --config.run_dir")
     return measures
-
-
-def check_finite(values: dict[str, float], epoch: int, checkpoints: Checkpoints):
-    bad = {k: v for k, v in values.items() if not math.isfinite(v)}
-    if bad:
-        raise UserError(f"epoch {epoch}: the update is not finite ({', '.join(f'{k}={v}' for k, v in bad.items())}). "
-                        f"Nothing was saved; the last good checkpoint is {checkpoints.path(checkpoints.latest())}. "
-                        "Lower --config.train.learning_rate, or raise --config.train.kl_weight, in a new run_dir")
-
-
-def check_ratio(error: float, tolerance: float, epoch: int):
-    if error > tolerance:
-        raise UserError(f"epoch {epoch}: the first update's ratio differs from 1 by {error:.2e}, more than "
-                        f"train.ratio_tolerance={tolerance:g}: rollout and update disagree, gradients would be wrong")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import sys
 import jax
 import numpy as np
 
-from grpo import run_state, train
+from grpo import learner, run_state, train
 from rewards.workers import RewardPool
 from tests.rewards.pool_rewards import Brightness
 from wan_jax import cli
@@ -36,8 +36,8 @@ def save(checkpoints, epoch, states, *args):
     write(checkpoints, epoch, states, *args)
 
 
-group_advantages, write = train.group_advantages, run_state.save
-train.group_advantages, run_state.save = advantages, save
+group_advantages, write = learner.group_advantages, run_state.save
+learner.group_advantages, run_state.save = advantages, save
 train.open_pool = lambda c, _: RewardPool(Brightness, workers=c.workers)
 
 if __name__ == "__main__":

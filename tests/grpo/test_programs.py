@@ -12,7 +12,7 @@ import pytest
 
 from configs import wan21_1_3b_ocr, wan22_a14b_ocr, wan22_ti2v_5b_ocr
 from convert.from_diffusers import convert
-from grpo import ahead, run_log, settings, train
+from grpo import ahead, learner, run_log, settings, train
 from grpo.policy import make_policy
 from grpo.programs import Run
 from grpo.prompts import load_prompts
@@ -84,7 +84,7 @@ def test_the_loop_runs_what_was_compiled_ahead(start, capsys):
 def test_groups_sampled_in_excess_are_not_trained(start, capsys, monkeypatch):
     """Four groups of four, in batches of two, of which two with one best and one worst video each are trained."""
     stacked = []
-    monkeypatch.setattr(train, "stack_batches", lambda *a: stacked.append(a) or stack_batches(*a))
+    monkeypatch.setattr(learner, "stack_batches", lambda *a: stacked.append(a) or stack_batches(*a))
     c, s, plan, *rest = start(1, **{"sample.groups": 4, "sample.batch_size": 2, "train.groups": 2, "train.best_of": 1,
                                     "eval.every": 2, "eval.guidance": 3.0, "eval.also_unguided": True})
     train.train(c, s, plan, *rest)

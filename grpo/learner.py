@@ -1,0 +1,272 @@
+"""What an epoch does: sampling, decoding and scoring with the present weights, then the updates."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import ml_collections
+import numpy as np
+
+from grpo import clip_lengths, combine, forward
+from grpo.advantages import (
+    GroupStatistics,
+    extremes,
+    group_advantages,
+    group_statistics,
+    largest_spread,
+    step_advantages,
+)
+from grpo.preferences import select
+from grpo.programs import Run
+from grpo.prompts import PromptSet, epoch_prompts
+from grpo.rollout import Trajectory, branch, group_leaders, initial_noise, prefix, rollout, rollout_batches
+from grpo.scores import Scores, gather_rows, gather_scores
+from grpo.settings import Settings
+from grpo.update import TrainState, stack_batches
+from rewards.workers import RewardPool
+from wan_jax import hosts, pipeline
+from wan_jax import mesh as mesh_lib
+from wan_jax.checkpoint import Checkpoints
+from wan_jax.cli import UserError
+
+STAGES = ("sample", "decode", "score_wait", "update")
+
+
+class Stopwatch:
+    """Called after a stage: adds the seconds since the last call, once the arrays given are computed."""
+
+    def __init__(self):
+        self.begun = self.last = time.time()
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+
+    def __call__(self, stage: str, wait_for=None) -> None:
+        jax.block_until_ready(wait_for)
+        before, self.last = self.last, time.time()
+        self.seconds[stage] += self.last - before
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """An epoch's N videos, in batches, and their scores."""
+
+    key: jax.Array  # of the epoch
+    length: int  # frames
+    prompt_of: np.ndarray  # [N] int, numbers of prompts; a group's videos stand together
+    trajectories: dict[str, list[Trajectory]]  # an expert's stochastic steps, by batch
+    finished: list[jax.Array]  # latents by batch, where the method trains on them
+    kl: dict[str, np.ndarray]  # [K, N] to the reference, of an expert's steps, where it is part of the reward
+    scores: Scores
+    evaluations: int  # of the model
+    saved: int  # by prefixes that groups share
+
+
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """What the rewards say; the same on every process."""
+
+    total: np.ndarray  # [N], the sum of the weighted rewards
+    valid: np.ndarray  # [N] bool
+    advantages: np.ndarray  # [N]
+    groups: GroupStatistics
+    order: np.ndarray  # the batches that are trained
+    counted: np.ndarray  # [N] bool, the videos that are
+
+
+@dataclasses.dataclass
+class Learner:
+    """The experts under training. `states` is what changes; the sources of weights return those of expert i."""
+
+    c: ml_collections.ConfigDict
+    s: Settings
+    run: Run
+    boundary: float | None  # of two experts
+    shapes: dict[int, tuple[int, ...]]  # latents of one video of so many frames
+    prompts: PromptSet
+    table: pipeline.TextTable
+    pool: RewardPool
+    decode: Callable
+    vae: object  # its state
+    start: dict[str, dict[str, jax.Array]]  # each expert's trainable arrays before training
+    weights: Callable[[int], object]  # frozen ones, on the device
+    states: dict[str, TrainState]  # of the experts that are trained
+    on_device: Callable  # of an average that may wait in host memory
+    checkpoints: Checkpoints
+    bar: Callable
+
+    def __post_init__(self):
+        mesh = self.run.mesh
+        self.replicated, self.sharded = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
+        self.experts, self.parts, self.windows = self.run.preset.experts, self.run.parts, self.run.windows
+        self.key = jax.random.key(self.c.seed)
+
+    def sampled(self, expert: int) -> tuple:
+        """Weights to sample with: (trainable, frozen)."""
+        name = self.experts[expert]
+        if name not in self.states:
+            return self.start[name], self.weights(expert)
+        state = self.states[name]
+        return (state.old if self.c.train.method == "nft" else state.trainable), self.weights(expert)
+
+    def averaged(self, expert: int) -> tuple:
+        """Weights to judge: (trainable, frozen)."""
+        name = self.experts[expert]
+        return (self.on_device(self.states[name].ema) if name in self.states else self.start[name],
+                self.weights(expert))
+
+    def texts(self, prompt_of: np.ndarray) -> pipeline.TextBatch:
+        return self.table.batch(prompt_of, self.sharded, self.replicated)
+
+    # ---- sampling ---------------------------------------------------------------------------------------------
+    def sample(self, epoch: int, lap: Stopwatch) -> Sampled:
+        """All batches by one expert before the next. The host is one batch ahead of the device, which so has work while
+        the host fetches videos and hands them to the scoring processes."""
+        c, s = self.c, self.s
+        length = clip_lengths.at(epoch, c.sample.frames, c.sample.frame_schedule)
+        key = jax.random.fold_in(jax.random.fold_in(self.key, 1), epoch)
+        chosen = epoch_prompts(c.seed, epoch - 1, len(self.prompts), c.sample.groups)
+        prompt_of = np.repeat(chosen, c.sample.group_size)
+        windows = self.windows.of_epoch(c.seed, epoch)
+        rows = [np.arange(b * c.sample.batch_size, (b + 1) * c.sample.batch_size) for b in range(s.batches)]
+        samples = [mesh_lib.place(r.astype(np.int32), self.sharded) for r in rows]
+        if c.sample.shared_noise:
+            done, saved, noise = self.shared_prefix(key, length, prompt_of, windows[0], rows)
+        else:
+            done, saved = 0, 0
+            noise = [initial_noise(key, numbers, self.shapes[length]) for numbers in samples]
+
+        trajectories, finished, pending = {}, [], []
+        mine = hosts.my_rows(self.sharded, c.sample.batch_size)  # of each batch, on this process's devices
+        batches = rollout_batches(self.run.steps, self.sampled, noise, [self.texts(prompt_of[r]) for r in rows],
+                                  key=key, samples=samples, parts=self.parts, windows=windows, done=done,
+                                  multistep=c.sample.ode_solver != "euler")
+        last = len(self.parts) - 1
+        decoding = ((*batch, self.decode(self.vae, batch[2]) if batch[0] == last else None) for batch in batches)
+        for i, b, x, trajectory, video in self.bar(pipeline.one_ahead(decoding), desc=f"epoch {epoch}",
+                                                   total=len(self.parts) * s.batches):
+            name = self.experts[self.parts[i].expert]
+            hosts.stage(f"epoch {epoch}: sampling batch {b + 1} of {s.batches} with {name}")
+            if trajectory is not None:
+                trajectories.setdefault(name, []).append(trajectory)
+            lap("sample", x)
+            if video is not None:
+                if s.forward is not None:
+                    finished.append(x)
+                hosts.stage(f"epoch {epoch}: decoding batch {b + 1} of {s.batches}")
+                videos = video()  # those of rows `mine`
+                lap("decode")
+                numbers = rows[b][mine]
+                if len(numbers):  # none where other processes answer for all that lie here
+                    targets = [self.prompts.targets[p] for p in prompt_of[numbers]]
+                    pending.append((numbers, self.pool.submit(videos, targets)))
+        hosts.stage(f"epoch {epoch}: scores")
+        scores = gather_scores(pending, s.videos)
+        lap("score_wait")
+        kl = {name: gather_rows([t.kl for t in kept], self.sharded)
+              for name, kept in trajectories.items() if s.kl_reward and name in self.states}
+        return Sampled(key, length, prompt_of, trajectories, finished, kl, scores, s.videos * c.sample.steps - saved,
+                       saved)
+
+    def shared_prefix(self, key, length: int, prompt_of: np.ndarray, window: np.ndarray, rows: Sequence[np.ndarray]
+                      ) -> tuple[int, int, list[jax.Array]]:
+        """A group's videos are one until they branch: (steps done, evaluations saved, each batch's latents)."""
+        sample, expert = self.c.sample, self.parts[0].expert
+        shared = prefix(self.parts[0], window)
+        first = group_leaders(sample.groups, sample.group_size, sample.batch_size)
+        trunk = []
+        for r in first:
+            numbers = mesh_lib.place(r, self.sharded)
+            trunk.append(rollout(self.run.steps[expert], *self.sampled(expert),
+                                 initial_noise(key, numbers, self.shapes[length]), self.texts(prompt_of[r]), key=key,
+                                 samples=numbers, steps=shared, window=np.arange(0),
+                                 multistep=sample.ode_solver != "euler")[0])
+        groups = (np.arange(len(prompt_of)) // sample.group_size).astype(np.int32)
+        return (len(shared), len(shared) * (len(prompt_of) - first.size),
+                [branch(trunk, mesh_lib.place(groups[r], self.replicated), self.sharded) for r in rows])
+
+    # ---- learning ---------------------------------------------------------------------------------------------
+    def lesson(self, epoch: int, sampled: Sampled, base: combine.Base) -> Lesson:
+        """Raises `UserError` where not one video could be scored. base: the measures of the starting model."""
+        c, s, scores, prompt_of = self.c, self.s, sampled.scores, sampled.prompt_of
+        rewards = combine.terms(scores.values, scores.parts, s.weights, base)
+        total = combine.combined(rewards, s.weights)
+        valid = scores.valid & np.isfinite(total)
+        if not valid.any():
+            raise UserError(f"epoch {epoch}: not one of {len(valid)} videos could be scored; the last error was:\n"
+                            f"{scores.error}")
+        advantages = (group_advantages(total, prompt_of, valid, **self.normalised) if c.reward.combine == "rewards" else
+                      combine.combined_advantages(rewards, s.weights, prompt_of, valid, **self.normalised))
+        kept = largest_spread(total, prompt_of, valid, c.train.groups or c.sample.groups)
+        return Lesson(total, valid, advantages, group_statistics(total, prompt_of, valid),
+                      np.flatnonzero(kept.reshape(s.batches, -1).any(1)),
+                      kept & extremes(total, prompt_of, valid, c.train.best_of))
+
+    @property
+    def normalised(self) -> dict:
+        """How advantages are."""
+        return dict(std=self.c.train.advantage_std, clip=self.c.train.advantage_clip)
+
+    def learn(self, epoch: int, sampled: Sampled, lesson: Lesson) -> dict:
+        """The epoch's updates, and what the last one says of itself; with two experts, of each under its name. The
+        expert that is on the device goes first, so that the next epoch finds the first one there."""
+        record = {}
+        for i, part in reversed(list(enumerate(self.parts))):
+            expert, name = part.expert, self.experts[part.expert]
+            if name not in self.states:
+                continue
+            values, batches = {}, (self.regression_batches if self.s.forward else self.policy_batches)
+            for batch in batches(epoch, i, sampled, lesson):
+                self.states[name], metrics, norms = self.run.updates[expert](self.states[name], self.weights(expert),
+                                                                             *batch)
+                values |= metrics.averages() | {k: float(v) for k, v in norms.items()}
+                check_finite(values, epoch, self.checkpoints)
+                if self.s.forward is None and "ratio_max_error" not in values:
+                    values["ratio_max_error"] = max(values["ratio_max"] - 1, 1 - values["ratio_min"])
+                    check_ratio(values["ratio_max_error"], self.s.ratio_tolerance, epoch)
+            if self.s.kl_reward:
+                values["kl"] = float(sampled.kl[name][:, list(self.windows.videos(i))].mean())
+            record |= values if len(self.states) == 1 else {name: values, **{
+                k: max(values[k], record.get(k, values[k])) for k in ("ratio_max_error", "grad_norm") if k in values}}
+        return record
+
+    def policy_batches(self, epoch: int, i: int, sampled: Sampled, lesson: Lesson) -> Iterator[tuple]:
+        """GRPO's, of the steps in segment i; updates without a row to learn from are left out."""
+        expert, batches = self.parts[i].expert, self.s.batches
+        name, here = self.experts[expert], np.isin(np.arange(self.s.videos), self.windows.videos(i))
+        trajectories, advantages = sampled.trajectories[name], lesson.advantages
+        if self.s.kl_reward:
+            advantages = step_advantages(lesson.total, sampled.kl[name], self.s.kl_reward, sampled.prompt_of,
+                                         here & lesson.valid, **self.normalised)
+        by_batch = np.moveaxis(advantages.reshape(*advantages.shape[:-1], batches, -1), -2, 0)  # [batches, (K,) B]
+        rows = (here & lesson.counted).reshape(batches, -1)
+        for chosen in lesson.order[self.run.update_batches(expert)]:
+            if rows[chosen].any():
+                yield (stack_batches([trajectories[b] for b in chosen], by_batch[chosen], rows[chosen]),)
+
+    def regression_batches(self, epoch: int, i: int, sampled: Sampled, lesson: Lesson) -> Iterator[tuple]:
+        """Of the methods that train on finished videos, at the noise levels of segment i's expert."""
+        c, method = self.c, self.s.forward
+        value = lesson.total if c.reward.combine == "rewards" else lesson.advantages
+        selected = select(method, value, lesson.advantages, lesson.valid, c.sample.group_size).batches(
+            c.train.updates_per_epoch, c.sample.batch_size, mesh_lib.batch_shards(self.run.mesh))
+        levels = forward.noise_levels(method, c.seed, epoch, self.s.videos, self.parts[i].expert, self.parts,
+                                      self.windows.quotas, self.run.schedule, self.boundary)
+        for number, chosen in enumerate(selected):
+            texts = [self.texts(sampled.prompt_of[r]) for r in chosen.videos]
+            yield (forward.stack(chosen, sampled.finished, texts, levels, sampled.key, self.run.mesh),
+                   *method.old_kept(epoch, number, c.train.updates_per_epoch))
+
+
+def check_finite(values: dict[str, float], epoch: int, checkpoints: Checkpoints):
+    bad = {k: v for k, v in values.items() if not math.isfinite(v)}
+    if bad:
+        raise UserError(f"epoch {epoch}: the update is not finite ({', '.join(f'{k}={v}' for k, v in bad.items())}). "
+                        f"Nothing was saved; the last good checkpoint is {checkpoints.path(checkpoints.latest())}. "
+                        "Lower --config.train.learning_rate, or raise --config.train.kl_weight, in a new run_dir")
+
+
+def check_ratio(error: float, tolerance: float, epoch: int):
+    if error > tolerance:
+        raise UserError(f"epoch {epoch}: the first update's ratio differs from 1 by {error:.2e}, more than "
+                        f"train.ratio_tolerance={tolerance:g}: rollout and update disagree, gradients would be wrong")
