@@ -180,7 +180,8 @@ def _reward_chart(evaluations: list[dict], metrics: list[dict]) -> str:
 
     return chart(draw, "Held-out: the averaged (EMA) weights with the deployment sampler, the same prompts and seeds "
                  f"each time; the band is the {SURE} bootstrap interval. Training: the mean over an epoch's samples, "
-                 "drawn with the noisy training sampler: the levels may differ.", "OCR reward by epoch")
+                 "drawn as training draws them, which for GRPO is with noise: the levels may differ.",
+                 "OCR reward by epoch")
 
 
 def _pictures(folder: pathlib.Path, evaluations: list[dict]) -> str:
