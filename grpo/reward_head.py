@@ -39,14 +39,6 @@ from wan_jax.solvers import make_solver, per_sample
 from wan_jax.trained import load_transformers
 from wan_jax.transformer import WanTransformer3D
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, e.g. configs/tiny_ocr.py", lock_config=True)
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "run folder of grpo.train, or one of its checkpoints/<epoch>; "
-                                 "None: the model itself")
-OUT = flags.DEFINE_string("out", None, "file to write, .safetensors", required=True)
-VIDEOS = flags.DEFINE_integer("videos", 512, "videos to sample, rounded up to whole batches", lower_bound=16)
-UPDATES = flags.DEFINE_integer("updates", 2000, "of the head", lower_bound=1)
-BATCH = flags.DEFINE_integer("batch", 32, "videos of one update", lower_bound=1)
-RATE = flags.DEFINE_float("learning_rate", 3e-4, "of AdamW, falling to 0 as a cosine", lower_bound=0.0)
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels that are reported
 HELD_OUT = 8  # one video in so many
 
@@ -102,11 +94,12 @@ def explained(head: WanTransformer3D, latents: np.ndarray, text: np.ndarray, pad
 
 
 def main(_):
-    c = CONFIG.value
-    c.run_dir = c.run_dir or str(pathlib.Path(OUT.value).parent)
+    f = flags.FLAGS
+    c = f["config"].value
+    c.run_dir = c.run_dir or str(pathlib.Path(f.out).parent)
     s = settings.from_config(c)
-    if pathlib.Path(OUT.value).suffix != ".safetensors":
-        raise UserError(f"--out {OUT.value}: the file's name must end in .safetensors")
+    if pathlib.Path(f.out).suffix != ".safetensors":
+        raise UserError(f"--out {f.out}: the file's name must end in .safetensors")
     if jax.process_count() > 1:
         raise UserError("grpo.reward_head runs in one process")
     prompts = load_prompts(c.prompts.train, parse_targets)
@@ -120,7 +113,7 @@ def main(_):
         shape = pipeline.latent_shape(c.sample.frames, c.sample.height, c.sample.width, model.config("vae"), config)
         solver = make_solver(c.eval.solver, c.eval.steps, c.sample.shift)
     bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
-    videos = -(-VIDEOS.value // size) * size
+    videos = -(-f.videos // size) * size
     order = np.random.default_rng([c.seed, 0x4EAD]).permutation(len(prompts))
     chosen = np.resize(order, videos)  # every prompt as often as any other
     print(spread, f"{videos} videos of {min(videos, len(prompts))} prompts", sep="\n", flush=True)
@@ -128,7 +121,7 @@ def main(_):
     # ---- videos and their rewards --------------------------------------------------------------------------------
     table = pipeline.embed_prompts(model, prompts.prompts, c.prompts.negative, dtype=s.dtype, cache=True,
                                    progress=functools.partial(bar, desc="prompts"))
-    graph, weights = load_transformers(model, CHECKPOINT.value, s.dtype, backend, mesh, c.model.offload)
+    graph, weights = load_transformers(model, f.checkpoint, s.dtype, backend, mesh, c.model.offload)
     vae_graph, vae_state = pipeline.load_vae(model, mesh)
     decode = pipeline.make_decoder(vae_graph)
     steps = per_guidance(functools.partial(pipeline.make_ode_step, functools.partial(nnx.merge, graph), solver),
@@ -159,16 +152,24 @@ def main(_):
     out = np.arange(len(good)) % HELD_OUT == 0
     head = make_head(head_config(config), c.seed)
     padding = pipeline.TEXT_ROWS - table.rows
-    head = fit(head, latents[~out], text[~out], padding, rewards[~out], updates=UPDATES.value, batch=BATCH.value,
-               rate=RATE.value, seed=c.seed, progress=functools.partial(bar, desc="updates"))
+    head = fit(head, latents[~out], text[~out], padding, rewards[~out], updates=f.updates, batch=f.batch,
+               rate=f.learning_rate, seed=c.seed, progress=functools.partial(bar, desc="updates"))
     mean = rewards[~out].mean()
-    shares = explained(head, latents[out], text[out], padding, rewards[out], BATCH.value, mean)
-    pathlib.Path(OUT.value).parent.mkdir(parents=True, exist_ok=True)
-    save_head(OUT.value, head)
+    shares = explained(head, latents[out], text[out], padding, rewards[out], f.batch, mean)
+    pathlib.Path(f.out).parent.mkdir(parents=True, exist_ok=True)
+    save_head(f.out, head)
     print(f"mean reward {mean:.3f}; held-out spread explained at noise level "
-          + ", ".join(f"{level:g}: {share:.2f}" for level, share in shares.items()), OUT.value, sep="\n")
+          + ", ".join(f"{level:g}: {share:.2f}" for level, share in shares.items()), f.out, sep="\n")
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "recipe, e.g. configs/tiny_ocr.py", lock_config=True)
+    flags.DEFINE_string("checkpoint", None, "run folder of grpo.train, or one of its checkpoints/<epoch>; "
+                        "None: the model itself")
+    flags.DEFINE_string("out", None, "file to write, .safetensors", required=True)
+    flags.DEFINE_integer("videos", 512, "videos to sample, rounded up to whole batches", lower_bound=16)
+    flags.DEFINE_integer("updates", 2000, "of the head", lower_bound=1)
+    flags.DEFINE_integer("batch", 32, "videos of one update", lower_bound=1)
+    flags.DEFINE_float("learning_rate", 3e-4, "of AdamW, falling to 0 as a cosine", lower_bound=0.0)
     flags.mark_flag_as_required("config")
     cli.run(main)
