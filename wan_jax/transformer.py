@@ -227,11 +227,12 @@ class WanTransformer3D(nnx.Module):
         if remat not in REMAT_POLICIES:
             raise ValueError(f"remat={remat!r} is unknown; choose one of {', '.join(REMAT_POLICIES)}")
         d, patch = config.width, math.prod(config.patch_size)
+        saved = remat in ("none", "save_matmuls") and jnp.dtype(dtype).itemsize == 2  # in fp32 nothing is rounded
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
         def make_blocks(rngs):
-            return Block(config, dtype=dtype, backend=attention, saved=remat in ("none", "save_matmuls"), rngs=rngs)
+            return Block(config, dtype=dtype, backend=attention, saved=saved, rngs=rngs)
 
         self.patch_embedding = Linear(patch * config.in_channels, d, dtype=dtype, rngs=rngs)
         self.condition_embedder = ConditionEmbedder(config, dtype=dtype, rngs=rngs)
