@@ -43,8 +43,8 @@ from wan_jax import mesh as mesh_lib
 from wan_jax.attention import choose_backend, platform_of
 from wan_jax.checkpoint import Checkpoints
 from wan_jax.cli import UserError
-from wan_jax.experts import Segment, Weights, segments
-from wan_jax.schedule import Schedule, flow_sigmas
+from wan_jax.experts import Weights, segments
+from wan_jax.schedule import flow_sigmas
 from wan_jax.solvers import make_solver
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, e.g. configs/tiny_ocr.py", lock_config=True)
@@ -89,10 +89,7 @@ class Plan:
     backend: str  # of attention
     shapes: dict[int, tuple[int, ...]]  # latents of one video of so many frames, in training or evaluation
     eval_frames: tuple[int, ...]  # of the evaluations; by the first the run is judged
-    schedule: Schedule
     solver: object  # of the evaluation
-    parts: tuple[Segment, ...]  # the schedule's steps by expert
-    windows: Windows  # of stochastic steps, and how many steps or noise levels train each of `parts`
     trained: tuple[str, ...]  # experts
     adapters: dict[str, dict[str, np.ndarray]] | None  # each expert's to start from; None: fresh ones
 
@@ -117,10 +114,9 @@ class Plan:
             raise UserError(f"config.train.experts={tuple(c.train.experts)} leaves nothing to train: {c.model.path} "
                             f"has {', '.join(model.experts)}")
         parts = segments(schedule.timesteps, model.boundary)
-        windows = Windows.make(c.sample, parts, model.experts, trained, s.levels)
+        Windows.make(c.sample, parts, model.experts, trained, s.levels)  # raises where an expert would learn nothing
         adapters = initial_adapters(c.lora.init, model, s.lora) if c.lora.init else None
-        return cls(mesh, spread, model, backend, shapes, eval_frames, schedule, solver, parts, windows, trained,
-                   adapters)
+        return cls(mesh, spread, model, backend, shapes, eval_frames, solver, trained, adapters)
 
 
 def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout: PromptSet, pool: RewardPool):

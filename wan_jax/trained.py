@@ -25,7 +25,8 @@ def load_transformers(model: model_dir.ModelDir, checkpoint: str | None, dtype, 
             raise UserError(f"checkpoint {checkpoint} trained {', '.join(extra)}, which {model.path} has not: it was "
                             "trained from another model; see 'model' in its config.json")
     def build():
-        module = WanTransformer3D(model.config("transformer"), dtype=dtype, attention=attention, rngs=nnx.Rngs(0))
+        module = WanTransformer3D(model.config("transformer"), dtype=dtype, attention=attention, remat="block",
+                                  rngs=nnx.Rngs(0))  # there is no backward pass: nothing is kept for one
         if lora_settings:
             lora.attach(module, lora_settings, jax.random.key(0))
         return layout.attach(module, mesh)
