@@ -19,7 +19,7 @@ from absl import app, flags
 
 from benchmarks import workload
 from benchmarks.decode import random_vae
-from benchmarks.full_size import RandomPolicy, peak_bytes, random_text, software
+from benchmarks.full_size import RandomPolicy, peak_bytes, software
 from benchmarks.workload import Record, Stage
 from grpo.advantages import group_advantages
 from grpo.losses import LossConfig
@@ -66,7 +66,7 @@ class Epoch:
         self.decode = pipeline.make_decoder(graph)
         self.targets = [target for _, target in workload.prompts(f.groups) for _ in range(f.group_size)]
         self.rows = workload.epoch_rows(f.groups, f.group_size, f.batch, f.updates)
-        self.texts = [random_text(f.batch) for _ in self.rows]
+        self.texts = [self.policy.random_text(f.batch) for _ in self.rows]
         self.pictures = [workload.signs([self.targets[i] for i in r], f.frames, f.height, f.width, b)
                          for b, r in enumerate(self.rows)]
         self.shape = workload.latent_shape(f.frames, f.height, f.width)

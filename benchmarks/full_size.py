@@ -1,14 +1,17 @@
 """Rollout step and update step of Wan at full size with random weights: seconds, model FLOP/s and peak memory.
 
     python -m benchmarks.full_size --size 1.3b [--height 512 --width 512 --frames 1 --batch 9 --guidance 1 --json FILE]
+    python -m benchmarks.full_size --size 14b --devices 4 --fsdp 4 --batch 36 --full
 
-The transformer is the real configuration with weights drawn on the device, LoRA rank 32 on attention; text is 64 rows
-of random embeddings padded to 512. Model FLOPs count the matrix products of a forward pass (two for guidance), times
-three in the update; recomputation and the reference of --kl are not counted. MFU is of an H200's nominal 989 TFLOP/s.
-`benchmarks.peer` measures the same in PyTorch, `benchmarks.side_by_side` both.
+The transformer is the real configuration with weights drawn on the devices, LoRA rank 32 on attention, or with --full
+all weights trained; text is 64 rows of random embeddings padded to 512. Model FLOPs count the matrix products of a
+forward pass (two for guidance), times three in the update; recomputation and the reference of --kl are not counted.
+TFLOP/s are of one device, MFU is of an H200's nominal 989. `benchmarks.peer` measures the same in PyTorch,
+`benchmarks.side_by_side` both, `benchmarks.scaling` several devices beside one.
 """
 
 import dataclasses
+import functools
 import statistics
 import time
 
@@ -20,10 +23,12 @@ from flax import nnx
 
 from benchmarks import kernels, workload
 from benchmarks.workload import Record, Stage
+from grpo import offload, update
 from grpo.losses import LossConfig
 from grpo.policy import Policy, make_policy
 from grpo.rollout import StepTable, make_step, rollout
-from grpo.update import OptimiserConfig, init_state, make_update, stack_batches
+from grpo.update import OptimiserConfig, init_state, stack_batches
+from wan_jax import memory
 from wan_jax import mesh as mesh_lib
 from wan_jax.attention import choose_backend, platform_of
 from wan_jax.config import TransformerConfig
@@ -36,35 +41,41 @@ from wan_jax.transformer import REMAT_POLICIES, WanTransformer3D
 
 @dataclasses.dataclass(frozen=True)
 class RandomPolicy:
-    """A policy with weights drawn on the device."""
+    """A policy with weights drawn on the devices."""
 
     config: TransformerConfig
     mesh: jax.sharding.Mesh
     backend: str
     policy: Policy
     trainable: dict
-    frozen: nnx.State
+    frozen: nnx.State | None
 
     @classmethod
-    def draw(cls, size: str, dtype, remat: str) -> "RandomPolicy":
-        config = workload.transformer_config(size)
-        mesh, dtype = mesh_lib.make_mesh(devices=jax.devices()[:1]), jnp.dtype(dtype)
+    def draw(cls, size: str, dtype, remat: str, mesh: jax.sharding.Mesh | None = None,
+             full: bool = False) -> "RandomPolicy":
+        """mesh: None for the first device. full: trains all weights, with no reference beside them."""
+        config, dtype = workload.transformer_config(size), jnp.dtype(dtype)
+        mesh = mesh or mesh_lib.make_mesh(devices=jax.devices()[:1])
         backend = choose_backend("auto", platform_of(mesh.devices.flat[0]), dtype, config.attention_head_dim)
-        frozen = jax.jit(lambda: nnx.split(
-            WanTransformer3D(config, dtype=dtype, attention=backend, rngs=nnx.Rngs(0)))[1])()
-        policy, trainable = make_policy(config, frozen, mesh, lora=LoRAConfig(workload.RANK, workload.ALPHA),
+
+        def weights():
+            return nnx.split(WanTransformer3D(config, dtype=dtype, attention=backend, rngs=nnx.Rngs(0)))[1]
+
+        frozen = jax.jit(weights, out_shardings=mesh_lib.param_shardings(jax.eval_shape(weights), mesh))()
+        policy, trainable = make_policy(config, frozen, mesh,
+                                        lora=None if full else LoRAConfig(workload.RANK, workload.ALPHA),
                                         key=jax.random.key(0), dtype=dtype, attention=backend, remat=remat)
-        return cls(config, mesh, backend, policy, trainable, frozen)
+        return cls(config, mesh, backend, policy, trainable, None if full else frozen)
 
     def placed(self, rows: jax.Array) -> jax.Array:
         """[B, ...] on the mesh as training lays them: elsewhere the second call of a program would compile it again."""
         return mesh_lib.place(rows, mesh_lib.batch_sharding(self.mesh))
 
-
-def random_text(batch: int) -> TextBatch:
-    """Embeddings of a batch of prompts and of the negative one."""
-    return TextBatch(jax.random.normal(jax.random.key(1), (batch, workload.TEXT, 4096)),
-                     jax.random.normal(jax.random.key(2), (workload.TEXT, 4096)), workload.TEXT_ROWS - workload.TEXT)
+    def random_text(self, batch: int) -> TextBatch:
+        """Embeddings of a batch of prompts and of the negative one."""
+        rows = jax.random.normal(jax.random.key(1), (batch + 1, workload.TEXT, 4096))
+        return TextBatch(self.placed(rows[:-1]), mesh_lib.place(rows[-1], mesh_lib.replicated(self.mesh)),
+                         workload.TEXT_ROWS - workload.TEXT)
 
 
 def step_table() -> StepTable:
@@ -72,7 +83,8 @@ def step_table() -> StepTable:
 
 
 def peak_bytes() -> int | None:
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    """Of the fullest device so far."""
+    return memory.peaks().device
 
 
 def software() -> str:
@@ -90,16 +102,19 @@ def timed(function, repeats: int) -> float:
 
 
 def measure(f) -> Record:
-    r = RandomPolicy.draw(f.size, f.dtype, f.remat)
+    mesh = mesh_lib.make_mesh(f.fsdp, jax.devices()[:f.devices], f.context)
+    r = RandomPolicy.draw(f.size, f.dtype, f.remat, mesh, f.full)
     policy, trainable, frozen = r.policy, r.trainable, r.frozen
     steps, optimiser = step_table(), OptimiserConfig()
     step = make_step(policy, steps, f.guidance)
-    update = make_update(policy, steps, f.guidance, LossConfig(kl_beta=f.kl), optimiser, r.mesh)
-    shape, text = workload.latent_shape(f.frames, f.height, f.width), random_text(f.batch)
-    flops = workload.batch_flops(r.config, shape, f.batch, f.guidance)
-    parameters, kind = sum(x.size for x in jax.tree.leaves(frozen)), jax.devices()[0].device_kind
-    print(f"{f.size}: {parameters:,} parameters {f.dtype}, {f.batch} x {f.frames} x {f.height} x {f.width}, "
-          f"guidance {f.guidance}, attention {r.backend}, remat {f.remat}, {kind}, jax {jax.__version__}", flush=True)
+    where = offload if f.offload_optimiser else update
+    apply = where.make_update(policy, steps, f.guidance, LossConfig(kl_beta=f.kl), optimiser, mesh)
+    shape, text = workload.latent_shape(f.frames, f.height, f.width), r.random_text(f.batch)
+    flops = workload.batch_flops(r.config, shape, f.batch, f.guidance) / f.devices
+    parameters, kind = sum(x.size for x in jax.tree.leaves(policy.base)), jax.devices()[0].device_kind
+    print(f"{f.size}: {parameters:,} parameters {f.dtype}, {'all' if f.full else 'adapters'} trained, "
+          f"{f.batch} x {f.frames} x {f.height} x {f.width}, guidance {f.guidance}, attention {r.backend}, "
+          f"remat {f.remat}, {f.devices} x {kind}, mesh {mesh_lib.describe(mesh)}, jax {jax.__version__}", flush=True)
     stages = {}
 
     def show(name, title, seconds, work):
@@ -110,16 +125,19 @@ def measure(f) -> Record:
     x = r.placed(jax.random.normal(jax.random.key(3), (f.batch, *shape)))
     key = jax.random.key(4)
     show("rollout", "rollout step",
-         timed(lambda: step(trainable, frozen, x, 3, True, text, key, samples), f.repeats), flops)
+         timed(functools.partial(step, trainable, frozen, x, 3, True, text, key, samples), f.repeats), flops)
     window = np.array(workload.TRAINED)
     _, kept = rollout(step, trainable, frozen, x, text, key=key, samples=samples, steps=range(18), window=window)
     advantages = np.random.default_rng(0).standard_normal((1, f.batch))
     batch = stack_batches([kept] * f.micro, np.repeat(advantages, f.micro, 0), np.ones((f.micro, f.batch), bool))
-    state, metrics = init_state(trainable, optimiser), None
+    state = init_state(trainable, optimiser)
+    if f.offload_optimiser:
+        state = offload.to_host(state)
+    del r, trainable  # the state's own may be donated
 
     def one_update():
-        nonlocal state, metrics
-        state, metrics, norms = update(state, frozen, batch)
+        nonlocal state
+        state, metrics, norms = apply(state, frozen, batch)
         if one_update.first is None:
             one_update.first = dataclasses.replace(metrics)
         return norms
@@ -136,6 +154,7 @@ def measure(f) -> Record:
 
 
 def main(_):
+    memory.allow_pinned()
     measure(flags.FLAGS).write(flags.FLAGS.json)
 
 
@@ -144,5 +163,10 @@ if __name__ == "__main__":
     flags.DEFINE_integer("micro", 1, "rollout batches in an update")
     flags.DEFINE_string("dtype", "bfloat16", "of weights and matrix products")
     flags.DEFINE_enum("remat", "save_matmuls", list(REMAT_POLICIES), "what the backward pass computes again")
+    flags.DEFINE_integer("devices", 1, "how many GPUs: data x fsdp x context", lower_bound=1)
+    flags.DEFINE_integer("fsdp", 1, "GPUs that share the weights")
+    flags.DEFINE_integer("context", 1, "GPUs that share a video's tokens")
+    flags.DEFINE_bool("full", False, "train all weights, without a reference")
+    flags.DEFINE_bool("offload_optimiser", False, "moments and average wait in host memory between updates")
     flags.DEFINE_bool("profile", False, "list the kernels by time")
     app.run(main)

@@ -15,6 +15,8 @@ from collections.abc import Callable
 import jax
 from absl import app, flags, logging
 
+from wan_jax import memory
+
 
 class UserError(Exception):
     """Something the user can mend; the message names the value, the limit and the fix."""
@@ -50,6 +52,7 @@ def run(main: Callable) -> None:
             print(known[0], file=sys.stderr)
             sys.exit(known[1])
 
+    memory.allow_pinned()
     interrupted.clear()
     signal.signal(signal.SIGINT, interrupt)
     app.run(guarded, flags_parser=parse_flags)
