@@ -1,6 +1,6 @@
 """Several GPUs beside one: rollout step and update of `benchmarks.full_size`, a process for each number of GPUs.
 
-    python -m benchmarks.scaling --out build/scaling [--works 1.3b-data,14b-full] [--limit 300]
+    python -m benchmarks.scaling --out build/scaling [--works 1.3b-data,14b-full] [--devices 1,2] [--limit 300]
 
 Works on the axis `data` give every GPU as many videos as one has alone, so that n GPUs at their best do n times the
 videos in the same time; works on `context` have one video on all of them, at their best in an n-th of the time. Works
@@ -101,7 +101,7 @@ def main(_):
     path, record = folder / "results.json", folder / "record.json"
     results, end = json.loads(path.read_text()) if path.is_file() else {}, time.monotonic() + f.limit
     for name in f.works:
-        for devices in (n for n in WORKS[name].devices if n <= f.most):
+        for devices in (n for n in WORKS[name].devices if str(n) in f.devices):
             record.unlink(missing_ok=True)
             failed = run(WORKS[name].command(devices, f"--json={record}"), folder, end - time.monotonic())
             results.setdefault(name, {})[str(devices)] = ({"failed": failed} if failed else
@@ -113,7 +113,7 @@ def main(_):
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "folder of results.json", required=True)
     flags.DEFINE_list("works", [name for name in WORKS if name != "tiny-data"], "which works")
-    flags.DEFINE_integer("most", 4, "GPUs that there are", lower_bound=1)
+    flags.DEFINE_list("devices", ["1", "2", "4"], "numbers of GPUs")
     flags.DEFINE_float("limit", 900, "seconds for all of them")
     flags.register_validator("works", lambda names: set(names) <= set(WORKS), f"known are {', '.join(WORKS)}")
     app.run(main)
