@@ -130,9 +130,11 @@ def measure(f) -> Record:
     _, kept = rollout(step, trainable, frozen, x, text, key=key, samples=samples, steps=range(18), window=window)
     advantages = np.random.default_rng(0).standard_normal((1, f.batch))
     batch = stack_batches([kept] * f.micro, np.repeat(advantages, f.micro, 0), np.ones((f.micro, f.batch), bool))
-    state = init_state(trainable, optimiser)
+    since = time.perf_counter()
+    state = jax.block_until_ready(init_state(trainable, optimiser))
     if f.offload_optimiser:
         state = offload.to_host(state)
+        print(f"optimiser's state on the host after {time.perf_counter() - since:.1f} s", flush=True)
     del r, trainable  # the state's own may be donated
 
     def one_update():

@@ -1,6 +1,6 @@
 """Frames per second of the OCR reward: worker processes here, and the same number behind a reward server.
 
-    python -m benchmarks.rewards [--workers 1,2,8] [--videos 32] [--frames 9] [--height 256] [--width 256]
+    python -m benchmarks.rewards [--workers 1,2,8] [--where local] [--videos 32] [--frames 9] [--height 256 --width 256]
 
 The server runs on this machine, so that the network is not the limit and every core is used by both ways alike; what
 it adds is HTTP, JSON and two copies of the pixels. All pools are built beforehand and take turns, round by round, so
@@ -82,7 +82,8 @@ def main(_):
         for workers in map(int, f.workers):
             reward = functools.partial(OCRReward, max_frames=f.max_frames)
             pools["local", workers] = stack.enter_context(RewardPool(reward, workers))
-            pools["remote", workers] = stack.enter_context(remote_pool(workers, f.max_frames))
+            if "remote" in f.where:
+                pools["remote", workers] = stack.enter_context(remote_pool(workers, f.max_frames))
         for pool in pools.values():
             measure(pool, videos[:4], targets[:4])
         rounds = {key: [] for key in pools}
@@ -101,6 +102,7 @@ def main(_):
 
 if __name__ == "__main__":
     flags.DEFINE_list("workers", ["1", "2", str(max(4, os.cpu_count() or 1))], "numbers of processes")
+    flags.DEFINE_multi_enum("where", ["local", "remote"], ["local", "remote"], "local alone needs no server's packages")
     flags.DEFINE_integer("videos", 32, "B", lower_bound=4)
     flags.DEFINE_integer("frames", 9, "T of each video", lower_bound=1)
     flags.DEFINE_integer("max_frames", 9, "frames read of a video", lower_bound=2)

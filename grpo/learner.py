@@ -270,3 +270,13 @@ def check_ratio(error: float, tolerance: float, epoch: int):
     if error > tolerance:
         raise UserError(f"epoch {epoch}: the first update's ratio differs from 1 by {error:.2e}, more than "
                         f"train.ratio_tolerance={tolerance:g}: rollout and update disagree, gradients would be wrong")
+
+
+def clip_warning(record: dict, train: ml_collections.ConfigDict) -> str | None:
+    """Where rounding alone moves the ratio as far as the clip range. record: an epoch's; train: the recipe's."""
+    error, clip = record.get("ratio_max_error", 0.0), min(train.clip_low, train.clip_high)
+    if train.objective == "dppo" or error < clip:
+        return None
+    return (f"warning: the first update's ratio differs from 1 by {error:.1e}, the clip range is {clip:g}: rounding "
+            "alone is clipped, and learning is slower for it. Raise --config.train.clip_low and clip_high, or set "
+            "--config.model.dtype=float32")

@@ -28,7 +28,7 @@ from grpo import offload as optimiser_offload
 from grpo.budget import Spent
 from grpo.combine import MAIN
 from grpo.evaluator import Evaluator, said
-from grpo.learner import Learner, Stopwatch
+from grpo.learner import Learner, Stopwatch, clip_warning
 from grpo.policy import make_policy
 from grpo.programs import Run
 from grpo.prompts import PromptSet, epoch_prompts, load_prompts
@@ -210,7 +210,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         say(f"continuing {c.run_dir} after epoch {done}")
         base = hosts.from_first(lambda: read_base(c.run_dir, s.weights))
 
-    save_seconds = 0.0
+    save_seconds, clip_warned = 0.0, None
     for epoch in epochs:
         compiled.clear()
         lap = Stopwatch()
@@ -225,6 +225,8 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         known = epoch > done + 1 and length == clip_lengths.at(epoch - 1, c.sample.frames, c.sample.frame_schedule)
         if known and (warning := compiled.warning(epoch)):
             say(warning)
+        if not clip_warned and (clip_warned := clip_warning(record, c.train)):
+            say(clip_warned)
 
         # log, evaluate, save: in this order, so that a resumed run repeats what no checkpoint holds
         seconds = lap.seconds | {"save": save_seconds, "total": time.time() - lap.begun}
