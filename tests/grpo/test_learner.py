@@ -13,7 +13,7 @@ def test_a_clip_range_below_rounding_is_told(error, clip, objective, warned):
     train.clip_low, train.objective = clip, objective
     warning = clip_warning({"ratio_max_error": error}, train)
     assert (warning is not None) == warned
-    assert not warned or f"{error:.1e}" in warning and f"{clip:g}" in warning
+    assert not warned or (f"{error:.1e}" in warning and f"{clip:g}" in warning)
 
 
 def test_methods_without_a_ratio_are_not_warned():
