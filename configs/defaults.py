@@ -1,6 +1,7 @@
 """Every setting of `grpo.train` with its default; a recipe changes the few that make it.
 
-The defaults are Flow-GRPO's published settings for Wan 2.1 (`general_ocr_wan2_1`) where it has one.
+The method is DiffusionNFT, which learnt fastest of all on the small Wan (docs/results.md, "Methods under one budget").
+With train.method=grpo the defaults are Flow-GRPO's published settings for Wan 2.1 (`general_ocr_wan2_1`).
 """
 
 import ml_collections
@@ -79,8 +80,8 @@ def defaults() -> ConfigDict:
     c.sample.sde_window_epochs = 25     # epochs a sliding window stays at its first place
 
     c.train = ConfigDict()
-    c.train.method = "grpo"             # grpo | nft | dpo | rwr | sft: the others train on the finished videos, noised
-    #                                     again (grpo/forward.py), and leave GRPO's settings aside
+    c.train.method = "nft"              # nft | dpo | rwr | sft train on the finished videos, noised again
+    #                                     (grpo/forward.py), and leave GRPO's settings aside; grpo: Flow-GRPO
     c.train.timesteps = 4               # of the others: noise levels a video and epoch, shared out between the experts
     c.train.nft_beta = 0.1              # of nft: how far its positive and negative policies lie from the old one
     c.train.old_rate = 1e-3             # of nft: after n updates the old policy, which samples, keeps min(old_rate n,
@@ -89,6 +90,8 @@ def defaults() -> ConfigDict:
     c.train.reference_every = 0         # of dpo: updates after which the policy becomes the reference (online DPO); 0:
     #                                     the reference is the base model
     c.train.temperature = 1.0           # of rwr: videos weigh exp(reward / temperature), within their group
+    c.train.guided = False              # of the others: train the velocity with sample.guidance, which sampled, for
+    #                                     twice the passes; False: the conditional one alone, as published
     c.train.experts = ("transformer", "transformer_2")  # which are trained; models with one have only the first
     c.train.groups = 0                  # of the sampled groups, those with the largest spread of rewards; 0: all
     c.train.best_of = 0                 # of each group, so many best videos and as many worst; 0: all
@@ -107,7 +110,8 @@ def defaults() -> ConfigDict:
     c.train.credit = "none"             # none | longcat | rectified: how much each step counts (grpo/rollout.py)
     c.train.clip_low = 1e-3             # clip range of the ratio
     c.train.clip_high = 1e-3
-    c.train.kl_weight = 0.004           # KL to the reference; nft, rwr, sft: of mean((v - v_ref)^2); dpo has none
+    c.train.kl_weight = optional_float()  # KL to the reference; nft, rwr, sft: of mean((v - v_ref)^2); dpo has none;
+    #                                     None: 0.004 of grpo, 1e-4 of nft, 0 of the others
     c.train.kl_as = "loss"              # loss | reward: kl_weight x KL at sampling is taken off the reward of each step
     c.train.kl_target = optional_float()  # the KL that the weight is adapted to, from kl_weight on; None: it stays
     c.train.kl_horizon = 20.0           # updates in which twice the target multiplies the weight by e

@@ -3,8 +3,8 @@
     python -m convert.from_diffusers --src assets/tiny-wan --dst models/tiny-wan --dtype float32
     python -m grpo.train --config=configs/tiny_ocr.py
 
-Single frames of 64x128 pixels, guidance 2, 10 steps of which 2 are stochastic and trained, LoRA on attention; each
-epoch 8 prompts of 8 pictures. What to expect: docs/results.md.
+Single frames of 64x128 pixels, guidance 2, 10 steps, LoRA on attention; each epoch 8 prompts of 8 pictures, trained by
+DiffusionNFT at 4 noise levels each. What to expect: docs/results.md. `configs/tiny_grpo.py` is the same by Flow-GRPO.
 """
 
 from configs.defaults import defaults
@@ -25,13 +25,8 @@ def get_config():
     c.sample.groups = 8
     c.sample.group_size = 8
     c.sample.batch_size = 32
-    c.sample.sde = "flow_sde"
-    c.sample.noise_level = 0.7
-    c.sample.sde_steps = 2
-    c.sample.sde_range = (0, 6)
     c.train.updates_per_epoch = 1
     c.train.learning_rate = 5e-4
-    c.train.kl_weight = 0.0
     c.eval.every = 20
     c.eval.steps = 10
     c.eval.guidance = 2.0

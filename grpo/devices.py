@@ -64,13 +64,13 @@ def choose_remat(c: ml_collections.ConfigDict, s: Settings, config: TransformerC
     beside weights and states, else 'block', and 'block' where the device states no memory.
 
     Kept of each of a micro-batch's `tokens` a video, in every layer: q, k, v, what follows attention, the query of the
-    text, what follows that, both products of the feed-forward; twice where guidance runs the model on each video twice.
+    text, what follows that, both products of the feed-forward; twice where guidance is trained, with each video twice.
     """
     if c.model.remat != "auto":
         return c.model.remat
     if not memory:
         return "block"
-    passes = 2 if c.sample.guidance > 1 else 1
+    passes = 2 if c.sample.guidance > 1 and (s.forward is None or s.forward.guided) else 1
     rows = passes * c.sample.batch_size // mesh_lib.batch_shards(mesh) * tokens // mesh.shape["context"]
     kept = rows * config.num_layers * (7 * config.width + config.ffn_dim) * jnp.dtype(s.dtype).itemsize
     state = state_of(c, s, config, experts, trained) / mesh.shape["fsdp"]

@@ -3,7 +3,8 @@
 They need no log-prob, so the rollout is the plain ODE. Its results x0 are noised again, x_s = (1 - s) x0 + s e, at
 noise levels s drawn afresh (papers write t), and the loss compares velocities there; the true one is e - x0. Videos are
 sampled with guidance as configured; what is trained is the conditional velocity without guidance, DiffusionNFT's
-published form, also for the others. Which videos are trained on, and with what weight: `grpo.preferences`.
+published form, also for the others, or the guided one that sampled. Which videos are trained on, and with what weight:
+`grpo.preferences`.
 """
 
 import dataclasses
@@ -53,6 +54,7 @@ class ForwardConfig:
     reference_every: int = 0
     temperature: float = 1.0  # of 'rwr'
     kl_beta: float = 0.0
+    guided: bool = False  # train the velocity with guidance, and compare it with the others' with guidance
 
     def __post_init__(self):
         if self.method not in FORWARD_METHODS:
@@ -198,8 +200,8 @@ class ForwardMetrics:
                 if f.name != "count" and (value := getattr(self, f.name)) is not None}
 
 
-def objective(policy: Policy, config: ForwardConfig, trainable: Flat, old: Flat | None, frozen, x0, worse,
-              text: TextBatch, video, weight, valid, sigma, timestep, draw, key) -> tuple[Array, ForwardMetrics]:
+def objective(policy: Policy, config: ForwardConfig, guidance: float, trainable: Flat, old: Flat | None, frozen, x0,
+              worse, text: TextBatch, video, weight, valid, sigma, timestep, draw, key) -> tuple[Array, ForwardMetrics]:
     """Sum of the loss over the valid rows of one micro-batch at one draw, and its metrics. [B] and [B, ...] all."""
     noise = sample_noise(key, video, draw, x0.shape[1:])
     if worse is not None:  # one noise and one level for both of a pair
@@ -209,7 +211,7 @@ def objective(policy: Policy, config: ForwardConfig, trainable: Flat, old: Flat 
     x, target = (1 - s) * x0 + s * noise, noise - x0
 
     def v_of(module):
-        return velocity(module, x, timestep, text, 1.0)
+        return velocity(module, x, timestep, text, guidance)
 
     v = v_of(policy.module(trainable, frozen))
     v_old = None if old is None else jax.lax.stop_gradient(v_of(policy.module(old, frozen)))
@@ -233,10 +235,10 @@ def objective(policy: Policy, config: ForwardConfig, trainable: Flat, old: Flat 
     return total(loss), jax.lax.stop_gradient(metrics)
 
 
-def make_gradient(policy: Policy, config: ForwardConfig) -> Callable:
+def make_gradient(policy: Policy, config: ForwardConfig, guidance: float = 1.0) -> Callable:
     """(trainable, old or None, frozen, ForwardBatch) -> (mean gradient of the objective over the valid rows and their
-    noise levels, ForwardMetrics)."""
-    grad_fn = jax.grad(partial(objective, policy, config), has_aux=True)
+    noise levels, ForwardMetrics). guidance: of every velocity in the loss, up to 1 for none."""
+    grad_fn = jax.grad(partial(objective, policy, config, guidance), has_aux=True)
 
     def gradient(trainable: Flat, old: Flat | None, frozen, batch: ForwardBatch):
         def one_draw(carry, level, rows):

@@ -147,11 +147,11 @@ class Run:
 
     def update_passes(self, expert: int) -> float:
         """How many of the rollout's forward passes one forward of all an epoch's updates is worth, for each of this
-        expert's steps: other methods than GRPO train without guidance, and may leave videos out."""
+        expert's steps: other methods than GRPO may train without guidance, and leave videos out."""
         if (f := self.settings.forward) is None:
             return self.update_batches(expert).size
         micro, rows = self.selected
-        branches = 2 if self.scales(self.recipe.sample)[expert] > 1 else 1
+        branches = 2 if self.scales(self.recipe.sample)[expert] > 1 and not f.guided else 1
         videos = self.recipe.train.updates_per_epoch * micro * rows * (2 if f.method == "dpo" else 1)
         return videos / self.recipe.sample.batch_size / branches
 
@@ -192,9 +192,10 @@ class Run:
         s = self.settings
         where, train = offload if self.recipe.train.offload_optimiser else update, self.recipe.train
         if s.forward is not None:
-            made = where.update_of(forward.make_gradient(self.policy, s.forward), self.policy, s.optimiser, self.mesh,
-                                   keeps_old=s.keeps_old)
-            return (made,) * len(self.preset.experts)
+            return per_guidance(lambda scale: where.update_of(
+                forward.make_gradient(self.policy, s.forward, scale), self.policy, s.optimiser, self.mesh,
+                keeps_old=s.keeps_old), self.scales(self.recipe.sample) if s.forward.guided else (1.0,) * len(
+                    self.preset.experts))
         teachers = guidances(train.cfg_distill_guidance, train.cfg_distill_guidance_2, len(self.preset.experts))
         losses = [dataclasses.replace(s.loss, distill_guidance=teacher if s.loss.distill_weight else 1.0)
                   for teacher in teachers]

@@ -34,9 +34,11 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # or text is far above either.
 RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-3}
 KL_PLACES = ("loss", "reward")
-# settings of GRPO that other methods would leave aside without a word, and what they are when nobody asks for them
-GRPO_ONLY = {"train.groups": 0, "train.best_of": 0, "train.kl_as": "loss", "train.kl_target": None,
-             "train.cfg_distill_weight": 0.0}
+# settings that choose among GRPO's variants: the other methods would leave them aside without a word, so they must stay
+# as in configs/defaults.py
+GRPO_ONLY = ("sample.sde", "sample.sde_window", "train.groups", "train.best_of", "train.objective", "train.credit",
+             "train.kl_as", "train.kl_target", "train.cfg_distill_weight")
+KL_WEIGHT = {"grpo": 0.004, "nft": 1e-4}  # where train.kl_weight is None; of other methods 0
 REQUIRED = ("run_dir", "model.path", "prompts.train", "prompts.heldout")
 CHOICES = {"model.dtype": DTYPES, "model.attention": BACKENDS, "model.remat": ("auto", *REMAT_POLICIES),
            "model.offload": OFFLOAD,
@@ -126,11 +128,11 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
                         f"{train_batches} batches")
     grpo = c.train.method == "grpo"
     if not grpo:
-        check_forward(c)
+        check_forward(c, values)
     if len(c.sample.sde_range) != 2:
         raise UserError(f"config.sample.sde_range={tuple(c.sample.sde_range)} must be (first, last + 1)")
     low, high = c.sample.sde_range
-    if not (0 <= low < high <= c.sample.steps and 1 <= c.sample.sde_steps <= high - low):
+    if grpo and not (0 <= low < high <= c.sample.steps and 1 <= c.sample.sde_steps <= high - low):
         raise UserError(f"config.sample: sde_steps={c.sample.sde_steps} steps do not fit in sde_range=({low}, {high}) "
                         f"of {c.sample.steps} steps")
     if c.sample.sde_window == ONE_PER_GROUP and c.sample.sde_steps != 1:
@@ -162,10 +164,12 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
     if c.lora.init and not c.lora.rank:
         raise UserError(f"config.lora.init={c.lora.init} needs adapters to start from: set config.lora.rank as in the "
                         "file")
-    in_reward = c.train.kl_as == "reward"
-    if in_reward and not (c.train.kl_weight > 0 and c.train.kl_target is None and c.reward.combine == "rewards"):
+    in_reward, kl_weight = c.train.kl_as == "reward", c.train.kl_weight
+    if kl_weight is None:
+        kl_weight = KL_WEIGHT.get(c.train.method, 0.0)
+    if in_reward and not (kl_weight > 0 and c.train.kl_target is None and c.reward.combine == "rewards"):
         raise UserError(f"config.train.kl_as=reward takes kl_weight times the KL off a fixed sum of rewards: it needs "
-                        f"train.kl_weight={c.train.kl_weight} above 0, train.kl_target={c.train.kl_target} None and "
+                        f"train.kl_weight={kl_weight} above 0, train.kl_target={c.train.kl_target} None and "
                         f"reward.combine={c.reward.combine} to be rewards")
     if c.train.cfg_distill_weight and not c.sample.guidance <= 1 < c.train.cfg_distill_guidance:
         raise UserError(f"config.train.cfg_distill_weight={c.train.cfg_distill_weight} trains the model without "
@@ -181,16 +185,16 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
             dtype=DTYPES[c.model.dtype],
             lora=LoRAConfig(c.lora.rank, c.lora.alpha, tuple(c.lora.targets)) if c.lora.rank else None,
             sde=SDEConfig(c.sample.sde, c.sample.noise_level, c.sample.max_step_std),
-            loss=LossConfig(c.train.clip_low, c.train.clip_high, 0.0 if in_reward else c.train.kl_weight,
+            loss=LossConfig(c.train.clip_low, c.train.clip_high, 0.0 if in_reward else kl_weight,
                             c.train.kl_kind, c.train.objective, c.train.divergence, c.train.kl_target,
                             c.train.kl_horizon, tuple(c.train.kl_weight_range), c.train.cfg_distill_weight),
             forward=None if grpo else ForwardConfig(
                 c.train.method, c.train.nft_beta, c.train.advantage_clip, c.train.old_rate, c.train.old_most,
-                c.train.dpo_beta, c.train.reference_every, c.train.temperature, c.train.kl_weight),
+                c.train.dpo_beta, c.train.reference_every, c.train.temperature, kl_weight, c.train.guided),
             optimiser=OptimiserConfig(**{f.name: c.train[f.name] for f in dataclasses.fields(OptimiserConfig)}),
             videos=videos, batches=batches, train_batches=train_batches,
             ratio_tolerance=RATIO_TOLERANCE[c.model.dtype] if tolerance is None else tolerance, weights=weights,
-            budget=Budget(**c.budget.to_dict()), kl_reward=c.train.kl_weight if in_reward else 0.0,
+            budget=Budget(**c.budget.to_dict()), kl_reward=kl_weight if in_reward else 0.0,
             levels=None if grpo else c.train.timesteps)
     except ValueError as error:
         raise UserError(f"config: {error}") from None
@@ -215,14 +219,13 @@ def check_choice(c: ml_collections.ConfigDict) -> int:
     return groups * size // batch
 
 
-def check_forward(c: ml_collections.ConfigDict):
-    """Of the methods that train on finished videos. Raises `UserError`."""
-    method, updates = c.train.method, c.train.updates_per_epoch
-    for key, plain in GRPO_ONLY.items():
-        section, name = key.split(".")
-        if c[section][name] != plain:
-            raise UserError(f"config.{key}={c[section][name]} is of train.method=grpo; with train.method={method} "
-                            f"leave it at {plain}")
+def check_forward(c: ml_collections.ConfigDict, values: dict):
+    """Of the methods that train on finished videos. values: the settings, flat. Raises `UserError`."""
+    method, updates, plain = c.train.method, c.train.updates_per_epoch, flat(defaults().to_dict())
+    for key in GRPO_ONLY:
+        if values[key] != plain[key]:
+            raise UserError(f"config.{key}={values[key]} is of Flow-GRPO: set --config.train.method=grpo, or with "
+                            f"train.method={method} leave it at {plain[key]}")
     if c.train.timesteps > c.sample.steps:
         raise UserError(f"config.train.timesteps={c.train.timesteps} must be at most sample.steps={c.sample.steps}")
     if c.sample.shared_noise:

@@ -221,6 +221,7 @@ def test_bytes_that_a_run_holds():
 def test_what_is_computed_again_follows_the_memory():
     """1.3B, 8 pictures of 512x512: 7 x 1536 + 8960 values of 30 layers for 1,024 tokens, twice with guidance."""
     c = wan21_1_3b_ocr.get_config()
+    c.train.method = "grpo"
     c.sample.frames, c.sample.height, c.sample.width, c.sample.batch_size = 1, 512, 512, 8
     config = presets.PRESETS["wan2.1-1.3b"].transformer
     mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
@@ -234,7 +235,12 @@ def test_what_is_computed_again_follows_the_memory():
     assert chosen(None) == "block"
     least = (kept + state) / devices.SHARE
     assert chosen(least + 1e6) == "save_matmuls" and chosen(least - 1e6) == "block"
-    c.sample.guidance = 1.0
+    c.train.method = "nft"  # without guidance, but with the old weights
+    state, old = (devices.state_of(c, settings.from_config(c), config, 1, 1), state)
+    assert state > old and chosen((kept / 2 + state) / devices.SHARE + 1e6) == "save_matmuls"
+    c.train.guided = True
+    assert chosen(least + 1e6) == "block" and chosen((kept + state) / devices.SHARE + 1e6) == "save_matmuls"
+    c.train.method, c.sample.guidance, state = "grpo", 1.0, old
     assert chosen(least - 1e6) == "save_matmuls" and chosen((kept / 2 + state) / devices.SHARE - 1e6) == "block"
     c.model.remat = "none"
     assert chosen(None) == chosen(1.0) == "none"

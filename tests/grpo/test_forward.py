@@ -121,13 +121,14 @@ def batch_of(config, weight, valid, updates=1):
 
 @pytest.mark.parametrize("config", [
     ForwardConfig("nft", nft_beta=0.3, kl_beta=0.1), ForwardConfig("dpo", dpo_beta=30.0),
-    ForwardConfig("rwr", kl_beta=0.1)], ids=lambda c: c.method)
+    ForwardConfig("rwr", kl_beta=0.1), ForwardConfig("rwr", kl_beta=0.1, guided=True)],
+    ids=lambda c: c.method + "-guided" * c.guided)
 def test_loss_and_gradient_of_an_update(model, config):
     policy, new, old, frozen = model
-    old = old if config.keeps_old else None
+    old, guidance = old if config.keeps_old else None, 3.0 if config.guided else 1.0
     weight, valid = np.linspace(0, 1, 8, dtype=np.float32), np.array([1, 1, 1, 1, 0, 1, 1, 1], bool)
     batch, x0 = batch_of(config, weight, valid)
-    gradient = jax.jit(forward.make_gradient(policy, config))
+    gradient = jax.jit(forward.make_gradient(policy, config, guidance))
     grads, metrics = gradient(new, old, frozen, batch)
 
     # the loss, row by row
@@ -135,7 +136,7 @@ def test_loss_and_gradient_of_an_update(model, config):
     def velocities(x0, sigma, noise, timestep):
         modules = [policy.module(new, frozen), policy.reference(frozen), policy.module(old or new, frozen)]
         text = test_update.text_batch(4)
-        return [velocity(module, (1 - sigma) * x0 + sigma * noise, timestep, text, 1.0) for module in modules]
+        return [velocity(module, (1 - sigma) * x0 + sigma * noise, timestep, text, guidance) for module in modules]
 
     losses = []
     for m in range(batch.video.shape[0]):
@@ -245,7 +246,7 @@ def test_what_is_planned():
     online = dataclasses.replace(pairs)
     assert online.frozen is None and online.state.old is not None
     grpo, rwr = (costs.work(run_of(wan21_1_3b_ocr, "wan2.1-1.3b", **{
-        "train.method": method, "sample.sde_steps": 4, "train.timesteps": 4})) for method in ("grpo", "rwr"))
+        "train.method": method, "train.kl_weight": 0.004, "sample.sde_steps": 4})) for method in ("grpo", "rwr"))
     assert rwr.sample == grpo.sample and rwr.update == pytest.approx(grpo.update / 2)  # no guidance
 
 
@@ -255,7 +256,8 @@ def test_what_is_planned():
     ("sample.shared_noise", True, "all videos of a group would be one"), ("train.old_most", 1.0, "old_most=1.0"),
     ("train.dpo_beta", -1.0, "dpo_beta"), ("train.temperature", 0.0, "temperature"),
     ("train.reference_every", -1, "reference_every=-1"), ("train.kl_weight", -1.0, "kl_beta"),
-    ("train.updates_per_epoch", 2, "does not divide sample.groups=9")])
+    ("train.updates_per_epoch", 2, "does not divide sample.groups=9"), ("sample.sde", "cps", "is of Flow-GRPO"),
+    ("train.objective", "guard", "objective=guard is of Flow-GRPO: set --config.train.method=grpo")])
 def test_bad_settings_are_refused(key, value, message):
     c = tiny_ocr.get_config()
     c.train.method = "dpo"

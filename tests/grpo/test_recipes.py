@@ -18,7 +18,7 @@ from wan_jax.experts import segments
 from wan_jax.schedule import flow_sigmas
 
 ROOT = pathlib.Path(__file__).parents[2]
-RECIPES = sorted(p.stem for p in (ROOT / "configs").glob("*_ocr.py"))
+RECIPES = sorted(p.stem for p in (ROOT / "configs").glob("*_*.py") if p.stem != "__init__")
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -33,7 +33,8 @@ def test_recipe(name):
     two = "a14b" in name
     experts = ("transformer", "transformer_2")[: 1 + two]
     parts = segments(flow_sigmas(c.sample.steps, c.sample.shift).timesteps, 0.875 if two else None)
-    assert sum(step_quotas(parts, experts, experts, c.sample.sde_steps, *c.sample.sde_range)) == c.sample.sde_steps
+    quotas = ((c.sample.sde_steps, *c.sample.sde_range) if made.levels is None else (made.levels, 0, c.sample.steps))
+    assert sum(step_quotas(parts, experts, experts, *quotas)) == quotas[0]
 
 
 def test_every_setting_can_be_given_on_the_command_line(monkeypatch):
@@ -49,7 +50,8 @@ def test_every_setting_can_be_given_on_the_command_line(monkeypatch):
 
 
 def test_every_size_has_a_recipe():
-    assert set(RECIPES) == {"tiny_ocr", "wan21_1_3b_ocr", "wan21_14b_ocr", "wan22_a14b_ocr", "wan22_ti2v_5b_ocr"}
+    assert set(RECIPES) == {"tiny_ocr", "tiny_grpo", "wan21_1_3b_ocr", "wan21_14b_ocr", "wan22_a14b_ocr",
+                            "wan22_ti2v_5b_ocr"}
 
 
 def test_prompt_files_are_what_their_code_writes(tmp_path):

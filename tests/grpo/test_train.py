@@ -43,6 +43,7 @@ def get_config():
     c.sample.steps, c.sample.sde_steps, c.sample.sde_range = 3, 2, (0, 3)
     c.sample.guidance = 1.0
     c.sample.groups, c.sample.group_size, c.sample.batch_size = 2, 4, 4
+    c.train.method = "grpo"
     c.train.updates_per_epoch = 2
     c.train.advantage_std = "global"
     c.eval.every, c.eval.num_prompts, c.eval.steps, c.eval.guidance, c.eval.previews = 2, 4, 2, 1.0, 2

@@ -16,14 +16,16 @@ class Case:
     lora: bool  # or all weights
     devices: int  # 8: a mesh of data 2 x fsdp 4
     video: bool = False  # 33 x 240 x 416 instead of 1 x 512 x 512
+    method: str = "grpo"
 
     def __str__(self) -> str:
         return (f"{self.model}-{'lora' if self.lora else 'full'}-{'33x240x416' if self.video else '1x512x512'}"
-                f"-{self.devices}")
+                f"-{self.devices}" + ("" if self.method == "grpo" else f"-{self.method}"))
 
     def run(self, devices: list, backend: str) -> Run:
         """On the first of `devices`, which may be those of a topology."""
         recipe = wan21_14b_ocr.get_config()
+        recipe.train.method = self.method
         recipe.sample.batch_size = 9 * self.devices
         if self.video:
             recipe.sample.frames, recipe.sample.height, recipe.sample.width = 33, 240, 416
@@ -35,5 +37,6 @@ class Case:
 
 CASES = [Case(model, lora, devices) for model in ("wan2.1-1.3b", "wan2.1-14b") for lora in (True, False)
          for devices in (1, 8) if lora or devices == 8 or model == "wan2.1-1.3b"]
-CASES += [Case("wan2.1-1.3b", True, 1, True), Case("wan2.1-1.3b", True, 8, True), Case("wan2.1-14b", True, 1, True)]
+CASES += [Case("wan2.1-1.3b", True, 1, True), Case("wan2.1-1.3b", True, 8, True), Case("wan2.1-14b", True, 1, True),
+          Case("wan2.1-1.3b", True, 1, method="nft"), Case("wan2.1-14b", False, 8, method="nft")]
 TOO_LARGE = Case("wan2.1-14b", False, 1)  # its weights, moments and average alone are more than a device has

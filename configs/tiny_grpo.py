@@ -1,0 +1,20 @@
+"""tiny-wan learns to spell by Flow-GRPO: as `configs/tiny_ocr.py`, but 2 of the 10 steps are stochastic and trained.
+
+    python -m grpo.train --config=configs/tiny_grpo.py
+
+Without KL. What to expect: docs/results.md.
+"""
+
+from configs import tiny_ocr
+
+
+def get_config():
+    c = tiny_ocr.get_config()
+    c.run_dir = "runs/tiny_grpo"
+    c.sample.sde = "flow_sde"
+    c.sample.noise_level = 0.7
+    c.sample.sde_steps = 2
+    c.sample.sde_range = (0, 6)
+    c.train.method = "grpo"
+    c.train.kl_weight = 0.0
+    return c
