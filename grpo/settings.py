@@ -238,7 +238,8 @@ def check_forward(c: ml_collections.ConfigDict, values: dict):
 
 def check_resume(saved: dict, now: dict, checkpoint: str):
     """Raises `UserError` when a run's checkpoint was made with other settings than the ones given now."""
-    saved, now = flat(defaults().to_dict()) | flat(saved), flat(now)  # a setting newer than the run had its default
+    known = flat(defaults().to_dict()) | {"train.method": "grpo"}  # a setting newer than the run had its default
+    saved, now = known | flat(saved), flat(now)
     changed = [f"{k}: {saved.get(k)!r} -> {now.get(k)!r}" for k in sorted(saved.keys() | now.keys())
                if saved.get(k) != now.get(k) and not any(k == f or (f.endswith(".") and k.startswith(f)) for f in FREE)]
     if changed:
