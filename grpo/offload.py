@@ -77,7 +77,7 @@ def update_of(mean_gradient: Callable, policy: Policy, optimiser_config: Optimis
         clipped, _ = clipping(optimiser_config).update(grads, optax.EmptyState())
         return clipped, metrics, optax.global_norm(grads)
 
-    @partial(jax.jit, donate_argnums=(0, 1), compiler_options=COMPILER_OPTIONS)
+    @partial(jax.jit, donate_argnums=0, compiler_options=COMPILER_OPTIONS)
     def step(state: TrainState, grads, old_kept):
         new, updates = apply_gradient(adamw(optimiser_config), optimiser_config.ema_decay, state, grads, old_kept)
         return jax.tree.map(jax.lax.with_sharding_constraint, new,

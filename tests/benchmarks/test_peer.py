@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import decode, epoch, full_size, workload
+from benchmarks import decode, epoch, full_size, scaling, workload
 from convert import key_table
 from grpo.losses import LossConfig, Rows, policy_gradient_terms
 from grpo.policy import COMPILER_OPTIONS
@@ -22,7 +22,8 @@ from wan_jax.schedule import flow_sigmas
 
 TINY = dict(size="tiny", height=16, width=32, frames=1, batch=2, guidance=1.0, kl=0.0, repeats=1, dtype="float32",
             remat="block", micro=1, profile=False, chunk=None, groups=1, group_size=2, steps=2, updates=1, readers=1,
-            trained=1, mode="autocast", attention=None, compiler="aot_eager")
+            trained=1, mode="autocast", attention=None, compiler="aot_eager", devices=1, fsdp=1, context=1, full=False,
+            offload_optimiser=False)
 
 
 def settings(**changes):
@@ -61,6 +62,18 @@ def test_our_steps(quick):
     work = workload.batch_flops(workload.transformer_config("tiny"), (1, 2, 4, 16), 2, 1.0)
     update = record.stages["update"]
     assert update.tflops == pytest.approx(3 * work / update.ms / 1e9)
+
+
+@pytest.mark.parametrize("changes", [
+    {"devices": 2}, {"devices": 2, "fsdp": 2, "full": True}, {"devices": 2, "context": 2, "batch": 1},
+    {"full": True, "offload_optimiser": True}], ids=lambda c: "-".join(c))
+def test_our_steps_on_every_axis(quick, changes, capsys):
+    record = full_size.measure(settings(**changes))
+    check(record, scaling.STAGES)
+    said = capsys.readouterr().out
+    assert ("all trained" if "full" in changes else "adapters trained") in said
+    assert f"mesh data {2 if changes == {'devices': 2} else 1} x fsdp {changes.get('fsdp', 1)}" in said
+    assert ("on the host after" in said) == ("offload_optimiser" in changes)
 
 
 def test_our_epoch(quick):

@@ -1,9 +1,6 @@
-"""Several devices beside one: the arithmetic on fixed numbers, and the command itself on simulated devices."""
+"""Several devices beside one: the arithmetic on fixed numbers, and that each work says what it runs on."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -42,15 +39,10 @@ def test_table_judges_data_parallel_only(tmp_path):
     assert {len(line.split(" | ")) for line in lines[:7] if "---" not in line} == {len(scaling.HEAD)}
 
 
-@pytest.mark.parametrize("extra", [["--devices=2", "--batch=4"], ["--devices=2", "--fsdp=2", "--batch=4", "--full"],
-                                   ["--devices=2", "--context=2", "--batch=2"],
-                                   ["--batch=2", "--full", "--offload_optimiser"]])
-def test_every_axis_is_measured(extra, tmp_path):
-    command = [sys.executable, "-m", "benchmarks.full_size", "--size=tiny", "--height=32", "--width=32", "--repeats=1",
-               f"--json={tmp_path / 'record.json'}", *extra]
-    env = os.environ | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = Record.from_dict(json.loads((tmp_path / "record.json").read_text()))
-    assert set(found.stages) == set(scaling.STAGES) and all(s.ms > 0 for s in found.stages.values())
-    assert found.ratio == pytest.approx((1.0, 1.0), abs=1e-4)
+def test_commands_fill_the_axis():
+    for work in WORKS.values():
+        for devices in work.devices:
+            given = dict(x.removeprefix("--").split("=") for x in work.command(devices) if "=" in x)
+            assert int(given["devices"]) == devices and int(given["batch"]) == work.videos(devices)
+            assert devices == int(given.get("fsdp", 1)) * int(given.get("context", 1)) * (
+                devices if work.axis == "data" else 1)
