@@ -113,6 +113,9 @@ def defaults() -> ConfigDict:
     c.train.kl_weight = optional_float()  # KL to the reference; nft, rwr, sft: of mean((v - v_ref)^2); dpo has none;
     #                                     None: 0.004 of grpo, 1e-4 of nft, 0 of the others
     c.train.kl_as = "loss"              # loss | reward: kl_weight x KL at sampling is taken off the reward of each step
+    c.train.kl_reference = "base"       # base | average: the model before training, or an average of what was trained,
+    #                                     that keeps kl_reference_decay of itself in every update; of grpo
+    c.train.kl_reference_decay = 0.99
     c.train.kl_target = optional_float()  # the KL that the weight is adapted to, from kl_weight on; None: it stays
     c.train.kl_horizon = 20.0           # updates in which twice the target multiplies the weight by e
     c.train.kl_weight_range = (1e-4, 1.0)  # bounds of the adapted weight

@@ -236,13 +236,13 @@ def objective(policy: Policy, config: ForwardConfig, guidance: float, trainable:
 
 
 def make_gradient(policy: Policy, config: ForwardConfig, guidance: float = 1.0) -> Callable:
-    """(trainable, old or None, frozen, ForwardBatch) -> (mean gradient of the objective over the valid rows and their
+    """(trainable, `update.Held`, frozen, ForwardBatch) -> (mean gradient of the objective over the valid rows and their
     noise levels, ForwardMetrics). guidance: of every velocity in the loss, up to 1 for none."""
     grad_fn = jax.grad(partial(objective, policy, config, guidance), has_aux=True)
 
-    def gradient(trainable: Flat, old: Flat | None, frozen, batch: ForwardBatch):
+    def gradient(trainable: Flat, held, frozen, batch: ForwardBatch):
         def one_draw(carry, level, rows):
-            grads, metrics = grad_fn(trainable, old, frozen, *rows, *level, batch.key)
+            grads, metrics = grad_fn(trainable, held.old, frozen, *rows, *level, batch.key)
             return jax.tree.map(jnp.add, carry, (grads, metrics)), None
 
         def one_micro_batch(carry, micro):

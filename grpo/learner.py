@@ -239,10 +239,11 @@ class Learner:
             advantages = step_advantages(lesson.total, sampled.kl[name], self.s.kl_reward, sampled.prompt_of,
                                          here & lesson.valid, **self.normalised)
         by_batch = np.moveaxis(advantages.reshape(*advantages.shape[:-1], batches, -1), -2, 0)  # [batches, (K,) B]
-        rows = (here & lesson.counted).reshape(batches, -1)
+        rows, decay = (here & lesson.counted).reshape(batches, -1), self.s.loss.reference_decay
+        kept = () if decay is None else (decay,)  # of the average that the KL is to
         for chosen in lesson.order[self.run.update_batches(expert)]:
             if rows[chosen].any():
-                yield (stack_batches([trajectories[b] for b in chosen], by_batch[chosen], rows[chosen]),)
+                yield stack_batches([trajectories[b] for b in chosen], by_batch[chosen], rows[chosen]), *kept
 
     def regression_batches(self, epoch: int, i: int, sampled: Sampled, lesson: Lesson) -> Iterator[tuple]:
         """Of the methods that train on finished videos, at the noise levels of segment i's expert."""

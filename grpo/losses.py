@@ -33,6 +33,9 @@ class LossConfig:
     distill_weight: of mean((v - v_teacher)^2), where the teacher is the reference at guidance `distill_guidance` and v
     the policy's velocity without guidance: guidance distilled into the model (Meng et al., arXiv 2210.03142).
 
+    reference_decay: the KL is to an average of the trained weights that keeps so much of itself in every update; None:
+    to the base model.
+
     kl_target: kl_beta is only the first weight of the KL, and `adapted_kl` changes it; None: it stays.
     """
 
@@ -47,6 +50,7 @@ class LossConfig:
     kl_range: tuple[float, float] = (1e-4, 1.0)
     distill_weight: float = 0.0
     distill_guidance: float = 1.0
+    reference_decay: float | None = None
 
     def __post_init__(self):
         if not (0 < self.clip_low <= 1 and 0 < self.clip_high):
@@ -59,6 +63,9 @@ class LossConfig:
             self._check_target()
         if not 0 <= self.distill_weight < float("inf"):
             raise ValueError(f"distill_weight={self.distill_weight}: must be finite and >= 0; 0 switches it off")
+        if self.reference_decay is not None and not (0 <= self.reference_decay < 1 and self.kl_beta > 0):
+            raise ValueError(f"reference_decay={self.reference_decay}, kl_beta={self.kl_beta}: an average as reference "
+                             "needs a decay in [0, 1), 0.99 is usual, and a weight of the KL above 0")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective={self.objective!r} is unknown; choose one of {', '.join(OBJECTIVES)}")
         if not self.divergence > 0:

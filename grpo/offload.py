@@ -63,7 +63,8 @@ def moved(tree, kind: str):
 def make_update(policy: Policy, table: StepTable, guidance: float, config: LossConfig,
                 optimiser_config: OptimiserConfig, mesh: jax.sharding.Mesh) -> Callable:
     """GRPO's: `update_of` its gradient."""
-    return update_of(make_gradient(policy, table, guidance, config), policy, optimiser_config, mesh, config)
+    return update_of(make_gradient(policy, table, guidance, config), policy, optimiser_config, mesh, config,
+                     keeps_old=config.reference_decay is not None)
 
 
 def update_of(mean_gradient: Callable, policy: Policy, optimiser_config: OptimiserConfig, mesh: jax.sharding.Mesh,

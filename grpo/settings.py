@@ -34,10 +34,11 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # or text is far above either.
 RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-3}
 KL_PLACES = ("loss", "reward")
+REFERENCES = ("base", "average")
 # settings that choose among GRPO's variants: the other methods would leave them aside without a word, so they must stay
 # as in configs/defaults.py
 GRPO_ONLY = ("sample.sde", "sample.sde_window", "train.groups", "train.best_of", "train.objective", "train.credit",
-             "train.kl_as", "train.kl_target", "train.cfg_distill_weight")
+             "train.kl_as", "train.kl_target", "train.kl_reference", "train.cfg_distill_weight")
 KL_WEIGHT = {"grpo": 0.004, "nft": 1e-4}  # where train.kl_weight is None; of other methods 0
 REQUIRED = ("run_dir", "model.path", "prompts.train", "prompts.heldout")
 CHOICES = {"model.dtype": DTYPES, "model.attention": BACKENDS, "model.remat": ("auto", *REMAT_POLICIES),
@@ -45,6 +46,7 @@ CHOICES = {"model.dtype": DTYPES, "model.attention": BACKENDS, "model.remat": ("
            "train.method": ("grpo", *FORWARD_METHODS),
            "sample.sde_window": WINDOWS, "sample.ode_solver": ODE_SOLVERS,
            "train.credit": CREDITS, "train.objective": OBJECTIVES, "train.kl_as": KL_PLACES,
+           "train.kl_reference": REFERENCES,
            "train.advantage_std": STDS, "reward.rule": RULES, "reward.engine": (*ENGINES, JUDGE),
            "reward.judge_question": JUDGE_QUESTIONS, "eval.solver": SOLVERS,
            "reward.combine": COMBINATIONS}
@@ -81,15 +83,16 @@ class Settings:
 
     @property
     def keeps_old(self) -> bool:
-        """Whether the run's state has weights of an earlier update."""
-        return self.forward is not None and self.forward.keeps_old
+        """Whether the run's state has weights of earlier updates."""
+        return self.loss.reference_decay is not None if self.forward is None else self.forward.keeps_old
 
     @property
     def needs_reference(self) -> bool:
         """Whether the base model is computed with, beside the one that is trained."""
         if self.forward is not None:
             return self.forward.needs_reference
-        return self.loss.kl_beta > 0 or self.loss.distill_weight > 0 or self.kl_reward > 0
+        base = self.loss.kl_beta > 0 and self.loss.reference_decay is None
+        return base or self.loss.distill_weight > 0 or self.kl_reward > 0
 
     @property
     def passes(self) -> int:
@@ -171,6 +174,10 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
         raise UserError(f"config.train.kl_as=reward takes kl_weight times the KL off a fixed sum of rewards: it needs "
                         f"train.kl_weight={kl_weight} above 0, train.kl_target={c.train.kl_target} None and "
                         f"reward.combine={c.reward.combine} to be rewards")
+    averaged = c.train.kl_reference == "average"
+    if averaged and in_reward:
+        raise UserError("config.train.kl_reference=average is of the KL in the loss: set train.kl_as=loss, or "
+                        "train.kl_reference=base")
     if c.train.cfg_distill_weight and not c.sample.guidance <= 1 < c.train.cfg_distill_guidance:
         raise UserError(f"config.train.cfg_distill_weight={c.train.cfg_distill_weight} trains the model without "
                         f"guidance to follow the guided one: set sample.guidance={c.sample.guidance} to 1 and "
@@ -187,7 +194,8 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
             sde=SDEConfig(c.sample.sde, c.sample.noise_level, c.sample.max_step_std),
             loss=LossConfig(c.train.clip_low, c.train.clip_high, 0.0 if in_reward else kl_weight,
                             c.train.kl_kind, c.train.objective, c.train.divergence, c.train.kl_target,
-                            c.train.kl_horizon, tuple(c.train.kl_weight_range), c.train.cfg_distill_weight),
+                            c.train.kl_horizon, tuple(c.train.kl_weight_range), c.train.cfg_distill_weight,
+                            reference_decay=c.train.kl_reference_decay if averaged else None),
             forward=None if grpo else ForwardConfig(
                 c.train.method, c.train.nft_beta, c.train.advantage_clip, c.train.old_rate, c.train.old_most,
                 c.train.dpo_beta, c.train.reference_every, c.train.temperature, kl_weight, c.train.guided),

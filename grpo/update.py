@@ -8,6 +8,7 @@ is GRPO's; other methods bring theirs (`grpo.forward`).
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,12 +51,19 @@ class TrainState:
     ema: Flat
     updates: jax.Array  # int32 [], optimiser steps so far
     kl: KLControl | None = None  # where the weight of the KL adapts
-    old: Flat | None = None  # weights of an earlier update, where the method keeps them (`forward.ForwardConfig`)
+    old: Flat | None = None  # weights of earlier updates, where the method keeps them (`forward.ForwardConfig`,
+    #                          `LossConfig.reference_decay`)
 
     @property
-    def held(self):
-        """What the gradient needs of it beside the trained weights: the old ones, or the KL's weight; None: nothing."""
-        return self.kl.weight if self.kl else self.old
+    def held(self) -> "Held":
+        return Held(self.kl.weight if self.kl else None, self.old)
+
+
+class Held(NamedTuple):
+    """What a gradient may need of the state beside the trained weights."""
+
+    kl_weight: jax.Array | None = None  # fp32 [], in place of the configuration's
+    old: Flat | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -120,29 +128,30 @@ def state_shapes(policy: Policy, config: OptimiserConfig, loss: LossConfig | Non
 
 def objective(policy: Policy, table: StepTable, guidance: float, config: LossConfig, trainable: Flat, frozen,
               x, x_next, old_log_prob, i, old_mean, text, advantages, valid,
-              kl_beta: jax.Array | None = None) -> tuple[jax.Array, LossMetrics]:
-    """Sum of the loss over the valid rows of one micro-batch at step i, and its metrics."""
+              held: Held) -> tuple[jax.Array, LossMetrics]:
+    """Sum of the loss over the valid rows of one micro-batch at step i, and its metrics. The KL is to the old weights
+    where there are any."""
     t, *step = table.at(i)
     weight = None if table.weight is None else jnp.broadcast_to(jnp.asarray(table.weight)[i], advantages.shape)
     rows = Rows(x, x_next, old_log_prob, advantages, *(jnp.broadcast_to(s, advantages.shape) for s in step), mask=valid,
                 old_mean=old_mean, weight=weight, preserving=table.preserving)
     v = velocity(policy.module(trainable, frozen), x, t, text, guidance)
-    v_ref = velocity(policy.reference(frozen), x, t, text, guidance) if config.kl_beta > 0 else None
+    reference = policy.reference(frozen) if held.old is None else policy.module(held.old, frozen)
+    v_ref = velocity(reference, x, t, text, guidance) if config.kl_beta > 0 else None
     teacher = (velocity(policy.reference(frozen), x, t, text, config.distill_guidance) if config.distill_weight > 0
                else None)
-    loss, metrics = policy_gradient_terms(rows, v, v_ref, config, kl_beta, teacher)
+    loss, metrics = policy_gradient_terms(rows, v, v_ref, config, held.kl_weight, teacher)
     return jnp.sum(jnp.where(valid, loss, 0.0)), metrics
 
 
 def make_gradient(policy: Policy, table: StepTable, guidance: float, config: LossConfig) -> Callable:
-    """(trainable, kl_beta, frozen, UpdateBatch) -> (mean gradient of the objective over the valid rows, LossMetrics).
-    kl_beta fp32 []: in place of the configuration's, or None."""
+    """(trainable, Held, frozen, UpdateBatch) -> (mean gradient of the objective over the valid rows, LossMetrics)."""
     grad_fn = jax.grad(partial(objective, policy, table, guidance, config), has_aux=True)
 
-    def gradient(trainable: Flat, kl_beta: jax.Array | None, frozen, batch: UpdateBatch):
+    def gradient(trainable: Flat, held: Held, frozen, batch: UpdateBatch):
         def one_step(carry, row, text, valid):
             *row, advantages = row
-            grads, metrics = grad_fn(trainable, frozen, *row, text, advantages, valid, kl_beta)
+            grads, metrics = grad_fn(trainable, frozen, *row, text, advantages, valid, held)
             return (jax.tree.map(jnp.add, carry[0], grads), carry[1].merge(metrics)), None
 
         def one_micro_batch(carry, micro):
@@ -182,8 +191,8 @@ def after_update(kl: KLControl | None, updates: jax.Array, metrics, config: Loss
 def make_update(policy: Policy, table: StepTable, guidance: float, config: LossConfig,
                 optimiser_config: OptimiserConfig, mesh: jax.sharding.Mesh | None = None) -> Callable:
     """GRPO's jitted update: `update_of` its gradient."""
-    return update_of(make_gradient(policy, table, guidance, config), policy, optimiser_config, mesh, config)
-
+    return update_of(make_gradient(policy, table, guidance, config), policy, optimiser_config, mesh, config,
+                     keeps_old=config.reference_decay is not None)
 
 
 def update_of(gradient: Callable, policy: Policy, optimiser_config: OptimiserConfig,
@@ -191,7 +200,7 @@ def update_of(gradient: Callable, policy: Policy, optimiser_config: OptimiserCon
               ) -> Callable:
     """The jitted update: (TrainState, frozen, batch[, old_kept]) -> (TrainState, metrics, norms). Donates the state.
 
-    gradient: (trainable, what `TrainState.held` is, frozen, batch) -> (gradient, metrics). norms: {'grad_norm',
+    gradient: (trainable, Held, frozen, batch) -> (gradient, metrics). norms: {'grad_norm',
     'update_norm'}, fp32 scalars, the gradient's before clipping; and 'kl_weight', the one it had, where that adapts.
     mesh: where the state lies; the new one then lies as the old one, where XLA would split biases by its own choice
     and the next call compile again. loss: whose KL weight may adapt.

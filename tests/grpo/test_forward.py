@@ -17,6 +17,7 @@ from grpo import costs, forward, preferences, settings, train
 from grpo.forward import ForwardConfig, noise_levels
 from grpo.programs import Run
 from grpo.rollout import sample_noise
+from grpo.update import Held
 from grpo.windows import step_quotas
 from tests import reference
 from tests.grpo import test_programs, test_update
@@ -127,9 +128,10 @@ def test_loss_and_gradient_of_an_update(model, config):
     policy, new, old, frozen = model
     old, guidance = old if config.keeps_old else None, 3.0 if config.guided else 1.0
     weight, valid = np.linspace(0, 1, 8, dtype=np.float32), np.array([1, 1, 1, 1, 0, 1, 1, 1], bool)
+    held = Held(old=old)
     batch, x0 = batch_of(config, weight, valid)
     gradient = jax.jit(forward.make_gradient(policy, config, guidance))
-    grads, metrics = gradient(new, old, frozen, batch)
+    grads, metrics = gradient(new, held, frozen, batch)
 
     # the loss, row by row
     @jax.jit
@@ -163,21 +165,22 @@ def test_loss_and_gradient_of_an_update(model, config):
     # the gradient is the loss's slope, where nothing of it is held constant
     if config.method != "nft":
         way = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape) * 1e-3, new)
-        ends = [gradient(jax.tree.map(lambda p, d, side=side: p + side * d, new, way), old, frozen, batch)[1]
+        ends = [gradient(jax.tree.map(lambda p, d, side=side: p + side * d, new, way), held, frozen, batch)[1]
                 for side in (1, -1)]
         slope = (ends[0].averages()["policy_loss"] - ends[1].averages()["policy_loss"]) / 2
         assert slope == pytest.approx(sum(float((grads[k] * way[k]).sum()) for k in way), rel=1e-2)
 
     # what is masked has no say
     mask = np.asarray(batch.valid)[..., None, None, None, None]
-    other, _ = gradient(new, old, frozen, dataclasses.replace(batch, x0=jnp.where(mask, batch.x0, 1e3)))
+    other, _ = gradient(new, held, frozen, dataclasses.replace(batch, x0=jnp.where(mask, batch.x0, 1e3)))
     for name in grads:
         np.testing.assert_array_equal(grads[name], other[name])
-    nothing, _ = gradient(new, old, frozen, dataclasses.replace(batch, valid=jnp.zeros_like(batch.valid)))
+    nothing, _ = gradient(new, held, frozen, dataclasses.replace(batch, valid=jnp.zeros_like(batch.valid)))
     assert all((np.asarray(g) == 0).all() for g in nothing.values())
     if config.method == "nft":  # optimality 1/2 everywhere, at the old policy, which is the base model here
         bases = {k: v * (0 if k.endswith("lora_b") else 1) for k, v in old.items()}
-        still, _ = gradient(bases, bases, frozen, dataclasses.replace(batch, weight=jnp.full_like(batch.weight, 0.5)))
+        half = dataclasses.replace(batch, weight=jnp.full_like(batch.weight, 0.5))
+        still, _ = gradient(bases, Held(old=bases), frozen, half)
         assert max(float(jnp.abs(g).max()) for g in still.values()) < 1e-5
         assert max(float(jnp.abs(g).max()) for g in grads.values()) > 1e-3
 

@@ -85,6 +85,10 @@ def test_bad_settings_are_refused_before_any_work(c, override, message):
     ({"train.groups": 1, "sample.batch_size": 8, "train.updates_per_epoch": 1}, "batch_size=8 must divide"),
     ({"train.groups": 1}, "does not divide the epoch's 1 batches"),
     ({"train.groups": 1, "sample.sde_window": "one_per_group", "sample.sde_steps": 1}, "does not go with"),
+    ({"train.kl_reference": "average", "train.kl_as": "reward"}, "set train.kl_as=loss"),
+    ({"train.kl_reference": "average", "train.kl_weight": 0.0}, "kl_beta=0.0: an average as reference"),
+    ({"train.kl_reference": "average", "train.kl_reference_decay": 1.0}, "reference_decay=1.0"),
+    ({"train.kl_reference": "average", "train.method": "nft"}, "kl_reference=average is of Flow-GRPO"),
     ({"train.cfg_distill_weight": 0.1, "sample.guidance": 4.5}, "set sample.guidance=4.5 to 1"),
     ({"train.kl_target": 0.1, "train.kl_weight_range": (0.1, 0.2)}, "must hold the first weight, 0.004")])
 def test_settings_that_do_not_go_together_are_refused(c, overrides, message):

@@ -25,7 +25,7 @@ from grpo.rollout import (
     rollout_batches,
     sample_noise,
 )
-from grpo.update import OptimiserConfig, init_state, make_gradient, make_update, objective, stack_batches
+from grpo.update import Held, OptimiserConfig, init_state, make_gradient, make_update, objective, stack_batches
 from tests import reference
 from wan_jax import mesh as mesh_lib
 from wan_jax import sde
@@ -128,7 +128,7 @@ def test_loss_and_gradient_against_float64(lora, kl_kind):
     advantages, valid = np.array([1.5, -0.7, 0.4, -2.0]), np.array([True, True, False, True])
     i, text = int(WINDOW[1]), text_batch(4)
     args = (kept.x[1], kept.x_next[1], kept.log_prob[1], i, None, text, jnp.asarray(advantages, jnp.float32),
-            jnp.asarray(valid))
+            jnp.asarray(valid), Held())
     (loss, metrics), grads = jax.jit(jax.value_and_grad(
         lambda w: objective(policy, TABLE, 1.0, config, w, frozen, *args), has_aux=True))(later)
 
@@ -191,7 +191,7 @@ def test_optimiser_and_ema_follow_their_formulas():
     def loss(w):
         rows = [objective(policy, TABLE, 1.0, LossConfig(kl_beta=0.0), w, frozen, kept.x[k], kept.x_next[k],
                           kept.log_prob[k], int(WINDOW[k]), None, text_batch(4),
-                          jnp.asarray(advantages[0], jnp.float32), jnp.ones(4, bool))[0]
+                          jnp.asarray(advantages[0], jnp.float32), jnp.ones(4, bool), Held())[0]
                 for k in range(2)]
         return sum(rows) / 8
 
@@ -293,7 +293,7 @@ def test_every_row_its_own_stochastic_step():
         """(latents, Trajectory, the sum of the rows' gradients)."""
         final, kept = sample(window)
         batch = stack_batches([kept], np.array([[1.0, -2.0, 1.5]]), np.array([valid]))
-        grads, metrics = gradient(trainable, None, frozen, batch)
+        grads, metrics = gradient(trainable, Held(), frozen, batch)
         values = metrics.averages()
         assert max(values["ratio_max"] - 1, 1 - values["ratio_min"]) < 2e-6, values
         return final, kept, flat_vector(grads) * np.sum(valid)
@@ -332,7 +332,7 @@ def test_kl_at_sampling_and_advantages_of_each_step():
 
     def of(advantages):
         batch = stack_batches([kept], np.array([advantages]), np.ones((1, 3), bool))
-        return flat_vector(gradient(trainable, None, frozen, batch)[0])
+        return flat_vector(gradient(trainable, Held(), frozen, batch)[0])
 
     first, second, zero = [1.0, -2.0, 1.5], [0.5, 1.0, -1.0], [0.0] * 3
     both = of([first, second])
@@ -410,6 +410,35 @@ def test_an_adaptive_kl_weight_is_used_kept_and_saved(tmp_path):
             assert float(state.kl.weight) == pytest.approx(weight, rel=1e-4) and weight not in (0.1, 1e-3, 0.2)
         results.append(state)
         assert getattr(update, "gradient", update)._cache_size() == 1  # compiled once
+    np.testing.assert_allclose(*(flat_vector(state.trainable) for state in results), atol=1e-5)
+    checkpoints = Checkpoints(tmp_path)
+    run_state.save(checkpoints, 1, {"transformer": results[0]}, defaults().to_dict(), None, Spent())
+    restored = run_state.restore(checkpoints, 1, {"transformer": results[0]})["transformer"]
+    checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, restored, results[0])
+
+
+def test_the_kl_may_be_to_an_average_of_the_trained_weights(tmp_path):
+    """It is 0 while nothing is trained, then the distance to the average, which follows by its formula on the device
+    and on the host, and lies in checkpoints; with a KL weight that adapts as well."""
+    config = LossConfig(kl_beta=0.1, kl_kind="velocity", kl_target=0.02, kl_range=(1e-3, 0.2), reference_decay=0.75)
+    policy, trainable, frozen = setup()
+    _, kept = sampled(policy, trainable, frozen, range(4))
+    batch, results = stack_batches([kept], np.array([[2.0, -1.0, 0.5, -1.5]]), np.ones((1, 4), bool)), []
+    mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+    for module, start in ((update_lib, lambda state: state), (offload, offload.to_host)):
+        update = module.make_update(policy, TABLE, 1.0, config, OPTIMISER, mesh)
+        state = start(init_state(copies(trainable), OPTIMISER, config, keeps_old=True))
+        for number in range(3):
+            new, average = copies(state.trainable), copies(state.old)
+            state, metrics, _ = update(state, frozen, batch, 0.75)
+            v, v_ref = (np.stack([velocity(policy.module(weights, frozen), kept.x[k], TABLE.timestep[i], text_batch(4),
+                                           1.0) for k, i in enumerate(WINDOW)]) for weights in (new, average))
+            assert metrics.averages()["kl"] == pytest.approx(np.mean((v - v_ref) ** 2), rel=1e-3, abs=1e-9)
+            assert (metrics.averages()["kl"] > 1e-6) == (number > 0)
+            np.testing.assert_allclose(flat_vector(state.old), 0.75 * flat_vector(average)
+                                       + 0.25 * flat_vector(state.trainable), atol=1e-6)
+        results.append(state)
     np.testing.assert_allclose(*(flat_vector(state.trainable) for state in results), atol=1e-5)
     checkpoints = Checkpoints(tmp_path)
     run_state.save(checkpoints, 1, {"transformer": results[0]}, defaults().to_dict(), None, Spent())
