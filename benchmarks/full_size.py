@@ -4,9 +4,9 @@
     python -m benchmarks.full_size --size 14b --devices 4 --fsdp 4 --batch 36 --full
 
 The transformer is the real configuration with weights drawn on the devices, LoRA rank 32 on attention, or with --full
-all weights trained; text is 64 rows of random embeddings padded to 512. Model FLOPs count the matrix products of a
-forward pass (two for guidance), times three in the update; recomputation and the reference of --kl are not counted.
-TFLOP/s are of one device, MFU is of an H200's nominal 989. `benchmarks.peer` measures the same in PyTorch,
+all weights trained; text is 64 rows of random embeddings (--text_rows) padded to 512. Model FLOPs count the matrix
+products of a forward pass (two for guidance), times three in the update; recomputation and the reference of --kl are
+not counted. TFLOP/s are of one device, MFU is of an H200's nominal 989. `benchmarks.peer` measures the same in PyTorch,
 `benchmarks.side_by_side` both, `benchmarks.scaling` several devices beside one.
 """
 
@@ -71,11 +71,12 @@ class RandomPolicy:
         """[B, ...] on the mesh as training lays them: elsewhere the second call of a program would compile it again."""
         return mesh_lib.place(rows, mesh_lib.batch_sharding(self.mesh))
 
-    def random_text(self, batch: int) -> TextBatch:
-        """Embeddings of a batch of prompts and of the negative one."""
-        rows = jax.random.normal(jax.random.key(1), (batch + 1, workload.TEXT, 4096))
-        return TextBatch(self.placed(rows[:-1]), mesh_lib.place(rows[-1], mesh_lib.replicated(self.mesh)),
-                         workload.TEXT_ROWS - workload.TEXT)
+    def random_text(self, batch: int, rows: int = workload.TEXT) -> TextBatch:
+        """Embeddings of a batch of prompts and of the negative one, in the weights' type as training has them."""
+        dtype = self.policy.base["proj_out"]["kernel"].dtype
+        text = jax.random.normal(jax.random.key(1), (batch + 1, rows, 4096), dtype)
+        return TextBatch(self.placed(text[:-1]), mesh_lib.place(text[-1], mesh_lib.replicated(self.mesh)),
+                         workload.TEXT_ROWS - rows)
 
 
 def step_table() -> StepTable:
@@ -109,7 +110,7 @@ def measure(f) -> Record:
     step = make_step(policy, steps, f.guidance)
     where = offload if f.offload_optimiser else update
     apply = where.make_update(policy, steps, f.guidance, LossConfig(kl_beta=f.kl), optimiser, mesh)
-    shape, text = workload.latent_shape(f.frames, f.height, f.width), r.random_text(f.batch)
+    shape, text = workload.latent_shape(f.frames, f.height, f.width), r.random_text(f.batch, f.text_rows)
     flops = workload.batch_flops(r.config, shape, f.batch, f.guidance) / f.devices
     parameters, kind = sum(x.size for x in jax.tree.leaves(policy.base)), jax.devices()[0].device_kind
     print(f"{f.size}: {parameters:,} parameters {f.dtype}, {'all' if f.full else 'adapters'} trained, "
@@ -165,6 +166,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("micro", 1, "rollout batches in an update")
     flags.DEFINE_string("dtype", "bfloat16", "of weights and matrix products")
     flags.DEFINE_enum("remat", "save_matmuls", list(REMAT_POLICIES), "what the backward pass computes again")
+    flags.DEFINE_integer("text_rows", workload.TEXT, "of the prompts; FLOPs are counted for the default")
     flags.DEFINE_integer("devices", 1, "how many GPUs: data x fsdp x context", lower_bound=1)
     flags.DEFINE_integer("fsdp", 1, "GPUs that share the weights")
     flags.DEFINE_integer("context", 1, "GPUs that share a video's tokens")

@@ -136,8 +136,10 @@ def objective(policy: Policy, table: StepTable, guidance: float, config: LossCon
     rows = Rows(x, x_next, old_log_prob, advantages, *(jnp.broadcast_to(s, advantages.shape) for s in step), mask=valid,
                 old_mean=old_mean, weight=weight, preserving=table.preserving)
     v = velocity(policy.module(trainable, frozen), x, t, text, guidance)
-    reference = policy.reference(frozen) if held.old is None else policy.module(held.old, frozen)
-    v_ref = velocity(reference, x, t, text, guidance) if config.kl_beta > 0 else None
+    v_ref = None
+    if config.kl_beta > 0:
+        reference = policy.reference(frozen) if held.old is None else policy.module(held.old, frozen)
+        v_ref = velocity(reference, x, t, text, guidance)
     teacher = (velocity(policy.reference(frozen), x, t, text, config.distill_guidance) if config.distill_weight > 0
                else None)
     loss, metrics = policy_gradient_terms(rows, v, v_ref, config, held.kl_weight, teacher)

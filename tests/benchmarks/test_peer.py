@@ -23,7 +23,7 @@ from wan_jax.schedule import flow_sigmas
 TINY = dict(size="tiny", height=16, width=32, frames=1, batch=2, guidance=1.0, kl=0.0, repeats=1, dtype="float32",
             remat="block", micro=1, profile=False, chunk=None, groups=1, group_size=2, steps=2, updates=1, readers=1,
             trained=1, mode="autocast", attention=None, compiler="aot_eager", devices=1, fsdp=1, context=1, full=False,
-            offload_optimiser=False)
+            offload_optimiser=False, text_rows=workload.TEXT)
 
 
 def settings(**changes):
