@@ -2,7 +2,7 @@
 
     python -m grpo.compare --configs=a.py,b.py --seeds=0,1,2 --budget=evaluations:20000 --out=runs/compared
     python -m grpo.compare --methods=configs/compare_tiny.txt --budget=seconds:300 --out=runs/compared --jobs=2
-    python -m grpo.compare --method='cps: configs/tiny_ocr.py sample.sde=cps' --configs=configs/tiny_ocr.py ...
+    python -m grpo.compare --method='cps: configs/tiny_grpo.py sample.sde=cps' --configs=configs/tiny_ocr.py ...
 
 A method is a recipe with a name and settings, NAME: RECIPE KEY=VALUE ..., a line in the file of --methods (quotes as in
 a shell, # begins a comment). Each method and seed is a run of `grpo.train` in OUT/NAME/seed<k>, its output in

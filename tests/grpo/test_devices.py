@@ -221,7 +221,6 @@ def test_bytes_that_a_run_holds():
 def test_what_is_computed_again_follows_the_memory():
     """1.3B, 8 pictures of 512x512: 7 x 1536 + 8960 values of 30 layers for 1,024 tokens, twice with guidance."""
     c = wan21_1_3b_ocr.get_config()
-    c.train.method = "grpo"
     c.sample.frames, c.sample.height, c.sample.width, c.sample.batch_size = 1, 512, 512, 8
     config = presets.PRESETS["wan2.1-1.3b"].transformer
     mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])

@@ -26,7 +26,6 @@ PICTURES = dict(frames=1, height=512, width=512, groups=2, group_size=9, batch_s
 
 def run_of(module, model, **sample):
     recipe = module.get_config()
-    recipe.train.method = "grpo"
     recipe.sample.update(sample)
     return Run(presets.PRESETS[model], recipe, mesh_lib.make_mesh(devices=jax.devices()[:1]), "chunked")
 

@@ -40,7 +40,6 @@ def devices_mesh(devices: int, fsdp: int = 1):
 
 def run_of(module, model, devices=1, fsdp=1, **sample):
     recipe = module.get_config()
-    recipe.train.method = "grpo"
     recipe.sample.update(sample)
     return Run(presets.PRESETS[model], recipe, devices_mesh(devices, fsdp), "chunked")
 
@@ -147,7 +146,7 @@ def test_what_compiles_again_is_named():
 @pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full"])
 def test_what_stays_is_what_lies_on_a_device(rank):
     recipe = wan21_1_3b_ocr.get_config()
-    recipe.train.method, recipe.lora.rank = "grpo", rank
+    recipe.lora.rank = rank
     mesh = devices_mesh(8, 4)
     preset = dataclasses.replace(presets.PRESETS["wan2.1-1.3b"], transformer=WIDE)
     run = Run(preset, recipe, mesh, "chunked")
