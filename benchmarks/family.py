@@ -27,9 +27,8 @@ from absl import app, flags
 RECIPES = {"wan2.1-1.3b": "wan21_1_3b_ocr", "wan2.1-14b": "wan21_14b_ocr", "wan2.2-a14b": "wan22_a14b_ocr",
            "wan2.2-ti2v-5b": "wan22_ti2v_5b_ocr"}
 EPOCH = {"sample.frames": 1, "sample.height": 512, "sample.width": 512, "sample.groups": 2,
-         "sample.group_size": 9, "sample.batch_size": 9, "sample.sde_steps": 4, "train.method": "grpo",
-         "eval.frames": 1, "eval.num_prompts": 9, "eval.steps": 4, "train.updates_per_epoch": 1, "save.every": 1,
-         "reward.workers": 4}
+         "sample.group_size": 9, "sample.batch_size": 9, "sample.sde_steps": 4, "eval.frames": 1,
+         "eval.num_prompts": 9, "eval.steps": 4, "train.updates_per_epoch": 1, "save.every": 1, "reward.workers": 4}
 PROMPT = 'A wooden sign with the words "OPEN DAILY" carved into it, on a rainy city street at night.'
 PEAKS = re.compile(r"peak memory: device ([\d.]+|unknown)(?: GiB)?, host ([\d.]+) GiB")
 STAGES = ("convert", "check", "sample", "clip", "train", "resume", "lora", "export")

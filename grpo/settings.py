@@ -167,9 +167,7 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
     if c.lora.init and not c.lora.rank:
         raise UserError(f"config.lora.init={c.lora.init} needs adapters to start from: set config.lora.rank as in the "
                         "file")
-    in_reward, kl_weight = c.train.kl_as == "reward", c.train.kl_weight
-    if kl_weight is None:
-        kl_weight = KL_WEIGHT.get(c.train.method, 0.0)
+    in_reward, kl_weight = c.train.kl_as == "reward", kl_weight_of(values)
     if in_reward and not (kl_weight > 0 and c.train.kl_target is None and c.reward.combine == "rewards"):
         raise UserError(f"config.train.kl_as=reward takes kl_weight times the KL off a fixed sum of rewards: it needs "
                         f"train.kl_weight={kl_weight} above 0, train.kl_target={c.train.kl_target} None and "
@@ -244,10 +242,16 @@ def check_forward(c: ml_collections.ConfigDict, values: dict):
                         f"train.method={method} trains on one {'pair' if method == 'dpo' else 'video'} of each group")
 
 
+def kl_weight_of(values: dict) -> float:
+    """What train.kl_weight says, or leaves to the method. values: flat."""
+    weight = values["train.kl_weight"]
+    return KL_WEIGHT.get(values["train.method"], 0.0) if weight is None else weight
+
+
 def check_resume(saved: dict, now: dict, checkpoint: str):
     """Raises `UserError` when a run's checkpoint was made with other settings than the ones given now."""
     known = flat(defaults().to_dict()) | {"train.method": "grpo"}  # a setting newer than the run had its default
-    saved, now = known | flat(saved), flat(now)
+    saved, now = ({**values, "train.kl_weight": kl_weight_of(values)} for values in (known | flat(saved), flat(now)))
     changed = [f"{k}: {saved.get(k)!r} -> {now.get(k)!r}" for k in sorted(saved.keys() | now.keys())
                if saved.get(k) != now.get(k) and not any(k == f or (f.endswith(".") and k.startswith(f)) for f in FREE)]
     if changed:

@@ -67,6 +67,15 @@ def test_a_run_older_than_the_choice_of_methods_is_grpos(c):
         settings.check_resume(saved, c.to_dict(), "run")
 
 
+def test_a_kl_weight_left_open_is_the_methods_own(c):
+    saved = c.to_dict()
+    saved["train"]["kl_weight"] = 0.004  # as it was said before it could be left open
+    settings.check_resume(saved, c.to_dict(), "run")
+    c.train.kl_weight = 0.01
+    with pytest.raises(UserError, match=r"train\.kl_weight: 0\.004 -> 0\.01"):
+        settings.check_resume(saved, c.to_dict(), "run")
+
+
 @pytest.mark.parametrize("override, message", BAD, ids=[b[0] for b in BAD])
 def test_bad_settings_are_refused_before_any_work(c, override, message):
     key, value = override.split("=")

@@ -390,6 +390,15 @@ def test_guidance_is_distilled_into_the_model_without_it():
     assert found[0] > found[1] > found[2] > found[3]
 
 
+def assert_comes_back(state, folder):
+    """From a checkpoint, to the bit."""
+    checkpoints = Checkpoints(folder)
+    run_state.save(checkpoints, 1, {"transformer": state}, defaults().to_dict(), None, Spent())
+    restored = run_state.restore(checkpoints, 1, {"transformer": state})["transformer"]
+    checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
 def test_an_adaptive_kl_weight_is_used_kept_and_saved(tmp_path):
     """Two updates, with the optimiser's state on the device and on the host: their weights follow the KL they report,
     and a checkpoint holds the control to the bit."""
@@ -411,11 +420,7 @@ def test_an_adaptive_kl_weight_is_used_kept_and_saved(tmp_path):
         results.append(state)
         assert getattr(update, "gradient", update)._cache_size() == 1  # compiled once
     np.testing.assert_allclose(*(flat_vector(state.trainable) for state in results), atol=1e-5)
-    checkpoints = Checkpoints(tmp_path)
-    run_state.save(checkpoints, 1, {"transformer": results[0]}, defaults().to_dict(), None, Spent())
-    restored = run_state.restore(checkpoints, 1, {"transformer": results[0]})["transformer"]
-    checkpoints.close()
-    jax.tree.map(np.testing.assert_array_equal, restored, results[0])
+    assert_comes_back(results[0], tmp_path)
 
 
 def test_the_kl_may_be_to_an_average_of_the_trained_weights(tmp_path):
@@ -440,11 +445,7 @@ def test_the_kl_may_be_to_an_average_of_the_trained_weights(tmp_path):
                                        + 0.25 * flat_vector(state.trainable), atol=1e-6)
         results.append(state)
     np.testing.assert_allclose(*(flat_vector(state.trainable) for state in results), atol=1e-5)
-    checkpoints = Checkpoints(tmp_path)
-    run_state.save(checkpoints, 1, {"transformer": results[0]}, defaults().to_dict(), None, Spent())
-    restored = run_state.restore(checkpoints, 1, {"transformer": results[0]})["transformer"]
-    checkpoints.close()
-    jax.tree.map(np.testing.assert_array_equal, restored, results[0])
+    assert_comes_back(results[0], tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["flow_grpo_wan", "flow_sde", "dance", "cps"])
