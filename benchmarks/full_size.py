@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import statistics
 import time
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ from grpo.rollout import StepTable, make_step, rollout
 from grpo.update import OptimiserConfig, init_state, stack_batches
 from wan_jax import memory
 from wan_jax import mesh as mesh_lib
+from wan_jax import params as P
 from wan_jax.attention import choose_backend, platform_of
 from wan_jax.config import TransformerConfig
 from wan_jax.guidance import TextBatch
@@ -37,6 +39,15 @@ from wan_jax.lora import LoRAConfig
 from wan_jax.schedule import flow_sigmas
 from wan_jax.sde import SDEConfig
 from wan_jax.transformer import REMAT_POLICIES, WanTransformer3D
+
+
+def random_bias(name: str, array: jax.Array) -> jax.Array:
+    """The array, or where it is a bias, numbers of about a trained one's size: with zeros, two programs that round
+    before and after a bias would agree."""
+    if not name.endswith("bias"):
+        return array
+    key = jax.random.fold_in(jax.random.key(2), zlib.crc32(name.encode()))
+    return (0.02 * jax.random.normal(key, array.shape)).astype(array.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +70,8 @@ class RandomPolicy:
         backend = choose_backend("auto", platform_of(mesh.devices.flat[0]), dtype, config.attention_head_dim)
 
         def weights():
-            return nnx.split(WanTransformer3D(config, dtype=dtype, attention=backend, rngs=nnx.Rngs(0)))[1]
+            state = nnx.split(WanTransformer3D(config, dtype=dtype, attention=backend, rngs=nnx.Rngs(0)))[1]
+            return P.unflatten(state, {k: random_bias(k, v) for k, v in P.flatten(state).items()})
 
         frozen = jax.jit(weights, out_shardings=mesh_lib.param_shardings(jax.eval_shape(weights), mesh))()
         policy, trainable = make_policy(config, frozen, mesh,

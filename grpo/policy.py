@@ -27,7 +27,7 @@ Flat = dict[str, jax.Array]
 # by 2e-5. Large products are the vendor's library's (cuBLASLt, hipBLASLt), where bias, GELU and the adapters' share
 # are part of the product; Triton's would leave them to kernels of their own.
 COMPILER_OPTIONS = {"xla_allow_excess_precision": False, "xla_gpu_enable_triton_gemm": False,
-                    "xla_gpu_enable_cublaslt": True}
+                    "xla_gpu_enable_cublaslt": True, "xla_gpu_dot_merger_threshold_mb": 0}
 
 
 @dataclasses.dataclass(frozen=True)
