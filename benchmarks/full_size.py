@@ -28,7 +28,7 @@ from grpo import offload, update
 from grpo.losses import LossConfig
 from grpo.policy import Policy, make_policy
 from grpo.rollout import StepTable, make_step, rollout
-from grpo.update import OptimiserConfig, init_state, stack_batches
+from grpo.update import OptimiserConfig, stack_batches
 from wan_jax import memory
 from wan_jax import mesh as mesh_lib
 from wan_jax import params as P
@@ -143,26 +143,27 @@ def measure(f) -> Record:
     _, kept = rollout(step, trainable, frozen, x, text, key=key, samples=samples, steps=range(18), window=window)
     advantages = np.random.default_rng(0).standard_normal((1, f.batch))
     batch = stack_batches([kept] * f.micro, np.repeat(advantages, f.micro, 0), np.ones((f.micro, f.batch), bool))
-    since = time.perf_counter()
-    state = jax.block_until_ready(init_state(trainable, optimiser))
-    if f.offload_optimiser:
-        state = offload.to_host(state)
-        print(f"optimiser's state on the host after {time.perf_counter() - since:.1f} s", flush=True)
-    del r, trainable  # the state's own may be donated
+    states, firsts = [], []
+    for i in range(f.experts):
+        since, own = time.perf_counter(), jax.tree.map(jnp.copy, trainable) if i else trainable
+        states.append(jax.block_until_ready(where.init_state(own, optimiser)))
+        if f.offload_optimiser:
+            print(f"optimiser's state on the host after {time.perf_counter() - since:.1f} s", flush=True)
+    del r, trainable, own  # the states' own may be donated
 
     def one_update():
-        nonlocal state
-        state, metrics, norms = apply(state, frozen, batch)
-        if one_update.first is None:
-            one_update.first = dataclasses.replace(metrics)
-        return norms
+        """Of every expert."""
+        for i, state in enumerate(states):
+            states[i], metrics, _ = apply(state, frozen, batch)
+            if not firsts:
+                firsts.append(metrics.averages())
+        return states
 
-    one_update.first = None
-    seconds = timed(one_update, f.repeats)
+    seconds = timed(one_update, f.repeats) / f.experts
     show("update", f"update of {f.micro} x {len(window)} steps, each", seconds / len(window) / f.micro, 3 * flops)
-    first = one_update.first.averages()
+    first, = firsts
     if f.profile:
-        kernels.show("rollout step", lambda: step(state.trainable, frozen, x, 3, True, text, key, samples))
+        kernels.show("rollout step", lambda: step(states[0].trainable, frozen, x, 3, True, text, key, samples))
         kernels.show("update", one_update)
     print(f"first update's ratio: {first['ratio_min']:.7f} to {first['ratio_max']:.7f}")
     return Record("ours", stages, kind, software(), (first["ratio_min"], first["ratio_max"]))
@@ -183,6 +184,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("fsdp", 1, "GPUs that share the weights")
     flags.DEFINE_integer("context", 1, "GPUs that share a video's tokens")
     flags.DEFINE_bool("full", False, "train all weights, without a reference")
+    flags.DEFINE_integer("experts", 1, "trained in turn, 2 as A14B", lower_bound=1)
     flags.DEFINE_bool("offload_optimiser", False, "moments and average wait in host memory between updates")
     flags.DEFINE_bool("profile", False, "list the kernels by time")
     app.run(main)

@@ -16,7 +16,7 @@ from grpo.programs import Program, Run
 from wan_jax import mesh as mesh_lib
 from wan_jax.cli import UserError
 from wan_jax.experts import choose_offload
-from wan_jax.memory import GIB
+from wan_jax.memory import GIB, PINNED
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event, also where the persistent cache had the program
 
@@ -33,10 +33,11 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What training needs of the fullest device, in bytes."""
+    """What training needs of the fullest device, in bytes, and of the host of each process."""
 
     stays: dict[str, int]  # there throughout
     programs: tuple[Measured, ...]
+    host: dict[str, int] = dataclasses.field(default_factory=dict)  # pinned, for the process's devices
 
     @property
     def base(self) -> int:
@@ -57,7 +58,11 @@ class Memory:
                   f"{self.peak(p) / GIB:>8.2f}" for p in self.programs]
         peak = self.peak(self.largest)
         known = f"{limit / GIB:.2f} GiB ({100 * peak / limit:.0f} %)" if limit else "a device that states no limit"
-        return [*lines, f"  peak {peak / GIB:.2f} GiB in the {self.largest.name}, of {known}"]
+        lines.append(f"  peak {peak / GIB:.2f} GiB in the {self.largest.name}, of {known}")
+        if self.host:
+            lines.append("pinned memory of the host, GiB: " + ", ".join(f"{k} {v / GIB:.2f}"
+                                                                        for k, v in self.host.items()))
+        return lines
 
 
 def device_bytes(tree) -> int:
@@ -88,6 +93,19 @@ def what_stays(run: Run, offload: bool) -> dict[str, int]:
             "VAE": device_bytes(run.vae[1])}
 
 
+def what_waits(run: Run, offload: bool) -> dict[str, int]:
+    """Bytes of pinned host memory that one process needs for its devices, each of which has its own part there."""
+    optimiser = device_bytes((run.state.opt, run.state.ema)) * len(run.trained)
+    parts = {"optimiser, average": optimiser if run.recipe.train.offload_optimiser else 0,
+             "both experts": device_bytes(run.frozen) * len(run.preset.experts) if offload else 0}
+    return {name: size * devices_a_process(run.mesh) for name, size in parts.items() if size}
+
+
+def devices_a_process(mesh: jax.sharding.Mesh) -> int:
+    """Also of a topology to compile for."""
+    return sum(d.process_index == mesh.devices.flat[0].process_index for d in mesh.devices.flat)
+
+
 def measure(program: Program, compiler_options: dict | None = None) -> Measured:
     """Compiles the program."""
     start = time.time()
@@ -98,11 +116,23 @@ def measure(program: Program, compiler_options: dict | None = None) -> Measured:
 
 def compile_all(run: Run, offload: bool, progress: Callable = lambda x: x) -> Memory:
     """Compiles `run.programs()` for the mesh."""
-    return Memory(what_stays(run, offload), tuple(measure(program) for program in progress(run.programs())))
+    return Memory(what_stays(run, offload), tuple(measure(program) for program in progress(run.programs())),
+                  what_waits(run, offload))
 
 
-def check_fits(memory: Memory, run: Run, offload: bool, limit: int | None):
-    """Raises `UserError` where training cannot fit, naming need, limit and the settings that would change it."""
+def check_fits(memory: Memory, run: Run, offload: bool, limit: int | None, host_limit: int | None = None):
+    """Raises `UserError` where training cannot fit, naming need, limit and the settings that would change it.
+
+    limit: bytes of a device, host_limit: of pinned host memory for this process; None: not known.
+    """
+    if host_limit is not None and (needed := sum(memory.host.values())) > host_limit:
+        parts = ", ".join(f"{k} {v / GIB:.1f}" for k, v in memory.host.items())
+        raise UserError(
+            f"this run keeps {needed / GIB:.1f} GiB in pinned host memory for {devices_a_process(run.mesh)} devices "
+            f"({parts}), and may take {host_limit / GIB:.1f} GiB of this host's ({PINNED}). Use more devices on other "
+            "hosts with --config.mesh.fsdp, or a host with more memory"
+            + (", or leave the optimiser on the devices: --config.train.offload_optimiser=False"
+               if run.recipe.train.offload_optimiser else "") + ".")
     largest = memory.largest
     if limit is None or memory.peak(largest) <= limit:
         return

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from grpo import update as update_lib
 from grpo.losses import LossConfig
-from grpo.policy import COMPILER_OPTIONS, Policy
+from grpo.policy import COMPILER_OPTIONS, Flat, Policy
 from grpo.rollout import StepTable
 from grpo.update import (
     OptimiserConfig,
@@ -40,14 +41,15 @@ def check_device(device: jax.Device):
                          f"{', '.join(kinds)}; set it to False, and split the state with config.mesh.fsdp")
 
 
-def to_host(state: TrainState) -> TrainState:
-    """The state with moments and average in host memory, split over the devices' hosts as it was, once they are there:
-    what comes next on the device may need their room."""
-    return jax.block_until_ready(leaving(state))
+def init_state(trainable: Flat, *args, **kwargs) -> TrainState:
+    """`update.init_state` with moments and average in host memory, split over the devices' hosts as the weights are. No
+    more than one array's are on the devices at any time, where all of them may not fit."""
+    return joined({name: jax.block_until_ready(leaving(update_lib.init_state({ANY: x}, *args, **kwargs)))
+                   for name, x in trainable.items()})
 
 
 def leaving(state: TrainState) -> TrainState:
-    """`to_host` without waiting."""
+    """The state with moments and average on their way to host memory."""
     return dataclasses.replace(state, opt=moved(state.opt, KIND), ema=moved(state.ema, KIND))
 
 
@@ -69,7 +71,7 @@ def make_update(policy: Policy, table: StepTable, guidance: float, config: LossC
 
 def update_of(mean_gradient: Callable, policy: Policy, optimiser_config: OptimiserConfig, mesh: jax.sharding.Mesh,
               loss: LossConfig | None = None, keeps_old: bool = False) -> Callable:
-    """As `update.update_of`, for states of `to_host`, which the new ones are too. Donates the state."""
+    """As `update.update_of`, for states of `init_state`, as the new ones are too. Donates the state."""
     shardings = mesh_lib.param_shardings(state_shapes(policy, optimiser_config, loss), mesh)
 
     @partial(jax.jit, out_shardings=(shardings.trainable, None, None), compiler_options=COMPILER_OPTIONS)
@@ -95,9 +97,11 @@ def update_of(mean_gradient: Callable, policy: Policy, optimiser_config: Optimis
         done, norms = {}, []
         for name in sorted(grads):
             part = only(dataclasses.replace(state, opt=opt, kl=None), name)
-            new, norm = step(to_device(part), {ANY: grads.pop(name)}, old_kept)
+            here = jax.block_until_ready(to_device(part))
             for x in jax.tree.leaves((part.opt, part.ema)):
-                x.delete()  # so that the host does not hold the old and the new of everything
+                if x.sharding.memory_kind == KIND:
+                    x.delete()  # the new ones take its place, where the host may not hold both
+            new, norm = step(here, {ANY: grads.pop(name)}, old_kept)
             if done:  # two on the device: one that moves while the other is stepped
                 jax.block_until_ready(list(done.values())[-1])
             done[name] = leaving(new)

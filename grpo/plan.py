@@ -119,7 +119,7 @@ def compile_all(run: Run, target: Target, offload: bool) -> ahead.Memory:
     for program, stand_in in zip(run.programs(), compiled_as(run, target).programs()):
         measured.append(measure(program, stand_in, target))
         say(f"  compiled: {program.name}, {measured[-1].seconds:.1f} s")
-    return ahead.Memory(ahead.what_stays(run, offload), tuple(measured))
+    return ahead.Memory(ahead.what_stays(run, offload), tuple(measured), ahead.what_waits(run, offload))
 
 
 def measure(program: Program, stand_in: Program, target: Target) -> ahead.Measured:

@@ -147,7 +147,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         say(f"rematerialisation: {run.remat}")
         needed = ahead.compile_all(run, offload, functools.partial(bar, desc="compiling"))
         say(*needed.table(limit), sep="\n")
-        ahead.check_fits(needed, run, offload, limit)
+        ahead.check_fits(needed, run, offload, limit, memory.pinned_limit(mesh.local_devices[0]))
     compiled = ahead.CompileCounter()
 
     hosts.stage("encoding the prompts")
@@ -174,9 +174,9 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         def weights(expert):  # full fine-tuning without a reference: the fp32 copies are the only ones
             return None
 
-    on_host, on_device = ((optimiser_offload.to_host, optimiser_offload.to_device) if c.train.offload_optimiser else
-                          (lambda x: x,) * 2)
-    states = {name: on_host(init_state(start[name], s.optimiser, s.loss, s.keeps_old)) for name in plan.trained}
+    initial, on_device = ((optimiser_offload.init_state, optimiser_offload.to_device) if c.train.offload_optimiser else
+                          (init_state, lambda x: x))
+    states = {name: initial(start[name], s.optimiser, s.loss, s.keeps_old) for name in plan.trained}
     if restored is not None:
         states = run_state.restore(checkpoints, restored, states)
 

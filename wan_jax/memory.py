@@ -10,6 +10,8 @@ import sys
 import jax
 
 GIB = 2**30
+PINNED = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"  # XLA's variable, in GiB
+PINNED_SHARE = 0.8  # of the host's memory: XLA's pool grows by doubling, and what is pinned cannot be swapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +40,18 @@ def peaks() -> Peaks:
 
 
 def allow_pinned() -> None:
-    """Lets arrays in pinned host memory (`pinned_host`) take all of the host's, where the environment says nothing:
-    XLA for GPUs stops at 64 GB, less than the optimiser's state of a 14B model. To be called before JAX sees a device.
+    """Lets arrays in pinned host memory (`pinned_host`) take PINNED_SHARE of the host's, where the environment says
+    nothing: XLA for GPUs stops at 64 GiB, less than the optimiser's state of a 14B model, and with no limit its pool
+    may ask for more than there is. To be called before JAX sees a device.
     """
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(total // GIB))
+    os.environ.setdefault(PINNED, str(int(PINNED_SHARE * total / GIB)))
+
+
+def pinned_limit(device: jax.Device) -> int | None:
+    """Bytes that arrays of this process may take of pinned host memory; None where there is no such limit (the CPU).
+    Several processes of one host share its memory, which this does not see."""
+    return int(os.environ.get(PINNED, 64)) * GIB if device.platform == "gpu" else None
 
 
 def _host() -> int:

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from configs import wan21_1_3b_ocr
 from configs.defaults import defaults
 from grpo import devices, offload, run_state, settings
+from grpo import update as update_lib
 from grpo.budget import Spent
 from grpo.losses import LossConfig
 from grpo.policy import make_structure
@@ -47,10 +48,9 @@ def two_updates(lora, mesh, offloaded=False):
     assert len(final.sharding.device_set) == mesh.size
     # a large eps, so that a gradient near 0, whose sign is rounding, makes no difference
     optimiser = dataclasses.replace(OPTIMISER, adam_eps=1e-3)
-    make = offload.make_update if offloaded else make_update
-    update = make(policy, TABLE, 3.0, LossConfig(kl_beta=0.01), optimiser, mesh)
-    state = init_state(copies(trainable), optimiser)
-    state = offload.to_host(state) if offloaded else state
+    module = offload if offloaded else update_lib
+    update = module.make_update(policy, TABLE, 3.0, LossConfig(kl_beta=0.01), optimiser, mesh)
+    state = module.init_state(copies(trainable), optimiser)
     batch = stack_batches([kept], np.linspace(-2, 2, 8)[None], np.ones((1, 8), bool))
     state, metrics, _ = update(state, frozen, batch)
     assert metrics.averages()["ratio_max"] - 1 < 1e-5

@@ -4,13 +4,14 @@ refused before a weight is read."""
 import collections
 import dataclasses
 import functools
+import math
 import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import wan21_1_3b_ocr, wan22_a14b_ocr, wan22_ti2v_5b_ocr
+from configs import wan21_1_3b_ocr, wan21_14b_ocr, wan22_a14b_ocr, wan22_ti2v_5b_ocr
 from convert.from_diffusers import convert
 from grpo import ahead, learner, run_log, settings, train
 from grpo.policy import make_policy
@@ -229,3 +230,22 @@ def test_data_counts_shards_and_repeats():
     whole = jax.ShapeDtypeStruct((8, 4), jnp.bfloat16)
     program = types.SimpleNamespace(args=("stays", sharded, whole), stay=1, beside=(whole, [whole]))
     assert ahead.data_bytes(program) == 16 + 64 + 2 * 64
+
+
+def test_what_the_host_holds_is_counted_and_refused_where_it_cannot():
+    """14B with its optimiser on the host: 12 bytes a parameter, whatever the number of devices that share them."""
+    for devices, fsdp in ((1, 1), (8, 8)):
+        run = run_of(wan21_14b_ocr, "wan2.1-14b", devices, fsdp)
+        run.recipe.update_from_flattened_dict({"lora.rank": 0, "train.kl_weight": 0.0, "train.offload_optimiser": True})
+        waits = ahead.what_waits(run, offload=False)
+        count = sum(math.prod(x.shape) for x in run.trainable.values())
+        assert waits == {"optimiser, average": pytest.approx(12 * count, rel=2e-3)}
+    needed = ahead.Memory({}, (ahead.Measured("update", 1.0, GIB, 0),), waits)
+    assert needed.table(None)[-1].startswith("pinned memory of the host, GiB: optimiser, average 159.")
+    for limit in (None, 180 * GIB):
+        ahead.check_fits(needed, run, False, None, limit)
+    with pytest.raises(UserError, match=r"159\.\d GiB in pinned host memory for 8 devices .*100\.0 GiB.*fsdp.*=False"):
+        ahead.check_fits(needed, run, False, None, 100 * GIB)
+    both = run_of(wan22_a14b_ocr, "wan2.2-a14b")
+    assert ahead.what_waits(both, True) == {"both experts": 2 * ahead.device_bytes(both.frozen)}
+    assert ahead.what_waits(both, False) == {}
