@@ -33,11 +33,11 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What training needs of the fullest device, in bytes, and of the host of each process."""
+    """What training needs of the fullest device, and of its host for each device, in bytes."""
 
     stays: dict[str, int]  # there throughout
     programs: tuple[Measured, ...]
-    host: dict[str, int] = dataclasses.field(default_factory=dict)  # pinned, for the process's devices
+    host: dict[str, int] = dataclasses.field(default_factory=dict)  # pinned
 
     @property
     def base(self) -> int:
@@ -60,7 +60,7 @@ class Memory:
         known = f"{limit / GIB:.2f} GiB ({100 * peak / limit:.0f} %)" if limit else "a device that states no limit"
         lines.append(f"  peak {peak / GIB:.2f} GiB in the {self.largest.name}, of {known}")
         if self.host:
-            lines.append("pinned memory of the host, GiB: " + ", ".join(f"{k} {v / GIB:.2f}"
+            lines.append("pinned memory of the host for each device, GiB: " + ", ".join(f"{k} {v / GIB:.2f}"
                                                                         for k, v in self.host.items()))
         return lines
 
@@ -94,16 +94,11 @@ def what_stays(run: Run, offload: bool) -> dict[str, int]:
 
 
 def what_waits(run: Run, offload: bool) -> dict[str, int]:
-    """Bytes of pinned host memory that one process needs for its devices, each of which has its own part there."""
+    """Bytes of pinned host memory that a device needs."""
     optimiser = device_bytes((run.state.opt, run.state.ema)) * len(run.trained)
     parts = {"optimiser, average": optimiser if run.recipe.train.offload_optimiser else 0,
              "both experts": device_bytes(run.frozen) * len(run.preset.experts) if offload else 0}
-    return {name: size * devices_a_process(run.mesh) for name, size in parts.items() if size}
-
-
-def devices_a_process(mesh: jax.sharding.Mesh) -> int:
-    """Also of a topology to compile for."""
-    return sum(d.process_index == mesh.devices.flat[0].process_index for d in mesh.devices.flat)
+    return {name: size for name, size in parts.items() if size}
 
 
 def measure(program: Program, compiler_options: dict | None = None) -> Measured:
@@ -123,14 +118,14 @@ def compile_all(run: Run, offload: bool, progress: Callable = lambda x: x) -> Me
 def check_fits(memory: Memory, run: Run, offload: bool, limit: int | None, host_limit: int | None = None):
     """Raises `UserError` where training cannot fit, naming need, limit and the settings that would change it.
 
-    limit: bytes of a device, host_limit: of pinned host memory for this process; None: not known.
+    limit: bytes of a device, host_limit: of pinned host memory for it; None: not known.
     """
     if host_limit is not None and (needed := sum(memory.host.values())) > host_limit:
         parts = ", ".join(f"{k} {v / GIB:.1f}" for k, v in memory.host.items())
         raise UserError(
-            f"this run keeps {needed / GIB:.1f} GiB in pinned host memory for {devices_a_process(run.mesh)} devices "
-            f"({parts}), and may take {host_limit / GIB:.1f} GiB of this host's ({PINNED}). Use more devices on other "
-            "hosts with --config.mesh.fsdp, or a host with more memory"
+            f"this run keeps {needed / GIB:.1f} GiB for each device in pinned host memory ({parts}), and may take "
+            f"{host_limit / GIB:.1f} GiB, its share of this host's; {PINNED} in the environment changes that. Use more "
+            f"devices with --config.mesh.fsdp={run.mesh.shape['fsdp']}, on more hosts, or a host with more memory"
             + (", or leave the optimiser on the devices: --config.train.offload_optimiser=False"
                if run.recipe.train.offload_optimiser else "") + ".")
     largest = memory.largest

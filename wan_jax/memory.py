@@ -10,8 +10,9 @@ import sys
 import jax
 
 GIB = 2**30
-PINNED = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"  # XLA's variable, in GiB
-PINNED_SHARE = 0.8  # of the host's memory: XLA's pool grows by doubling, and what is pinned cannot be swapped
+PINNED = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"  # XLA's variable, in GiB, of each device's pool
+PINNED_SHARE = 0.8  # of the host's memory: XLA's pools grow by doubling, and what is pinned cannot be swapped
+GPUS = ("nvidia[0-9]*", "dri/renderD*")  # files of /dev, one a GPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +41,22 @@ def peaks() -> Peaks:
 
 
 def allow_pinned() -> None:
-    """Lets arrays in pinned host memory (`pinned_host`) take PINNED_SHARE of the host's, where the environment says
-    nothing: XLA for GPUs stops at 64 GiB, less than the optimiser's state of a 14B model, and with no limit its pool
-    may ask for more than there is. To be called before JAX sees a device.
+    """Lets arrays in pinned host memory (`pinned_host`) take PINNED_SHARE of the host's, in equal parts for its GPUs,
+    where the environment says nothing: XLA stops at 64 GiB for each, whatever the host has. A pool asks for twice as
+    much whenever it is full, so without a limit that the host can bear it is killed long before all is in use. To be
+    called before JAX sees a device.
     """
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    os.environ.setdefault(PINNED, str(int(PINNED_SHARE * total / GIB)))
+    os.environ.setdefault(PINNED, str(int(PINNED_SHARE * total / GIB / max(1, gpus()))))
+
+
+def gpus(devices: pathlib.Path = pathlib.Path("/dev")) -> int:
+    """Of this host, whoever uses them; NVIDIA's where there are any, whose render nodes may be there as well."""
+    return next((n for pattern in GPUS if (n := len(list(devices.glob(pattern))))), 0)
 
 
 def pinned_limit(device: jax.Device) -> int | None:
-    """Bytes that arrays of this process may take of pinned host memory; None where there is no such limit (the CPU).
-    Several processes of one host share its memory, which this does not see."""
+    """Bytes of pinned host memory for the arrays of a device; None where there is no such limit (the CPU)."""
     return int(os.environ.get(PINNED, 64)) * GIB if device.platform == "gpu" else None
 
 
