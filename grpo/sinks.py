@@ -16,9 +16,6 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
-from tensorboardX import SummaryWriter
-from tensorboardX.proto.summary_pb2 import Summary
-
 from wan_jax.cli import UserError
 
 TRACKERS = "trackers.json"
@@ -51,6 +48,8 @@ class TensorBoard:
     """first: the epoch from which on records of an earlier attempt are forgotten."""
 
     def __init__(self, folder: pathlib.Path, first: int):
+        from tensorboardX import SummaryWriter  # a second or more where PyTorch is installed, which it then imports
+
         self.writer = SummaryWriter(str(folder), purge_step=first)
 
     def config(self, values: dict) -> None: ...
@@ -61,6 +60,8 @@ class TensorBoard:
         self.writer.flush()
 
     def previews(self, tag: str, sheet: Sheet, epoch: int) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary
+
         image = Summary.Image(height=sheet.height, width=sheet.width, colorspace=3, encoded_image_string=sheet.data)
         self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), epoch)
 

@@ -28,6 +28,12 @@ def collectives(text: str) -> Counter:
     return Counter(re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", text))
 
 
+def products(text: str) -> Counter:
+    """The library's products in optimised HLO: type and shape, and what is part of them (BIAS, BIAS_GELU, ...)."""
+    calls = r'= \((\w+\[[\d,]+\]).*custom_call_target="__cublas\$lt\$matmul".*?"epilogue":"(\w+)"'
+    return Counter(re.findall(calls, text))
+
+
 def square_buffers(text: str, tokens: int) -> set[str]:
     """Arrays of optimised HLO with a value for every pair of a video's tokens: two axes of that length, or a little
     more where a backend pads."""

@@ -95,6 +95,18 @@ def test_update_compiles_and_fits(case, compiled):
     assert not moved
 
 
+@pytest.mark.parametrize("reference", [False, True], ids=["alone", "with-reference"])
+def test_the_update_has_the_rollouts_products(compiled, reference):
+    """Where the rollout rounds a layer's result, the update does too: else the first update's ratio is not 1. The
+    reference has products of its own, which must not be merged with the policy's."""
+    run, last = ONE_EACH[0].run(rocm_compiler.mi300x(), BACKEND), ("bf16[18432,64]", "BIAS")
+    run.recipe.update_from_flattened_dict({"model.remat": "save_matmuls", "train.kl_weight": 0.004 * reference})
+    rollout, update = (inspection.products(compiled(f"{program.name}, results kept", program).as_text())
+                       for program in (run.rollout_step(), run.update()))
+    assert rollout <= update, rollout - update
+    assert (rollout[last], update[last]) == (1, 2 if reference else 1)
+
+
 @pytest.mark.parametrize("case", ONE_EACH, ids=str)
 def test_ode_step_and_decoder_compile_and_fit(case, compiled):
     run = case.run(rocm_compiler.mi300x(case.devices), BACKEND)
