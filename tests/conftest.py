@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 # The programs are small: compiling takes the time, a third less of it without LLVM's optimisations, and of what
@@ -26,6 +27,7 @@ import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started the tests in the background
 
 
 def pytest_collection_modifyitems(items):
