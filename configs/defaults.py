@@ -107,7 +107,7 @@ def defaults() -> ConfigDict:
     c.train.offload_optimiser = False   # moments and average wait in host memory between updates
     c.train.objective = "clip"          # clip | unscaled | guard | dppo (grpo/losses.py)
     c.train.divergence = 1e-5           # of dppo: where a row is left out
-    c.train.credit = "none"             # none | longcat | rectified: how much each step counts (grpo/rollout.py)
+    c.train.credit = "none"             # none | longcat | rectified | otca: how much each step counts (grpo/rollout.py)
     c.train.clip_low = 1e-3             # clip range of the ratio
     c.train.clip_high = 1e-3
     c.train.kl_weight = optional_float()  # KL to the reference; nft, rwr, sft: of mean((v - v_ref)^2); dpo has none;

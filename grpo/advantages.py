@@ -9,6 +9,7 @@ import dataclasses
 import numpy as np
 
 STDS = ("group", "global", "max", "none")
+LEAST_PROGRESS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,19 @@ def step_advantages(rewards: np.ndarray, kl: np.ndarray, weight: float, groups: 
     steps where its KL is not finite."""
     return np.stack([group_advantages(rewards - weight * of_step, groups, valid & np.isfinite(of_step), std=std,
                                       clip=clip) for of_step in np.asarray(kl, np.float64)])
+
+
+def step_importance(progress: np.ndarray) -> np.ndarray:
+    """How much each of a video's trained steps counts in its advantage, [K, N] float32, 1 in the mean of its steps:
+    proportional to max(progress, 0) + LEAST_PROGRESS. progress [K, N]: of `rollout.progress`; not finite counts as 0.
+
+    The trajectory-level credit of OTCA (arXiv 2604.19234), of which only a description in words was at hand: adjacent
+    latents' cosine similarities to the final one are subtracted, clipped, a small constant is added, and the result is
+    normalised over time and multiplies the advantage. The constant's size, and that the mean is 1 and not the sum, are
+    ours. Its allocation among several rewards is not part of this.
+    """
+    gains = np.maximum(np.nan_to_num(np.asarray(progress, np.float64)), 0.0) + LEAST_PROGRESS
+    return (gains / gains.mean(0)).astype(np.float32)
 
 
 def extremes(rewards: np.ndarray, groups: np.ndarray, valid: np.ndarray, count: int) -> np.ndarray:

@@ -24,7 +24,7 @@ from grpo.prompts import load_prompts
 from grpo.run_log import RunLog
 from grpo.scores import for_rewards, open_pool
 from rewards.targets import parse_targets
-from wan_jax import cli, memory, model_dir, pipeline
+from wan_jax import cli, memory, model_dir, pipeline, reward_head
 from wan_jax.attention import choose_backend, platform_of
 from wan_jax.checkpoint import load_trained
 from wan_jax.cli import UserError
@@ -36,6 +36,8 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, e.g. configs/t
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "run folder of grpo.train, or one of its checkpoints/<epoch>; "
                                  "None: only the model itself")
 OUT = flags.DEFINE_string("out", None, "folder to write", required=True)
+HEAD = flags.DEFINE_string("reward_head", None, "file of grpo.reward_head: with guidance towards a higher reward")
+GUIDANCE = flags.DEFINE_float("reward_guidance", 1.0, "its weight", lower_bound=0.0)
 BASE = flags.DEFINE_bool("base", True, "evaluate the model itself, too; a checkpoint of epoch 0 is the model itself")
 
 
@@ -59,6 +61,7 @@ def main(_):
         shapes = {frames: pipeline.latent_shape(frames, c.sample.height, c.sample.width, model.config("vae"), config)
                   for frames in clip_lengths.evaluated(c.sample.frames, c.eval.frames, c.eval.more_frames)}
         solver = make_solver(c.eval.solver, c.eval.steps, c.sample.shift)
+        steer = reward_head.guidance(HEAD.value, GUIDANCE.value, config)
     print(spread, flush=True)
     bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
     with open_pool(c.reward, s.weights) as pool:
@@ -71,7 +74,8 @@ def main(_):
 
         def evaluate(checkpoint: str | None, number: int):
             graph, weights = load_transformers(model, checkpoint, s.dtype, backend, mesh, c.model.offload)
-            make = functools.partial(pipeline.make_ode_step, functools.partial(nnx.merge, graph), solver)
+            make = functools.partial(pipeline.make_ode_step, functools.partial(nnx.merge, graph), solver,
+                                     shift=steer)
             experts = len(model.experts)
             steps = per_guidance(make, guidances(c.eval.guidance, c.eval.guidance_2, experts))
             unguided = per_guidance(make, (1.0,) * experts) if c.eval.also_unguided else ()

@@ -17,11 +17,12 @@ from grpo.advantages import (
     group_statistics,
     largest_spread,
     step_advantages,
+    step_importance,
 )
 from grpo.preferences import select
 from grpo.programs import Run
 from grpo.prompts import PromptSet, epoch_prompts
-from grpo.rollout import Trajectory, branch, group_leaders, initial_noise, prefix, rollout, rollout_batches
+from grpo.rollout import Trajectory, branch, group_leaders, initial_noise, prefix, progress, rollout, rollout_batches
 from grpo.scores import Scores, gather_rows, gather_scores
 from grpo.settings import Settings
 from grpo.update import TrainState, stack_batches
@@ -57,6 +58,7 @@ class Sampled:
     trajectories: dict[str, list[Trajectory]]  # an expert's stochastic steps, by batch
     finished: list[jax.Array]  # latents by batch, where the method trains on them
     kl: dict[str, np.ndarray]  # [K, N] to the reference, of an expert's steps, where it is part of the reward
+    importance: dict[str, np.ndarray]  # [K, N] of an expert's steps, where these are told apart
     scores: Scores
     evaluations: int  # of the model
     saved: int  # by prefixes that groups share
@@ -151,7 +153,7 @@ class Learner:
                 trajectories.setdefault(name, []).append(trajectory)
             lap("sample", x)
             if video is not None:
-                if s.forward is not None:
+                if s.forward is not None or s.importance:
                     finished.append(x)
                 hosts.stage(f"epoch {epoch}: decoding batch {b + 1} of {s.batches}")
                 videos = video()  # those of rows `mine`
@@ -165,8 +167,18 @@ class Learner:
         lap("score_wait")
         kl = {name: gather_rows([t.kl for t in kept], self.sharded)
               for name, kept in trajectories.items() if s.kl_reward and name in self.states}
-        return Sampled(key, length, prompt_of, trajectories, finished, kl, scores, s.videos * c.sample.steps - saved,
-                       saved)
+        return Sampled(key, length, prompt_of, trajectories, finished, kl, self.importance(trajectories, finished),
+                       scores, s.videos * c.sample.steps - saved, saved)
+
+    def importance(self, trajectories: dict[str, list[Trajectory]], finished: Sequence[jax.Array]
+                   ) -> dict[str, np.ndarray]:
+        """`step_importance` among the trained steps of all experts."""
+        if not self.s.importance:
+            return {}
+        gains = {name: gather_rows([progress(t.x, t.x_next, x) for t, x in zip(kept, finished)], self.sharded)
+                 for name, kept in trajectories.items() if name in self.states}
+        ends = np.cumsum([len(g) for g in gains.values()])
+        return dict(zip(gains, np.split(step_importance(np.concatenate([*gains.values()])), ends[:-1])))
 
     def shared_prefix(self, key, length: int, prompt_of: np.ndarray, window: np.ndarray, rows: Sequence[np.ndarray]
                       ) -> tuple[int, int, list[jax.Array]]:
@@ -238,6 +250,8 @@ class Learner:
         if self.s.kl_reward:
             advantages = step_advantages(lesson.total, sampled.kl[name], self.s.kl_reward, sampled.prompt_of,
                                          here & lesson.valid, **self.normalised)
+        if self.s.importance:
+            advantages = advantages * sampled.importance[name]
         by_batch = np.moveaxis(advantages.reshape(*advantages.shape[:-1], batches, -1), -2, 0)  # [batches, (K,) B]
         rows, decay = (here & lesson.counted).reshape(batches, -1), self.s.loss.reference_decay
         kept = () if decay is None else (decay,)  # of the average that the KL is to

@@ -352,7 +352,8 @@ class Run:
         if self.settings.forward is not None:
             return (self.latents(),) * self.settings.batches
         experts = [i for i, name in enumerate(self.preset.experts) if name in self.trained]
-        return tuple(self.trajectory(i) for i in experts for _ in range(self.settings.batches))
+        ends = (self.latents(),) * self.settings.batches if self.settings.importance else ()
+        return (*(self.trajectory(i) for i in experts for _ in range(self.settings.batches)), *ends)
 
     @property
     def unstacked(self) -> list[jax.ShapeDtypeStruct]:
@@ -366,7 +367,7 @@ class Run:
     def update_batch(self, expert: int) -> UpdateBatch | ForwardBatch:
         if (f := self.settings.forward) is None:
             m, b = self.update_batches(expert).shape[1], self.recipe.sample.batch_size
-            steps = (self.trained_steps(expert),) if self.settings.kl_reward else ()
+            steps = (self.trained_steps(expert),) if self.settings.advantage_by_step else ()
             return UpdateBatch(self.trajectory(expert, m), jax.ShapeDtypeStruct((m, *steps, b), jnp.float32),
                                jax.ShapeDtypeStruct((m, b), bool))
         m, b = self.selected

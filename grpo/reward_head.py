@@ -9,6 +9,7 @@ head foretells its reward than the mean does is printed by noise level: guidance
 Measures of quality, which count against a first evaluation in training, are left out.
 """
 
+import dataclasses
 import functools
 import pathlib
 import sys
@@ -34,7 +35,7 @@ from wan_jax.attention import choose_backend, platform_of
 from wan_jax.cli import UserError
 from wan_jax.experts import guidances, per_guidance, segments
 from wan_jax.guidance import TextBatch
-from wan_jax.reward_head import head_config, make_head, predict, save_head
+from wan_jax.reward_head import from_model, head_config, make_head, predict, save_head
 from wan_jax.solvers import make_solver, per_sample
 from wan_jax.trained import load_transformers
 from wan_jax.transformer import WanTransformer3D
@@ -56,6 +57,7 @@ def fit(head: WanTransformer3D, latents: np.ndarray, text: Sequence[np.ndarray],
     latents fp32 [N,F,H,W,C], text [N,St,text_dim], rewards [N]. A function of the seed.
     """
     graphdef, params = nnx.split(head)
+    params = jax.tree.map(jnp.copy, params)  # the first update takes them; the head's may be the model's own
     optimiser = optax.adamw(optax.cosine_decay_schedule(rate, updates))
     key, rng = jax.random.key(seed), np.random.default_rng([seed, 0x4EAD])
 
@@ -93,6 +95,63 @@ def explained(head: WanTransformer3D, latents: np.ndarray, text: np.ndarray, pad
     return shares
 
 
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """N videos that were sampled and could be scored, in a random order of their prompts."""
+
+    latents: np.ndarray  # fp32 [N, F, H, W, C]
+    text: np.ndarray  # [N, St, text_dim]
+    padding: int  # zero rows beyond St
+    rewards: np.ndarray  # [N]
+
+
+def collect(c, s: settings.Settings, model: model_dir.ModelDir, mesh: jax.sharding.Mesh, weights: tuple, count: int,
+            bar) -> Examples:
+    """Samples and scores `count` videos, whole batches. weights: of `load_transformers`. Raises `UserError` where too
+    few of them have different rewards."""
+    prompts, config = load_prompts(c.prompts.train, parse_targets), model.config("transformer")
+    shape = pipeline.latent_shape(c.sample.frames, c.sample.height, c.sample.width, model.config("vae"), config)
+    solver = make_solver(c.eval.solver, c.eval.steps, c.sample.shift)
+    order = np.random.default_rng([c.seed, 0x4EAD]).permutation(len(prompts))
+    chosen = np.resize(order, count)  # every prompt as often as any other
+    print(f"{count} videos of {min(count, len(prompts))} prompts", flush=True)
+    table = pipeline.embed_prompts(model, prompts.prompts, c.prompts.negative, dtype=s.dtype, cache=True,
+                                   progress=functools.partial(bar, desc="prompts"))
+    vae_graph, vae_state = pipeline.load_vae(model, mesh)
+    decode = pipeline.make_decoder(vae_graph)
+    graph, arrays = weights
+    steps = per_guidance(functools.partial(pipeline.make_ode_step, functools.partial(nnx.merge, graph), solver),
+                         guidances(c.eval.guidance, c.eval.guidance_2, len(model.experts)))
+    replicated, sharded = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
+    rows = np.arange(count, dtype=np.int32).reshape(-1, c.sample.batch_size)
+    batches = [(initial_noise(jax.random.key(c.seed), mesh_lib.place(r, sharded), shape),
+                table.batch(chosen[r], sharded, replicated)) for r in rows]
+    kept, pending = [], []
+    with open_pool(c.reward, s.weights) as pool:
+        latents = pipeline.sample_ode(steps, lambda expert: (arrays(expert),), segments(
+            solver.schedule.timesteps, model.boundary), solver, batches)
+        for r, x in bar(zip(rows, latents), total=len(rows), desc="videos"):
+            kept.append(np.asarray(x))
+            pending.append((r, pool.submit(decode(vae_state, x)(), [prompts.targets[p] for p in chosen[r]])))
+        scores = gather_scores(pending, count)
+    own = {combine.MAIN: scores.values} | {k: v for k, v in scores.parts.items() if k not in combine.BAD_SIDE}
+    rewards = combine.combined({k: own[k] for k, w in s.weights.items() if w and k in own}, s.weights)
+    good = np.flatnonzero(np.isfinite(rewards))
+    if len(good) < 2 * HELD_OUT or np.ptp(rewards[good]) == 0:
+        raise UserError(f"{len(good)} of {count} videos have a reward, {np.unique(rewards[good]).size} different "
+                        "ones: too few to learn from; raise --videos, or use other prompts")
+    return Examples(np.concatenate(kept)[good], table.padded([table.prompts[p] for p in chosen[good]]),
+                    pipeline.TEXT_ROWS - table.rows, rewards[good])
+
+
+def train(head: WanTransformer3D, data: Examples, batch: int, **kwargs) -> tuple[WanTransformer3D, dict[float, float]]:
+    """(the head fitted to seven videos in eight, what it foretells of the others by noise level). kwargs: of `fit`."""
+    out = np.arange(len(data.rewards)) % HELD_OUT == 0
+    head = fit(head, data.latents[~out], data.text[~out], data.padding, data.rewards[~out], batch=batch, **kwargs)
+    return head, explained(head, data.latents[out], data.text[out], data.padding, data.rewards[out], batch,
+                           data.rewards[~out].mean())
+
+
 def main(_):
     f = flags.FLAGS
     c = f["config"].value
@@ -102,7 +161,6 @@ def main(_):
         raise UserError(f"--out {f.out}: the file's name must end in .safetensors")
     if jax.process_count() > 1:
         raise UserError("grpo.reward_head runs in one process")
-    prompts = load_prompts(c.prompts.train, parse_targets)
     cli.keep_compiled_programs()
     with cli.user_input():
         model = model_dir.open_model(c.model.path)
@@ -110,55 +168,23 @@ def main(_):
         mesh, spread = devices.choose_mesh(c, s, config, experts=len(model.experts), trained=0)
         backend = choose_backend(c.model.attention, platform_of(mesh.devices.flat[0]), s.dtype,
                                  config.attention_head_dim)
-        shape = pipeline.latent_shape(c.sample.frames, c.sample.height, c.sample.width, model.config("vae"), config)
-        solver = make_solver(c.eval.solver, c.eval.steps, c.sample.shift)
+        if f.layers > config.num_layers:
+            raise ValueError(f"--layers={f.layers}: the model has {config.num_layers} blocks; 0 makes a small head of "
+                             "its own")
+    print(spread, flush=True)
     bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
-    videos = -(-f.videos // size) * size
-    order = np.random.default_rng([c.seed, 0x4EAD]).permutation(len(prompts))
-    chosen = np.resize(order, videos)  # every prompt as often as any other
-    print(spread, f"{videos} videos of {min(videos, len(prompts))} prompts", sep="\n", flush=True)
-
-    # ---- videos and their rewards --------------------------------------------------------------------------------
-    table = pipeline.embed_prompts(model, prompts.prompts, c.prompts.negative, dtype=s.dtype, cache=True,
-                                   progress=functools.partial(bar, desc="prompts"))
-    graph, weights = load_transformers(model, f.checkpoint, s.dtype, backend, mesh, c.model.offload)
-    vae_graph, vae_state = pipeline.load_vae(model, mesh)
-    decode = pipeline.make_decoder(vae_graph)
-    steps = per_guidance(functools.partial(pipeline.make_ode_step, functools.partial(nnx.merge, graph), solver),
-                         guidances(c.eval.guidance, c.eval.guidance_2, len(model.experts)))
-    replicated, sharded = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
-    rows = np.arange(videos, dtype=np.int32).reshape(-1, size)
-    batches = [(initial_noise(jax.random.key(c.seed), mesh_lib.place(r, sharded), shape),
-                table.batch(chosen[r], sharded, replicated)) for r in rows]
-    kept, pending = [], []
-    with open_pool(c.reward, s.weights) as pool:
-        latents = pipeline.sample_ode(steps, lambda expert: (weights(expert),), segments(
-            solver.schedule.timesteps, model.boundary), solver, batches)
-        for r, x in bar(zip(rows, latents), total=len(rows), desc="videos"):
-            kept.append(np.asarray(x))
-            pending.append((r, pool.submit(decode(vae_state, x)(), [prompts.targets[p] for p in chosen[r]])))
-        scores = gather_scores(pending, videos)
-    own = {combine.MAIN: scores.values} | {k: v for k, v in scores.parts.items() if k not in combine.BAD_SIDE}
-    rewards = combine.combined({k: own[k] for k, w in s.weights.items() if w and k in own}, s.weights)
-    good = np.flatnonzero(np.isfinite(rewards))
-    if len(good) < 2 * HELD_OUT or np.ptp(rewards[good]) == 0:
-        raise UserError(f"{len(good)} of {videos} videos have a reward, {np.unique(rewards[good]).size} different "
-                        "ones: too few to learn from; raise --videos, or use other prompts")
-
-    # ---- the head --------------------------------------------------------------------------------------------------
-    del steps, batches
-    latents, rewards = np.concatenate(kept)[good], rewards[good]
-    text = table.padded([table.prompts[p] for p in chosen[good]])
-    out = np.arange(len(good)) % HELD_OUT == 0
-    head = make_head(head_config(config), c.seed)
-    padding = pipeline.TEXT_ROWS - table.rows
-    head = fit(head, latents[~out], text[~out], padding, rewards[~out], updates=f.updates, batch=f.batch,
-               rate=f.learning_rate, seed=c.seed, progress=functools.partial(bar, desc="updates"))
-    mean = rewards[~out].mean()
-    shares = explained(head, latents[out], text[out], padding, rewards[out], f.batch, mean)
+    weights = load_transformers(model, f.checkpoint, s.dtype, backend, mesh, c.model.offload)
+    data = collect(c, s, model, mesh, weights, -(-f.videos // size) * size, bar)
+    if f.layers:  # of two experts that of low noise, where there is most to be seen
+        head = from_model(config, weights[1](len(model.experts) - 1), f.layers, c.seed)
+    else:
+        head = make_head(head_config(config), c.seed)
+    del weights
+    head, shares = train(head, data, f.batch, updates=f.updates, rate=f.learning_rate, seed=c.seed,
+                         progress=functools.partial(bar, desc="updates"))
     pathlib.Path(f.out).parent.mkdir(parents=True, exist_ok=True)
     save_head(f.out, head)
-    print(f"mean reward {mean:.3f}; held-out spread explained at noise level "
+    print(f"mean reward {data.rewards.mean():.3f}; held-out spread explained at noise level "
           + ", ".join(f"{level:g}: {share:.2f}" for level, share in shares.items()), f.out, sep="\n")
 
 
@@ -167,6 +193,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", None, "run folder of grpo.train, or one of its checkpoints/<epoch>; "
                         "None: the model itself")
     flags.DEFINE_string("out", None, "file to write, .safetensors", required=True)
+    flags.DEFINE_integer("layers", 4, "of the model's first blocks, from which the head starts; 0: a small transformer "
+                         "with random weights", lower_bound=0)
     flags.DEFINE_integer("videos", 512, "videos to sample, rounded up to whole batches", lower_bound=16)
     flags.DEFINE_integer("updates", 2000, "of the head", lower_bound=1)
     flags.DEFINE_integer("batch", 32, "videos of one update", lower_bound=1)

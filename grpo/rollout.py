@@ -23,7 +23,7 @@ from wan_jax.schedule import Schedule
 from wan_jax.solvers import DPMSolverPP2M, dpm_step, per_sample
 
 ODE_SOLVERS = ("euler", "dpmpp_2m")
-CREDITS = ("none", "longcat", "rectified")
+CREDITS = ("none", "longcat", "rectified", "otca")
 INITIAL = 2**31 - 1  # the "step" of the initial noise
 
 
@@ -67,7 +67,8 @@ class StepTable:
 
 
 def step_credit(kind: str, schedule: Schedule, config: sde.SDEConfig, trained: slice) -> np.ndarray | None:
-    """The weight of each step in the loss, fp32 [T]; None for 'none'.
+    """The weight of each step in the loss, fp32 [T]; None for 'none', and for 'otca', which is each video's own
+    (`advantages.step_importance`).
 
     'longcat': w = sqrt(s / (1 - s)) / sqrt(-dt), which cancels the coefficient sqrt(-dt (1 - s) / s) that the gradient
     of flow_sde's log-prob has (LongCat-Video). The first step takes s_1 in the divisor, as `sde.diffusion_coefficient`.
@@ -79,7 +80,7 @@ def step_credit(kind: str, schedule: Schedule, config: sde.SDEConfig, trained: s
     """
     if kind not in CREDITS:
         raise ValueError(f"credit={kind!r} is unknown; choose one of {', '.join(CREDITS)}")
-    if kind == "none":
+    if kind in ("none", "otca"):
         return None
     if kind == "rectified":
         std = sde.diffusion_coefficient(config, schedule) * np.sqrt(-np.diff(schedule.sigmas.astype(np.float64)))
@@ -176,6 +177,18 @@ def rollout(step, trainable: Flat, frozen, x: jax.Array, text: TextBatch, *, key
 def choose_rows(rows: jax.Array, new, old):
     """Trees of [B, ...]: the rows of `new` where bool [B] is True, else those of `old`."""
     return jax.tree.map(lambda a, b: jnp.where(per_sample(rows, a) > 0, a, b), new, old)
+
+
+@jax.jit
+def progress(x: jax.Array, x_next: jax.Array, final: jax.Array) -> jax.Array:
+    """What steps brought videos nearer to their own end, fp32 [K, B]: the cosine of the angle between x_next and the
+    final latents [B, F, H, W, C] less that between x and them, [K, B, F, H, W, C] both."""
+    def cosine(y):
+        axes = tuple(range(2, y.ndim))
+        lengths = jnp.sum(y * y, axes) * jnp.sum(final * final, tuple(a - 1 for a in axes))
+        return jnp.sum(y * final, axes) * jax.lax.rsqrt(lengths)
+
+    return cosine(x_next) - cosine(x)
 
 
 def prefix(part: Segment, window: np.ndarray) -> range:

@@ -79,12 +79,18 @@ class Settings:
     weights: dict[str, float]  # of the rewards that are measured
     budget: Budget
     kl_reward: float  # what the KL takes off the reward of a step, a multiple of it
+    importance: bool  # whether each of a video's steps counts by what it brought it nearer to its end
     levels: int | None  # noise levels a video of a method that trains on finished videos; None: GRPO
 
     @property
     def keeps_old(self) -> bool:
         """Whether the run's state has weights of earlier updates."""
         return self.loss.reference_decay is not None if self.forward is None else self.forward.keeps_old
+
+    @property
+    def advantage_by_step(self) -> bool:
+        """Whether a video's steps have advantages of their own."""
+        return self.kl_reward > 0 or self.importance
 
     @property
     def needs_reference(self) -> bool:
@@ -141,6 +147,9 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
     if c.sample.sde_window == ONE_PER_GROUP and c.sample.sde_steps != 1:
         raise UserError(f"config.sample.sde_steps={c.sample.sde_steps} must be 1 with sample.sde_window="
                         f"{ONE_PER_GROUP}")
+    if c.train.credit == "otca" and c.sample.sde_steps < 2:
+        raise UserError(f"config.train.credit=otca shares a video's advantage among its trained steps, and "
+                        f"sample.sde_steps={c.sample.sde_steps} leaves one: raise it, or choose another credit")
     weights = {k: v for k, v in c.reward.weights.items() if v is not None}
     if not all(v >= 0 for v in weights.values()) or not any(weights.values()) or MAIN not in weights:
         raise UserError(f"config.reward.weights={weights}: weights must be at least 0, not all of them 0, and {MAIN} "
@@ -201,7 +210,7 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
             videos=videos, batches=batches, train_batches=train_batches,
             ratio_tolerance=RATIO_TOLERANCE[c.model.dtype] if tolerance is None else tolerance, weights=weights,
             budget=Budget(**c.budget.to_dict()), kl_reward=kl_weight if in_reward else 0.0,
-            levels=None if grpo else c.train.timesteps)
+            importance=c.train.credit == "otca", levels=None if grpo else c.train.timesteps)
     except ValueError as error:
         raise UserError(f"config: {error}") from None
 

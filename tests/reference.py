@@ -156,6 +156,15 @@ def group_advantages(rewards, groups, valid, std, eps):
     return np.array(result)
 
 
+def step_importance(steps, final, least):
+    """[(before, after), ...] of one video's trained steps and its final latents -> their weights, 1 in the mean."""
+    def cosine(x):
+        return np.vdot(x, final) / np.linalg.norm(x) / np.linalg.norm(final)
+
+    gains = [max(cosine(after) - cosine(before), 0.0) + least for before, after in steps]
+    return [gain * len(gains) / sum(gains) for gain in gains]
+
+
 def clipped_loss(ratio, advantage, low, high):
     """GRPO (arXiv 2402.03300, eq. 3) as a loss: the smaller of the plain and the clipped objective."""
     return -min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)

@@ -2,8 +2,9 @@
 
 A small transformer of Wan's kind predicts from noised latents, their noise level and the prompt what the finished video
 will be worth; the sampler's velocity is shifted along the gradient of that prediction. Trained by
-`python -m grpo.reward_head`, used by `python -m wan_jax.sample --reward_head=... --reward_guidance=...`. The head here
-is a model of its own, with no weights of the video model in it.
+`python -m grpo.reward_head`, used by `python -m wan_jax.sample --reward_head=... --reward_guidance=...` and by
+`grpo.evaluate`. The head starts from the video model's first blocks, as the paper's, or is a small one with random
+weights.
 
 The shift follows from tilting the model's distribution to p(x) exp(w r(x)). With x_s = (1 - s) x0 + s e and v the mean
 of e - x0 given x_s, the score is -(x_s + (1 - s) v) / s, so v = -(x_s + s score) / (1 - s). Tilting adds w grad r to
@@ -12,6 +13,7 @@ the score, to first order in w with r the expected reward given x_s, and so -w s
 
 import dataclasses
 import json
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +45,22 @@ def make_head(config: TransformerConfig, seed: int = 0) -> WanTransformer3D:
     return WanTransformer3D(config, dtype=jnp.float32, attention="chunked", rngs=nnx.Rngs(seed))
 
 
+def from_model(model: TransformerConfig, state: nnx.State, layers: int, seed: int = 0) -> WanTransformer3D:
+    """A head of the model's embeddings and first blocks, fp32, with a new last layer. state: the model's arrays, also
+    with adapters, which are left out. Raises ValueError where the model has fewer blocks."""
+    if not 1 <= layers <= model.num_layers:
+        raise ValueError(f"layers={layers} must be from 1 to {model.num_layers}, the model's blocks")
+    graphdef, fresh = nnx.split(make_head(dataclasses.replace(model, num_layers=layers, out_channels=1), seed))
+    theirs = P.flatten(state)
+
+    def start(name: str, value: Array) -> Array:
+        if name.startswith("proj_out/"):
+            return value
+        return jnp.asarray(theirs[name][:layers] if name.startswith("blocks/") else theirs[name], jnp.float32)
+
+    return nnx.merge(graphdef, P.unflatten(fresh, {k: start(k, v) for k, v in P.flatten(fresh).items()}))
+
+
 def predict(head: WanTransformer3D, latents: Array, timestep: Array, text: TextBatch) -> Array:
     """The expected reward, fp32 [B]. latents fp32 [B,F,H,W,C]; timestep scalar or [B], 0..1000."""
     t = jnp.broadcast_to(timestep, latents.shape[:1])
@@ -56,6 +74,15 @@ def shift(head: WanTransformer3D, latents: Array, sigma, timestep, text: TextBat
     gradient = jax.grad(lambda x: jnp.sum(predict(head, x, timestep, text)))(latents)  # rows do not touch
     sigma = jnp.asarray(sigma, jnp.float32)
     return per_sample(jnp.minimum(sigma / jnp.maximum(1.0 - sigma, 1e-9), MOST), latents) * gradient
+
+
+def guidance(path: str | None, weight: float, model: TransformerConfig) -> Callable | None:
+    """The `shift` of `pipeline.make_ode_step` by the head in the file, times `weight`; None without a file. Raises
+    `UserError` as `load_head`."""
+    if not path:
+        return None
+    head = load_head(path, model)
+    return lambda x, *args: weight * shift(head, x, *args)
 
 
 def save_head(path, head: WanTransformer3D):

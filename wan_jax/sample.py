@@ -58,12 +58,7 @@ def main(_):
         shape = pipeline.latent_shape(FLAGS.frames, FLAGS.height, FLAGS.width, model.config("vae"), config)
         shift = model.scheduler.flow_shift if FLAGS.shift is None else FLAGS.shift
         solver = make_solver(FLAGS.solver, FLAGS.steps, shift)
-        steer = None
-        if FLAGS.reward_head:
-            head = reward_head.load_head(FLAGS.reward_head, config)
-
-            def steer(x, *args):
-                return FLAGS.reward_guidance * reward_head.shift(head, x, *args)
+        steer = reward_head.guidance(FLAGS.reward_head, FLAGS.reward_guidance, config)
         mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
         backend = choose_backend(FLAGS.attention, platform_of(jax.devices()[0]), dtype, config.attention_head_dim)
 

@@ -9,6 +9,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs import wan21_1_3b_ocr, wan21_14b_ocr, wan22_a14b_ocr, wan22_ti2v_5b_ocr
@@ -83,11 +84,13 @@ def test_the_loop_runs_what_was_compiled_ahead(start, capsys):
 
 
 def test_groups_sampled_in_excess_are_not_trained(start, capsys, monkeypatch):
-    """Four groups of four, in batches of two, of which two with one best and one worst video each are trained."""
+    """Four groups of four, in batches of two, of which two with one best and one worst video each are trained, by what
+    each of their steps brought."""
     stacked = []
     monkeypatch.setattr(learner, "stack_batches", lambda *a: stacked.append(a) or stack_batches(*a))
     c, s, plan, *rest = start(1, **{"sample.groups": 4, "sample.batch_size": 2, "train.groups": 2, "train.best_of": 1,
-                                    "eval.every": 2, "eval.guidance": 3.0, "eval.also_unguided": True})
+                                    "train.credit": "otca", "eval.every": 2, "eval.guidance": 3.0,
+                                    "eval.also_unguided": True})
     train.train(c, s, plan, *rest)
     out = capsys.readouterr().out
     assert "compiled again" not in out and "; without guidance: OCR reward" in out
@@ -98,7 +101,10 @@ def test_groups_sampled_in_excess_are_not_trained(start, capsys, monkeypatch):
     assert len(stacked) == 4  # two optimiser steps in each of two epochs, one group in each
     for trajectories, advantages, valid in stacked:
         assert len(trajectories) == 2 and valid.sum() == 2
-        assert valid.ravel()[advantages.argmax()] and valid.ravel()[advantages.argmin()]
+        assert advantages.shape == (2, len(trajectories[0].x), 2)  # of each step; 1 of it in the mean is the video's
+        of_video = advantages.mean(1)
+        assert valid.ravel()[of_video.argmax()] and valid.ravel()[of_video.argmin()]
+        assert np.abs(advantages - of_video[:, None]).max() > 1e-3
 
 
 def test_one_step_a_group_trains_both_experts_by_the_programs_compiled_ahead(start, capsys):

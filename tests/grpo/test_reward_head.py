@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from grpo.reward_head import LEVELS, explained, fit
+from grpo.reward_head import LEVELS, Examples, explained, fit, train
 from tests.grpo import test_update
+from wan_jax import params as P
 from wan_jax import pipeline, reward_head
 from wan_jax.cli import UserError
 from wan_jax.solvers import make_solver
@@ -50,6 +52,26 @@ def test_the_shift_is_the_gradient_times_the_noise_ratio(head):
     np.testing.assert_allclose(alone, shift(x, 0.3, TEXT)[:1], atol=1e-5)
 
 
+def test_a_head_of_the_models_first_blocks():
+    """Their weights and the embeddings' in fp32, adapters left out, a last layer of its own; it learns from there."""
+    policy, trainable, frozen = test_update.setup(dtype=jnp.bfloat16)
+    adapted = nnx.split(policy.module(trainable, frozen))[1]
+    head = reward_head.from_model(test_update.CONFIG, adapted, 1)
+    theirs, ours = P.flatten(frozen), P.flatten(nnx.state(head, nnx.Param))
+    assert head.config.num_layers == 1 < test_update.CONFIG.num_layers and head.config.out_channels == 1
+    for name, value in ours.items():
+        assert value.dtype == jnp.float32
+        if not name.startswith("proj_out/"):
+            np.testing.assert_array_equal(value, theirs[name][:1] if name.startswith("blocks/") else theirs[name])
+    rng = np.random.default_rng(0)
+    latents = rng.standard_normal((16, *SHAPE)).astype(np.float32)
+    data = Examples(latents, np.zeros((16, 6, 12), np.float32), PADDING, latents[..., 0].mean((1, 2, 3)))
+    shares = [train(head, data, 8, updates=updates, rate=1e-3, seed=0)[1] for updates in (1, 60)]
+    assert shares[1][0.1] > shares[0][0.1]
+    with pytest.raises(ValueError, match=f"layers=9 must be from 1 to {test_update.CONFIG.num_layers}"):
+        reward_head.from_model(test_update.CONFIG, frozen, 9)
+
+
 def test_guidance_raises_the_reward(head):
     trained, solver = head[0], make_solver("unipc", 6, 3.0)
     policy, trainable, frozen = test_update.setup()
@@ -72,6 +94,9 @@ def test_a_file_holds_a_head(head, tmp_path):
     again = reward_head.load_head(path, test_update.CONFIG)
     ours, theirs = (reward_head.predict(h, x, 500.0, TEXT) for h in (again, head[0]))
     np.testing.assert_array_equal(ours, theirs)
+    steer = reward_head.guidance(path, 2.5, test_update.CONFIG)
+    np.testing.assert_array_equal(steer(x, 0.5, 500.0, TEXT), 2.5 * reward_head.shift(head[0], x, 0.5, 500.0, TEXT))
+    assert reward_head.guidance(None, 2.5, test_update.CONFIG) is None
     with pytest.raises(UserError, match="text_dim=12, this model has 4096"):
         reward_head.load_head(path, dataclasses.replace(test_update.CONFIG, text_dim=4096))
     (tmp_path / "other").write_bytes(b"nothing")

@@ -94,6 +94,7 @@ def test_bad_settings_are_refused_before_any_work(c, override, message):
     ({"train.groups": 1, "sample.batch_size": 8, "train.updates_per_epoch": 1}, "batch_size=8 must divide"),
     ({"train.groups": 1}, "does not divide the epoch's 1 batches"),
     ({"train.groups": 1, "sample.sde_window": "one_per_group", "sample.sde_steps": 1}, "does not go with"),
+    ({"train.credit": "otca", "sample.sde_steps": 1}, "sde_steps=1 leaves one"),
     ({"train.kl_reference": "average", "train.kl_as": "reward"}, "set train.kl_as=loss"),
     ({"train.kl_reference": "average", "train.kl_weight": 0.0}, "kl_beta=0.0: an average as reference"),
     ({"train.kl_reference": "average", "train.kl_reference_decay": 1.0}, "reference_decay=1.0"),
