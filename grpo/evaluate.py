@@ -37,7 +37,7 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", None, "run folder of grpo.train, 
                                  "None: only the model itself")
 OUT = flags.DEFINE_string("out", None, "folder to write", required=True)
 HEAD = flags.DEFINE_string("reward_head", None, "file of grpo.reward_head: with guidance towards a higher reward")
-GUIDANCE = flags.DEFINE_float("reward_guidance", 1.0, "its weight", lower_bound=0.0)
+GUIDANCE = flags.DEFINE_float("reward_guidance", 10.0, "its weight", lower_bound=0.0)
 BASE = flags.DEFINE_bool("base", True, "evaluate the model itself, too; a checkpoint of epoch 0 is the model itself")
 
 

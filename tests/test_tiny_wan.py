@@ -2,7 +2,6 @@
 and sampled again by Diffusers."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from PIL import Image
 from examples.tiny_wan import tokenizer as char_tokenizer
 from grpo.prompts import load_prompts
 from rewards.targets import parse_targets
+from tests import commands
 
 ROOT = pathlib.Path(__file__).parent.parent
 ASSET = ROOT / "assets/tiny-wan"
@@ -24,9 +24,8 @@ SHORT = ["epochs=3", "sample.groups=2", "sample.group_size=4", "sample.batch_siz
 
 
 def command(module, *arguments):
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True,
-                          env=env, cwd=ROOT, timeout=300)
+                          env=commands.environment(), cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -1,7 +1,6 @@
 """Comparisons: what a method is, the figures against their formulas, the page, and real runs that end or fail."""
 
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -15,7 +14,7 @@ from grpo import compare, comparison, run_log
 from grpo.compare import Job, Method, parse_budget, read_methods
 from grpo.comparison import Comparison, Curve, first_reached, mean_curve, summary
 from grpo.statistics import t_interval
-from tests import tiny
+from tests import commands, tiny
 from tests.grpo.test_report import Checker
 from tests.grpo.test_train import RECIPE, WORDS
 from wan_jax.cli import UserError
@@ -143,7 +142,7 @@ def recipe(tmp_path_factory):
 
 def test_real_runs_under_one_budget(recipe, tmp_path):
     """One method's run ends with its budget, another's fails; the page shows the one and names the other."""
-    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+    env = commands.environment(XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
     command = [sys.executable, "-m", "grpo.compare", f"--configs={recipe}", f"--out={tmp_path}", "--seeds=4",
                f"--method=bad: {recipe} prompts.train=/nowhere.txt", "--budget=evaluations:20", "--jobs=2",
                "--common=sample.group_size=2 train.updates_per_epoch=1 eval.every=1"]

@@ -5,7 +5,6 @@ The launchers are played by their environment variables, which JAX reads; the co
 
 import contextlib
 import json
-import os
 import pathlib
 import re
 import signal
@@ -17,6 +16,7 @@ import time
 import numpy as np
 import pytest
 
+from tests import commands
 from tests.grpo.test_train import model, newest, recipe  # noqa: F401
 from wan_jax import hosts, hosts_watch
 from wan_jax.checkpoint import read_numpy
@@ -57,7 +57,7 @@ class Processes:
         self.files, self.all = [], []
         for i in range(2 if launcher else 1):
             extra, flags = launcher(i, port) if launcher else ({}, ())
-            env = os.environ | extra | {
+            env = commands.environment(**extra) | {
                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 if launcher else 8}",
                 "JAX_COMPILATION_CACHE_DIR": str(config.parent.parent / "cache"),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}

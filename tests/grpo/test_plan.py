@@ -1,7 +1,6 @@
 """`python -m grpo.plan`: its numbers against formulas and measurements, its search, its command without weights."""
 
 import dataclasses
-import os
 import re
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ from configs import wan21_1_3b_ocr, wan21_14b_ocr, wan22_a14b_ocr, wan22_ti2v_5b
 from convert.from_diffusers import convert
 from grpo import ahead, costs, plan
 from grpo.programs import Run
-from tests import tiny
+from tests import commands, tiny
 from tests.grpo import test_train
 from wan_jax import flops, presets
 from wan_jax import mesh as mesh_lib
@@ -125,7 +124,7 @@ def test_command_line_without_weights(tmp_path):
     for params in (tmp_path / "model").glob("*/params"):
         shutil.rmtree(params)
     config, run = test_train.recipe.__wrapped__(tmp_path / "model", tmp_path)
-    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", plan.FRACTION)}
+    env = commands.environment(plan.FRACTION)
     command = [sys.executable, "-m", "grpo.plan", f"--config={config}", "--device=h200", "--nosearch",
                "--update_efficiency=0.1"]
     result = subprocess.run(command, env=env, capture_output=True, text=True)

@@ -20,7 +20,7 @@ from convert.export_lora import export
 from convert.from_diffusers import convert
 from grpo import run_log, run_state
 from grpo.budget import Budget, Spent
-from tests import tiny
+from tests import commands, tiny
 from tests.rewards.serving import TOKEN, Command
 from wan_jax.checkpoint import Checkpoints, load_trained
 
@@ -72,9 +72,8 @@ def recipe(model, tmp_path):
 
 def start(config, *overrides, **kwargs):
     """`overrides`: 'key=value' of the config."""
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return subprocess.Popen([sys.executable, "-m", "grpo.train", f"--config={config}",
-                             *(f"--config.{o}" for o in overrides)], env=env, text=True,
+                             *(f"--config.{o}" for o in overrides)], env=commands.environment(), text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
 
 
@@ -155,7 +154,7 @@ def whole(model, tmp_path_factory):
 def test_evaluation_of_a_checkpoint_repeats_the_runs_own(whole, tmp_path):
     """`python -m grpo.evaluate`: the base as epoch 0 saw it, the checkpoint as the last evaluation did."""
     config, run, _ = whole
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    env = commands.environment()
     command = [sys.executable, "-m", "grpo.evaluate", f"--config={config}", f"--checkpoint={run}"]
     done = subprocess.run([*command, f"--out={tmp_path / 'out'}"], capture_output=True, text=True, env=env)
     assert done.returncode == 0 and "report.html" in done.stdout, done.stdout + done.stderr
