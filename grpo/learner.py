@@ -56,7 +56,7 @@ class Sampled:
     length: int  # frames
     prompt_of: np.ndarray  # [N] int, numbers of prompts; a group's videos stand together
     trajectories: dict[str, list[Trajectory]]  # an expert's stochastic steps, by batch
-    finished: list[jax.Array]  # latents by batch, where the method trains on them
+    finished: list[jax.Array]  # latents by batch, where the method trains on them or weighs steps by them
     kl: dict[str, np.ndarray]  # [K, N] to the reference, of an expert's steps, where it is part of the reward
     importance: dict[str, np.ndarray]  # [K, N] of an expert's steps, where these are told apart
     scores: Scores

@@ -11,6 +11,7 @@ import jax
 
 GIB = 2**30
 PINNED = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"  # XLA's variable, in GiB, of each device's pool
+PINNED_LIMIT = 64  # where it is not set
 PINNED_SHARE = 0.8  # of the host's memory: XLA's pools grow by doubling, and what is pinned cannot be swapped
 GPUS = ("nvidia[0-9]*", "dri/renderD*")  # files of /dev, one a GPU
 
@@ -42,12 +43,12 @@ def peaks() -> Peaks:
 
 def allow_pinned() -> None:
     """Lets arrays in pinned host memory (`pinned_host`) take PINNED_SHARE of the host's, in equal parts for its GPUs,
-    where the environment says nothing: XLA stops at 64 GiB for each, whatever the host has. A pool asks for twice as
-    much whenever it is full, so without a limit that the host can bear it is killed long before all is in use. To be
-    called before JAX sees a device.
+    where that is more than XLA's own limit and the environment says nothing. A pool asks for twice as much whenever it
+    is full, so with a limit that the host cannot bear it is killed long before all is in use. To be called before JAX
+    sees a device.
     """
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    os.environ.setdefault(PINNED, str(int(PINNED_SHARE * total / GIB / max(1, gpus()))))
+    os.environ.setdefault(PINNED, str(max(PINNED_LIMIT, int(PINNED_SHARE * total / GIB / max(1, gpus())))))
 
 
 def gpus(devices: pathlib.Path = pathlib.Path("/dev")) -> int:
@@ -57,7 +58,7 @@ def gpus(devices: pathlib.Path = pathlib.Path("/dev")) -> int:
 
 def pinned_limit(device: jax.Device) -> int | None:
     """Bytes of pinned host memory for the arrays of a device; None where there is no such limit (the CPU)."""
-    return int(os.environ.get(PINNED, 64)) * GIB if device.platform == "gpu" else None
+    return int(os.environ.get(PINNED, PINNED_LIMIT)) * GIB if device.platform == "gpu" else None
 
 
 def _host() -> int:

@@ -16,15 +16,15 @@ def test_gpus_of_the_host(tmp_path, files, count):
     assert memory.gpus(tmp_path) == count
 
 
-@pytest.mark.parametrize("gpus, said, wanted", [(0, None, 0.8), (4, None, 0.2), (4, "7", None)])
-def test_what_is_pinned_is_shared_by_the_hosts_gpus(monkeypatch, gpus, said, wanted):
+@pytest.mark.parametrize("gpus, gib, said, wanted", [
+    (0, 500, None, 400), (4, 500, None, 100), (8, 500, None, 64), (1, 32, None, 64), (4, 500, "7", 7)])
+def test_what_is_pinned_is_shared_by_the_hosts_gpus(monkeypatch, gpus, gib, said, wanted):
+    """And is never less than what XLA allows by itself."""
     monkeypatch.setattr(memory, "gpus", lambda: gpus)
-    monkeypatch.setenv(memory.PINNED, "0")  # put back in the end
-    monkeypatch.delenv(memory.PINNED)
-    if said:
-        monkeypatch.setenv(memory.PINNED, said)
+    monkeypatch.setattr(memory.os, "sysconf", {"SC_PAGE_SIZE": 2**12, "SC_PHYS_PAGES": gib * 2**18}.get)
+    monkeypatch.setenv(memory.PINNED, said or "0")  # put back in the end
+    if not said:
+        monkeypatch.delenv(memory.PINNED)
     memory.allow_pinned()
-    limit = memory.pinned_limit(types.SimpleNamespace(platform="gpu"))
-    total = memory.os.sysconf("SC_PAGE_SIZE") * memory.os.sysconf("SC_PHYS_PAGES")
-    assert abs(limit - (wanted * total if wanted else 7 * memory.GIB)) <= memory.GIB
+    assert memory.pinned_limit(types.SimpleNamespace(platform="gpu")) == wanted * memory.GIB
     assert memory.pinned_limit(types.SimpleNamespace(platform="cpu")) is None
