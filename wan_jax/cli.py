@@ -1,5 +1,6 @@
 """What the command-line programs share: user errors are one message and exit code 1, never a traceback."""
 
+import atexit
 import contextlib
 import errno
 import os
@@ -30,6 +31,7 @@ ADVICE = {errno.ENOSPC: "the disk is full; free some space and run the same comm
           errno.EPERM: "permission denied; choose a folder you may write to"}
 FLAG_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)  # of flags and of recipes
 interrupted = threading.Event()  # Ctrl-C was pressed
+INTERRUPTED = 130  # the exit code after it
 OS_ERROR = re.compile(r"os[_ ]error(?:_code)?[= ]'?(\d+)")
 
 
@@ -54,8 +56,24 @@ def run(main: Callable) -> None:
 
     memory.allow_pinned()
     interrupted.clear()
+    atexit.register(leave)  # the last to run of what is registered from here on
     signal.signal(signal.SIGINT, interrupt)
     app.run(guarded, flags_parser=parse_flags)
+
+
+def stop_if_interrupted() -> None:
+    """Raises the KeyboardInterrupt again that a callback of some library has lost."""
+    if interrupted.is_set():
+        raise KeyboardInterrupt
+
+
+def leave() -> None:
+    """Ends a process that Ctrl-C stopped, with exit code 130. Otherwise Python may kill itself by SIGINT in place of
+    it, or die while it tears down what was interrupted inside XLA."""
+    if interrupted.is_set():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
 
 
 def keep_compiled_programs() -> None:
@@ -71,7 +89,7 @@ def keep_compiled_programs() -> None:
 def explain(error: BaseException) -> tuple[str, int] | None:
     """What to print for an error, and the exit code; None where only a traceback helps."""
     if interrupted.is_set():  # the error is its KeyboardInterrupt, or what an extension module made of it
-        return "\nstopped; everything saved so far is whole, the same command continues from it", 130
+        return "\nstopped; everything saved so far is whole, the same command continues from it", INTERRUPTED
     if isinstance(error, UserError):
         return f"error: {error}", 1
     if (cause := disk_error(error)) is not None:  # an OSError may come wrapped, by orbax for one

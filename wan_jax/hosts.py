@@ -166,7 +166,9 @@ def first() -> bool:
 
 
 def stage(name: str) -> None:
-    """Says what this process begins now, for the message should it hang there."""
+    """Says what this process begins now, for the message should it hang there. Ctrl-C of before ends it here at the
+    latest."""
+    cli.stop_if_interrupted()
     if _watch:
         _watch.stage(name)
 

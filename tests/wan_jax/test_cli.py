@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from wan_jax import cli, hosts
 from wan_jax.checkpoint import Checkpoints
 from wan_jax.cli import UserError, check_space, disk_error, interrupt
 
@@ -37,10 +38,12 @@ def test_ctrl_c_in_a_callback_that_loses_exceptions_is_raised_after_it():
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
+        cli.interrupted.clear()
 
 
 SWALLOWS = """
-import signal
+import atexit, os, signal
+atexit.register(os.abort)  # as XLA may, when it is torn down while it compiles
 from wan_jax import cli
 
 def main(_):
@@ -51,6 +54,16 @@ def main(_):
 
 cli.run(main)
 """
+
+
+def test_ctrl_c_that_a_library_lost_counts_at_the_next_stage():
+    hosts.stage("one")
+    cli.interrupted.set()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            hosts.stage("another")
+    finally:
+        cli.interrupted.clear()
 
 
 def test_ctrl_c_that_became_another_error_is_still_ctrl_c():
