@@ -142,7 +142,7 @@ def recipe(tmp_path_factory):
 
 def test_real_runs_under_one_budget(recipe, tmp_path):
     """One method's run ends with its budget, another's fails; the page shows the one and names the other."""
-    env = commands.environment(XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+    env = commands.environment()
     command = [sys.executable, "-m", "grpo.compare", f"--configs={recipe}", f"--out={tmp_path}", "--seeds=4",
                f"--method=bad: {recipe} prompts.train=/nowhere.txt", "--budget=evaluations:20", "--jobs=2",
                "--common=sample.group_size=2 train.updates_per_epoch=1 eval.every=1"]

@@ -57,8 +57,7 @@ class Processes:
         self.files, self.all = [], []
         for i in range(2 if launcher else 1):
             extra, flags = launcher(i, port) if launcher else ({}, ())
-            env = commands.environment(**extra) | {
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 if launcher else 8}",
+            env = commands.environment(devices=4 if launcher else 8, **extra) | {
                 "JAX_COMPILATION_CACHE_DIR": str(config.parent.parent / "cache"),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
             self.files.append([config.parent / f"{name}{i}" for name in ("out", "err")])
