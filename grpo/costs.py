@@ -48,10 +48,9 @@ class Efficiency:
 
 # docs/results.md, "Beside the PyTorch stack", pictures on one H200, of 989 TFLOP/s, with the dense layers' results kept
 # and with blocks computed again; and those of "Every model at full size": 18 decoded, 20 TFLOP, in 0.1 s
-NARROW, NARROW_AGAIN = (Efficiency(*shares, 0.4, "measured on an H200 with Wan 2.1 1.3B")
-                        for shares in ((0.44, 0.48), (0.46, 0.44)))
-WIDE, WIDE_AGAIN = (Efficiency(*shares, 0.4, "measured on an H200 with Wan 2.1 14B")
-                    for shares in ((0.57, 0.72), (0.58, 0.58)))
+MEASURED = {("1.3B", "kept"): (0.44, 0.48), ("1.3B", "again"): (0.46, 0.44),
+            ("14B", "kept"): (0.57, 0.72), ("14B", "again"): (0.58, 0.58)}  # rollout, update
+DECODE = 0.4
 ON_CPU = Efficiency(1.0, 0.85, 0.7, "measured with the quickstart on 2 cores")
 
 
@@ -66,13 +65,10 @@ def kind_of(device: jax.Device) -> Kind | None:
 def default_efficiency(run: Run, kind: Kind) -> Efficiency:
     if kind.platform == "cpu":
         return ON_CPU
-    kept = run.remat in ("none", "save_matmuls")
-    if run.preset.transformer.width >= 5120:
-        measured = WIDE if kept else WIDE_AGAIN
-    else:
-        measured = NARROW if kept else NARROW_AGAIN
-    return measured if kind.label == "H200" else dataclasses.replace(
-        measured, source=f"{measured.source}, assumed to hold on {kind.label}")
+    model = "14B" if run.preset.transformer.width >= 5120 else "1.3B"
+    results = "kept" if run.remat in ("none", "save_matmuls") else "again"
+    assumed = "" if kind.label == "H200" else f", assumed to hold on {kind.label}"
+    return Efficiency(*MEASURED[model, results], DECODE, f"measured on an H200 with Wan 2.1 {model}{assumed}")
 
 
 @dataclasses.dataclass(frozen=True)

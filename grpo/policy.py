@@ -25,7 +25,9 @@ Flat = dict[str, jax.Array]
 # Of rollout and update. XLA may otherwise leave out roundings to bfloat16 inside what it fuses, which differs between
 # the two: without the first option the first update's ratio was off by 6e-4 (bfloat16, 2048 latents a video), with it
 # by 2e-5. Large products are the vendor's library's (cuBLASLt, hipBLASLt), where bias, GELU and the adapters' share
-# are part of the product; Triton's would leave them to kernels of their own.
+# are part of the product; Triton's would leave them to kernels of their own. Products that share a factor are not
+# merged: the last layers of policy and reference were, their bias then came after the rounding, and the ratio was off
+# by 2e-4.
 COMPILER_OPTIONS = {"xla_allow_excess_precision": False, "xla_gpu_enable_triton_gemm": False,
                     "xla_gpu_enable_cublaslt": True, "xla_gpu_dot_merger_threshold_mb": 0}
 

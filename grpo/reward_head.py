@@ -1,7 +1,7 @@
 """Trains a reward head (`wan_jax.reward_head`) on videos that a model makes for its training prompts.
 
     python -m grpo.reward_head --config=configs/tiny_ocr.py [--checkpoint=runs/tiny_ocr] --out=heads/tiny.safetensors
-    python -m wan_jax.sample --model models/tiny-wan --reward_head heads/tiny.safetensors --reward_guidance 1 ...
+    python -m wan_jax.sample --model models/tiny-wan --reward_head heads/tiny.safetensors --reward_guidance 10 ...
 
 Samples as the recipe evaluates (`eval.solver`, `eval.steps`, `eval.guidance`), scores as it trains (`reward.*`), and
 fits the head to the rewards of noised latents by least squares. One video in eight is held out; how much better the

@@ -29,9 +29,8 @@ from wan_jax.solvers import SOLVERS
 from wan_jax.transformer import REMAT_POLICIES
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-# |ratio - 1| on policy where train.ratio_tolerance is None. In bfloat16 the two programs may take other kernels for the
-# same product and then differ by its rounding: 1e-7 to 6e-6 seen on an H200 at full size, and once 4.6e-4. A wrong step
-# or text is far above either.
+# |ratio - 1| on policy where train.ratio_tolerance is None. In bfloat16 the two programs may round in other places:
+# 1e-7 to 6e-6 seen on an H200 at full size, 6e-4 where XLA had merged products. A wrong step or text is far above.
 RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-3}
 KL_PLACES = ("loss", "reward")
 REFERENCES = ("base", "average")
