@@ -8,7 +8,8 @@ A method is a recipe with a name and settings, NAME: RECIPE KEY=VALUE ..., a lin
 a shell, # begins a comment). Each method and seed is a run of `grpo.train` in OUT/NAME/seed<k>, its output in
 OUT/NAME/seed<k>.log. Budgets: evaluations and seconds as `grpo.budget` counts them, or epochs; a run ends after the
 epoch that reaches its budget. The same command again goes on where it was stopped: finished runs are not repeated, and
-one that failed is tried again. OUT gets comparison.html, comparison.md and comparison.json.
+one that failed is tried again. After every run OUT gets comparison.html, comparison.md and comparison.json, of the runs
+finished by then.
 """
 
 import dataclasses
@@ -209,31 +210,34 @@ def main(_):
         job.method.config(*job.extra)
         check_not_beyond(job.folder, unit, amount)
 
-    # ---- run ------------------------------------------------------------------------------------------------------
-    open_jobs, failures = [job for job in jobs if not job.finished()], {}
+    finished, failures = [job for job in jobs if job.finished()], {}
     parallel = f.jobs or max(1, len(f.devices))
+    described = {m.name: " ".join([m.recipe, *m.overrides]) for m in methods}
+    differing = comparison.differing({m.name: settings.flat(m.config(*common).to_dict()) for m in methods})
+    command = shlex.join(["python", "-m", "grpo.compare", *sys.argv[1:]])
+
+    def write() -> list[str]:
+        """Of the runs that are finished by now."""
+        runs = {m.name: {job.seed: comparison.read_curve(job.folder) for job in jobs
+                         if job.method == m and job in finished} for m in methods}
+        return comparison.write(comparison.Comparison(described, runs, (unit, amount), f.reach, failures, parallel,
+                                                      command, differing), out)
+
     slots = [environment(out.absolute(), f.devices[i % len(f.devices)] if f.devices else None,
                          parallel > max(1, len(f.devices))) for i in range(parallel)]
-    print(f"{len(methods)} methods x {len(seeds)} seeds, {f.budget} each; {len(jobs) - len(open_jobs)} of {len(jobs)} "
+    print(f"{len(methods)} methods x {len(seeds)} seeds, {f.budget} each; {len(finished)} of {len(jobs)} "
           f"runs are finished, {parallel} at a time", flush=True)
-    for job, code, seconds in run_all(open_jobs, slots):
+    for job, code, seconds in run_all([job for job in jobs if job not in finished], slots):
         label = f"{job.method.name}, seed {job.seed}"
         if code:
             failures[label] = job.failure()
             print(f"{label}: failed with exit code {code}: {failures[label]}", flush=True)
         else:
             run_log.write_atomically(job.folder / FINISHED, job.wanted.encode())
+            finished.append(job)
             print(f"{label}: finished in {seconds:.0f} s", flush=True)
-
-    # ---- compare --------------------------------------------------------------------------------------------------
-    runs = {m.name: {job.seed: comparison.read_curve(job.folder) for job in jobs if job.method == m and job.finished()}
-            for m in methods}
-    result = comparison.Comparison(
-        methods={m.name: " ".join([m.recipe, *m.overrides]) for m in methods}, runs=runs, budget=(unit, amount),
-        reach=f.reach, failures=failures, parallel=parallel, command=shlex.join(["python", "-m", "grpo.compare",
-                                                                               *sys.argv[1:]]),
-        differing=comparison.differing({m.name: settings.flat(m.config(*common).to_dict()) for m in methods}))
-    print("", *comparison.write(result, out), sep="\n")
+            write()
+    print("", *write(), sep="\n")
     if failures:
         raise UserError(f"{len(failures)} of {len(jobs)} runs failed: {', '.join(failures)}; the same command tries "
                         "them again")

@@ -121,7 +121,7 @@ class LossMetrics:
     ratio: Array          # sum of policy ratios
     ratio_min: Array
     ratio_max: Array
-    clipped: Array        # rows whose ratio is outside the clip range
+    clipped: Array        # rows whose ratio is outside the clip range; of 'dppo' rows left out
     approx_kl: Array      # sum of (log-prob - old log-prob)^2 / 2
     policy_loss: Array    # sum
     kl: Array             # sum of the penalty before beta
@@ -210,13 +210,13 @@ def policy_gradient_terms(rows: Rows, velocity: Array, velocity_ref: Array | Non
     step = rows.sigma, rows.sigma_next, rows.g, rows.preserving
     mean, std = sde.sde_mean_std(rows.x, velocity, *step)
     log_prob = sde.log_prob(rows.x_next, mean, std)  # [B]
-    policy_loss, ratio = policy_term(rows, log_prob, mean, std, config)
+    policy_loss, ratio, bounded = policy_term(rows, log_prob, mean, std, config)
     kl = jnp.zeros_like(policy_loss)
     if velocity_ref is not None:
         kl = step_kl(rows.x, velocity, jax.lax.stop_gradient(velocity_ref), step, config.kl_kind)
     if rows.weight is not None:
         policy_loss, kl = rows.weight * policy_loss, rows.weight**2 * kl
-    metrics = _metrics(rows, log_prob, ratio, policy_loss, kl, config)
+    metrics = _metrics(rows, log_prob, ratio, bounded, policy_loss, kl)
     loss = policy_loss + (config.kl_beta if kl_beta is None else kl_beta) * kl
     if teacher is not None:
         apart = kl_to_reference(velocity, jax.lax.stop_gradient(teacher), None, kind="velocity")
@@ -225,35 +225,41 @@ def policy_gradient_terms(rows: Rows, velocity: Array, velocity_ref: Array | Non
     return loss, jax.lax.stop_gradient(metrics)
 
 
-def policy_term(rows: Rows, log_prob: Array, mean: Array, std: Array, config: LossConfig) -> tuple[Array, Array]:
-    """The objective's policy loss of each row and its ratio, [B] both: `LossConfig` has the formulas.
+def policy_term(rows: Rows, log_prob: Array, mean: Array, std: Array,
+                config: LossConfig) -> tuple[Array, Array, Array]:
+    """The objective's policy loss of each row, its ratio, and whether the ratio is outside the clip range (of 'dppo':
+    whether the row is left out), [B] each: `LossConfig` has the formulas.
 
     log_prob [B], mean [B, ...] and std [B] are the current policy's at rows.x.
     """
-    log_ratio, clip = log_prob - rows.old_log_prob, (config.clip_low, config.clip_high)
-    if config.objective == "clip":
-        return clipped_loss(log_ratio, rows.advantages, *clip)
+    log_ratio = log_prob - rows.old_log_prob
+    divergence = None
+    if config.needs_old_mean:
+        divergence = kl_to_reference(mean, rows.old_mean, std, kind="flow_grpo")  # [B], of the two Gaussians
+    if config.objective == "dppo":
+        ratio = jnp.exp(log_ratio)
+        moved = ((ratio > 1) & (rows.advantages > 0)) | ((ratio < 1) & (rows.advantages < 0))
+        left_out = moved & (divergence >= config.divergence)
+        return jnp.where(left_out, 0.0, -rows.advantages * ratio), ratio, left_out
     if config.objective == "unscaled":
-        return clipped_loss(2.0 * std * std * log_ratio, rows.advantages, *clip)
-    divergence = kl_to_reference(mean, rows.old_mean, std, kind="flow_grpo")  # [B], of the two Gaussians
+        log_ratio = 2.0 * std * std * log_ratio
+    elif config.objective == "guard":
+        log_ratio = std * (log_ratio + divergence)
+    loss, ratio = clipped_loss(log_ratio, rows.advantages, config.clip_low, config.clip_high)
     if config.objective == "guard":
-        loss, ratio = clipped_loss(std * (log_ratio + divergence), rows.advantages, *clip)
-        return loss / (rows.sigma - rows.sigma_next), ratio
-    ratio = jnp.exp(log_ratio)
-    moved = ((ratio > 1) & (rows.advantages > 0)) | ((ratio < 1) & (rows.advantages < 0))
-    return jnp.where(moved & (divergence >= config.divergence), 0.0, -rows.advantages * ratio), ratio
+        loss = loss / (rows.sigma - rows.sigma_next)
+    return loss, ratio, (ratio < 1.0 - config.clip_low) | (ratio > 1.0 + config.clip_high)
 
 
-def _metrics(rows, log_prob, ratio, policy_loss, kl, config) -> LossMetrics:
+def _metrics(rows, log_prob, ratio, bounded, policy_loss, kl) -> LossMetrics:
     def total(values):
         return jnp.sum(jnp.where(rows.mask, values, 0.0))
 
-    outside = (ratio < 1.0 - config.clip_low) | (ratio > 1.0 + config.clip_high)
     return LossMetrics(
         count=total(1.0), ratio=total(ratio),
         ratio_min=jnp.min(jnp.where(rows.mask, ratio, jnp.inf)),
         ratio_max=jnp.max(jnp.where(rows.mask, ratio, -jnp.inf)),
-        clipped=total(outside), approx_kl=total(0.5 * (log_prob - rows.old_log_prob) ** 2),
+        clipped=total(bounded), approx_kl=total(0.5 * (log_prob - rows.old_log_prob) ** 2),
         policy_loss=total(policy_loss), kl=total(kl))
 
 

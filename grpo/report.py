@@ -30,7 +30,7 @@ STAGES = {"sample": "sampling", "decode": "VAE decoding", "score_wait": "waiting
           "save": "checkpoints"}
 HEALTH = {  # metric: (name, the worse direction, what to expect)
     "ratio_max_error": ("first update's |ratio − 1|", max, "0 but for rounding: sampling and update agree"),
-    "clip_fraction": ("clipped ratios", max, "a share of 0 to 1; near 1 nothing is learnt"),
+    "clip_fraction": ("ratios clipped or left out", max, "a share of 0 to 1; near 1 nothing is learnt"),
     "approx_kl": ("KL to the sampling policy", max, "small and steady"),
     "kl": ("KL to the reference model", max, "grows slowly"),
     "flow_error": ("flow-matching error", max, "no jumps; depends on the noise levels drawn"),

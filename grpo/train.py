@@ -76,7 +76,9 @@ def main(_):
         with cli.user_input():
             plan = Plan.make(c, s)
         with open_pool(c.reward, s.weights) as pool:
-            train(c, s, plan, train_prompts, heldout, pool)
+            ended = train(c, s, plan, train_prompts, heldout, pool)
+    if ended is not None:
+        raise cli.AskedToEnd(f"ended by SIGTERM after epoch {ended}, which is saved; the same command continues from it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +121,9 @@ class Plan:
         return cls(mesh, spread, model, backend, shapes, eval_frames, solver, trained, adapters)
 
 
-def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout: PromptSet, pool: RewardPool):
+def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout: PromptSet,
+          pool: RewardPool) -> int | None:
+    """The run. Where SIGTERM ends it early: the last epoch."""
     mesh, model, solver = plan.mesh, plan.model, plan.solver
     checkpoints = Checkpoints(c.run_dir, keep=c.save.keep)
     restored, spent = hosts.from_first(checkpoints.latest), Spent()
@@ -201,6 +205,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
                 + (f", {length} frames" if len(evaluators) > 1 else ""))
         return records[0].get("measures", {})
 
+    cli.end_well_on_sigterm()
     if restored is None:
         count = sum(v.size for state in states.values() for v in jax.tree.leaves(state.trainable))
         say(f"{count:,} trained parameters, {s.videos} videos an epoch")
@@ -252,18 +257,24 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
             evaluate(epoch)
         saving = time.time()
         hosts.stage(f"epoch {epoch}: saving")
-        if epoch % c.save.every == 0 or final:
+        ending = asked_to_end()
+        if epoch % c.save.every == 0 or final or ending:
             run_state.save(checkpoints, epoch, states, c.to_dict(), s.lora, spent)
         save_seconds = time.time() - saving  # shown with the next epoch
-        if final:
+        if final or ending:
             break
     log.close()
     checkpoints.close()
     say(memory.peaks())
-    if not hosts.first():
-        return
-    path = report.write_report(pathlib.Path(c.run_dir))
-    say(*report.summary_lines(pathlib.Path(c.run_dir)) or [f"report: {path}"], sep="\n")
+    if hosts.first():
+        path = report.write_report(pathlib.Path(c.run_dir))
+        say(*report.summary_lines(pathlib.Path(c.run_dir)) or [f"report: {path}"], sep="\n")
+    return epoch if epochs and not final else None
+
+
+def asked_to_end() -> bool:
+    """Whether SIGTERM reached any process; all must ask."""
+    return any(hosts.gather(cli.asked_to_end.is_set()))
 
 
 def say(*lines, **kwargs):

@@ -50,7 +50,8 @@ def answer(parent: Connection, work: Callable, done: str, send_result: bool) -> 
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)      # Ctrl-C is the parent's to handle: it closes the socket
+    for number in (signal.SIGINT, signal.SIGTERM):    # the parent's to handle, also where they reach the whole job: it
+        signal.signal(number, signal.SIG_IGN)         # closes the socket
     parent = Connection(int(sys.argv[1]))
     reward = answer(parent, build, "ready", send_result=False)
     while reward is not None:

@@ -23,6 +23,10 @@ class UserError(Exception):
     """Something the user can mend; the message names the value, the limit and the fix."""
 
 
+class AskedToEnd(Exception):
+    """The program ends because of SIGTERM; the message says what is saved."""
+
+
 ADVICE = {errno.ENOSPC: "the disk is full; free some space and run the same command again",
           errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
           errno.ENOTDIR: "a file stands where a folder is needed; choose another folder",
@@ -31,14 +35,15 @@ ADVICE = {errno.ENOSPC: "the disk is full; free some space and run the same comm
           errno.EPERM: "permission denied; choose a folder you may write to"}
 FLAG_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)  # of flags and of recipes
 interrupted = threading.Event()  # Ctrl-C was pressed
-INTERRUPTED = 130  # the exit code after it
+asked_to_end = threading.Event()  # SIGTERM came, and the program is on its way to a good end
+INTERRUPTED, TERMINATED = 130, 143  # the exit codes after them
 OS_ERROR = re.compile(r"os[_ ]error(?:_code)?[= ]'?(\d+)")
 
 
 def run(main: Callable) -> None:
     """`absl.app.run(main)`, with user errors, full or read-only disks and Ctrl-C reported in one line.
 
-    Exit codes: 1 for errors, 130 for Ctrl-C.
+    Exit codes: 1 for errors, 130 for Ctrl-C, 143 where `AskedToEnd` is raised.
     """
 
     def guarded(argv):
@@ -67,6 +72,19 @@ def stop_if_interrupted() -> None:
         raise KeyboardInterrupt
 
 
+def end_well_on_sigterm() -> None:
+    """From now on SIGTERM sets `asked_to_end`, and a second one ends the process at once."""
+
+    def asked(signum, frame):
+        if asked_to_end.is_set():
+            os._exit(TERMINATED)
+        asked_to_end.set()
+        os.write(2, b"\nSIGTERM: the run ends once its epoch is finished and saved; a second one ends it at once\n")
+
+    asked_to_end.clear()
+    signal.signal(signal.SIGTERM, asked)
+
+
 def leave() -> None:
     """Ends a process that Ctrl-C stopped, with exit code 130. Otherwise Python may kill itself by SIGINT in place of
     it, or die while it tears down what was interrupted inside XLA."""
@@ -92,6 +110,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         return "\nstopped; everything saved so far is whole, the same command continues from it", INTERRUPTED
     if isinstance(error, UserError):
         return f"error: {error}", 1
+    if isinstance(error, AskedToEnd):
+        return str(error), TERMINATED
     if (cause := disk_error(error)) is not None:  # an OSError may come wrapped, by orbax for one
         where = f"{cause.filename}: " if cause.filename else ""
         return f"error: {where}{ADVICE[cause.errno]} ({cause.strerror})", 1

@@ -46,6 +46,8 @@ def test_methods_of_a_file_a_flag_and_recipes(tmp_path):
 
 def test_the_shipped_methods_are_sound(monkeypatch):
     monkeypatch.chdir(ROOT)
+    for method in read_methods([], [], "configs/compare_tiny_settings.txt"):
+        method.config("eval.every=10")
     methods = read_methods([], [], "configs/compare_tiny.txt")
     assert len(methods) >= 6
     configs = {m.name: m.config("seed=3") for m in methods}

@@ -254,6 +254,9 @@ def test_objectives_equal_their_formulas(name, preserving):
     loss, gradient, metrics = objective(rows, v, None, config)
     want, ratios = zip(*(of_row(b, v[b].astype(np.float64)) for b in range(8)))
     assert float(loss) == pytest.approx(np.mean(want), rel=1e-4, abs=1e-7)
+    low, high = 1 - clip["clip_low"], 1 + clip["clip_high"]
+    bounded = [x == 0 if name == "dppo" else not low <= r <= high for x, r in zip(want, ratios)]
+    assert 0 < metrics.averages()["clip_fraction"] == np.mean(bounded) < 1
     assert float(metrics.ratio_max) == pytest.approx(max(ratios), rel=1e-5)
     assert float(metrics.ratio_min) == pytest.approx(min(ratios), rel=1e-5)
     rng, expected, found = np.random.default_rng(3), [], []

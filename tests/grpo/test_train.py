@@ -243,6 +243,36 @@ def test_ctrl_c_stops_with_one_line(recipe):
     assert newest(run) >= 1
 
 
+def test_sigterm_saves_the_epoch_first(whole, recipe):
+    """Of a run that would have saved at its end only; it then ends as if nothing had been."""
+    config, run = recipe
+    process = start(config, "save.every=100")
+    for line in process.stdout:
+        if line.startswith("epoch 0:"):
+            break
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and "report" in out, out + err
+    last = newest(run)
+    assert 1 <= last < 4 and f"ended by SIGTERM after epoch {last}, which is saved" in err and "Traceback" not in err
+    code, out, err = train(config)
+    assert code == 0 and f"continuing {run} after epoch {last}" in out, out + err
+    assert_same(result(run), result(whole[1]))
+
+
+def test_a_second_sigterm_ends_at_once(recipe):
+    config, run = recipe
+    process = start(config, "epochs=1000", "sample.group_size=4000")  # an epoch of minutes
+    for line in process.stdout:
+        if line.startswith("epoch 0:"):
+            break
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 143 and "a second one ends it at once" in err and newest(run) == 0, err
+
+
 @pytest.mark.parametrize("seconds", [0.3, 1.5, 4.0])
 def test_ctrl_c_while_starting(recipe, seconds):
     config, _ = recipe
