@@ -78,7 +78,8 @@ def main(_):
         with open_pool(c.reward, s.weights) as pool:
             ended = train(c, s, plan, train_prompts, heldout, pool)
     if ended is not None:
-        raise cli.AskedToEnd(f"ended by SIGTERM after epoch {ended}, which is saved; the same command continues from it")
+        raise cli.AskedToEnd(f"ended by SIGTERM after epoch {ended}, which is saved; the same command continues from "
+                             "it")
 
 
 @dataclasses.dataclass(frozen=True)
