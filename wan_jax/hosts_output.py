@@ -18,9 +18,12 @@ MESSAGE = b"\x1f"
 LOST = re.compile(rb"Terminating process because the JAX distributed service|Polled an error from coordination service"
                   rb"|Use error polling to propagate the following error")
 STATUS = re.compile(rb"absl::Status: ([^\n]*)")
-# gloo prints its greeting in pieces, so that those of several threads mix
+# gloo prints its greeting in pieces, so that those of several threads mix; when a run ends, JAX 0.11 says in five lines
+# that nobody watches its processes any more
 NOISE = re.compile(rb"^(\[Gloo\] Rank|Expected number of connected|connected to|peer ranks|is|[.:\d\s])*$"
-                   rb"|W\d{4} [\d:.]+ +\d+ coordination_service")
+                   rb"|W\d{4} [\d:.]+ +\d+ (coordination_service|pjrt_client\.cc:\d+\] WatchTasksAsync failed)"
+                   rb"|Additional GRPC error information .*/WatchTasks:|:[A-Z]+:|=== Source Location Trace"
+                   rb"|external/xla")
 
 
 def divert() -> None:
