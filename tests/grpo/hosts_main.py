@@ -16,7 +16,7 @@ import numpy as np
 from grpo import learner, run_state, train
 from rewards.workers import RewardPool
 from tests.rewards.pool_rewards import Brightness
-from wan_jax import cli
+from wan_jax import cli, hosts
 
 FOLDER = pathlib.Path(sys.argv.pop(1))
 entered = {}
@@ -39,6 +39,7 @@ def save(checkpoints, epoch, states, *args):
 group_advantages, write = learner.group_advantages, run_state.save
 learner.group_advantages, run_state.save = advantages, save
 train.open_pool = lambda c, _: RewardPool(Brightness, workers=c.workers)
+hosts.CHUNK = 2**12  # so that the prompts' embeddings come in several pieces
 
 if __name__ == "__main__":
     cli.run(train.main)

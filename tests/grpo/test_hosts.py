@@ -167,7 +167,7 @@ def test_the_first_writes_and_prints(two):
 
 
 def test_faults_end_the_others_and_the_run_resumes(two):
-    """One run: the coordinator is killed, the second process hangs; then one process goes on."""
+    """One run: the coordinator is killed, the second process hangs, SIGTERM reaches it; then one process goes on."""
     config, folder, _ = two
     for launcher, victim, number, epochs, codes, message in (
             (flags_of, 0, signal.SIGKILL, 0, (1, -signal.SIGABRT), "process 0, the coordinator"),
@@ -181,7 +181,13 @@ def test_faults_end_the_others_and_the_run_resumes(two):
         assert code in codes and seconds < TIMEOUT + 5, (code, seconds, err)
         assert re.search(message, err) and AGAIN in err and len(err.strip().splitlines()) == 1, err
         assert newest(folder / "run") >= before + max(epochs - 1, 0)
+    before = newest(folder / "run")
+    with Processes(config, 1000, flags_of) as run:
+        run.until("continuing")
+        code, _, err = run.ends_alone(0, 1, signal.SIGTERM)
+        assert code == run.all[1].wait(timeout=60) == 143, err
     last = newest(folder / "run")
+    assert last > before and f"ended by SIGTERM after epoch {last}, which is saved" in err, err
     with Processes(config, last + 1) as run:
         run.finish()
         assert f"continuing {folder / 'run'} after epoch {last}" in run.text(0)[0]
