@@ -12,6 +12,7 @@ one that failed is tried again. After every run OUT gets comparison.html, compar
 finished by then.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -67,7 +68,7 @@ class Method:
         argv, values = ["grpo.train", *self.arguments(*more)], flags.FlagValues()
         config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
         try:
-            values(argv)
+            values(cli.last_of_each(argv))
             c = values["config"].value
             settings.from_config(c)
         except (UserError, *cli.FLAG_ERRORS) as error:
@@ -203,6 +204,7 @@ def main(_):
         raise UserError(f"--seeds={','.join(f.seeds)}: give different whole numbers")
     if f.reach <= 0:
         raise UserError(f"--reach={f.reach} must be above 0: a gain of the held-out reward")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(cli.TERMINATED))  # the runs are stopped on the way out
     jobs = [Job(m, seed, folder := out / m.name / f"seed{seed}",
                 (*common, f"seed={seed}", f"run_dir={folder}", *budget_settings(unit, amount)))
             for seed in seeds for m in methods]  # every method once before any twice
@@ -227,16 +229,17 @@ def main(_):
                          parallel > max(1, len(f.devices))) for i in range(parallel)]
     print(f"{len(methods)} methods x {len(seeds)} seeds, {f.budget} each; {len(finished)} of {len(jobs)} "
           f"runs are finished, {parallel} at a time", flush=True)
-    for job, code, seconds in run_all([job for job in jobs if job not in finished], slots):
-        label = f"{job.method.name}, seed {job.seed}"
-        if code:
-            failures[label] = job.failure()
-            print(f"{label}: failed with exit code {code}: {failures[label]}", flush=True)
-        else:
-            run_log.write_atomically(job.folder / FINISHED, job.wanted.encode())
-            finished.append(job)
-            print(f"{label}: finished in {seconds:.0f} s", flush=True)
-            write()
+    with contextlib.closing(run_all([job for job in jobs if job not in finished], slots)) as ended:
+        for job, code, seconds in ended:
+            label = f"{job.method.name}, seed {job.seed}"
+            if code:
+                failures[label] = job.failure()
+                print(f"{label}: failed with exit code {code}: {failures[label]}", flush=True)
+            else:
+                run_log.write_atomically(job.folder / FINISHED, job.wanted.encode())
+                finished.append(job)
+                print(f"{label}: finished in {seconds:.0f} s", flush=True)
+                write()
     print("", *write(), sep="\n")
     if failures:
         raise UserError(f"{len(failures)} of {len(jobs)} runs failed: {', '.join(failures)}; the same command tries "

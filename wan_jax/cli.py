@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from absl import app, flags, logging
@@ -131,9 +131,20 @@ def interrupt(signum, frame):
 def parse_flags(argv):
     """absl's own parsing, and errors of ml_collections flags (a misspelt key, a value of another type) in one line."""
     try:
-        return flags.FLAGS(argv)
+        return flags.FLAGS(last_of_each(argv))
     except FLAG_ERRORS as error:
         fail(flag_message(error))
+
+
+def last_of_each(argv: Sequence[str]) -> list[str]:
+    """argv with the last of several --config.KEY of one key; ml_collections joins tuples that are given twice."""
+    kept = list(argv[:1])
+    for i, argument in enumerate(argv[1:], 1):
+        key, equals, _ = argument.partition("=")
+        again = key.startswith("--config.") and equals and any(a.startswith(f"{key}=") for a in argv[i + 1:])
+        if not again:
+            kept.append(argument)
+    return kept
 
 
 def flag_message(error: Exception) -> str:

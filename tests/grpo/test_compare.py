@@ -5,6 +5,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -160,6 +161,24 @@ def test_real_runs_under_one_budget(recipe, tmp_path):
              *compare.budget_settings("evaluations", 20))
     job = Job(Method("good", str(recipe)), 4, tmp_path / "good" / "seed4", extra)
     assert job.finished() and not Job(job.method, 4, job.folder, (*extra, "train.learning_rate=0.5")).finished()
+
+
+def test_later_settings_win():
+    method = Method("m", str(ROOT / "configs/tiny_grpo.py"), ("sample.sde_range=(0,5)",))
+    assert method.config("sample.sde_range=(0,4)").sample.sde_range == (0, 4)
+
+
+def test_sigterm_stops_the_runs(recipe, tmp_path):
+    command = [sys.executable, "-m", "grpo.compare", f"--configs={recipe}", f"--out={tmp_path}", "--seeds=4",
+               "--budget=epochs:100000"]
+    with subprocess.Popen(command, env=commands.environment(), text=True, stderr=subprocess.PIPE) as process:
+        log = tmp_path / "good" / "seed4.log"
+        while not (log.is_file() and "epoch 1/" in log.read_text()):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(60) == 143 and "Traceback" not in process.stderr.read()
+    assert "the same command continues" in log.read_text()
 
 
 def test_stopping_stops_the_runs(recipe, tmp_path):

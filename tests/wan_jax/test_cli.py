@@ -89,3 +89,10 @@ def test_too_little_space_is_an_error_before_the_first_byte(tmp_path, monkeypatc
         checkpoints.save(1, {"trainable": {"a": np.zeros(1000, np.float32)}}, {"a": np.zeros(1000, np.float32)}, {})
     assert checkpoints.latest() is None
     checkpoints.close()
+
+
+def test_the_last_of_several_settings_counts():
+    given = ["x", "--config=a.py", "--config.a=1", "--config.ab=(1,2)", "--config.a=2", "--out=o", "--out=p",
+             "--config.on", "--config.ab=(3,)", "--config.on"]
+    assert cli.last_of_each(given) == ["x", "--config=a.py", "--config.a=2", "--out=o", "--out=p", "--config.on",
+                                       "--config.ab=(3,)", "--config.on"]
