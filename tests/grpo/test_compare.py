@@ -173,7 +173,7 @@ def test_sigterm_stops_the_runs(recipe, tmp_path):
                "--budget=epochs:100000"]
     with subprocess.Popen(command, env=commands.environment(), text=True, stderr=subprocess.PIPE) as process:
         log = tmp_path / "good" / "seed4.log"
-        while not (log.is_file() and "epoch 1/" in log.read_text()):
+        while not (log.is_file() and "attention" in log.read_text()):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.1)
         process.terminate()

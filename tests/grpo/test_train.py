@@ -260,19 +260,6 @@ def test_sigterm_saves_the_epoch_first(whole, recipe):
     assert_same(result(run), result(whole[1]))
 
 
-def test_a_second_sigterm_ends_at_once(recipe):
-    config, run = recipe
-    process = start(config, "epochs=1000", "sample.group_size=4000")  # an epoch of minutes
-    for line in process.stdout:
-        if line.startswith("epoch 0:"):
-            break
-    for _ in range(2):
-        process.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == 143 and "a second one ends it at once" in err and newest(run) == 0, err
-
-
 @pytest.mark.parametrize("seconds", [0.3, 1.5, 4.0])
 def test_ctrl_c_while_starting(recipe, seconds):
     config, _ = recipe

@@ -91,6 +91,19 @@ def test_too_little_space_is_an_error_before_the_first_byte(tmp_path, monkeypatc
     checkpoints.close()
 
 
+def test_a_second_sigterm_ends_at_once():
+    """The first one only leaves a note; 'again' shows that the program went on."""
+    code = ("import time; from wan_jax import cli; cli.end_well_on_sigterm(); print('ready', flush=True)\n"
+            "while not cli.asked_to_end.wait(0.05): pass\n"
+            "print('again', flush=True); time.sleep(60)")
+    with subprocess.Popen([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        for word in ("ready", "again"):
+            assert process.stdout.readline() == f"{word}\n"
+            process.terminate()
+        assert process.wait(20) == 143 and "a second one ends it at once" in process.stderr.read()
+
+
 def test_the_last_of_several_settings_counts():
     given = ["x", "--config=a.py", "--config.a=1", "--config.ab=(1,2)", "--config.a=2", "--out=o", "--out=p",
              "--config.on", "--config.ab=(3,)", "--config.on"]
