@@ -26,7 +26,7 @@ from wan_jax.cli import UserError
 from wan_jax.hosts_watch import AGAIN, Watch
 
 CLUSTERS = ("auto", "none", "slurm", "ompi", "k8s")
-CHUNK = 2**26  # bytes of one collective: with 1,000 of them a large prompt set's embeddings take a minute
+CHUNK = 2**22  # bytes of one collective
 # variables of a launcher: processes, this one's number, what JAX's own detection needs beside them, who shares the host
 LAUNCHERS = {"slurm": ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE"),
              "ompi": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_MCA_orte_hnp_uri",
