@@ -64,25 +64,35 @@ def test_held_out_words_are_not_trained_on():
     assert len(train) == 2048 and len(heldout) == 256
 
 
+@pytest.fixture(scope="module")
+def pictures(trained):
+    """{"base" | "run": our picture [64, 128, 3] in 0..1, "noise": what they begin with}: without and with training."""
+    model, run, exported = trained
+    noise = np.random.default_rng(3).standard_normal((1, 1, 8, 16, 16)).astype(np.float32)
+    np.save(exported.parent / "noise.npy", noise)
+    made = {"noise": noise}
+    for name, checkpoint in (("base", []), ("run", ["--checkpoint", run])):
+        path = exported.parent / f"{name}.png"
+        command("wan_jax.sample", "--model", model, *checkpoint, "--prompt", PROMPT, "--out", path,
+                "--noise", exported.parent / "noise.npy", *SIZE)
+        made[name] = np.asarray(Image.open(path).convert("RGB")) / 255.0
+    return made
+
+
+def test_training_shows(pictures):
+    assert np.abs(pictures["base"] - pictures["run"]).mean() > 4 / 255
+
+
 @pytest.mark.parity
-@pytest.mark.parametrize("of_run", [False, True], ids=["base", "trained"])
-def test_diffusers_samples_the_same_picture(trained, tmp_path, of_run):
+@pytest.mark.parametrize("name", ["base", "run"])
+def test_diffusers_samples_the_same_picture(trained, pictures, name):
     """The trained checkpoint merged and exported, sampled by WanPipeline: at most 1/255 from our own sampling."""
     import diffusers
     import torch
 
-    model, run, exported = trained
-    noise = np.random.default_rng(3).standard_normal((1, 1, 8, 16, 16)).astype(np.float32)
-    np.save(tmp_path / "noise.npy", noise)
-    pictures = {}
-    for name, checkpoint in (("base", []), ("run", ["--checkpoint", run])):
-        command("wan_jax.sample", "--model", model, *checkpoint, "--prompt", PROMPT, "--out", tmp_path / f"{name}.png",
-                "--noise", tmp_path / "noise.npy", *SIZE)
-        pictures[name] = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")) / 255.0
-    assert np.abs(pictures["base"] - pictures["run"]).mean() > 4 / 255  # the training shows
-
-    pipe = diffusers.WanPipeline.from_pretrained(exported if of_run else ASSET, torch_dtype=torch.float32)
+    pipe = diffusers.WanPipeline.from_pretrained(trained[2] if name == "run" else ASSET, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(prompt=PROMPT, height=64, width=128, num_frames=1, num_inference_steps=10, guidance_scale=2.0,
-                  latents=torch.from_numpy(noise.transpose(0, 4, 1, 2, 3).copy()), output_type="np").frames[0, 0]
-    assert np.abs(theirs - pictures["run" if of_run else "base"]).mean() <= 1 / 255
+                  latents=torch.from_numpy(pictures["noise"].transpose(0, 4, 1, 2, 3).copy()),
+                  output_type="np").frames[0, 0]
+    assert np.abs(theirs - pictures[name]).mean() <= 1 / 255
