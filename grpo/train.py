@@ -144,7 +144,8 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     # ---- programs: compiled, and refused where they do not fit, before any weight is read -----------------------
     hosts.stage("compiling")
     with cli.user_input():
-        text_rows = hosts.from_first(lambda: pipeline.text_rows(model, everything.prompts, c.prompts.negative))
+        text_rows = hosts.from_first(lambda: pipeline.text_rows(model, everything.prompts, c.prompts.negative,
+                                                                dtype=s.dtype))
         limit = memory.limit(mesh.local_devices[0])
         run = Run(presets.of_folder(model), c, mesh, plan.backend, text_rows, limit)
         offload = ahead.offloads(run, limit)

@@ -36,8 +36,10 @@ def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("tiny_wan")
     model, run = root / "model", root / "run"
     command("convert.from_diffusers", "--src", ASSET, "--dst", model, "--dtype=float32")
+    few = root / "train.txt"
+    few.write_text("".join((ROOT / "assets/prompts/tiny_train.txt").read_text().splitlines(keepends=True)[:64]))
     command("grpo.train", "--config=configs/tiny_ocr.py", f"--config.model.path={model}", f"--config.run_dir={run}",
-            *(f"--config.{s}" for s in SHORT))
+            f"--config.prompts.train={few}", *(f"--config.{s}" for s in SHORT))
     command("convert.to_diffusers", "--src", model, "--checkpoint", run, "--dst", root / "exported")
     return model, run, root / "exported"
 

@@ -54,18 +54,19 @@ def embed_prompts(model: model_dir.ModelDir, prompts: Sequence[str], negative: s
                   batch: int = 16, progress: Callable = lambda x: x, cache: bool = False) -> TextTable:
     """Encodes each prompt once with the model's own tokenizer and text encoder, which is freed afterwards.
 
-    cache: look for the embeddings in the model's `PromptCache` first, and leave new ones there; the encoder is loaded
-    only for what is missing. A prompt is encoded in as many rows as it needs, rounded up, so its embedding does not
-    depend on the other prompts, rounding aside.
+    cache: look for the embeddings in the model's `PromptCache` first, and leave new ones there; tokenizer and encoder
+    are loaded only for what is missing. A prompt is encoded in as many rows as it needs, rounded up, so its embedding
+    does not depend on the other prompts, rounding aside.
     """
-    tokenizer, known = Tokenizer.load(model.tokenizer_path), {}
+    known, lengths = {}, {}
     texts = list(dict.fromkeys([*prompts, negative]))
     stored = PromptCache(model, dtype) if cache else None
     if stored:
         known = {text: rows for text in texts if (rows := stored.get(text)) is not None}
     missing = [text for text in texts if text not in known]
-    lengths = dict(zip(missing, np.minimum(tokenizer.lengths(missing), TEXT_ROWS))) if missing else {}
-    if missing:
+    if missing:  # else neither tokenizer nor encoder is loaded
+        tokenizer = Tokenizer.load(model.tokenizer_path)
+        lengths = dict(zip(missing, np.minimum(tokenizer.lengths(missing), TEXT_ROWS)))
         graphdef, state = model_dir.build("text_encoder", model, dtype=dtype)
         run = make_encoder(graphdef)
     size, work = min(batch, len(texts)), []
@@ -82,10 +83,13 @@ def embed_prompts(model: model_dir.ModelDir, prompts: Sequence[str], negative: s
                      rounded(max(map(len, known.values()))))
 
 
-def text_rows(model: model_dir.ModelDir, prompts: Sequence[str], negative: str = "") -> int:
-    """St of the table that `embed_prompts` makes of these prompts, without encoding them."""
-    lengths = Tokenizer.load(model.tokenizer_path).lengths(list(dict.fromkeys([*prompts, negative])))
-    return rounded(max(lengths))
+def text_rows(model: model_dir.ModelDir, prompts: Sequence[str], negative: str = "", *, dtype=jnp.float32) -> int:
+    """St of the table that `embed_prompts` makes of these prompts, without encoding them; dtype: its own."""
+    stored = PromptCache(model, dtype)
+    known = {text: stored.rows(text) for text in dict.fromkeys([*prompts, negative])}
+    missing = [text for text, rows in known.items() if rows is None]
+    lengths = Tokenizer.load(model.tokenizer_path).lengths(missing) if missing else []
+    return rounded(max(filter(None, (*known.values(), *lengths))))
 
 
 def make_encoder(graphdef) -> Callable:

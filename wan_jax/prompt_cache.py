@@ -34,11 +34,20 @@ class PromptCache:
 
     def get(self, prompt: str) -> np.ndarray | None:
         """The prompt's rows, or None. A damaged file counts as none."""
+        rows = self._load(prompt)
+        return None if rows is None else rows.view(self.dtype)
+
+    def rows(self, prompt: str) -> int | None:
+        """How many `get` returns, without reading them; or None."""
+        rows = self._load(prompt, mmap_mode="r")
+        return None if rows is None else len(rows)
+
+    def _load(self, prompt: str, **options) -> np.ndarray | None:
         try:
-            rows = np.load(self.path(prompt))
+            rows = np.load(self.path(prompt), **options)
         except (OSError, ValueError, EOFError):
             return None
-        return rows.view(self.dtype) if rows.dtype == self.stored else None
+        return rows if rows.dtype == self.stored else None
 
     def put(self, prompt: str, rows: np.ndarray) -> None:
         """Writes the file whole or not at all."""

@@ -25,6 +25,7 @@ from wan_jax.experts import guidances, per_guidance, segments
 from wan_jax.layers import LoRAParam
 from wan_jax.lora import LoRAConfig
 from wan_jax.solvers import make_solver
+from wan_jax.tokenizer import Tokenizer
 from wan_jax.trained import load_transformers
 from wan_jax.transformer import WanTransformer3D
 
@@ -102,8 +103,14 @@ def test_embeddings_are_cached_by_model_and_prompt(folders, tmp_path, monkeypatc
     assert len(list((folder / "text_cache").glob("*.npy"))) == 4
     load, loaded = model_dir.build, []
     monkeypatch.setattr(model_dir, "build", lambda *args, **kwargs: loaded.append(args[0]) or load(*args, **kwargs))
+    read = Tokenizer.load
+    monkeypatch.setattr(Tokenizer, "load", lambda path: loaded.append("tokenizer") or read(path))
     again = pipeline.embed_prompts(model, prompts, "ugly", cache=True)
-    assert not loaded  # nothing was missing, so the encoder was not even read
+    assert pipeline.text_rows(model, prompts, "ugly") == plain.rows
+    assert not loaded  # nothing was missing, so neither encoder nor tokenizer was even read
+    assert pipeline.text_rows(model, [*prompts, "b " * 70], "ugly") == pipeline.rounded(len("b " * 70)) > plain.rows
+    assert loaded == ["tokenizer"]
+    loaded.clear()
     for table in (first, again):
         np.testing.assert_array_equal(table.padded(table.prompts), plain.padded(plain.prompts))
         np.testing.assert_array_equal(table.negative, plain.negative)
@@ -120,7 +127,7 @@ def test_embeddings_are_cached_by_model_and_prompt(folders, tmp_path, monkeypatc
     (folder / "wan_jax.json").write_text(json.dumps(manifest | {"source": "another"}))
     loaded.clear()
     pipeline.embed_prompts(model_dir.open_model(folder), prompts, "ugly", cache=True)
-    assert loaded == ["text_encoder"]
+    assert loaded == ["tokenizer", "text_encoder"]
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(folders, tmp_path):
