@@ -24,7 +24,7 @@ from grpo.prompts import load_prompts
 from grpo.run_log import RunLog
 from grpo.scores import for_rewards, open_pool
 from rewards.targets import parse_targets
-from wan_jax import cli, memory, model_dir, pipeline, reward_head
+from wan_jax import cli, media, memory, model_dir, pipeline, reward_head
 from wan_jax.attention import choose_backend, platform_of
 from wan_jax.checkpoint import load_trained
 from wan_jax.cli import UserError
@@ -60,6 +60,8 @@ def main(_):
                                  config.attention_head_dim)
         shapes = {frames: pipeline.latent_shape(frames, c.sample.height, c.sample.width, model.config("vae"), config)
                   for frames in clip_lengths.evaluated(c.sample.frames, c.eval.frames, c.eval.more_frames)}
+        if max(shapes) > 1:
+            media.check_ffmpeg()
         solver = make_solver(c.eval.solver, c.eval.steps, c.sample.shift)
         steer = reward_head.guidance(HEAD.value, GUIDANCE.value, config)
     print(spread, flush=True)

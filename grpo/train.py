@@ -38,7 +38,7 @@ from grpo.update import init_state
 from grpo.windows import Windows
 from rewards.targets import parse_targets
 from rewards.workers import RewardPool
-from wan_jax import cli, hosts, memory, model_dir, pipeline, presets
+from wan_jax import cli, hosts, media, memory, model_dir, pipeline, presets
 from wan_jax import mesh as mesh_lib
 from wan_jax.attention import choose_backend, platform_of
 from wan_jax.checkpoint import Checkpoints
@@ -108,6 +108,8 @@ class Plan:
         backend = choose_backend(c.model.attention, platform_of(mesh.devices.flat[0]), s.dtype,
                                  config.attention_head_dim)
         eval_frames = clip_lengths.evaluated(c.sample.frames, c.eval.frames, c.eval.more_frames)
+        if max(eval_frames) > 1:
+            media.check_ffmpeg()  # for the report
         shapes = {length: pipeline.latent_shape(length, c.sample.height, c.sample.width, vae, config)
                   for length in (*clip_lengths.trained(c.sample.frames, c.sample.frame_schedule), *eval_frames)}
         schedule, solver = flow_sigmas(c.sample.steps, c.sample.shift), make_solver(c.eval.solver, c.eval.steps,

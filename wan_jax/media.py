@@ -4,6 +4,7 @@ import base64
 import io
 import os
 import pathlib
+import shutil
 import tempfile
 import warnings
 
@@ -16,13 +17,27 @@ CRF = 18  # x264 quality, 0 best to 51: 18 keeps letters of 10 pixels legible
 
 
 def check_suffix(path, frames: int) -> str:
-    """The suffix of `path` in lower case. Raises ValueError when a sample of so many frames cannot be written so."""
+    """The suffix of `path` in lower case. Raises ValueError when a sample of so many frames cannot be written so, or
+    not here."""
     suffix = pathlib.Path(path).suffix.lower()
     choices = VIDEO_SUFFIXES if frames > 1 else (".png", *VIDEO_SUFFIXES)
     if suffix not in choices:
         raise ValueError(f"{path}: {frames} frame(s) cannot be written as {suffix or 'a file without suffix'}; "
                          f"choose one of {', '.join(choices)}")
+    if suffix == ".mp4":
+        check_ffmpeg()
     return suffix
+
+
+def check_ffmpeg() -> None:
+    """Raises ValueError where no MP4 can be written: better before hours of work than at their end."""
+    try:
+        found = shutil.which(imageio_ffmpeg.get_ffmpeg_exe())
+    except (RuntimeError, ImportError):  # without one, and without the package's own
+        found = None
+    if found is None:
+        raise ValueError("no ffmpeg to write videos with; pip install --force-reinstall imageio-ffmpeg brings one, or "
+                         "set IMAGEIO_FFMPEG_EXE to the path of yours")
 
 
 def write(path, video: np.ndarray, fps: float, scale: int = 1) -> None:

@@ -36,6 +36,19 @@ def test_mp4(tmp_path, scale, size):
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
 
 
+@pytest.mark.parametrize("found", ["/nowhere/ffmpeg", RuntimeError("No ffmpeg exe could be found."), ImportError()])
+def test_without_ffmpeg_is_said_before_the_work(monkeypatch, found):
+    def exe():
+        if isinstance(found, str):
+            return found
+        raise found
+
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", exe)
+    assert media.check_suffix("a.gif", 3) == ".gif"
+    with pytest.raises(ValueError, match="IMAGEIO_FFMPEG_EXE"):
+        media.check_suffix("a.mp4", 3)
+
+
 def test_gif(tmp_path):
     video, path = clip(), tmp_path / "a.GIF"
     media.write_video(path, video, fps=5)
