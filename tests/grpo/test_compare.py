@@ -191,5 +191,7 @@ def test_stopping_stops_the_runs(recipe, tmp_path):
     runs = compare.run_all(jobs, [env, env])
     job, code, _ = next(runs)
     assert (job.method.name, code) == ("bad", 1) and "/nowhere" in job.failure()
+    while "attention" not in jobs[0].log.read_text():  # it is still starting
+        time.sleep(0.1)
     runs.close()
     assert "the same command continues" in jobs[0].failure()
