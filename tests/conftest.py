@@ -1,17 +1,18 @@
 """Shared by all tests: eight simulated CPU devices, exact float32 products, and the `parity` marker."""
 
 import atexit
+import gc
 import os
 import shutil
 import signal
 import tempfile
 
-# The programs are small: compiling takes the time, a third less of it without LLVM's optimisations, and of what
-# remains 40 % less without the newer emitters of fusions. Simulated devices wait for each other in collectives, and XLA
-# ends the process where one is 40 seconds late, as on two busy cores.
+# The programs are small: compiling takes the time, a third less of it without LLVM's optimisations, of what remains
+# 40 % less without the newer emitters of fusions, and then a tenth less with a program's code in one piece. Simulated
+# devices wait for each other in collectives, and XLA ends the process where one is 40 seconds late, as on busy cores.
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
                            " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-                           " --xla_cpu_use_fusion_emitters=false"
+                           " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
                            " --xla_cpu_collective_call_terminate_timeout_seconds=600")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,6 +28,7 @@ import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
+gc.set_threshold(10_000, 10, 10)  # what JAX keeps of its traces is searched for cycles less often: 5 % of the time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started the tests in the background
 
 
