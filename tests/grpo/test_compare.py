@@ -168,14 +168,20 @@ def test_later_settings_win():
     assert method.config("sample.sde_range=(0,4)").sample.sde_range == (0, 4)
 
 
+def until_begun(log):
+    """Waits for a run's first line, so that it is no longer starting."""
+    deadline = time.time() + 120
+    while not (log.is_file() and "attention" in log.read_text()):
+        assert time.time() < deadline, log.read_text() if log.is_file() else f"{log} was not begun"
+        time.sleep(0.1)
+
+
 def test_sigterm_stops_the_runs(recipe, tmp_path):
     command = [sys.executable, "-m", "grpo.compare", f"--configs={recipe}", f"--out={tmp_path}", "--seeds=4",
                "--budget=epochs:100000"]
     with subprocess.Popen(command, env=commands.environment(), text=True, stderr=subprocess.PIPE) as process:
         log = tmp_path / "good" / "seed4.log"
-        while not (log.is_file() and "attention" in log.read_text()):
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.1)
+        until_begun(log)
         process.terminate()
         assert process.wait(60) == 143 and "Traceback" not in process.stderr.read()
     assert "the same command continues" in log.read_text()
@@ -191,7 +197,6 @@ def test_stopping_stops_the_runs(recipe, tmp_path):
     runs = compare.run_all(jobs, [env, env])
     job, code, _ = next(runs)
     assert (job.method.name, code) == ("bad", 1) and "/nowhere" in job.failure()
-    while "attention" not in jobs[0].log.read_text():  # it is still starting
-        time.sleep(0.1)
+    until_begun(jobs[0].log)
     runs.close()
     assert "the same command continues" in jobs[0].failure()
