@@ -28,7 +28,7 @@ from tests.random_vae import (
 from wan_jax import params as P
 from wan_jax.config import ConfigError, VAEConfig, from_dict
 from wan_jax.vae import AutoencoderKLWan
-from wan_jax.vae_layers import CausalConv3d, ChannelNorm, Conv2d
+from wan_jax.vae_layers import CausalConv3d, ChannelNorm, Conv2d, upsampled_conv
 
 TWO_BLOCKS = {"base_dim": 8, "num_res_blocks": 2}
 OTHER_SHAPE = {"base_dim": 8, "decoder_base_dim": 12, "z_dim": 4, "dim_mult": [1, 3, 2], "num_res_blocks": 1,
@@ -145,12 +145,20 @@ def test_causal_convolution_is_a_left_padded_3d_convolution(window):
     layer.bias[...] = jnp.arange(4.0)
     kt, kh, kw = window
     rng = np.random.default_rng(0)
-    for frames in (1, 2, 5):
+    for frames in (1, 2, 5, CausalConv3d.FEW + 1):
         x = jnp.asarray(rng.standard_normal((2, frames, 4, 5, 3)), jnp.float32)
         expected = jax.lax.conv_general_dilated(
             x, layer.kernel[...], (1, 1, 1), [(kt - 1, 0), (kh // 2, kh // 2), (kw // 2, kw // 2)],
             dimension_numbers=("NDHWC", "DHWIO", "NDHWC")) + jnp.arange(4.0)
         assert relative_error(layer(x), expected) < 1e-6, frames
+
+
+def test_upsampled_convolution_is_the_convolution_of_the_doubled_frame():
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 3, 4, 6, 5), (3, 3, 5, 7)))
+    doubled = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3).reshape(6, 8, 12, 5)
+    expected = jax.lax.conv_general_dilated(doubled, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    assert relative_error(upsampled_conv(x, kernel), expected.reshape(2, 3, 8, 12, 7)) < 1e-6
 
 
 @BOTH
