@@ -13,13 +13,14 @@ import importlib.metadata
 import inspect
 import ipaddress
 import json
+import logging
 import os
 import pathlib
 import platform
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from absl import app, flags
@@ -42,92 +43,96 @@ from rewards.workers import BatchScores, PendingScores, RewardPool
 try:
     import uvicorn
     from fastapi import FastAPI, HTTPException, Request, Response
+    from starlette.requests import ClientDisconnect
+
+    from rewards.admission import Admission, Connection, Quota, busy, connection_limits
 except ImportError as _error:
     raise ImportError(f"the reward server needs a package that is missing ({_error}): "
                       f"pip install 'wan-jax-grpo[server]', or fastapi and uvicorn") from _error
 
+log = logging.getLogger("rewards.server")
+
 UPLOAD_TIMEOUT = 60.0   # seconds for a request's body to arrive
-KEEP_ALIVE = 75         # seconds an idle connection is kept; epochs often leave pauses
+MAX_MEMORY = 4096 << 20     # bytes of all requests together
+BACKLOG = 1024          # connections that the system holds until they are accepted
 PACKAGES = ("wan-jax-grpo", "numpy", "rapidfuzz", "rapidocr", "onnxruntime", "paddleocr", "paddlepaddle")
 
 
 # --- the application ----------------------------------------------------------------------------------------
 
-def make_app(pool: RewardPool, about: dict[str, Any], token: str = "", limits: Limits = DEFAULT_LIMITS,
-             max_queue: int = 1024) -> FastAPI:
-    """The two paths of the reward server.
+def make_app(pool: RewardPool, about: dict[str, Any], token: str = "", limits: Limits = DEFAULT_LIMITS, *,
+             max_queue: int = 1024, max_memory: int = MAX_MEMORY, upload_timeout: float = UPLOAD_TIMEOUT) -> FastAPI:
+    """The two paths of the reward server, to be run by `make_server`.
 
     about: shown as "reward" by the health page. token: asked of every request, unless "".
-    max_queue: videos waiting or being scored, above which a request is answered with 503.
+    max_queue: videos that arrive, wait or are scored, and max_memory: bytes of their requests, above which a request is
+        answered with 503 before its body is read.
     """
-    state = _Queue(max_queue)
+    queue = Quota(max_queue, "videos", "--max_queue, or start more workers or servers,")
+    memory = Quota(max_memory, "bytes", "--max_memory_mib")
     api = FastAPI(title="reward server", docs_url=None, redoc_url=None, openapi_url=None)
     known, expected = versions(), f"Bearer {token}".encode()
 
-    def authorise(request: Request) -> None:
+    def authorise(request: Request) -> Connection:
         given = request.headers.get("authorization", "").encode("latin-1")
         if token and not hmac.compare_digest(given, expected):   # takes the same time wherever they differ
             raise HTTPException(401, "send the server's token as 'Authorization: Bearer TOKEN'",
                                 {"WWW-Authenticate": "Bearer"})
+        request.state.connection.authorised()
+        return request.state.connection
 
     @api.get(HEALTH_PATH)
     async def health(request: Request) -> dict[str, Any]:
         authorise(request)
-        return {"reward": about, "versions": known, "workers": pool.workers, "queue": state.videos,
+        return {"reward": about, "versions": known, "workers": pool.workers, "queue": queue.used,
                 "max_queue": max_queue, "limits": vars(limits)}
 
     @api.post(SCORE_PATH)
     async def score(request: Request) -> Response:
-        authorise(request)
-        try:
-            videos, records = decode_request(await _body(request, limits.body), limits)
-        except WireError as error:
-            raise HTTPException(error.status, str(error)) from None
-        with state.entered(len(videos)):
+        if authorise(request).admission.crowded:
+            raise busy("half of the connections that the server can hold have a request under way")
+        with memory.claims() as claim_bytes, queue.claims() as claim_videos:
+            claim_videos(1)         # at least
+            try:
+                body = await _body(request, limits.body, upload_timeout, claim_bytes)
+                videos, records = decode_request(body, limits)
+            except WireError as error:
+                raise HTTPException(error.status, str(error)) from None
+            claim_videos(len(videos) - 1)
             scores = await _finished(pool.submit(videos, records), request)
         return Response(encode_scores(scores), media_type="application/json")
 
     return api
 
 
-class _Queue:
-    """Counts the videos that are waiting or being scored. All on the event loop's thread."""
-
-    def __init__(self, limit: int):
-        self.videos, self._limit = 0, limit
-
-    @contextlib.contextmanager
-    def entered(self, count: int) -> Iterator[None]:
-        if self.videos and self.videos + count > self._limit:
-            raise HTTPException(503, f"{self.videos} videos are waiting, and {count} more would exceed the limit of "
-                                     f"{self._limit}: ask again later", {"Retry-After": "1"})
-        self.videos += count
-        try:
-            yield
-        finally:
-            self.videos -= count
-
-
-async def _body(request: Request, limit: int) -> bytearray:
-    """A request's body. Raises WireError for a wrong type, too much or too slow; never keeps more than `limit`."""
+async def _body(request: Request, limit: int, timeout: float, claim: Callable[[int], None]) -> bytearray:
+    """A request's body. Raises WireError for a wrong type, too much or too slow; keeps only bytes that it claimed."""
     kind = request.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != CONTENT_TYPE:
-        raise WireError(f"content type {kind!r} is not taken: send {CONTENT_TYPE}, docs/rewards_server.md", 415)
-    announced = request.headers.get("content-length", "0")
-    body = bytearray()
-    if int(announced) > limit:      # the HTTP parser lets only digits pass
-        raise WireError(f"the request has {announced} bytes, more than the limit of {limit}: send fewer videos in a "
-                        f"request, or start the server with a higher --max_mib", 413)
+        raise WireError(f"content type {kind[:100]!r} is not taken: send {CONTENT_TYPE}, docs/rewards_server.md", 415)
+    body, claimed = bytearray(), 0
+
+    def expect(size: int) -> None:
+        nonlocal claimed
+        if size > limit:
+            raise WireError(f"the request has at least {size} bytes, more than the limit of {limit}: send fewer videos "
+                            f"in a request, or start the server with a higher --max_mib", 413)
+        if size > claimed:
+            claim(size - claimed)
+            claimed = size
+
+    expect(int(request.headers.get("content-length", "0")))     # the HTTP parser lets only digits pass
     try:
-        async with asyncio.timeout(UPLOAD_TIMEOUT):
+        async with asyncio.timeout(timeout):
             async for chunk in request.stream():
+                expect(len(body) + len(chunk))
                 body += chunk
-                if len(body) > limit:
-                    raise WireError(f"the request has more bytes than the limit of {limit}: send fewer videos in a "
-                                    f"request, or start the server with a higher --max_mib", 413)
     except TimeoutError:
-        raise WireError(f"the request did not arrive within {UPLOAD_TIMEOUT:g} s: send fewer videos in a request",
+        raise WireError(f"the request did not arrive within {timeout:g} s: send fewer videos in a request",
                         408) from None
+    except ClientDisconnect:
+        log.warning("a client left while it sent a request: %d bytes of %s had arrived", len(body), claimed or "some")
+        raise HTTPException(499, "the client closed the connection") from None
     return body
 
 
@@ -173,6 +178,8 @@ TIMEOUT = flags.DEFINE_float("timeout", 120.0, "seconds for one video, after whi
                              lower_bound=0.01)
 MAX_MIB = flags.DEFINE_integer("max_mib", 512, "largest request, MiB", lower_bound=1)
 MAX_QUEUE = flags.DEFINE_integer("max_queue", 1024, "most videos that may wait", lower_bound=1)
+MAX_MEMORY_MIB = flags.DEFINE_integer("max_memory_mib", MAX_MEMORY >> 20, "most memory for all requests together, MiB",
+                                      lower_bound=1)
 GRACE = flags.DEFINE_integer("grace", 60, "seconds that requests under way get to finish when the server is stopped",
                              lower_bound=0)
 
@@ -233,13 +240,28 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-def serve(api: FastAPI, sock: socket.socket, grace: int) -> None:
-    """Answers until SIGTERM or SIGINT, then lets the requests under way finish for `grace` seconds."""
+class _Server(uvicorn.Server):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)      # which lets no more connections wait than are accepted in one go
+        for sock in sockets or ():
+            sock.listen(BACKLOG)
+
+
+def make_server(api: FastAPI, admission: Admission, at_once: int = 128, grace: int | None = None) -> uvicorn.Server:
+    """Serves the application of `make_app`. at_once: connections accepted in one turn of the event loop. grace: seconds
+    that requests under way get to finish when the server is stopped."""
+    config = uvicorn.Config(
+        api, http=functools.partial(Connection, admission), loop="asyncio", ws="none", lifespan="off",
+        log_level="error", access_log=False,    # a warning for each malformed request would let anyone fill the log
+        backlog=at_once, timeout_keep_alive=admission.keep_alive, timeout_graceful_shutdown=grace)
+    return _Server(config)
+
+
+def serve(server: uvicorn.Server, sock: socket.socket) -> None:
+    """Answers until SIGTERM or SIGINT, then lets the requests under way finish."""
     for number in (signal.SIGTERM, signal.SIGINT):      # uvicorn raises the signal again when it is done
         signal.signal(number, lambda *_: sys.exit(0))
-    config = uvicorn.Config(api, log_level="warning", access_log=False, lifespan="off", ws="none",
-                            timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=grace)
-    uvicorn.Server(config).run(sockets=[sock])
+    server.run(sockets=[sock])
 
 
 def main(_):
@@ -251,18 +273,27 @@ def main(_):
             raise UsageError(f"--options={OPTIONS.value} is not JSON: {error}") from None
         if not isinstance(options, dict):
             raise UsageError(f"--options={OPTIONS.value} is not a JSON object: write {{\"name\": value, ...}}")
+    if MAX_MEMORY_MIB.value < MAX_MIB.value:
+        raise UsageError(f"--max_memory_mib={MAX_MEMORY_MIB.value} is less than --max_mib={MAX_MIB.value}: allow "
+                         f"at least one request")
     token = read_token(TOKEN_FILE.value, TOKEN_ENV.value, HOST.value, ALLOW_ALL.value)
     factory, about = make_factory(name, options)
     sock = bind(HOST.value, PORT.value)
+    try:
+        connections, at_once = connection_limits(WORKERS.value)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     try:
         pool = RewardPool(factory, WORKERS.value, timeout=TIMEOUT.value)
     except RewardError as error:
         raise UsageError(f"the reward cannot be built: {str(error).strip().splitlines()[-1]}") from None
     with pool:
-        sock.listen()       # from here on a client that connects is answered
+        sock.listen(BACKLOG)    # from here on a client that connects is answered
         print(f"reward server on http://{HOST.value}:{sock.getsockname()[1]} with {WORKERS.value} workers: "
               f"{json.dumps(about)}{'' if token else ', no token'}", flush=True)
-        serve(make_app(pool, about, token, Limits(body=MAX_MIB.value << 20), MAX_QUEUE.value), sock, GRACE.value)
+        api = make_app(pool, about, token, Limits(body=MAX_MIB.value << 20), max_queue=MAX_QUEUE.value,
+                       max_memory=MAX_MEMORY_MIB.value << 20)
+        serve(make_server(api, Admission(connections), at_once, GRACE.value), sock)
 
 
 def run() -> None:

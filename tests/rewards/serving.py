@@ -19,17 +19,16 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
 @contextlib.contextmanager
-def serving(reward=pool_rewards.Brightness, workers=2, token=TOKEN, about=None, port=0, **options):
+def serving(reward=pool_rewards.Brightness, workers=2, token=TOKEN, about=None, port=0, admission=None, **options):
     """A reward server on a thread of this process; gives its URL. options: of `make_app`."""
-    import uvicorn
-
-    from rewards.server import bind, make_app
+    from rewards.admission import Admission
+    from rewards.server import bind, make_app, make_server
 
     with RewardPool(reward, workers, "thread") as pool:
         sock = bind("127.0.0.1", port)
         sock.listen()
         api = make_app(pool, about or {"name": "brightness"}, token, **options)
-        server = uvicorn.Server(uvicorn.Config(api, log_level="critical", lifespan="off", ws="none"))
+        server = make_server(api, admission or Admission(100))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()
         try:
@@ -40,12 +39,13 @@ def serving(reward=pool_rewards.Brightness, workers=2, token=TOKEN, about=None, 
 
 
 class Command:
-    """`python -m rewards.server` as a process of its own."""
+    """`python -m rewards.server` as a process of its own. files: most that it may open, None for as many as here."""
 
-    def __init__(self, *flags, port=0):
+    def __init__(self, *flags, port=0, files=None):
         path = os.pathsep.join([str(ROOT), str(pathlib.Path(__file__).parent)])
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "rewards.server", f"--port={port}", *flags], stdout=subprocess.PIPE,
+            [*(["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh"] if files else []),
+             sys.executable, "-m", "rewards.server", f"--port={port}", *flags], stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path, "REWARD_TOKEN": TOKEN})
 
     def url(self):
