@@ -55,7 +55,7 @@ def connect(c) -> Callable[[], Reward]:
     else:
         # `spelling` chooses the same frames among those sent, so the others can stay here
         select = functools.partial(even_frames, max_frames=c.max_frames) if c.rule == "spelling" else None
-        reward = RemoteReward(c.servers, select=select, expect={
+        reward = RemoteReward(c.servers, select=select, bounds=(0.0, 1.0), expect={
             "name": "ocr", "rule": c.rule, "engine": c.engine, "max_frames": c.max_frames}, **options)
         if reward.workers > c.workers:
             log.warning("the reward servers have %d workers, but config.reward.workers=%d videos in flight keep at "

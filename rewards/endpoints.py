@@ -11,7 +11,6 @@ not once a video. A server that is merely busy (429, 503) is asked again after a
 
 import dataclasses
 import http.client
-import json
 import logging
 import random
 import threading
@@ -21,6 +20,7 @@ from typing import Any
 
 from rewards.base import RewardError
 from rewards.connections import Answer, Connections
+from rewards.json_input import load_json
 
 log = logging.getLogger("rewards.remote")
 log.setLevel(logging.WARNING)           # also where a program silences its libraries: a dead server must be seen
@@ -236,13 +236,12 @@ class Endpoints:
 
 def _parse(answer: Answer) -> Any:
     """An answer's JSON. Raises _Busy, RewardError if the request was refused, _Failed for all else."""
-    text = answer.body.decode("utf-8", "replace")
     if 200 <= answer.status < 300:
         try:
-            return json.loads(text)
-        except ValueError:
-            raise _Failed(f"answered something else than JSON: {text[:200]!r}") from None
-    detail = f"{answer.status} {_detail(text)}".strip()
+            return load_json(answer.body)
+        except ValueError as error:
+            raise _Failed(f"answered something else than JSON ({error}): {answer.body[:200]!r}") from None
+    detail = f"{answer.status} {_detail(answer.body)}".strip()
     if answer.status in BUSY:
         raise _Busy(detail)
     if answer.status in REFUSED:
@@ -253,15 +252,16 @@ def _parse(answer: Answer) -> Any:
     raise (_Misplaced if answer.status in (404, 405) else _Failed)(f"answered {detail}")
 
 
-def _detail(text: str) -> str:
+def _detail(body: bytes) -> str:
     """What FastAPI and OpenAI-compatible servers say of an error, else the text."""
+    text = body[:10_000].decode("utf-8", "replace")
     try:
-        answer = json.loads(text)
+        answer = load_json(body)
         found = answer.get("detail") or answer.get("error") or answer.get("message") or text
         found = found.get("message", found) if isinstance(found, dict) else found
     except (ValueError, AttributeError):
         found = text
-    return str(found)[:500]
+    return " ".join(str(found).split())[:500]
 
 
 def _say(error: Exception, timeout: float) -> str:

@@ -28,6 +28,7 @@ from rewards.ocr import even_frames
 from rewards.ocr_engines import TextLine
 
 MAX_TOKENS = 1024       # of an answer; reasoning models think within them
+MAX_CHARACTERS = 64 * MAX_TOKENS    # of an answer; no tokenizer has longer tokens on the average
 TRANSCRIBE = ("Transcribe all text that is visible in this picture, exactly as it is written: keep spelling mistakes, "
               "case and punctuation, and do not guess letters that cannot be read. One line of text per line, from top "
               "to bottom. Answer with the text only; if there is no text, answer NO TEXT.")
@@ -62,7 +63,7 @@ class VisionEndpoint:
         try:
             choice = answer["choices"][0]
             text = choice["message"]["content"]
-            if isinstance(text, str) and choice.get("finish_reason") != "length":
+            if isinstance(text, str) and len(text) <= MAX_CHARACTERS and choice.get("finish_reason") != "length":
                 return _THINKING.sub("", text).strip()
         except (KeyError, IndexError, TypeError, AttributeError):
             pass
@@ -74,7 +75,7 @@ class VisionEndpoint:
 
     def _check(self, models: Any) -> None:
         try:
-            names = [model["id"] for model in models["data"]]
+            names = [str(model["id"]) for model in models["data"]]
         except (KeyError, TypeError):
             raise RewardError("is no OpenAI-compatible endpoint: /v1/models names no models") from None
         if not self.model and len(names) == 1:

@@ -17,7 +17,7 @@ import numpy as np
 
 from rewards.base import RewardError, Score, check_frames
 from rewards.endpoints import Endpoints, log
-from rewards.wire import CONTENT_TYPE, HEALTH_PATH, SCORE_PATH, decode_scores, encode_request
+from rewards.wire import CONTENT_TYPE, HEALTH_PATH, MAX_VALUE, SCORE_PATH, decode_scores, encode_request
 
 
 class RemoteReward:
@@ -27,14 +27,16 @@ class RemoteReward:
         "reward"; without it, the others must be as the first that answered. A restarted server is checked as well.
     select: T -> indices of the frames to send, where the reward reads no others and would choose the same among
         them, as `spelling` does with `even_frames`: 9 of 81 frames are a ninth of the traffic. None sends all.
+    bounds: lowest and highest value that the reward can have; a score outside is an error of its video.
     others: of `Endpoints`: token, timeout, retries, patience, first_pause, seed.
     """
 
     def __init__(self, urls: Sequence[str], *, expect: Mapping[str, Any] | None = None,
-                 select: Callable[[int], Sequence[int]] | None = None, **others):
+                 select: Callable[[int], Sequence[int]] | None = None,
+                 bounds: tuple[float, float] = (-MAX_VALUE, MAX_VALUE), **others):
         self._expected = dict(expect) if expect is not None else None
         self._versions: dict[str, str] | None = None
-        self._select, self._starting = select, True
+        self._select, self._bounds, self._starting = select, bounds, True
         self.workers = 0        # of the servers that answered at the start, together
         self._endpoints = Endpoints(urls, HEALTH_PATH, self._check, **others)
         self._starting = False
@@ -50,8 +52,9 @@ class RemoteReward:
     def score_batch(self, videos: np.ndarray, records: Sequence[Any]) -> list[Score | RewardError]:
         """uint8 [B, T, H, W, 3] in one request; B scores, or why there is none. Raises RewardError for all."""
         frames = None if self._select is None else [int(i) for i in self._select(videos.shape[1])]
-        body = encode_request(videos if frames is None else videos[:, frames], records)
-        scores = decode_scores(self._endpoints.post(SCORE_PATH, body, CONTENT_TYPE), len(videos))
+        sent = videos if frames is None else videos[:, frames]
+        answer = self._endpoints.post(SCORE_PATH, encode_request(sent, records), CONTENT_TYPE)
+        scores = decode_scores(answer, *sent.shape[:2], self._bounds)
         return scores if frames is None else [_renumbered(score, frames) for score in scores]
 
     def close(self) -> None:
@@ -62,13 +65,15 @@ class RemoteReward:
         """Raises RewardError if a server's health page is not that of the reward expected."""
         if not isinstance(health, dict) or not isinstance(health.get("reward"), dict):
             raise RewardError("is no reward server: its health page names no reward")
-        reward, versions = health["reward"], health.get("versions", {})
+        reward, versions, workers = health["reward"], health.get("versions", {}), health.get("workers", 0)
+        if type(workers) is not int or workers < 0:
+            raise RewardError(f"is no reward server: its health page has workers={repr(workers)[:100]}, not a number")
         self._expected = reward if self._expected is None else self._expected
         other = [f"{key}={reward.get(key)!r} instead of {value!r}" for key, value in self._expected.items()
                  if reward.get(key) != value]
         if other:
             raise RewardError(f"scores with {', '.join(other)}: start it with the same settings")
-        self.workers += health.get("workers", 0) if self._starting else 0
+        self.workers += workers if self._starting else 0
         self._versions = versions if self._versions is None else self._versions
         if versions != self._versions:
             log.warning("reward servers differ in versions, so their scores may, too: %s and %s", versions,

@@ -8,19 +8,21 @@ import dataclasses
 import json
 import math
 import struct
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from rewards.base import RewardError, Score, check_frames
+from rewards.json_input import load_json
 from rewards.workers import BatchScores
 
 SCORE_PATH, HEALTH_PATH = "/v1/score", "/v1/health"
 CONTENT_TYPE = "application/x-wan-rewards"
 MAGIC = b"WANRWD1\n"
 _PREFIX = struct.Struct("<8sI")  # magic, bytes of the JSON header
-_FIELDS = tuple(field.name for field in dataclasses.fields(Score))
+MAX_VALUE = 1e6     # magnitude of a value; far above any reward, and the square of no sum of them overflows
 
 
 class WireError(ValueError):
@@ -55,7 +57,7 @@ def encode_request(videos: np.ndarray, records: Sequence[Any]) -> list[bytes | m
     check_frames(videos[0])
     try:
         header = json.dumps({"shape": videos.shape, "dtype": "uint8", "records": list(records)}).encode()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise RewardError(f"a record cannot be sent to a reward server ({error}): use strings, numbers, None, and "
                           f"lists, tuples and dicts of them") from error
     return [_PREFIX.pack(MAGIC, len(header)), header, memoryview(np.ascontiguousarray(videos)).cast("B")]
@@ -77,8 +79,8 @@ def decode_request(body: bytes | bytearray, limits: Limits) -> tuple[np.ndarray,
     if start > len(body):
         raise WireError(f"the body ends within its header: {size} bytes announced, {len(body) - _PREFIX.size} there")
     try:
-        header = json.loads(bytes(body[_PREFIX.size:start]))
-    except (ValueError, RecursionError) as error:
+        header = load_json(bytes(body[_PREFIX.size:start]))
+    except ValueError as error:
         raise WireError(f"the header is not JSON in UTF-8: {error}") from None
     shape, records = _checked(header, limits)
     if len(body) - start != math.prod(shape):
@@ -92,17 +94,17 @@ def _checked(header: Any, limits: Limits) -> tuple[tuple[int, ...], list[Any]]:
         raise WireError('the header must be {"shape": [B, T, H, W, 3], "dtype": "uint8", "records": [...]}')
     shape, records = header["shape"], header["records"]
     if header["dtype"] != "uint8":
-        raise WireError(f"dtype {header['dtype']!r} is not taken: send uint8 RGB, ((x + 1) * 127.5).round().clip(0, "
-                        f"255) of x in [-1, 1]", 422)
+        raise WireError(f"dtype {_show(header['dtype'])} is not taken: send uint8 RGB, ((x + 1) * 127.5).round()"
+                        f".clip(0, 255) of x in [-1, 1]", 422)
     if (not isinstance(shape, list) or len(shape) != 5 or shape[-1] != 3
             or not all(type(n) is int and n > 0 for n in shape)):
-        raise WireError(f"shape {shape!r} is not [B, T, H, W, 3] with no empty axis; an image is a video with T = 1",
-                        422)
+        raise WireError(f"shape {_show(shape)} is not [B, T, H, W, 3] with no empty axis; an image is a video "
+                        f"with T = 1", 422)
     for name, value, limit in (("videos", shape[0], limits.videos), ("frames", shape[1], limits.frames),
                                ("height", shape[2], limits.side), ("width", shape[3], limits.side)):
         if value > limit:
-            raise WireError(f"{name} = {value} is more than the limit of {limit}: send less, or start the server with "
-                            f"a higher limit", 413)
+            raise WireError(f"{name} = {_show(value)} is more than the limit of {limit}: send less, or start the "
+                            f"server with a higher limit", 413)
     if not isinstance(records, list) or len(records) != shape[0]:
         found = len(records) if isinstance(records, list) else type(records).__name__
         raise WireError(f"{shape[0]} videos but {found} records: give a list with one for each video", 422)
@@ -121,26 +123,79 @@ def _tuples(value: Any) -> Any:
 def encode_scores(batch: BatchScores) -> bytes:
     """JSON: {"scores": [{"valid", "error", and the fields of `Score`} ...]}, in the order of the request.
 
-    Python writes a double with the digits that give the same double back, so values arrive bit for bit.
+    Python writes a double with the digits that give the same double back, so values arrive bit for bit. A score that
+    JSON cannot hold is not valid.
     """
-    nothing = dataclasses.asdict(Score(0.0)) | {"value": None}
-    scores = [{"valid": score is not None, "error": error.strip().splitlines()[-1] if error else "",
-               **(dataclasses.asdict(score) if score else nothing)}
-              for score, error in zip(batch.scores, batch.errors)]
-    return json.dumps({"scores": scores}, default=lambda number: number.item()).encode()
+    scores = []
+    for score, error in zip(batch.scores, batch.errors):
+        try:
+            scores.append(_encode_score(score, error.strip().splitlines()[-1] if error else ""))
+        except (TypeError, ValueError, AttributeError, RecursionError) as reason:
+            scores.append(_encode_score(None, f"the reward gave a score that cannot be sent: {reason}"))
+    return f'{{"scores": [{", ".join(scores)}]}}'.encode()
 
 
-def decode_scores(answer: Any, count: int) -> list[Score | RewardError]:
-    """`encode_scores` backwards: for each of `count` videos its score, or why it has none.
+def _encode_score(score: Score | None, error: str) -> str:
+    fields = dataclasses.asdict(score or Score(0.0))
+    if score is None:
+        fields["value"] = None
+    fields["parts"] = [[name, None if math.isnan(value) else value] for name, value in fields["parts"]]
+    return json.dumps({"valid": score is not None, "error": error, **fields}, allow_nan=False,
+                      default=lambda number: number.item())
 
-    Raises RewardError for anything else than such an answer.
+
+def decode_scores(answer: Any, count: int, frames: int,
+                  bounds: tuple[float, float] = (-MAX_VALUE, MAX_VALUE)) -> list[Score | RewardError]:
+    """`encode_scores` backwards: for each of `count` videos its score, or why it has none. A score that is not as the
+    wire format says, or whose value is not within `bounds`, is an error of that video.
+
+    frames: of each video, as they were sent. Raises RewardError where the answer does not have `count` scores.
     """
-    try:
-        scores = [Score(**{name: _tuples(item[name]) for name in _FIELDS if name in item}) if item["valid"]
-                  else RewardError(f"the server could not score the video: {item['error']}")
-                  for item in answer["scores"]]
-        if len(scores) == count and all(isinstance(s, RewardError) or isinstance(s.value, int | float) for s in scores):
-            return scores
-    except (KeyError, TypeError):
-        pass
-    raise RewardError(f"not the scores of {count} videos: {str(answer)[:200]}")
+    records = answer.get("scores") if isinstance(answer, dict) else None
+    if not isinstance(records, list) or len(records) != count:
+        raise RewardError(f"not the scores of {count} videos: {_show(answer)}")
+    return [_decode_score(record, frames, bounds) for record in records]
+
+
+def _decode_score(record: Any, frames: int, bounds: tuple[float, float]) -> Score | RewardError:
+    if not isinstance(record, dict) or not isinstance(record.get("valid"), bool):
+        return RewardError(f"the server's score is malformed, expected an object with a boolean 'valid': "
+                           f"{_show(record)}")
+    if not record["valid"]:
+        return RewardError(f"the server could not score the video: {' '.join(str(record.get('error')).split())[:500]}")
+    expected: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "value": (lambda x: _is_number(x, *bounds), f"a number from {bounds[0]:g} to {bounds[1]:g}"),
+        "text": (_is_text, "a string"),
+        "frames": (lambda x: _is_list(x, lambda i: type(i) is int and 0 <= i < frames), f"integers from 0 to "
+                   f"{frames - 1}"),
+        "frame_values": (lambda x: _is_list(x, _is_number), "finite numbers"),
+        "frame_texts": (lambda x: _is_list(x, _is_text), "strings"),
+        "parts": (lambda x: _is_list(x, _is_part), f"[name, number from {-MAX_VALUE:g} to {MAX_VALUE:g} or null] each")}
+    given = {"value": None} | {name: record[name] for name in expected if name in record}
+    for name, value in given.items():
+        is_right, what = expected[name]
+        if not is_right(value):
+            return RewardError(f"the server's score is malformed, {name}={_show(value)}: expected {what}")
+    given["parts"] = [(name, math.nan if value is None else value) for name, value in given.get("parts", ())]
+    return Score(**{name: _tuples(value) for name, value in given.items()})
+
+
+def _show(value: Any) -> str:
+    return repr(value)[:200]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any, low: float = -sys.float_info.max, high: float = sys.float_info.max) -> bool:
+    return type(value) in (int, float) and low <= value <= high     # not for nan, nor for a bool
+
+
+def _is_list(value: Any, is_item: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(is_item, value))
+
+
+def _is_part(value: Any) -> bool:
+    return (isinstance(value, list) and len(value) == 2 and _is_text(value[0])
+            and (value[1] is None or _is_number(value[1], -MAX_VALUE, MAX_VALUE)))

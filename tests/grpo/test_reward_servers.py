@@ -1,4 +1,5 @@
 import ml_collections
+import numpy as np
 import pytest
 
 from configs.defaults import defaults
@@ -37,6 +38,28 @@ def test_servers_score_as_this_process_does(monkeypatch):
     assert [name for name, _ in here.scores[0].parts] == list(weights)
     with pytest.raises(UserError, match=r"no reward server works.*refused"):
         open_pool(reward_of(servers=(url,)), {MAIN: 1.0})
+
+
+def test_malformed_scores_are_masked():
+    c = reward_of(retries=0)
+    about = {name: c[name] for name in ("rule", "engine", "max_frames")} | {"name": "ocr"}
+    good = {"valid": True, "value": 1.0}
+    changes = [{}, {"value": 1.01}, {"value": -7}, {"value": 1e308}, {"value": True}, {"value": float("nan")},
+               {"value": None}, {"parts": [["a", 1, 2]]}, {"parts": 5}, {"parts": [["x", "abc"]]}, {"frames": [99]}]
+
+    def server(method, path, headers, body):
+        if method == "GET":
+            return 200, {"reward": about}
+        number = int.from_bytes(body[-3:-2])
+        return 200, {"scores": [good | changes[number]]}
+
+    videos = np.stack([np.full((2, 4, 4, 3), number, np.uint8) for number in range(len(changes))])
+    with scripted(server) as url:
+        c.servers = (url,)
+        with open_pool(c, {MAIN: 1.0}) as pool:
+            scores = pool.submit(videos, [("OPEN",)] * len(videos)).result()
+    assert scores.valid.tolist() == [True] + [False] * 10 and scores.failures == 10 and scores.values[0] == 1.0
+    assert all("malformed" in error for error in scores.errors[1:])
 
 
 @pytest.mark.parametrize("question, answer, value", [
