@@ -1,10 +1,11 @@
-"""Kept-alive HTTP connections to one server, on the standard library.
+"""Keeps HTTP connections to one server open, with the standard library only.
 
-One object serves many threads. Against a client library: no dependency, a time limit on the exchange as a whole, and
+One object serves many threads. Compared with a client library: no dependency, a time limit on the whole exchange, and
 `close` ends what other threads are waiting for, so that a trainer that stops does not wait for a server that hangs.
 Proxies of the environment are not used: reward servers stand in the same network.
 """
 
+import contextlib
 import dataclasses
 import http.client
 import select
@@ -31,6 +32,7 @@ def check_url(url: str) -> urllib.parse.SplitResult:
     try:
         parts = urllib.parse.urlsplit(url)
         parts.port  # noqa: B018  (raises ValueError)
+        (parts.hostname or "").encode("idna")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"server {url!r} is not a URL ({error}): write http://host:port") from None
     if parts.username or parts.password:
@@ -46,40 +48,54 @@ class Connections:
 
     def __init__(self, url: str):
         self._parts = check_url(url)
-        self._idle: list[http.client.HTTPConnection] = []
-        self._busy: set[http.client.HTTPConnection] = set()
+        self._idle: list[_Connection] = []
+        self._busy: set[_Connection] = set()
         self._lock, self._closed = threading.Lock(), False
 
     def exchange(self, method: str, path: str, headers: Mapping[str, str], body: Sequence[bytes | memoryview] = (),
                  *, timeout: float) -> Answer:
-        """One request and its answer, in at most `timeout` seconds.
+        """One request and its answer, in at most `timeout` seconds, however slowly the other side sends. Only the
+        system's look-up of the host's name has limits of its own.
 
         Raises OSError (TimeoutError among them) or http.client.HTTPException.
         """
         deadline = time.monotonic() + timeout
-        connection, reusable = self._take(min(timeout, CONNECT_TIMEOUT)), False
+        connection, reusable, expired = self._take(), False, threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            connection.end()
+
+        timer = threading.Timer(timeout, expire)    # a socket's own timeout begins anew with every byte
+        timer.daemon = True
+        timer.start()
         try:
             if connection.sock is None:
-                connection.connect()
-            sock = connection.sock
-            sock.settimeout(_left(deadline))
+                connection.open(deadline)
+            connection.sock.settimeout(_left(deadline))
             length = str(sum(len(part) for part in body))
             connection.request(method, self._parts.path.rstrip("/") + path, body or None,
                                {**headers, **({"Content-Length": length} if body else {})})
-            sock.settimeout(_left(deadline))
             with connection.getresponse() as response:
-                answer = Answer(response.status, response.headers, _read(response, sock, deadline))
+                answer = Answer(response.status, response.headers, _read(response))
+                _left(deadline)     # else the end of the answer may be that of the time
                 reusable = not response.will_close
-            return answer
+        except Exception as error:
+            if expired.is_set() or isinstance(error, TimeoutError):
+                raise TimeoutError(f"no whole answer within {timeout:g} s") from None
+            raise
         finally:
+            timer.cancel()
+            timer.join()
             with self._lock:
                 self._busy.discard(connection)
-                if reusable and not self._closed:
+                if reusable and not expired.is_set() and not self._closed:
                     self._idle.append(connection)
                 else:
                     connection.close()
+        return answer
 
-    def _take(self, timeout: float) -> http.client.HTTPConnection:
+    def _take(self) -> "_Connection":
         with self._lock:
             if self._closed:
                 raise ConnectionAbortedError("the connections are closed")
@@ -89,12 +105,7 @@ class Connections:
                     break
                 connection.close()
             else:
-                host, port = self._parts.hostname, self._parts.port
-                if self._parts.scheme == "https":
-                    connection = http.client.HTTPSConnection(host, port, timeout=timeout,
-                                                             context=ssl.create_default_context())
-                else:
-                    connection = http.client.HTTPConnection(host, port, timeout=timeout)
+                connection = _Connection(self._parts)
             self._busy.add(connection)
             return connection
 
@@ -105,12 +116,49 @@ class Connections:
             for connection in self._idle:
                 connection.close()
             for connection in self._busy:
-                if (sock := connection.sock) is not None:
-                    try:
-                        sock.shutdown(socket.SHUT_RDWR)  # unlike close, wakes the thread that waits on it
-                    except OSError:
-                        pass
+                connection.end()
             self._idle.clear()
+
+
+class _Connection(http.client.HTTPConnection):
+    """A connection that another thread can end. parts: of the server's URL."""
+
+    def __init__(self, parts: urllib.parse.SplitResult):
+        self._secure = parts.scheme == "https"
+        self.default_port = 443 if self._secure else 80
+        super().__init__(parts.hostname, parts.port or self.default_port)   # without one, ::1 would be taken for port 1
+        self._socket: socket.socket | None = None   # kept here, as `sock` is None while a last answer is read
+
+    def open(self, deadline: float) -> None:
+        """Connects to the first address of the host that answers."""
+        addresses = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        for number, (family, kind, protocol, _, address) in enumerate(addresses, 1):
+            seconds = min(CONNECT_TIMEOUT, _left(deadline))
+            self._socket = socket.socket(family, kind, protocol)
+            self._socket.settimeout(seconds)
+            try:
+                self._socket.connect(address)
+                break
+            except OSError as error:
+                self._socket.close()
+                if number == len(addresses):
+                    if isinstance(error, TimeoutError):
+                        raise ConnectionError(f"no connection within {seconds:g} s") from None
+                    raise
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._secure:
+            self._socket = ssl.create_default_context().wrap_socket(self._socket, server_hostname=self.host,
+                                                                    do_handshake_on_connect=False)
+        self.sock = self._socket
+        _left(deadline)     # the time may have ended before there was a socket to end
+        if self._secure:
+            self._socket.do_handshake()
+
+    def end(self) -> None:
+        """Ends what a thread waits for on this connection: unlike `close`, it wakes that thread."""
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)      # of TLS, too, without its farewell
 
 
 def _left(deadline: float) -> float:
@@ -120,17 +168,15 @@ def _left(deadline: float) -> float:
     return left
 
 
-def _read(response: http.client.HTTPResponse, sock: socket.socket, deadline: float) -> bytes:
-    """The whole body; `sock` is given along as a response that ends the connection hides its own."""
+def _read(response: http.client.HTTPResponse) -> bytes:
+    """The whole body."""
     body = bytearray()
-    while not response.isclosed():  # else the socket may be closed, too
-        sock.settimeout(_left(deadline))
-        chunk = response.read1(1 << 16)
-        if not chunk:
-            break
+    while chunk := response.read1(1 << 16):
         body += chunk
         if len(body) > MAX_ANSWER:
             raise http.client.HTTPException(f"an answer of more than {MAX_ANSWER} bytes")
+    if response.length:
+        raise http.client.HTTPException(f"an answer that ended {response.length} bytes before its end")
     return bytes(body)
 
 

@@ -114,8 +114,8 @@ class Endpoints:
                 self._sleep(self._pause(busy))
             except (_Failed, OSError, http.client.HTTPException) as error:
                 tried.add(server)
-                errors.append(f"{server.url}: {_say(error, self._timeout)}")
-                self._down(server, _say(error, self._timeout))
+                errors.append(f"{server.url}: {_say(error)}")
+                self._down(server, _say(error))
             except RewardError as error:
                 raise RewardError(f"reward server {server.url} {error}") from None
             finally:
@@ -176,7 +176,7 @@ class Endpoints:
             except (_Misplaced, RewardError) as error:
                 unexpected.append(f"{server.url}: {error}")
             except (_Failed, _Busy, OSError, http.client.HTTPException) as error:
-                server.error = _say(error, PROBE_TIMEOUT)
+                server.error = _say(error)
         if unexpected:
             raise RewardError("; ".join(unexpected))
         if all(server.error for server in self._servers):
@@ -225,7 +225,7 @@ class Endpoints:
                 self._probe(server)
                 error = ""
             except Exception as reason:     # whatever it is, this thread must go on
-                error = _say(reason, PROBE_TIMEOUT)
+                error = _say(reason)
             with self._changed:
                 server.error, server.probes = error, server.probes + 1
                 server.next_probe = time.monotonic() + self._pause(server.probes)
@@ -264,7 +264,5 @@ def _detail(body: bytes) -> str:
     return " ".join(str(found).split())[:500]
 
 
-def _say(error: Exception, timeout: float) -> str:
-    if isinstance(error, TimeoutError):
-        return f"no answer within {timeout:g} s"
+def _say(error: Exception) -> str:
     return str(error) or type(error).__name__

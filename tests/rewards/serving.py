@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import signal
+import socketserver
 import subprocess
 import sys
 import threading
@@ -99,6 +100,33 @@ def scripted(answer):
     try:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextlib.contextmanager
+def trickling(start, repeated=b"", pause=0.05):
+    """A server that answers each connection with `start`, whatever it is asked, then with `repeated` again and again;
+    without, it closes the connection."""
+    stop = threading.Event()
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            with contextlib.suppress(OSError):
+                self.request.recv(1 << 16)
+                self.request.sendall(start)
+                while repeated and not stop.wait(pause):
+                    self.request.sendall(repeated)
+
+    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        stop.set()
         server.shutdown()
         server.server_close()
         thread.join()
