@@ -20,7 +20,7 @@ from typing import Any
 
 from rewards.base import RewardError
 from rewards.connections import Answer, Connections
-from rewards.json_input import load_json
+from rewards.received import load_json, printable
 
 log = logging.getLogger("rewards.remote")
 log.setLevel(logging.WARNING)           # also where a program silences its libraries: a dead server must be seen
@@ -261,8 +261,10 @@ def _detail(body: bytes) -> str:
         found = found.get("message", found) if isinstance(found, dict) else found
     except (ValueError, AttributeError):
         found = text
-    return " ".join(str(found).split())[:500]
+    return printable(str(found))
 
 
 def _say(error: Exception) -> str:
-    return str(error) or type(error).__name__
+    if isinstance(error, http.client.BadStatusLine) and not isinstance(error, ConnectionError):
+        return f"answered something else than HTTP: {printable(repr(error.line))}"
+    return printable(str(error)) or type(error).__name__

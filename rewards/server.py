@@ -128,8 +128,8 @@ async def _body(request: Request, limit: int, timeout: float, claim: Callable[[i
                 expect(len(body) + len(chunk))
                 body += chunk
     except TimeoutError:
-        raise WireError(f"the request did not arrive within {timeout:g} s: send fewer videos in a request",
-                        408) from None
+        raise WireError(f"the request did not arrive within {timeout:g} s: send fewer videos in a request, or start "
+                        f"the server with a higher --upload_timeout", 408) from None
     except ClientDisconnect:
         log.warning("a client left while it sent a request: %d bytes of %s had arrived", len(body), claimed or "some")
         raise HTTPException(499, "the client closed the connection") from None
@@ -180,6 +180,8 @@ MAX_MIB = flags.DEFINE_integer("max_mib", 512, "largest request, MiB", lower_bou
 MAX_QUEUE = flags.DEFINE_integer("max_queue", 1024, "most videos that may wait", lower_bound=1)
 MAX_MEMORY_MIB = flags.DEFINE_integer("max_memory_mib", MAX_MEMORY >> 20, "most memory for all requests together, MiB",
                                       lower_bound=1)
+UPLOAD_SECONDS = flags.DEFINE_float("upload_timeout", UPLOAD_TIMEOUT, "seconds for a request's body to arrive",
+                                   lower_bound=0.01)
 GRACE = flags.DEFINE_integer("grace", 60, "seconds that requests under way get to finish when the server is stopped",
                              lower_bound=0)
 
@@ -252,7 +254,8 @@ def make_server(api: FastAPI, admission: Admission, at_once: int = 128, grace: i
     that requests under way get to finish when the server is stopped."""
     config = uvicorn.Config(
         api, http=functools.partial(Connection, admission), loop="asyncio", ws="none", lifespan="off",
-        log_level="error", access_log=False,    # a warning for each malformed request would let anyone fill the log
+        log_config=None, access_log=False,
+        log_level="error",      # a warning for each malformed request would let anyone fill the log
         backlog=at_once, timeout_keep_alive=admission.keep_alive, timeout_graceful_shutdown=grace)
     return _Server(config)
 
@@ -292,7 +295,7 @@ def main(_):
         print(f"reward server on http://{HOST.value}:{sock.getsockname()[1]} with {WORKERS.value} workers: "
               f"{json.dumps(about)}{'' if token else ', no token'}", flush=True)
         api = make_app(pool, about, token, Limits(body=MAX_MIB.value << 20), max_queue=MAX_QUEUE.value,
-                       max_memory=MAX_MEMORY_MIB.value << 20)
+                       max_memory=MAX_MEMORY_MIB.value << 20, upload_timeout=UPLOAD_SECONDS.value)
         serve(make_server(api, Admission(connections), at_once, GRACE.value), sock)
 
 

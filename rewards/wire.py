@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rewards.base import RewardError, Score, check_frames
-from rewards.json_input import load_json
+from rewards.received import load_json, printable
 from rewards.workers import BatchScores
 
 SCORE_PATH, HEALTH_PATH = "/v1/score", "/v1/health"
@@ -162,7 +162,7 @@ def _decode_score(record: Any, frames: int, bounds: tuple[float, float]) -> Scor
         return RewardError(f"the server's score is malformed, expected an object with a boolean 'valid': "
                            f"{_show(record)}")
     if not record["valid"]:
-        return RewardError(f"the server could not score the video: {' '.join(str(record.get('error')).split())[:500]}")
+        return RewardError(f"the server could not score the video: {printable(str(record.get('error')))}")
     expected: dict[str, tuple[Callable[[Any], bool], str]] = {
         "value": (lambda x: _is_number(x, *bounds), f"a number from {bounds[0]:g} to {bounds[1]:g}"),
         "text": (_is_text, "a string"),

@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from serving import scripted
+from serving import scripted, trickling
 
 from rewards.base import RewardError
 from rewards.connections import Connections, check_url
@@ -141,6 +141,16 @@ def test_attempts_are_limited():
     with scripted(lambda method, path, headers, body: (500 if path == "/work" else 200, {"detail": "no"})) as url:
         with pytest.raises(RewardError, match=r"in 3 attempts: .*answered 500 no"):
             ask(endpoints(url, retries=2))
+
+
+@pytest.mark.parametrize("answer, message", [
+    (b"\x1b[31m\x00\r\n", "something else than HTTP"),
+    (b"HTTP/1.1 500 x\r\n\r\n\x1b[31m\r\nno", r"answered 500 \[31m  no\. Start"),
+    (b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 600 + b"]" * 600, "JSON .*deeper than 64"), (b"", "closed connection")])
+def test_what_a_server_writes_is_one_printable_line(answer, message):
+    with trickling(answer) as url, pytest.raises(RewardError, match=message) as error:
+        endpoints(url, retries=0, patience=0.0)
+    assert str(error.value).isprintable() and len(str(error.value)) < 1000
 
 
 def test_an_outage_costs_the_patience_once():

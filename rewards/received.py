@@ -1,4 +1,4 @@
-"""JSON that others wrote."""
+"""JSON and text that other machines sent."""
 
 import json
 from typing import Any
@@ -23,3 +23,8 @@ def _check_levels(value: Any, levels: int) -> None:
             raise ValueError(f"nested deeper than {LEVELS} levels")
         for item in value.values() if isinstance(value, dict) else value:
             _check_levels(item, levels - 1)
+
+
+def printable(text: str, length: int = 500) -> str:
+    """The beginning of a text on one line, without characters that control a terminal; for logs and messages."""
+    return "".join(char if char.isprintable() else " " for char in text[:length]).strip()
