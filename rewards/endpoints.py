@@ -227,6 +227,8 @@ class Endpoints:
             except Exception as reason:     # whatever it is, this thread must go on
                 error = _say(reason)
             with self._changed:
+                if error and error != server.error:     # such as other settings after a restart
+                    log.warning("reward server %s is still not used: %s", server.url, error)
                 server.error, server.probes = error, server.probes + 1
                 server.next_probe = time.monotonic() + self._pause(server.probes)
                 if not error:

@@ -143,6 +143,21 @@ def test_attempts_are_limited():
             ask(endpoints(url, retries=2))
 
 
+def test_why_a_server_is_not_used_is_logged_when_it_changes(caplog):
+    health = [500]
+    with scripted(works) as good, scripted(lambda *_: (health[0], {"detail": "why"})) as url:
+        client = endpoints(good, url)
+        health[0] = 404
+        wait = time.monotonic() + 10
+        while sum("404 why" in record.message for record in caplog.records) == 0:
+            assert time.monotonic() < wait
+            time.sleep(0.01)
+        time.sleep(0.1)
+        client.close()
+    messages = [record.message for record in caplog.records if url in record.message]
+    assert [message.split(": ", 1)[1] for message in messages] == ["answered 500 why", "answered 404 why"]
+
+
 @pytest.mark.parametrize("answer, message", [
     (b"\x1b[31m\x00\r\n", "something else than HTTP"),
     (b"HTTP/1.1 500 x\r\n\r\n\x1b[31m\r\nno", r"answered 500 \[31m  no\. Start"),
