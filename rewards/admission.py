@@ -80,7 +80,8 @@ class Connection(H11Protocol):
 
     def authorised(self) -> None:
         """The application says that the request under way carries the token."""
-        self._enter(self.admission.busy, None)
+        if not self.transport.is_closing():     # else it would never leave the group again
+            self._enter(self.admission.busy, None)
 
     def on_response_complete(self) -> None:
         if self._group is self.admission.busy:      # uvicorn ends what is silent for `keep_alive`, this what trickles

@@ -146,6 +146,21 @@ def test_an_idle_client_that_trickles_is_closed():
             wait_for(lambda: not admission.idle)
 
 
+def test_a_request_of_a_closed_connection_does_not_count_as_under_way():
+    admission, done = Admission(8), threading.Event()
+    with serving(admission=admission) as url, contextlib.closing(connect(url)):
+        wait_for(lambda: admission.strangers)
+        connection = next(iter(admission.strangers))
+
+        def close_and_authorise():      # as where a connection is closed before its request comes to its turn
+            connection.abort()
+            connection.authorised()
+            done.set()
+
+        connection.loop.call_soon_threadsafe(close_and_authorise)
+        assert done.wait(10) and not admission.busy and not admission.strangers
+
+
 def test_bodies_that_would_take_too_much_memory_are_not_read(caplog):
     with serving(max_memory=1000) as url, contextlib.ExitStack() as stack:
         first = stack.enter_context(connect(url, post(900)))
