@@ -2,8 +2,8 @@
 
 uvicorn waits for a request's header without a limit of time, and its `limit_concurrency` counts every connection, so
 that silent ones would have clients refused. Here a connection must show the token within seconds, and when there are
-too many connections the oldest one that has not shown it makes room for the newest. A client sends its token as soon
-as it is connected, so it gets through whatever the others do.
+too many connections, the oldest one that has not shown it makes room for the newest one. A client sends its token as
+soon as it is connected, so it gets through whatever the others do.
 
     stranger    no request with the token yet           closed after `header_timeout`, or to make room
     busy        such a request is under way             never closed; at most half of all connections
@@ -26,6 +26,7 @@ HEADER_TIMEOUT = 10.0       # seconds until a connection must have shown the tok
 KEEP_ALIVE = 75             # seconds an idle connection is kept; epochs often leave pauses
 MAX_CONNECTIONS = 2048      # where the limit of open files allows them
 FEWEST_CONNECTIONS = 8
+MOST_AT_ONCE = 32           # connections accepted in one turn of the event loop
 
 
 class Admission:
@@ -41,10 +42,13 @@ class Admission:
         self.busy: dict[Connection, None] = {}
         self._warned: set[str] = set()
 
-    @property
-    def crowded(self) -> bool:
-        """Whether requests take more connections than leaves room for others to be answered at all."""
-        return len(self.busy) > self.limit // 2
+    def check_not_crowded(self) -> None:
+        """Answers a request with 503 where requests under way take so many connections that no room would be left to
+        answer others at all."""
+        if len(self.busy) > self.limit // 2:
+            self.warn(f"requests are answered with 503 while {self.limit // 2} others are under way, half of the "
+                      f"connections: raise the limit of open files (ulimit -n) if clients wait for long")
+            raise busy(f"{self.limit // 2} requests are under way, half of the connections that the server can hold")
 
     def make_room(self) -> None:
         """Closes one connection where there are too many; the newest one is a stranger."""
@@ -165,7 +169,7 @@ def connection_limits(workers: int) -> tuple[int, int]:
         soft = hard
     taken = len(os.listdir("/dev/fd")) + 8 + 5 * workers    # open now; for the event loop; workers and their successors
     free = MAX_CONNECTIONS * 2 if soft == resource.RLIM_INFINITY else soft - taken
-    at_once = max(1, min(128, free // 10))
+    at_once = max(1, min(MOST_AT_ONCE, free // 10))
     limit = min(MAX_CONNECTIONS, free - 5 * at_once)    # a file is closed 3 turns after its connection was one too many
     if limit < FEWEST_CONNECTIONS:
         raise ValueError(f"this process may open {soft} files, too few for {workers} workers and their clients: allow "

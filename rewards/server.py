@@ -45,16 +45,16 @@ try:
     from fastapi import FastAPI, HTTPException, Request, Response
     from starlette.requests import ClientDisconnect
 
-    from rewards.admission import Admission, Connection, Quota, busy, connection_limits
+    from rewards.admission import Admission, Connection, Quota, connection_limits
 except ImportError as _error:
     raise ImportError(f"the reward server needs a package that is missing ({_error}): "
                       f"pip install 'wan-jax-grpo[server]', or fastapi and uvicorn") from _error
 
 log = logging.getLogger("rewards.server")
 
-UPLOAD_TIMEOUT = 60.0   # seconds for a request's body to arrive
+UPLOAD_TIMEOUT = 60.0       # seconds for a request's body to arrive
 MAX_MEMORY = 4096 << 20     # bytes of all requests together
-BACKLOG = 1024          # connections that the system holds until they are accepted
+BACKLOG = 1024              # connections that the system holds until they are accepted
 PACKAGES = ("wan-jax-grpo", "numpy", "rapidfuzz", "rapidocr", "onnxruntime", "paddleocr", "paddlepaddle")
 
 
@@ -74,6 +74,7 @@ def make_app(pool: RewardPool, about: dict[str, Any], token: str = "", limits: L
     known, expected = versions(), f"Bearer {token}".encode()
 
     def authorise(request: Request) -> Connection:
+        """Raises HTTPException without the token."""
         given = request.headers.get("authorization", "").encode("latin-1")
         if token and not hmac.compare_digest(given, expected):   # takes the same time wherever they differ
             raise HTTPException(401, "send the server's token as 'Authorization: Bearer TOKEN'",
@@ -89,10 +90,9 @@ def make_app(pool: RewardPool, about: dict[str, Any], token: str = "", limits: L
 
     @api.post(SCORE_PATH)
     async def score(request: Request) -> Response:
-        if authorise(request).admission.crowded:
-            raise busy("half of the connections that the server can hold have a request under way")
+        authorise(request).admission.check_not_crowded()
         with memory.claims() as claim_bytes, queue.claims() as claim_videos:
-            claim_videos(1)         # at least
+            claim_videos(1)     # at least; how many there are is known when the body is there
             try:
                 body = await _body(request, limits.body, upload_timeout, claim_bytes)
                 videos, records = decode_request(body, limits)
@@ -249,7 +249,7 @@ class _Server(uvicorn.Server):
             sock.listen(BACKLOG)
 
 
-def make_server(api: FastAPI, admission: Admission, at_once: int = 128, grace: int | None = None) -> uvicorn.Server:
+def make_server(api: FastAPI, admission: Admission, at_once: int = 32, grace: int | None = None) -> uvicorn.Server:
     """Serves the application of `make_app`. at_once: connections accepted in one turn of the event loop. grace: seconds
     that requests under way get to finish when the server is stopped."""
     config = uvicorn.Config(

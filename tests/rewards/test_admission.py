@@ -16,7 +16,7 @@ from serving import TOKEN, serving
 
 pytest.importorskip("fastapi")
 
-from rewards.admission import MAX_CONNECTIONS, Admission, connection_limits
+from rewards.admission import MAX_CONNECTIONS, MOST_AT_ONCE, Admission, connection_limits
 from rewards.wire import CONTENT_TYPE, encode_request
 
 BODY = b"".join(encode_request(np.zeros((1, 2, 4, 5, 3), np.uint8), ["a"]))
@@ -130,7 +130,7 @@ def test_requests_under_way_leave_room_for_answers():
         under_way = [stack.enter_context(connect(url, post() + BODY)) for _ in range(4)]
         wait_for(lambda: answer(connect(url, HEALTH))[1]["queue"] == 4)
         status, found = answer(stack.enter_context(connect(url, post() + BODY)))
-        assert status == 503 and "half of the connections" in found["detail"]
+        assert status == 503 and found["detail"].startswith("4 requests are under way")
         for _ in range(10):
             stack.enter_context(connect(url))
         assert [answer(client)[0] for client in under_way] == [200] * 4
@@ -204,6 +204,6 @@ def test_limits_follow_the_limit_of_open_files(monkeypatch):
     for files in (64, 256, 1024):
         connections, at_once = limits(files)
         assert 8 <= connections < MAX_CONNECTIONS and connections + 5 * at_once + 7 < files
-    assert limits(resource.RLIM_INFINITY) == limits(1 << 20) == (MAX_CONNECTIONS, 128)
+    assert limits(resource.RLIM_INFINITY) == limits(1 << 20) == (MAX_CONNECTIONS, MOST_AT_ONCE)
     with pytest.raises(ValueError, match=r"64 files, too few for 16 workers.* 127 or more \(ulimit -n\)"):
         limits(64, workers=16)
