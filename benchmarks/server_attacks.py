@@ -159,6 +159,33 @@ def attack_with_connections(address: Address, seconds: float, count: int = 100) 
     return tally
 
 
+def attack_with_flood(address: Address, count: int = 50) -> Tally:
+    """Connections opened as fast as one thread can, the last 1500 of them kept, while a client sends requests."""
+    tally, stop, opened = Tally("requests during a flood of connections"), threading.Event(), 0
+
+    def flood() -> None:
+        nonlocal opened
+        socks: collections.deque[socket.socket] = collections.deque()
+        while not stop.is_set():
+            with contextlib.suppress(OSError):
+                socks.append(socket.create_connection(address, timeout=1.0))
+                opened += 1
+            if len(socks) > 1500:
+                socks.popleft().close()
+        for sock in socks:
+            sock.close()
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    for _ in range(count):
+        status = ask(address, whole(BODY))
+        tally.add("request", status, status == 200)
+    stop.set()
+    thread.join()
+    tally.name += f" ({opened})"
+    return tally
+
+
 def attack_memory(address: Address, process: int, count: int = 12) -> Tally:
     """Bodies of 32 MiB less a byte, all but their last bytes: a server with --max_memory_mib=64 takes two of them."""
     tally = Tally("12 uploads of 32 MiB, --max_memory_mib=64")
@@ -383,6 +410,7 @@ def main(_) -> None:
     report(check_log("that server", lines, most=200))
     with serving(files=64) as (address, _, lines):
         report(dataclasses.replace(attack_with_connections(address, 15.0, 300), name="the same, 300 with ulimit -n 64"))
+        report(attack_with_flood(address))
     report(check_log("that server", lines, most=3))
     report(attack_client_with_answers())
     report(attack_client_at_the_start())
