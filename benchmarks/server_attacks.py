@@ -325,6 +325,7 @@ def attack_client_at_the_start() -> Tally:
         "a",
         {"reward": 5},
         {"reward": {}},
+        {"reward": {"name": "x" * 100_000}},
         {"reward": {"name": ["x"]}},
         HEALTH | {"workers": "x"},
         HEALTH | {"workers": None},

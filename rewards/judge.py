@@ -26,6 +26,7 @@ from rewards.base import RewardError, Score, check_frames
 from rewards.endpoints import Endpoints
 from rewards.ocr import even_frames
 from rewards.ocr_engines import TextLine
+from rewards.received import printable
 
 MAX_TOKENS = 1024       # of an answer; reasoning models think within them
 MAX_CHARACTERS = 64 * MAX_TOKENS    # of an answer; no tokenizer has longer tokens on the average
@@ -81,8 +82,8 @@ class VisionEndpoint:
         if not self.model and len(names) == 1:
             self.model = names[0]
         if self.model not in names:
-            raise RewardError(f"serves {', '.join(names) or 'no model'}, not {self.model!r}: give the name of one as "
-                              f"config.reward.judge_model")
+            found = printable(", ".join(names)) or "no model"
+            raise RewardError(f"serves {found}, not {self.model!r}: give the name of one as config.reward.judge_model")
 
 
 def png_url(frame: np.ndarray) -> str:

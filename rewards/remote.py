@@ -69,14 +69,14 @@ class RemoteReward:
         if type(workers) is not int or workers < 0:
             raise RewardError(f"is no reward server: its health page has workers={repr(workers)[:100]}, not a number")
         self._expected = reward if self._expected is None else self._expected
-        other = [f"{key}={reward.get(key)!r} instead of {value!r}" for key, value in self._expected.items()
+        other = [f"{key}={repr(reward.get(key))[:100]} instead of {value!r}" for key, value in self._expected.items()
                  if reward.get(key) != value]
         if other:
             raise RewardError(f"scores with {', '.join(other)}: start it with the same settings")
         self.workers += workers if self._starting else 0
         self._versions = versions if self._versions is None else self._versions
         if versions != self._versions:
-            log.warning("reward servers differ in versions, so their scores may, too: %s and %s", versions,
+            log.warning("reward servers differ in versions, so their scores may, too: %.500r and %.500r", versions,
                         self._versions)
 
 

@@ -156,6 +156,7 @@ def test_in_a_pool_failures_are_masked():
     ((400, {"error": {"message": "too long", "code": 400}}), "refused the request: 400 too long"),
     ((200, {"choices": []}), "no whole answer"), ((200, [1]), "no whole answer"),
     ((200, {"choices": [{"message": {"content": None}}]}), "no whole answer"),
+    ((200, {"choices": [{"message": {"content": "A" * 100_000}}]}), "no whole answer"),
     ((200, {"choices": [{"message": {"content": "A"}, "finish_reason": "length"}]}), "no whole answer of at most 1024"),
 ])
 def test_answers_that_are_none(reply, message):
@@ -175,6 +176,9 @@ def test_the_start():
             pass
     with pytest.raises(RewardError, match="serves one, not 'two'"):
         with judging(None, models=("one",), model="two"):
+            pass
+    with pytest.raises(RewardError, match=r"serves 5, None,  \[31m, not 'two'"):
+        with judging(None, models=(5, None, "\x1b[31m"), model="two"):
             pass
     with scripted(lambda *_: (200, {"reward": {}})) as url, pytest.raises(RewardError, match="no OpenAI-compatible"):
         VisionEndpoint([url], **QUICK)
