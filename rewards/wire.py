@@ -22,7 +22,7 @@ SCORE_PATH, HEALTH_PATH = "/v1/score", "/v1/health"
 CONTENT_TYPE = "application/x-wan-rewards"
 MAGIC = b"WANRWD1\n"
 _PREFIX = struct.Struct("<8sI")  # magic, bytes of the JSON header
-MAX_VALUE = 1e6     # magnitude of a value; far above any reward, and the square of no sum of them overflows
+MAX_VALUE = 1e6     # magnitude of a value; far above any reward, and no sum of squares overflows in float32
 
 
 class WireError(ValueError):
