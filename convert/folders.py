@@ -1,8 +1,6 @@
 """Folders that appear whole or not at all, and a component's safetensors read one tensor at a time."""
 
 import contextlib
-import errno
-import fcntl
 import json
 import math
 import os
@@ -15,6 +13,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from wan_jax import folder_lock
 from wan_jax.cli import UserError
 
 DOWNLOAD = "download it again"
@@ -46,9 +45,9 @@ def whole_folder(destination: pathlib.Path, overwrite: bool, *, resumable: bool 
     destination.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_folder(destination)
     old = partial.with_name(partial.name + "-old")
-    kept = resumable and partial.exists()
-    partial.mkdir(exist_ok=True)
-    with _locked(partial):
+    with folder_lock.locked_file(partial.with_name(partial.name + "-lock"), str(destination), "--dst"):
+        kept = resumable and partial.exists()
+        partial.mkdir(exist_ok=True)
         if old.exists():  # killed between the two renames below
             shutil.rmtree(old, ignore_errors=True)
         if not resumable:
@@ -69,23 +68,6 @@ def whole_folder(destination: pathlib.Path, overwrite: bool, *, resumable: bool 
             if not resumable or (isinstance(error, UserError) and not kept):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-
-
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path) -> Iterator[None]:
-    """Holds the folder for this process; the system lets go of it when the process ends, however it ends."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UserError(f"another process is writing {folder}; wait for it to end or choose another "
-                                "--dst") from None
-            # other errors: a file system without locks (some cluster mounts); go on without
-        yield
-    finally:
-        os.close(handle)
 
 
 class Buffers(threading.local):

@@ -31,7 +31,7 @@ from ml_collections import config_flags
 
 from grpo import comparison, run_log, settings
 from grpo.budget import Budget, Spent
-from wan_jax import cli
+from wan_jax import cli, folder_lock
 from wan_jax.cli import UserError
 
 UNITS = ("evaluations", "seconds", "epochs")
@@ -229,7 +229,8 @@ def main(_):
                          parallel > max(1, len(f.devices))) for i in range(parallel)]
     print(f"{len(methods)} methods x {len(seeds)} seeds, {f.budget} each; {len(finished)} of {len(jobs)} "
           f"runs are finished, {parallel} at a time", flush=True)
-    with contextlib.closing(run_all([job for job in jobs if job not in finished], slots)) as ended:
+    waiting = [job for job in jobs if job not in finished]
+    with folder_lock.locked(out, "--out"), contextlib.closing(run_all(waiting, slots)) as ended:
         for job, code, seconds in ended:
             label = f"{job.method.name}, seed {job.seed}"
             if code:
@@ -240,7 +241,7 @@ def main(_):
                 finished.append(job)
                 print(f"{label}: finished in {seconds:.0f} s", flush=True)
                 write()
-    print("", *write(), sep="\n")
+        print("", *write(), sep="\n")
     if failures:
         raise UserError(f"{len(failures)} of {len(jobs)} runs failed: {', '.join(failures)}; the same command tries "
                         "them again")

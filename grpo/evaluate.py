@@ -24,7 +24,7 @@ from grpo.prompts import load_prompts
 from grpo.run_log import RunLog
 from grpo.scores import for_rewards, open_pool
 from rewards.targets import parse_targets
-from wan_jax import cli, media, memory, model_dir, pipeline, reward_head
+from wan_jax import cli, folder_lock, media, memory, model_dir, pipeline, reward_head
 from wan_jax.attention import choose_backend, platform_of
 from wan_jax.checkpoint import load_trained
 from wan_jax.cli import UserError
@@ -66,7 +66,7 @@ def main(_):
         steer = reward_head.guidance(HEAD.value, GUIDANCE.value, config)
     print(spread, flush=True)
     bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
-    with open_pool(c.reward, s.weights) as pool:
+    with folder_lock.locked(c.run_dir, "--out"), open_pool(c.reward, s.weights) as pool:
         table = pipeline.embed_prompts(model, prompts.prompts, c.prompts.negative, dtype=s.dtype, cache=True,
                                        progress=functools.partial(bar, desc="prompts"))
         vae_graph, vae_state = pipeline.load_vae(model, mesh)
@@ -96,7 +96,7 @@ def main(_):
         if CHECKPOINT.value is not None:
             evaluate(CHECKPOINT.value, epoch)
         log.close()
-    print(memory.peaks(), f"report: {report.write_report(c.run_dir)}", sep="\n")
+        print(memory.peaks(), f"report: {report.write_report(c.run_dir)}", sep="\n")
 
 
 if __name__ == "__main__":

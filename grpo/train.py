@@ -9,12 +9,14 @@ bit for bit: every random draw is a function of (seed, epoch, sample, step). On 
 program (docs/hosts.md); each decodes and scores the videos on its own devices, and the first one writes and prints.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -38,7 +40,7 @@ from grpo.update import init_state
 from grpo.windows import Windows
 from rewards.targets import parse_targets
 from rewards.workers import RewardPool
-from wan_jax import cli, hosts, media, memory, model_dir, pipeline, presets
+from wan_jax import cli, folder_lock, hosts, media, memory, model_dir, pipeline, presets
 from wan_jax import mesh as mesh_lib
 from wan_jax.attention import choose_backend, platform_of
 from wan_jax.checkpoint import Checkpoints
@@ -71,12 +73,13 @@ def main(_):
         raise UserError(f"{len(overlap)} held-out prompts are training prompts too, e.g. {min(overlap)!r}")
     train_prompts, heldout = (for_rewards(prompts, s.weights) for prompts in (train_prompts, heldout))
     launch = hosts.choose(CLUSTER.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, os.environ)
-    with hosts.joined(launch, HOST_TIMEOUT.value, STAGE_TIMEOUT.value, JOIN_TIMEOUT.value):
+    with hosts.joined(launch, HOST_TIMEOUT.value, STAGE_TIMEOUT.value, JOIN_TIMEOUT.value), \
+            folder_lock.locked(c.run_dir, "--config.run_dir") if hosts.first() else contextlib.nullcontext() as lock:
         cli.keep_compiled_programs()
         with cli.user_input():
             plan = Plan.make(c, s)
         with open_pool(c.reward, s.weights) as pool:
-            ended = train(c, s, plan, train_prompts, heldout, pool)
+            ended = train(c, s, plan, train_prompts, heldout, pool, lock.check_held if lock else lambda: None)
     if ended is not None:
         raise cli.AskedToEnd(f"ended by SIGTERM after epoch {ended}, which is saved; the same command continues from "
                              "it")
@@ -125,8 +128,8 @@ class Plan:
 
 
 def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout: PromptSet,
-          pool: RewardPool) -> int | None:
-    """The run. Where SIGTERM ends it early: the last epoch."""
+          pool: RewardPool, check_folder: Callable[[], None]) -> int | None:
+    """The run. Where SIGTERM ends it early: the last epoch. check_folder: raises where the run's folder is gone."""
     mesh, model, solver = plan.mesh, plan.model, plan.solver
     checkpoints = Checkpoints(c.run_dir, keep=c.save.keep)
     restored, spent = hosts.from_first(checkpoints.latest), Spent()
@@ -203,6 +206,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         records = []
         for length, evaluator in evaluators.items():
             result = evaluator(learner.averaged, epoch, functools.partial(bar, desc="evaluation"))
+            check_folder()
             log.evaluation(result.record, result.videos, length if records else None)
             records.append(result.record)
             say(f"epoch {epoch}: held-out {said(result.record)}"
@@ -214,6 +218,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         count = sum(v.size for state in states.values() for v in jax.tree.leaves(state.trainable))
         say(f"{count:,} trained parameters, {s.videos} videos an epoch")
         base = evaluate(0)
+        hosts.stage("epoch 0: saving")
         run_state.save(checkpoints, 0, states, c.to_dict(), s.lora, spent)
     elif epochs:
         say(f"continuing {c.run_dir} after epoch {done}")
@@ -243,6 +248,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         spent += Spent(evaluations, hosts.gather(seconds["total"] - compiled.seconds)[0])
         final = epoch == c.epochs or s.budget.reached(spent)
         failed, groups = int((~lesson.valid).sum()), lesson.groups
+        check_folder()
         log.epoch(record | {"spent_evaluations": spent.evaluations, "spent_seconds": spent.seconds,
                             "reward_mean": groups.mean_reward, "reward_std": groups.std_reward,
                             "group_std": groups.mean_group_std, "zero_std_fraction": groups.zero_std_fraction,
@@ -261,6 +267,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
             evaluate(epoch)
         saving = time.time()
         hosts.stage(f"epoch {epoch}: saving")
+        check_folder()
         ending = asked_to_end()
         if epoch % c.save.every == 0 or final or ending:
             run_state.save(checkpoints, epoch, states, c.to_dict(), s.lora, spent)
