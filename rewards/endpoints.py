@@ -23,7 +23,6 @@ from rewards.connections import Answer, Connections
 from rewards.received import load_json, printable
 
 log = logging.getLogger("rewards.remote")
-log.setLevel(logging.WARNING)           # also where a program silences its libraries: a dead server must be seen
 
 PROBE_TIMEOUT = 5.0                     # seconds
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0   # seconds between two probes, and between two requests to busy servers

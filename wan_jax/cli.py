@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import errno
 import gc
+import logging
 import os
 import pathlib
 import re
@@ -15,7 +16,8 @@ import traceback
 from collections.abc import Callable, Sequence
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 
 from wan_jax import memory
 
@@ -51,7 +53,8 @@ def run(main: Callable) -> None:
         if len(argv) > 1:
             fail(f"unexpected argument {argv[1]!r}; settings are given as --name=value, see --help")
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.ERROR)  # orbax and JAX say a lot at the usual level
+            absl_logging.set_verbosity(absl_logging.ERROR)  # orbax and JAX say a lot at the usual level
+            logging.getLogger("rewards").setLevel(logging.WARNING)  # but a dead reward server must be seen
         try:
             main(argv)
         except BaseException as error:
