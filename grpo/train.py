@@ -25,7 +25,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from convert.lora import initial_adapters
-from grpo import ahead, clip_lengths, combine, devices, report, run_log, run_state, settings
+from grpo import agreement, ahead, clip_lengths, combine, devices, report, run_log, run_state, settings
 from grpo import offload as optimiser_offload
 from grpo.budget import Spent
 from grpo.combine import MAIN
@@ -75,6 +75,9 @@ def main(_):
     launch = hosts.choose(CLUSTER.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, os.environ)
     with hosts.joined(launch, HOST_TIMEOUT.value, STAGE_TIMEOUT.value, JOIN_TIMEOUT.value), \
             folder_lock.locked(c.run_dir, "--config.run_dir") if hosts.first() else contextlib.nullcontext() as lock:
+        hosts.stage("comparing the processes")
+        if jax.process_count() > 1:
+            agreement.check(c, {"prompts.train": train_prompts, "prompts.heldout": heldout})
         cli.keep_compiled_programs()
         with cli.user_input():
             plan = Plan.make(c, s)

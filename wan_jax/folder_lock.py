@@ -45,8 +45,9 @@ class Lock:
 
 
 def read(path: pathlib.Path) -> str | None:
-    """The content of a lock file; None where it cannot be read."""
+    """The content of a lock file; None where it cannot be read. Not from a network file system's cache."""
     try:
+        os.scandir(path.parent).close()  # opening the folder makes an NFS client ask the server what is in it
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return None

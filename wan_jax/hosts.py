@@ -5,6 +5,7 @@ batch that lie on the process's own devices, and `gather` brings the results tog
 is the identity.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -13,6 +14,7 @@ import pickle
 import re
 import signal
 import socket
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -27,6 +29,8 @@ from wan_jax.hosts_watch import AGAIN, Watch
 
 CLUSTERS = ("auto", "none", "slurm", "ompi", "k8s")
 CHUNK = 2**22  # bytes of one collective
+FOLDER_SECONDS = 10  # until what process 0 wrote must be seen by the others
+SHARED = "see docs/hosts.md, What must be shared"
 # variables of a launcher: processes, this one's number, what JAX's own detection needs beside them, who shares the host
 LAUNCHERS = {"slurm": ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE"),
              "ompi": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_MCA_orte_hnp_uri",
@@ -233,20 +237,95 @@ def my_part(x: jax.Array) -> np.ndarray:
     return np.concatenate([np.zeros((0, *x.shape[1:]), x.dtype), *(np.asarray(shards[at]) for at in sorted(shards))])
 
 
-def digest(tree) -> str:
-    """SHA-256 of this process's copy of the arrays that lie whole on every device."""
-    sha = hashlib.sha256()
+def check_same_folder(setting: str, path: str, read: Callable[[], str | None]) -> None:
+    """Checks that `path` leads every process to the folder of process 0; all must call this.
+
+    read: reads a file in that folder whose content tells it from others; None where it is not there. What process 0
+    reads must become visible to the others within `FOLDER_SECONDS`, a time for network file systems. Raises
+    `UserError`, the same on every process.
+    """
+    wanted = from_first(read)
+    deadline = time.monotonic() + FOLDER_SECONDS
+    while not (same := read() == wanted) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    seen = gather((socket.gethostname(), path, same))
+    for process, (host, there, same) in enumerate(seen):
+        if not same:
+            raise UserError(f"{setting}={there} of process {process} on {host} is not the folder of process 0 "
+                            f"({seen[0][1]} on {seen[0][0]}); {SHARED}")
+
+
+def check_same_facts(facts: Mapping[str, str]) -> None:
+    """Checks that the named values are equal on all processes, which all must call this. Raises `UserError` with the
+    names and values of the first process that differs from process 0, the same on every process."""
+    seen = gather((socket.gethostname(), dict(facts)))
+    first_facts = seen[0][1]
+    for process, (host, there) in enumerate(seen):
+        different = [f"{name}: {there.get(name)} instead of {first_facts.get(name)}"
+                     for name in sorted(first_facts.keys() | there.keys()) if there.get(name) != first_facts.get(name)]
+        if different:
+            more = f" and {len(different) - 6} more" * (len(different) > 6)
+            raise UserError(f"process {process} on {host} differs from process 0 in {'; '.join(different[:6])}{more}; "
+                            f"start every process with the same command, files and code; {SHARED}")
+
+
+def replica_digests(tree) -> dict[tuple[int, ...], dict[int, str]]:
+    """Computes SHA-256 digests of what this process holds of a tree of arrays and another device or process holds too.
+
+    For each set of devices that hold the same shards, {device: digest of all these shards}; an array of this process
+    alone, which every process has for itself, is under () and the number of the process. A shard that one device holds
+    has no other copy to compare it with, and is left out.
+    """
+    places, alone = {}, hashlib.sha256()  # {device: {set of devices: [(name, shard)]}}
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
-        if x.is_fully_replicated:
-            sha.update(jax.tree_util.keystr(path).encode() + np.asarray(x.addressable_data(0)).tobytes())
+        name = jax.tree_util.keystr(path)
+        if jax.process_count() > 1 and x.is_fully_addressable:
+            alone.update(name.encode() + np.asarray(x).tobytes())
+            continue
+        holders = {}
+        for device, index in x.sharding.devices_indices_map(x.shape).items():
+            holders.setdefault(repr(index), []).append(device.id)
+        for shard in x.addressable_shards:
+            devices = tuple(sorted(holders[repr(shard.index)]))
+            if len(devices) > 1:
+                places.setdefault(shard.device.id, {}).setdefault(devices, []).append(
+                    (f"{name}{shard.index}", shard.data))
+
+    def of_device(groups) -> dict[tuple[int, ...], str]:
+        return {devices: _shards_digest(shards) for devices, shards in groups.items()}
+
+    with concurrent.futures.ThreadPoolExecutor(max(1, len(places))) as threads:
+        found = dict(zip(places, threads.map(of_device, places.values())))
+    digests = {(): {jax.process_index(): alone.hexdigest()}}
+    for device, groups in found.items():
+        for devices, digest in groups.items():
+            digests.setdefault(devices, {})[device] = digest
+    return digests
+
+
+def _shards_digest(shards: list[tuple[str, jax.Array]]) -> str:
+    sha = hashlib.sha256()
+    for name, data in shards:
+        # a new array over the same memory: `data` itself would keep its copy on the host
+        data = jax.make_array_from_single_device_arrays(data.shape, data.sharding, [data])
+        sha.update(name.encode() + np.asarray(data).tobytes())
     return sha.hexdigest()
 
 
 def check_same(tree, what: str) -> None:
-    """Raises `UserError` unless `digest` is the same on every process."""
-    digests = gather(digest(tree) if jax.process_count() > 1 else None)
-    wrong = [p for p, d in enumerate(digests) if d != digests[0]]
+    """Raises `UserError` unless all devices and processes that hold the same shards of the tree hold the same bits.
+
+    Weights that are split over all devices have no second copy, so of these nothing can be compared.
+    """
+    seen = gather(replica_digests(tree) if jax.process_count() > 1 else {})
+    copies = {}  # {set of devices: [(process, digest)]}
+    for process, digests in enumerate(seen):
+        for devices, of_device in digests.items():
+            copies.setdefault(devices, []).extend((process, digest) for digest in of_device.values())
+    wrong = {process: held[0][0] for held in copies.values() for process, digest in held if digest != held[0][1]}
     if wrong:
-        raise UserError(f"{what} of process {wrong[0]} differ from those of process 0 ({len(wrong)} of {len(digests)} "
-                        "processes do): a device or host computes wrongly, or the processes run different versions; "
-                        "run the same command again without it: it continues after the last checkpoint")
+        process = min(wrong)
+        other = f"those of process {wrong[process]}" if wrong[process] != process else "each other on its devices"
+        raise UserError(f"{what} of process {process} differ from {other} ({len(wrong)} of {len(seen)} processes do): "
+                        "a device or host computes wrongly; run the same command again without it: it continues after "
+                        "the last checkpoint")
