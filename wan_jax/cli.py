@@ -77,16 +77,28 @@ def stop_if_interrupted() -> None:
 
 
 def end_well_on_sigterm() -> None:
-    """From now on SIGTERM sets `asked_to_end`, and a second one ends the process at once."""
+    """From now on SIGTERM sets `asked_to_end`, and a second one ends the process at once.
 
-    def asked(signum, frame):
-        if asked_to_end.is_set():
-            os._exit(TERMINATED)
+    A thread reads the signals, since Python's own handlers wait for the main thread, which may hang inside a library.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def await_sigterm():
+        while os.read(reading, 1)[0] != signal.SIGTERM:
+            pass
+
+    def listen():
+        await_sigterm()
         asked_to_end.set()
         os.write(2, b"\nSIGTERM: the run ends once its epoch is finished and saved; a second one ends it at once\n")
+        await_sigterm()
+        os._exit(TERMINATED)
 
     asked_to_end.clear()
-    signal.signal(signal.SIGTERM, asked)
+    threading.Thread(target=listen, name="signals", daemon=True).start()
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda signum, frame: asked_to_end.set())
 
 
 def leave() -> None:
