@@ -103,10 +103,10 @@ def what_waits(run: Run, offload: bool) -> dict[str, int]:
 
 def measure(program: Program, compiler_options: dict | None = None) -> Measured:
     """Compiles the program."""
-    start = time.time()
+    start = time.monotonic()
     m = program.jitted.lower(*program.args).compile(compiler_options).memory_analysis()
     work = m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
-    return Measured(program.name, time.time() - start, work, data_bytes(program))
+    return Measured(program.name, time.monotonic() - start, work, data_bytes(program))
 
 
 def compile_all(run: Run, offload: bool, progress: Callable = lambda x: x) -> Memory:

@@ -164,13 +164,13 @@ def run_all(jobs: Sequence[Job], slots: Sequence[dict[str, str]]) -> Iterator[tu
         while waiting or running:
             for slot in range(len(slots)):
                 if slot not in running and waiting:
-                    running[slot] = (job := waiting.pop(0)), start(job, slots[slot]), time.time()
+                    running[slot] = (job := waiting.pop(0)), start(job, slots[slot]), time.monotonic()
                     print(f"{job.method.name}, seed {job.seed}: started, output in {job.log}", flush=True)
             time.sleep(0.1)
             for slot, (job, process, since) in list(running.items()):
                 if process.poll() is not None:
                     del running[slot]
-                    yield job, process.returncode, time.time() - since
+                    yield job, process.returncode, time.monotonic() - since
     finally:
         for _, process, _ in running.values():
             process.send_signal(signal.SIGINT)

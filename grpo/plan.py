@@ -219,7 +219,7 @@ def main(_):
         jax.config.update("jax_logging_level", "CRITICAL")  # else the ROCm plugin says at length that there are none
         if f.devices and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
             jax.config.update("jax_num_cpu_devices", f.devices)
-    start = time.time()
+    start = time.monotonic()
     cli.keep_compiled_programs()
     with cli.user_input():
         target = choose_target(f.device, f.devices)
@@ -274,7 +274,7 @@ def main(_):
             f"frames (update compiled at {', '.join(str(p.tokens) for p in points)} tokens, lines between; decoder by "
             "wan_jax/vae_chunks.py):")
         say(*largest_clips(lean, needed.base, target.limit, points))
-    say(f"planned in {time.time() - start:.0f} s")
+    say(f"planned in {time.monotonic() - start:.0f} s")
 
 
 def given_efficiency(f, default: costs.Efficiency) -> costs.Efficiency:

@@ -73,7 +73,7 @@ def main(_):
         if noise.shape != (len(index), *shape):
             raise UserError(f"--noise {FLAGS.noise} has shape {noise.shape}, these flags need {(len(index), *shape)}")
 
-    start = time.time()
+    start = time.monotonic()
     scales = experts.guidances(FLAGS.guidance, FLAGS.guidance_2, len(model.experts))
     steps = experts.per_guidance(functools.partial(
         pipeline.make_ode_step, lambda state: nnx.merge(graphdef, state), solver, shift=steer), scales)
@@ -87,8 +87,9 @@ def main(_):
         path = out if len(videos) == 1 else out.with_name(f"{out.stem}_{i:03d}{suffix}")
         media.write(path, video, FLAGS.fps)
         print(f"{path}  {FLAGS.prompt[index[i]]}")
-    print(f"{len(videos)} sample(s) of {FLAGS.frames} x {FLAGS.height} x {FLAGS.width} in {time.time() - start:.1f} s, "
-          f"compilation included; {memory.peaks()}")
+    seconds = time.monotonic() - start
+    print(f"{len(videos)} sample(s) of {FLAGS.frames} x {FLAGS.height} x {FLAGS.width} in {seconds:.1f} s, compilation "
+          f"included; {memory.peaks()}")
 
 
 if __name__ == "__main__":
