@@ -64,7 +64,16 @@ STAGE_TIMEOUT = flags.DEFINE_integer("stage_timeout", 7200, "seconds in which so
 
 
 def main(_):
-    c = CONFIG.value
+    launch = hosts.choose(CLUSTER.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, os.environ)
+    with hosts.joined(launch, HOST_TIMEOUT.value, STAGE_TIMEOUT.value, JOIN_TIMEOUT.value):
+        ended = train_recipe(CONFIG.value)
+    if ended is not None:
+        raise cli.AskedToEnd(f"ended by SIGTERM after epoch {ended}, which is saved; the same command continues from "
+                             "it")
+
+
+def train_recipe(c) -> int | None:
+    """Checks the recipe `c` and what it names, and trains. Returns what `train` does."""
     s = settings.from_config(c)
     train_prompts = load_prompts(c.prompts.train, parse_targets)
     heldout = load_prompts(c.prompts.heldout, parse_targets, limit=c.eval.num_prompts)
@@ -72,9 +81,7 @@ def main(_):
     if overlap := set(train_prompts.prompts) & set(heldout.prompts):
         raise UserError(f"{len(overlap)} held-out prompts are training prompts too, e.g. {min(overlap)!r}")
     train_prompts, heldout = (for_rewards(prompts, s.weights) for prompts in (train_prompts, heldout))
-    launch = hosts.choose(CLUSTER.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, os.environ)
-    with hosts.joined(launch, HOST_TIMEOUT.value, STAGE_TIMEOUT.value, JOIN_TIMEOUT.value), \
-            folder_lock.locked(c.run_dir, "--config.run_dir") if hosts.first() else contextlib.nullcontext() as lock:
+    with folder_lock.locked(c.run_dir, "--config.run_dir") if hosts.first() else contextlib.nullcontext() as lock:
         hosts.stage("comparing the processes")
         if jax.process_count() > 1:
             agreement.check(c, {"prompts.train": train_prompts, "prompts.heldout": heldout})
@@ -82,10 +89,7 @@ def main(_):
         with cli.user_input():
             plan = Plan.make(c, s)
         with open_pool(c.reward, s.weights) as pool:
-            ended = train(c, s, plan, train_prompts, heldout, pool, lock.check_held if lock else lambda: None)
-    if ended is not None:
-        raise cli.AskedToEnd(f"ended by SIGTERM after epoch {ended}, which is saved; the same command continues from "
-                             "it")
+            return train(c, s, plan, train_prompts, heldout, pool, lock.check_held if lock else lambda: None)
 
 
 @dataclasses.dataclass(frozen=True)
