@@ -54,7 +54,7 @@ def compare(folder: pathlib.Path, process: int) -> None:
 def main(argv):
     folder, process = pathlib.Path(argv[1]), int(argv[3])
     hosts.FOLDER_SECONDS = 1
-    with hosts.joined(hosts.Launch(argv[2], 2, process), timeout=20, join_timeout=60):
+    with hosts.joined(hosts.Launch(argv[2], 2, process), timeout=10, join_timeout=100):
         if hosts.first():
             with folder_lock.locked(folder / "run", "--config.run_dir"):
                 compare(folder, process)
