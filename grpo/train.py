@@ -16,7 +16,6 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -89,7 +88,7 @@ def train_recipe(c) -> int | None:
         with cli.user_input():
             plan = Plan.make(c, s)
         with open_pool(c.reward, s.weights) as pool:
-            return train(c, s, plan, train_prompts, heldout, pool, lock.check_held if lock else lambda: None)
+            return train(c, s, plan, train_prompts, heldout, pool, lock)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +134,9 @@ class Plan:
 
 
 def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout: PromptSet,
-          pool: RewardPool, check_folder: Callable[[], None]) -> int | None:
-    """The run. Where SIGTERM ends it early: the last epoch. check_folder: raises where the run's folder is gone."""
+          pool: RewardPool, lock: folder_lock.Lock | None = None) -> int | None:
+    """The run. Where SIGTERM ends it early: the last epoch. lock: of the run's folder, in process 0."""
+    check_folder = lock.check_held if lock else lambda: None
     mesh, model, solver = plan.mesh, plan.model, plan.solver
     checkpoints = Checkpoints(c.run_dir, keep=c.save.keep)
     restored, spent = hosts.from_first(checkpoints.latest), Spent()
