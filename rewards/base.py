@@ -7,9 +7,14 @@ together; `grpo.combine` adds them up.
 """
 
 import dataclasses
+import math
+import numbers
+import traceback
 from typing import Any, Protocol
 
 import numpy as np
+
+NOT_REACHED = "not measured yet"  # in `CombinedScore.failed`
 
 
 class RewardError(RuntimeError):
@@ -29,6 +34,14 @@ class Score:
 
 
 @dataclasses.dataclass(frozen=True)
+class CombinedScore(Score):
+    """The main reward's score, with what became of the others beside it (`rewards.several`)."""
+
+    failed: tuple[tuple[str, str], ...] = ()  # the others that failed: (name, `describe` of the error)
+    retried: tuple[str, ...] = ()            # the others that were tried a second time
+
+
+@dataclasses.dataclass(frozen=True)
 class Asked:
     """The record of a video where a reward needs more than the texts it should show."""
 
@@ -43,6 +56,32 @@ class Reward(Protocol):
     def score(self, frames: np.ndarray, record: Any) -> Score:
         """`frames` uint8 [T, H, W, 3] RGB; `record` says what the video was asked to show."""
         ...
+
+
+def describe(error: BaseException) -> str:
+    """Return the message of a `RewardError`, which says all, or the traceback of an unexpected error. Never empty."""
+    text = str(error) if isinstance(error, RewardError) else "".join(traceback.format_exception(error))
+    return text.strip() or type(error).__name__
+
+
+def last_line(error: str) -> str:
+    """Return the line of a `describe` text that names the error."""
+    return error.strip().splitlines()[-1]
+
+
+def check_score(score: Any) -> None:
+    """Raise `RewardError` if `score` is not a `Score` with a finite value. Values of `parts` may be nan."""
+    if not isinstance(score, Score):
+        raise RewardError(f"the reward returned {type(score).__name__} instead of a Score")
+    if not isinstance(score.value, numbers.Real) or not math.isfinite(score.value):
+        raise RewardError(f"the reward is not finite: {score}")
+    try:
+        well_formed = isinstance(score.text, str) and all(
+            isinstance(name, str) and isinstance(value, numbers.Real) for name, value in score.parts)
+    except (TypeError, ValueError):
+        well_formed = False
+    if not well_formed:
+        raise RewardError(f"the reward returned a malformed Score: {str(score)[:200]}")
 
 
 def check_frames(frames: np.ndarray) -> None:

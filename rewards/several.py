@@ -1,12 +1,13 @@
 """Several rewards on the same videos, scored together and kept apart."""
 
 import itertools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from rewards.base import Asked, Reward, Score
+from rewards.base import NOT_REACHED, Asked, CombinedScore, Reward, Score, check_score, describe
 from rewards.text_match import Normaliser, similarity
 
 
@@ -26,9 +27,10 @@ DERIVED: dict[str, Callable[[Score], float]] = {"stability": stability}  # from 
 class SeveralRewards:
     """The first reward's score, with every reward's value in `Score.parts`.
 
-    A reward that fails after the first one leaves nan under its own name and the others alone; when the first one
-    fails, so does the score. makers: {name: factory}, the first one is the main one, or None for one of `DERIVED`.
-    The record may be an `Asked`, which those see that have `asks_prompt`; the others see its targets.
+    When the first reward fails, so does the score. Any other reward that fails is tried once more; if it fails again it
+    leaves nan under its own name and its error in `CombinedScore.failed`. makers: {name: factory}, the first one is the
+    main one, or None for one of `DERIVED`. The record may be an `Asked`, which those see that have `asks_prompt`; the
+    others see its targets.
     """
 
     def __init__(self, makers: Mapping[str, Callable[[], Reward]]):
@@ -39,15 +41,37 @@ class SeveralRewards:
         for reward in self.rewards.values():
             getattr(reward, "close", lambda: None)()
 
-    def score(self, frames: np.ndarray, record: Any) -> Score:
+    def score(self, frames: np.ndarray, record: Any) -> CombinedScore:
+        *_, score = self.scores(frames, record)
+        return score
+
+    def scores(self, frames: np.ndarray, record: Any) -> Iterator[CombinedScore]:
+        """The score as it stands after each reward. The last one is whole; in the others the rewards that were not
+        reached yet count as failed. So what was measured is not lost when a reward ends the process."""
         (main, first), *others = self.rewards.items()
         targets = record.targets if isinstance(record, Asked) else record
         score = first.score(frames, targets)
-        parts = [(main, score.value)]
+        check_score(score)
+        values = dict.fromkeys(self.rewards, math.nan) | {main: score.value}
+        failed, retried = {name: NOT_REACHED for name, _ in others}, []
         for name, reward in others:
-            try:
-                seen = record if getattr(reward, "asks_prompt", False) else targets
-                parts.append((name, reward.score(frames, seen).value if reward else DERIVED[name](score)))
-            except Exception:  # whatever it is, it concerns this reward alone
-                parts.append((name, float("nan")))
-        return Score(score.value, score.text, score.frames, score.frame_values, score.frame_texts, tuple(parts))
+            yield combined(score, values, failed, retried)
+            seen = record if getattr(reward, "asks_prompt", False) else targets
+            for attempt in (0, 1):
+                try:
+                    found = reward.score(frames, seen) if reward else Score(DERIVED[name](score))
+                    check_score(found)
+                    values[name] = found.value
+                    del failed[name]
+                    break
+                except Exception as error:  # it concerns this reward alone: the other rewards keep their values
+                    failed[name] = describe(error)
+                    if attempt == 0:
+                        retried.append(name)
+        yield combined(score, values, failed, retried)
+
+
+def combined(score: Score, values: Mapping[str, float], failed: Mapping[str, str],
+             retried: Sequence[str]) -> CombinedScore:
+    return CombinedScore(score.value, score.text, score.frames, score.frame_values, score.frame_texts,
+                         tuple(values.items()), tuple(failed.items()), tuple(retried))

@@ -3,10 +3,12 @@
 FD is the inherited end of a socket pair that carries pickled objects, one request and one reply at a time:
 
     first  (sys.path of the parent, pickled factory)  ->  ("ready", None)   or  ("failed", traceback)
-    then   (frames, record)                           ->  ("score", Score)  or  ("failed", traceback)
+    then   (frames, record)                           ->  ("score", Score)  or  ("failed", traceback),
+                                                          before it ("partial", Score) after each of several rewards
     end of file                                       ->  the process ends
 """
 
+import functools
 import os
 import pickle
 import signal
@@ -49,13 +51,22 @@ def answer(parent: Connection, work: Callable, done: str, send_result: bool) -> 
     return result
 
 
+def score(parent: Connection, reward: Any, frames: Any, record: Any) -> Any:
+    """The reward's score of a video. What several rewards have found so far is sent at once."""
+    if not hasattr(reward, "scores"):
+        return reward.score(frames, record)
+    for found in reward.scores(frames, record):
+        parent.send(("partial", found))
+    return found
+
+
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):    # the parent's to handle, also where they reach the whole job: it
         signal.signal(number, signal.SIG_IGN)         # closes the socket
     parent = Connection(int(sys.argv[1]))
     reward = answer(parent, build, "ready", send_result=False)
     while reward is not None:
-        answer(parent, reward.score, "score", send_result=True)
+        answer(parent, functools.partial(score, parent, reward), "score", send_result=True)
 
 
 if __name__ == "__main__":

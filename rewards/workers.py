@@ -15,25 +15,39 @@ RapidOCR is ready after 1.2 s and holds 190 MB.
 
 import concurrent.futures
 import dataclasses
+import logging
 import os
 import pathlib
 import pickle
 import queue
+import re
 import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing import Pipe
 from typing import Any, Protocol
 
 import numpy as np
 
-from rewards.base import Reward, RewardError, Score, check_frames
+from rewards.base import (
+    NOT_REACHED,
+    CombinedScore,
+    Reward,
+    RewardError,
+    Score,
+    check_frames,
+    check_score,
+    describe,
+    last_line,
+)
 
+log = logging.getLogger("rewards.workers")
+log.setLevel(logging.WARNING)        # also where a program silences its libraries: a failing reward must be seen
 MODES = ("process", "thread", "inline")
 _START_TIMEOUT = 300.0      # seconds to import and load the models, on a busy network disk too
+_MOST_SHOWN = 20            # kinds of failures that a pool logs
 _ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 
 
@@ -47,10 +61,13 @@ class BatchScores:
     texts: list[str]                     # B, what was read; "" where not valid
     parts: dict[str, np.ndarray]         # of several rewards, float64 [B] each; nan where that one failed
     scores: list[Score | None]           # B, the whole scores; None where not valid
-    errors: list[str]                    # B, traceback of the last attempt; "" where valid
+    errors: list[str]                    # B, `base.describe` of the last attempt; "" where valid
     failures: int                        # videos that are not valid
     retries: int                         # second attempts, successful or not
     seconds: float                       # from submit until the last score
+    # of several rewards, what each one beside the main one failed with, and how often it was tried again
+    part_errors: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    part_retries: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +109,16 @@ class PendingScores:
         scores = [outcome.score for outcome in outcomes]
         valid = np.array([score is not None for score in scores], bool)
         found = [dict(score.parts) if score else {} for score in scores]
+        part_errors: dict[str, list[str]] = {}
+        part_retries: dict[str, int] = {}
+        for score in scores:
+            if isinstance(score, CombinedScore):
+                for name, error in score.failed:
+                    part_errors.setdefault(name, []).append(error)
+                for name in score.retried:
+                    part_retries[name] = part_retries.get(name, 0) + 1
         return BatchScores(
+            part_errors=part_errors, part_retries=part_retries,
             parts={name: np.array([part.get(name, np.nan) for part in found], np.float64)
                    for name in dict.fromkeys(name for part in found for name in part)},
             values=np.array([score.value if score else np.nan for score in scores], np.float64),
@@ -111,6 +137,14 @@ class _Scorer(Protocol):
 
     def score(self, frames: np.ndarray, record: Any) -> Score: ...
     def close(self) -> None: ...
+
+
+class _WorkerLost(RewardError):
+    """A worker died or was killed; `partial` is the score as far as it came, or None."""
+
+    def __init__(self, message: str, partial: CombinedScore | None):
+        super().__init__(message)
+        self.partial = partial
 
 
 class _LocalScorer:
@@ -170,7 +204,7 @@ class _ProcessScorer:
 
     def _ask(self, request: tuple, timeout: float, what: str) -> Any:
         """Sends a request and waits for the answer. Every way to fail is a `RewardError` that says how."""
-        process, expired = self._process, threading.Event()
+        process, expired, partial = self._process, threading.Event(), None
 
         def expire():
             expired.set()
@@ -182,11 +216,14 @@ class _ProcessScorer:
         try:
             self._socket.send(request)
             kind, answer = self._socket.recv()
+            while kind == "partial":
+                partial = answer
+                kind, answer = self._socket.recv()
         except (EOFError, OSError) as error:
             process.kill()
             code = process.wait()
             cause = f"took longer than {timeout} s" if expired.is_set() else f"died with exit code {code}"
-            raise RewardError(f"reward worker {process.pid} {cause} when it was to {what}") from error
+            raise _WorkerLost(f"reward worker {process.pid} {cause} when it was to {what}", partial) from error
         finally:
             timer.cancel()
             timer.join()
@@ -207,7 +244,9 @@ class RewardPool:
     timeout: seconds for one video, after which its worker is killed; mode "process" only.
 
     A score that raises, is not finite, takes too long or kills its worker is tried once more, on a fresh
-    worker if it died, and then masked and counted. A reward that cannot even be built raises here, at once.
+    worker if it died, and then masked and counted. Of several rewards (`rewards.several`) one beside the main
+    one leaves nan in its own part, also where it kills its worker. The first failure of a kind is logged. A
+    reward that cannot even be built raises here, at once.
     Values do not depend on the mode or on the number of workers, as long as the reward itself is
     deterministic.
     """
@@ -220,6 +259,7 @@ class RewardPool:
             raise ValueError(f"workers={workers} with mode={mode!r}: must be 0 or more, and 0 if inline")
         self.workers, self._closed = workers, False
         self._idle: queue.SimpleQueue[_Scorer] = queue.SimpleQueue()
+        self._shown: set[tuple[str, ...]] = set()       # kinds of failures that were logged
         self._executor = concurrent.futures.ThreadPoolExecutor(workers, "reward") if workers else None
         if mode == "process" and workers:
             factory = self._pickle(make_reward)
@@ -278,21 +318,35 @@ class RewardPool:
 
     def _score(self, frames: np.ndarray, record: Any) -> _Outcome:
         scorer = self._idle.get()           # never waits: there are as many scorers as threads
-        error = ""
+        error, partial = "", None
         try:
             for retries in (0, 1):
                 try:
                     score = scorer.score(frames, record)
-                    if not np.isfinite(score.value):
-                        raise RewardError(f"the reward is not finite: {score}")
+                    check_score(score)
+                    for name, failure in getattr(score, "failed", ()):
+                        self._show(f"reward {name}", failure)
                     return _Outcome(score, "", retries, time.monotonic())
-                except Exception:
-                    error = traceback.format_exc()
+                except (Exception, SystemExit) as failure:      # whatever it is, it concerns this video alone
+                    error = describe(failure)
                     if self._closed:
                         raise concurrent.futures.CancelledError from None
-            return _Outcome(None, error, 1, time.monotonic())
+                    self._show("the reward", error)
+                    partial = getattr(failure, "partial", None) or partial
+            if partial is not None:         # the main reward has a score: one after it ended the worker twice
+                failed = tuple((name, error if text == NOT_REACHED else text) for name, text in partial.failed)
+                partial = dataclasses.replace(partial, failed=failed)
+            return _Outcome(partial, "" if partial else error, 1, time.monotonic())
         finally:
             self._idle.put(scorer)
+
+    def _show(self, name: str, error: str) -> None:
+        """Logs the first failure of each kind: of one reward, raised at one place or with one message."""
+        places = re.findall(r'File "(.*)", line (\d+)', error)[-1:]
+        kind = (name, *(places[0] if places else ()), re.sub(r"\d+", "", last_line(error)).partition(":")[0])
+        if kind not in self._shown and len(self._shown) < _MOST_SHOWN:
+            self._shown.add(kind)
+            log.warning("%s failed for a video; further failures like this are counted and not shown:\n%s", name, error)
 
     def close(self) -> None:
         """Stops the workers. Videos that wait for one are dropped. Closing twice does nothing."""
