@@ -24,7 +24,7 @@ from benchmarks.workload import Record, Stage
 from grpo.advantages import group_advantages
 from grpo.losses import LossConfig
 from grpo.rollout import StepTable, initial_noise, make_step, rollout_batches
-from grpo.scores import gather_scores
+from grpo.scores import gather_scores, submit
 from grpo.update import OptimiserConfig, init_state, make_update, stack_batches
 from rewards.ocr import OCRReward
 from rewards.workers import RewardPool
@@ -85,7 +85,8 @@ class Epoch:
             clock("sample", x)
             video()
             clock("decode")
-            pending.append((self.rows[b], self.pool.submit(self.pictures[b], [self.targets[i] for i in self.rows[b]])))
+            pending.append(submit(self.pool, self.rows[b], pipeline.Videos(self.pictures[b], np.ones(f.batch, bool)),
+                                  [self.targets[i] for i in self.rows[b]]))
         scores = gather_scores(pending, len(self.targets))
         clock("score wait")
         groups = np.repeat(np.arange(f.groups), f.group_size)

@@ -22,9 +22,16 @@ Base = Mapping[str, tuple[float, float]]  # mean and standard deviation by measu
 
 
 def base_statistics(parts: Mapping[str, np.ndarray]) -> dict[str, tuple[float, float]]:
-    """Mean and population standard deviation of each measure over the videos that have it; nan without any."""
+    """Mean and population standard deviation of each measure over the videos that have it; nan with fewer than two,
+    which say nothing about the spread."""
     found = {name: values[np.isfinite(values)] for name, values in parts.items() if name != MAIN}
-    return {name: (float(v.mean()), float(v.std())) if len(v) else (np.nan, np.nan) for name, v in found.items()}
+    return {name: (float(v.mean()), float(v.std())) if len(v) > 1 else (np.nan, np.nan) for name, v in found.items()}
+
+
+def without_base(weights: Mapping[str, float], base: Base) -> list[str]:
+    """Return the weighted measures of quality that cannot be judged because `base` has no statistics of them."""
+    return [name for name, weight in weights.items()
+            if weight and name in BAD_SIDE and not np.isfinite(base.get(name, np.nan)).all()]
 
 
 def against_base(name: str, values: np.ndarray, mean: float, std: float) -> np.ndarray:
@@ -44,11 +51,13 @@ def means(measured: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 def terms(values: np.ndarray, parts: Mapping[str, np.ndarray], weights: Mapping[str, float],
           base: Base) -> dict[str, np.ndarray]:
-    """The rewards that train, by name: [N] float64 each, nan where a video has none. values [N]: the spelling."""
+    """The rewards that train, by name: [N] float64 each, nan where a video has none. values [N]: the spelling. base:
+    of the weighted measures of quality."""
     found = {MAIN: np.asarray(values, np.float64)}
-    found |= {name: against_base(name, part, *base[name]) if name in BAD_SIDE else part
-              for name, part in parts.items() if name != MAIN}
-    return {name: found[name] for name, weight in weights.items() if weight}
+    for name in weights.keys() - {MAIN}:
+        found[name] = parts.get(name, np.full(len(values), np.nan))  # no video may have it
+    return {name: against_base(name, found[name], *base[name]) if name in BAD_SIDE else found[name]
+            for name, weight in weights.items() if weight}
 
 
 def combined(rewards: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:

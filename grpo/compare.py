@@ -220,9 +220,14 @@ def main(_):
 
     def write() -> list[str]:
         """Of the runs that are finished by now."""
-        runs = {m.name: {job.seed: comparison.read_curve(job.folder) for job in jobs
-                         if job.method == m and job in finished} for m in methods}
-        return comparison.write(comparison.Comparison(described, runs, (unit, amount), f.reach, failures, parallel,
+        runs, left_out = {m.name: {} for m in methods}, dict(failures)
+        for job in jobs:
+            if job in finished:
+                try:
+                    runs[job.method.name][job.seed] = comparison.read_curve(job.folder)
+                except UserError as error:
+                    left_out[f"{job.method.name}, seed {job.seed}"] = str(error)
+        return comparison.write(comparison.Comparison(described, runs, (unit, amount), f.reach, left_out, parallel,
                                                       command, differing), out)
 
     slots = [environment(out.absolute(), f.devices[i % len(f.devices)] if f.devices else None,

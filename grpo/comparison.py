@@ -18,6 +18,7 @@ from grpo import run_log
 from grpo.charts import chart
 from grpo.report_page import COLORS, page, table
 from grpo.statistics import t_interval
+from wan_jax.cli import UserError
 
 SURE = "95\N{NO-BREAK SPACE}%"
 AXES = {"evaluations": "evaluations of the model", "seconds": "seconds of training"}
@@ -50,12 +51,17 @@ class Comparison:
 
 
 def read_curve(folder) -> Curve:
-    """Of a run's folder. Raises ValueError where an evaluation has no record of its epoch."""
+    """Of a run's folder, without evaluations that have no result. Raises `UserError` where these are the first or the
+    last, which tell what the run gained, and ValueError where an evaluation has no record of its epoch."""
     spent = {0: (0, 0.0)} | {m["epoch"]: (m["spent_evaluations"], m["spent_seconds"])
                              for m in run_log.read_metrics(folder)}
     records = run_log.read_evaluations(folder)
     if missing := [r["epoch"] for r in records if r["epoch"] not in spent]:
         raise ValueError(f"{folder}: {run_log.METRICS} has no record of epoch {missing[0]}, which was evaluated")
+    if lost := [r["epoch"] for r in (*records[:1], *records[-1:]) if not math.isfinite(r["reward"])]:
+        raise UserError(f"the evaluation after epoch {lost[0]} scored fewer than two videos; remove {folder} to run it "
+                        "again")
+    records = [r for r in records if math.isfinite(r["reward"])]
     evaluations, seconds = zip(*(spent[r["epoch"]] for r in records))
     return Curve(np.array([r["epoch"] for r in records]), np.array(evaluations), np.array(seconds),
                  np.array([r["reward"] for r in records]))

@@ -71,7 +71,7 @@ def main(_):
                                        progress=functools.partial(bar, desc="prompts"))
         vae_graph, vae_state = pipeline.load_vae(model, mesh)
         decode = pipeline.make_decoder(vae_graph)
-        log = RunLog(c.run_dir)
+        log, unscored = RunLog(c.run_dir), []
         log.config(dict(c.to_dict(), command=" ".join(["python -m grpo.evaluate", *sys.argv[1:]])))
 
         def evaluate(checkpoint: str | None, number: int):
@@ -90,6 +90,9 @@ def main(_):
                 log.evaluation(result.record, result.videos, frames if i else None)
                 print(f"{checkpoint or c.model.path}: {said(result.record)}"
                       + (f", {frames} frames" if len(shapes) > 1 else ""), flush=True)
+                if result.warning:
+                    print(result.warning, flush=True)
+                    unscored.append(result)
 
         if BASE.value and (epoch > 0 or CHECKPOINT.value is None):
             evaluate(None, 0)
@@ -97,6 +100,8 @@ def main(_):
             evaluate(CHECKPOINT.value, epoch)
         log.close()
         print(memory.peaks(), f"report: {report.write_report(c.run_dir)}", sep="\n")
+    if unscored:
+        raise UserError(f"{len(unscored)} evaluation(s) scored fewer than two videos; {unscored[0].why}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Held-out evaluation: the deployment sampler, fixed prompts and seeds, OCR rewards with a confidence interval."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 
@@ -10,8 +11,8 @@ import numpy as np
 from grpo.combine import base_statistics
 from grpo.prompts import PromptSet
 from grpo.rollout import initial_noise
-from grpo.scores import gather_scores
-from grpo.statistics import bootstrap_interval
+from grpo.scores import format_failures, gather_scores, submit
+from grpo.statistics import LEAST_VALUES, bootstrap_interval
 from rewards.workers import RewardPool
 from wan_jax import hosts
 from wan_jax import mesh as mesh_lib
@@ -21,15 +22,27 @@ from wan_jax.pipeline import TextTable, one_ahead, sample_ode
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    record: dict  # what evals.jsonl holds
+    record: dict  # what evals.jsonl holds; reward, low and high are nan where fewer than two videos were scored
     videos: np.ndarray | None  # uint8 [n, T, H, W, 3], the first samples
+    why: str  # why videos have no score
+
+    @property
+    def warning(self) -> str | None:
+        """What to print where the evaluation has no result."""
+        if math.isfinite(self.record["reward"]):
+            return None
+        return (f"warning: the evaluation after epoch {self.record['epoch']} has no result: {self.record['num']} of "
+                f"{len(self.record['rewards'])} videos were scored, and an interval needs 2; {self.why}")
 
 
 def said(record: dict) -> str:
     """An evaluation's record in one line."""
     alone = f"; without guidance: {said(record['unguided'])}" if "unguided" in record else ""
-    return (f"OCR reward {record['reward']:.3f} [{record['low']:.3f}, {record['high']:.3f}] on {record['num']} "
-            f"prompts, {record['seconds']:.1f} s{alone}")
+    result = (f"{record['reward']:.3f} [{record['low']:.3f}, {record['high']:.3f}]"
+              if math.isfinite(record["reward"]) else "unknown")
+    failures = format_failures(record["failed_scores"], record)
+    return (f"OCR reward {result} on {record['num']} prompts{f' ({failures})' if failures else ''}, "
+            f"{record['seconds']:.1f} s{alone}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,16 +81,17 @@ class Evaluator:
             hosts.stage(f"evaluation after epoch {epoch}: videos {first} to {first + self.batch_size - 1}")
             real = mine < total - first  # not those that wrapped
             videos, numbers = video()[real], first + mine[real]
-            if len(videos):
-                pending.append((numbers, self.pool.submit(videos, [self.prompts.targets[i] for i in numbers])))
-            kept += zip(numbers[numbers < self.previews].tolist(), videos)
+            if len(numbers):
+                pending.append(submit(self.pool, numbers, videos, [self.prompts.targets[i] for i in numbers]))
+            kept += zip(numbers[numbers < self.previews].tolist(), videos.frames)
         hosts.stage(f"evaluation after epoch {epoch}: scores")
         scores = gather_scores(pending, total)
         shown = dict(video for part in hosts.gather(kept) for video in part)
         rewards = scores.values
-        mean, low, high = bootstrap_interval(rewards, seed=self.seed)
-        record = {"epoch": epoch, "reward": mean, "low": low, "high": high, "num": int(np.isfinite(rewards).sum()),
-                  "failed_scores": scores.failures, "rewards": [float(r) for r in rewards],
+        num = int(scores.valid.sum())
+        mean, low, high = bootstrap_interval(rewards, seed=self.seed) if num >= LEAST_VALUES else [math.nan] * 3
+        record = {"epoch": epoch, "reward": mean, "low": low, "high": high, "num": num,
+                  "failed_scores": scores.failures, **scores.counts(), "rewards": [float(r) for r in rewards],
                   "prompts": list(self.prompts.prompts), "texts": scores.texts,
                   "seconds": time.time() - start}
         if scores.parts:
@@ -86,4 +100,5 @@ class Evaluator:
             alone = dataclasses.replace(self, steps=self.unguided, unguided=(), previews=0)
             record["unguided"] = alone(arrays, epoch, progress).record
             del record["unguided"]["prompts"], record["unguided"]["epoch"]
-        return Evaluation(record, np.stack([shown[number] for number in sorted(shown)]) if shown else None)
+        return Evaluation(record, np.stack([shown[number] for number in sorted(shown)]) if shown else None,
+                          scores.why())

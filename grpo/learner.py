@@ -22,8 +22,18 @@ from grpo.advantages import (
 from grpo.preferences import select
 from grpo.programs import Run
 from grpo.prompts import PromptSet, epoch_prompts
-from grpo.rollout import Trajectory, branch, group_leaders, initial_noise, prefix, progress, rollout, rollout_batches
-from grpo.scores import Scores, gather_rows, gather_scores
+from grpo.rollout import (
+    Trajectory,
+    branch,
+    group_leaders,
+    initial_noise,
+    prefix,
+    progress,
+    rollout,
+    rollout_batches,
+    zero_rows,
+)
+from grpo.scores import Scores, gather_rows, gather_scores, submit
 from grpo.settings import Settings
 from grpo.update import TrainState, stack_batches
 from rewards.workers import RewardPool
@@ -32,6 +42,7 @@ from wan_jax import mesh as mesh_lib
 from wan_jax.checkpoint import Checkpoints
 from wan_jax.cli import UserError
 
+BLANKED = ("x", "x_next", "log_prob", "mean")  # of a trajectory: all arrays with an axis of videos, but for the text
 STAGES = ("sample", "decode", "score_wait", "update")
 
 
@@ -161,14 +172,26 @@ class Learner:
                 numbers = rows[b][mine]
                 if len(numbers):  # none where other processes answer for all that lie here
                     targets = [self.prompts.targets[p] for p in prompt_of[numbers]]
-                    pending.append((numbers, self.pool.submit(videos, targets)))
+                    pending.append(submit(self.pool, numbers, videos, targets))
         hosts.stage(f"epoch {epoch}: scores")
         scores = gather_scores(pending, s.videos)
         lap("score_wait")
         kl = {name: gather_rows([t.kl for t in kept], self.sharded)
               for name, kept in trajectories.items() if s.kl_reward and name in self.states}
-        return Sampled(key, length, prompt_of, trajectories, finished, kl, self.importance(trajectories, finished),
-                       scores, s.videos * c.sample.steps - saved, saved)
+        importance = self.importance(trajectories, finished)
+        if scores.nonfinite:
+            self.blank(trajectories, finished, scores.finite)
+        return Sampled(key, length, prompt_of, trajectories, finished, kl, importance, scores,
+                       s.videos * c.sample.steps - saved, saved)
+
+    def blank(self, trajectories: dict[str, list[Trajectory]], finished: list[jax.Array], finite: np.ndarray) -> None:
+        """Replace what the videos that are not `finite` [N] left behind by zeros. Their loss is masked, but the
+        gradient of a masked NaN is NaN."""
+        kept = [mesh_lib.place(rows, self.sharded) for rows in finite.reshape(self.s.batches, -1)]
+        finished[:] = [zero_rows(x, rows, axis=0) for x, rows in zip(finished, kept)]
+        for batches in trajectories.values():
+            batches[:] = [dataclasses.replace(t, **dict(zip(BLANKED, zero_rows(
+                tuple(getattr(t, name) for name in BLANKED), rows, axis=1)))) for t, rows in zip(batches, kept)]
 
     def importance(self, trajectories: dict[str, list[Trajectory]], finished: Sequence[jax.Array]
                    ) -> dict[str, np.ndarray]:
@@ -198,15 +221,12 @@ class Learner:
                 [branch(trunk, mesh_lib.place(groups[r], self.replicated), self.sharded) for r in rows])
 
     # ---- learning ---------------------------------------------------------------------------------------------
-    def lesson(self, epoch: int, sampled: Sampled, base: combine.Base) -> Lesson:
-        """Raises `UserError` where not one video could be scored. base: the measures of the starting model."""
+    def lesson(self, sampled: Sampled, base: combine.Base) -> Lesson:
+        """base: the measures of the starting model. Where not one video could be scored, none is valid."""
         c, s, scores, prompt_of = self.c, self.s, sampled.scores, sampled.prompt_of
         rewards = combine.terms(scores.values, scores.parts, s.weights, base)
         total = combine.combined(rewards, s.weights)
         valid = scores.valid & np.isfinite(total)
-        if not valid.any():
-            raise UserError(f"epoch {epoch}: not one of {len(valid)} videos could be scored; the last error was:\n"
-                            f"{scores.error}")
         advantages = (group_advantages(total, prompt_of, valid, **self.normalised) if c.reward.combine == "rewards" else
                       combine.combined_advantages(rewards, s.weights, prompt_of, valid, **self.normalised))
         kept = largest_spread(total, prompt_of, valid, c.train.groups or c.sample.groups)
@@ -237,7 +257,7 @@ class Learner:
                     values["ratio_max_error"] = max(values["ratio_max"] - 1, 1 - values["ratio_min"])
                     check_ratio(values["ratio_max_error"], self.s.ratio_tolerance, epoch)
             if self.s.kl_reward:
-                values["kl"] = float(sampled.kl[name][:, list(self.windows.videos(i))].mean())
+                values["kl"] = float(np.nanmean(sampled.kl[name][:, list(self.windows.videos(i))]))
             record |= values if len(self.states) == 1 else {name: values, **{
                 k: max(values[k], record.get(k, values[k])) for k in ("ratio_max_error", "grad_norm") if k in values}}
         return record

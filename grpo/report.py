@@ -41,6 +41,7 @@ HEALTH = {  # metric: (name, the worse direction, what to expect)
     "group_std": ("reward spread within groups", min, "the learning signal; 0 teaches nothing"),
     "zero_std_fraction": ("groups without spread", max, "a share of 0 to 1; near 1 nothing is learnt"),
     "failed_scores": ("failed scores", max, "0; such videos are masked, not punished"),
+    "nonfinite_videos": ("videos that are not finite", max, "0; they are among the failed scores"),
 }
 
 
@@ -53,7 +54,7 @@ def write_report(folder) -> pathlib.Path:
     every = run_log.read_evaluations(folder)
     evaluations = comparable(every)
     write_pairs(folder, evaluations)
-    sections = [("", _headline(evaluations, metrics, config, len(every) - len(evaluations))),
+    sections = [("", _headline(evaluations, metrics, config, every)),
                 ("Reward", _reward_chart(evaluations, metrics)),
                 ("Before and after" if evaluations[1:] else "Samples", _pictures(folder, evaluations)),
                 ("Every held-out prompt", _prompt_table(evaluations)),
@@ -90,10 +91,14 @@ def _previews(folder: pathlib.Path, evaluations: list[dict]) -> list[tuple[dict,
 
 def summary_lines(folder) -> list[str]:
     """What to print at the end of a run: the result, and where its report is."""
-    evaluations = comparable(run_log.read_evaluations(folder))
+    every = run_log.read_evaluations(folder)
+    evaluations = comparable(every)
     path = pathlib.Path(folder, "report.html")
+    missing = without_result(every)
+    warning = [f"warning: {missing}"] if missing else []
     if not evaluations:
-        return ["no held-out evaluation was recorded", f"report: {path}"]
+        return ["no held-out evaluation was recorded" if not every else "no held-out evaluation has a result", *warning,
+                f"report: {path}"]
     first, last = evaluations[0], evaluations[-1]
     if len(evaluations) == 1:
         result = (f"{last['reward']:.2f} (95 % CI {_interval(last)}, {last['num']} held-out prompts; "
@@ -101,12 +106,20 @@ def summary_lines(folder) -> list[str]:
     else:
         result = (f"{first['reward']:.2f} -> {last['reward']:.2f} (95 % CI {_interval(first)} -> {_interval(last)}, "
                   f"{last['num']} held-out prompts; intervals {_overlap(first, last)})")
-    return [f"OCR reward {result}", f"report: {path}"]
+    return [f"OCR reward {result}", *warning, f"report: {path}"]
 
 
 def comparable(evaluations: list[dict]) -> list[dict]:
-    """Those on the same prompts as the newest: a resumed run may have been given others."""
-    return [e for e in evaluations if e["prompts"] == evaluations[-1]["prompts"]]
+    """Those that have a result, on the same prompts as the newest of them: a resumed run may have been given others."""
+    scored = [e for e in evaluations if math.isfinite(e["reward"])]
+    return [e for e in scored if e["prompts"] == scored[-1]["prompts"]]
+
+
+def without_result(evaluations: list[dict]) -> str:
+    """Name the evaluations that scored fewer than two videos, which are left out; "" where there are none."""
+    epochs = [str(e["epoch"]) for e in evaluations if not math.isfinite(e["reward"])]
+    return (f"no result of the evaluation after epoch {', '.join(epochs)}: fewer than two videos could be scored"
+            if epochs else "")
 
 
 def _interval(evaluation: dict) -> str:
@@ -117,11 +130,11 @@ def _overlap(first: dict, last: dict) -> str:
     return "overlap" if first["low"] <= last["high"] and last["low"] <= first["high"] else "do not overlap"
 
 
-def _headline(evaluations: list[dict], metrics: list[dict], config: dict, others: int) -> str:
-    """The result in one sentence, then in figures."""
+def _headline(evaluations: list[dict], metrics: list[dict], config: dict, every: list[dict]) -> str:
+    """The result in one sentence, then in figures. every: also the evaluations that are not compared."""
     done, notes, tiles = len(metrics) and metrics[-1]["epoch"], [], []
     if not evaluations:
-        sentence = "No held-out evaluation was recorded."
+        sentence = "No held-out evaluation has a result." if every else "No held-out evaluation was recorded."
     elif len(evaluations) == 1:
         last = evaluations[0]
         sentence = (f"OCR reward {last['reward']:.2f} on {last['num']} held-out prompts, {SURE} confidence interval "
@@ -143,8 +156,14 @@ def _headline(evaluations: list[dict], metrics: list[dict], config: dict, others
     if failed:
         notes.append(f"{failed} of {len(evaluations[-1]['prompts'])} samples of the last evaluation could not be "
                      "scored and are left out.")
+    if missing := without_result(every):
+        notes.append(f"There is {missing}.")
+    others = sum(math.isfinite(e["reward"]) for e in every) - len(evaluations)
     if others:
         notes.append(f"{others} earlier evaluation(s) on other prompts are left out.")
+    for name in dict.fromkeys(name for m in metrics for name in m.get("failed_rewards", {})):
+        if count := sum(m.get("failed_rewards", {}).get(name, 0) for m in metrics):
+            notes.append(f"{name} could not be measured for {count:,} videos of the training.")
     if done and done < config.get("epochs", 0) and not Budget(**config.get("budget", {})).reached(
             Spent(metrics[-1].get("spent_evaluations", 0), metrics[-1].get("spent_seconds", 0.0))):
         notes.append(f"Epoch {done} of {config['epochs']}: the run is not finished.")

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from grpo import combine, devices, settings
 from grpo.prompts import load_prompts
 from grpo.rollout import initial_noise
-from grpo.scores import gather_scores, open_pool
+from grpo.scores import gather_scores, open_pool, submit
 from rewards.targets import parse_targets
 from wan_jax import cli, model_dir, pipeline
 from wan_jax import mesh as mesh_lib
@@ -132,14 +132,15 @@ def collect(c, s: settings.Settings, model: model_dir.ModelDir, mesh: jax.shardi
             solver.schedule.timesteps, model.boundary), solver, batches)
         for r, x in bar(zip(rows, latents), total=len(rows), desc="videos"):
             kept.append(np.asarray(x))
-            pending.append((r, pool.submit(decode(vae_state, x)(), [prompts.targets[p] for p in chosen[r]])))
+            pending.append(submit(pool, r, decode(vae_state, x)(), [prompts.targets[p] for p in chosen[r]]))
         scores = gather_scores(pending, count)
     own = {combine.MAIN: scores.values} | {k: v for k, v in scores.parts.items() if k not in combine.BAD_SIDE}
     rewards = combine.combined({k: own[k] for k, w in s.weights.items() if w and k in own}, s.weights)
     good = np.flatnonzero(np.isfinite(rewards))
     if len(good) < 2 * HELD_OUT or np.ptp(rewards[good]) == 0:
         raise UserError(f"{len(good)} of {count} videos have a reward, {np.unique(rewards[good]).size} different "
-                        "ones: too few to learn from; raise --videos, or use other prompts")
+                        "ones: too few to learn from; raise --videos, or use other prompts"
+                        + (f". {scores.failures} have no score: {scores.why()}" if scores.failures else ""))
     return Examples(np.concatenate(kept)[good], table.padded([table.prompts[p] for p in chosen[good]]),
                     pipeline.TEXT_ROWS - table.rows, rewards[good])
 

@@ -179,6 +179,14 @@ def choose_rows(rows: jax.Array, new, old):
     return jax.tree.map(lambda a, b: jnp.where(per_sample(rows, a) > 0, a, b), new, old)
 
 
+@partial(jax.jit, static_argnames=("axis",))
+def zero_rows(x, kept: jax.Array, axis: int):
+    """A tree of arrays, with zeros in those rows along `axis` where kept, bool [B], is False."""
+    def zeroed(a):
+        return jnp.where(kept.reshape((-1,) + (1,) * (a.ndim - axis - 1)), a, jnp.zeros((), a.dtype))
+    return jax.tree.map(zeroed, x)
+
+
 @jax.jit
 def progress(x: jax.Array, x_next: jax.Array, final: jax.Array) -> jax.Array:
     """What steps brought videos nearer to their own end, fp32 [K, B]: the cosine of the angle between x_next and the

@@ -76,8 +76,7 @@ class RunLog:
         The videos are written first: a line in evals.jsonl has its previews. frames: of an evaluation at a further
         length, which has a file and tags of its own, and no previews on disk.
         """
-        tag, name = ("eval", EVALUATIONS) if frames is None else (f"eval_{frames}_frames",
-                                                                  f"evals_{frames}_frames.jsonl")
+        tag, name = "eval" if frames is None else f"eval_{frames}_frames", evaluations_name(frames)
         if videos is not None and len(videos):
             if frames is None:
                 path = preview_path(self.folder, _epoch_of(record))
@@ -126,9 +125,14 @@ def read_metrics(folder) -> list[dict]:
     return _read_lines(pathlib.Path(folder, METRICS))
 
 
-def read_evaluations(folder) -> list[dict]:
-    """The records of evals.jsonl, oldest first; [] when there are none. A last line cut off by a kill is ignored."""
-    return _read_lines(pathlib.Path(folder, EVALUATIONS))
+def read_evaluations(folder, frames: int | None = None) -> list[dict]:
+    """The records of evals.jsonl, oldest first; [] when there are none. A last line cut off by a kill is ignored.
+    frames: those at a further length."""
+    return _read_lines(pathlib.Path(folder, evaluations_name(frames)))
+
+
+def evaluations_name(frames: int | None) -> str:
+    return EVALUATIONS if frames is None else f"evals_{frames}_frames.jsonl"
 
 
 def read_config(folder) -> dict:

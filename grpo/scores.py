@@ -10,7 +10,7 @@ import numpy as np
 from grpo import reward_servers
 from grpo.combine import MAIN
 from grpo.prompts import PromptSet
-from rewards.base import Asked, RewardError
+from rewards.base import Asked, RewardError, last_line
 from rewards.clip import KINDS, ClipReward
 from rewards.ocr import OCRReward
 from rewards.quality import QualityReward
@@ -19,6 +19,7 @@ from rewards.workers import PendingScores, RewardPool
 from wan_jax import hosts
 from wan_jax import mesh as mesh_lib
 from wan_jax.cli import UserError
+from wan_jax.pipeline import NOT_FINITE, Videos
 
 
 def open_pool(c, weights: dict[str, float]) -> RewardPool:
@@ -45,6 +46,22 @@ def for_rewards(prompts: PromptSet, weights: dict[str, float]) -> PromptSet:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pending:
+    """Some of an epoch's or an evaluation's videos while they are scored."""
+
+    numbers: np.ndarray  # int [n], of the videos among all
+    finite: np.ndarray  # bool [n]; the others have no picture to score
+    scores: PendingScores | None  # of the finite ones; None where there are none
+
+
+def submit(pool: RewardPool, numbers: np.ndarray, videos: Videos, records: Sequence) -> Pending:
+    """Start scoring the videos that are finite. numbers, records: one a video."""
+    kept = np.flatnonzero(videos.finite)
+    scores = pool.submit(videos.frames[kept], [records[i] for i in kept]) if len(kept) else None
+    return Pending(numbers, videos.finite, scores)
+
+
+@dataclasses.dataclass(frozen=True)
 class Scores:
     """Of N videos; the same bits on every process."""
 
@@ -55,6 +72,41 @@ class Scores:
     retries: int
     error: str  # the last line of one failure's traceback; "" without
     parts: dict[str, np.ndarray]  # of several rewards, float64 [N] each; nan where that one failed
+    finite: np.ndarray  # bool [N]; videos that are not were not scored, and are not valid
+    part_retries: dict[str, int]  # of several rewards, how often each one beside the main one was tried again
+
+    @property
+    def nonfinite(self) -> int:
+        """Videos that are not finite."""
+        return int((~self.finite).sum())
+
+    @property
+    def part_failures(self) -> dict[str, int]:
+        """Of several rewards, for how many scored videos each one beside the main one failed."""
+        return {name: int((self.valid & np.isnan(values)).sum()) for name, values in self.parts.items()
+                if name != MAIN}
+
+    def counts(self) -> dict:
+        """What a record holds of failures, beside `failed_scores`."""
+        each = {"failed_rewards": self.part_failures,
+                "retried_rewards": {name: self.part_retries.get(name, 0) for name in self.part_failures}}
+        return {"nonfinite_videos": self.nonfinite, "retried_scores": self.retries} | (each if self.parts else {})
+
+    def why(self) -> str:
+        """Why videos have no score, for messages. Never empty."""
+        reasons = [f"{self.nonfinite} of {len(self.finite)} videos are not finite numbers (NaN or infinite). "
+                   f"{NOT_FINITE}"] if self.nonfinite else []
+        reasons += [f"the last error was: {self.error}"] if self.error else []
+        return "; ".join(reasons) or "no error was reported"
+
+
+def format_failures(failed: int, counts: dict) -> str:
+    """Of `failed` masked videos and `Scores.counts`, what a line of the log says; "" where nothing failed."""
+    said = [f"{failed} scores failed"] if failed else []
+    if counts.get("nonfinite_videos"):
+        said.append(f"{counts['nonfinite_videos']} videos not finite")
+    said += [f"{name} failed for {n}" for name, n in counts.get("failed_rewards", {}).items() if n]
+    return ", ".join(said)
 
 
 def gather_rows(batches: Sequence[jax.Array], sharding: jax.sharding.Sharding) -> np.ndarray:
@@ -70,25 +122,53 @@ def gather_rows(batches: Sequence[jax.Array], sharding: jax.sharding.Sharding) -
     return whole
 
 
-def gather_scores(pending: Sequence[tuple[np.ndarray, PendingScores]], total: int) -> Scores:
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What one process found of some of the videos."""
+
+    numbers: np.ndarray  # int [n], among all
+    finite: np.ndarray  # bool [n]
+    values: np.ndarray  # float64 [m], of the finite ones, as what follows
+    valid: np.ndarray  # bool [m]
+    texts: list[str]  # m
+    parts: dict[str, np.ndarray]  # float64 [m] each
+    retries: int
+    part_retries: dict[str, int]
+    errors: list[str]  # the last one, or none
+
+    @classmethod
+    def of(cls, batch: Pending) -> "Piece":
+        """Wait for the batch's scores."""
+        if batch.scores is None:
+            return cls(batch.numbers, batch.finite, np.zeros(0), np.zeros(0, bool), [], {}, 0, {}, [])
+        found = batch.scores.result()
+        errors = [f"{name}: {last_line(error)}" for name, failed in found.part_errors.items() for error in failed]
+        errors += [last_line(error) for error in found.errors if error]
+        return cls(batch.numbers, batch.finite, found.values, found.valid, found.texts, found.parts, found.retries,
+                   found.part_retries, errors[-1:])
+
+
+def gather_scores(pending: Sequence[Pending], total: int) -> Scores:
     """Waits for this process's batches, and exchanges the results: all processes call it at the same point.
 
-    pending: (numbers int [n] of the videos among all `total`, their scores). Raises ValueError when a video has none.
+    pending: some of `total` videos each. Raises ValueError when a video is in none, on any process.
     """
-    mine = []
-    for numbers, batch in pending:
-        result = batch.result()
-        errors = [error.strip().splitlines()[-1] for error in result.errors if error]
-        mine.append((numbers, result.values, result.valid, result.texts, result.retries, errors[-1:], result.parts))
+    pieces = [piece for found in hosts.gather([Piece.of(batch) for batch in pending]) for piece in found]
     values, valid, texts = np.full(total, np.nan), np.zeros(total, bool), [""] * total
-    scored, retries, last, parts = np.zeros(total, bool), 0, [], {}
-    for numbers, *arrays, read, again, errors, several in (piece for pieces in hosts.gather(mine) for piece in pieces):
-        values[numbers], valid[numbers] = arrays
-        for name, some in several.items():
-            parts.setdefault(name, np.full(total, np.nan))[numbers] = some
-        scored[numbers], retries, last = True, retries + again, errors or last
-        for number, text in zip(numbers, read):
+    seen, finite, errors = np.zeros(total, bool), np.zeros(total, bool), []
+    parts, part_retries = {}, {}
+    for piece in pieces:
+        scored = piece.numbers[piece.finite]
+        seen[piece.numbers], finite[piece.numbers] = True, piece.finite
+        values[scored], valid[scored] = piece.values, piece.valid
+        for name, some in piece.parts.items():
+            parts.setdefault(name, np.full(total, np.nan))[scored] = some
+        for name, again in piece.part_retries.items():
+            part_retries[name] = part_retries.get(name, 0) + again
+        for number, text in zip(scored, piece.texts):
             texts[number] = text
-    if not scored.all():
-        raise ValueError(f"{(~scored).sum()} of {total} videos were scored by no process")
-    return Scores(values, valid, texts, int((~valid).sum()), retries, last[0] if last else "", parts)
+        errors = piece.errors or errors
+    if not seen.all():
+        raise ValueError(f"{(~seen).sum()} of {total} videos were scored by no process")
+    return Scores(values, valid, texts, int((~valid).sum()), sum(piece.retries for piece in pieces),
+                  errors[0] if errors else "", parts, finite, part_retries)

@@ -4,6 +4,7 @@ Student's interval over seeds."""
 import numpy as np
 from scipy import special
 
+LEAST_VALUES = 2  # of an interval: one sample says nothing about spread
 CHUNK = 1000  # resamples drawn at once: 1000 x 1000 values are 8 MB
 
 
@@ -12,8 +13,7 @@ def bootstrap_interval(values, *, confidence: float = 0.95, draws: int = 10_000,
     """(mean, low, high) of values [N]; NaN, a sample that could not be scored, is left out.
 
     The interval holds the middle `confidence` of the means of `draws` resamples of N values with replacement. It is
-    a function of its arguments alone. Raises ValueError for fewer than 2 values: one sample says nothing about
-    spread.
+    a function of its arguments alone. Raises ValueError for fewer than `LEAST_VALUES`.
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} must lie between 0 and 1; 0.95 is usual")
@@ -23,8 +23,8 @@ def bootstrap_interval(values, *, confidence: float = 0.95, draws: int = 10_000,
     if values.ndim != 1:
         raise ValueError(f"values must be [N], got shape {values.shape}")
     given, values = len(values), values[~np.isnan(values)]  # [M]
-    if len(values) < 2:
-        raise ValueError(f"a confidence interval needs 2 values or more, got {len(values)}"
+    if len(values) < LEAST_VALUES:
+        raise ValueError(f"a confidence interval needs {LEAST_VALUES} values or more, got {len(values)}"
                          + (f" ({given - len(values)} of {given} are NaN)" if given > len(values) else ""))
     if not np.isfinite(values).all():
         raise ValueError(f"values must be finite or NaN, {np.isinf(values).sum()} of {given} are infinite")

@@ -4,7 +4,7 @@ one of its relatives that train on the finished videos (`grpo.forward`).
     python -m grpo.train --config=configs/tiny_ocr.py [--config.train.learning_rate=1e-4 ...]
 
 One linear program: settings, prompts, model, policy, restore; then, epoch by epoch, sample, score, update
-(`grpo.learner`), log, evaluate, save. The same command on the same run folder continues after the newest checkpoint,
+(`grpo.learner`), log, save, evaluate. The same command on the same run folder continues after the newest checkpoint,
 bit for bit: every random draw is a function of (seed, epoch, sample, step). On several hosts every process runs this
 program (docs/hosts.md); each decodes and scores the videos on its own devices, and the first one writes and prints.
 """
@@ -28,13 +28,13 @@ from grpo import agreement, ahead, clip_lengths, combine, devices, report, run_l
 from grpo import offload as optimiser_offload
 from grpo.budget import Spent
 from grpo.combine import MAIN
-from grpo.evaluator import Evaluator, said
+from grpo.evaluator import Evaluation, Evaluator, said
 from grpo.learner import Learner, Stopwatch, clip_warning
 from grpo.policy import make_policy
 from grpo.programs import Run
 from grpo.prompts import PromptSet, epoch_prompts, load_prompts
 from grpo.run_log import RunLog, SilentLog
-from grpo.scores import for_rewards, open_pool
+from grpo.scores import for_rewards, format_failures, open_pool
 from grpo.update import init_state
 from grpo.windows import Windows
 from rewards.targets import parse_targets
@@ -145,6 +145,13 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         settings.check_resume(checkpoints.meta(restored)["config"], c.to_dict(), str(checkpoints.path(restored)))
     done = restored or 0
     epochs = range(done + 1, (done if s.budget.reached(spent) else c.epochs) + 1)
+
+    def evaluation_is_due(epoch: int) -> bool:
+        return epoch % c.eval.every == 0 or epoch == c.epochs or s.budget.reached(spent)
+
+    # evaluations that an interrupted run has not made of its newest checkpoint; of a new run: those of the base model
+    missing = plan.eval_frames if restored is None else hosts.from_first(
+        lambda: not_evaluated(c.run_dir, done, plan.eval_frames) if evaluation_is_due(done) else ())
     processes = f" on {jax.process_count()} processes" if jax.process_count() > 1 else ""
     say(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}{processes}, attention {plan.backend}, "
         f"weights {c.model.dtype}")
@@ -161,7 +168,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         limit = memory.limit(mesh.local_devices[0])
         run = Run(presets.of_folder(model), c, mesh, plan.backend, text_rows, limit)
         offload = ahead.offloads(run, limit)
-    if epochs:
+    if epochs or missing:
         say(f"rematerialisation: {run.remat}")
         needed = ahead.compile_all(run, offload, functools.partial(bar, desc="compiling"))
         say(*needed.table(limit), sep="\n")
@@ -209,26 +216,39 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     learner = Learner(c, s, run, model.boundary, plan.shapes, train_prompts, table, pool, decode, vae_state, start,
                       weights, states, on_device, checkpoints, bar)
 
-    def evaluate(epoch: int):
-        records = []
-        for length, evaluator in evaluators.items():
-            result = evaluator(learner.averaged, epoch, functools.partial(bar, desc="evaluation"))
+    def evaluate(epoch: int, lengths: tuple[int, ...] = plan.eval_frames):
+        for length in lengths:
+            result = evaluators[length](learner.averaged, epoch, functools.partial(bar, desc="evaluation"))
+            further = length != plan.eval_frames[0]
             check_folder()
-            log.evaluation(result.record, result.videos, length if records else None)
-            records.append(result.record)
+            if epoch == 0 and not further:
+                check_base(result, s.weights)
+            log.evaluation(result.record, result.videos, length if further else None)
             say(f"epoch {epoch}: held-out {said(result.record)}"
                 + (f", {length} frames" if len(evaluators) > 1 else ""))
-        return records[0].get("measures", {})
+            if result.warning:
+                say(result.warning)
+
+    saved = restored
+
+    def save(epoch: int):
+        """Unless that is the newest checkpoint."""
+        nonlocal saved
+        if saved != epoch:
+            run_state.save(checkpoints, epoch, states, c.to_dict(), s.lora, spent)
+            saved = epoch
 
     cli.end_well_on_sigterm()
     if restored is None:
         count = sum(v.size for state in states.values() for v in jax.tree.leaves(state.trainable))
         say(f"{count:,} trained parameters, {s.videos} videos an epoch")
-        base = evaluate(0)
         hosts.stage("epoch 0: saving")
-        run_state.save(checkpoints, 0, states, c.to_dict(), s.lora, spent)
-    elif epochs:
+        save(0)
+    elif epochs or missing:
         say(f"continuing {c.run_dir} after epoch {done}")
+    if missing:
+        evaluate(done, missing)
+    if epochs:
         base = hosts.from_first(lambda: read_base(c.run_dir, s.weights))
 
     save_seconds, clip_warned = 0.0, None
@@ -236,7 +256,11 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         compiled.clear()
         lap = Stopwatch()
         sampled = learner.sample(epoch, lap)
-        lesson = learner.lesson(epoch, sampled, base)
+        lesson = learner.lesson(sampled, base)
+        if not lesson.valid.any():
+            save(epoch - 1)  # what is finished is kept, whatever `save.every` is
+            raise UserError(f"epoch {epoch}: not one of {s.videos} videos could be scored; {sampled.scores.why()}. "
+                            f"Epoch {epoch - 1} is saved: the same command continues after it, once that is mended")
         hosts.stage(f"epoch {epoch}: update")
         record = {"epoch": epoch, "frames": sampled.length, "evaluations": sampled.evaluations,
                   "evaluations_saved": sampled.saved} | learner.learn(epoch, sampled, lesson)
@@ -244,12 +268,13 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         scores, evaluations, length = sampled.scores, sampled.evaluations, sampled.length
         del sampled
         known = epoch > done + 1 and length == clip_lengths.at(epoch - 1, c.sample.frames, c.sample.frame_schedule)
-        if known and (warning := compiled.warning(epoch)):
+        if known and not scores.nonfinite and (warning := compiled.warning(epoch)):
             say(warning)
         if not clip_warned and (clip_warned := clip_warning(record, c.train)):
             say(clip_warned)
 
-        # log, evaluate, save: in this order, so that a resumed run repeats what no checkpoint holds
+        # log, save, evaluate: in this order, so that a resumed run repeats what no checkpoint holds, and nothing that
+        # goes wrong in an evaluation costs an epoch; an evaluation that is cut off is made when the run goes on
         seconds = lap.seconds | {"save": save_seconds, "total": time.time() - lap.begun}
         working = seconds["sample"] + seconds["decode"] + seconds["update"]
         spent += Spent(evaluations, hosts.gather(seconds["total"] - compiled.seconds)[0])
@@ -260,7 +285,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
                             "reward_mean": groups.mean_reward, "reward_std": groups.std_reward,
                             "group_std": groups.mean_group_std, "zero_std_fraction": groups.zero_std_fraction,
                             "rewards": combine.means({MAIN: scores.values} | scores.parts),
-                            "failed_scores": failed, "retried_scores": scores.retries, "videos": s.videos,
+                            "failed_scores": failed, **scores.counts(), "videos": s.videos,
                             "videos_trained": int(lesson.counted.sum()),
                             "seconds": seconds, "idle_share": max(0.0, 1 - working / seconds["total"]),
                             "peak_memory": memory.peaks().known()})
@@ -268,17 +293,19 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
             f"{groups.mean_group_std:.3f}, "
             + (f"ratio error {record['ratio_max_error']:.1e}, " if "ratio_max_error" in record else "")
             + (f"grad {record['grad_norm']:.2e}" if "grad_norm" in record else "nothing to learn from")
-            + (f", {failed} scores failed" if failed else "") + " | "
+            + (f", {failures}" if (failures := format_failures(failed, scores.counts())) else "") + " | "
             + " ".join(f"{k} {v:.1f}" for k, v in seconds.items() if v >= 0.05) + " s")
-        if epoch % c.eval.every == 0 or final:
-            evaluate(epoch)
         saving = time.time()
         hosts.stage(f"epoch {epoch}: saving")
         check_folder()
         ending = asked_to_end()
         if epoch % c.save.every == 0 or final or ending:
-            run_state.save(checkpoints, epoch, states, c.to_dict(), s.lora, spent)
+            save(epoch)
         save_seconds = time.time() - saving  # shown with the next epoch
+        if evaluation_is_due(epoch) and (final or not ending):
+            evaluate(epoch)
+            if ending := asked_to_end():
+                save(epoch)
         if final or ending:
             break
     log.close()
@@ -309,11 +336,26 @@ def load_weights(s: settings.Settings, plan: Plan, offload: bool) -> Weights:
                     for name in model.experts], offload)
 
 
+def not_evaluated(run_dir: str, epoch: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of the evaluated lengths of which the run's folder has no evaluation after `epoch`."""
+    return tuple(length for i, length in enumerate(lengths) if epoch not in [
+        record["epoch"] for record in run_log.read_evaluations(run_dir, length if i else None)])
+
+
+def check_base(result: Evaluation, weights: dict[str, float]) -> None:
+    """Raises `UserError` where the first evaluation could not measure by what later videos are judged. It is not
+    recorded then, so the same command makes it again."""
+    if missing := combine.without_base(weights, result.record.get("measures", {})):
+        raise UserError(f"epoch 0: the evaluation of the starting model measured {', '.join(missing)} for fewer than "
+                        f"two videos, and the quality of later videos is judged by it; {result.why}. The same command "
+                        f"measures it again; without config.reward.weights.{missing[0]} a new run does not need it")
+
+
 def read_base(run_dir: str, weights: dict[str, float]) -> combine.Base:
     """The measures of the first evaluation. Raises `UserError` where the run's folder has lost them."""
     first = run_log.read_evaluations(run_dir)[:1]
     measures = first[0].get("measures", {}) if first and first[0]["epoch"] == 0 else {}
-    if missing := [name for name in weights if name != MAIN and name not in measures]:
+    if missing := combine.without_base(weights, measures):
         raise UserError(f"{run_dir}/{run_log.EVALUATIONS} has no evaluation of epoch 0 with {', '.join(missing)}, by "
                         "which the quality of later videos is judged; start a new run with another --config.run_dir")
     return measures

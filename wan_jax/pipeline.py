@@ -26,6 +26,8 @@ from wan_jax.tokenizer import Tokenizer
 from wan_jax.vae import AutoencoderKLWan
 
 TEXT_ROWS = 512  # Wan's text length; rows past the prompt are zero and are attended to
+NOT_FINITE = ("Likely causes: damaged files of the model or the checkpoint, a guidance or a shift far out of range, or "
+              "numbers that overflow in bfloat16. Convert the model again, check the settings, or try float32")
 ROW_MULTIPLE = 16  # embeddings are trimmed to the longest prompt, rounded up, and the rest is counted
 
 
@@ -115,33 +117,53 @@ def latent_shape(frames: int, height: int, width: int, vae: VAEConfig,
     return (frames - 1) // t + 1, height // s, width // s, transformer.in_channels
 
 
-def decoder_programs(graphdef, *, blended: bool = False) -> tuple[Callable, Callable]:
-    """What `make_decoder` runs, jitted: (vae state, latents fp32 [B,F,h,w,C]) -> video, and
-    (vae state, latents of a chunk, history) -> (video, history). Videos [B,T,H,W,3] are uint8, or fp32 in [-1, 1] where
-    they are still to be blended."""
+@dataclasses.dataclass(frozen=True)
+class Videos:
+    """B decoded videos on the host. A NaN has no value in uint8, it becomes black: `finite` tells them apart."""
 
-    def pixels(video):
-        return video if blended else jnp.round((video + 1) * 127.5).astype(jnp.uint8)
+    frames: np.ndarray  # uint8 [B, T, H, W, 3] RGB
+    finite: np.ndarray  # bool [B], whether all latents and pixels of a video are finite numbers
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, rows) -> "Videos":
+        return Videos(self.frames[rows], self.finite[rows])
+
+
+def decoder_programs(graphdef, *, blended: bool = False) -> tuple[Callable, Callable]:
+    """The jitted functions of `make_decoder`: (vae state, latents fp32 [B,F,h,w,C]) -> (video, finite), and
+    (vae state, latents of a chunk, history) -> ((video, finite), history). Videos [B,T,H,W,3] are uint8, or fp32
+    in [-1, 1] where they are still to be blended; finite is that of `Videos`."""
+
+    def outputs(video, latents):
+        finite = all_finite(latents) & all_finite(video)
+        return video if blended else jnp.round((video + 1) * 127.5).astype(jnp.uint8), finite
 
     @jax.jit
     def decode(state, latents):
         vae: AutoencoderKLWan = nnx.merge(graphdef, state)
-        return pixels(vae.decode(vae.denormalise(latents)))
+        return outputs(vae.decode(vae.denormalise(latents)), latents)
 
     @partial(jax.jit, donate_argnums=(2,))
     def decode_chunk(state, latents, history):
         vae: AutoencoderKLWan = nnx.merge(graphdef, state)
         video, history = vae.decode_chunk(vae.denormalise(latents), history)
-        return pixels(video), history
+        return outputs(video, latents), history
 
     return decode, decode_chunk
+
+
+def all_finite(x: jax.Array) -> jax.Array:
+    """Whether all values of a sample are finite, bool [B]; x: [B, ...]."""
+    return jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
 
 
 def make_decoder(graphdef, *, chunk: int | None = None, tile: int = 0, overlap: int = 8,
                  programs: tuple[Callable, Callable] | None = None) -> Callable:
     """The jitted VAE decoder: (vae state, latents fp32 [B,F,h,w,C]) -> a function that waits for the videos and gives
-    them as uint8 [B,T,H,W,3] RGB on the host; with several processes, those whose latents lie on this one's devices.
-    Meanwhile the device can be given more to do. (Tiles are only started by the second call.)
+    them as `Videos` on the host; with several processes, those whose latents lie on this one's devices. Meanwhile the
+    device can be given more to do. (Tiles are only started by the second call.)
 
     chunk: latent frames at a time, 0 for the whole clip; None takes whole clips where they need less than
     `vae_chunks.BUDGET` bytes a device by estimate, and else the largest chunk that fits, at least one latent frame: one
@@ -158,7 +180,8 @@ def make_decoder(graphdef, *, chunk: int | None = None, tile: int = 0, overlap: 
     whole, step = programs or decoder_programs(graphdef, blended=tile > 0)
     chosen = {}  # shape on one device: latent frames a chunk
 
-    def in_time(state, latents) -> list[jax.Array]:
+    def in_time(state, latents) -> list[tuple[jax.Array, jax.Array]]:
+        """(video, finite) of each piece in time."""
         shape = latents.sharding.shard_shape(latents.shape)
         if shape not in chosen:
             vae: AutoencoderKLWan = nnx.merge(graphdef, state)
@@ -170,18 +193,21 @@ def make_decoder(graphdef, *, chunk: int | None = None, tile: int = 0, overlap: 
         sizes = vae_chunks.chunk_sizes(shape[1], size)
         return list(vae_chunks.decode_chunks(partial(step, state), latents, sizes))
 
-    def fetched(pieces: list[jax.Array]) -> np.ndarray:
-        return np.concatenate([my_part(piece) for piece in pieces], axis=1)
+    def fetched(pieces: list[tuple[jax.Array, jax.Array]]) -> Videos:
+        return Videos(np.concatenate([my_part(video) for video, _ in pieces], axis=1),
+                      np.all([my_part(finite) for _, finite in pieces], axis=0))
 
-    def decode(state, latents) -> Callable[[], np.ndarray]:
+    def decode(state, latents) -> Callable[[], Videos]:
         latents = jnp.asarray(latents)
         if tile:
             def blended():
-                video = vae_chunks.decode_tiles(lambda x: fetched(in_time(state, x)), latents, tile, overlap)
-                return np.round((video + 1) * 127.5).astype(np.uint8)
+                video = vae_chunks.decode_tiles(lambda x: fetched(in_time(state, x)).frames, latents, tile, overlap)
+                finite = np.isfinite(video).all(axis=(1, 2, 3, 4))  # a tile that is not finite leaves such pixels
+                video = np.where(finite[:, None, None, None, None], video, -1)
+                return Videos(np.round((video + 1) * 127.5).astype(np.uint8), finite)
             return blended
         pieces = in_time(state, latents)
-        for piece in pieces:
+        for piece in jax.tree.leaves(pieces):
             piece.copy_to_host_async()
         return partial(fetched, pieces)
 

@@ -81,15 +81,19 @@ def main(_):
     text = table.batch(index, mesh_lib.replicated(mesh), mesh_lib.replicated(mesh))
     latents, = pipeline.sample_ode(steps, lambda i: (weights(i),), parts, solver, [(noise, text)])
     videos = pipeline.make_decoder(vae_graph)(vae_state, latents)()
+    broken = np.flatnonzero(~videos.finite)  # not written: they would be black
     out = pathlib.Path(FLAGS.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    for i, video in enumerate(videos):
+    for i in np.flatnonzero(videos.finite):
         path = out if len(videos) == 1 else out.with_name(f"{out.stem}_{i:03d}{suffix}")
-        media.write(path, video, FLAGS.fps)
+        media.write(path, videos.frames[i], FLAGS.fps)
         print(f"{path}  {FLAGS.prompt[index[i]]}")
-    seconds = time.monotonic() - start
-    print(f"{len(videos)} sample(s) of {FLAGS.frames} x {FLAGS.height} x {FLAGS.width} in {seconds:.1f} s, compilation "
-          f"included; {memory.peaks()}")
+    print(f"{len(videos) - len(broken)} sample(s) of {FLAGS.frames} x {FLAGS.height} x {FLAGS.width} in "
+          f"{time.monotonic() - start:.1f} s, compilation included; {memory.peaks()}")
+    if len(broken):
+        of = ", ".join(repr(FLAGS.prompt[p]) for p in dict.fromkeys(index[broken]))
+        raise UserError(f"{len(broken)} of {len(videos)} samples are not finite numbers (NaN or infinite) and were not "
+                        f"written, of the prompt {of}. {pipeline.NOT_FINITE}")
 
 
 if __name__ == "__main__":

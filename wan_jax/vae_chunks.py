@@ -62,7 +62,7 @@ def chunk_sizes(frames: int, chunk: int) -> list[int]:
 def decode_chunks(step: Callable, latents: Array, sizes: list[int]) -> Iterator[Array]:
     """The video of latents [B,F,h,w,z] in pieces [B,t,H,W,C], one a chunk of `sizes` latent frames.
 
-    step: (latents of a chunk, history) -> (video, history), e.g. on `AutoencoderKLWan.decode_chunk`. Raises ValueError
+    step: (latents of a chunk, history) -> (piece, history), e.g. on `AutoencoderKLWan.decode_chunk`. Raises ValueError
     where the sizes are not F in sum or not positive.
     """
     if sum(sizes) != latents.shape[1] or min(sizes) < 1:

@@ -58,7 +58,7 @@ def sample(folder, prompts, noise, *, solver="unipc", steps=6, guidance=4.0, gui
     latents, = pipeline.sample_ode(ode_steps, lambda expert: (weights(expert),), parts, solver,
                                    [(jnp.asarray(noise), text)])
     vae_graph, vae_state = pipeline.load_vae(model, mesh)
-    return np.asarray(latents), pipeline.make_decoder(vae_graph)(vae_state, latents)()
+    return np.asarray(latents), pipeline.make_decoder(vae_graph)(vae_state, latents)().frames
 
 
 def peer_sample(folder, prompts, noise, *, frames, height, width, steps=6, guidance=4.0, guidance_2=None, shift=3.0,
@@ -279,12 +279,15 @@ def test_decoding_in_pieces(folders, monkeypatch):
 
     monkeypatch.setattr(vae_chunks, "decode_chunks", spy)
     decode = pipeline.make_decoder(graphdef)
-    whole = decode(state, latents)()
+    whole, finite = vars(decode(state, latents)()).values()
+    assert finite.dtype == bool and finite.tolist() == [True, True]
     assert type(whole) is np.ndarray and whole.dtype == np.uint8 and whole.shape == (2, 13, 32, 48, 3)
     assert not sizes and len(np.unique(whole)) > 50
 
-    def same(video):
-        return video().dtype == np.uint8 and np.abs(video().astype(int) - whole).max() <= 1
+    def same(video, finite=(True, True)):
+        found = video()
+        assert found.frames.dtype == np.uint8 and found.finite.tolist() == list(finite)
+        return np.abs(found.frames[found.finite].astype(int) - whole[found.finite]).max() <= 1
 
     in_chunks = pipeline.make_decoder(graphdef, chunk=3)
     assert same(in_chunks(state, latents)) and same(pipeline.make_decoder(graphdef, chunk=4)(state, latents))
@@ -292,13 +295,17 @@ def test_decoding_in_pieces(folders, monkeypatch):
     monkeypatch.setattr(vae_chunks, "BUDGET", 1.0)
     assert same(pipeline.make_decoder(graphdef)(state, latents))
     assert sizes.pop() == [1, 1, 1, 1]
-    assert not np.abs(decode(state, latents[:, :1])().astype(int) - whole[:, :1]).max() > 1 and len(sizes) == 1
+    assert not np.abs(decode(state, latents[:, :1])().frames.astype(int) - whole[:, :1]).max() > 1 and len(sizes) == 1
     mesh = mesh_lib.make_mesh(devices=jax.devices()[:2])
     sharded = jax.device_put(latents, mesh_lib.batch_sharding(mesh))
     assert same(in_chunks(mesh_lib.replicate(state, mesh), sharded)) and len(sizes) == 2
     tiled = pipeline.make_decoder(graphdef, chunk=3, tile=4, overlap=2)
-    assert tiled(state, latents)().shape == whole.shape and len(sizes) == 4
+    assert tiled(state, latents)().frames.shape == whole.shape and len(sizes) == 4
     assert same(pipeline.make_decoder(graphdef, chunk=0, tile=8, overlap=2)(state, latents))  # one tile
+    for bad in (np.nan, np.inf):
+        broken = latents.at[1, 3, 0, 0, 0].set(bad)  # in the last chunk
+        for decoder in (decode, in_chunks, tiled):
+            assert same(decoder(state, broken), (True, False)) or decoder is tiled
 
 
 def test_one_ahead_asks_for_the_next_before_it_gives_the_last():
@@ -306,6 +313,18 @@ def test_one_ahead_asks_for_the_next_before_it_gives_the_last():
     numbers = (asked.append(i) or i for i in range(3))
     assert [(i, list(asked)) for i in pipeline.one_ahead(numbers)] == [(0, [0, 1]), (1, [0, 1, 2]), (2, [0, 1, 2])]
     assert list(pipeline.one_ahead(iter(()))) == []
+
+
+def test_samples_that_are_not_finite_are_not_written(folders, tmp_path):
+    """Of two samples one: an error that names its prompt, no black picture, and the other one is kept."""
+    noise = np.random.default_rng(0).standard_normal((2, 1, 4, 6, 16)).astype(np.float32)
+    noise[1, 0, 2, 3, 4] = np.nan
+    np.save(tmp_path / "noise.npy", noise)
+    result = run_sample(f"--model={folders[1]}", "--height=32", "--width=48", "--steps=1", "--prompt=sea",
+                        "--prompt=sky", f"--noise={tmp_path / 'noise.npy'}", f"--out={tmp_path / 'a.png'}")
+    assert result.returncode == 1 and "1 of 2 samples" in result.stderr and "'sky'" in result.stderr, result.stderr
+    assert "sea" not in result.stderr and "Traceback" not in result.stderr
+    assert [path.name for path in tmp_path.glob("*.png")] == ["a_000.png"]
 
 
 @pytest.mark.parametrize("settings", [{"chunk": -1}, {"tile": -1}, {"tile": 8, "overlap": 8}])
