@@ -13,6 +13,7 @@ from grpo.combine import (
     combined_advantages,
     means,
     terms,
+    without_base,
 )
 from rewards.quality import MEASURES
 
@@ -93,3 +94,17 @@ def test_one_reward_alone_is_grpo_up_to_a_scale():
     alone = combined_advantages({MAIN: random(0)}, {MAIN: 3.0}, GROUPS, VALID, std="group", clip=None)
     plain = group_advantages(random(0), GROUPS, VALID, std="group")
     np.testing.assert_allclose(alone, plain / plain.std(), atol=1e-5)
+
+
+def test_a_weighted_reward_that_no_video_has_leaves_none_valid():
+    weights = {MAIN: 1.0, "motion": 0.5, "flicker": 0.0}
+    rewards = terms(random(0), {}, weights, {"motion": (10, 2)})
+    assert np.isnan(rewards["motion"]).all() and np.isnan(combined(rewards, weights)).all()
+
+
+def test_what_cannot_be_judged_without_the_base():
+    weights = {MAIN: 1.0, "motion": 0.5, "flicker": 0.0, "stability": 1.0}
+    found = base_statistics({"motion": np.array([1.0, np.nan, 3.0]), "flicker": np.array([1.0, np.nan, np.nan])})
+    assert found["motion"] == (2.0, 1.0) and np.isnan(found["flicker"]).all()  # one video says nothing of the spread
+    assert without_base(weights, found) == [] and without_base(weights, {}) == ["motion"]
+    assert without_base(weights | {"flicker": 1.0}, found) == ["flicker"]

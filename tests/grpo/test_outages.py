@@ -31,7 +31,8 @@ VIDEOS = 4  # an epoch's, and prompts of an evaluation
 SMALL = {"epochs": 2, "eval.every": 1, "save.every": 9, "sample.group_size": 2, "train.updates_per_epoch": 1,
          "sample.batch_size": VIDEOS, "eval.num_prompts": VIDEOS, "eval.previews": 1}
 NEVER = ("raises", "never", False)
-choose_mesh, stage, load_vae = train.devices.choose_mesh, train.hosts.stage, train.pipeline.load_vae
+choose_mesh, stage, make_policy = train.devices.choose_mesh, train.hosts.stage, train.make_policy
+abstract = functools.cache(train.model_dir.abstract)
 shared = {}  # of all runs here: what neither rewards nor folders enter
 
 
@@ -45,11 +46,11 @@ def model(tmp_path_factory):
 @pytest.fixture
 def start(model, tmp_path, monkeypatch):
     """start(reward, (kind, when, once), **settings): trains, and returns the run's folder, without a report. All runs
-    share their compiled functions and the VAE."""
+    share their compiled functions and the structure of their modules."""
     monkeypatch.setattr(train.devices, "choose_mesh", functools.partial(choose_mesh, devices=jax.devices()[:1]))
     monkeypatch.setattr(train, "Run", lambda *args: shared.setdefault("run", Run(*args)))
-    monkeypatch.setattr(train.pipeline, "load_vae", lambda *args: shared.get("vae") or shared.setdefault(
-        "vae", load_vae(*args)))
+    monkeypatch.setattr(train.model_dir, "abstract", abstract)
+    monkeypatch.setattr(train, "make_policy", fresh_policy)
     monkeypatch.setattr(train.report, "write_report", lambda folder: folder / "report.html")
 
     def phase(name):
@@ -66,10 +67,18 @@ def start(model, tmp_path, monkeypatch):
         c.update_from_flattened_dict(SMALL | overrides)
         s = settings.from_config(c)
         prompts = [load_prompts(p, parse_targets) for p in (c.prompts.train, c.prompts.heldout)]
-        with RewardPool(functools.partial(reward, str(tmp_path), *fault), workers, timeout=0.5) as pool:
+        with RewardPool(functools.partial(reward, str(tmp_path), *fault), workers, timeout=1.5) as pool:
             train.train(c, s, train.Plan.make(c, s), *prompts, pool)
         return folder
     return make
+
+
+def fresh_policy(*args, **kwargs):
+    """`make_policy`, whose arrays the first update takes."""
+    if "policy" not in shared:
+        shared["policy"] = make_policy(*args, **kwargs)
+    policy, trainable = shared["policy"]
+    return policy, jax.tree.map(jnp.copy, trainable)
 
 
 def pool_size(kind):
@@ -100,7 +109,7 @@ def test_one_video_without_a_score(start, kind, capsys, caplog):
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_epoch_without_scores_keeps_the_epochs_before(start, undisturbed, kind, tmp_path):
     """Although the run would have saved at its end only. Mended, it ends as if nothing had been."""
-    cause = {"raises": "ValueError: the scorer is broken", "nan": "not finite", "hangs": "took longer than 0.5 s",
+    cause = {"raises": "ValueError: the scorer is broken", "nan": "not finite", "hangs": "took longer than 1.5 s",
              "dies": "died with exit code 3"}[kind]
     with pytest.raises(UserError, match=rf"epoch 2: not one of {VIDEOS} videos .*{cause}.*Epoch 1 is saved"):
         start(faulty.alone, (kind, "epoch 2", False), pool_size(kind))
