@@ -61,11 +61,11 @@ class CausalConv3d(nnx.Module):
     """kernel [kt,kh,kw,in,out] on x [B,T,H,W,in]; kt-1 frames of history or zeros on the left, frames zero-padded.
 
     Computes y_t = sum_s K_(kt-1-s) * x_(t-s) by 2-D convolutions over the frames that exist, which beats XLA's 3-D
-    convolution ([1,9,64,128,32] fp32 on two CPU cores 18 ms against 131, with gradients 190 against 458). A single frame
-    costs one convolution with the last tap. Up to `FEW` frames each tap is a convolution of its own, over the frames
-    that it sees; for more, one convolution gives the results of all taps as channels, and computes kt-1 frames in vain
-    for each tap but the first: decoding 33 frames of 240x416 (Wan 2.1, fp32) took 112 ms on an H200 against 137, and 5
-    frames of 480x832 took 73 ms against 70.
+    convolution ([1,9,64,128,32] fp32 on two CPU cores 18 ms against 131, with gradients 190 against 458). A single
+    frame costs one convolution with the last tap. Up to `FEW` frames each tap is a convolution of its own, over the
+    frames that it sees. For more, one convolution gives the results of all taps as channels, and computes up to kt-1
+    frames in vain for each tap: decoding 33 frames of 240x416 (Wan 2.1, fp32) took 112 ms on an H200 against 137, but
+    5 frames of 480x832 took 73 ms against 70.
     """
 
     FEW = 8
@@ -112,11 +112,11 @@ class Conv2d(nnx.Module):
 
 
 def upsampled_conv(x: Array, kernel: Array) -> Array:
-    """The 3x3 convolution of every frame of x [B,T,H,W,I], doubled in height and width (nearest), with kernel [3,3,I,O].
+    """Double the height and width of every frame of x [B,T,H,W,I] (nearest) and convolve it with kernel [3,3,I,O].
 
     Four neighbouring pixels of the doubled frame have the same value, so each of the result's four phases (even or odd
-    row and column) is a 2x2 convolution of x itself, whose taps are sums of the kernel's: 16 products in place of 36, and
-    the doubled frame is never stored. One convolution gives the four phases as channels. Returns [B,T,2H,2W,O].
+    row and column) is a 2x2 convolution of x itself, whose taps are sums of the kernel's: 16 products instead of 36,
+    and the doubled frame is never stored. One convolution gives the four phases as channels. Returns [B,T,2H,2W,O].
     """
     b, t, h, w, n_in = x.shape
     kernel = kernel.astype(jnp.float32)

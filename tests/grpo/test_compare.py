@@ -200,3 +200,17 @@ def test_stopping_stops_the_runs(recipe, tmp_path):
     until_begun(jobs[0].log)
     runs.close()
     assert "the same command continues" in jobs[0].failure()
+
+
+def test_evaluations_without_a_result_are_no_points_of_a_curve(tmp_path):
+    """At its ends they leave nothing to compare."""
+    log = run_log.RunLog(tmp_path)
+    for epoch in (1, 2, 3):
+        log.epoch({"epoch": epoch, "spent_evaluations": 10 * epoch, "spent_seconds": 1.0})
+    for epoch, reward in enumerate((0.5, float("nan"), 0.7)):
+        log.evaluation({"epoch": epoch, "reward": reward})
+    curve = comparison.read_curve(tmp_path)
+    assert curve.epochs.tolist() == [0, 2] and curve.rewards.tolist() == [0.5, 0.7]
+    log.evaluation({"epoch": 3, "reward": float("nan")})
+    with pytest.raises(UserError, match="evaluation after epoch 3 scored fewer than two"):
+        comparison.read_curve(tmp_path)

@@ -195,3 +195,18 @@ def test_command(tmp_path):
     assert done.returncode == 0 and "0.46 -> 0.61" in done.stdout and (tmp_path / "report.html").exists()
     done = subprocess.run([*command, tmp_path / "no"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.strip() == f"error: run folder {tmp_path / 'no'} does not exist"
+
+
+def test_evaluations_without_a_result_are_left_out_and_named(tmp_path):
+    """Also where there is no other one."""
+    log, nothing = RunLog(tmp_path), dict.fromkeys(("reward", "low", "high"), float("nan"))
+    log.epoch(epoch(1) | {"failed_rewards": {"motion": 3}, "nonfinite_videos": 2})
+    log.evaluation(evaluation(0, 0.4) | nothing | {"rewards": [float("nan")] * 8, "num": 0})
+    assert summary_lines(tmp_path)[0] == "no held-out evaluation has a result"
+    assert "No held-out evaluation has a result." in write_report(tmp_path).read_text()
+    log.evaluation(evaluation(1, 0.5))
+    log.close()
+    text = write_report(tmp_path).read_text()
+    assert "OCR reward 0.50" in text and "no result of the evaluation after epoch 0" in text
+    assert "no result of the evaluation after epoch 0" in summary_lines(tmp_path)[1]
+    assert "motion could not be measured for 3 videos" in text and "videos that are not finite" in text

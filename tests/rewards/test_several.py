@@ -18,8 +18,9 @@ def batch(*values):
 
 def pool(folder, workers, *broken):
     """The main reward never misbehaves; beside it are those of `broken`, and a sound one after them."""
-    makers = {"main": pool_rewards.Brightness} | {
-        reward.__name__: functools.partial(reward, str(folder)) for reward in broken} | {"last": pool_rewards.Brightness}
+    sound = pool_rewards.Brightness
+    makers = {"main": sound} | {reward.__name__: functools.partial(reward, str(folder)) for reward in broken} | {
+        "last": sound}
     return RewardPool(functools.partial(SeveralRewards, makers), workers, timeout=2.0)
 
 
