@@ -11,11 +11,12 @@ from grpo.losses import KLControl
 from grpo.update import TrainState
 from wan_jax import hosts
 from wan_jax.checkpoint import Checkpoints, join_experts, split_experts
+from wan_jax.cli import UserError
 from wan_jax.lora import LoRAConfig
 
 
 def state_tree(states: dict[str, TrainState]) -> dict:
-    """What a checkpoint stores of the experts' states."""
+    """What a checkpoint stores of the experts' states; 'ema' as the weights to sample with, the rest as the state."""
     def joined(part: Callable[[TrainState], dict]) -> dict:
         return join_experts({name: part(state) for name, state in states.items()})
 
@@ -35,19 +36,24 @@ def save(checkpoints: Checkpoints, epoch: int, states: dict[str, TrainState], co
     """
     tree = state_tree(states)
     hosts.check_same(tree, f"epoch {epoch}: the trained weights")
-    checkpoints.save(epoch, tree, tree["ema"], {
+    ema = tree.pop("ema")
+    checkpoints.save(epoch, tree, ema, {
         "config": config, "model": config["model"]["path"], "experts": list(states), "spent": dataclasses.asdict(spent),
         "lora": lora and {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}})
 
 
 def spent_by(checkpoints: Checkpoints, epoch: int) -> Spent:
-    """What the run had spent; nothing where the checkpoint is older than the count."""
-    return Spent(**checkpoints.meta(epoch).get("spent", {}))
+    """What the run had spent; nothing where the checkpoint is older than the count. Raises `UserError`."""
+    try:
+        return Spent(**checkpoints.meta(epoch).get("spent", {}))
+    except TypeError:
+        raise UserError(f"{checkpoints.path(epoch)} is damaged: its meta has no valid 'spent'") from None
 
 
 def restore(checkpoints: Checkpoints, epoch: int, like: dict[str, TrainState]) -> dict[str, TrainState]:
     """The experts' states, on the shardings of `like`."""
-    tree = checkpoints.restore_state(epoch, state_tree(like))
+    tree, ema = checkpoints.restore_state(epoch, state_tree(like))
+    tree["ema"] = ema
     parts = {key: split_experts(value, list(like)) for key, value in tree.items()}
     states = {}
     for name, state in like.items():

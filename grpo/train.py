@@ -141,8 +141,9 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     checkpoints = Checkpoints(c.run_dir, keep=c.save.keep)
     restored, spent = hosts.from_first(checkpoints.latest), Spent()
     if restored is not None:
+        meta = checkpoints.check(restored)
         spent = run_state.spent_by(checkpoints, restored)
-        settings.check_resume(checkpoints.meta(restored)["config"], c.to_dict(), str(checkpoints.path(restored)))
+        settings.check_resume(meta["config"], c.to_dict(), str(checkpoints.path(restored)))
     done = restored or 0
     epochs = range(done + 1, (done if s.budget.reached(spent) else c.epochs) + 1)
 
@@ -309,7 +310,6 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         if final or ending:
             break
     log.close()
-    checkpoints.close()
     say(memory.peaks())
     if hosts.first():
         path = report.write_report(pathlib.Path(c.run_dir))

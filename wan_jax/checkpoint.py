@@ -1,62 +1,212 @@
-"""Checkpoints of a training run (orbax): what the trainer saves and resumes from, and what sampling and export read.
+"""Checkpoints of a training run: what the trainer saves and resumes from, and what sampling and export read.
 
-    RUN/checkpoints/<epoch>/state/   trainable, ema and optimiser leaves (flat dicts of arrays)
-    RUN/checkpoints/<epoch>/meta/    JSON: epoch, model folder, trained experts, LoRA settings or null, the config
-    RUN/checkpoints/<epoch>/trained/ the weights to sample with (EMA), flat dict
+    RUN/checkpoints/<epoch>/state/        orbax: trainable, optimiser and counter leaves (flat dicts of arrays)
+    RUN/checkpoints/<epoch>/trained/      orbax: the weights to sample with, which are the moving average; a flat dict
+    RUN/checkpoints/<epoch>/meta/metadata JSON: epoch, model, trained experts, LoRA settings or null, the config
+    RUN/checkpoints/<epoch>/digests.json  size and digest of every other file (`wan_jax.integrity`)
 
-Orbax writes a step to a temporary name and renames it when every file is on disk, so a run killed in the middle of
-a save finds the previous checkpoint.
+A checkpoint is written under a temporary name, which is changed when every file is on disk, the digests last. So a run
+that is killed during a save finds the previous checkpoint, and a numbered folder without digests was copied in part.
+
+Format 1 had no digests, and the moving average in state/ too. It is still read.
 """
 
+import contextlib
+import gc
+import json
+import os
 import pathlib
+import shutil
+import sys
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from wan_jax import hosts, integrity
 from wan_jax.cli import UserError, check_space
 from wan_jax.lora import LoRAConfig
 
-FORMAT = 1
+FORMAT = 2
+DIGESTS, META = "digests.json", "meta/metadata"
+ITEMS = ("meta", "state", "trained")
+FIELDS = {"epoch": int, "experts": list, "lora": (dict, type(None))}  # of every meta
+LORA_FIELDS = {"rank": int, "alpha": (int, float), "targets": list}
 
 
 class Checkpoints:
     """The checkpoints of one run folder. `keep` is how many of the newest stay (None: all)."""
 
-    def __init__(self, folder, keep: int | None = None, read_only: bool = False):
+    def __init__(self, folder, keep: int | None = None):
         self.folder = pathlib.Path(folder).absolute() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=not read_only, read_only=read_only,
-                                               enable_async_checkpointing=False, step_prefix=None)
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        self.keep = keep
+
+    def epochs(self) -> list[int]:
+        """The epochs that have a folder, complete or not, in ascending order."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.folder.iterdir()
+                      if path.name.isdecimal() and str(int(path.name)) == path.name)
 
     def latest(self) -> int | None:
-        """The newest finished checkpoint's epoch, or None."""
-        return self.manager.latest_step()
+        """The newest checkpoint's epoch, or None. Raises `UserError` when its folder is not a complete checkpoint."""
+        epochs = self.epochs()
+        if epochs:
+            self.meta(epochs[-1])
+        return epochs[-1] if epochs else None
 
     def save(self, epoch: int, state: dict, trained: dict, meta: dict):
-        """state: {'trainable' | 'ema' | 'opt': {name: array}}; trained: {path: array}; meta: JSON values.
+        """state: {'trainable' | 'opt' | ...: {name: array}}; trained: {path: array}; meta: JSON values.
 
-        Raises `UserError` when the disk has no room for it.
+        All processes call it together. Raises `UserError` when the disk has no room for it.
         """
         check_space(self.folder, sum(x.nbytes for x in jax.tree.leaves((state, trained))), "the checkpoint")
-        self.manager.save(epoch, args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state), trained=ocp.args.StandardSave(trained),
-            meta=ocp.args.JsonSave(dict(meta, format=FORMAT, epoch=epoch))))
-        self.manager.wait_until_finished()
+        temporary = self.folder / f".{epoch}.tmp"
+        hosts.from_first(self._remove_unfinished)
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            for name, tree in (("state", state), ("trained", trained)):
+                checkpointer.save(temporary / name, args=ocp.args.StandardSave(tree))
+        hosts.from_first(lambda: self._finish(temporary, epoch, dict(meta, format=FORMAT, epoch=epoch)))
 
-    def restore_state(self, epoch: int, like: dict) -> dict:
-        """The state of `save`, onto the shapes, dtypes and shardings of `like`."""
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        return self.manager.restore(epoch, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+    def _remove_unfinished(self) -> None:
+        """What a killed process left, also one of format 1."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in [*self.folder.glob(".*.tmp"), *self.folder.glob("*.orbax-checkpoint-tmp*")]:
+            shutil.rmtree(path)
+
+    def _finish(self, temporary: pathlib.Path, epoch: int, meta: dict) -> None:
+        (temporary / META).parent.mkdir()
+        (temporary / META).write_text(json.dumps(meta))
+        integrity.write_manifest(temporary / DIGESTS, {}, integrity.measure(temporary, flush=True))
+        temporary.rename(self.path(epoch))
+        _flush_folder(self.folder)
+        for old in self.epochs()[: -self.keep] if self.keep else ():
+            self.path(old).rename(temporary)  # at no time is there a numbered folder that lacks files
+            shutil.rmtree(temporary)
+
+    def check(self, epoch: int, items: tuple[str, ...] = ITEMS) -> dict:
+        """Read every file of these items and compare it with its digest; return the checkpoint's meta.
+
+        All processes call it together, and each reads its share of the files. Raises `UserError` that names the
+        damaged file and a checkpoint that is whole.
+        """
+        meta, files = self.meta(epoch), self._digests(epoch)
+        if files is None:
+            if hosts.first():
+                print(f"{self.path(epoch)} was saved by an earlier version, without digests: damage to its files "
+                      "cannot be seen; later checkpoints have them", flush=True)
+            return meta
+        names = sorted(name for name in files if name.split("/")[0] in items)
+        mine = {name: files[name] for name in names[jax.process_index() :: jax.process_count()]}
+        found = hosts.gather(integrity.problem(self.path(epoch), mine))
+        if first := next(filter(None, found), None):
+            raise self._damaged(epoch, first)
+        return meta
 
     def meta(self, epoch: int) -> dict:
-        return self.manager.restore(epoch, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        """Raises `UserError` when the folder is not a complete checkpoint."""
+        try:
+            files = self._digests(epoch)
+            if files is not None and (problem := integrity.problem(self.path(epoch), {META: files[META]})):
+                raise integrity.Damaged(problem)
+            return self._read_meta(epoch)
+        except integrity.Damaged as error:
+            raise self._damaged(epoch, str(error)) from None
+
+    def restore_state(self, epoch: int, like: dict) -> tuple[dict, dict]:
+        """(state, trained) of `save`, onto the shapes, dtypes and shardings of `like`, a state with a part 'ema' for
+        the trained weights."""
+        averaged_too = self.meta(epoch)["format"] == 1
+        state = like if averaged_too else {key: value for key, value in like.items() if key != "ema"}
+        return self._restore(epoch, "state", state), self._restore(epoch, "trained", like["ema"])
+
+    def _restore(self, epoch: int, item: str, like: dict) -> dict:
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        with self._readable(epoch, item), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(self.path(epoch) / item, args=ocp.args.StandardRestore(abstract))
+
+    def load_trained(self, epoch: int) -> dict[str, np.ndarray]:
+        """The weights of `save` as NumPy arrays."""
+        with self._readable(epoch, "trained"):
+            return read_numpy(self.path(epoch) / "trained")
 
     def path(self, epoch: int) -> pathlib.Path:
         return self.folder / str(epoch)
 
-    def close(self):
-        self.manager.close()
+    def _digests(self, epoch: int) -> integrity.Files | None:
+        """None for format 1. Raises `Damaged`."""
+        path = self.path(epoch)
+        if not (path / DIGESTS).exists():
+            if path.is_dir() and (path / META).is_file() and self._read_meta(epoch)["format"] == 1:
+                if missing := [name for name in ("state", "trained") if not (path / name).is_dir()]:
+                    raise integrity.Damaged(f"{missing[0]} is missing")
+                return None
+            raise integrity.Damaged(f"{META if not (path / META).exists() else DIGESTS} is missing: the folder was "
+                                    "not copied whole, or is no checkpoint")
+        files = integrity.read_manifest(path / DIGESTS).get("files", {})
+        if META not in files:
+            raise integrity.Damaged(f"{DIGESTS} names no {META}")
+        return files
+
+    def _read_meta(self, epoch: int) -> dict:
+        path = self.path(epoch) / META
+        meta = integrity.read_json(path)
+        if meta.get("format") not in (1, FORMAT):
+            raise integrity.Damaged(f"{META} has format {meta.get('format')}, this version reads 1 and {FORMAT}")
+        for fields, values in ((FIELDS, meta), (LORA_FIELDS, meta.get("lora"))):
+            for name, kind in fields.items() if values is not None else ():
+                if not isinstance(values.get(name, ...), kind):
+                    raise integrity.Damaged(f"{META} has no valid {name!r}")
+        return meta
+
+    @contextlib.contextmanager
+    def _readable(self, epoch: int, item: str) -> Iterator[None]:
+        """Turn whatever orbax raises on a damaged checkpoint (many types, `Exception` itself among them) into one
+        message, and keep Python from printing the errors of arrays that orbax did not wait for."""
+        hook, message = sys.unraisablehook, None
+        sys.unraisablehook = lambda _: None
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # the message keeps what the error says
+            message = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        finally:
+            if message:
+                gc.collect()  # with the hook above, the errors that nobody waited for
+            sys.unraisablehook = hook
+        if message:
+            raise self._damaged(epoch, f"{item} cannot be read, or does not fit the settings and the model ({message})")
+
+    def _damaged(self, epoch: int, what: str) -> UserError:
+        path = self.path(epoch)
+        what = what.replace(f"{path}/", "")
+        others = sorted((e for e in self.epochs() if e != epoch), key=lambda e: (e > epoch, -e))  # earlier ones first
+        whole = next(filter(self._is_whole, others), None)
+        if whole is None:
+            return UserError(f"{path} is damaged: {what}; no other checkpoint of the run is whole: copy this one again "
+                             "from where it is whole, or start a new run with another --config.run_dir")
+        newer = " and ".join(str(self.path(e)) for e in self.epochs() if e > whole)
+        seen = "is whole" if self._digests(whole) else "has all its parts (and no digests to check them by)"
+        return UserError(f"{path} is damaged: {what}; {self.path(whole)} {seen}: "
+                         + (f"remove {newer} to continue from {whole}, or " if newer else "")
+                         + f"give --checkpoint={self.path(whole)}")
+
+    def _is_whole(self, epoch: int) -> bool:
+        try:
+            files = self._digests(epoch)
+        except integrity.Damaged:
+            return False
+        return files is None or integrity.problem(self.path(epoch), files) is None
+
+
+def _flush_folder(path: pathlib.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def join_experts(trees: dict[str, dict]) -> dict:
@@ -83,28 +233,34 @@ def read_numpy(path) -> dict:
         return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=plain))
 
 
-def load_trained(path) -> tuple[LoRAConfig | None, dict[str, dict[str, np.ndarray]], dict]:
-    """The weights to sample with, from a run folder (its newest checkpoint) or one `checkpoints/<epoch>` folder.
+def find(path) -> tuple[Checkpoints, int]:
+    """A checkpoint by its run folder (the newest one) or its own folder `checkpoints/<epoch>`.
 
-    Returns (LoRA settings, or None after full fine-tuning; {expert: {path: float32 array}} of the trained experts; the
-    checkpoint's meta). Raises `UserError` when there is no finished checkpoint.
+    Raises `UserError` when there is none.
     """
     path = pathlib.Path(path).absolute()
     if not path.is_dir():
         raise UserError(f"{path} does not exist: give a run folder of grpo.train or one of its checkpoints/<epoch>")
-    run, epoch = (path.parent.parent, int(path.name)) if path.name.isdigit() and path.parent.name == "checkpoints" \
+    run, epoch = (path.parent.parent, int(path.name)) if path.name.isdecimal() and path.parent.name == "checkpoints" \
         else (path, None)
     if not (run / "checkpoints").is_dir():
         raise UserError(f"{path} holds no checkpoints folder: give a run folder of grpo.train")
-    checkpoints = Checkpoints(run, read_only=True)
-    try:
-        epoch = checkpoints.latest() if epoch is None else epoch
-        if epoch is None or epoch not in checkpoints.manager.all_steps():
-            raise UserError(f"{path} holds no such checkpoint (it has {sorted(checkpoints.manager.all_steps())})")
-        meta = checkpoints.meta(epoch)
-        trained = read_numpy(checkpoints.path(epoch) / "trained")
-    finally:
-        checkpoints.close()
+    checkpoints = Checkpoints(run)
+    epoch = checkpoints.latest() if epoch is None else epoch
+    if epoch not in checkpoints.epochs():
+        raise UserError(f"{path} holds no such checkpoint (it has {checkpoints.epochs()})")
+    return checkpoints, epoch
+
+
+def load_trained(path) -> tuple[LoRAConfig | None, dict[str, dict[str, np.ndarray]], dict]:
+    """The weights to sample with, from a run folder (its newest checkpoint) or one `checkpoints/<epoch>` folder.
+
+    Returns (LoRA settings, or None after full fine-tuning; {expert: {path: float32 array}} of the trained experts; the
+    checkpoint's meta). Raises `UserError` when there is no finished checkpoint, or when it is damaged.
+    """
+    checkpoints, epoch = find(path)
+    meta = checkpoints.check(epoch, ("meta", "trained"))
+    trained = checkpoints.load_trained(epoch)
     lora = meta["lora"] and LoRAConfig(rank=meta["lora"]["rank"], alpha=meta["lora"]["alpha"],
                                        targets=tuple(meta["lora"]["targets"]))
     return lora, split_experts(trained, meta["experts"]), meta

@@ -71,7 +71,6 @@ def write_run(folder, trained, config: LoRAConfig | None):
     checkpoints = Checkpoints(folder)
     checkpoints.save(1, {"trainable": flat}, flat,
                      {"config": {}, "lora": settings, "model": "", "experts": list(experts)})
-    checkpoints.close()
     return folder
 
 

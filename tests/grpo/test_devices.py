@@ -82,7 +82,6 @@ def test_eight_devices_equal_one_with_all_weights(tmp_path):
     assert run_state.spent_by(checkpoints, 1) == Spent(5, 1.5)
     restored = run_state.restore(checkpoints, 1, {"transformer": state})["transformer"]
     other_way = run_state.restore(checkpoints, 1, {"transformer": before})["transformer"]
-    checkpoints.close()
     for got, like in ((restored, state), (other_way, before)):
         jax.tree.map(np.testing.assert_array_equal, got, state)
         same = jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim)

@@ -102,11 +102,7 @@ def kill_when(config, event, *overrides):
 
 
 def newest(run):
-    checkpoints = Checkpoints(run, read_only=True)
-    try:
-        return checkpoints.latest()
-    finally:
-        checkpoints.close()
+    return Checkpoints(run).latest()
 
 
 def arrays_of(run):
@@ -439,9 +435,7 @@ def test_a_budget_ends_the_run_as_its_last_epoch_would(whole, tmp_path):
     assert [r["epoch"] for r in evaluations] == [0, 2, 4, 5]
     seconds = [r["spent_seconds"] for r in run_log.read_metrics(run)]
     assert 0 < seconds[0] and all(np.diff(seconds) > 0)
-    checkpoints = Checkpoints(run, read_only=True)
-    spent = run_state.spent_by(checkpoints, 5)
-    checkpoints.close()
+    spent = run_state.spent_by(Checkpoints(run), 5)
     assert spent == Spent(120, seconds[-1])
     assert Budget(120).reached(spent) and not Budget(121).reached(spent) and Budget(None, seconds[-1]).reached(spent)
     assert "is not finished" not in (run / "report.html").read_text()

@@ -395,7 +395,6 @@ def assert_comes_back(state, folder):
     checkpoints = Checkpoints(folder)
     run_state.save(checkpoints, 1, {"transformer": state}, defaults().to_dict(), None, Spent())
     restored = run_state.restore(checkpoints, 1, {"transformer": state})["transformer"]
-    checkpoints.close()
     jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 

@@ -88,7 +88,6 @@ def test_too_little_space_is_an_error_before_the_first_byte(tmp_path, monkeypatc
     with pytest.raises(UserError, match="disk"):
         checkpoints.save(1, {"trainable": {"a": np.zeros(1000, np.float32)}}, {"a": np.zeros(1000, np.float32)}, {})
     assert checkpoints.latest() is None
-    checkpoints.close()
 
 
 def test_a_second_sigterm_ends_at_once():

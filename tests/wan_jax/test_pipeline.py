@@ -184,7 +184,6 @@ def write_checkpoint(run, model, names, rank=4, alpha=6.0) -> None:
     flat = join_experts(trained)
     checkpoints.save(7, {"trainable": flat}, flat, {"model": str(model), "experts": list(names), "lora": {
         "rank": rank, "alpha": alpha, "targets": list(settings.targets)}})
-    checkpoints.close()
 
 
 @pytest.mark.parity
