@@ -22,10 +22,10 @@ from absl import flags
 from tqdm import tqdm
 
 from convert.check import differences
-from convert.folders import partial_folder, whole_folder
+from convert.folders import LEFT_OUT, partial_folder, whole_folder
 from convert.journal import Journal
 from convert.plan import DTYPES, STEMS, Plan, parse_dtypes, plan_component
-from wan_jax import array_store, cli, model_dir
+from wan_jax import array_store, cli, integrity, model_dir
 from wan_jax.cli import UserError
 
 __all__ = ["DTYPES", "STEMS", "check", "convert"]
@@ -193,7 +193,8 @@ def convert(src: str, dst, dtype: str = "source", overwrite: bool = False, resta
         manifest["components"] = {c: write_component(plan, partial, journal) for c, plan in plans.items()}
         if fingerprint(folder, plans) != work["files"]:
             raise UserError(f"{folder} changed while it was read; run the same command again")
-        (partial / model_dir.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        (partial / model_dir.MANIFEST).unlink(missing_ok=True)
+        integrity.write_manifest(partial / model_dir.MANIFEST, manifest, integrity.measure(partial, {LEFT_OUT}))
     size = sum(f.stat().st_size for f in dst.rglob("*") if f.is_file())
     print(f"{dst}: {size / 1e9:.3f} GB, ready for grpo.train and wan_jax.sample")
 
@@ -201,7 +202,7 @@ def convert(src: str, dst, dtype: str = "source", overwrite: bool = False, resta
 def check(src: str, dst) -> None:
     """Compares the model folder `dst` with its source, tensor by tensor. Raises `UserError` with the first differences.
     """
-    model, folder = model_dir.open_model(dst), source_folder(src)
+    model, folder = model_dir.open_model(dst, verify=False), source_folder(src)  # all bytes are compared here
     plans = planned(folder, check_pipeline(folder), parse_dtypes(model.manifest["dtype"]))
     found = []
     if tuple(plans) != model.components:

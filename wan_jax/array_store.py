@@ -6,24 +6,30 @@ leaf its true shape through TensorStore, and `ArrayStore.write` fills it in any 
 any other checkpoint, each device reading its part.
 
 An array over layers (axis 0 of the modules run by scan) has a chunk, which is one file, for each layer; what is larger
-than `CHUNK` bytes is split further. Chunks are not compressed: trained weights hardly get smaller.
+than `CHUNK` bytes is split further. Chunks are not compressed: trained weights hardly get smaller. So a file is read
+directly, and compared with its digest (`wan_jax.integrity`) while it is read.
 """
 
 import itertools
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from wan_jax import integrity
 from wan_jax.cli import UserError
 
 CHUNK = 2**28  # bytes
+CHUNK_FILE = re.compile(r"(.*/)?\d+(\.\d+)*")  # all other files are metadata
 CONTEXT = {"file_io_concurrency": {"limit": 4}}
+AGAIN = "convert the model again with python -m convert.from_diffusers --overwrite"
 
 
 class StoreError(UserError):
@@ -71,10 +77,19 @@ def _write_file(path: pathlib.Path, value: np.ndarray) -> None:
 
 
 class ArrayStore:
-    """The arrays of an existing checkpoint. Raises `StoreError` when its metadata or that of an array is not there."""
+    """The arrays of an existing checkpoint.
 
-    def __init__(self, path: pathlib.Path, arrays: Mapping[str, ts.TensorStore] | None = None):
+    files: size and digest of every file by its path below `path`; the metadata are compared with them now, the values
+    when they are read. None: only sizes are checked. Raises `StoreError` when metadata are missing or damaged.
+    """
+
+    def __init__(self, path: pathlib.Path, arrays: Mapping[str, ts.TensorStore] | None = None,
+                 files: integrity.Files | None = None):
         self.path = path.absolute()
+        self._files = files
+        metadata = {name: entry for name, entry in (files or {}).items() if not CHUNK_FILE.fullmatch(name)}
+        if found := integrity.problem(self.path, metadata):
+            raise StoreError(f"{self.path} is missing or damaged: {found}")
         self._arrays = dict(self._open() if arrays is None else arrays)
         self.shapes = {name: tuple(array.shape) for name, array in self._arrays.items()}
         self.dtypes = {name: np.dtype(array.dtype.numpy_dtype) for name, array in self._arrays.items()}
@@ -128,18 +143,53 @@ class ArrayStore:
             target.write(value, can_reference_source_data_indefinitely=True).result()
 
     def read(self, name: str, layer: int | None = None, rows: slice = slice(None)) -> np.ndarray:
-        """An array, one layer of it, or rows of one without layers, as stored."""
-        array = self._arrays[name]
-        return (array[layer] if layer is not None else array[rows]).read().result()
+        """An array, one layer of it, or rows of one without layers, as stored. Raises `StoreError`."""
+        shape = self.shapes[name]
+        first = rows if layer is None else slice(layer, layer + 1)
+        value = self._part(name, (first, *[slice(None)] * (len(shape) - 1))[: len(shape)], self.dtypes[name])
+        return value if layer is None else value[0]
 
     def place(self, name: str, dtype, sharding: jax.sharding.Sharding) -> jax.Array:
-        """An array on the devices of `sharding`, in `dtype`. Reads this process's shards only, one copy of each."""
-        array, parts = ts.cast(self._arrays[name], np.dtype(dtype).name), {}
+        """An array on the devices of `sharding`, in `dtype`. Reads the files of this process's shards only, and makes
+        one copy of each shard. Raises `StoreError`."""
+        parts = {}
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
             key = tuple((s.start, s.stop) for s in index)
             if key not in parts:
-                parts[key] = array[index].read().result()
+                parts[key] = self._part(name, index, np.dtype(dtype))
             return parts[key]
 
         return jax.make_array_from_callback(self.shapes[name], sharding, part)
+
+    def _part(self, name: str, index: Sequence[slice], dtype: np.dtype) -> np.ndarray:
+        """A part of an array, of step 1. Every file that holds some of it is read once, and whole, to be checked."""
+        chunk, stored = self._chunk(name), self.dtypes[name]
+        spans = [s.indices(n)[:2] for s, n in zip(index, self.shapes[name], strict=True)]
+        out = np.empty([stop - start for start, stop in spans], dtype)
+
+        def copy(at: tuple[int, ...]) -> None:
+            inside, outside = [], []  # of the file, and where that belongs in `out`
+            for i, n, (start, stop) in zip(at, chunk, spans):
+                low, high = max(start, i * n), min(stop, (i + 1) * n)
+                inside.append(slice(low - i * n, high - i * n))
+                outside.append(slice(low - start, high - start))
+            target = out[tuple(outside)]
+            direct = dtype == stored and target.shape == chunk and target.flags.c_contiguous
+            values = target if direct else np.empty(chunk, stored)
+            file = ".".join(map(str, at)) or "0"
+            expected = None if self._files is None else self._files.get(f"{name}/{file}", (0, 0))
+            try:
+                integrity.read_into(self.path / name / file, memoryview(values.reshape(-1).view(np.uint8)), expected)
+            except integrity.Damaged as error:
+                raise StoreError(f"{error}; {AGAIN}") from None
+            if not direct:
+                target[...] = values[tuple(inside)]
+
+        wanted = list(itertools.product(*(range(a // n, -(-b // n)) for n, (a, b) in zip(chunk, spans))))
+        if len(wanted) == 1:
+            copy(wanted[0])
+        else:
+            with ThreadPoolExecutor(integrity.WORKERS) as pool:
+                list(pool.map(copy, wanted))
+        return out

@@ -1,15 +1,17 @@
 """A converted model on disk, as `convert.from_diffusers` writes it.
 
-    MODEL/wan_jax.json                          format, source and dtype; written last, so its presence means whole
+    MODEL/wan_jax.json                          format, source, dtype, and each file's size and digest
+                                                (`wan_jax.integrity`); written last, so its presence means whole
     MODEL/model_index.json, scheduler/, tokenizer/          as published
     MODEL/{transformer,vae,text_encoder}/config.json        as published
     MODEL/{transformer,vae,text_encoder}/params/            orbax, flat dict {'blocks/attn1/to_q/kernel': array}
 
-Wan 2.2 A14B has a second expert in MODEL/transformer_2/. The arrays lie on disk as `array_store` describes.
+Wan 2.2 A14B has a second expert in MODEL/transformer_2/. The arrays lie on disk as `array_store` describes. Every file
+is compared with its digest: small ones when the folder is opened, the arrays' when they are read, by the process that
+reads them. Folders of earlier versions have no digests; their files are only checked for presence and size.
 """
 
 import dataclasses
-import json
 import pathlib
 
 import jax
@@ -19,9 +21,10 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from wan_jax import config as config_lib
+from wan_jax import hosts, integrity
 from wan_jax import mesh as mesh_lib
 from wan_jax import params as P
-from wan_jax.array_store import ArrayStore, StoreError
+from wan_jax.array_store import AGAIN, CHUNK_FILE, ArrayStore, StoreError
 from wan_jax.cli import UserError
 from wan_jax.text_encoder import UMT5Encoder
 from wan_jax.transformer import WanTransformer3D
@@ -29,7 +32,6 @@ from wan_jax.vae import AutoencoderKLWan
 
 FORMAT = 1
 MANIFEST = "wan_jax.json"
-AGAIN = "convert the model again with python -m convert.from_diffusers --overwrite"
 COMPONENTS = {"transformer": (config_lib.TransformerConfig, WanTransformer3D),
               "transformer_2": (config_lib.TransformerConfig, WanTransformer3D),
               "vae": (config_lib.VAEConfig, AutoencoderKLWan),
@@ -41,6 +43,14 @@ class ModelDir:
     path: pathlib.Path
     manifest: dict
     index: dict  # model_index.json
+
+    @property
+    def fingerprint(self) -> str | None:
+        """SHA-256 of the digests of weights, configurations, tokenizer and scheduler: the same for a copy or a second
+        conversion of the same model, wherever it is. None: the folder has no digests."""
+        files = self.manifest.get("files")
+        return None if files is None else integrity.combined(
+            (name, *entry) for name, entry in files.items() if "/params/" not in name or CHUNK_FILE.fullmatch(name))
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -57,12 +67,19 @@ class ModelDir:
         return self.index.get("boundary_ratio")
 
     def config(self, component: str):
-        """The component's configuration dataclass."""
-        return config_lib.load(COMPONENTS[component][0], self.path / component / "config.json")
+        """The component's configuration dataclass. Raises `UserError`."""
+        return self._config(COMPONENTS[component][0], f"{component}/config.json")
 
     @property
     def scheduler(self) -> config_lib.SchedulerConfig:
-        return config_lib.load(config_lib.SchedulerConfig, self.path / "scheduler" / "scheduler_config.json")
+        return self._config(config_lib.SchedulerConfig, "scheduler/scheduler_config.json")
+
+    def _config(self, kind: type, name: str):
+        try:
+            return config_lib.from_dict(kind, integrity.read_json(self.path / name))
+        except (integrity.Damaged, config_lib.ConfigError, TypeError) as error:
+            where = "" if isinstance(error, integrity.Damaged) else f"{self.path / name}: "
+            raise UserError(f"{where}{error}; {AGAIN}") from None
 
     @property
     def tokenizer_path(self) -> pathlib.Path:
@@ -93,9 +110,12 @@ class ModelDir:
         return {k: store.read(k) for k in store.shapes}
 
     def arrays(self, component: str) -> ArrayStore:
-        """The stored arrays, not read yet. Raises `UserError` when they are missing or damaged."""
+        """The stored arrays, not read yet. Raises `UserError` when they are missing or damaged, and so does reading."""
+        files, prefix = self.manifest.get("files"), f"{component}/params/"
+        if files is not None:
+            files = {name.removeprefix(prefix): entry for name, entry in files.items() if name.startswith(prefix)}
         try:
-            store = ArrayStore(params_path(self.path, component))
+            store = ArrayStore(params_path(self.path, component), files=files)
             store.check_whole()
             return store
         except StoreError as error:
@@ -106,8 +126,11 @@ def params_path(model: pathlib.Path, component: str) -> pathlib.Path:
     return (model / component / "params").absolute()
 
 
-def open_model(path) -> ModelDir:
-    """Raises `UserError` when the folder is missing, is no converted model, or one of another format."""
+def open_model(path, verify: bool = True) -> ModelDir:
+    """Raises `UserError` when the folder is missing, damaged, no converted model, or one of another format.
+
+    verify: compare all files but the arrays with their digests now, and the arrays when they are read.
+    """
     path = pathlib.Path(path)
     advice = f"convert one with: python -m convert.from_diffusers --src DIFFUSERS_FOLDER --dst {path}"
     if not path.is_dir():
@@ -116,17 +139,26 @@ def open_model(path) -> ModelDir:
         diffusers = (path / "model_index.json").is_file()
         kind = "a Diffusers folder, not a converted model" if diffusers else "no converted model"
         raise UserError(f"{path} is {kind} (it has no {MANIFEST}); {advice}")
-    parts = []
-    for name in (MANIFEST, "model_index.json"):
-        try:
-            parts.append(json.loads((path / name).read_text()))
-        except (json.JSONDecodeError, FileNotFoundError):
-            raise UserError(f"{path / name} is missing or damaged; {advice}") from None
-    manifest, index = parts
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}; {advice}")
-    model = ModelDir(path, manifest, index)
-    if len({model.config(name) for name in model.experts}) > 1:
+    try:
+        manifest = integrity.read_manifest(path / MANIFEST)
+        if manifest.get("format") != FORMAT:
+            raise UserError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}; {advice}")
+        files = manifest.get("files")
+        if not verify:
+            manifest.pop("files", None)
+        elif files is None:
+            if hosts.first():
+                print(f"{path} was converted by an earlier version, without digests: damage to its files cannot be "
+                      "seen; convert the model again to have them", flush=True)
+        elif found := integrity.problem(path, {k: v for k, v in files.items() if "/params/" not in k}):
+            raise integrity.Damaged(f"model folder {path} is damaged: {found}")
+        model = ModelDir(path, manifest, integrity.read_json(path / "model_index.json"))
+        if "transformer" not in manifest.get("components", ()):
+            raise integrity.Damaged(f"{path / MANIFEST} names no transformer")
+        configs = {model.config(name) for name in model.experts}
+    except integrity.Damaged as error:
+        raise UserError(f"{error}; {AGAIN}") from None
+    if len(configs) > 1:
         raise UserError(f"{path}: the two transformers have different configurations; no Wan model has that, {advice}")
     return model
 

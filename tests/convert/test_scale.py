@@ -151,8 +151,10 @@ def test_a_store_that_lost_a_file_is_refused(source, tmp_path):
         model_dir.build("vae", model)
     shutil.rmtree(params)
     shutil.copytree(model_dir.params_path(tmp_path / "model", "transformer"), params)
-    with pytest.raises(UserError, match=r"does not fit vae/config.json"):
+    with pytest.raises(UserError, match=r"vae/params is missing or damaged: _METADATA"):
         model_dir.build("vae", model)
+    with pytest.raises(UserError, match=r"does not fit vae/config.json"):  # what a folder without digests says
+        model_dir.build("vae", model_dir.open_model(tmp_path / "model", verify=False))
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (64, 32), (70, 97), (1, 40), (2, 3, 4)])
