@@ -36,7 +36,8 @@ def export(checkpoint, src, dst, layout: str = "diffusers", dtype: str = "float3
     `UserError`.
     """
     model, dst = model_dir.open_model(src), pathlib.Path(dst)
-    config, experts, _ = load_trained(checkpoint)
+    config, experts, meta = load_trained(checkpoint)
+    model.check_same(meta.get("model_digest"), meta["model"], str(checkpoint), "--src")
     if config is None:
         raise UserError(f"{checkpoint} trained all weights, not adapters: write the whole model with "
                         "python -m convert.to_diffusers")
@@ -57,7 +58,7 @@ def export(checkpoint, src, dst, layout: str = "diffusers", dtype: str = "float3
             tensors = lora.to_tensors(adapters, config, kernels, layout, dtype)
             partial[expert].parent.mkdir(parents=True, exist_ok=True)
             cli.check_space(dst, sum(v.nbytes for v in tensors.values()), "the LoRA file")
-            lora.write(partial[expert], tensors, config, kernels)
+            lora.write(partial[expert], tensors, config, kernels, model.metadata)
             with open(partial[expert], "rb") as file:
                 os.fsync(file.fileno())
         for expert, path in files.items():

@@ -139,9 +139,10 @@ def to_tensors(adapters: Flat, config: LoRAConfig, kernels: Kernels, layout: str
     return tensors
 
 
-def write(path: pathlib.Path, tensors: Flat, config: LoRAConfig, kernels: Kernels) -> None:
+def write(path: pathlib.Path, tensors: Flat, config: LoRAConfig, kernels: Kernels,
+          metadata: Mapping[str, str] | None = None) -> None:
     """Writes one file and reads it again. Raises `UserError` unless it says what it should, to the last tensor."""
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_file(tensors, path, metadata={"format": "pt"} | dict(metadata or {}))
     found = read(path, kernels)
     layers = adapted_layers(kernels, config.targets)
     count = 2 * sum(layer in layers for layer, _ in modules(kernels).values())

@@ -26,6 +26,7 @@ from wan_jax import cli, model_dir
 from wan_jax.array_store import ArrayStore
 from wan_jax.checkpoint import load_trained
 from wan_jax.cli import UserError
+from wan_jax.lora import LoRAConfig
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 Read = Callable[[str, int | None], np.ndarray]  # (path, layer or None) to one layer of an array, or all of it
@@ -56,24 +57,20 @@ def merge_lora(base: Read, shapes: Mapping[str, tuple[int, ...]], adapters: dict
     return read
 
 
-def trained_weights(store: ArrayStore, checkpoint: str, expert: str) -> Read:
-    """The base weights of `expert` with a run's trained ones merged in or put in their place, if it trained them."""
-    lora, experts, _ = load_trained(checkpoint)
-    if expert not in experts:
-        return store.read
-    trained = experts[expert]
+def trained_weights(store: ArrayStore, lora: LoRAConfig | None, trained: dict[str, np.ndarray]) -> Read:
+    """The base weights of an expert with a run's trained ones merged in or put in their place."""
     if lora is not None:
         return merge_lora(store.read, store.shapes, trained, lora.scale)
     if store.shapes != {k: v.shape for k, v in trained.items()}:
-        raise UserError(f"checkpoint {checkpoint} does not fit this model: it was trained from another one")
+        raise UserError("the checkpoint does not fit this model: it was trained from another one")
     return lambda path, layer: trained[path][... if layer is None else layer].astype(store.dtypes[path])
 
 
 def write_tensors(folder: pathlib.Path, stem: str, table: list[key_table.Entry], dtypes: dict[str, np.dtype],
-                  read: Read, shard_bytes: int) -> None:
+                  read: Read, shard_bytes: int, metadata: Mapping[str, str]) -> None:
     """One safetensors file, or several of at most `shard_bytes` with an index, as Diffusers names them.
 
-    dtypes: {path: dtype to write}. One file's tensors are in memory at a time.
+    dtypes: {path: dtype to write}; metadata: of every file. One file's tensors are in memory at a time.
     """
     def size(entry):
         return math.prod(entry.shape) * dtypes[entry.path].itemsize
@@ -89,7 +86,7 @@ def write_tensors(folder: pathlib.Path, stem: str, table: list[key_table.Entry],
     for i, shard in enumerate(shards, 1):
         name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
         save_file({e.key: contiguous(e.to_theirs(read(e.path, e.layer)).astype(dtypes[e.path], copy=False))
-                   for e in shard}, folder / name, metadata={"format": "pt"})
+                   for e in shard}, folder / name, metadata={"format": "pt"} | dict(metadata))
         weight_map |= dict.fromkeys((entry.key for entry in shard), name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(map(size, table))}, "weight_map": weight_map}
@@ -99,7 +96,10 @@ def write_tensors(folder: pathlib.Path, stem: str, table: list[key_table.Entry],
 def export(src, dst, checkpoint: str | None = None, dtype: str = "stored", overwrite: bool = False,
            shard_gb: float = 5.0) -> None:
     """Writes the Diffusers folder `dst`. Raises `UserError`; nothing half-written is left."""
-    model, dst = model_dir.open_model(src), pathlib.Path(dst)
+    model, dst, lora, experts = model_dir.open_model(src), pathlib.Path(dst), None, {}
+    if checkpoint:
+        lora, experts, meta = load_trained(checkpoint)
+        model.check_same(meta.get("model_digest"), meta["model"], str(checkpoint), "--src")
     with whole_folder(dst, overwrite) as partial:
         shutil.copyfile(model.path / "model_index.json", partial / "model_index.json")
         for name in ("tokenizer", "scheduler"):
@@ -109,14 +109,14 @@ def export(src, dst, checkpoint: str | None = None, dtype: str = "stored", overw
             (partial / component).mkdir()
             shutil.copyfile(model.path / component / "config.json", partial / component / "config.json")
             store = model.arrays(component)
-            merged = checkpoint and component in model.experts
-            read = trained_weights(store, checkpoint, component) if merged else store.read
+            read = trained_weights(store, lora, experts[component]) if component in experts else store.read
             patch = getattr(model.config(component), "patch_size", None) or (1, 2, 2)
             table = key_table.entries(component, store.shapes, patch)
             dtypes = store.dtypes if dtype == "stored" else dict.fromkeys(store.shapes, DTYPES[dtype])
             size = sum(math.prod(shape) * dtypes[k].itemsize for k, shape in store.shapes.items())
             cli.check_space(partial, size, f"the {component}")
-            write_tensors(partial / component, STEMS[component], table, dtypes, read, int(shard_gb * 1e9))
+            write_tensors(partial / component, STEMS[component], table, dtypes, read, int(shard_gb * 1e9),
+                          model.metadata)
             print(f"{component}: {len(table)} tensors, {size / 1e9:.3f} GB, {time.time() - start:.1f} s", flush=True)
     print(f"{dst}: ready for WanPipeline.from_pretrained" + (f", with {checkpoint} merged in" if checkpoint else ""))
 

@@ -24,9 +24,9 @@ from grpo.prompts import load_prompts
 from grpo.run_log import RunLog
 from grpo.scores import for_rewards, open_pool
 from rewards.targets import parse_targets
+from wan_jax import checkpoint as checkpoint_lib
 from wan_jax import cli, folder_lock, media, memory, model_dir, pipeline, reward_head
 from wan_jax.attention import choose_backend, platform_of
-from wan_jax.checkpoint import load_trained
 from wan_jax.cli import UserError
 from wan_jax.experts import guidances, per_guidance, segments
 from wan_jax.solvers import make_solver
@@ -50,10 +50,14 @@ def main(_):
         raise UserError("--nobase without --checkpoint leaves nothing to evaluate")
     if (pathlib.Path(OUT.value) / "checkpoints").exists():
         raise UserError(f"--out {OUT.value} is a training run's folder; give another one")
-    epoch = 0 if CHECKPOINT.value is None else load_trained(CHECKPOINT.value)[2]["epoch"]
+    epoch = 0
     cli.keep_compiled_programs()
     with cli.user_input():
         model = model_dir.open_model(c.model.path)
+        if CHECKPOINT.value is not None:
+            checkpoints, epoch = checkpoint_lib.find(CHECKPOINT.value)
+            meta = checkpoints.check(epoch, ("meta", "trained"))  # now, not after the evaluation of the model itself
+            model.check_same(meta.get("model_digest"), meta["model"], CHECKPOINT.value, "config.model.path")
         config = model.config("transformer")
         mesh, spread = devices.choose_mesh(c, s, config, experts=len(model.experts), trained=0)
         backend = choose_backend(c.model.attention, platform_of(mesh.devices.flat[0]), s.dtype,
@@ -63,7 +67,7 @@ def main(_):
         if max(shapes) > 1:
             media.check_ffmpeg()
         solver = make_solver(c.eval.solver, c.eval.steps, c.sample.shift)
-        steer = reward_head.guidance(HEAD.value, GUIDANCE.value, config)
+        steer = reward_head.guidance(HEAD.value, GUIDANCE.value, config, model)
     print(spread, flush=True)
     bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
     with folder_lock.locked(c.run_dir, "--out"), open_pool(c.reward, s.weights) as pool:

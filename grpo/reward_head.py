@@ -184,7 +184,7 @@ def main(_):
     head, shares = train(head, data, f.batch, updates=f.updates, rate=f.learning_rate, seed=c.seed,
                          progress=functools.partial(bar, desc="updates"))
     pathlib.Path(f.out).parent.mkdir(parents=True, exist_ok=True)
-    save_head(f.out, head)
+    save_head(f.out, head, {"model": c.model.path, **model.metadata})
     print(f"mean reward {data.rewards.mean():.3f}; held-out spread explained at noise level "
           + ", ".join(f"{level:g}: {share:.2f}" for level, share in shares.items()), f.out, sep="\n")
 

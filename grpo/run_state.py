@@ -2,17 +2,23 @@
 old weights of methods that keep them."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable
 
 import jax
 
+from grpo import settings
 from grpo.budget import Spent
 from grpo.losses import KLControl
+from grpo.prompts import PromptSet
 from grpo.update import TrainState
+from rewards.base import Asked
 from wan_jax import hosts
 from wan_jax.checkpoint import Checkpoints, join_experts, split_experts
 from wan_jax.cli import UserError
 from wan_jax.lora import LoRAConfig
+from wan_jax.model_dir import ModelDir
 
 
 def state_tree(states: dict[str, TrainState]) -> dict:
@@ -28,9 +34,38 @@ def state_tree(states: dict[str, TrainState]) -> dict:
     return tree
 
 
+def origin(model: ModelDir, prompts: PromptSet) -> dict[str, str | None]:
+    """Digests of what a run must go on with: its model and its training prompts with their targets, wherever the files
+    are. A model folder of an earlier version has none."""
+    asked = [t.targets if isinstance(t, Asked) else t for t in prompts.targets]
+    text = json.dumps([prompts.prompts, asked])
+    return {"model_digest": model.fingerprint, "prompts_digest": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def check_resume(meta: dict, checkpoint, config: dict, model: ModelDir, belongs: dict) -> None:
+    """Raises `UserError` unless a checkpoint's run can go on with these settings, this model and these prompts.
+
+    meta: the checkpoint's; belongs: `origin` of the model and the prompts that are given now. The content of
+    prompts.train counts, not its name, unless the checkpoint is of an earlier version and knows the name only.
+    """
+    saved, now, before, after = meta["config"], config, meta.get("prompts_digest"), belongs["prompts_digest"]
+    if before == after:
+        now = _with_training_prompts(now, saved["prompts"]["train"])
+    elif before is not None:
+        saved, now = (_with_training_prompts(values, f"{values['prompts']['train']} ({digest[:12]})")
+                      for values, digest in ((saved, before), (now, after)))
+    settings.check_resume(saved, now, str(checkpoint))
+    model.check_same(meta.get("model_digest"), meta["model"], str(checkpoint), "config.model.path")
+
+
+def _with_training_prompts(config: dict, name: str) -> dict:
+    return config | {"prompts": config["prompts"] | {"train": name}}
+
+
 def save(checkpoints: Checkpoints, epoch: int, states: dict[str, TrainState], config: dict, lora: LoRAConfig | None,
-         spent: Spent):
-    """One checkpoint: the whole state, the weights to sample with (EMA), and what is needed to read them.
+         spent: Spent, belongs: dict | None = None):
+    """One checkpoint: the whole state, the weights to sample with (EMA), and what is needed to read them. belongs: the
+    run's `origin`.
 
     All processes write it together. Raises `UserError`, and writes nothing, when their weights differ.
     """
@@ -39,7 +74,7 @@ def save(checkpoints: Checkpoints, epoch: int, states: dict[str, TrainState], co
     ema = tree.pop("ema")
     checkpoints.save(epoch, tree, ema, {
         "config": config, "model": config["model"]["path"], "experts": list(states), "spent": dataclasses.asdict(spent),
-        "lora": lora and {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}})
+        "lora": lora and {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}, **(belongs or {})})
 
 
 def spent_by(checkpoints: Checkpoints, epoch: int) -> Spent:

@@ -139,11 +139,11 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     check_folder = lock.check_held if lock else lambda: None
     mesh, model, solver = plan.mesh, plan.model, plan.solver
     checkpoints = Checkpoints(c.run_dir, keep=c.save.keep)
-    restored, spent = hosts.from_first(checkpoints.latest), Spent()
+    restored, spent, belongs = hosts.from_first(checkpoints.latest), Spent(), run_state.origin(model, train_prompts)
     if restored is not None:
         meta = checkpoints.check(restored)
         spent = run_state.spent_by(checkpoints, restored)
-        settings.check_resume(meta["config"], c.to_dict(), str(checkpoints.path(restored)))
+        run_state.check_resume(meta, checkpoints.path(restored), c.to_dict(), model, belongs)
     done = restored or 0
     epochs = range(done + 1, (done if s.budget.reached(spent) else c.epochs) + 1)
 
@@ -236,7 +236,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         """Unless that is the newest checkpoint."""
         nonlocal saved
         if saved != epoch:
-            run_state.save(checkpoints, epoch, states, c.to_dict(), s.lora, spent)
+            run_state.save(checkpoints, epoch, states, c.to_dict(), s.lora, spent, belongs)
             saved = epoch
 
     cli.end_well_on_sigterm()

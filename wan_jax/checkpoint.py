@@ -2,7 +2,8 @@
 
     RUN/checkpoints/<epoch>/state/        orbax: trainable, optimiser and counter leaves (flat dicts of arrays)
     RUN/checkpoints/<epoch>/trained/      orbax: the weights to sample with, which are the moving average; a flat dict
-    RUN/checkpoints/<epoch>/meta/metadata JSON: epoch, model, trained experts, LoRA settings or null, the config
+    RUN/checkpoints/<epoch>/meta/metadata JSON: epoch, model, trained experts, LoRA settings or null, the config, and
+                                          the digests of the model and of the training prompts
     RUN/checkpoints/<epoch>/digests.json  size and digest of every other file (`wan_jax.integrity`)
 
 A checkpoint is written under a temporary name, which is changed when every file is on disk, the digests last. So a run
@@ -31,7 +32,7 @@ from wan_jax.lora import LoRAConfig
 FORMAT = 2
 DIGESTS, META = "digests.json", "meta/metadata"
 ITEMS = ("meta", "state", "trained")
-FIELDS = {"epoch": int, "experts": list, "lora": (dict, type(None))}  # of every meta
+FIELDS = {"epoch": int, "model": str, "experts": list, "lora": (dict, type(None)), "config": dict}  # of every meta
 LORA_FIELDS = {"rank": int, "alpha": (int, float), "targets": list}
 
 

@@ -66,6 +66,24 @@ class ModelDir:
         """Steps with timestep >= boundary x 1000 belong to the first expert, the others to the second; None: one."""
         return self.index.get("boundary_ratio")
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What a safetensors file that was made from this model says of it, besides its tensors."""
+        return {} if self.fingerprint is None else {"wan_jax_model": self.fingerprint}
+
+    def check_same(self, digest: str | None, path: str, what: str, setting: str = "the model given") -> None:
+        """Raises `UserError` when `what`, which was trained on the model `path` with the fingerprint `digest`, belongs
+        to another model; prints a line where that cannot be known. setting: how the user names this model."""
+        mine = self.fingerprint
+        if digest is None or mine is None:
+            if hosts.first():
+                print(f"{what}: it cannot be checked that it was trained on {self.path}, because the "
+                      f"{'model' if mine is None else 'file'} was written by an earlier version, without digests",
+                      flush=True)
+        elif digest != mine:
+            raise UserError(f"{what} was trained on {path} ({digest[:12]}), {setting} is {self.path} ({mine[:12]}), "
+                            "which is another model: give the one it was trained on, wherever it is now")
+
     def config(self, component: str):
         """The component's configuration dataclass. Raises `UserError`."""
         return self._config(COMPONENTS[component][0], f"{component}/config.json")

@@ -13,7 +13,8 @@ the score, to first order in w with r the expected reward given x_s, and so -w s
 
 import dataclasses
 import json
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,12 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from wan_jax import integrity
 from wan_jax import params as P
 from wan_jax.cli import UserError
 from wan_jax.config import TransformerConfig
 from wan_jax.guidance import TextBatch
+from wan_jax.model_dir import ModelDir
 from wan_jax.solvers import per_sample
 from wan_jax.transformer import WanTransformer3D
 
@@ -76,33 +79,54 @@ def shift(head: WanTransformer3D, latents: Array, sigma, timestep, text: TextBat
     return per_sample(jnp.minimum(sigma / jnp.maximum(1.0 - sigma, 1e-9), MOST), latents) * gradient
 
 
-def guidance(path: str | None, weight: float, model: TransformerConfig) -> Callable | None:
+def guidance(path: str | None, weight: float, config: TransformerConfig, model: ModelDir | None = None
+             ) -> Callable | None:
     """The `shift` of `pipeline.make_ode_step` by the head in the file, times `weight`; None without a file. Raises
     `UserError` as `load_head`."""
     if not path:
         return None
-    head = load_head(path, model)
+    head = load_head(path, config, model)
     return lambda x, *args: weight * shift(head, x, *args)
 
 
-def save_head(path, head: WanTransformer3D):
-    """One safetensors file, its configuration in the header."""
+def save_head(path, head: WanTransformer3D, metadata: Mapping[str, str] | None = None) -> None:
+    """One safetensors file, with its configuration, `metadata` and a digest of all in the header."""
     arrays = {k: np.asarray(v) for k, v in P.flatten(nnx.state(head, nnx.Param)).items()}
-    save_file(arrays, path, metadata={"config": json.dumps(dataclasses.asdict(head.config))})
+    values = {"config": json.dumps(dataclasses.asdict(head.config)), **(metadata or {})}
+    save_file(arrays, path, metadata=values | {"digest": _digest(arrays, values)})
 
 
-def load_head(path, model: TransformerConfig) -> WanTransformer3D:
-    """Raises `UserError` where the file is no head, or one for another model's latents or prompts."""
+def load_head(path, config: TransformerConfig, model: ModelDir | None = None) -> WanTransformer3D:
+    """config, model: what it is to guide. Raises `UserError` where the file is damaged, no head, one for another
+    model's latents or prompts, or one that was trained on another model."""
     try:
         with safe_open(path, framework="numpy") as file:
-            values = json.loads((file.metadata() or {})["config"])
-            arrays = {name: jnp.asarray(file.get_tensor(name)) for name in file.keys()}
-    except (OSError, SafetensorError, KeyError) as error:
+            metadata = dict(file.metadata() or {})
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+        digest = metadata.pop("digest", None)
+        if digest is not None and digest != _digest(arrays, metadata):
+            raise UserError(f"{path} is damaged: its values differ from what was written; make the head again with "
+                            "python -m grpo.reward_head")
+        values = json.loads(metadata["config"])
+        own = TransformerConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a reward head ({error}): make one with python -m grpo.reward_head") from None
-    config = TransformerConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     for name in ("in_channels", "text_dim", "patch_size"):
-        if getattr(config, name) != getattr(model, name):
-            raise UserError(f"reward head {path} has {name}={getattr(config, name)}, this model has "
-                            f"{getattr(model, name)}: it was trained for another one")
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: make_head(config)))
-    return nnx.merge(graphdef, P.unflatten(state, arrays))
+        if getattr(own, name) != getattr(config, name):
+            raise UserError(f"reward head {path} has {name}={getattr(own, name)}, this model has "
+                            f"{getattr(config, name)}: it was trained for another one")
+    if model is not None:
+        model.check_same(metadata.get("wan_jax_model"), metadata.get("model", "another"), f"reward head {path}")
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: make_head(own)))
+    wanted = P.flatten(state)
+    if wrong := sorted(k for k in wanted.keys() | arrays.keys()
+                       if k not in wanted or k not in arrays or wanted[k].shape != arrays[k].shape):
+        raise UserError(f"{path} is damaged: {len(wrong)} arrays are missing, unknown or of another shape "
+                        f"({wrong[0]}); make the head again with python -m grpo.reward_head")
+    return nnx.merge(graphdef, P.unflatten(state, {name: jnp.asarray(value) for name, value in arrays.items()}))
+
+
+def _digest(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    parts = {f"array {k}": np.ascontiguousarray(v).reshape(-1).view(np.uint8) for k, v in arrays.items()}
+    parts |= {f"metadata {k}": v.encode() for k, v in metadata.items()}
+    return integrity.combined((name, len(part), zlib.crc32(part)) for name, part in parts.items())

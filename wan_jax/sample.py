@@ -58,7 +58,7 @@ def main(_):
         shape = pipeline.latent_shape(FLAGS.frames, FLAGS.height, FLAGS.width, model.config("vae"), config)
         shift = model.scheduler.flow_shift if FLAGS.shift is None else FLAGS.shift
         solver = make_solver(FLAGS.solver, FLAGS.steps, shift)
-        steer = reward_head.guidance(FLAGS.reward_head, FLAGS.reward_guidance, config)
+        steer = reward_head.guidance(FLAGS.reward_head, FLAGS.reward_guidance, config, model)
         mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
         backend = choose_backend(FLAGS.attention, platform_of(jax.devices()[0]), dtype, config.attention_head_dim)
 

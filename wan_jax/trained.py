@@ -20,7 +20,8 @@ def load_transformers(model: model_dir.ModelDir, checkpoint: str | None, dtype, 
     """(graphdef, `experts.Weights`) of the base transformers, with a run's trained weights or adapters when given."""
     lora_settings, trained = None, {}
     if checkpoint is not None:
-        lora_settings, trained, _ = load_trained(checkpoint)
+        lora_settings, trained, meta = load_trained(checkpoint)
+        model.check_same(meta.get("model_digest"), meta["model"], str(checkpoint))
         if extra := sorted(set(trained) - set(model.experts)):
             raise UserError(f"checkpoint {checkpoint} trained {', '.join(extra)}, which {model.path} has not: it was "
                             "trained from another model; see 'model' in its config.json")

@@ -1,6 +1,5 @@
 """The whole way from prompt to pixels against Diffusers' WanPipeline, and the sampling command."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from PIL import Image
 from convert.from_diffusers import convert
 from convert.to_diffusers import export
 from tests import tiny
-from wan_jax import lora, model_dir, pipeline, vae_chunks
+from wan_jax import integrity, lora, model_dir, pipeline, vae_chunks
 from wan_jax import mesh as mesh_lib
 from wan_jax import params as P
 from wan_jax.checkpoint import Checkpoints, join_experts
@@ -120,11 +119,14 @@ def test_embeddings_are_cached_by_model_and_prompt(folders, tmp_path, monkeypatc
     assert not plain.padded(plain.prompts)[1, len(alone.prompts[0]):].any()
 
     path = next((folder / "text_cache").glob("*.npy"))
-    path.write_bytes(path.read_bytes()[:50])  # damaged: computed again
-    mended = pipeline.embed_prompts(model, prompts, "ugly", cache=True)
-    np.testing.assert_array_equal(mended.padded(mended.prompts), plain.padded(plain.prompts))
-    manifest = json.loads((folder / "wan_jax.json").read_text())
-    (folder / "wan_jax.json").write_text(json.dumps(manifest | {"source": "another"}))
+    content = path.read_bytes()
+    for damaged in (content[:50], content[:200] + bytes([content[200] ^ 1]) + content[201:]):  # computed again
+        path.write_bytes(damaged)
+        mended = pipeline.embed_prompts(model, prompts, "ugly", cache=True)
+        np.testing.assert_array_equal(mended.padded(mended.prompts), plain.padded(plain.prompts))
+        assert path.read_bytes() == content
+    manifest = integrity.read_manifest(folder / "wan_jax.json")
+    integrity.write_manifest(folder / "wan_jax.json", manifest | {"source": "another"}, manifest["files"])
     loaded.clear()
     pipeline.embed_prompts(model_dir.open_model(folder), prompts, "ugly", cache=True)
     assert loaded == ["tokenizer", "text_encoder"]
@@ -182,7 +184,7 @@ def write_checkpoint(run, model, names, rank=4, alpha=6.0) -> None:
         trained[name] = {k: rng.standard_normal(v.shape, np.float32) * 0.3 for k, v in adapters.items()}
     checkpoints = Checkpoints(run)
     flat = join_experts(trained)
-    checkpoints.save(7, {"trainable": flat}, flat, {"model": str(model), "experts": list(names), "lora": {
+    checkpoints.save(7, {"trainable": flat}, flat, {"config": {}, "model": str(model), "experts": list(names), "lora": {
         "rank": rank, "alpha": alpha, "targets": list(settings.targets)}})
 
 
