@@ -194,7 +194,8 @@ def convert(src: str, dst, dtype: str = "source", overwrite: bool = False, resta
         if fingerprint(folder, plans) != work["files"]:
             raise UserError(f"{folder} changed while it was read; run the same command again")
         (partial / model_dir.MANIFEST).unlink(missing_ok=True)
-        integrity.write_manifest(partial / model_dir.MANIFEST, manifest, integrity.measure(partial, {LEFT_OUT}))
+        left_out = {LEFT_OUT, *(f"{c}/params/{name}" for c in plans for name in array_store.TIMES)}
+        integrity.write_manifest(partial / model_dir.MANIFEST, manifest, integrity.measure(partial, left_out))
     size = sum(f.stat().st_size for f in dst.rglob("*") if f.is_file())
     print(f"{dst}: {size / 1e9:.3f} GB, ready for grpo.train and wan_jax.sample")
 

@@ -28,6 +28,7 @@ from wan_jax.cli import UserError
 
 CHUNK = 2**28  # bytes
 CHUNK_FILE = re.compile(r"(.*/)?\d+(\.\d+)*")  # all other files are metadata
+TIMES = ("_CHECKPOINT_METADATA", "commit_success.txt")  # of orbax: they hold the time of writing, and are not read here
 CONTEXT = {"file_io_concurrency": {"limit": 4}}
 AGAIN = "convert the model again with python -m convert.from_diffusers --overwrite"
 
