@@ -49,6 +49,7 @@ from wan_jax.trained import load_transformers
 from wan_jax.transformer import WanTransformer3D
 
 PROMPT = 'A red sign that says "open".'
+CACHED = (5, 24)  # shape of the cached rows of the prompt
 OUTCOMES = ("message", "same values", "SILENT", "TRACEBACK")
 
 
@@ -143,8 +144,7 @@ class Subject:
                            run_state.origin(opened, prompts))
         head = reward_head.make_head(reward_head.head_config(opened.config("transformer"), heads=1, layers=1))
         reward_head.save_head(subject.head, head, opened.metadata)
-        encoder = opened.config("text_encoder")
-        PromptCache(opened, np.float32).put(PROMPT, np.ones((5, encoder.d_model), np.float32))
+        PromptCache(opened, np.float32).put(PROMPT, np.ones(CACHED, np.float32))
         return subject
 
     def resume(self) -> str:
@@ -172,10 +172,10 @@ class Subject:
     def small_files(self) -> str:
         model = model_dir.open_model(self.model)
         ids, mask = Tokenizer.load(model.tokenizer_path)([PROMPT], 64)
-        rows = PromptCache(model, np.float32).get(PROMPT)  # None: they would be computed again
+        rows = PromptCache(model, np.float32).get(PROMPT)
+        rows = np.ones(CACHED, np.float32) if rows is None else rows  # None: they would be computed again
         configs = [dataclasses.asdict(model.config(name)) for name in model.components]
-        return digest([ids, mask, np.ones(1) if rows is None else rows[:1, :1], str(model.boundary),
-                       str(configs), str(model.scheduler)])
+        return digest([ids, mask, rows, str(model.boundary), str(configs), str(model.scheduler)])
 
     def load_head(self) -> str:
         model = model_dir.open_model(self.model)
