@@ -139,7 +139,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     check_folder = lock.check_held if lock else lambda: None
     mesh, model, solver = plan.mesh, plan.model, plan.solver
     checkpoints = Checkpoints(c.run_dir, keep=c.save.keep)
-    restored, spent, belongs = hosts.from_first(checkpoints.latest), Spent(), run_state.origin(model, train_prompts)
+    restored, spent, belongs = hosts.from_first(checkpoints.begin), Spent(), run_state.origin(model, train_prompts)
     if restored is not None:
         meta = checkpoints.check(restored)
         spent = run_state.spent_by(checkpoints, restored)

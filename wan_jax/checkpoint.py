@@ -50,6 +50,14 @@ class Checkpoints:
         return sorted(int(path.name) for path in self.folder.iterdir()
                       if path.name.isdecimal() and str(int(path.name)) == path.name)
 
+    def begin(self) -> int | None:
+        """Create the folder, and return the epoch to continue from. Raises `UserError`."""
+        if self.folder.is_file():
+            raise UserError(f"{self.folder} is a file where a folder is needed; remove it or choose another "
+                            "--config.run_dir")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.latest()
+
     def latest(self) -> int | None:
         """The newest checkpoint's epoch, or None. Raises `UserError` when its folder is not a complete checkpoint."""
         epochs = self.epochs()

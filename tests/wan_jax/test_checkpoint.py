@@ -162,6 +162,17 @@ def test_the_checkpoint_that_is_named_was_read(run):
         resume(run)
 
 
+def test_a_run_begins_where_nothing_is_in_the_way(tmp_path):
+    assert Checkpoints(tmp_path / "run").begin() is None and (tmp_path / "run/checkpoints").is_dir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/checkpoints").write_text("")
+    with pytest.raises(UserError, match=r"other/checkpoints is a file"):
+        Checkpoints(tmp_path / "other").begin()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError):  # for which cli.run has a message
+        Checkpoints(tmp_path / "file").begin()
+
+
 def test_only_the_newest_stay_and_nothing_unfinished(run):
     (run / "checkpoints/.7.tmp").mkdir()
     (run / "checkpoints/7.orbax-checkpoint-tmp-12").mkdir()
