@@ -14,8 +14,10 @@ from collections.abc import Sequence
 import ftfy
 import numpy as np
 
+from wan_jax.cli import UserError
 
-class TokenizerError(ValueError):
+
+class TokenizerError(UserError, ValueError):
     """A tokenizer folder that cannot be used."""
 
 

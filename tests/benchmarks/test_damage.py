@@ -2,10 +2,13 @@
 
 import collections
 import dataclasses
+import json
 
 import pytest
+from safetensors import safe_open
 
 from benchmarks import damage
+from convert import export_lora, to_diffusers
 from convert.from_diffusers import convert
 from tests import tiny
 from wan_jax import array_store, integrity, model_dir
@@ -73,3 +76,33 @@ def test_another_model_is_refused_and_a_moved_one_is_not(subject, tmp_path):
         with pytest.raises(UserError, match=f"trained on .*{opened.fingerprint[:12]}.*{other.path}") as caught:
             read()
         assert other.fingerprint[:12] in str(caught.value)
+
+
+def test_exports_name_their_model(subject, tmp_path):
+    lora_file, = export_lora.export(subject.run, subject.model, tmp_path / "lora").values()
+    to_diffusers.export(subject.model, tmp_path / "exported", checkpoint=str(subject.run))
+    merged = tmp_path / "exported/transformer/diffusion_pytorch_model.safetensors"
+    for path in (lora_file, merged):
+        with safe_open(path, "numpy") as file:
+            assert file.metadata()["wan_jax_model"] == model_dir.open_model(subject.model).fingerprint
+
+
+def test_a_model_of_an_earlier_version_is_read_and_said_to_have_no_digests(subject, capsys):
+    """And what can be seen without digests is one message."""
+    wanted = [subject.load("text_encoder"), subject.small_files()]
+    path = subject.model / model_dir.MANIFEST
+    old = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("files", "sha256")}
+    with damage.damaged(path, lambda: path.write_text(json.dumps(old))):
+        assert model_dir.open_model(subject.model).fingerprint is None
+        assert "without digests" in capsys.readouterr().out
+        assert [subject.load("text_encoder"), subject.small_files()] == wanted
+        params = subject.model / "text_encoder/params"
+        for name in ("transformer/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json",
+                     "tokenizer/tokenizer.json", "text_encoder/params/_METADATA",
+                     str(next(p for p in damage.files_of(params) if p.name == "0.0").relative_to(subject.model)),
+                     str(next(p for p in damage.files_of(params) if p.name == ".zarray").relative_to(subject.model))):
+            for how in ("removed", "halved"):
+                victim = subject.model / name
+                read = subject.small_files if "params" not in name else lambda: subject.load("text_encoder")
+                with damage.damaged(victim, damage.damages(victim)[how]):
+                    assert damage.outcome(read, "", victim)[0] == "message", (name, how)
