@@ -17,6 +17,7 @@ from convert import lora
 from wan_jax import cli, model_dir
 from wan_jax.checkpoint import load_trained
 from wan_jax.cli import UserError
+from wan_jax.paths import expand
 
 STEMS = {"diffusers": "pytorch_lora_weights", "comfyui": "comfyui_lora"}
 
@@ -35,7 +36,11 @@ def export(checkpoint, src, dst, layout: str = "diffusers", dtype: str = "float3
     Every file is read again and checked before the first one gets its name, so nothing half-written is left. Raises
     `UserError`.
     """
-    model, dst = model_dir.open_model(src), pathlib.Path(dst)
+    model, dst = model_dir.open_model(src), expand(dst)
+    run = expand(checkpoint)
+    for read in (model.path, run if run.parent.name == "checkpoints" else run / "checkpoints"):
+        if dst.is_relative_to(read):
+            raise UserError(f"the destination {dst} lies inside {read}, which is read; choose another --dst")
     config, experts, meta = load_trained(checkpoint)
     model.check_same(meta.get("model_digest"), meta["model"], str(checkpoint), "--src")
     if config is None:

@@ -1,13 +1,16 @@
 """Folders that appear whole or not at all, and a component's safetensors read one tensor at a time."""
 
 import contextlib
+import glob
 import json
 import math
 import os
 import pathlib
+import re
 import shutil
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from wan_jax import folder_lock
 from wan_jax.cli import UserError
+from wan_jax.model_dir import MANIFEST, previous_folder
+from wan_jax.paths import expand
 
 DOWNLOAD = "download it again"
 DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -23,33 +28,33 @@ LEFT_OUT = ".conversion.jsonl"  # the journal of a conversion, no part of the fi
 
 
 def partial_folder(destination: pathlib.Path) -> pathlib.Path:
-    """Where `destination` is made."""
-    destination = destination.absolute()
+    """Return where `destination` is made."""
+    destination = expand(destination)
     return destination.parent / f".{destination.name}.partial"
 
 
 @contextlib.contextmanager
 def whole_folder(destination: pathlib.Path, overwrite: bool, *, resumable: bool = False) -> Iterator[pathlib.Path]:
-    """Yields a partial folder beside `destination`, renamed to it when the block ends without an exception.
+    """Yield a partial folder beside `destination`, renamed to it when the block ends without an exception.
 
     Not resumable: the partial folder is removed after any failure, and one that a killed process left is emptied by the
     next call. Resumable: it is yielded with what it holds, and kept after Ctrl-C, a full disk or any other error but a
     `UserError` of the call that made it.
 
-    An existing destination raises `UserError` without `overwrite`; with it, it stays until the new one is complete. So
-    does another process that is at work on the same destination.
+    An existing destination raises `UserError` without `overwrite`, and also with it when it is a file or a folder
+    without a model. It stays until the new folder is complete: at every instant a complete one has the destination's
+    name or that of `previous_folder`, from which the next call, or `recover`, takes it back. Another process that is at
+    work on the same destination raises `UserError` as well.
     """
-    destination = destination.absolute()
-    if destination.exists() and not overwrite:
-        raise UserError(f"{destination} exists already; remove it, choose another --dst, or give --overwrite")
+    destination = expand(destination)
+    partial, previous = partial_folder(destination), previous_folder(destination)
+    recover(destination)
+    _check_destination(destination, overwrite)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_folder(destination)
-    old = partial.with_name(partial.name + "-old")
     with folder_lock.locked_file(partial.with_name(partial.name + "-lock"), str(destination), "--dst"):
         kept = resumable and partial.exists()
         partial.mkdir(exist_ok=True)
-        if old.exists():  # killed between the two renames below
-            shutil.rmtree(old, ignore_errors=True)
+        _remove_leftovers(destination)
         if not resumable:
             for path in partial.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -59,15 +64,52 @@ def whole_folder(destination: pathlib.Path, overwrite: bool, *, resumable: bool 
                 if path.is_file():
                     with open(path, "rb") as file:
                         os.fsync(file.fileno())
-            if destination.exists():
-                destination.rename(old)
-            partial.rename(destination)
+            kept = resumable  # the work is complete: whatever goes wrong from here on, it is not thrown away
+            _check_destination(destination, overwrite)
+            try:
+                if destination.exists():
+                    destination.rename(previous)
+                partial.rename(destination)
+            except BaseException:
+                recover(destination)
+                raise
             (destination / LEFT_OUT).unlink(missing_ok=True)
-            shutil.rmtree(old, ignore_errors=True)
+            _remove_leftovers(destination)
         except BaseException as error:
             if not resumable or (isinstance(error, UserError) and not kept):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def recover(destination: pathlib.Path) -> None:
+    """Give the previous folder its name back when a process was killed while it replaced it."""
+    previous = previous_folder(destination)
+    if previous.exists() and not destination.exists():
+        previous.rename(destination)
+
+
+def _check_destination(destination: pathlib.Path, overwrite: bool) -> None:
+    if not destination.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{destination} exists already; remove it, choose another --dst, or give --overwrite")
+    if not destination.is_dir() or (any(destination.iterdir()) and not any(
+            (destination / name).is_file() for name in (MANIFEST, "model_index.json"))):
+        raise UserError(f"{destination} exists and holds no model, so --overwrite does not replace it; choose another "
+                        "--dst or remove it yourself")
+
+
+def _remove_leftovers(destination: pathlib.Path) -> None:
+    """Remove the previous folder once the destination is there again, and what earlier removals left.
+
+    A folder loses the name of `previous_folder` first, so that one under this name is always complete.
+    """
+    previous = previous_folder(destination)
+    removed = previous.with_name(previous.name + "-removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    if previous.exists() and destination.exists():
+        previous.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 class Buffers(threading.local):
@@ -86,32 +128,63 @@ class Buffers(threading.local):
         return self.slots[slot][:size].view(dtype).reshape(shape)
 
 
+def weight_files(folder: pathlib.Path, stem: str) -> tuple[list[str], pathlib.Path | None]:
+    """Return (names, None) of a component's single safetensors file, or ([], index) of a sharded one.
+
+    Names are those of Diffusers and transformers: STEM.safetensors or STEM.safetensors.index.json, of a variant
+    STEM.VARIANT.safetensors or STEM.safetensors.index.VARIANT.json. Raises `UserError` when there is none, or several
+    variants and no plain file.
+    """
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        return [], index
+    if (folder / f"{stem}.safetensors").is_file():
+        return [f"{stem}.safetensors"], None
+    found = {}
+    for path in sorted(folder.glob(f"{glob.escape(stem)}.*")):
+        if match := re.fullmatch(r"\.(?:safetensors\.index\.(\w+)\.json|(\w+)\.safetensors)",
+                                 path.name.removeprefix(stem)):
+            found[match[1] or match[2]] = ([], path) if match[1] else ([path.name], None)
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if found:
+        raise UserError(f"{folder} has the variants {', '.join(found)} and no {stem}.safetensors: leave only the files "
+                        "of the one to convert")
+    if pickled := sorted(path.name for path in folder.glob("*.bin*")):
+        raise UserError(f"{folder} holds only {pickled[0]}, a PyTorch file, which is not read: save it as safetensors "
+                        "(save_pretrained of Diffusers and transformers does)")
+    shards = sorted(path.name for path in folder.glob(f"{glob.escape(stem)}*-of-*.safetensors"))
+    missing = index if shards else folder / f"{stem}.safetensors"
+    raise UserError(f"{missing} is missing: the download is not complete")
+
+
 class Shards:
     """The tensors of one component folder, from one safetensors file or from several with an index.
 
-    Raises `UserError` on a missing, truncated or damaged file, a tensor that stands in two files, a type that is not
-    read, and an index that does not agree with the files: a missing shard, a tensor that is not where it should be, a
-    wrong total_size.
+    Where the folder has no plain file but those of one variant (`.fp16.`), it is read. Raises `UserError` on a missing,
+    truncated or damaged file, a tensor that stands in two files, a type that is not read, and an index that does not
+    agree with the files: a missing shard, or a tensor that is not where it should be.
     """
 
-    def __init__(self, folder: pathlib.Path, stem: str):
-        index = folder / f"{stem}.safetensors.index.json"
-        weight_map, total, names = None, None, [f"{stem}.safetensors"]
-        if index.is_file():
+    def __init__(self, folder: pathlib.Path, stem: str, types: Mapping[str, np.dtype] = DTYPES):
+        names, index = weight_files(folder, stem)
+        weight_map, total = None, None
+        if index is not None:
             try:
-                content = json.loads(index.read_text())
+                content = json.loads(index.read_text(encoding="utf-8"))
                 weight_map = {str(k): str(v) for k, v in content["weight_map"].items()}
                 total = (content.get("metadata") or {}).get("total_size")
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise UserError(f"{index} is damaged: {DOWNLOAD}") from None
             names = sorted(set(weight_map.values()))
-        self.files = [folder / name for name in names] + ([index] if weight_map is not None else [])
+        self.types = types
+        self.files = [folder / name for name in names] + ([] if index is None else [index])
         self.where, self.shapes, self.dtypes, self.offsets = {}, {}, {}, {}
         for name in names:
             if not (folder / name).is_file():
                 raise UserError(f"{folder / name} is missing: the download is not complete")
             self._add(folder / name)
-        if weight_map is not None:
+        if index is not None:
             self._check_index(index, weight_map, total)
 
     def _add(self, path: pathlib.Path) -> None:
@@ -124,11 +197,11 @@ class Shards:
                         raise UserError(f"tensor {key} stands in {self.where[key].name} and in {path.name}: the folder "
                                         f"mixes two checkpoints; {DOWNLOAD}")
                     part = file.get_slice(key)
-                    if part.get_dtype() not in DTYPES:
+                    if part.get_dtype() not in self.types:
                         raise UserError(f"{path}: tensor {key} is stored as {part.get_dtype()}, which is not read "
-                                        f"({', '.join(DTYPES)} are)")
+                                        f"({', '.join(self.types)} are)")
                     self.where[key], self.shapes[key] = path, tuple(part.get_shape())
-                    self.dtypes[key] = DTYPES[part.get_dtype()]
+                    self.dtypes[key] = self.types[part.get_dtype()]
                     self.offsets[key] = 8 + size + places[key]["data_offsets"][0]
         except SafetensorError as error:
             raise UserError(f"{path} is truncated or damaged ({error}): {DOWNLOAD}") from None
@@ -141,8 +214,8 @@ class Shards:
                                 f"by the index, and in {found.get(key, 'no file')} in truth; {DOWNLOAD}")
         size = sum(math.prod(self.shapes[key]) * self.dtypes[key].itemsize for key in found)
         if total is not None and total != size:
-            raise UserError(f"{index}: total_size is {total}, the tensors of its {len(self.files) - 1} files have "
-                            f"{size} bytes; {DOWNLOAD}")
+            print(f"warning: {index}: total_size is {total}, the tensors of its {len(self.files) - 1} files have "
+                  f"{size} bytes; every tensor is where the index says, so they are read", file=sys.stderr)
 
     def read(self, key: str, rows: range | None = None, buffers: Buffers | None = None) -> np.ndarray:
         """One tensor or rows of it, as stored; in the buffers' slot "source" if they are given.

@@ -11,7 +11,6 @@ benchmarks/convert.py). A conversion that was stopped or killed continues when t
 """
 
 import contextlib
-import json
 import pathlib
 import shutil
 import time
@@ -25,87 +24,27 @@ from convert.check import differences
 from convert.folders import LEFT_OUT, partial_folder, whole_folder
 from convert.journal import Journal
 from convert.plan import DTYPES, STEMS, Plan, parse_dtypes, plan_component
+from convert.source import check_copied, check_destination, check_pipeline, copied_files, source_folder, two_experts
 from wan_jax import array_store, cli, integrity, model_dir
 from wan_jax.cli import UserError
+from wan_jax.paths import expand
 
 __all__ = ["DTYPES", "STEMS", "check", "convert"]
 
-PIPELINE = "WanPipeline"
-COPIED = ("tokenizer", "scheduler")  # folders taken over as they are
 RECORD_BYTES = 2**30  # written between two entries of the journal: what a kill or a power cut costs at most
 WORKERS = 4  # tensors under way at once, each at most a few hundred MB
 
 
-def source_folder(src: str) -> pathlib.Path:
-    """The local folder, or the hub's snapshot. Raises `UserError` when neither is to be had."""
-    path = pathlib.Path(src)
-    if path.is_dir():
-        return path
-    if src.count("/") != 1 or path.is_absolute() or src.startswith("."):
-        raise UserError(f"--src {src} is no folder, and no hub id of the form owner/name")
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    patterns = ["*.json", "*.safetensors", "tokenizer/*"]
-    elsewhere = (f"or run `hf download {src} --local-dir FOLDER` where there is a network and give --src FOLDER "
-                 "(a local folder with that name was not found either)")
-    try:
-        return pathlib.Path(snapshot_download(src, allow_patterns=patterns))
-    except RepositoryNotFoundError:
-        reason = ("the hub knows no such model, or it is private; check the spelling, log in with `hf auth login`, or "
-                  "give --src a folder that holds model_index.json")
-    except LocalEntryNotFoundError as error:
-        if constants.HF_HUB_OFFLINE:
-            reason = (f"HF_HUB_OFFLINE is set and the model is not in the cache {constants.HF_HUB_CACHE}; unset it, "
-                      + elsewhere)
-        else:
-            reason = (f"the hub {constants.ENDPOINT} cannot be reached ({str(error).splitlines()[0][:120]}) and the "
-                      f"model is not in the cache {constants.HF_HUB_CACHE}; check the network, {elsewhere}")
-    except (HfHubHTTPError, OSError) as error:
-        if cli.disk_error(error):
-            raise
-        reason = (f"{str(error).splitlines()[0][:200]}; run the same command again to continue the download, "
-                  + elsewhere)
-    raise UserError(f"{src} cannot be downloaded: {reason}")
-
-
-def check_pipeline(src: pathlib.Path) -> dict:
-    """model_index.json of a Wan text-to-video pipeline. Raises `UserError` on anything else."""
-    path = src / "model_index.json"
-    if not path.is_file():
-        raise UserError(f"{path} is missing: {src} is no checkpoint in Diffusers layout (the original Wan layout is "
-                        "not read; use the '-Diffusers' repository)")
-    try:
-        index = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if index.get("_class_name") != PIPELINE:
-        raise UserError(f"{path}: the pipeline is {index.get('_class_name')!r}, only {PIPELINE!r} (text to video) can "
-                        "be converted")
-    boundary = index.get("boundary_ratio")
-    if two_experts(index) != (boundary is not None) or not 0 < (boundary or 0.5) < 1:
-        raise UserError(f"{path}: boundary_ratio is {boundary} and transformer_2 is {index.get('transformer_2')}: "
-                        "a model with two experts has both, with a ratio between 0 and 1")
-    return index
-
-
-def two_experts(index: dict) -> bool:
-    """Whether the pipeline has a second transformer; [null, null] means none, as in TI2V-5B."""
-    return any(index.get("transformer_2") or ())
-
-
 def planned(src: pathlib.Path, index: dict, dtypes: dict[str, str]) -> dict[str, Plan]:
     """The plans of all components: whatever is wrong with the source's headers is found before data is written."""
-    for name in COPIED:
-        if not (src / name).is_dir():
-            raise UserError(f"{src / name} is missing: the download is not complete")
+    check_copied(src)
     return {c: plan_component(c, src, dtypes[c]) for c in model_dir.COMPONENTS
             if c != "transformer_2" or two_experts(index)}
 
 
 def fingerprint(src: pathlib.Path, plans: dict[str, Plan]) -> dict[str, list[int]]:
     """{file: [bytes, time of last change in ns]} of all that is converted."""
-    files = [src / "model_index.json", *(f for name in COPIED for f in (src / name).rglob("*") if f.is_file())]
+    files = [src / "model_index.json", *copied_files(src)]
     for plan in plans.values():
         files += [src / plan.component / "config.json", *plan.shards.files]
     return {str(f.relative_to(src)): [f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(files)}
@@ -172,24 +111,30 @@ def write_component(plan: Plan, dst: pathlib.Path, journal: Journal) -> dict:
     return {"tensors": len(plan.table), "parameters": plan.parameters, "bytes": plan.size}
 
 
-def convert(src: str, dst, dtype: str = "source", overwrite: bool = False, restart: bool = False) -> None:
-    """Converts `src` (folder or hub id) into the folder `dst`, or continues where a killed conversion stopped.
+def convert(src: str, dst, dtype: str = "source", overwrite: bool = False, restart: bool = False, *,
+            revision: str | None = None) -> None:
+    """Convert `src` (folder or hub id) into the folder `dst`, or continue where a killed conversion stopped.
 
     `restart` throws away what a killed one left. Raises `UserError`; `dst` is whole or not there.
     """
     dtypes = parse_dtypes(dtype)
-    dst, folder = pathlib.Path(dst), source_folder(src)
+    dst, folder = expand(dst), source_folder(src, revision)
+    check_destination(folder, dst)
     plans = planned(folder, check_pipeline(folder), dtypes)
     work = {"format": model_dir.FORMAT, "dtypes": {c: dtypes[c] for c in plans},
             "files": fingerprint(folder, plans)}
     with whole_folder(dst, overwrite, resumable=True) as partial:
         journal = Journal(partial, work, restart)
         there = sum(f.stat().st_blocks * 512 for f in partial.glob("*/params/**/*") if f.is_file())
-        cli.check_space(dst.absolute().parent, sum(p.size for p in plans.values()) - there, f"the model {dst.name}")
+        cli.check_space(dst.parent, sum(p.size for p in plans.values()) - there, f"the model {dst.name}")
         shutil.copyfile(folder / "model_index.json", partial / "model_index.json")
-        for name in COPIED:
-            shutil.copytree(folder / name, partial / name, dirs_exist_ok=True)
+        for file in copied_files(folder):
+            target = partial / file.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
         manifest = {"format": model_dir.FORMAT, "source": src, "dtype": dtype}
+        if revision is not None:
+            manifest["revision"] = revision
         manifest["components"] = {c: write_component(plan, partial, journal) for c, plan in plans.items()}
         if fingerprint(folder, plans) != work["files"]:
             raise UserError(f"{folder} changed while it was read; run the same command again")
@@ -200,16 +145,16 @@ def convert(src: str, dst, dtype: str = "source", overwrite: bool = False, resta
     print(f"{dst}: {size / 1e9:.3f} GB, ready for grpo.train and wan_jax.sample")
 
 
-def check(src: str, dst) -> None:
-    """Compares the model folder `dst` with its source, tensor by tensor. Raises `UserError` with the first differences.
+def check(src: str, dst, *, revision: str | None = None) -> None:
+    """Compare the model folder `dst` with its source, tensor by tensor. Raise `UserError` with the first differences.
     """
-    model, folder = model_dir.open_model(dst, verify=False), source_folder(src)  # all bytes are compared here
+    model, folder = model_dir.open_model(dst, verify=False), source_folder(src, revision)  # all bytes are compared here
     plans = planned(folder, check_pipeline(folder), parse_dtypes(model.manifest["dtype"]))
     found = []
     if tuple(plans) != model.components:
         found.append(f"components: {', '.join(model.components)}, the source has {', '.join(plans)}")
-    copied = [f for name in COPIED for f in sorted((folder / name).rglob("*")) if f.is_file()]
-    files = ["model_index.json", *(f"{c}/config.json" for c in plans), *(str(f.relative_to(folder)) for f in copied)]
+    files = ["model_index.json", *(f"{c}/config.json" for c in plans),
+             *(str(f.relative_to(folder)) for f in copied_files(folder))]
     found += [f"{name}: is missing or differs" for name in files
               if not (model.path / name).is_file() or (model.path / name).read_bytes() != (folder / name).read_bytes()]
     for component in [c for c in plans if c in model.components]:
@@ -224,18 +169,19 @@ def check(src: str, dst) -> None:
 def main(_):
     FLAGS = flags.FLAGS
     if FLAGS.check:
-        check(FLAGS.src, FLAGS.dst)
+        check(FLAGS.src, FLAGS.dst, revision=FLAGS.revision)
         return
     try:
-        convert(FLAGS.src, FLAGS.dst, FLAGS.dtype, FLAGS.overwrite, FLAGS.restart)
+        convert(FLAGS.src, FLAGS.dst, FLAGS.dtype, FLAGS.overwrite, FLAGS.restart, revision=FLAGS.revision)
     except KeyboardInterrupt:
-        if (partial := partial_folder(pathlib.Path(FLAGS.dst))).exists():
+        if (partial := partial_folder(FLAGS.dst)).exists():
             print(f"\nwhat is done is kept in {partial}; remove it if you do not mean to continue", flush=True)
         raise
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("src", None, "folder in Diffusers layout, or hub id", required=True)
+    flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")
     flags.DEFINE_string("dst", None, "folder to write", required=True)
     flags.DEFINE_string("dtype", "source", f"type of the weights: source (each tensor's own), {' or '.join(DTYPES)}; "
                         "exceptions after a comma: bfloat16,text_encoder=float32")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert import key_table
-from convert.folders import Buffers, Shards
+from convert.folders import Buffers, Shards, all_finite
 from wan_jax import array_store, model_dir
 from wan_jax import config as config_lib
 from wan_jax import params as P
@@ -54,26 +54,39 @@ class Plan:
         and no layers are stacked (the 4.2 GB embedding), in the parts of `array_store.chunk_shape`.
 
         An array is good until this thread asks for the next one of any plan: it lies in the thread's `Buffers`. Raises
-        `UserError` on NaN, infinity and a damaged file.
+        `UserError` on NaN, infinity, a value too large for the type to write and a damaged file.
         """
         shape, dtype, stacked = self.arrays[entry.path]
         rows = array_store.chunk_shape(shape, dtype.itemsize, stacked)[0]
         if stacked or not entry.same or rows == shape[0]:
-            yield 0, _as_stored(entry, self.shards.read(entry.key, buffers=BUFFERS), dtype)
+            yield 0, self._as_stored(entry, self.shards.read(entry.key, buffers=BUFFERS), dtype)
             return
         for row in range(0, shape[0], rows):
             part = self.shards.read(entry.key, range(row, min(row + rows, shape[0])), BUFFERS)
-            yield row, _as_stored(entry, part, dtype)
+            yield row, self._as_stored(entry, part, dtype)
+
+    def _as_stored(self, entry: key_table.Entry, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """A source tensor, or rows of it, in our layout and dtype (rounded to nearest even), contiguous."""
+        name = f"{self.shards.where[entry.key]}: tensor {entry.key}"
+        if value.dtype == dtype == np.float64:
+            rounded(value, np.dtype(np.float32), name)  # as it will be when the model is loaded
+        if value.dtype != dtype:
+            value = rounded(value, dtype, name, BUFFERS.take("cast", value.shape, dtype))
+        ours = entry.to_ours(value)
+        return ours if ours.flags.c_contiguous else contiguous(ours, BUFFERS.take("ours", ours.shape, dtype))
 
 
-def _as_stored(entry: key_table.Entry, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A source tensor, or rows of it, in our layout and dtype (rounded to nearest even), contiguous."""
-    if value.dtype != dtype:
-        cast = BUFFERS.take("cast", value.shape, dtype)
-        np.copyto(cast, value, casting="unsafe")
-        value = cast
-    ours = entry.to_ours(value)
-    return ours if ours.flags.c_contiguous else contiguous(ours, BUFFERS.take("ours", ours.shape, dtype))
+def rounded(value: np.ndarray, dtype: np.dtype, name: str, out: np.ndarray | None = None) -> np.ndarray:
+    """Return `value` rounded to `dtype`, in `out` if given. Raise `UserError` when a finite value becomes infinite."""
+    out = np.empty(value.shape, dtype) if out is None else out
+    with np.errstate(over="ignore"):
+        np.copyto(out, value, casting="unsafe")
+    if not np.can_cast(value.dtype, dtype) and not all_finite(out):
+        fix = ("models compute in float32 at most, so the tensor is damaged" if value.dtype == np.float64 else
+               f"--dtype float32 (or COMPONENT=float32, see --help) keeps {value.dtype} whole")
+        raise UserError(f"{name} is {value.dtype} and has values up to {np.abs(value).max():.3g}, beyond the largest "
+                        f"of {np.dtype(dtype)}; {fix}")
+    return out
 
 
 def contiguous(value: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:

@@ -22,11 +22,13 @@ from safetensors.numpy import save_file
 from convert import key_table
 from convert.folders import whole_folder
 from convert.plan import STEMS, contiguous
+from convert.source import check_destination, copied_files
 from wan_jax import cli, model_dir
 from wan_jax.array_store import ArrayStore
 from wan_jax.checkpoint import load_trained
 from wan_jax.cli import UserError
 from wan_jax.lora import LoRAConfig
+from wan_jax.paths import check_apart, expand
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 Read = Callable[[str, int | None], np.ndarray]  # (path, layer or None) to one layer of an array, or all of it
@@ -96,14 +98,19 @@ def write_tensors(folder: pathlib.Path, stem: str, table: list[key_table.Entry],
 def export(src, dst, checkpoint: str | None = None, dtype: str = "stored", overwrite: bool = False,
            shard_gb: float = 5.0) -> None:
     """Writes the Diffusers folder `dst`. Raises `UserError`; nothing half-written is left."""
-    model, dst, lora, experts = model_dir.open_model(src), pathlib.Path(dst), None, {}
-    if checkpoint:
+    model, dst, lora, experts = model_dir.open_model(src), expand(dst), None, {}
+    check_destination(model.path, dst)
+    if checkpoint is not None:
+        run = expand(checkpoint)
+        check_apart(run if run.parent.name == "checkpoints" else run / "checkpoints", dst)
         lora, experts, meta = load_trained(checkpoint)
         model.check_same(meta.get("model_digest"), meta["model"], str(checkpoint), "--src")
     with whole_folder(dst, overwrite) as partial:
         shutil.copyfile(model.path / "model_index.json", partial / "model_index.json")
-        for name in ("tokenizer", "scheduler"):
-            shutil.copytree(model.path / name, partial / name)
+        for file in copied_files(model.path):
+            target = partial / file.relative_to(model.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
         for component in model.components:
             start = time.time()
             (partial / component).mkdir()

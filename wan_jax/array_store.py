@@ -25,6 +25,7 @@ import tensorstore as ts
 
 from wan_jax import integrity
 from wan_jax.cli import UserError
+from wan_jax.paths import expand
 
 CHUNK = 2**28  # bytes
 CHUNK_FILE = re.compile(r"(.*/)?\d+(\.\d+)*")  # all other files are metadata
@@ -86,7 +87,7 @@ class ArrayStore:
 
     def __init__(self, path: pathlib.Path, arrays: Mapping[str, ts.TensorStore] | None = None,
                  files: integrity.Files | None = None):
-        self.path = path.absolute()
+        self.path = expand(path)
         self._files = files
         metadata = {name: entry for name, entry in (files or {}).items() if not CHUNK_FILE.fullmatch(name)}
         if found := integrity.problem(self.path, metadata):

@@ -28,6 +28,7 @@ import orbax.checkpoint as ocp
 from wan_jax import hosts, integrity
 from wan_jax.cli import UserError, check_space
 from wan_jax.lora import LoRAConfig
+from wan_jax.paths import expand
 
 FORMAT = 2
 DIGESTS, META = "digests.json", "meta/metadata"
@@ -247,7 +248,7 @@ def find(path) -> tuple[Checkpoints, int]:
 
     Raises `UserError` when there is none.
     """
-    path = pathlib.Path(path).absolute()
+    path = expand(path)
     if not path.is_dir():
         raise UserError(f"{path} does not exist: give a run folder of grpo.train or one of its checkpoints/<epoch>")
     run, epoch = (path.parent.parent, int(path.name)) if path.name.isdecimal() and path.parent.name == "checkpoints" \

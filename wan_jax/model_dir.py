@@ -26,6 +26,7 @@ from wan_jax import mesh as mesh_lib
 from wan_jax import params as P
 from wan_jax.array_store import AGAIN, CHUNK_FILE, ArrayStore, StoreError
 from wan_jax.cli import UserError
+from wan_jax.paths import expand
 from wan_jax.text_encoder import UMT5Encoder
 from wan_jax.transformer import WanTransformer3D
 from wan_jax.vae import AutoencoderKLWan
@@ -89,15 +90,14 @@ class ModelDir:
         return self._config(COMPONENTS[component][0], f"{component}/config.json")
 
     @property
-    def scheduler(self) -> config_lib.SchedulerConfig:
-        return self._config(config_lib.SchedulerConfig, "scheduler/scheduler_config.json")
+    def scheduler(self) -> config_lib.Scheduler:
+        return config_lib.load_scheduler(self.path / "scheduler" / "scheduler_config.json")
 
     def _config(self, kind: type, name: str):
         try:
-            return config_lib.from_dict(kind, integrity.read_json(self.path / name))
-        except (integrity.Damaged, config_lib.ConfigError, TypeError) as error:
-            where = "" if isinstance(error, integrity.Damaged) else f"{self.path / name}: "
-            raise UserError(f"{where}{error}; {AGAIN}") from None
+            return config_lib.load(kind, self.path / name)
+        except config_lib.ConfigError as error:
+            raise UserError(f"{error}; {AGAIN}") from None
 
     @property
     def tokenizer_path(self) -> pathlib.Path:
@@ -141,7 +141,12 @@ class ModelDir:
 
 
 def params_path(model: pathlib.Path, component: str) -> pathlib.Path:
-    return (model / component / "params").absolute()
+    return expand(model) / component / "params"
+
+
+def previous_folder(path: pathlib.Path) -> pathlib.Path:
+    """Return where a folder that is being replaced waits until the new one has its name."""
+    return path.with_name(f".{path.name}.previous")
 
 
 def open_model(path, verify: bool = True) -> ModelDir:
@@ -149,14 +154,18 @@ def open_model(path, verify: bool = True) -> ModelDir:
 
     verify: compare all files but the arrays with their digests now, and the arrays when they are read.
     """
-    path = pathlib.Path(path)
+    path = expand(path)
     advice = f"convert one with: python -m convert.from_diffusers --src DIFFUSERS_FOLDER --dst {path}"
     if not path.is_dir():
+        if (previous := previous_folder(path)).is_dir():
+            raise UserError(f"model folder {path} does not exist: its replacement was stopped half-way. The previous "
+                            f"model is complete in {previous}; rename it, or convert to {path} again")
         raise UserError(f"model folder {path} does not exist; {advice}")
     if not (path / MANIFEST).is_file():
-        diffusers = (path / "model_index.json").is_file()
-        kind = "a Diffusers folder, not a converted model" if diffusers else "no converted model"
-        raise UserError(f"{path} is {kind} (it has no {MANIFEST}); {advice}")
+        if (path / "model_index.json").is_file():
+            raise UserError(f"{path} is a Diffusers folder, not a converted model (it has no {MANIFEST}); convert it "
+                            f"with: python -m convert.from_diffusers --src {path} --dst {path}-converted")
+        raise UserError(f"{path} is no converted model (it has no {MANIFEST}); {advice}")
     try:
         manifest = integrity.read_manifest(path / MANIFEST)
         if manifest.get("format") != FORMAT:

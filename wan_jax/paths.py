@@ -9,8 +9,10 @@ def expand(path) -> pathlib.Path:
     """Return `path` as an absolute path: `~` becomes the home folder, symlinks and `..` are resolved.
 
     The path need not exist. A shell does not expand `~` after the equals sign of `--dst=~/models`. Raises `UserError`
-    on an unknown user after `~`, a loop of symlinks and characters that no path can hold.
+    on an empty text, an unknown user after `~`, a loop of symlinks and characters that no path can hold.
     """
+    if path == "":
+        raise UserError("'' cannot be used as a path: it is empty")
     try:
         return pathlib.Path(path).expanduser().resolve()
     except (RuntimeError, OSError, ValueError) as error:

@@ -34,7 +34,7 @@ class Preset:
     transformer: TransformerConfig
     vae: VAEConfig = VAE_21
     boundary: float | None = None  # two experts, which change at this part of the noise
-    expand_timesteps: bool = False
+    expand_timesteps: bool = False  # of model_index.json: one timestep for each token, all equal for text to video
     flow_shift: float = 3.0
     text_encoder: TextEncoderConfig = UMT5_XXL
 
@@ -56,6 +56,6 @@ PRESETS = {
 
 
 def of_folder(model: ModelDir) -> Preset:
-    """A converted model's own configuration; the shift is a recipe's to say."""
+    """Return a converted model's own configuration; the shift is a recipe's to set."""
     return Preset(str(model.path), model.config("transformer"), model.config("vae"), boundary=model.boundary,
-                  text_encoder=model.config("text_encoder"))
+                  expand_timesteps=bool(model.index.get("expand_timesteps")), text_encoder=model.config("text_encoder"))

@@ -36,7 +36,7 @@ flags.DEFINE_float("guidance_2", None, "of the second expert (Wan 2.2 A14B); Non
 flags.DEFINE_string("reward_head", None, "file of grpo.reward_head: guidance towards a higher reward (Flow-NRG)")
 flags.DEFINE_float("reward_guidance", 10.0, "its weight", lower_bound=0.0)
 flags.DEFINE_float("shift", None, "shift of the sigma schedule; None: the model's own")
-flags.DEFINE_enum("solver", "unipc", list(SOLVERS), "ODE solver")
+flags.DEFINE_enum("solver", "auto", ["auto", *SOLVERS], "ODE solver; auto: the one of the model's scheduler")
 flags.DEFINE_integer("seed", 0, "seed of the initial noise")
 flags.DEFINE_integer("samples", 1, "samples a prompt")
 flags.DEFINE_integer("fps", 16, "frames a second of a video")
@@ -56,8 +56,10 @@ def main(_):
         model = model_dir.open_model(FLAGS.model)
         config = model.config("transformer")
         shape = pipeline.latent_shape(FLAGS.frames, FLAGS.height, FLAGS.width, model.config("vae"), config)
-        shift = model.scheduler.flow_shift if FLAGS.shift is None else FLAGS.shift
-        solver = make_solver(FLAGS.solver, FLAGS.steps, shift)
+        scheduler = model.scheduler
+        shift = scheduler.shift if FLAGS.shift is None else FLAGS.shift
+        solver = make_solver(scheduler.solver if FLAGS.solver == "auto" else FLAGS.solver, FLAGS.steps, shift,
+                             order=scheduler.order)
         steer = reward_head.guidance(FLAGS.reward_head, FLAGS.reward_guidance, config, model)
         mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
         backend = choose_backend(FLAGS.attention, platform_of(jax.devices()[0]), dtype, config.attention_head_dim)

@@ -11,9 +11,10 @@ def test_expand(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path / "a b")
     root = tmp_path.resolve()
-    for text, wanted in (("~/x", root / "x"), ("x/../y", root / "y"), ("link/x", root / "a b" / "x"), ("x/", root / "x")):
+    for text, wanted in (("~/x", root / "x"), ("x/../y", root / "y"), ("x/", root / "x"),
+                         ("link/x", root / "a b" / "x")):
         assert expand(text) == wanted
-    for bad in ("~nobody-of-this-name/x", "a\0b"):
+    for bad in ("", "~nobody-of-this-name/x", "a\0b"):
         with pytest.raises(UserError, match="cannot be used as a path"):
             expand(bad)
 
