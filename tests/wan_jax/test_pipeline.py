@@ -19,7 +19,7 @@ from wan_jax import mesh as mesh_lib
 from wan_jax import params as P
 from wan_jax.checkpoint import Checkpoints, join_experts
 from wan_jax.cli import UserError
-from wan_jax.config import TransformerConfig, VAEConfig
+from wan_jax.config import TransformerConfig, VAEConfig, load_scheduler
 from wan_jax.experts import guidances, per_guidance, segments
 from wan_jax.layers import LoRAParam
 from wan_jax.lora import LoRAConfig
@@ -43,13 +43,13 @@ def one_device():
     return mesh_lib.make_mesh(devices=jax.devices()[:1])
 
 
-def sample(folder, prompts, noise, *, solver="unipc", steps=6, guidance=4.0, guidance_2=None, shift=3.0, negative="",
-           checkpoint=None, offload="never"):
+def sample(folder, prompts, noise, *, solver="unipc", order=2, steps=6, guidance=4.0, guidance_2=None, shift=3.0,
+           negative="", checkpoint=None, offload="never"):
     """(latents, uint8 videos) by our pipeline."""
     model, mesh = model_dir.open_model(folder), one_device()
     table = pipeline.embed_prompts(model, prompts, negative)
     graphdef, weights = load_transformers(model, checkpoint, jnp.float32, "xla", mesh, offload)
-    solver = make_solver(solver, steps, shift)
+    solver = make_solver(solver, steps, shift, order=order)
     scales = guidances(guidance, guidance_2, len(model.experts))
     ode_steps = per_guidance(lambda g: pipeline.make_ode_step(lambda s: nnx.merge(graphdef, s), solver, g), scales)
     text = table.batch(np.arange(len(prompts)), mesh_lib.replicated(mesh), mesh_lib.replicated(mesh))
@@ -61,13 +61,13 @@ def sample(folder, prompts, noise, *, solver="unipc", steps=6, guidance=4.0, gui
 
 
 def peer_sample(folder, prompts, noise, *, frames, height, width, steps=6, guidance=4.0, guidance_2=None, shift=3.0,
-                negative=""):
+                negative="", scheduler=None):
     """(latents, float frames in [0, 1]) by Diffusers."""
     import diffusers
     import torch
 
     pipe = diffusers.WanPipeline.from_pretrained(folder)
-    pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=shift)
+    pipe.scheduler = scheduler or diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=shift)
     pipe.set_progress_bar_config(disable=True)
     arguments = dict(prompt=list(prompts), negative_prompt=negative, height=height, width=width, num_frames=frames,
                      num_inference_steps=steps, guidance_scale=guidance, guidance_scale_2=guidance_2)
@@ -92,6 +92,26 @@ def test_latents_and_pixels_of_diffusers(folders, frames, guidance, negative):
                                  negative=negative)
     assert relative_error(latents, wanted) < 1e-4
     assert np.abs(videos / 255.0 - pixels).mean() < 1 / 255
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("kind, changes", [("UniPCMultistepScheduler", {"solver_order": 1, "flow_shift": 3.0}),
+                                           ("UniPCMultistepScheduler", {}),
+                                           ("FlowMatchEulerDiscreteScheduler", {"shift": 5.0})])
+def test_latents_by_the_scheduler_of_the_folder(folders, tmp_path, kind, changes):
+    """fp32: latents to 1e-4 relative after four steps of UniPC of order 1, without a shift, and of Euler."""
+    import diffusers
+
+    source, model = folders
+    common = {"prediction_type": "flow_prediction", "use_flow_sigmas": True} if kind.startswith("UniPC") else {}
+    (tmp_path / "scheduler_config.json").write_text(json.dumps({"_class_name": kind} | common | changes))
+    ours = load_scheduler(tmp_path / "scheduler_config.json")
+    noise = np.random.default_rng(0).standard_normal((1, 1, 4, 6, 16)).astype(np.float32)
+    latents, _ = sample(model, PROMPTS[:1], noise, solver=ours.solver, shift=ours.shift, order=ours.order, steps=4,
+                        guidance=1.0)
+    wanted, _ = peer_sample(source, PROMPTS[:1], noise, frames=1, height=32, width=48, steps=4, guidance=1.0,
+                            scheduler=getattr(diffusers, kind).from_pretrained(tmp_path))
+    assert relative_error(latents, wanted) < 1e-4
 
 
 def test_embeddings_are_cached_by_model_and_prompt(folders, tmp_path, monkeypatch):
