@@ -157,9 +157,10 @@ def test_files_that_state_alpha_have_the_effect_they_have_in_diffusers(source, t
     pipe.load_lora_weights(str(path))
     found = files.read(path, kernels)
     assert found.config == config
-    ours, _ = our_velocities(model, "transformer", found.config, found.adapters)
+    adapters = files.fit(found, config, kernels)
+    ours, _ = our_velocities(model, "transformer", config, adapters)
     assert relative_error(their_velocity(pipe.transformer), ours) < 1e-5
-    np.testing.assert_array_equal(found.adapters["blocks/ffn/net_2/lora_b"], flat["blocks/ffn/net_2/lora_b"])
+    np.testing.assert_array_equal(adapters["blocks/ffn/net_2/lora_b"], flat["blocks/ffn/net_2/lora_b"])
 
 
 @pytest.mark.parity
@@ -177,9 +178,10 @@ def test_a_file_that_peft_wrote(source, tmp_path):
     WanPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(transformer),
                                   transformer_lora_adapter_metadata={"r": 4, "lora_alpha": 10,
                                                                      "target_modules": ["to_q", "to_v"]})
-    found = files.read(tmp_path / "pytorch_lora_weights.safetensors", files.dense_layers(model.config("transformer")))
+    kernels = files.dense_layers(model.config("transformer"))
+    found = files.read(tmp_path, kernels)
     assert found.config == LoRAConfig(4, 10.0, ("to_q", "to_v"))
-    ours, base = our_velocities(model, "transformer", found.config, found.adapters)
+    ours, base = our_velocities(model, "transformer", found.config, files.fit(found, found.config, kernels))
     assert relative_error(their_velocity(transformer), ours) < 1e-5
     assert relative_error(base, ours) > 0.01
 
@@ -196,16 +198,16 @@ def test_round_trip(single, kernels, tmp_path, layout, alpha, exact):
     (path,) = export(run, single.path, tmp_path / "a" / "lora.safetensors", layout).values()
     assert path == tmp_path / "a" / "lora.safetensors" and [p.name for p in path.parent.iterdir()] == [path.name]
     found = files.read(path, kernels)
-    assert found.rank == 4 and found.alpha is None and found.targets == FFN
+    assert found.config == LoRAConfig(4, 4.0, FFN)
     back = files.initial_adapters(str(path), single, config)["transformer"]
     assert back.keys() == flat.keys() and all(v.dtype == np.float32 for v in back.values())
     for name, value in flat.items():
         np.testing.assert_array_max_ulp(back[name], value, 0 if exact or name.endswith("lora_a") else 1)
-        scale = 1 if name.endswith("lora_a") else alpha / 4
-        np.testing.assert_array_equal(found.adapters[name], (scale * value.astype(np.float64)).astype(np.float32))
-    again = files.to_tensors(found.adapters, found.config, kernels, layout)
+    again = files.to_tensors(files.fit(found, found.config, kernels), found.config, kernels, layout)
     stored = load_file(path)
     assert again.keys() == stored.keys() and all(np.array_equal(again[k], stored[k]) for k in stored)
+    scaled = (alpha / 4 * flat["blocks/ffn/net_2/lora_b"][1].T.astype(np.float64)).astype(np.float32)
+    assert any(np.array_equal(value, scaled) for value in stored.values())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -229,7 +231,7 @@ def test_two_experts_come_back_under_their_names(source, tmp_path):
     back = files.initial_adapters(f"{high},{low}", model, config)
     assert list(back) == ["transformer", "transformer_2"]
     assert all(np.array_equal(back[e][k], v) for e, flat in trained.items() for k, v in flat.items())
-    with pytest.raises(UserError, match=r"names 1 files, the model has 2 transformers"):
+    with pytest.raises(UserError, match=r"is for transformer, the model has transformer and transformer_2"):
         files.initial_adapters(str(high), model, config)
 
 
@@ -247,105 +249,8 @@ def test_targets_are_read_from_the_layers(kernels, targets):
     assert sorted(found) == sorted(targets)
 
 
-# ---- files that are refused -----------------------------------------------------------------------------------------
-
 CONFIG = LoRAConfig(rank=4, alpha=8.0)
 FIRST = "transformer.blocks.0.attn1.to_q.lora_A.weight"
-
-
-def renamed(change):
-    return lambda tensors: {change(k): v for k, v in tensors.items()}
-
-
-def without(part):
-    return lambda tensors: {k: v for k, v in tensors.items() if part not in k}
-
-
-def padded(tensors):
-    return tensors | {k: np.concatenate([v, v], int("lora_B" in k)) for k, v in tensors.items() if "attn1.to_k" in k}
-
-
-FAULTS = {
-    "bare names": (renamed(lambda k: k.removeprefix("transformer.")), "load nothing: its keys begin like 'blocks"),
-    "second prefix": (renamed(lambda k: k.replace("transformer.", "transformer_2.")),
-                      "would load nothing: .*'transformer_2.*for either expert"),
-    "PEFT's own prefix": (renamed(lambda k: "base_model.model." + k.removeprefix("transformer.")), "load nothing"),
-    "kohya": (renamed(lambda k: "lora_unet_" + k.replace(".", "_")), "would load nothing: .*lora_unet_"),
-    "empty": (lambda tensors: {}, "would load nothing: it is empty"),
-    "original names, wrong prefix": (renamed(lambda k: k.replace("attn1.to_q", "self_attn.q")),
-                                     r"no layer for 'transformer\.blocks\.0\.self_attn"),
-    "text encoder too": (lambda t: t | {"text_encoder.layer.lora_A.weight": t[FIRST]}, "mixes layouts.*text_encoder"),
-    "both layouts": (lambda t: t | {FIRST.replace("transformer.", "diffusion_model."): t[FIRST]}, "mixes layouts"),
-    "more blocks": (lambda t: t | {FIRST.replace(".0.", ".2.", 1): t[FIRST]}, r"no layer for .*blocks\.2\."),
-    "fewer blocks": (without("blocks.1."), r"not whole: blocks\.1\.attn1\.to_k lacks a factor, as do 7 other"),
-    "no partner": (without("blocks.0.attn2.to_v.lora_B"), r"not whole: blocks\.0\.attn2\.to_v lacks a factor;"),
-    "other width": (lambda t: t | {FIRST: np.zeros((4, 96), np.float32)},
-                    r"lora_a of blocks\.0\.attn1\.to_q is \(4, 96\), and should be \(4, 48\)"),
-    "mixed ranks": (padded, "ranks 4, 8: only one rank"),
-    "NaN": (lambda t: t | {FIRST: np.full((4, 48), np.nan, np.float32)}, "to_q.lora_A.weight holds NaN"),
-    "bias": (lambda t: t | {"transformer.blocks.0.attn1.to_q.lora_B.bias": np.zeros(48, np.float32)}, "no LoRA factor"),
-    "alpha": (lambda t: t | {"transformer.blocks.0.attn1.to_q.alpha": np.ones((), np.float32)}, "no LoRA factor"),
-    "one dimension": (lambda t: t | {FIRST: np.zeros(4, np.float32)}, "no LoRA factor"),
-    "two names": (lambda t: t | {FIRST.replace("lora_A", "lora_down"): t[FIRST]}, "twice, under two names"),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_broken_files_are_refused(kernels, tmp_path, fault):
-    change, message = FAULTS[fault]
-    save_file(change(files.to_tensors(random_adapters(kernels, CONFIG), CONFIG, kernels)), tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match=message):
-        files.read(tmp_path / "x.safetensors", kernels)
-
-
-@pytest.mark.parametrize("metadata, message", [
-    ("{", "is damaged"), (json.dumps({"r": 4, "lora_alpha": 8}), r"no transformer\.r"), (json.dumps([1]), "is damaged"),
-    (json.dumps({"transformer.r": 8, "transformer.lora_alpha": 8}), "states rank 8, the tensors have 4"),
-    (json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.use_rslora": True}), "use_rslora=True")])
-def test_metadata_that_is_not_understood_is_refused(kernels, tmp_path, metadata, message):
-    save_file(files.to_tensors(random_adapters(kernels, CONFIG), CONFIG, kernels), tmp_path / "x.safetensors",
-              metadata={"lora_adapter_metadata": metadata})
-    with pytest.raises(UserError, match=message):
-        files.read(tmp_path / "x.safetensors", kernels)
-
-
-def test_several_alphas_are_refused(kernels, tmp_path):
-    tensors = files.to_tensors(random_adapters(kernels, CONFIG), CONFIG, kernels, "comfyui")
-    tensors["diffusion_model.blocks.1.cross_attn.o.alpha"] = np.array(2.0, np.float32)
-    save_file(tensors, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="alpha 2, 4"):
-        files.read(tmp_path / "x.safetensors", kernels)
-
-
-def test_damaged_and_missing_files(kernels, tmp_path):
-    tensors = files.to_tensors(random_adapters(kernels, CONFIG), CONFIG, kernels)
-    path = tmp_path / "x.safetensors"
-    save_file(tensors, path)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match="truncated or damaged"):
-        files.read(path, kernels)
-    path.rename(tmp_path / "x.bin")
-    for name, message in (("x.safetensors", "does not exist"), ("x.bin", "no .safetensors file")):
-        with pytest.raises(UserError, match=message):
-            files.read(tmp_path / name, kernels)
-
-
-@pytest.mark.parametrize("changes, named", [
-    ({"rank": 8}, "rank 4, alpha not stated.*recipe has rank 8"), ({"targets": FFN}, "recipe has .*ffn.net.2"),
-    ({"targets": ("to_q",)}, "file has .*to_out.0; |file has .*to_out.0, the recipe has .*targets to_q;")])
-def test_recipe_must_agree(single, kernels, tmp_path, changes, named):
-    save_file(files.to_tensors(random_adapters(kernels, CONFIG), CONFIG, kernels), tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match=named):
-        files.initial_adapters(str(tmp_path / "x.safetensors"), single,
-                               LoRAConfig(**({"rank": 4, "alpha": 8.0} | changes)))
-
-
-def test_stated_alpha_must_agree(kernels):
-    file = files.LoRAFile(random_adapters(kernels, CONFIG), 4, 6.0, CONFIG.targets)
-    with pytest.raises(UserError, match=r"file has rank 4, alpha 6, .*recipe has rank 4, alpha 8,"):
-        files.fit(file, CONFIG, kernels, "x")
-    kept = files.fit(file, LoRAConfig(4, 6.0), kernels, "x")
-    assert all(kept[k] is v for k, v in file.adapters.items())
 
 
 # ---- exports that are refused ---------------------------------------------------------------------------------------
