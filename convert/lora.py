@@ -10,6 +10,7 @@ programs write.
 
 import pathlib
 import zlib
+from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np

@@ -78,6 +78,8 @@ class Plan:
 
 def rounded(value: np.ndarray, dtype: np.dtype, name: str, out: np.ndarray | None = None) -> np.ndarray:
     """Return `value` rounded to `dtype`, in `out` if given. Raise `UserError` when a finite value becomes infinite."""
+    if value.dtype == dtype:
+        return value
     out = np.empty(value.shape, dtype) if out is None else out
     with np.errstate(over="ignore"):
         np.copyto(out, value, casting="unsafe")

@@ -4,7 +4,8 @@
 
 The inverse of `convert.from_diffusers`, by the same key table: without a checkpoint and with the default --dtype every
 tensor comes back bit for bit, with one file's tensors in memory at a time (and a run's trained weights, which are read
-whole). Diffusers' `WanPipeline.from_pretrained` loads the result.
+whole). Trained weights are merged in float32 and rounded once to the type written; what rounding loses of them is
+printed. Diffusers' `WanPipeline.from_pretrained` loads the result.
 """
 
 import json
@@ -21,7 +22,7 @@ from safetensors.numpy import save_file
 
 from convert import key_table
 from convert.folders import whole_folder
-from convert.plan import STEMS, contiguous
+from convert.plan import STEMS, contiguous, rounded
 from convert.source import check_destination, copied_files
 from wan_jax import cli, model_dir
 from wan_jax.array_store import ArrayStore
@@ -32,47 +33,72 @@ from wan_jax.paths import check_apart, expand
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 Read = Callable[[str, int | None], np.ndarray]  # (path, layer or None) to one layer of an array, or all of it
+Changes = Mapping[str, Callable[[np.ndarray, object], np.ndarray]]  # {path: (base array, index of the layer) to fp32}
 
 
-def merge_lora(base: Read, shapes: Mapping[str, tuple[int, ...]], adapters: dict[str, np.ndarray],
-               scale: float) -> Read:
-    """kernel + scale * A B for every adapted layer, computed in float32 when it is read, in the kernel's own dtype.
+def merge_lora(shapes: Mapping[str, tuple[int, ...]], adapters: dict[str, np.ndarray], scale: float) -> Changes:
+    """Return kernel + scale * A B, in float32, for every adapted kernel.
 
     shapes: {'.../kernel': [L, in, out], ...}; adapters: {'.../lora_a': [L, in, r], '.../lora_b': [L, r, out]}. Raises
     `UserError` when an adapter has no layer, or no partner.
     """
-    layers = {path.rsplit("/", 1)[0] for path in adapters}
-    for layer in sorted(layers):
+    changes = {}
+    for layer in sorted({path.rsplit("/", 1)[0] for path in adapters}):
         a, b = (adapters.get(f"{layer}/{name}") for name in ("lora_a", "lora_b"))
         *stack, n_in, n_out = shapes.get(f"{layer}/kernel", (0, 0))
         if a is None or b is None or [a.shape, b.shape] != [(*stack, n_in, a.shape[-1]), (*stack, a.shape[-1], n_out)]:
             raise UserError(f"the checkpoint's adapter of {layer} does not fit this model: it was trained from "
                             "another one")
-
-    def read(path: str, layer: int | None) -> np.ndarray:
-        value, (module, _, leaf) = base(path, layer), path.rpartition("/")
-        if leaf != "kernel" or module not in layers:
-            return value
-        a, b = (adapters[f"{module}/{name}"][... if layer is None else layer] for name in ("lora_a", "lora_b"))
-        return (value.astype(np.float32) + scale * (a @ b)).astype(value.dtype)
-
-    return read
+        changes[f"{layer}/kernel"] = lambda base, at, a=a, b=b: base.astype(np.float32) + scale * (a[at] @ b[at])
+    return changes
 
 
-def trained_weights(store: ArrayStore, lora: LoRAConfig | None, trained: dict[str, np.ndarray]) -> Read:
-    """The base weights of an expert with a run's trained ones merged in or put in their place."""
+def trained_changes(store: ArrayStore, lora: LoRAConfig | None, trained: dict[str, np.ndarray]) -> Changes:
+    """Return what a run changed of a component: adapters merged into the kernels, or all its weights; {}: nothing."""
     if lora is not None:
-        return merge_lora(store.read, store.shapes, trained, lora.scale)
-    if store.shapes != {k: v.shape for k, v in trained.items()}:
+        return merge_lora(store.shapes, trained, lora.scale)
+    if trained and store.shapes != {k: v.shape for k, v in trained.items()}:
         raise UserError("the checkpoint does not fit this model: it was trained from another one")
-    return lambda path, layer: trained[path][... if layer is None else layer].astype(store.dtypes[path])
+    return {path: lambda base, at, value=value: value[at] for path, value in trained.items()}
+
+
+class Merged:
+    """The base weights with a run's changes, computed in float32 and rounded once to the type to write.
+
+    Counts how much of the changes rounding loses: the rounded base with the changes is compared with the rounded base.
+    """
+
+    def __init__(self, base: Read, changes: Changes, dtypes: Mapping[str, np.dtype]):
+        self.base, self.changes, self.dtypes = base, changes, dtypes
+        self.changed = self.missed = 0.0  # squared norms
+        self.rounds = any(dtypes[path] != np.float32 for path in changes)
+
+    @property
+    def lost(self) -> float:
+        """Relative norm of what rounding lost of the changes so far."""
+        return math.sqrt(self.missed / self.changed) if self.changed else 0.0
+
+    def read(self, path: str, layer: int | None) -> np.ndarray:
+        base, dtype = self.base(path, layer), self.dtypes[path]
+        name = path if layer is None else f"{path}[{layer}]"
+        written = rounded(base, dtype, name)
+        if path not in self.changes:
+            return written
+        merged = self.changes[path](base, ... if layer is None else layer)
+        result = rounded(merged, dtype, name)
+        if dtype != np.float32:
+            change = merged - base.astype(np.float32)
+            missed = change - (result.astype(np.float32) - written.astype(np.float32))
+            self.changed += float(np.vdot(change, change))
+            self.missed += float(np.vdot(missed, missed))
+        return result
 
 
 def write_tensors(folder: pathlib.Path, stem: str, table: list[key_table.Entry], dtypes: dict[str, np.dtype],
                   read: Read, shard_bytes: int, metadata: Mapping[str, str]) -> None:
     """One safetensors file, or several of at most `shard_bytes` with an index, as Diffusers names them.
 
-    dtypes: {path: dtype to write}; metadata: of every file. One file's tensors are in memory at a time.
+    dtypes: {path: dtype that `read` returns}; metadata: of every file. One file's tensors are in memory at a time.
     """
     def size(entry):
         return math.prod(entry.shape) * dtypes[entry.path].itemsize
@@ -87,8 +113,8 @@ def write_tensors(folder: pathlib.Path, stem: str, table: list[key_table.Entry],
     weight_map = {}
     for i, shard in enumerate(shards, 1):
         name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file({e.key: contiguous(e.to_theirs(read(e.path, e.layer)).astype(dtypes[e.path], copy=False))
-                   for e in shard}, folder / name, metadata={"format": "pt"} | dict(metadata))
+        save_file({e.key: contiguous(e.to_theirs(read(e.path, e.layer))) for e in shard}, folder / name,
+                  metadata={"format": "pt"} | dict(metadata))
         weight_map |= dict.fromkeys((entry.key for entry in shard), name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(map(size, table))}, "weight_map": weight_map}
@@ -98,9 +124,10 @@ def write_tensors(folder: pathlib.Path, stem: str, table: list[key_table.Entry],
 def export(src, dst, checkpoint: str | None = None, dtype: str = "stored", overwrite: bool = False,
            shard_gb: float = 5.0) -> None:
     """Writes the Diffusers folder `dst`. Raises `UserError`; nothing half-written is left."""
-    model, dst, lora, experts = model_dir.open_model(src), expand(dst), None, {}
+    model, dst = model_dir.open_model(src), expand(dst)
     check_destination(model.path, dst)
-    if checkpoint is not None:
+    lora, experts = None, {}
+    if checkpoint:
         run = expand(checkpoint)
         check_apart(run if run.parent.name == "checkpoints" else run / "checkpoints", dst)
         lora, experts, meta = load_trained(checkpoint)
@@ -116,15 +143,18 @@ def export(src, dst, checkpoint: str | None = None, dtype: str = "stored", overw
             (partial / component).mkdir()
             shutil.copyfile(model.path / component / "config.json", partial / component / "config.json")
             store = model.arrays(component)
-            read = trained_weights(store, lora, experts[component]) if component in experts else store.read
             patch = getattr(model.config(component), "patch_size", None) or (1, 2, 2)
             table = key_table.entries(component, store.shapes, patch)
             dtypes = store.dtypes if dtype == "stored" else dict.fromkeys(store.shapes, DTYPES[dtype])
+            merged = Merged(store.read, trained_changes(store, lora, experts.get(component, {})), dtypes)
             size = sum(math.prod(shape) * dtypes[k].itemsize for k, shape in store.shapes.items())
             cli.check_space(partial, size, f"the {component}")
-            write_tensors(partial / component, STEMS[component], table, dtypes, read, int(shard_gb * 1e9),
+            write_tensors(partial / component, STEMS[component], table, dtypes, merged.read, int(shard_gb * 1e9),
                           model.metadata)
             print(f"{component}: {len(table)} tensors, {size / 1e9:.3f} GB, {time.time() - start:.1f} s", flush=True)
+            if merged.rounds:
+                print(f"{component}: rounding to the type written lost {100 * merged.lost:.2g} % of the trained change "
+                      "(relative norm); --dtype float32 keeps it, as does python -m convert.export_lora", flush=True)
     print(f"{dst}: ready for WanPipeline.from_pretrained" + (f", with {checkpoint} merged in" if checkpoint else ""))
 
 
