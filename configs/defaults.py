@@ -42,7 +42,7 @@ def defaults() -> ConfigDict:
     c.lora.rank = 32                    # 0 trains all weights
     c.lora.alpha = 64.0
     c.lora.targets = ("to_q", "to_k", "to_v", "to_out.0")
-    c.lora.init = ""                    # LoRA file or folder to start from, see convert/lora_files.py; KL is to the base model
+    c.lora.init = ""                    # LoRA file or folder of any kind to start from; KL is to the base model
 
     c.mesh = ConfigDict()
     # devices = data x fsdp x context, batches split over data x fsdp; 0: chosen (`wan_jax.mesh.choose`) and printed
