@@ -5,17 +5,38 @@ With train.method=grpo the defaults are Flow-GRPO's published settings for Wan 2
 """
 
 import ml_collections
+from absl import flags
+from ml_collections import config_flags
 
 ConfigDict = ml_collections.ConfigDict
 
 
+class _OrNone:
+    """Parse 'None' and nothing, on the command line, as None: `grpo.setting_limits` knows where that is a value."""
+
+    def parse(self, argument):
+        return None if argument in ("None", "") else super().parse(argument)
+
+
+class _FloatOrNone(_OrNone, flags.FloatParser):
+    pass
+
+
+class _IntegerOrNone(_OrNone, flags.IntegerParser):
+    pass
+
+
+config_flags.register_flag_parser_for_type(float, _FloatOrNone())
+config_flags.register_flag_parser_for_type(int, _IntegerOrNone())
+
+
 def optional_float():
-    """None until a recipe or the command line gives a number; a plain None could not be set there."""
+    """Return a setting that is None until a recipe or the command line gives a number."""
     return ml_collections.config_dict.placeholder(float)
 
 
 def optional_int():
-    """The same for a whole number."""
+    """Return the same for a whole number."""
     return ml_collections.config_dict.placeholder(int)
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from configs.defaults import defaults
-from grpo import clip_lengths, sinks
+from grpo import clip_lengths, setting_limits, sinks
 from grpo.advantages import STDS
 from grpo.budget import Budget
 from grpo.combine import BAD_SIDE, COMBINATIONS, MAIN
@@ -14,6 +14,7 @@ from grpo.forward import FORWARD_METHODS, ForwardConfig
 from grpo.losses import OBJECTIVES, LossConfig
 from grpo.reward_servers import JUDGE, JUDGE_QUESTIONS, check_settings
 from grpo.rollout import CREDITS, ODE_SOLVERS
+from grpo.setting_limits import PATHS, flat
 from grpo.update import OptimiserConfig
 from grpo.windows import ONE_PER_GROUP, WINDOWS
 from rewards.clip import KINDS, check_model
@@ -23,6 +24,7 @@ from wan_jax.attention import BACKENDS
 from wan_jax.cli import UserError
 from wan_jax.experts import OFFLOAD
 from wan_jax.lora import LoRAConfig
+from wan_jax.paths import expand
 from wan_jax.schedule import flow_sigmas
 from wan_jax.sde import SDEConfig
 from wan_jax.solvers import SOLVERS
@@ -49,14 +51,6 @@ CHOICES = {"model.dtype": DTYPES, "model.attention": BACKENDS, "model.remat": ("
            "train.advantage_std": STDS, "reward.rule": RULES, "reward.engine": (*ENGINES, JUDGE),
            "reward.judge_question": JUDGE_QUESTIONS, "eval.solver": SOLVERS,
            "reward.combine": COMBINATIONS}
-AT_LEAST = {"epochs": 1, "lora.rank": 0, "mesh.fsdp": 0, "mesh.context": 0, "sample.frames": 1, "sample.steps": 1,
-            "sample.groups": 1, "sample.group_size": 2, "sample.batch_size": 1, "sample.sde_window_epochs": 1,
-            "train.updates_per_epoch": 1, "train.groups": 0, "train.best_of": 0, "train.warmup_updates": 0,
-            "train.timesteps": 1,
-            "train.weight_decay": 0, "reward.max_frames": 2, "reward.workers": 0,
-            "reward.retries": 0, "reward.patience": 0,
-            "eval.every": 1, "eval.num_prompts": 2, "eval.frames": 0, "eval.steps": 1, "eval.previews": 0,
-            "save.every": 1, "save.keep": 1}
 # a resumed run may differ from its checkpoint in these: they do not change what an epoch computes
 FREE = ("epochs", "budget.", "run_dir", "eval.", "save.", "reward.workers", "reward.servers", "reward.token_env",
         "reward.timeout", "reward.retries", "reward.patience", "model.path", "model.offload", "prompts.heldout",
@@ -109,7 +103,14 @@ class Settings:
 
 
 def from_config(c: ml_collections.ConfigDict) -> Settings:
-    """Checks what can be checked without model or device. Raises `UserError` naming the key, the value and the fix."""
+    """Check what can be checked without model or device, and write paths and empty settings in `c` in one way.
+
+    Raises `UserError` naming the key, the value and the fix.
+    """
+    setting_limits.check_keys(c)
+    setting_limits.normalise(c)
+    setting_limits.check_values(c)
+    setting_limits.check_secrets(c)
     values = flat(c.to_dict())
     for key in REQUIRED:
         if not values[key]:
@@ -117,14 +118,8 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
     for key, choices in CHOICES.items():
         if values[key] not in choices:
             raise UserError(f"config.{key}={values[key]!r}: choose one of {', '.join(choices)}")
-    for key, least in AT_LEAST.items():
-        if not values[key] >= least:
-            raise UserError(f"config.{key}={values[key]} must be at least {least}")
     check_settings(c.reward)
     sinks.check(c.log)
-    tolerance = c.train.ratio_tolerance
-    if tolerance is not None and not tolerance >= 0:
-        raise UserError(f"config.train.ratio_tolerance={tolerance} must be at least 0, or None")
     videos = c.sample.groups * c.sample.group_size
     if videos % c.sample.batch_size:
         raise UserError(f"config.sample: groups x group_size = {videos} videos do not fill batches of "
@@ -137,8 +132,6 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
     grpo = c.train.method == "grpo"
     if not grpo:
         check_forward(c, values)
-    if len(c.sample.sde_range) != 2:
-        raise UserError(f"config.sample.sde_range={tuple(c.sample.sde_range)} must be (first, last + 1)")
     low, high = c.sample.sde_range
     if grpo and not (0 <= low < high <= c.sample.steps and 1 <= c.sample.sde_steps <= high - low):
         raise UserError(f"config.sample: sde_steps={c.sample.sde_steps} steps do not fit in sde_range=({low}, {high}) "
@@ -150,9 +143,8 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
         raise UserError(f"config.train.credit=otca shares a video's advantage among its trained steps, and "
                         f"sample.sde_steps={c.sample.sde_steps} leaves one: raise it, or choose another credit")
     weights = {k: v for k, v in c.reward.weights.items() if v is not None}
-    if not all(v >= 0 for v in weights.values()) or not any(weights.values()) or MAIN not in weights:
-        raise UserError(f"config.reward.weights={weights}: weights must be at least 0, not all of them 0, and {MAIN} "
-                        "must have one")
+    if not any(weights.values()) or MAIN not in weights:
+        raise UserError(f"config.reward.weights={weights}: one weight must be above 0, and {MAIN} must have one")
     for name in KINDS:
         if name in weights:
             path = c.reward[f"{name}_model"]
@@ -207,7 +199,8 @@ def from_config(c: ml_collections.ConfigDict) -> Settings:
                 c.train.dpo_beta, c.train.reference_every, c.train.temperature, kl_weight, c.train.guided),
             optimiser=OptimiserConfig(**{f.name: c.train[f.name] for f in dataclasses.fields(OptimiserConfig)}),
             videos=videos, batches=batches, train_batches=train_batches,
-            ratio_tolerance=RATIO_TOLERANCE[c.model.dtype] if tolerance is None else tolerance, weights=weights,
+            ratio_tolerance=RATIO_TOLERANCE[c.model.dtype] if c.train.ratio_tolerance is None else
+            c.train.ratio_tolerance, weights=weights,
             budget=Budget(**c.budget.to_dict()), kl_reward=kl_weight if in_reward else 0.0,
             importance=c.train.credit == "otca", levels=None if grpo else c.train.timesteps)
     except ValueError as error:
@@ -261,22 +254,13 @@ def check_resume(saved: dict, now: dict, checkpoint: str):
     known = flat(defaults().to_dict()) | {"train.method": "grpo"}  # a setting newer than the run had its default
     saved, now = ({**values, "train.kl_weight": kl_weight_of(values)} for values in (known | flat(saved), flat(now)))
     changed = [f"{k}: {saved.get(k)!r} -> {now.get(k)!r}" for k in sorted(saved.keys() | now.keys())
-               if saved.get(k) != now.get(k) and not any(k == f or (f.endswith(".") and k.startswith(f)) for f in FREE)]
+               if not _same(k, saved.get(k), now.get(k))
+               and not any(k == f or (f.endswith(".") and k.startswith(f)) for f in FREE)]
     if changed:
         raise UserError(f"{checkpoint} was made with other settings ({'; '.join(changed[:6])}); continue with the same "
                         "ones, or start a new run with another --config.run_dir")
 
 
-def flat(values: dict, prefix: str = "") -> dict:
-    """Nested dicts to {'a.b': value}; tuples become lists, as after JSON."""
-    out = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            out |= flat(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = _listed(value)
-    return out
-
-
-def _listed(value):
-    return [_listed(v) for v in value] if isinstance(value, (tuple, list)) else value
+def _same(key: str, a, b) -> bool:
+    """Whether two values of a setting mean the same: of paths, whether they lead to the same place."""
+    return a == b or bool(key in PATHS and a and b and expand(a) == expand(b))
