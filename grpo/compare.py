@@ -68,7 +68,7 @@ class Method:
         argv, values = ["grpo.train", *self.arguments(*more)], flags.FlagValues()
         config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
         try:
-            values(cli.last_of_each(argv))
+            values(cli.with_recipe(cli.last_of_each(argv)))
             c = values["config"].value
             settings.from_config(c)
         except (UserError, *cli.FLAG_ERRORS) as error:

@@ -20,7 +20,7 @@ from grpo.charts import chart
 from grpo.report_page import COLORS, page, table
 from grpo.statistics import paired_difference
 from rewards.targets import TargetError, parse_targets
-from wan_jax import media
+from wan_jax import cli, media
 
 MEDIA_BYTES = 7_000_000  # of all embedded pictures together, so that the page stays below 10 MB
 SURE = "95\N{NO-BREAK SPACE}%"  # confidence of every interval
@@ -334,4 +334,4 @@ def main(_):
 
 if __name__ == "__main__":
     RUN = flags.DEFINE_string("run", None, "run folder of grpo.train", required=True)
-    app.run(main)
+    app.run(main, flags_parser=cli.parse_flags)

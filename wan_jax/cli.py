@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import difflib
 import errno
 import gc
 import logging
@@ -36,7 +37,11 @@ ADVICE = {errno.ENOSPC: "the disk is full; free some space and run the same comm
           errno.EROFS: "the file system is read-only; choose another folder",
           errno.EACCES: "permission denied; choose a folder you may write to",
           errno.EPERM: "permission denied; choose a folder you may write to"}
-FLAG_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)  # of flags and of recipes
+FLAG_ERRORS = (flags.Error, ArithmeticError, AttributeError, ImportError, LookupError, NameError, OSError, SyntaxError,
+               TypeError, ValueError)  # of flags and of recipes, which are Python
+HELP = re.compile(r"--?(help\w*|\?)(=.*)?")
+MISSING = re.compile(r"flag --(\w+)=None: Flag --\1 must have a value other than None\.")
+IN_RECIPE = re.compile(r'File "([^"]+)", line (\d+)')
 interrupted = threading.Event()  # Ctrl-C was pressed
 asked_to_end = threading.Event()  # SIGTERM came, and the program is on its way to a good end
 INTERRUPTED, TERMINATED = 130, 143  # the exit codes after them
@@ -51,7 +56,7 @@ def run(main: Callable) -> None:
 
     def guarded(argv):
         if len(argv) > 1:
-            fail(f"unexpected argument {argv[1]!r}; settings are given as --name=value, see --help")
+            fail(stray(argv[1]))
         if not flags.FLAGS["verbosity"].present:
             absl_logging.set_verbosity(absl_logging.ERROR)  # orbax and JAX say a lot at the usual level
             logging.getLogger("rewards").setLevel(logging.WARNING)  # but a dead reward server must be seen
@@ -147,11 +152,50 @@ def interrupt(signum, frame):
 
 
 def parse_flags(argv):
-    """absl's own parsing, and errors of ml_collections flags (a misspelt key, a value of another type) in one line."""
+    """Parse as absl does, with errors of flags and recipes in one line; --help exits with 0."""
     try:
-        return flags.FLAGS(last_of_each(argv))
-    except FLAG_ERRORS as error:
+        argv = with_recipe(last_of_each(argv))
+        return flags.FLAGS(argv)
+    except (UserError, *FLAG_ERRORS) as error:
+        positional = next((a for a in argv[1:] if a.endswith(".py") and not a.startswith("-")), None)
+        if isinstance(error, flags.Error) and positional and not any(a.startswith("--config") for a in argv):
+            fail(stray(positional))
         fail(flag_message(error))
+    except SystemExit:
+        if any(HELP.fullmatch(a) for a in argv[1:]):
+            sys.exit(0)  # absl has printed the help, and would exit with 1
+        raise
+
+
+def stray(argument: str) -> str:
+    """Say what is wrong with an argument that is no flag."""
+    if argument.endswith(".py"):
+        return f"{argument} is not given as a flag; recipes are given as --config={argument}"
+    return f"unexpected argument {argument!r}; settings are given as --name=value, see --help"
+
+
+def with_recipe(argv: Sequence[str]) -> list[str]:
+    """Return argv with `~` expanded in --config=RECIPE. Raise `UserError` when there is no such recipe."""
+    found = list(argv)
+    for i, argument in enumerate(argv):
+        if argument == "--config" and i + 1 < len(argv):
+            found[i + 1] = recipe_path(argv[i + 1])
+        elif argument.startswith("--config="):
+            found[i] = f"--config={recipe_path(argument.removeprefix('--config='))}"
+    return found
+
+
+def recipe_path(recipe: str) -> str:
+    """Return the recipe's path with `~` expanded. Raise `UserError` with the nearest name when it does not exist."""
+    recipe = os.path.expanduser(recipe)
+    file = pathlib.Path(recipe.partition(":")[0])  # what follows is an argument of its get_config
+    if file.is_file():
+        return recipe
+    near = [path for folder in (file.parent, pathlib.Path("configs")) for path in sorted(folder.glob("*.py"))
+            if path.stem not in ("__init__", "defaults") and difflib.get_close_matches(file.stem, [path.stem])]
+    near.sort(key=lambda path: difflib.SequenceMatcher(None, file.stem, path.stem).ratio(), reverse=True)
+    hint = f"did you mean {near[0]}?" if near else "give a Python file with get_config(), e.g. configs/tiny_ocr.py"
+    raise UserError(f"recipe --config={recipe} {'is a folder' if file.is_dir() else 'does not exist'}; {hint}")
 
 
 def last_of_each(argv: Sequence[str]) -> list[str]:
@@ -170,9 +214,16 @@ def flag_message(error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, flags.Error):
+        if missing := MISSING.fullmatch(str(error)):
+            return f"--{missing[1]} is missing; see --help"
+        if "Traceback (most recent call last)" in str(error):  # of a recipe, which ml_collections puts in the message
+            places = [place for place in IN_RECIPE.findall(str(error)) if "site-packages" not in place[0]]
+            last = str(error).strip().splitlines()[-1].partition(": ")[2]
+            return f"settings: {last}" + (f" ({':'.join(places[-1])})" if places else "")
         return f"{error}; see --help"
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    where = "" if "site-packages" in frame.filename else f" ({frame.filename}:{frame.lineno})"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename
+              and frame.filename != __file__ and not frame.filename.startswith("<frozen")]
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
     message = error.args[0] if isinstance(error, KeyError) and error.args else error

@@ -1,0 +1,53 @@
+"""Flags whose values are checked, and whose paths are expanded, while the command line is parsed."""
+
+from absl import flags
+
+from wan_jax.cli import UserError
+from wan_jax.limits import Range
+from wan_jax.paths import expand
+
+
+class NumberParser(flags.ArgumentParser):
+    """Parse a number of `kind` (int or float) that lies in `limits`."""
+
+    def __init__(self, kind: type, limits: Range):
+        super().__init__()
+        self.kind, self.limits = kind, limits
+        self.syntactic_help = f"a {'whole ' if kind is int else ''}number"
+
+    def parse(self, argument):
+        try:
+            value = self.kind(argument)
+        except ValueError:
+            raise ValueError(f"must be {self.syntactic_help}") from None
+        if value not in self.limits:
+            raise ValueError(self.limits.requirement(value))
+        return value
+
+    def flag_type(self) -> str:
+        return self.kind.__name__
+
+
+class PathParser(flags.ArgumentParser):
+    """Parse a path into an absolute one, as `wan_jax.paths.expand` does."""
+
+    def parse(self, argument):
+        if not str(argument):
+            raise ValueError("is empty; give a path")
+        try:
+            return str(expand(argument))
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+    def flag_type(self) -> str:
+        return "path"
+
+
+def define_number(name: str, default: float | None, help_text: str, limits: Range, kind: type = float):
+    """Define the flag --NAME of a number in `limits`; None is possible only as the default."""
+    return flags.DEFINE(NumberParser(kind, limits), name, default, help_text, serializer=flags.ArgumentSerializer())
+
+
+def define_path(name: str, help_text: str, required: bool = False):
+    """Define the flag --NAME of a path, None where it is not given."""
+    return flags.DEFINE(PathParser(), name, None, help_text, serializer=flags.ArgumentSerializer(), required=required)
