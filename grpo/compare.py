@@ -107,10 +107,8 @@ class Job:
 def read_methods(configs: Sequence[str], lines: Sequence[str], path: str | None) -> list[Method]:
     """Of --configs, --method and --methods, in this order. Raises `UserError` where there are none or two of a name."""
     if path is not None:
-        if not pathlib.Path(path).is_file():
-            raise UserError(f"--methods={path} does not exist; give a file of lines NAME: RECIPE KEY=VALUE ...")
-        text = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
-        lines = [*lines, *(line for line in text if line.strip() and not line.lstrip().startswith("#"))]
+        text = cli.read_text(path, "--methods", "give a file of lines NAME: RECIPE KEY=VALUE ...")
+        lines = [*lines, *(line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#"))]
     methods = [Method(pathlib.Path(config).stem, config) for config in configs] + [Method.parse(x) for x in lines]
     names = [m.name for m in methods]
     if not methods or len(set(names)) < len(names):

@@ -2,7 +2,10 @@
 
     prompts.txt     one prompt a line; empty lines and lines that start with '#' are skipped
     prompts.jsonl   {"prompt": "...", "targets": ["..."], ...} a line; without targets they are read from the prompt's
-                    quotes, and any other fields are kept as they are
+                    quotes, and any other fields are kept as they are; .ndjson is the same
+
+Files are UTF-8, with or without a byte order mark. Any other suffix is read as text, except those of formats that are
+not read.
 """
 
 import dataclasses
@@ -12,7 +15,14 @@ from collections.abc import Callable
 
 import numpy as np
 
+from rewards.text_match import visible
+from wan_jax import cli
 from wan_jax.cli import UserError
+from wan_jax.tokenizer import clean
+
+JSON_LINES = (".jsonl", ".ndjson")
+NOT_READ = (".json", ".csv", ".tsv", ".parquet")
+READ = 'give a text file with one prompt a line, or JSON lines, {"prompt": "..."} each, as .jsonl or .ndjson'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,20 +35,23 @@ class PromptSet:
         return len(self.prompts)
 
 
-def load_prompts(path, parse: Callable[[str], tuple[str, ...]], limit: int | None = None) -> PromptSet:
-    """Reads a prompt file, JSON lines where its name ends in .jsonl; repeated prompts are dropped.
+def load_prompts(path, parse: Callable[[str], tuple[str, ...]], limit: int | None = None,
+                 check: Callable[[tuple[str, ...]], None] | None = None) -> PromptSet:
+    """Read a prompt file as its suffix says; repeated prompts are dropped.
 
-    parse: a prompt's targets, raising ValueError where there are none (`rewards.targets.parse_targets`). Every bad
-    line is reported at once, before any model is loaded. limit takes the first so many. Raises `UserError`.
+    parse: a prompt's targets, raising ValueError where there are none (`rewards.targets.parse_targets`). check: raises
+    ValueError on targets that cannot be scored. Every bad line is reported at once, before any model is loaded. limit:
+    how many are taken. Raises `UserError`.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise UserError(f"prompt file {path} does not exist; give a text file with one prompt a line, or JSON lines")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompt file {path} is not UTF-8 text ({error}); save it as UTF-8") from None
-    read = _from_json if path.suffix == ".jsonl" else _from_text
+    kind = path.suffix.lower()
+    if kind in NOT_READ:
+        raise UserError(f"prompt file {path}: {kind} files are not read; {READ}")
+    text = cli.read_text(path, "prompt file", READ)
+    if kind not in JSON_LINES:
+        _check_no_json(text, path)
+    lines = text.removesuffix("\n").split("\n")  # JSON may hold what `splitlines` takes for ends of lines
+    read = _from_json if kind in JSON_LINES else _from_text
     found, problems = {}, []
     for number, line in enumerate(lines, 1):
         try:
@@ -47,6 +60,8 @@ def load_prompts(path, parse: Callable[[str], tuple[str, ...]], limit: int | Non
                 continue
             prompt, targets, metadata = entry
             found[prompt] = (targets or tuple(parse(prompt)), metadata)
+            if check is not None:
+                check(found[prompt][0])
         except ValueError as error:
             problems.append(f"  line {number}: {error}")
     if problems:
@@ -57,6 +72,26 @@ def load_prompts(path, parse: Callable[[str], tuple[str, ...]], limit: int | Non
     prompts = tuple(found)[:limit]
     targets, metadata = zip(*(found[prompt] for prompt in prompts))
     return PromptSet(prompts, targets, metadata)
+
+
+def examples(prompts: PromptSet, count: int = 2) -> list[str]:
+    """Return lines that show what was read from the first prompts, so that a misread file is seen at the start."""
+    pairs = zip(prompts.prompts[:count], prompts.targets)
+    return [f"prompt: {prompt} -> {', '.join(map(repr, getattr(targets, 'targets', targets)))}"
+            for prompt, targets in pairs]
+
+
+def _check_no_json(text: str, path: pathlib.Path) -> None:
+    """Raise `UserError` where a file that is read as text is JSON, as a whole or in its first line."""
+    first = next((line.strip() for line in text.split("\n") if line.strip()), "")
+    if not first.startswith(("{", "[")):
+        return
+    for part in (first, text):
+        try:
+            json.loads(part)
+        except json.JSONDecodeError:
+            continue
+        raise UserError(f"prompt file {path} is read as text, but holds JSON; {READ}")
 
 
 def _from_text(line: str) -> tuple[str, tuple, dict] | None:
@@ -77,7 +112,10 @@ def _from_json(line: str) -> tuple[str, tuple[str, ...], dict] | None:
     targets = fields.pop("targets", [])
     if not isinstance(targets, list) or not all(isinstance(t, str) and t.strip() for t in targets):
         raise ValueError(f'"targets" is {targets!r}: give a list of texts that are not blank')
-    return prompt.strip(), tuple(targets), fields
+    targets = tuple(visible(clean(target)).strip() for target in targets)  # as those that are read from the prompt
+    if "" in targets:
+        raise ValueError('"targets" has a text without a character that can be seen')
+    return prompt.strip(), targets, fields
 
 
 def epoch_prompts(seed: int, epoch: int, total: int, groups: int) -> np.ndarray:

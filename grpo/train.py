@@ -32,7 +32,7 @@ from grpo.evaluator import Evaluation, Evaluator, said
 from grpo.learner import Learner, Stopwatch, clip_warning
 from grpo.policy import make_policy
 from grpo.programs import Run
-from grpo.prompts import PromptSet, epoch_prompts, load_prompts
+from grpo.prompts import PromptSet, epoch_prompts, examples, load_prompts
 from grpo.run_log import RunLog, SilentLog
 from grpo.scores import for_rewards, format_failures, open_pool
 from grpo.update import init_state
@@ -47,6 +47,7 @@ from wan_jax.cli import UserError
 from wan_jax.experts import Weights, segments
 from wan_jax.schedule import flow_sigmas
 from wan_jax.solvers import make_solver
+from wan_jax.tokenizer import clean
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, e.g. configs/tiny_ocr.py", lock_config=True)
 CLUSTER = flags.DEFINE_enum("cluster", "auto", hosts.CLUSTERS, "where a run on several hosts learns of its processes: "
@@ -77,7 +78,7 @@ def train_recipe(c) -> int | None:
     train_prompts = load_prompts(c.prompts.train, parse_targets)
     heldout = load_prompts(c.prompts.heldout, parse_targets, limit=c.eval.num_prompts)
     epoch_prompts(c.seed, 0, len(train_prompts), c.sample.groups)
-    if overlap := set(train_prompts.prompts) & set(heldout.prompts):
+    if overlap := set(map(clean, train_prompts.prompts)) & set(map(clean, heldout.prompts)):
         raise UserError(f"{len(overlap)} held-out prompts are training prompts too, e.g. {min(overlap)!r}")
     train_prompts, heldout = (for_rewards(prompts, s.weights) for prompts in (train_prompts, heldout))
     with folder_lock.locked(c.run_dir, "--config.run_dir") if hosts.first() else contextlib.nullcontext() as lock:
@@ -156,7 +157,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     processes = f" on {jax.process_count()} processes" if jax.process_count() > 1 else ""
     say(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}{processes}, attention {plan.backend}, "
         f"weights {c.model.dtype}")
-    say(plan.spread)
+    say(plan.spread, *examples(train_prompts), sep="\n")
 
     everything = PromptSet(train_prompts.prompts + heldout.prompts, train_prompts.targets + heldout.targets)
     bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not (sys.stderr.isatty() and hosts.first()))

@@ -3,6 +3,9 @@
 Run on every prompt when the prompt set is loaded, so that a prompt without a usable target stops the run
 before any accelerator time is spent.
 
+Targets are read from the cleaned prompt, which is what the model is told (`wan_jax.tokenizer.clean`): HTML such as
+&quot; or &amp; is unescaped and wrongly decoded text repaired. Characters that cannot be seen are left out of them.
+
 The rules, in order:
 1. Text in double quotes is a target, straight ("...") or curly (“...”), each kind closed by its own kind.
    Quotes of another kind inside are part of the text, and so are curly quotes nested in curly quotes.
@@ -13,15 +16,21 @@ The rules, in order:
    the apostrophes of it's, Joe's and the dogs' are skipped; so are shortened words: rock 'n' roll, the '90s,
    'em.
 3. Several targets are returned in the order of the prompt. None, an empty one or an unpaired quote is an
-   error.
+   error, and so is a backslash before a quote, which comes of text copied out of JSON or code.
 """
 
 import re
+
+from ftfy.fixes import uncurl_quotes
+
+from rewards.text_match import visible
+from wan_jax.tokenizer import clean
 
 FIX = "put the text to write in double quotes"
 
 # Words that start with an apostrophe; an opening quote before one of them is taken for that apostrophe.
 _SHORTENED = re.compile(r"(?:n|em|til|tis|twas|cause|bout|\d0s)\b", re.IGNORECASE)
+_ESCAPED = re.compile("\\\\[\"'“”‘’]")
 _SINGLE_OPEN, _SINGLE_CLOSE = "'‘", "'’"
 
 
@@ -31,11 +40,15 @@ class TargetError(ValueError):
 
 def parse_targets(prompt: str) -> tuple[str, ...]:
     """The quoted strings of `prompt`, in order; see the rules at the top of this file."""
+    prompt = clean(prompt, uncurl_quotes=False)
+    if escaped := _ESCAPED.search(prompt):
+        raise TargetError(f"a backslash before the quote at character {escaped.end() - 1} of the prompt {prompt!r}: "
+                          f"leave the backslash out, or save the prompts as JSON lines")
     has_double = any(mark in prompt for mark in '"“”')
     spans = _double_quoted(prompt) if has_double else _single_quoted(prompt)
     if not spans:
         raise TargetError(f"no quoted text in the prompt {prompt!r}: {FIX}")
-    targets = tuple(prompt[start:end].strip() for start, end in spans)
+    targets = tuple(uncurl_quotes(visible(prompt[start:end])).strip() for start, end in spans)
     if "" in targets:
         start, _ = spans[targets.index("")]
         raise TargetError(f"empty quotes at character {start} of the prompt {prompt!r}: {FIX}")

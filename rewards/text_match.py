@@ -1,6 +1,7 @@
 """Compares the text that was read with the text that was asked for: normalisation and edit distance."""
 
 import dataclasses
+import re
 import unicodedata
 
 from rapidfuzz.distance import Levenshtein
@@ -9,15 +10,29 @@ from rapidfuzz.distance import Levenshtein
 _LOOKALIKES = str.maketrans("‘’`´“”–—−", "''''\"\"---")
 
 
+# These change the look of the character before them, and show nothing themselves.
+_VARIATION_SELECTOR = re.compile("[\u180b-\u180d\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+
+
+def visible(text: str) -> str:
+    """Return `text` without the characters that cannot be seen: those of Unicode's category Cf (zero-width spaces, soft
+    hyphens, marks of direction) and variation selectors."""
+    if text.isascii():
+        return text
+    return "".join(c for c in _VARIATION_SELECTOR.sub("", text) if unicodedata.category(c) != "Cf")
+
+
 @dataclasses.dataclass(frozen=True)
 class Normaliser:
-    """What is disregarded when two texts are compared. Punctuation always counts, as in Flow-GRPO."""
+    """What is disregarded when two texts are compared: what cannot be seen, and never punctuation, as in
+    Flow-GRPO."""
 
     case: bool = True            # upper and lower case are the same
     whitespace: bool = True      # spaces, tabs and line breaks are removed
     unicode: bool = True         # NFKC (full-width = normal width, ligature = letters) and _LOOKALIKES
 
     def __call__(self, text: str) -> str:
+        text = visible(text)
         if self.unicode:
             # Before NFKC, which would turn the accent ´ into a space and a combining mark.
             text = unicodedata.normalize("NFKC", text.translate(_LOOKALIKES))
@@ -27,8 +42,9 @@ class Normaliser:
 
 
 def flow_grpo_normalise(text: str) -> str:
-    """Flow-GRPO's own normalisation: lower case, and the space character (no other whitespace) removed."""
-    return text.replace(" ", "").lower()
+    """Flow-GRPO's own normalisation: lower case, and the space character (no other whitespace) removed; and here what
+    cannot be seen."""
+    return visible(text).replace(" ", "").lower()
 
 
 def edit_distance(a: str, b: str) -> int:

@@ -253,6 +253,21 @@ def disk_error(error: BaseException | None) -> OSError | None:
     return None
 
 
+def read_text(path, what: str, advice: str) -> str:
+    """Return the text of a file that a user wrote: UTF-8, with or without a byte order mark.
+
+    Raises `UserError` when there is no such file, or it is something else. what, advice: for its message.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"{what} {path} {'is a folder' if path.is_dir() else 'does not exist'}; {advice}")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") \
+            from None
+
+
 def check_space(folder, needed: int, what: str) -> None:
     """Raises `UserError` when the disk of `folder`, which need not exist yet, has less than `needed` bytes free."""
     there = next(p for p in (pathlib.Path(folder).absolute(), *pathlib.Path(folder).absolute().parents) if p.exists())

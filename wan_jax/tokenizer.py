@@ -21,14 +21,16 @@ class TokenizerError(UserError, ValueError):
     """A tokenizer folder that cannot be used."""
 
 
-def clean(prompt: str) -> str:
+def clean(prompt: str, *, uncurl_quotes: bool = True) -> str:
     """The text that is tokenised: `ftfy.fix_text`, HTML unescaped twice, whitespace runs as one space.
+
+    uncurl_quotes: False keeps curly quotes, which say where a quotation begins and ends.
 
     Diffusers skips ftfy without a word where it is not installed, and the token ids change: ftfy makes curly
     quotes straight (“SALE” to "SALE"), full-width characters ASCII (， to ,) and splits ligatures (ﬁ to fi).
     Wan's own code always runs it, so here it is a dependency.
     """
-    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt, uncurl_quotes=uncurl_quotes)))
     return re.sub(r"\s+", " ", text.strip()).strip()
 
 

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from grpo.prompts import epoch_prompts, load_prompts
+from grpo.compare import read_methods
+from grpo.prompts import epoch_prompts, examples, load_prompts
 from rewards.targets import parse_targets
 from wan_jax.cli import UserError
 
@@ -47,6 +48,64 @@ def test_bad_lines_are_named(tmp_path, line, message):
 def test_many_bad_lines_are_counted(tmp_path):
     with pytest.raises(UserError, match=r"8 of 8 lines cannot be scored.*\n(.*\n){5}  and 3 more"):
         load_prompts(write(tmp_path / "a.txt", *(f"nothing {i}" for i in range(8))), parse_targets)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson", "a.Ndjson"])
+def test_json_lines_by_suffix(tmp_path, name):
+    """Also with a character that some take for the end of a line."""
+    path = write(tmp_path / name, {"prompt": 'A "OPEN"'}, '{"prompt": "B \\"SHUT\\"", "note": "x\u2028y"}')
+    found = load_prompts(path, parse_targets)
+    assert found.targets == (("OPEN",), ("SHUT",)) and found.metadata == ({}, {"note": "x\u2028y"})
+
+
+@pytest.mark.parametrize(("name", "text", "message"), [
+    *((f"a{suffix}", '"A ""OPEN"" sign",OPEN', f"{suffix.lower()} files are not read")
+      for suffix in (".json", ".csv", ".TSV", ".parquet")),
+    ("a.txt", '{"prompt": "A sign that says \\"OPEN\\"."}\nA "B"', "holds JSON"),
+    ("a", '[{"prompt": "x"}]', "holds JSON"),
+    ("a.txt", '\n[\n{"prompt": "A \\"B\\""}\n]', "holds JSON")])
+def test_files_that_would_be_misread_are_refused(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        load_prompts(tmp_path / name, parse_targets)
+    assert ".jsonl or .ndjson" in str(error.value) and str(tmp_path / name) in str(error.value)
+
+
+def test_a_prompt_in_brackets_is_text(tmp_path):
+    assert len(load_prompts(write(tmp_path / "a.txt", '[cinematic] A sign "OPEN"'), parse_targets)) == 1
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b'\xef\xbb\xbf# signs\r\nA "OPEN"\r\n')
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "A \\"OPEN\\""}')
+    (tmp_path / "c.txt").write_bytes(b"\xef\xbb\xbfmine: recipe.py\n")
+    assert load_prompts(tmp_path / "a.txt", parse_targets).prompts == ('A "OPEN"',)
+    assert load_prompts(tmp_path / "b.jsonl", parse_targets).prompts == ('A "OPEN"',)
+    assert [m.name for m in read_methods([], [], tmp_path / "c.txt")] == ["mine"]
+
+
+def test_text_in_another_encoding_is_one_line(tmp_path):
+    for encoding in ("utf-16", "latin-1"):
+        (tmp_path / "a.txt").write_bytes('A sign "CAFÉ"'.encode(encoding))
+        with pytest.raises(UserError, match=r"a\.txt is not UTF-8 text \(.*\); save it as UTF-8$"):
+            load_prompts(tmp_path / "a.txt", parse_targets)
+        with pytest.raises(UserError, match=r"a\.txt is not UTF-8 text"):
+            read_methods([], [], tmp_path / "a.txt")
+
+
+def test_targets_are_what_the_model_is_told(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": 'A "R&amp;D" sign'},
+                 {"prompt": "x", "targets": ["R&amp;D", "O\u200bK "]})
+    assert load_prompts(path, parse_targets).targets == (("R&D",), ("R&D", "OK"))
+    with pytest.raises(UserError, match='line 1: "targets" has a text without'):
+        load_prompts(write(tmp_path / "a.jsonl", {"prompt": "x", "targets": ["\u200b"]}), parse_targets)
+    with pytest.raises(UserError, match="line 2: a backslash before the quote"):
+        load_prompts(write(tmp_path / "a.txt", 'A "B"', r'A \"B\"'), parse_targets)
+
+
+def test_examples_show_prompts_and_targets(tmp_path):
+    found = load_prompts(write(tmp_path / "a.txt", 'A "B" and "C"', 'A "D"', 'A "E"'), parse_targets)
+    assert examples(found) == ["prompt: A \"B\" and \"C\" -> 'B', 'C'", "prompt: A \"D\" -> 'D'"]
 
 
 def test_every_prompt_comes_up_equally_often():

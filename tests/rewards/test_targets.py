@@ -3,6 +3,8 @@ import random
 import pytest
 
 from rewards.targets import TargetError, parse_targets
+from rewards.text_match import visible
+from wan_jax.tokenizer import clean
 
 GOOD = [
     ('a neon sign that says "OPEN"', ("OPEN",)),
@@ -19,7 +21,7 @@ GOOD = [
     ("Joe's diner, and it's 'OPEN'", ("OPEN",)),
     ("Joe’s diner, and it’s ‘OPEN’", ("OPEN",)),
     ("a sign 'DON'T WALK' on a post", ("DON'T WALK",)),
-    ("a sign ‘DON’T WALK’ on a post", ("DON’T WALK",)),
+    ("a sign ‘DON’T WALK’ on a post", ("DON'T WALK",)),
     ('a sign "DON\'T WALK" on a post', ("DON'T WALK",)),
     ("the dogs' bowl says 'WOOF'", ("WOOF",)),
     ("a rock 'n' roll band under 'LIVE'", ("LIVE",)),
@@ -29,18 +31,27 @@ GOOD = [
     ('a \'vintage\' rock \'n\' roll poster, the dogs\' "BARK"', ("BARK",)),
     # nested
     ('a note "say \'cheese\' now"', ("say 'cheese' now",)),
-    ("a note “say ‘cheese’ now”", ("say ‘cheese’ now",)),
-    ("a note “say “cheese” now”", ("say “cheese” now",)),
+    ("a note “say ‘cheese’ now”", ("say 'cheese' now",)),
+    ("a note “say “cheese” now”", ('say "cheese" now',)),
     ('a note “say "cheese" now”', ('say "cheese" now',)),
-    # kept as they are
-    ('a sign " Hello,  World! "', ("Hello,  World!",)),
+    # punctuation and spaces
+    ('a sign " Hello,  World! "', ("Hello, World!",)),
     ('a sign "50% OFF – Café №1"', ("50% OFF – Café №1",)),
     ('a sign "HELLO," in red', ("HELLO,",)),
     ('two signs "GO""STOP"', ("GO", "STOP")),
-    ('line one "TOP\nBOTTOM"', ("TOP\nBOTTOM",)),
+    ('line one "TOP\nBOTTOM"', ("TOP BOTTOM",)),
+]
+
+CLEANED = [
+    ('a sign that says "R&amp;D"', ("R&D",)), ('a note that says "don&#39;t"', ("don't",)),
+    ('a sign that says "CafÃ©"', ("Café",)), ('a door with &quot;OPEN&quot; and "TWO"', ("OPEN", "TWO")),
+    ("a door with ＂ＯＰＥＮ＂", ("OPEN",)), ('a sign "OP\u200bEN"', ("OPEN",)),
+    ('a sign "SO\u00adFT \u2764\ufe0f"', ("SOFT \u2764",)),
 ]
 
 BAD = [
+    (r'a sign that says \"OPEN\"', "backslash"), (r"a sign that says \'OPEN\'", "backslash"),
+    ('a sign that says "\u200b"', "empty quotes"),
     ("a cat on a sofa", "no quoted text"),
     ("", "no quoted text"),
     ("it's Joe's diner", "no quoted text"),
@@ -60,17 +71,19 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("prompt, targets", GOOD)
+@pytest.mark.parametrize("prompt, targets", GOOD + CLEANED)
 def test_targets(prompt, targets):
+    """They occur in what the model is told."""
     assert parse_targets(prompt) == targets
+    assert all(target in visible(clean(prompt)) for target in targets)
 
 
 @pytest.mark.parametrize("prompt, message", BAD)
 def test_errors_name_the_prompt_and_the_fix(prompt, message):
     with pytest.raises(TargetError, match=message) as error:
         parse_targets(prompt)
-    assert repr(prompt) in str(error.value)
-    assert "put the text to write in double quotes" in str(error.value)
+    assert repr(clean(prompt, uncurl_quotes=False)) in str(error.value)
+    assert "put the text to write in double quotes" in str(error.value) or message == "backslash"
 
 
 def test_random_prompts_give_back_what_was_quoted():
@@ -94,4 +107,4 @@ def test_any_string_gives_targets_or_a_target_error():
             targets = parse_targets(prompt)
         except TargetError:
             continue
-        assert targets and all(target and target == target.strip() and target in prompt for target in targets)
+        assert targets and all(target and target == target.strip() and target in clean(prompt) for target in targets)

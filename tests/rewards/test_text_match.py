@@ -36,7 +36,8 @@ def test_paddle_distance_package_agrees():
 
 
 @pytest.mark.parametrize("text, normal", [
-    ("Hello World", "helloworld"), (" A\tb\nC\u00a0d\u3000e", "abcde"), ("ＯＰＥＮ", "open"), ("ﬁx", "fix"),
+    ("Hello World", "helloworld"), (" A\tb\nC\u00a0d\u3000e", "abcde"), ("ＯＰＥＮ", "open"),
+    ("OP\u200bEN", "open"), ("S\u00adO\ufe0f\U000e0100", "so"), ("ﬁx", "fix"),
     ("DON’T – “stop”", "don't-\"stop\""), ("24 H!", "24h!"), ("Cafe\u0301", "café"),
     ("don´t", "don't"), ("", "")])
 def test_normaliser(text, normal):
