@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from grpo.combine import MAIN
 from grpo.prompts import PromptSet
 from rewards.base import Asked, RewardError, last_line
 from rewards.clip import KINDS, ClipReward
-from rewards.ocr import OCRReward
+from rewards.ocr import OCRReward, make_readable_check
 from rewards.quality import QualityReward
 from rewards.several import DERIVED, SeveralRewards
 from rewards.workers import PendingScores, RewardPool
@@ -36,6 +36,14 @@ def open_pool(c, weights: dict[str, float]) -> RewardPool:
         return RewardPool(reward, workers=c.workers, mode="thread" if c.servers else "process")
     except (RewardError, ImportError, ValueError) as error:
         raise UserError(f"the reward cannot be built: {str(error).strip().splitlines()[-1]}") from error
+
+
+def targets_check(c) -> Callable[[Sequence[str]], None] | None:
+    """Return the check of targets for `grpo.prompts.load_prompts`: whether the OCR engine here knows their characters.
+
+    c: `config.reward`. None where servers or a judge read, or the spelling is only measured.
+    """
+    return None if c.servers or not c.weights[MAIN] else make_readable_check(c.engine)
 
 
 def for_rewards(prompts: PromptSet, weights: dict[str, float]) -> PromptSet:

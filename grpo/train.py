@@ -34,7 +34,7 @@ from grpo.policy import make_policy
 from grpo.programs import Run
 from grpo.prompts import PromptSet, epoch_prompts, examples, load_prompts
 from grpo.run_log import RunLog, SilentLog
-from grpo.scores import for_rewards, format_failures, open_pool
+from grpo.scores import for_rewards, format_failures, open_pool, targets_check
 from grpo.update import init_state
 from grpo.windows import Windows
 from rewards.targets import parse_targets
@@ -75,8 +75,9 @@ def main(_):
 def train_recipe(c) -> int | None:
     """Checks the recipe `c` and what it names, and trains. Returns what `train` does."""
     s = settings.from_config(c)
-    train_prompts = load_prompts(c.prompts.train, parse_targets)
-    heldout = load_prompts(c.prompts.heldout, parse_targets, limit=c.eval.num_prompts)
+    check = targets_check(c.reward)
+    train_prompts = load_prompts(c.prompts.train, parse_targets, check=check)
+    heldout = load_prompts(c.prompts.heldout, parse_targets, limit=c.eval.num_prompts, check=check)
     epoch_prompts(c.seed, 0, len(train_prompts), c.sample.groups)
     if overlap := set(map(clean, train_prompts.prompts)) & set(map(clean, heldout.prompts)):
         raise UserError(f"{len(overlap)} held-out prompts are training prompts too, e.g. {min(overlap)!r}")

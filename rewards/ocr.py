@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from rewards.base import Score, check_frames
-from rewards.ocr_engines import Engine, TextLine, make_engine
+from rewards.ocr_engines import Engine, TextLine, make_engine, readable_characters
 from rewards.text_match import (
     Normaliser,
     Window,
@@ -68,6 +68,25 @@ def spelling(lines: Sequence[TextLine], targets: Sequence[str]) -> float:
         within = windows[i].similarity if windows[i] else 0.0
         values.append(alone + CREDIT_AMONG_OTHER_TEXT * max(0.0, (2 * within - 1) - alone))
     return float(np.mean(values))
+
+
+def make_readable_check(engine: str) -> Callable[[Sequence[str]], None] | None:
+    """Return a function that raises ValueError on targets with characters that the engine does not know.
+
+    What the comparison disregards (case, width) does not matter. None where the engine's characters are not known.
+    """
+    characters = readable_characters(engine)
+    if characters is None:
+        return None
+    known = set("".join(map(_normalise, characters)))
+
+    def check(targets: Sequence[str]) -> None:
+        for target in targets:
+            unknown = [c for c in dict.fromkeys(target) if not set(_normalise(c)) <= known]
+            if unknown and not set(_normalise(target)) <= known:  # a letter and its accent may be one character
+                raise ValueError(f"the OCR engine {engine} cannot read {', '.join(unknown)} of {target!r}")
+
+    return check
 
 
 def _normalised(targets: Sequence[str]) -> list[str]:

@@ -14,9 +14,13 @@ Two or more ONNX threads per engine made 64 varied frames 33 % slower: run more 
 """
 
 import dataclasses
+import importlib.util
+import io
 import logging
+import os
+import pathlib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -162,6 +166,61 @@ class PaddleOCREngine:
                              for box, (text, confidence) in found or [])
 
 
+# --- what an engine can read ----------------------------------------------------------------------------------
+
+def readable_characters(engine: str) -> frozenset[str] | None:
+    """Return the characters that the recogniser of an engine, built without options, knows.
+
+    None where its package is not installed, or keeps the list elsewhere. They are read from the package's files; the
+    networks are not loaded.
+    """
+    name, file = CHARACTER_LISTS[engine]
+    package = importlib.util.find_spec(name)
+    found = sorted(pathlib.Path(package.submodule_search_locations[0]).glob(file)) if package else []
+    if len(found) != 1:
+        return None
+    text = found[0].read_text(encoding="utf-8") if found[0].suffix == ".txt" else _onnx_metadata(found[0], "character")
+    return frozenset(text.replace("\n", "")) | {" "} if text else None
+
+
+def _onnx_metadata(path: pathlib.Path, key: str) -> str | None:
+    """Return what an ONNX file says under `key` in its `metadata_props`; the rest of the file is skipped.
+
+    A field of protobuf is its tag, 8 x number + kind, and for kind 2 a length and so many bytes. Of a model's fields
+    `metadata_props` has number 14; of an entry's, key has 1 and value 2.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        while file.tell() < size:
+            tag, length = _varint(file), _varint(file)
+            if tag % 8 == 0:
+                continue  # the number itself, not a length
+            if tag % 8 != 2:
+                return None
+            if tag != 8 * 14 + 2:
+                file.seek(length, os.SEEK_CUR)
+                continue
+            entry, fields = io.BytesIO(file.read(length)), {}
+            while field := entry.read(1):
+                fields[field[0] // 8] = entry.read(_varint(entry)).decode("utf-8")
+            if fields.get(1) == key:
+                return fields.get(2)
+    return None
+
+
+def _varint(file: BinaryIO) -> int:
+    """Read a whole number, seven bits a byte, the lowest first; a byte's highest bit says that another follows."""
+    value, shift = 0, 0
+    while True:
+        byte = file.read(1)[0]
+        value, shift = value | (byte & 127) << shift, shift + 7
+        if byte < 128:
+            return value
+
+
+# engine: its package, and the file there that holds its characters
+CHARACTER_LISTS = {"rapidocr": ("rapidocr", "models/*_rec_*.onnx"),
+                   "paddleocr": ("paddleocr", "ppocr/utils/en_dict.txt")}
 ENGINES = {"rapidocr": RapidOCREngine, "paddleocr": PaddleOCREngine}
 
 
