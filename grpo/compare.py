@@ -33,6 +33,8 @@ from grpo import comparison, run_log, settings
 from grpo.budget import Budget, Spent
 from wan_jax import cli, folder_lock
 from wan_jax.cli import UserError
+from wan_jax.flag_types import define_number, define_path
+from wan_jax.limits import Range
 
 UNITS = ("evaluations", "seconds", "epochs")
 ENDLESS = 1_000_000  # epochs of a run that its budget ends
@@ -200,8 +202,6 @@ def main(_):
         raise UserError(f"--seeds={','.join(f.seeds)}, --common={f.common}: {error}") from None
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds={','.join(f.seeds)}: give different whole numbers")
-    if f.reach <= 0:
-        raise UserError(f"--reach={f.reach} must be above 0: a gain of the held-out reward")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(cli.TERMINATED))  # the runs are stopped on the way out
     jobs = [Job(m, seed, folder := out / m.name / f"seed{seed}",
                 (*common, f"seed={seed}", f"run_dir={folder}", *budget_settings(unit, amount)))
@@ -253,12 +253,13 @@ def main(_):
 if __name__ == "__main__":
     flags.DEFINE_list("configs", [], "recipes, each a method named after its file")
     flags.DEFINE_multi_string("method", [], "NAME: RECIPE KEY=VALUE ..., may be given several times")
-    flags.DEFINE_string("methods", None, "file with a method a line")
+    define_path("methods", "file with a method a line")
     flags.DEFINE_string("common", "", "KEY=VALUE ..., settings of all methods, e.g. 'eval.every=5 reward.workers=1'")
     flags.DEFINE_list("seeds", ["0", "1", "2"], "config.seed of the runs of each method")
     flags.DEFINE_string("budget", None, "of each run: evaluations:N, seconds:N or epochs:N", required=True)
-    flags.DEFINE_string("out", None, "folder to write", required=True)
-    flags.DEFINE_float("reach", 0.15, "gain of the held-out reward to which evaluations and seconds are told")
+    define_path("out", "folder to write", required=True)
+    define_number("reach", 0.15, "gain of the held-out reward to which evaluations and seconds are told",
+                  Range(0, above=True))
     flags.DEFINE_integer("jobs", 0, "runs at the same time; 0: one for each of --devices", lower_bound=0)
     flags.DEFINE_list("devices", [], "numbers of the GPUs (CUDA or HIP) that runs get, in turn; none: all see all")
     cli.run(main)

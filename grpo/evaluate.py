@@ -22,22 +22,24 @@ from grpo import clip_lengths, devices, report, settings
 from grpo.evaluator import Evaluator, said
 from grpo.prompts import load_prompts
 from grpo.run_log import RunLog
-from grpo.scores import for_rewards, open_pool
+from grpo.scores import for_rewards, open_pool, targets_check
 from rewards.targets import parse_targets
 from wan_jax import checkpoint as checkpoint_lib
 from wan_jax import cli, folder_lock, media, memory, model_dir, pipeline, reward_head
 from wan_jax.attention import choose_backend, platform_of
 from wan_jax.cli import UserError
 from wan_jax.experts import guidances, per_guidance, segments
+from wan_jax.flag_types import define_number, define_path
+from wan_jax.limits import Range
 from wan_jax.solvers import make_solver
 from wan_jax.trained import load_transformers
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, e.g. configs/tiny_ocr.py", lock_config=True)
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "run folder of grpo.train, or one of its checkpoints/<epoch>; "
-                                 "None: only the model itself")
-OUT = flags.DEFINE_string("out", None, "folder to write", required=True)
-HEAD = flags.DEFINE_string("reward_head", None, "file of grpo.reward_head: with guidance towards a higher reward")
-GUIDANCE = flags.DEFINE_float("reward_guidance", 10.0, "its weight", lower_bound=0.0)
+CHECKPOINT = define_path("checkpoint", "run folder of grpo.train, or one of its checkpoints/<epoch>; "
+                         "None: only the model itself")
+OUT = define_path("out", "folder to write", required=True)
+HEAD = define_path("reward_head", "file of grpo.reward_head: with guidance towards a higher reward")
+GUIDANCE = define_number("reward_guidance", 10.0, "its weight", Range(0))
 BASE = flags.DEFINE_bool("base", True, "evaluate the model itself, too; a checkpoint of epoch 0 is the model itself")
 
 
@@ -45,7 +47,8 @@ def main(_):
     c = CONFIG.value
     c.run_dir = OUT.value
     s = settings.from_config(c)
-    prompts = for_rewards(load_prompts(c.prompts.heldout, parse_targets, limit=c.eval.num_prompts), s.weights)
+    prompts = load_prompts(c.prompts.heldout, parse_targets, limit=c.eval.num_prompts, check=targets_check(c.reward))
+    prompts = for_rewards(prompts, s.weights)
     if CHECKPOINT.value is None and not BASE.value:
         raise UserError("--nobase without --checkpoint leaves nothing to evaluate")
     if (pathlib.Path(OUT.value) / "checkpoints").exists():

@@ -24,6 +24,7 @@ from grpo.run_log import write_atomically
 from rewards.targets import parse_targets
 from wan_jax import cli
 from wan_jax.cli import UserError
+from wan_jax.flag_types import define_path
 
 CASES = {"upper": str.upper, "title": str.title, "lower": str.lower}
 HELDOUT_SHARE = 8  # one word of so many is kept for held-out texts
@@ -154,7 +155,7 @@ if __name__ == "__main__":
     default = TextStyle()
     flags.DEFINE_integer("count", 20_000, "training prompts", lower_bound=1)
     flags.DEFINE_integer("heldout", 1000, "held-out prompts", lower_bound=1)
-    flags.DEFINE_string("out", None, "folder to write", required=True)
+    define_path("out", "folder to write", required=True)
     flags.DEFINE_integer("seed", 0, "one seed gives one pair of sets", lower_bound=0)
     flags.DEFINE_list("words", [str(n) for n in default.words], "least and most words of a text")
     flags.DEFINE_list("characters", [str(n) for n in default.characters], "the same, without its spaces")

@@ -28,6 +28,8 @@ from wan_jax import cli, memory, model_dir, pipeline, presets, rocm_compiler, va
 from wan_jax import mesh as mesh_lib
 from wan_jax.attention import choose_backend, platform_of
 from wan_jax.cli import UserError
+from wan_jax.flag_types import define_number
+from wan_jax.limits import Range
 from wan_jax.memory import GIB
 
 SIZES = ((240, 416), (512, 512), (480, 832), (704, 1280))  # of the search; a model leaves out what it cannot make
@@ -222,10 +224,11 @@ def main(_):
     start = time.monotonic()
     cli.keep_compiled_programs()
     with cli.user_input():
+        s = settings.from_config(c)
         target = choose_target(f.device, f.devices)
         preset, rows, source = choose_model(c, f.model)
         trained = len(set(preset.experts) & set(c.train.experts))
-        mesh, spread = choose_mesh(c, settings.from_config(c), preset.transformer, experts=len(preset.experts),
+        mesh, spread = choose_mesh(c, s, preset.transformer, experts=len(preset.experts),
                                    trained=trained, devices=target.devices, memory=target.limit)
         run = Run(preset, c, mesh, "chunked", rows, target.limit)
         backend, notes = compiled_backend(c.model.attention, target, run.settings.dtype,
@@ -303,9 +306,10 @@ if __name__ == "__main__":
     flags.DEFINE_enum("device", "here", ["here", *costs.KINDS], "what to plan for")
     flags.DEFINE_integer("devices", 0, "how many; 0: all that are here, or one of a named kind", lower_bound=0)
     flags.DEFINE_enum("model", None, list(presets.PRESETS), "a published model in place of config.model.path")
-    flags.DEFINE_float("rollout_efficiency", None, "share of the peak rate; None: what docs/results.md measured")
-    flags.DEFINE_float("update_efficiency", None, "the same, of the update")
-    flags.DEFINE_float("decode_efficiency", None, "the same, of the decoder, of the fp32 rate")
+    share = Range(0, 1, above=True)
+    define_number("rollout_efficiency", None, "share of the peak rate; None: what docs/results.md measured", share)
+    define_number("update_efficiency", None, "the same, of the update", share)
+    define_number("decode_efficiency", None, "the same, of the decoder, of the fp32 rate", share)
     flags.DEFINE_bool("search", True, "look for the largest clips that fit: compiles the update twice more")
     flags.mark_flag_as_required("config")
     cli.run(main)

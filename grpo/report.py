@@ -12,7 +12,7 @@ import pathlib
 import sys
 
 import numpy as np
-from absl import app, flags
+from absl import app
 
 from grpo import run_log
 from grpo.budget import Budget, Spent
@@ -21,6 +21,7 @@ from grpo.report_page import COLORS, page, table
 from grpo.statistics import paired_difference
 from rewards.targets import TargetError, parse_targets
 from wan_jax import cli, media
+from wan_jax.flag_types import define_path
 
 MEDIA_BYTES = 7_000_000  # of all embedded pictures together, so that the page stays below 10 MB
 SURE = "95\N{NO-BREAK SPACE}%"  # confidence of every interval
@@ -333,5 +334,5 @@ def main(_):
 
 
 if __name__ == "__main__":
-    RUN = flags.DEFINE_string("run", None, "run folder of grpo.train", required=True)
+    RUN = define_path("run", "run folder of grpo.train", required=True)
     app.run(main, flags_parser=cli.parse_flags)

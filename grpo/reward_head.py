@@ -27,14 +27,16 @@ from tqdm import tqdm
 from grpo import combine, devices, settings
 from grpo.prompts import load_prompts
 from grpo.rollout import initial_noise
-from grpo.scores import gather_scores, open_pool, submit
+from grpo.scores import gather_scores, open_pool, submit, targets_check
 from rewards.targets import parse_targets
 from wan_jax import cli, model_dir, pipeline
 from wan_jax import mesh as mesh_lib
 from wan_jax.attention import choose_backend, platform_of
 from wan_jax.cli import UserError
 from wan_jax.experts import guidances, per_guidance, segments
+from wan_jax.flag_types import define_number, define_path
 from wan_jax.guidance import TextBatch
+from wan_jax.limits import Range
 from wan_jax.reward_head import from_model, head_config, make_head, predict, save_head
 from wan_jax.solvers import make_solver, per_sample
 from wan_jax.trained import load_transformers
@@ -109,7 +111,8 @@ def collect(c, s: settings.Settings, model: model_dir.ModelDir, mesh: jax.shardi
             bar) -> Examples:
     """Samples and scores `count` videos, whole batches. weights: of `load_transformers`. Raises `UserError` where too
     few of them have different rewards."""
-    prompts, config = load_prompts(c.prompts.train, parse_targets), model.config("transformer")
+    prompts = load_prompts(c.prompts.train, parse_targets, check=targets_check(c.reward))
+    config = model.config("transformer")
     shape = pipeline.latent_shape(c.sample.frames, c.sample.height, c.sample.width, model.config("vae"), config)
     solver = make_solver(c.eval.solver, c.eval.steps, c.sample.shift)
     order = np.random.default_rng([c.seed, 0x4EAD]).permutation(len(prompts))
@@ -160,6 +163,9 @@ def main(_):
     s = settings.from_config(c)
     if pathlib.Path(f.out).suffix != ".safetensors":
         raise UserError(f"--out {f.out}: the file's name must end in .safetensors")
+    if pathlib.Path(f.out).is_dir():
+        raise UserError(f"--out {f.out} is a folder; give the name of a file in it")
+    pathlib.Path(f.out).parent.mkdir(parents=True, exist_ok=True)
     if jax.process_count() > 1:
         raise UserError("grpo.reward_head runs in one process")
     cli.keep_compiled_programs()
@@ -183,7 +189,6 @@ def main(_):
     del weights
     head, shares = train(head, data, f.batch, updates=f.updates, rate=f.learning_rate, seed=c.seed,
                          progress=functools.partial(bar, desc="updates"))
-    pathlib.Path(f.out).parent.mkdir(parents=True, exist_ok=True)
     save_head(f.out, head, {"model": c.model.path, **model.metadata})
     print(f"mean reward {data.rewards.mean():.3f}; held-out spread explained at noise level "
           + ", ".join(f"{level:g}: {share:.2f}" for level, share in shares.items()), f.out, sep="\n")
@@ -191,14 +196,13 @@ def main(_):
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "recipe, e.g. configs/tiny_ocr.py", lock_config=True)
-    flags.DEFINE_string("checkpoint", None, "run folder of grpo.train, or one of its checkpoints/<epoch>; "
-                        "None: the model itself")
-    flags.DEFINE_string("out", None, "file to write, .safetensors", required=True)
+    define_path("checkpoint", "run folder of grpo.train, or one of its checkpoints/<epoch>; None: the model itself")
+    define_path("out", "file to write, .safetensors", required=True)
     flags.DEFINE_integer("layers", 4, "of the model's first blocks, from which the head starts; 0: a small transformer "
                          "with random weights", lower_bound=0)
     flags.DEFINE_integer("videos", 512, "videos to sample, rounded up to whole batches", lower_bound=16)
     flags.DEFINE_integer("updates", 2000, "of the head", lower_bound=1)
     flags.DEFINE_integer("batch", 32, "videos of one update", lower_bound=1)
-    flags.DEFINE_float("learning_rate", 3e-4, "of AdamW, falling to 0 as a cosine", lower_bound=0.0)
+    define_number("learning_rate", 3e-4, "of AdamW, falling to 0 as a cosine", Range(0, 1, above=True, below=True))
     flags.mark_flag_as_required("config")
     cli.run(main)

@@ -15,8 +15,8 @@ import ml_collections
 
 from configs.defaults import defaults
 from wan_jax.cli import UserError
+from wan_jax.flag_types import user_path
 from wan_jax.limits import SEED, Range
-from wan_jax.paths import expand
 
 POSITIVE, SHARE = Range(0, above=True), Range(0, 1, below=True)
 OPEN = Range(0, math.inf, above=True, below=False)  # infinity switches the bound off
@@ -101,8 +101,8 @@ def normalise(c: ml_collections.ConfigDict) -> None:
     """Write settings in `c` the one way the rest of the program reads them.
 
     'None' for an optional text is the empty text, and (None,) or ('',), as the command line makes of 'None' and
-    nothing, is the empty tuple. Paths with '~' or '..' become absolute; others stay as they are, so that a project
-    folder may be moved. Raises `UserError` on a path that cannot be one.
+    nothing, is the empty tuple. Paths become what `wan_jax.flag_types.user_path` says. Raises `UserError` on one that
+    cannot be a path.
     """
     values = flat(c.to_dict())
     for key, default in flat(defaults().to_dict()).items():
@@ -111,8 +111,8 @@ def normalise(c: ml_collections.ConfigDict) -> None:
             _set(c, key, "")
         elif isinstance(default, list) and value in ([None], [""]):
             _set(c, key, ())
-        elif key in PATHS and isinstance(value, str) and (value.startswith("~") or ".." in value.split("/")):
-            _set(c, key, str(expand(value)))
+        elif key in PATHS and isinstance(value, str):
+            _set(c, key, user_path(value))
 
 
 def _set(c: ml_collections.ConfigDict, key: str, value) -> None:

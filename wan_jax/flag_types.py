@@ -28,14 +28,23 @@ class NumberParser(flags.ArgumentParser):
         return self.kind.__name__
 
 
+def user_path(text: str) -> str:
+    """Return a path that a user gave as the rest of the program takes it.
+
+    One with `~` or `..` becomes absolute; others stay as they are, so that what is stored fits a project folder that
+    has been moved. Raises `UserError` on what cannot be a path.
+    """
+    return str(expand(text)) if text.startswith("~") or ".." in text.split("/") else text
+
+
 class PathParser(flags.ArgumentParser):
-    """Parse a path into an absolute one, as `wan_jax.paths.expand` does."""
+    """Parse a path as `user_path` does."""
 
     def parse(self, argument):
         if not str(argument):
             raise ValueError("is empty; give a path")
         try:
-            return str(expand(argument))
+            return user_path(argument)
         except UserError as error:
             raise ValueError(str(error)) from None
 

@@ -1,18 +1,23 @@
 """Frames to files and to text: PNG, GIF and H.264 in MP4, from uint8 arrays [T, H, W, 3] or [H, W, 3]."""
 
 import base64
+import contextlib
 import io
 import os
 import pathlib
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
 
 import imageio_ffmpeg
 import numpy as np
 from PIL import Image
 
+from wan_jax.limits import Range
+
 VIDEO_SUFFIXES = (".mp4", ".gif")
+FPS = Range(0.1, 1000)  # frames a second that both formats can hold
 CRF = 18  # x264 quality, 0 best to 51: 18 keeps letters of 10 pixels legible
 
 
@@ -40,6 +45,21 @@ def check_ffmpeg() -> None:
                          "set IMAGEIO_FFMPEG_EXE to the path of yours")
 
 
+def check_writable(path, frames: int, height: int, width: int, fps: float) -> None:
+    """Raise ValueError when no video of this size can be written to `path`: a small one is written beside it, so that
+    nothing that takes hours is lost in the end. Its folder is made."""
+    path = pathlib.Path(path)
+    if os.path.isdir(path):  # False where the name is too long, which is an error below
+        raise ValueError(f"{path} is a folder; give the name of a file in it")
+    trial = path.with_name(f".{path.stem}.trial{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(trial, np.zeros((min(frames, 2), height, width, 3), np.uint8), fps)
+        trial.unlink()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror or error}); choose another file") from None
+
+
 def write(path, video: np.ndarray, fps: float, scale: int = 1) -> None:
     """video uint8 [T, H, W, 3] as the suffix says: .png for one frame, .mp4 or .gif for any number."""
     _check(video, 4)
@@ -53,7 +73,9 @@ def write_image(path, frame: np.ndarray) -> None:
     """frame uint8 [H, W, 3] as PNG."""
     if (suffix := pathlib.Path(path).suffix.lower()) != ".png":
         raise ValueError(f"{path}: an image cannot be written as {suffix or 'a file without suffix'}; choose .png")
-    pathlib.Path(path).write_bytes(png_bytes(frame))
+    data = png_bytes(frame)
+    with _whole(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_video(path, video: np.ndarray, fps: float, scale: int = 1, *, crf: int = CRF) -> None:
@@ -67,17 +89,27 @@ def write_video(path, video: np.ndarray, fps: float, scale: int = 1, *, crf: int
     if suffix not in VIDEO_SUFFIXES:
         raise ValueError(f"{path}: a video cannot be written as {suffix or 'a file without suffix'}; "
                          f"choose one of {', '.join(VIDEO_SUFFIXES)}")
-    if not fps > 0:
-        raise ValueError(f"fps={fps} must be above 0; Wan's videos have 16")
-    video, temporary = upscale(video, scale), path.with_name(f".{path.stem}.part{suffix}")
-    try:
+    if fps not in FPS:
+        raise ValueError(f"fps={fps} {FPS.requirement(fps)}; Wan's videos have 16")
+    video = upscale(video, scale)
+    with _whole(path) as temporary:
         if suffix == ".gif":
             temporary.write_bytes(gif_bytes(video, fps))
         else:
             _write_mp4(temporary, video, fps, crf)
+
+
+@contextlib.contextmanager
+def _whole(path) -> Iterator[pathlib.Path]:
+    """Yield a file to write, which takes the place of `path` once it is whole."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        yield temporary
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def upscale(frames: np.ndarray, scale: int) -> np.ndarray:

@@ -5,6 +5,7 @@
 """
 
 import functools
+import os
 import pathlib
 import time
 
@@ -18,40 +19,48 @@ from wan_jax import cli, experts, media, memory, model_dir, pipeline, reward_hea
 from wan_jax import mesh as mesh_lib
 from wan_jax.attention import choose_backend, platform_of
 from wan_jax.cli import UserError
+from wan_jax.flag_types import define_number, define_path
+from wan_jax.limits import SEED, Range
 from wan_jax.solvers import SOLVERS, make_solver
 from wan_jax.trained import load_transformers
 
-flags.DEFINE_string("model", None, "folder written by convert.from_diffusers", required=True)
-flags.DEFINE_string("checkpoint", None, "run folder of grpo.train, or one of its checkpoints/<epoch>; None: the base")
+define_path("model", "folder written by convert.from_diffusers", required=True)
+define_path("checkpoint", "run folder of grpo.train, or one of its checkpoints/<epoch>; None: the base")
 flags.DEFINE_multi_string("prompt", None, "what to show; repeat the flag for several", required=True)
 flags.DEFINE_string("negative_prompt", "", "what to steer away from, with guidance above 1")
-flags.DEFINE_string("out", None, "file to write: .png, .mp4 or .gif; with several prompts or samples a number is added",
-                    required=True)
-flags.DEFINE_integer("frames", 1, "pixel frames, 1 + 4k")
-flags.DEFINE_integer("height", 480, "pixels, a multiple of 16")
-flags.DEFINE_integer("width", 832, "pixels, a multiple of 16")
-flags.DEFINE_integer("steps", 50, "denoising steps")
-flags.DEFINE_float("guidance", 5.0, "classifier-free guidance; up to 1 means none")
-flags.DEFINE_float("guidance_2", None, "of the second expert (Wan 2.2 A14B); None: as the first")
-flags.DEFINE_string("reward_head", None, "file of grpo.reward_head: guidance towards a higher reward (Flow-NRG)")
-flags.DEFINE_float("reward_guidance", 10.0, "its weight", lower_bound=0.0)
-flags.DEFINE_float("shift", None, "shift of the sigma schedule; None: the model's own")
+define_path("out", "file to write: .png, .mp4 or .gif; with several prompts or samples a number is added",
+            required=True)
+define_number("frames", 1, "pixel frames, 1 + 4k", Range(1), int)
+define_number("height", 480, "pixels, a multiple of 16", Range(1), int)
+define_number("width", 832, "pixels, a multiple of 16", Range(1), int)
+define_number("steps", 50, "denoising steps", Range(1), int)
+define_number("guidance", 5.0, "classifier-free guidance; up to 1 means none", Range(0))
+define_number("guidance_2", None, "of the second expert (Wan 2.2 A14B); None: as the first", Range(0))
+define_path("reward_head", "file of grpo.reward_head: guidance towards a higher reward (Flow-NRG)")
+define_number("reward_guidance", 10.0, "its weight", Range(0))
+define_number("shift", None, "shift of the sigma schedule; None: the model's own", Range(0, above=True))
 flags.DEFINE_enum("solver", "auto", ["auto", *SOLVERS], "ODE solver; auto: the one of the model's scheduler")
-flags.DEFINE_integer("seed", 0, "seed of the initial noise")
-flags.DEFINE_integer("samples", 1, "samples a prompt")
-flags.DEFINE_integer("fps", 16, "frames a second of a video")
+define_number("seed", 0, "seed of the initial noise", SEED, int)
+define_number("samples", 1, "samples a prompt", Range(1), int)
+define_number("fps", 16.0, "frames a second of a video", media.FPS)
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "weights and matrix products of the transformer")
 flags.DEFINE_enum("offload", "auto", experts.OFFLOAD, "keep the idle expert of two in host memory")
 flags.DEFINE_string("attention", "auto", "backend: auto, xla, chunked, cudnn or pallas")
-flags.DEFINE_string("noise", None, ".npy file with the initial noise [B, F, H, W, C], in place of the seed's")
+define_path("noise", ".npy file with the initial noise [B, F, H, W, C], in place of the seed's")
 FLAGS = flags.FLAGS
 
 
 def main(_):
     cli.keep_compiled_programs()
     with cli.user_input():
-        suffix = pathlib.Path(FLAGS.out).suffix
         media.check_suffix(FLAGS.out, FLAGS.frames)
+        if not all(map(str.strip, FLAGS.prompt)):
+            raise UserError(f"--prompt={min(FLAGS.prompt, key=str.strip)!r} is empty: say what to show")
+        if FLAGS.checkpoint and not os.path.isdir(FLAGS.checkpoint):
+            raise UserError(f"--checkpoint={FLAGS.checkpoint} does not exist: give a run folder of grpo.train or one "
+                            "of its checkpoints/<epoch>")
+        index = np.repeat(np.arange(len(FLAGS.prompt)), FLAGS.samples)
+        outputs = output_files(pathlib.Path(FLAGS.out), len(index))
         dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[FLAGS.dtype]
         model = model_dir.open_model(FLAGS.model)
         config = model.config("transformer")
@@ -63,17 +72,15 @@ def main(_):
         steer = reward_head.guidance(FLAGS.reward_head, FLAGS.reward_guidance, config, model)
         mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
         backend = choose_backend(FLAGS.attention, platform_of(jax.devices()[0]), dtype, config.attention_head_dim)
+        given = FLAGS.noise and load_noise(FLAGS.noise, (len(index), *shape))
+        for path in outputs:
+            media.check_writable(path, FLAGS.frames, FLAGS.height, FLAGS.width, FLAGS.fps)
 
     table = pipeline.embed_prompts(model, FLAGS.prompt, FLAGS.negative_prompt, dtype=dtype)
     graphdef, weights = load_transformers(model, FLAGS.checkpoint, dtype, backend, mesh, FLAGS.offload)
     vae_graph, vae_state = pipeline.load_vae(model, mesh)
-    index = np.repeat(np.arange(len(FLAGS.prompt)), FLAGS.samples)
     keys = jax.random.split(jax.random.key(FLAGS.seed), len(index))
-    noise = jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
-    if FLAGS.noise:
-        noise = jnp.asarray(np.load(FLAGS.noise), jnp.float32)
-        if noise.shape != (len(index), *shape):
-            raise UserError(f"--noise {FLAGS.noise} has shape {noise.shape}, these flags need {(len(index), *shape)}")
+    noise = jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys) if given is None else jnp.asarray(given)
 
     start = time.monotonic()
     scales = experts.guidances(FLAGS.guidance, FLAGS.guidance_2, len(model.experts))
@@ -84,18 +91,31 @@ def main(_):
     latents, = pipeline.sample_ode(steps, lambda i: (weights(i),), parts, solver, [(noise, text)])
     videos = pipeline.make_decoder(vae_graph)(vae_state, latents)()
     broken = np.flatnonzero(~videos.finite)  # not written: they would be black
-    out = pathlib.Path(FLAGS.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     for i in np.flatnonzero(videos.finite):
-        path = out if len(videos) == 1 else out.with_name(f"{out.stem}_{i:03d}{suffix}")
-        media.write(path, videos.frames[i], FLAGS.fps)
-        print(f"{path}  {FLAGS.prompt[index[i]]}")
+        media.write(outputs[i], videos.frames[i], FLAGS.fps)
+        print(f"{outputs[i]}  {FLAGS.prompt[index[i]]}")
     print(f"{len(videos) - len(broken)} sample(s) of {FLAGS.frames} x {FLAGS.height} x {FLAGS.width} in "
           f"{time.monotonic() - start:.1f} s, compilation included; {memory.peaks()}")
     if len(broken):
         of = ", ".join(repr(FLAGS.prompt[p]) for p in dict.fromkeys(index[broken]))
         raise UserError(f"{len(broken)} of {len(videos)} samples are not finite numbers (NaN or infinite) and were not "
                         f"written, of the prompt {of}. {pipeline.NOT_FINITE}")
+
+
+def output_files(out: pathlib.Path, count: int) -> list[pathlib.Path]:
+    """Return the file of each of `count` samples."""
+    return [out] if count == 1 else [out.with_name(f"{out.stem}_{i:03d}{out.suffix}") for i in range(count)]
+
+
+def load_noise(path: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the array in a .npy file, fp32. Raise `UserError` when it is none, or of another shape."""
+    try:
+        noise = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"--noise={path} is not a .npy file with an array ({error})") from None
+    if not isinstance(noise, np.ndarray) or noise.shape != shape:
+        raise UserError(f"--noise={path} has shape {getattr(noise, 'shape', None)}, these flags need {shape}")
+    return noise.astype(np.float32)
 
 
 if __name__ == "__main__":
