@@ -35,6 +35,7 @@ from grpo.programs import Run
 from grpo.prompts import PromptSet, epoch_prompts, examples, load_prompts
 from grpo.run_log import RunLog, SilentLog
 from grpo.scores import for_rewards, format_failures, open_pool, targets_check
+from grpo.unused_settings import changed_in_vain
 from grpo.update import init_state
 from grpo.windows import Windows
 from rewards.targets import parse_targets
@@ -158,7 +159,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     processes = f" on {jax.process_count()} processes" if jax.process_count() > 1 else ""
     say(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}{processes}, attention {plan.backend}, "
         f"weights {c.model.dtype}")
-    say(plan.spread, *examples(train_prompts), sep="\n")
+    say(plan.spread, *changed_in_vain(c), *examples(train_prompts), sep="\n")
 
     everything = PromptSet(train_prompts.prompts + heldout.prompts, train_prompts.targets + heldout.targets)
     bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not (sys.stderr.isatty() and hosts.first()))

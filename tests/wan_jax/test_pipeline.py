@@ -4,6 +4,8 @@ import shutil
 import subprocess
 import sys
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
