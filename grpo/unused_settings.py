@@ -11,8 +11,8 @@ from grpo.reward_servers import JUDGE, JUDGE_QUESTIONS
 from grpo.setting_limits import flat
 
 POLICY = ("sample.sde_steps", "sample.sde_range", "sample.sde_window_epochs", "sample.noise_level",
-          "sample.max_step_std", "train.clip_low", "train.clip_high", "train.divergence", "train.kl_kind", "train.kl_horizon",
-          "train.kl_weight_range", "train.kl_reference_decay", "train.cfg_distill_guidance",
+          "sample.max_step_std", "train.clip_low", "train.clip_high", "train.divergence", "train.kl_kind",
+          "train.kl_horizon", "train.kl_weight_range", "train.kl_reference_decay", "train.cfg_distill_guidance",
           "train.cfg_distill_guidance_2", "train.ratio_tolerance")
 
 
