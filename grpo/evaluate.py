@@ -29,7 +29,7 @@ from wan_jax import cli, folder_lock, media, memory, model_dir, pipeline, reward
 from wan_jax.attention import choose_backend, platform_of
 from wan_jax.cli import UserError
 from wan_jax.experts import guidances, per_guidance, segments
-from wan_jax.flag_types import define_number, define_path
+from wan_jax.flag_types import check_used, define_number, define_path
 from wan_jax.limits import Range
 from wan_jax.solvers import make_solver
 from wan_jax.trained import load_transformers
@@ -49,6 +49,8 @@ def main(_):
     s = settings.from_config(c)
     prompts = load_prompts(c.prompts.heldout, parse_targets, limit=c.eval.num_prompts, check=targets_check(c.reward))
     prompts = for_rewards(prompts, s.weights)
+    if HEAD.value is None:
+        check_used(flags.FLAGS, {"reward_guidance": "--reward_head"})
     if CHECKPOINT.value is None and not BASE.value:
         raise UserError("--nobase without --checkpoint leaves nothing to evaluate")
     if (pathlib.Path(OUT.value) / "checkpoints").exists():

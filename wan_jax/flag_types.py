@@ -1,5 +1,7 @@
 """Flags whose values are checked, and whose paths are expanded, while the command line is parsed."""
 
+from collections.abc import Mapping
+
 from absl import flags
 
 from wan_jax.cli import UserError
@@ -35,6 +37,13 @@ def user_path(text: str) -> str:
     has been moved. Raises `UserError` on what cannot be a path.
     """
     return str(expand(text)) if text.startswith("~") or ".." in text.split("/") else text
+
+
+def check_used(values: flags.FlagValues, without_effect: Mapping[str, str]) -> None:
+    """Raise `UserError` when a flag is given that changes nothing. without_effect: such flags, with what they need."""
+    for name, needed in without_effect.items():
+        if values[name].present:
+            raise UserError(f"--{name} has no effect here, it needs {needed}: leave it out, or give that")
 
 
 class PathParser(flags.ArgumentParser):

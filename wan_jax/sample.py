@@ -19,7 +19,7 @@ from wan_jax import cli, experts, media, memory, model_dir, pipeline, reward_hea
 from wan_jax import mesh as mesh_lib
 from wan_jax.attention import choose_backend, platform_of
 from wan_jax.cli import UserError
-from wan_jax.flag_types import define_number, define_path
+from wan_jax.flag_types import check_used, define_number, define_path
 from wan_jax.limits import SEED, Range
 from wan_jax.solvers import SOLVERS, make_solver
 from wan_jax.trained import load_transformers
@@ -64,6 +64,7 @@ def main(_):
         dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[FLAGS.dtype]
         model = model_dir.open_model(FLAGS.model)
         config = model.config("transformer")
+        check_used(FLAGS, without_effect(FLAGS, len(model.experts)))
         shape = pipeline.latent_shape(FLAGS.frames, FLAGS.height, FLAGS.width, model.config("vae"), config)
         scheduler = model.scheduler
         shift = scheduler.shift if FLAGS.shift is None else FLAGS.shift
@@ -100,6 +101,16 @@ def main(_):
         of = ", ".join(repr(FLAGS.prompt[p]) for p in dict.fromkeys(index[broken]))
         raise UserError(f"{len(broken)} of {len(videos)} samples are not finite numbers (NaN or infinite) and were not "
                         f"written, of the prompt {of}. {pipeline.NOT_FINITE}")
+
+
+def without_effect(f, experts: int) -> dict[str, str]:
+    """Return the flags that change nothing with the other ones, each with what it needs."""
+    needs = (("reward_guidance", "--reward_head", f.reward_head is not None),
+             ("negative_prompt", "--guidance above 1", f.guidance > 1),
+             ("guidance_2", "--guidance above 1 and a model with two experts", f.guidance > 1 and experts > 1),
+             ("seed", "to be without --noise", f.noise is None),
+             ("fps", "a video as --out", pathlib.Path(f.out).suffix.lower() != ".png"))
+    return {name: needed for name, needed, there in needs if not there}
 
 
 def output_files(out: pathlib.Path, count: int) -> list[pathlib.Path]:

@@ -31,6 +31,8 @@ def test_our_recipes_set_nothing_in_vain(name):
     ({"train.method": "sft", "train.advantage_clip": 1.0}, "train.advantage_clip (train.method=sft)"),
     ({"train.method": "grpo", "train.divergence": 1.0}, "train.divergence (train.objective=clip)"),
     ({"train.method": "grpo", "train.kl_horizon": 1.0}, "train.kl_horizon (train.kl_target=None)"),
+    ({"sample.guidance": 1.0, "eval.guidance": 1.0, "prompts.negative": "ugly", "eval.guidance_2": 3.0},
+     "eval.guidance_2 (eval.guidance=1.0); prompts.negative (no guidance)"),
     ({"lora.rank": 0, "lora.alpha": 1.0}, "lora.alpha (lora.rank=0)"),
     ({"reward.patience": 1.0, "log.wandb.entity": "us"},
      "log.wandb.entity (log.wandb.project is empty); reward.patience (reward.servers=())")])

@@ -6,7 +6,8 @@ from absl import flags
 from PIL import Image
 
 from wan_jax import media
-from wan_jax.flag_types import NumberParser, PathParser
+from wan_jax.cli import UserError
+from wan_jax.flag_types import NumberParser, PathParser, check_used
 from wan_jax.limits import SEED, Range
 
 
@@ -42,6 +43,16 @@ def test_paths(monkeypatch, tmp_path):
     assert parsed(PathParser(), "b/a..c") == "b/a..c"
     assert "is empty" in parsed(PathParser(), "")
     assert "nobody-of-this-name" in parsed(PathParser(), "~nobody-of-this-name/a")
+
+
+def test_a_flag_without_effect_is_refused_where_it_is_given():
+    values = flags.FlagValues()
+    for name in ("fps", "seed"):
+        flags.DEFINE(NumberParser(int, Range(0)), name, 1, "", flag_values=values)
+    values(["program", "--fps=3"])
+    check_used(values, {"seed": "x"})
+    with pytest.raises(UserError, match="--fps has no effect here, it needs a video as --out"):
+        check_used(values, {"fps": "a video as --out"})
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.png"])
