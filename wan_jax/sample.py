@@ -122,8 +122,8 @@ def load_noise(path: str, shape: tuple[int, ...]) -> np.ndarray:
     """Return the array in a .npy file, fp32. Raise `UserError` when it is none, or of another shape."""
     try:
         noise = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"--noise={path} is not a .npy file with an array ({error})") from None
+    except (OSError, ValueError, EOFError):
+        raise UserError(f"--noise={path} is not a .npy file with an array of numbers") from None
     if not isinstance(noise, np.ndarray) or noise.shape != shape:
         raise UserError(f"--noise={path} has shape {getattr(noise, 'shape', None)}, these flags need {shape}")
     return noise.astype(np.float32)

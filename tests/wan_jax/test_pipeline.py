@@ -379,6 +379,8 @@ def test_sampling_command(folders, tmp_path):
     (("--model={model}", "--out=x.png", "--height=30"), "height=30"),
     (("--model={model}", "--out=x.png", "--checkpoint=nowhere"), "nowhere does not exist"),
     (("--model={model}", "--out=x.png", "--steps=0"), "steps=0"),
+    (("--model={model}", "--out=x.png", "--fps=8"), "--fps has no effect here"),
+    (("--model={model}", "--out=x.png", "--noise=README.md"), "README.md is not a .npy file"),
     (("--model={model}", "--out=/dev/null/x.png"), "/dev/null/x.png cannot be written"),
     (("--model={model}", "--out=x.png", "--solver=ddim"), "solver"),
     (("--model={model}", "--out=x.png", "--colour=red"), "colour")])
