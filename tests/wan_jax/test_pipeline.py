@@ -1,10 +1,9 @@
 """The whole way from prompt to pixels against Diffusers' WanPipeline, and the sampling command."""
 
+import json
 import shutil
 import subprocess
 import sys
-
-import json
 
 import jax
 import jax.numpy as jnp
