@@ -33,6 +33,7 @@ from grpo.rollout import (
     rollout_batches,
     zero_rows,
 )
+from grpo.run_log import EXPERTS
 from grpo.scores import Scores, gather_rows, gather_scores, submit
 from grpo.settings import Settings
 from grpo.update import TrainState, stack_batches
@@ -44,6 +45,7 @@ from wan_jax.cli import UserError
 
 BLANKED = ("x", "x_next", "log_prob", "mean")  # of a trajectory: all arrays with an axis of videos, but for the text
 STAGES = ("sample", "decode", "score_wait", "update")
+BOUNDS = {"ratio_min": min, "ratio_max": max, "ratio_max_error": max}  # what an epoch says of them
 
 
 class Stopwatch:
@@ -240,27 +242,30 @@ class Learner:
         return dict(std=self.c.train.advantage_std, clip=self.c.train.advantage_clip)
 
     def learn(self, epoch: int, sampled: Sampled, lesson: Lesson) -> dict:
-        """The epoch's updates, and what the last one says of itself; with two experts, of each under its name. The
-        expert that is on the device goes first, so that the next epoch finds the first one there."""
-        record = {}
+        """Make the epoch's updates. Returns `summary` of all of them, and where two experts are trained also of each
+        one's, under `EXPERTS`. The expert that is on the device goes first, so that the next epoch finds the first one
+        there."""
+        updates = {}  # by expert: what each of its updates measured
         for i, part in reversed(list(enumerate(self.parts))):
             expert, name = part.expert, self.experts[part.expert]
             if name not in self.states:
                 continue
-            values, batches = {}, (self.regression_batches if self.s.forward else self.policy_batches)
+            done, batches = updates.setdefault(name, []), (self.regression_batches if self.s.forward else
+                                                           self.policy_batches)
             for batch in batches(epoch, i, sampled, lesson):
                 self.states[name], metrics, norms = self.run.updates[expert](self.states[name], self.weights(expert),
                                                                              *batch)
-                values |= metrics.averages() | {k: float(v) for k, v in norms.items()}
+                values = metrics.averages() | {k: float(v) for k, v in norms.items()}
                 check_finite(values, epoch, self.checkpoints)
-                if self.s.forward is None and "ratio_max_error" not in values:
+                if self.s.forward is None and not done:
                     values["ratio_max_error"] = max(values["ratio_max"] - 1, 1 - values["ratio_min"])
                     check_ratio(values["ratio_max_error"], self.s.ratio_tolerance, epoch)
-            if self.s.kl_reward:
-                values["kl"] = float(np.nanmean(sampled.kl[name][:, list(self.windows.videos(i))]))
-            record |= values if len(self.states) == 1 else {name: values, **{
-                k: max(values[k], record.get(k, values[k])) for k in ("ratio_max_error", "grad_norm") if k in values}}
-        return record
+                if self.s.kl_reward:
+                    values["kl"] = float(np.nanmean(sampled.kl[name][:, list(self.windows.videos(i))]))
+                done.append(values)
+        record = summary([values for done in updates.values() for values in done])
+        return record if len(updates) == 1 else record | {EXPERTS: {name: summary(done)
+                                                                    for name, done in updates.items()}}
 
     def policy_batches(self, epoch: int, i: int, sampled: Sampled, lesson: Lesson) -> Iterator[tuple]:
         """GRPO's, of the steps in segment i; updates without a row to learn from are left out."""
@@ -291,6 +296,19 @@ class Learner:
             texts = [self.texts(sampled.prompt_of[r]) for r in chosen.videos]
             yield (forward.stack(chosen, sampled.finished, texts, levels, sampled.key, self.run.mesh),
                    *method.old_kept(epoch, number, c.train.updates_per_epoch))
+
+
+def summary(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """What several updates measured: of each KEY the mean, and KEY_min and KEY_max over the updates. The ratio's bounds
+    are those of all updates; its error, which only an expert's first update of an epoch measures, is the largest."""
+    record = {"updates": len(updates)}
+    for key in dict.fromkeys(key for values in updates for key in values):
+        found = [values[key] for values in updates if key in values]
+        if key in BOUNDS:
+            record[key] = BOUNDS[key](found)
+        else:
+            record |= {key: sum(found) / len(found), f"{key}_min": min(found), f"{key}_max": max(found)}
+    return record
 
 
 def check_finite(values: dict[str, float], epoch: int, checkpoints: Checkpoints):

@@ -10,6 +10,7 @@ import html
 import math
 import pathlib
 import sys
+from collections.abc import Callable
 
 import numpy as np
 from absl import app
@@ -18,6 +19,7 @@ from grpo import run_log
 from grpo.budget import Budget, Spent
 from grpo.charts import chart
 from grpo.report_page import COLORS, page, table
+from grpo.run_log import EXPERTS
 from grpo.statistics import paired_difference
 from rewards.targets import TargetError, parse_targets
 from wan_jax import cli, media
@@ -37,7 +39,6 @@ HEALTH = {  # metric: (name, the worse direction, what to expect)
     "flow_error": ("flow-matching error", max, "no jumps; depends on the noise levels drawn"),
     "preferred": ("pairs ordered rightly", min, "a share of 0 to 1; 0 at first, then above 1/2"),
     "grad_norm": ("gradient norm", max, "no jumps; before clipping"),
-    "loss": ("loss", max, "no trend to expect: advantages are centred"),
     "policy_loss": ("policy loss", max, "no trend to expect: advantages are centred"),
     "group_std": ("reward spread within groups", min, "the learning signal; 0 teaches nothing"),
     "zero_std_fraction": ("groups without spread", max, "a share of 0 to 1; near 1 nothing is learnt"),
@@ -299,15 +300,24 @@ def _timings(metrics: list[dict], evaluations: list[dict]) -> str:
 
 
 def _health(metrics: list[dict]) -> str:
+    """The first, the last and the worst value of each metric; below it those of each of two experts."""
     rows = []
     for key, (name, worse, expect) in HEALTH.items():
-        values = [(m[key], m["epoch"]) for m in metrics if key in m]
-        if not values:
-            continue
-        bad = [v for v in values if not math.isfinite(v[0])]
-        worst, epoch = bad[0] if bad else worse(values, key=lambda v: v[0])
-        rows.append([name, _short(values[0][0]), _short(values[-1][0]), f"{_short(worst)} (epoch {epoch})", expect])
+        rows += _health_row(metrics, key, name, worse, expect)
+        for expert in dict.fromkeys(expert for m in metrics for expert in m.get(EXPERTS, {})):
+            theirs = [m[EXPERTS][expert] | {"epoch": m["epoch"]} for m in metrics if expert in m.get(EXPERTS, {})]
+            rows += _health_row(theirs, key, f"{name}, {expert}", worse, "")
     return table(["", "first", "last", "worst", "expected"], rows) if rows else ""
+
+
+def _health_row(records: list[dict], key: str, name: str, worse: Callable, expect: str) -> list[list[str]]:
+    """Of the records that have the metric. The worst is that of single updates where an epoch has several."""
+    found = [(m[key], m.get(f"{key}_{worse.__name__}", m[key]), m["epoch"]) for m in records if key in m]
+    if not found:
+        return []
+    bad = [(value, epoch) for value, _, epoch in found if not math.isfinite(value)]
+    worst, epoch = bad[0] if bad else worse(((end, epoch) for _, end, epoch in found), key=lambda v: v[0])
+    return [[name, _short(found[0][0]), _short(found[-1][0]), f"{_short(worst)} (epoch {epoch})", expect]]
 
 
 def _settings(config: dict) -> str:

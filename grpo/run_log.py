@@ -27,6 +27,7 @@ from grpo.sinks import Sheet, TensorBoard
 from wan_jax import media
 
 METRICS, EVALUATIONS, CONFIG = "metrics.jsonl", "evals.jsonl", "config.json"
+EXPERTS = "experts"  # key in an epoch's record: the metrics of each of two trained experts, by name
 GIF_FRAMES, GIF_FPS = 16, 8  # of a clip's previews on a sheet
 
 

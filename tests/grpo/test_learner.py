@@ -8,7 +8,7 @@ import pytest
 
 from configs.defaults import defaults
 from grpo.advantages import LEAST_PROGRESS, step_importance
-from grpo.learner import Learner, clip_warning
+from grpo.learner import Learner, clip_warning, summary
 from tests import reference
 from wan_jax import mesh as mesh_lib
 
@@ -55,3 +55,15 @@ def test_steps_that_bring_nothing_count_alike():
     np.testing.assert_allclose(weights[:, [0, 2]], 1.0)
     np.testing.assert_allclose(weights[:, 1], [2, 1, 0], atol=1e-4)
     assert weights.dtype == np.float32 and (weights > 0).all()
+
+
+def test_an_epoch_keeps_the_mean_and_the_extremes_of_its_updates():
+    """The joint record of two experts has the keys of one expert's."""
+    first = {"kl": 0.1, "grad_norm": 3.0, "ratio_min": 0.9, "ratio_max": 1.1, "ratio_max_error": 1e-7}
+    second = {"kl": 0.3, "grad_norm": 1.0, "ratio_min": 0.8, "ratio_max": 1.05}
+    record = summary([first, second])
+    assert record == {"updates": 2, "kl": pytest.approx(0.2), "kl_min": 0.1, "kl_max": 0.3, "grad_norm": 2.0,
+                      "grad_norm_min": 1.0, "grad_norm_max": 3.0, "ratio_min": 0.8, "ratio_max": 1.1,
+                      "ratio_max_error": 1e-7}
+    assert summary([first]).keys() == record.keys() and summary([first])["kl"] == summary([first])["kl_max"] == 0.1
+    assert summary([]) == {"updates": 0}

@@ -121,8 +121,10 @@ def test_one_step_a_group_trains_both_experts_by_the_programs_compiled_ahead(sta
     assert "compiled again" not in capsys.readouterr().out
     for record in run_log.read_metrics(c.run_dir):
         for name in ("transformer", "transformer_2"):
-            assert record[name]["grad_norm"] > 0 and record[name]["ratio_max_error"] < 1e-5, record
-            assert (record[name]["kl"] > 1e-10) == (record["epoch"] > 1)  # of the sampling policy, at first the base
+            expert = record["experts"][name]
+            assert expert["grad_norm"] > 0 and expert["ratio_max_error"] < 1e-5, record
+            assert (expert["kl"] > 1e-10) == (record["epoch"] > 1)  # of the sampling policy, at first the base
+            assert record.keys() > expert.keys() and record["kl_min"] <= expert["kl"] <= record["kl_max"]
 
 
 def test_all_weights_without_a_reference_need_no_frozen_ones():

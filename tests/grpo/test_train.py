@@ -340,7 +340,8 @@ def test_both_experts_learn_in_every_epoch(tmp_path):
     metrics, _ = records_of(run)
     for record in metrics:
         for name in ("transformer", "transformer_2"):
-            assert record[name]["ratio_max_error"] <= 1e-5 and record[name]["grad_norm"] > 0
+            expert = record["experts"][name]
+            assert expert["ratio_max_error"] <= 1e-5 and expert["grad_norm"] > 0 and expert["updates"] == 2
     _, trained, meta = load_trained(run)
     assert meta["experts"] == ["transformer", "transformer_2"]
     for name in trained:
