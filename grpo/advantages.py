@@ -5,6 +5,7 @@ whose scoring failed are masked, never removed: shapes stay static and every bat
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -99,6 +100,17 @@ def largest_spread(rewards: np.ndarray, groups: np.ndarray, valid: np.ndarray, c
     members = [np.sort(rewards[(groups == name) & valid]) for name in names]
     spread = np.array([np.std(m) if len(m) > 1 and m[0] < m[-1] else 0.0 for m in members])
     return np.isin(groups, names[np.argsort(-spread, kind="stable")[:count]])
+
+
+def from_groups_with_spread(rewards: Sequence[np.ndarray], groups: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """The valid videos, bool [N], of groups in which one of the `rewards` [N] differs between valid videos. The others
+    show nothing better or worse, so no method learns from them."""
+    found = np.zeros(len(groups), bool)
+    for values in rewards:
+        values, groups, valid = _checked(values, groups, valid)
+        for members in _members(groups, valid):
+            found[members] |= np.ptp(values[members]) > 0
+    return found
 
 
 def group_statistics(rewards: np.ndarray, groups: np.ndarray, valid: np.ndarray) -> GroupStatistics:

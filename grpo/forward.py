@@ -80,12 +80,11 @@ class ForwardConfig:
         """Whether the loss asks the base model."""
         return not self.keeps_old if self.method == "dpo" else self.kl_beta > 0
 
-    def old_kept(self, epoch: int, number: int, updates_per_epoch: int) -> tuple[float, ...]:
+    def old_kept(self, updates: int, last: bool) -> tuple[float, ...]:
         """How much of themselves the old weights keep in an update: 1, they stay as they are, 0, they become the new
-        ones. epoch: from 1; number: of the update in it, from 0. () where there are none."""
+        ones. updates: how many the run has made, this one included; last: of its epoch. () where there are none."""
         if not self.keeps_old:
             return ()
-        updates, last = (epoch - 1) * updates_per_epoch + number + 1, number == updates_per_epoch - 1
         if self.method == "dpo":
             return (1.0 if updates % self.reference_every else 0.0,)
         return (float(min(self.old_rate * updates, self.old_most)) if last else 1.0,)

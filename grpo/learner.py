@@ -13,6 +13,7 @@ from grpo import clip_lengths, combine, forward
 from grpo.advantages import (
     GroupStatistics,
     extremes,
+    from_groups_with_spread,
     group_advantages,
     group_statistics,
     largest_spread,
@@ -85,8 +86,9 @@ class Lesson:
     valid: np.ndarray  # [N] bool
     advantages: np.ndarray  # [N]
     groups: GroupStatistics
+    spread: np.ndarray  # [N] bool, the valid videos of groups whose rewards are not all equal
     order: np.ndarray  # the batches that are trained
-    counted: np.ndarray  # [N] bool, the videos that are
+    counted: np.ndarray  # [N] bool, the videos that Flow-GRPO trains
 
 
 @dataclasses.dataclass
@@ -232,7 +234,9 @@ class Learner:
         advantages = (group_advantages(total, prompt_of, valid, **self.normalised) if c.reward.combine == "rewards" else
                       combine.combined_advantages(rewards, s.weights, prompt_of, valid, **self.normalised))
         kept = largest_spread(total, prompt_of, valid, c.train.groups or c.sample.groups)
+        differing = [total] if c.reward.combine == "rewards" else list(rewards.values())
         return Lesson(total, valid, advantages, group_statistics(total, prompt_of, valid),
+                      from_groups_with_spread(differing, prompt_of, valid),
                       np.flatnonzero(kept.reshape(s.batches, -1).any(1)),
                       kept & extremes(total, prompt_of, valid, c.train.best_of))
 
@@ -242,17 +246,17 @@ class Learner:
         return dict(std=self.c.train.advantage_std, clip=self.c.train.advantage_clip)
 
     def learn(self, epoch: int, sampled: Sampled, lesson: Lesson) -> dict:
-        """Make the epoch's updates. Returns `summary` of all of them, and where two experts are trained also of each
-        one's, under `EXPERTS`. The expert that is on the device goes first, so that the next epoch finds the first one
-        there."""
-        updates = {}  # by expert: what each of its updates measured
+        """Make the epoch's updates. Returns `summary` of all of them, how many videos they were from, and where two
+        experts are trained the summary of each one's under `EXPERTS`. The expert that is on the device goes first, so
+        that the next epoch finds the first one there."""
+        updates, trained = {}, set()  # by expert: what each of its updates measured; numbers of videos
         for i, part in reversed(list(enumerate(self.parts))):
             expert, name = part.expert, self.experts[part.expert]
             if name not in self.states:
                 continue
             done, batches = updates.setdefault(name, []), (self.regression_batches if self.s.forward else
                                                            self.policy_batches)
-            for batch in batches(epoch, i, sampled, lesson):
+            for videos, *batch in batches(epoch, i, sampled, lesson):
                 self.states[name], metrics, norms = self.run.updates[expert](self.states[name], self.weights(expert),
                                                                              *batch)
                 values = metrics.averages() | {k: float(v) for k, v in norms.items()}
@@ -263,12 +267,14 @@ class Learner:
                 if self.s.kl_reward:
                     values["kl"] = float(np.nanmean(sampled.kl[name][:, list(self.windows.videos(i))]))
                 done.append(values)
-        record = summary([values for done in updates.values() for values in done])
+                trained.update(videos.tolist())
+        record = summary([values for done in updates.values() for values in done]) | {"videos_trained": len(trained)}
         return record if len(updates) == 1 else record | {EXPERTS: {name: summary(done)
                                                                     for name, done in updates.items()}}
 
     def policy_batches(self, epoch: int, i: int, sampled: Sampled, lesson: Lesson) -> Iterator[tuple]:
-        """GRPO's, of the steps in segment i; updates without a row to learn from are left out."""
+        """GRPO's, of the steps in segment i: (the counted videos, arguments of the update...). An update whose videos
+        are all from groups without spread is left out, though its KL would have a gradient."""
         expert, batches = self.parts[i].expert, self.s.batches
         name, here = self.experts[expert], np.isin(np.arange(self.s.videos), self.windows.videos(i))
         trajectories, advantages = sampled.trajectories[name], lesson.advantages
@@ -280,22 +286,28 @@ class Learner:
         by_batch = np.moveaxis(advantages.reshape(*advantages.shape[:-1], batches, -1), -2, 0)  # [batches, (K,) B]
         rows, decay = (here & lesson.counted).reshape(batches, -1), self.s.loss.reference_decay
         kept = () if decay is None else (decay,)  # of the average that the KL is to
+        spread, numbers = (x.reshape(batches, -1) for x in (lesson.spread, np.arange(self.s.videos)))
         for chosen in lesson.order[self.run.update_batches(expert)]:
-            if rows[chosen].any():
-                yield stack_batches([trajectories[b] for b in chosen], by_batch[chosen], rows[chosen]), *kept
+            if (rows & spread)[chosen].any():
+                yield (numbers[chosen][rows[chosen]],
+                       stack_batches([trajectories[b] for b in chosen], by_batch[chosen], rows[chosen]), *kept)
 
     def regression_batches(self, epoch: int, i: int, sampled: Sampled, lesson: Lesson) -> Iterator[tuple]:
-        """Of the methods that train on finished videos, at the noise levels of segment i's expert."""
+        """The same of the methods that train on finished videos, at the noise levels of segment i's expert. Videos of
+        groups without spread are masked; an update without any other is left out."""
         c, method = self.c, self.s.forward
         value = lesson.total if c.reward.combine == "rewards" else lesson.advantages
-        selected = select(method, value, lesson.advantages, lesson.valid, c.sample.group_size).batches(
+        name = self.experts[self.parts[i].expert]
+        updates = select(method, value, lesson.advantages, lesson.spread, c.sample.group_size).batches(
             c.train.updates_per_epoch, c.sample.batch_size, mesh_lib.batch_shards(self.run.mesh))
+        updates = [chosen for chosen in updates if chosen.valid.any()]
         levels = forward.noise_levels(method, c.seed, epoch, self.s.videos, self.parts[i].expert, self.parts,
                                       self.windows.quotas, self.run.schedule, self.boundary)
-        for number, chosen in enumerate(selected):
+        for chosen in updates:
             texts = [self.texts(sampled.prompt_of[r]) for r in chosen.videos]
-            yield (forward.stack(chosen, sampled.finished, texts, levels, sampled.key, self.run.mesh),
-                   *method.old_kept(epoch, number, c.train.updates_per_epoch))
+            number = int(self.states[name].updates) + 1
+            yield (chosen.numbers, forward.stack(chosen, sampled.finished, texts, levels, sampled.key, self.run.mesh),
+                   *method.old_kept(number, chosen is updates[-1]))
 
 
 def summary(updates: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -18,6 +18,12 @@ class Selection:
     weight: np.ndarray  # [R] float32
     valid: np.ndarray  # [R] bool
 
+    @property
+    def numbers(self) -> np.ndarray:
+        """The videos that count, in any order."""
+        videos = self.videos if self.worse is None else np.stack([self.videos, self.worse], -1)
+        return videos[self.valid].ravel()
+
     def batches(self, updates: int, batch: int, shards: int) -> list["Selection"]:
         """One Selection for each of the epoch's updates, arrays [M, B] of `layout`. What fills up the last batch is not
         valid."""
@@ -43,7 +49,7 @@ def layout(rows: int, updates: int, batch: int, shards: int) -> tuple[int, int]:
 
 def select(config, rewards: np.ndarray, advantages: np.ndarray, valid: np.ndarray, size: int) -> Selection:
     """The epoch's videos or pairs. config: `forward.ForwardConfig`; rewards, advantages, valid [N], groups of `size`
-    standing together.
+    standing together. valid: the videos that may be trained on, which those of groups without spread are not.
 
     'nft': all, weighted by `optimality`; 'rwr': all, by `regression_weights`; 'sft': each group's best; 'dpo': each
     group's best and worst. A group without two different valid rewards has no best and is masked.

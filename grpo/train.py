@@ -290,7 +290,6 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
                             "group_std": groups.mean_group_std, "zero_std_fraction": groups.zero_std_fraction,
                             "rewards": combine.means({MAIN: scores.values} | scores.parts),
                             "failed_scores": failed, **scores.counts(), "videos": s.videos,
-                            "videos_trained": int(lesson.counted.sum()),
                             "seconds": seconds, "idle_share": max(0.0, 1 - working / seconds["total"]),
                             "peak_memory": memory.peaks().known()})
         say(f"epoch {epoch}/{c.epochs}: reward {groups.mean_reward:.3f}, spread in groups "

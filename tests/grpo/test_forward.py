@@ -187,13 +187,13 @@ def test_loss_and_gradient_of_an_update(model, config):
 
 def test_how_the_old_weights_follow():
     nft = ForwardConfig("nft", old_rate=0.01, old_most=0.05)
-    kept = [nft.old_kept(epoch, number, 2) for epoch in range(1, 5) for number in range(2)]
+    kept = [nft.old_kept(updates, updates % 2 == 0) for updates in range(1, 9)]
     assert kept == [(1.0,), (0.02,), (1.0,), (0.04,), (1.0,), (0.05,), (1.0,), (0.05,)]
     online = ForwardConfig("dpo", reference_every=3)
-    assert [online.old_kept(e, n, 2)[0] for e in range(1, 4) for n in range(2)] == [1, 1, 0, 1, 1, 0]
+    assert [online.old_kept(updates, updates % 2 == 0)[0] for updates in range(1, 7)] == [1, 1, 0, 1, 1, 0]
     assert online.keeps_old and not online.needs_reference
     for config in (ForwardConfig("dpo"), ForwardConfig("rwr")):
-        assert config.old_kept(1, 0, 2) == () and not config.keeps_old
+        assert config.old_kept(1, True) == () and not config.keeps_old
     assert ForwardConfig("dpo").needs_reference and not ForwardConfig("rwr").needs_reference
 
 

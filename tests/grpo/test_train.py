@@ -49,6 +49,8 @@ def get_config():
     c.reward.workers = 0
     return c
 '''
+# In a random model's pictures nothing can be read. They differ in these, so that there is something to learn.
+MEASURES = [f"reward.weights.{name}=1.0" for name in ("sharpness", "exposure", "contrast", "compressibility")]
 WORDS = "open exit cafe salt moon tide fern lamp".split()
 
 
@@ -72,9 +74,10 @@ def recipe(model, tmp_path):
 
 def start(config, *overrides, **kwargs):
     """`overrides`: 'key=value' of the config."""
-    return subprocess.Popen([sys.executable, "-m", "grpo.train", f"--config={config}",
-                             *(f"--config.{o}" for o in overrides)], env=commands.environment(), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+    settings = (f"--config.{o}" for o in (*MEASURES, *overrides))
+    return subprocess.Popen([sys.executable, "-m", "grpo.train", f"--config={config}", *settings],
+                            env=commands.environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            **kwargs)
 
 
 def train(config, *overrides):
