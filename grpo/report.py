@@ -19,7 +19,7 @@ from grpo import run_log
 from grpo.budget import Budget, Spent
 from grpo.charts import chart
 from grpo.report_page import COLORS, page, table
-from grpo.run_log import EXPERTS
+from grpo.run_log import EXPERTS, number
 from grpo.statistics import paired_difference
 from rewards.targets import TargetError, parse_targets
 from wan_jax import cli, media
@@ -48,7 +48,8 @@ HEALTH = {  # metric: (name, the worse direction, what to expect)
 
 
 def write_report(folder) -> pathlib.Path:
-    """Writes `folder`/report.html and returns its path. Raises FileNotFoundError without a run folder."""
+    """Writes `folder`/report.html of what can be read there, and returns its path. Raises FileNotFoundError without a
+    run folder."""
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"run folder {folder} does not exist")
@@ -103,11 +104,12 @@ def summary_lines(folder) -> list[str]:
                 f"report: {path}"]
     first, last = evaluations[0], evaluations[-1]
     if len(evaluations) == 1:
-        result = (f"{last['reward']:.2f} (95 % CI {_interval(last)}, {last['num']} held-out prompts; "
+        result = (f"{_reward(last['reward'])} (95 % CI {_interval(last)}, {last['num']} held-out prompts; "
                   "one evaluation so far)")
     else:
-        result = (f"{first['reward']:.2f} -> {last['reward']:.2f} (95 % CI {_interval(first)} -> {_interval(last)}, "
-                  f"{last['num']} held-out prompts; intervals {_overlap(first, last)})")
+        verdict = _overlap(first, last)
+        result = (f"{_reward(first['reward'])} -> {_reward(last['reward'])} (95 % CI {_interval(first)} -> "
+                  f"{_interval(last)}, {last['num']} held-out prompts{verdict and f'; intervals {verdict}'})")
     return [f"OCR reward {result}", *warning, f"report: {path}"]
 
 
@@ -125,10 +127,15 @@ def without_result(evaluations: list[dict]) -> str:
 
 
 def _interval(evaluation: dict) -> str:
-    return f"[{evaluation['low']:.2f}, {evaluation['high']:.2f}]"
+    """An evaluation has none where fewer than two of its samples could be scored."""
+    low, high = evaluation["low"], evaluation["high"]
+    return f"[{low:.2f}, {high:.2f}]" if math.isfinite(low + high) else "unknown"
 
 
 def _overlap(first: dict, last: dict) -> str:
+    """Whether the two intervals do; "" where one is unknown."""
+    if not all(math.isfinite(e["low"] + e["high"]) for e in (first, last)):
+        return ""
     return "overlap" if first["low"] <= last["high"] and last["low"] <= first["high"] else "do not overlap"
 
 
@@ -139,22 +146,24 @@ def _headline(evaluations: list[dict], metrics: list[dict], config: dict, every:
         sentence = "No held-out evaluation has a result." if every else "No held-out evaluation was recorded."
     elif len(evaluations) == 1:
         last = evaluations[0]
-        sentence = (f"OCR reward {last['reward']:.2f} on {last['num']} held-out prompts, {SURE} confidence interval "
-                    f"{_interval(last)}.")
+        sentence = (f"OCR reward {_reward(last['reward'])} on {last['num']} held-out prompts, {SURE} confidence "
+                    f"interval {_interval(last)}.")
         notes.append(f"There is one evaluation so far, after epoch {last['epoch']}: nothing to compare it with.")
-        tiles.append((f"{last['reward']:.2f}", f"after epoch {last['epoch']}, {SURE} CI {_interval(last)}"))
+        tiles.append((_reward(last["reward"]), f"after epoch {last['epoch']}, {SURE} CI {_interval(last)}"))
     else:
         first, last = evaluations[0], evaluations[-1]
-        sentence = (f"OCR reward {first['reward']:.2f} → {last['reward']:.2f} on {last['num']} held-out prompts, "
-                    f"{SURE} confidence intervals {_interval(first)} and {_interval(last)}, {_overlap(first, last)}.")
+        change = (f"OCR reward {_reward(first['reward'])} → {_reward(last['reward'])} on {last['num']} held-out "
+                  "prompts")
+        both, verdict = f"{SURE} confidence intervals {_interval(first)} and {_interval(last)}", _overlap(first, last)
+        sentence = f"{change}. The {both} {verdict}." if verdict else f"{change}, {both}."
         before, after = np.array(first["rewards"]), np.array(last["rewards"])
-        tiles = [(f"{e['reward']:.2f}", f"after epoch {e['epoch']}, {SURE} CI {_interval(e)}") for e in (first, last)]
+        tiles = [(_reward(e["reward"]), f"after epoch {e['epoch']}, {SURE} CI {_interval(e)}") for e in (first, last)]
         if np.isfinite(after - before).sum() >= 2:
             mean, low, high = paired_difference(before, after)
             tiles.append((f"{mean:+.2f}", f"per prompt and seed, {SURE} CI [{low:+.2f}, {high:+.2f}]"))
         tiles.append((f"{(after > before).sum()} : {(after < before).sum()}",
                       f"prompts better : worse, {(after == before).sum()} equal"))
-    failed = evaluations[-1].get("failed_scores", 0) if evaluations else 0
+    failed = evaluations and number(evaluations[-1], "failed_scores")
     if failed:
         notes.append(f"{failed} of {len(evaluations[-1]['prompts'])} samples of the last evaluation could not be "
                      "scored and are left out.")
@@ -166,12 +175,15 @@ def _headline(evaluations: list[dict], metrics: list[dict], config: dict, every:
     for name in dict.fromkeys(name for m in metrics for name in m.get("failed_rewards", {})):
         if count := sum(m.get("failed_rewards", {}).get(name, 0) for m in metrics):
             notes.append(f"{name} could not be measured for {count:,} videos of the training.")
-    if done and done < config.get("epochs", 0) and not Budget(**config.get("budget", {})).reached(
-            Spent(metrics[-1].get("spent_evaluations", 0), metrics[-1].get("spent_seconds", 0.0))):
+    if done and done < (number(config, "epochs") or 0) and not budget_of(config).reached(
+            Spent(*(number(metrics[-1], f"spent_{name}") or 0 for name in ("evaluations", "seconds")))):
         notes.append(f"Epoch {done} of {config['epochs']}: the run is not finished.")
+    if missing := run_log.ranges(set(range(1, max([done, *(e["epoch"] for e in evaluations)]) + 1))
+                                 - {m["epoch"] for m in metrics} if metrics else ()):
+        notes.append(f"The log has no record of epoch(s) {missing}; curves and figures leave them out.")
     if metrics:
-        tiles.append((f"{done}", f"epochs, {sum(m.get('videos', 0) for m in metrics):,} videos sampled"
-                      if "videos" in metrics[-1] else "epochs"))
+        videos = [number(m, "videos") for m in metrics]
+        tiles.append((f"{done}", f"epochs, {sum(v or 0 for v in videos):,} videos sampled" if videos[-1] else "epochs"))
     figures = "".join(f'<div class="tile"><b>{html.escape(v)}</b><span>{html.escape(t)}</span></div>' for v, t in tiles)
     notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
     return (f'<p class="lead">{html.escape(sentence)}</p>{notes}'
@@ -179,7 +191,9 @@ def _headline(evaluations: list[dict], metrics: list[dict], config: dict, every:
 
 
 def _reward_chart(evaluations: list[dict], metrics: list[dict]) -> str:
-    points = [(m["epoch"], m["reward_mean"]) for m in metrics if math.isfinite(m.get("reward_mean", math.nan))]
+    points = [(m["epoch"], reward) for m in metrics
+              if (reward := number(m, "reward_mean")) is not None and math.isfinite(reward)]
+    evaluations = [e for e in evaluations if math.isfinite(e["reward"])]
     if not points and not evaluations:
         return ""
 
@@ -211,6 +225,7 @@ def _pictures(folder: pathlib.Path, evaluations: list[dict]) -> str:
     if not sides:
         return '<p class="note">No previews were kept.</p>' if evaluations else ""
     count = min(len(videos) for _, videos in sides)
+    count = min(count, len(sides[0][0]["prompts"]))
     budget = MEDIA_BYTES // (count * len(sides))
     cards = []
     for i in range(count):
@@ -275,7 +290,8 @@ def _prompt_table(evaluations: list[dict]) -> str:
 def _timings(metrics: list[dict], evaluations: list[dict]) -> str:
     """Mean seconds an epoch by stage; the first epoch apart, because it compiles. And the device's idle share: outside
     sampling, decoding and update it has nothing to do."""
-    timed = [m["seconds"] for m in metrics if isinstance(m.get("seconds"), dict)]
+    timed = [{stage: value for stage in m["seconds"] if (value := number(m["seconds"], stage)) is not None}
+             for m in metrics if isinstance(m.get("seconds"), dict)]
     if not timed:
         return ""
     steady = timed[1:] or timed
@@ -288,10 +304,10 @@ def _timings(metrics: list[dict], evaluations: list[dict]) -> str:
     rows = [[f'<i class="dot s{i % 6}"></i>{names[i]}', f"{mean[s]:.2f}", f"{mean[s] / total:.0%}",
              f"{timed[0].get(s, 0.0):.2f}"] for i, s in enumerate(stages)]
     rows.append(["all stages", f"{total:.2f}", "100%", f"{sum(v for k, v in timed[0].items() if k != 'total'):.2f}"])
-    idle = [m["idle_share"] for m in metrics if "idle_share" in m and isinstance(m.get("seconds"), dict)]
+    idle = [m["idle_share"] for m in metrics if number(m, "idle_share") is not None]
     waits = f" The device waits for the host {np.mean(idle[1:] or idle):.1%} of an epoch." if idle else ""
     over = f"{len(steady)} epoch(s) after the first, which compiles" if timed[1:] else "the only epoch, which compiles"
-    evaluation = [e["seconds"] for e in evaluations if "seconds" in e]
+    evaluation = [e["seconds"] for e in evaluations if number(e, "seconds") is not None]
     return (f'<p class="note">Mean over {over}. Scores are computed while the next batch is sampled: only the wait for '
             f'the last ones counts.{waits}</p><div class="bar">{bar}</div>'
             + table(["stage", "s an epoch", "share", "first epoch, s"], rows, escape=False)
@@ -301,23 +317,34 @@ def _timings(metrics: list[dict], evaluations: list[dict]) -> str:
 
 def _health(metrics: list[dict]) -> str:
     """The first, the last and the worst value of each metric; below it those of each of two experts."""
-    rows = []
+    rows, several = [], [m for m in metrics if isinstance(m.get(EXPERTS), dict)]
+    experts = dict.fromkeys(expert for m in several for expert in m[EXPERTS])
     for key, (name, worse, expect) in HEALTH.items():
         rows += _health_row(metrics, key, name, worse, expect)
-        for expert in dict.fromkeys(expert for m in metrics for expert in m.get(EXPERTS, {})):
-            theirs = [m[EXPERTS][expert] | {"epoch": m["epoch"]} for m in metrics if expert in m.get(EXPERTS, {})]
+        for expert in experts:
+            theirs = [m[EXPERTS][expert] | {"epoch": m["epoch"]} for m in several
+                      if isinstance(m[EXPERTS].get(expert), dict)]
             rows += _health_row(theirs, key, f"{name}, {expert}", worse, "")
     return table(["", "first", "last", "worst", "expected"], rows) if rows else ""
 
 
 def _health_row(records: list[dict], key: str, name: str, worse: Callable, expect: str) -> list[list[str]]:
     """Of the records that have the metric. The worst is that of single updates where an epoch has several."""
-    found = [(m[key], m.get(f"{key}_{worse.__name__}", m[key]), m["epoch"]) for m in records if key in m]
+    found = [(m[key], m["epoch"], number(m, f"{key}_{worse.__name__}")) for m in records if number(m, key) is not None]
     if not found:
         return []
-    bad = [(value, epoch) for value, _, epoch in found if not math.isfinite(value)]
-    worst, epoch = bad[0] if bad else worse(((end, epoch) for _, end, epoch in found), key=lambda v: v[0])
+    ends = [(value if end is None else end, epoch) for value, epoch, end in found]
+    bad = [(value, epoch) for value, epoch, _ in found if not math.isfinite(value)]
+    worst, epoch = bad[0] if bad else worse(ends, key=lambda v: v[0])
     return [[name, _short(found[0][0]), _short(found[-1][0]), f"{_short(worst)} (epoch {epoch})", expect]]
+
+
+def budget_of(config: dict) -> Budget:
+    """A run's budget by its config.json; none where that has no sound one."""
+    try:
+        return Budget(**config.get("budget", {}))
+    except (TypeError, ValueError):
+        return Budget()
 
 
 def _settings(config: dict) -> str:

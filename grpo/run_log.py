@@ -10,6 +10,7 @@
 
 The JSON is strict: NaN and infinities are written as null and read back as NaN. Every line is on disk when the call
 returns; a file that is replaced is replaced whole. OSError (disk full, read-only folder) is left to the caller.
+Whatever cannot be read back is left out, with one warning for each file.
 """
 
 import contextlib
@@ -19,15 +20,23 @@ import math
 import numbers
 import os
 import pathlib
+import re
+import shutil
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from grpo import sinks
+from grpo.run_files import read_json, warn, write_atomically
 from grpo.sinks import Sheet, TensorBoard
 from wan_jax import media
 
 METRICS, EVALUATIONS, CONFIG = "metrics.jsonl", "evals.jsonl", "config.json"
 EXPERTS = "experts"  # key in an epoch's record: the metrics of each of two trained experts, by name
+PREVIEW = re.compile(r"eval_(\d+)\.npz")
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # of a cut or damaged .npz
 GIF_FRAMES, GIF_FPS = 16, 8  # of a clip's previews on a sheet
 
 
@@ -35,8 +44,8 @@ class RunLog:
     """Writes one run's folder.
 
     resume_epoch: the epoch of the checkpoint the run continues after; later records are dropped, because the run will
-    write them again. None: the run starts at the beginning, and records of an earlier attempt are set aside as
-    `*.old`.
+    write them again, and a warning says which earlier ones are missing. A file with lines that are no records is kept
+    as `*.damaged`. None: the run starts at the beginning, and records of an earlier attempt are set aside as `*.old`.
     trackers: `config.log`, which says where numbers and previews go beside; None: to TensorBoard alone.
     """
 
@@ -50,11 +59,15 @@ class RunLog:
             if resume_epoch is None:
                 os.replace(path, path.with_name(name + ".old"))
             else:
-                kept = [r for r in _read_lines(path) if r["epoch"] <= resume_epoch]
-                write_atomically(path, b"".join(_line(r) for r in kept))
+                records, whole = _read_lines(path)
+                if not whole:
+                    shutil.copy2(path, path.with_name(name + ".damaged"))
+                write_atomically(path, b"".join(_line(r) for r in records if r["epoch"] <= resume_epoch))
+        if resume_epoch is not None:
+            warn_of_missing(self.folder, resume_epoch)
         last = -1 if resume_epoch is None else resume_epoch
         for path in (self.folder / "previews").glob("eval_*.npz"):
-            if int(path.stem.removeprefix("eval_")) > last:
+            if (named := PREVIEW.fullmatch(path.name)) and int(named[1]) > last:
                 path.unlink()
         self._sinks = [TensorBoard(self.folder / "tensorboard", last + 1)]
         if trackers is not None:
@@ -121,15 +134,36 @@ class SilentLog:
     def close(self) -> None: ...
 
 
+def warn_of_missing(folder, epoch: int) -> None:
+    """Warn of records that a run lacks although its checkpoint of `epoch` exists."""
+    if missing := ranges(set(range(1, epoch + 1)) - {record["epoch"] for record in read_metrics(folder)}):
+        warn(f"{pathlib.Path(folder, METRICS)} has no record of epoch(s) {missing}, which the checkpoint of epoch "
+             f"{epoch} contains: the run continues, but its log and report lack them")
+    if 0 not in [record["epoch"] for record in read_evaluations(folder)]:
+        warn(f"{pathlib.Path(folder, EVALUATIONS)} has no evaluation of epoch 0: the report cannot compare with the "
+             "model before training")
+
+
+def ranges(values: Iterable[int]) -> str:
+    """{1, 2, 3, 7} -> '1 to 3, 7'."""
+    spans = []
+    for value in sorted(values):
+        if spans and spans[-1][1] == value - 1:
+            spans[-1][1] = value
+        else:
+            spans.append([value, value])
+    return ", ".join(f"{first} to {last}" if last > first else str(first) for first, last in spans)
+
+
 def read_metrics(folder) -> list[dict]:
     """The records of metrics.jsonl, oldest first; [] when there are none. A last line cut off by a kill is ignored."""
-    return _read_lines(pathlib.Path(folder, METRICS))
+    return _read_lines(pathlib.Path(folder, METRICS))[0]
 
 
 def read_evaluations(folder, frames: int | None = None) -> list[dict]:
-    """The records of evals.jsonl, oldest first; [] when there are none. A last line cut off by a kill is ignored.
-    frames: those at a further length."""
-    return _read_lines(pathlib.Path(folder, evaluations_name(frames)))
+    """The records of evals.jsonl that `check_evaluation` accepts, oldest first; [] when there are none. A last line cut
+    off by a kill is ignored. frames: those at a further length."""
+    return _read_lines(pathlib.Path(folder, evaluations_name(frames)), check_evaluation)[0]
 
 
 def evaluations_name(frames: int | None) -> str:
@@ -137,18 +171,25 @@ def evaluations_name(frames: int | None) -> str:
 
 
 def read_config(folder) -> dict:
-    """config.json; {} when there is none."""
-    path = pathlib.Path(folder, CONFIG)
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """config.json; {} when there is none, or none that can be read."""
+    return read_json(pathlib.Path(folder, CONFIG))
 
 
 def read_previews(folder, epoch: int) -> np.ndarray | None:
-    """uint8 [n, T, H, W, 3] of the evaluation after `epoch`; None when there are none."""
+    """uint8 [n, T, H, W, 3] of the evaluation after `epoch`; None when there are none, or none that can be read."""
     path = preview_path(folder, epoch)
     if not path.exists():
         return None
-    with np.load(path) as file:
-        return file["videos"]
+    try:
+        with np.load(path) as file:
+            videos = file["videos"]
+        if videos.dtype == np.uint8 and videos.ndim == 5 and videos.shape[-1] == 3 and videos.size:
+            return videos
+        problem = f"{videos.dtype} {videos.shape} is not uint8 [n, T, H, W, 3]"
+    except UNREADABLE as error:
+        problem = str(error)
+    warn(f"{path} cannot be read and is left out: {problem}")
+    return None
 
 
 def preview_path(folder, epoch: int) -> pathlib.Path:
@@ -177,17 +218,21 @@ def append_line(path: pathlib.Path, record: dict) -> None:
         raise
 
 
-def write_atomically(path: pathlib.Path, data: bytes) -> None:
-    """The whole file or no change, whatever happens in between."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def number(record: dict, key: str) -> float | None:
+    """record[key] where it is a number, NaN included; else None."""
+    value = record.get(key)
+    return value if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
+
+
+def check_evaluation(record: dict) -> None:
+    """Raise ValueError unless the record has what every reader of evaluations uses."""
+    _epoch_of(record)
+    if missing := [key for key in ("reward", "low", "high", "num") if number(record, key) is None]:
+        raise ValueError(f"no number under {', '.join(missing)}")
+    for key, kind in (("rewards", numbers.Real), ("prompts", str), ("texts", str)):
+        if not (isinstance(record.get(key), list) and all(isinstance(value, kind) for value in record[key])
+                and len(record[key]) == len(record["rewards"])):
+            raise ValueError(f"no list of one entry a prompt under {key}")
 
 
 def _epoch_of(record: dict) -> int:
@@ -214,22 +259,31 @@ def plain(value):
     return value if value is None or isinstance(value, (str, bool, int)) else str(value)
 
 
-def _read_lines(path: pathlib.Path) -> list[dict]:
+def _read_lines(path: pathlib.Path, check: Callable[[dict], object] = _epoch_of) -> tuple[list[dict], bool]:
+    """The lines that are records, and whether all are; a warning names the others. `check` raises ValueError on a
+    record that cannot be used. A last line that is no JSON was cut off by a kill and does not count."""
     if not path.exists():
-        return []
+        return [], True
     lines = [line for line in path.read_bytes().decode(errors="replace").split("\n") if line.strip()]
-    records = []
-    for number, line in enumerate(lines, 1):
+    records, bad = [], []
+    for i, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-            _epoch_of(record)
-        except (ValueError, AttributeError) as error:
-            if number == len(lines):
-                break  # cut off by a kill
-            raise ValueError(f"{path}: line {number} of {len(lines)} is not a record ({error}); repair or remove it "
-                             "to read this run") from None
-        records.append(_nan_for_null(record))
-    return records
+            record = _nan_for_null(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            if i < len(lines):
+                bad.append(f"line {i} ({error})")
+            continue
+        try:
+            if not isinstance(record, dict):
+                raise ValueError("not a JSON object")
+            check(record)
+            records.append(record)
+        except ValueError as error:
+            bad.append(f"line {i} ({error})")
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        warn(f"{path}: {len(bad)} of {len(lines)} lines cannot be read and are left out: {', '.join(bad[:3])}{more}")
+    return records, not bad
 
 
 def _nan_for_null(value):

@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
+from grpo.run_files import read_json, write_atomically
 from wan_jax.cli import UserError
 
 TRACKERS = "trackers.json"
@@ -191,16 +192,11 @@ def _name(folder: pathlib.Path) -> str:
 
 def _known(folder: pathlib.Path, name: str, key: dict) -> str | None:
     """The id of this folder's run at a tracker; None where it has none, or had it elsewhere."""
-    entry = _read(folder).get(name, {})
-    return entry.get("id") if all(entry.get(k) == v for k, v in key.items()) else None
+    entry = read_json(folder / TRACKERS).get(name)
+    known = isinstance(entry, dict) and all(entry.get(k) == v for k, v in key.items())
+    return entry.get("id") if known else None
 
 
 def _remember(folder: pathlib.Path, name: str, key: dict, run: str) -> None:
-    temporary = folder / f".{TRACKERS}.part"
-    temporary.write_text(json.dumps(_read(folder) | {name: key | {"id": run}}, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / TRACKERS)
-
-
-def _read(folder: pathlib.Path) -> dict:
-    path = folder / TRACKERS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = read_json(folder / TRACKERS) | {name: key | {"id": run}}
+    write_atomically(folder / TRACKERS, (json.dumps(known, indent=1) + "\n").encode())

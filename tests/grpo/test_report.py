@@ -78,7 +78,7 @@ def test_whole_report(tmp_path):
     text = run(tmp_path / "a<b>")
     page = Checker(text)
     words = page.text.replace("\N{NO-BREAK SPACE}", " ")
-    assert ("OCR reward 0.46 → 0.61 on 8 held-out prompts, 95 % confidence intervals [0.42, 0.50] and [0.57, 0.65], "
+    assert ("OCR reward 0.46 → 0.61 on 8 held-out prompts. The 95 % confidence intervals [0.42, 0.50] and [0.57, 0.65] "
             "do not overlap.") in words
     assert "+0.15" in words and "8 : 0" in words
     assert "9.5 (epoch 2)" in words, "the worst gradient norm"

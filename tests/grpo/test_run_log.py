@@ -111,14 +111,6 @@ def test_a_new_start_sets_old_records_aside(tmp_path):
     assert (tmp_path / "metrics.jsonl.old").read_bytes() == old
 
 
-def test_a_broken_line_in_the_middle_is_named(tmp_path):
-    write(tmp_path, (1, 2, 3))
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0], lines[1][:9], lines[2]]))
-    with pytest.raises(ValueError, match=r"metrics.jsonl: line 2 of 3"):
-        read_metrics(tmp_path)
-
-
 def test_full_disk_leaves_good_files(tmp_path, monkeypatch):
     write(tmp_path, (1, 2), evals=(2,))
     log = RunLog(tmp_path, 2)
