@@ -6,22 +6,28 @@ ids. What a resumed run computes again is the same to the bit: Weights & Biases 
 """
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import math
 import os
 import pathlib
+import re
 import tempfile
 import time
 from collections.abc import Mapping
 from typing import Protocol
 
 from grpo.run_files import read_json, write_atomically
+from rewards.packages import import_problem
 from wan_jax.cli import UserError
 
 TRACKERS = "trackers.json"
 QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}  # by default it waits minutes
 PARAMETER = 6000  # characters of a parameter's value that MLflow takes
+# user:password of scheme://user:password@host, up to the last @ of the host's part; ?password=...
+SECRET = re.compile(r"(://)[^/\s?#]*(?=@)|([?&;][\w-]*(?:password|passwd|pwd|token|secret|key)=)[^&;\s'\"]*",
+                    re.IGNORECASE)
 BATCH = 1000  # metrics that MLflow takes at once, and ten times as many as parameters
 
 
@@ -74,8 +80,7 @@ class WandB:
     """Weights & Biases; whether it is online, WANDB_MODE and `wandb login` say."""
 
     def __init__(self, folder: pathlib.Path, project: str, entity: str, resume: bool):
-        import wandb
-
+        wandb = imported("wandb")
         self.wandb, key = wandb, {"project": project, "entity": entity}
         known = _known(folder, "wandb", key) if resume else None
         try:
@@ -83,13 +88,14 @@ class WandB:
                 project=project, entity=entity or None, name=_name(folder), dir=str(folder), id=known,
                 resume="allow" if known else None, settings=wandb.Settings(console="off", silent=True))
         except wandb.errors.Error as error:
-            raise UserError(f"config.log.wandb.project={project}: {error}; log in with `wandb login`, or set "
-                            "WANDB_MODE=offline and send the run later with `wandb sync`") from None
+            raise UserError(f"config.log.wandb.project={project}: {masked(str(error))}; log in with `wandb login`, or "
+                            "set WANDB_MODE=offline and send the run later with `wandb sync`") from None
         _remember(folder, "wandb", key, self.run.id)
         self.last = self.run.step  # of what an earlier attempt logged
 
     def config(self, values: dict) -> None:
-        self.run.config.update(values, allow_val_change=True)
+        self.run.config.update({key: masked(value) if isinstance(value, str) else value
+                                for key, value in values.items()}, allow_val_change=True)
 
     def numbers(self, values: Mapping[str, float], epoch: int) -> None:
         self._log(values, epoch)
@@ -116,11 +122,11 @@ class MLflow:
     def __init__(self, folder: pathlib.Path, uri: str, experiment: str, resume: bool):
         for name, value in QUICK.items():
             os.environ.setdefault(name, value)
-        import mlflow
+        mlflow = imported("mlflow")
         from mlflow.entities import Metric, Param
 
         self.errors, self.metric, self.param = (mlflow.exceptions.MlflowException, OSError), Metric, Param
-        self.uri, key = uri, {"uri": uri, "experiment": experiment}
+        self.uri, key = masked(uri), {"uri": masked(uri), "experiment": experiment}
         known = _known(folder, "mlflow", key) if resume else None
         try:
             self.client = mlflow.MlflowClient(tracking_uri=uri)
@@ -131,11 +137,12 @@ class MLflow:
                 number = found.experiment_id if found else self.client.create_experiment(experiment)
                 known = self.client.create_run(number, run_name=_name(folder)).info.run_id
         except (*self.errors, ImportError) as error:
-            raise UserError(f"config.log.mlflow.uri={uri}: {' '.join(str(error).split())}") from None
+            raise UserError(f"config.log.mlflow.uri={self.uri}: {masked(' '.join(str(error).split()))}") from None
         self.run, self.told = known, resume
         _remember(folder, "mlflow", key, known)
 
     def config(self, values: dict) -> None:
+        values = {key: masked(value) if isinstance(value, str) else value for key, value in values.items()}
         self._send(self.client.log_dict, values, "config.json")
         if not self.told:  # parameters cannot change once they are there
             parameters = [self.param(k, str(v)[:PARAMETER]) for k, v in values.items()]
@@ -162,7 +169,13 @@ class MLflow:
         try:
             call(self.run, *args, **kwargs)
         except self.errors as error:
-            print(f"warning: MLflow at {self.uri} did not take it: {' '.join(str(error).split())[:300]}", flush=True)
+            print(f"warning: MLflow at {self.uri} did not take it: {masked(' '.join(str(error).split()))[:300]}",
+                  flush=True)
+
+
+def masked(text: str) -> str:
+    """The text without what comes before @ in a URL, and without passwords and tokens among its parameters."""
+    return SECRET.sub(lambda found: f"{found[1] or found[2]}***", text)
 
 
 def check(log) -> None:
@@ -170,8 +183,16 @@ def check(log) -> None:
     for package, key in (("wandb", "wandb.project"), ("mlflow", "mlflow.uri")):
         section, name = key.split(".")
         if log[section][name] and importlib.util.find_spec(package) is None:
-            raise UserError(f"config.log.{key}={log[section][name]} needs the package {package}: pip install -e "
-                            f"'.[{package}]'")
+            raise UserError(f"config.log.{key}={masked(log[section][name])} needs the package {package}: pip install "
+                            f"-e '.[{package}]'")
+
+
+def imported(package: str):
+    """Raises `UserError` where the package is there and cannot be imported."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(import_problem(f"config.log.{package}", error, f"pip install -e '.[{package}]'")) from None
 
 
 def trackers(folder: pathlib.Path, log, resume: bool) -> list[Sink]:
@@ -193,7 +214,7 @@ def _name(folder: pathlib.Path) -> str:
 def _known(folder: pathlib.Path, name: str, key: dict) -> str | None:
     """The id of this folder's run at a tracker; None where it has none, or had it elsewhere."""
     entry = read_json(folder / TRACKERS).get(name)
-    known = isinstance(entry, dict) and all(entry.get(k) == v for k, v in key.items())
+    known = isinstance(entry, dict) and all(masked(str(entry.get(k))) == v for k, v in key.items())
     return entry.get("id") if known else None
 
 

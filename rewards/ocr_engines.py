@@ -24,6 +24,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from rewards.packages import import_problem
+
 Point = tuple[float, float]
 
 
@@ -119,8 +121,8 @@ class RapidOCREngine:
                 import onnxruntime  # noqa: F401  (RapidOCR's own message does not say what to install)
                 from rapidocr import RapidOCR
             except ImportError as error:
-                raise ImportError(f"OCR engine 'rapidocr' needs a package that is missing ({error}): "
-                                  f"pip install 'rapidocr==3.10.*' onnxruntime") from error
+                raise ImportError(import_problem("OCR engine 'rapidocr'", error,
+                                                 "pip install 'rapidocr==3.10.*' onnxruntime")) from error
             self._readers[small] = RapidOCR(params=self._params | self._limits[small] | self._overrides)
         return self._readers[small]
 
@@ -149,8 +151,8 @@ class PaddleOCREngine:
         try:
             import paddleocr
         except ImportError as error:
-            raise ImportError(f"OCR engine 'paddleocr' needs a package that is missing ({error}): "
-                              f"pip install paddleocr==2.9.1 paddlepaddle==3.3.1") from error
+            raise ImportError(import_problem("OCR engine 'paddleocr'", error,
+                                             "pip install paddleocr==2.9.1 paddlepaddle==3.3.1")) from error
         if not str(paddleocr.__version__).startswith("2."):
             raise ImportError(f"paddleocr {paddleocr.__version__} has another interface than 2.x: "
                               f"pip install paddleocr==2.9.1 paddlepaddle==3.3.1")
