@@ -79,7 +79,7 @@ def write_component(plan: Plan, dst: pathlib.Path, journal: Journal) -> dict:
 
     The journal learns of a tensor when its bytes are on the disk, so it can be believed after a power cut too.
     """
-    start, path = time.time(), model_dir.params_path(dst, plan.component)
+    start, path = time.monotonic(), model_dir.params_path(dst, plan.component)
     path.parent.mkdir(exist_ok=True)
     shutil.copyfile(plan.source / plan.component / "config.json", path.parent / "config.json")
     store = reopened(plan, path, journal.done(plan.component))
@@ -107,7 +107,7 @@ def write_component(plan: Plan, dst: pathlib.Path, journal: Journal) -> dict:
     journal.add(plan.component, written)
     earlier = f", {len(done)} tensors of them earlier" if done else ""
     print(f"{plan.component}: {len(plan.table)} tensors, {plan.parameters:,} parameters, {plan.size / 1e9:.3f} GB, "
-          f"{time.time() - start:.1f} s{earlier}", flush=True)
+          f"{time.monotonic() - start:.1f} s{earlier}", flush=True)
     return {"tensors": len(plan.table), "parameters": plan.parameters, "bytes": plan.size}
 
 

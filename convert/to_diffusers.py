@@ -139,7 +139,7 @@ def export(src, dst, checkpoint: str | None = None, dtype: str = "stored", overw
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
         for component in model.components:
-            start = time.time()
+            start = time.monotonic()
             (partial / component).mkdir()
             shutil.copyfile(model.path / component / "config.json", partial / component / "config.json")
             store = model.arrays(component)
@@ -151,7 +151,8 @@ def export(src, dst, checkpoint: str | None = None, dtype: str = "stored", overw
             cli.check_space(partial, size, f"the {component}")
             write_tensors(partial / component, STEMS[component], table, dtypes, merged.read, int(shard_gb * 1e9),
                           model.metadata)
-            print(f"{component}: {len(table)} tensors, {size / 1e9:.3f} GB, {time.time() - start:.1f} s", flush=True)
+            print(f"{component}: {len(table)} tensors, {size / 1e9:.3f} GB, {time.monotonic() - start:.1f} s",
+                  flush=True)
             if merged.rounds:
                 print(f"{component}: rounding to the type written lost {100 * merged.lost:.2g} % of the trained change "
                       "(relative norm); --dtype float32 keeps it, as does python -m convert.export_lora", flush=True)

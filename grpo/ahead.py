@@ -171,7 +171,7 @@ class CompileCounter:
     def _listen(self, event: str, duration: float, fun_name: str = "", **_):
         if event == COMPILED:
             self.names.append(fun_name)
-            self.seconds += duration
+            self.seconds += max(0.0, duration)  # JAX takes it from the clock, which may have been set
 
     def clear(self):
         self.names.clear()

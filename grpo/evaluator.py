@@ -67,7 +67,7 @@ class Evaluator:
     def __call__(self, arrays: Callable, epoch: int, progress=lambda x, **_: x) -> Evaluation:
         """arrays(expert): what its step takes first. One sample a prompt, its noise from (seed, number). Every process
         scores the videos on its own devices; the result is the same on all."""
-        start, pending, kept = time.time(), [], []
+        start, pending, kept = time.monotonic(), [], []
         total, key = len(self.prompts), jax.random.key(self.seed)
         replicated, sharded = mesh_lib.replicated(self.mesh), mesh_lib.batch_sharding(self.mesh)
         firsts = range(0, total, self.batch_size)
@@ -93,7 +93,7 @@ class Evaluator:
         record = {"epoch": epoch, "reward": mean, "low": low, "high": high, "num": num,
                   "failed_scores": scores.failures, **scores.counts(), "rewards": [float(r) for r in rewards],
                   "prompts": list(self.prompts.prompts), "texts": scores.texts,
-                  "seconds": time.time() - start}
+                  "seconds": time.monotonic() - start}
         if scores.parts:
             record["measures"] = base_statistics(scores.parts)
         if self.unguided:

@@ -50,16 +50,22 @@ BOUNDS = {"ratio_min": min, "ratio_max": max, "ratio_max_error": max}  # what an
 
 
 class Stopwatch:
-    """Called after a stage: adds the seconds since the last call, once the arrays given are computed."""
+    """Called after a stage: adds the seconds since the last call, once the arrays given are computed. The clock is
+    monotonic: setting the machine's clock changes no duration and ends no budget."""
 
     def __init__(self):
-        self.begun = self.last = time.time()
+        self.first = self.last = time.monotonic()
         self.seconds = dict.fromkeys(STAGES, 0.0)
 
     def __call__(self, stage: str, wait_for=None) -> None:
         jax.block_until_ready(wait_for)
-        before, self.last = self.last, time.time()
+        before, self.last = self.last, time.monotonic()
         self.seconds[stage] += self.last - before
+
+    @property
+    def total(self) -> float:
+        """Seconds since the beginning."""
+        return time.monotonic() - self.first
 
 
 @dataclasses.dataclass(frozen=True)

@@ -279,9 +279,9 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
 
         # log, save, evaluate: in this order, so that a resumed run repeats what no checkpoint holds, and nothing that
         # goes wrong in an evaluation costs an epoch; an evaluation that is cut off is made when the run goes on
-        seconds = lap.seconds | {"save": save_seconds, "total": time.time() - lap.begun}
+        seconds = lap.seconds | {"save": save_seconds, "total": lap.total}
         working = seconds["sample"] + seconds["decode"] + seconds["update"]
-        spent += Spent(evaluations, hosts.gather(seconds["total"] - compiled.seconds)[0])
+        spent += Spent(evaluations, hosts.gather(max(0.0, seconds["total"] - compiled.seconds))[0])
         final = epoch == c.epochs or s.budget.reached(spent)
         failed, groups = int((~lesson.valid).sum()), lesson.groups
         check_folder()
@@ -298,13 +298,13 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
             + (f"grad {record['grad_norm']:.2e}" if "grad_norm" in record else "nothing to learn from")
             + (f", {failures}" if (failures := format_failures(failed, scores.counts())) else "") + " | "
             + " ".join(f"{k} {v:.1f}" for k, v in seconds.items() if v >= 0.05) + " s")
-        saving = time.time()
+        saving = time.monotonic()
         hosts.stage(f"epoch {epoch}: saving")
         check_folder()
         ending = asked_to_end()
         if epoch % c.save.every == 0 or final or ending:
             save(epoch)
-        save_seconds = time.time() - saving  # shown with the next epoch
+        save_seconds = time.monotonic() - saving  # shown with the next epoch
         if evaluation_is_due(epoch) and (final or not ending):
             evaluate(epoch)
             if ending := asked_to_end():

@@ -1,0 +1,34 @@
+"""Durations and budgets are taken from the monotonic clock: setting the machine's clock changes none of them."""
+
+import functools
+import pathlib
+import re
+import time
+import types
+
+from grpo.ahead import COMPILED, CompileCounter
+from grpo.learner import Stopwatch
+
+ROOT = pathlib.Path(__file__).parents[1]
+TIMESTAMPS = {"grpo/sinks.py"}  # what MLflow shows as the time of a metric
+
+
+def test_only_timestamps_are_of_the_wall_clock():
+    found = {str(path.relative_to(ROOT)) for package in ("wan_jax", "grpo", "rewards", "convert")
+             for path in (ROOT / package).rglob("*.py") if re.search(r"\btime\.time\(|datetime\.", path.read_text())}
+    assert found == TIMESTAMPS
+
+
+def test_a_clock_that_is_set_changes_no_stage(monkeypatch):
+    lap = Stopwatch()
+    for now in (4e9, 0.0):
+        monkeypatch.setattr(time, "time", functools.partial(float, now))
+        lap("sample")
+        lap("update")
+    assert 0 <= sum(lap.seconds.values()) <= lap.total < 60 and min(lap.seconds.values()) >= 0
+
+
+def test_what_jax_measured_over_a_jump_backwards_counts_as_nothing():
+    counter = types.SimpleNamespace(names=[], seconds=1.0)
+    CompileCounter._listen(counter, COMPILED, -86400.0, "update")
+    assert counter.seconds == 1.0 and counter.names == ["update"]
