@@ -2,8 +2,8 @@
 
 Evaluations are the model's while sampling: one for every video and denoising step, whatever the guidance (with a
 prefix that a group shares, one for the group). The update's passes are not among them, held-out evaluations neither.
-Seconds are those of the epochs: sampling, decoding, waiting for scores, update; without start, compilation, held-out
-evaluations and checkpoints. They are taken from a monotonic clock, which setting the time of the machine does not change.
+Seconds are those of the epochs, by a monotonic clock: sampling, decoding, waiting for scores, update; without start,
+compilation, held-out evaluations and checkpoints.
 """
 
 import dataclasses

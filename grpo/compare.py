@@ -141,8 +141,8 @@ def check_not_beyond(folder: pathlib.Path, unit: str, amount: float):
     metrics = run_log.read_metrics(folder)
     budget = Budget() if unit == "epochs" else Budget(**{unit: amount})
     before = metrics[-2:-1]  # a run stops with the epoch that reaches the budget, so the one before has not
-    if any(m["epoch"] >= amount if unit == "epochs" else
-           budget.reached(Spent(m["spent_evaluations"], m["spent_seconds"])) for m in before):
+    if any(m["epoch"] >= amount if unit == "epochs" else budget.reached(
+            Spent(*(run_log.number(m, f"spent_{name}") or 0 for name in ("evaluations", "seconds")))) for m in before):
         raise UserError(f"{folder} has spent more than {unit}:{amount:g} already; give a larger --budget or another "
                         "--out")
 

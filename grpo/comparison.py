@@ -52,12 +52,18 @@ class Comparison:
 
 def read_curve(folder) -> Curve:
     """Of a run's folder, without evaluations that have no result. Raises `UserError` where these are the first or the
-    last, which tell what the run gained, and ValueError where an evaluation has no record of its epoch."""
-    spent = {0: (0, 0.0)} | {m["epoch"]: (m["spent_evaluations"], m["spent_seconds"])
-                             for m in run_log.read_metrics(folder)}
+    last, which tell what the run gained, and where an evaluation has no record of its epoch."""
+    spent = {0: (0, 0.0)}
+    for m in run_log.read_metrics(folder):
+        both = tuple(run_log.number(m, f"spent_{name}") for name in AXES)
+        if None not in both:
+            spent[m["epoch"]] = both
     records = run_log.read_evaluations(folder)
+    if not records:
+        raise UserError(f"{folder}: {run_log.EVALUATIONS} has no evaluation; remove the folder to run it again")
     if missing := [r["epoch"] for r in records if r["epoch"] not in spent]:
-        raise ValueError(f"{folder}: {run_log.METRICS} has no record of epoch {missing[0]}, which was evaluated")
+        raise UserError(f"{folder}: {run_log.METRICS} has no record of epoch {missing[0]}, which was evaluated; remove "
+                        "the folder to run it again")
     if lost := [r["epoch"] for r in (*records[:1], *records[-1:]) if not math.isfinite(r["reward"])]:
         raise UserError(f"the evaluation after epoch {lost[0]} scored fewer than two videos; remove {folder} to run it "
                         "again")
@@ -160,15 +166,35 @@ def _markdown(result: Comparison, rows: dict) -> list[str]:
             "", *(f"- {note}" for note in _notes(result))]
 
 
-def _headline(result: Comparison, rows: dict) -> str:
+def _headline(result: Comparison, rows: dict) -> tuple[str, str]:
+    """(who ended highest, or equal to whom; the same with figures): one sentence each."""
     if not rows:
-        return "No run was finished."
+        return "no run was finished", "No run was finished."
     ranked = sorted(rows, key=lambda name: -rows[name]["end"][0])
-    best = rows[ranked[0]]
-    text = (f"{ranked[0]} ended highest of {len(rows)}: held-out OCR reward {best['start'][0]:.2f} → "
-            f"{_figure(*best['end'], '.2f')} over {len(result.runs[ranked[0]])} seed(s).")
-    alike = [name for name in ranked[1:] if sum(rows[name]["end"]) >= best["end"][0] - best["end"][1]]
-    return text + (f" Its interval overlaps with {', '.join(alike)}." if alike else "")
+    best, seeds = rows[ranked[0]], len(result.runs[ranked[0]])
+    equal = [name for name in ranked if math.isclose(rows[name]["end"][0], best["end"][0], abs_tol=1e-9)]
+    if len(rows) == 1:
+        who = f"{ranked[0]} alone was run"
+    elif len(equal) == len(rows):
+        who = f"{_listed(equal)} ended equal"
+    elif len(equal) > 1:
+        who = f"{_listed(equal)} ended equal and highest of {len(rows)}"
+    else:
+        who = f"{ranked[0]} ended highest of {len(rows)}"
+    text = (f"{who}: held-out OCR reward {best['start'][0]:.2f} → {_figure(*best['end'], '.2f')} over {seeds} "
+            f"seed{'s' if seeds > 1 else ''}.")
+    alike = [name for name in ranked if name not in equal and sum(rows[name]["end"]) >= best["end"][0] - best["end"][1]]
+    if not alike:
+        return who, text
+    return f"{who}, intervals overlap", (f"{text} The {SURE} interval of {ranked[0]} overlaps with "
+                                         f"{'that' if len(alike) == 1 else 'those'} of {_listed(alike)}: these seeds "
+                                         "do not tell them apart.")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """'a', 'a and b' or 'a, b and c'."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _page(result: Comparison, rows: dict) -> str:
@@ -195,9 +221,10 @@ def _page(result: Comparison, rows: dict) -> str:
         first, *others = map(html.escape, _cells(name, result, row))
         cells.append([f'<i class="dot {look[name][0]}"></i>{first}', *others])
     notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in _notes(result))
-    sections = [("", f'<p class="lead">{html.escape(_headline(result, rows))}</p>{notes}'),
+    who, headline = _headline(result, rows)
+    sections = [("", f'<p class="lead">{html.escape(headline)}</p>{notes}'),
                 ("Reward by evaluations", charts[0] if charts else ""), ("Reward by time", charts[1] if charts else ""),
                 ("Figures", table(_head(result), cells, escape=False) if rows else ""),
                 ("Methods", table(["method", "recipe and settings"], [[*m] for m in result.methods.items()])),
                 ("Run it again", f"<pre>{html.escape(result.command)}</pre>")]
-    return page("Comparison of methods", "Comparison of methods", [s for s in sections if s[1]])
+    return page("Comparison of methods", html.escape(f"Comparison of methods: {who}"), [s for s in sections if s[1]])

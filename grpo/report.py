@@ -196,6 +196,7 @@ def _reward_chart(evaluations: list[dict], metrics: list[dict]) -> str:
     evaluations = [e for e in evaluations if math.isfinite(e["reward"])]
     if not points and not evaluations:
         return ""
+    joined = bool(points) and len(evaluations) > 1  # without training in between, as of grpo.evaluate, nothing leads on
 
     def draw(ax):
         if points:
@@ -203,20 +204,22 @@ def _reward_chart(evaluations: list[dict], metrics: list[dict]) -> str:
         if evaluations:
             epochs = [e["epoch"] for e in evaluations]
             band = [[e[k] for e in evaluations] for k in ("low", "high")]
-            if len(epochs) > 1:
+            if joined:
                 ax.fill_between(epochs, *band, color=COLORS["heldout"], alpha=0.22, lw=0)
             else:
                 ax.vlines(epochs, *band, color=COLORS["heldout"], alpha=0.4, lw=6)
-            ax.plot(epochs, [e["reward"] for e in evaluations], color=COLORS["heldout"], lw=2.2, marker="o", ms=5,
-                    label="held-out prompts")
+            ax.plot(epochs, [e["reward"] for e in evaluations], "-" if joined else "", color=COLORS["heldout"], lw=2.2,
+                    marker="o", ms=5, label="held-out prompts")
         ax.set_xlabel("epoch")
         ax.set_ylabel("OCR reward")
         ax.xaxis.get_major_locator().set_params(integer=True)
 
-    return chart(draw, "Held-out: the averaged (EMA) weights with the deployment sampler, the same prompts and seeds "
-                 f"each time; the band is the {SURE} bootstrap interval. Training: the mean over an epoch's samples, "
-                 "drawn as training draws them, which for GRPO is with noise: the levels may differ.",
-                 "OCR reward by epoch")
+    caption = ("Held-out: the averaged (EMA) weights with the deployment sampler, the same prompts and seeds each "
+               f"time; the {'band' if joined else 'bar'} is the {SURE} bootstrap interval of the mean.")
+    if points:
+        caption += (" Training: the mean over an epoch's samples, drawn as training draws them, which for GRPO is with "
+                    "noise: the levels may differ.")
+    return chart(draw, caption, "OCR reward by epoch")
 
 
 def _pictures(folder: pathlib.Path, evaluations: list[dict]) -> str:

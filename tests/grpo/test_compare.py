@@ -118,7 +118,7 @@ def test_page_and_tables(tmp_path):
     text = (tmp_path / "out" / "comparison.html").read_text()
     page = Checker(text)
     assert all(u.startswith("#") for u in page.urls) and "script" not in page.tags and text.count("<svg") == 4
-    assert "m7 ended highest of 8: held-out OCR reward 0.50 → 0.78 ± 0.00 over 3 seed(s)." in page.text
+    assert "m7 ended highest of 8: held-out OCR reward 0.50 → 0.78 ± 0.00 over 3 seeds." in page.text
     assert "error: <b>no</b>" in page.text and "they differ in eval.steps" in page.text
     for i in range(6):
         assert f"var(--s{i})" in text

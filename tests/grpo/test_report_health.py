@@ -1,6 +1,7 @@
 """The report's health table reads one schema, whether one or two experts are trained."""
 
 import html
+import re
 
 import pytest
 
@@ -8,6 +9,7 @@ from grpo.learner import summary
 from grpo.report import HEALTH, write_report
 from grpo.run_log import EXPERTS, RunLog
 from tests.grpo.test_report import Checker
+from tests.grpo.test_run_log import evaluation
 
 ONE = {"ratio_min": 1.0, "ratio_max": 1.0, "ratio_max_error": 1e-7, "clip_fraction": 0.25, "approx_kl": 0.5,
        "policy_loss": -0.1, "kl": 0.01, "grad_norm": 2.0, "update_norm": 0.1}
@@ -44,3 +46,17 @@ def test_a_run_that_changes_from_the_former_nested_records_is_drawn(tmp_path):
     text = report(tmp_path, OLD, new)
     assert "8 (epoch 1)" in text and "0.02</td><td>0.02</td><td>0.03 (epoch 2)" in text
     assert "gradient norm</td><td>8</td>" in report(tmp_path, OLD, OLD)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_evaluations_without_training_in_between_are_points(tmp_path, trained):
+    """As `grpo.evaluate` makes them, of the model and of a checkpoint."""
+    log = RunLog(tmp_path)
+    for when in (0, 40):
+        log.evaluation(evaluation(when))
+    if trained:
+        log.epoch({"epoch": 40, "reward_mean": 0.5})
+    log.close()
+    text = write_report(tmp_path).read_text()
+    drawn = re.search("<svg.*?</svg>", text, re.DOTALL)[0]
+    assert (f"the {'band' if trained else 'bar'} is the" in text) and ("FillBetween" in drawn) == trained
