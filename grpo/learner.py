@@ -9,7 +9,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from grpo import clip_lengths, combine, forward
+from grpo import clip_lengths, combine, forward, run_log
 from grpo.advantages import (
     GroupStatistics,
     extremes,
@@ -34,7 +34,6 @@ from grpo.rollout import (
     rollout_batches,
     zero_rows,
 )
-from grpo.run_log import EXPERTS
 from grpo.scores import Scores, gather_rows, gather_scores, submit
 from grpo.settings import Settings
 from grpo.update import TrainState, stack_batches
@@ -253,8 +252,8 @@ class Learner:
 
     def learn(self, epoch: int, sampled: Sampled, lesson: Lesson) -> dict:
         """Make the epoch's updates. Returns `summary` of all of them, how many videos they were from, and where two
-        experts are trained the summary of each one's under `EXPERTS`. The expert that is on the device goes first, so
-        that the next epoch finds the first one there."""
+        experts are trained the summary of each one's under `run_log.EXPERTS`. The expert that is on the device goes
+        first, so that the next epoch finds the first one there."""
         updates, trained = {}, set()  # by expert: what each of its updates measured; numbers of videos
         for i, part in reversed(list(enumerate(self.parts))):
             expert, name = part.expert, self.experts[part.expert]
@@ -275,8 +274,8 @@ class Learner:
                 done.append(values)
                 trained.update(videos.tolist())
         record = summary([values for done in updates.values() for values in done]) | {"videos_trained": len(trained)}
-        return record if len(updates) == 1 else record | {EXPERTS: {name: summary(done)
-                                                                    for name, done in updates.items()}}
+        return record if len(updates) == 1 else record | {
+            run_log.EXPERTS: {name: summary(done) for name, done in updates.items()}}
 
     def policy_batches(self, epoch: int, i: int, sampled: Sampled, lesson: Lesson) -> Iterator[tuple]:
         """GRPO's, of the steps in segment i: (the counted videos, arguments of the update...). An update whose videos

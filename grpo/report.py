@@ -104,12 +104,11 @@ def summary_lines(folder) -> list[str]:
                 f"report: {path}"]
     first, last = evaluations[0], evaluations[-1]
     if len(evaluations) == 1:
-        result = (f"{_reward(last['reward'])} (95 % CI {_interval(last)}, {last['num']} held-out prompts; "
+        result = (f"{last['reward']:.2f} (95 % CI {_interval(last)}, {last['num']} held-out prompts; "
                   "one evaluation so far)")
     else:
-        verdict = _overlap(first, last)
-        result = (f"{_reward(first['reward'])} -> {_reward(last['reward'])} (95 % CI {_interval(first)} -> "
-                  f"{_interval(last)}, {last['num']} held-out prompts{verdict and f'; intervals {verdict}'})")
+        result = (f"{first['reward']:.2f} -> {last['reward']:.2f} (95 % CI {_interval(first)} -> {_interval(last)}, "
+                  f"{last['num']} held-out prompts; intervals {_overlap(first, last)})")
     return [f"OCR reward {result}", *warning, f"report: {path}"]
 
 
@@ -127,15 +126,10 @@ def without_result(evaluations: list[dict]) -> str:
 
 
 def _interval(evaluation: dict) -> str:
-    """An evaluation has none where fewer than two of its samples could be scored."""
-    low, high = evaluation["low"], evaluation["high"]
-    return f"[{low:.2f}, {high:.2f}]" if math.isfinite(low + high) else "unknown"
+    return f"[{evaluation['low']:.2f}, {evaluation['high']:.2f}]"
 
 
 def _overlap(first: dict, last: dict) -> str:
-    """Whether the two intervals do; "" where one is unknown."""
-    if not all(math.isfinite(e["low"] + e["high"]) for e in (first, last)):
-        return ""
     return "overlap" if first["low"] <= last["high"] and last["low"] <= first["high"] else "do not overlap"
 
 
@@ -146,24 +140,22 @@ def _headline(evaluations: list[dict], metrics: list[dict], config: dict, every:
         sentence = "No held-out evaluation has a result." if every else "No held-out evaluation was recorded."
     elif len(evaluations) == 1:
         last = evaluations[0]
-        sentence = (f"OCR reward {_reward(last['reward'])} on {last['num']} held-out prompts, {SURE} confidence "
-                    f"interval {_interval(last)}.")
+        sentence = (f"OCR reward {last['reward']:.2f} on {last['num']} held-out prompts, {SURE} confidence interval "
+                    f"{_interval(last)}.")
         notes.append(f"There is one evaluation so far, after epoch {last['epoch']}: nothing to compare it with.")
-        tiles.append((_reward(last["reward"]), f"after epoch {last['epoch']}, {SURE} CI {_interval(last)}"))
+        tiles.append((f"{last['reward']:.2f}", f"after epoch {last['epoch']}, {SURE} CI {_interval(last)}"))
     else:
         first, last = evaluations[0], evaluations[-1]
-        change = (f"OCR reward {_reward(first['reward'])} → {_reward(last['reward'])} on {last['num']} held-out "
-                  "prompts")
-        both, verdict = f"{SURE} confidence intervals {_interval(first)} and {_interval(last)}", _overlap(first, last)
-        sentence = f"{change}. The {both} {verdict}." if verdict else f"{change}, {both}."
+        sentence = (f"OCR reward {first['reward']:.2f} → {last['reward']:.2f} on {last['num']} held-out prompts. The "
+                    f"{SURE} confidence intervals {_interval(first)} and {_interval(last)} {_overlap(first, last)}.")
         before, after = np.array(first["rewards"]), np.array(last["rewards"])
-        tiles = [(_reward(e["reward"]), f"after epoch {e['epoch']}, {SURE} CI {_interval(e)}") for e in (first, last)]
+        tiles = [(f"{e['reward']:.2f}", f"after epoch {e['epoch']}, {SURE} CI {_interval(e)}") for e in (first, last)]
         if np.isfinite(after - before).sum() >= 2:
             mean, low, high = paired_difference(before, after)
             tiles.append((f"{mean:+.2f}", f"per prompt and seed, {SURE} CI [{low:+.2f}, {high:+.2f}]"))
         tiles.append((f"{(after > before).sum()} : {(after < before).sum()}",
                       f"prompts better : worse, {(after == before).sum()} equal"))
-    failed = evaluations and number(evaluations[-1], "failed_scores")
+    failed = evaluations[-1].get("failed_scores", 0) if evaluations else 0
     if failed:
         notes.append(f"{failed} of {len(evaluations[-1]['prompts'])} samples of the last evaluation could not be "
                      "scored and are left out.")
@@ -175,8 +167,8 @@ def _headline(evaluations: list[dict], metrics: list[dict], config: dict, every:
     for name in dict.fromkeys(name for m in metrics for name in m.get("failed_rewards", {})):
         if count := sum(m.get("failed_rewards", {}).get(name, 0) for m in metrics):
             notes.append(f"{name} could not be measured for {count:,} videos of the training.")
-    if done and done < (number(config, "epochs") or 0) and not budget_of(config).reached(
-            Spent(*(number(metrics[-1], f"spent_{name}") or 0 for name in ("evaluations", "seconds")))):
+    if done and done < config.get("epochs", 0) and not Budget(**config.get("budget", {})).reached(
+            Spent(metrics[-1].get("spent_evaluations", 0), metrics[-1].get("spent_seconds", 0.0))):
         notes.append(f"Epoch {done} of {config['epochs']}: the run is not finished.")
     if missing := run_log.ranges(set(range(1, max([done, *(e["epoch"] for e in evaluations)]) + 1))
                                  - {m["epoch"] for m in metrics} if metrics else ()):
@@ -193,7 +185,6 @@ def _headline(evaluations: list[dict], metrics: list[dict], config: dict, every:
 def _reward_chart(evaluations: list[dict], metrics: list[dict]) -> str:
     points = [(m["epoch"], reward) for m in metrics
               if (reward := number(m, "reward_mean")) is not None and math.isfinite(reward)]
-    evaluations = [e for e in evaluations if math.isfinite(e["reward"])]
     if not points and not evaluations:
         return ""
     joined = bool(points) and len(evaluations) > 1  # without training in between, as of grpo.evaluate, nothing leads on
@@ -340,14 +331,6 @@ def _health_row(records: list[dict], key: str, name: str, worse: Callable, expec
     bad = [(value, epoch) for value, epoch, _ in found if not math.isfinite(value)]
     worst, epoch = bad[0] if bad else worse(ends, key=lambda v: v[0])
     return [[name, _short(found[0][0]), _short(found[-1][0]), f"{_short(worst)} (epoch {epoch})", expect]]
-
-
-def budget_of(config: dict) -> Budget:
-    """A run's budget by its config.json; none where that has no sound one."""
-    try:
-        return Budget(**config.get("budget", {}))
-    except (TypeError, ValueError):
-        return Budget()
 
 
 def _settings(config: dict) -> str:

@@ -59,7 +59,7 @@ class RunLog:
             if resume_epoch is None:
                 os.replace(path, path.with_name(name + ".old"))
             else:
-                records, whole = _read_lines(path)
+                records, whole = _parsed(path, _epoch_of)
                 if not whole:
                     shutil.copy2(path, path.with_name(name + ".damaged"))
                 write_atomically(path, b"".join(_line(r) for r in records if r["epoch"] <= resume_epoch))
@@ -139,7 +139,7 @@ def warn_of_missing(folder, epoch: int) -> None:
     if missing := ranges(set(range(1, epoch + 1)) - {record["epoch"] for record in read_metrics(folder)}):
         warn(f"{pathlib.Path(folder, METRICS)} has no record of epoch(s) {missing}, which the checkpoint of epoch "
              f"{epoch} contains: the run continues, but its log and report lack them")
-    if 0 not in [record["epoch"] for record in read_evaluations(folder)]:
+    if epoch > 0 and 0 not in [record["epoch"] for record in read_evaluations(folder)]:
         warn(f"{pathlib.Path(folder, EVALUATIONS)} has no evaluation of epoch 0: the report cannot compare with the "
              "model before training")
 
@@ -157,13 +157,13 @@ def ranges(values: Iterable[int]) -> str:
 
 def read_metrics(folder) -> list[dict]:
     """The records of metrics.jsonl, oldest first; [] when there are none. A last line cut off by a kill is ignored."""
-    return _read_lines(pathlib.Path(folder, METRICS))[0]
+    return _read_lines(pathlib.Path(folder, METRICS))
 
 
 def read_evaluations(folder, frames: int | None = None) -> list[dict]:
-    """The records of evals.jsonl that `check_evaluation` accepts, oldest first; [] when there are none. A last line cut
-    off by a kill is ignored. frames: those at a further length."""
-    return _read_lines(pathlib.Path(folder, evaluations_name(frames)), check_evaluation)[0]
+    """The records of evals.jsonl, oldest first; [] when there are none. A last line cut off by a kill is ignored.
+    frames: those at a further length."""
+    return _read_lines(pathlib.Path(folder, evaluations_name(frames)))
 
 
 def evaluations_name(frames: int | None) -> str:
@@ -259,7 +259,12 @@ def plain(value):
     return value if value is None or isinstance(value, (str, bool, int)) else str(value)
 
 
-def _read_lines(path: pathlib.Path, check: Callable[[dict], object] = _epoch_of) -> tuple[list[dict], bool]:
+def _read_lines(path: pathlib.Path) -> list[dict]:
+    """The records of one of the run's .jsonl files that have what their readers use."""
+    return _parsed(path, _epoch_of if path.name == METRICS else check_evaluation)[0]
+
+
+def _parsed(path: pathlib.Path, check: Callable[[dict], object]) -> tuple[list[dict], bool]:
     """The lines that are records, and whether all are; a warning names the others. `check` raises ValueError on a
     record that cannot be used. A last line that is no JSON was cut off by a kill and does not count."""
     if not path.exists():

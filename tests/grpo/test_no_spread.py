@@ -70,7 +70,7 @@ def learn(learner, rewards):
     sampled = types.SimpleNamespace(key=jax.random.key(0), prompt_of=np.repeat([3, 5], 4), kl=kl, importance={},
                                     trajectories={"transformer": trajectories}, scores=scores,
                                     finished=[jnp.zeros((4, *learner.run.shape))] * learner.s.batches)
-    return learner.learn(1, sampled, learner.lesson(1, sampled, {}))
+    return learner.learn(1, sampled, learner.lesson(sampled, {}))
 
 
 @pytest.mark.parametrize("name, combine", [*((name, "rewards") for name in METHODS), ("grpo", "advantages"),

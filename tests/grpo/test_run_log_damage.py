@@ -109,32 +109,23 @@ def test_metrics_with_odd_fields_are_drawn_as_far_as_they_are_numbers(tmp_path):
             ("reward_mean", "seconds", "idle_share", "videos", "spent_seconds", "kl", "kl_max", "experts"), odd))
         log.epoch({"epoch": 2 * i, "seconds": {"sample": odd, "update": 1.5}, "experts": {"a": odd, "b": {"kl": odd}}})
     log.epoch({"epoch": 11, "reward_mean": 0.5, "kl": 0.125, "videos": 8})
-    log.config({"epochs": 20, "budget": {"evaluations": -1, "wrong": 2}})
+    log.config({"epochs": 20})
     log.close()
     text = write_report(tmp_path).read_text()
     Checker(text)
     assert "0.125 (epoch 11)" in text and "Epoch 11 of 20" in text and "8 videos sampled" in text
 
 
-def test_evaluations_that_could_not_be_scored_are_said_to_be(tmp_path):
-    """They have no reward or no interval, which JSON holds as null."""
+def test_evaluations_that_could_not_be_scored_are_left_out_by_name(tmp_path):
+    """They have no reward and no interval, which JSON holds as null."""
     log, nan = RunLog(tmp_path), float("nan")
-    nothing = {"reward": nan, "low": nan, "high": nan, "num": 0, "rewards": [nan, nan], "failed_scores": 2}
     log.evaluation(evaluation(0))
-    log.evaluation(evaluation(4) | nothing)
+    log.evaluation(evaluation(4) | {"reward": nan, "low": nan, "high": nan, "num": 0, "rewards": [nan, nan]})
     log.close()
     text = write_report(tmp_path).read_text()
-    words = Checker(text).text.replace("\N{NO-BREAK SPACE}", " ")
-    assert ("OCR reward 0.50 → not scored on 0 held-out prompts, 95 % confidence intervals [0.40, 0.60] and unknown."
-            in words)
-    assert "nan" not in text and summary_lines(tmp_path)[0] == (
-        "OCR reward 0.50 -> not scored (95 % CI [0.40, 0.60] -> unknown, 0 held-out prompts)")
-    (tmp_path / "evals.jsonl").unlink()
-    log = RunLog(tmp_path)
-    log.evaluation(evaluation(0) | nothing)
-    log.close()
-    Checker(write_report(tmp_path).read_text())
-    assert summary_lines(tmp_path)[0].startswith("OCR reward not scored (95 % CI unknown, 0 held-out prompts;")
+    Checker(text)
+    assert "OCR reward 0.50 on 2" in text and "no result of the evaluation after epoch 4" in text and "nan" not in text
+    assert any("epoch 4" in line for line in summary_lines(tmp_path))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"mlflow": 5}', ""])
