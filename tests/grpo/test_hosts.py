@@ -126,6 +126,7 @@ def two(model, tmp_path_factory):  # noqa: F811
 
 
 def test_both_hold_the_same_bits(two):
+    """One compiled function runs in both on equal inputs, and an all-reduce gives every process the same sum."""
     _, folder, _ = two
     seen = [entered(folder, 0, epoch) for epoch in (0, 1, 2)]
     for epoch in (1, 2):
@@ -138,24 +139,34 @@ def test_both_hold_the_same_bits(two):
 
 
 def test_as_in_one_process(one, two):
-    """Rewards to the bit in the first epoch; the gradient's sum over devices is taken in another order by gloo."""
+    """Equal up to rounding: two processes run other compiled functions than one, and gloo sums in another order.
+
+    A latent that rounds differently can move a pixel by one of its 255 levels; 1 % of the pixels are granted that.
+    `Brightness` weights no pixel by more than twice the mean, which bounds the rewards, and through their standard
+    deviation the advantages. Adam scales each gradient to one size, also those that are nothing but rounding, so the
+    weights are compared by the norm of their change.
+    """
     _, folder, _ = two
+    pixels = 0.01
+    reward = 2 * pixels / 255
     for epoch in (1, 2):
         a, b = entered(one, 0, epoch), entered(folder, 0, epoch)
-        assert a["rewards"].std() > 1e-3
-        np.testing.assert_allclose(b["rewards"], a["rewards"], rtol=0, atol=0 if epoch == 1 else 1e-4)
-        np.testing.assert_allclose(b["advantages"], a["advantages"], rtol=0, atol=0 if epoch == 1 else 2e-2)
-    a, b = (read_numpy(path / "run/checkpoints/2/trained") for path in (one, folder))
-    start = read_numpy(one / "run/checkpoints/0/trained")
-    moved = max(np.abs(a[name] - start[name]).max() for name in a)
-    apart = max(np.abs(a[name] - b[name]).max() for name in a)
-    assert apart < 1e-3 * moved, (apart, moved)
+        std = a["rewards"].std()
+        assert std > 50 * reward
+        np.testing.assert_allclose(b["rewards"], a["rewards"], rtol=0, atol=reward)
+        np.testing.assert_allclose(b["advantages"], a["advantages"], rtol=0, atol=2 * reward / std)
+    start, a, b = (np.concatenate([v.ravel() for _, v in sorted(read_numpy(path).items())]) for path in (
+        one / "run/checkpoints/0/trained", one / "run/checkpoints/2/trained", folder / "run/checkpoints/2/trained"))
+    assert np.linalg.norm(b - a) < 0.02 * np.linalg.norm(a - start)
     evaluations = [[json.loads(line) for line in (path / "run/evals.jsonl").read_text().splitlines()]
                    for path in (one, folder)]
-    assert evaluations[0][0]["rewards"] == evaluations[1][0]["rewards"]
-    assert [e["texts"] for e in evaluations[0]] == [e["texts"] for e in evaluations[1]]
-    previews = [np.load(path / "run/previews/eval_000000.npz")["videos"] for path in (one, folder)]
-    np.testing.assert_array_equal(*previews)
+    for x, y in zip(*evaluations, strict=True):
+        np.testing.assert_allclose(y["rewards"], x["rewards"], rtol=0, atol=reward)
+        levels = [np.array(e["texts"], int) for e in (x, y)]  # `Brightness` tells the first one of each video
+        assert np.abs(levels[1] - levels[0]).max() <= 1
+    previews = [np.load(path / "run/previews/eval_000000.npz")["videos"].astype(int) for path in (one, folder)]
+    apart = np.abs(previews[1] - previews[0])
+    assert apart.max() <= 1 and apart.mean() <= pixels
 
 
 def test_the_first_writes_and_prints(two):

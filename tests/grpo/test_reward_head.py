@@ -93,9 +93,10 @@ def test_a_file_holds_a_head(head, tmp_path):
     reward_head.save_head(path, head[0])
     again = reward_head.load_head(path, test_update.CONFIG)
     ours, theirs = (reward_head.predict(h, x, 500.0, TEXT) for h in (again, head[0]))
-    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(ours, theirs)  # one function, equal weights
     steer = reward_head.guidance(path, 2.5, test_update.CONFIG)
-    np.testing.assert_array_equal(steer(x, 0.5, 500.0, TEXT), 2.5 * reward_head.shift(head[0], x, 0.5, 500.0, TEXT))
+    np.testing.assert_allclose(steer(x, 0.5, 500.0, TEXT), 2.5 * reward_head.shift(head[0], x, 0.5, 500.0, TEXT),
+                               rtol=1e-6)
     assert reward_head.guidance(None, 2.5, test_update.CONFIG) is None
     with pytest.raises(UserError, match="text_dim=12, this model has 4096"):
         reward_head.load_head(path, dataclasses.replace(test_update.CONFIG, text_dim=4096))

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from wan_jax.sde import DEFAULTS, SDEConfig, diffusion_coefficient, log_prob, sd
 from wan_jax.solvers import euler_step
 
 SHAPE = (3, 4, 2, 5, 6)  # B C F H W
+ROUNDING = 16 * float(np.finfo(np.float32).eps)  # a few float32 operations on values below about 5
 SCHEDULES = [make(n, k) for n in (10, 20, 50) for k in (3.0, 5.0, 12.0)
              for make in (flow_sigmas, euler_sigmas, lambda n, k: flow_sigmas(n, k, "legacy"))]
 
@@ -111,18 +111,16 @@ def test_scalar_and_per_sample_sigmas_agree():
     scalar = sde_step(x, v, 0.8, 0.7, 0.6, z)
     rows = sde_step(x, v, *(jnp.full(3, value) for value in (0.8, 0.7, 0.6)), z)
     assert rows[3].shape == (3,) and scalar[1].shape == rows[1].shape == (3,)
-    for a, b in zip(scalar, rows):
-        np.testing.assert_array_equal(np.broadcast_to(a, np.shape(b)), b)
+    for a, b in zip(scalar, rows):  # a scalar's logarithm and root are compiled otherwise than a vector's
+        np.testing.assert_allclose(np.broadcast_to(a, np.shape(b)), b, rtol=1e-5, atol=ROUNDING)
 
 
 def test_without_noise_the_step_is_euler_and_finite():
-    """To the bit by XLA's default emitters; others may contract a product and a sum in one of the programs alone."""
-    as_usual = partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": True})
     x, v, z = normal(0), normal(1), normal(2)
     for sigma, after in ((0.9999990, 0.98), (0.2, 0.0)):
-        x_next, logp, mean, std = as_usual(sde_step)(x, v, sigma, after, 0.0, z)
-        np.testing.assert_array_equal(x_next, as_usual(euler_step)(x, v, sigma, after))
-        np.testing.assert_array_equal(x_next, mean)
+        x_next, logp, mean, std = jax.jit(sde_step)(x, v, sigma, after, 0.0, z)
+        np.testing.assert_allclose(x_next, jax.jit(euler_step)(x, v, sigma, after), rtol=0, atol=ROUNDING)
+        np.testing.assert_allclose(x_next, mean, rtol=0, atol=ROUNDING)
         assert not np.any(logp) and not np.any(std)
 
 

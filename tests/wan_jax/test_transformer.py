@@ -168,7 +168,7 @@ def test_fresh_adapters_change_nothing_and_trained_ones_act_as_merged_weights():
     inputs = maker.random_inputs(2, 1, 4, 4)
     base = run(golden_model(), *inputs)
     model = with_adapters(golden_model(), ("to_q", "to_out.0", "ffn.net.0.proj"))
-    np.testing.assert_array_equal(run(model, *inputs), base)
+    assert relative_error(run(model, *inputs), base) < 1e-6  # float32: x + 0 is exact, but another function is compiled
     graphdef, adapters, rest = nnx.split(model, LoRAParam, ...)
     flat = {k: v + 0.1 * jax.random.normal(jax.random.key(i), v.shape)
             for i, (k, v) in enumerate(P.flatten(adapters).items())}
