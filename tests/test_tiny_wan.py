@@ -4,7 +4,6 @@ and sampled again by Diffusers."""
 import json
 import pathlib
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ SHORT = ["epochs=3", "sample.groups=2", "sample.group_size=4", "sample.batch_siz
 
 
 def command(module, *arguments):
-    done = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True,
+    done = subprocess.run(commands.command(module, *arguments), capture_output=True, text=True,
                           env=commands.environment(), cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -1,10 +1,8 @@
 """Conversion both ways: coverage, bit-exact round trips, and every way a source or a destination can be broken."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from convert import key_table
 from convert.from_diffusers import STEMS, convert
 from convert.to_diffusers import Merged, export, merge_lora
-from tests import tiny
+from tests import commands, tiny
 from wan_jax import config as config_lib
 from wan_jax import model_dir
 from wan_jax import params as P
@@ -204,7 +202,7 @@ def test_existing_destination_survives(source, broken, tmp_path):
 
 
 def cli(module, *args):
-    return [sys.executable, "-m", module, *args]
+    return commands.command(module, *args)
 
 
 @pytest.mark.parametrize("args, message", [
@@ -213,7 +211,7 @@ def cli(module, *args):
     (["--src=a/b", "--dst=x", "--dtype=int8"], "'int8' is not understood; give one of source, float32, bfloat16")])
 def test_command_line_errors_are_one_message(args, message, tmp_path):
     result = subprocess.run(cli("convert.from_diffusers", *args), capture_output=True, text=True, check=False,
-                            env=os.environ | {"HF_HUB_OFFLINE": "1"})
+                            env=commands.environment(HF_HUB_OFFLINE="1"))
     assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
 
 

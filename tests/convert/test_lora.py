@@ -4,7 +4,6 @@ would load nothing or something else is refused."""
 import json
 import shutil
 import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from convert import lora as files
 from convert.export_lora import export
 from convert.from_diffusers import convert
 from grpo.policy import make_policy
-from tests import tiny
+from tests import commands, tiny
 from wan_jax import lora, model_dir
 from wan_jax import mesh as mesh_lib
 from wan_jax.checkpoint import Checkpoints, join_experts
@@ -305,12 +304,12 @@ def test_a_write_that_went_wrong_is_noticed_and_leaves_nothing(single, kernels, 
 
 def test_command_line(single, kernels, tmp_path):
     run = write_run(tmp_path / "run", random_adapters(kernels, CONFIG), CONFIG)
-    command = [sys.executable, "-m", "convert.export_lora", f"--src={single.path}", f"--checkpoint={run}",
-               f"--dst={tmp_path / 'lora'}", "--format=comfyui", "--dtype=bfloat16"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = commands.command("convert.export_lora", f"--src={single.path}", f"--checkpoint={run}",
+                               f"--dst={tmp_path / 'lora'}", "--format=comfyui", "--dtype=bfloat16")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=commands.environment())
     assert done.returncode == 0 and "comfyui_lora.safetensors" in done.stdout, done.stdout + done.stderr
     assert load_file(tmp_path / "lora/comfyui_lora.safetensors").keys() >= {
         "diffusion_model.blocks.0.self_attn.q.lora_down.weight", "diffusion_model.blocks.1.cross_attn.o.lora_up.weight"}
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=commands.environment())
     assert done.returncode == 1 and "no checkpoints folder" in done.stderr and "Traceback" not in done.stderr

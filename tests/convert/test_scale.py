@@ -16,7 +16,7 @@ from convert import from_diffusers, plan
 from convert.folders import LEFT_OUT, Shards, partial_folder, whole_folder
 from convert.from_diffusers import STEMS, check, convert
 from convert.plan import contiguous, parse_dtypes
-from tests import tiny
+from tests import commands, tiny
 from wan_jax import array_store, model_dir
 from wan_jax.cli import UserError
 
@@ -420,8 +420,8 @@ def test_check_finds_what_changed_in_the_source(own, tmp_path):
     check(str(own), tmp_path / "model")
     path = own / "vae" / "diffusion_pytorch_model.safetensors"
     rewrite(path, lambda w: w["quant_conv.bias"].__setitem__(3, 7.0))
-    command = [sys.executable, "-m", "convert.from_diffusers", f"--src={own}", f"--dst={tmp_path / 'model'}", "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = commands.command("convert.from_diffusers", f"--src={own}", f"--dst={tmp_path / 'model'}", "--check")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=commands.environment())
     assert done.returncode == 1 and "quant_conv/bias (quant_conv.bias): 1 values differ" in done.stderr
     assert "should be 7.0" in done.stderr and "Traceback" not in done.stderr
     rewrite(path, lambda w: w.pop("quant_conv.bias"))

@@ -4,7 +4,6 @@ import json
 import pathlib
 import re
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -146,9 +145,9 @@ def recipe(tmp_path_factory):
 def test_real_runs_under_one_budget(recipe, tmp_path):
     """One method's run ends with its budget, another's fails; the page shows the one and names the other."""
     env = commands.environment()
-    command = [sys.executable, "-m", "grpo.compare", f"--configs={recipe}", f"--out={tmp_path}", "--seeds=4",
-               f"--method=bad: {recipe} prompts.train=/nowhere.txt", "--budget=evaluations:20", "--jobs=2",
-               "--common=sample.group_size=2 train.updates_per_epoch=1 eval.every=1"]
+    command = commands.command("grpo.compare", f"--configs={recipe}", f"--out={tmp_path}", "--seeds=4",
+                               f"--method=bad: {recipe} prompts.train=/nowhere.txt", "--budget=evaluations:20",
+                               "--jobs=2", "--common=sample.group_size=2 train.updates_per_epoch=1 eval.every=1")
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 1 and "1 of 2 runs failed: bad, seed 4" in done.stderr, done.stdout + done.stderr
     assert "/nowhere.txt does not exist" in (tmp_path / "comparison.html").read_text()
@@ -177,8 +176,8 @@ def until_begun(log):
 
 
 def test_sigterm_stops_the_runs(recipe, tmp_path):
-    command = [sys.executable, "-m", "grpo.compare", f"--configs={recipe}", f"--out={tmp_path}", "--seeds=4",
-               "--budget=epochs:100000"]
+    command = commands.command("grpo.compare", f"--configs={recipe}", f"--out={tmp_path}", "--seeds=4",
+                               "--budget=epochs:100000")
     with subprocess.Popen(command, env=commands.environment(), text=True, stderr=subprocess.PIPE) as process:
         log = tmp_path / "good" / "seed4.log"
         until_begun(log)

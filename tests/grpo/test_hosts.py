@@ -5,12 +5,12 @@ The launchers are played by their environment variables, which JAX reads; the co
 
 import contextlib
 import json
+import os
 import pathlib
 import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -52,7 +52,7 @@ def open_mpi(process, port):
 class Processes:
     """One run: `launcher` None is one process of eight devices. Their output goes to files of the folder."""
 
-    def __init__(self, config, epochs, launcher=None):
+    def __init__(self, config, epochs, launcher=None, command=commands.command):
         self.folder, port = config.parent, free_port()
         self.files, self.all = [], []
         for i in range(2 if launcher else 1):
@@ -63,9 +63,9 @@ class Processes:
             self.files.append([config.parent / f"{name}{i}" for name in ("out", "err")])
             with open(self.files[i][0], "w") as out, open(self.files[i][1], "w") as err:
                 self.all.append(subprocess.Popen(
-                    [sys.executable, "-m", "tests.grpo.hosts_main", str(config.parent), f"--config={config}",
-                     f"--config.epochs={epochs}", *(f"--config.{s}" for s in SETTINGS), *flags,
-                     f"--host_timeout={TIMEOUT}", "--join_timeout=60"],
+                    command("tests.grpo.hosts_main", config.parent, f"--config={config}", f"--config.epochs={epochs}",
+                            *(f"--config.{s}" for s in SETTINGS), *flags, f"--host_timeout={TIMEOUT}",
+                            "--join_timeout=60"),
                     env=env, stdout=out, stderr=err, cwd=pathlib.Path(__file__).parents[2]))
 
     def __enter__(self):
@@ -94,7 +94,7 @@ class Processes:
 
     def ends_alone(self, i, victim, number):
         """Sends `number` to the victim; (exit code, seconds, standard error) of process i after that."""
-        self.all[victim].send_signal(number)
+        os.kill(commands.process_id(self.all[victim]), number)
         start = time.time()
         code = self.all[i].wait(timeout=60)
         seconds = time.time() - start
@@ -120,7 +120,7 @@ def one(model, tmp_path_factory):  # noqa: F811
 def two(model, tmp_path_factory):  # noqa: F811
     """The same in two processes, started by Slurm's variables: (config file, folder, standard output and error)."""
     config, _ = recipe.__wrapped__(model, tmp_path_factory.mktemp("two"))
-    with Processes(config, 2, slurm) as run:
+    with Processes(config, 2, slurm, commands.fresh) as run:  # two seeds of Python's hashes
         run.finish()
         return config, config.parent, [run.text(0), run.text(1)]
 

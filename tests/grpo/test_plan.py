@@ -4,7 +4,6 @@ import dataclasses
 import re
 import shutil
 import subprocess
-import sys
 
 import jax
 import pytest
@@ -125,8 +124,8 @@ def test_command_line_without_weights(tmp_path):
         shutil.rmtree(params)
     config, run = test_train.recipe.__wrapped__(tmp_path / "model", tmp_path)
     env = commands.environment(plan.FRACTION)
-    command = [sys.executable, "-m", "grpo.plan", f"--config={config}", "--device=h200", "--nosearch",
-               "--update_efficiency=0.1"]
+    command = commands.command("grpo.plan", f"--config={config}", "--device=h200", "--nosearch",
+                               "--update_efficiency=0.1")
     result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     out = result.stdout

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import jax
@@ -72,17 +71,16 @@ def recipe(model, tmp_path):
     return path, tmp_path / "run"
 
 
-def start(config, *overrides, **kwargs):
-    """`overrides`: 'key=value' of the config."""
-    settings = (f"--config.{o}" for o in (*MEASURES, *overrides))
-    return subprocess.Popen([sys.executable, "-m", "grpo.train", f"--config={config}", *settings],
+def start(config, *overrides, command=commands.command, **kwargs):
+    """`overrides`: 'key=value' of the config; command: or `commands.fresh`."""
+    return subprocess.Popen(command("grpo.train", f"--config={config}", *(f"--config.{o}" for o in (*MEASURES, *overrides))),
                             env=commands.environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             **kwargs)
 
 
-def train(config, *overrides):
+def train(config, *overrides, **kwargs):
     """(exit code, standard output, standard error) of a whole run."""
-    process = start(config, *overrides)
+    process = start(config, *overrides, **kwargs)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
@@ -154,7 +152,7 @@ def test_evaluation_of_a_checkpoint_repeats_the_runs_own(whole, tmp_path):
     """`python -m grpo.evaluate`: the base as epoch 0 saw it, the checkpoint as the last evaluation did."""
     config, run, _ = whole
     env = commands.environment()
-    command = [sys.executable, "-m", "grpo.evaluate", f"--config={config}", f"--checkpoint={run}"]
+    command = commands.command("grpo.evaluate", f"--config={config}", f"--checkpoint={run}")
     done = subprocess.run([*command, f"--out={tmp_path / 'out'}"], capture_output=True, text=True, env=env)
     assert done.returncode == 0 and "report.html" in done.stdout, done.stdout + done.stderr
     ours, theirs = (run_log.read_evaluations(folder) for folder in (tmp_path / "out", run))
@@ -214,7 +212,7 @@ def test_killed_again_and_again_continues_bit_for_bit(whole, recipe):
             break
     assert temporary(), "no kill hit a save"
     assert newest(run) < 4
-    code, out, err = train(config)
+    code, out, err = train(config, command=commands.fresh)  # with another seed of Python's hashes
     assert code == 0 and "continuing" in out, out + err
     assert_same(result(run), result(whole[1]))
     assert not temporary()
@@ -250,7 +248,7 @@ def test_sigterm_saves_the_epoch_first(recipe):
 @pytest.mark.parametrize("seconds", [0.3, 1.5, 4.0])
 def test_ctrl_c_while_starting(recipe, seconds):
     config, _ = recipe
-    process = start(config)
+    process = start(config, command=commands.fresh)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

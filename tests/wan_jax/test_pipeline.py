@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from PIL import Image
 
 from convert.from_diffusers import convert
 from convert.to_diffusers import export
-from tests import tiny
+from tests import commands, tiny
 from wan_jax import integrity, lora, model_dir, pipeline, vae_chunks
 from wan_jax import mesh as mesh_lib
 from wan_jax import params as P
@@ -357,7 +356,8 @@ def test_pieces_that_cannot_be(settings):
 
 
 def run_sample(*flags):
-    return subprocess.run([sys.executable, "-m", "wan_jax.sample", *flags], capture_output=True, text=True, check=False)
+    return subprocess.run(commands.command("wan_jax.sample", *flags), capture_output=True, text=True, check=False,
+                          env=commands.environment())
 
 
 def test_sampling_command(folders, tmp_path):
