@@ -1,4 +1,4 @@
-"""Shared by all tests: eight simulated CPU devices, exact float32 products, and the `parity` marker."""
+"""Shared by all tests: eight simulated CPU devices, exact float32 products, and the markers `parity` and `slow`."""
 
 import atexit
 import gc
@@ -37,8 +37,42 @@ FIRST = ("grpo/test_train", "grpo/test_hosts", "test_tiny_wan", "grpo/test_updat
          "grpo/test_devices", "wan_jax/test_pipeline", "grpo/test_programs", "benchmarks/test_peer",
          "convert/test_scale", "wan_jax/test_vae", "grpo/test_forward", "grpo/test_reward_head", "grpo/test_compare")
 
+# What `-m "not slow"` leaves out: files, or the tests of a file whose names begin so.
+SLOW = {
+    "benchmarks/test_peer": (), "grpo/test_reward_head": (), "wan_jax/test_true_width": ("velocity",),
+    "rocm/test_compile": (), "rocm/test_lowering": ("training", "text_encoder", "ti2v"),
+    "test_tiny_wan": ("training_shows", "diffusers_samples"),
+    "grpo/test_train": (
+        "evaluation", "killed", "ctrl_c", "sigterm", "full_fine", "starts_from", "workers", "servers", "both_experts",
+        "two_experts", "one_expert", "divergence", "a_budget"),
+    "grpo/test_hosts": ("both", "as_in_one", "the_first", "faults", "an_error"),
+    "grpo/test_update": (
+        "rollout_keeps", "loss_and_gradient", "first_update_in_bfloat16", "optimiser_and", "micro_batches",
+        "every_form", "branches", "every_row", "kl_at_sampling", "dpm_solver", "guidance_is", "an_adaptive", "the_kl"),
+    "grpo/test_devices": ("eight_devices", "the_state", "weights_are_gathered"),
+    "grpo/test_programs": ("the_loop", "groups_sampled", "one_step"),
+    "grpo/test_forward": ("loss_and_gradient", "nft_samples", "online_dpo"),
+    "grpo/test_clip_lengths": ("clips_grow",), "grpo/test_plan": ("command_line",),
+    "grpo/test_compare": ("real_runs", "sigterm", "stopping"),
+    "wan_jax/test_pipeline": (
+        "latents", "two_experts", "trained", "ti2v", "offloaded", "guidance", "export", "decoding"),
+    "wan_jax/test_vae": ("diffusers", "the_first", "single_frames", "later_frames", "videos_of", "bfloat16"),
+    "wan_jax/test_vae_chunks": ("chunks_are", "the_history", "the_estimate", "tiles_of"),
+    "convert/test_scale": ("memory", "arrays", "a_killed", "two_conversions"),
+    "rewards/test_remote": ("a_server", "when_all", "a_restart"),
+    "rewards/test_workers": ("workers_end", "ocr_workers"),
+}
+
+
+def is_slow(item) -> bool:
+    file, _, name = item.nodeid.removeprefix("tests/").partition(".py::")
+    return file in SLOW and (not SLOW[file] or name.startswith(tuple(f"test_{begin}" for begin in SLOW[file])))
+
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if is_slow(item):
+            item.add_marker("slow")
     rank = {f"tests/{name}.py": i for i, name in enumerate(FIRST)}
     items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
     missing = [name for name in ("torch", "diffusers", "transformers") if importlib.util.find_spec(name) is None]
