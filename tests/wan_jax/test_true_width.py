@@ -1,4 +1,4 @@
-"""Each published model's configuration at true width, cut to two blocks (14B: one), against Diffusers."""
+"""Each published model's configuration at true width, cut to one block (1.3B: two), against Diffusers."""
 
 import dataclasses
 import gc
@@ -15,7 +15,7 @@ from wan_jax import model_dir
 from wan_jax import params as P
 from wan_jax.presets import PRESETS
 
-MODELS = {"wan2.1-1.3b": 2, "wan2.1-14b": 1, "wan2.2-ti2v-5b": 2}  # blocks; A14B's experts are configured as 14B
+MODELS = {"wan2.1-1.3b": 2, "wan2.1-14b": 1, "wan2.2-ti2v-5b": 1}  # blocks; A14B's experts are configured as 14B
 # What Diffusers keeps in fp32 under from_pretrained(torch_dtype=bfloat16).
 KEPT = ("scale_shift_table", "time_embedder", "norm2")
 
