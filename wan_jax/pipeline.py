@@ -131,6 +131,12 @@ class Videos:
         return Videos(self.frames[rows], self.finite[rows])
 
 
+# XLA's search for the fastest convolutions also tries what needs 75 GB of scratch memory for 9 pictures of 512x512, and
+# says at length that it could not allocate them. All of these are among cuDNN's nondeterministic kernels: without them
+# the search takes half the time and no memory to speak of (docs/performance.md has what decoding takes).
+DECODER_OPTIONS = {"xla_gpu_exclude_nondeterministic_ops": True}
+
+
 def decoder_programs(graphdef, *, blended: bool = False) -> tuple[Callable, Callable]:
     """The jitted functions of `make_decoder`: (vae state, latents fp32 [B,F,h,w,C]) -> (video, finite), and
     (vae state, latents of a chunk, history) -> ((video, finite), history). Videos [B,T,H,W,3] are uint8, or fp32
@@ -140,12 +146,12 @@ def decoder_programs(graphdef, *, blended: bool = False) -> tuple[Callable, Call
         finite = all_finite(latents) & all_finite(video)
         return video if blended else jnp.round((video + 1) * 127.5).astype(jnp.uint8), finite
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=DECODER_OPTIONS)
     def decode(state, latents):
         vae: AutoencoderKLWan = nnx.merge(graphdef, state)
         return outputs(vae.decode(vae.denormalise(latents)), latents)
 
-    @partial(jax.jit, donate_argnums=(2,))
+    @partial(jax.jit, donate_argnums=(2,), compiler_options=DECODER_OPTIONS)
     def decode_chunk(state, latents, history):
         vae: AutoencoderKLWan = nnx.merge(graphdef, state)
         video, history = vae.decode_chunk(vae.denormalise(latents), history)

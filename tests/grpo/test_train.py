@@ -73,7 +73,8 @@ def recipe(model, tmp_path):
 
 def start(config, *overrides, command=commands.command, **kwargs):
     """`overrides`: 'key=value' of the config; command: or `commands.fresh`."""
-    return subprocess.Popen(command("grpo.train", f"--config={config}", *(f"--config.{o}" for o in (*MEASURES, *overrides))),
+    settings = (f"--config.{o}" for o in (*MEASURES, *overrides))
+    return subprocess.Popen(command("grpo.train", f"--config={config}", *settings),
                             env=commands.environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             **kwargs)
 
