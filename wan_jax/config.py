@@ -7,12 +7,12 @@ bounds: a whole number is between 1 and 2^20 unless its field says otherwise.
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 import types
 import typing
 
+from wan_jax import integrity
 from wan_jax.cli import UserError
 
 
@@ -242,17 +242,12 @@ def _short(value) -> str:
 def read_json(path) -> dict:
     """Read a file that holds a JSON object. Raise `ConfigError` naming the file when it is missing or anything else."""
     path = pathlib.Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist: is {path.parent} a folder of a Wan checkpoint?")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise ConfigError(f"{path} does not exist: is {path.parent} a folder of a Wan checkpoint?") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not valid JSON: it is not UTF-8 text (byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} is not valid: it holds {_short(values)}, expected a JSON object {{...}}")
-    return values
+        return integrity.read_json(path)
+    except integrity.Damaged as error:
+        raise ConfigError(str(error)) from None
 
 
 def load(cls, path):

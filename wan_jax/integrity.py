@@ -101,7 +101,7 @@ def read_json(path: pathlib.Path) -> dict:
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path} is not valid JSON ({str(error)[:100]})") from None
     if not isinstance(content, dict):
-        raise Damaged(f"{path} holds no JSON object")
+        raise Damaged(f"{path} is not valid: it holds no JSON object")
     return content
 
 
