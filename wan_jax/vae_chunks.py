@@ -3,10 +3,11 @@
 B videos, T pixel frames, F latent frames, H W pixels, h w latent height and width, z latent channels, C 3 colours.
 
 Device bytes beside the weights, fp32, one video, as XLA for CPU compiles it (`memory_analysis`: temporary buffers plus
-the history, which is donated). GPU convolutions can need workspace on top:
+the history, which is donated), with JAX 0.10.2 in the first three columns of the first row, before the VAE upsampled by
+phases in the others. GPU convolutions can need workspace on top:
 
     chunk of            1 latent frame    2          4          whole, 33 frames    whole, 81 frames
-    2.1   480 x 832       9.3 GB        13.0 GB    20.4 GB        30.1 GB             74.4 GB
+    2.1   480 x 832       9.0 GB        12.1 GB    18.2 GB        30.1 GB             74.4 GB
     2.1   720 x 1280     21.5 GB        30.0 GB    47.0 GB        69.5 GB            171.6 GB
     2.2   480 x 832       7.9 GB        11.0 GB    17.2 GB        26.6 GB             65.9 GB
     2.2   704 x 1280     17.6 GB        24.6 GB    38.8 GB        60.1 GB            148.6 GB
