@@ -4,7 +4,7 @@ import numpy as np
 from tqdm import tqdm
 
 from convert.plan import Plan
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 from wan_jax.model_dir import ModelDir
 
 

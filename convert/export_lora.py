@@ -16,7 +16,7 @@ from absl import flags
 from convert import lora
 from wan_jax import cli, model_dir
 from wan_jax.checkpoint import load_trained
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 from wan_jax.paths import expand
 
 STEMS = {"diffusers": "pytorch_lora_weights", "comfyui": "comfyui_lora"}

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from wan_jax import folder_lock
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 from wan_jax.model_dir import MANIFEST, previous_folder
 from wan_jax.paths import expand
 

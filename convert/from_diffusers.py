@@ -26,7 +26,7 @@ from convert.journal import Journal
 from convert.plan import DTYPES, STEMS, Plan, parse_dtypes, plan_component
 from convert.source import check_copied, check_destination, check_pipeline, copied_files, source_folder, two_experts
 from wan_jax import array_store, cli, integrity, model_dir
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 from wan_jax.paths import expand
 
 __all__ = ["DTYPES", "STEMS", "check", "convert"]

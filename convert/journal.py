@@ -6,7 +6,7 @@ import pathlib
 import shutil
 
 from convert.folders import LEFT_OUT
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 
 
 class Journal:

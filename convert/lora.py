@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from convert.lora_files import LoRAFile, read, read_experts
 from convert.lora_names import Flat, Kernels, dense_layers, layer_targets, modules, original_name
 from wan_jax import hosts, model_dir
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 from wan_jax.lora import LoRAConfig, adapted_layers
 
 __all__ = ["Flat", "Kernels", "LoRAFile", "dense_layers", "layer_targets", "modules", "original_name", "read"]

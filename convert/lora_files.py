@@ -23,7 +23,7 @@ from safetensors import safe_open
 from convert.folders import DTYPES, Shards
 from convert.lora_names import Kernels, layer_targets, modules, original_name
 from wan_jax import config as config_lib
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 from wan_jax.lora import LoRAConfig
 from wan_jax.paths import expand
 

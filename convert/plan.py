@@ -17,7 +17,7 @@ from convert.folders import Buffers, Shards, all_finite
 from wan_jax import array_store, model_dir
 from wan_jax import config as config_lib
 from wan_jax import params as P
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 
 STEMS = {"transformer": "diffusion_pytorch_model", "transformer_2": "diffusion_pytorch_model",
          "vae": "diffusion_pytorch_model", "text_encoder": "model"}

@@ -5,8 +5,8 @@ import re
 
 from convert.folders import LEFT_OUT
 from wan_jax import cli, model_dir
-from wan_jax.cli import UserError
 from wan_jax.config import ConfigError, load_scheduler, read_json
+from wan_jax.errors import UserError
 from wan_jax.paths import check_apart, expand
 from wan_jax.tokenizer import Tokenizer, TokenizerError
 

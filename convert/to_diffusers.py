@@ -27,7 +27,7 @@ from convert.source import check_destination, copied_files
 from wan_jax import cli, model_dir
 from wan_jax.array_store import ArrayStore
 from wan_jax.checkpoint import load_trained
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 from wan_jax.lora import LoRAConfig
 from wan_jax.paths import check_apart, expand
 

@@ -14,7 +14,7 @@ import jax
 
 from grpo.programs import Program, Run
 from wan_jax import mesh as mesh_lib
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 from wan_jax.experts import choose_offload
 from wan_jax.memory import GIB, PINNED
 

@@ -32,7 +32,7 @@ from ml_collections import config_flags
 from grpo import comparison, run_log, settings
 from grpo.budget import Budget, Spent
 from wan_jax import cli, folder_lock
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 from wan_jax.flag_types import define_number, define_path
 from wan_jax.limits import Range
 

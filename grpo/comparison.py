@@ -18,7 +18,7 @@ from grpo import run_log
 from grpo.charts import chart
 from grpo.report_page import COLORS, page, table
 from grpo.statistics import t_interval
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 
 SURE = "95\N{NO-BREAK SPACE}%"
 AXES = {"evaluations": "evaluations of the model", "seconds": "seconds of training"}

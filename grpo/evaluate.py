@@ -27,7 +27,7 @@ from rewards.targets import parse_targets
 from wan_jax import checkpoint as checkpoint_lib
 from wan_jax import cli, folder_lock, media, memory, model_dir, pipeline, reward_head
 from wan_jax.attention import choose_backend, platform_of
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 from wan_jax.experts import guidances, per_guidance, segments
 from wan_jax.flag_types import check_used, define_number, define_path
 from wan_jax.limits import Range

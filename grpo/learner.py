@@ -41,7 +41,7 @@ from rewards.workers import RewardPool
 from wan_jax import hosts, pipeline
 from wan_jax import mesh as mesh_lib
 from wan_jax.checkpoint import Checkpoints
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 
 BLANKED = ("x", "x_next", "log_prob", "mean")  # of a trajectory: all arrays with an axis of videos, but for the text
 STAGES = ("sample", "decode", "score_wait", "update")

@@ -23,7 +23,7 @@ from grpo.prompts import load_prompts
 from grpo.run_log import write_atomically
 from rewards.targets import parse_targets
 from wan_jax import cli
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 from wan_jax.flag_types import define_path
 
 CASES = {"upper": str.upper, "title": str.title, "lower": str.lower}

@@ -27,7 +27,7 @@ from rewards.targets import parse_targets
 from wan_jax import cli, memory, model_dir, pipeline, presets, rocm_compiler, vae_chunks
 from wan_jax import mesh as mesh_lib
 from wan_jax.attention import choose_backend, platform_of
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 from wan_jax.flag_types import define_number
 from wan_jax.limits import Range
 from wan_jax.memory import GIB

@@ -17,7 +17,7 @@ import numpy as np
 
 from rewards.text_match import visible
 from wan_jax import cli
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 from wan_jax.tokenizer import clean
 
 JSON_LINES = (".jsonl", ".ndjson")

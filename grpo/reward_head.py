@@ -32,7 +32,7 @@ from rewards.targets import parse_targets
 from wan_jax import cli, model_dir, pipeline
 from wan_jax import mesh as mesh_lib
 from wan_jax.attention import choose_backend, platform_of
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 from wan_jax.experts import guidances, per_guidance, segments
 from wan_jax.flag_types import define_number, define_path
 from wan_jax.guidance import TextBatch

@@ -10,7 +10,7 @@ from rewards.endpoints import log
 from rewards.judge import QUESTIONS, JudgeReward, Transcriber, VisionEndpoint
 from rewards.ocr import OCRReward, even_frames
 from rewards.remote import RemoteReward
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 
 JUDGE = "judge"
 JUDGE_QUESTIONS = ("transcribe", *QUESTIONS)

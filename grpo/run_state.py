@@ -16,7 +16,7 @@ from grpo.update import TrainState
 from rewards.base import Asked
 from wan_jax import hosts
 from wan_jax.checkpoint import Checkpoints, join_experts, split_experts
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 from wan_jax.lora import LoRAConfig
 from wan_jax.model_dir import ModelDir
 

@@ -18,7 +18,7 @@ from rewards.several import DERIVED, SeveralRewards
 from rewards.workers import PendingScores, RewardPool
 from wan_jax import hosts
 from wan_jax import mesh as mesh_lib
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 from wan_jax.pipeline import NOT_FINITE, Videos
 
 

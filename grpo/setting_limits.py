@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import ml_collections
 
 from configs.defaults import defaults
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 from wan_jax.flag_types import user_path
 from wan_jax.limits import SEED, Range
 

@@ -21,7 +21,7 @@ from rewards.clip import KINDS, check_model
 from rewards.ocr import RULES
 from rewards.ocr_engines import ENGINES
 from wan_jax.attention import BACKENDS
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 from wan_jax.experts import OFFLOAD
 from wan_jax.lora import LoRAConfig
 from wan_jax.paths import expand

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from grpo.run_files import read_json, write_atomically
 from rewards.packages import import_problem
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 
 TRACKERS = "trackers.json"
 QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}  # by default it waits minutes

@@ -44,7 +44,7 @@ from wan_jax import cli, folder_lock, hosts, media, memory, model_dir, pipeline,
 from wan_jax import mesh as mesh_lib
 from wan_jax.attention import choose_backend, platform_of
 from wan_jax.checkpoint import Checkpoints
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 from wan_jax.experts import Weights, segments
 from wan_jax.schedule import flow_sigmas
 from wan_jax.solvers import make_solver

@@ -44,7 +44,6 @@ from rewards.base import (
 )
 
 log = logging.getLogger("rewards.workers")
-log.setLevel(logging.WARNING)        # also where a program silences its libraries: a failing reward must be seen
 MODES = ("process", "thread", "inline")
 _START_TIMEOUT = 300.0      # seconds to import and load the models, on a busy network disk too
 _MOST_SHOWN = 20            # kinds of failures that a pool logs

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from wan_jax import integrity
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 from wan_jax.paths import expand
 
 CHUNK = 2**28  # bytes

@@ -21,10 +21,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from wan_jax import memory
-
-
-class UserError(Exception):
-    """Something the user can mend; the message names the value, the limit and the fix."""
+from wan_jax.errors import UserError
 
 
 class AskedToEnd(Exception):
@@ -34,6 +31,7 @@ class AskedToEnd(Exception):
 ADVICE = {errno.ENOSPC: "the disk is full; free some space and run the same command again",
           errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
           errno.ENOTDIR: "a file stands where a folder is needed; choose another folder",
+          errno.EEXIST: "a file stands where a folder is needed; choose another folder",
           errno.EROFS: "the file system is read-only; choose another folder",
           errno.EACCES: "permission denied; choose a folder you may write to",
           errno.EPERM: "permission denied; choose a folder you may write to"}

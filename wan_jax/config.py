@@ -13,7 +13,7 @@ import types
 import typing
 
 from wan_jax import integrity
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 
 
 class ConfigError(UserError, ValueError):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from absl import flags
 
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 from wan_jax.limits import Range
 from wan_jax.paths import expand
 

@@ -21,7 +21,7 @@ import socket
 import sys
 from collections.abc import Iterator
 
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 
 NAME = ".lock"  # in the folder
 

@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from wan_jax import cli, hosts_output
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 from wan_jax.hosts_watch import AGAIN, Watch
 
 CLUSTERS = ("auto", "none", "slurm", "ompi", "k8s")

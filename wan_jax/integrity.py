@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 
 BLOCK = 2**20  # bytes read at once; stays in the processor's cache until its digest is computed
 WORKERS = min(8, os.cpu_count() or 1)

@@ -25,7 +25,7 @@ from wan_jax import hosts, integrity
 from wan_jax import mesh as mesh_lib
 from wan_jax import params as P
 from wan_jax.array_store import AGAIN, CHUNK_FILE, ArrayStore, StoreError
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 from wan_jax.paths import expand
 from wan_jax.text_encoder import UMT5Encoder
 from wan_jax.transformer import WanTransformer3D

@@ -2,7 +2,7 @@
 
 import pathlib
 
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 
 
 def expand(path) -> pathlib.Path:

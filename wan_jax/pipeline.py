@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 
 from wan_jax import model_dir, vae_chunks
-from wan_jax.cli import UserError
 from wan_jax.config import TransformerConfig, VAEConfig
+from wan_jax.errors import UserError
 from wan_jax.experts import Segment
 from wan_jax.guidance import TextBatch, velocity
 from wan_jax.hosts import my_part

@@ -25,8 +25,8 @@ from safetensors.numpy import save_file
 
 from wan_jax import integrity
 from wan_jax import params as P
-from wan_jax.cli import UserError
 from wan_jax.config import TransformerConfig
+from wan_jax.errors import UserError
 from wan_jax.guidance import TextBatch
 from wan_jax.model_dir import ModelDir
 from wan_jax.solvers import per_sample

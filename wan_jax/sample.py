@@ -18,7 +18,7 @@ from flax import nnx
 from wan_jax import cli, experts, media, memory, model_dir, pipeline, reward_head
 from wan_jax import mesh as mesh_lib
 from wan_jax.attention import choose_backend, platform_of
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 from wan_jax.flag_types import check_used, define_number, define_path
 from wan_jax.limits import SEED, Range
 from wan_jax.solvers import SOLVERS, make_solver

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import ftfy
 import numpy as np
 
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 
 
 class TokenizerError(UserError, ValueError):

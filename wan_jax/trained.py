@@ -11,7 +11,7 @@ from wan_jax import experts, layout, lora, memory, model_dir
 from wan_jax import mesh as mesh_lib
 from wan_jax import params as P
 from wan_jax.checkpoint import load_trained
-from wan_jax.cli import UserError
+from wan_jax.errors import UserError
 from wan_jax.layers import LoRAParam
 from wan_jax.transformer import WanTransformer3D
 

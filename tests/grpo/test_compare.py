@@ -206,10 +206,15 @@ def test_evaluations_without_a_result_are_no_points_of_a_curve(tmp_path):
     log = run_log.RunLog(tmp_path)
     for epoch in (1, 2, 3):
         log.epoch({"epoch": epoch, "spent_evaluations": 10 * epoch, "spent_seconds": 1.0})
+
+    def evaluated(epoch: int, reward: float) -> None:
+        log.evaluation({"epoch": epoch, "reward": reward, "low": reward, "high": reward, "num": 2, "rewards": [reward] * 2,
+                        "prompts": ["a", "b"], "texts": ["", ""]})
+
     for epoch, reward in enumerate((0.5, float("nan"), 0.7)):
-        log.evaluation({"epoch": epoch, "reward": reward})
+        evaluated(epoch, reward)
     curve = comparison.read_curve(tmp_path)
     assert curve.epochs.tolist() == [0, 2] and curve.rewards.tolist() == [0.5, 0.7]
-    log.evaluation({"epoch": 3, "reward": float("nan")})
+    evaluated(3, float("nan"))
     with pytest.raises(UserError, match="evaluation after epoch 3 scored fewer than two"):
         comparison.read_curve(tmp_path)

@@ -258,7 +258,7 @@ def test_what_is_planned():
     ("train.timesteps", 11, "train.timesteps=11 must be at most sample.steps=10"), ("train.nft_beta", 0.0, "nft_beta"),
     ("sample.shared_noise", True, "all videos of a group would be one"), ("train.old_most", 1.0, "old_most=1.0"),
     ("train.dpo_beta", -1.0, "dpo_beta"), ("train.temperature", 0.0, "temperature"),
-    ("train.reference_every", -1, "reference_every=-1"), ("train.kl_weight", -1.0, "kl_beta"),
+    ("train.reference_every", -1, "reference_every=-1"), ("train.kl_weight", -1.0, "train.kl_weight=-1.0"),
     ("train.updates_per_epoch", 2, "does not divide sample.groups=9"), ("sample.sde", "cps", "is of Flow-GRPO"),
     ("train.objective", "guard", "objective=guard is of Flow-GRPO: set --config.train.method=grpo")])
 def test_bad_settings_are_refused(key, value, message):

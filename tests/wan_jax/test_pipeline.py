@@ -372,7 +372,7 @@ def test_sampling_command(folders, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (("--model=nowhere", "--out=x.png"), "model folder nowhere does not exist"),
+    (("--model=nowhere", "--out=x.png"), "nowhere does not exist"),
     (("--model={source}", "--out=x.png"), "Diffusers folder"),
     (("--model={model}", "--out=x.png", "--frames=5"), "x.png"),
     (("--model={model}", "--out=x.bmp"), ".bmp"),
