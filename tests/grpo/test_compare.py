@@ -208,8 +208,8 @@ def test_evaluations_without_a_result_are_no_points_of_a_curve(tmp_path):
         log.epoch({"epoch": epoch, "spent_evaluations": 10 * epoch, "spent_seconds": 1.0})
 
     def evaluated(epoch: int, reward: float) -> None:
-        log.evaluation({"epoch": epoch, "reward": reward, "low": reward, "high": reward, "num": 2, "rewards": [reward] * 2,
-                        "prompts": ["a", "b"], "texts": ["", ""]})
+        log.evaluation({"epoch": epoch, "num": 2, "rewards": [reward] * 2, "prompts": ["a", "b"], "texts": ["", ""]}
+                       | dict.fromkeys(("reward", "low", "high"), reward))
 
     for epoch, reward in enumerate((0.5, float("nan"), 0.7)):
         evaluated(epoch, reward)
