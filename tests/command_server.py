@@ -135,7 +135,8 @@ if __name__ == "__main__":
     if len(sys.argv) > 2:
         code = ask(sys.argv[1], sys.argv[2], sys.argv[3:])
         if code < 0:
-            signal.signal(-code, signal.SIG_DFL)
+            if -code != signal.SIGKILL:  # which has no handler
+                signal.signal(-code, signal.SIG_DFL)
             os.kill(os.getpid(), -code)
         sys.exit(code)
     load()
