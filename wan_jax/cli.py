@@ -30,6 +30,7 @@ class AskedToEnd(Exception):
 
 ADVICE = {errno.ENOSPC: "the disk is full; free some space and run the same command again",
           errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
+          errno.EFBIG: "files may not become so large here; choose another disk, or raise `ulimit -f`",
           errno.ENOTDIR: "a file stands where a folder is needed; choose another folder",
           errno.EEXIST: "a file stands where a folder is needed; choose another folder",
           errno.EROFS: "the file system is read-only; choose another folder",
@@ -44,6 +45,9 @@ interrupted = threading.Event()  # Ctrl-C was pressed
 asked_to_end = threading.Event()  # SIGTERM came, and the program is on its way to a good end
 INTERRUPTED, TERMINATED = 130, 143  # the exit codes after them
 OS_ERROR = re.compile(r"os[_ ]error(?:_code)?[= ]'?(\d+)")
+LOCAL_FILE = re.compile(r'local file "([^"]+)"')  # in tensorstore's errors
+# What orbax and tensorstore print about an error in one of their threads, which they also raise where it was caused.
+ECHO = re.compile(r"_SignalingThread\.run\(\) raised|exception was never retrieved|Event loop is closed")
 
 
 def run(main: Callable) -> None:
@@ -58,6 +62,7 @@ def run(main: Callable) -> None:
         if not flags.FLAGS["verbosity"].present:
             absl_logging.set_verbosity(absl_logging.ERROR)  # orbax and JAX say a lot at the usual level
             logging.getLogger("rewards").setLevel(logging.WARNING)  # but a dead reward server must be seen
+            drop_echoes()
         try:
             main(argv)
         except BaseException as error:
@@ -71,6 +76,23 @@ def run(main: Callable) -> None:
     atexit.register(leave)  # the last to run of what is registered from here on
     signal.signal(signal.SIGINT, interrupt)
     app.run(guarded, flags_parser=parse_flags)
+
+
+def drop_echoes() -> None:
+    """Keep orbax's threads from printing the traceback of an error that the caller gets too, and explains."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(is_no_echo)
+    sys.unraisablehook = report_unraisable
+
+
+def is_no_echo(record: logging.LogRecord) -> bool:
+    return not ECHO.search(str(record.msg))
+
+
+def report_unraisable(unraisable) -> None:
+    """Print an error that could not be raised, unless it is an echo."""
+    if not ECHO.search(str(unraisable.exc_value)):
+        sys.__unraisablehook__(unraisable)
 
 
 def stop_if_interrupted() -> None:
@@ -246,7 +268,8 @@ def disk_error(error: BaseException | None) -> OSError | None:
         if isinstance(error, OSError) and error.errno in ADVICE:
             return error
         if (named := OS_ERROR.search(str(error))) and int(named[1]) in ADVICE:
-            return OSError(int(named[1]), os.strerror(int(named[1])))
+            path = LOCAL_FILE.search(str(error))
+            return OSError(int(named[1]), os.strerror(int(named[1])), path and path[1])
         error = error.__cause__ or error.__context__
     return None
 

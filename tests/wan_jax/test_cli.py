@@ -1,12 +1,16 @@
 """What a user sees when the disk is the problem."""
 
 import errno
+import gc
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -77,6 +81,27 @@ def test_ctrl_c_that_became_another_error_is_still_ctrl_c():
 def test_errors_that_only_name_the_systems_number(message):
     """tensorstore's and safetensors' wording."""
     assert disk_error(ValueError(message)).errno == errno.ENOSPC
+
+
+def test_an_error_in_a_save_is_raised_and_not_printed_too(tmp_path, monkeypatch, capfd, caplog):
+    """Orbax prints it in each of its threads; here because files may have 2000 bytes only, as on a full disk."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    arrays = {f"a{i}": jnp.asarray(np.random.default_rng(i).random((40, 40))) for i in range(12)}
+    before, (soft, hard) = threading.active_count(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    cli.drop_echoes()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+        with pytest.raises(ValueError) as caught:
+            Checkpoints(tmp_path / "run").save(1, {"trainable": arrays}, arrays, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message, code = cli.explain(caught.value)
+    assert code == 1 and f"error: {tmp_path / 'run/checkpoints'}" in message and "ulimit -f" in message
+    while threading.active_count() > before:
+        time.sleep(0.01)
+    del caught
+    gc.collect()
+    assert "Traceback" not in capfd.readouterr().err and not caplog.records
 
 
 def test_too_little_space_is_an_error_before_the_first_byte(tmp_path, monkeypatch):
