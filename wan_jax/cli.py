@@ -33,6 +33,7 @@ ADVICE = {errno.ENOSPC: "the disk is full; free some space and run the same comm
           errno.EFBIG: "files may not become so large here; choose another disk, or raise `ulimit -f`",
           errno.ENOTDIR: "a file stands where a folder is needed; choose another folder",
           errno.EEXIST: "a file stands where a folder is needed; choose another folder",
+          errno.EISDIR: "a folder stands where a file is needed; remove it, or choose another folder",
           errno.EROFS: "the file system is read-only; choose another folder",
           errno.EACCES: "permission denied; choose a folder you may write to",
           errno.EPERM: "permission denied; choose a folder you may write to"}
@@ -156,7 +157,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, AskedToEnd):
         return str(error), TERMINATED
     if (cause := disk_error(error)) is not None:  # an OSError may come wrapped, by orbax for one
-        where = f"{cause.filename}: " if cause.filename else ""
+        path = cause.filename2 or cause.filename
+        where = f"{path}: " if path else ""
         return f"error: {where}{ADVICE[cause.errno]} ({cause.strerror})", 1
     return None
 
@@ -265,6 +267,8 @@ def disk_error(error: BaseException | None) -> OSError | None:
     tensorstore (under orbax) and safetensors raise errors of their own that only name the system's error number.
     """
     while error is not None:
+        if isinstance(error, FileExistsError) and error.filename and not os.path.isdir(error.filename):
+            return NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename)  # of a mkdir
         if isinstance(error, OSError) and error.errno in ADVICE:
             return error
         if (named := OS_ERROR.search(str(error))) and int(named[1]) in ADVICE:

@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import os
 import resource
 import shutil
 import signal
@@ -26,6 +27,21 @@ def test_errors_of_the_disk_are_found_in_the_chain_of_causes():
     assert disk_error(outer) is inner
     assert disk_error(RuntimeError("something else")) is None
     assert disk_error(OSError(errno.ENOENT, "no such file")) is None
+
+
+def test_a_file_in_the_way_of_a_folder_and_a_folder_in_the_way_of_a_file(tmp_path):
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.touch()
+    folder.mkdir()
+    for raises, path in ((lambda: file.mkdir(exist_ok=True), file), (lambda: os.replace(file, folder), folder),
+                         (lambda: folder.write_text(""), folder)):
+        with pytest.raises(OSError) as caught:
+            raises()
+        message, code = cli.explain(caught.value)
+        assert code == 1 and message.startswith(f"error: {path}: ") and "choose another folder" in message
+    with pytest.raises(FileExistsError) as caught:
+        folder.mkdir()
+    assert cli.explain(caught.value) is None
 
 
 def test_ctrl_c_in_a_callback_that_loses_exceptions_is_raised_after_it():
