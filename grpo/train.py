@@ -209,6 +209,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
     if restored is not None:
         states = run_state.restore(checkpoints, restored, states)
 
+    check_folder()
     log = RunLog(c.run_dir, restored, c.log) if hosts.first() else SilentLog()
     log.config(dict(c.to_dict(), command=" ".join(["python -m grpo.train", *sys.argv[1:]])))
     evaluators = {length: Evaluator(heldout, eval_table, solver, run.eval_steps,
@@ -239,6 +240,7 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
         """Unless that is the newest checkpoint."""
         nonlocal saved
         if saved != epoch:
+            check_folder()
             run_state.save(checkpoints, epoch, states, c.to_dict(), s.lora, spent, belongs)
             saved = epoch
 
@@ -300,7 +302,6 @@ def train(c, s: settings.Settings, plan: Plan, train_prompts: PromptSet, heldout
             + " ".join(f"{k} {v:.1f}" for k, v in seconds.items() if v >= 0.05) + " s")
         saving = time.monotonic()
         hosts.stage(f"epoch {epoch}: saving")
-        check_folder()
         ending = asked_to_end()
         if epoch % c.save.every == 0 or final or ending:
             save(epoch)
