@@ -44,7 +44,7 @@ SLOW = {
     "test_tiny_wan": ("training_shows", "diffusers_samples"),
     "grpo/test_train": (
         "evaluation", "killed", "ctrl_c", "sigterm", "full_fine", "starts_from", "workers", "servers", "both_experts",
-        "two_experts", "one_expert", "divergence", "a_budget"),
+        "two_experts", "one_expert", "divergence", "a_run", "a_budget"),
     "grpo/test_hosts": ("both", "as_in_one", "the_first", "faults", "an_error"),
     "grpo/test_update": (
         "rollout_keeps", "loss_and_gradient", "first_update_in_bfloat16", "optimiser_and", "micro_batches",

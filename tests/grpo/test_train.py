@@ -427,6 +427,18 @@ def test_run_folder_that_cannot_be_written(recipe):
     assert run.read_text() == "a file where the folder should be"
 
 
+def test_a_run_whose_folder_is_moved_away_while_it_compiles_makes_no_new_one(recipe):
+    config, run = recipe
+    process = start(config)
+    for line in process.stdout:
+        if line.startswith("rematerialisation"):
+            run.rename(f"{run}.moved")
+            break
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1 and "Traceback" not in err and f"{run} was moved" in err, err
+    assert not run.exists()
+
+
 def test_a_budget_ends_the_run_as_its_last_epoch_would(whole, tmp_path):
     """24 evaluations an epoch, 8 videos of 3 steps, 4 epochs behind it: 100 are reached in the fifth."""
     run = shutil.copytree(whole[1], tmp_path / "run")
