@@ -41,9 +41,7 @@ sample.height=16 sample.width=32 sample.guidance=1.0 sample.steps=3 sample.sde_s
 sample.groups=2 sample.group_size=4 sample.batch_size=4 train.updates_per_epoch=2 train.advantage_std=global
 eval.every=2 eval.num_prompts=4 eval.steps=2 eval.guidance=1.0 eval.previews=2 reward.weights.sharpness=1.0
 reward.weights.exposure=1.0 reward.weights.contrast=1.0"""  # nothing can be read in a random model's videos
-SETTINGS = [f"--config.{setting}" for setting in SMALL.split()]
-QUICK = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 CLOCKS = re.compile(r"(.*/)?(time|peak_memory|idle_share|\w*seconds)(/.*)?")  # keys of what differs between runs
 PATIENCE = 120.0  # seconds for one command
 TRACEBACK = "Traceback (most recent call last)"
@@ -52,21 +50,15 @@ OBSTACLES = {".": "file", "checkpoints": "file", "tensorboard": "file", "config.
 COLUMNS = ("tried", "survived", "lost", "silent", "tracebacks")
 Watch = Callable[[str, pathlib.Path], bool]  # whether the output so far and the run's folder show that it is time
 
-
-def saving(first: int, last: int) -> Watch:
-    """Watch for a checkpoint that is being written."""
-    return lambda out, run: any((run / f"checkpoints/.{epoch}.tmp").exists() for epoch in range(first, last + 1))
-
-
 STAGES: dict[str, Watch] = {  # in the order of a run
     "compiling": lambda out, run: "rematerialisation: " in out,
-    "the first save": saving(0, 0),
+    "the first save": lambda out, run: (run / "checkpoints/.0.tmp").exists(),
     "the first evaluation": lambda out, run: (run / "checkpoints/0").exists() and "trained parameters" in out,
     "an epoch": lambda out, run: "epoch 1/" in out and (run / "checkpoints/1").exists(),
     "resuming": lambda out, run: "continuing " in out,
-    "a save": saving(1, 3),
+    "a save": lambda out, run: any(run.glob("checkpoints/.[123].tmp")),
     "an evaluation": lambda out, run: (run / "checkpoints/4").exists() and "epoch 4: " not in out,
-    "a late save": saving(5, 6),
+    "a late save": lambda out, run: any(run.glob("checkpoints/.[56].tmp")),
     "the report": lambda out, run: "peak memory: " in out,
 }
 
@@ -221,10 +213,11 @@ def main(_) -> None:
     rows: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     with tempfile.TemporaryDirectory(prefix="kills-") as name:
         folder = pathlib.Path(name)
-        os.environ |= ENVIRONMENT | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + QUICK}
+        os.environ.update(JAX_PLATFORMS="cpu", JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.2", XLA_FLAGS=QUICK)
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
         convert(str(tiny.write_pipeline(folder / "source", seed=3)), folder / "model", "float32")
-        recipe = ["--config=configs/tiny_ocr.py", f"--config.model.path={folder}/model", *SETTINGS]
+        recipe = ["--config=configs/tiny_ocr.py", f"--config.model.path={folder}/model",
+                  *(f"--config.{setting}" for setting in SMALL.split())]
         for part in ("train", "heldout"):
             prompts = pathlib.Path(f"assets/prompts/tiny_{part}.txt").read_text().splitlines()
             (folder / part).write_text("\n".join(prompts[:4]))
@@ -233,15 +226,14 @@ def main(_) -> None:
         def chain(name: str) -> Chain:
             return Chain(recipe, folder / name, rows)
 
-        for run in ("first", "whole"):  # the first one fills the cache of compiled functions
-            began = time.monotonic()
-            code, errors = chain(run).start()
-            if code != 0:
-                sys.exit(f"an undisturbed run ended with {code}:\n{errors}")
-        seconds, wanted = time.monotonic() - began, result(folder / "whole")
-        if differs := difference(wanted, result(folder / "first")):
-            sys.exit(f"two undisturbed runs differ: {differs}")
-        size = sum(path.lstat().st_blocks * 512 for path in (folder / "whole").rglob("*"))
+        first, whole = chain("first"), chain("whole")
+        code, errors = first.start()  # it fills the cache of compiled functions
+        if code != 0:
+            sys.exit(f"the undisturbed run ended with {code}:\n{errors}")
+        wanted, began = result(first.run), time.monotonic()
+        whole.finish(wanted)
+        seconds = time.monotonic() - began
+        size = sum(path.lstat().st_blocks * 512 for path in whole.run.rglob("*"))
         print(f"undisturbed: {seconds:.0f} s, {size / 1e6:.1f} MB, {len(wanted)} arrays and values", flush=True)
         kill_runs(chain, flags.FLAGS.kills, seconds, flags.FLAGS.seed, wanted)
         fill_disks(chain, flags.FLAGS.disks, size, wanted)
