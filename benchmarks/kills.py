@@ -71,11 +71,12 @@ class Chain:
     run: pathlib.Path
     rows: dict[str, collections.Counter]
     faults: list[tuple[str, bool]] = dataclasses.field(default_factory=list)  # (kind, whether it was taken well)
-    saved: int = 0  # the newest checkpoint at the last fault
+    saved: int = 0  # the newest checkpoint so far
 
     def start(self, watch: Watch | None = None, act: Callable | None = None) -> tuple[int, str]:
         """Run the command, and `act` on its process id when `watch` is true. Returns (exit code, standard error)."""
         command = commands.command("grpo.train", *self.recipe, f"--config.run_dir={self.run}")
+        self.saved = max([self.saved, *saved_epochs(self.run)])
         deadline = time.monotonic() + 120  # a command that hangs is killed
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             process = subprocess.Popen(command, env=commands.environment(), stdout=out, stderr=err)
@@ -92,7 +93,6 @@ class Chain:
         continued = re.search(r"(?:continuing .* after epoch (\d+)|trained parameters)", said)
         if continued and self.faults:
             self.rows[self.faults[-1][0]]["lost"] += max(0, self.saved - int(continued[1] or 0))
-        self.saved = max([self.saved, *saved_epochs(self.run)])
         return process.returncode, errors
 
     def suffer(self, kind: str, watch: Watch | None = None, act: Callable | None = None) -> None:

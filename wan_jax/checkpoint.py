@@ -86,6 +86,8 @@ class Checkpoints:
             shutil.rmtree(path)
 
     def _finish(self, temporary: pathlib.Path, epoch: int, meta: dict) -> None:
+        for name in ("state", "trained"):  # orbax makes a folder that was moved away anew, without what it held
+            os.stat(temporary / name)
         (temporary / META).parent.mkdir()
         (temporary / META).write_text(json.dumps(meta))
         integrity.write_manifest(temporary / DIGESTS, {}, integrity.measure(temporary, flush=True))

@@ -67,6 +67,22 @@ def test_a_checkpoint_comes_back_and_holds_the_average_once(run):
     assert tree.keys() == STATE.keys()
 
 
+def test_a_checkpoint_whose_folder_is_moved_away_during_the_save_is_not_finished(run, monkeypatch):
+    """Between its two parts."""
+    parts, prepare = [], ocp.args.StandardSave
+
+    def move_before_the_second(tree):
+        if parts:
+            run.rename(run.with_name("moved"))
+        parts.append(tree)
+        return prepare(tree)
+
+    monkeypatch.setattr(ocp.args, "StandardSave", move_before_the_second)
+    with pytest.raises(FileNotFoundError):
+        Checkpoints(run).save(3, STATE, TRAINED, META)
+    assert Checkpoints(run).epochs() == [] and Checkpoints(run.with_name("moved")).latest() == 2
+
+
 def test_a_checkpoint_of_the_first_format_comes_back_and_says_what_it_lacks(tmp_path, capsys):
     write_format_1(tmp_path, 3)
     assert_whole(resume(tmp_path), 3)
