@@ -32,7 +32,6 @@ ADVICE = {errno.ENOSPC: "the disk is full; free some space and run the same comm
           errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
           errno.EFBIG: "files may not become so large here; choose another disk, or raise `ulimit -f`",
           errno.ENOTDIR: "a file stands where a folder is needed; choose another folder",
-          errno.EEXIST: "a file stands where a folder is needed; choose another folder",
           errno.EISDIR: "a folder stands where a file is needed; remove it, or choose another folder",
           errno.EROFS: "the file system is read-only; choose another folder",
           errno.EACCES: "permission denied; choose a folder you may write to",
