@@ -26,7 +26,7 @@ Array = jax.Array
 
 BUDGET = 16e9  # device bytes that decoding may take beside the weights before it goes in chunks
 # the table above in frames of the widest tensor: working set of each pixel frame, and the history with its copies
-FRAME, HISTORY = 4, 24
+FRAME_21, FRAME_22, HISTORY = 3.0, 4.4, 24
 
 
 def decode_bytes(config: VAEConfig, shape: tuple[int, ...], chunk: int, itemsize: int = 4) -> int:
@@ -39,7 +39,8 @@ def decode_bytes(config: VAEConfig, shape: tuple[int, ...], chunk: int, itemsize
     # the last upsampler works on full-size frames with the channels of the level before
     widest = b * cells * (config.decoder_base_dim or config.base_dim) * max(config.dim_mult[:2]) * itemsize
     ft = config.scale_factor_temporal
-    return widest * (FRAME * ft * chunk + HISTORY if chunk else FRAME * (1 + ft * (f - 1)))
+    frame = FRAME_22 if config.is_residual else FRAME_21
+    return widest * (frame * ft * chunk + HISTORY if chunk else frame * (1 + ft * (f - 1)))
 
 
 def choose_chunk(config: VAEConfig, shape: tuple[int, ...], budget: float = BUDGET, itemsize: int = 4) -> int:
