@@ -54,6 +54,11 @@ def run(model, video, z) -> dict:
     return compiled_outputs(*nnx.split(model), video, z)
 
 
+def recorded_size(settings) -> tuple[int, int]:
+    """Return the height and width of `test_recorded_outputs`, for which the model is compiled already."""
+    return next((height, width) for config, height, width in maker.RECORDED.values() if config == settings)
+
+
 # --- against Diffusers ---------------------------------------------------------------------------------
 
 
@@ -71,13 +76,15 @@ def test_recorded_outputs(file, case):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("settings, height, width", [
-    (maker.CONFIG | TWO_BLOCKS, 16, 24), (maker.CONFIG | OTHER_SHAPE, 16, 24), (TWO_BLOCKS_22, 32, 48),
-    (OTHER_SHAPE_22, 16, 24)], ids=["two blocks", "other shape", "2.2 two blocks", "2.2 other shape"])
-def test_diffusers(settings, height, width):
+@pytest.mark.parametrize("settings, height, width, lengths", [
+    (maker.CONFIG | TWO_BLOCKS, 16, 24, [3]), (maker.CONFIG | OTHER_SHAPE, 16, 24, [1, 2]),
+    (TWO_BLOCKS_22, 32, 48, [3]), (OTHER_SHAPE_22, 16, 24, [1, 2])],
+    ids=["two blocks", "other shape", "2.2 two blocks", "2.2 other shape"])
+def test_diffusers(settings, height, width, lengths):
+    """1, 2 and 3 latent frames of each generation; `test_recorded_outputs` has 1 and 3 of another configuration."""
     model, weights = maker.peer(settings, seed=5)
     ours = build(settings, weights)
-    for frames in (1, 2, 3):
+    for frames in lengths:
         inputs = maker.random_inputs(frames, frames, height, width, settings)
         theirs = maker.run(model, *inputs)
         for name, value in run(ours, *inputs).items():
@@ -164,7 +171,7 @@ def test_upsampled_convolution_is_the_convolution_of_the_doubled_frame():
 @BOTH
 def test_the_first_frame_is_coded_as_a_single_frame(settings):
     model = random_model(settings)
-    video, z = maker.random_inputs(7, 3, 32, 48, settings)
+    video, z = maker.random_inputs(7, 3, *recorded_size(settings), settings)
     clip, picture = run(model, video, z), run(model, video[:, :1], z[:, :1])
     for name in clip:
         assert largest_difference(clip[name][:, :1], picture[name]) < 1e-5, name
@@ -181,7 +188,7 @@ def test_single_frames_use_the_last_temporal_tap_only(settings):
         elif path.endswith("kernel") and value.ndim == 5:
             flat[path] = value.at[:-1].set(jnp.nan)
     broken = nnx.merge(graphdef, P.unflatten(state, flat))
-    inputs = maker.random_inputs(8, 1, 32, 48, settings)
+    inputs = maker.random_inputs(8, 1, *recorded_size(settings), settings)
     expected = run(model, *inputs)
     for name, value in run(broken, *inputs).items():
         np.testing.assert_array_equal(value, expected[name], name)
@@ -256,9 +263,13 @@ def test_normalise():
 
 
 def test_bfloat16_trains():
-    """bf16 weights and compute: outputs near fp32's, fp32 results, and a gradient for every parameter."""
-    settings = maker.CONFIG | OTHER_SHAPE
-    inputs = maker.random_inputs(11, 2, 16, 24, settings)
+    """bf16 weights and compute: outputs near fp32's, fp32 results, and a gradient for every parameter.
+
+    Two levels with one change of size have a layer of every kind.
+    """
+    settings = maker.CONFIG | OTHER_SHAPE | {"dim_mult": [1, 2], "temperal_downsample": [True],
+                                             "scale_factor_spatial": 2, "scale_factor_temporal": 2}
+    inputs = maker.random_inputs(11, 2, 8, 12, settings)
     model = random_model(settings, dtype=jnp.bfloat16)
     assert {v.dtype for v in P.flatten(nnx.state(model)).values()} == {jnp.dtype(jnp.bfloat16)}
     exact = run(random_model(settings), *inputs)
