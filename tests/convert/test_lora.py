@@ -1,6 +1,7 @@
 """LoRA files: their effect in Diffusers equals that of our adapters, they come back as they were, and every file that
 would load nothing or something else is refused."""
 
+import functools
 import json
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from convert import lora as files
 from convert.export_lora import export
 from convert.from_diffusers import convert
-from grpo.policy import make_policy
+from grpo.policy import make_structure
 from tests import commands, tiny
 from wan_jax import lora, model_dir
 from wan_jax import mesh as mesh_lib
@@ -79,15 +80,25 @@ def inputs(seed=1):
     return rng.standard_normal((2, 2, 4, 6, 16)).astype(np.float32), np.array([930.0, 250.0], np.float32), text
 
 
+@functools.cache
+def weights_of(folder, expert):
+    return model_dir.build(expert, model_dir.open_model(folder), attention="xla")[1]
+
+
+@functools.cache
+def structure_of(config, adapters: LoRAConfig):
+    return make_structure(config, lora=adapters, dtype=jnp.float32, attention="xla", remat="none",
+                          mesh=mesh_lib.make_mesh(devices=jax.devices()[:1]))
+
+
+compiled = nnx.jit(lambda module, *x: module(*x))
+
+
 def our_velocities(model, expert, config: LoRAConfig, adapters):
     """(with the adapters, without them): the expert's output as training computes it."""
-    _, frozen = model_dir.build(expert, model, attention="xla")
-    mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
-    policy, trainable = make_policy(model.config(expert), frozen, mesh, lora=config, key=jax.random.key(0),
-                                    dtype=jnp.float32, attention="xla", remat="none")
-    assert {k: v.shape for k, v in trainable.items()} == {k: v.shape for k, v in adapters.items()}
-    run = nnx.jit(lambda module, *x: module(*x))
-    return (np.asarray(run(policy.module(flat, frozen), *inputs()))  # B = 0 is the model without adapters
+    frozen, policy = weights_of(model.path, expert), structure_of(model.config(expert), config)
+    assert {k: v.shape for k, v in policy.trainable.items()} == {k: v.shape for k, v in adapters.items()}
+    return (np.asarray(compiled(policy.module(flat, frozen), *inputs()))  # B = 0 is the model without adapters
             for flat in (adapters, {k: v * k.endswith("lora_a") for k, v in adapters.items()}))
 
 
@@ -111,21 +122,32 @@ def peer(folder):
     return diffusers.WanPipeline.from_pretrained(folder)
 
 
+@pytest.fixture(scope="module")
+def pipe_of_source(source):
+    return peer(source[0])
+
+
+@pytest.fixture
+def pipe(pipe_of_source):
+    """The source in Diffusers; it has no adapters after the test."""
+    yield pipe_of_source
+    pipe_of_source.unload_lora_weights()
+
+
 # ---- the effect -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parity
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("targets", MODULES, ids=["attention", "ffn", "everything"])
-def test_diffusers_computes_the_same(source, tmp_path, layout, targets):
+def test_diffusers_computes_the_same(source, pipe, tmp_path, layout, targets):
     """Each expert's file in its own transformer: fp32, 1e-5 relative, alpha unlike the rank."""
-    folder, model = source
+    _, model = source
     config = LoRAConfig(rank=3, alpha=5.0, targets=targets)
     adapters = {expert: random_adapters(files.dense_layers(model.config(expert)), config, seed)
                 for seed, expert in enumerate(model.experts)}
     run = write_run(tmp_path / "run", adapters, config)
     written = export(run, model.path, tmp_path / "lora", layout)
     assert [p.name for p in written.values()] == [p.name for p in sorted((tmp_path / "lora").iterdir())]
-    pipe = peer(folder)
     for expert, path in written.items():
         pipe.load_lora_weights(str(path), adapter_name=expert, load_into_transformer_2=expert == "transformer_2")
         assert len(load_file(path)) == 2 * MODULES[targets]
@@ -137,9 +159,9 @@ def test_diffusers_computes_the_same(source, tmp_path, layout, targets):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("stated", ["metadata", "alpha tensors"])
-def test_files_that_state_alpha_have_the_effect_they_have_in_diffusers(source, tmp_path, stated):
+def test_files_that_state_alpha_have_the_effect_they_have_in_diffusers(source, pipe, tmp_path, stated):
     """A file of another program: unscaled factors and an alpha, read by Diffusers and by us."""
-    folder, model = source
+    _, model = source
     kernels = files.dense_layers(model.config("transformer"))
     config = LoRAConfig(rank=4, alpha=6.0, targets=FFN)
     plain = LoRAConfig(rank=4, alpha=4.0, targets=FFN)  # scale 1: the factors as they are
@@ -152,7 +174,6 @@ def test_files_that_state_alpha_have_the_effect_they_have_in_diffusers(source, t
         tensors = files.to_tensors(flat, plain, kernels, "comfyui")
         tensors |= {k.replace("lora_up.weight", "alpha"): np.float32(6.0) for k in tensors if "lora_up" in k}
     save_file({k: np.asarray(v) for k, v in tensors.items()}, path, metadata=metadata)
-    pipe = peer(folder)
     pipe.load_lora_weights(str(path))
     found = files.read(path, kernels)
     assert found.config == config

@@ -35,10 +35,9 @@ def shapes_of(config: TextEncoderConfig) -> dict:
 
 def with_weights(config: TextEncoderConfig, tensors: dict) -> UMT5Encoder:
     """The encoder with the tensors of a UMT5 state dict (numpy)."""
-    model = UMT5Encoder(config, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0))))
     ours = key_table.to_ours("text_encoder", tensors, shapes_of(config))
-    nnx.update(model, params.unflatten(nnx.state(model), {k: jnp.asarray(v) for k, v in ours.items()}))
-    return model
+    return nnx.merge(graphdef, params.unflatten(state, {k: jnp.asarray(v) for k, v in ours.items()}))
 
 
 def random_model(config: TextEncoderConfig, seed: int = 3) -> UMT5Encoder:
