@@ -19,7 +19,7 @@ from grpo.budget import Spent
 from grpo.losses import LossConfig
 from grpo.policy import make_structure
 from grpo.rollout import Trajectory
-from grpo.update import UpdateBatch, init_state, make_update, stack_batches, state_shapes
+from grpo.update import UpdateBatch, make_update, stack_batches, state_shapes
 from tests.grpo.test_update import (
     CONFIG,
     LORA,
@@ -41,7 +41,10 @@ ODD = (3, 2, 6, 4)  # 9 tokens: no multiple of 2
 
 
 def two_updates(lora, mesh, offloaded=False):
-    """((final latents, log-probs, weights, average, norms), state) after a rollout and two updates on the mesh."""
+    """((final latents, log-probs, weights, average, norms), state) after a rollout and two updates on the mesh.
+
+    The new state lies where the old one did, so that the next update is the same program.
+    """
     policy, trainable, frozen = setup(lora, mesh, config=WIDE)
     final, kept = sampled(policy, trainable, frozen, range(8), guidance=3.0, text=text_batch(8, mesh), mesh=mesh,
                           shape=ODD)
@@ -49,12 +52,17 @@ def two_updates(lora, mesh, offloaded=False):
     # a large eps, so that a gradient near 0, whose sign is rounding, makes no difference
     optimiser = dataclasses.replace(OPTIMISER, adam_eps=1e-3)
     module = offload if offloaded else update_lib
-    update = module.make_update(policy, TABLE, 3.0, LossConfig(kl_beta=0.01), optimiser, mesh)
+    loss = LossConfig(kl_beta=0.0 if lora else 0.01)
+    update = module.make_update(policy, TABLE, 3.0, loss, optimiser, mesh)
+    placed = {k: v.sharding for k, v in trainable.items()}
     state = module.init_state(copies(trainable), optimiser)
     batch = stack_batches([kept], np.linspace(-2, 2, 8)[None], np.ones((1, 8), bool))
     state, metrics, _ = update(state, frozen, batch)
     assert metrics.averages()["ratio_max"] - 1 < 1e-5
     state, _, norms = update(state, frozen, batch)
+    for tree in (state.trainable, *(() if offloaded else (state.ema, state.opt[1][0].mu, state.opt[1][0].nu))):
+        assert not [k for k, v in tree.items() if not v.sharding.is_equivalent_to(placed[k], v.ndim)]
+    assert getattr(update, "gradient", update)._cache_size() == 1
     return (np.asarray(final), np.asarray(kept.log_prob), flat_vector(state.trainable), flat_vector(state.ema),
             np.array([float(v) for v in norms.values()])), state
 
@@ -69,10 +77,11 @@ def test_eight_devices_equal_one_with_adapters():
 
 
 def test_eight_devices_equal_one_with_all_weights(tmp_path):
-    """Also with moments and average on the host, which a checkpoint brings back there."""
+    """With a KL. Also with moments and average on the host, which a checkpoint brings back there."""
     one, _ = two_updates(None, mesh_lib.make_mesh(devices=jax.devices()[:1]))
     mesh = mesh_lib.make_mesh(2, context=2)
     plain, before = two_updates(None, mesh)
+    assert any(not v.sharding.is_fully_replicated for v in before.trainable.values())
     offloaded, state = two_updates(None, mesh, offloaded=True)
     for many, alone, hosted in zip(plain, one, offloaded):
         np.testing.assert_allclose(many, alone, atol=1e-4)
@@ -96,22 +105,6 @@ def test_no_memory_to_offload_to_is_an_error():
     device = types.SimpleNamespace(platform="toaster", addressable_memories=lambda: [])
     with pytest.raises(ValueError, match=r"offload_optimiser=True needs memory of kind pinned_host, toaster.*fsdp"):
         offload.check_device(device)
-
-
-def test_the_state_stays_where_it_lies():
-    """All weights trained, fsdp=4: the new state lies as the old one, so that the next update is the same program."""
-    mesh = mesh_lib.make_mesh(4)
-    config = dataclasses.replace(CONFIG, num_attention_heads=4, attention_head_dim=64, ffn_dim=768)
-    policy, trainable, frozen = setup(None, mesh, config=config)
-    _, kept = sampled(policy, trainable, frozen, range(8), text=text_batch(8, mesh), mesh=mesh)
-    update = make_update(policy, TABLE, 1.0, LossConfig(kl_beta=0.01), OPTIMISER, mesh)
-    before = {k: v.sharding for k, v in trainable.items()}
-    state, _, _ = update(init_state(trainable, OPTIMISER), frozen,
-                         stack_batches([kept], np.linspace(-2, 2, 8)[None], np.ones((1, 8), bool)))
-    assert any(not sharding.is_fully_replicated for sharding in before.values())
-    adam = state.opt[1][0]
-    for tree in (state.trainable, state.ema, adam.mu, adam.nu):
-        assert not [k for k, v in tree.items() if not v.sharding.is_equivalent_to(before[k], v.ndim)]
 
 
 def abstract(tree, mesh):
