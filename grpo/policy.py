@@ -6,6 +6,7 @@ reference is the frozen original.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,7 @@ class Policy:
         return nnx.merge(self.base_graph, frozen)
 
 
+@functools.cache
 def make_structure(config: TransformerConfig, *, lora: LoRAConfig | None, dtype, attention: str, remat: str,
                    mesh=None) -> Policy:
     """The policy without arrays: enough to trace, lower and compile what it takes part in. mesh: as of its arrays."""

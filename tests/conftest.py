@@ -52,6 +52,9 @@ SLOW = {
     "grpo/test_devices": ("eight_devices", "weights_are_gathered"),
     "grpo/test_programs": ("the_loop", "groups_sampled", "one_step"),
     "grpo/test_forward": ("loss_and_gradient", "nft_samples", "online_dpo"),
+    "grpo/test_outages": ("one_video", "a_", "an_", "without", "sigterm", "videos_that"),
+    "grpo/test_learns": (), "grpo/test_no_spread": ("a_whole_run",), "grpo/test_agreement": ("two_processes",),
+    "benchmarks/test_damage": ("damage_is",),
     "grpo/test_clip_lengths": ("clips_grow",), "grpo/test_plan": ("command_line",),
     "grpo/test_compare": ("real_runs", "sigterm", "stopping"),
     "wan_jax/test_pipeline": (

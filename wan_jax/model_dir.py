@@ -12,6 +12,7 @@ reads them. Folders of earlier versions have no digests; their files are only ch
 """
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -190,8 +191,12 @@ def open_model(path, verify: bool = True) -> ModelDir:
     return model
 
 
+@functools.cache
 def abstract(component: str, config, *, dtype=jnp.float32, **kwargs) -> tuple[nnx.GraphDef, nnx.State]:
-    """(graphdef, abstract state) of a component; kwargs go to the transformer (attention, remat)."""
+    """(graphdef, abstract state) of a component; kwargs go to the transformer (attention, remat).
+
+    Equal arguments give the same objects: do not change them.
+    """
     model_class = COMPONENTS[component][1]
     return nnx.split(nnx.eval_shape(lambda: model_class(config, dtype=dtype, rngs=nnx.Rngs(0), **kwargs)))
 

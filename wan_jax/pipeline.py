@@ -174,8 +174,9 @@ def make_decoder(graphdef, *, chunk: int | None = None, tile: int = 0, overlap: 
     chunk: latent frames at a time, 0 for the whole clip; None takes whole clips where they need less than
     `vae_chunks.BUDGET` bytes a device by estimate, and else the largest chunk that fits, at least one latent frame:
     two for 81 frames of Wan 2.1 at 480x832, which take 12 GB a video beside the weights (`vae_chunks` has a table).
-    Chunks give the same video up to rounding. tile > 0: in tiles of so many latent cells too,
-    overlapping by `overlap`; that needs less and is an approximation (`vae_chunks.decode_tiles`). programs: this model's `decoder_programs`, compiled already, where there are no tiles.
+    Chunks give the same video up to rounding. tile > 0: in tiles of so many latent cells too, overlapping by `overlap`;
+    that needs less and is an approximation (`vae_chunks.decode_tiles`). programs: this model's `decoder_programs`,
+    compiled already, where there are no tiles.
     Raises ValueError on values out of range.
     """
     if (chunk is not None and chunk < 0) or tile < 0 or (tile and not 0 <= overlap < tile):

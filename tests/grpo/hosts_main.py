@@ -18,28 +18,31 @@ from rewards.workers import RewardPool
 from tests.rewards.pool_rewards import Brightness
 from wan_jax import cli, hosts
 
-FOLDER = pathlib.Path(sys.argv.pop(1))
-entered = {}
-
-
-def advantages(rewards, *args, **kwargs):
-    entered.update(rewards=rewards, advantages=group_advantages(rewards, *args, **kwargs))
-    return entered["advantages"]
-
-
-def save(checkpoints, epoch, states, *args):
-    sha = hashlib.sha256()
-    for leaf in jax.tree.leaves(states):
-        for shard in leaf.addressable_shards:
-            sha.update(np.asarray(shard.data).tobytes())
-    np.savez(FOLDER / f"{jax.process_index()}_{epoch}.npz", digest=sha.hexdigest(), **entered)
-    write(checkpoints, epoch, states, *args)
-
-
 group_advantages, write = learner.group_advantages, run_state.save
-learner.group_advantages, run_state.save = advantages, save
-train.open_pool = lambda c, _: RewardPool(Brightness, workers=c.workers)
-hosts.CHUNK = 2**12  # so that the prompts' embeddings come in several pieces
+
+
+def record(folder: pathlib.Path, replace=setattr) -> None:
+    """Make training use that reward and keep that record. replace: as `setattr`."""
+    entered = {}
+
+    def advantages(rewards, *args, **kwargs):
+        entered.update(rewards=rewards, advantages=group_advantages(rewards, *args, **kwargs))
+        return entered["advantages"]
+
+    def save(checkpoints, epoch, states, *args):
+        sha = hashlib.sha256()
+        for leaf in jax.tree.leaves(states):
+            for shard in leaf.addressable_shards:
+                sha.update(np.asarray(shard.data).tobytes())
+        np.savez(folder / f"{jax.process_index()}_{epoch}.npz", digest=sha.hexdigest(), **entered)
+        write(checkpoints, epoch, states, *args)
+
+    replace(learner, "group_advantages", advantages)
+    replace(run_state, "save", save)
+    replace(train, "open_pool", lambda c, _: RewardPool(Brightness, workers=c.workers))
+    replace(hosts, "CHUNK", 2**12)  # so that the prompts' embeddings come in several pieces
+
 
 if __name__ == "__main__":
+    record(pathlib.Path(sys.argv.pop(1)))
     cli.run(train.main)

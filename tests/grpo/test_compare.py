@@ -16,7 +16,7 @@ from grpo.comparison import Comparison, Curve, first_reached, mean_curve, summar
 from grpo.statistics import t_interval
 from tests import commands, tiny
 from tests.grpo.test_report import Checker
-from tests.grpo.test_train import RECIPE, WORDS
+from tests.grpo.test_train import PICTURE, RECIPE, WORDS
 from wan_jax.cli import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -147,7 +147,8 @@ def test_real_runs_under_one_budget(recipe, tmp_path):
     env = commands.environment()
     command = commands.command("grpo.compare", f"--configs={recipe}", f"--out={tmp_path}", "--seeds=4",
                                f"--method=bad: {recipe} prompts.train=/nowhere.txt", "--budget=evaluations:20",
-                               "--jobs=2", "--common=sample.group_size=2 train.updates_per_epoch=1 eval.every=1")
+                               "--jobs=2", "--common=sample.group_size=2 train.updates_per_epoch=1 eval.every=1 "
+                               f"eval.num_prompts=2 {' '.join(PICTURE)}")
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 1 and "1 of 2 runs failed: bad, seed 4" in done.stderr, done.stdout + done.stderr
     assert "/nowhere.txt does not exist" in (tmp_path / "comparison.html").read_text()

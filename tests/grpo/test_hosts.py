@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 
 from tests import commands
+from tests.grpo import hosts_main
+from tests.grpo.here import train_here
 from tests.grpo.test_train import model, newest, recipe  # noqa: F401
 from wan_jax import hosts, hosts_watch
 from wan_jax.checkpoint import read_numpy
@@ -50,14 +52,14 @@ def open_mpi(process, port):
 
 
 class Processes:
-    """One run: `launcher` None is one process of eight devices. Their output goes to files of the folder."""
+    """One run. Their output goes to files of the folder."""
 
-    def __init__(self, config, epochs, launcher=None, command=commands.command):
+    def __init__(self, config, epochs, launcher, command=commands.command):
         self.folder, port = config.parent, free_port()
         self.files, self.all = [], []
-        for i in range(2 if launcher else 1):
-            extra, flags = launcher(i, port) if launcher else ({}, ())
-            env = commands.environment(devices=4 if launcher else 8, **extra) | {
+        for i in range(2):
+            extra, flags = launcher(i, port)
+            env = commands.environment(devices=4, **extra) | {
                 "JAX_COMPILATION_CACHE_DIR": str(config.parent.parent / "cache"),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
             self.files.append([config.parent / f"{name}{i}" for name in ("out", "err")])
@@ -107,12 +109,18 @@ def entered(folder, process, epoch):
         return {name: file[name] for name in file.files}
 
 
+def train_alone(config, epochs):
+    """In this process, whose simulated devices are eight."""
+    with pytest.MonkeyPatch.context() as patch:
+        hosts_main.record(config.parent, patch.setattr)
+        train_here(config, *SETTINGS, f"epochs={epochs}", devices=8)
+
+
 @pytest.fixture(scope="module")
 def one(model, tmp_path_factory):  # noqa: F811
     """Two epochs in one process: the folder."""
     config, _ = recipe.__wrapped__(model, tmp_path_factory.mktemp("one"))
-    with Processes(config, 2) as run:
-        run.finish()
+    train_alone(config, 2)
     return config.parent
 
 
@@ -177,7 +185,7 @@ def test_the_first_writes_and_prints(two):
     assert (folder / "run/report.html").is_file()
 
 
-def test_faults_end_the_others_and_the_run_resumes(two):
+def test_faults_end_the_others_and_the_run_resumes(two, capsys):
     """One run: the coordinator is killed, the second process hangs, SIGTERM reaches it; then one process goes on."""
     config, folder, _ = two
     aborted = -signal.SIGABRT, -signal.SIGSEGV  # by JAX, whose other threads may find what they use torn down
@@ -200,9 +208,8 @@ def test_faults_end_the_others_and_the_run_resumes(two):
         assert code == run.all[1].wait(timeout=60) == 143, err
     last = newest(folder / "run")
     assert last > before and f"ended by SIGTERM after epoch {last}, which is saved" in err, err
-    with Processes(config, last + 1) as run:
-        run.finish()
-        assert f"continuing {folder / 'run'} after epoch {last}" in run.text(0)[0]
+    train_alone(config, last + 1)
+    assert f"continuing {folder / 'run'} after epoch {last}" in capsys.readouterr().out
     assert newest(folder / "run") == last + 1
     epochs = [json.loads(line)["epoch"] for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     assert epochs == list(range(1, last + 2))

@@ -14,14 +14,13 @@ import pytest
 from convert.from_diffusers import convert
 from grpo import evaluator, learner, report, run_log, settings, train
 from grpo.learner import Learner
-from grpo.programs import Run
 from grpo.prompts import load_prompts
 from grpo.report import write_report
 from grpo.rollout import Trajectory, initial_noise
 from rewards.targets import parse_targets
 from rewards.workers import RewardPool
 from tests import tiny
-from tests.grpo import faulty, test_train
+from tests.grpo import faulty, here, test_train
 from wan_jax import cli
 from wan_jax import mesh as mesh_lib
 from wan_jax.cli import UserError
@@ -31,8 +30,7 @@ VIDEOS = 4  # an epoch's, and prompts of an evaluation
 SMALL = {"epochs": 2, "eval.every": 1, "save.every": 9, "sample.group_size": 2, "train.updates_per_epoch": 1,
          "sample.batch_size": VIDEOS, "eval.num_prompts": VIDEOS, "eval.previews": 1}
 NEVER = ("raises", "never", False)
-choose_mesh, stage, make_policy = train.devices.choose_mesh, train.hosts.stage, train.make_policy
-abstract = functools.cache(train.model_dir.abstract)
+stage, make_policy = train.hosts.stage, train.make_policy
 shared = {}  # of all runs here: what neither rewards nor folders enter
 
 
@@ -46,10 +44,8 @@ def model(tmp_path_factory):
 @pytest.fixture
 def start(model, tmp_path, monkeypatch):
     """start(reward, (kind, when, once), **settings): trains, and returns the run's folder, without a report. All runs
-    share their compiled functions and the structure of their modules."""
-    monkeypatch.setattr(train.devices, "choose_mesh", functools.partial(choose_mesh, devices=jax.devices()[:1]))
-    monkeypatch.setattr(train, "Run", lambda *args: shared.setdefault("run", Run(*args)))
-    monkeypatch.setattr(train.model_dir, "abstract", abstract)
+    share their compiled functions and the policy they start from."""
+    here.share(monkeypatch)
     monkeypatch.setattr(train, "make_policy", fresh_policy)
     monkeypatch.setattr(train.report, "write_report", lambda folder: folder / "report.html")
 

@@ -22,7 +22,7 @@ from grpo.update import init_state, stack_batches
 from rewards.targets import parse_targets
 from rewards.workers import RewardPool
 from tests import tiny
-from tests.grpo import test_train
+from tests.grpo import here, test_train
 from tests.rewards.pool_rewards import Brightness
 from wan_jax import mesh as mesh_lib
 from wan_jax import model_dir, presets
@@ -32,7 +32,7 @@ from wan_jax.config import TransformerConfig
 WIDE = TransformerConfig(num_attention_heads=4, attention_head_dim=64, text_dim=24, freq_dim=32, ffn_dim=512,
                          num_layers=2)  # its matrices are large enough to be split by fsdp
 GIB = 2**30
-choose_mesh = train.devices.choose_mesh
+models = {}  # by their boundary
 
 
 @functools.cache
@@ -47,20 +47,21 @@ def run_of(module, model, devices=1, fsdp=1, **sample):
 
 
 @pytest.fixture
-def start(tmp_path, monkeypatch):
+def start(tmp_path, tmp_path_factory, monkeypatch):
     """start(devices, **{'section.key': value}) -> the arguments of `grpo.train.train` for a tiny model; with a boundary
     it has two experts."""
     def make(devices, boundary=None, **overrides):
-        source = tiny.write_pipeline(tmp_path / "source", seed=3, boundary=boundary)
-        convert(str(source), tmp_path / "model", "float32")
-        path, _ = test_train.recipe.__wrapped__(tmp_path / "model", tmp_path)
+        if boundary not in models:
+            root = tmp_path_factory.mktemp("model")
+            convert(str(tiny.write_pipeline(root / "source", seed=3, boundary=boundary)), root / "model", "float32")
+            models[boundary] = root / "model"
+        path, _ = test_train.recipe.__wrapped__(models[boundary], tmp_path)
         namespace = {}
         exec(path.read_text(), namespace)
         c = namespace["get_config"]()
         c.update_from_flattened_dict({"epochs": 2} | overrides)
         s = settings.from_config(c)
-        some = functools.partial(choose_mesh, devices=jax.devices()[:devices])
-        monkeypatch.setattr(train.devices, "choose_mesh", some)
+        here.share(monkeypatch, devices)
         prompts = [load_prompts(p, parse_targets) for p in (c.prompts.train, c.prompts.heldout)]
         return c, s, train.Plan.make(c, s), *prompts, RewardPool(Brightness, workers=0)
     return make

@@ -1,0 +1,42 @@
+"""Training in the test's own process, where runs alike share what is traced and compiled."""
+
+import functools
+
+import jax
+import pytest
+
+from grpo import train
+from grpo.compare import Method
+from grpo.programs import Run
+from wan_jax import model_dir, pipeline
+
+SECTIONS = ("model", "lora", "sample", "train", "eval", "mesh")  # of a recipe: what the programs follow from
+UNRELATED = {"lora": ("init",), "eval": ("every", "seed", "previews")}
+decoder = functools.cache(lambda vae: pipeline.decoder_programs(model_dir.abstract("vae", vae)[0]))
+choose_mesh = train.devices.choose_mesh
+runs: dict[str, Run] = {}
+
+
+def shared_run(preset, recipe, mesh, *rest) -> Run:
+    """Return the `Run` of these arguments; runs alike are one, and all share the decoder."""
+    sections = {name: {k: v for k, v in recipe[name].to_dict().items() if k not in UNRELATED.get(name, ())}
+                for name in SECTIONS}
+    key = repr((preset, sections, mesh.devices.tolist(), dict(mesh.shape), rest))
+    if key not in runs:
+        runs[key] = Run(preset, recipe, mesh, *rest)
+        vars(runs[key])["decoder"] = decoder(preset.vae)
+    return runs[key]
+
+
+def share(patch: pytest.MonkeyPatch, devices: int = 1) -> None:
+    """Make `grpo.train` run on so many of the simulated devices, with shared programs."""
+    patch.setattr(train.devices, "choose_mesh", functools.partial(choose_mesh, devices=jax.devices()[:devices]))
+    patch.setattr(train, "Run", shared_run)
+
+
+def train_here(config, *overrides: str, devices: int = 1) -> int | None:
+    """Train by the recipe in the file `config`; overrides: 'key=value'. Returns what `grpo.train.train` does, raises
+    its `UserError`s."""
+    with pytest.MonkeyPatch.context() as patch:
+        share(patch, devices)
+        return train.train_recipe(Method("recipe", str(config), overrides).config())
