@@ -65,14 +65,15 @@ def test_our_steps(quick):
 
 
 @pytest.mark.parametrize("changes", [
-    {"devices": 2}, {"devices": 2, "fsdp": 2, "full": True}, {"devices": 2, "context": 2, "batch": 1},
-    {"full": True, "offload_optimiser": True, "experts": 2}], ids=lambda c: "-".join(c))
+    {"devices": 2, "fsdp": 2, "full": True}, {"devices": 2, "context": 2, "batch": 1},
+    {"devices": 2, "full": True, "offload_optimiser": True, "experts": 2}], ids=lambda c: "-".join(c))
 def test_our_steps_on_every_axis(quick, changes, capsys):
     record = full_size.measure(settings(**changes))
     check(record, scaling.STAGES)
     said = capsys.readouterr().out
     assert ("all trained" if "full" in changes else "adapters trained") in said
-    assert f"mesh data {2 if changes == {'devices': 2} else 1} x fsdp {changes.get('fsdp', 1)}" in said
+    fsdp, context = (changes.get(name, 1) for name in ("fsdp", "context"))
+    assert f"mesh data {2 // fsdp // context} x fsdp {fsdp}" in said
     assert said.count("on the host after") == (2 if "offload_optimiser" in changes else 0)
 
 

@@ -7,25 +7,26 @@ import pytest
 
 from grpo import train
 from grpo.compare import Method
-from grpo.programs import Run
+from grpo.programs import JITTED, Run
 from wan_jax import model_dir, pipeline
 
 SECTIONS = ("model", "lora", "sample", "train", "eval", "mesh")  # of a recipe: what the programs follow from
-UNRELATED = {"lora": ("init",), "eval": ("every", "seed", "previews")}
+UNRELATED = {"model": ("path", "offload"), "lora": ("init",), "eval": ("every", "seed", "previews")}
 decoder = functools.cache(lambda vae: pipeline.decoder_programs(model_dir.abstract("vae", vae)[0]))
 choose_mesh = train.devices.choose_mesh
 runs: dict[str, Run] = {}
 
 
 def shared_run(preset, recipe, mesh, *rest) -> Run:
-    """Return the `Run` of these arguments; runs alike are one, and all share the decoder."""
+    """Return a `Run` that has the jitted functions of an earlier one alike, and the decoder of any."""
     sections = {name: {k: v for k, v in recipe[name].to_dict().items() if k not in UNRELATED.get(name, ())}
                 for name in SECTIONS}
     key = repr((preset, sections, mesh.devices.tolist(), dict(mesh.shape), rest))
-    if key not in runs:
-        runs[key] = Run(preset, recipe, mesh, *rest)
-        vars(runs[key])["decoder"] = decoder(preset.vae)
-    return runs[key]
+    run = Run(preset, recipe, mesh, *rest)
+    vars(run)["decoder"] = decoder(preset.vae)
+    if (like := runs.setdefault(key, run)) is not run:
+        vars(run).update({name: getattr(like, name) for name in JITTED})
+    return run
 
 
 def share(patch: pytest.MonkeyPatch, devices: int = 1) -> None:

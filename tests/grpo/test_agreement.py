@@ -1,7 +1,6 @@
 """Processes of a run that do not have the same folders, settings, prompts or weights."""
 
 import subprocess
-import sys
 
 from configs import tiny_ocr
 from grpo import agreement
@@ -27,7 +26,7 @@ def test_two_processes_that_differ(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "wan_jax.json").write_text("{}")
     coordinator = f"127.0.0.1:{free_port()}"
-    processes = [subprocess.Popen([sys.executable, "-m", "tests.grpo.agree_main", str(tmp_path), coordinator, str(i)],
+    processes = [subprocess.Popen(commands.command("tests.grpo.agree_main", tmp_path, coordinator, i),
                                   env=commands.environment(devices=2), text=True, stdout=subprocess.PIPE,
                                   stderr=subprocess.PIPE) for i in (0, 1)]
     (out, err), other = [process.communicate(timeout=200) for process in processes]

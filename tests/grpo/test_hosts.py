@@ -52,9 +52,9 @@ def open_mpi(process, port):
 
 
 class Processes:
-    """One run. Their output goes to files of the folder."""
+    """One run. Their output goes to files of the folder. hash_seeds: 2: they do not share the seed of Python's hashes."""
 
-    def __init__(self, config, epochs, launcher, command=commands.command):
+    def __init__(self, config, epochs, launcher, hash_seeds=1):
         self.folder, port = config.parent, free_port()
         self.files, self.all = [], []
         for i in range(2):
@@ -65,9 +65,9 @@ class Processes:
             self.files.append([config.parent / f"{name}{i}" for name in ("out", "err")])
             with open(self.files[i][0], "w") as out, open(self.files[i][1], "w") as err:
                 self.all.append(subprocess.Popen(
-                    command("tests.grpo.hosts_main", config.parent, f"--config={config}", f"--config.epochs={epochs}",
-                            *(f"--config.{s}" for s in SETTINGS), *flags, f"--host_timeout={TIMEOUT}",
-                            "--join_timeout=60"),
+                    (commands.fresh if i < hash_seeds - 1 else commands.command)(
+                        "tests.grpo.hosts_main", config.parent, f"--config={config}", f"--config.epochs={epochs}",
+                        *(f"--config.{s}" for s in SETTINGS), *flags, f"--host_timeout={TIMEOUT}", "--join_timeout=60"),
                     env=env, stdout=out, stderr=err, cwd=pathlib.Path(__file__).parents[2]))
 
     def __enter__(self):
@@ -128,7 +128,7 @@ def one(model, tmp_path_factory):  # noqa: F811
 def two(model, tmp_path_factory):  # noqa: F811
     """The same in two processes, started by Slurm's variables: (config file, folder, standard output and error)."""
     config, _ = recipe.__wrapped__(model, tmp_path_factory.mktemp("two"))
-    with Processes(config, 2, slurm, commands.fresh) as run:  # two seeds of Python's hashes
+    with Processes(config, 2, slurm, hash_seeds=2) as run:
         run.finish()
         return config, config.parent, [run.text(0), run.text(1)]
 
