@@ -52,7 +52,7 @@ def open_mpi(process, port):
 
 
 class Processes:
-    """One run. Their output goes to files of the folder. hash_seeds: 2: they do not share the seed of Python's hashes."""
+    """One run. Their output goes to files of the folder. hash_seeds: of Python, one for both or one each."""
 
     def __init__(self, config, epochs, launcher, hash_seeds=1):
         self.folder, port = config.parent, free_port()
