@@ -1,5 +1,6 @@
 """Conversion of what is larger than memory: streaming, going on after a kill, and --check."""
 
+import functools
 import json
 import os
 import shutil
@@ -32,6 +33,20 @@ def source(tmp_path_factory):
 def own(source, tmp_path):
     """A copy to change."""
     return shutil.copytree(source, tmp_path / "own")
+
+
+@pytest.fixture(scope="module")
+def converted(source, tmp_path_factory):
+    """The source in bfloat16; only read."""
+    dst = tmp_path_factory.mktemp("converted") / "model"
+    convert(str(source), dst, "bfloat16")
+    return dst
+
+
+@pytest.fixture
+def own_model(converted, tmp_path):
+    """A copy of the converted source to change."""
+    return shutil.copytree(converted, tmp_path / "model")
 
 
 def shard(folder, component="transformer", parts=3):
@@ -80,13 +95,13 @@ print("check", peak() - before)
 
 
 def test_memory_does_not_grow_with_the_model(source, own, tmp_path):
-    """A text encoder of 390 MB in float32, 61 MB of it one embedding: less than a third of it in memory at once."""
-    settings = tiny.SETTINGS["text_encoder"] | {"vocab_size": 60000, "d_model": 256, "d_ff": 4096, "num_layers": 26}
+    """A text encoder of 260 MB in float32, 31 MB of it one embedding: less than a third of it in memory at once."""
+    settings = tiny.SETTINGS["text_encoder"] | {"vocab_size": 30000, "d_model": 256, "d_ff": 4096, "num_layers": 18}
     (own / "text_encoder/config.json").write_text(json.dumps(settings))
     shapes = tiny.state_dict_shapes("text_encoder", settings)
     weights = {k: np.full(s, 0.5, np.float32) for k, s in shapes.items()}
     size = sum(v.nbytes for v in weights.values())
-    assert size > 380e6
+    assert size > 255e6
     save_file(weights, own / "text_encoder/model.safetensors")
     del weights
     done = run(PEAK, source, tmp_path / "small", own, tmp_path / "large")
@@ -97,14 +112,12 @@ def test_memory_does_not_grow_with_the_model(source, own, tmp_path):
     assert all((v == 0.5).all() and v.dtype == ml_dtypes.bfloat16 for v in stored.values())
 
 
-def test_arrays_in_small_pieces_are_the_same(source, tmp_path, monkeypatch):
+def test_arrays_in_small_pieces_are_the_same(source, converted, tmp_path, monkeypatch):
     """Chunks of a few rows, for the embedding that is read in parts and for the layers, also where none divides it."""
-    convert(str(source), tmp_path / "whole", "bfloat16")
-    monkeypatch.setattr(array_store, "CHUNK", 500)
+    monkeypatch.setattr(array_store, "CHUNK", 1500)
     convert(str(source), tmp_path / "pieces", "bfloat16")
-    whole, pieces = (model_dir.open_model(tmp_path / name) for name in ("whole", "pieces"))
-    files = {name: len(list((tmp_path / name).rglob("*"))) for name in ("whole", "pieces")}
-    assert files["pieces"] > 2 * files["whole"]
+    whole, pieces = (model_dir.open_model(folder) for folder in (converted, tmp_path / "pieces"))
+    assert len(list(pieces.path.rglob("*"))) > 2 * len(list(whole.path.rglob("*")))
     for component in whole.components:
         a, b = whole.load_numpy(component), pieces.load_numpy(component)
         assert a.keys() == b.keys() and all(np.array_equal(as_bits(a[k]), as_bits(b[k])) for k in a)
@@ -115,13 +128,12 @@ def as_bits(value):
     return value.view(f"u{value.dtype.itemsize}")
 
 
-def test_the_store_is_an_orbax_checkpoint(source, tmp_path):
+def test_the_store_is_an_orbax_checkpoint(converted):
     """Orbax itself restores it, without knowing of us: whole, and sharded."""
     import jax
     import orbax.checkpoint as ocp
-    convert(str(source), tmp_path / "model", "bfloat16")
-    path = model_dir.params_path(tmp_path / "model", "transformer")
-    stored = model_dir.open_model(tmp_path / "model").load_numpy("transformer")
+    path = model_dir.params_path(converted, "transformer")
+    stored = model_dir.open_model(converted).load_numpy("transformer")
     mesh = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4])
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
     name = "blocks/ffn/net_2/kernel"
@@ -134,10 +146,9 @@ def test_the_store_is_an_orbax_checkpoint(source, tmp_path):
     assert sharded[name].sharding == rows and np.array_equal(np.asarray(sharded[name]), stored[name])
 
 
-def test_a_store_that_lost_a_file_is_refused(source, tmp_path):
-    convert(str(source), tmp_path / "model", "bfloat16")
-    model = model_dir.open_model(tmp_path / "model")
-    params = model_dir.params_path(tmp_path / "model", "vae")
+def test_a_store_that_lost_a_file_is_refused(own_model):
+    model = model_dir.open_model(own_model)
+    params = model_dir.params_path(own_model, "vae")
     chunk = next(f for f in sorted((params / "quant_conv/kernel").iterdir()) if f.name != ".zarray")
     content = chunk.read_bytes()
     chunk.write_bytes(content[:-1])
@@ -150,11 +161,11 @@ def test_a_store_that_lost_a_file_is_refused(source, tmp_path):
     with pytest.raises(UserError, match=r"vae/params is missing or damaged"):
         model_dir.build("vae", model)
     shutil.rmtree(params)
-    shutil.copytree(model_dir.params_path(tmp_path / "model", "transformer"), params)
+    shutil.copytree(model_dir.params_path(own_model, "transformer"), params)
     with pytest.raises(UserError, match=r"vae/params is missing or damaged: _METADATA"):
         model_dir.build("vae", model)
     with pytest.raises(UserError, match=r"does not fit vae/config.json"):  # what a folder without digests says
-        model_dir.build("vae", model_dir.open_model(tmp_path / "model", verify=False))
+        model_dir.build("vae", model_dir.open_model(own_model, verify=False))
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (64, 32), (70, 97), (1, 40), (2, 3, 4)])
@@ -207,12 +218,24 @@ from_diffusers.convert(sys.argv[1], sys.argv[2], "bfloat16")
 KILLED_AT = 90  # of the transformer's tensors and those of the text encoder
 
 
-def killed(source, dst, at=KILLED_AT, how="SIGKILL"):
-    done = run(DIE, source, dst, at, how)
-    assert done.returncode == -getattr(signal, how), done.stderr
-    assert not dst.exists() and (partial_folder(dst) / LEFT_OUT).is_file()
-    with pytest.raises(UserError, match=r"no converted model|Diffusers folder"):
-        model_dir.open_model(partial_folder(dst))
+@pytest.fixture(scope="module")
+def killed(source, tmp_path_factory):
+    """Return a function that puts there what a conversion of `source` to `dst` leaves which a signal ended."""
+    @functools.cache
+    def left_by(how):
+        dst = tmp_path_factory.mktemp("killed") / "model"
+        done = run(DIE, source, dst, KILLED_AT, how)
+        assert done.returncode == -getattr(signal, how), done.stderr
+        assert not dst.exists() and (partial_folder(dst) / LEFT_OUT).is_file()
+        with pytest.raises(UserError, match=r"no converted model|Diffusers folder"):
+            model_dir.open_model(partial_folder(dst))
+        return dst
+
+    def put(dst, how="SIGKILL"):
+        assert dst.name == left_by(how).name
+        shutil.copytree(left_by(how).parent, dst.parent, dirs_exist_ok=True)
+
+    return put
 
 
 def counted(monkeypatch):
@@ -229,27 +252,26 @@ def counted(monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
-def test_a_killed_conversion_continues(source, tmp_path, monkeypatch, capsys, how):
-    convert(str(source), tmp_path / "wanted" / "model", "bfloat16")
+def test_a_killed_conversion_continues(source, converted, killed, tmp_path, monkeypatch, capsys, how):
     keys = counted(monkeypatch)
     convert(str(source), tmp_path / "wanted" / "again", "bfloat16")
     everything = list(keys)
-    killed(source, tmp_path / "model", how=how)
+    killed(tmp_path / "model", how)
     capsys.readouterr()
     keys.clear()
     convert(str(source), tmp_path / "model", "bfloat16")
     # what was written but not yet recorded is done again
     assert len(everything) - KILLED_AT < len(keys) < len(everything) and keys == everything[-len(keys):]
     assert "tensors of them earlier" in capsys.readouterr().out
-    got, wanted = contents(tmp_path / "model"), contents(tmp_path / "wanted" / "model")
+    got, wanted = contents(tmp_path / "model"), contents(converted)
     assert {k for k in got.keys() | wanted.keys() if got.get(k) != wanted.get(k)} <= {
         f"{c}/params/{name}" for c in model_dir.COMPONENTS for name in ("_CHECKPOINT_METADATA", "commit_success.txt")}
     # which hold the time
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "wanted"]
 
 
-def test_a_line_cut_short_and_a_lost_file_are_done_again(source, tmp_path, monkeypatch):
-    killed(source, tmp_path / "model")
+def test_a_line_cut_short_and_a_lost_file_are_done_again(source, killed, tmp_path, monkeypatch):
+    killed(tmp_path / "model")
     partial = partial_folder(tmp_path / "model")
     journal = partial / LEFT_OUT
     lines = journal.read_text().splitlines()
@@ -264,9 +286,9 @@ def test_a_line_cut_short_and_a_lost_file_are_done_again(source, tmp_path, monke
 
 
 @pytest.mark.parametrize("what", ["weights", "time", "config", "dtype"])
-def test_a_changed_source_is_refused(own, tmp_path, what):
+def test_a_changed_source_is_refused(own, killed, tmp_path, what):
     dst, dtype = tmp_path / "model", "bfloat16"
-    killed(own, dst)
+    killed(dst)
     path = own / "vae" / "diffusion_pytorch_model.safetensors"
     if what == "weights":
         save_file({k: v + 1 for k, v in load_file(path).items()}, path)
@@ -401,9 +423,8 @@ def change_store(path, fault):
     ("other dtype", r"proj_out/kernel is float32 .*, expected bfloat16"),
     ("truncated", r"missing or truncated \(proj_out/kernel\)"),
     ("config", "vae/config.json: is missing or differs"), ("tokenizer", "tokenizer/.*: is missing or differs")])
-def test_check_finds(source, tmp_path, fault, message):
-    dst = tmp_path / "model"
-    convert(str(source), dst, "bfloat16")
+def test_check_finds(source, own_model, fault, message):
+    dst = own_model
     if fault == "config":
         (dst / "vae/config.json").write_text("{}")
     elif fault == "tokenizer":
