@@ -34,8 +34,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shel
 
 # The files that take longest, in this order: with `--no-loadscope-reorder` none of them begins when the rest is done.
 FIRST = ("grpo/test_train", "grpo/test_hosts", "test_tiny_wan", "grpo/test_update", "wan_jax/test_true_width",
-         "grpo/test_devices", "wan_jax/test_pipeline", "grpo/test_programs", "benchmarks/test_peer",
-         "convert/test_scale", "wan_jax/test_vae", "grpo/test_forward", "grpo/test_reward_head", "grpo/test_compare")
+         "grpo/test_devices", "wan_jax/test_pipeline", "benchmarks/test_peer", "grpo/test_outages",
+         "grpo/test_programs", "convert/test_scale", "wan_jax/test_vae", "grpo/test_forward", "grpo/test_reward_head",
+         "grpo/test_compare")
 
 # What `-m "not slow"` leaves out: files, or the tests of a file whose names begin so.
 SLOW = {
