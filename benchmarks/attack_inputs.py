@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 
-from rewards.wire import CONTENT_TYPE, MAGIC, encode_request
+from rewards.remote.wire import CONTENT_TYPE, MAGIC, encode_request
 
 TOKEN = "a-token-for-attacks"
 VIDEOS = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5, 3), np.uint8)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from wan_jax.attention import BACKENDS, attention, choose_backend, platform_of
+from wan_jax.models.attention import BACKENDS, attention, choose_backend, platform_of
 
 HEAD_DIM = 128
 TEXT = np.array([1] * 64 + [448])  # Wan's padding to 512 rows, counted

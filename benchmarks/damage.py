@@ -32,21 +32,25 @@ from safetensors.numpy import load_file
 
 from configs import tiny_ocr
 from convert.export_lora import export
-from grpo import run_state, settings
-from grpo.budget import Spent
-from grpo.prompts import load_prompts
+from grpo import train_state
+from grpo.data.prompts import load_prompts
+from grpo.settings import parse
+from grpo.settings.budget import Spent
 from grpo.update import init_state
-from rewards.targets import parse_targets
-from wan_jax import cli, lora, model_dir, reward_head
-from wan_jax import mesh as mesh_lib
-from wan_jax import params as P
-from wan_jax.array_store import CHUNK_FILE
-from wan_jax.checkpoint import Checkpoints
-from wan_jax.layers import LoRAParam
-from wan_jax.prompt_cache import PromptCache
-from wan_jax.tokenizer import Tokenizer
-from wan_jax.trained import load_transformers
-from wan_jax.transformer import WanTransformer3D
+from rewards.ocr.targets import parse_targets
+from wan_jax.command_line import cli
+from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.inference import reward_guidance
+from wan_jax.inference.prompt_cache import PromptCache
+from wan_jax.inference.transformers import load_transformers
+from wan_jax.models import lora
+from wan_jax.models import params as P
+from wan_jax.models.layers import LoRAParam
+from wan_jax.models.tokenizer import Tokenizer
+from wan_jax.models.transformer import WanTransformer3D
+from wan_jax.storage import model_dir
+from wan_jax.storage.array_store import CHUNK_FILE
+from wan_jax.storage.checkpoint import Checkpoints
 
 PROMPT = 'A red sign that says "open".'
 CACHED = (5, 24)  # shape of the cached rows of the prompt
@@ -129,7 +133,7 @@ class Subject:
         path = shutil.copytree(model, folder / "model", ignore=shutil.ignore_patterns("text_cache"))
         c, mesh = tiny_ocr.get_config(), mesh_lib.make_mesh(devices=jax.devices()[:1])
         c.model.path = str(path)
-        opened, s = model_dir.open_model(path), settings.from_config(c)
+        opened, s = model_dir.open_model(path), parse.from_config(c)
         prompts = load_prompts(c.prompts.train, parse_targets)
         state = {}
         for i, name in enumerate(opened.experts):
@@ -140,10 +144,10 @@ class Subject:
             state[name] = init_state(mesh_lib.shard_params(arrays, mesh), s.optimiser, s.loss, s.keeps_old)
         subject = cls(path, folder / "run", folder / "head.safetensors", c.to_dict(), state, mesh)
         for epoch in (1, 2):
-            run_state.save(Checkpoints(subject.run), epoch, state, subject.config, s.lora, Spent(epoch, 1.0),
-                           run_state.origin(opened, prompts))
-        head = reward_head.make_head(reward_head.head_config(opened.config("transformer"), heads=1, layers=1))
-        reward_head.save_head(subject.head, head, opened.metadata)
+            train_state.save(Checkpoints(subject.run), epoch, state, subject.config, s.lora, Spent(epoch, 1.0),
+                           train_state.origin(opened, prompts))
+        head = reward_guidance.make_head(reward_guidance.head_config(opened.config("transformer"), heads=1, layers=1))
+        reward_guidance.save_head(subject.head, head, opened.metadata)
         PromptCache(opened, np.float32).put(PROMPT, np.ones(CACHED, np.float32))
         return subject
 
@@ -152,9 +156,9 @@ class Subject:
         epoch = checkpoints.latest()
         meta = checkpoints.check(epoch)
         prompts = load_prompts(self.config["prompts"]["train"], parse_targets)
-        run_state.check_resume(meta, checkpoints.path(epoch), self.config, model, run_state.origin(model, prompts))
-        spent = run_state.spent_by(checkpoints, epoch)
-        return digest([epoch, dataclasses.asdict(spent), run_state.restore(checkpoints, epoch, self.state)])
+        train_state.check_resume(meta, checkpoints.path(epoch), self.config, model, train_state.origin(model, prompts))
+        spent = train_state.spent_by(checkpoints, epoch)
+        return digest([epoch, dataclasses.asdict(spent), train_state.restore(checkpoints, epoch, self.state)])
 
     def sample(self) -> str:
         model = model_dir.open_model(self.model)
@@ -179,7 +183,7 @@ class Subject:
 
     def load_head(self) -> str:
         model = model_dir.open_model(self.model)
-        head = reward_head.load_head(self.head, model.config("transformer"), model)
+        head = reward_guidance.load_head(self.head, model.config("transformer"), model)
         return digest(P.flatten(nnx.state(head, nnx.Param)))
 
 

@@ -18,10 +18,11 @@ from flax import nnx
 from benchmarks import workload
 from benchmarks.full_size import peak_bytes, software, timed
 from benchmarks.workload import Record, Stage
-from wan_jax import model_dir, pipeline
-from wan_jax import params as P
-from wan_jax.config import VAEConfig
-from wan_jax.presets import VAE_21
+from wan_jax.inference import pipeline
+from wan_jax.models import params as P
+from wan_jax.models.config import VAEConfig
+from wan_jax.models.presets import VAE_21
+from wan_jax.storage import model_dir
 
 TINY = VAEConfig(base_dim=8, num_res_blocks=1, latents_mean=VAE_21.latents_mean, latents_std=VAE_21.latents_std)
 

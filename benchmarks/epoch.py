@@ -22,17 +22,17 @@ from benchmarks.decode import random_vae
 from benchmarks.full_size import RandomPolicy, peak_bytes, software
 from benchmarks.workload import Record, Stage
 from grpo.advantages import group_advantages
-from grpo.losses import LossConfig
+from grpo.methods.losses import LossConfig
 from grpo.rollout import StepTable, initial_noise, make_step, rollout_batches
-from grpo.scores import gather_scores, submit
+from grpo.scoring.scores import gather_scores, submit
 from grpo.update import OptimiserConfig, init_state, make_update, stack_batches
-from rewards.ocr import OCRReward
+from rewards.ocr.rules import OCRReward
 from rewards.workers import RewardPool
-from wan_jax import pipeline
-from wan_jax.experts import Segment
-from wan_jax.schedule import flow_sigmas
-from wan_jax.sde import SDEConfig
-from wan_jax.transformer import REMAT_POLICIES
+from wan_jax.diffusion.experts import Segment
+from wan_jax.diffusion.schedule import flow_sigmas
+from wan_jax.diffusion.sde import SDEConfig
+from wan_jax.inference import pipeline
+from wan_jax.models.transformer import REMAT_POLICIES
 
 
 class Clock:

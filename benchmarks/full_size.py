@@ -24,21 +24,22 @@ from flax import nnx
 
 from benchmarks import kernels, workload
 from benchmarks.workload import Record, Stage
-from grpo import offload, update
-from grpo.losses import LossConfig
+from grpo import update
+from grpo.compiled import offload
+from grpo.methods.losses import LossConfig
 from grpo.policy import Policy, make_policy
 from grpo.rollout import StepTable, make_step, rollout
 from grpo.update import OptimiserConfig, stack_batches
-from wan_jax import memory
-from wan_jax import mesh as mesh_lib
-from wan_jax import params as P
-from wan_jax.attention import choose_backend, platform_of
-from wan_jax.config import TransformerConfig
-from wan_jax.guidance import TextBatch
-from wan_jax.lora import LoRAConfig
-from wan_jax.schedule import flow_sigmas
-from wan_jax.sde import SDEConfig
-from wan_jax.transformer import REMAT_POLICIES, WanTransformer3D
+from wan_jax.diffusion.guidance import TextBatch
+from wan_jax.diffusion.schedule import flow_sigmas
+from wan_jax.diffusion.sde import SDEConfig
+from wan_jax.distributed import memory
+from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.models import params as P
+from wan_jax.models.attention import choose_backend, platform_of
+from wan_jax.models.config import TransformerConfig
+from wan_jax.models.lora import LoRAConfig
+from wan_jax.models.transformer import REMAT_POLICIES, WanTransformer3D
 
 
 def random_bias(name: str, array: jax.Array) -> jax.Array:

@@ -29,10 +29,10 @@ import numpy as np
 from absl import flags
 
 from convert.from_diffusers import convert
-from grpo import run_log
+from grpo.records import run_log
 from tests import commands, tiny
-from wan_jax import cli
-from wan_jax.checkpoint import read_numpy
+from wan_jax.command_line import cli
+from wan_jax.storage.checkpoint import read_numpy
 
 SMALL = """epochs=6 lora.rank=4 save.every=1 sample.height=16 sample.width=32 sample.guidance=1.0 sample.steps=3
 sample.sde_steps=2 sample.sde_range=(0,3) sample.groups=2 sample.group_size=4 sample.batch_size=4 train.method=grpo

@@ -35,8 +35,8 @@ from peft import LoraConfig, get_peft_model
 
 from benchmarks import workload
 from benchmarks.workload import Record, Stage
-from wan_jax.config import TransformerConfig
-from wan_jax.schedule import Schedule, flow_sigmas
+from wan_jax.diffusion.schedule import Schedule, flow_sigmas
+from wan_jax.models.config import TransformerConfig
 
 MODES = ("autocast", "bf16", "bf16-compile", "fp32")
 CLIP, ADVANTAGE_CLIP, MAX_NORM = 1e-3, 5.0, 1.0
@@ -260,7 +260,7 @@ class Scorer:
     """Threads, each with a reader of its own; a batch is one thread's task."""
 
     def __init__(self, threads: int):
-        from rewards.ocr import OCRReward
+        from rewards.ocr.rules import OCRReward
 
         self.make = functools.partial(OCRReward, rule="flow_grpo_video")
         self.local, self.threads = threading.local(), ThreadPoolExecutor(threads)

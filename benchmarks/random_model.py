@@ -21,9 +21,9 @@ from safetensors.numpy import save_file
 from convert import key_table
 from convert.plan import STEMS
 from examples.tiny_wan import sizes, tokenizer
-from wan_jax import model_dir
-from wan_jax import params as P
-from wan_jax.presets import PRESETS, Preset
+from wan_jax.models import params as P
+from wan_jax.models.presets import PRESETS, Preset
+from wan_jax.storage import model_dir
 
 SHARD = 5e9
 BLOCK = 2**22  # random numbers drawn

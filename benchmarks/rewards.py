@@ -20,8 +20,8 @@ import numpy as np
 from absl import app, flags
 from PIL import Image, ImageDraw, ImageFont
 
-from rewards.ocr import OCRReward, even_frames
-from rewards.remote import RemoteReward
+from rewards.ocr.rules import OCRReward, even_frames
+from rewards.remote.client import RemoteReward
 from rewards.workers import RewardPool
 
 WORDS = "OPEN EXIT COFFEE HARBOUR TICKETS GARDEN MUSEUM BAKERY".split()

@@ -44,7 +44,7 @@ from benchmarks.attack_inputs import (
     whole,
 )
 from rewards.base import RewardError
-from rewards.remote import RemoteReward
+from rewards.remote.client import RemoteReward
 from rewards.workers import RewardPool
 
 MEASURE = ("--reward=rewards.quality:QualityReward", '--options={"name": "exposure"}')

@@ -10,7 +10,7 @@ import pathlib
 import numpy as np
 from absl import flags
 
-from wan_jax.config import TransformerConfig
+from wan_jax.models.config import TransformerConfig
 
 SIZES = {
     "1.3b": dict(num_attention_heads=12, ffn_dim=8960, num_layers=30),
@@ -123,7 +123,7 @@ class Record:
 
 def prompts(number: int) -> list[tuple[str, tuple[str, ...]]]:
     """The first training prompts and what each asks to write."""
-    from rewards.targets import parse_targets
+    from rewards.ocr.targets import parse_targets
 
     lines = [line.strip() for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
     return [(line, parse_targets(line)) for line in lines if line and not line.startswith("#")][:number]

@@ -12,7 +12,7 @@ ConfigDict = ml_collections.ConfigDict
 
 
 class _OrNone:
-    """Parse 'None' and nothing, on the command line, as None: `grpo.setting_limits` knows where that is a value."""
+    """Parse 'None' and nothing, on the command line, as None: `grpo.settings.limits` knows where that is a value."""
 
     def parse(self, argument):
         return None if argument in ("None", "") else super().parse(argument)
@@ -46,18 +46,18 @@ def defaults() -> ConfigDict:
     c.seed = 0                          # every random draw is a function of (seed, epoch, sample, step)
     c.epochs = 200                      # one epoch: sample groups, score, update
 
-    c.budget = ConfigDict()             # the run ends after the epoch that reaches one of them (grpo/budget.py)
+    c.budget = ConfigDict()             # the run ends after the epoch that reaches one of them (grpo/settings/budget.py)
     c.budget.evaluations = optional_int()  # of the model while sampling
     c.budget.seconds = optional_float()  # of the epochs
 
     c.model = ConfigDict()
     c.model.path = ""                   # a folder written by convert.from_diffusers
     c.model.dtype = "bfloat16"          # of the transformer's weights and matrix products
-    c.model.attention = "auto"          # auto | xla | chunked | cudnn | pallas (wan_jax/attention.py)
+    c.model.attention = "auto"          # auto | xla | chunked | cudnn | pallas (wan_jax/models/attention/__init__.py)
     c.model.offload = "auto"            # auto | never | always: the idle expert of two waits in host memory
     c.model.remat = "auto"              # none | save_matmuls | block | offload: how much of each block the backward
-    #                                     pass computes again (wan_jax/transformer.py): less time or less memory; auto:
-    #                                     save_matmuls where that fits (grpo/devices.py), else block
+    #                                     pass computes again (wan_jax/models/transformer.py): less time or less memory; auto:
+    #                                     save_matmuls where that fits (grpo/compiled/placement.py), else block
 
     c.lora = ConfigDict()
     c.lora.rank = 32                    # 0 trains all weights
@@ -66,7 +66,7 @@ def defaults() -> ConfigDict:
     c.lora.init = ""                    # LoRA file or folder of any kind to start from; KL is to the base model
 
     c.mesh = ConfigDict()
-    # devices = data x fsdp x context, batches split over data x fsdp; 0: chosen (`wan_jax.mesh.choose`) and printed
+    # devices = data x fsdp x context, batches split over data x fsdp; 0: chosen (`wan_jax.distributed.mesh.choose`) and printed
     c.mesh.fsdp = 0                     # devices that the weights, gradients, moments and averages are split over
     c.mesh.context = 0                  # devices that a video's tokens are split over; for long videos, small batches
 
@@ -102,7 +102,7 @@ def defaults() -> ConfigDict:
 
     c.train = ConfigDict()
     c.train.method = "nft"              # nft | dpo | rwr | sft train on the finished videos, noised again
-    #                                     (grpo/forward.py), and leave GRPO's settings aside; grpo: Flow-GRPO
+    #                                     (grpo/methods/flow_matching.py), and leave GRPO's settings aside; grpo: Flow-GRPO
     c.train.timesteps = 4               # of the others: noise levels a video and epoch, shared out between the experts
     c.train.nft_beta = 0.1              # of nft: how far its positive and negative policies lie from the old one
     c.train.old_rate = 1e-3             # of nft: after n updates the old policy, which samples, keeps min(old_rate n,
@@ -126,7 +126,7 @@ def defaults() -> ConfigDict:
     c.train.max_grad_norm = 1.0
     c.train.ema_decay = 0.9
     c.train.offload_optimiser = False   # moments and average wait in host memory between updates
-    c.train.objective = "clip"          # clip | unscaled | guard | dppo (grpo/losses.py)
+    c.train.objective = "clip"          # clip | unscaled | guard | dppo (grpo/methods/losses.py)
     c.train.divergence = 1e-5           # of dppo: where a row is left out
     c.train.credit = "none"             # none | longcat | rectified | otca: how much each step counts (grpo/rollout.py)
     c.train.clip_low = 1e-3             # clip range of the ratio
@@ -156,13 +156,13 @@ def defaults() -> ConfigDict:
     c.reward.max_frames = 9             # frames scored of a video
     c.reward.weights = ConfigDict()     # of the rewards; 0: measured and logged, None: not measured
     c.reward.weights.ocr = 1.0          # the spelling
-    for name in ("stability",           # of the text in time (rewards/several.py)
+    for name in ("stability",           # of the text in time (rewards/composite.py)
                  "clip", "pickscore",   # the prompt as a whole (rewards/clip.py)
                  "sharpness", "exposure", "contrast", "compressibility", "flicker", "motion"):
-        c.reward.weights[name] = optional_float()  # rewards/quality.py, grpo/combine.py
+        c.reward.weights[name] = optional_float()  # rewards/quality.py, grpo/scoring/reward_combination.py
     c.reward.clip_model = ""            # folder of a CLIP model as transformers writes it
     c.reward.pickscore_model = ""       # the same, of PickScore
-    c.reward.combine = "rewards"        # rewards | advantages: which are added up (grpo/combine.py)
+    c.reward.combine = "rewards"        # rewards | advantages: which are added up (grpo/scoring/reward_combination.py)
     c.reward.workers = 2                # scoring processes; 0 scores in the training process; with servers: how many
     #                                     videos are sent at the same time, at least the workers of all servers
     c.reward.servers = ()               # URLs of reward servers (docs/rewards_server.md); none: scored here
@@ -186,7 +186,7 @@ def defaults() -> ConfigDict:
     c.eval.seed = 1234
     c.eval.previews = 12                # samples kept as pictures for the report
 
-    c.log = ConfigDict()                # beside the run's own files and TensorBoard (grpo/sinks.py)
+    c.log = ConfigDict()                # beside the run's own files and TensorBoard (grpo/records/trackers.py)
     c.log.wandb = ConfigDict()
     c.log.wandb.project = ""            # Weights & Biases: "" is not used; WANDB_MODE=offline keeps the run here
     c.log.wandb.entity = ""             # user or team; "": the default one

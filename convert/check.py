@@ -5,7 +5,7 @@ from tqdm import tqdm
 
 from convert.plan import Plan
 from wan_jax.errors import UserError
-from wan_jax.model_dir import ModelDir
+from wan_jax.storage.model_dir import ModelDir
 
 
 def differences(plan: Plan, model: ModelDir) -> list[str]:

@@ -14,10 +14,11 @@ import pathlib
 from absl import flags
 
 from convert import lora
-from wan_jax import cli, model_dir
-from wan_jax.checkpoint import load_trained
+from wan_jax.command_line import cli
 from wan_jax.errors import UserError
-from wan_jax.paths import expand
+from wan_jax.storage import model_dir
+from wan_jax.storage.checkpoint import load_trained
+from wan_jax.storage.paths import expand
 
 STEMS = {"diffusers": "pytorch_lora_weights", "comfyui": "comfyui_lora"}
 

@@ -16,10 +16,10 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from wan_jax import folder_lock
 from wan_jax.errors import UserError
-from wan_jax.model_dir import MANIFEST, previous_folder
-from wan_jax.paths import expand
+from wan_jax.storage import folder_lock
+from wan_jax.storage.model_dir import MANIFEST, previous_folder
+from wan_jax.storage.paths import expand
 
 DOWNLOAD = "download it again"
 DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),

@@ -25,9 +25,10 @@ from convert.folders import LEFT_OUT, partial_folder, whole_folder
 from convert.journal import Journal
 from convert.plan import DTYPES, STEMS, Plan, parse_dtypes, plan_component
 from convert.source import check_copied, check_destination, check_pipeline, copied_files, source_folder, two_experts
-from wan_jax import array_store, cli, integrity, model_dir
+from wan_jax.command_line import cli
 from wan_jax.errors import UserError
-from wan_jax.paths import expand
+from wan_jax.storage import array_store, integrity, model_dir
+from wan_jax.storage.paths import expand
 
 __all__ = ["DTYPES", "STEMS", "check", "convert"]
 

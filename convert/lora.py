@@ -18,9 +18,10 @@ from safetensors.numpy import save_file
 
 from convert.lora_files import LoRAFile, read, read_experts
 from convert.lora_names import Flat, Kernels, dense_layers, layer_targets, modules, original_name
-from wan_jax import hosts, model_dir
+from wan_jax.distributed import multihost
 from wan_jax.errors import UserError
-from wan_jax.lora import LoRAConfig, adapted_layers
+from wan_jax.models.lora import LoRAConfig, adapted_layers
+from wan_jax.storage import model_dir
 
 __all__ = ["Flat", "Kernels", "LoRAFile", "dense_layers", "layer_targets", "modules", "original_name", "read"]
 
@@ -142,7 +143,7 @@ def initial_adapters(paths: str, model: model_dir.ModelDir, recipe: LoRAConfig) 
     for expert, file in found.items():
         layers = sum(table[0] in adapted_layers(kernels, recipe.targets) for table in modules(kernels).values())
         stated = sorted(set(file.scales.values()))
-        if (len(file.factors), file.ranks, stated) != (layers, [recipe.rank], [recipe.scale]) and hosts.first():
+        if (len(file.factors), file.ranks, stated) != (layers, [recipe.rank], [recipe.scale]) and multihost.first():
             print(f"{expert}: {file.where} adapts {len(file.factors)} of the recipe's {layers} layers, rank "
                   f"{', '.join(map(str, file.ranks))}, scale {', '.join(f'{v:g}' for v in stated)}; the effect is "
                   "kept, and the rest starts at B = 0")

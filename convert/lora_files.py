@@ -22,10 +22,10 @@ from safetensors import safe_open
 
 from convert.folders import DTYPES, Shards
 from convert.lora_names import Kernels, layer_targets, modules, original_name
-from wan_jax import config as config_lib
 from wan_jax.errors import UserError
-from wan_jax.lora import LoRAConfig
-from wan_jax.paths import expand
+from wan_jax.models import config as config_lib
+from wan_jax.models.lora import LoRAConfig
+from wan_jax.storage.paths import expand
 
 TYPES = DTYPES | {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
                   "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16)}  # integers: alphas

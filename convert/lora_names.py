@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from convert import key_table
-from wan_jax import model_dir
-from wan_jax import params as P
-from wan_jax.lora import adapted_layers
+from wan_jax.models import params as P
+from wan_jax.models.lora import adapted_layers
+from wan_jax.storage import model_dir
 
 Flat = dict[str, np.ndarray]  # our adapters: {'blocks/attn1/to_q/lora_a': [L, in, r], '.../lora_b': [L, r, out]}, fp32
 Kernels = Mapping[str, tuple[int, ...]]  # a transformer's dense layers: {'blocks/attn1/to_q': (L, in, out)}

@@ -14,10 +14,10 @@ import numpy as np
 
 from convert import key_table
 from convert.folders import Buffers, Shards, all_finite
-from wan_jax import array_store, model_dir
-from wan_jax import config as config_lib
-from wan_jax import params as P
 from wan_jax.errors import UserError
+from wan_jax.models import config as config_lib
+from wan_jax.models import params as P
+from wan_jax.storage import array_store, model_dir
 
 STEMS = {"transformer": "diffusion_pytorch_model", "transformer_2": "diffusion_pytorch_model",
          "vae": "diffusion_pytorch_model", "text_encoder": "model"}

@@ -4,11 +4,12 @@ import pathlib
 import re
 
 from convert.folders import LEFT_OUT
-from wan_jax import cli, model_dir
-from wan_jax.config import ConfigError, load_scheduler, read_json
+from wan_jax.command_line import cli
 from wan_jax.errors import UserError
-from wan_jax.paths import check_apart, expand
-from wan_jax.tokenizer import Tokenizer, TokenizerError
+from wan_jax.models.config import ConfigError, load_scheduler, read_json
+from wan_jax.models.tokenizer import Tokenizer, TokenizerError
+from wan_jax.storage import model_dir
+from wan_jax.storage.paths import check_apart, expand
 
 PIPELINE = "WanPipeline"
 COPIED = ("tokenizer", "scheduler")  # folders taken over as they are

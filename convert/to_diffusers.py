@@ -24,12 +24,13 @@ from convert import key_table
 from convert.folders import whole_folder
 from convert.plan import STEMS, contiguous, rounded
 from convert.source import check_destination, copied_files
-from wan_jax import cli, model_dir
-from wan_jax.array_store import ArrayStore
-from wan_jax.checkpoint import load_trained
+from wan_jax.command_line import cli
 from wan_jax.errors import UserError
-from wan_jax.lora import LoRAConfig
-from wan_jax.paths import check_apart, expand
+from wan_jax.models.lora import LoRAConfig
+from wan_jax.storage import model_dir
+from wan_jax.storage.array_store import ArrayStore
+from wan_jax.storage.checkpoint import load_trained
+from wan_jax.storage.paths import check_apart, expand
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 Read = Callable[[str, int | None], np.ndarray]  # (path, layer or None) to one layer of an array, or all of it

@@ -6,7 +6,7 @@
 
 A method is a recipe with a name and settings, NAME: RECIPE KEY=VALUE ..., a line in the file of --methods (quotes as in
 a shell, # begins a comment). Each method and seed is a run of `grpo.train` in OUT/NAME/seed<k>, its output in
-OUT/NAME/seed<k>.log. Budgets: evaluations and seconds as `grpo.budget` counts them, or epochs; a run ends after the
+OUT/NAME/seed<k>.log. Budgets: evaluations and seconds as `grpo.settings.budget` counts them, or epochs; a run ends after the
 epoch that reaches its budget. The same command again goes on where it was stopped: finished runs are not repeated, and
 one that failed is tried again. After every run OUT gets comparison.html, comparison.md and comparison.json, of the runs
 finished by then.
@@ -29,12 +29,15 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from grpo import comparison, run_log, settings
-from grpo.budget import Budget, Spent
-from wan_jax import cli, folder_lock
+from grpo.records import run_log
+from grpo.report import comparison_report
+from grpo.settings import parse as settings
+from grpo.settings.budget import Budget, Spent
+from wan_jax.command_line import cli
+from wan_jax.command_line.flag_types import define_number, define_path
+from wan_jax.command_line.limits import Range
 from wan_jax.errors import UserError
-from wan_jax.flag_types import define_number, define_path
-from wan_jax.limits import Range
+from wan_jax.storage import folder_lock
 
 UNITS = ("evaluations", "seconds", "epochs")
 ENDLESS = 1_000_000  # epochs of a run that its budget ends
@@ -213,7 +216,7 @@ def main(_):
     finished, failures = [job for job in jobs if job.finished()], {}
     parallel = f.jobs or max(1, len(f.devices))
     described = {m.name: " ".join([m.recipe, *m.overrides]) for m in methods}
-    differing = comparison.differing({m.name: settings.flat(m.config(*common).to_dict()) for m in methods})
+    differing = comparison_report.differing({m.name: settings.flat(m.config(*common).to_dict()) for m in methods})
     command = shlex.join(["python", "-m", "grpo.compare", *sys.argv[1:]])
 
     def write() -> list[str]:
@@ -222,10 +225,10 @@ def main(_):
         for job in jobs:
             if job in finished:
                 try:
-                    runs[job.method.name][job.seed] = comparison.read_curve(job.folder)
+                    runs[job.method.name][job.seed] = comparison_report.read_curve(job.folder)
                 except UserError as error:
                     left_out[f"{job.method.name}, seed {job.seed}"] = str(error)
-        return comparison.write(comparison.Comparison(described, runs, (unit, amount), f.reach, left_out, parallel,
+        return comparison_report.write(comparison_report.Comparison(described, runs, (unit, amount), f.reach, left_out, parallel,
                                                       command, differing), out)
 
     slots = [environment(out.absolute(), f.devices[i % len(f.devices)] if f.devices else None,

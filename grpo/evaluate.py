@@ -18,21 +18,26 @@ from flax import nnx
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from grpo import clip_lengths, devices, report, settings
-from grpo.evaluator import Evaluator, said
-from grpo.prompts import load_prompts
-from grpo.run_log import RunLog
-from grpo.scores import for_rewards, open_pool, targets_check
-from rewards.targets import parse_targets
-from wan_jax import checkpoint as checkpoint_lib
-from wan_jax import cli, folder_lock, media, memory, model_dir, pipeline, reward_head
-from wan_jax.attention import choose_backend, platform_of
+from grpo.compiled import placement
+from grpo.data.prompts import load_prompts
+from grpo.records.run_log import RunLog
+from grpo.report import run_report
+from grpo.scoring.heldout import Evaluator, said
+from grpo.scoring.scores import for_rewards, open_pool, targets_check
+from grpo.settings import frame_schedule, parse
+from rewards.ocr.targets import parse_targets
+from wan_jax.command_line import cli
+from wan_jax.command_line.flag_types import check_used, define_number, define_path
+from wan_jax.command_line.limits import Range
+from wan_jax.diffusion.experts import guidances, per_guidance, segments
+from wan_jax.diffusion.solvers import make_solver
+from wan_jax.distributed import memory
 from wan_jax.errors import UserError
-from wan_jax.experts import guidances, per_guidance, segments
-from wan_jax.flag_types import check_used, define_number, define_path
-from wan_jax.limits import Range
-from wan_jax.solvers import make_solver
-from wan_jax.trained import load_transformers
+from wan_jax.inference import pipeline, reward_guidance
+from wan_jax.inference.transformers import load_transformers
+from wan_jax.models.attention import choose_backend, platform_of
+from wan_jax.storage import checkpoint as checkpoint_lib
+from wan_jax.storage import folder_lock, media, model_dir
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, e.g. configs/tiny_ocr.py", lock_config=True)
 CHECKPOINT = define_path("checkpoint", "run folder of grpo.train, or one of its checkpoints/<epoch>; "
@@ -46,7 +51,7 @@ BASE = flags.DEFINE_bool("base", True, "evaluate the model itself, too; a checkp
 def main(_):
     c = CONFIG.value
     c.run_dir = OUT.value
-    s = settings.from_config(c)
+    s = parse.from_config(c)
     prompts = load_prompts(c.prompts.heldout, parse_targets, limit=c.eval.num_prompts, check=targets_check(c.reward))
     prompts = for_rewards(prompts, s.weights)
     if HEAD.value is None:
@@ -64,15 +69,15 @@ def main(_):
             meta = checkpoints.check(epoch, ("meta", "trained"))  # now, not after the evaluation of the model itself
             model.check_same(meta.get("model_digest"), meta["model"], CHECKPOINT.value, "config.model.path")
         config = model.config("transformer")
-        mesh, spread = devices.choose_mesh(c, s, config, experts=len(model.experts), trained=0)
+        mesh, spread = placement.choose_mesh(c, s, config, experts=len(model.experts), trained=0)
         backend = choose_backend(c.model.attention, platform_of(mesh.devices.flat[0]), s.dtype,
                                  config.attention_head_dim)
         shapes = {frames: pipeline.latent_shape(frames, c.sample.height, c.sample.width, model.config("vae"), config)
-                  for frames in clip_lengths.evaluated(c.sample.frames, c.eval.frames, c.eval.more_frames)}
+                  for frames in frame_schedule.evaluated(c.sample.frames, c.eval.frames, c.eval.more_frames)}
         if max(shapes) > 1:
             media.check_ffmpeg()
         solver = make_solver(c.eval.solver, c.eval.steps, c.sample.shift)
-        steer = reward_head.guidance(HEAD.value, GUIDANCE.value, config, model)
+        steer = reward_guidance.guidance(HEAD.value, GUIDANCE.value, config, model)
     print(spread, flush=True)
     bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
     with folder_lock.locked(c.run_dir, "--out"), open_pool(c.reward, s.weights) as pool:
@@ -108,7 +113,7 @@ def main(_):
         if CHECKPOINT.value is not None:
             evaluate(CHECKPOINT.value, epoch)
         log.close()
-        print(memory.peaks(), f"report: {report.write_report(c.run_dir)}", sep="\n")
+        print(memory.peaks(), f"report: {run_report.write_report(c.run_dir)}", sep="\n")
     if unscored:
         raise UserError(f"{len(unscored)} evaluation(s) scored fewer than two videos; {unscored[0].why}")
 

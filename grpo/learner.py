@@ -9,7 +9,6 @@ import jax
 import ml_collections
 import numpy as np
 
-from grpo import clip_lengths, combine, forward, run_log
 from grpo.advantages import (
     GroupStatistics,
     extremes,
@@ -20,9 +19,11 @@ from grpo.advantages import (
     step_advantages,
     step_importance,
 )
-from grpo.preferences import select
-from grpo.programs import Run
-from grpo.prompts import PromptSet, epoch_prompts
+from grpo.compiled.functions import Run
+from grpo.data.prompts import PromptSet, epoch_prompts
+from grpo.methods import flow_matching
+from grpo.methods.selection import select
+from grpo.records import run_log
 from grpo.rollout import (
     Trajectory,
     branch,
@@ -34,14 +35,17 @@ from grpo.rollout import (
     rollout_batches,
     zero_rows,
 )
-from grpo.scores import Scores, gather_rows, gather_scores, submit
-from grpo.settings import Settings
+from grpo.scoring import reward_combination
+from grpo.scoring.scores import Scores, gather_rows, gather_scores, submit
+from grpo.settings import frame_schedule
+from grpo.settings.parse import Settings
 from grpo.update import TrainState, stack_batches
 from rewards.workers import RewardPool
-from wan_jax import hosts, pipeline
-from wan_jax import mesh as mesh_lib
-from wan_jax.checkpoint import Checkpoints
+from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.distributed import multihost
 from wan_jax.errors import UserError
+from wan_jax.inference import pipeline
+from wan_jax.storage.checkpoint import Checkpoints
 
 BLANKED = ("x", "x_next", "log_prob", "mean")  # of a trajectory: all arrays with an axis of videos, but for the text
 STAGES = ("sample", "decode", "score_wait", "update")
@@ -145,7 +149,7 @@ class Learner:
         """All batches by one expert before the next. The host is one batch ahead of the device, which so has work while
         the host fetches videos and hands them to the scoring processes."""
         c, s = self.c, self.s
-        length = clip_lengths.at(epoch, c.sample.frames, c.sample.frame_schedule)
+        length = frame_schedule.at(epoch, c.sample.frames, c.sample.frame_schedule)
         key = jax.random.fold_in(jax.random.fold_in(self.key, 1), epoch)
         chosen = epoch_prompts(c.seed, epoch - 1, len(self.prompts), c.sample.groups)
         prompt_of = np.repeat(chosen, c.sample.group_size)
@@ -159,7 +163,7 @@ class Learner:
             noise = [initial_noise(key, numbers, self.shapes[length]) for numbers in samples]
 
         trajectories, finished, pending = {}, [], []
-        mine = hosts.my_rows(self.sharded, c.sample.batch_size)  # of each batch, on this process's devices
+        mine = multihost.my_rows(self.sharded, c.sample.batch_size)  # of each batch, on this process's devices
         batches = rollout_batches(self.run.steps, self.sampled, noise, [self.texts(prompt_of[r]) for r in rows],
                                   key=key, samples=samples, parts=self.parts, windows=windows, done=done,
                                   multistep=c.sample.ode_solver != "euler")
@@ -168,21 +172,21 @@ class Learner:
         for i, b, x, trajectory, video in self.bar(pipeline.one_ahead(decoding), desc=f"epoch {epoch}",
                                                    total=len(self.parts) * s.batches):
             name = self.experts[self.parts[i].expert]
-            hosts.stage(f"epoch {epoch}: sampling batch {b + 1} of {s.batches} with {name}")
+            multihost.stage(f"epoch {epoch}: sampling batch {b + 1} of {s.batches} with {name}")
             if trajectory is not None:
                 trajectories.setdefault(name, []).append(trajectory)
             lap("sample", x)
             if video is not None:
                 if s.forward is not None or s.importance:
                     finished.append(x)
-                hosts.stage(f"epoch {epoch}: decoding batch {b + 1} of {s.batches}")
+                multihost.stage(f"epoch {epoch}: decoding batch {b + 1} of {s.batches}")
                 videos = video()  # those of rows `mine`
                 lap("decode")
                 numbers = rows[b][mine]
                 if len(numbers):  # none where other processes answer for all that lie here
                     targets = [self.prompts.targets[p] for p in prompt_of[numbers]]
                     pending.append(submit(self.pool, numbers, videos, targets))
-        hosts.stage(f"epoch {epoch}: scores")
+        multihost.stage(f"epoch {epoch}: scores")
         scores = gather_scores(pending, s.videos)
         lap("score_wait")
         kl = {name: gather_rows([t.kl for t in kept], self.sharded)
@@ -230,14 +234,14 @@ class Learner:
                 [branch(trunk, mesh_lib.place(groups[r], self.replicated), self.sharded) for r in rows])
 
     # ---- learning ---------------------------------------------------------------------------------------------
-    def lesson(self, sampled: Sampled, base: combine.Base) -> Lesson:
+    def lesson(self, sampled: Sampled, base: reward_combination.Base) -> Lesson:
         """base: the measures of the starting model. Where not one video could be scored, none is valid."""
         c, s, scores, prompt_of = self.c, self.s, sampled.scores, sampled.prompt_of
-        rewards = combine.terms(scores.values, scores.parts, s.weights, base)
-        total = combine.combined(rewards, s.weights)
+        rewards = reward_combination.terms(scores.values, scores.parts, s.weights, base)
+        total = reward_combination.combined(rewards, s.weights)
         valid = scores.valid & np.isfinite(total)
         advantages = (group_advantages(total, prompt_of, valid, **self.normalised) if c.reward.combine == "rewards" else
-                      combine.combined_advantages(rewards, s.weights, prompt_of, valid, **self.normalised))
+                      reward_combination.combined_advantages(rewards, s.weights, prompt_of, valid, **self.normalised))
         kept = largest_spread(total, prompt_of, valid, c.train.groups or c.sample.groups)
         differing = [total] if c.reward.combine == "rewards" else list(rewards.values())
         return Lesson(total, valid, advantages, group_statistics(total, prompt_of, valid),
@@ -306,12 +310,12 @@ class Learner:
         updates = select(method, value, lesson.advantages, lesson.spread, c.sample.group_size).batches(
             c.train.updates_per_epoch, c.sample.batch_size, mesh_lib.batch_shards(self.run.mesh))
         updates = [chosen for chosen in updates if chosen.valid.any()]
-        levels = forward.noise_levels(method, c.seed, epoch, self.s.videos, self.parts[i].expert, self.parts,
+        levels = flow_matching.noise_levels(method, c.seed, epoch, self.s.videos, self.parts[i].expert, self.parts,
                                       self.windows.quotas, self.run.schedule, self.boundary)
         for chosen in updates:
             texts = [self.texts(sampled.prompt_of[r]) for r in chosen.videos]
             number = int(self.states[name].updates) + 1
-            yield (chosen.numbers, forward.stack(chosen, sampled.finished, texts, levels, sampled.key, self.run.mesh),
+            yield (chosen.numbers, flow_matching.stack(chosen, sampled.finished, texts, levels, sampled.key, self.run.mesh),
                    *method.old_kept(number, chosen is updates[-1]))
 
 

@@ -18,13 +18,13 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags
 
-from grpo.prompt_words import CAMERAS, LIGHTS, SCENES, SURFACES, WORDS
-from grpo.prompts import load_prompts
-from grpo.run_log import write_atomically
-from rewards.targets import parse_targets
-from wan_jax import cli
+from grpo.data.prompts import load_prompts
+from grpo.data.vocabulary import CAMERAS, LIGHTS, SCENES, SURFACES, WORDS
+from grpo.records.run_log import write_atomically
+from rewards.ocr.targets import parse_targets
+from wan_jax.command_line import cli
+from wan_jax.command_line.flag_types import define_path
 from wan_jax.errors import UserError
-from wan_jax.flag_types import define_path
 
 CASES = {"upper": str.upper, "title": str.title, "lower": str.lower}
 HELDOUT_SHARE = 8  # one word of so many is kept for held-out texts

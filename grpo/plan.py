@@ -19,18 +19,24 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from grpo import ahead, costs, settings
-from grpo.devices import choose_mesh
-from grpo.programs import TEXT_ROWS, Program, Run
-from grpo.prompts import load_prompts
-from rewards.targets import parse_targets
-from wan_jax import cli, memory, model_dir, pipeline, presets, rocm_compiler, vae_chunks
-from wan_jax import mesh as mesh_lib
-from wan_jax.attention import choose_backend, platform_of
+from grpo.compiled import compile, costs
+from grpo.compiled.functions import TEXT_ROWS, Program, Run
+from grpo.compiled.placement import choose_mesh
+from grpo.data.prompts import load_prompts
+from grpo.settings import parse
+from rewards.ocr.targets import parse_targets
+from tools import rocm_compiler
+from wan_jax.command_line import cli
+from wan_jax.command_line.flag_types import define_number
+from wan_jax.command_line.limits import Range
+from wan_jax.distributed import memory
+from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.distributed.memory import GIB
 from wan_jax.errors import UserError
-from wan_jax.flag_types import define_number
-from wan_jax.limits import Range
-from wan_jax.memory import GIB
+from wan_jax.inference import pipeline
+from wan_jax.models import presets, vae_chunks
+from wan_jax.models.attention import choose_backend, platform_of
+from wan_jax.storage import model_dir
 
 SIZES = ((240, 416), (512, 512), (480, 832), (704, 1280))  # of the search; a model leaves out what it cannot make
 FRAMES = (1, 9, 17, 33, 49, 65, 81)
@@ -115,18 +121,18 @@ def compiled_backend(setting: str, target: Target, dtype, head_dim: int) -> tupl
                        "tokens as well",)
 
 
-def compile_all(run: Run, target: Target, offload: bool) -> ahead.Memory:
+def compile_all(run: Run, target: Target, offload: bool) -> compile.Memory:
     """`ahead.compile_all` with the target's compiler, or its stand-in."""
     measured = []
     for program, stand_in in zip(run.programs(), compiled_as(run, target).programs()):
         measured.append(measure(program, stand_in, target))
         say(f"  compiled: {program.name}, {measured[-1].seconds:.1f} s")
-    return ahead.Memory(ahead.what_stays(run, offload), tuple(measured), ahead.what_waits(run, offload))
+    return compile.Memory(compile.what_stays(run, offload), tuple(measured), compile.what_waits(run, offload))
 
 
-def measure(program: Program, stand_in: Program, target: Target) -> ahead.Measured:
+def measure(program: Program, stand_in: Program, target: Target) -> compile.Measured:
     """The stand-in's work beside the program's own data."""
-    return dataclasses.replace(ahead.measure(stand_in, target.options), data=ahead.data_bytes(program))
+    return dataclasses.replace(compile.measure(stand_in, target.options), data=compile.data_bytes(program))
 
 
 def compiled_as(run: Run, target: Target) -> Run:
@@ -170,8 +176,8 @@ def estimated_peak(run: Run, base: int, points: list[Point]) -> tuple[float, str
     """(bytes, in what) at the run's size: the update's work by the points, the decoder's by `vae_chunks`, the rest
     counted. The rollout needs less than the update, which holds a forward pass, too."""
     batches = [run.update_batch(run.preset.experts.index(name)) for name in run.trained]
-    kept = ahead.device_bytes(run.trajectories)
-    update = kept + max(map(ahead.device_bytes, batches)) + between(points, run.tokens)
+    kept = compile.device_bytes(run.trajectories)
+    update = kept + max(map(compile.device_bytes, batches)) + between(points, run.tokens)
     latents = run.latents()
     local = latents.sharding.shard_shape(latents.shape)
     chunk = vae_chunks.choose_chunk(run.preset.vae, local)
@@ -203,7 +209,7 @@ def search_points(run: Run, target: Target) -> list[Point]:
     expert, points = run.preset.experts.index(run.trained[0]), []
     for size in ((33, 480, 832), (81, 704, 1280)):
         other = resized(compiled_as(run, target), *size)
-        found = ahead.measure(other.update(expert), target.options)
+        found = compile.measure(other.update(expert), target.options)
         say(f"  compiled: update for {' x '.join(map(str, size))}, {found.seconds:.1f} s")
         points.append(Point(other.tokens, found.work))
     return points
@@ -224,7 +230,7 @@ def main(_):
     start = time.monotonic()
     cli.keep_compiled_programs()
     with cli.user_input():
-        s = settings.from_config(c)
+        s = parse.from_config(c)
         target = choose_target(f.device, f.devices)
         preset, rows, source = choose_model(c, f.model)
         trained = len(set(preset.experts) & set(c.train.experts))
@@ -234,7 +240,7 @@ def main(_):
         backend, notes = compiled_backend(c.model.attention, target, run.settings.dtype,
                                           preset.transformer.attention_head_dim)
         run = dataclasses.replace(changed(run, model=dict(remat=run.remat)), backend=backend)
-        offload, shape = ahead.offloads(run, target.limit), run.shape
+        offload, shape = compile.offloads(run, target.limit), run.shape
     label = target.kind.label if target.kind else target.devices[0].device_kind
     say(f"{source} on {mesh.size} x {label}: {c.sample.batch_size} clips of {c.sample.frames} x {c.sample.height} x "
         f"{c.sample.width} a batch ({run.tokens} tokens each), latents {' x '.join(map(str, shape))}, prompts of "
@@ -247,7 +253,7 @@ def main(_):
     encoder = measure(run.encode_text(), compiled_as(run, target).encode_text(), target)
     say(*needed.table(target.limit), f"  before that the text encoder, {(encoder.work + encoder.data) / GIB:.2f} GiB")
     try:
-        ahead.check_fits(needed, run, offload, target.limit)
+        compile.check_fits(needed, run, offload, target.limit)
     except UserError as error:
         say(f"does not fit: {error}")
 
@@ -275,7 +281,7 @@ def main(_):
         share = c.sample.batch_size // mesh_lib.batch_shards(mesh)
         say(f"largest clips at {share} videos a device, of {', '.join(map(str, FRAMES))} "
             f"frames (update compiled at {', '.join(str(p.tokens) for p in points)} tokens, lines between; decoder by "
-            "wan_jax/vae_chunks.py):")
+            "wan_jax/models/vae_chunks.py):")
         say(*largest_clips(lean, needed.base, target.limit, points))
     say(f"planned in {time.monotonic() - start:.0f} s")
 

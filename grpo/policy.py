@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from wan_jax import layout
-from wan_jax import lora as lora_lib
-from wan_jax import mesh as mesh_lib
-from wan_jax import params as P
-from wan_jax.config import TransformerConfig
-from wan_jax.layers import LoRAParam
-from wan_jax.lora import LoRAConfig
-from wan_jax.transformer import WanTransformer3D
+from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.distributed import sharding
+from wan_jax.models import lora as lora_lib
+from wan_jax.models import params as P
+from wan_jax.models.config import TransformerConfig
+from wan_jax.models.layers import LoRAParam
+from wan_jax.models.lora import LoRAConfig
+from wan_jax.models.transformer import WanTransformer3D
 
 Flat = dict[str, jax.Array]
 
@@ -68,7 +68,7 @@ def make_structure(config: TransformerConfig, *, lora: LoRAConfig | None, dtype,
     key = jax.random.key(0)  # of adapters that are never drawn
 
     def structure(lora):
-        return nnx.eval_shape(lambda: layout.attach(_build(config, lora, key, dtype, attention, remat), mesh))
+        return nnx.eval_shape(lambda: sharding.attach(_build(config, lora, key, dtype, attention, remat), mesh))
 
     base_graph, base = nnx.split(structure(None))
     if lora is None:

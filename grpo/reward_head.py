@@ -1,4 +1,4 @@
-"""Trains a reward head (`wan_jax.reward_head`) on videos that a model makes for its training prompts.
+"""Trains a reward head (`wan_jax.inference.reward_guidance`) on videos that a model makes for its training prompts.
 
     python -m grpo.reward_head --config=configs/tiny_ocr.py [--checkpoint=runs/tiny_ocr] --out=heads/tiny.safetensors
     python -m wan_jax.sample --model models/tiny-wan --reward_head heads/tiny.safetensors --reward_guidance 10 ...
@@ -24,23 +24,27 @@ from flax import nnx
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from grpo import combine, devices, settings
-from grpo.prompts import load_prompts
+from grpo.compiled import placement
+from grpo.data.prompts import load_prompts
 from grpo.rollout import initial_noise
-from grpo.scores import gather_scores, open_pool, submit, targets_check
-from rewards.targets import parse_targets
-from wan_jax import cli, model_dir, pipeline
-from wan_jax import mesh as mesh_lib
-from wan_jax.attention import choose_backend, platform_of
+from grpo.scoring import reward_combination
+from grpo.scoring.scores import gather_scores, open_pool, submit, targets_check
+from grpo.settings import parse
+from rewards.ocr.targets import parse_targets
+from wan_jax.command_line import cli
+from wan_jax.command_line.flag_types import define_number, define_path
+from wan_jax.command_line.limits import Range
+from wan_jax.diffusion.experts import guidances, per_guidance, segments
+from wan_jax.diffusion.guidance import TextBatch
+from wan_jax.diffusion.solvers import make_solver, per_sample
+from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.errors import UserError
-from wan_jax.experts import guidances, per_guidance, segments
-from wan_jax.flag_types import define_number, define_path
-from wan_jax.guidance import TextBatch
-from wan_jax.limits import Range
-from wan_jax.reward_head import from_model, head_config, make_head, predict, save_head
-from wan_jax.solvers import make_solver, per_sample
-from wan_jax.trained import load_transformers
-from wan_jax.transformer import WanTransformer3D
+from wan_jax.inference import pipeline
+from wan_jax.inference.reward_guidance import from_model, head_config, make_head, predict, save_head
+from wan_jax.inference.transformers import load_transformers
+from wan_jax.models.attention import choose_backend, platform_of
+from wan_jax.models.transformer import WanTransformer3D
+from wan_jax.storage import model_dir
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels that are reported
 HELD_OUT = 8  # one video in so many
@@ -107,7 +111,7 @@ class Examples:
     rewards: np.ndarray  # [N]
 
 
-def collect(c, s: settings.Settings, model: model_dir.ModelDir, mesh: jax.sharding.Mesh, weights: tuple, count: int,
+def collect(c, s: parse.Settings, model: model_dir.ModelDir, mesh: jax.sharding.Mesh, weights: tuple, count: int,
             bar) -> Examples:
     """Samples and scores `count` videos, whole batches. weights: of `load_transformers`. Raises `UserError` where too
     few of them have different rewards."""
@@ -137,8 +141,8 @@ def collect(c, s: settings.Settings, model: model_dir.ModelDir, mesh: jax.shardi
             kept.append(np.asarray(x))
             pending.append(submit(pool, r, decode(vae_state, x)(), [prompts.targets[p] for p in chosen[r]]))
         scores = gather_scores(pending, count)
-    own = {combine.MAIN: scores.values} | {k: v for k, v in scores.parts.items() if k not in combine.BAD_SIDE}
-    rewards = combine.combined({k: own[k] for k, w in s.weights.items() if w and k in own}, s.weights)
+    own = {reward_combination.MAIN: scores.values} | {k: v for k, v in scores.parts.items() if k not in reward_combination.BAD_SIDE}
+    rewards = reward_combination.combined({k: own[k] for k, w in s.weights.items() if w and k in own}, s.weights)
     good = np.flatnonzero(np.isfinite(rewards))
     if len(good) < 2 * HELD_OUT or np.ptp(rewards[good]) == 0:
         raise UserError(f"{len(good)} of {count} videos have a reward, {np.unique(rewards[good]).size} different "
@@ -160,7 +164,7 @@ def main(_):
     f = flags.FLAGS
     c = f["config"].value
     c.run_dir = c.run_dir or str(pathlib.Path(f.out).parent)
-    s = settings.from_config(c)
+    s = parse.from_config(c)
     if pathlib.Path(f.out).suffix != ".safetensors":
         raise UserError(f"--out {f.out}: the file's name must end in .safetensors")
     if pathlib.Path(f.out).is_dir():
@@ -172,7 +176,7 @@ def main(_):
     with cli.user_input():
         model = model_dir.open_model(c.model.path)
         config, size = model.config("transformer"), c.sample.batch_size
-        mesh, spread = devices.choose_mesh(c, s, config, experts=len(model.experts), trained=0)
+        mesh, spread = placement.choose_mesh(c, s, config, experts=len(model.experts), trained=0)
         backend = choose_backend(c.model.attention, platform_of(mesh.devices.flat[0]), s.dtype,
                                  config.attention_head_dim)
         if f.layers > config.num_layers:

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo.losses import step_kl
+from grpo.methods.losses import step_kl
 from grpo.policy import COMPILER_OPTIONS, Flat, Policy
-from wan_jax import mesh as mesh_lib
-from wan_jax import sde
-from wan_jax.experts import Segment
-from wan_jax.guidance import TextBatch, velocity
-from wan_jax.schedule import Schedule
-from wan_jax.solvers import DPMSolverPP2M, dpm_step, per_sample
+from wan_jax.diffusion import sde
+from wan_jax.diffusion.experts import Segment
+from wan_jax.diffusion.guidance import TextBatch, velocity
+from wan_jax.diffusion.schedule import Schedule
+from wan_jax.diffusion.solvers import DPMSolverPP2M, dpm_step, per_sample
+from wan_jax.distributed import mesh as mesh_lib
 
 ODE_SOLVERS = ("euler", "dpmpp_2m")
 CREDITS = ("none", "longcat", "rectified", "otca")

@@ -2,7 +2,7 @@
 
 A micro-batch is a rollout batch: the same forward on the same batch layout as when its samples were drawn, so the
 first update's ratio is 1 to float precision. Samples that failed to score are masked, never removed. The gradient here
-is GRPO's; other methods bring theirs (`grpo.forward`).
+is GRPO's; other methods bring theirs (`grpo.methods.flow_matching`).
 """
 
 import dataclasses
@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grpo.losses import KLControl, LossConfig, LossMetrics, Rows, adapted_kl, policy_gradient_terms
+from grpo.methods.losses import KLControl, LossConfig, LossMetrics, Rows, adapted_kl, policy_gradient_terms
 from grpo.policy import COMPILER_OPTIONS, Flat, Policy
 from grpo.rollout import StepTable, Trajectory
-from wan_jax import mesh as mesh_lib
-from wan_jax.guidance import velocity
+from wan_jax.diffusion.guidance import velocity
+from wan_jax.distributed import mesh as mesh_lib
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 A reward is an object with one method, `score(frames, record)`: the frames of one video and whatever the
 reward needs to know of its prompt (for `OCRReward` the tuple of target strings). It is built by a picklable
-factory, so that every worker of a `RewardPool` can build its own. `rewards.several` scores several rewards
-together; `grpo.combine` adds them up.
+factory, so that every worker of a `RewardPool` can build its own. `rewards.composite` scores several rewards
+together; `grpo.scoring.reward_combination` adds them up.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class CombinedScore(Score):
-    """The main reward's score, with what became of the others beside it (`rewards.several`)."""
+    """The main reward's score, with what became of the others beside it (`rewards.composite`)."""
 
     failed: tuple[tuple[str, str], ...] = ()  # the others that failed: (name, `describe` of the error)
     retried: tuple[str, ...] = ()            # the others that were tried a second time

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rewards.base import Asked, RewardError, Score, check_frames
-from rewards.ocr import even_frames
+from rewards.ocr.rules import even_frames
 
 KINDS = ("clip", "pickscore")
 PICKSCORE = 26.0

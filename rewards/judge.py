@@ -23,10 +23,10 @@ import numpy as np
 from PIL import Image
 
 from rewards.base import RewardError, Score, check_frames
-from rewards.endpoints import Endpoints
-from rewards.ocr import even_frames
-from rewards.ocr_engines import TextLine
-from rewards.received import printable
+from rewards.ocr.engines import TextLine
+from rewards.ocr.rules import even_frames
+from rewards.remote.endpoints import Endpoints
+from rewards.remote.received import printable
 
 MAX_TOKENS = 1024       # of an answer; reasoning models think within them
 MAX_CHARACTERS = 64 * MAX_TOKENS    # of an answer; no tokenizer has longer tokens on the average

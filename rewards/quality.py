@@ -9,7 +9,7 @@
     motion            mean length of the optical flow between frames, in % of the   frozen videos
                       frame's diagonal
 
-The values are plain measurements, without good or bad: `grpo.combine` compares them with those of the model that
+The values are plain measurements, without good or bad: `grpo.scoring.reward_combination` compares them with those of the model that
 training started from. Luma is Rec. 601 on 0..255. Videos of one frame have flicker and motion 0.
 """
 

@@ -1,7 +1,7 @@
 """Serves a reward over HTTP: `python -m rewards.server --host=0.0.0.0 --port=8080 --workers=16 --rule=spelling`.
 
 A FastAPI application around a `RewardPool`; the wire format is in docs/rewards_server.md, the client in
-rewards/remote.py. Needs `pip install -e '.[server]'`.
+rewards/remote/client.py. Needs `pip install -e '.[server]'`.
 """
 
 import asyncio
@@ -26,9 +26,9 @@ from typing import Any
 from absl import app, flags
 
 from rewards.base import RewardError
-from rewards.ocr import RULES, OCRReward
-from rewards.ocr_engines import ENGINES
-from rewards.wire import (
+from rewards.ocr.engines import ENGINES
+from rewards.ocr.rules import RULES, OCRReward
+from rewards.remote.wire import (
     CONTENT_TYPE,
     DEFAULT_LIMITS,
     HEALTH_PATH,
@@ -45,7 +45,7 @@ try:
     from fastapi import FastAPI, HTTPException, Request, Response
     from starlette.requests import ClientDisconnect
 
-    from rewards.admission import Admission, Connection, Quota, connection_limits
+    from rewards.remote.admission import Admission, Connection, Quota, connection_limits
 except ImportError as _error:
     raise ImportError(f"the reward server needs a package that is missing ({_error}): "
                       f"pip install 'wan-jax-grpo[server]', or fastapi and uvicorn") from _error

@@ -243,7 +243,7 @@ class RewardPool:
     timeout: seconds for one video, after which its worker is killed; mode "process" only.
 
     A score that raises, is not finite, takes too long or kills its worker is tried once more, on a fresh
-    worker if it died, and then masked and counted. Of several rewards (`rewards.several`) one beside the main
+    worker if it died, and then masked and counted. Of several rewards (`rewards.composite`) one beside the main
     one leaves nan in its own part, also where it kills its worker. The first failure of a kind is logged. A
     reward that cannot even be built raises here, at once.
     Values do not depend on the mode or on the number of workers, as long as the reward itself is

@@ -33,14 +33,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shel
 
 
 # The files that take longest, in this order: with `--no-loadscope-reorder` none of them begins when the rest is done.
-FIRST = ("grpo/test_train", "grpo/test_hosts", "test_tiny_wan", "grpo/test_update", "wan_jax/test_true_width",
-         "grpo/test_devices", "wan_jax/test_pipeline", "benchmarks/test_peer", "grpo/test_outages",
-         "grpo/test_programs", "convert/test_scale", "wan_jax/test_vae", "grpo/test_forward", "grpo/test_reward_head",
+FIRST = ("grpo/test_train", "grpo/test_hosts", "test_tiny_wan", "grpo/test_update", "wan_jax/models/test_true_width",
+         "grpo/compiled/test_placement", "wan_jax/inference/test_pipeline", "benchmarks/test_peer", "grpo/test_outages",
+         "grpo/compiled/test_functions", "convert/test_scale", "wan_jax/models/test_vae", "grpo/methods/test_flow_matching", "grpo/test_reward_head",
          "grpo/test_compare")
 
 # What `-m "not slow"` leaves out: files, or the tests of a file whose names begin so.
 SLOW = {
-    "benchmarks/test_peer": (), "grpo/test_reward_head": (), "wan_jax/test_true_width": ("velocity",),
+    "benchmarks/test_peer": (), "grpo/test_reward_head": (), "wan_jax/models/test_true_width": ("velocity",),
     "rocm/test_compile": (), "rocm/test_lowering": ("training", "text_encoder", "ti2v"),
     "test_tiny_wan": ("training_shows", "diffusers_samples"),
     "grpo/test_train": (
@@ -50,20 +50,20 @@ SLOW = {
     "grpo/test_update": (
         "rollout_keeps", "loss_and_gradient", "first_update_in_bfloat16", "optimiser_and", "micro_batches",
         "every_form", "branches", "every_row", "kl_at_sampling", "dpm_solver", "guidance_is", "the_kl"),
-    "grpo/test_devices": ("eight_devices", "weights_are_gathered"),
-    "grpo/test_programs": ("the_loop", "groups_sampled", "one_step"),
-    "grpo/test_forward": ("loss_and_gradient", "nft_samples", "online_dpo"),
+    "grpo/compiled/test_placement": ("eight_devices", "weights_are_gathered"),
+    "grpo/compiled/test_functions": ("the_loop", "groups_sampled", "one_step"),
+    "grpo/methods/test_flow_matching": ("loss_and_gradient", "nft_samples", "online_dpo"),
     "grpo/test_outages": ("one_video", "a_", "an_", "without", "sigterm", "videos_that"),
-    "grpo/test_learns": (), "grpo/test_no_spread": ("a_whole_run",), "grpo/test_agreement": ("two_processes",),
+    "grpo/test_learns": (), "grpo/test_no_spread": ("a_whole_run",), "grpo/settings/test_agreement": ("two_processes",),
     "benchmarks/test_damage": ("damage_is",),
-    "grpo/test_clip_lengths": ("clips_grow",), "grpo/test_plan": ("command_line",),
+    "grpo/settings/test_frame_schedule": ("clips_grow",), "grpo/test_plan": ("command_line",),
     "grpo/test_compare": ("real_runs", "sigterm", "stopping"),
-    "wan_jax/test_pipeline": (
+    "wan_jax/inference/test_pipeline": (
         "latents", "two_experts", "trained", "ti2v", "offloaded", "guidance", "export", "decoding"),
-    "wan_jax/test_vae": ("diffusers", "the_first", "single_frames", "later_frames", "videos_of", "bfloat16"),
-    "wan_jax/test_vae_chunks": ("chunks_are", "the_history", "the_estimate", "tiles_of"),
+    "wan_jax/models/test_vae": ("diffusers", "the_first", "single_frames", "later_frames", "videos_of", "bfloat16"),
+    "wan_jax/models/test_vae_chunks": ("chunks_are", "the_history", "the_estimate", "tiles_of"),
     "convert/test_scale": ("memory", "arrays", "a_killed", "two_conversions"),
-    "rewards/test_remote": ("a_server", "when_all", "a_restart"),
+    "rewards/remote/test_client": ("a_server", "when_all", "a_restart"),
     "rewards/test_workers": ("workers_end", "ocr_workers"),
 }
 

@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 
 from convert import key_table
-from wan_jax import params as P
-from wan_jax.config import VAEConfig, from_dict
-from wan_jax.vae import AutoencoderKLWan
+from wan_jax.models import params as P
+from wan_jax.models.config import VAEConfig, from_dict
+from wan_jax.models.vae import AutoencoderKLWan
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 spec = importlib.util.spec_from_file_location("make_vae", GOLDEN / "make_vae.py")

@@ -6,12 +6,12 @@ import re
 import time
 import types
 
-from grpo.ahead import COMPILED, CompileCounter
+from grpo.compiled.compile import COMPILED, CompileCounter
 from grpo.learner import Stopwatch
 
 ROOT = pathlib.Path(__file__).parents[1]
 # what MLflow shows as the time of a metric; since when a folder is locked
-TIMESTAMPS = {"grpo/sinks.py", "wan_jax/folder_lock.py"}
+TIMESTAMPS = {"grpo/records/trackers.py", "wan_jax/storage/folder_lock.py"}
 
 
 def test_only_timestamps_are_of_the_wall_clock():

@@ -7,7 +7,7 @@ import sys
 
 from tests import commands
 
-MODULES = ("wan_jax.cli", "wan_jax.pipeline", "grpo.train", "grpo.compare", "grpo.plan", "rewards.remote",
+MODULES = ("wan_jax.command_line.cli", "wan_jax.inference.pipeline", "grpo.train", "grpo.compare", "grpo.plan", "rewards.remote.client",
            "rewards.workers", "convert.from_diffusers")
 PROGRAM = f"""
 import gc, importlib, json, logging, os, signal

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from examples.tiny_wan import tokenizer as char_tokenizer
-from grpo.prompts import load_prompts
-from rewards.targets import parse_targets
+from grpo.data.prompts import load_prompts
+from rewards.ocr.targets import parse_targets
 from tests import commands
 
 ROOT = pathlib.Path(__file__).parent.parent

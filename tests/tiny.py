@@ -12,9 +12,9 @@ from convert import key_table
 from convert.from_diffusers import STEMS
 from examples.tiny_wan import sizes
 from examples.tiny_wan.assemble import assemble
-from wan_jax import config as config_lib
-from wan_jax import model_dir
-from wan_jax import params as P
+from wan_jax.models import config as config_lib
+from wan_jax.models import params as P
+from wan_jax.storage import model_dir
 
 SETTINGS = {
     "transformer": sizes.TRANSFORMER | {"num_attention_heads": 2, "attention_head_dim": 24, "text_dim": 24,

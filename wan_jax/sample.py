@@ -15,14 +15,18 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from wan_jax import cli, experts, media, memory, model_dir, pipeline, reward_head
-from wan_jax import mesh as mesh_lib
-from wan_jax.attention import choose_backend, platform_of
+from wan_jax.command_line import cli
+from wan_jax.command_line.flag_types import check_used, define_number, define_path
+from wan_jax.command_line.limits import SEED, Range
+from wan_jax.diffusion import experts
+from wan_jax.diffusion.solvers import SOLVERS, make_solver
+from wan_jax.distributed import memory
+from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.errors import UserError
-from wan_jax.flag_types import check_used, define_number, define_path
-from wan_jax.limits import SEED, Range
-from wan_jax.solvers import SOLVERS, make_solver
-from wan_jax.trained import load_transformers
+from wan_jax.inference import pipeline, reward_guidance
+from wan_jax.inference.transformers import load_transformers
+from wan_jax.models.attention import choose_backend, platform_of
+from wan_jax.storage import media, model_dir
 
 define_path("model", "folder written by convert.from_diffusers", required=True)
 define_path("checkpoint", "run folder of grpo.train, or one of its checkpoints/<epoch>; None: the base")
@@ -70,7 +74,7 @@ def main(_):
         shift = scheduler.shift if FLAGS.shift is None else FLAGS.shift
         solver = make_solver(scheduler.solver if FLAGS.solver == "auto" else FLAGS.solver, FLAGS.steps, shift,
                              order=scheduler.order)
-        steer = reward_head.guidance(FLAGS.reward_head, FLAGS.reward_guidance, config, model)
+        steer = reward_guidance.guidance(FLAGS.reward_head, FLAGS.reward_guidance, config, model)
         mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
         backend = choose_backend(FLAGS.attention, platform_of(jax.devices()[0]), dtype, config.attention_head_dim)
         given = FLAGS.noise and load_noise(FLAGS.noise, (len(index), *shape))

@@ -18,11 +18,11 @@ from flax import nnx
 from examples.tiny_wan import prompts, signs, sizes
 from examples.tiny_wan.folder import load_component, load_vae
 from examples.tiny_wan.train_transformer import tokenise
-from wan_jax import sde
-from wan_jax.config import TextEncoderConfig, TransformerConfig
-from wan_jax.solvers import make_solver
-from wan_jax.text_encoder import UMT5Encoder, encode
-from wan_jax.transformer import WanTransformer3D
+from wan_jax.diffusion import sde
+from wan_jax.diffusion.solvers import make_solver
+from wan_jax.models.config import TextEncoderConfig, TransformerConfig
+from wan_jax.models.text_encoder import UMT5Encoder, encode
+from wan_jax.models.transformer import WanTransformer3D
 
 
 def contact_sheet(path, frames: np.ndarray, columns: int = 8):
@@ -134,7 +134,7 @@ def check_model(folder, pool, *, groups=32, size=8, frames=1, **kwargs):
 
 
 def main(_):
-    from rewards.ocr import OCRReward
+    from rewards.ocr.rules import OCRReward
     from rewards.workers import RewardPool
 
     root = pathlib.Path(flags.FLAGS.model)

@@ -10,9 +10,9 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from convert import key_table
-from wan_jax import params as P
-from wan_jax.config import VAEConfig, from_dict
-from wan_jax.vae import AutoencoderKLWan
+from wan_jax.models import params as P
+from wan_jax.models.config import VAEConfig, from_dict
+from wan_jax.models.vae import AutoencoderKLWan
 
 
 def save(component: str, flat: dict, config: dict, out: pathlib.Path, name="diffusion_pytorch_model.safetensors"):

@@ -3,7 +3,7 @@
     python -m examples.tiny_wan.tokenizer --out DIR
 
 Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json, which
-`transformers.T5TokenizerFast` (4.51 to 5.x), `WanPipeline.from_pretrained` and `wan_jax.tokenizer.Tokenizer`
+`transformers.T5TokenizerFast` (4.51 to 5.x), `WanPipeline.from_pretrained` and `wan_jax.models.tokenizer.Tokenizer`
 read like the real one. Wan's spiece.model, the same vocabulary for slow tokenizers, is left out: none of the
 three reads it where tokenizer.json exists.
 

@@ -24,10 +24,10 @@ from examples.tiny_wan.folder import load_flat, load_vae, save
 from examples.tiny_wan.optim import muon_or_adam
 from examples.tiny_wan.tokenizer import EOS as EOS_TOKEN
 from examples.tiny_wan.tokenizer import SPACE, UNK, VOCABULARY
-from wan_jax import params as P
-from wan_jax.config import TextEncoderConfig, TransformerConfig, from_dict
-from wan_jax.text_encoder import UMT5Encoder, encode
-from wan_jax.transformer import WanTransformer3D
+from wan_jax.models import params as P
+from wan_jax.models.config import TextEncoderConfig, TransformerConfig, from_dict
+from wan_jax.models.text_encoder import UMT5Encoder, encode
+from wan_jax.models.transformer import WanTransformer3D
 
 FLAGS = flags.FLAGS
 DROPOUT, LETTERS = 0.1, 6

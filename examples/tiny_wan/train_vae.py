@@ -2,7 +2,7 @@
 
     python -m examples.tiny_wan.train_vae --out assets/tiny-wan/vae --seconds 300
 
-Single frames run 2-D convolutions on the last temporal tap (`wan_jax/vae.py`), so most steps are cheap; the other
+Single frames run 2-D convolutions on the last temporal tap (`wan_jax/models/vae.py`), so most steps are cheap; the other
 taps start at zero and the temporal convolutions at identity, so a clip starts as frames coded one by one.
 Loss: weighted L1 + L2 (edges, hence letters, count several times), KL weight 1e-6. AdamW, cosine over the time budget.
 """
@@ -20,9 +20,9 @@ from flax import nnx
 
 from examples.tiny_wan import signs, sizes
 from examples.tiny_wan.folder import save
-from wan_jax import params as P
-from wan_jax.config import VAEConfig, from_dict
-from wan_jax.vae import AutoencoderKLWan
+from wan_jax.models import params as P
+from wan_jax.models.config import VAEConfig, from_dict
+from wan_jax.models.vae import AutoencoderKLWan
 
 FLAGS = flags.FLAGS
 CLIP_PHASE = 0.55  # the share of the time after which clips join

@@ -11,8 +11,8 @@ from benchmarks import damage
 from convert import export_lora, to_diffusers
 from convert.from_diffusers import convert
 from tests import tiny
-from wan_jax import array_store, integrity, model_dir
-from wan_jax.cli import UserError
+from wan_jax.command_line.cli import UserError
+from wan_jax.storage import array_store, integrity, model_dir
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,15 @@ from flax import nnx
 
 from benchmarks import decode, epoch, full_size, scaling, workload
 from convert import key_table
-from grpo.losses import LossConfig, Rows, policy_gradient_terms
+from grpo.methods.losses import LossConfig, Rows, policy_gradient_terms
 from grpo.policy import COMPILER_OPTIONS
-from rewards.ocr import OCRReward
+from rewards.ocr.rules import OCRReward
 from rewards.workers import RewardPool
-from wan_jax import model_dir, sde
-from wan_jax import params as P
-from wan_jax.guidance import TextBatch, velocity
-from wan_jax.schedule import flow_sigmas
+from wan_jax.diffusion import sde
+from wan_jax.diffusion.guidance import TextBatch, velocity
+from wan_jax.diffusion.schedule import flow_sigmas
+from wan_jax.models import params as P
+from wan_jax.storage import model_dir
 
 TINY = dict(size="tiny", height=16, width=32, frames=1, batch=2, guidance=1.0, kl=0.0, repeats=1, dtype="float32",
             remat="block", micro=1, profile=False, chunk=None, groups=1, group_size=2, steps=2, updates=1, readers=1,

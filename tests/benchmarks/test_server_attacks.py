@@ -23,7 +23,7 @@ def test_the_server_refuses_what_is_malformed(caplog):
 
 
 def test_the_client_takes_no_bad_answer_for_a_score(monkeypatch):
-    skipped = [f"{name}={value!r:.30}" for name, value in attack_inputs.BAD_FIELDS]     # tests/rewards/test_wire.py
+    skipped = [f"{name}={value!r:.30}" for name, value in attack_inputs.BAD_FIELDS]     # tests/rewards/remote/test_wire.py
     answers = [answer for answer in attack_inputs.bad_answers() if not answer[2] and answer[0] not in skipped]
     monkeypatch.setattr(server_attacks, "bad_answers", lambda: answers)
     assert server_attacks.attack_client_with_answers().wrong == [] and len(answers) > 40

@@ -82,7 +82,7 @@ def test_epoch_comes_out_even():
 
 
 def test_signs_differ_inside_a_group_and_can_be_scored():
-    from rewards.ocr import OCRReward
+    from rewards.ocr.rules import OCRReward
 
     targets = [target for _, target in workload.prompts(1)] * 4
     videos = workload.signs(targets, 1, 128, 256, seed=0)

@@ -13,10 +13,10 @@ from convert import key_table
 from convert.from_diffusers import STEMS, convert
 from convert.to_diffusers import Merged, export, merge_lora
 from tests import commands, tiny
-from wan_jax import config as config_lib
-from wan_jax import model_dir
-from wan_jax import params as P
-from wan_jax.cli import UserError
+from wan_jax.command_line.cli import UserError
+from wan_jax.models import config as config_lib
+from wan_jax.models import params as P
+from wan_jax.storage import model_dir
 
 COMPONENTS = tuple(STEMS)
 WAN_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}

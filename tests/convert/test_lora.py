@@ -18,11 +18,12 @@ from convert.export_lora import export
 from convert.from_diffusers import convert
 from grpo.policy import make_structure
 from tests import commands, tiny
-from wan_jax import lora, model_dir
-from wan_jax import mesh as mesh_lib
-from wan_jax.checkpoint import Checkpoints, join_experts
-from wan_jax.cli import UserError
-from wan_jax.lora import LoRAConfig
+from wan_jax.command_line.cli import UserError
+from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.models import lora
+from wan_jax.models.lora import LoRAConfig
+from wan_jax.storage import model_dir
+from wan_jax.storage.checkpoint import Checkpoints, join_experts
 
 ATTENTION = lora.ATTENTION_TARGETS
 FFN = (*ATTENTION, "ffn.net.0.proj", "ffn.net.2")

@@ -18,8 +18,8 @@ from convert.folders import LEFT_OUT, Shards, partial_folder, whole_folder
 from convert.from_diffusers import STEMS, check, convert
 from convert.plan import contiguous, parse_dtypes
 from tests import commands, tiny
-from wan_jax import array_store, model_dir
-from wan_jax.cli import UserError
+from wan_jax.command_line.cli import UserError
+from wan_jax.storage import array_store, model_dir
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
@@ -181,8 +181,8 @@ def test_load_onto_a_mesh_is_what_is_stored(source, tmp_path):
     import jax
     import jax.numpy as jnp
 
-    from wan_jax import mesh as mesh_lib
-    from wan_jax import params as P
+    from wan_jax.distributed import mesh as mesh_lib
+    from wan_jax.models import params as P
     convert(str(source), tmp_path / "model", "float32")
     model = model_dir.open_model(tmp_path / "model")
     stored = model.load_numpy("text_encoder")

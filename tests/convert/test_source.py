@@ -14,9 +14,9 @@ from convert.folders import Shards, whole_folder
 from convert.from_diffusers import STEMS, check, convert
 from convert.plan import rounded
 from tests import tiny
-from wan_jax import model_dir
-from wan_jax.cli import UserError
-from wan_jax.config import ConfigError, Scheduler, TransformerConfig, from_dict, load_scheduler
+from wan_jax.command_line.cli import UserError
+from wan_jax.models.config import ConfigError, Scheduler, TransformerConfig, from_dict, load_scheduler
+from wan_jax.storage import model_dir
 
 BF16 = np.dtype(model_dir.jnp.bfloat16)
 

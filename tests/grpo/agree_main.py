@@ -14,10 +14,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import tiny_ocr
-from grpo import agreement
-from grpo.prompts import PromptSet
-from wan_jax import folder_lock, hosts
-from wan_jax.cli import UserError
+from grpo.data.prompts import PromptSet
+from grpo.settings import agreement
+from wan_jax.command_line.cli import UserError
+from wan_jax.distributed import multihost
+from wan_jax.storage import folder_lock
 
 
 def compare(folder: pathlib.Path, process: int) -> None:
@@ -46,16 +47,16 @@ def compare(folder: pathlib.Path, process: int) -> None:
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, -1), ("data", "fsdp"))  # a replica in each process
     for wrong in (0, 1):
         value = np.arange(8, dtype=np.float32) + wrong * process
-        said(hosts.check_same, {"a": jax.make_array_from_callback((8,), NamedSharding(mesh, P("fsdp")),
+        said(multihost.check_same, {"a": jax.make_array_from_callback((8,), NamedSharding(mesh, P("fsdp")),
                                                                   lambda index, value=value: value[index])}, "weights")
     check(prompts=PromptSet(prompts.prompts[::-1] if process else prompts.prompts, prompts.targets))
 
 
 def main(argv):
     folder, process = pathlib.Path(argv[1]), int(argv[3])
-    hosts.FOLDER_SECONDS = 1
-    with hosts.joined(hosts.Launch(argv[2], 2, process), timeout=10, join_timeout=100):
-        if hosts.first():
+    multihost.FOLDER_SECONDS = 1
+    with multihost.joined(multihost.Launch(argv[2], 2, process), timeout=10, join_timeout=100):
+        if multihost.first():
             with folder_lock.locked(folder / "run", "--config.run_dir"):
                 compare(folder, process)
         else:

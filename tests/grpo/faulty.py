@@ -8,7 +8,7 @@ import pathlib
 import time
 
 from rewards.base import Score
-from rewards.several import SeveralRewards
+from rewards.composite import SeveralRewards
 from tests.rewards.pool_rewards import Brightness
 
 PHASE = "phase"  # file in the test's folder: what the run does now, as `hosts.stage` names it

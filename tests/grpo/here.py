@@ -7,8 +7,9 @@ import pytest
 
 from grpo import train
 from grpo.compare import Method
-from grpo.programs import JITTED, Run
-from wan_jax import model_dir, pipeline
+from grpo.compiled.functions import JITTED, Run
+from wan_jax.inference import pipeline
+from wan_jax.storage import model_dir
 
 SECTIONS = ("model", "lora", "sample", "train", "eval", "mesh")  # of a recipe: what the programs follow from
 UNRELATED = {"model": ("path", "offload"), "lora": ("init",), "eval": ("every", "seed", "previews")}

@@ -13,12 +13,13 @@ import sys
 import jax
 import numpy as np
 
-from grpo import learner, run_state, train
+from grpo import learner, train, train_state
 from rewards.workers import RewardPool
 from tests.rewards.pool_rewards import Brightness
-from wan_jax import cli, hosts
+from wan_jax.command_line import cli
+from wan_jax.distributed import multihost
 
-group_advantages, write = learner.group_advantages, run_state.save
+group_advantages, write = learner.group_advantages, train_state.save
 
 
 def record(folder: pathlib.Path, replace=setattr) -> None:
@@ -38,9 +39,9 @@ def record(folder: pathlib.Path, replace=setattr) -> None:
         write(checkpoints, epoch, states, *args)
 
     replace(learner, "group_advantages", advantages)
-    replace(run_state, "save", save)
+    replace(train_state, "save", save)
     replace(train, "open_pool", lambda c, _: RewardPool(Brightness, workers=c.workers))
-    replace(hosts, "CHUNK", 2**12)  # so that the prompts' embeddings come in several pieces
+    replace(multihost, "CHUNK", 2**12)  # so that the prompts' embeddings come in several pieces
 
 
 if __name__ == "__main__":

@@ -8,16 +8,18 @@ import time
 
 import numpy as np
 import pytest
+from tests.grpo.test_report import Checker
 
 from convert.from_diffusers import convert
-from grpo import compare, comparison, run_log
+from grpo import compare
 from grpo.compare import Job, Method, parse_budget, read_methods
-from grpo.comparison import Comparison, Curve, first_reached, mean_curve, summary
-from grpo.statistics import t_interval
+from grpo.records import run_log
+from grpo.records.statistics import t_interval
+from grpo.report import comparison_report
+from grpo.report.comparison_report import Comparison, Curve, first_reached, mean_curve, summary
 from tests import commands, tiny
-from tests.grpo.test_report import Checker
 from tests.grpo.test_train import PICTURE, RECIPE, WORDS
-from wan_jax.cli import UserError
+from wan_jax.command_line.cli import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
 T2 = 4.302652729911275  # Student's 97.5 % quantile for 2 degrees of freedom
@@ -51,7 +53,7 @@ def test_the_shipped_methods_are_sound(monkeypatch):
     methods = read_methods([], [], "configs/compare_tiny.txt")
     assert len(methods) >= 6
     configs = {m.name: m.config("seed=3") for m in methods}
-    assert comparison.differing({k: compare.settings.flat(c.to_dict()) for k, c in configs.items()}) == []
+    assert comparison_report.differing({k: compare.settings.flat(c.to_dict()) for k, c in configs.items()}) == []
     assert configs["grpo_guard"].train.objective == "guard" and configs["cps"].seed == 3
     with pytest.raises(UserError, match=r"cps: .*learning_rat"):
         Method("cps", "configs/tiny_ocr.py", ("train.learning_rat=1",)).config()
@@ -113,7 +115,7 @@ def test_page_and_tables(tmp_path):
     result = Comparison({name: "r.py <script>" for name in runs} | {"gone": "r.py"}, runs | {"gone": {}},
                         ("evaluations", 200), 0.15, {"gone, seed 0": "error: <b>no</b>"}, 2, "python <x>",
                         ["eval.steps"])
-    lines = comparison.write(result, tmp_path / "out")
+    lines = comparison_report.write(result, tmp_path / "out")
     text = (tmp_path / "out" / "comparison.html").read_text()
     page = Checker(text)
     assert all(u.startswith("#") for u in page.urls) and "script" not in page.tags and text.count("<svg") == 4
@@ -126,7 +128,7 @@ def test_page_and_tables(tmp_path):
     assert "| not reached | not reached | 10 | 200 | 4 |" in markdown
     known = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert known["runs"]["m1"]["2"]["rewards"] == [0.5, 0.54, 0.54] and known["summary"]["m1"]["end"] == [0.54, 0.0]
-    comparison.write(Comparison({"gone": "r.py"}, {"gone": {}}, ("epochs", 2), 0.1, {}, 1, "", []), tmp_path / "none")
+    comparison_report.write(Comparison({"gone": "r.py"}, {"gone": {}}, ("epochs", 2), 0.1, {}, 1, "", []), tmp_path / "none")
     assert "No run was finished." in (tmp_path / "none" / "comparison.html").read_text()
 
 
@@ -152,7 +154,7 @@ def test_real_runs_under_one_budget(recipe, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 1 and "1 of 2 runs failed: bad, seed 4" in done.stderr, done.stdout + done.stderr
     assert "/nowhere.txt does not exist" in (tmp_path / "comparison.html").read_text()
-    found = comparison.read_curve(tmp_path / "good" / "seed4")
+    found = comparison_report.read_curve(tmp_path / "good" / "seed4")
     np.testing.assert_array_equal(found.epochs, [0, 1, 2])
     np.testing.assert_array_equal(found.evaluations, [0, 12, 24])
     assert found.seconds[0] == 0 < found.seconds[1] < found.seconds[2]
@@ -214,8 +216,8 @@ def test_evaluations_without_a_result_are_no_points_of_a_curve(tmp_path):
 
     for epoch, reward in enumerate((0.5, float("nan"), 0.7)):
         evaluated(epoch, reward)
-    curve = comparison.read_curve(tmp_path)
+    curve = comparison_report.read_curve(tmp_path)
     assert curve.epochs.tolist() == [0, 2] and curve.rewards.tolist() == [0.5, 0.7]
     evaluated(3, float("nan"))
     with pytest.raises(UserError, match="evaluation after epoch 3 scored fewer than two"):
-        comparison.read_curve(tmp_path)
+        comparison_report.read_curve(tmp_path)

@@ -20,9 +20,9 @@ from tests import commands
 from tests.grpo import hosts_main
 from tests.grpo.here import train_here
 from tests.grpo.test_train import model, newest, recipe  # noqa: F401
-from wan_jax import hosts, hosts_watch
-from wan_jax.checkpoint import read_numpy
-from wan_jax.cli import UserError
+from wan_jax.command_line.cli import UserError
+from wan_jax.distributed import multihost, watchdog
+from wan_jax.storage.checkpoint import read_numpy
 
 TIMEOUT = 5  # --host_timeout
 SETTINGS = ("sample.batch_size=8", "sample.group_size=8", "train.updates_per_epoch=1", "reward.workers=1",
@@ -242,38 +242,38 @@ def test_an_error_of_one_process_ends_both(model, tmp_path):  # noqa: F811
     (("k8s", None, None, None), "completionMode: Indexed")])
 def test_half_given_flags_are_one_message(given, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        hosts.choose(*given, {})
+        multihost.choose(*given, {})
 
 
 def test_what_a_launcher_says():
     nothing = ("auto", None, None, None)
-    assert hosts.choose(*nothing, {}) is None
-    assert hosts.choose("auto", "node:1", 1, 0, {}) is None
-    assert hosts.choose("auto", "node:1", 3, 2, slurm(0, "1")[0]) == hosts.Launch("node:1", 3, 2)
+    assert multihost.choose(*nothing, {}) is None
+    assert multihost.choose("auto", "node:1", 1, 0, {}) is None
+    assert multihost.choose("auto", "node:1", 3, 2, slurm(0, "1")[0]) == multihost.Launch("node:1", 3, 2)
     step = slurm(1, "1")[0]
-    assert hosts.choose(*nothing, step) == hosts.Launch(cluster="slurm", all_devices=False)
-    assert hosts.choose(*nothing, step | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}) == hosts.Launch(cluster="slurm")
-    assert hosts.choose(*nothing, step | {"SLURM_NTASKS": "1"}) is None
-    assert hosts.choose("none", None, None, None, step) is None
+    assert multihost.choose(*nothing, step) == multihost.Launch(cluster="slurm", all_devices=False)
+    assert multihost.choose(*nothing, step | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}) == multihost.Launch(cluster="slurm")
+    assert multihost.choose(*nothing, step | {"SLURM_NTASKS": "1"}) is None
+    assert multihost.choose("none", None, None, None, step) is None
     del step["SLURM_STEP_NODELIST"]  # the batch script itself, not a task of srun
-    assert hosts.choose(*nothing, step) is None
+    assert multihost.choose(*nothing, step) is None
     mpi = open_mpi(1, "1")[0]
-    assert hosts.choose(*nothing, mpi | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}) == hosts.Launch(cluster="ompi")
+    assert multihost.choose(*nothing, mpi | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}) == multihost.Launch(cluster="ompi")
     del mpi["OMPI_MCA_orte_hnp_uri"]
     with pytest.raises(UserError, match=r"Open MPI 5.*--process_id=\$OMPI_COMM_WORLD_RANK"):
-        hosts.choose(*nothing, mpi)
-    assert hosts.choose("k8s", None, None, None, {"JOB_COMPLETION_INDEX": "0"}) == hosts.Launch(cluster="k8s")
+        multihost.choose(*nothing, mpi)
+    assert multihost.choose("k8s", None, None, None, {"JOB_COMPLETION_INDEX": "0"}) == multihost.Launch(cluster="k8s")
 
 
 def test_verdicts_of_the_watch():
     def peers(**changes):
-        known = {p: hosts_watch.Peer(1, 100.0, f"node{p}", "sampling", 5, 1.0) for p in range(3)}
+        known = {p: watchdog.Peer(1, 100.0, f"node{p}", "sampling", 5, 1.0) for p in range(3)}
         for name, value in changes.items():
             setattr(known[1], name, value)
         return known
 
     def judge(known, answered=100.0, stage_timeout=50.0):
-        return hosts_watch.verdict(known, answered, 109.0, 10.0, stage_timeout)
+        return watchdog.verdict(known, answered, 109.0, 10.0, stage_timeout)
 
     assert judge(peers()) is None
     assert "process 1 on node1" in judge(peers(at=98.0)) and "'sampling'" in judge(peers(at=98.0))

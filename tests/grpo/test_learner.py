@@ -10,7 +10,7 @@ from configs.defaults import defaults
 from grpo.advantages import LEAST_PROGRESS, step_importance
 from grpo.learner import Learner, clip_warning, summary
 from tests import reference
-from wan_jax import mesh as mesh_lib
+from wan_jax.distributed import mesh as mesh_lib
 
 
 @pytest.mark.parametrize("error, clip, objective, warned", [

@@ -10,8 +10,9 @@ import functools
 import numpy as np
 import pytest
 
-from grpo import learner, run_log, train
-from grpo.prompts import PromptSet
+from grpo import learner, train
+from grpo.data.prompts import PromptSet
+from grpo.records import run_log
 from rewards.base import Score
 from rewards.workers import RewardPool
 from tests.grpo import test_programs

@@ -6,18 +6,19 @@ import sys
 
 import pytest
 
-from grpo import make_prompts, prompt_words
+from grpo import make_prompts
+from grpo.data import vocabulary
+from grpo.data.prompts import load_prompts
 from grpo.make_prompts import TextStyle, make, words_of
-from grpo.prompts import load_prompts
-from rewards.targets import parse_targets
-from wan_jax.cli import UserError
+from rewards.ocr.targets import parse_targets
+from wan_jax.command_line.cli import UserError
 
 
 def test_word_lists():
-    assert len(set(prompt_words.WORDS)) == len(prompt_words.WORDS) > 700
-    assert all(re.fullmatch("[a-z]{2,12}", word) for word in prompt_words.WORDS)
-    assert all(surface.count("{text}") == 1 for surface in prompt_words.SURFACES.values())
-    for names in (prompt_words.SURFACES, prompt_words.SCENES, prompt_words.CAMERAS):
+    assert len(set(vocabulary.WORDS)) == len(vocabulary.WORDS) > 700
+    assert all(re.fullmatch("[a-z]{2,12}", word) for word in vocabulary.WORDS)
+    assert all(surface.count("{text}") == 1 for surface in vocabulary.SURFACES.values())
+    for names in (vocabulary.SURFACES, vocabulary.SCENES, vocabulary.CAMERAS):
         assert len(set(names.values())) == len(names) and all(text.isascii() and '"' not in text
                                                               for text in names.values())
 
@@ -37,12 +38,12 @@ def test_texts_are_as_asked(style):
         assert style.numbers or not re.search(r"\d", text)
         assert style.numbers < 1 or re.search(r"\d", text)
         assert bool(re.search("[!?&-]", text)) == style.punctuation if style.punctuation in (0, 1) else True
-        for part, names in (("surface", prompt_words.SURFACES), ("scene", prompt_words.SCENES),
-                            ("light", prompt_words.LIGHTS), ("camera", prompt_words.CAMERAS)):
+        for part, names in (("surface", vocabulary.SURFACES), ("scene", vocabulary.SCENES),
+                            ("light", vocabulary.LIGHTS), ("camera", vocabulary.CAMERAS)):
             for piece in names[line[part]].split("{text}"):
                 assert piece[1:] in prompt
     assert len({line["prompt"] for line in made["train"]}) == 300
-    dictionary = words_of(made["train"]) & set(prompt_words.WORDS)
+    dictionary = words_of(made["train"]) & set(vocabulary.WORDS)
     assert not dictionary if style.random else len(dictionary) > 100
 
 

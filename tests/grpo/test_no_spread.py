@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 
 from grpo import train
+from grpo.compiled.functions import Run
 from grpo.learner import Learner
-from grpo.preferences import Selection
-from grpo.programs import Run
+from grpo.methods.selection import Selection
+from grpo.records.run_log import read_metrics
 from grpo.rollout import Trajectory
-from grpo.run_log import read_metrics
-from grpo.settings import from_config
+from grpo.settings.parse import from_config
 from grpo.update import init_state
 from rewards.base import Score
 from rewards.workers import RewardPool
 from tests.grpo import test_programs, test_train
 from tests.grpo.test_train import arrays_of, newest
-from wan_jax import mesh as mesh_lib
-from wan_jax import presets
-from wan_jax.guidance import TextBatch
+from wan_jax.diffusion.guidance import TextBatch
+from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.models import presets
 
 start = test_programs.start
 METHODS = {"grpo": {}, "grpo with its KL in the reward": {"train.kl_as": "reward", "train.kl_weight": 0.1},

@@ -12,18 +12,22 @@ import numpy as np
 import pytest
 
 from convert.from_diffusers import convert
-from grpo import evaluator, learner, report, run_log, settings, train
+from grpo import learner, train
+from grpo.data.prompts import load_prompts
 from grpo.learner import Learner
-from grpo.prompts import load_prompts
-from grpo.report import write_report
+from grpo.records import run_log
+from grpo.report import run_report
+from grpo.report.run_report import write_report
 from grpo.rollout import Trajectory, initial_noise
-from rewards.targets import parse_targets
+from grpo.scoring import heldout
+from grpo.settings import parse
+from rewards.ocr.targets import parse_targets
 from rewards.workers import RewardPool
 from tests import tiny
 from tests.grpo import faulty, here, test_train
-from wan_jax import cli
-from wan_jax import mesh as mesh_lib
-from wan_jax.cli import UserError
+from wan_jax.command_line import cli
+from wan_jax.command_line.cli import UserError
+from wan_jax.distributed import mesh as mesh_lib
 
 KINDS = ("raises", "nan", "hangs", "dies")
 VIDEOS = 4  # an epoch's, and prompts of an evaluation
@@ -61,7 +65,7 @@ def start(model, tmp_path, monkeypatch):
         exec(path.read_text(), namespace)
         c = namespace["get_config"]()
         c.update_from_flattened_dict(SMALL | overrides)
-        s = settings.from_config(c)
+        s = parse.from_config(c)
         prompts = [load_prompts(p, parse_targets) for p in (c.prompts.train, c.prompts.heldout)]
         with RewardPool(functools.partial(reward, str(tmp_path), *fault), workers, timeout=1.5) as pool:
             train.train(c, s, train.Plan.make(c, s), *prompts, pool)
@@ -127,7 +131,7 @@ def test_an_evaluation_without_scores_is_empty_and_the_run_goes_on(start, undist
                                                                                       [wanted[0], wanted[2]]]))
     out = capsys.readouterr().out
     assert "warning: the evaluation after epoch 1 has no result: 0 of 4" in out and "epoch 2/2" in out
-    assert "no result of the evaluation after epoch 1" in "".join(report.summary_lines(folder))
+    assert "no result of the evaluation after epoch 1" in "".join(run_report.summary_lines(folder))
     if kind == "raises":
         assert "no result of the evaluation after epoch 1" in write_report(folder).read_text()
 
@@ -210,7 +214,7 @@ def spoilt(rows):
 
 def test_videos_that_are_not_finite_are_masked_and_counted(start, monkeypatch, capsys):
     monkeypatch.setattr(learner, "initial_noise", spoilt([1]))
-    monkeypatch.setattr(evaluator, "initial_noise", spoilt([0, 2]))
+    monkeypatch.setattr(heldout, "initial_noise", spoilt([0, 2]))
     folder = start(faulty.alone, NEVER)
     metrics, evaluations = records(folder)
     for m in metrics:

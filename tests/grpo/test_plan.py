@@ -10,13 +10,14 @@ import pytest
 
 from configs import wan21_1_3b_ocr, wan21_14b_ocr, wan22_a14b_ocr, wan22_ti2v_5b_ocr
 from convert.from_diffusers import convert
-from grpo import ahead, costs, plan
-from grpo.programs import Run
+from grpo import plan
+from grpo.compiled import compile, costs
+from grpo.compiled.functions import Run
 from tests import commands, tiny
 from tests.grpo import test_train
-from wan_jax import flops, presets
-from wan_jax import mesh as mesh_lib
-from wan_jax.cli import UserError
+from wan_jax.command_line.cli import UserError
+from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.models import flops, presets
 
 GIB = 2**30
 PICTURES = dict(frames=1, height=512, width=512, groups=2, group_size=9, batch_size=9, sde_steps=4)
@@ -89,7 +90,7 @@ def test_largest_clips():
 def test_search_compiles_the_update_at_other_sizes(monkeypatch):
     run = run_of(wan21_1_3b_ocr, "wan2.1-1.3b", groups=2, group_size=2, batch_size=2)
     compiled = []
-    monkeypatch.setattr(ahead, "measure", lambda program, options: compiled.append(program) or ahead.Measured(
+    monkeypatch.setattr(compile, "measure", lambda program, options: compiled.append(program) or compile.Measured(
         program.name, 0.0, 5, 0))
     target = plan.Target(costs.KINDS["h200"], jax.devices()[:1], "cpu", GIB, "")
     points = plan.search_points(run, target)

@@ -10,10 +10,10 @@ from flax import nnx
 
 from grpo.reward_head import LEVELS, Examples, explained, fit, train
 from tests.grpo import test_update
-from wan_jax import params as P
-from wan_jax import pipeline, reward_head
-from wan_jax.cli import UserError
-from wan_jax.solvers import make_solver
+from wan_jax.command_line.cli import UserError
+from wan_jax.diffusion.solvers import make_solver
+from wan_jax.inference import pipeline, reward_guidance
+from wan_jax.models import params as P
 
 SHAPE, PADDING = (1, 4, 4, 4), 10
 TEXT = test_update.text_batch(4)
@@ -27,8 +27,8 @@ def head():
     latents = rng.standard_normal((64, *SHAPE)).astype(np.float32)
     latents[..., 0] += rewards[:, None, None, None] - latents[..., 0].mean((1, 2, 3))[:, None, None, None]
     text = np.zeros((64, 6, 12), np.float32)
-    config = reward_head.head_config(test_update.CONFIG, heads=1, layers=1)
-    fresh = reward_head.make_head(config)
+    config = reward_guidance.head_config(test_update.CONFIG, heads=1, layers=1)
+    fresh = reward_guidance.make_head(config)
     trained = fit(fresh, latents, text, PADDING, rewards, updates=300, batch=32, rate=3e-3, seed=0)
     return trained, latents, text, rewards
 
@@ -42,8 +42,8 @@ def test_what_latents_show_is_learnt(head):
 def test_the_shift_is_the_gradient_times_the_noise_ratio(head):
     trained, latents, *_ = head
     x, way = jnp.asarray(latents[:4]), jax.random.normal(jax.random.key(1), (4, *SHAPE))
-    reward = jax.jit(lambda x: reward_head.predict(trained, x, 300.0, TEXT))
-    shift = jax.jit(lambda x, sigma, text: reward_head.shift(trained, x, sigma, 300.0, text))
+    reward = jax.jit(lambda x: reward_guidance.predict(trained, x, 300.0, TEXT))
+    shift = jax.jit(lambda x, sigma, text: reward_guidance.shift(trained, x, sigma, 300.0, text))
     slope = np.asarray(reward(x + 1e-2 * way) - reward(x - 1e-2 * way), np.float64) / 2e-2
     for sigma, factor in ((0.3, 3 / 7), (0.75, 3.0), (0.999999, 10.0), (1.0, 10.0), (0.0, 0.0)):
         found = np.asarray(shift(x, sigma, TEXT) * way).sum((1, 2, 3, 4))
@@ -56,7 +56,7 @@ def test_a_head_of_the_models_first_blocks():
     """Their weights and the embeddings' in fp32, adapters left out, a last layer of its own; it learns from there."""
     policy, trainable, frozen = test_update.setup(dtype=jnp.bfloat16)
     adapted = nnx.split(policy.module(trainable, frozen))[1]
-    head = reward_head.from_model(test_update.CONFIG, adapted, 1)
+    head = reward_guidance.from_model(test_update.CONFIG, adapted, 1)
     theirs, ours = P.flatten(frozen), P.flatten(nnx.state(head, nnx.Param))
     assert head.config.num_layers == 1 < test_update.CONFIG.num_layers and head.config.out_channels == 1
     for name, value in ours.items():
@@ -69,7 +69,7 @@ def test_a_head_of_the_models_first_blocks():
     shares = [train(head, data, 8, updates=updates, rate=1e-3, seed=0)[1] for updates in (1, 60)]
     assert shares[1][0.1] > shares[0][0.1]
     with pytest.raises(ValueError, match=f"layers=9 must be from 1 to {test_update.CONFIG.num_layers}"):
-        reward_head.from_model(test_update.CONFIG, frozen, 9)
+        reward_guidance.from_model(test_update.CONFIG, frozen, 9)
 
 
 def test_guidance_raises_the_reward(head):
@@ -84,23 +84,23 @@ def test_guidance_raises_the_reward(head):
             state = step((trainable, frozen), state, i, TEXT)
         return np.asarray(state.x)
 
-    plain, guided = sample(None), sample(lambda *args: reward_head.shift(trained, *args))
+    plain, guided = sample(None), sample(lambda *args: reward_guidance.shift(trained, *args))
     assert (guided[..., 0].mean((1, 2, 3)) > plain[..., 0].mean((1, 2, 3)) + 0.1).all()
 
 
 def test_a_file_holds_a_head(head, tmp_path):
     path, x = tmp_path / "head.safetensors", jnp.asarray(head[1][:4])
-    reward_head.save_head(path, head[0])
-    again = reward_head.load_head(path, test_update.CONFIG)
-    ours, theirs = (reward_head.predict(h, x, 500.0, TEXT) for h in (again, head[0]))
+    reward_guidance.save_head(path, head[0])
+    again = reward_guidance.load_head(path, test_update.CONFIG)
+    ours, theirs = (reward_guidance.predict(h, x, 500.0, TEXT) for h in (again, head[0]))
     np.testing.assert_array_equal(ours, theirs)  # one function, equal weights
-    steer = reward_head.guidance(path, 2.5, test_update.CONFIG)
-    np.testing.assert_allclose(steer(x, 0.5, 500.0, TEXT), 2.5 * reward_head.shift(head[0], x, 0.5, 500.0, TEXT),
+    steer = reward_guidance.guidance(path, 2.5, test_update.CONFIG)
+    np.testing.assert_allclose(steer(x, 0.5, 500.0, TEXT), 2.5 * reward_guidance.shift(head[0], x, 0.5, 500.0, TEXT),
                                rtol=1e-6)
-    assert reward_head.guidance(None, 2.5, test_update.CONFIG) is None
+    assert reward_guidance.guidance(None, 2.5, test_update.CONFIG) is None
     with pytest.raises(UserError, match="text_dim=12, this model has 4096"):
-        reward_head.load_head(path, dataclasses.replace(test_update.CONFIG, text_dim=4096))
+        reward_guidance.load_head(path, dataclasses.replace(test_update.CONFIG, text_dim=4096))
     (tmp_path / "other").write_bytes(b"nothing")
     for name in ("other", "none"):
         with pytest.raises(UserError, match=r"is not a reward head .*grpo\.reward_head"):
-            reward_head.load_head(tmp_path / name, test_update.CONFIG)
+            reward_guidance.load_head(tmp_path / name, test_update.CONFIG)

@@ -21,14 +21,15 @@ import pytest
 
 from convert.export_lora import export
 from convert.from_diffusers import convert
-from grpo import run_log, run_state
 from grpo import train as training
-from grpo.budget import Budget, Spent
+from grpo import train_state
+from grpo.records import run_log
+from grpo.settings.budget import Budget, Spent
 from tests import commands, tiny
 from tests.grpo.here import train_here
 from tests.rewards.serving import TOKEN, Command
-from wan_jax.checkpoint import Checkpoints, load_trained
-from wan_jax.cli import UserError
+from wan_jax.command_line.cli import UserError
+from wan_jax.storage.checkpoint import Checkpoints, load_trained
 
 RECIPE = '''
 from configs.defaults import defaults
@@ -469,7 +470,7 @@ def test_a_budget_ends_the_run_as_its_last_epoch_would(alike, tmp_path, capsys):
     assert [r["epoch"] for r in evaluations] == [0, 2, 3]
     seconds = [r["spent_seconds"] for r in run_log.read_metrics(run)]
     assert 0 < seconds[0] and all(np.diff(seconds) > 0)
-    spent = run_state.spent_by(Checkpoints(run), 3)
+    spent = train_state.spent_by(Checkpoints(run), 3)
     assert spent == Spent(72, seconds[-1])
     assert Budget(72).reached(spent) and not Budget(73).reached(spent) and Budget(None, seconds[-1]).reached(spent)
     assert "is not finished" not in (run / "report.html").read_text()

@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 
 from configs.defaults import defaults
-from grpo import offload, run_state
+from grpo import train_state
 from grpo import update as update_lib
-from grpo.budget import Spent
-from grpo.losses import LossConfig
+from grpo.compiled import offload
+from grpo.methods.losses import LossConfig
 from grpo.policy import make_policy
 from grpo.rollout import (
     StepTable,
@@ -26,17 +26,18 @@ from grpo.rollout import (
     rollout_batches,
     sample_noise,
 )
+from grpo.settings.budget import Spent
 from grpo.update import Held, OptimiserConfig, init_state, make_gradient, make_update, objective, stack_batches
 from tests import reference
-from wan_jax import mesh as mesh_lib
-from wan_jax import sde
-from wan_jax.checkpoint import Checkpoints
-from wan_jax.config import TransformerConfig
-from wan_jax.experts import Segment
-from wan_jax.guidance import TextBatch, velocity
-from wan_jax.lora import LoRAConfig
-from wan_jax.schedule import flow_sigmas
-from wan_jax.transformer import WanTransformer3D
+from wan_jax.diffusion import sde
+from wan_jax.diffusion.experts import Segment
+from wan_jax.diffusion.guidance import TextBatch, velocity
+from wan_jax.diffusion.schedule import flow_sigmas
+from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.models.config import TransformerConfig
+from wan_jax.models.lora import LoRAConfig
+from wan_jax.models.transformer import WanTransformer3D
+from wan_jax.storage.checkpoint import Checkpoints
 
 CONFIG = TransformerConfig(num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=4, text_dim=12,
                            freq_dim=16, ffn_dim=64, num_layers=2)
@@ -452,8 +453,8 @@ def test_the_kl_may_adapt_its_weight_and_be_to_an_average_of_the_trained_weights
         assert getattr(update, "gradient", update)._cache_size() == 1  # compiled once
     np.testing.assert_allclose(*(flat_vector(state.trainable) for state in results), atol=1e-5)
     checkpoints = Checkpoints(tmp_path)
-    run_state.save(checkpoints, 1, {"transformer": results[0]}, defaults().to_dict(), None, Spent())
-    restored = run_state.restore(checkpoints, 1, {"transformer": results[0]})["transformer"]
+    train_state.save(checkpoints, 1, {"transformer": results[0]}, defaults().to_dict(), None, Spent())
+    restored = train_state.restore(checkpoints, 1, {"transformer": results[0]})["transformer"]
     jax.tree.map(np.testing.assert_array_equal, restored, results[0])
 
 

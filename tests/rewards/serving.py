@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 @contextlib.contextmanager
 def serving(reward=pool_rewards.Brightness, workers=2, token=TOKEN, about=None, port=0, admission=None, **options):
     """A reward server on a thread of this process; gives its URL. options: of `make_app`."""
-    from rewards.admission import Admission
+    from rewards.remote.admission import Admission
     from rewards.server import bind, make_app, make_server
 
     with RewardPool(reward, workers, "thread") as pool:

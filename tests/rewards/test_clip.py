@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 from configs import tiny_ocr
-from grpo import scores, settings
-from grpo.prompts import PromptSet
+from grpo.data.prompts import PromptSet
+from grpo.scoring import scores
+from grpo.settings import parse
 from rewards.base import Asked, RewardError
 from rewards.clip import ClipReward, check_model
-from rewards.several import SeveralRewards
+from rewards.composite import SeveralRewards
 from rewards.workers import RewardPool
 from tests.rewards.pool_rewards import Brightness
-from wan_jax.cli import UserError
+from wan_jax.command_line.cli import UserError
 
 torch = pytest.importorskip("torch", reason="needs pip install -e '.[clip]'")
 PROMPT = "a red sign that says open"
@@ -90,12 +91,12 @@ def test_what_is_refused(model, tmp_path, monkeypatch):
             ({"reward.clip_model": str(model), "reward.servers": ("http://x:1",)}, "give no config.reward.servers")):
         c.update_from_flattened_dict(changes)
         with pytest.raises(UserError, match=message):
-            settings.from_config(c)
+            parse.from_config(c)
     c.reward.servers = ()
-    assert settings.from_config(c).weights["clip"] == 0.5
+    assert parse.from_config(c).weights["clip"] == 0.5
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install -e '.\[clip\]'"):
-        settings.from_config(c)
+        parse.from_config(c)
 
 
 def test_beside_others_in_a_worker(model):

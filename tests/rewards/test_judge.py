@@ -21,7 +21,7 @@ from rewards.judge import (
     parse_transcript,
     parse_yes_no,
 )
-from rewards.ocr import OCRReward
+from rewards.ocr.rules import OCRReward
 from rewards.workers import RewardPool
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (5, 8, 16, 3), np.uint8)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rewards.base import Score
+from rewards.composite import SeveralRewards, stability
 from rewards.quality import MEASURES, QualityReward
-from rewards.several import SeveralRewards, stability
 from rewards.workers import RewardPool
 from tests.rewards import pool_rewards
 

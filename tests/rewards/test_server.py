@@ -19,7 +19,7 @@ from serving import TOKEN, Command, serving
 pytest.importorskip("fastapi")
 
 from rewards import server
-from rewards.wire import CONTENT_TYPE, Limits, encode_request
+from rewards.remote.wire import CONTENT_TYPE, Limits, encode_request
 
 VIDEOS = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5, 3), np.uint8)
 BODY = b"".join(encode_request(VIDEOS, ["a", "b"]))

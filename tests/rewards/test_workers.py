@@ -10,7 +10,7 @@ import pytest
 from drawing import video
 
 from rewards.base import RewardError
-from rewards.ocr import OCRReward
+from rewards.ocr.rules import OCRReward
 from rewards.workers import RewardPool
 
 

@@ -1,11 +1,11 @@
-"""The runs whose programs (`grpo.programs`) are lowered and compiled for AMD GPUs: full sizes, abstract arguments."""
+"""The runs whose programs (`grpo.compiled.functions`) are lowered and compiled for AMD GPUs: full sizes, abstract arguments."""
 
 import dataclasses
 
 from configs import wan21_14b_ocr
-from grpo.programs import Run
-from wan_jax import mesh as mesh_lib
-from wan_jax import presets
+from grpo.compiled.functions import Run
+from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.models import presets
 
 
 @dataclasses.dataclass(frozen=True)

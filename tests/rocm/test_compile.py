@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from grpo.programs import Program
+from grpo.compiled.functions import Program
 from tests.rocm import inspection
 from tests.rocm.programs import CASES, TOO_LARGE, Case
-from wan_jax import rocm_compiler
-from wan_jax.attention import choose_backend
+from tools import rocm_compiler
+from wan_jax.models.attention import choose_backend
 
 pytestmark = pytest.mark.skipif(rocm_compiler.why_not() is not None, reason=str(rocm_compiler.why_not()))
 BACKEND = choose_backend("auto", "rocm", jnp.bfloat16, 128)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo.programs import Program, Run
+from grpo.compiled.functions import Program, Run
 from tests.rocm.inspection import LOWERED, lowered_targets
 from tests.rocm.programs import CASES, Case
-from wan_jax.attention import choose_backend
+from wan_jax.models.attention import choose_backend
 
 FIRST = Case("wan2.1-1.3b", True, 1)
 VIDEO = Case("wan2.1-1.3b", True, 8, True)

@@ -1,0 +1,1 @@
+"""Prompts: files, epochs' draws, and the words that generated prompts are made of."""

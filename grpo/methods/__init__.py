@@ -1,0 +1,1 @@
+"""The training methods: losses, selection of videos, gradients."""

@@ -1,0 +1,1 @@
+"""Rewards of an epoch and of an evaluation: collected, combined, judged on held-out prompts."""

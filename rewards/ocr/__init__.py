@@ -1,0 +1,1 @@
+"""Rewards for spelling: engines that read text, targets, rules."""

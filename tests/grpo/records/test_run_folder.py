@@ -1,0 +1,48 @@
+"""A run has its folder for itself, and the processes of a run hear of an error in what it starts from."""
+
+import contextlib
+import types
+
+import pytest
+from absl import flags
+
+from configs import tiny_ocr
+from grpo import train
+from wan_jax.command_line.cli import UserError
+from wan_jax.storage.folder_lock import locked
+
+
+@pytest.fixture
+def c(tmp_path, monkeypatch):
+    """The recipe of `train.main`, of a run with a model that does not exist."""
+    c = tiny_ocr.get_config()
+    c.run_dir, c.model.path = str(tmp_path / "run"), str(tmp_path / "none")
+    monkeypatch.setattr(train, "CONFIG", types.SimpleNamespace(value=c))
+    flags.FLAGS.mark_as_parsed()
+    return c
+
+
+def test_a_run_in_a_folder_in_use_is_refused_before_the_model_is_opened(c, tmp_path):
+    with locked(c.run_dir, "--config.run_dir"), pytest.raises(UserError, match=r"run is in use by process \d+ on"):
+        train.main(None)
+    with pytest.raises(UserError, match=r"none does not exist"):
+        train.main(None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_file_that_one_process_lacks_is_told_to_the_others(c, monkeypatch):
+    heard = []
+
+    @contextlib.contextmanager
+    def joined(*_):
+        try:
+            yield
+        except UserError as error:
+            heard.append(str(error))
+            raise
+
+    monkeypatch.setattr(train.hosts, "joined", joined)
+    c.prompts.train = "none.txt"
+    with pytest.raises(UserError):
+        train.main(None)
+    assert "none.txt does not exist" in heard[0]

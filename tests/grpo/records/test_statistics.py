@@ -1,0 +1,74 @@
+"""The bootstrap against every resample there is, against its promise (coverage), and what it must refuse."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from grpo.records.statistics import bootstrap_interval, paired_difference
+
+
+def test_equals_all_resamples():
+    """Of 5 values there are 5^5 equally likely resamples: their means' quantiles are what the draws estimate."""
+    values = np.array([0.0, 0.1, 0.45, 0.7, 1.0])
+    means = np.array([np.mean(r) for r in itertools.product(values, repeat=5)])
+    for confidence in (0.5, 0.95):
+        mean, low, high = bootstrap_interval(values, confidence=confidence)
+        assert mean == pytest.approx(values.mean())
+        tail = (1 - confidence) / 2
+        np.testing.assert_allclose([low, high], np.quantile(means, [tail, 1 - tail]), atol=0.015)
+
+
+def test_covers_the_true_mean_as_often_as_it_says():
+    rng, hits = np.random.default_rng(3), 0
+    for i in range(400):
+        _, low, high = bootstrap_interval(rng.beta(2, 3, 50), confidence=0.9, draws=400, seed=i)
+        hits += low <= 0.4 <= high
+    assert 0.85 < hits / 400 < 0.94  # 0.9 less the percentile method's small bias, give or take 0.03
+
+
+def test_narrows_with_the_root_of_the_sample():
+    values = np.random.default_rng(0).random(64)
+    _, low, high = bootstrap_interval(values)
+    _, low_many, high_many = bootstrap_interval(np.tile(values, 16))
+    assert (high - low) / (high_many - low_many) == pytest.approx(4, rel=0.1)
+
+
+def test_masked_values_do_not_count():
+    values = np.random.default_rng(1).random(20)
+    masked = np.insert(values, [0, 7, 20], np.nan)
+    assert bootstrap_interval(masked) == bootstrap_interval(values)
+
+
+def test_deterministic_and_seeded():
+    values = np.random.default_rng(2).random(30)
+    assert bootstrap_interval(values, seed=4) == bootstrap_interval(list(values), seed=4)
+    assert bootstrap_interval(values, seed=4) != bootstrap_interval(values, seed=5)
+    assert bootstrap_interval(np.full(5, 0.25)) == (0.25, 0.25, 0.25)
+
+
+@pytest.mark.parametrize("values, message", [
+    ([], "got 0"), ([0.5], "got 1"), ([0.5, np.nan, np.nan], r"got 1 \(2 of 3 are NaN\)"),
+    ([0.5, np.inf, 1.0], "1 of 3 are infinite"), (np.zeros((2, 2)), r"shape \(2, 2\)")])
+def test_refuses(values, message):
+    with pytest.raises(ValueError, match=message):
+        bootstrap_interval(values)
+
+
+def test_refuses_wrong_confidence():
+    with pytest.raises(ValueError, match="confidence=95"):
+        bootstrap_interval([0.0, 1.0], confidence=95)
+
+
+def test_pairs_cancel_what_they_share():
+    rng = np.random.default_rng(6)
+    before = rng.random(200)
+    after = before + 0.05 + 0.01 * rng.standard_normal(200)
+    mean, low, high = paired_difference(before, after)
+    assert mean == pytest.approx((after - before).mean()) and low > 0.04 and high < 0.06
+    assert bootstrap_interval(before)[2] > bootstrap_interval(after)[1]  # unpaired, the two cannot be told apart
+    after[3], before[9] = np.nan, np.nan
+    keep = np.delete(np.arange(200), [3, 9])
+    assert paired_difference(before, after) == paired_difference(before[keep], after[keep])
+    with pytest.raises(ValueError, match="same samples"):
+        paired_difference(before, after[:-1])

@@ -1,0 +1,150 @@
+"""Videos scored over HTTP: as here, bit for bit, whatever the servers go through."""
+
+import contextlib
+import functools
+import time
+
+import numpy as np
+import pool_rewards
+import pytest
+from serving import TOKEN, Command, scripted, serving
+
+pytest.importorskip("fastapi")
+
+from rewards.base import RewardError, Score
+from rewards.ocr.rules import even_frames
+from rewards.remote.client import RemoteReward
+from rewards.workers import RewardPool
+
+VIDEOS = np.random.default_rng(0).integers(0, 256, (12, 9, 4, 5, 3), np.uint8)
+QUICK = {"token": TOKEN, "timeout": 5.0, "patience": 20.0, "first_pause": 0.05, "seed": 0}
+
+
+def pool_of(urls, workers=4, **options):
+    reward = RemoteReward(urls, **QUICK | options)
+    return RewardPool(lambda: reward, workers, "thread")
+
+
+def local(videos=VIDEOS, reward=pool_rewards.Brightness):
+    with RewardPool(reward) as pool:
+        return pool.submit(videos, [("a",)] * len(videos)).result()
+
+
+class Judged:
+    """Reads like the OCR reward: some frames, with texts and values of their own."""
+
+    def score(self, frames, record):
+        indices = even_frames(len(frames), 4)
+        values = tuple(float(frames[i].mean() / 3) for i in indices)
+        return Score(float(np.mean(values)), f"早 {record!r}", indices, values, tuple(f"{v!r}" for v in values))
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+def test_scores_are_those_of_this_process(servers):
+    with serving(Judged) as first, serving(Judged) as second, pool_of([first, second][:servers]) as pool:
+        scores = pool.submit(VIDEOS, [("a", "b\n")] * 12).result()
+    with RewardPool(Judged) as here:
+        expected = here.submit(VIDEOS, [("a", "b\n")] * 12).result()
+    assert scores.scores == expected.scores and scores.values.tobytes() == expected.values.tobytes()
+    assert scores.texts == expected.texts and scores.failures == scores.retries == 0
+
+
+def test_frames_that_are_not_read_stay_here():
+    seen = []
+
+    class Seen(Judged):
+        def score(self, frames, record):
+            seen.append(len(frames))
+            return super().score(frames, record)
+
+    with serving(Seen) as url:
+        reward = RemoteReward([url], select=functools.partial(even_frames, max_frames=4), **QUICK)
+        score, expected = reward.score(VIDEOS[0], "a"), Judged().score(VIDEOS[0], "a")
+    assert seen == [4] and score == expected and score.frames == (0, 3, 5, 8)
+
+
+def test_several_videos_in_one_request(tmp_path):
+    videos = np.stack([np.full((2, 2, 2, 3), value, np.uint8) for value in (0, 1, 2)])
+    with serving(lambda: pool_rewards.Mean(str(tmp_path))) as url:
+        first, second, third = RemoteReward([url], **QUICK).score_batch(videos, ["a", "b", "c"])
+    assert (first.value, third.value) == (0, 2)
+    assert isinstance(second, RewardError) and "this video cannot be judged" in str(second)
+
+
+def test_submitting_returns_at_once():
+    with serving(pool_rewards.Slow, workers=4) as url, pool_of([url]) as pool:
+        start = time.monotonic()
+        pending = pool.submit(VIDEOS[:4], ["a"] * 4)
+        assert time.monotonic() - start < 0.2 and not pending.done()
+        assert pending.result().valid.all()
+
+
+def test_a_video_that_cannot_be_judged_is_masked(tmp_path):
+    videos = np.stack([np.full((2, 2, 2, 3), value, np.uint8) for value in (0, 1, 2)])
+    with serving(lambda: pool_rewards.Mean(str(tmp_path))) as url, pool_of([url]) as pool:
+        scores = pool.submit(videos, ["a", "b", "c"]).result()
+    assert scores.valid.tolist() == [True, False, True] and scores.failures == 1
+    assert "this video cannot be judged" in scores.errors[1]
+
+
+def test_a_killed_server_leaves_its_work_to_the_other_and_a_restart_costs_a_wait_only():
+    slow = ("--reward=pool_rewards:Slow", "--workers=2")
+    with Command(*slow) as one, Command(*slow) as other:
+        url = other.url()
+        with pool_of([one.url(), url]) as pool:
+            pending = pool.submit(VIDEOS, ["a"] * 12)
+            time.sleep(0.3)
+            one.kill()
+            scores = pending.result(timeout=30)
+            assert scores.valid.all() and (scores.failures, scores.retries) == (0, 0)
+            pending = pool.submit(VIDEOS[:4], ["a"] * 4)
+            time.sleep(0.3)
+            other.kill()
+            with Command(*slow, port=url.rsplit(":", 1)[1]):
+                assert pending.result(timeout=30).valid.all()
+
+
+def test_when_all_servers_are_gone_videos_are_masked_until_one_is_back():
+    with contextlib.ExitStack() as stack:
+        with serving() as url:
+            pool = stack.enter_context(pool_of([url], patience=0.3))
+            assert pool.submit(VIDEOS, ["a"] * 12).result().valid.all()
+        start = time.monotonic()
+        scores = pool.submit(VIDEOS, ["a"] * 12).result(timeout=30)
+        assert not scores.valid.any() and scores.failures == 12 and np.isnan(scores.values).all()
+        assert "no reward server works" in scores.errors[0] and time.monotonic() - start < 3
+        with serving(port=int(url.rsplit(":", 1)[1])):
+            deadline = time.monotonic() + 10
+            while not (again := pool.submit(VIDEOS, ["a"] * 12).result()).valid.all():
+                assert time.monotonic() < deadline
+            assert again.values.tolist() == local().values.tolist()
+
+
+def test_a_server_with_other_settings_is_refused_also_after_a_restart():
+    about = {"name": "ocr", "rule": "spelling"}
+    with serving(about=about) as one, serving(about=about | {"rule": "flow_grpo_video"}) as other:
+        with pytest.raises(RewardError, match="scores with rule='flow_grpo_video' instead of 'spelling'"):
+            RemoteReward([one, other], **QUICK)
+        with pytest.raises(RewardError, match="scores with max_frames=None instead of 9: start it with the same"):
+            RemoteReward([one], expect=about | {"max_frames": 9}, **QUICK)
+        RemoteReward([other], **QUICK)
+    with scripted(lambda *_: (200, {"status": "fine"})) as url, pytest.raises(RewardError, match="is no reward server"):
+        RemoteReward([url], **QUICK)
+
+
+def test_a_wrong_token_stops_the_start():
+    with serving() as url, pytest.raises(RewardError, match="refused the token") as error:
+        RemoteReward([url], **QUICK | {"token": "wrong-token"})
+    assert "wrong-token" not in str(error.value)
+
+
+def test_closing_the_pool_does_not_wait_for_a_server():
+    with serving(pool_rewards.Slow, workers=1) as url:
+        pool = pool_of([url])
+        pending = pool.submit(VIDEOS, ["a"] * 12)
+        time.sleep(0.1)
+        start = time.monotonic()
+        pool.close()
+        assert time.monotonic() - start < 0.3
+        with pytest.raises(RewardError, match="closed before this batch"):
+            pending.result()

@@ -1,0 +1,65 @@
+"""What a user is told who mistypes a recipe or a flag."""
+
+import pytest
+from absl import app, flags
+from ml_collections import config_flags
+
+from wan_jax.command_line import cli
+
+RECIPE = "from configs.defaults import defaults\n\ndef get_config():\n    c = defaults()\n    {line}\n    return c\n"
+
+
+@pytest.fixture
+def parse(monkeypatch, capsys, tmp_path):
+    """Parses a command line in a folder with two recipes: (exit code, standard error), or what is left of it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    for name in ("tiny_ocr", "tiny_grpo", "defaults"):
+        (tmp_path / f"configs/{name}.py").write_text(RECIPE.format(line="c.seed = 7"))
+
+    def run(*arguments, required="config"):
+        values = flags.FlagValues()
+        argv = ["train", *arguments]
+        config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
+        flags.DEFINE_flag(app.HelpFlag(), flag_values=values)
+        flags.mark_flag_as_required(required, flag_values=values)
+        monkeypatch.setattr(flags, "FLAGS", values)
+        try:
+            return cli.parse_flags(argv), values
+        except SystemExit as ended:
+            return ended.code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--config=configs/tiny_orc.py"], "configs/tiny_orc.py does not exist; did you mean configs/tiny_ocr.py?"),
+    (["--config=tiny_grop.py", "--config.seed=1"], "did you mean configs/tiny_grpo.py?"),
+    (["--config", "zebra"], "--config=zebra does not exist; give a Python file with get_config()"),
+    (["--config=configs"], "--config=configs is a folder"),
+    (["configs/tiny_ocr.py"], "recipes are given as --config=configs/tiny_ocr.py"),
+    ([], "--config is missing"),
+    (["--config=configs/tiny_ocr.py", "--config.sed=1"], 'Did you mean "seed" instead of "sed"')])
+def test_one_line_says_what_to_type(parse, arguments, message):
+    code, err = parse(*arguments)
+    assert code == 1 and message in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("c.seed = 'abc'", "abc is of original type"), ("c.seed = 1 / 0", "division by zero"), ("c.seed = x", "'x' is not"),
+    ("import no_such_package", "No module named"), ("c.seed = (", "was never closed")])
+def test_an_error_in_a_recipe_is_one_line_with_its_place(parse, tmp_path, line, message):
+    path = tmp_path / "mine.py"
+    path.write_text(RECIPE.format(line=line))
+    code, err = parse(f"--config={path}")
+    assert code == 1 and message in err and err.count("\n") == 1 and "mine.py" in err and "5" in err
+
+
+def test_a_recipe_in_the_home_folder(parse, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "configs"))
+    _, values = parse("--config=~/tiny_ocr.py")
+    assert values["config"].value.seed == 7
+
+
+def test_help_is_no_error(parse):
+    assert parse("--help")[0] == 0

@@ -1,0 +1,123 @@
+"""Files are read back: sizes, colours, frame counts, and what must be refused."""
+
+import base64
+import io
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+from PIL import Image
+
+from wan_jax.storage import media
+
+
+def clip(frames=4, h=34, w=51):
+    """Flat colours that change from frame to frame, so that compression leaves them alone."""
+    colors = np.array([(200, 40, 40), (40, 180, 60), (50, 60, 190), (220, 220, 220), (20, 20, 20)], np.uint8)
+    return np.broadcast_to(colors[np.arange(frames) % 5][:, None, None], (frames, h, w, 3)).copy()
+
+
+def read_mp4(path):
+    reader = imageio_ffmpeg.read_frames(str(path))
+    meta = next(reader)
+    w, h = meta["size"]
+    return meta, np.stack([np.frombuffer(f, np.uint8).reshape(h, w, 3) for f in reader])
+
+
+@pytest.mark.parametrize("scale, size", [(1, (34, 52)), (3, (102, 154))])
+def test_mp4(tmp_path, scale, size):
+    video, path = clip(), tmp_path / "a.mp4"
+    media.write_video(path, video, fps=5, scale=scale)
+    meta, back = read_mp4(path)
+    assert back.shape == (4, *size, 3) and meta["codec"] == "h264" and meta["pix_fmt"].startswith("yuv420p")
+    assert meta["fps"] == pytest.approx(5)
+    error = np.abs(back.astype(int) - video[:, :1, :1].astype(int))
+    assert error.max() < 16, "every pixel, the padded edge included, keeps its colour"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+
+
+@pytest.mark.parametrize("found", ["/nowhere/ffmpeg", RuntimeError("No ffmpeg exe could be found."), ImportError()])
+def test_without_ffmpeg_is_said_before_the_work(monkeypatch, found):
+    def exe():
+        if isinstance(found, str):
+            return found
+        raise found
+
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", exe)
+    assert media.check_suffix("a.gif", 3) == ".gif"
+    with pytest.raises(ValueError, match="IMAGEIO_FFMPEG_EXE"):
+        media.check_suffix("a.mp4", 3)
+
+
+def test_gif(tmp_path):
+    video, path = clip(), tmp_path / "a.GIF"
+    media.write_video(path, video, fps=5)
+    with Image.open(path) as image:
+        assert image.n_frames == 4 and image.size == (51, 34) and image.info["duration"] == 200
+        for t in range(4):
+            image.seek(t)
+            np.testing.assert_allclose(np.asarray(image.convert("RGB")).astype(int), video[t], atol=4)
+
+
+def test_png_is_exact(tmp_path):
+    frame = np.random.default_rng(0).integers(0, 256, (7, 9, 3), np.uint8)
+    media.write_image(tmp_path / "a.png", frame)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), frame)
+    media.write(tmp_path / "b.png", frame[None], fps=16, scale=2)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "b.png"))[::2, 1::2], frame)
+    head, data = media.png_data_uri(frame).split(",")
+    assert head == "data:image/png;base64"
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))), frame)
+
+
+def test_mp4_data_uri(tmp_path):
+    head, data = media.mp4_data_uri(clip(), fps=4, scale=2).split(",")
+    (tmp_path / "a.mp4").write_bytes(base64.b64decode(data))
+    assert head == "data:video/mp4;base64" and read_mp4(tmp_path / "a.mp4")[1].shape == (4, 68, 102, 3)
+
+
+@pytest.mark.parametrize("name, frames, choices", [("a.webm", 4, ".mp4, .gif"), ("a", 4, ".mp4, .gif"),
+                                                   ("a.png", 4, ".mp4, .gif"), ("a.jpg", 1, ".png, .mp4, .gif")])
+def test_unknown_suffix_names_the_choices(tmp_path, name, frames, choices):
+    with pytest.raises(ValueError, match=f"choose one of {choices}"):
+        media.write(tmp_path / name, clip(frames), fps=4)
+    assert not list(tmp_path.iterdir())
+
+
+def test_refuses():
+    for bad, message in ((clip().astype(np.float32), "uint8"), (clip()[0], r"\[T, H, W, 3\]"),
+                         (clip()[:0], "no empty axis"), (clip()[..., :1], r"\[T, H, W, 3\]")):
+        with pytest.raises(ValueError, match=message):
+            media.write_video("unused.mp4", bad, fps=4)
+    with pytest.raises(ValueError, match="fps=0"):
+        media.write_video("unused.mp4", clip(), fps=0)
+    with pytest.raises(ValueError, match="scale=0"):
+        media.upscale(clip(), 0)
+
+
+def test_contact_sheet():
+    frames = clip(5, 6, 8)
+    sheet = media.contact_sheet(frames, columns=3, scale=2, gap=1)
+    assert sheet.shape == (2 * 13 + 1, 3 * 17 + 1, 3)
+    for i in range(5):
+        y, x = divmod(i, 3)
+        tile = sheet[y * 13 + 1 : y * 13 + 13, x * 17 + 1 : x * 17 + 17]
+        np.testing.assert_array_equal(tile, media.upscale(frames[i], 2))
+    assert (sheet[0] == 128).all() and (sheet[14:, 35:] == 128).all()
+    assert media.contact_sheet(frames[:2], columns=3, gap=0).shape == (6, 16, 3)
+
+
+def test_fit_height():
+    for h, expected in ((16, 64), (30, 90), (64, 64), (128, 128), (129, 65), (512, 128)):
+        assert media.fit_height(np.zeros((h, 10, 3), np.uint8), 64, 128).shape[0] == expected
+    checker = np.tile(np.array([[0, 200], [200, 0]], np.uint8)[..., None], (4, 4, 3))
+    assert (media.shrink(checker, 2) == 100).all()
+
+
+def test_side_by_side():
+    left, right = (np.full((3, 4, 6, 3), value, np.uint8) for value in (1, 2))
+    both = media.side_by_side(left, right, gap=2)
+    assert both.shape == (3, 4, 14, 3) and both.dtype == np.uint8
+    assert (both[:, :, :6] == 1).all() and (both[:, :, 6:8] == 128).all() and (both[:, :, 8:] == 2).all()
+    with pytest.raises(ValueError, match=r"\[3, 4, 6, 3\] and \[2, 4, 6, 3\]"):
+        media.side_by_side(left, right[:2])

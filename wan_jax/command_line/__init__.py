@@ -1,0 +1,1 @@
+"""What all commands share: how they start and end, their flags, the ranges of numbers."""

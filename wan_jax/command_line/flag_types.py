@@ -1,0 +1,71 @@
+"""Flags whose values are checked, and whose paths are expanded, while the command line is parsed."""
+
+from collections.abc import Mapping
+
+from absl import flags
+
+from wan_jax.command_line.limits import Range
+from wan_jax.errors import UserError
+from wan_jax.storage.paths import expand
+
+
+class NumberParser(flags.ArgumentParser):
+    """Parse a number of `kind` (int or float) that lies in `limits`."""
+
+    def __init__(self, kind: type, limits: Range):
+        super().__init__()
+        self.kind, self.limits = kind, limits
+        self.syntactic_help = f"a {'whole ' if kind is int else ''}number"
+
+    def parse(self, argument):
+        try:
+            value = self.kind(argument)
+        except ValueError:
+            raise ValueError(f"must be {self.syntactic_help}") from None
+        if value not in self.limits:
+            raise ValueError(self.limits.requirement(value))
+        return value
+
+    def flag_type(self) -> str:
+        return self.kind.__name__
+
+
+def user_path(text: str) -> str:
+    """Return a path that a user gave as the rest of the program takes it.
+
+    One with `~` or `..` becomes absolute; others stay as they are, so that what is stored fits a project folder that
+    has been moved. Raises `UserError` on what cannot be a path.
+    """
+    return str(expand(text)) if text.startswith("~") or ".." in text.split("/") else text
+
+
+def check_used(values: flags.FlagValues, without_effect: Mapping[str, str]) -> None:
+    """Raise `UserError` when a flag is given that changes nothing. without_effect: such flags, with what they need."""
+    for name, needed in without_effect.items():
+        if values[name].present:
+            raise UserError(f"--{name} has no effect here, it needs {needed}: leave it out, or give that")
+
+
+class PathParser(flags.ArgumentParser):
+    """Parse a path as `user_path` does."""
+
+    def parse(self, argument):
+        if not str(argument):
+            raise ValueError("is empty; give a path")
+        try:
+            return user_path(argument)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+    def flag_type(self) -> str:
+        return "path"
+
+
+def define_number(name: str, default: float | None, help_text: str, limits: Range, kind: type = float):
+    """Define the flag --NAME of a number in `limits`; None is possible only as the default."""
+    return flags.DEFINE(NumberParser(kind, limits), name, default, help_text, serializer=flags.ArgumentSerializer())
+
+
+def define_path(name: str, help_text: str, required: bool = False):
+    """Define the flag --NAME of a path, None where it is not given."""
+    return flags.DEFINE(PathParser(), name, None, help_text, serializer=flags.ArgumentSerializer(), required=required)

@@ -1,0 +1,1 @@
+"""Schedules, solvers, the SDE step and guidance: pure functions."""

@@ -1,0 +1,1 @@
+"""From prompts to videos: embeddings, deterministic sampling, decoding, reward guidance."""

@@ -1,0 +1,1 @@
+"""The networks: transformer, VAE, text encoder, tokenizer, adapters, and their configurations."""

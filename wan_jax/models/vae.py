@@ -1,0 +1,240 @@
+"""The causal video VAEs of Wan (Diffusers `AutoencoderKLWan`): 2.1's and TI2V-5B's of 2.2 (`is_residual`).
+
+B videos, T pixel frames = 1 + 4 (F - 1), F latent frames, H W pixels, h w latent height and width, z latent channels.
+2.1: z = 16, 8 x 8 pixels a latent cell. 2.2: z = 48, 16 x 16 pixels, since the encoder takes patches of 2 x 2 pixels
+as channels; every level has a shortcut without weights, and parameters are named by level.
+
+A whole clip costs memory: the last level of a 480x832x81 decode is 12.4 GB a tensor in fp32 (2.1).
+`wan_jax.models.vae_chunks` decodes long clips in pieces.
+"""
+
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from wan_jax.models.config import ConfigError, VAEConfig
+from wan_jax.models.vae_layers import (
+    CausalConv3d,
+    ChannelNorm,
+    Downsample,
+    History,
+    MidBlock,
+    ResidualBlock,
+    Upsample,
+    average_down,
+    duplicate_up,
+    patchify,
+    unpatchify,
+)
+
+Array = jax.Array
+
+
+class DownBlock(nnx.Module):
+    """A level of the 2.2 encoder: residual blocks, downsampler, plus `average_down` of the input.
+
+    down: (spatial, temporal).
+    """
+
+    def __init__(self, n_in: int, n_out: int, resnets: int, down: tuple[bool, bool], *, dtype, rngs: nnx.Rngs):
+        for i in range(resnets):
+            setattr(self, f"resnets_{i}", ResidualBlock(n_out if i else n_in, n_out, dtype=dtype, rngs=rngs))
+        spatial, temporal = down
+        self.downsampler = Downsample(n_out, temporal, dtype=dtype, rngs=rngs) if spatial else None
+        self.resnets, self.shortcut = resnets, (n_out, 1 + temporal, 1 + spatial)
+
+    def __call__(self, x: Array) -> Array:
+        shortcut = average_down(x, *self.shortcut)
+        for i in range(self.resnets):
+            x = getattr(self, f"resnets_{i}")(x)
+        return (x if self.downsampler is None else self.downsampler(x)) + shortcut
+
+
+class Encoder(nnx.Module):
+    """[B,T,H,W,in] -> [B,F,h,w,2z]; H W in patches. 2.1 lists all levels' blocks flat, 2.2 one block a level."""
+
+    def __init__(self, config: VAEConfig, *, dtype, rngs: nnx.Rngs):
+        kw = dict(dtype=dtype, rngs=rngs)
+        dims = [config.base_dim * m for m in (1, *config.dim_mult)]
+        down = [(True, temporal) for temporal in config.temperal_downsample] + [(False, False)]
+        self.conv_in = CausalConv3d(config.in_channels, dims[0], (3, 3, 3), **kw)
+        blocks = []
+        for (n_in, n_out), (spatial, temporal) in zip(pairwise(dims), down):
+            if config.is_residual:
+                blocks.append(DownBlock(n_in, n_out, config.num_res_blocks, (spatial, temporal), **kw))
+                continue
+            for i in range(config.num_res_blocks):
+                blocks.append(ResidualBlock(n_out if i else n_in, n_out, **kw))
+            if spatial:
+                blocks.append(Downsample(n_out, temporal, **kw))
+        for i, block in enumerate(blocks):
+            setattr(self, f"down_blocks_{i}", block)
+        self.num_blocks = len(blocks)
+        self.mid_block = MidBlock(dims[-1], **kw)
+        self.norm_out = ChannelNorm(dims[-1], dtype=dtype)
+        self.conv_out = CausalConv3d(dims[-1], 2 * config.z_dim, (3, 3, 3), **kw)
+
+    def __call__(self, x: Array) -> Array:
+        x = self.conv_in(x)
+        for i in range(self.num_blocks):
+            x = getattr(self, f"down_blocks_{i}")(x)
+        return self.conv_out(jax.nn.silu(self.norm_out(self.mid_block(x))))
+
+
+class UpBlock(nnx.Module):
+    """A level of the decoder: residual blocks and upsampler; in 2.2 plus `duplicate_up` of the input.
+
+    up: (spatial, temporal). 2.1's upsampler halves the channels, 2.2's keeps them.
+    """
+
+    def __init__(self, n_in: int, n_out: int, resnets: int, up: tuple[bool, bool], residual: bool, *, dtype,
+                 rngs: nnx.Rngs):
+        kw = dict(dtype=dtype, rngs=rngs)
+        for i in range(resnets):
+            setattr(self, f"resnets_{i}", ResidualBlock(n_out if i else n_in, n_out, **kw))
+        spatial, temporal = up
+        self.upsampler = Upsample(n_out, n_out, temporal, **kw) if spatial and residual else None
+        self.upsamplers_0 = Upsample(n_out, n_out // 2, temporal, **kw) if spatial and not residual else None
+        self.resnets, self.shortcut = resnets, (n_out, 1 + temporal, 1 + spatial)
+
+    def __call__(self, x: Array, history: History | None = None) -> Array:
+        h = x
+        for i in range(self.resnets):
+            h = getattr(self, f"resnets_{i}")(h, history)
+        if self.upsampler is not None:
+            starts_clip = history is None or history.starts_clip
+            return self.upsampler(h, history) + duplicate_up(x, *self.shortcut, starts_clip)
+        return h if self.upsamplers_0 is None else self.upsamplers_0(h, history)
+
+
+class Decoder(nnx.Module):
+    """[B,F,h,w,z] -> [B,T,H,W,out], H W in patches; a chunk of a clip where there is a history."""
+
+    def __init__(self, config: VAEConfig, *, dtype, rngs: nnx.Rngs):
+        kw = dict(dtype=dtype, rngs=rngs)
+        mult, base = config.dim_mult[::-1], config.decoder_base_dim or config.base_dim
+        dims = [base * m for m in (mult[0], *mult)]
+        up = [(True, temporal) for temporal in config.temperal_downsample[::-1]] + [(False, False)]
+        self.conv_in = CausalConv3d(config.z_dim, dims[0], (3, 3, 3), **kw)
+        self.mid_block = MidBlock(dims[0], **kw)
+        for i, (n_in, n_out) in enumerate(pairwise(dims)):
+            halved = i > 0 and not config.is_residual
+            block = UpBlock(n_in // 2 if halved else n_in, n_out, config.num_res_blocks + 1, up[i], config.is_residual,
+                            **kw)
+            setattr(self, f"up_blocks_{i}", block)
+        self.num_blocks = len(mult)
+        self.norm_out = ChannelNorm(dims[-1], dtype=dtype)
+        self.conv_out = CausalConv3d(dims[-1], config.out_channels, (3, 3, 3), **kw)
+
+    def __call__(self, x: Array, history: History | None = None) -> Array:
+        x = self.mid_block(self.conv_in(x, history), history)
+        for i in range(self.num_blocks):
+            x = getattr(self, f"up_blocks_{i}")(x, history)
+        return self.conv_out(jax.nn.silu(self.norm_out(x)), history)
+
+
+def _check_config(config: VAEConfig):
+    """Raises `ConfigError` on a VAE that this module would not compute as Diffusers does."""
+    levels, temporal, patch = len(config.dim_mult), config.temperal_downsample, config.patch_size or 1
+    if len(temporal) != levels - 1:
+        raise ConfigError(f"vae config: temperal_downsample has {len(temporal)} values; dim_mult has "
+                          f"{levels}, so {levels - 1} are needed")
+    factors = {"scale_factor_spatial": patch * 2 ** (levels - 1), "scale_factor_temporal": 2 ** sum(temporal)}
+    for name, factor in factors.items():
+        if getattr(config, name) != factor:
+            raise ConfigError(f"vae config: {name}={getattr(config, name)}, but dim_mult, temperal_downsample and "
+                              f"patch_size make it {factor}; set it to {factor}")
+    for name in ("in_channels", "out_channels"):
+        if getattr(config, name) % patch**2:
+            raise ConfigError(f"vae config: {name}={getattr(config, name)} counts the channels of whole patches; "
+                              f"with patch_size={patch} it must be a multiple of {patch**2}")
+    if config.is_residual:
+        _check_shortcuts(config.dim_mult, temporal)
+
+
+def _check_shortcuts(mult: tuple[int, ...], temporal: tuple[bool, ...]):
+    """Raises `ConfigError` where `average_down` or `duplicate_up` would not divide their channels evenly."""
+    factors = [4 * (1 + t) for t in temporal]
+    down = zip((1, *mult), mult, (*factors, 1))
+    up = zip((mult[-1], *mult[::-1]), mult[::-1], factors[::-1])
+    if any(n_in * factor % n_out for n_in, n_out, factor in down) or any(
+            n_out * factor % n_in for n_in, n_out, factor in up):
+        raise ConfigError(f"vae config: the shortcuts of is_residual=true cannot divide the channels of dim_mult="
+                          f"{list(mult)}; Wan 2.2 has [1, 2, 4, 4]")
+
+
+class AutoencoderKLWan(nnx.Module):
+    """dtype: storage and compute type; the norms' statistics and the latents' mean and std stay fp32."""
+
+    def __init__(self, config: VAEConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        _check_config(config)
+        self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
+        self.quant_conv = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1), dtype=dtype, rngs=rngs)
+        self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1), dtype=dtype, rngs=rngs)
+        self.decoder = Decoder(config, dtype=dtype, rngs=rngs)
+        self.config = config
+        self.dtype = dtype
+
+    def encode(self, video: Array) -> tuple[Array, Array]:
+        """video [B,T,H,W,3] in [-1,1], T = 1 + 4k -> posterior mean and logvar, fp32 [B,F,h,w,z].
+
+        Both as the encoder gives them, not normalised; logvar is clamped to [-30, 20]. Raises ValueError on a
+        frame count, size or channel count that the model cannot code.
+        """
+        patch = self.config.patch_size or 1
+        self._check(video, self.config.in_channels // patch**2, "video")
+        _, t, h, w, _ = video.shape
+        ft, fs = self.config.scale_factor_temporal, self.config.scale_factor_spatial
+        if (t - 1) % ft:
+            raise ValueError(f"video has {t} frames; the VAE codes 1 + {ft}k frames, "
+                             f"use {max(1, t - (t - 1) % ft)}")
+        for name, size in (("height", h), ("width", w)):
+            if size < fs or size % fs:
+                raise ValueError(f"video has {name} {size}; it must be a multiple of {fs}, "
+                                 f"use {max(fs, size - size % fs)}")
+        moments = self.quant_conv(self.encoder(patchify(video.astype(self.dtype), patch))).astype(jnp.float32)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.clip(logvar, -30.0, 20.0)
+
+    def decode(self, z: Array) -> Array:
+        """z [B,F,h,w,z] (denormalised latents) -> video fp32 [B,T,H,W,3] clamped to [-1,1].
+
+        Raises ValueError on another rank or channel count.
+        """
+        return self._decode(z, None)
+
+    def decode_chunk(self, z: Array, history: tuple[Array, ...] = ()) -> tuple[Array, tuple[Array, ...]]:
+        """The next f >= 1 latent frames z [B,f,h,w,z] of a clip -> (their video as `decode`'s, history).
+
+        history: what the chunk before returned, () at the start of a clip. The first chunk gives 1 + 4 (f - 1) frames,
+        each later one 4 f; joined they are `decode` of the whole clip, up to rounding. Raises ValueError as `decode`.
+        """
+        carried = History(history)
+        return self._decode(z, carried), carried.frames
+
+    def _decode(self, z: Array, history: History | None) -> Array:
+        self._check(z, self.config.z_dim, "z")
+        video = self.decoder(self.post_quant_conv(z.astype(self.dtype)), history)
+        return jnp.clip(unpatchify(video.astype(jnp.float32), self.config.patch_size or 1), -1.0, 1.0)
+
+    def normalise(self, z: Array) -> Array:
+        """(z - mean) / std per channel, fp32: what the transformer works on."""
+        return (z.astype(jnp.float32) - self._mean()) / self._std()
+
+    def denormalise(self, latents: Array) -> Array:
+        """latents * std + mean per channel, fp32."""
+        return latents.astype(jnp.float32) * self._std() + self._mean()
+
+    def _mean(self) -> Array:
+        return jnp.asarray(self.config.latents_mean, jnp.float32)
+
+    def _std(self) -> Array:
+        return jnp.asarray(self.config.latents_std, jnp.float32)
+
+    @staticmethod
+    def _check(x: Array, channels: int, name: str):
+        if x.ndim != 5 or x.shape[-1] != channels or 0 in x.shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be [B, frames, height, width, "
+                             f"{channels}], channels last and no axis empty")

@@ -1,0 +1,226 @@
+"""Frames to files and to text: PNG, GIF and H.264 in MP4, from uint8 arrays [T, H, W, 3] or [H, W, 3]."""
+
+import base64
+import contextlib
+import io
+import os
+import pathlib
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+
+import imageio_ffmpeg
+import numpy as np
+from PIL import Image
+
+from wan_jax.command_line.limits import Range
+
+VIDEO_SUFFIXES = (".mp4", ".gif")
+FPS = Range(0.1, 1000)  # frames a second that both formats can hold
+CRF = 18  # x264 quality, 0 best to 51: 18 keeps letters of 10 pixels legible
+
+
+def check_suffix(path, frames: int) -> str:
+    """The suffix of `path` in lower case. Raises ValueError when a sample of so many frames cannot be written so, or
+    not here."""
+    suffix = pathlib.Path(path).suffix.lower()
+    choices = VIDEO_SUFFIXES if frames > 1 else (".png", *VIDEO_SUFFIXES)
+    if suffix not in choices:
+        raise ValueError(f"{path}: {frames} frame(s) cannot be written as {suffix or 'a file without suffix'}; "
+                         f"choose one of {', '.join(choices)}")
+    if suffix == ".mp4":
+        check_ffmpeg()
+    return suffix
+
+
+def check_ffmpeg() -> None:
+    """Raises ValueError where no MP4 can be written: better before hours of work than at their end."""
+    try:
+        found = shutil.which(imageio_ffmpeg.get_ffmpeg_exe())
+    except (RuntimeError, ImportError):  # without one, and without the package's own
+        found = None
+    if found is None:
+        raise ValueError("no ffmpeg to write videos with; pip install --force-reinstall imageio-ffmpeg brings one, or "
+                         "set IMAGEIO_FFMPEG_EXE to the path of yours")
+
+
+def check_writable(path, frames: int, height: int, width: int, fps: float) -> None:
+    """Raise ValueError when no video of this size can be written to `path`: a small one is written beside it, so that
+    nothing that takes hours is lost in the end. Its folder is made."""
+    path = pathlib.Path(path)
+    if os.path.isdir(path):  # False where the name is too long, which is an error below
+        raise ValueError(f"{path} is a folder; give the name of a file in it")
+    trial = path.with_name(f".{path.stem}.trial{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(trial, np.zeros((min(frames, 2), height, width, 3), np.uint8), fps)
+        trial.unlink()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror or error}); choose another file") from None
+
+
+def write(path, video: np.ndarray, fps: float, scale: int = 1) -> None:
+    """video uint8 [T, H, W, 3] as the suffix says: .png for one frame, .mp4 or .gif for any number."""
+    _check(video, 4)
+    if check_suffix(path, len(video)) == ".png":
+        write_image(path, upscale(video[0], scale))
+    else:
+        write_video(path, video, fps, scale)
+
+
+def write_image(path, frame: np.ndarray) -> None:
+    """frame uint8 [H, W, 3] as PNG."""
+    if (suffix := pathlib.Path(path).suffix.lower()) != ".png":
+        raise ValueError(f"{path}: an image cannot be written as {suffix or 'a file without suffix'}; choose .png")
+    data = png_bytes(frame)
+    with _whole(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_video(path, video: np.ndarray, fps: float, scale: int = 1, *, crf: int = CRF) -> None:
+    """video uint8 [T, H, W, 3] as .mp4 (H.264, yuv420p, odd sizes padded by a pixel) or .gif.
+
+    scale: nearest-neighbour enlargement. yuv420p halves the resolution of colour, so coloured letters in a tiny video
+    need at least 2. A file that could not be written whole is not left behind.
+    """
+    _check(video, 4)
+    path, suffix = pathlib.Path(path), pathlib.Path(path).suffix.lower()
+    if suffix not in VIDEO_SUFFIXES:
+        raise ValueError(f"{path}: a video cannot be written as {suffix or 'a file without suffix'}; "
+                         f"choose one of {', '.join(VIDEO_SUFFIXES)}")
+    if fps not in FPS:
+        raise ValueError(f"fps={fps} {FPS.requirement(fps)}; Wan's videos have 16")
+    video = upscale(video, scale)
+    with _whole(path) as temporary:
+        if suffix == ".gif":
+            temporary.write_bytes(gif_bytes(video, fps))
+        else:
+            _write_mp4(temporary, video, fps, crf)
+
+
+@contextlib.contextmanager
+def _whole(path) -> Iterator[pathlib.Path]:
+    """Yield a file to write, which takes the place of `path` once it is whole."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def upscale(frames: np.ndarray, scale: int) -> np.ndarray:
+    """[..., H, W, 3] -> [..., scale H, scale W, 3], every pixel a block of scale x scale."""
+    if scale < 1 or scale != int(scale):
+        raise ValueError(f"scale={scale} must be a whole number of at least 1")
+    return frames if scale == 1 else frames.repeat(int(scale), -3).repeat(int(scale), -2)
+
+
+def shrink(frame: np.ndarray, factor: int) -> np.ndarray:
+    """uint8 [H, W, 3] -> [ceil(H / factor), ceil(W / factor), 3], each pixel the mean of a block."""
+    return frame if factor == 1 else np.asarray(Image.fromarray(frame).reduce(factor))
+
+
+def fit_height(frame: np.ndarray, lowest: int, highest: int) -> np.ndarray:
+    """uint8 [H, W, 3] enlarged or shrunk by a whole number, so that it is about lowest to highest pixels high."""
+    h = frame.shape[0]
+    return shrink(frame, -(-h // highest)) if h > highest else upscale(frame, -(-lowest // h))
+
+
+def contact_sheet(frames: np.ndarray, columns: int = 4, scale: int = 1, gap: int = 2) -> np.ndarray:
+    """frames uint8 [N, H, W, 3] -> one picture uint8 [rows (scale H + gap) + gap, columns (scale W + gap) + gap, 3].
+
+    Row by row from the top left, on grey; fewer than `columns` frames make one shorter row.
+    """
+    _check(frames, 4)
+    frames = upscale(frames, scale)
+    n, h, w, _ = frames.shape
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    sheet = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, 3), 128, np.uint8)
+    for i, frame in enumerate(frames):
+        y, x = (i // columns) * (h + gap) + gap, (i % columns) * (w + gap) + gap
+        sheet[y : y + h, x : x + w] = frame
+    return sheet
+
+
+def side_by_side(left: np.ndarray, right: np.ndarray, gap: int = 4) -> np.ndarray:
+    """Two videos uint8 [T, H, W, 3] as one, uint8 [T, H, 2 W + gap, 3], grey between them. Raises ValueError on unlike
+    shapes."""
+    _check(left, 4)
+    _check(right, 4)
+    if left.shape != right.shape:
+        raise ValueError(f"videos of {list(left.shape)} and {list(right.shape)} cannot stand side by side: give "
+                         "the same frames, height and width")
+    frames, height, _, _ = left.shape
+    return np.concatenate([left, np.full((frames, height, gap, 3), 128, np.uint8), right], axis=2)
+
+
+def png_bytes(frame: np.ndarray) -> bytes:
+    """frame uint8 [H, W, 3] as a PNG file's bytes."""
+    _check(frame, 3)
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+def gif_bytes(video: np.ndarray, fps: float) -> bytes:
+    """video uint8 [T, H, W, 3] as an endless GIF's bytes."""
+    _check(video, 4)
+    file, frames = io.BytesIO(), [Image.fromarray(frame) for frame in video]
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
+    return file.getvalue()
+
+
+def png_data_uri(frame: np.ndarray) -> str:
+    """frame uint8 [H, W, 3] as a `data:` URI, in its own size: enlarge it with CSS `image-rendering: pixelated`."""
+    return _data_uri("image/png", png_bytes(frame))
+
+
+def jpeg_data_uri(frame: np.ndarray, quality: int = 90) -> str:
+    """frame uint8 [H, W, 3], for pictures too large as PNG; full colour resolution."""
+    _check(frame, 3)
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "JPEG", quality=quality, subsampling=0)
+    return _data_uri("image/jpeg", file.getvalue())
+
+
+def mp4_data_uri(video: np.ndarray, fps: float, scale: int = 1, *, crf: int = CRF) -> str:
+    """video uint8 [T, H, W, 3] as the `data:` URI of an H.264 MP4."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "video.mp4")
+        write_video(path, video, fps, scale, crf=crf)
+        return _data_uri("video/mp4", path.read_bytes())
+
+
+def _data_uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _write_mp4(path: pathlib.Path, video: np.ndarray, fps: float, crf: int) -> None:
+    _, h, w, _ = video.shape
+    video = np.pad(video, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")  # yuv420p needs even sizes
+    writer = imageio_ffmpeg.write_frames(
+        str(path), (w + w % 2, h + h % 2), fps=fps, codec="libx264", quality=None, macro_block_size=1,
+        ffmpeg_log_level="error", output_params=["-crf", str(crf), "-movflags", "+faststart"])
+    with warnings.catch_warnings():  # ffmpeg replaces the forked process at once, which is safe beside JAX's threads
+        warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
+        writer.send(None)
+    try:
+        for frame in video:
+            writer.send(np.ascontiguousarray(frame))
+    finally:
+        writer.close()
+    if not path.is_file() or not path.stat().st_size:
+        raise OSError(f"ffmpeg wrote no video to {path}")
+
+
+def _check(frames: np.ndarray, ndim: int) -> None:
+    if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8:
+        raise ValueError(f"frames must be a uint8 numpy array, got {getattr(frames, 'dtype', type(frames).__name__)}")
+    if frames.ndim != ndim or frames.shape[-1] != 3 or 0 in frames.shape:
+        raise ValueError(f"frames must be {'[T, H, W, 3]' if ndim == 4 else '[H, W, 3]'} with no empty axis, "
+                         f"got {list(frames.shape)}")
