@@ -1,4 +1,6 @@
-"""Inputs for `benchmarks.server_attacks`: requests that a reward server must refuse, and answers without a score."""
+"""Inputs for `benchmarks.server_attacks`: requests that a reward server must refuse, and answers
+without a score.
+"""
 
 import json
 import random
@@ -14,10 +16,12 @@ BODY = b"".join(encode_request(VIDEOS, [["a"], ["b"]]))
 HEALTH = {"reward": {"name": "ocr"}, "versions": {}, "workers": 1}
 
 
-# --- requests -----------------------------------------------------------------------------------------------
+# --- requests -------------------------------------------------------------------------------------
 
 
-def head(*lines: str, length: int | None = None, method: str = "POST /v1/score", token: str = TOKEN) -> bytes:
+def head(
+    *lines: str, length: int | None = None, method: str = "POST /v1/score", token: str = TOKEN
+) -> bytes:
     """A request's header; `lines` are further ones."""
     size = [] if length is None else [f"Content-Length: {length}"]
     return "\r\n".join(
@@ -43,7 +47,9 @@ def framed(header: bytes, pixels: bytes = VIDEOS.tobytes()) -> bytes:
 
 
 def header_with(**changes) -> bytes:
-    return json.dumps({"shape": VIDEOS.shape, "dtype": "uint8", "records": [["a"], ["b"]]} | changes).encode()
+    return json.dumps(
+        {"shape": VIDEOS.shape, "dtype": "uint8", "records": [["a"], ["b"]]} | changes
+    ).encode()
 
 
 def malformed_http() -> list[tuple[str, bytes]]:
@@ -95,8 +101,19 @@ def malformed_http() -> list[tuple[str, bytes]]:
             for method in ("GET", "PUT", "DELETE", "PATCH", "TRACE", "HEAD", "CONNECT", "A" * 300)
         ),
         *(
-            (f"type {kind}", head(length=5).replace(CONTENT_TYPE.encode(), kind.encode("latin-1")) + b"12345")
-            for kind in ("text/plain", "application/json", "", ";", "\xff", "a" * 10_000, "application/python-pickle")
+            (
+                f"type {kind}",
+                head(length=5).replace(CONTENT_TYPE.encode(), kind.encode("latin-1")) + b"12345",
+            )
+            for kind in (
+                "text/plain",
+                "application/json",
+                "",
+                ";",
+                "\xff",
+                "a" * 10_000,
+                "application/python-pickle",
+            )
         ),
     ]
 
@@ -114,7 +131,11 @@ def malformed_bodies() -> list[tuple[str, bytes]]:
     objects = [
         (
             f"objects nested {depth} deep",
-            framed(header_with(records="HERE").replace(b'"HERE"', b'[{"a":' * depth + b"1" + b"}]" * depth)),
+            framed(
+                header_with(records="HERE").replace(
+                    b'"HERE"', b'[{"a":' * depth + b"1" + b"}]" * depth
+                )
+            ),
         )
         for depth in (40, 300)
     ]
@@ -175,7 +196,16 @@ def malformed_bodies() -> list[tuple[str, bytes]]:
         ("NaN as records", framed(header_with(records=float("nan")))),
         *(
             (f"dtype {dtype!r:.20}", framed(header_with(dtype=dtype)))
-            for dtype in ("float32", "object", "\ud800", "x" * 100_000, None, 1, ["uint8"], {"a": 1})
+            for dtype in (
+                "float32",
+                "object",
+                "\ud800",
+                "x" * 100_000,
+                None,
+                1,
+                ["uint8"],
+                {"a": 1},
+            )
         ),
         *(
             (f"records {records!r:.20}", framed(header_with(records=records)))
@@ -204,7 +234,7 @@ def mutated_bodies(count: int, seed: int) -> list[tuple[str, bytes]]:
     return bodies
 
 
-# --- answers ----------------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
 
 GOOD = {
     "valid": True,
@@ -218,7 +248,23 @@ GOOD = {
 }
 BIG = 10**400
 BAD_FIELDS = [
-    *(("value", x) for x in (None, "1", [1], {}, True, float("nan"), float("inf"), -float("inf"), 1e308, -7, 1.5, BIG)),
+    *(
+        ("value", x)
+        for x in (
+            None,
+            "1",
+            [1],
+            {},
+            True,
+            float("nan"),
+            float("inf"),
+            -float("inf"),
+            1e308,
+            -7,
+            1.5,
+            BIG,
+        )
+    ),
     *(
         ("parts", x)
         for x in (

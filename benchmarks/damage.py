@@ -1,15 +1,18 @@
-"""Damages every file of a checkpoint and many of a model folder, one at a time, and counts what their readers do.
+"""Damages every file of a checkpoint and many of a model folder, one at a time, and counts what
+their readers do.
 
     python -m benchmarks.damage [--model models/tiny-wan] [--arrays 8] [--seed 0]
 
-Copies the model, gives it a run folder with two checkpoints of random adapters, an exported file and a reward head, and
-applies to each file: removal, a folder in its place, half of it, none of it, other bytes, and single flipped bits. Then
-the functions behind the commands read it: `resume` is what grpo.train does before its first epoch, `sample` what
-sampling and evaluation do, `export` what convert.export_lora does, `model` loads a component, tokenizer, scheduler and
-cached prompts, `head` is a reward head. Of a component's arrays `--arrays` files are damaged.
+Copies the model, gives it a run folder with two checkpoints of random adapters, an exported file
+and a reward head, and applies to each file: removal, a folder in its place, half of it, none of it,
+other bytes, and single flipped bits. Then the functions behind the commands read it: `resume` is
+what grpo.train does before its first epoch, `sample` what sampling and evaluation do, `export` what
+convert.export_lora does, `model` loads a component, tokenizer, scheduler and cached prompts, `head`
+is a reward head. Of a component's arrays `--arrays` files are damaged.
 
-A reading ends in one clear message (one line that names the file or its folder), in the same values as before, in
-SILENTLY altered values, or in a TRACEBACK. The exit code is 1 when there are any of the last two.
+A reading ends in one clear message (one line that names the file or its folder), in the same values
+as before, in SILENTLY altered values, or in a TRACEBACK. The exit code is 1 when there are any of
+the last two.
 """
 
 import collections
@@ -58,7 +61,9 @@ OUTCOMES = ("message", "same values", "SILENT", "TRACEBACK")
 
 
 def damages(path: pathlib.Path, flips: int = 3, seed: int = 0) -> dict[str, Callable[[], None]]:
-    """{name: what does it} of one file; at least `flips` single bits, one more for each 100 kB up to 5 more."""
+    """{name: what does it} of one file; at least `flips` single bits, one more for each 100 kB up
+    to 5 more.
+    """
     content, rng = path.read_bytes(), np.random.default_rng([seed, len(str(path))])
 
     def replaced_by_folder():
@@ -70,10 +75,18 @@ def damages(path: pathlib.Path, flips: int = 3, seed: int = 0) -> dict[str, Call
         changed[at] ^= 1 << int(rng.integers(8))
         return lambda: path.write_bytes(changed)
 
-    places = {0, len(content) - 1, *rng.integers(0, max(len(content), 1), flips - 2 + min(5, len(content) // 100_000))}
-    kinds = {"removed": path.unlink, "folder": replaced_by_folder,
-             "halved": lambda: path.write_bytes(content[: len(content) // 2]),
-             "emptied": lambda: path.write_bytes(b""), "other bytes": lambda: path.write_bytes(rng.bytes(len(content)))}
+    places = {
+        0,
+        len(content) - 1,
+        *rng.integers(0, max(len(content), 1), flips - 2 + min(5, len(content) // 100_000)),
+    }
+    kinds = {
+        "removed": path.unlink,
+        "folder": replaced_by_folder,
+        "halved": lambda: path.write_bytes(content[: len(content) // 2]),
+        "emptied": lambda: path.write_bytes(b""),
+        "other bytes": lambda: path.write_bytes(rng.bytes(len(content))),
+    }
     if not content:
         return {name: kinds[name] for name in ("removed", "folder")}
     return kinds | {f"bit flipped at {at}": flip(int(at)) for at in sorted(places)}
@@ -101,7 +114,10 @@ def outcome(read: Callable[[], str], wanted: str, path: pathlib.Path) -> tuple[s
         known = cli.explain(error)
         if known is None:
             return "TRACEBACK", f"{type(error).__name__}: {str(error)[:200]}"
-        names = any(str(p) in known[0] for p in (path, *path.parents) if len(p.parts) > 3) or path.name in known[0]
+        names = (
+            any(str(p) in known[0] for p in (path, *path.parents) if len(p.parts) > 3)
+            or path.name in known[0]
+        )
         clear = isinstance(error, cli.UserError) and names and len(known[0].splitlines()) == 1
         return ("message" if clear else "TRACEBACK"), known[0]
     return ("same values" if found == wanted else "SILENT"), ""
@@ -138,15 +154,31 @@ class Subject:
         state = {}
         for i, name in enumerate(opened.experts):
             module = WanTransformer3D(opened.config(name), dtype=jnp.float32, rngs=nnx.Rngs(0))
-            adapters = P.flatten(nnx.split(lora.attach(module, s.lora, jax.random.key(i)), LoRAParam, ...)[1])
+            adapters = P.flatten(
+                nnx.split(lora.attach(module, s.lora, jax.random.key(i)), LoRAParam, ...)[1]
+            )
             rng = np.random.default_rng(i)
-            arrays = {k: jnp.asarray(rng.standard_normal(v.shape, np.float32)) for k, v in adapters.items()}
-            state[name] = init_state(mesh_lib.shard_params(arrays, mesh), s.optimiser, s.loss, s.keeps_old)
+            arrays = {
+                k: jnp.asarray(rng.standard_normal(v.shape, np.float32))
+                for k, v in adapters.items()
+            }
+            state[name] = init_state(
+                mesh_lib.shard_params(arrays, mesh), s.optimiser, s.loss, s.keeps_old
+            )
         subject = cls(path, folder / "run", folder / "head.safetensors", c.to_dict(), state, mesh)
         for epoch in (1, 2):
-            train_state.save(Checkpoints(subject.run), epoch, state, subject.config, s.lora, Spent(epoch, 1.0),
-                           train_state.origin(opened, prompts))
-        head = reward_guidance.make_head(reward_guidance.head_config(opened.config("transformer"), heads=1, layers=1))
+            train_state.save(
+                Checkpoints(subject.run),
+                epoch,
+                state,
+                subject.config,
+                s.lora,
+                Spent(epoch, 1.0),
+                train_state.origin(opened, prompts),
+            )
+        head = reward_guidance.make_head(
+            reward_guidance.head_config(opened.config("transformer"), heads=1, layers=1)
+        )
         reward_guidance.save_head(subject.head, head, opened.metadata)
         PromptCache(opened, np.float32).put(PROMPT, np.ones(CACHED, np.float32))
         return subject
@@ -156,9 +188,13 @@ class Subject:
         epoch = checkpoints.latest()
         meta = checkpoints.check(epoch)
         prompts = load_prompts(self.config["prompts"]["train"], parse_targets)
-        train_state.check_resume(meta, checkpoints.path(epoch), self.config, model, train_state.origin(model, prompts))
+        train_state.check_resume(
+            meta, checkpoints.path(epoch), self.config, model, train_state.origin(model, prompts)
+        )
         spent = train_state.spent_by(checkpoints, epoch)
-        return digest([epoch, dataclasses.asdict(spent), train_state.restore(checkpoints, epoch, self.state)])
+        return digest(
+            [epoch, dataclasses.asdict(spent), train_state.restore(checkpoints, epoch, self.state)]
+        )
 
     def sample(self) -> str:
         model = model_dir.open_model(self.model)
@@ -177,7 +213,8 @@ class Subject:
         model = model_dir.open_model(self.model)
         ids, mask = Tokenizer.load(model.tokenizer_path)([PROMPT], 64)
         rows = PromptCache(model, np.float32).get(PROMPT)
-        rows = np.ones(CACHED, np.float32) if rows is None else rows  # None: they would be computed again
+        # None: they would be computed again
+        rows = np.ones(CACHED, np.float32) if rows is None else rows
         configs = [dataclasses.asdict(model.config(name)) for name in model.components]
         return digest([ids, mask, rows, str(model.boundary), str(configs), str(model.scheduler)])
 
@@ -187,7 +224,9 @@ class Subject:
         return digest(P.flatten(nnx.state(head, nnx.Param)))
 
 
-def subjects(subject: Subject, arrays: int, seed: int) -> Iterator[tuple[str, pathlib.Path, str, Callable[[], str]]]:
+def subjects(
+    subject: Subject, arrays: int, seed: int
+) -> Iterator[tuple[str, pathlib.Path, str, Callable[[], str]]]:
     """(kind of file, file, name of the reader, reader) of every pair that is tried."""
     for path in files_of(subject.run / "checkpoints/2"):
         kind = path.relative_to(subject.run / "checkpoints/2").parts[0]
@@ -209,7 +248,9 @@ def subjects(subject: Subject, arrays: int, seed: int) -> Iterator[tuple[str, pa
         rest = [path for path in stored if path not in chunks]
         chosen = [path for path in rest if path.parent == params]
         for group in (chunks, [path for path in rest if path.parent != params]):
-            chosen += [group[i] for i in rng.permutation(len(group))[:arrays if group is chunks else 2]]
+            chosen += [
+                group[i] for i in rng.permutation(len(group))[: arrays if group is chunks else 2]
+            ]
         for path in chosen:
             yield f"model, {component}", path, "model", lambda name=component: subject.load(name)
 
@@ -218,7 +259,9 @@ def files_of(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def measure(subject: Subject, arrays: int, seed: int, show=print) -> dict[tuple[str, str], collections.Counter]:
+def measure(
+    subject: Subject, arrays: int, seed: int, show=print
+) -> dict[tuple[str, str], collections.Counter]:
     """{(kind of file, reader): how often each of `OUTCOMES`}; every bad one is shown."""
     counts, wanted = {}, {}
     for kind, path, name, read in subjects(subject, arrays, seed):
@@ -237,9 +280,15 @@ def measure(subject: Subject, arrays: int, seed: int, show=print) -> dict[tuple[
 
 def table(counts: dict[tuple[str, str], collections.Counter]) -> list[str]:
     """In Markdown."""
-    lines = [f"| files | read by | damages | {' | '.join(OUTCOMES)} |", "|---|---|" + "---|" * (1 + len(OUTCOMES))]
+    lines = [
+        f"| files | read by | damages | {' | '.join(OUTCOMES)} |",
+        "|---|---|" + "---|" * (1 + len(OUTCOMES)),
+    ]
     for (kind, reader), count in counts.items():
-        lines.append(f"| {kind} | {reader} | {count.total()} | {' | '.join(str(count[o]) for o in OUTCOMES)} |")
+        lines.append(
+            f"| {kind} | {reader} | {count.total()} | "
+            f"{' | '.join(str(count[o]) for o in OUTCOMES)} |"
+        )
     total = sum(counts.values(), collections.Counter())
     return [*lines, f"| all | | {total.total()} | {' | '.join(str(total[o]) for o in OUTCOMES)} |"]
 

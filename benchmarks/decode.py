@@ -1,10 +1,13 @@
-"""Decoding latents to uint8 frames on the host, as training and sampling do: milliseconds and peak memory.
+"""Decoding latents to uint8 frames on the host, as training and sampling do: milliseconds and peak
+memory.
 
-    python -m benchmarks.decode [--height 480 --width 832 --frames 81 --batch 1 --dtype float32 --chunk N] [--json FILE]
+    python -m benchmarks.decode [--height 480 --width 832 --frames 81 --batch 1 --dtype float32
+    --chunk N] [--json FILE]
 
-Wan 2.1's VAE with random weights drawn on the device; chunks as `pipeline.make_decoder` chooses them, or of --chunk
-latent frames. Where XLA's search for the fastest convolutions runs in the same process its scratch memory is part of
-the peak: with JAX_COMPILATION_CACHE_DIR set, a second call shows what decoding takes.
+Wan 2.1's VAE with random weights drawn on the device; chunks as `pipeline.make_decoder` chooses
+them, or of --chunk latent frames. Where XLA's search for the fastest convolutions runs in the same
+process its scratch memory is part of the peak: with JAX_COMPILATION_CACHE_DIR set, a second call
+shows what decoding takes.
 """
 
 import math
@@ -24,11 +27,15 @@ from wan_jax.models.config import VAEConfig
 from wan_jax.models.presets import VAE_21
 from wan_jax.storage import model_dir
 
-TINY = VAEConfig(base_dim=8, num_res_blocks=1, latents_mean=VAE_21.latents_mean, latents_std=VAE_21.latents_std)
+TINY = VAEConfig(
+    base_dim=8, num_res_blocks=1, latents_mean=VAE_21.latents_mean, latents_std=VAE_21.latents_std
+)
 
 
 def random_vae(size: str, dtype) -> tuple[nnx.GraphDef, nnx.State]:
-    """Weights drawn on the host, which compiles nothing: kernels that keep the variance, scales 1, biases 0."""
+    """Weights drawn on the host, which compiles nothing: kernels that keep the variance, scales 1,
+    biases 0.
+    """
     graph, like = model_dir.abstract("vae", TINY if size == "tiny" else VAE_21, dtype=dtype)
     rng = np.random.default_rng(0)
 
@@ -45,9 +52,14 @@ def random_vae(size: str, dtype) -> tuple[nnx.GraphDef, nnx.State]:
 def measure(f) -> Record:
     graph, state = random_vae(f.size, jnp.dtype(f.dtype))
     decode = pipeline.make_decoder(graph, chunk=f.chunk)
-    x = jax.random.normal(jax.random.key(0), (f.batch, *workload.latent_shape(f.frames, f.height, f.width)))
+    x = jax.random.normal(
+        jax.random.key(0), (f.batch, *workload.latent_shape(f.frames, f.height, f.width))
+    )
     stage = Stage.of(timed(lambda: decode(state, x)(), f.repeats), peak_bytes())
-    print(f"decode {f.batch} x {f.frames} x {f.height} x {f.width}, {f.dtype}, {jax.devices()[0].device_kind}: {stage}")
+    print(
+        f"decode {f.batch} x {f.frames} x {f.height} x {f.width}, {f.dtype}, "
+        f"{jax.devices()[0].device_kind}: {stage}"
+    )
     return Record(f"ours {f.dtype}", {"decode": stage}, jax.devices()[0].device_kind, software())
 
 
@@ -57,6 +69,10 @@ def main(_):
 
 if __name__ == "__main__":
     workload.define_flags(guidance=1.0, kl=0.0)
-    flags.DEFINE_string("dtype", "float32", "of weights and convolutions; training decodes in float32")
-    flags.DEFINE_integer("chunk", None, "latent frames at a time, 0 for whole clips; None: as training chooses")
+    flags.DEFINE_string(
+        "dtype", "float32", "of weights and convolutions; training decodes in float32"
+    )
+    flags.DEFINE_integer(
+        "chunk", None, "latent frames at a time, 0 for whole clips; None: as training chooses"
+    )
     app.run(main)

@@ -1,12 +1,15 @@
-"""One epoch of training with random weights, by the functions that `grpo.train` calls: seconds of every stage.
+"""One epoch of training with random weights, by the functions that `grpo.train` calls: seconds of
+every stage.
 
-    python -m benchmarks.epoch --size 1.3b [--groups 3 --group_size 12 --batch 9 --workers 14] [--json FILE]
+    python -m benchmarks.epoch --size 1.3b [--groups 3 --group_size 12 --batch 9 --workers 14]
+    [--json FILE]
 
-Counted: sampling with guidance over all steps, --trained of them stochastic; the VAE's decoding to frames on the host;
-OCR in worker processes while the next batch samples; advantages; the update over all stochastic steps with the KL to
-the reference, clipping, AdamW and the moving average. Not counted: encoding the prompts, logging, checkpoints. What is
-scored are drawn signs of the videos' size (`workload.signs`), since random weights draw no text. The figures are of the
-last epoch, the ones before compile. `benchmarks.peer --task=epoch` is the same in PyTorch.
+Counted: sampling with guidance over all steps, --trained of them stochastic; the VAE's decoding to
+frames on the host; OCR in worker processes while the next batch samples; advantages; the update
+over all stochastic steps with the KL to the reference, clipping, AdamW and the moving average. Not
+counted: encoding the prompts, logging, checkpoints. What is scored are drawn signs of the videos'
+size (`workload.signs`), since random weights draw no text. The figures are of the last epoch, the
+ones before compile. `benchmarks.peer --task=epoch` is the same in PyTorch.
 """
 
 import functools
@@ -48,9 +51,11 @@ class Clock:
 
 
 class Epoch:
-    """Everything an epoch needs, on the device; a call runs one and returns the seconds of its stages.
+    """Everything an epoch needs, on the device; a call runs one and returns the seconds of its
+    stages.
 
-    As in training the host is one batch ahead of the device, so some of a batch's sampling lies in another's decoding.
+    As in training the host is one batch ahead of the device, so some of a batch's sampling lies in
+    another's decoding.
     """
 
     def __init__(self, f, pool: RewardPool):
@@ -59,16 +64,26 @@ class Epoch:
         table = StepTable.make(flow_sigmas(f.steps, workload.SHIFT), SDEConfig("flow_grpo_wan"))
         optimiser = OptimiserConfig()
         self.step = make_step(self.policy.policy, table, f.guidance)
-        self.update = make_update(self.policy.policy, table, f.guidance, LossConfig(kl_beta=f.kl), optimiser,
-                                  self.policy.mesh)
+        self.update = make_update(
+            self.policy.policy,
+            table,
+            f.guidance,
+            LossConfig(kl_beta=f.kl),
+            optimiser,
+            self.policy.mesh,
+        )
         self.state = init_state(self.policy.trainable, optimiser)
         graph, self.vae = random_vae(f.size, jnp.float32)
         self.decode = pipeline.make_decoder(graph)
-        self.targets = [target for _, target in workload.prompts(f.groups) for _ in range(f.group_size)]
+        self.targets = [
+            target for _, target in workload.prompts(f.groups) for _ in range(f.group_size)
+        ]
         self.rows = workload.epoch_rows(f.groups, f.group_size, f.batch, f.updates)
         self.texts = [self.policy.random_text(f.batch) for _ in self.rows]
-        self.pictures = [workload.signs([self.targets[i] for i in r], f.frames, f.height, f.width, b)
-                         for b, r in enumerate(self.rows)]
+        self.pictures = [
+            workload.signs([self.targets[i] for i in r], f.frames, f.height, f.width, b)
+            for b, r in enumerate(self.rows)
+        ]
         self.shape = workload.latent_shape(f.frames, f.height, f.width)
 
     def __call__(self, number: int) -> dict[str, float]:
@@ -76,17 +91,30 @@ class Epoch:
         trajectories, pending = [], []
         samples = [self.policy.placed(jnp.asarray(rows, jnp.int32)) for rows in self.rows]
         noise = [initial_noise(key, numbers, self.shape) for numbers in samples]
-        batches = rollout_batches([self.step], lambda _: (self.state.trainable, self.policy.frozen), noise, self.texts,
-                                  key=key, samples=samples, parts=[Segment(0, range(f.steps))],
-                                  windows=[np.arange(f.trained)])
+        batches = rollout_batches(
+            [self.step],
+            lambda _: (self.state.trainable, self.policy.frozen),
+            noise,
+            self.texts,
+            key=key,
+            samples=samples,
+            parts=[Segment(0, range(f.steps))],
+            windows=[np.arange(f.trained)],
+        )
         decoding = ((*batch, self.decode(self.vae, batch[2])) for batch in batches)
         for _, b, x, trajectory, video in pipeline.one_ahead(decoding):
             trajectories.append(trajectory)
             clock("sample", x)
             video()
             clock("decode")
-            pending.append(submit(self.pool, self.rows[b], pipeline.Videos(self.pictures[b], np.ones(f.batch, bool)),
-                                  [self.targets[i] for i in self.rows[b]]))
+            pending.append(
+                submit(
+                    self.pool,
+                    self.rows[b],
+                    pipeline.Videos(self.pictures[b], np.ones(f.batch, bool)),
+                    [self.targets[i] for i in self.rows[b]],
+                )
+            )
         scores = gather_scores(pending, len(self.targets))
         clock("score wait")
         groups = np.repeat(np.arange(f.groups), f.group_size)
@@ -94,8 +122,11 @@ class Epoch:
         size = len(self.rows) // f.updates
         for first in range(0, len(self.rows), size):
             part = slice(first, first + size)
-            batch = stack_batches(trajectories[part], advantages.reshape(-1, f.batch)[part],
-                                  scores.valid.reshape(-1, f.batch)[part])
+            batch = stack_batches(
+                trajectories[part],
+                advantages.reshape(-1, f.batch)[part],
+                scores.valid.reshape(-1, f.batch)[part],
+            )
             self.state, metrics, _ = self.update(self.state, self.policy.frozen, batch)
             if first == 0:
                 self.ratio = metrics.averages()
@@ -104,15 +135,22 @@ class Epoch:
 
 
 def measure(f) -> Record:
-    with RewardPool(functools.partial(OCRReward, rule="flow_grpo_video"), workers=f.workers) as pool:
+    with RewardPool(
+        functools.partial(OCRReward, rule="flow_grpo_video"), workers=f.workers
+    ) as pool:
         epoch, kind = Epoch(f, pool), jax.devices()[0].device_kind
         for number in range(f.epochs):
             seconds = epoch(number)
-            print(f"epoch {number + 1}: " + ", ".join(f"{k} {v:.2f} s" for k, v in seconds.items()), flush=True)
+            print(
+                f"epoch {number + 1}: " + ", ".join(f"{k} {v:.2f} s" for k, v in seconds.items()),
+                flush=True,
+            )
             if number == 0:
                 ratio = epoch.ratio["ratio_min"], epoch.ratio["ratio_max"]
     seconds = {"epoch": sum(seconds.values())} | seconds
-    stages = {name: Stage.of(value / len(epoch.targets), peak_bytes()) for name, value in seconds.items()}
+    stages = {
+        name: Stage.of(value / len(epoch.targets), peak_bytes()) for name, value in seconds.items()
+    }
     for name, stage in stages.items():
         print(f"{name}, per video: {stage}")
     print(f"first update's ratio: {ratio[0]:.7f} to {ratio[1]:.7f}")
@@ -127,7 +165,9 @@ if __name__ == "__main__":
     workload.define_flags(guidance=4.5, kl=0.004)
     workload.define_epoch_flags()
     flags.DEFINE_string("dtype", "bfloat16", "of weights and matrix products")
-    flags.DEFINE_enum("remat", "save_matmuls", list(REMAT_POLICIES), "what the backward pass computes again")
+    flags.DEFINE_enum(
+        "remat", "save_matmuls", list(REMAT_POLICIES), "what the backward pass computes again"
+    )
     flags.DEFINE_integer("epochs", 2, "how many; the last one counts")
     flags.DEFINE_integer("workers", 14, "scoring processes")
     app.run(main)

@@ -1,15 +1,18 @@
-"""Each model of the family at full size with random weights, by the commands of the README: convert, sample, train an
-epoch with LoRA, save, resume, export. Wall time, peak device memory and peak host memory of every command.
+"""Each model of the family at full size with random weights, by the commands of the README:
+convert, sample, train an epoch with LoRA, save, resume, export. Wall time, peak device memory and
+peak host memory of every command.
 
-    python -m benchmarks.family --folder /tmp/family [--models wan2.1-1.3b,wan2.1-14b,wan2.2-a14b,wan2.2-ti2v-5b]
+    python -m benchmarks.family --folder /tmp/family [--models
+    wan2.1-1.3b,wan2.1-14b,wan2.2-a14b,wan2.2-ti2v-5b]
                                 [--stages convert,sample,clip,train,resume,lora]
 
-Every stage is a process of its own; its seconds include starting Python, reading the weights and compiling. The epoch
-is the recipe's with 2 groups of 9 pictures, 4 stochastic steps, and evaluations of 9 prompts in 4 steps; the resumed
-run adds a second one. "cp" is the rate of `cp` and a sync, measured on the largest file of the source. --folder needs
-room for the model twice (28 to 137 GB in bfloat16); --source is where the source is written, if that is another disk.
-Everything is removed in the end but --folder/results.json, which a second call adds to; the rows of a call that was
-stopped are kept, too.
+Every stage is a process of its own; its seconds include starting Python, reading the weights and
+compiling. The epoch is the recipe's with 2 groups of 9 pictures, 4 stochastic steps, and
+evaluations of 9 prompts in 4 steps; the resumed run adds a second one. "cp" is the rate of `cp` and
+a sync, measured on the largest file of the source. --folder needs room for the model twice (28 to
+137 GB in bfloat16); --source is where the source is written, if that is another disk. Everything is
+removed in the end but --folder/results.json, which a second call adds to; the rows of a call that
+was stopped are kept, too.
 """
 
 import dataclasses
@@ -24,16 +27,36 @@ import time
 
 from absl import app, flags
 
-RECIPES = {"wan2.1-1.3b": "wan21_1_3b_ocr", "wan2.1-14b": "wan21_14b_ocr", "wan2.2-a14b": "wan22_a14b_ocr",
-           "wan2.2-ti2v-5b": "wan22_ti2v_5b_ocr"}
-EPOCH = {"sample.frames": 1, "sample.height": 512, "sample.width": 512, "sample.groups": 2,
-         "sample.group_size": 9, "sample.batch_size": 9, "sample.sde_steps": 4, "eval.frames": 1,
-         "eval.num_prompts": 9, "eval.steps": 4, "train.updates_per_epoch": 1, "save.every": 1, "reward.workers": 4}
-PROMPT = 'A wooden sign with the words "OPEN DAILY" carved into it, on a rainy city street at night.'
+RECIPES = {
+    "wan2.1-1.3b": "wan21_1_3b_ocr",
+    "wan2.1-14b": "wan21_14b_ocr",
+    "wan2.2-a14b": "wan22_a14b_ocr",
+    "wan2.2-ti2v-5b": "wan22_ti2v_5b_ocr",
+}
+EPOCH = {
+    "sample.frames": 1,
+    "sample.height": 512,
+    "sample.width": 512,
+    "sample.groups": 2,
+    "sample.group_size": 9,
+    "sample.batch_size": 9,
+    "sample.sde_steps": 4,
+    "eval.frames": 1,
+    "eval.num_prompts": 9,
+    "eval.steps": 4,
+    "train.updates_per_epoch": 1,
+    "save.every": 1,
+    "reward.workers": 4,
+}
+PROMPT = (
+    'A wooden sign with the words "OPEN DAILY" carved into it, on a rainy city street at night.'
+)
 PEAKS = re.compile(r"peak memory: device ([\d.]+|unknown)(?: GiB)?, host ([\d.]+) GiB")
 STAGES = ("convert", "check", "sample", "clip", "train", "resume", "lora", "export")
-SHAPES = {"sample": ("sample 512x512x1", dict(height=512, width=512)),
-          "clip": ("sample 480x832x33", dict(height=480, width=832, frames=33))}
+SHAPES = {
+    "sample": ("sample 512x512x1", dict(height=512, width=512)),
+    "clip": ("sample 480x832x33", dict(height=480, width=832, frames=33)),
+}
 GIB = 2**30
 
 
@@ -51,11 +74,14 @@ class Stage:
 def run(name: str, arguments: list[str]) -> tuple[Stage, str]:
     """Runs a command; its output is shown, too. Stops the benchmark when the command fails.
 
-    A child's peak memory as the system counts it begins at its parent's, so this module imports little.
+    A child's peak memory as the system counts it begins at its parent's, so this module imports
+    little.
     """
     print(f"--- {name}: {' '.join(arguments)}", flush=True)
     start = time.time()
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     stage = Stage(name, time.time() - start, usage.ru_maxrss * 1024 / GIB)
@@ -68,7 +94,12 @@ def run(name: str, arguments: list[str]) -> tuple[Stage, str]:
 
 
 def python(module: str, **settings) -> list[str]:
-    return [sys.executable, "-m", module, *(f"--{k.replace('__', '.')}={v}" for k, v in settings.items())]
+    return [
+        sys.executable,
+        "-m",
+        module,
+        *(f"--{k.replace('__', '.')}={v}" for k, v in settings.items()),
+    ]
 
 
 def size(folder: pathlib.Path) -> int:
@@ -76,7 +107,9 @@ def size(folder: pathlib.Path) -> int:
 
 
 def copy_rate(source: pathlib.Path, target: pathlib.Path) -> float:
-    """Bytes a second of cp and sync of the source's largest file, its pages dropped from the cache first."""
+    """Bytes a second of cp and sync of the source's largest file, its pages dropped from the cache
+    first.
+    """
     file = max((f for f in source.rglob("*.safetensors")), key=lambda f: f.stat().st_size)
     forget(file)
     start = time.time()
@@ -94,27 +127,52 @@ def forget(*files: pathlib.Path) -> None:
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(model: str, folder: pathlib.Path, source: pathlib.Path, dtype: str, stages: list[Stage]) -> None:
+def measure(
+    model: str, folder: pathlib.Path, source: pathlib.Path, dtype: str, stages: list[Stage]
+) -> None:
     """All stages of one model; each is added to `stages` when it is done."""
     converted, run_dir = folder / "model", folder / "run"
-    run("random weights", [*python("benchmarks.random_model", model=model, out=source, dtype=dtype),
-                           *(["--link_expert"] if flags.FLAGS.link_expert else [])])
+    run(
+        "random weights",
+        [
+            *python("benchmarks.random_model", model=model, out=source, dtype=dtype),
+            *(["--link_expert"] if flags.FLAGS.link_expert else []),
+        ],
+    )
     rate = copy_rate(source, folder / "copy")
     forget(*(f for f in source.rglob("*.safetensors")))
-    stage, _ = run("convert", python("convert.from_diffusers", src=source, dst=converted, dtype="bfloat16"))
+    stage, _ = run(
+        "convert", python("convert.from_diffusers", src=source, dst=converted, dtype="bfloat16")
+    )
     read, written = size(source), size(converted)
-    stage.note = (f"{read / 1e9:.1f} GB read, {written / 1e9:.1f} GB written, {read / stage.seconds / 1e9:.2f} GB/s; "
-                  f"cp {rate / 1e9:.2f} GB/s")
+    stage.note = (
+        f"{read / 1e9:.1f} GB read, {written / 1e9:.1f} GB written, "
+        f"{read / stage.seconds / 1e9:.2f} GB/s; cp {rate / 1e9:.2f} GB/s"
+    )
     stages.append(stage)
     wanted = flags.FLAGS.stages
     if "check" in wanted:
-        stages.append(run("check", [*python("convert.from_diffusers", src=source, dst=converted), "--check"])[0])
+        stages.append(
+            run("check", [*python("convert.from_diffusers", src=source, dst=converted), "--check"])[
+                0
+            ]
+        )
     shutil.rmtree(source)
     for kind in (kind for kind in SHAPES if kind in wanted):
         name, shape = SHAPES[kind]
         out = folder / f"sample.{'gif' if 'frames' in shape else 'png'}"
-        stage, output = run(name, python("wan_jax.sample", model=converted, prompt=PROMPT, dtype="bfloat16", steps=20,
-                                         out=out, **shape))
+        stage, output = run(
+            name,
+            python(
+                "wan_jax.sample",
+                model=converted,
+                prompt=PROMPT,
+                dtype="bfloat16",
+                steps=20,
+                out=out,
+                **shape,
+            ),
+        )
         stage.note = re.search(r"sample\(s\) of .*", output)[0].partition(";")[0]
         stages.append(stage)
     settings = {"config.run_dir": run_dir, "config.model.path": converted}
@@ -122,25 +180,47 @@ def measure(model: str, folder: pathlib.Path, source: pathlib.Path, dtype: str, 
     for epochs, name in ((1, "train"), (2, "resume")):
         if name not in wanted:
             continue
-        stage, _ = run(f"{name}, 1 epoch", python("grpo.train", config=f"configs/{RECIPES[model]}.py", **settings,
-                                                  **{"config.epochs": epochs}))
+        stage, _ = run(
+            f"{name}, 1 epoch",
+            python(
+                "grpo.train",
+                config=f"configs/{RECIPES[model]}.py",
+                **settings,
+                **{"config.epochs": epochs},
+            ),
+        )
         record = [json.loads(line) for line in open(run_dir / "metrics.jsonl")][-1]
-        stage.note = ", ".join(f"{k} {v:.1f} s" for k, v in record["seconds"].items() if k != "save")
+        stage.note = ", ".join(
+            f"{k} {v:.1f} s" for k, v in record["seconds"].items() if k != "save"
+        )
         stage.note += f"; checkpoint {size(run_dir / 'checkpoints' / str(epochs)) / 1e9:.2f} GB"
         stages.append(stage)
-    for kind, module, name in (("lora", "export_lora", "export LoRA"), ("export", "to_diffusers", "export the model")):
+    for kind, module, name in (
+        ("lora", "export_lora", "export LoRA"),
+        ("export", "to_diffusers", "export the model"),
+    ):
         if kind in wanted:
             out = folder / kind
-            stages.append(run(name, python(f"convert.{module}", src=converted, checkpoint=run_dir, dst=out))[0])
+            stages.append(
+                run(name, python(f"convert.{module}", src=converted, checkpoint=run_dir, dst=out))[
+                    0
+                ]
+            )
             stages[-1].note = f"{size(out) / 1e9:.2f} GB"
 
 
 def table(results: dict[str, list[dict]]) -> str:
-    lines = ["| model | command | seconds | device peak, GiB | host peak, GiB | |", "|---|---|--:|--:|--:|---|"]
+    lines = [
+        "| model | command | seconds | device peak, GiB | host peak, GiB | |",
+        "|---|---|--:|--:|--:|---|",
+    ]
     for model, stages in results.items():
-        lines += [f"| {model} | {s['name']} | {s['seconds']:.1f} | "
-                  f"{'' if s['device_gib'] is None else format(s['device_gib'], '.1f')} | {s['host_gib']:.1f} | "
-                  f"{s['note']} |" for s in stages]
+        lines += [
+            f"| {model} | {s['name']} | {s['seconds']:.1f} | "
+            f"{'' if s['device_gib'] is None else format(s['device_gib'], '.1f')} | "
+            f"{s['host_gib']:.1f} | {s['note']} |"
+            for s in stages
+        ]
     return "\n".join(lines)
 
 
@@ -171,9 +251,17 @@ if __name__ == "__main__":
     flags.DEFINE_list("models", list(RECIPES), "which models")
     flags.DEFINE_string("folder", None, "where models and runs are written", required=True)
     flags.DEFINE_string("source", None, "where the Diffusers folders are written; None: --folder")
-    flags.DEFINE_enum("source_dtype", "bfloat16", ["float32", "bfloat16"], "of the Diffusers folders")
+    flags.DEFINE_enum(
+        "source_dtype", "bfloat16", ["float32", "bfloat16"], "of the Diffusers folders"
+    )
     flags.DEFINE_bool("link_expert", False, "A14B: both experts are the same files in the source")
-    flags.DEFINE_list("stages", [s for s in STAGES if s not in ("check", "export")], "which commands; convert always "
-                      "runs, check compares with the source, export writes the whole model with the adapters merged in")
-    flags.register_validator("stages", lambda names: set(names) <= set(STAGES), f"known are {', '.join(STAGES)}")
+    flags.DEFINE_list(
+        "stages",
+        [s for s in STAGES if s not in ("check", "export")],
+        "which commands; convert always runs, check compares with the source, export writes the "
+        "whole model with the adapters merged in",
+    )
+    flags.register_validator(
+        "stages", lambda names: set(names) <= set(STAGES), f"known are {', '.join(STAGES)}"
+    )
     app.run(main)

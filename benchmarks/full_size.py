@@ -1,12 +1,15 @@
-"""Rollout step and update step of Wan at full size with random weights: seconds, model FLOP/s and peak memory.
+"""Rollout step and update step of Wan at full size with random weights: seconds, model FLOP/s and
+peak memory.
 
-    python -m benchmarks.full_size --size 1.3b [--height 512 --width 512 --frames 1 --batch 9 --guidance 1 --json FILE]
-    python -m benchmarks.full_size --size 14b --devices 4 --fsdp 4 --batch 36 --full
+    python -m benchmarks.full_size --size 1.3b [--height 512 --width 512 --frames 1 --batch 9
+    --guidance 1 --json FILE] python -m benchmarks.full_size --size 14b --devices 4 --fsdp 4 --batch
+    36 --full
 
-The transformer is the real configuration with weights drawn on the devices, LoRA rank 32 on attention, or with --full
-all weights trained; text is 64 rows of random embeddings (--text_rows) padded to 512. Model FLOPs count the matrix
-products of a forward pass (two for guidance), times three in the update; recomputation and the reference of --kl are
-not counted. TFLOP/s are of one device, MFU is of an H200's nominal 989. `benchmarks.peer` measures the same in PyTorch,
+The transformer is the real configuration with weights drawn on the devices, LoRA rank 32 on
+attention, or with --full all weights trained; text is 64 rows of random embeddings (--text_rows)
+padded to 512. Model FLOPs count the matrix products of a forward pass (two for guidance), times
+three in the update; recomputation and the reference of --kl are not counted. TFLOP/s are of one
+device, MFU is of an H200's nominal 989. `benchmarks.peer` measures the same in PyTorch,
 `benchmarks.side_by_side` both, `benchmarks.scaling` several devices beside one.
 """
 
@@ -43,8 +46,9 @@ from wan_jax.models.transformer import REMAT_POLICIES, WanTransformer3D
 
 
 def random_bias(name: str, array: jax.Array) -> jax.Array:
-    """The array, or where it is a bias, numbers of about a trained one's size: with zeros, two programs that round
-    before and after a bias would agree."""
+    """The array, or where it is a bias, numbers of about a trained one's size: with zeros, two
+    programs that round before and after a bias would agree.
+    """
     if not name.endswith("bias"):
         return array
     key = jax.random.fold_in(jax.random.key(2), zlib.crc32(name.encode()))
@@ -63,33 +67,54 @@ class RandomPolicy:
     frozen: nnx.State | None
 
     @classmethod
-    def draw(cls, size: str, dtype, remat: str, mesh: jax.sharding.Mesh | None = None,
-             full: bool = False) -> "RandomPolicy":
+    def draw(
+        cls, size: str, dtype, remat: str, mesh: jax.sharding.Mesh | None = None, full: bool = False
+    ) -> "RandomPolicy":
         """mesh: None for the first device. full: trains all weights, with no reference beside them."""
         config, dtype = workload.transformer_config(size), jnp.dtype(dtype)
         mesh = mesh or mesh_lib.make_mesh(devices=jax.devices()[:1])
-        backend = choose_backend("auto", platform_of(mesh.devices.flat[0]), dtype, config.attention_head_dim)
+        backend = choose_backend(
+            "auto", platform_of(mesh.devices.flat[0]), dtype, config.attention_head_dim
+        )
 
         def weights():
-            state = nnx.split(WanTransformer3D(config, dtype=dtype, attention=backend, rngs=nnx.Rngs(0)))[1]
+            state = nnx.split(
+                WanTransformer3D(config, dtype=dtype, attention=backend, rngs=nnx.Rngs(0))
+            )[1]
             return P.unflatten(state, {k: random_bias(k, v) for k, v in P.flatten(state).items()})
 
-        frozen = jax.jit(weights, out_shardings=mesh_lib.param_shardings(jax.eval_shape(weights), mesh))()
-        policy, trainable = make_policy(config, frozen, mesh,
-                                        lora=None if full else LoRAConfig(workload.RANK, workload.ALPHA),
-                                        key=jax.random.key(0), dtype=dtype, attention=backend, remat=remat)
+        frozen = jax.jit(
+            weights, out_shardings=mesh_lib.param_shardings(jax.eval_shape(weights), mesh)
+        )()
+        policy, trainable = make_policy(
+            config,
+            frozen,
+            mesh,
+            lora=None if full else LoRAConfig(workload.RANK, workload.ALPHA),
+            key=jax.random.key(0),
+            dtype=dtype,
+            attention=backend,
+            remat=remat,
+        )
         return cls(config, mesh, backend, policy, trainable, None if full else frozen)
 
     def placed(self, rows: jax.Array) -> jax.Array:
-        """[B, ...] on the mesh as training lays them: elsewhere the second call of a program would compile it again."""
+        """[B, ...] on the mesh as training lays them: elsewhere the second call of a program would
+        compile it again.
+        """
         return mesh_lib.place(rows, mesh_lib.batch_sharding(self.mesh))
 
     def random_text(self, batch: int, rows: int = workload.TEXT) -> TextBatch:
-        """Embeddings of a batch of prompts and of the negative one, in the weights' type as training has them."""
+        """Embeddings of a batch of prompts and of the negative one, in the weights' type as
+        training has them.
+        """
         dtype = self.policy.base["proj_out"]["kernel"].dtype
         text = jax.random.normal(jax.random.key(1), (batch + 1, rows, 4096), dtype)
-        return TextBatch(self.placed(text[:-1]), mesh_lib.place(text[-1], mesh_lib.replicated(self.mesh)),
-                         workload.TEXT_ROWS - rows)
+        return TextBatch(
+            self.placed(text[:-1]),
+            mesh_lib.place(text[-1], mesh_lib.replicated(self.mesh)),
+            workload.TEXT_ROWS - rows,
+        )
 
 
 def step_table() -> StepTable:
@@ -116,19 +141,29 @@ def timed(function, repeats: int) -> float:
 
 
 def measure(f) -> Record:
-    mesh = mesh_lib.make_mesh(f.fsdp, jax.devices()[:f.devices], f.context)
+    mesh = mesh_lib.make_mesh(f.fsdp, jax.devices()[: f.devices], f.context)
     r = RandomPolicy.draw(f.size, f.dtype, f.remat, mesh, f.full)
     policy, trainable, frozen = r.policy, r.trainable, r.frozen
     steps, optimiser = step_table(), OptimiserConfig()
     step = make_step(policy, steps, f.guidance)
     where = offload if f.offload_optimiser else update
     apply = where.make_update(policy, steps, f.guidance, LossConfig(kl_beta=f.kl), optimiser, mesh)
-    shape, text = workload.latent_shape(f.frames, f.height, f.width), r.random_text(f.batch, f.text_rows)
+    shape, text = (
+        workload.latent_shape(f.frames, f.height, f.width),
+        r.random_text(f.batch, f.text_rows),
+    )
     flops = workload.batch_flops(r.config, shape, f.batch, f.guidance) / f.devices
-    parameters, kind = sum(x.size for x in jax.tree.leaves(policy.base)), jax.devices()[0].device_kind
-    print(f"{f.size}: {parameters:,} parameters {f.dtype}, {'all' if f.full else 'adapters'} trained, "
-          f"{f.batch} x {f.frames} x {f.height} x {f.width}, guidance {f.guidance}, attention {r.backend}, "
-          f"remat {f.remat}, {f.devices} x {kind}, mesh {mesh_lib.describe(mesh)}, jax {jax.__version__}", flush=True)
+    parameters, kind = (
+        sum(x.size for x in jax.tree.leaves(policy.base)),
+        jax.devices()[0].device_kind,
+    )
+    print(
+        f"{f.size}: {parameters:,} parameters {f.dtype}, {'all' if f.full else 'adapters'} "
+        f"trained, {f.batch} x {f.frames} x {f.height} x {f.width}, guidance {f.guidance}, "
+        f"attention {r.backend}, remat {f.remat}, {f.devices} x {kind}, mesh "
+        f"{mesh_lib.describe(mesh)}, jax {jax.__version__}",
+        flush=True,
+    )
     stages = {}
 
     def show(name, title, seconds, work):
@@ -138,18 +173,31 @@ def measure(f) -> Record:
     samples = r.placed(jnp.arange(f.batch, dtype=jnp.int32))
     x = r.placed(jax.random.normal(jax.random.key(3), (f.batch, *shape)))
     key = jax.random.key(4)
-    show("rollout", "rollout step",
-         timed(functools.partial(step, trainable, frozen, x, 3, True, text, key, samples), f.repeats), flops)
+    show(
+        "rollout",
+        "rollout step",
+        timed(
+            functools.partial(step, trainable, frozen, x, 3, True, text, key, samples), f.repeats
+        ),
+        flops,
+    )
     window = np.array(workload.TRAINED)
-    _, kept = rollout(step, trainable, frozen, x, text, key=key, samples=samples, steps=range(18), window=window)
+    _, kept = rollout(
+        step, trainable, frozen, x, text, key=key, samples=samples, steps=range(18), window=window
+    )
     advantages = np.random.default_rng(0).standard_normal((1, f.batch))
-    batch = stack_batches([kept] * f.micro, np.repeat(advantages, f.micro, 0), np.ones((f.micro, f.batch), bool))
+    batch = stack_batches(
+        [kept] * f.micro, np.repeat(advantages, f.micro, 0), np.ones((f.micro, f.batch), bool)
+    )
     states, firsts = [], []
     for i in range(f.experts):
         since, own = time.perf_counter(), jax.tree.map(jnp.copy, trainable) if i else trainable
         states.append(jax.block_until_ready(where.init_state(own, optimiser)))
         if f.offload_optimiser:
-            print(f"optimiser's state on the host after {time.perf_counter() - since:.1f} s", flush=True)
+            print(
+                f"optimiser's state on the host after {time.perf_counter() - since:.1f} s",
+                flush=True,
+            )
     del r, trainable, own  # the states' own may be donated
 
     def one_update():
@@ -161,10 +209,18 @@ def measure(f) -> Record:
         return states
 
     seconds = timed(one_update, f.repeats) / f.experts
-    show("update", f"update of {f.micro} x {len(window)} steps, each", seconds / len(window) / f.micro, 3 * flops)
-    first, = firsts
+    show(
+        "update",
+        f"update of {f.micro} x {len(window)} steps, each",
+        seconds / len(window) / f.micro,
+        3 * flops,
+    )
+    (first,) = firsts
     if f.profile:
-        kernels.show("rollout step", lambda: step(states[0].trainable, frozen, x, 3, True, text, key, samples))
+        kernels.show(
+            "rollout step",
+            lambda: step(states[0].trainable, frozen, x, 3, True, text, key, samples),
+        )
         kernels.show("update", one_update)
     print(f"first update's ratio: {first['ratio_min']:.7f} to {first['ratio_max']:.7f}")
     return Record("ours", stages, kind, software(), (first["ratio_min"], first["ratio_max"]))
@@ -179,13 +235,19 @@ if __name__ == "__main__":
     workload.define_flags(guidance=1.0, kl=0.0)
     flags.DEFINE_integer("micro", 1, "rollout batches in an update")
     flags.DEFINE_string("dtype", "bfloat16", "of weights and matrix products")
-    flags.DEFINE_enum("remat", "save_matmuls", list(REMAT_POLICIES), "what the backward pass computes again")
-    flags.DEFINE_integer("text_rows", workload.TEXT, "of the prompts; FLOPs are counted for the default")
+    flags.DEFINE_enum(
+        "remat", "save_matmuls", list(REMAT_POLICIES), "what the backward pass computes again"
+    )
+    flags.DEFINE_integer(
+        "text_rows", workload.TEXT, "of the prompts; FLOPs are counted for the default"
+    )
     flags.DEFINE_integer("devices", 1, "how many GPUs: data x fsdp x context", lower_bound=1)
     flags.DEFINE_integer("fsdp", 1, "GPUs that share the weights")
     flags.DEFINE_integer("context", 1, "GPUs that share a video's tokens")
     flags.DEFINE_bool("full", False, "train all weights, without a reference")
     flags.DEFINE_integer("experts", 1, "trained in turn, 2 as A14B", lower_bound=1)
-    flags.DEFINE_bool("offload_optimiser", False, "moments and average wait in host memory between updates")
+    flags.DEFINE_bool(
+        "offload_optimiser", False, "moments and average wait in host memory between updates"
+    )
     flags.DEFINE_bool("profile", False, "list the kernels by time")
     app.run(main)

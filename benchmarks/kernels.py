@@ -10,11 +10,15 @@ import jax
 
 
 def kernel_times(call: Callable) -> tuple[float, list[tuple[str, float, int]]]:
-    """(busy seconds, [(kernel, seconds, launches)] by time) on the first GPU during one call, which returns arrays."""
+    """(busy seconds, [(kernel, seconds, launches)] by time) on the first GPU during one call, which
+    returns arrays.
+    """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(call())
-        data = jax.profiler.ProfileData.from_file(str(next(pathlib.Path(folder).rglob("*.xplane.pb"))))
+        data = jax.profiler.ProfileData.from_file(
+            str(next(pathlib.Path(folder).rglob("*.xplane.pb")))
+        )
     plane = next((p for p in data.planes if p.name.startswith("/device:GPU")), None)
     if plane is None:
         raise ValueError("the trace holds no GPU")

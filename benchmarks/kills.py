@@ -1,12 +1,14 @@
-"""Kills a small training run, fills and blocks its disk, and checks that the same command continues it bit for bit.
+"""Kills a small training run, fills and blocks its disk, and checks that the same command continues
+it bit for bit.
 
     python -m benchmarks.kills [--kills=16] [--disks=8] [--seed=0]
 
-SIGKILL hits runs of a random tiny model in stages and at random instants; their disk, a small tmpfs, fills up or is
-read-only (skipped without the right to mount); files and folders stand in the way of what they write, and their folder
-is moved away. A fault has SURVIVED if the command named it in one message (a killed one cannot) without a traceback,
-and the run in the end equals an undisturbed one: arrays of the last checkpoint, metrics, evaluations, without clocks.
-LOST counts saved epochs that were trained again, SILENT the faults of runs that ended well and differ.
+SIGKILL hits runs of a random tiny model in stages and at random instants; their disk, a small
+tmpfs, fills up or is read-only (skipped without the right to mount); files and folders stand in the
+way of what they write, and their folder is moved away. A fault has SURVIVED if the command named it
+in one message (a killed one cannot) without a traceback, and the run in the end equals an
+undisturbed one: arrays of the last checkpoint, metrics, evaluations, without clocks. LOST counts
+saved epochs that were trained again, SILENT the faults of runs that ended well and differ.
 """
 
 import collections
@@ -39,17 +41,31 @@ sample.sde_steps=2 sample.sde_range=(0,3) sample.groups=2 sample.group_size=4 sa
 train.updates_per_epoch=2 train.advantage_std=global eval.every=2 eval.num_prompts=4 eval.steps=2 eval.guidance=1.0
 reward.workers=0 reward.weights.sharpness=1.0 reward.weights.exposure=1.0"""  # nobody reads a random model's videos
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-CLOCKS = re.compile(r"(.*/)?(time|peak_memory|idle_share|\w*seconds)(/.*)?")  # keys of what differs between runs
+# keys of what differs between runs
+CLOCKS = re.compile(r"(.*/)?(time|peak_memory|idle_share|\w*seconds)(/.*)?")
 TRACEBACK = "Traceback (most recent call last)"
-OBSTACLES = {".": "file", "checkpoints": "file", "tensorboard": "file", "config.json": "folder", "previews": "file",
-             "evals.jsonl": "folder", "metrics.jsonl": "folder", "side_by_side": "file", "report.html": "folder"}
+OBSTACLES = {
+    ".": "file",
+    "checkpoints": "file",
+    "tensorboard": "file",
+    "config.json": "folder",
+    "previews": "file",
+    "evals.jsonl": "folder",
+    "metrics.jsonl": "folder",
+    "side_by_side": "file",
+    "report.html": "folder",
+}
 COLUMNS = ("tried", "survived", "lost", "silent", "tracebacks")
-Watch = Callable[[str, pathlib.Path], bool]  # whether the output so far and the run's folder show that it is time
+Watch = Callable[
+    [str, pathlib.Path], bool
+]  # whether the output so far and the run's folder show that it is time
 
 STAGES: dict[str, Watch] = {  # in the order of a run
     "compiling": lambda out, run: "rematerialisation: " in out,
     "the first save": lambda out, run: (run / "checkpoints/.0.tmp").exists(),
-    "the first evaluation": lambda out, run: (run / "checkpoints/0").exists() and "trained parameters" in out,
+    "the first evaluation": lambda out, run: (
+        (run / "checkpoints/0").exists() and "trained parameters" in out
+    ),
     "an epoch": lambda out, run: "epoch 1/" in out and (run / "checkpoints/1").exists(),
     "resuming": lambda out, run: "continuing " in out,
     "a save": lambda out, run: any(run.glob("checkpoints/.[123].tmp")),
@@ -70,11 +86,15 @@ class Chain:
     recipe: list[str]
     run: pathlib.Path
     rows: dict[str, collections.Counter]
-    faults: list[tuple[str, bool]] = dataclasses.field(default_factory=list)  # (kind, whether it was taken well)
+    faults: list[tuple[str, bool]] = dataclasses.field(
+        default_factory=list
+    )  # (kind, whether it was taken well)
     saved: int = 0  # the newest checkpoint so far
 
     def start(self, watch: Watch | None = None, act: Callable | None = None) -> tuple[int, str]:
-        """Run the command, and `act` on its process id when `watch` is true. Returns (exit code, standard error)."""
+        """Run the command, and `act` on its process id when `watch` is true. Returns (exit code,
+        standard error).
+        """
         command = commands.command("grpo.train", *self.recipe, f"--config.run_dir={self.run}")
         self.saved = max([self.saved, *saved_epochs(self.run)])
         deadline = time.monotonic() + 120  # a command that hangs is killed
@@ -89,7 +109,9 @@ class Chain:
                 if time.monotonic() > deadline:
                     kill(commands.process_id(process))
                 time.sleep(0.0005 if act else 0.02)
-            said, errors = (os.pread(file.fileno(), 2**24, 0).decode(errors="replace") for file in (out, err))
+            said, errors = (
+                os.pread(file.fileno(), 2**24, 0).decode(errors="replace") for file in (out, err)
+            )
         continued = re.search(r"(?:continuing .* after epoch (\d+)|trained parameters)", said)
         if continued and self.faults:
             self.rows[self.faults[-1][0]]["lost"] += max(0, self.saved - int(continued[1] or 0))
@@ -100,20 +122,31 @@ class Chain:
         code, errors = self.start(watch, act)
         if code != 0:
             messages = sum(line.startswith("error: ") for line in errors.splitlines())
-            well = (code, messages) == ((-signal.SIGKILL, 0) if act is kill else (1, 1)) and TRACEBACK not in errors
+            well = (code, messages) == (
+                (-signal.SIGKILL, 0) if act is kill else (1, 1)
+            ) and TRACEBACK not in errors
             self.rows[kind]["tracebacks"] += TRACEBACK in errors
             self.faults.append((kind, well))
             if not well:
-                print(f"{kind}: exit code {code}, {messages} messages\n{errors[-5000:]}", flush=True)
+                print(
+                    f"{kind}: exit code {code}, {messages} messages\n{errors[-5000:]}", flush=True
+                )
 
     def finish(self, wanted: dict) -> None:
         """Let the run end, and compare it with the undisturbed one."""
         code, errors = self.start()
         wrong = difference(wanted, result(self.run)) if code == 0 else f"exit code {code}"
         good = not wrong and TRACEBACK not in errors
-        print(f"{self.run.name}, {len(self.faults)} faults:", wrong or "equal", "" if good else errors, flush=True)
+        print(
+            f"{self.run.name}, {len(self.faults)} faults:",
+            wrong or "equal",
+            "" if good else errors,
+            flush=True,
+        )
         for kind, well in self.faults:
-            self.rows[kind].update(tried=1, survived=well and good, silent=bool(wrong) and code == 0)
+            self.rows[kind].update(
+                tried=1, survived=well and good, silent=bool(wrong) and code == 0
+            )
 
 
 def saved_epochs(run: pathlib.Path) -> list[int]:
@@ -125,23 +158,36 @@ def result(run: pathlib.Path) -> dict:
     found = {"epoch": (epoch := max(saved_epochs(run)))}
     for item in ("state", "trained"):
         tree = read_numpy(run / "checkpoints" / str(epoch) / item)
-        found |= {item + jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        found |= {
+            item + jax.tree_util.keystr(path): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
     for name in (run_log.METRICS, run_log.EVALUATIONS):
         for i, line in enumerate((run / name).read_text().splitlines(), 1):
-            found |= {f"{name} line {i}: {key}": value for key, value in run_log.flatten(json.loads(line)).items()
-                      if not CLOCKS.fullmatch(key)}
+            found |= {
+                f"{name} line {i}: {key}": value
+                for key, value in run_log.flatten(json.loads(line)).items()
+                if not CLOCKS.fullmatch(key)
+            }
     return found
 
 
 def difference(a: dict, b: dict) -> str:
     """Name what differs between two results, to the bit; '' if nothing does."""
-    a, b = ({key: (np.asarray(v).dtype, np.shape(v), np.asarray(v).tobytes()) for key, v in x.items()} for x in (a, b))
+    a, b = (
+        {key: (np.asarray(v).dtype, np.shape(v), np.asarray(v).tobytes()) for key, v in x.items()}
+        for x in (a, b)
+    )
     names = [key for key in a | b if a.get(key) != b.get(key)]
     return f"{len(names)} differ, first {names[0]}" if names else ""
 
 
-def kill_runs(chain: Callable[[str], Chain], kills: int, seconds: float, seed: int, wanted: dict) -> None:
-    """Kill one run in three stages and another one up to three times within its `seconds`, and so on."""
+def kill_runs(
+    chain: Callable[[str], Chain], kills: int, seconds: float, seed: int, wanted: dict
+) -> None:
+    """Kill one run in three stages and another one up to three times within its `seconds`, and so
+    on.
+    """
     rng, stages, tried = random.Random(seed), collections.deque(STAGES), 0
     while tried < kills:
         aimed, other = chain(f"killed {tried}"), chain(f"killed {tried}, at random")
@@ -150,25 +196,36 @@ def kill_runs(chain: Callable[[str], Chain], kills: int, seconds: float, seed: i
         stages.rotate(-3)
         for _ in range(3):
             instant = time.monotonic() + rng.uniform(0, 0.8 * seconds)
-            other.suffer("SIGKILL at a random instant", lambda out, run, at=instant: time.monotonic() >= at, kill)
+            other.suffer(
+                "SIGKILL at a random instant",
+                lambda out, run, at=instant: time.monotonic() >= at,
+                kill,
+            )
         for run in (aimed, other):
             run.finish(wanted)
             tried += len(run.faults)
 
 
 def fill_disks(chain: Callable[[str], Chain], disks: int, size: int, wanted: dict) -> None:
-    """Enlarge a run's full disk step by step up to `size`, the bytes of an undisturbed run; then one is read-only."""
+    """Enlarge a run's full disk step by step up to `size`, the bytes of an undisturbed run; then
+    one is read-only.
+    """
     full, read_only = chain("disk/full"), chain("disk/read-only")
     disk = full.run.parent
 
     def mount(options: str) -> None:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "kills", disk], check=True, capture_output=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "kills", disk], check=True, capture_output=True
+        )
 
     disk.mkdir()
     try:
         mount("size=1m")
     except (subprocess.CalledProcessError, FileNotFoundError) as error:
-        return print(f"skipped: full and read-only disks, which need the right to mount ({error})", flush=True)
+        return print(
+            f"skipped: full and read-only disks, which need the right to mount ({error})",
+            flush=True,
+        )
     try:
         for i in range(disks):
             mount(f"remount,size={int(size / 1024 * (i + 0.5) / disks)}k")
@@ -197,9 +254,13 @@ def block(chain: Callable[[str], Chain], wanted: dict) -> None:
     blocked.finish(wanted)
     elsewhere = moved.run.with_name("elsewhere")
     for stage in ("compiling", "the first evaluation", "a save", "the report"):
-        moved.suffer("run folder moved away", STAGES[stage], lambda pid: moved.run.rename(elsewhere))
+        moved.suffer(
+            "run folder moved away", STAGES[stage], lambda pid: moved.run.rename(elsewhere)
+        )
         if elsewhere.exists():
-            shutil.rmtree(moved.run, ignore_errors=True)  # what the command made of a folder that it found gone
+            shutil.rmtree(
+                moved.run, ignore_errors=True
+            )  # what the command made of a folder that it found gone
             elsewhere.rename(moved.run)
     moved.finish(wanted)
 
@@ -208,11 +269,16 @@ def main(_) -> None:
     rows: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     with tempfile.TemporaryDirectory(prefix="kills-") as name:
         folder = pathlib.Path(name)
-        os.environ.update(JAX_PLATFORMS="cpu", JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.2", XLA_FLAGS=QUICK)
+        os.environ.update(
+            JAX_PLATFORMS="cpu", JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.2", XLA_FLAGS=QUICK
+        )
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
         convert(str(tiny.write_pipeline(folder / "source", seed=3)), folder / "model", "float32")
-        recipe = ["--config=configs/tiny_ocr.py", f"--config.model.path={folder}/model",
-                  *(f"--config.{setting}" for setting in SMALL.split())]
+        recipe = [
+            "--config=configs/tiny_ocr.py",
+            f"--config.model.path={folder}/model",
+            *(f"--config.{setting}" for setting in SMALL.split()),
+        ]
         for part in ("train", "heldout"):
             prompts = pathlib.Path(f"assets/prompts/tiny_{part}.txt").read_text()
             (folder / part).write_text("\n".join(prompts.splitlines()[:4]))
@@ -228,7 +294,10 @@ def main(_) -> None:
         whole.finish(wanted)
         seconds = time.monotonic() - began
         size = sum(path.lstat().st_blocks * 512 for path in whole.run.rglob("*"))
-        print(f"undisturbed: {seconds:.0f} s, {size / 1e6:.1f} MB, {len(wanted)} arrays and values", flush=True)
+        print(
+            f"undisturbed: {seconds:.0f} s, {size / 1e6:.1f} MB, {len(wanted)} arrays and values",
+            flush=True,
+        )
         kill_runs(chain, flags.FLAGS.kills, seconds, flags.FLAGS.seed, wanted)
         fill_disks(chain, flags.FLAGS.disks, size, wanted)
         block(chain, wanted)
@@ -238,9 +307,14 @@ def main(_) -> None:
 
 def table(rows: dict[str, collections.Counter]) -> list[str]:
     """In Markdown."""
-    lines = [[kind, *(str(row[column]) for column in COLUMNS)]
-             for kind, row in [*rows.items(), ("all", sum(rows.values(), collections.Counter()))]]
-    return [f"| {' | '.join(line)} |" for line in [["fault", *COLUMNS], ["---"] * (1 + len(COLUMNS)), *lines]]
+    lines = [
+        [kind, *(str(row[column]) for column in COLUMNS)]
+        for kind, row in [*rows.items(), ("all", sum(rows.values(), collections.Counter()))]
+    ]
+    return [
+        f"| {' | '.join(line)} |"
+        for line in [["fault", *COLUMNS], ["---"] * (1 + len(COLUMNS)), *lines]
+    ]
 
 
 if __name__ == "__main__":

@@ -1,21 +1,24 @@
-"""The PyTorch peer: Diffusers' Wan transformer and VAE, PEFT LoRA, driven as Flow-GRPO's Wan script drives them.
+"""The PyTorch peer: Diffusers' Wan transformer and VAE, PEFT LoRA, driven as Flow-GRPO's Wan script
+drives them.
 
-    python -m benchmarks.peer --task=steps --mode=autocast --size=1.3b [--height 512 ... as full_size] [--json FILE]
-    python -m benchmarks.peer --task=decode --mode=autocast|bf16 --height 480 --width 832 --frames 81 --batch 1
-    python -m benchmarks.peer --task=epoch --mode=autocast --guidance 4.5 --kl 0.004 [--groups 3 --group_size 12]
+    python -m benchmarks.peer --task=steps --mode=autocast --size=1.3b [--height 512 ... as
+    full_size] [--json FILE] python -m benchmarks.peer --task=decode --mode=autocast|bf16 --height
+    480 --width 832 --frames 81 --batch 1 python -m benchmarks.peer --task=epoch --mode=autocast
+    --guidance 4.5 --kl 0.004 [--groups 3 --group_size 12]
 
-Modes: `autocast`, what that script does: weights in fp32 under bf16 autocast. `bf16`: weights and adapters in bf16, but
-what Diffusers keeps in fp32, without autocast. `bf16-compile`: the same with every block through `torch.compile`.
-`fp32`: without autocast, for checks against ours.
-All: LoRA rank 32 on to_q, to_k, to_v, to_out.0, gradient checkpointing, two forward passes for guidance, the reference
-by switching the adapters off, one SDE step trained at a time with a backward pass each, gradient clipping, AdamW.
-Weights are random and drawn on the device.
+Modes: `autocast`, what that script does: weights in fp32 under bf16 autocast. `bf16`: weights and
+adapters in bf16, but what Diffusers keeps in fp32, without autocast. `bf16-compile`: the same with
+every block through `torch.compile`. `fp32`: without autocast, for checks against ours. All: LoRA
+rank 32 on to_q, to_k, to_v, to_out.0, gradient checkpointing, two forward passes for guidance, the
+reference by switching the adapters off, one SDE step trained at a time with a backward pass each,
+gradient clipping, AdamW. Weights are random and drawn on the device.
 
-steps: a rollout step (forward, SDE step, log-prob) and an update over two trained steps, divided by two. decode:
-latents to uint8 frames on the host, VAE in fp32, or in bf16 with cuDNN's search for the fastest convolutions. epoch:
-sample all steps, decode in fp32, score, advantages, update. As in the script, a batch's scores are computed by one of
-8 threads while the next batch samples, every fourth frame, and awaited before the update. Text encoding is left out,
-and so are its moving average and its logging. Medians after a warm-up; the epoch once, after a short one.
+steps: a rollout step (forward, SDE step, log-prob) and an update over two trained steps, divided by
+two. decode: latents to uint8 frames on the host, VAE in fp32, or in bf16 with cuDNN's search for
+the fastest convolutions. epoch: sample all steps, decode in fp32, score, advantages, update. As in
+the script, a batch's scores are computed by one of 8 threads while the next batch samples, every
+fourth frame, and awaited before the update. Text encoding is left out, and so are its moving
+average and its logging. Medians after a warm-up; the epoch once, after a short one.
 """
 
 import contextlib
@@ -76,7 +79,9 @@ def weight_dtype(mode: str) -> torch.dtype:
     return torch.bfloat16 if mode.startswith("bf16") else torch.float32
 
 
-def make_transformer(config: TransformerConfig, dtype: torch.dtype, device: str) -> WanTransformer3DModel:
+def make_transformer(
+    config: TransformerConfig, dtype: torch.dtype, device: str
+) -> WanTransformer3DModel:
     """Random weights in the types that `from_pretrained(torch_dtype=dtype)` gives them."""
     with drawn_as(dtype, device):
         model = WanTransformer3DModel(**dataclasses.asdict(config))
@@ -89,12 +94,25 @@ def make_transformer(config: TransformerConfig, dtype: torch.dtype, device: str)
 class Policy:
     """The transformer with adapters in one of the modes, and its steps through the schedule."""
 
-    def __init__(self, transformer: WanTransformer3DModel, mode: str, schedule: Schedule, guidance: float,
-                 compiler: str = "inductor"):
+    def __init__(
+        self,
+        transformer: WanTransformer3DModel,
+        mode: str,
+        schedule: Schedule,
+        guidance: float,
+        compiler: str = "inductor",
+    ):
         transformer.requires_grad_(False)
-        self.model = get_peft_model(transformer, LoraConfig(
-            r=workload.RANK, lora_alpha=workload.ALPHA, init_lora_weights="gaussian",
-            target_modules=["to_q", "to_k", "to_v", "to_out.0"]), autocast_adapter_dtype=False)
+        self.model = get_peft_model(
+            transformer,
+            LoraConfig(
+                r=workload.RANK,
+                lora_alpha=workload.ALPHA,
+                init_lora_weights="gaussian",
+                target_modules=["to_q", "to_k", "to_v", "to_out.0"],
+            ),
+            autocast_adapter_dtype=False,
+        )
         transformer.enable_gradient_checkpointing()
         if mode == "bf16-compile":
             for block in transformer.blocks:
@@ -107,10 +125,15 @@ class Policy:
 
     def velocity(self, x, i: int, text: Text):
         """fp32; with guidance v_u + guidance (v_c - v_u), a forward pass each."""
+
         def forward(embeddings):
             t = torch.full((len(x),), self.timesteps[i], device=x.device).long()
-            return self.model(hidden_states=x.to(self.dtype), timestep=t,
-                              encoder_hidden_states=embeddings.to(self.dtype), return_dict=False)[0].float()
+            return self.model(
+                hidden_states=x.to(self.dtype),
+                timestep=t,
+                encoder_hidden_states=embeddings.to(self.dtype),
+                return_dict=False,
+            )[0].float()
 
         with torch.autocast(self.device, torch.bfloat16, enabled=self.mode == "autocast"):
             conditional = forward(text.embeddings)
@@ -139,7 +162,9 @@ class Policy:
         loss = torch.maximum(-advantages * ratio, -advantages * clipped).mean()
         if kl > 0:
             with torch.no_grad(), self.model.disable_adapter():
-                reference, _ = self.gaussian(kept.x, self.velocity(kept.x, kept.step, text), kept.step)
+                reference, _ = self.gaussian(
+                    kept.x, self.velocity(kept.x, kept.step, text), kept.step
+                )
             loss = loss + kl * ((mean - reference) ** 2).mean() / (2 * std**2)
         return loss, ratio.detach()
 
@@ -164,7 +189,7 @@ def log_prob(x_next, mean, std: float):
     return -0.5 * (z * z).mean(1) - math.log(std) - 0.5 * math.log(2 * math.pi)
 
 
-# ---- measuring ------------------------------------------------------------------------------------------------------
+# ---- measuring -----------------------------------------------------------------------------------
 def wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -187,9 +212,11 @@ def peak_bytes(device: str) -> int | None:
 
 
 def random_text(config: TransformerConfig, batch: int, device: str) -> Text:
-    """Normal numbers in the prompts' rows, zeros in the padding; the negative prompt is repeated for the batch."""
+    """Normal numbers in the prompts' rows, zeros in the padding; the negative prompt is repeated
+    for the batch.
+    """
     rows = torch.zeros(batch + 1, workload.TEXT_ROWS, config.text_dim, device=device)
-    rows[:, :workload.TEXT] = torch.randn(batch + 1, workload.TEXT, config.text_dim, device=device)
+    rows[:, : workload.TEXT] = torch.randn(batch + 1, workload.TEXT, config.text_dim, device=device)
     return Text(rows[:batch], rows[batch:].repeat(batch, 1, 1))
 
 
@@ -206,14 +233,21 @@ def make_policy(f, config: TransformerConfig, device: str, steps: int) -> Policy
 
 
 def measure_steps(f, device: str) -> tuple[dict[str, Stage], tuple[float, float]]:
-    """Seconds and peak memory of a rollout step and of a trained step, and the first update's ratio."""
+    """Seconds and peak memory of a rollout step and of a trained step, and the first update's
+    ratio.
+    """
     config = workload.transformer_config(f.size)
     policy = make_policy(f, config, device, workload.STEPS)
     text, x = random_text(config, f.batch, device), latents(f, device)
-    flops = workload.batch_flops(config, workload.latent_shape(f.frames, f.height, f.width), f.batch, f.guidance)
+    flops = workload.batch_flops(
+        config, workload.latent_shape(f.frames, f.height, f.width), f.batch, f.guidance
+    )
     policy.model.eval()
-    stages = {"rollout": Stage.of(timed(lambda: policy.sample(x, 3, text), f.repeats, device), peak_bytes(device),
-                                  flops)}
+    stages = {
+        "rollout": Stage.of(
+            timed(lambda: policy.sample(x, 3, text), f.repeats, device), peak_bytes(device), flops
+        )
+    }
     print(f"rollout step: {stages['rollout']}", flush=True)
     kept = [policy.sample(x, i, text) for i in workload.TRAINED]
     batches = [(kept, text, torch.randn(f.batch, device=device))]
@@ -224,13 +258,17 @@ def measure_steps(f, device: str) -> tuple[dict[str, Stage], tuple[float, float]
     return stages, (float(ratios[0].min()), float(ratios[0].max()))
 
 
-# ---- decoding -------------------------------------------------------------------------------------------------------
+# ---- decoding ------------------------------------------------------------------------------------
 def make_decoder(dtype: torch.dtype, device: str, **settings):
-    """latents fp32 [B, C, F, H, W] -> uint8 [B, T, H, W, 3] on the host, with random weights; settings of the VAE."""
+    """latents fp32 [B, C, F, H, W] -> uint8 [B, T, H, W, 3] on the host, with random weights;
+    settings of the VAE.
+    """
     with drawn_as(dtype, device):
         vae = AutoencoderKLWan(**settings).eval().requires_grad_(False)
-    mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1, 1)
-                 for v in (vae.config.latents_mean, vae.config.latents_std))
+    mean, std = (
+        torch.tensor(v, device=device).view(1, -1, 1, 1, 1)
+        for v in (vae.config.latents_mean, vae.config.latents_std)
+    )
 
     @torch.no_grad()
     def decode(x) -> np.ndarray:
@@ -255,7 +293,7 @@ def vae_settings(size: str) -> dict:
     return {"base_dim": 8, "num_res_blocks": 1} if size == "tiny" else {}
 
 
-# ---- the epoch ------------------------------------------------------------------------------------------------------
+# ---- the epoch -----------------------------------------------------------------------------------
 class Scorer:
     """Threads, each with a reader of its own; a batch is one thread's task."""
 
@@ -268,20 +306,27 @@ class Scorer:
     def score(self, videos: np.ndarray, targets) -> list[float]:
         if not hasattr(self.local, "reward"):
             self.local.reward = self.make()
-        return [self.local.reward.score(video, target).value for video, target in zip(videos, targets)]
+        return [
+            self.local.reward.score(video, target).value for video, target in zip(videos, targets)
+        ]
 
     def submit(self, videos: np.ndarray, targets):
         return self.threads.submit(self.score, videos, targets)
 
 
 def measure_epoch(f, device: str) -> dict[str, Stage]:
-    """One epoch's seconds by stage. Drawn signs are scored in place of the decoded videos (`workload.signs`)."""
+    """One epoch's seconds by stage. Drawn signs are scored in place of the decoded videos
+    (`workload.signs`).
+    """
     config = workload.transformer_config(f.size)
     policy, scorer = make_policy(f, config, device, f.steps), Scorer(f.readers)
     decode = make_decoder(torch.float32, device, **vae_settings(f.size))
     targets = [target for _, target in workload.prompts(f.groups) for _ in range(f.group_size)]
     rows = workload.epoch_rows(f.groups, f.group_size, f.batch, f.updates)
-    pictures = [workload.signs([targets[i] for i in r], f.frames, f.height, f.width, b) for b, r in enumerate(rows)]
+    pictures = [
+        workload.signs([targets[i] for i in r], f.frames, f.height, f.width, b)
+        for b, r in enumerate(rows)
+    ]
     texts = [random_text(config, f.batch, device) for _ in rows]
 
     def sample(text, steps: int) -> list[Kept]:
@@ -293,7 +338,12 @@ def measure_epoch(f, device: str) -> dict[str, Stage]:
 
     kept = sample(texts[0], 2)  # the warm-up; every thread builds its reader
     decode(kept[-1].x_next)
-    list(scorer.threads.map(lambda _: (scorer.score(pictures[0][:1], targets[:1]), time.sleep(0.5)), range(f.readers)))
+    list(
+        scorer.threads.map(
+            lambda _: (scorer.score(pictures[0][:1], targets[:1]), time.sleep(0.5)),
+            range(f.readers),
+        )
+    )
     policy.update([(kept, texts[0], torch.randn(f.batch, device=device))], f.kl)
     wait(device)
 
@@ -305,14 +355,21 @@ def measure_epoch(f, device: str) -> dict[str, Stage]:
         decode(batches[-1][-1].x_next)
         clock("decode")
         pending.append(scorer.submit(picture, [targets[i] for i in r]))
-    rewards = np.concatenate([scores.result() for scores in pending]).reshape(f.groups, f.group_size)
+    rewards = np.concatenate([scores.result() for scores in pending]).reshape(
+        f.groups, f.group_size
+    )
     clock("score wait")
     advantages = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True) + 1e-4)
-    advantages = torch.tensor(advantages.clip(-ADVANTAGE_CLIP, ADVANTAGE_CLIP), dtype=torch.float32, device=device)
-    work = [(kept[:f.trained], text, advantages.flatten()[r.tolist()]) for kept, text, r in zip(batches, texts, rows)]
+    advantages = torch.tensor(
+        advantages.clip(-ADVANTAGE_CLIP, ADVANTAGE_CLIP), dtype=torch.float32, device=device
+    )
+    work = [
+        (kept[: f.trained], text, advantages.flatten()[r.tolist()])
+        for kept, text, r in zip(batches, texts, rows)
+    ]
     size = len(work) // f.updates
     for first in range(0, len(work), size):
-        policy.update(work[first:first + size], f.kl)
+        policy.update(work[first : first + size], f.kl)
     clock("update")
     return clock.stages(len(targets), peak_bytes(device))
 
@@ -342,8 +399,11 @@ def measure(f) -> Record:
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = True  # as the script
     kind = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    print(f"peer {f.task}: {f.size}, {f.mode}, {f.batch} x {f.frames} x {f.height} x {f.width}, guidance {f.guidance}, "
-          f"{kind}, torch {torch.__version__}", flush=True)
+    print(
+        f"peer {f.task}: {f.size}, {f.mode}, {f.batch} x {f.frames} x {f.height} x {f.width}, "
+        f"guidance {f.guidance}, {kind}, torch {torch.__version__}",
+        flush=True,
+    )
     ratio = None
     if f.task == "steps":
         stages, ratio = measure_steps(f, device)
@@ -363,6 +423,10 @@ if __name__ == "__main__":
     flags.DEFINE_enum("task", "steps", ["steps", "decode", "epoch"], "what to measure")
     flags.DEFINE_enum("mode", "autocast", MODES, "weights and compilation")
     flags.DEFINE_integer("readers", 8, "threads that score; the script has 8")
-    flags.DEFINE_string("attention", None, "Diffusers' attention backend, e.g. _native_cudnn; None: PyTorch's choice")
+    flags.DEFINE_string(
+        "attention",
+        None,
+        "Diffusers' attention backend, e.g. _native_cudnn; None: PyTorch's choice",
+    )
     flags.DEFINE_string("compiler", "inductor", "backend of torch.compile")
     app.run(main)

@@ -1,11 +1,14 @@
-"""Writes a model of the family with random weights in Diffusers layout, at full size, without PyTorch.
+"""Writes a model of the family with random weights in Diffusers layout, at full size, without
+PyTorch.
 
-    python -m benchmarks.random_model --model wan2.1-14b --out /tmp/wan-14b [--dtype bfloat16] [--link_expert]
+    python -m benchmarks.random_model --model wan2.1-14b --out /tmp/wan-14b [--dtype bfloat16]
+    [--link_expert]
 
-Sharded safetensors with an index, as published (files of 5 GB); the tokenizer is the small one of `assets/tiny-wan`.
-Matrices keep the variance, norm weights are 1, the rest is small. Values come from one block of random numbers read
-from changing places, for speed: pictures made with it are noise. --link_expert: the second expert is a link to the
-first one, where the disk is too small for two.
+Sharded safetensors with an index, as published (files of 5 GB); the tokenizer is the small one of
+`assets/tiny-wan`. Matrices keep the variance, norm weights are 1, the rest is small. Values come
+from one block of random numbers read from changing places, for speed: pictures made with it are
+noise. --link_expert: the second expert is a link to the first one, where the disk is too small for
+two.
 """
 
 import dataclasses
@@ -41,7 +44,9 @@ class Values:
         if deviation not in self.scaled:
             self.scaled[deviation] = (self.block * deviation).astype(self.dtype)
         start = int(self.rng.integers(BLOCK))
-        return np.resize(np.roll(self.scaled[deviation].view(f"u{self.dtype.itemsize}"), start), shape).view(self.dtype)
+        return np.resize(
+            np.roll(self.scaled[deviation].view(f"u{self.dtype.itemsize}"), start), shape
+        ).view(self.dtype)
 
 
 def tensor(entry: key_table.Entry, values: Values) -> np.ndarray:
@@ -54,8 +59,14 @@ def tensor(entry: key_table.Entry, values: Values) -> np.ndarray:
 def write_component(folder: pathlib.Path, component: str, config, values: Values) -> int:
     """Config, weights and index; returns the tensors' bytes."""
     folder.mkdir(parents=True)
-    settings = {"transformer": sizes.TRANSFORMER, "vae": sizes.VAE, "text_encoder": sizes.TEXT_ENCODER}[component]
-    (folder / "config.json").write_text(json.dumps(settings | dataclasses.asdict(config), indent=2) + "\n")
+    settings = {
+        "transformer": sizes.TRANSFORMER,
+        "vae": sizes.VAE,
+        "text_encoder": sizes.TEXT_ENCODER,
+    }[component]
+    (folder / "config.json").write_text(
+        json.dumps(settings | dataclasses.asdict(config), indent=2) + "\n"
+    )
     shapes = {k: v.shape for k, v in P.flatten(model_dir.abstract(component, config)[1]).items()}
     table = sorted(key_table.entries(component, shapes), key=lambda e: e.key)
     shards, filled = [[]], 0
@@ -70,7 +81,9 @@ def write_component(folder: pathlib.Path, component: str, config, values: Values
     for i, shard in enumerate(shards, 1):
         number = f"-{i:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         name = f"{STEMS[component]}{number}.safetensors"
-        save_file({e.key: tensor(e, values) for e in shard}, folder / name, metadata={"format": "pt"})
+        save_file(
+            {e.key: tensor(e, values) for e in shard}, folder / name, metadata={"format": "pt"}
+        )
         weight_map |= {entry.key: name for entry in shard}
     total = sum(math.prod(e.shape) for e in table) * values.dtype.itemsize
     if len(shards) > 1:
@@ -82,16 +95,22 @@ def write_component(folder: pathlib.Path, component: str, config, values: Values
 def write(out, preset: Preset, dtype: str = "bfloat16", link_expert: bool = False) -> int:
     """The whole folder; the VAE is in float32. Returns the bytes of all tensors written."""
     out = pathlib.Path(out)
-    parts = {"text_encoder": preset.text_encoder, "vae": preset.vae} | dict.fromkeys(preset.experts, preset.transformer)
+    parts = {"text_encoder": preset.text_encoder, "vae": preset.vae} | dict.fromkeys(
+        preset.experts, preset.transformer
+    )
     values, total = {name: Values(d) for name, d in DTYPES.items()}, 0
     for name, config in parts.items():
         if name == "transformer_2" and link_expert:
             (out / name).symlink_to("transformer")
         else:
             kind = name.removesuffix("_2")
-            total += write_component(out / name, kind, config, values["float32" if name == "vae" else dtype])
-    index = sizes.MODEL_INDEX | ({"boundary_ratio": preset.boundary, "expand_timesteps": preset.expand_timesteps}
-                                 | {name: sizes.MODEL_INDEX["transformer"] for name in preset.experts})
+            total += write_component(
+                out / name, kind, config, values["float32" if name == "vae" else dtype]
+            )
+    index = sizes.MODEL_INDEX | (
+        {"boundary_ratio": preset.boundary, "expand_timesteps": preset.expand_timesteps}
+        | {name: sizes.MODEL_INDEX["transformer"] for name in preset.experts}
+    )
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     (out / "scheduler").mkdir()
     scheduler = sizes.SCHEDULER | {"flow_shift": preset.flow_shift}

@@ -1,11 +1,14 @@
-"""Several GPUs beside one: rollout step and update of `benchmarks.full_size`, a process for each number of GPUs.
+"""Several GPUs beside one: rollout step and update of `benchmarks.full_size`, a process for each
+number of GPUs.
 
-    python -m benchmarks.scaling --out build/scaling [--works 1.3b-data,14b-full] [--devices 1,2] [--limit 300]
+    python -m benchmarks.scaling --out build/scaling [--works 1.3b-data,14b-full] [--devices 1,2]
+    [--limit 300]
 
-Works on the axis `data` give every GPU as many videos as one has alone, so that n GPUs at their best do n times the
-videos in the same time; works on `context` have one video on all of them, at their best in an n-th of the time. Works
-on `fsdp` only run on as many as the model needs. Times one are in videos a second. OUT/results.json is written after
-every process, and a second call adds to it; `--works=` alone prints the table again.
+Works on the axis `data` give every GPU as many videos as one has alone, so that n GPUs at their
+best do n times the videos in the same time; works on `context` have one video on all of them, at
+their best in an n-th of the time. Works on `fsdp` only run on as many as the model needs. Times one
+are in videos a second. OUT/results.json is written after every process, and a second call adds to
+it; `--works=` alone prints the table again.
 """
 
 import dataclasses
@@ -37,25 +40,58 @@ class Work:
 
     def command(self, devices: int, *extra: str) -> list[str]:
         split = [] if self.axis == "data" else [f"--{self.axis}={devices}"]
-        return [sys.executable, "-m", "benchmarks.full_size", *self.arguments.split(), f"--devices={devices}", *split,
-                f"--batch={self.videos(devices)}", *extra]
+        return [
+            sys.executable,
+            "-m",
+            "benchmarks.full_size",
+            *self.arguments.split(),
+            f"--devices={devices}",
+            *split,
+            f"--batch={self.videos(devices)}",
+            *extra,
+        ]
 
 
 WORKS = {
     "1.3b-data": Work("1.3B, LoRA, 9 x 1 x 512 x 512 a GPU", "data", f"--size=1.3b {IMAGE}", 9),
-    "1.3b-data-full": Work("1.3B, all weights, 9 x 1 x 512 x 512 a GPU", "data", f"--size=1.3b {IMAGE} --full", 9),
+    "1.3b-data-full": Work(
+        "1.3B, all weights, 9 x 1 x 512 x 512 a GPU", "data", f"--size=1.3b {IMAGE} --full", 9
+    ),
     "14b-data": Work("14B, LoRA, 9 x 1 x 512 x 512 a GPU", "data", f"--size=14b {IMAGE}", 9),
-    "14b-full": Work("14B, all weights, 9 x 1 x 512 x 512 a GPU", "fsdp", f"--size=14b {IMAGE} --full --remat=block", 9,
-                     (4,)),
-    "14b-full-offload": Work("14B, all weights, optimiser on the host, 9 x 1 x 512 x 512 a GPU", "fsdp",
-                             f"--size=14b {IMAGE} --full --remat=block --offload_optimiser --repeats=1", 9, (2, 4)),
-    "a14b-full-offload": Work("A14B, all weights of both, optimiser on the host, 9 x 1 x 512 x 512 a GPU", "fsdp",
-                              f"--size=14b {IMAGE} --experts=2 --full --remat=block --offload_optimiser --repeats=1", 9,
-                              (4,)),
-    "1.3b-context": Work("1.3B, LoRA, one video of 81 x 480 x 832", "context",
-                         "--size=1.3b --height=480 --width=832 --frames=81 --remat=block --repeats=3", 1),
-    "tiny-data": Work("tiny, LoRA, 2 x 1 x 32 x 32 a GPU", "data", "--size=tiny --height=32 --width=32 --frames=1", 2,
-                      (1, 2)),
+    "14b-full": Work(
+        "14B, all weights, 9 x 1 x 512 x 512 a GPU",
+        "fsdp",
+        f"--size=14b {IMAGE} --full --remat=block",
+        9,
+        (4,),
+    ),
+    "14b-full-offload": Work(
+        "14B, all weights, optimiser on the host, 9 x 1 x 512 x 512 a GPU",
+        "fsdp",
+        f"--size=14b {IMAGE} --full --remat=block --offload_optimiser --repeats=1",
+        9,
+        (2, 4),
+    ),
+    "a14b-full-offload": Work(
+        "A14B, all weights of both, optimiser on the host, 9 x 1 x 512 x 512 a GPU",
+        "fsdp",
+        f"--size=14b {IMAGE} --experts=2 --full --remat=block --offload_optimiser --repeats=1",
+        9,
+        (4,),
+    ),
+    "1.3b-context": Work(
+        "1.3B, LoRA, one video of 81 x 480 x 832",
+        "context",
+        "--size=1.3b --height=480 --width=832 --frames=81 --remat=block --repeats=3",
+        1,
+    ),
+    "tiny-data": Work(
+        "tiny, LoRA, 2 x 1 x 32 x 32 a GPU",
+        "data",
+        "--size=tiny --height=32 --width=32 --frames=1",
+        2,
+        (1, 2),
+    ),
 }
 
 
@@ -72,27 +108,53 @@ def row(work: Work, records: dict[int, Record], devices: int) -> str:
     cells, reached = [work.title, f"{work.axis} {devices}"], []
     for stage in STAGES:
         times = times_one(work, records, devices, stage)
-        cells += [f"{stages[stage].ms:.1f}", f"{stages[stage].tflops:.0f}", "" if times is None else f"{times:.2f}"]
+        cells += [
+            f"{stages[stage].ms:.1f}",
+            f"{stages[stage].tflops:.0f}",
+            "" if times is None else f"{times:.2f}",
+        ]
         if work.axis == "data" and devices in BARS and times is not None:
             reached.append(f"{stage} {BARS[devices]:g}: {verdict(times >= BARS[devices])}")
     peak = stages["update"].peak_gib
-    return "| " + " | ".join([*cells, "" if peak is None else f"{peak:.1f}", "; ".join(reached)]) + " |"
+    return (
+        "| "
+        + " | ".join([*cells, "" if peak is None else f"{peak:.1f}", "; ".join(reached)])
+        + " |"
+    )
 
 
-HEAD = ("work", "GPUs", "rollout, ms", "TFLOP/s a GPU", "x one", "update, ms", "TFLOP/s a GPU", "x one", "peak GiB",
-        "bars")
+HEAD = (
+    "work",
+    "GPUs",
+    "rollout, ms",
+    "TFLOP/s a GPU",
+    "x one",
+    "update, ms",
+    "TFLOP/s a GPU",
+    "x one",
+    "peak GiB",
+    "bars",
+)
 
 
 def table(results: dict[str, dict]) -> str:
-    """Markdown: a row for each number of GPUs, then first ratios, devices and software, and what failed."""
+    """Markdown: a row for each number of GPUs, then first ratios, devices and software, and what
+    failed.
+    """
     lines, notes = ["| " + " | ".join(HEAD) + " |", "|---|---|" + "--:|" * 7 + "---|"], set()
     for name in (name for name in WORKS if name in results):
         work, found = WORKS[name], results[name]
         records = {int(n): Record.from_dict(v) for n, v in found.items() if "failed" not in v}
         lines += [row(work, records, n) for n in sorted(records)]
-        notes |= {f"- {work.title}, {n} GPUs: failed, {v['failed']}" for n, v in found.items() if "failed" in v}
-        notes |= {f"- {work.title}, {n} GPUs: first update's ratio {r.ratio[0]:.7f} to {r.ratio[1]:.7f}"
-                  for n, r in records.items()}
+        notes |= {
+            f"- {work.title}, {n} GPUs: failed, {v['failed']}"
+            for n, v in found.items()
+            if "failed" in v
+        }
+        notes |= {
+            f"- {work.title}, {n} GPUs: first update's ratio {r.ratio[0]:.7f} to {r.ratio[1]:.7f}"
+            for n, r in records.items()
+        }
         notes |= {f"- {r.device}, {r.software}" for r in records.values()}
     return "\n".join([*lines, "", *sorted(notes)])
 
@@ -102,13 +164,19 @@ def main(_):
     folder = pathlib.Path(f.out).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     path, record = folder / "results.json", folder / "record.json"
-    results, end = json.loads(path.read_text()) if path.is_file() else {}, time.monotonic() + f.limit
+    results, end = (
+        json.loads(path.read_text()) if path.is_file() else {},
+        time.monotonic() + f.limit,
+    )
     for name in f.works:
         for devices in (n for n in WORKS[name].devices if str(n) in f.devices):
             record.unlink(missing_ok=True)
-            failed = run(WORKS[name].command(devices, f"--json={record}"), folder, end - time.monotonic())
-            results.setdefault(name, {})[str(devices)] = ({"failed": failed} if failed else
-                                                          json.loads(record.read_text()))
+            failed = run(
+                WORKS[name].command(devices, f"--json={record}"), folder, end - time.monotonic()
+            )
+            results.setdefault(name, {})[str(devices)] = (
+                {"failed": failed} if failed else json.loads(record.read_text())
+            )
             path.write_text(json.dumps(results, indent=2) + "\n")
     print(table(results))
 
@@ -118,5 +186,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("works", [name for name in WORKS if name != "tiny-data"], "which works")
     flags.DEFINE_list("devices", ["1", "2", "4"], "numbers of GPUs")
     flags.DEFINE_float("limit", 900, "seconds for all of them")
-    flags.register_validator("works", lambda names: set(names) <= set(WORKS), f"known are {', '.join(WORKS)}")
+    flags.register_validator(
+        "works", lambda names: set(names) <= set(WORKS), f"known are {', '.join(WORKS)}"
+    )
     app.run(main)

@@ -2,10 +2,12 @@
 
     python -m benchmarks.server_attacks [--mutations=2000] [--seed=0]
 
-Needs no accelerator and takes about a minute. A row per group: how many inputs or connections were tried, and how many
-were answered rightly; what was not is printed. Rightly means for the server: a status that the wire format names,
+Needs no accelerator and takes about a minute. A row per group: how many inputs or connections were
+tried, and how many were answered rightly; what was not is printed. Rightly means for the server: a
+status that the wire format names,
     within
-seconds, and a good request is still scored. For the client: a score, or an error of the video alone,
+seconds, and a good request is still scored. For the client: a score, or an error of the video
+alone,
     within the timeout.
 The servers' logs must hold no traceback. Exit code 1 where anything was not as it should be.
 """
@@ -72,16 +74,19 @@ class Tally:
         return f"| {self.name} | {self.tried} | {self.tried - len(self.wrong)} | {seen} |"
 
 
-# --- the server ---------------------------------------------------------------------------------------------
+# --- the server -----------------------------------------------------------------------------------
 
 Address = tuple[str, int]
 
 
 def ask(address: Address, data: bytes, leave: bool = False) -> int | str:
-    """The status of the answer to `data`; "closed" where there is none, "hung" where nothing happens for long."""
+    """The status of the answer to `data`; "closed" where there is none, "hung" where nothing
+    happens for long.
+    """
     try:
         with socket.create_connection(address, timeout=REQUEST_SECONDS) as sock:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # an answer may have come before the end
+            # an answer may have come before the end
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 sock.sendall(data)
             if leave:
                 return "left"
@@ -99,16 +104,26 @@ def ask(address: Address, data: bytes, leave: bool = False) -> int | str:
 
 
 def attack_with_requests(address: Address, mutations: int, seed: int) -> list[Tally]:
-    """Inputs with the token, and all of them without it. The server must have been made with `TOKEN`."""
+    """Inputs with the token, and all of them without it. The server must have been made with
+    `TOKEN`.
+    """
     http, bodies = Tally("malformed HTTP"), Tally("malformed bodies")
-    random_bodies, strangers = Tally("bodies with random changes"), Tally("the same without the token")
+    random_bodies, strangers = (
+        Tally("bodies with random changes"),
+        Tally("the same without the token"),
+    )
     for name, data in malformed_http():
         status = ask(address, data)
         http.add(name, status, status in (*MALFORMED, 501))
-    for tally, cases in ((bodies, malformed_bodies()), (random_bodies, mutated_bodies(mutations, seed))):
+    for tally, cases in (
+        (bodies, malformed_bodies()),
+        (random_bodies, mutated_bodies(mutations, seed)),
+    ):
         for name, body in cases:
             status = ask(address, whole(body))
-            tally.add(name, status, status in MALFORMED or (tally is random_bodies and status == 200))
+            tally.add(
+                name, status, status in MALFORMED or (tally is random_bodies and status == 200)
+            )
     for name, body in malformed_bodies():
         status = ask(address, whole(body, token="wrong"))
         strangers.add(name, status, status == 401)
@@ -128,7 +143,9 @@ def attack_by_leaving(address: Address, count: int = 30) -> Tally:
 
 
 def attack_with_connections(address: Address, seconds: float, count: int = 100) -> Tally:
-    """Silent and half-sent connections; each must be closed within `seconds`, and clients answered meanwhile."""
+    """Silent and half-sent connections; each must be closed within `seconds`, and clients answered
+    meanwhile.
+    """
     tally = Tally("connections without a request")
     starts = (
         b"",
@@ -137,7 +154,10 @@ def attack_with_connections(address: Address, seconds: float, count: int = 100) 
         head("Transfer-Encoding: chunked", token="wrong"),
     )
     with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(socket.create_connection(address, timeout=seconds)) for _ in range(count)]
+        socks = [
+            stack.enter_context(socket.create_connection(address, timeout=seconds))
+            for _ in range(count)
+        ]
         for number, sock in enumerate(socks):
             with contextlib.suppress(ConnectionError):  # closed to make room
                 sock.sendall(starts[number % len(starts)])
@@ -160,7 +180,9 @@ def attack_with_connections(address: Address, seconds: float, count: int = 100) 
 
 
 def attack_with_flood(address: Address, count: int = 50) -> Tally:
-    """Connections opened as fast as one thread can, the last 1500 of them kept, while a client sends requests."""
+    """Connections opened as fast as one thread can, the last 1500 of them kept, while a client
+    sends requests.
+    """
     tally, stop, opened = Tally("requests during a flood of connections"), threading.Event(), 0
 
     def flood() -> None:
@@ -187,11 +209,16 @@ def attack_with_flood(address: Address, count: int = 50) -> Tally:
 
 
 def attack_memory(address: Address, process: int, count: int = 12) -> Tally:
-    """Bodies of 32 MiB less a byte, all but their last bytes: a server with --max_memory_mib=64 takes two of them."""
+    """Bodies of 32 MiB less a byte, all but their last bytes: a server with --max_memory_mib=64
+    takes two of them.
+    """
     tally = Tally("12 uploads of 32 MiB, --max_memory_mib=64")
     size, before = (32 << 20) - 1, resident(process)
     with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(socket.create_connection(address, timeout=REQUEST_SECONDS)) for _ in range(count)]
+        socks = [
+            stack.enter_context(socket.create_connection(address, timeout=REQUEST_SECONDS))
+            for _ in range(count)
+        ]
         for sock in socks:
             sock.sendall(head(length=size) + bytes(size - 1))
         time.sleep(1.0)
@@ -205,24 +232,41 @@ def attack_memory(address: Address, process: int, count: int = 12) -> Tally:
                 statuses.append("taken")
     for status in statuses:
         tally.add("upload", status, status in (503, 408, "taken") and statuses.count("taken") <= 2)
-    tally.add("memory", "memory within 100 MiB" if grown < 100 << 20 else f"{grown >> 20} MiB", grown < 100 << 20)
+    tally.add(
+        "memory",
+        "memory within 100 MiB" if grown < 100 << 20 else f"{grown >> 20} MiB",
+        grown < 100 << 20,
+    )
     return tally
 
 
 def resident(process: int) -> int:
     """Bytes of memory that a process holds."""
-    return int(pathlib.Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(pathlib.Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf(
+        "SC_PAGE_SIZE"
+    )
 
 
 @contextlib.contextmanager
 def serving(
     *options: str, files: int | None = None, port: int = 0
 ) -> Iterator[tuple[Address, subprocess.Popen, list[str]]]:
-    """`python -m rewards.server` as a process: (address, process, lines of its log, complete at the end)."""
+    """`python -m rewards.server` as a process: (address, process, lines of its log, complete at the
+    end).
+    """
     limit = ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh"] if files else []
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            [*limit, sys.executable, "-m", "rewards.server", f"--port={port}", "--workers=1", *MEASURE, *options],
+            [
+                *limit,
+                sys.executable,
+                "-m",
+                "rewards.server",
+                f"--port={port}",
+                "--workers=1",
+                *MEASURE,
+                *options,
+            ],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
@@ -250,7 +294,7 @@ def check_log(name: str, lines: list[str], most: int) -> Tally:
     return tally
 
 
-# --- the client ---------------------------------------------------------------------------------------------
+# --- the client -----------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -289,29 +333,43 @@ def attack_client_with_answers(timeout: float = 0.3) -> Tally:
     for name, start, repeated in bad_answers():
         with answering(http_answer(HEALTH), start, repeated) as url:
             began = time.monotonic()
-            reward = RemoteReward([url], timeout=timeout, retries=0, patience=0.2, first_pause=0.05, bounds=(0.0, 1.0))
+            reward = RemoteReward(
+                [url], timeout=timeout, retries=0, patience=0.2, first_pause=0.05, bounds=(0.0, 1.0)
+            )
             try:
                 with RewardPool(lambda reward=reward: reward, 1, "thread") as pool:
                     scores = pool.submit(VIDEOS[:1], [["a"]]).result(timeout=REQUEST_SECONDS)
-                outcome = "masked" if (scores.failures, scores.valid.tolist()) == (1, [False]) else f"{scores.values}"
+                outcome = (
+                    "masked"
+                    if (scores.failures, scores.valid.tolist()) == (1, [False])
+                    else f"{scores.values}"
+                )
             except Exception as error:  # whatever it is, it would have ended the training
                 outcome = f"{type(error).__name__}: {error}"
             seconds = time.monotonic() - began
             slow = seconds > 2 * timeout + 3
-            tally.add(name, f"{seconds:.1f} s" if slow else outcome, outcome == "masked" and not slow)
+            tally.add(
+                name, f"{seconds:.1f} s" if slow else outcome, outcome == "masked" and not slow
+            )
     return tally
 
 
 def attack_client_at_the_start() -> Tally:
-    """Health pages, URLs and tokens that cannot be used: one message, which does not repeat a secret."""
+    """Health pages, URLs and tokens that cannot be used: one message, which does not repeat a
+    secret.
+    """
     tally = Tally("bad health pages, URLs and tokens")
 
     def connect(name: str, url: str, token: str = "") -> None:
         try:
-            RemoteReward([url], timeout=0.3, patience=0.2, token=token, expect={"name": "ocr"}).close()
+            RemoteReward(
+                [url], timeout=0.3, patience=0.2, token=token, expect={"name": "ocr"}
+            ).close()
             outcome = "taken"
         except (RewardError, ValueError) as error:
-            outcome = "one message" if "hush" not in str(error) and len(str(error)) < 2000 else f"{error}"
+            outcome = (
+                "one message" if "hush" not in str(error) and len(str(error)) < 2000 else f"{error}"
+            )
         except Exception as error:
             outcome = f"{type(error).__name__}: {error}"
         tally.add(name, outcome, outcome == "one message")
@@ -388,7 +446,7 @@ def attack_with_outage() -> Tally:
     return tally
 
 
-# --- the command --------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 MUTATIONS = flags.DEFINE_integer("mutations", 2000, "bodies with random changes", lower_bound=0)
 SEED = flags.DEFINE_integer("seed", 0, "of the random changes")
@@ -404,13 +462,21 @@ def main(_) -> None:
 
     logging.getLogger("rewards.remote").setLevel(logging.ERROR)  # it warns of every bad answer
     print("| what | tried | as it should be | seen |\n|---|---|---|---|")
-    with serving("--max_mib=32", "--max_memory_mib=64", "--upload_timeout=5") as (address, process, lines):
+    with serving("--max_mib=32", "--max_memory_mib=64", "--upload_timeout=5") as (
+        address,
+        process,
+        lines,
+    ):
         report(*attack_with_requests(address, MUTATIONS.value, SEED.value))
         report(attack_by_leaving(address), attack_memory(address, process.pid))
         report(attack_with_connections(address, seconds=15.0))
     report(check_log("that server", lines, most=200))
     with serving(files=64) as (address, _, lines):
-        report(dataclasses.replace(attack_with_connections(address, 15.0, 300), name="the same, 300 with ulimit -n 64"))
+        report(
+            dataclasses.replace(
+                attack_with_connections(address, 15.0, 300), name="the same, 300 with ulimit -n 64"
+            )
+        )
         report(attack_with_flood(address))
     report(check_log("that server", lines, most=3))
     report(attack_client_with_answers())
@@ -419,8 +485,8 @@ def main(_) -> None:
     wrong = [f"{tally.name}: {what}" for tally in tallies for what in tally.wrong]
     seen = functools.reduce(lambda a, b: a + b, (tally.seen for tally in tallies))
     print(
-        f"\n{sum(tally.tried for tally in tallies)} tried, {len(wrong)} not as they should be; answers of 500: "
-        f"{seen['500']}, hung: {seen['hung']}"
+        f"\n{sum(tally.tried for tally in tallies)} tried, {len(wrong)} not as they should be; "
+        f"answers of 500: {seen['500']}, hung: {seen['hung']}"
     )
     print("\n".join(wrong))
     sys.exit(bool(wrong))

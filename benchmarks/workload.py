@@ -1,4 +1,5 @@
-"""What both sides of a comparison share: sizes, the count of FLOPs, the pictures to score, the record of a measurement.
+"""What both sides of a comparison share: sizes, the count of FLOPs, the pictures to score, the
+record of a measurement.
 
 Imports neither JAX nor PyTorch, so that each side runs in a process without the other.
 """
@@ -38,14 +39,23 @@ def latent_shape(frames: int, height: int, width: int) -> tuple[int, int, int, i
 def forward_flops(c: TransformerConfig, tokens: int) -> float:
     """Matrix-product FLOPs of one video's forward pass, the padded text rows counted once."""
     d = c.num_attention_heads * c.attention_head_dim
-    block = tokens * (6 * 2 * d * d + 2 * 2 * d * c.ffn_dim) + 4 * tokens**2 * d  # q k v o, cross q o, FFN; self
+    # q k v o, cross q o, FFN; self
+    block = tokens * (6 * 2 * d * d + 2 * 2 * d * c.ffn_dim) + 4 * tokens**2 * d
     block += (TEXT + 1) * 2 * 2 * d * d + 4 * tokens * (TEXT + 1) * d  # cross k v; cross attention
     return c.num_layers * block
 
 
-def batch_flops(config: TransformerConfig, shape: tuple[int, ...], batch: int, guidance: float) -> float:
-    """Of a rollout step's forward passes: two for each video with guidance. An update counts three times that."""
-    return batch * forward_flops(config, shape[0] * shape[1] * shape[2] // 4) * (2 if guidance > 1 else 1)
+def batch_flops(
+    config: TransformerConfig, shape: tuple[int, ...], batch: int, guidance: float
+) -> float:
+    """Of a rollout step's forward passes: two for each video with guidance. An update counts three
+    times that.
+    """
+    return (
+        batch
+        * forward_flops(config, shape[0] * shape[1] * shape[2] // 4)
+        * (2 if guidance > 1 else 1)
+    )
 
 
 def define_flags(guidance: float, kl: float) -> None:
@@ -70,11 +80,15 @@ def define_epoch_flags() -> None:
 
 
 def epoch_rows(groups: int, group_size: int, batch: int, updates: int) -> list[np.ndarray]:
-    """The numbers of each batch's videos. Raises ValueError where batches or updates do not come out even."""
+    """The numbers of each batch's videos. Raises ValueError where batches or updates do not come
+    out even.
+    """
     videos = groups * group_size
     if videos % batch or (videos // batch) % updates:
-        raise ValueError(f"groups={groups} x group_size={group_size} videos do not fill a multiple of "
-                         f"updates={updates} batches of batch={batch}; change one of them")
+        raise ValueError(
+            f"groups={groups} x group_size={group_size} videos do not fill a multiple of "
+            f"updates={updates} batches of batch={batch}; change one of them"
+        )
     return [np.arange(start, start + batch) for start in range(0, videos, batch)]
 
 
@@ -89,14 +103,22 @@ class Stage:
     @classmethod
     def of(cls, seconds: float, peak_bytes: int | None, work: float | None = None) -> "Stage":
         """work: model FLOPs."""
-        return cls(1000 * seconds, peak_bytes / 2**30 if peak_bytes else None, work and work / seconds / 1e12)
+        return cls(
+            1000 * seconds,
+            peak_bytes / 2**30 if peak_bytes else None,
+            work and work / seconds / 1e12,
+        )
 
     def mfu(self, peak: float) -> float:
         """Share of `peak` TFLOP/s."""
         return self.tflops / peak
 
     def __str__(self) -> str:
-        rate = f", {self.tflops:.0f} TFLOP/s (model), MFU {self.mfu(NOMINAL):.2f}" if self.tflops else ""
+        rate = (
+            f", {self.tflops:.0f} TFLOP/s (model), MFU {self.mfu(NOMINAL):.2f}"
+            if self.tflops
+            else ""
+        )
         peak = "unknown" if self.peak_gib is None else f"{self.peak_gib:.1f} GiB"
         return f"{self.ms:.1f} ms{rate}, peak memory so far {peak}"
 
@@ -126,7 +148,9 @@ def prompts(number: int) -> list[tuple[str, tuple[str, ...]]]:
     from rewards.ocr.targets import parse_targets
 
     lines = [line.strip() for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
-    return [(line, parse_targets(line)) for line in lines if line and not line.startswith("#")][:number]
+    return [(line, parse_targets(line)) for line in lines if line and not line.startswith("#")][
+        :number
+    ]
 
 
 def misspelt(text: str, rng: np.random.Generator) -> str:
@@ -137,10 +161,13 @@ def misspelt(text: str, rng: np.random.Generator) -> str:
     return "".join(letters)
 
 
-def signs(targets: list[tuple[str, ...]], frames: int, height: int, width: int, seed: int) -> np.ndarray:
+def signs(
+    targets: list[tuple[str, ...]], frames: int, height: int, width: int, seed: int
+) -> np.ndarray:
     """uint8 [B, T, H, W, 3]: each video shows its target, misspelt, as large as fits.
 
-    Scored in place of what a random VAE decodes: on noise OCR finds no text and skips its second network.
+    Scored in place of what a random VAE decodes: on noise OCR finds no text and skips its second
+    network.
     """
     import cv2
 
@@ -150,7 +177,15 @@ def signs(targets: list[tuple[str, ...]], frames: int, height: int, width: int, 
         text = misspelt(" ".join(target), rng)
         unit, _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 1.0, 2)
         scale = min(0.9 * width / unit[0], 0.3 * height / unit[1])
-        cv2.putText(picture, text, (int(0.05 * width), height // 2), cv2.FONT_HERSHEY_SIMPLEX, scale, (20, 20, 20),
-                    max(1, round(2 * scale)), cv2.LINE_AA)
+        cv2.putText(
+            picture,
+            text,
+            (int(0.05 * width), height // 2),
+            cv2.FONT_HERSHEY_SIMPLEX,
+            scale,
+            (20, 20, 20),
+            max(1, round(2 * scale)),
+            cv2.LINE_AA,
+        )
         videos.append(np.repeat(picture[None], frames, 0))
     return np.stack(videos)

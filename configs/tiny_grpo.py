@@ -1,4 +1,5 @@
-"""tiny-wan learns to spell by Flow-GRPO: as `configs/tiny_ocr.py`, but 2 of the 10 steps are stochastic and trained.
+"""tiny-wan learns to spell by Flow-GRPO: as `configs/tiny_ocr.py`, but 2 of the 10 steps are
+stochastic and trained.
 
     python -m grpo.train --config=configs/tiny_grpo.py
 

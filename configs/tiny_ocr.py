@@ -3,8 +3,9 @@
     python -m convert.from_diffusers --src assets/tiny-wan --dst models/tiny-wan --dtype float32
     python -m grpo.train --config=configs/tiny_ocr.py
 
-Single frames of 64x128 pixels, guidance 2, 10 steps, LoRA on attention; each epoch 8 prompts of 8 pictures, trained by
-DiffusionNFT at 4 noise levels each. What to expect: docs/results.md. `configs/tiny_grpo.py` is the same by Flow-GRPO.
+Single frames of 64x128 pixels, guidance 2, 10 steps, LoRA on attention; each epoch 8 prompts of 8
+pictures, trained by DiffusionNFT at 4 noise levels each. What to expect: docs/results.md.
+`configs/tiny_grpo.py` is the same by Flow-GRPO.
 """
 
 from configs.defaults import defaults

@@ -1,13 +1,14 @@
 """Wan 2.1 T2V 1.3B learns to spell in video: Flow-GRPO's `general_ocr_wan2_1`, 240x416, 33 frames.
 
-    python -m convert.from_diffusers --src Wan-AI/Wan2.1-T2V-1.3B-Diffusers --dst models/wan2.1-1.3b --dtype bfloat16
-    python -m grpo.train --config=configs/wan21_1_3b_ocr.py
+    python -m convert.from_diffusers --src Wan-AI/Wan2.1-T2V-1.3B-Diffusers --dst models/wan2.1-1.3b
+    --dtype bfloat16 python -m grpo.train --config=configs/wan21_1_3b_ocr.py
 
-Published settings: K=4, 20 steps of which 19 are stochastic, guidance 4.5, shift 3, LoRA rank 32 on attention, clip
-1e-3, KL 0.004, advantages by the group's spread. The authors call groups of 8 or more steadier, so 8 is set here.
-`--config.train.method=nft` is DiffusionNFT, which learnt faster on the small Wan and updates in a fraction of the time.
-Hardware: one GPU; a trained step of 9 such videos without guidance peaked at 9 GiB on one H200 (docs/results.md). The
-curve with the published weights has not been run here; Flow-GRPO publishes none for this size.
+Published settings: K=4, 20 steps of which 19 are stochastic, guidance 4.5, shift 3, LoRA rank 32 on
+attention, clip 1e-3, KL 0.004, advantages by the group's spread. The authors call groups of 8 or
+more steadier, so 8 is set here. `--config.train.method=nft` is DiffusionNFT, which learnt faster on
+the small Wan and updates in a fraction of the time. Hardware: one GPU; a trained step of 9 such
+videos without guidance peaked at 9 GiB on one H200 (docs/results.md). The curve with the published
+weights has not been run here; Flow-GRPO publishes none for this size.
 """
 
 from configs.defaults import defaults

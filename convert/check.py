@@ -9,8 +9,9 @@ from wan_jax.storage.model_dir import ModelDir
 
 
 def differences(plan: Plan, model: ModelDir) -> list[str]:
-    """One line for each array that is missing, unknown or of another shape or dtype, and for each tensor whose bytes
-    are not those that a conversion would write. Raises `UserError` when the source is damaged.
+    """One line for each array that is missing, unknown or of another shape or dtype, and for each
+    tensor whose bytes are not those that a conversion would write. Raises `UserError` when the
+    source is damaged.
     """
     try:
         store = model.arrays(plan.component)
@@ -18,9 +19,15 @@ def differences(plan: Plan, model: ModelDir) -> list[str]:
         return [str(error)]
     wanted = {name: _describe(shape, dtype) for name, (shape, dtype, _) in plan.arrays.items()}
     there = {name: _describe(shape, store.dtypes[name]) for name, shape in store.shapes.items()}
-    found = [f"{store.path}: {name} is {there.get(name, 'missing')}, expected {wanted.get(name, 'nothing')}"
-             for name in sorted(wanted.keys() | there.keys()) if wanted.get(name) != there.get(name)]
-    with tqdm(desc=plan.component, total=plan.size, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+    found = [
+        f"{store.path}: {name} is {there.get(name, 'missing')}, expected "
+        f"{wanted.get(name, 'nothing')}"
+        for name in sorted(wanted.keys() | there.keys())
+        if wanted.get(name) != there.get(name)
+    ]
+    with tqdm(
+        desc=plan.component, total=plan.size, unit="B", unit_scale=True, leave=False, disable=None
+    ) as bar:
         for entry in plan.table:
             if wanted[entry.path] != there.get(entry.path):
                 continue
@@ -30,8 +37,10 @@ def differences(plan: Plan, model: ModelDir) -> list[str]:
                 if at := _first_difference(stored, value):
                     where, number = at
                     layer = "" if entry.layer is None else f"[{entry.layer}]"
-                    found.append(f"{store.path}: {entry.path}{layer} ({entry.key}): {number} values differ, the first "
-                                 f"is {stored[where]} and should be {value[where]}")
+                    found.append(
+                        f"{store.path}: {entry.path}{layer} ({entry.key}): {number} values differ, "
+                        f"the first is {stored[where]} and should be {value[where]}"
+                    )
                     break
     return found
 
@@ -44,4 +53,8 @@ def _first_difference(a: np.ndarray, b: np.ndarray) -> tuple[tuple[int, ...], in
     """(index of the first value with other bits, how many there are), or None."""
     unsigned = f"u{a.dtype.itemsize}"
     other = a.reshape(-1).view(unsigned) != b.reshape(-1).view(unsigned)
-    return (tuple(map(int, np.unravel_index(int(other.argmax()), a.shape))), int(other.sum())) if other.any() else None
+    return (
+        (tuple(map(int, np.unravel_index(int(other.argmax()), a.shape))), int(other.sum()))
+        if other.any()
+        else None
+    )

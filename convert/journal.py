@@ -1,4 +1,6 @@
-"""The journal of a conversion: which tensors are in the partial folder, so that the next run goes on from there."""
+"""The journal of a conversion: which tensors are in the partial folder, so that the next run goes
+on from there.
+"""
 
 import json
 import os
@@ -10,10 +12,11 @@ from wan_jax.errors import UserError
 
 
 class Journal:
-    """A file of JSON lines in the partial folder: first what is being done, then tensors that are on the disk.
+    """A file of JSON lines in the partial folder: first what is being done, then tensors that are
+    on the disk.
 
-    work: {'format': int, 'dtypes': {component: dtype}, 'files': {name: [bytes, ns]}}. Raises `UserError` when the
-    folder holds a conversion of other work; `restart` empties it instead.
+    work: {'format': int, 'dtypes': {component: dtype}, 'files': {name: [bytes, ns]}}. Raises
+    `UserError` when the folder holds a conversion of other work; `restart` empties it instead.
     """
 
     def __init__(self, folder: pathlib.Path, work: dict, restart: bool = False):
@@ -31,8 +34,13 @@ class Journal:
         # written anew: a line that was cut short by the kill would swallow the next one
         temporary = self.path.with_suffix(".new")
         with open(temporary, "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in
-                            [work, *({"component": c, "keys": sorted(keys)} for c, keys in self._done.items())])
+            file.writelines(
+                json.dumps(line) + "\n"
+                for line in [
+                    work,
+                    *({"component": c, "keys": sorted(keys)} for c, keys in self._done.items()),
+                ]
+            )
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(self.path)
@@ -73,10 +81,17 @@ def _check_same(folder: pathlib.Path, begun: dict, work: dict) -> None:
     changed = sorted(k for k in files.keys() | now.keys() if files.get(k) != now.get(k))
     reasons = []
     if changed:
-        reasons.append(f"the source has changed since ({len(changed)} files, the first {changed[0]}: bytes and time "
-                       f"{files.get(changed[0])}, now {now.get(changed[0])})")
-    reasons += [f"{name} was {begun.get(name)}, now {work[name]}" for name in ("dtypes", "format")
-                if begun.get(name) != work[name]]
+        reasons.append(
+            f"the source has changed since ({len(changed)} files, the first {changed[0]}: bytes "
+            f"and time {files.get(changed[0])}, now {now.get(changed[0])})"
+        )
+    reasons += [
+        f"{name} was {begun.get(name)}, now {work[name]}"
+        for name in ("dtypes", "format")
+        if begun.get(name) != work[name]
+    ]
     if reasons:
-        raise UserError(f"a conversion to this --dst was begun in {folder} and cannot be continued: "
-                        f"{'; '.join(reasons)}. Give --restart to begin anew")
+        raise UserError(
+            f"a conversion to this --dst was begun in {folder} and cannot be continued: "
+            f"{'; '.join(reasons)}. Give --restart to begin anew"
+        )

@@ -1,11 +1,14 @@
-"""LoRA files: our adapters in the layouts that Diffusers and ComfyUI read, and the adapters that a run starts from.
+"""LoRA files: our adapters in the layouts that Diffusers and ComfyUI read, and the adapters that a
+run starts from.
 
-diffusers  transformer.blocks.0.attn1.to_q.lora_A.weight (r, in) and .lora_B.weight (out, r), as PEFT names them
-comfyui    diffusion_model.blocks.0.self_attn.q.lora_down.weight and .lora_up.weight, Wan's original names
+diffusers  transformer.blocks.0.attn1.to_q.lora_A.weight (r, in) and .lora_B.weight (out, r), as
+           PEFT names them
+comfyui    diffusion_model.blocks.0.self_attn.q.lora_down.weight and .lora_up.weight, Wan's original
+           names
 
-A file written here states no alpha: both programs then take the scale as 1, so alpha / r is multiplied into B. Each
-expert of a model with two has a file of its own, with the same prefix in both. `lora_files` reads these and what other
-programs write.
+A file written here states no alpha: both programs then take the scale as 1, so alpha / r is
+multiplied into B. Each expert of a model with two has a file of its own, with the same prefix in
+both. `lora_files` reads these and what other programs write.
 """
 
 import pathlib
@@ -23,58 +26,106 @@ from wan_jax.errors import UserError
 from wan_jax.models.lora import LoRAConfig, adapted_layers
 from wan_jax.storage import model_dir
 
-__all__ = ["Flat", "Kernels", "LoRAFile", "dense_layers", "layer_targets", "modules", "original_name", "read"]
+__all__ = [
+    "Flat",
+    "Kernels",
+    "LoRAFile",
+    "dense_layers",
+    "layer_targets",
+    "modules",
+    "original_name",
+    "read",
+]
 
 EXPERTS = {"transformer": "high_noise", "transformer_2": "low_noise"}
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
 PREFIXES = {"diffusers": "transformer.", "comfyui": "diffusion_model."}
-SUFFIXES = {"diffusers": {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"},
-            "comfyui": {"lora_a": "lora_down.weight", "lora_b": "lora_up.weight"}}
+SUFFIXES = {
+    "diffusers": {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"},
+    "comfyui": {"lora_a": "lora_down.weight", "lora_b": "lora_up.weight"},
+}
 
 
-# ---- ours to theirs -------------------------------------------------------------------------------------------------
+# ---- ours to theirs ------------------------------------------------------------------------------
 
-def to_tensors(adapters: Flat, config: LoRAConfig, kernels: Kernels, layout: str = "diffusers",
-               dtype: str = "float32") -> Flat:
-    """One transformer's adapters as the tensors of a file: {key: A^T (r, in) or (alpha / r) B^T (out, r)}.
 
-    layout: 'diffusers' or 'comfyui'. Raises `UserError` when the adapters are not those of `config` on this model, and
-    when a value is NaN or too large for `dtype`.
+def to_tensors(
+    adapters: Flat,
+    config: LoRAConfig,
+    kernels: Kernels,
+    layout: str = "diffusers",
+    dtype: str = "float32",
+) -> Flat:
+    """One transformer's adapters as the tensors of a file: {key: A^T (r, in) or (alpha / r) B^T
+    (out, r)}.
+
+    layout: 'diffusers' or 'comfyui'. Raises `UserError` when the adapters are not those of `config`
+    on this model, and when a value is NaN or too large for `dtype`.
     """
     layers = sorted({path.rsplit("/", 1)[0] for path in adapters})
     if "patch_embedding" in layers:
-        raise UserError("the adapter of patch_embedding cannot be written to a LoRA file, it is a convolution in other "
-                        "programs: write the whole model with python -m convert.to_diffusers")
+        raise UserError(
+            "the adapter of patch_embedding cannot be written to a LoRA file, it is a convolution "
+            "in other programs: write the whole model with python -m convert.to_diffusers"
+        )
     wanted = adapted_layers(kernels, config.targets)
     if not layers or set(layers) != wanted or len(adapters) != 2 * len(layers):
         odd = sorted(set(layers) ^ wanted) or layers or ["no adapter at all"]
-        raise UserError(f"the checkpoint's adapters are not those of {describe(config)} on this model ({odd[0]}): it "
-                        "was trained from another one")
+        raise UserError(
+            f"the checkpoint's adapters are not those of {describe(config)} on this model "
+            f"({odd[0]}): it was trained from another one"
+        )
     tensors = {}
     for module, (layer, index) in modules({layer: kernels[layer] for layer in layers}).items():
         for factor in ("lora_a", "lora_b"):
             value = adapters.get(f"{layer}/{factor}")
             *stack, n_in, n_out = kernels[layer]
-            shape = (*stack, n_in, config.rank) if factor == "lora_a" else (*stack, config.rank, n_out)
+            shape = (
+                (*stack, n_in, config.rank) if factor == "lora_a" else (*stack, config.rank, n_out)
+            )
             if value is None or value.shape != shape:
                 found = "missing" if value is None else f"of shape {value.shape}"
-                raise UserError(f"the checkpoint's {layer}/{factor} is {found}, this model and rank {config.rank} ask "
-                                f"for {shape}: it was trained from another model")
+                raise UserError(
+                    f"the checkpoint's {layer}/{factor} is {found}, this model and rank "
+                    f"{config.rank} ask for {shape}: it was trained from another model"
+                )
             value = np.asarray(value if index is None else value[index], np.float64).T
             with np.errstate(over="ignore"):
-                value = (value if factor == "lora_a" else config.scale * value).astype(np.float32).astype(DTYPES[dtype])
+                value = (
+                    (value if factor == "lora_a" else config.scale * value)
+                    .astype(np.float32)
+                    .astype(DTYPES[dtype])
+                )
             if not np.isfinite(value.astype(np.float32)).all():
-                raise UserError(f"{module}.{factor} holds NaN, infinity or values beyond {dtype}: nothing was written")
+                raise UserError(
+                    f"{module}.{factor} holds NaN, infinity or values beyond {dtype}: nothing was "
+                    "written"
+                )
             name = module if layout == "diffusers" else original_name(module)
-            tensors[f"{PREFIXES[layout]}{name}.{SUFFIXES[layout][factor]}"] = np.ascontiguousarray(value)
+            tensors[f"{PREFIXES[layout]}{name}.{SUFFIXES[layout][factor]}"] = np.ascontiguousarray(
+                value
+            )
     return tensors
 
 
-def write(path: pathlib.Path, tensors: Flat, config: LoRAConfig, kernels: Kernels,
-          metadata: Mapping[str, str] | None = None) -> None:
-    """Writes one file and reads it again. Raises `UserError` unless it says what it should, to the last tensor."""
+def write(
+    path: pathlib.Path,
+    tensors: Flat,
+    config: LoRAConfig,
+    kernels: Kernels,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes one file and reads it again. Raises `UserError` unless it says what it should, to the
+    last tensor.
+    """
     save_file(tensors, path, metadata={"format": "pt"} | dict(metadata or {}))
-    layout = next(name for name, prefix in PREFIXES.items() if next(iter(tensors)).startswith(prefix))
+    layout = next(
+        name for name, prefix in PREFIXES.items() if next(iter(tensors)).startswith(prefix)
+    )
     found, values = read(path, kernels), {}
     for module, pair in found.factors.items():
         name = module if layout == "diffusers" else original_name(module)
@@ -82,31 +133,47 @@ def write(path: pathlib.Path, tensors: Flat, config: LoRAConfig, kernels: Kernel
             values[f"{PREFIXES[layout]}{name}.{SUFFIXES[layout][factor]}"] = value.T
     layers = adapted_layers(kernels, config.targets)
     count = 2 * sum(layer in layers for layer, _ in modules(kernels).values())
-    if set(found.scales.values()) != {1.0} or len(tensors) != count or values.keys() != tensors.keys() \
-            or any(not np.array_equal(values[k], np.float32(v)) for k, v in tensors.items()):
-        raise UserError(f"{path} does not hold what was written: the disk is at fault; write it again elsewhere")
+    if (
+        set(found.scales.values()) != {1.0}
+        or len(tensors) != count
+        or values.keys() != tensors.keys()
+        or any(not np.array_equal(values[k], np.float32(v)) for k, v in tensors.items())
+    ):
+        raise UserError(
+            f"{path} does not hold what was written: the disk is at fault; write it again elsewhere"
+        )
 
 
-# ---- theirs to ours -------------------------------------------------------------------------------------------------
+# ---- theirs to ours ------------------------------------------------------------------------------
+
 
 def fit(file: LoRAFile, recipe: LoRAConfig, kernels: Kernels) -> Flat:
-    """Return the file's adapters under a recipe's settings, with the same effect: recipe.scale * A B is the file's.
+    """Return the file's adapters under a recipe's settings, with the same effect: recipe.scale * A
+    B is the file's.
 
-    The difference of the scales is multiplied into B. Layers that the recipe adapts and the file does not, and the rank
-    that the recipe has beyond the file's, start as fresh adapters do, with B = 0, so that they have no effect yet.
-    Raises `UserError` when the file adapts other layers than the recipe, or has a higher rank.
+    The difference of the scales is multiplied into B. Layers that the recipe adapts and the file
+    does not, and the rank that the recipe has beyond the file's, start as fresh adapters do, with B
+    = 0, so that they have no effect yet. Raises `UserError` when the file adapts other layers than
+    the recipe, or has a higher rank.
     """
     table, wanted = modules(kernels), adapted_layers(kernels, recipe.targets)
     if other := sorted(module for module in file.factors if table[module][0] not in wanted):
-        raise UserError(f"{file.where} adapts {len(other)} layers that config.lora.targets="
-                        f"{','.join(recipe.targets)} does not name, the first {other[0]}: set config.lora.targets="
-                        f"{','.join(file.targets)}, or more")
+        raise UserError(
+            f"{file.where} adapts {len(other)} layers that "
+            f"config.lora.targets={','.join(recipe.targets)} does not name, the first {other[0]}: "
+            f"set config.lora.targets={','.join(file.targets)}, or more"
+        )
     if file.ranks[-1] > recipe.rank:
-        raise UserError(f"{file.where} has rank {' and '.join(map(str, file.ranks))}, config.lora.rank={recipe.rank} "
-                        f"is too low: set config.lora.rank={file.ranks[-1]}, and config.lora.alpha="
-                        f"{file.config.alpha:g} for the file's own scale")
+        raise UserError(
+            f"{file.where} has rank {' and '.join(map(str, file.ranks))}, "
+            f"config.lora.rank={recipe.rank} is too low: set config.lora.rank={file.ranks[-1]}, "
+            f"and config.lora.alpha={file.config.alpha:g} for the file's own scale"
+        )
     if not recipe.alpha:
-        raise UserError(f"config.lora.alpha={recipe.alpha:g} takes all effect from {file.where}: give another value")
+        raise UserError(
+            f"config.lora.alpha={recipe.alpha:g} takes all effect from {file.where}: give another "
+            "value"
+        )
     flat: Flat = {}
     for layer in sorted(wanted):
         *stack, n_in, n_out = kernels[layer]
@@ -118,7 +185,9 @@ def fit(file: LoRAFile, recipe: LoRAConfig, kernels: Kernels) -> Flat:
         layer, index = table[module]
         at, rank = ... if index is None else index, a.shape[1]
         flat[f"{layer}/lora_a"][at][:, :rank] = a
-        flat[f"{layer}/lora_b"][at][:rank] = (b.astype(np.float64) * (file.scales[module] / recipe.scale))
+        flat[f"{layer}/lora_b"][at][:rank] = b.astype(np.float64) * (
+            file.scales[module] / recipe.scale
+        )
     return flat
 
 
@@ -129,22 +198,39 @@ def describe(config: LoRAConfig) -> str:
 def initial_adapters(paths: str, model: model_dir.ModelDir, recipe: LoRAConfig) -> dict[str, Flat]:
     """Return what training starts from instead of fresh adapters: {expert: {path: fp32 array}}.
 
-    paths: a file or folder as `lora_files.find` takes it; for a model with two experts one that holds both, or two
-    joined by a comma, the one for high noise first. Raises `UserError` as `read_experts` and `fit` do.
+    paths: a file or folder as `lora_files.find` takes it; for a model with two experts one that
+    holds both, or two joined by a comma, the one for high noise first. Raises `UserError` as
+    `read_experts` and `fit` do.
     """
-    files, kernels = [path.strip() for path in paths.split(",")], dense_layers(model.config("transformer"))
+    files, kernels = (
+        [path.strip() for path in paths.split(",")],
+        dense_layers(model.config("transformer")),
+    )
     found = read_experts(files[0], kernels) if len(files) == 1 else {}
     if len(files) == len(model.experts) > 1:
         found = {expert: read(path, kernels) for expert, path in zip(model.experts, files)}
     if set(found) != set(model.experts):
         named = f"names {len(files)} files" if len(files) > 1 else f"is for {' and '.join(found)}"
-        raise UserError(f"config.lora.init={paths} {named}, the model has {' and '.join(model.experts)}: give one file "
-                        "with adapters for all, or one for each, joined by a comma, the one for high noise first")
+        raise UserError(
+            f"config.lora.init={paths} {named}, the model has {' and '.join(model.experts)}: give "
+            "one file with adapters for all, or one for each, joined by a comma, the one for high "
+            "noise first"
+        )
     for expert, file in found.items():
-        layers = sum(table[0] in adapted_layers(kernels, recipe.targets) for table in modules(kernels).values())
+        layers = sum(
+            table[0] in adapted_layers(kernels, recipe.targets)
+            for table in modules(kernels).values()
+        )
         stated = sorted(set(file.scales.values()))
-        if (len(file.factors), file.ranks, stated) != (layers, [recipe.rank], [recipe.scale]) and multihost.first():
-            print(f"{expert}: {file.where} adapts {len(file.factors)} of the recipe's {layers} layers, rank "
-                  f"{', '.join(map(str, file.ranks))}, scale {', '.join(f'{v:g}' for v in stated)}; the effect is "
-                  "kept, and the rest starts at B = 0")
+        if (len(file.factors), file.ranks, stated) != (
+            layers,
+            [recipe.rank],
+            [recipe.scale],
+        ) and multihost.first():
+            print(
+                f"{expert}: {file.where} adapts {len(file.factors)} of the recipe's {layers} "
+                f"layers, rank {', '.join(map(str, file.ranks))}, scale "
+                f"{', '.join(f'{v:g}' for v in stated)}; the effect is kept, and the rest starts "
+                "at B = 0"
+            )
     return {expert: fit(found[expert], recipe, kernels) for expert in model.experts}

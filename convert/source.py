@@ -1,4 +1,6 @@
-"""The source of a conversion: a local folder or a hub id, checked before its weights are read or downloaded."""
+"""The source of a conversion: a local folder or a hub id, checked before its weights are read or
+downloaded.
+"""
 
 import pathlib
 import re
@@ -14,8 +16,14 @@ from wan_jax.storage.paths import check_apart, expand
 PIPELINE = "WanPipeline"
 COPIED = ("tokenizer", "scheduler")  # folders taken over as they are
 DIFFUSERS = "the '-Diffusers' repository of the model, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-FILES = {".safetensors": "a single-file checkpoint (of ComfyUI or in Wan's original layout)", ".pth": "a PyTorch file",
-         ".pt": "a PyTorch file", ".ckpt": "a PyTorch file", ".bin": "a PyTorch file", ".gguf": "a quantised GGUF file"}
+FILES = {
+    ".safetensors": "a single-file checkpoint (of ComfyUI or in Wan's original layout)",
+    ".pth": "a PyTorch file",
+    ".pt": "a PyTorch file",
+    ".ckpt": "a PyTorch file",
+    ".bin": "a PyTorch file",
+    ".gguf": "a quantised GGUF file",
+}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -24,19 +32,27 @@ def source_folder(src: str, revision: str | None = None) -> pathlib.Path:
     path = expand(src)
     if path.is_dir():
         if revision is not None:
-            raise UserError(f"--revision={revision} is for hub ids, and --src {src} is a local folder; leave it out")
+            raise UserError(
+                f"--revision={revision} is for hub ids, and --src {src} is a local folder; leave "
+                "it out"
+            )
         return path
     if path.suffix.lower() in FILES or path.exists():
         kind = FILES.get(path.suffix.lower(), "a file")
-        raise UserError(f"--src {src} is {kind}{'' if path.exists() else ' by its name, and does not exist'}; only a "
-                        f"folder in Diffusers layout can be converted: give --src {DIFFUSERS}, or a folder of it")
+        raise UserError(
+            f"--src {src} is {kind}{'' if path.exists() else ' by its name, and does not exist'}; "
+            f"only a folder in Diffusers layout can be converted: give --src {DIFFUSERS}, or a "
+            "folder of it"
+        )
     if not HUB_ID.fullmatch(src):
         raise UserError(f"--src {src} is no folder, and no hub id of the form owner/name")
     return _download(src, revision)
 
 
 def _download(src: str, revision: str | None) -> pathlib.Path:
-    """The snapshot of a hub id, model_index.json first: another layout is refused before its weights are downloaded."""
+    """The snapshot of a hub id, model_index.json first: another layout is refused before its
+    weights are downloaded.
+    """
     from huggingface_hub import constants, hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -47,36 +63,58 @@ def _download(src: str, revision: str | None) -> pathlib.Path:
         RevisionNotFoundError,
     )
 
-    elsewhere = (f"or run `hf download {src} --local-dir FOLDER` where there is a network and give --src FOLDER "
-                 "(a local folder with that name was not found either)")
+    elsewhere = (
+        f"or run `hf download {src} --local-dir FOLDER` where there is a network and give --src "
+        "FOLDER (a local folder with that name was not found either)"
+    )
     try:
-        index = check_pipeline(pathlib.Path(hf_hub_download(src, "model_index.json", revision=revision)).parent)
-        parts = [name for name in model_dir.COMPONENTS if name != "transformer_2" or two_experts(index)]
-        patterns = ["model_index.json", *(f"{name}/*" for name in COPIED),
-                    *(f"{name}/*.{kind}" for name in parts for kind in ("json", "safetensors"))]
+        index = check_pipeline(
+            pathlib.Path(hf_hub_download(src, "model_index.json", revision=revision)).parent
+        )
+        parts = [
+            name for name in model_dir.COMPONENTS if name != "transformer_2" or two_experts(index)
+        ]
+        patterns = [
+            "model_index.json",
+            *(f"{name}/*" for name in COPIED),
+            *(f"{name}/*.{kind}" for name in parts for kind in ("json", "safetensors")),
+        ]
         return pathlib.Path(snapshot_download(src, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
         reason = f"it is no hub id: {str(error).splitlines()[0][:200]}"
     except RepositoryNotFoundError:
-        reason = ("the hub knows no such model, or it is private; check the spelling, log in with `hf auth login`, or "
-                  "give --src a folder that holds model_index.json")
+        reason = (
+            "the hub knows no such model, or it is private; check the spelling, log in with `hf "
+            "auth login`, or give --src a folder that holds model_index.json"
+        )
     except RevisionNotFoundError:
-        reason = f"it has no revision {revision!r}; give --revision a branch, a tag or a commit of it"
+        reason = (
+            f"it has no revision {revision!r}; give --revision a branch, a tag or a commit of it"
+        )
     except LocalEntryNotFoundError as error:
         if constants.HF_HUB_OFFLINE:
-            reason = (f"HF_HUB_OFFLINE is set and the model is not in the cache {constants.HF_HUB_CACHE}; unset it, "
-                      + elsewhere)
+            reason = (
+                "HF_HUB_OFFLINE is set and the model is not in the cache "
+                f"{constants.HF_HUB_CACHE}; unset it, " + elsewhere
+            )
         else:
-            reason = (f"the hub {constants.ENDPOINT} cannot be reached ({str(error).splitlines()[0][:120]}) and the "
-                      f"model is not in the cache {constants.HF_HUB_CACHE}; check the network, {elsewhere}")
+            reason = (
+                f"the hub {constants.ENDPOINT} cannot be reached "
+                f"({str(error).splitlines()[0][:120]}) and the model is not in the cache "
+                f"{constants.HF_HUB_CACHE}; check the network, {elsewhere}"
+            )
     except EntryNotFoundError:
-        reason = (f"it has no model_index.json, so it is not in Diffusers layout; give --src {DIFFUSERS}" +
-                  ("" if src.endswith("-Diffusers") else f" ({src}-Diffusers, if there is one)"))
+        reason = (
+            f"it has no model_index.json, so it is not in Diffusers layout; give --src {DIFFUSERS}"
+            + ("" if src.endswith("-Diffusers") else f" ({src}-Diffusers, if there is one)")
+        )
     except (HfHubHTTPError, OSError) as error:
         if cli.disk_error(error):
             raise
-        reason = (f"{str(error).splitlines()[0][:200]}; run the same command again to continue the download, "
-                  + elsewhere)
+        reason = (
+            f"{str(error).splitlines()[0][:200]}; run the same command again to continue the "
+            "download, " + elsewhere
+        )
     raise UserError(f"{src} cannot be downloaded: {reason}")
 
 
@@ -84,20 +122,32 @@ def check_pipeline(src: pathlib.Path) -> dict:
     """Return model_index.json of a Wan text-to-video pipeline. Raise `UserError` on anything else."""
     path = src / "model_index.json"
     if not path.is_file():
-        raise UserError(f"{path} is missing: {src} is no checkpoint in Diffusers layout (the original Wan layout is "
-                        f"not read); give --src {DIFFUSERS}")
+        raise UserError(
+            f"{path} is missing: {src} is no checkpoint in Diffusers layout (the original Wan "
+            f"layout is not read); give --src {DIFFUSERS}"
+        )
     index = read_json(path)
     if index.get("_class_name") != PIPELINE:
-        raise UserError(f"{path}: the pipeline is {index.get('_class_name')!r}, only {PIPELINE!r} (text to video) can "
-                        "be converted")
+        raise UserError(
+            f"{path}: the pipeline is {index.get('_class_name')!r}, only {PIPELINE!r} (text to "
+            "video) can be converted"
+        )
     boundary, second = index.get("boundary_ratio"), index.get("transformer_2")
-    if not isinstance(second, list | None) or not isinstance(index.get("expand_timesteps", False), bool):
-        raise UserError(f"{path} is damaged: transformer_2 is {second!r} (a list or null expected) and "
-                        f"expand_timesteps is {index.get('expand_timesteps')!r} (true or false expected)")
-    number = isinstance(boundary, int | float) and not isinstance(boundary, bool) and 0 < boundary < 1
+    if not isinstance(second, list | None) or not isinstance(
+        index.get("expand_timesteps", False), bool
+    ):
+        raise UserError(
+            f"{path} is damaged: transformer_2 is {second!r} (a list or null expected) and "
+            f"expand_timesteps is {index.get('expand_timesteps')!r} (true or false expected)"
+        )
+    number = (
+        isinstance(boundary, int | float) and not isinstance(boundary, bool) and 0 < boundary < 1
+    )
     if two_experts(index) != (boundary is not None) or not (number or boundary is None):
-        raise UserError(f"{path}: boundary_ratio is {boundary!r} and transformer_2 is {second}: "
-                        "a model with two experts has both, with a ratio between 0 and 1")
+        raise UserError(
+            f"{path}: boundary_ratio is {boundary!r} and transformer_2 is {second}: "
+            "a model with two experts has both, with a ratio between 0 and 1"
+        )
     return index
 
 
@@ -107,7 +157,8 @@ def two_experts(index: dict) -> bool:
 
 
 def check_copied(src: pathlib.Path) -> None:
-    """Read the tokenizer and the scheduler, which are copied, as sampling will. Raise `UserError` where it could not.
+    """Read the tokenizer and the scheduler, which are copied, as sampling will. Raise `UserError`
+    where it could not.
     """
     copied_files(src)
     try:
@@ -118,7 +169,8 @@ def check_copied(src: pathlib.Path) -> None:
 
 
 def copied_files(src: pathlib.Path) -> list[pathlib.Path]:
-    """Return the files in `COPIED`. Raise `UserError` on links that leave the source or lead to a folder.
+    """Return the files in `COPIED`. Raise `UserError` on links that leave the source or lead to a
+    folder.
 
     The hub's cache keeps a snapshot's files as links to its own `blobs` folder, which are followed.
     """
@@ -129,17 +181,25 @@ def copied_files(src: pathlib.Path) -> list[pathlib.Path]:
             raise UserError(f"{src / name} is missing: the download is not complete")
         for path in sorted([src / name, *(src / name).rglob("*")]):
             target = expand(path)
-            if path.is_symlink() and (target.is_dir() or not target.exists()
-                                      or not (target.is_relative_to(root) or target.is_relative_to(cache))):
-                raise UserError(f"{path} is a link to {target}, which is {'a folder' if target.is_dir() else 'missing'}"
-                                " or outside the source: it is not copied; put the files themselves there")
+            if path.is_symlink() and (
+                target.is_dir()
+                or not target.exists()
+                or not (target.is_relative_to(root) or target.is_relative_to(cache))
+            ):
+                raise UserError(
+                    f"{path} is a link to {target}, which is "
+                    f"{'a folder' if target.is_dir() else 'missing'} or outside the source: it is "
+                    "not copied; put the files themselves there"
+                )
             if path.is_file():
                 files.append(path)
     return files
 
 
 def check_destination(src: pathlib.Path, dst) -> None:
-    """Raise `UserError` when writing `dst` would destroy the source, which may be reached through links."""
+    """Raise `UserError` when writing `dst` would destroy the source, which may be reached through
+    links.
+    """
     check_apart(src, dst)
     for pattern in ("*", "*/*"):
         for path in src.glob(pattern):

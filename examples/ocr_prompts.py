@@ -1,8 +1,11 @@
-"""Prompts for teaching a full-size Wan to spell: a scene, something that carries text, and the text in quotes.
+"""Prompts for teaching a full-size Wan to spell: a scene, something that carries text, and the text
+in quotes.
 
-    python -m examples.ocr_prompts --out assets/prompts/ocr_train.txt --heldout assets/prompts/ocr_heldout.txt
+    python -m examples.ocr_prompts --out assets/prompts/ocr_train.txt --heldout
+    assets/prompts/ocr_heldout.txt
 
-Texts are one to four words; the words of held-out texts occur in no training text. One seed gives one file.
+Texts are one to four words; the words of held-out texts occur in no training text. One seed gives
+one file.
 """
 
 import numpy as np
@@ -20,25 +23,56 @@ eclipse horizon dream believe create imagine explore discover wonder future hist
 fire earth wind quality service trust value sale offer discount bargain price cash credit bank office tower castle
 palace temple
 """.split()
-CARRIERS = ("a neon sign that says {text}", "a wooden sign with the words {text} carved into it",
-            "a chalkboard on which {text} is written", "a red banner with the text {text}",
-            "a shop window with {text} painted on the glass", "a poster with the headline {text}",
-            "a street sign that reads {text}", "a T-shirt printed with {text}", "a birthday cake with {text} in icing",
-            "a book whose cover says {text}", "a billboard that shows {text} in large letters",
-            "a coffee cup labelled {text}", "a metal plate engraved with {text}",
-            "a paper note with {text} written by hand", "a screen that displays {text}", "a flag with {text} on it")
-SCENES = ("on a rainy city street at night", "in a sunny village square", "inside a small cafe",
-          "on a snowy mountain pass", "at the edge of a quiet harbour", "in a busy railway station",
-          "next to an old stone bridge", "in a garden full of flowers", "on a desk beside a window",
-          "in front of a brick wall", "at a seaside fair",
-          "in a library with tall shelves", "under a clear blue sky", "in a foggy forest clearing",
-          "in a bright modern office", "at dusk beside a country road")
-MOVES = ("The camera moves slowly closer.", "The camera stays still.", "The camera pans to the right.",
-         "Light plays over the letters.", "People walk past in the background.", "")
+CARRIERS = (
+    "a neon sign that says {text}",
+    "a wooden sign with the words {text} carved into it",
+    "a chalkboard on which {text} is written",
+    "a red banner with the text {text}",
+    "a shop window with {text} painted on the glass",
+    "a poster with the headline {text}",
+    "a street sign that reads {text}",
+    "a T-shirt printed with {text}",
+    "a birthday cake with {text} in icing",
+    "a book whose cover says {text}",
+    "a billboard that shows {text} in large letters",
+    "a coffee cup labelled {text}",
+    "a metal plate engraved with {text}",
+    "a paper note with {text} written by hand",
+    "a screen that displays {text}",
+    "a flag with {text} on it",
+)
+SCENES = (
+    "on a rainy city street at night",
+    "in a sunny village square",
+    "inside a small cafe",
+    "on a snowy mountain pass",
+    "at the edge of a quiet harbour",
+    "in a busy railway station",
+    "next to an old stone bridge",
+    "in a garden full of flowers",
+    "on a desk beside a window",
+    "in front of a brick wall",
+    "at a seaside fair",
+    "in a library with tall shelves",
+    "under a clear blue sky",
+    "in a foggy forest clearing",
+    "in a bright modern office",
+    "at dusk beside a country road",
+)
+MOVES = (
+    "The camera moves slowly closer.",
+    "The camera stays still.",
+    "The camera pans to the right.",
+    "Light plays over the letters.",
+    "People walk past in the background.",
+    "",
+)
 
 
 def prompt(rng: np.random.Generator, words: list[str]) -> str:
-    text = " ".join(rng.choice(words, rng.choice([1, 2, 3, 4], p=[0.3, 0.4, 0.2, 0.1]), replace=False))
+    text = " ".join(
+        rng.choice(words, rng.choice([1, 2, 3, 4], p=[0.3, 0.4, 0.2, 0.1]), replace=False)
+    )
     text = {0: text.upper(), 1: text.title(), 2: text}[int(rng.integers(3))]
     carrier = str(rng.choice(CARRIERS)).format(text=f'"{text}"')
     return f"{carrier[0].upper()}{carrier[1:]}, {rng.choice(SCENES)}. {rng.choice(MOVES)}".strip()
@@ -55,8 +89,10 @@ def prompts(words: list[str], count: int, seed: int) -> list[str]:
 def main(_):
     words = sorted(set(WORDS))
     heldout = words[::6]
-    for path, chosen, count, seed in ((flags.FLAGS.out, [w for w in words if w not in heldout], 4096, 0),
-                                      (flags.FLAGS.heldout, heldout, 256, 1)):
+    for path, chosen, count, seed in (
+        (flags.FLAGS.out, [w for w in words if w not in heldout], 4096, 0),
+        (flags.FLAGS.heldout, heldout, 256, 1),
+    ):
         with open(path, "w", encoding="utf-8") as file:
             file.write("\n".join(prompts(chosen, count, seed)) + "\n")
 

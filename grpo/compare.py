@@ -1,15 +1,18 @@
-"""Runs recipes under equal budgets and draws their held-out rewards against each other, with bands over seeds.
+"""Runs recipes under equal budgets and draws their held-out rewards against each other, with bands
+over seeds.
 
-    python -m grpo.compare --configs=a.py,b.py --seeds=0,1,2 --budget=evaluations:20000 --out=runs/compared
-    python -m grpo.compare --methods=configs/compare_tiny.txt --budget=seconds:300 --out=runs/compared --jobs=2
-    python -m grpo.compare --method='cps: configs/tiny_grpo.py sample.sde=cps' --configs=configs/tiny_ocr.py ...
+    python -m grpo.compare --configs=a.py,b.py --seeds=0,1,2 --budget=evaluations:20000
+    --out=runs/compared python -m grpo.compare --methods=configs/compare_tiny.txt
+    --budget=seconds:300 --out=runs/compared --jobs=2 python -m grpo.compare --method='cps:
+    configs/tiny_grpo.py sample.sde=cps' --configs=configs/tiny_ocr.py ...
 
-A method is a recipe with a name and settings, NAME: RECIPE KEY=VALUE ..., a line in the file of --methods (quotes as in
-a shell, # begins a comment). Each method and seed is a run of `grpo.train` in OUT/NAME/seed<k>, its output in
-OUT/NAME/seed<k>.log. Budgets: evaluations and seconds as `grpo.settings.budget` counts them, or epochs; a run ends after the
-epoch that reaches its budget. The same command again goes on where it was stopped: finished runs are not repeated, and
-one that failed is tried again. After every run OUT gets comparison.html, comparison.md and comparison.json, of the runs
-finished by then.
+A method is a recipe with a name and settings, NAME: RECIPE KEY=VALUE ..., a line in the file of
+--methods (quotes as in a shell, # begins a comment). Each method and seed is a run of `grpo.train`
+in OUT/NAME/seed<k>, its output in OUT/NAME/seed<k>.log. Budgets: evaluations and seconds as
+`grpo.settings.budget` counts them, or epochs; a run ends after the epoch that reaches its budget.
+The same command again goes on where it was stopped: finished runs are not repeated, and one that
+failed is tried again. After every run OUT gets comparison.html, comparison.md and comparison.json,
+of the runs finished by then.
 """
 
 import contextlib
@@ -59,9 +62,15 @@ class Method:
             recipe, *overrides = shlex.split(rest, comments=True)
         except ValueError:
             recipe, overrides = "", []
-        if not re.fullmatch(r"[\w.+-]+", name.strip()) or not recipe or not all("=" in o for o in overrides):
-            raise UserError(f"{line.strip()!r} is no method: write NAME: RECIPE KEY=VALUE ..., the name of letters, "
-                            "digits and . _ + -")
+        if (
+            not re.fullmatch(r"[\w.+-]+", name.strip())
+            or not recipe
+            or not all("=" in o for o in overrides)
+        ):
+            raise UserError(
+                f"{line.strip()!r} is no method: write NAME: RECIPE KEY=VALUE ..., the name of "
+                "letters, digits and . _ + -"
+            )
         return cls(name.strip(), recipe, tuple(overrides))
 
     def arguments(self, *more: str) -> list[str]:
@@ -97,7 +106,12 @@ class Job:
     @property
     def wanted(self) -> str:
         """What `FINISHED` holds once the run is finished."""
-        return json.dumps(run_log.plain(settings.flat(self.method.config(*self.extra).to_dict())), indent=1) + "\n"
+        return (
+            json.dumps(
+                run_log.plain(settings.flat(self.method.config(*self.extra).to_dict())), indent=1
+            )
+            + "\n"
+        )
 
     def finished(self) -> bool:
         path = self.folder / FINISHED
@@ -105,21 +119,39 @@ class Job:
 
     def failure(self) -> str:
         """The last line of its output."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n") if self.log.is_file() else []
+        lines = (
+            self.log.read_text(encoding="utf-8", errors="replace").split("\n")
+            if self.log.is_file()
+            else []
+        )
         return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
 
 
 def read_methods(configs: Sequence[str], lines: Sequence[str], path: str | None) -> list[Method]:
-    """Of --configs, --method and --methods, in this order. Raises `UserError` where there are none or two of a name."""
+    """Of --configs, --method and --methods, in this order. Raises `UserError` where there are none
+    or two of a name.
+    """
     if path is not None:
         text = cli.read_text(path, "--methods", "give a file of lines NAME: RECIPE KEY=VALUE ...")
-        lines = [*lines, *(line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#"))]
-    methods = [Method(pathlib.Path(config).stem, config) for config in configs] + [Method.parse(x) for x in lines]
+        lines = [
+            *lines,
+            *(
+                line
+                for line in text.splitlines()
+                if line.strip() and not line.lstrip().startswith("#")
+            ),
+        ]
+    methods = [Method(pathlib.Path(config).stem, config) for config in configs] + [
+        Method.parse(x) for x in lines
+    ]
     names = [m.name for m in methods]
     if not methods or len(set(names)) < len(names):
         twice = ", ".join(sorted({name for name in names if names.count(name) > 1}))
-        raise UserError(f"two methods are named {twice}: give each its own name with --method" if methods else
-                        "no methods: give --configs, --method or --methods")
+        raise UserError(
+            f"two methods are named {twice}: give each its own name with --method"
+            if methods
+            else "no methods: give --configs, --method or --methods"
+        )
     return methods
 
 
@@ -136,18 +168,33 @@ def parse_budget(text: str) -> tuple[str, float]:
 
 
 def budget_settings(unit: str, amount: float) -> tuple[str, ...]:
-    return (f"epochs={amount}",) if unit == "epochs" else (f"epochs={ENDLESS}", f"budget.{unit}={amount}")
+    return (
+        (f"epochs={amount}",)
+        if unit == "epochs"
+        else (f"epochs={ENDLESS}", f"budget.{unit}={amount}")
+    )
 
 
 def check_not_beyond(folder: pathlib.Path, unit: str, amount: float):
-    """Raises `UserError` where an earlier comparison with a larger budget left a run that has spent more."""
+    """Raises `UserError` where an earlier comparison with a larger budget left a run that has spent
+    more.
+    """
     metrics = run_log.read_metrics(folder)
     budget = Budget() if unit == "epochs" else Budget(**{unit: amount})
-    before = metrics[-2:-1]  # a run stops with the epoch that reaches the budget, so the one before has not
-    if any(m["epoch"] >= amount if unit == "epochs" else budget.reached(
-            Spent(*(run_log.number(m, f"spent_{name}") or 0 for name in ("evaluations", "seconds")))) for m in before):
-        raise UserError(f"{folder} has spent more than {unit}:{amount:g} already; give a larger --budget or another "
-                        "--out")
+    # a run stops with the epoch that reaches the budget, so the one before has not
+    before = metrics[-2:-1]
+    if any(
+        m["epoch"] >= amount
+        if unit == "epochs"
+        else budget.reached(
+            Spent(*(run_log.number(m, f"spent_{name}") or 0 for name in ("evaluations", "seconds")))
+        )
+        for m in before
+    ):
+        raise UserError(
+            f"{folder} has spent more than {unit}:{amount:g} already; give a larger --budget or "
+            "another --out"
+        )
 
 
 def environment(out: pathlib.Path, device: str | None, shared: bool) -> dict[str, str]:
@@ -156,19 +203,33 @@ def environment(out: pathlib.Path, device: str | None, shared: bool) -> dict[str
     if shared:
         env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     env |= os.environ
-    return env if device is None else env | {"CUDA_VISIBLE_DEVICES": device, "HIP_VISIBLE_DEVICES": device}
+    return (
+        env
+        if device is None
+        else env | {"CUDA_VISIBLE_DEVICES": device, "HIP_VISIBLE_DEVICES": device}
+    )
 
 
-def run_all(jobs: Sequence[Job], slots: Sequence[dict[str, str]]) -> Iterator[tuple[Job, int, float]]:
-    """Runs the jobs, one at a time in the environment of each slot; yields (job, exit code, seconds) as they end.
-    Those still running are stopped when the caller stops."""
+def run_all(
+    jobs: Sequence[Job], slots: Sequence[dict[str, str]]
+) -> Iterator[tuple[Job, int, float]]:
+    """Runs the jobs, one at a time in the environment of each slot; yields (job, exit code,
+    seconds) as they end. Those still running are stopped when the caller stops.
+    """
     waiting, running = list(jobs), {}
     try:
         while waiting or running:
             for slot in range(len(slots)):
                 if slot not in running and waiting:
-                    running[slot] = (job := waiting.pop(0)), start(job, slots[slot]), time.monotonic()
-                    print(f"{job.method.name}, seed {job.seed}: started, output in {job.log}", flush=True)
+                    running[slot] = (
+                        (job := waiting.pop(0)),
+                        start(job, slots[slot]),
+                        time.monotonic(),
+                    )
+                    print(
+                        f"{job.method.name}, seed {job.seed}: started, output in {job.log}",
+                        flush=True,
+                    )
             time.sleep(0.1)
             for slot, (job, process, since) in list(running.items()):
                 if process.poll() is not None:
@@ -189,8 +250,14 @@ def start(job: Job, env: dict[str, str]) -> subprocess.Popen:
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "grpo.train", *job.method.arguments(*job.extra)]
     with open(job.log, "w", encoding="utf-8") as log:
-        return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                                start_new_session=True)
+        return subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def main(_):
@@ -205,10 +272,18 @@ def main(_):
         raise UserError(f"--seeds={','.join(f.seeds)}, --common={f.common}: {error}") from None
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds={','.join(f.seeds)}: give different whole numbers")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(cli.TERMINATED))  # the runs are stopped on the way out
-    jobs = [Job(m, seed, folder := out / m.name / f"seed{seed}",
-                (*common, f"seed={seed}", f"run_dir={folder}", *budget_settings(unit, amount)))
-            for seed in seeds for m in methods]  # every method once before any twice
+    # the runs are stopped on the way out
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(cli.TERMINATED))
+    jobs = [
+        Job(
+            m,
+            seed,
+            folder := out / m.name / f"seed{seed}",
+            (*common, f"seed={seed}", f"run_dir={folder}", *budget_settings(unit, amount)),
+        )
+        for seed in seeds
+        for m in methods
+    ]  # every method once before any twice
     for job in jobs:
         job.method.config(*job.extra)
         check_not_beyond(job.folder, unit, amount)
@@ -216,7 +291,9 @@ def main(_):
     finished, failures = [job for job in jobs if job.finished()], {}
     parallel = f.jobs or max(1, len(f.devices))
     described = {m.name: " ".join([m.recipe, *m.overrides]) for m in methods}
-    differing = comparison_report.differing({m.name: settings.flat(m.config(*common).to_dict()) for m in methods})
+    differing = comparison_report.differing(
+        {m.name: settings.flat(m.config(*common).to_dict()) for m in methods}
+    )
     command = shlex.join(["python", "-m", "grpo.compare", *sys.argv[1:]])
 
     def write() -> list[str]:
@@ -228,13 +305,26 @@ def main(_):
                     runs[job.method.name][job.seed] = comparison_report.read_curve(job.folder)
                 except UserError as error:
                     left_out[f"{job.method.name}, seed {job.seed}"] = str(error)
-        return comparison_report.write(comparison_report.Comparison(described, runs, (unit, amount), f.reach, left_out, parallel,
-                                                      command, differing), out)
+        return comparison_report.write(
+            comparison_report.Comparison(
+                described, runs, (unit, amount), f.reach, left_out, parallel, command, differing
+            ),
+            out,
+        )
 
-    slots = [environment(out.absolute(), f.devices[i % len(f.devices)] if f.devices else None,
-                         parallel > max(1, len(f.devices))) for i in range(parallel)]
-    print(f"{len(methods)} methods x {len(seeds)} seeds, {f.budget} each; {len(finished)} of {len(jobs)} "
-          f"runs are finished, {parallel} at a time", flush=True)
+    slots = [
+        environment(
+            out.absolute(),
+            f.devices[i % len(f.devices)] if f.devices else None,
+            parallel > max(1, len(f.devices)),
+        )
+        for i in range(parallel)
+    ]
+    print(
+        f"{len(methods)} methods x {len(seeds)} seeds, {f.budget} each; {len(finished)} of "
+        f"{len(jobs)} runs are finished, {parallel} at a time",
+        flush=True,
+    )
     waiting = [job for job in jobs if job not in finished]
     with folder_lock.locked(out, "--out"), contextlib.closing(run_all(waiting, slots)) as ended:
         for job, code, seconds in ended:
@@ -249,20 +339,36 @@ def main(_):
                 write()
         print("", *write(), sep="\n")
     if failures:
-        raise UserError(f"{len(failures)} of {len(jobs)} runs failed: {', '.join(failures)}; the same command tries "
-                        "them again")
+        raise UserError(
+            f"{len(failures)} of {len(jobs)} runs failed: {', '.join(failures)}; the same command "
+            "tries them again"
+        )
 
 
 if __name__ == "__main__":
     flags.DEFINE_list("configs", [], "recipes, each a method named after its file")
-    flags.DEFINE_multi_string("method", [], "NAME: RECIPE KEY=VALUE ..., may be given several times")
+    flags.DEFINE_multi_string(
+        "method", [], "NAME: RECIPE KEY=VALUE ..., may be given several times"
+    )
     define_path("methods", "file with a method a line")
-    flags.DEFINE_string("common", "", "KEY=VALUE ..., settings of all methods, e.g. 'eval.every=5 reward.workers=1'")
+    flags.DEFINE_string(
+        "common", "", "KEY=VALUE ..., settings of all methods, e.g. 'eval.every=5 reward.workers=1'"
+    )
     flags.DEFINE_list("seeds", ["0", "1", "2"], "config.seed of the runs of each method")
-    flags.DEFINE_string("budget", None, "of each run: evaluations:N, seconds:N or epochs:N", required=True)
+    flags.DEFINE_string(
+        "budget", None, "of each run: evaluations:N, seconds:N or epochs:N", required=True
+    )
     define_path("out", "folder to write", required=True)
-    define_number("reach", 0.15, "gain of the held-out reward to which evaluations and seconds are told",
-                  Range(0, above=True))
-    flags.DEFINE_integer("jobs", 0, "runs at the same time; 0: one for each of --devices", lower_bound=0)
-    flags.DEFINE_list("devices", [], "numbers of the GPUs (CUDA or HIP) that runs get, in turn; none: all see all")
+    define_number(
+        "reach",
+        0.15,
+        "gain of the held-out reward to which evaluations and seconds are told",
+        Range(0, above=True),
+    )
+    flags.DEFINE_integer(
+        "jobs", 0, "runs at the same time; 0: one for each of --devices", lower_bound=0
+    )
+    flags.DEFINE_list(
+        "devices", [], "numbers of the GPUs (CUDA or HIP) that runs get, in turn; none: all see all"
+    )
     cli.run(main)

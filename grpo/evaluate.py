@@ -1,12 +1,15 @@
-"""Held-out evaluation of a model, and of what a run made of it: the same prompts, noise and sampler for both.
+"""Held-out evaluation of a model, and of what a run made of it: the same prompts, noise and sampler
+for both.
 
-    python -m grpo.evaluate --config=configs/tiny_ocr.py --checkpoint=runs/tiny_ocr --out=runs/tiny_eval
-    python -m grpo.evaluate --config=configs/tiny_ocr.py --out=runs/base --config.prompts.heldout=my_prompts.txt
+    python -m grpo.evaluate --config=configs/tiny_ocr.py --checkpoint=runs/tiny_ocr
+    --out=runs/tiny_eval python -m grpo.evaluate --config=configs/tiny_ocr.py --out=runs/base
+    --config.prompts.heldout=my_prompts.txt
 
-Everything but the checkpoint comes from the recipe, so figures compare with those of training: `eval.*`, `reward.*`,
-`sample.height`, `sample.width`, `sample.shift`, `sample.batch_size`, `model.*`, `prompts.heldout`. OUT gets evals.jsonl
-(each prompt's reward and what was read), the first prompts' videos, report.html, and side_by_side/, where a file has
-what the model and the checkpoint made of one prompt and noise, left and right.
+Everything but the checkpoint comes from the recipe, so figures compare with those of training:
+`eval.*`, `reward.*`, `sample.height`, `sample.width`, `sample.shift`, `sample.batch_size`,
+`model.*`, `prompts.heldout`. OUT gets evals.jsonl (each prompt's reward and what was read), the
+first prompts' videos, report.html, and side_by_side/, where a file has what the model and the
+checkpoint made of one prompt and noise, left and right.
 """
 
 import functools
@@ -39,20 +42,28 @@ from wan_jax.models.attention import choose_backend, platform_of
 from wan_jax.storage import checkpoint as checkpoint_lib
 from wan_jax.storage import folder_lock, media, model_dir
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, e.g. configs/tiny_ocr.py", lock_config=True)
-CHECKPOINT = define_path("checkpoint", "run folder of grpo.train, or one of its checkpoints/<epoch>; "
-                         "None: only the model itself")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "recipe, e.g. configs/tiny_ocr.py", lock_config=True
+)
+CHECKPOINT = define_path(
+    "checkpoint",
+    "run folder of grpo.train, or one of its checkpoints/<epoch>; None: only the model itself",
+)
 OUT = define_path("out", "folder to write", required=True)
 HEAD = define_path("reward_head", "file of grpo.reward_head: with guidance towards a higher reward")
 GUIDANCE = define_number("reward_guidance", 10.0, "its weight", Range(0))
-BASE = flags.DEFINE_bool("base", True, "evaluate the model itself, too; a checkpoint of epoch 0 is the model itself")
+BASE = flags.DEFINE_bool(
+    "base", True, "evaluate the model itself, too; a checkpoint of epoch 0 is the model itself"
+)
 
 
 def main(_):
     c = CONFIG.value
     c.run_dir = OUT.value
     s = parse.from_config(c)
-    prompts = load_prompts(c.prompts.heldout, parse_targets, limit=c.eval.num_prompts, check=targets_check(c.reward))
+    prompts = load_prompts(
+        c.prompts.heldout, parse_targets, limit=c.eval.num_prompts, check=targets_check(c.reward)
+    )
     prompts = for_rewards(prompts, s.weights)
     if HEAD.value is None:
         check_used(flags.FLAGS, {"reward_guidance": "--reward_head"})
@@ -66,14 +77,24 @@ def main(_):
         model = model_dir.open_model(c.model.path)
         if CHECKPOINT.value is not None:
             checkpoints, epoch = checkpoint_lib.find(CHECKPOINT.value)
-            meta = checkpoints.check(epoch, ("meta", "trained"))  # now, not after the evaluation of the model itself
-            model.check_same(meta.get("model_digest"), meta["model"], CHECKPOINT.value, "config.model.path")
+            # now, not after the evaluation of the model itself
+            meta = checkpoints.check(epoch, ("meta", "trained"))
+            model.check_same(
+                meta.get("model_digest"), meta["model"], CHECKPOINT.value, "config.model.path"
+            )
         config = model.config("transformer")
         mesh, spread = placement.choose_mesh(c, s, config, experts=len(model.experts), trained=0)
-        backend = choose_backend(c.model.attention, platform_of(mesh.devices.flat[0]), s.dtype,
-                                 config.attention_head_dim)
-        shapes = {frames: pipeline.latent_shape(frames, c.sample.height, c.sample.width, model.config("vae"), config)
-                  for frames in frame_schedule.evaluated(c.sample.frames, c.eval.frames, c.eval.more_frames)}
+        backend = choose_backend(
+            c.model.attention, platform_of(mesh.devices.flat[0]), s.dtype, config.attention_head_dim
+        )
+        shapes = {
+            frames: pipeline.latent_shape(
+                frames, c.sample.height, c.sample.width, model.config("vae"), config
+            )
+            for frames in frame_schedule.evaluated(
+                c.sample.frames, c.eval.frames, c.eval.more_frames
+            )
+        }
         if max(shapes) > 1:
             media.check_ffmpeg()
         solver = make_solver(c.eval.solver, c.eval.steps, c.sample.shift)
@@ -81,29 +102,57 @@ def main(_):
     print(spread, flush=True)
     bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
     with folder_lock.locked(c.run_dir, "--out"), open_pool(c.reward, s.weights) as pool:
-        table = pipeline.embed_prompts(model, prompts.prompts, c.prompts.negative, dtype=s.dtype, cache=True,
-                                       progress=functools.partial(bar, desc="prompts"))
+        table = pipeline.embed_prompts(
+            model,
+            prompts.prompts,
+            c.prompts.negative,
+            dtype=s.dtype,
+            cache=True,
+            progress=functools.partial(bar, desc="prompts"),
+        )
         vae_graph, vae_state = pipeline.load_vae(model, mesh)
         decode = pipeline.make_decoder(vae_graph)
         log, unscored = RunLog(c.run_dir), []
         log.config(dict(c.to_dict(), command=" ".join(["python -m grpo.evaluate", *sys.argv[1:]])))
 
         def evaluate(checkpoint: str | None, number: int):
-            graph, weights = load_transformers(model, checkpoint, s.dtype, backend, mesh, c.model.offload)
-            make = functools.partial(pipeline.make_ode_step, functools.partial(nnx.merge, graph), solver,
-                                     shift=steer)
+            graph, weights = load_transformers(
+                model, checkpoint, s.dtype, backend, mesh, c.model.offload
+            )
+            make = functools.partial(
+                pipeline.make_ode_step, functools.partial(nnx.merge, graph), solver, shift=steer
+            )
             experts = len(model.experts)
             steps = per_guidance(make, guidances(c.eval.guidance, c.eval.guidance_2, experts))
             unguided = per_guidance(make, (1.0,) * experts) if c.eval.also_unguided else ()
             for i, (frames, shape) in enumerate(shapes.items()):
-                evaluator = Evaluator(prompts, table, solver, steps,
-                                      segments(solver.schedule.timesteps, model.boundary), decode, vae_state, pool,
-                                      mesh, shape, c.sample.batch_size, c.eval.seed, c.eval.previews, unguided)
-                result = evaluator(lambda expert: (weights(expert),), number,
-                                   functools.partial(bar, desc="evaluation"))
+                evaluator = Evaluator(
+                    prompts,
+                    table,
+                    solver,
+                    steps,
+                    segments(solver.schedule.timesteps, model.boundary),
+                    decode,
+                    vae_state,
+                    pool,
+                    mesh,
+                    shape,
+                    c.sample.batch_size,
+                    c.eval.seed,
+                    c.eval.previews,
+                    unguided,
+                )
+                result = evaluator(
+                    lambda expert: (weights(expert),),
+                    number,
+                    functools.partial(bar, desc="evaluation"),
+                )
                 log.evaluation(result.record, result.videos, frames if i else None)
-                print(f"{checkpoint or c.model.path}: {said(result.record)}"
-                      + (f", {frames} frames" if len(shapes) > 1 else ""), flush=True)
+                print(
+                    f"{checkpoint or c.model.path}: {said(result.record)}"
+                    + (f", {frames} frames" if len(shapes) > 1 else ""),
+                    flush=True,
+                )
                 if result.warning:
                     print(result.warning, flush=True)
                     unscored.append(result)
@@ -115,7 +164,9 @@ def main(_):
         log.close()
         print(memory.peaks(), f"report: {run_report.write_report(c.run_dir)}", sep="\n")
     if unscored:
-        raise UserError(f"{len(unscored)} evaluation(s) scored fewer than two videos; {unscored[0].why}")
+        raise UserError(
+            f"{len(unscored)} evaluation(s) scored fewer than two videos; {unscored[0].why}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""Trains a reward head (`wan_jax.inference.reward_guidance`) on videos that a model makes for its training prompts.
+"""Trains a reward head (`wan_jax.inference.reward_guidance`) on videos that a model makes for its
+training prompts.
 
-    python -m grpo.reward_head --config=configs/tiny_ocr.py [--checkpoint=runs/tiny_ocr] --out=heads/tiny.safetensors
-    python -m wan_jax.sample --model models/tiny-wan --reward_head heads/tiny.safetensors --reward_guidance 10 ...
+    python -m grpo.reward_head --config=configs/tiny_ocr.py [--checkpoint=runs/tiny_ocr]
+    --out=heads/tiny.safetensors python -m wan_jax.sample --model models/tiny-wan --reward_head
+    heads/tiny.safetensors --reward_guidance 10 ...
 
-Samples as the recipe evaluates (`eval.solver`, `eval.steps`, `eval.guidance`), scores as it trains (`reward.*`), and
-fits the head to the rewards of noised latents by least squares. One video in eight is held out; how much better the
-head foretells its reward than the mean does is printed by noise level: guidance is worth trying where it does at all.
-Measures of quality, which count against a first evaluation in training, are left out.
+Samples as the recipe evaluates (`eval.solver`, `eval.steps`, `eval.guidance`), scores as it trains
+(`reward.*`), and fits the head to the rewards of noised latents by least squares. One video in
+eight is held out; how much better the head foretells its reward than the mean does is printed by
+noise level: guidance is worth trying where it does at all. Measures of quality, which count against
+a first evaluation in training, are left out.
 """
 
 import dataclasses
@@ -56,14 +59,26 @@ def noised(key, x0: jax.Array, sigma) -> jax.Array:
     return (1 - s) * x0 + s * jax.random.normal(key, x0.shape, jnp.float32)
 
 
-def fit(head: WanTransformer3D, latents: np.ndarray, text: Sequence[np.ndarray], padding: int, rewards: np.ndarray, *,
-        updates: int, batch: int, rate: float, seed: int, progress=lambda x: x) -> WanTransformer3D:
+def fit(
+    head: WanTransformer3D,
+    latents: np.ndarray,
+    text: Sequence[np.ndarray],
+    padding: int,
+    rewards: np.ndarray,
+    *,
+    updates: int,
+    batch: int,
+    rate: float,
+    seed: int,
+    progress=lambda x: x,
+) -> WanTransformer3D:
     """The head after `updates` of AdamW on mean((predict(x_s) - r)^2), s uniform, noise fresh.
 
     latents fp32 [N,F,H,W,C], text [N,St,text_dim], rewards [N]. A function of the seed.
     """
     graphdef, params = nnx.split(head)
-    params = jax.tree.map(jnp.copy, params)  # the first update takes them; the head's may be the model's own
+    # the first update takes them; the head's may be the model's own
+    params = jax.tree.map(jnp.copy, params)
     optimiser = optax.adamw(optax.cosine_decay_schedule(rate, updates))
     key, rng = jax.random.key(seed), np.random.default_rng([seed, 0x4EAD])
 
@@ -73,8 +88,12 @@ def fit(head: WanTransformer3D, latents: np.ndarray, text: Sequence[np.ndarray],
         sigma = jax.random.uniform(level, target.shape)
 
         def loss(params):
-            found = predict(nnx.merge(graphdef, params), noised(noise, x0, sigma), 1000 * sigma,
-                            TextBatch(words, words[0], padding))
+            found = predict(
+                nnx.merge(graphdef, params),
+                noised(noise, x0, sigma),
+                1000 * sigma,
+                TextBatch(words, words[0], padding),
+            )
             return jnp.mean((found - target) ** 2)
 
         changes, opt = optimiser.update(jax.grad(loss)(params), opt, params)
@@ -83,21 +102,40 @@ def fit(head: WanTransformer3D, latents: np.ndarray, text: Sequence[np.ndarray],
     opt = optimiser.init(params)
     for i in progress(range(updates)):
         rows = rng.choice(len(rewards), batch, replace=len(rewards) < batch)
-        params, opt = update(params, opt, i, latents[rows], text[rows], rewards[rows].astype(np.float32))
+        params, opt = update(
+            params, opt, i, latents[rows], text[rows], rewards[rows].astype(np.float32)
+        )
     return nnx.merge(graphdef, params)
 
 
-def explained(head: WanTransformer3D, latents: np.ndarray, text: np.ndarray, padding: int, rewards: np.ndarray,
-              batch: int, mean: float) -> dict[float, float]:
-    """By noise level, the share of the rewards' spread around `mean` that the head foretells: 1 - its squared error
-    over the mean's. 0: as good as the mean; below 0: worse."""
-    run = nnx.jit(lambda head, x, t, words: predict(head, x, t, TextBatch(words, words[0], padding)))
+def explained(
+    head: WanTransformer3D,
+    latents: np.ndarray,
+    text: np.ndarray,
+    padding: int,
+    rewards: np.ndarray,
+    batch: int,
+    mean: float,
+) -> dict[float, float]:
+    """By noise level, the share of the rewards' spread around `mean` that the head foretells: 1 -
+    its squared error over the mean's. 0: as good as the mean; below 0: worse.
+    """
+    run = nnx.jit(
+        lambda head, x, t, words: predict(head, x, t, TextBatch(words, words[0], padding))
+    )
     shares = {}
     for level in LEVELS:
         x = noised(jax.random.key(1), jnp.asarray(latents), level)
-        rows = [np.arange(first, first + batch) % len(rewards) for first in range(0, len(rewards), batch)]
-        found = np.concatenate([run(head, x[r], 1000 * level, text[r]) for r in rows])[: len(rewards)]
-        shares[level] = 1 - float(np.sum((found - rewards) ** 2) / max(np.sum((rewards - mean) ** 2), 1e-12))
+        rows = [
+            np.arange(first, first + batch) % len(rewards)
+            for first in range(0, len(rewards), batch)
+        ]
+        found = np.concatenate([run(head, x[r], 1000 * level, text[r]) for r in rows])[
+            : len(rewards)
+        ]
+        shares[level] = 1 - float(
+            np.sum((found - rewards) ** 2) / max(np.sum((rewards - mean) ** 2), 1e-12)
+        )
     return shares
 
 
@@ -111,53 +149,112 @@ class Examples:
     rewards: np.ndarray  # [N]
 
 
-def collect(c, s: parse.Settings, model: model_dir.ModelDir, mesh: jax.sharding.Mesh, weights: tuple, count: int,
-            bar) -> Examples:
-    """Samples and scores `count` videos, whole batches. weights: of `load_transformers`. Raises `UserError` where too
-    few of them have different rewards."""
+def collect(
+    c,
+    s: parse.Settings,
+    model: model_dir.ModelDir,
+    mesh: jax.sharding.Mesh,
+    weights: tuple,
+    count: int,
+    bar,
+) -> Examples:
+    """Samples and scores `count` videos, whole batches. weights: of `load_transformers`. Raises
+    `UserError` where too few of them have different rewards.
+    """
     prompts = load_prompts(c.prompts.train, parse_targets, check=targets_check(c.reward))
     config = model.config("transformer")
-    shape = pipeline.latent_shape(c.sample.frames, c.sample.height, c.sample.width, model.config("vae"), config)
+    shape = pipeline.latent_shape(
+        c.sample.frames, c.sample.height, c.sample.width, model.config("vae"), config
+    )
     solver = make_solver(c.eval.solver, c.eval.steps, c.sample.shift)
     order = np.random.default_rng([c.seed, 0x4EAD]).permutation(len(prompts))
     chosen = np.resize(order, count)  # every prompt as often as any other
     print(f"{count} videos of {min(count, len(prompts))} prompts", flush=True)
-    table = pipeline.embed_prompts(model, prompts.prompts, c.prompts.negative, dtype=s.dtype, cache=True,
-                                   progress=functools.partial(bar, desc="prompts"))
+    table = pipeline.embed_prompts(
+        model,
+        prompts.prompts,
+        c.prompts.negative,
+        dtype=s.dtype,
+        cache=True,
+        progress=functools.partial(bar, desc="prompts"),
+    )
     vae_graph, vae_state = pipeline.load_vae(model, mesh)
     decode = pipeline.make_decoder(vae_graph)
     graph, arrays = weights
-    steps = per_guidance(functools.partial(pipeline.make_ode_step, functools.partial(nnx.merge, graph), solver),
-                         guidances(c.eval.guidance, c.eval.guidance_2, len(model.experts)))
+    steps = per_guidance(
+        functools.partial(pipeline.make_ode_step, functools.partial(nnx.merge, graph), solver),
+        guidances(c.eval.guidance, c.eval.guidance_2, len(model.experts)),
+    )
     replicated, sharded = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
     rows = np.arange(count, dtype=np.int32).reshape(-1, c.sample.batch_size)
-    batches = [(initial_noise(jax.random.key(c.seed), mesh_lib.place(r, sharded), shape),
-                table.batch(chosen[r], sharded, replicated)) for r in rows]
+    batches = [
+        (
+            initial_noise(jax.random.key(c.seed), mesh_lib.place(r, sharded), shape),
+            table.batch(chosen[r], sharded, replicated),
+        )
+        for r in rows
+    ]
     kept, pending = [], []
     with open_pool(c.reward, s.weights) as pool:
-        latents = pipeline.sample_ode(steps, lambda expert: (arrays(expert),), segments(
-            solver.schedule.timesteps, model.boundary), solver, batches)
+        latents = pipeline.sample_ode(
+            steps,
+            lambda expert: (arrays(expert),),
+            segments(solver.schedule.timesteps, model.boundary),
+            solver,
+            batches,
+        )
         for r, x in bar(zip(rows, latents), total=len(rows), desc="videos"):
             kept.append(np.asarray(x))
-            pending.append(submit(pool, r, decode(vae_state, x)(), [prompts.targets[p] for p in chosen[r]]))
+            pending.append(
+                submit(pool, r, decode(vae_state, x)(), [prompts.targets[p] for p in chosen[r]])
+            )
         scores = gather_scores(pending, count)
-    own = {reward_combination.MAIN: scores.values} | {k: v for k, v in scores.parts.items() if k not in reward_combination.BAD_SIDE}
-    rewards = reward_combination.combined({k: own[k] for k, w in s.weights.items() if w and k in own}, s.weights)
+    own = {reward_combination.MAIN: scores.values} | {
+        k: v for k, v in scores.parts.items() if k not in reward_combination.BAD_SIDE
+    }
+    rewards = reward_combination.combined(
+        {k: own[k] for k, w in s.weights.items() if w and k in own}, s.weights
+    )
     good = np.flatnonzero(np.isfinite(rewards))
     if len(good) < 2 * HELD_OUT or np.ptp(rewards[good]) == 0:
-        raise UserError(f"{len(good)} of {count} videos have a reward, {np.unique(rewards[good]).size} different "
-                        "ones: too few to learn from; raise --videos, or use other prompts"
-                        + (f". {scores.failures} have no score: {scores.why()}" if scores.failures else ""))
-    return Examples(np.concatenate(kept)[good], table.padded([table.prompts[p] for p in chosen[good]]),
-                    pipeline.TEXT_ROWS - table.rows, rewards[good])
+        raise UserError(
+            f"{len(good)} of {count} videos have a reward, {np.unique(rewards[good]).size} "
+            "different ones: too few to learn from; raise --videos, or use other prompts"
+            + (f". {scores.failures} have no score: {scores.why()}" if scores.failures else "")
+        )
+    return Examples(
+        np.concatenate(kept)[good],
+        table.padded([table.prompts[p] for p in chosen[good]]),
+        pipeline.TEXT_ROWS - table.rows,
+        rewards[good],
+    )
 
 
-def train(head: WanTransformer3D, data: Examples, batch: int, **kwargs) -> tuple[WanTransformer3D, dict[float, float]]:
-    """(the head fitted to seven videos in eight, what it foretells of the others by noise level). kwargs: of `fit`."""
+def train(
+    head: WanTransformer3D, data: Examples, batch: int, **kwargs
+) -> tuple[WanTransformer3D, dict[float, float]]:
+    """(the head fitted to seven videos in eight, what it foretells of the others by noise level).
+    kwargs: of `fit`.
+    """
     out = np.arange(len(data.rewards)) % HELD_OUT == 0
-    head = fit(head, data.latents[~out], data.text[~out], data.padding, data.rewards[~out], batch=batch, **kwargs)
-    return head, explained(head, data.latents[out], data.text[out], data.padding, data.rewards[out], batch,
-                           data.rewards[~out].mean())
+    head = fit(
+        head,
+        data.latents[~out],
+        data.text[~out],
+        data.padding,
+        data.rewards[~out],
+        batch=batch,
+        **kwargs,
+    )
+    return head, explained(
+        head,
+        data.latents[out],
+        data.text[out],
+        data.padding,
+        data.rewards[out],
+        batch,
+        data.rewards[~out].mean(),
+    )
 
 
 def main(_):
@@ -177,11 +274,14 @@ def main(_):
         model = model_dir.open_model(c.model.path)
         config, size = model.config("transformer"), c.sample.batch_size
         mesh, spread = placement.choose_mesh(c, s, config, experts=len(model.experts), trained=0)
-        backend = choose_backend(c.model.attention, platform_of(mesh.devices.flat[0]), s.dtype,
-                                 config.attention_head_dim)
+        backend = choose_backend(
+            c.model.attention, platform_of(mesh.devices.flat[0]), s.dtype, config.attention_head_dim
+        )
         if f.layers > config.num_layers:
-            raise ValueError(f"--layers={f.layers}: the model has {config.num_layers} blocks; 0 makes a small head of "
-                             "its own")
+            raise ValueError(
+                f"--layers={f.layers}: the model has {config.num_layers} blocks; 0 makes a small "
+                "head of its own"
+            )
     print(spread, flush=True)
     bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
     weights = load_transformers(model, f.checkpoint, s.dtype, backend, mesh, c.model.offload)
@@ -191,22 +291,50 @@ def main(_):
     else:
         head = make_head(head_config(config), c.seed)
     del weights
-    head, shares = train(head, data, f.batch, updates=f.updates, rate=f.learning_rate, seed=c.seed,
-                         progress=functools.partial(bar, desc="updates"))
+    head, shares = train(
+        head,
+        data,
+        f.batch,
+        updates=f.updates,
+        rate=f.learning_rate,
+        seed=c.seed,
+        progress=functools.partial(bar, desc="updates"),
+    )
     save_head(f.out, head, {"model": c.model.path, **model.metadata})
-    print(f"mean reward {data.rewards.mean():.3f}; held-out spread explained at noise level "
-          + ", ".join(f"{level:g}: {share:.2f}" for level, share in shares.items()), f.out, sep="\n")
+    print(
+        f"mean reward {data.rewards.mean():.3f}; held-out spread explained at noise level "
+        + ", ".join(f"{level:g}: {share:.2f}" for level, share in shares.items()),
+        f.out,
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "recipe, e.g. configs/tiny_ocr.py", lock_config=True)
-    define_path("checkpoint", "run folder of grpo.train, or one of its checkpoints/<epoch>; None: the model itself")
+    config_flags.DEFINE_config_file(
+        "config", None, "recipe, e.g. configs/tiny_ocr.py", lock_config=True
+    )
+    define_path(
+        "checkpoint",
+        "run folder of grpo.train, or one of its checkpoints/<epoch>; None: the model itself",
+    )
     define_path("out", "file to write, .safetensors", required=True)
-    flags.DEFINE_integer("layers", 4, "of the model's first blocks, from which the head starts; 0: a small transformer "
-                         "with random weights", lower_bound=0)
-    flags.DEFINE_integer("videos", 512, "videos to sample, rounded up to whole batches", lower_bound=16)
+    flags.DEFINE_integer(
+        "layers",
+        4,
+        "of the model's first blocks, from which the head starts; 0: a small transformer "
+        "with random weights",
+        lower_bound=0,
+    )
+    flags.DEFINE_integer(
+        "videos", 512, "videos to sample, rounded up to whole batches", lower_bound=16
+    )
     flags.DEFINE_integer("updates", 2000, "of the head", lower_bound=1)
     flags.DEFINE_integer("batch", 32, "videos of one update", lower_bound=1)
-    define_number("learning_rate", 3e-4, "of AdamW, falling to 0 as a cosine", Range(0, 1, above=True, below=True))
+    define_number(
+        "learning_rate",
+        3e-4,
+        "of AdamW, falling to 0 as a cosine",
+        Range(0, 1, above=True, below=True),
+    )
     flags.mark_flag_as_required("config")
     cli.run(main)

@@ -1,5 +1,6 @@
-"""What a checkpoint holds of a run: each trained expert's weights, optimiser, moving average and update count, and the
-old weights of methods that keep them."""
+"""What a checkpoint holds of a run: each trained expert's weights, optimiser, moving average and
+update count, and the old weights of methods that keep them.
+"""
 
 import dataclasses
 import hashlib
@@ -22,38 +23,61 @@ from wan_jax.storage.model_dir import ModelDir
 
 
 def state_tree(states: dict[str, TrainState]) -> dict:
-    """What a checkpoint stores of the experts' states; 'ema' as the weights to sample with, the rest as the state."""
+    """What a checkpoint stores of the experts' states; 'ema' as the weights to sample with, the
+    rest as the state.
+    """
+
     def joined(part: Callable[[TrainState], dict]) -> dict:
         return join_experts({name: part(state) for name, state in states.items()})
 
-    tree = {"trainable": joined(lambda state: state.trainable), "ema": joined(lambda state: state.ema),
-            "opt": joined(lambda state: {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state.opt))}),
-            "counters": joined(lambda state: {"updates": state.updates} | (vars(state.kl) if state.kl else {}))}
+    tree = {
+        "trainable": joined(lambda state: state.trainable),
+        "ema": joined(lambda state: state.ema),
+        "opt": joined(
+            lambda state: {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state.opt))}
+        ),
+        "counters": joined(
+            lambda state: {"updates": state.updates} | (vars(state.kl) if state.kl else {})
+        ),
+    }
     if any(state.old for state in states.values()):
         tree["old"] = joined(lambda state: state.old)
     return tree
 
 
 def origin(model: ModelDir, prompts: PromptSet) -> dict[str, str | None]:
-    """Digests of what a run must go on with: its model and its training prompts with their targets, wherever the files
-    are. A model folder of an earlier version has none."""
+    """Digests of what a run must go on with: its model and its training prompts with their targets,
+    wherever the files are. A model folder of an earlier version has none.
+    """
     asked = [t.targets if isinstance(t, Asked) else t for t in prompts.targets]
     text = json.dumps([prompts.prompts, asked])
-    return {"model_digest": model.fingerprint, "prompts_digest": hashlib.sha256(text.encode()).hexdigest()}
+    return {
+        "model_digest": model.fingerprint,
+        "prompts_digest": hashlib.sha256(text.encode()).hexdigest(),
+    }
 
 
 def check_resume(meta: dict, checkpoint, config: dict, model: ModelDir, belongs: dict) -> None:
-    """Raises `UserError` unless a checkpoint's run can go on with these settings, this model and these prompts.
+    """Raises `UserError` unless a checkpoint's run can go on with these settings, this model and
+    these prompts.
 
-    meta: the checkpoint's; belongs: `origin` of the model and the prompts that are given now. The content of
-    prompts.train counts, not its name, unless the checkpoint is of an earlier version and knows the name only.
+    meta: the checkpoint's; belongs: `origin` of the model and the prompts that are given now. The
+    content of prompts.train counts, not its name, unless the checkpoint is of an earlier version
+    and knows the name only.
     """
-    saved, now, before, after = meta["config"], config, meta.get("prompts_digest"), belongs["prompts_digest"]
+    saved, now, before, after = (
+        meta["config"],
+        config,
+        meta.get("prompts_digest"),
+        belongs["prompts_digest"],
+    )
     if before == after:
         now = _with_training_prompts(now, saved["prompts"]["train"])
     elif before is not None:
-        saved, now = (_with_training_prompts(values, f"{values['prompts']['train']} ({digest[:12]})")
-                      for values, digest in ((saved, before), (now, after)))
+        saved, now = (
+            _with_training_prompts(values, f"{values['prompts']['train']} ({digest[:12]})")
+            for values, digest in ((saved, before), (now, after))
+        )
     parse.check_resume(saved, now, str(checkpoint))
     model.check_same(meta.get("model_digest"), meta["model"], str(checkpoint), "config.model.path")
 
@@ -62,30 +86,55 @@ def _with_training_prompts(config: dict, name: str) -> dict:
     return config | {"prompts": config["prompts"] | {"train": name}}
 
 
-def save(checkpoints: Checkpoints, epoch: int, states: dict[str, TrainState], config: dict, lora: LoRAConfig | None,
-         spent: Spent, belongs: dict | None = None):
-    """One checkpoint: the whole state, the weights to sample with (EMA), and what is needed to read them. belongs: the
-    run's `origin`.
+def save(
+    checkpoints: Checkpoints,
+    epoch: int,
+    states: dict[str, TrainState],
+    config: dict,
+    lora: LoRAConfig | None,
+    spent: Spent,
+    belongs: dict | None = None,
+):
+    """One checkpoint: the whole state, the weights to sample with (EMA), and what is needed to read
+    them. belongs: the run's `origin`.
 
-    All processes write it together. Raises `UserError`, and writes nothing, when their weights differ.
+    All processes write it together. Raises `UserError`, and writes nothing, when their weights
+    differ.
     """
     tree = state_tree(states)
     multihost.check_same(tree, f"epoch {epoch}: the trained weights")
     ema = tree.pop("ema")
-    checkpoints.save(epoch, tree, ema, {
-        "config": config, "model": config["model"]["path"], "experts": list(states), "spent": dataclasses.asdict(spent),
-        "lora": lora and {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}, **(belongs or {})})
+    checkpoints.save(
+        epoch,
+        tree,
+        ema,
+        {
+            "config": config,
+            "model": config["model"]["path"],
+            "experts": list(states),
+            "spent": dataclasses.asdict(spent),
+            "lora": lora
+            and {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)},
+            **(belongs or {}),
+        },
+    )
 
 
 def spent_by(checkpoints: Checkpoints, epoch: int) -> Spent:
-    """What the run had spent; nothing where the checkpoint is older than the count. Raises `UserError`."""
+    """What the run had spent; nothing where the checkpoint is older than the count. Raises
+    `UserError`.
+    """
     try:
         return Spent(**checkpoints.meta(epoch).get("spent", {}))
     except TypeError:
-        raise UserError(f"{checkpoints.path(epoch)} is damaged: its meta has no valid 'spent'") from None
+        raise UserError(
+            f"{checkpoints.path(epoch)} is damaged: its meta has no valid 'spent'"
+        ) from None
 
 
-def restore(checkpoints: Checkpoints, epoch: int, like: dict[str, TrainState]) -> dict[str, TrainState]:
+def restore(
+    checkpoints: Checkpoints, epoch: int, like: dict[str, TrainState]
+) -> dict[str, TrainState]:
     """The experts' states, on the shardings of `like`."""
     tree, ema = checkpoints.restore_state(epoch, state_tree(like))
     tree["ema"] = ema
@@ -93,9 +142,16 @@ def restore(checkpoints: Checkpoints, epoch: int, like: dict[str, TrainState]) -
     states = {}
     for name, state in like.items():
         leaves, structure = jax.tree.flatten(state.opt)
-        opt = jax.tree.unflatten(structure, [parts["opt"][name][str(i)] for i in range(len(leaves))])
+        opt = jax.tree.unflatten(
+            structure, [parts["opt"][name][str(i)] for i in range(len(leaves))]
+        )
         counters = dict(parts["counters"][name])
-        states[name] = TrainState(parts["trainable"][name], opt, parts["ema"][name], counters.pop("updates"),
-                                  KLControl(**counters) if counters else None,
-                                  parts["old"][name] if state.old else None)
+        states[name] = TrainState(
+            parts["trainable"][name],
+            opt,
+            parts["ema"][name],
+            counters.pop("updates"),
+            KLControl(**counters) if counters else None,
+            parts["old"][name] if state.old else None,
+        )
     return states

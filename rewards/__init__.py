@@ -1,1 +1,3 @@
-"""What a video is worth: numpy frames in, numbers out. Imports no JAX and nothing else of this project."""
+"""What a video is worth: numpy frames in, numbers out. Imports no JAX and nothing else of this
+project.
+"""

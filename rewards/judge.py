@@ -1,15 +1,18 @@
-"""A vision model as a judge, behind an OpenAI-compatible endpoint (vLLM, SGLang): POST {url}/v1/chat/completions.
+"""A vision model as a judge, behind an OpenAI-compatible endpoint (vLLM, SGLang): POST
+{url}/v1/chat/completions.
 
-Two uses. `Transcriber` is an OCR engine: it asks for the text that is on a frame, and `OCRReward` scores the transcript
-with the same rules as any other engine's. `JudgeReward` shows all chosen frames at once, asks one question about the
-video and takes the answer, yes or no or 0 to 10, as its value in [0, 1].
+Two uses. `Transcriber` is an OCR engine: it asks for the text that is on a frame, and `OCRReward`
+scores the transcript with the same rules as any other engine's. `JudgeReward` shows all chosen
+frames at once, asks one question about the video and takes the answer, yes or no or 0 to 10, as its
+value in [0, 1].
 
     judge = VisionEndpoint(["http://gpu1:8000"], model="Qwen/Qwen2.5-VL-7B-Instruct")
     reward = OCRReward(rule="spelling", engine=Transcriber(judge), max_frames=5)
     reward = JudgeReward(judge, "rate")
 
-All three are thread-safe: build one and share it, RewardPool(lambda: reward, workers=16, mode="thread"). Temperature is
-0, but a server that batches requests may still answer differently now and then; the OCR engines here do not.
+All three are thread-safe: build one and share it, RewardPool(lambda: reward, workers=16,
+mode="thread"). Temperature is 0, but a server that batches requests may still answer differently
+now and then; the OCR engines here do not.
 """
 
 import base64
@@ -28,11 +31,14 @@ from rewards.ocr.rules import even_frames
 from rewards.remote.endpoints import Endpoints
 from rewards.remote.received import printable
 
-MAX_TOKENS = 1024       # of an answer; reasoning models think within them
-MAX_CHARACTERS = 64 * MAX_TOKENS    # of an answer; no tokenizer has longer tokens on the average
-TRANSCRIBE = ("Transcribe all text that is visible in this picture, exactly as it is written: keep spelling mistakes, "
-              "case and punctuation, and do not guess letters that cannot be read. One line of text per line, from top "
-              "to bottom. Answer with the text only; if there is no text, answer NO TEXT.")
+MAX_TOKENS = 1024  # of an answer; reasoning models think within them
+MAX_CHARACTERS = 64 * MAX_TOKENS  # of an answer; no tokenizer has longer tokens on the average
+TRANSCRIBE = (
+    "Transcribe all text that is visible in this picture, exactly as it is written: keep spelling "
+    "mistakes, case and punctuation, and do not guess letters that cannot be read. One line of "
+    "text per line, from top to bottom. Answer with the text only; if there is no text, answer NO "
+    "TEXT."
+)
 _NO_TEXT = re.compile(r"\W*no (?:visible |readable )?text\W*", re.IGNORECASE)
 _THINKING = re.compile(r"^.*</think>", re.DOTALL)
 _FENCE = re.compile(r"```\w*\n(.*?)\n?```", re.DOTALL)
@@ -42,33 +48,48 @@ _NUMBER = re.compile(r"(?<![\w.,-])\d+(?:\.\d+)?(?![\w%])")
 class VisionEndpoint:
     """Servers of one vision model.
 
-    urls: of the servers, with or without /v1 at the end. model: its name there; "" takes the only one served.
-    others: of `Endpoints`: token, timeout, retries, patience, first_pause, seed.
+    urls: of the servers, with or without /v1 at the end. model: its name there; "" takes the only
+    one served. others: of `Endpoints`: token, timeout, retries, patience, first_pause, seed.
     """
 
     def __init__(self, urls: Sequence[str], model: str = "", **others):
         self.model = model
-        roots = urls if isinstance(urls, str) else [url.rstrip("/").removesuffix("/v1") for url in urls]
+        roots = (
+            urls if isinstance(urls, str) else [url.rstrip("/").removesuffix("/v1") for url in urls]
+        )
         self._endpoints = Endpoints(roots, "/v1/models", self._check, **others)
 
     def ask(self, question: str, frames: np.ndarray) -> str:
-        """The answer to `question` about the pictures uint8 [T, H, W, 3], without what the model thought first.
+        """The answer to `question` about the pictures uint8 [T, H, W, 3], without what the model
+        thought first.
 
         Raises RewardError when there is none.
         """
         content = [{"type": "image_url", "image_url": {"url": png_url(frame)}} for frame in frames]
         content.append({"type": "text", "text": question})
-        body = json.dumps({"model": self.model, "temperature": 0, "max_tokens": MAX_TOKENS,
-                           "messages": [{"role": "user", "content": content}]}).encode()
+        body = json.dumps(
+            {
+                "model": self.model,
+                "temperature": 0,
+                "max_tokens": MAX_TOKENS,
+                "messages": [{"role": "user", "content": content}],
+            }
+        ).encode()
         answer = self._endpoints.post("/v1/chat/completions", [body], "application/json")
         try:
             choice = answer["choices"][0]
             text = choice["message"]["content"]
-            if isinstance(text, str) and len(text) <= MAX_CHARACTERS and choice.get("finish_reason") != "length":
+            if (
+                isinstance(text, str)
+                and len(text) <= MAX_CHARACTERS
+                and choice.get("finish_reason") != "length"
+            ):
                 return _THINKING.sub("", text).strip()
         except (KeyError, IndexError, TypeError, AttributeError):
             pass
-        raise RewardError(f"the judge gave no whole answer of at most {MAX_TOKENS} tokens: {str(answer)[:300]}")
+        raise RewardError(
+            f"the judge gave no whole answer of at most {MAX_TOKENS} tokens: {str(answer)[:300]}"
+        )
 
     def close(self) -> None:
         """Ends what waits, in all threads."""
@@ -78,12 +99,17 @@ class VisionEndpoint:
         try:
             names = [str(model["id"]) for model in models["data"]]
         except (KeyError, TypeError):
-            raise RewardError("is no OpenAI-compatible endpoint: /v1/models names no models") from None
+            raise RewardError(
+                "is no OpenAI-compatible endpoint: /v1/models names no models"
+            ) from None
         if not self.model and len(names) == 1:
             self.model = names[0]
         if self.model not in names:
             found = printable(", ".join(names)) or "no model"
-            raise RewardError(f"serves {found}, not {self.model!r}: give the name of one as config.reward.judge_model")
+            raise RewardError(
+                f"serves {found}, not {self.model!r}: give the name of one as "
+                "config.reward.judge_model"
+            )
 
 
 def png_url(frame: np.ndarray) -> str:
@@ -93,40 +119,57 @@ def png_url(frame: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-# --- transcripts --------------------------------------------------------------------------------------------
+# --- transcripts ----------------------------------------------------------------------------------
+
 
 class Transcriber:
-    """An engine of `OCRReward` that asks a judge. Confidence is 1 and the boxes are rows: a transcript has neither."""
+    """An engine of `OCRReward` that asks a judge. Confidence is 1 and the boxes are rows: a
+    transcript has neither.
+    """
 
     def __init__(self, judge: VisionEndpoint, question: str = TRANSCRIBE):
         self.judge, self._question = judge, question
 
     def __call__(self, rgb: np.ndarray) -> list[TextLine]:
-        """uint8 [H, W, 3] RGB -> its lines from top to bottom. Raises RewardError when no judge answers."""
+        """uint8 [H, W, 3] RGB -> its lines from top to bottom. Raises RewardError when no judge
+        answers.
+        """
         texts = parse_transcript(self.judge.ask(self._question, rgb[None]))
         height, width = rgb.shape[:2]
         edges = np.linspace(0, height, len(texts) + 1).tolist()
-        return [TextLine(text, 1.0, ((0.0, top), (float(width), top), (float(width), bottom), (0.0, bottom)))
-                for text, top, bottom in zip(texts, edges, edges[1:])]
+        return [
+            TextLine(
+                text, 1.0, ((0.0, top), (float(width), top), (float(width), bottom), (0.0, bottom))
+            )
+            for text, top, bottom in zip(texts, edges, edges[1:])
+        ]
 
     def close(self) -> None:
         self.judge.close()
 
 
 def parse_transcript(answer: str) -> list[str]:
-    """The lines of a transcript, without the code fence or the quotes that models like to put around it."""
+    """The lines of a transcript, without the code fence or the quotes that models like to put
+    around it.
+    """
     if fenced := _FENCE.search(answer):
         answer = fenced[1]
     answer = answer.strip()
     for opening, closing in ('""', "“”", "``"):
-        if len(answer) > 1 and answer[0] == opening and answer[-1] == closing and opening not in answer[1:-1]:
+        if (
+            len(answer) > 1
+            and answer[0] == opening
+            and answer[-1] == closing
+            and opening not in answer[1:-1]
+        ):
             answer = answer[1:-1]
     if _NO_TEXT.fullmatch(answer):
         return []
     return [line.strip() for line in answer.splitlines() if line.strip()]
 
 
-# --- questions about the video --------------------------------------------------------------------------------
+# --- questions about the video --------------------------------------------------------------------
+
 
 def parse_yes_no(answer: str) -> float:
     """1 for yes, 0 for no, from the first of the two words. Raises RewardError for neither."""
@@ -136,8 +179,12 @@ def parse_yes_no(answer: str) -> float:
 
 
 def parse_rating(answer: str) -> float:
-    """The last number in 0..10 (in "8/10" the 8), divided by 10. Raises RewardError if there is none."""
-    numbers = [float(number) for number in _NUMBER.findall(re.sub(r"\s*(?:/|out of)\s*10\b", "", answer))]
+    """The last number in 0..10 (in "8/10" the 8), divided by 10. Raises RewardError if there is
+    none.
+    """
+    numbers = [
+        float(number) for number in _NUMBER.findall(re.sub(r"\s*(?:/|out of)\s*10\b", "", answer))
+    ]
     if numbers and 0 <= numbers[-1] <= 10:
         return numbers[-1] / 10
     raise RewardError(f"the judge gave no number from 0 to 10: {answer[:200]!r}")
@@ -145,30 +192,50 @@ def parse_rating(answer: str) -> float:
 
 _ONE_VIDEO = "These pictures are frames of one video, in order. "
 QUESTIONS: dict[str, tuple[str, Callable[[str], float]]] = {
-    "yes_no": (_ONE_VIDEO + "Does the video show the text {targets}, spelled exactly so and legible throughout? Answer "
-               "yes or no only.", parse_yes_no),
-    "rate": (_ONE_VIDEO + "It was to show the text {targets}. Rate from 0 (no such text) to 10 (spelled exactly so, "
-             "legible and steady throughout) how well it does. Answer with the number only.", parse_rating),
+    "yes_no": (
+        _ONE_VIDEO
+        + "Does the video show the text {targets}, spelled exactly so and legible throughout? "
+        "Answer yes or no only.",
+        parse_yes_no,
+    ),
+    "rate": (
+        _ONE_VIDEO
+        + "It was to show the text {targets}. Rate from 0 (no such text) to 10 (spelled exactly "
+        "so, legible and steady throughout) how well it does. Answer with the number only.",
+        parse_rating,
+    ),
 }
 
 
 class JudgeReward:
     """One question about a whole video.
 
-    question: a key of QUESTIONS. template: another wording; {targets} stands for the quoted target texts.
-    max_frames: pictures shown, spread evenly, with the first and the last.
+    question: a key of QUESTIONS. template: another wording; {targets} stands for the quoted target
+    texts. max_frames: pictures shown, spread evenly, with the first and the last.
     """
 
-    def __init__(self, judge: VisionEndpoint, question: str = "rate", template: str | None = None, max_frames: int = 9):
+    def __init__(
+        self,
+        judge: VisionEndpoint,
+        question: str = "rate",
+        template: str | None = None,
+        max_frames: int = 9,
+    ):
         if question not in QUESTIONS:
-            raise ValueError(f"unknown question {question!r} to the judge: choose one of {', '.join(QUESTIONS)}")
+            raise ValueError(
+                f"unknown question {question!r} to the judge: choose one of {', '.join(QUESTIONS)}"
+            )
         if max_frames < 2:
-            raise ValueError(f"max_frames={max_frames}: must be 2 or more, as first and last are always shown")
+            raise ValueError(
+                f"max_frames={max_frames}: must be 2 or more, as first and last are always shown"
+            )
         wording, self._parse = QUESTIONS[question]
         self.judge, self._template, self._max_frames = judge, template or wording, max_frames
 
     def score(self, frames: np.ndarray, targets: Sequence[str]) -> Score:
-        """`frames` uint8 [T, H, W, 3] RGB; `targets` the texts to be shown. The score's text is the judge's answer."""
+        """`frames` uint8 [T, H, W, 3] RGB; `targets` the texts to be shown. The score's text is the
+        judge's answer.
+        """
         check_frames(frames)
         indices = even_frames(len(frames), self._max_frames)
         quoted = " and ".join(json.dumps(target, ensure_ascii=False) for target in targets)

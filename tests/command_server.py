@@ -1,11 +1,14 @@
-"""Commands in processes that need not import JAX and the rest again: a server imports them once and forks.
+"""Commands in processes that need not import JAX and the rest again: a server imports them once and
+forks.
 
-    python -m tests.command_server DESCRIPTOR        the server, on a socket; it ends with its standard input
-    python -S tests/command_server.py ADDRESS MODULE [ARGUMENT ...]       `python -m MODULE ARGUMENT ...` by that server
+    python -m tests.command_server DESCRIPTOR        the server, on a socket; it ends with its
+                                                     standard input
+    python -S tests/command_server.py ADDRESS MODULE [ARGUMENT ...]       `python -m MODULE ARGUMENT
+                                                                          ...` by that server
 
-The second form passes its environment, folder and standard streams on, forwards SIGINT and SIGTERM, and ends as the
-command ends. When it is killed, so is the command. The command's own process id is written to ADDRESS.PID, where PID is
-that of the second form.
+The second form passes its environment, folder and standard streams on, forwards SIGINT and SIGTERM,
+and ends as the command ends. When it is killed, so is the command. The command's own process id is
+written to ADDRESS.PID, where PID is that of the second form.
 """
 
 import contextlib
@@ -15,9 +18,18 @@ import signal
 import socket
 import sys
 
-MODULES = ("grpo.train", "grpo.evaluate", "grpo.compare", "grpo.plan", "wan_jax.sample", "convert.from_diffusers",
-           "convert.to_diffusers", "convert.export_lora")
-LATE = ("rapidocr.main", "matplotlib.pyplot", "tensorboardX", "PIL.Image", "imageio")  # what the commands import late
+MODULES = (
+    "grpo.train",
+    "grpo.evaluate",
+    "grpo.compare",
+    "grpo.plan",
+    "wan_jax.sample",
+    "convert.from_diffusers",
+    "convert.to_diffusers",
+    "convert.export_lora",
+)
+# what the commands import late
+LATE = ("rapidocr.main", "matplotlib.pyplot", "tensorboardX", "PIL.Image", "imageio")
 FORWARDED = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -26,7 +38,9 @@ def ask(address, module, arguments):
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(address)
         signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
-        command = json.dumps({"module": module, "arguments": arguments, "env": dict(os.environ), "cwd": os.getcwd()})
+        command = json.dumps(
+            {"module": module, "arguments": arguments, "env": dict(os.environ), "cwd": os.getcwd()}
+        )
         socket.send_fds(server, [len(command).to_bytes(4, "big")], [0, 1, 2])
         server.sendall(command.encode())
         pid = number_from(server)
@@ -49,7 +63,8 @@ def serve(listener):
     """Forks a process for each command. Returns in those processes only: the command."""
     import selectors
 
-    running = {}  # (process id, its descriptor, connection), by the descriptor and by the connection
+    # (process id, its descriptor, connection), by the descriptor and by the connection
+    running = {}
     with listener, selectors.DefaultSelector() as selector:
         selector.register(listener, selectors.EVENT_READ)
         selector.register(0, selectors.EVENT_READ)
@@ -58,7 +73,9 @@ def serve(listener):
                 if key.fileobj is listener:
                     connection, _ = listener.accept()
                     size, streams, *_ = socket.recv_fds(connection, 4, 3)
-                    command = json.loads(connection.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
+                    command = json.loads(
+                        connection.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL)
+                    )
                     if (pid := os.fork()) == 0:
                         for number, stream in enumerate(streams):
                             os.dup2(stream, number)
@@ -106,7 +123,9 @@ def load():
     for name in LATE:
         importlib.import_module(name)
     if len(threads := os.listdir("/proc/self/task")) > 1:
-        raise RuntimeError(f"{len(threads)} threads after the imports, whose locks a fork would leave taken")
+        raise RuntimeError(
+            f"{len(threads)} threads after the imports, whose locks a fork would leave taken"
+        )
     gc.collect()
     gc.freeze()
 

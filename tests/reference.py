@@ -1,7 +1,7 @@
 """An independent float64 NumPy reference of the mathematics, written from the papers' formulas.
 
-Imports nothing of this project. Slow and plain on purpose: loops over steps, groups and rows, linear systems
-instead of closed forms. B videos, T denoising steps.
+Imports nothing of this project. Slow and plain on purpose: loops over steps, groups and rows,
+linear systems instead of closed forms. B videos, T denoising steps.
 """
 
 import math
@@ -26,7 +26,11 @@ def flow_sigmas(num_steps, shift, version="diffusers"):
 def euler_sigmas(num_steps, shift):
     """sigmas [T+1] float64; the timesteps are 1000 sigmas."""
     smallest = shifted(0.001, shift)
-    grid = [1.0] if num_steps == 1 else [1 + (smallest - 1) * i / (num_steps - 1) for i in range(num_steps)]
+    grid = (
+        [1.0]
+        if num_steps == 1
+        else [1 + (smallest - 1) * i / (num_steps - 1) for i in range(num_steps)]
+    )
     return np.array([*(shifted(u, shift) for u in grid), 0.0])
 
 
@@ -44,7 +48,9 @@ def _log_snr(s):
 
 
 def _unipc_sum(sigmas, start, end, others, m_start, ms, rhos):
-    """The second term of x' = s'/s x - (1 - s') (e^-h - 1) (m_start + sum_k rho_k (m_k - m_start) / r_k)."""
+    """The second term of x' = s'/s x - (1 - s') (e^-h - 1) (m_start + sum_k rho_k (m_k - m_start) /
+    r_k).
+    """
     h = _log_snr(sigmas[end]) - _log_snr(sigmas[start])
     total = m_start
     for index, m, rho in zip(others, ms, rhos):
@@ -54,7 +60,9 @@ def _unipc_sum(sigmas, start, end, others, m_start, ms, rhos):
 
 
 def _unic_rhos(sigmas, start, end, others):
-    """The weights of all points, the new one (r = 1) included: sum_k rho_k r_k^(n-1) = b_n for each n."""
+    """The weights of all points, the new one (r = 1) included: sum_k rho_k r_k^(n-1) = b_n for each
+    n.
+    """
     h = _log_snr(sigmas[end]) - _log_snr(sigmas[start])
     r = np.array([(_log_snr(sigmas[k]) - _log_snr(sigmas[start])) / h for k in others])
     k, hh = len(others), -h
@@ -78,18 +86,23 @@ def unipc(x, velocity, sigmas, order=2):
             others = [*range(i - last_order, i - 1), i]
             rhos = [0.5] if last_order == 1 else _unic_rhos(sigmas, i - 1, i, others)
             points = [m if k == i else ms[k] for k in others]
-            x = (sigmas[i] / sigmas[i - 1] * x_last
-                 + _unipc_sum(sigmas, i - 1, i, others, ms[i - 1], points, rhos))
+            x = sigmas[i] / sigmas[i - 1] * x_last + _unipc_sum(
+                sigmas, i - 1, i, others, ms[i - 1], points, rhos
+            )
         ms.append(m)
         x_last, last_order = x, min(order, steps - i, i + 1)
         others = [i - 1] if last_order == 2 else []
-        xs.append(sigmas[i + 1] / sigmas[i] * x
-                  + _unipc_sum(sigmas, i, i + 1, others, m, [ms[k] for k in others], [0.5]))
+        xs.append(
+            sigmas[i + 1] / sigmas[i] * x
+            + _unipc_sum(sigmas, i, i + 1, others, m, [ms[k] for k in others], [0.5])
+        )
     return np.array(xs)
 
 
 def dpm_solver_pp_2m(x, velocity, sigmas):
-    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), first order at both ends: samples [T+1, ...]."""
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), first order at both ends: samples [T+1,
+    ...].
+    """
     steps, xs, m_last = len(sigmas) - 1, [x], None
     for i in range(steps):
         s, s_next, x = sigmas[i], sigmas[i + 1], xs[-1]
@@ -105,7 +118,9 @@ def dpm_solver_pp_2m(x, velocity, sigmas):
 
 # The stochastic step ------------------------------------------------------------------------------
 def diffusion_coefficient(kind, sigmas, noise_level):
-    """g of each step [T] (Flow-GRPO, arXiv 2505.05470, and its code for Wan; DanceGRPO; CPS), without any bound."""
+    """g of each step [T] (Flow-GRPO, arXiv 2505.05470, and its code for Wan; DanceGRPO; CPS),
+    without any bound.
+    """
     g = []
     for i, s in enumerate(sigmas[:-1]):
         if kind == "flow_grpo_wan":
@@ -113,7 +128,9 @@ def diffusion_coefficient(kind, sigmas, noise_level):
         elif kind == "dance":
             g.append(noise_level)
         elif kind == "cps":  # the step's std is sigma_next sin(a pi / 2), and g that over sqrt(-dt)
-            g.append(sigmas[i + 1] * math.sin(noise_level * math.pi / 2) / math.sqrt(s - sigmas[i + 1]))
+            g.append(
+                sigmas[i + 1] * math.sin(noise_level * math.pi / 2) / math.sqrt(s - sigmas[i + 1])
+            )
         else:
             g.append(noise_level * math.sqrt(s / (1 - (sigmas[1] if i == 0 else s))))
     return np.array(g)
@@ -127,7 +144,9 @@ def mean_std(x, v, s, s_next, g):
 
 
 def cps_mean_std(x, v, s, s_next, g):
-    """One sample of coefficients-preserving sampling (arXiv 2509.05952): predicted and fresh noise make up s_next."""
+    """One sample of coefficients-preserving sampling (arXiv 2509.05952): predicted and fresh noise
+    make up s_next.
+    """
     clean, noise, std = x - s * v, x + (1 - s) * v, g * math.sqrt(s - s_next)
     return (1 - s_next) * clean + math.sqrt(s_next**2 - std**2) * noise, std
 
@@ -149,15 +168,25 @@ def group_advantages(rewards, groups, valid, std, eps):
         if not ok or len(members) < 2:
             result.append(0.0)
             continue
-        every_group = [[q for q, other, fine in zip(rewards, groups, valid) if fine and other == g] for g in groups]
-        spread = {"group": np.std(members), "global": np.std(kept), "none": 1 - eps,
-                  "max": max(np.std(m) for m in every_group if len(m) > 1)}[std]
+        every_group = [
+            [q for q, other, fine in zip(rewards, groups, valid) if fine and other == g]
+            for g in groups
+        ]
+        spread = {
+            "group": np.std(members),
+            "global": np.std(kept),
+            "none": 1 - eps,
+            "max": max(np.std(m) for m in every_group if len(m) > 1),
+        }[std]
         result.append((r - np.mean(members)) / (spread + eps))
     return np.array(result)
 
 
 def step_importance(steps, final, least):
-    """[(before, after), ...] of one video's trained steps and its final latents -> their weights, 1 in the mean."""
+    """[(before, after), ...] of one video's trained steps and its final latents -> their weights, 1
+    in the mean.
+    """
+
     def cosine(x):
         return np.vdot(x, final) / np.linalg.norm(x) / np.linalg.norm(final)
 
@@ -171,7 +200,10 @@ def clipped_loss(ratio, advantage, low, high):
 
 
 def policy_loss(objective, x_next, mean, mean_old, std, dt, advantage, low, high, divergence):
-    """(loss, ratio) of one row: GRPO, GRPO-Guard (arXiv 2510.22319), Flow-DPPO, CPS' unscaled density."""
+    """(loss, ratio) of one row: GRPO, GRPO-Guard (arXiv 2510.22319), Flow-DPPO, CPS' unscaled
+    density.
+    """
+
     def squares(a):  # the mean of squares
         return float(np.mean(a**2))
 
@@ -197,15 +229,33 @@ def kl(kind, mean, mean_ref, v, v_ref, std, g):
     return float(np.mean((mean - mean_ref) ** 2)) / divisor
 
 
-def grpo_objective(x, x_next, v_new, v_old, v_ref, sigma, sigma_next, g, advantages, *, clip_low, clip_high,
-                   kl_beta, kl_kind="flow_grpo", mask=None):
+def grpo_objective(
+    x,
+    x_next,
+    v_new,
+    v_old,
+    v_ref,
+    sigma,
+    sigma_next,
+    g,
+    advantages,
+    *,
+    clip_low,
+    clip_high,
+    kl_beta,
+    kl_kind="flow_grpo",
+    mask=None,
+):
     """The whole objective of one batch of rows, float64: everything the update should report.
 
-    x, x_next, v_* [B, ...]; sigma, sigma_next, g, advantages [B]; mask [B] bool. loss = mean over counted
-    rows of the clipped loss + kl_beta * KL. Returns a dict: loss, its analytic gradient with respect to
-    v_new, and per row the log_prob, old_log_prob, ratio, policy_loss, kl and clipped.
+    x, x_next, v_* [B, ...]; sigma, sigma_next, g, advantages [B]; mask [B] bool. loss = mean over
+    counted rows of the clipped loss + kl_beta * KL. Returns a dict: loss, its analytic gradient
+    with respect to v_new, and per row the log_prob, old_log_prob, ratio, policy_loss, kl and
+    clipped.
     """
-    x, x_next, v_new, v_old, v_ref = (np.asarray(a, np.float64) for a in (x, x_next, v_new, v_old, v_ref))
+    x, x_next, v_new, v_old, v_ref = (
+        np.asarray(a, np.float64) for a in (x, x_next, v_new, v_old, v_ref)
+    )
     rows = len(x)
     mask = np.ones(rows, bool) if mask is None else np.asarray(mask)
     count = mask.sum()
@@ -255,6 +305,7 @@ def nft_loss(x0, noise, s, v, v_old, r, beta):
 
 def dpo_loss(better, worse, beta):
     """One pair, each (x0, noise, v, v_ref): Flow-DPO (arXiv 2501.13918)."""
+
     def excess(x0, noise, v, v_ref):
         return np.mean((v - (noise - x0)) ** 2) - np.mean((v_ref - (noise - x0)) ** 2)
 

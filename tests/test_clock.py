@@ -1,4 +1,6 @@
-"""Durations and budgets are taken from the monotonic clock: setting the machine's clock changes none of them."""
+"""Durations and budgets are taken from the monotonic clock: setting the machine's clock changes
+none of them.
+"""
 
 import functools
 import pathlib
@@ -15,8 +17,12 @@ TIMESTAMPS = {"grpo/records/trackers.py", "wan_jax/storage/folder_lock.py"}
 
 
 def test_only_timestamps_are_of_the_wall_clock():
-    found = {str(path.relative_to(ROOT)) for package in ("wan_jax", "grpo", "rewards", "convert")
-             for path in (ROOT / package).rglob("*.py") if re.search(r"\btime\.time\(|datetime\.", path.read_text())}
+    found = {
+        str(path.relative_to(ROOT))
+        for package in ("wan_jax", "grpo", "rewards", "convert")
+        for path in (ROOT / package).rglob("*.py")
+        if re.search(r"\btime\.time\(|datetime\.", path.read_text())
+    }
     assert found == TIMESTAMPS
 
 

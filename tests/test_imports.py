@@ -7,8 +7,16 @@ import sys
 
 from tests import commands
 
-MODULES = ("wan_jax.command_line.cli", "wan_jax.inference.pipeline", "grpo.train", "grpo.compare", "grpo.plan", "rewards.remote.client",
-           "rewards.workers", "convert.from_diffusers")
+MODULES = (
+    "wan_jax.command_line.cli",
+    "wan_jax.inference.pipeline",
+    "grpo.train",
+    "grpo.compare",
+    "grpo.plan",
+    "rewards.remote.client",
+    "rewards.workers",
+    "convert.from_diffusers",
+)
 PROGRAM = f"""
 import gc, importlib, json, logging, os, signal
 import absl.app, absl.logging, cv2, flax.nnx, jax, ml_collections.config_flags, optax, orbax.checkpoint, tqdm
@@ -30,14 +38,18 @@ print(json.dumps([before["signals"]["SIGINT"], changed]))
 
 
 def test_importing_changes_nothing(tmp_path):
-    """In a program that is run by `python -m`, and whose own package imports this one before anything else."""
+    """In a program that is run by `python -m`, and whose own package imports this one before
+    anything else.
+    """
     package = tmp_path / "program"
     package.mkdir()
     (package / "__init__.py").write_text("import wan_jax\n")
     (package / "main.py").write_text(PROGRAM)
     env = commands.environment()
     env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), env["PYTHONPATH"]])
-    done = subprocess.run([sys.executable, "-m", "program.main"], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "program.main"], env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     interrupt, changed = json.loads(done.stdout)
     assert "default_int_handler" in interrupt and not any(changed.values()), changed

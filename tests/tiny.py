@@ -17,18 +17,41 @@ from wan_jax.models import params as P
 from wan_jax.storage import model_dir
 
 SETTINGS = {
-    "transformer": sizes.TRANSFORMER | {"num_attention_heads": 2, "attention_head_dim": 24, "text_dim": 24,
-                                        "freq_dim": 32, "ffn_dim": 48, "num_layers": 2},
-    "vae": sizes.VAE | {"base_dim": 8, "latents_mean": [0.1 * i - 0.8 for i in range(16)],
-                        "latents_std": [0.5 + 0.1 * i for i in range(16)]},
-    "text_encoder": sizes.TEXT_ENCODER | {"d_model": 24, "d_kv": 6, "num_heads": 3, "d_ff": 40, "num_layers": 2},
+    "transformer": sizes.TRANSFORMER
+    | {
+        "num_attention_heads": 2,
+        "attention_head_dim": 24,
+        "text_dim": 24,
+        "freq_dim": 32,
+        "ffn_dim": 48,
+        "num_layers": 2,
+    },
+    "vae": sizes.VAE
+    | {
+        "base_dim": 8,
+        "latents_mean": [0.1 * i - 0.8 for i in range(16)],
+        "latents_std": [0.5 + 0.1 * i for i in range(16)],
+    },
+    "text_encoder": sizes.TEXT_ENCODER
+    | {"d_model": 24, "d_kv": 6, "num_heads": 3, "d_ff": 40, "num_layers": 2},
 }
-TI2V = {"transformer": SETTINGS["transformer"] | {"in_channels": 48, "out_channels": 48},
-        "vae": sizes.VAE | {"base_dim": 16, "decoder_base_dim": 24, "z_dim": 48, "is_residual": True, "in_channels": 12,
-                            "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16,
-                            "latents_mean": [0.02 * i - 0.5 for i in range(48)],
-                            "latents_std": [0.5 + 0.02 * i for i in range(48)]},
-        "text_encoder": SETTINGS["text_encoder"]}
+TI2V = {
+    "transformer": SETTINGS["transformer"] | {"in_channels": 48, "out_channels": 48},
+    "vae": sizes.VAE
+    | {
+        "base_dim": 16,
+        "decoder_base_dim": 24,
+        "z_dim": 48,
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+        "latents_mean": [0.02 * i - 0.5 for i in range(48)],
+        "latents_std": [0.5 + 0.02 * i for i in range(48)],
+    },
+    "text_encoder": SETTINGS["text_encoder"],
+}
 
 
 def state_dict_shapes(component: str, settings: Mapping) -> dict[str, tuple[int, ...]]:
@@ -38,8 +61,12 @@ def state_dict_shapes(component: str, settings: Mapping) -> dict[str, tuple[int,
     return {e.key: e.shape for e in key_table.entries(component, shapes)}
 
 
-def random_weights(shapes: Mapping[str, tuple[int, ...]], seed: int, dtype=np.float32) -> dict[str, np.ndarray]:
-    """Matrices that keep the variance, norm weights around 1, the rest small and never zero; in key order."""
+def random_weights(
+    shapes: Mapping[str, tuple[int, ...]], seed: int, dtype=np.float32
+) -> dict[str, np.ndarray]:
+    """Matrices that keep the variance, norm weights around 1, the rest small and never zero; in key
+    order.
+    """
     rng = np.random.default_rng(seed)
     weights = {}
     for key in sorted(shapes):
@@ -54,12 +81,20 @@ def random_weights(shapes: Mapping[str, tuple[int, ...]], seed: int, dtype=np.fl
     return weights
 
 
-def write_pipeline(path, seed: int = 0, bf16: tuple[str, ...] = (), boundary: float | None = None,
-                   ti2v: bool = False) -> pathlib.Path:
-    """Writes the folder; components named in `bf16` are stored in bfloat16. With a boundary it has two experts, as Wan
-    2.2 A14B; `ti2v` is the layout of Wan 2.2 TI2V-5B."""
+def write_pipeline(
+    path,
+    seed: int = 0,
+    bf16: tuple[str, ...] = (),
+    boundary: float | None = None,
+    ti2v: bool = False,
+) -> pathlib.Path:
+    """Writes the folder; components named in `bf16` are stored in bfloat16. With a boundary it has
+    two experts, as Wan 2.2 A14B; `ti2v` is the layout of Wan 2.2 TI2V-5B.
+    """
     path = pathlib.Path(path)
-    parts = (TI2V if ti2v else SETTINGS) | ({"transformer_2": SETTINGS["transformer"]} if boundary else {})
+    parts = (TI2V if ti2v else SETTINGS) | (
+        {"transformer_2": SETTINGS["transformer"]} if boundary else {}
+    )
     for i, (component, settings) in enumerate(parts.items()):
         folder = path / component
         folder.mkdir(parents=True)
@@ -70,7 +105,10 @@ def write_pipeline(path, seed: int = 0, bf16: tuple[str, ...] = (), boundary: fl
     assemble(path)
     if boundary or ti2v:
         index = json.loads((path / "model_index.json").read_text())
-        index |= {"boundary_ratio": boundary, "transformer_2": index["transformer"] if boundary else [None, None],
-                  "expand_timesteps": ti2v}
+        index |= {
+            "boundary_ratio": boundary,
+            "transformer_2": index["transformer"] if boundary else [None, None],
+            "expand_timesteps": ti2v,
+        }
         (path / "model_index.json").write_text(json.dumps(index))
     return path

@@ -1,8 +1,9 @@
 """XLA's ROCm compiler without ROCm or a GPU: stand-ins for the libraries that the plugin links to.
 
-The plugin holds the whole compiler (LLVM, LLD, Triton); what it takes from ROCm's libraries is for running. Here every
-library that the loader does not find is replaced by one of the same name whose functions all report failure, so that
-the plugin loads, and `mi300x` describes the devices to compile for. Nothing can be executed this way.
+The plugin holds the whole compiler (LLVM, LLD, Triton); what it takes from ROCm's libraries is for
+running. Here every library that the loader does not find is replaced by one of the same name whose
+functions all report failure, so that the plugin loads, and `mi300x` describes the devices to
+compile for. Nothing can be executed this way.
 
 Needs `jax[rocm7-local]`, a C compiler and readelf (Debian: gcc, binutils), on Linux with glibc.
 """
@@ -20,8 +21,9 @@ from unittest import mock
 PLUGIN = "jax_plugins.xla_rocm7"
 GLIBC = re.compile(r"(libc|libm|librt|libdl|libpthread|libgcc_s|libstdc\+\+|ld-linux-x86-64)\.so")
 
-# The MI300X as XLA's own description has it (openxla/xla, xla/backends/gpu/target_config/specs/mi300.txtpb), except for
-# the memory, which is AMD's figure of 192 GB.
+# The MI300X as XLA's own description has it (openxla/xla,
+# xla/backends/gpu/target_config/specs/mi300.txtpb), except for the memory, which is AMD's figure of
+# 192 GB.
 MEMORY = 192 * 10**9
 MI300X = f"""
 gpu_device_info {{
@@ -52,26 +54,37 @@ def why_not() -> str | None:
 
 
 def load():
-    """Registers the ROCm plugin with JAX for compilation. Once a process; raises OSError where it cannot be loaded."""
+    """Registers the ROCm plugin with JAX for compilation. Once a process; raises OSError where it
+    cannot be loaded.
+    """
     packages = (PLUGIN, "jax_rocm7_plugin")
-    libraries = [path for name in packages for folder in importlib.util.find_spec(name).submodule_search_locations
-                 for path in sorted(pathlib.Path(folder).glob("*.so"))]
+    libraries = [
+        path
+        for name in packages
+        for folder in importlib.util.find_spec(name).submodule_search_locations
+        for path in sorted(pathlib.Path(folder).glob("*.so"))
+    ]
     with tempfile.TemporaryDirectory() as folder:
         load_stubs(libraries, pathlib.Path(folder))
     # the plugin does not register on a machine without an AMD GPU
     with mock.patch("jax._src.hardware_utils.num_available_amd_gpus", lambda stop_at=None: 1):
-        importlib.reload(importlib.import_module(PLUGIN)).initialize()  # JAX may have tried it without the stubs
+        # JAX may have tried it without the stubs
+        importlib.reload(importlib.import_module(PLUGIN)).initialize()
 
 
 def mi300x(count: int = 1) -> list:
     """`count` MI300X of one host, to compile for."""
     from jax.experimental import topologies
 
-    return topologies.get_topology_desc("", "rocm", target_config=MI300X, topology=f"1x1x{count}").devices
+    return topologies.get_topology_desc(
+        "", "rocm", target_config=MI300X, topology=f"1x1x{count}"
+    ).devices
 
 
 def load_stubs(libraries: list[pathlib.Path], folder: pathlib.Path):
-    """Builds stand-ins in `folder` for what `libraries` need and the loader lacks, and loads them for the process."""
+    """Builds stand-ins in `folder` for what `libraries` need and the loader lacks, and loads them
+    for the process.
+    """
     missing = []
     for library in libraries:
         for name in re.findall(r"\(NEEDED\).*\[(.+)\]", readelf("-d", library)):
@@ -85,21 +98,40 @@ def load_stubs(libraries: list[pathlib.Path], folder: pathlib.Path):
             if owner.get(version) in symbols:
                 symbols[owner[version]][function] = version
             elif not version and missing and not any(hasattr(lib, function) for lib in system):
-                symbols[missing[0]][function] = ""  # any library will do: they are all in one namespace
+                # any library will do: they are all in one namespace
+                symbols[missing[0]][function] = ""
     for name, functions in symbols.items():
         path = folder / name
         source, script = path.with_suffix(".c"), path.with_suffix(".map")
         source.write_text("".join(map(stub, sorted(functions))))
         versions = sorted(set(functions.values()) - {""})
-        script.write_text("".join(
-            f"{v} {{ global: {' '.join(f'{f};' for f in functions if functions[f] == v)} }};\n" for v in versions))
-        subprocess.run(["gcc", "-shared", "-fPIC", "-w", "-o", path, source, f"-Wl,-soname,{name}",
-                        *([f"-Wl,--version-script={script}"] if versions else [])], check=True)
+        script.write_text(
+            "".join(
+                f"{v} {{ global: {' '.join(f'{f};' for f in functions if functions[f] == v)} }};\n"
+                for v in versions
+            )
+        )
+        subprocess.run(
+            [
+                "gcc",
+                "-shared",
+                "-fPIC",
+                "-w",
+                "-o",
+                path,
+                source,
+                f"-Wl,-soname,{name}",
+                *([f"-Wl,--version-script={script}"] if versions else []),
+            ],
+            check=True,
+        )
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
 def stub(function: str) -> str:
-    """C of a function that fails: hipErrorNoDevice from HIP, 1 from the others, a text where a text is wanted."""
+    """C of a function that fails: hipErrorNoDevice from HIP, 1 from the others, a text where a text
+    is wanted.
+    """
     if re.search(r"(GetErrorString|GetErrorName|_to_string|status_string)$", function):
         return f'const char* {function}(void) {{ return "no ROCm here"; }}\n'
     if function == "__hipRegisterFatBinary":  # called while the plugin loads; it wants a handle
@@ -116,7 +148,9 @@ def loads(name: str) -> bool:
 
 
 def undefined(library: pathlib.Path) -> list[tuple[str, str]]:
-    """(symbol, version or '') of everything that the library takes from others, weak references left out."""
+    """(symbol, version or '') of everything that the library takes from others, weak references
+    left out.
+    """
     table = readelf("--dyn-syms", library)
     return re.findall(r" GLOBAL +DEFAULT +UND +([^@\s]+)@?@?(\S*)", table)
 
@@ -132,4 +166,6 @@ def version_owners(library: pathlib.Path) -> dict[str, str]:
 
 
 def readelf(option: str, library: pathlib.Path) -> str:
-    return subprocess.run(["readelf", "-W", option, library], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        ["readelf", "-W", option, library], capture_output=True, text=True, check=True
+    ).stdout

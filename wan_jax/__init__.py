@@ -13,12 +13,17 @@ def _stop(*_):
 
 
 def _is_command() -> bool:
-    """Whether Python is importing this package because it runs one of the project's own commands by `python -m`."""
+    """Whether Python is importing this package because it runs one of the project's own commands by
+    `python -m`.
+    """
     if sys.argv[:1] != ["-m"]:  # what it is until the module is found
         return False
     module = sys.orig_argv[-len(sys.argv)].removeprefix("-m")
     return module.partition(".")[0] in COMMANDS
 
 
-if _is_command():  # Ctrl-C during the imports of a command, before `cli.run` handles it, prints one line, no traceback.
-    signal.signal(signal.SIGINT, _stop)  # Every other program that imports this package keeps its own handling.
+# Ctrl-C during the imports of a command, before `cli.run` handles it, prints one line, no
+# traceback.
+if _is_command():
+    # Every other program that imports this package keeps its own handling.
+    signal.signal(signal.SIGINT, _stop)

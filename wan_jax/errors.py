@@ -1,4 +1,6 @@
-"""The error that a command shows as one line. Imports nothing, so what needs no JAX does not load it for this."""
+"""The error that a command shows as one line. Imports nothing, so what needs no JAX does not load
+it for this.
+"""
 
 
 class UserError(Exception):

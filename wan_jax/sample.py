@@ -1,7 +1,8 @@
 """Samples a video or a picture from a converted model, or from a checkpoint of a training run.
 
-    python -m wan_jax.sample --model models/tiny-wan --prompt 'A red sign with the word "open".' --out open.png
-    python -m wan_jax.sample --model models/tiny-wan --checkpoint runs/tiny_ocr --prompt '...' --out open.mp4
+python -m wan_jax.sample --model models/tiny-wan --prompt 'A red sign with the word "open".' --out
+open.png python -m wan_jax.sample --model models/tiny-wan --checkpoint runs/tiny_ocr --prompt '...'
+--out open.mp4
 """
 
 import functools
@@ -29,25 +30,40 @@ from wan_jax.models.attention import choose_backend, platform_of
 from wan_jax.storage import media, model_dir
 
 define_path("model", "folder written by convert.from_diffusers", required=True)
-define_path("checkpoint", "run folder of grpo.train, or one of its checkpoints/<epoch>; None: the base")
-flags.DEFINE_multi_string("prompt", None, "what to show; repeat the flag for several", required=True)
+define_path(
+    "checkpoint", "run folder of grpo.train, or one of its checkpoints/<epoch>; None: the base"
+)
+flags.DEFINE_multi_string(
+    "prompt", None, "what to show; repeat the flag for several", required=True
+)
 flags.DEFINE_string("negative_prompt", "", "what to steer away from, with guidance above 1")
-define_path("out", "file to write: .png, .mp4 or .gif; with several prompts or samples a number is added",
-            required=True)
+define_path(
+    "out",
+    "file to write: .png, .mp4 or .gif; with several prompts or samples a number is added",
+    required=True,
+)
 define_number("frames", 1, "pixel frames, 1 + 4k", Range(1), int)
 define_number("height", 480, "pixels, a multiple of 16", Range(1), int)
 define_number("width", 832, "pixels, a multiple of 16", Range(1), int)
 define_number("steps", 50, "denoising steps", Range(1), int)
 define_number("guidance", 5.0, "classifier-free guidance; up to 1 means none", Range(0))
-define_number("guidance_2", None, "of the second expert (Wan 2.2 A14B); None: as the first", Range(0))
+define_number(
+    "guidance_2", None, "of the second expert (Wan 2.2 A14B); None: as the first", Range(0)
+)
 define_path("reward_head", "file of grpo.reward_head: guidance towards a higher reward (Flow-NRG)")
 define_number("reward_guidance", 10.0, "its weight", Range(0))
-define_number("shift", None, "shift of the sigma schedule; None: the model's own", Range(0, above=True))
-flags.DEFINE_enum("solver", "auto", ["auto", *SOLVERS], "ODE solver; auto: the one of the model's scheduler")
+define_number(
+    "shift", None, "shift of the sigma schedule; None: the model's own", Range(0, above=True)
+)
+flags.DEFINE_enum(
+    "solver", "auto", ["auto", *SOLVERS], "ODE solver; auto: the one of the model's scheduler"
+)
 define_number("seed", 0, "seed of the initial noise", SEED, int)
 define_number("samples", 1, "samples a prompt", Range(1), int)
 define_number("fps", 16.0, "frames a second of a video", media.FPS)
-flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "weights and matrix products of the transformer")
+flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "weights and matrix products of the transformer"
+)
 flags.DEFINE_enum("offload", "auto", experts.OFFLOAD, "keep the idle expert of two in host memory")
 flags.DEFINE_string("attention", "auto", "backend: auto, xla, chunked, cudnn or pallas")
 define_path("noise", ".npy file with the initial noise [B, F, H, W, C], in place of the seed's")
@@ -59,77 +75,117 @@ def main(_):
     with cli.user_input():
         media.check_suffix(FLAGS.out, FLAGS.frames)
         if not all(map(str.strip, FLAGS.prompt)):
-            raise UserError(f"--prompt={min(FLAGS.prompt, key=str.strip)!r} is empty: say what to show")
+            raise UserError(
+                f"--prompt={min(FLAGS.prompt, key=str.strip)!r} is empty: say what to show"
+            )
         if FLAGS.checkpoint and not os.path.isdir(FLAGS.checkpoint):
-            raise UserError(f"--checkpoint={FLAGS.checkpoint} does not exist: give a run folder of grpo.train or one "
-                            "of its checkpoints/<epoch>")
+            raise UserError(
+                f"--checkpoint={FLAGS.checkpoint} does not exist: give a run folder of grpo.train "
+                "or one of its checkpoints/<epoch>"
+            )
         index = np.repeat(np.arange(len(FLAGS.prompt)), FLAGS.samples)
         outputs = output_files(pathlib.Path(FLAGS.out), len(index))
         dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[FLAGS.dtype]
         model = model_dir.open_model(FLAGS.model)
         config = model.config("transformer")
         check_used(FLAGS, without_effect(FLAGS, len(model.experts)))
-        shape = pipeline.latent_shape(FLAGS.frames, FLAGS.height, FLAGS.width, model.config("vae"), config)
+        shape = pipeline.latent_shape(
+            FLAGS.frames, FLAGS.height, FLAGS.width, model.config("vae"), config
+        )
         scheduler = model.scheduler
         shift = scheduler.shift if FLAGS.shift is None else FLAGS.shift
-        solver = make_solver(scheduler.solver if FLAGS.solver == "auto" else FLAGS.solver, FLAGS.steps, shift,
-                             order=scheduler.order)
+        solver = make_solver(
+            scheduler.solver if FLAGS.solver == "auto" else FLAGS.solver,
+            FLAGS.steps,
+            shift,
+            order=scheduler.order,
+        )
         steer = reward_guidance.guidance(FLAGS.reward_head, FLAGS.reward_guidance, config, model)
         mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
-        backend = choose_backend(FLAGS.attention, platform_of(jax.devices()[0]), dtype, config.attention_head_dim)
+        backend = choose_backend(
+            FLAGS.attention, platform_of(jax.devices()[0]), dtype, config.attention_head_dim
+        )
         given = FLAGS.noise and load_noise(FLAGS.noise, (len(index), *shape))
         for path in outputs:
             media.check_writable(path, FLAGS.frames, FLAGS.height, FLAGS.width, FLAGS.fps)
 
     table = pipeline.embed_prompts(model, FLAGS.prompt, FLAGS.negative_prompt, dtype=dtype)
-    graphdef, weights = load_transformers(model, FLAGS.checkpoint, dtype, backend, mesh, FLAGS.offload)
+    graphdef, weights = load_transformers(
+        model, FLAGS.checkpoint, dtype, backend, mesh, FLAGS.offload
+    )
     vae_graph, vae_state = pipeline.load_vae(model, mesh)
     keys = jax.random.split(jax.random.key(FLAGS.seed), len(index))
-    noise = jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys) if given is None else jnp.asarray(given)
+    noise = (
+        jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
+        if given is None
+        else jnp.asarray(given)
+    )
 
     start = time.monotonic()
     scales = experts.guidances(FLAGS.guidance, FLAGS.guidance_2, len(model.experts))
-    steps = experts.per_guidance(functools.partial(
-        pipeline.make_ode_step, lambda state: nnx.merge(graphdef, state), solver, shift=steer), scales)
+    steps = experts.per_guidance(
+        functools.partial(
+            pipeline.make_ode_step, lambda state: nnx.merge(graphdef, state), solver, shift=steer
+        ),
+        scales,
+    )
     parts = experts.segments(solver.schedule.timesteps, model.boundary)
     text = table.batch(index, mesh_lib.replicated(mesh), mesh_lib.replicated(mesh))
-    latents, = pipeline.sample_ode(steps, lambda i: (weights(i),), parts, solver, [(noise, text)])
+    (latents,) = pipeline.sample_ode(steps, lambda i: (weights(i),), parts, solver, [(noise, text)])
     videos = pipeline.make_decoder(vae_graph)(vae_state, latents)()
     broken = np.flatnonzero(~videos.finite)  # not written: they would be black
     for i in np.flatnonzero(videos.finite):
         media.write(outputs[i], videos.frames[i], FLAGS.fps)
         print(f"{outputs[i]}  {FLAGS.prompt[index[i]]}")
-    print(f"{len(videos) - len(broken)} sample(s) of {FLAGS.frames} x {FLAGS.height} x {FLAGS.width} in "
-          f"{time.monotonic() - start:.1f} s, compilation included; {memory.peaks()}")
+    print(
+        f"{len(videos) - len(broken)} sample(s) of {FLAGS.frames} x {FLAGS.height} x {FLAGS.width} "
+        f"in {time.monotonic() - start:.1f} s, compilation included; {memory.peaks()}"
+    )
     if len(broken):
         of = ", ".join(repr(FLAGS.prompt[p]) for p in dict.fromkeys(index[broken]))
-        raise UserError(f"{len(broken)} of {len(videos)} samples are not finite numbers (NaN or infinite) and were not "
-                        f"written, of the prompt {of}. {pipeline.NOT_FINITE}")
+        raise UserError(
+            f"{len(broken)} of {len(videos)} samples are not finite numbers (NaN or infinite) and "
+            f"were not written, of the prompt {of}. {pipeline.NOT_FINITE}"
+        )
 
 
 def without_effect(f, experts: int) -> dict[str, str]:
     """Return the flags that change nothing with the other ones, each with what it needs."""
-    needs = (("reward_guidance", "--reward_head", f.reward_head is not None),
-             ("negative_prompt", "--guidance above 1", f.guidance > 1),
-             ("guidance_2", "--guidance above 1 and a model with two experts", f.guidance > 1 and experts > 1),
-             ("seed", "to be without --noise", f.noise is None),
-             ("fps", "a video as --out", pathlib.Path(f.out).suffix.lower() != ".png"))
+    needs = (
+        ("reward_guidance", "--reward_head", f.reward_head is not None),
+        ("negative_prompt", "--guidance above 1", f.guidance > 1),
+        (
+            "guidance_2",
+            "--guidance above 1 and a model with two experts",
+            f.guidance > 1 and experts > 1,
+        ),
+        ("seed", "to be without --noise", f.noise is None),
+        ("fps", "a video as --out", pathlib.Path(f.out).suffix.lower() != ".png"),
+    )
     return {name: needed for name, needed, there in needs if not there}
 
 
 def output_files(out: pathlib.Path, count: int) -> list[pathlib.Path]:
     """Return the file of each of `count` samples."""
-    return [out] if count == 1 else [out.with_name(f"{out.stem}_{i:03d}{out.suffix}") for i in range(count)]
+    return (
+        [out]
+        if count == 1
+        else [out.with_name(f"{out.stem}_{i:03d}{out.suffix}") for i in range(count)]
+    )
 
 
 def load_noise(path: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Return the array in a .npy file, fp32. Raise `UserError` when it is none, or of another shape."""
+    """Return the array in a .npy file, fp32. Raise `UserError` when it is none, or of another
+    shape.
+    """
     try:
         noise = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         raise UserError(f"--noise={path} is not a .npy file with an array of numbers") from None
     if not isinstance(noise, np.ndarray) or noise.shape != shape:
-        raise UserError(f"--noise={path} has shape {getattr(noise, 'shape', None)}, these flags need {shape}")
+        raise UserError(
+            f"--noise={path} has shape {getattr(noise, 'shape', None)}, these flags need {shape}"
+        )
     return noise.astype(np.float32)
 
 

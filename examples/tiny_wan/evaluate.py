@@ -1,10 +1,12 @@
-"""How well tiny-wan's parts spell, judged by OCR: the VAE's reconstructions, then the model's own samples.
+"""How well tiny-wan's parts spell, judged by OCR: the VAE's reconstructions, then the model's own
+samples.
 
-    python -m examples.tiny_wan.evaluate --model assets/tiny-wan [--stage vae|model|all] [--picture sheet.png]
+    python -m examples.tiny_wan.evaluate --model assets/tiny-wan [--stage vae|model|all] [--picture
+    sheet.png]
 
-Works on the Diffusers folder itself. `vae` reads back reconstructions of clean held-out signs; `model` samples groups
-of held-out prompts, with the deterministic sampler and as training samples, and prints the mean reward, the spread
-within groups and the rewards' histogram.
+Works on the Diffusers folder itself. `vae` reads back reconstructions of clean held-out signs;
+`model` samples groups of held-out prompts, with the deterministic sampler and as training samples,
+and prints the mean reward, the spread within groups and the rewards' histogram.
 """
 
 import pathlib
@@ -38,12 +40,19 @@ def contact_sheet(path, frames: np.ndarray, columns: int = 8):
     Image.fromarray(sheet).save(path)
 
 
-CHECKS = (dict(steps=10), dict(steps=10, noise_level=0.7), dict(steps=20, frames=sizes.CLIP_FRAMES), dict(steps=20),
-          dict(steps=10, guidance=3.0))
+CHECKS = (
+    dict(steps=10),
+    dict(steps=10, noise_level=0.7),
+    dict(steps=20, frames=sizes.CLIP_FRAMES),
+    dict(steps=20),
+    dict(steps=10, guidance=3.0),
+)
 
 
 def to_uint8(video) -> np.ndarray:
-    return np.asarray(jnp.round((jnp.clip(video.astype(jnp.float32), -1, 1) + 1) * 127.5).astype(jnp.uint8))
+    return np.asarray(
+        jnp.round((jnp.clip(video.astype(jnp.float32), -1, 1) + 1) * 127.5).astype(jnp.uint8)
+    )
 
 
 def read(pool, videos: np.ndarray, texts: list[str]) -> np.ndarray:
@@ -68,8 +77,10 @@ def check_vae(folder, pool, frames: int, count: int = 64):
     texts = quoted(np.asarray(chars))
     real, back = (read(pool, to_uint8(v), texts) for v in (video, out))
     psnr = -10 * np.log10(np.mean((np.asarray(video - out) / 2) ** 2))
-    print(f"VAE, {frames} frame(s), {count} clean held-out signs: originals read {real.mean():.3f}, "
-          f"reconstructions {back.mean():.3f}, PSNR {psnr:.1f} dB")
+    print(
+        f"VAE, {frames} frame(s), {count} clean held-out signs: originals read {real.mean():.3f}, "
+        f"reconstructions {back.mean():.3f}, PSNR {psnr:.1f} dB"
+    )
     return to_uint8(jnp.concatenate([video[:8], out[:8]]))[:, -1]
 
 
@@ -79,17 +90,31 @@ class Sampler:
     def __init__(self, folder, dtype=jnp.float32):
         folder = pathlib.Path(folder)
         self.vae = load_vae(folder / "vae", dtype)
-        self.text = load_component(folder / "text_encoder", "text_encoder", TextEncoderConfig,
-                                   lambda c: UMT5Encoder(c, dtype=dtype, rngs=nnx.Rngs(0)))
-        self.dit = load_component(folder / "transformer", "transformer", TransformerConfig,
-                                  lambda c: WanTransformer3D(c, dtype=dtype, rngs=nnx.Rngs(0)))
+        self.text = load_component(
+            folder / "text_encoder",
+            "text_encoder",
+            TextEncoderConfig,
+            lambda c: UMT5Encoder(c, dtype=dtype, rngs=nnx.Rngs(0)),
+        )
+        self.dit = load_component(
+            folder / "transformer",
+            "transformer",
+            TransformerConfig,
+            lambda c: WanTransformer3D(c, dtype=dtype, rngs=nnx.Rngs(0)),
+        )
 
     def sample(self, chars, key, *, frames=1, steps=10, noise_level=None, guidance=1.0):
-        """uint8 videos for prompts given as ASCII rows; noise_level None is the deterministic Euler sampler."""
+        """uint8 videos for prompts given as ASCII rows; noise_level None is the deterministic Euler
+        sampler.
+        """
         solver = make_solver("euler", steps, sizes.FLOW_SHIFT)
         schedule = solver.schedule
         config = sde.SDEConfig(kind="flow_sde", noise_level=noise_level or 0.0)
-        g = sde.diffusion_coefficient(config, schedule) if noise_level else np.zeros(steps, np.float32)
+        g = (
+            sde.diffusion_coefficient(config, schedule)
+            if noise_level
+            else np.zeros(steps, np.float32)
+        )
 
         @jax.jit
         def run(chars, key):
@@ -113,7 +138,9 @@ class Sampler:
                 x, *_ = sde.sde_step(x, v, s, s_next, jnp.asarray(g)[i], noise)
                 return x, None
 
-            x, _ = jax.lax.scan(step, jax.random.normal(jax.random.fold_in(key, 99), shape), jnp.arange(steps))
+            x, _ = jax.lax.scan(
+                step, jax.random.normal(jax.random.fold_in(key, 99), shape), jnp.arange(steps)
+            )
             return self.vae().decode(self.vae().denormalise(x))
 
         return to_uint8(run(chars, key))
@@ -122,14 +149,19 @@ class Sampler:
 def check_model(folder, pool, *, groups=32, size=8, frames=1, **kwargs):
     """Prints the statistics; returns (rewards [groups, size], frames)."""
     sampler = Sampler(folder)
-    chars = signs.sample(jax.random.key(77), signs.build_atlas(), groups, heldout=True, frames=frames)[0]
+    chars = signs.sample(
+        jax.random.key(77), signs.build_atlas(), groups, heldout=True, frames=frames
+    )[0]
     rows = jnp.repeat(chars, size, axis=0)
     videos = sampler.sample(rows, jax.random.key(3), frames=frames, **kwargs)
     rewards = read(pool, videos, quoted(np.asarray(rows))).reshape(groups, size)
     hist = np.histogram(rewards, bins=[0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.01])[0]
-    print(f"model, {frames} frame(s), {kwargs}: reward {rewards.mean():.3f}, std inside groups "
-          f"{rewards.std(1).mean():.3f}, groups with spread {np.mean(rewards.std(1) > 0.02):.2f}, histogram {hist}",
-          flush=True)
+    print(
+        f"model, {frames} frame(s), {kwargs}: reward {rewards.mean():.3f}, std inside groups "
+        f"{rewards.std(1).mean():.3f}, groups with spread {np.mean(rewards.std(1) > 0.02):.2f}, "
+        f"histogram {hist}",
+        flush=True,
+    )
     return rewards, videos
 
 

@@ -15,7 +15,13 @@ from wan_jax.models.config import VAEConfig, from_dict
 from wan_jax.models.vae import AutoencoderKLWan
 
 
-def save(component: str, flat: dict, config: dict, out: pathlib.Path, name="diffusion_pytorch_model.safetensors"):
+def save(
+    component: str,
+    flat: dict,
+    config: dict,
+    out: pathlib.Path,
+    name="diffusion_pytorch_model.safetensors",
+):
     """Writes config.json and bf16 safetensors under the published names."""
     out.mkdir(parents=True, exist_ok=True)
     host = {k: np.asarray(v).astype(ml_dtypes.bfloat16) for k, v in flat.items()}
@@ -35,9 +41,13 @@ def load_component(folder, component: str, config_class, module):
     graphdef, like = nnx.split(nnx.eval_shape(lambda: module(config)))
     abstract = P.flatten(like)
     flat = load_flat(folder, component, {k: v.shape for k, v in abstract.items()})
-    state = P.unflatten(like, {k: jnp.asarray(v).astype(abstract[k].dtype) for k, v in flat.items()})
+    state = P.unflatten(
+        like, {k: jnp.asarray(v).astype(abstract[k].dtype) for k, v in flat.items()}
+    )
     return lambda: nnx.merge(graphdef, state)
 
 
 def load_vae(folder, dtype):
-    return load_component(folder, "vae", VAEConfig, lambda c: AutoencoderKLWan(c, dtype=dtype, rngs=nnx.Rngs(0)))
+    return load_component(
+        folder, "vae", VAEConfig, lambda c: AutoencoderKLWan(c, dtype=dtype, rngs=nnx.Rngs(0))
+    )

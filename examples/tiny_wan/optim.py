@@ -1,7 +1,8 @@
 """Muon for the hidden matrices, Adam for everything else, with a learning rate given at every call.
 
-Muon (Jordan et al. 2024): momentum, then the update matrix is replaced by its nearest semi-orthogonal one, found by
-five Newton-Schulz iterations; scaled by sqrt(max(1, out/in)) so that one rate fits all shapes.
+Muon (Jordan et al. 2024): momentum, then the update matrix is replaced by its nearest
+semi-orthogonal one, found by five Newton-Schulz iterations; scaled by sqrt(max(1, out/in)) so that
+one rate fits all shapes.
 """
 
 import jax
@@ -15,7 +16,9 @@ def orthogonalise(g: jax.Array) -> jax.Array:
     """The semi-orthogonal factor of g [..., n, m], roughly; batched over leading axes, in bf16."""
     tall = g.shape[-2] > g.shape[-1]
     x = (g.mT if tall else g).astype(jnp.bfloat16)
-    x = x / (jnp.linalg.norm(x.astype(jnp.float32), axis=(-2, -1), keepdims=True) + 1e-7).astype(x.dtype)
+    x = x / (jnp.linalg.norm(x.astype(jnp.float32), axis=(-2, -1), keepdims=True) + 1e-7).astype(
+        x.dtype
+    )
     a, b, c = NEWTON_SCHULZ
     for _ in range(5):
         s = x @ x.mT
@@ -41,10 +44,15 @@ def scale_by_muon(momentum: float = 0.95) -> optax.GradientTransformation:
 
 
 def muon_or_adam(params, adam_scale: float) -> optax.GradientTransformation:
-    """Unit-rate updates for a flat dict of parameters; multiply by -learning_rate. Adam's are scaled by adam_scale."""
+    """Unit-rate updates for a flat dict of parameters; multiply by -learning_rate. Adam's are
+    scaled by adam_scale.
+    """
 
     def label(path: str, x):
-        outer = any(word in path for word in ("patch_embedding", "proj_out", "embedding", "scale_shift", "head"))
+        outer = any(
+            word in path
+            for word in ("patch_embedding", "proj_out", "embedding", "scale_shift", "head")
+        )
         return "muon" if path.endswith("kernel") and x.ndim >= 2 and not outer else "adam"
 
     labels = {path: label(path, x) for path, x in params.items()}

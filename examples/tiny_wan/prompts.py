@@ -2,11 +2,13 @@
 
     python -m examples.tiny_wan.prompts --split heldout --count 200 --seed 0 --out prompts.txt
 
-writes one prompt a line with no word twice. Everything here runs inside `jit`, prompts included: a prompt is
-a row of ASCII codes put together from table lookups, so a training step needs no work on the host.
+writes one prompt a line with no word twice. Everything here runs inside `jit`, prompts included: a
+prompt is a row of ASCII codes put together from table lookups, so a training step needs no work on
+the host.
 
-Words are random letters, pronounceable nonsense and common English words, so that a model has to learn to
-spell rather than to remember. A word whose crc32 is a multiple of ten is held out: training never draws it.
+Words are random letters, pronounceable nonsense and common English words, so that a model has to
+learn to spell rather than to remember. A word whose crc32 is a multiple of ten is held out:
+training never draws it.
 """
 
 import argparse
@@ -25,12 +27,25 @@ PROMPT_BYTES = 96
 HELD_OUT_OF = 10  # one word in ten is held out
 
 COLOURS = {
-    "white": (0.96, 0.96, 0.94), "black": (0.06, 0.06, 0.07), "red": (0.80, 0.11, 0.12),
-    "green": (0.07, 0.49, 0.20), "blue": (0.11, 0.27, 0.78), "yellow": (0.98, 0.84, 0.12),
-    "purple": (0.46, 0.14, 0.60), "pink": (0.99, 0.66, 0.79),
+    "white": (0.96, 0.96, 0.94),
+    "black": (0.06, 0.06, 0.07),
+    "red": (0.80, 0.11, 0.12),
+    "green": (0.07, 0.49, 0.20),
+    "blue": (0.11, 0.27, 0.78),
+    "yellow": (0.98, 0.84, 0.12),
+    "purple": (0.46, 0.14, 0.60),
+    "pink": (0.99, 0.66, 0.79),
 }
 COLOUR_NAMES = tuple(COLOURS)
-MOTIONS = ("sliding left", "sliding right", "rising", "sinking", "coming closer", "moving away", "swaying")
+MOTIONS = (
+    "sliding left",
+    "sliding right",
+    "rising",
+    "sinking",
+    "coming closer",
+    "moving away",
+    "swaying",
+)
 
 TEMPLATES = (
     'A {sign} sign with the word "{word}" in {letter} letters.',
@@ -116,11 +131,12 @@ DEFAULT_MIX = WordMix()
 class Content:
     """What the prompts say."""
 
-    letters: jax.Array   # int32 [B, LINES, LETTERS], index into ALPHABET, -1 = none
-    sign: jax.Array      # int32 [B], index into COLOUR_NAMES
-    letter: jax.Array    # int32 [B]
-    ground: jax.Array    # int32 [B]; only some templates name it
-    motion: jax.Array    # int32 [B], index into MOTIONS; only clips move and only some templates name it
+    letters: jax.Array  # int32 [B, LINES, LETTERS], index into ALPHABET, -1 = none
+    sign: jax.Array  # int32 [B], index into COLOUR_NAMES
+    letter: jax.Array  # int32 [B]
+    ground: jax.Array  # int32 [B]; only some templates name it
+    # int32 [B], index into MOTIONS; only clips move and only some templates name it
+    motion: jax.Array
     template: jax.Array  # int32 [B], index into TEMPLATES + MOTION_TEMPLATES
 
 
@@ -156,15 +172,20 @@ def encode_word(word: str) -> np.ndarray:
 
 def _real_words(split_heldout: bool, shortest: int, longest: int) -> np.ndarray:
     """int32 [n, LETTERS]: the listed words of that length on one side of the split."""
-    return np.stack([encode_word(word) for word in WORDS
-                     if shortest <= len(word) <= longest and is_heldout(word) == split_heldout])
+    return np.stack(
+        [
+            encode_word(word)
+            for word in WORDS
+            if shortest <= len(word) <= longest and is_heldout(word) == split_heldout
+        ]
+    )
 
 
 def draw_letters(key: jax.Array, batch: int, split_heldout: bool, mix: WordMix) -> jax.Array:
     """Words of one side of the split -> int32 [B, LINES, LETTERS].
 
-    Random words are drawn several times and the first on the right side is kept; a real word, always on the
-    right side, stands in for the rare row without any.
+    Random words are drawn several times and the first on the right side is kept; a real word,
+    always on the right side, stands in for the rare row without any.
     """
     tries = 64 if split_heldout else 3  # so that the stand-in serves 0.1 % of the words
     shape = (batch, LINES, tries)
@@ -172,33 +193,43 @@ def draw_letters(key: jax.Array, batch: int, split_heldout: bool, mix: WordMix) 
     two = jax.random.uniform(keys[0], (batch, 1)) < mix.two_lines
     u = jax.random.uniform(keys[1], (batch, LINES, 1))
     span = mix.longest - mix.shortest + 1
-    length = jnp.where(two[..., None], 2 + (u * 4).astype(int), mix.shortest + (u * span).astype(int))
+    length = jnp.where(
+        two[..., None], 2 + (u * 4).astype(int), mix.shortest + (u * span).astype(int)
+    )
 
     uniform = jax.random.randint(keys[2], (*shape, LETTERS), 0, 26)
-    vowels, consonants = (jnp.asarray([ALPHABET.index(c) for c in group])
-                          for group in ("aeiou", "bcdfghjklmnpqrstvwxyz"))
+    vowels, consonants = (
+        jnp.asarray([ALPHABET.index(c) for c in group])
+        for group in ("aeiou", "bcdfghjklmnpqrstvwxyz")
+    )
     odd = (jnp.arange(LETTERS) + jax.random.randint(keys[3], (*shape, 1), 0, 2)) % 2
     spoken = jnp.where(odd, vowels[uniform % 5], consonants[uniform % 21])
     kind = jax.random.uniform(keys[4], (batch, LINES, 1, 1))
     nonsense = jnp.where(kind < mix.real + mix.pronounceable, spoken, uniform)
-    nonsense = jnp.where(jnp.arange(LETTERS) < length[..., None], nonsense, -1)  # [B, LINES, tries, LETTERS]
+    # [B, LINES, tries, LETTERS]
+    nonsense = jnp.where(jnp.arange(LETTERS) < length[..., None], nonsense, -1)
 
-    right = heldout(nonsense) == split_heldout                                   # [B, LINES, tries]
+    right = heldout(nonsense) == split_heldout  # [B, LINES, tries]
     first = jnp.argmax(right, axis=-1)[..., None, None]
-    nonsense = jnp.take_along_axis(nonsense, first, axis=2)[:, :, 0]             # [B, LINES, LETTERS]
+    nonsense = jnp.take_along_axis(nonsense, first, axis=2)[:, :, 0]  # [B, LINES, LETTERS]
     single = jnp.asarray(_real_words(split_heldout, mix.shortest, mix.longest))
     double = jnp.asarray(_real_words(split_heldout, 2, 5))
     pick = jax.random.uniform(keys[5], (batch, LINES))
-    real = jnp.where(two[..., None], double[(pick * len(double)).astype(int)],
-                     single[(pick * len(single)).astype(int)])
+    real = jnp.where(
+        two[..., None],
+        double[(pick * len(double)).astype(int)],
+        single[(pick * len(single)).astype(int)],
+    )
     letters = jnp.where(((kind[:, :, 0] < mix.real) | ~right.any(-1)[..., None]), real, nonsense)
     return letters.at[:, 1].set(jnp.where(two, letters[:, 1], -1))
 
 
 def words(letters) -> list[str]:
     """int [B, LINES, LETTERS] -> the text of each sign, two lines joined by a space (host)."""
-    return [" ".join(filter(None, ("".join(ALPHABET[i] for i in line if i >= 0) for line in sign)))
-            for sign in np.asarray(letters)]
+    return [
+        " ".join(filter(None, ("".join(ALPHABET[i] for i in line if i >= 0) for line in sign)))
+        for sign in np.asarray(letters)
+    ]
 
 
 # ---------------------------------------------------------------- colours and sentences
@@ -210,13 +241,23 @@ def _colour_triples() -> np.ndarray:
     luma = rgb @ np.array([0.299, 0.587, 0.114])
     far = np.linalg.norm(rgb[:, None] - rgb[None], axis=-1) > 0.45
     n = range(len(rgb))
-    return np.array([(s, l, g) for s in n for l in n for g in n
-                     if abs(luma[s] - luma[l]) > 0.3 and far[s, g]], np.int32)
+    return np.array(
+        [(s, l, g) for s in n for l in n for g in n if abs(luma[s] - luma[l]) > 0.3 and far[s, g]],
+        np.int32,
+    )
 
 
-def draw_content(key: jax.Array, batch: int, *, split_heldout: bool = False, clip: bool = False,
-                 mix: WordMix = DEFAULT_MIX) -> Content:
-    """Words, colours, motion and sentence form of `batch` signs; half of the clips have their motion told."""
+def draw_content(
+    key: jax.Array,
+    batch: int,
+    *,
+    split_heldout: bool = False,
+    clip: bool = False,
+    mix: WordMix = DEFAULT_MIX,
+) -> Content:
+    """Words, colours, motion and sentence form of `batch` signs; half of the clips have their
+    motion told.
+    """
     k_words, k_colours, k_motion, k_template, k_told = jax.random.split(key, 5)
     triples = jnp.asarray(_colour_triples())
     colours = triples[jax.random.randint(k_colours, (batch,), 0, len(triples))]
@@ -224,20 +265,29 @@ def draw_content(key: jax.Array, batch: int, *, split_heldout: bool = False, cli
     template = (u * len(TEMPLATES)).astype(jnp.int32)
     if clip:
         told = jax.random.bernoulli(k_told, 0.5, (batch,))
-        template = jnp.where(told, len(TEMPLATES) + (u * len(MOTION_TEMPLATES)).astype(jnp.int32), template)
+        template = jnp.where(
+            told, len(TEMPLATES) + (u * len(MOTION_TEMPLATES)).astype(jnp.int32), template
+        )
     motion = jax.random.randint(k_motion, (batch,), 0, len(MOTIONS))
     return Content(draw_letters(k_words, batch, split_heldout, mix), *colours.T, motion, template)
 
 
 def _segments() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Segments of sentences, uint8 [V, PROMPT_BYTES] with lengths int32 [V], and templates, int32 [M, P, 2].
+    """Segments of sentences, uint8 [V, PROMPT_BYTES] with lengths int32 [V], and templates, int32
+    [M, P, 2].
 
-    One is P rows (segment, slot): a segment's number, to which the slot's value is added. Slots: 0 none,
-    1 sign, 2 letter, 3 ground, 4 motion, 5 word (the empty segment 0; its bytes come with the sample).
+    One is P rows (segment, slot): a segment's number, to which the slot's value is added. Slots: 0
+    none, 1 sign, 2 letter, 3 ground, 4 motion, 5 word (the empty segment 0; its bytes come with the
+    sample).
     """
     texts = ["", *COLOUR_NAMES, *MOTIONS]
-    first = {"sign": (1, 1), "letter": (1, 2), "ground": (1, 3), "motion": (1 + len(COLOUR_NAMES), 4),
-             "word": (0, 5)}
+    first = {
+        "sign": (1, 1),
+        "letter": (1, 2),
+        "ground": (1, 3),
+        "motion": (1 + len(COLOUR_NAMES), 4),
+        "word": (0, 5),
+    }
     templates = []
     for template in TEMPLATES + MOTION_TEMPLATES:
         parts = []
@@ -250,18 +300,22 @@ def _segments() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     longest = max(map(len, templates))
     table = np.zeros((len(templates), longest, 2), np.int32)  # (0, 0) is an empty segment
     for row, parts in zip(table, templates):
-        row[:len(parts)] = parts
-    codes = np.stack([np.frombuffer(text.encode().ljust(PROMPT_BYTES, b"\0"), np.uint8) for text in texts])
+        row[: len(parts)] = parts
+    codes = np.stack(
+        [np.frombuffer(text.encode().ljust(PROMPT_BYTES, b"\0"), np.uint8) for text in texts]
+    )
     return codes, np.array([len(text) for text in texts], np.int32), table
 
 
 def _word_codes(letters: jax.Array) -> tuple[jax.Array, jax.Array]:
     """int32 [B, LINES, LETTERS] -> ASCII codes [B, PROMPT_BYTES] of "one two", and the length [B]."""
-    n = (letters >= 0).sum(-1)                                     # [B, LINES]
+    n = (letters >= 0).sum(-1)  # [B, LINES]
     p = jnp.arange(PROMPT_BYTES)[None]
     one = jnp.take_along_axis(letters[:, 0], jnp.clip(p, 0, LETTERS - 1), axis=1)
     two = jnp.take_along_axis(letters[:, 1], jnp.clip(p - n[:, :1] - 1, 0, LETTERS - 1), axis=1)
-    codes = jnp.where(p < n[:, :1], one + ord("a"), jnp.where(p == n[:, :1], ord(" "), two + ord("a")))
+    codes = jnp.where(
+        p < n[:, :1], one + ord("a"), jnp.where(p == n[:, :1], ord(" "), two + ord("a"))
+    )
     length = n[:, 0] + jnp.where(n[:, 1] > 0, 1 + n[:, 1], 0)
     return jnp.where(p < length[:, None], codes, 0), length
 
@@ -269,16 +323,18 @@ def _word_codes(letters: jax.Array) -> tuple[jax.Array, jax.Array]:
 def token_chars(content: Content) -> jax.Array:
     """The prompts' ASCII codes, zero-padded: uint8 [B, PROMPT_BYTES]."""
     codes, lengths, table = map(jnp.asarray, _segments())
-    parts = table[content.template]                                # [B, P, 2]
+    parts = table[content.template]  # [B, P, 2]
     zero = jnp.zeros_like(content.sign)
-    values = jnp.stack([zero, content.sign, content.letter, content.ground, content.motion, zero], axis=1)
+    values = jnp.stack(
+        [zero, content.sign, content.letter, content.ground, content.motion, zero], axis=1
+    )
     segment = parts[..., 0] + jnp.take_along_axis(values, parts[..., 1], axis=1)  # [B, P]
     is_word = parts[..., 1] == 5
     word, word_length = _word_codes(content.letters)
     length = jnp.where(is_word, word_length[:, None], lengths[segment])
-    end = jnp.cumsum(length, axis=1)                               # [B, P]
+    end = jnp.cumsum(length, axis=1)  # [B, P]
     p = jnp.arange(PROMPT_BYTES)
-    part = (p[None, :, None] >= end[:, None]).sum(-1)              # [B, PROMPT_BYTES]: whose byte
+    part = (p[None, :, None] >= end[:, None]).sum(-1)  # [B, PROMPT_BYTES]: whose byte
     part = jnp.minimum(part, parts.shape[1] - 1)
     offset = p - jnp.take_along_axis(end - length, part, axis=1)
     offset = jnp.clip(offset, 0, PROMPT_BYTES - 1)
@@ -298,11 +354,20 @@ def quoted(prompt: str) -> str:
     return re.search(r'"([^"]*)"', prompt).group(1)
 
 
-def unique_prompts(count: int, seed: int, *, split_heldout: bool = False, clip: bool = False,
-                   mix: WordMix = DEFAULT_MIX) -> list[str]:
+def unique_prompts(
+    count: int,
+    seed: int,
+    *,
+    split_heldout: bool = False,
+    clip: bool = False,
+    mix: WordMix = DEFAULT_MIX,
+) -> list[str]:
     """`count` prompts with no text twice."""
-    draw = jax.jit(lambda key: token_chars(
-        draw_content(key, 1024, split_heldout=split_heldout, clip=clip, mix=mix)))
+    draw = jax.jit(
+        lambda key: token_chars(
+            draw_content(key, 1024, split_heldout=split_heldout, clip=clip, mix=mix)
+        )
+    )
     found: dict[str, str] = {}
     for i in range(100 + count // 100):
         for prompt in decode(draw(jax.random.fold_in(jax.random.key(seed), i))):
@@ -317,10 +382,14 @@ def main():
     parser.add_argument("--split", choices=("train", "heldout"), default="train")
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--clips", action="store_true", help="also sentences that tell how the sign moves")
+    parser.add_argument(
+        "--clips", action="store_true", help="also sentences that tell how the sign moves"
+    )
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
-    prompts = unique_prompts(args.count, args.seed, split_heldout=args.split == "heldout", clip=args.clips)
+    prompts = unique_prompts(
+        args.count, args.seed, split_heldout=args.split == "heldout", clip=args.clips
+    )
     with open(args.out, "w") as file:
         file.writelines(f"{prompt}\n" for prompt in prompts)
 

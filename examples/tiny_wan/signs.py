@@ -2,15 +2,16 @@
 
     atlas = build_atlas()
     chars, params = sample(key, atlas, batch=1024, noise=NoiseMix())  # inside jit
-    video = render(atlas, params)                                    # [1024, 1, 64, 128, 3] in [-1, 1]
+    video = render(atlas, params)                                    # [1024, 1, 64, 128, 3] in [-1,
+                                                                     1]
 
-Every pixel is mapped back onto its sign and looked up in a table of letter shapes: plain arithmetic and one
-gather, so that a training loop can draw fresh data inside `lax.scan`.
+Every pixel is mapped back onto its sign and looked up in a table of letter shapes: plain arithmetic
+and one gather, so that a training loop can draw fresh data inside `lax.scan`.
 
-The data is noisy as real data is: `NoiseMix` says how many signs are misspelt, faint, blurred, tiny, covered
-or cut off although the prompt does not tell. A model trained on it draws good and bad signs for one prompt,
-and reinforcement learning has something to choose from. Noise changes nothing else: one key gives the same
-prompt, place, colours and motion whatever the mix.
+The data is noisy as real data is: `NoiseMix` says how many signs are misspelt, faint, blurred,
+tiny, covered or cut off although the prompt does not tell. A model trained on it draws good and bad
+signs for one prompt, and reinforcement learning has something to choose from. Noise changes nothing
+else: one key gives the same prompt, place, colours and motion whatever the mix.
 """
 
 import dataclasses
@@ -28,11 +29,11 @@ HEIGHT, WIDTH = 64, 128
 FONTS = ("DejaVuSans-Bold.ttf", "DejaVuSans.ttf", "DejaVuSerif-Bold.ttf", "DejaVuSansMono-Bold.ttf")
 MODES = ("clean", "misspelt", "faint", "blurred", "tiny", "covered", "cut_off")
 
-EM = 48           # texels per em
-ABOVE, BELOW = 0.86, 0.34   # what a cell of the atlas holds above and below the baseline, in em
-SPREAD = 6.0      # texels: distances to the outline are stored from -SPREAD to SPREAD
-MIDDLE = 0.27     # em from the baseline up to the middle between ascenders and descenders
-PITCH = 1.06      # em between baselines
+EM = 48  # texels per em
+ABOVE, BELOW = 0.86, 0.34  # what a cell of the atlas holds above and below the baseline, in em
+SPREAD = 6.0  # texels: distances to the outline are stored from -SPREAD to SPREAD
+MIDDLE = 0.27  # em from the baseline up to the middle between ascenders and descenders
+PITCH = 1.06  # em between baselines
 
 
 @jax.tree_util.register_dataclass
@@ -40,15 +41,16 @@ PITCH = 1.06      # em between baselines
 class NoiseMix:
     """Shares of the ways to spoil a sign; the rest is clean.
 
-    Beside each the mean reward that PP-OCR gives to 240 such pictures; clean ones get 0.995, the mix 0.6.
+    Beside each the mean reward that PP-OCR gives to 240 such pictures; clean ones get 0.995, the
+    mix 0.6.
     """
 
     misspelt: float = 0.15  # 0.69  one or two letters of a word are wrong
-    faint: float = 0.10     # 0.17  letters nearly of the sign's colour
-    blurred: float = 0.10   # 0.06
-    tiny: float = 0.08      # 0.17  letters of 5 pixels
-    covered: float = 0.06   # 0.01  a bar across the text
-    cut_off: float = 0.06   # 0.21  text more than half outside the sign
+    faint: float = 0.10  # 0.17  letters nearly of the sign's colour
+    blurred: float = 0.10  # 0.06
+    tiny: float = 0.08  # 0.17  letters of 5 pixels
+    covered: float = 0.06  # 0.01  a bar across the text
+    cut_off: float = 0.06  # 0.21  text more than half outside the sign
 
 
 @jax.tree_util.register_dataclass
@@ -56,36 +58,39 @@ class NoiseMix:
 class Atlas:
     """Letter shapes as signed distances to the outline, positive inside."""
 
-    texels: jax.Array    # uint32 [fonts, letters, rows, columns]: a texel and three neighbours, 8 bits each
+    # uint32 [fonts, letters, rows, columns]: a texel and three neighbours, 8 bits each
+    texels: jax.Array
     advances: jax.Array  # float32 [fonts, letters], em
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SignParams:
-    """Everything `render` needs. Pixels count from the middle of the frame, y downwards; colours are 0..1."""
+    """Everything `render` needs. Pixels count from the middle of the frame, y downwards; colours
+    are 0..1.
+    """
 
-    letters: jax.Array   # int32 [B, LINES, LETTERS], drawn, index into ALPHABET, -1 = none
-    target: jax.Array    # int32 [B, LINES, LETTERS], what the prompt asks for
-    mode: jax.Array      # int32 [B], index into MODES
-    font: jax.Array      # int32 [B]
-    em: jax.Array        # float32 [B, 2], font size in pixels across and down
+    letters: jax.Array  # int32 [B, LINES, LETTERS], drawn, index into ALPHABET, -1 = none
+    target: jax.Array  # int32 [B, LINES, LETTERS], what the prompt asks for
+    mode: jax.Array  # int32 [B], index into MODES
+    font: jax.Array  # int32 [B]
+    em: jax.Array  # float32 [B, 2], font size in pixels across and down
     tracking: jax.Array  # float32 [B], extra space between letters, em
-    slant: jax.Array     # float32 [B], shear of the letters
-    thin: jax.Array      # float32 [B], pixels taken off every outline
-    blur: jax.Array      # float32 [B], standard deviation in pixels, letters only
-    shift: jax.Array     # float32 [B, 2], of the text from the middle of the sign
-    bar: jax.Array       # float32 [B, 2], half thickness (0 = none) and angle of a bar across the text
-    half: jax.Array      # float32 [B, 2], half width and half height of the sign
-    radius: jax.Array    # float32 [B], of the corners
-    border: jax.Array    # float32 [B], width
-    center: jax.Array    # float32 [B, 2], of the sign in frame 0
-    angle: jax.Array     # float32 [B], radians
-    colors: jax.Array    # float32 [B, 4, 3]: background, sign, letters, border
-    shade: jax.Array     # float32 [B], brightness of the background from bottom to top
-    drift: jax.Array     # float32 [B, 2], way of the sign during a clip
-    zoom: jax.Array      # float32 [B], log of the growth during a clip
-    sway: jax.Array      # float32 [B], radians
+    slant: jax.Array  # float32 [B], shear of the letters
+    thin: jax.Array  # float32 [B], pixels taken off every outline
+    blur: jax.Array  # float32 [B], standard deviation in pixels, letters only
+    shift: jax.Array  # float32 [B, 2], of the text from the middle of the sign
+    bar: jax.Array  # float32 [B, 2], half thickness (0 = none) and angle of a bar across the text
+    half: jax.Array  # float32 [B, 2], half width and half height of the sign
+    radius: jax.Array  # float32 [B], of the corners
+    border: jax.Array  # float32 [B], width
+    center: jax.Array  # float32 [B, 2], of the sign in frame 0
+    angle: jax.Array  # float32 [B], radians
+    colors: jax.Array  # float32 [B, 4, 3]: background, sign, letters, border
+    shade: jax.Array  # float32 [B], brightness of the background from bottom to top
+    drift: jax.Array  # float32 [B, 2], way of the sign during a clip
+    zoom: jax.Array  # float32 [B], log of the growth during a clip
+    sway: jax.Array  # float32 [B], radians
 
 
 # ---------------------------------------------------------------- letter shapes
@@ -93,7 +98,9 @@ class SignParams:
 
 @functools.lru_cache
 def build_atlas(fonts: tuple[str, ...] = FONTS, alphabet: str = ALPHABET) -> Atlas:
-    """Draws the alphabet in matplotlib's DejaVu fonts, enlarged, and measures distances to the outlines."""
+    """Draws the alphabet in matplotlib's DejaVu fonts, enlarged, and measures distances to the
+    outlines.
+    """
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
     from scipy.ndimage import distance_transform_edt
@@ -105,11 +112,14 @@ def build_atlas(fonts: tuple[str, ...] = FONTS, alphabet: str = ALPHABET) -> Atl
     for f, name in enumerate(fonts):
         font = ImageFont.truetype(os.path.join(folder, name), EM * big)
         for a, letter in enumerate(alphabet):
-            # a cell is as wide as the letter's advance, or wider where its ink would reach into a neighbour's
+            # a cell is as wide as the letter's advance, or wider where its ink would reach into a
+            # neighbour's
             ink_left, _, ink_right, _ = font.getbbox(letter, anchor="ls")
             left, right = min(0, ink_left - big), max(font.getlength(letter), ink_right + big)
             image = Image.new("L", (columns * big, rows * big))
-            ImageDraw.Draw(image).text((-left, round(ABOVE * EM * big)), letter, 255, font, anchor="ls")
+            ImageDraw.Draw(image).text(
+                (-left, round(ABOVE * EM * big)), letter, 255, font, anchor="ls"
+            )
             ink = np.asarray(image) > 127
             signed = (distance_transform_edt(ink) - distance_transform_edt(~ink)) / big
             distance[f, a] = signed.reshape(rows, big, columns, big)[:, 1:3, :, 1:3].mean((1, 3))
@@ -123,7 +133,9 @@ def build_atlas(fonts: tuple[str, ...] = FONTS, alphabet: str = ALPHABET) -> Atl
     return Atlas(texels, advances)
 
 
-def line_widths(atlas: Atlas, letters: jax.Array, font: jax.Array, tracking: jax.Array) -> jax.Array:
+def line_widths(
+    atlas: Atlas, letters: jax.Array, font: jax.Array, tracking: jax.Array
+) -> jax.Array:
     """Width taken by each letter in em, 0 where there is none: float32 [B, LINES, LETTERS]."""
     advance = jnp.asarray(atlas.advances)[font[:, None, None], letters] + tracking[:, None, None]
     return jnp.where(letters >= 0, advance, 0.0)
@@ -132,19 +144,28 @@ def line_widths(atlas: Atlas, letters: jax.Array, font: jax.Array, tracking: jax
 # ---------------------------------------------------------------- rendering
 
 
-def _letter_coverage(atlas: Atlas, p: SignParams, u: jax.Array, v: jax.Array, zoom: jax.Array) -> jax.Array:
-    """Share of each pixel covered by letters. u, v: the pixel in the sign's own pixels, [B, T, H, W]."""
+def _letter_coverage(
+    atlas: Atlas, p: SignParams, u: jax.Array, v: jax.Array, zoom: jax.Array
+) -> jax.Array:
+    """Share of each pixel covered by letters. u, v: the pixel in the sign's own pixels, [B, T, H,
+    W].
+    """
+
     def wide(x):  # [B] -> [B, 1, 1, 1]
         return x[:, None, None, None]
 
-    x = (u - wide(p.shift[:, 0]) + wide(p.slant) * v) / wide(p.em[:, 0])   # em from the middle of the text
+    # em from the middle of the text
+    x = (u - wide(p.shift[:, 0]) + wide(p.slant) * v) / wide(p.em[:, 0])
     y = (v - wide(p.shift[:, 1])) / wide(p.em[:, 1])
     two = wide(p.letters[:, 1, 0] >= 0)
     second = two & (y > 0)
-    y = y - jnp.where(two, jnp.where(second, PITCH / 2, -PITCH / 2), 0.0) - MIDDLE  # em below the baseline
+    # em below the baseline
+    y = y - jnp.where(two, jnp.where(second, PITCH / 2, -PITCH / 2), 0.0) - MIDDLE
 
-    ends = jnp.cumsum(line_widths(atlas, p.letters, p.font, p.tracking), axis=-1)  # [B, LINES, LETTERS]
-    x = x + jnp.where(second, wide(ends[:, 1, -1]), wide(ends[:, 0, -1])) / 2      # em from the line's start
+    # [B, LINES, LETTERS]
+    ends = jnp.cumsum(line_widths(atlas, p.letters, p.font, p.tracking), axis=-1)
+    # em from the line's start
+    x = x + jnp.where(second, wide(ends[:, 1, -1]), wide(ends[:, 0, -1])) / 2
     start = jnp.zeros_like(x)
     letter = jnp.where(second, wide(p.letters[:, 1, 0]), wide(p.letters[:, 0, 0]))
     for i in range(1, LETTERS):
@@ -152,7 +173,7 @@ def _letter_coverage(atlas: Atlas, p: SignParams, u: jax.Array, v: jax.Array, zo
         start = jnp.where(x >= end, end, start)
         following = jnp.where(second, wide(p.letters[:, 1, i]), wide(p.letters[:, 0, i]))
         letter = jnp.where(x >= end, following, letter)
-    x = x - start                                                                  # em from the letter's cell
+    x = x - start  # em from the letter's cell
 
     _, alphabet, rows, columns = atlas.texels.shape
     tx = jnp.clip((x - wide(p.tracking) / 2) * EM - 0.5, 0, columns - 1.01)
@@ -160,7 +181,9 @@ def _letter_coverage(atlas: Atlas, p: SignParams, u: jax.Array, v: jax.Array, zo
     column, row = tx.astype(jnp.int32), ty.astype(jnp.int32)
     cell = wide(p.font) * alphabet + jnp.maximum(letter, 0)
     packed = jnp.asarray(atlas.texels).reshape(-1)[(cell * rows + row) * columns + column]
-    here, right, below, diagonal = (((packed >> s) & 255).astype(jnp.float32) for s in (0, 8, 16, 24))
+    here, right, below, diagonal = (
+        ((packed >> s) & 255).astype(jnp.float32) for s in (0, 8, 16, 24)
+    )
     tx, ty = tx - column, ty - row
     byte = (here * (1 - tx) + right * tx) * (1 - ty) + (below * (1 - tx) + diagonal * tx) * ty
     pixels = (byte / 127.5 - 1) * (SPREAD / EM) * wide(jnp.sqrt(p.em[:, 0] * p.em[:, 1])) * zoom
@@ -177,6 +200,7 @@ def _gaussian(size: int, sigma: jax.Array) -> jax.Array:
 
 def render(atlas: Atlas, p: SignParams, frames: int = 1, dtype=jnp.float32) -> jax.Array:
     """Signs -> video [B, T, HEIGHT, WIDTH, 3] in [-1, 1]. Frame 0 is the picture."""
+
     def wide(x):
         return x[:, None, None, None]
 
@@ -187,17 +211,19 @@ def render(atlas: Atlas, p: SignParams, frames: int = 1, dtype=jnp.float32) -> j
     y = (jnp.arange(HEIGHT) - (HEIGHT - 1) / 2)[:, None]
     x = jnp.arange(WIDTH) - (WIDTH - 1) / 2
 
-    zoom = jnp.exp(wide(p.zoom) * time)                                       # [B, T, 1, 1]
+    zoom = jnp.exp(wide(p.zoom) * time)  # [B, T, 1, 1]
     angle = wide(p.angle) + wide(p.sway) * jnp.sin(2 * jnp.pi * time)
-    dx = x - wide(p.center[:, 0]) - wide(p.drift[:, 0]) * time                # [B, T, 1, W]
-    dy = y - wide(p.center[:, 1]) - wide(p.drift[:, 1]) * time                # [B, T, H, 1]
-    u = (dx * jnp.cos(angle) + dy * jnp.sin(angle)) / zoom                    # [B, T, H, W], on the sign
+    dx = x - wide(p.center[:, 0]) - wide(p.drift[:, 0]) * time  # [B, T, 1, W]
+    dy = y - wide(p.center[:, 1]) - wide(p.drift[:, 1]) * time  # [B, T, H, 1]
+    u = (dx * jnp.cos(angle) + dy * jnp.sin(angle)) / zoom  # [B, T, H, W], on the sign
     v = (dy * jnp.cos(angle) - dx * jnp.sin(angle)) / zoom
 
     # signed distance to the rounded rectangle, in pixels of the frame
     qx = jnp.abs(u) - wide(p.half[:, 0] - p.radius)
     qy = jnp.abs(v) - wide(p.half[:, 1] - p.radius)
-    outside = jnp.hypot(jnp.maximum(qx, 0), jnp.maximum(qy, 0)) + jnp.minimum(jnp.maximum(qx, qy), 0)
+    outside = jnp.hypot(jnp.maximum(qx, 0), jnp.maximum(qy, 0)) + jnp.minimum(
+        jnp.maximum(qx, qy), 0
+    )
     outside = (outside - wide(p.radius)) * zoom
     plate = jnp.clip(0.5 - outside, 0, 1)
     face = jnp.clip(0.5 - outside - wide(p.border) * zoom, 0, 1)
@@ -205,10 +231,13 @@ def render(atlas: Atlas, p: SignParams, frames: int = 1, dtype=jnp.float32) -> j
     ink = _letter_coverage(atlas, p, u, v, zoom)
     ink = jnp.einsum("bij,btjk,blk->btil", _gaussian(HEIGHT, p.blur), ink, _gaussian(WIDTH, p.blur))
     across = v * jnp.cos(wide(p.bar[:, 1])) - u * jnp.sin(wide(p.bar[:, 1]))
-    bar = jnp.clip(0.5 + (wide(p.bar[:, 0]) - jnp.abs(across)) * zoom, 0, 1) * (wide(p.bar[:, 0]) > 0)
+    bar = jnp.clip(0.5 + (wide(p.bar[:, 0]) - jnp.abs(across)) * zoom, 0, 1) * (
+        wide(p.bar[:, 0]) > 0
+    )
 
     ground, sign, letter, border = (p.colors[:, i] for i in range(4))
-    picture = ground[:, None, None, None] * (1 - wide(p.shade) * y / HEIGHT)[..., None]   # [B, 1, H, 1, 3]
+    # [B, 1, H, 1, 3]
+    picture = ground[:, None, None, None] * (1 - wide(p.shade) * y / HEIGHT)[..., None]
     picture = mix(picture, border, plate)
     picture = mix(picture, sign, face)
     picture = mix(picture, letter, ink * face)
@@ -229,27 +258,40 @@ def misspell(key: jax.Array, letters: jax.Array) -> jax.Array:
     other = (letters + 1 + (u[0] * 25).astype(jnp.int32)) % 26
     at, pair = (u[1] * n).astype(jnp.int32), (u[2] * (n - 1)).astype(jnp.int32)
     replaced = jnp.where((k == at) & (letters >= 0), other, letters)
-    also = (at + 1 + (u[3] * (n - 1)).astype(jnp.int32)) % jnp.maximum(n, 1)  # another letter than `at`
+    # another letter than `at`
+    also = (at + 1 + (u[3] * (n - 1)).astype(jnp.int32)) % jnp.maximum(n, 1)
     replaced = jnp.where((k == also) & (n > 4) & (u[4] < 0.6), other, replaced)
     padded = jnp.pad(letters, ((0, 0), (0, 0), (0, 1)), constant_values=-1)
     dropped = jnp.take_along_axis(padded, k + (k >= at), axis=-1)
     source = jnp.where(k == pair, pair + 1, jnp.where(k == pair + 1, pair, k))
     swapped = jnp.take_along_axis(padded, source, axis=-1)
     can_swap = (n > 4) & (swapped != letters).any(-1, keepdims=True)
-    return jnp.where(u[5] < 0.5, replaced, jnp.where((u[5] < 0.75) & (n > 2), dropped,
-                     jnp.where(can_swap, swapped, replaced)))
+    return jnp.where(
+        u[5] < 0.5,
+        replaced,
+        jnp.where((u[5] < 0.75) & (n > 2), dropped, jnp.where(can_swap, swapped, replaced)),
+    )
 
 
-def sample(key: jax.Array, atlas: Atlas, batch: int, *, frames: int = 1, heldout: bool = False,
-           noise: NoiseMix | None = None, words: prompts.WordMix = prompts.DEFAULT_MIX
-           ) -> tuple[jax.Array, SignParams]:
+def sample(
+    key: jax.Array,
+    atlas: Atlas,
+    batch: int,
+    *,
+    frames: int = 1,
+    heldout: bool = False,
+    noise: NoiseMix | None = None,
+    words: prompts.WordMix = prompts.DEFAULT_MIX,
+) -> tuple[jax.Array, SignParams]:
     """Prompts as ASCII codes, uint8 [B, PROMPT_BYTES] zero-padded, and the signs that go with them.
 
-    frames tells pictures (1) from clips, whose prompts may tell the motion. heldout: words that training
-    never draws. noise=None draws clean signs only.
+    frames tells pictures (1) from clips, whose prompts may tell the motion. heldout: words that
+    training never draws. noise=None draws clean signs only.
     """
     k_content, k_misspell, k_mode, k_look, k_jitter = jax.random.split(key, 5)
-    content = prompts.draw_content(k_content, batch, split_heldout=heldout, clip=frames > 1, mix=words)
+    content = prompts.draw_content(
+        k_content, batch, split_heldout=heldout, clip=frames > 1, mix=words
+    )
     uniforms = iter(jax.random.uniform(k_look, (32, batch)))
 
     def between(low, high):
@@ -257,7 +299,9 @@ def sample(key: jax.Array, atlas: Atlas, batch: int, *, frames: int = 1, heldout
 
     noise = noise or NoiseMix(**{field.name: 0.0 for field in dataclasses.fields(NoiseMix)})
     shares = jnp.array([getattr(noise, name) for name in MODES[1:]])
-    mode = jnp.searchsorted(jnp.cumsum(shares), jax.random.uniform(k_mode, (batch,)), side="right") + 1
+    mode = (
+        jnp.searchsorted(jnp.cumsum(shares), jax.random.uniform(k_mode, (batch,)), side="right") + 1
+    )
     mode = jnp.where(mode == len(MODES), 0, mode)
 
     def spoil(name, bad, good):
@@ -269,16 +313,22 @@ def sample(key: jax.Array, atlas: Atlas, batch: int, *, frames: int = 1, heldout
     letters = spoil("misspelt", wrong, content.letters)
     font = between(0, len(atlas.advances)).astype(jnp.int32)
     tracking = between(0.0, 0.06)
-    width = jnp.maximum(*(line_widths(atlas, spelt, font, tracking).sum(-1).max(-1)
-                          for spelt in (content.letters, wrong)))
+    width = jnp.maximum(
+        *(
+            line_widths(atlas, spelt, font, tracking).sum(-1).max(-1)
+            for spelt in (content.letters, wrong)
+        )
+    )
     two = content.letters[:, 1, 0] >= 0
     em_y = jnp.where(two, between(20, 24), between(27, 35))
     em_x = jnp.minimum(em_y, 106 / width)
     em_y = jnp.minimum(em_y, em_x / 0.75)
-    text = jnp.stack([em_x * width, em_y * jnp.where(two, 1 + PITCH, 1.0)], axis=1) / 2  # [B, 2] half extents
+    # [B, 2] half extents
+    text = jnp.stack([em_x * width, em_y * jnp.where(two, 1 + PITCH, 1.0)], axis=1) / 2
     em = jnp.stack([em_x, em_y], axis=1)
 
-    # sign: the text with a margin; `room` is how far it can go with the tilted text still in the frame
+    # sign: the text with a margin; `room` is how far it can go with the tilted text still in the
+    # frame
     half = text + jnp.stack([between(5, 12), between(2, 7)], axis=1)
     angle = between(-0.06, 0.06)
     reach = text + jnp.abs(angle)[:, None] * text[:, ::-1]
@@ -288,7 +338,9 @@ def sample(key: jax.Array, atlas: Atlas, batch: int, *, frames: int = 1, heldout
 
     rgb = jnp.array(list(prompts.COLOURS.values()))
     colors = rgb[jnp.stack([content.ground, content.sign, content.letter, content.letter], axis=1)]
-    colors = jnp.clip(colors + jax.random.uniform(k_jitter, (batch, 4, 3), minval=-0.03, maxval=0.03), 0, 1)
+    colors = jnp.clip(
+        colors + jax.random.uniform(k_jitter, (batch, 4, 3), minval=-0.03, maxval=0.03), 0, 1
+    )
     colors = colors.at[:, 3].set(jnp.where(border[:, None] > 0, colors[:, 2], colors[:, 1]))
     faint = colors[:, 1] + (colors[:, 2] - colors[:, 1]) * between(0.02, 0.06)[:, None]
     colors = colors.at[:, 2].set(spoil("faint", faint, colors[:, 2]))
@@ -300,8 +352,11 @@ def sample(key: jax.Array, atlas: Atlas, batch: int, *, frames: int = 1, heldout
     drift = jnp.where(way == 0, 0.0, way * goal - center)
     drift = jnp.where((kind == 4)[:, None], -center, drift)
     closest = jnp.minimum((WIDTH / 2 - 1) / reach[:, 0], (HEIGHT / 2 - 1) / reach[:, 1])
-    zoom = jnp.where(kind == 4, jnp.log(jnp.minimum(closest, between(1.2, 1.4))),
-                     jnp.where(kind == 5, jnp.log(between(0.75, 0.85)), zero))
+    zoom = jnp.where(
+        kind == 4,
+        jnp.log(jnp.minimum(closest, between(1.2, 1.4))),
+        jnp.where(kind == 5, jnp.log(between(0.75, 0.85)), zero),
+    )
     sway = jnp.where(kind == 6, between(0.08, 0.13), 0.0)
 
     # the other ways to be illegible
@@ -310,10 +365,25 @@ def sample(key: jax.Array, atlas: Atlas, batch: int, *, frames: int = 1, heldout
     away = jnp.stack([side * text[:, 0] * between(1.4, 1.8), zero], axis=1)
     cover = jnp.where(two, 0.6, 0.2) * em_y * between(1.0, 1.25)
     return prompts.token_chars(content), SignParams(
-        letters=letters, target=content.letters, mode=mode, font=font, tracking=tracking,
-        em=spoil("tiny", em * small[:, None], em), slant=between(-0.08, 0.08),
-        thin=spoil("tiny", between(0.1, 0.3), zero), blur=spoil("blurred", between(4.5, 6.5), zero),
+        letters=letters,
+        target=content.letters,
+        mode=mode,
+        font=font,
+        tracking=tracking,
+        em=spoil("tiny", em * small[:, None], em),
+        slant=between(-0.08, 0.08),
+        thin=spoil("tiny", between(0.1, 0.3), zero),
+        blur=spoil("blurred", between(4.5, 6.5), zero),
         shift=spoil("cut_off", away, jnp.zeros((batch, 2))),
         bar=jnp.stack([spoil("covered", cover, zero), between(-0.06, 0.06)], axis=1),
-        half=half, radius=between(0, 9), border=border, center=center, angle=angle, colors=colors,
-        shade=between(-0.3, 0.3), drift=drift, zoom=zoom, sway=sway)
+        half=half,
+        radius=between(0, 9),
+        border=border,
+        center=center,
+        angle=angle,
+        colors=colors,
+        shade=between(-0.3, 0.3),
+        drift=drift,
+        zoom=zoom,
+        sway=sway,
+    )

@@ -1,15 +1,16 @@
-"""The tokenizer of the tiny Wan: one token per character, in the file layout of Wan's `tokenizer/` folder.
+"""The tokenizer of the tiny Wan: one token per character, in the file layout of Wan's `tokenizer/`
+folder.
 
     python -m examples.tiny_wan.tokenizer --out DIR
 
 Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json, which
-`transformers.T5TokenizerFast` (4.51 to 5.x), `WanPipeline.from_pretrained` and `wan_jax.models.tokenizer.Tokenizer`
-read like the real one. Wan's spiece.model, the same vocabulary for slow tokenizers, is left out: none of the
-three reads it where tokenizer.json exists.
+`transformers.T5TokenizerFast` (4.51 to 5.x), `WanPipeline.from_pretrained` and
+`wan_jax.models.tokenizer.Tokenizer` read like the real one. Wan's spiece.model, the same vocabulary
+for slow tokenizers, is left out: none of the three reads it where tokenizer.json exists.
 
-Characters, because the tiny model is to learn to spell: its prompts hold words it never saw in training. As
-in UMT5 the ids 0, 1, 2 are pad, end and unknown, and a space is the token ▁, which also starts every
-non-empty prompt.
+Characters, because the tiny model is to learn to spell: its prompts hold words it never saw in
+training. As in UMT5 the ids 0, 1, 2 are pad, end and unknown, and a space is the token ▁, which
+also starts every non-empty prompt.
 """
 
 import argparse
@@ -21,27 +22,36 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 PAD, EOS, UNK, SPACE = "<pad>", "</s>", "<unk>", "▁"
 CURLY = "‘’“”"  # ftfy makes them straight; kept for text that was not cleaned
-CHARACTERS = string.ascii_lowercase + string.ascii_uppercase + string.digits + string.punctuation + CURLY
+CHARACTERS = (
+    string.ascii_lowercase + string.ascii_uppercase + string.digits + string.punctuation + CURLY
+)
 VOCABULARY = (PAD, EOS, UNK, SPACE, *CHARACTERS)  # a token's id is its index
 MAX_LENGTH = 512
 
 
 def build() -> Tokenizer:
-    """The tokenizer: a unigram model whose pieces are single characters, so that there is one segmentation.
+    """The tokenizer: a unigram model whose pieces are single characters, so that there is one
+    segmentation.
 
-    The pipeline around it (split at whitespace, ▁ before every word, end token last) is the one that
-    transformers 5 rebuilds in `T5TokenizerFast` whatever tokenizer.json says. Unknown characters in a row
-    are one <unk>.
+    The pipeline around it (split at whitespace, ▁ before every word, end token last) is the one
+    that transformers 5 rebuilds in `T5TokenizerFast` whatever tokenizer.json says. Unknown
+    characters in a row are one <unk>.
     """
     scores = [(token, 0.0 if token in (PAD, EOS, UNK) else -1.0) for token in VOCABULARY]
     tokenizer = Tokenizer(models.Unigram(scores, unk_id=VOCABULARY.index(UNK), byte_fallback=False))
     metaspace = {"replacement": SPACE, "prepend_scheme": "always", "split": True}
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**metaspace)])
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**metaspace)]
+    )
     tokenizer.decoder = decoders.Metaspace(**metaspace)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=["$A", EOS], pair=["$A", EOS, "$B", EOS], special_tokens=[(EOS, VOCABULARY.index(EOS))])
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (PAD, EOS, UNK)])
+        single=["$A", EOS],
+        pair=["$A", EOS, "$B", EOS],
+        special_tokens=[(EOS, VOCABULARY.index(EOS))],
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in (PAD, EOS, UNK)]
+    )
     return tokenizer
 
 
@@ -51,15 +61,23 @@ def write(folder) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     build().save(str(folder / "tokenizer.json"))
     special = {"eos_token": EOS, "pad_token": PAD, "unk_token": UNK}
-    added = {str(VOCABULARY.index(token)): {
-        "content": token, "special": True, "normalized": False, "lstrip": False, "rstrip": False,
-        "single_word": False,
-    } for token in (PAD, EOS, UNK)}
+    added = {
+        str(VOCABULARY.index(token)): {
+            "content": token,
+            "special": True,
+            "normalized": False,
+            "lstrip": False,
+            "rstrip": False,
+            "single_word": False,
+        }
+        for token in (PAD, EOS, UNK)
+    }
     config = {
         "added_tokens_decoder": added,
         "additional_special_tokens": [],
         "clean_up_tokenization_spaces": False,
-        "extra_ids": 0,  # T5TokenizerFast would add 100 sentinel tokens, past the end of the embedding
+        # T5TokenizerFast would add 100 sentinel tokens, past the end of the embedding
+        "extra_ids": 0,
         "model_max_length": MAX_LENGTH,
         "tokenizer_class": "T5Tokenizer",
         **special,

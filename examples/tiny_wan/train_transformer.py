@@ -1,12 +1,15 @@
-"""Trains the text encoder and the transformer of tiny-wan together by flow matching on the VAE's latents.
+"""Trains the text encoder and the transformer of tiny-wan together by flow matching on the VAE's
+latents.
 
-    python -m examples.tiny_wan.train_transformer --vae assets/tiny-wan/vae --out assets/tiny-wan --seconds 900
+    python -m examples.tiny_wan.train_transformer --vae assets/tiny-wan/vae --out assets/tiny-wan
+    --seconds 900
 
-The latents of a pool of signs are computed once; every step then draws single frames and clips from the pool, a
-sigma (logit-normal, shifted by 3 as at sampling time) and noise, and regresses velocity = noise - latents. A tenth of
-the prompts is dropped, so that guidance works. The text encoder has an auxiliary loss, which letter of the quoted
-text each character is: relative positions alone find that late, and spelling waits for it. Muon and Adam, the rate
-follows the clock; the weights written are a moving average.
+The latents of a pool of signs are computed once; every step then draws single frames and clips from
+the pool, a sigma (logit-normal, shifted by 3 as at sampling time) and noise, and regresses velocity
+= noise - latents. A tenth of the prompts is dropped, so that guidance works. The text encoder has
+an auxiliary loss, which letter of the quoted text each character is: relative positions alone find
+that late, and spelling waits for it. Muon and Adam, the rate follows the clock; the weights written
+are a moving average.
 """
 
 import functools
@@ -33,19 +36,28 @@ FLAGS = flags.FLAGS
 DROPOUT, LETTERS = 0.1, 6
 LONGEST = 76  # characters of the longest prompt, rounded up
 EOS = VOCABULARY.index(EOS_TOKEN)
-ASCII_IDS = np.array([VOCABULARY.index(c if c in VOCABULARY else SPACE if c == " " else UNK)
-                      for c in map(chr, range(128))], np.int32)
+ASCII_IDS = np.array(
+    [
+        VOCABULARY.index(c if c in VOCABULARY else SPACE if c == " " else UNK)
+        for c in map(chr, range(128))
+    ],
+    np.int32,
+)
 EMA_DECAY = 0.998
 
 
 def frame_text(chars):
-    """ASCII codes [B, R] to [B, R+2]: the space that the tokenizer puts before a prompt, and room for EOS."""
+    """ASCII codes [B, R] to [B, R+2]: the space that the tokenizer puts before a prompt, and room
+    for EOS.
+    """
     first = jnp.where(chars[:, :1] > 0, ord(" "), 0).astype(chars.dtype)
     return jnp.concatenate([first, chars, jnp.zeros_like(first)], axis=1)
 
 
 def tokenise(chars):
-    """ASCII codes [B, R] (0 past the end) to ids and mask [B, R+2], as `examples/tiny_wan/tokenizer.py` does it."""
+    """ASCII codes [B, R] (0 past the end) to ids and mask [B, R+2], as
+    `examples/tiny_wan/tokenizer.py` does it.
+    """
     chars = frame_text(chars)
     length = (chars > 0).sum(1, keepdims=True)
     at = jnp.arange(chars.shape[1])
@@ -55,7 +67,9 @@ def tokenise(chars):
 
 
 def letter_classes(chars):
-    """ASCII codes [B, R] to [B, R+2]: 0 outside the quotes, else 1 + 6 * line + index of the letter in its line."""
+    """ASCII codes [B, R] to [B, R+2]: 0 outside the quotes, else 1 + 6 * line + index of the letter
+    in its line.
+    """
     chars = frame_text(chars)
     quote, space = chars == ord('"'), chars == ord(" ")
     inside = (jnp.cumsum(quote, 1) % 2 == 1) & ~quote
@@ -67,7 +81,9 @@ def letter_classes(chars):
 
 
 def make_pool(vae_dir: str, atlas, key, count: int, batch: int, frames: int):
-    """Normalised latents bf16 [count, F, h, w, C] and prompts uint8 [count, R] of freshly rendered signs."""
+    """Normalised latents bf16 [count, F, h, w, C] and prompts uint8 [count, R] of freshly rendered
+    signs.
+    """
     vae = load_vae(vae_dir, jnp.bfloat16)
 
     @jax.jit
@@ -95,21 +111,40 @@ def main(_):
     flat["transformer/proj_out/kernel"] = flat["transformer/proj_out/kernel"] * 0.01
     if FLAGS.init:
         for name in ("transformer", "text_encoder"):
-            shapes = {k.removeprefix(name + "/"): v.shape for k, v in flat.items() if k.startswith(name + "/")}
+            shapes = {
+                k.removeprefix(name + "/"): v.shape
+                for k, v in flat.items()
+                if k.startswith(name + "/")
+            }
             for path, value in load_flat(pathlib.Path(FLAGS.init) / name, name, shapes).items():
                 flat[f"{name}/{path}"] = jnp.asarray(value, jnp.float32)
     graphdef, like = nnx.split(nnx.eval_shape(lambda: Model(jnp.bfloat16, nnx.Rngs(0))))
     dtypes = {k: v.dtype for k, v in P.flatten(like).items()}
-    print(f"transformer and text encoder: {sum(v.size for v in flat.values()):,} parameters", flush=True)
+    print(
+        f"transformer and text encoder: {sum(v.size for v in flat.values()):,} parameters",
+        flush=True,
+    )
     tx = muon_or_adam(flat, FLAGS.adam_scale)
     opt_state, ema = tx.init(flat), flat
 
     key, atlas = jax.random.key(FLAGS.seed + 7), signs.build_atlas()
-    singles = make_pool(FLAGS.vae, atlas, jax.random.fold_in(key, 1), FLAGS.pool, min(1000, FLAGS.pool), 1)
-    clips = make_pool(FLAGS.vae, atlas, jax.random.fold_in(key, 2), FLAGS.pool_clips, min(100, FLAGS.pool_clips),
-                      sizes.CLIP_FRAMES)
+    singles = make_pool(
+        FLAGS.vae, atlas, jax.random.fold_in(key, 1), FLAGS.pool, min(1000, FLAGS.pool), 1
+    )
+    clips = make_pool(
+        FLAGS.vae,
+        atlas,
+        jax.random.fold_in(key, 2),
+        FLAGS.pool_clips,
+        min(100, FLAGS.pool_clips),
+        sizes.CLIP_FRAMES,
+    )
     jax.block_until_ready((singles, clips))
-    print(f"{time.time() - start:6.0f} s  pool of {len(singles[0]):,} frames and {len(clips[0]):,} clips", flush=True)
+    print(
+        f"{time.time() - start:6.0f} s  pool of {len(singles[0]):,} frames and {len(clips[0]):,} "
+        "clips",
+        flush=True,
+    )
 
     def flow_loss(model, latents, chars, key):
         """Flow-matching loss and auxiliary loss of one batch from the pool, fp32 scalars."""
@@ -119,13 +154,17 @@ def main(_):
         ids, mask = tokenise(chars)
         text = encode(model.text_encoder, ids, mask)
         logits = (text @ model.head[...]).astype(jnp.float32)
-        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), letter_classes(chars)[..., None], -1)[..., 0]
+        picked = jnp.take_along_axis(
+            jax.nn.log_softmax(logits), letter_classes(chars)[..., None], -1
+        )[..., 0]
         aux = -(picked * mask).sum() / mask.sum()
         u = jax.nn.sigmoid(jax.random.normal(k2, (b,)))
         sigma = (sizes.FLOW_SHIFT * u / (1 + (sizes.FLOW_SHIFT - 1) * u))[:, None, None, None, None]
         noise = jax.random.normal(k3, latents.shape)
         x = (1 - sigma) * latents.astype(jnp.float32) + sigma * noise
-        v = model.transformer(x, 1000 * sigma.reshape(b), text, text_padding=sizes.TEXT_ROWS - text.shape[1])
+        v = model.transformer(
+            x, 1000 * sigma.reshape(b), text, text_padding=sizes.TEXT_ROWS - text.shape[1]
+        )
         return jnp.mean((v - (noise - latents.astype(jnp.float32))) ** 2), aux
 
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
@@ -134,7 +173,9 @@ def main(_):
             flat, opt_state, ema = carry
 
             def total(flat):
-                model = nnx.merge(graphdef, P.unflatten(like, {k: v.astype(dtypes[k]) for k, v in flat.items()}))
+                model = nnx.merge(
+                    graphdef, P.unflatten(like, {k: v.astype(dtypes[k]) for k, v in flat.items()})
+                )
                 losses = []
                 for i, (pool, batch) in enumerate(((singles, FLAGS.batch), (clips, FLAGS.clips))):
                     k1, k2 = jax.random.split(jax.random.fold_in(key, i))
@@ -158,27 +199,49 @@ def main(_):
     total_time = FLAGS.seconds - (begun - start)
     while (elapsed := time.time() - begun) < total_time:
         progress = elapsed / total_time
-        lr = FLAGS.learning_rate * min(1.0, (steps + FLAGS.inner) / 400) * max(FLAGS.final_rate, 1 - progress)
+        lr = (
+            FLAGS.learning_rate
+            * min(1.0, (steps + FLAGS.inner) / 400)
+            * max(FLAGS.final_rate, 1 - progress)
+        )
         draw = jax.random.fold_in(key, 10 + steps)
         flat, opt_state, ema, logs = train(flat, opt_state, ema, singles, clips, draw, lr)
         logs = np.asarray(logs)
         steps += FLAGS.inner
         if time.time() - start - shown > 15:
             shown = time.time() - start
-            print(f"{shown:6.0f} s  step {steps:6d}  lr {lr:.1e}  single {logs[0]:.4f}  clip {logs[1]:.4f}  "
-                  f"letters {logs[2]:.4f}", flush=True)
+            print(
+                f"{shown:6.0f} s  step {steps:6d}  lr {lr:.1e}  single {logs[0]:.4f}  clip "
+                f"{logs[1]:.4f}  letters {logs[2]:.4f}",
+                flush=True,
+            )
     out = pathlib.Path(FLAGS.out)
-    part = {name: {k.removeprefix(name + "/"): v for k, v in ema.items() if k.startswith(name + "/")}
-            for name in ("transformer", "text_encoder")}
+    part = {
+        name: {k.removeprefix(name + "/"): v for k, v in ema.items() if k.startswith(name + "/")}
+        for name in ("transformer", "text_encoder")
+    }
     save("transformer", part["transformer"], sizes.TRANSFORMER, out / "transformer")
-    save("text_encoder", part["text_encoder"], sizes.TEXT_ENCODER, out / "text_encoder", "model.safetensors")
-    print(f"transformer: {steps} steps in {time.time() - start:.0f} s, loss {logs[0]:.4f}, written to {out}")
+    save(
+        "text_encoder",
+        part["text_encoder"],
+        sizes.TEXT_ENCODER,
+        out / "text_encoder",
+        "model.safetensors",
+    )
+    print(
+        f"transformer: {steps} steps in {time.time() - start:.0f} s, loss {logs[0]:.4f}, written "
+        f"to {out}"
+    )
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("vae", None, "folder of the trained VAE", required=True)
-    flags.DEFINE_string("out", None, "folder to write transformer/ and text_encoder/ into", required=True)
-    flags.DEFINE_float("seconds", 900, "time budget of the optimisation, pool and compilation included")
+    flags.DEFINE_string(
+        "out", None, "folder to write transformer/ and text_encoder/ into", required=True
+    )
+    flags.DEFINE_float(
+        "seconds", 900, "time budget of the optimisation, pool and compilation included"
+    )
     flags.DEFINE_float("learning_rate", 0.02, "peak rate of Muon")
     flags.DEFINE_float("adam_scale", 0.1, "Adam's rate as a share of Muon's")
     flags.DEFINE_integer("pool", 400_000, "single frames in the pool")

@@ -1,10 +1,12 @@
-"""Trains the causal VAE of tiny-wan on rendered signs: single frames first, then single frames and clips.
+"""Trains the causal VAE of tiny-wan on rendered signs: single frames first, then single frames and
+clips.
 
     python -m examples.tiny_wan.train_vae --out assets/tiny-wan/vae --seconds 300
 
-Single frames run 2-D convolutions on the last temporal tap (`wan_jax/models/vae.py`), so most steps are cheap; the other
-taps start at zero and the temporal convolutions at identity, so a clip starts as frames coded one by one.
-Loss: weighted L1 + L2 (edges, hence letters, count several times), KL weight 1e-6. AdamW, cosine over the time budget.
+Single frames run 2-D convolutions on the last temporal tap (`wan_jax/models/vae.py`), so most steps
+are cheap; the other taps start at zero and the temporal convolutions at identity, so a clip starts
+as frames coded one by one. Loss: weighted L1 + L2 (edges, hence letters, count several times), KL
+weight 1e-6. AdamW, cosine over the time budget.
 """
 
 import functools
@@ -30,14 +32,18 @@ KL_WEIGHT = 1e-6
 
 
 def temporal_identity(flat: dict) -> dict:
-    """Zeroes all but the last temporal tap of the 3x3x3 kernels and makes the temporal resamplers copy frames."""
+    """Zeroes all but the last temporal tap of the 3x3x3 kernels and makes the temporal resamplers
+    copy frames.
+    """
     flat = dict(flat)
     for path, w in flat.items():
         if not path.endswith("kernel") or w.ndim != 5 or w.shape[0] == 1:
             continue
         if "time_conv" in path:
             n_in, n_out = w.shape[-2:]
-            flat[path] = jnp.zeros_like(w).at[-1, 0, 0].set(jnp.tile(jnp.eye(n_in), (1, n_out // n_in)))
+            flat[path] = (
+                jnp.zeros_like(w).at[-1, 0, 0].set(jnp.tile(jnp.eye(n_in), (1, n_out // n_in)))
+            )
         else:
             flat[path] = w.at[:-1].set(0)
     return flat
@@ -45,14 +51,18 @@ def temporal_identity(flat: dict) -> dict:
 
 def loss_fn(flat, graphdef, like, video, key):
     """Reconstruction plus KL, fp32 scalar; video [B,T,H,W,3] in [-1,1]."""
-    model = nnx.merge(graphdef, P.unflatten(like, {k: v.astype(jnp.bfloat16) for k, v in flat.items()}))
+    model = nnx.merge(
+        graphdef, P.unflatten(like, {k: v.astype(jnp.bfloat16) for k, v in flat.items()})
+    )
     mean, logvar = model.encode(video.astype(jnp.bfloat16))
     mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
     z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
     out = model.decoder(model.post_quant_conv(z.astype(jnp.bfloat16))).astype(jnp.float32)
     dy = jnp.abs(jnp.diff(video, axis=2, append=video[:, :, -1:])).sum(-1)
     dx = jnp.abs(jnp.diff(video, axis=3, append=video[:, :, :, -1:])).sum(-1)
-    edge = jax.lax.reduce_window((dx + dy > 0.2).astype(jnp.float32), 0.0, jax.lax.max, (1, 1, 5, 5), (1,) * 4, "SAME")
+    edge = jax.lax.reduce_window(
+        (dx + dy > 0.2).astype(jnp.float32), 0.0, jax.lax.max, (1, 1, 5, 5), (1,) * 4, "SAME"
+    )
     weight = (1 + 6 * edge)[..., None]
     error = jnp.abs(out - video)
     rec = ((error + error**2) * weight).sum() / (weight.sum() * 3)
@@ -65,9 +75,15 @@ def main(_):
     config = from_dict(VAEConfig, sizes.VAE)
     model = AutoencoderKLWan(config, dtype=jnp.float32, rngs=nnx.Rngs(FLAGS.seed))
     flat = temporal_identity(P.flatten(nnx.split(model)[1]))
-    graphdef, like = nnx.split(nnx.eval_shape(lambda: AutoencoderKLWan(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))))
+    graphdef, like = nnx.split(
+        nnx.eval_shape(lambda: AutoencoderKLWan(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    )
     print(f"VAE: {sum(v.size for v in flat.values()):,} parameters", flush=True)
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.99), optax.add_decayed_weights(0.01))
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(b2=0.99),
+        optax.add_decayed_weights(0.01),
+    )
     opt_state = tx.init(flat)
     atlas = signs.build_atlas()
 
@@ -84,7 +100,9 @@ def main(_):
             def total(flat):
                 loss, rec = loss_fn(flat, graphdef, like, render(k1, FLAGS.batch, 1), k2)
                 if clips:
-                    more, rec2 = loss_fn(flat, graphdef, like, render(k3, clips, sizes.CLIP_FRAMES), k4)
+                    more, rec2 = loss_fn(
+                        flat, graphdef, like, render(k3, clips, sizes.CLIP_FRAMES), k4
+                    )
                     loss, rec = loss + more, (rec + rec2) / 2
                 return loss, rec
 
@@ -92,33 +110,63 @@ def main(_):
             updates, opt_state = tx.update(grads, opt_state, flat)
             return (jax.tree.map(lambda p, u: p - lr * u, flat, updates), opt_state), rec
 
-        (flat, opt_state), recs = jax.lax.scan(step, (flat, opt_state), jax.random.split(key, FLAGS.inner))
+        (flat, opt_state), recs = jax.lax.scan(
+            step, (flat, opt_state), jax.random.split(key, FLAGS.inner)
+        )
         return flat, opt_state, recs.mean()
 
     key, steps, shown = jax.random.key(FLAGS.seed + 1), 0, 0.0
     while (elapsed := time.time() - start) < FLAGS.seconds:
         progress = elapsed / FLAGS.seconds
-        lr = FLAGS.learning_rate * min(1, (steps + FLAGS.inner) / 200) * (0.5 * (1 + np.cos(np.pi * progress)) + 1e-3)
+        lr = (
+            FLAGS.learning_rate
+            * min(1, (steps + FLAGS.inner) / 200)
+            * (0.5 * (1 + np.cos(np.pi * progress)) + 1e-3)
+        )
         clips = FLAGS.clips if progress > CLIP_PHASE else 0
-        flat, opt_state, rec = train(flat, opt_state, jax.random.fold_in(key, steps), lr, clips=clips)
+        flat, opt_state, rec = train(
+            flat, opt_state, jax.random.fold_in(key, steps), lr, clips=clips
+        )
         rec = float(rec)
         steps += FLAGS.inner
         if elapsed - shown > 10:
             shown = elapsed
-            print(f"{elapsed:6.0f} s  step {steps:6d}  lr {lr:.1e}  clips {clips}  reconstruction {rec:.4f}",
-                  flush=True)
+            print(
+                f"{elapsed:6.0f} s  step {steps:6d}  lr {lr:.1e}  clips {clips}  reconstruction "
+                f"{rec:.4f}",
+                flush=True,
+            )
 
-    # the latents' mean and standard deviation go into the config: the transformer sees them normalised
+    # the latents' mean and standard deviation go into the config: the transformer sees them
+    # normalised
     flat = {k: v.astype(jnp.bfloat16) for k, v in flat.items()}
-    encode = jax.jit(lambda video: nnx.merge(graphdef, P.unflatten(like, flat)).encode(video.astype(jnp.bfloat16))[0])
-    z = [np.asarray(encode(render(jax.random.fold_in(key, 2**30 + i), 256, 1)), np.float32) for i in range(8)]
-    z += [np.asarray(encode(render(jax.random.fold_in(key, 2**30 + 100 + i), 32, sizes.CLIP_FRAMES)), np.float32)
-          for i in range(4)]
+    encode = jax.jit(
+        lambda video: nnx.merge(graphdef, P.unflatten(like, flat)).encode(
+            video.astype(jnp.bfloat16)
+        )[0]
+    )
+    z = [
+        np.asarray(encode(render(jax.random.fold_in(key, 2**30 + i), 256, 1)), np.float32)
+        for i in range(8)
+    ]
+    z += [
+        np.asarray(
+            encode(render(jax.random.fold_in(key, 2**30 + 100 + i), 32, sizes.CLIP_FRAMES)),
+            np.float32,
+        )
+        for i in range(4)
+    ]
     z = np.concatenate([v.reshape(-1, config.z_dim) for v in z])
-    values = dict(sizes.VAE, latents_mean=[round(float(v), 4) for v in z.mean(0)],
-                  latents_std=[round(float(v), 4) for v in z.std(0)])
+    values = dict(
+        sizes.VAE,
+        latents_mean=[round(float(v), 4) for v in z.mean(0)],
+        latents_std=[round(float(v), 4) for v in z.std(0)],
+    )
     save("vae", flat, values, pathlib.Path(FLAGS.out))
-    print(f"VAE: {steps} steps in {time.time() - start:.0f} s, reconstruction {rec:.4f}, written to {FLAGS.out}")
+    print(
+        f"VAE: {steps} steps in {time.time() - start:.0f} s, reconstruction {rec:.4f}, written to "
+        f"{FLAGS.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Training's programs compiled before any weight is read: what they need of a device, and whether they fit.
+"""Training's programs compiled before any weight is read: what they need of a device, and whether
+they fit.
 
-A jitted function that was lowered and compiled for the very arguments it is called with later does not compile again,
-in this process by JAX's own caches, in the next one by the persistent cache (`wan_jax.command_line.cli`). `CompileCounter` watches
-that it is so.
+A jitted function that was lowered and compiled for the very arguments it is called with later does
+not compile again, in this process by JAX's own caches, in the next one by the persistent cache
+(`wan_jax.command_line.cli`). `CompileCounter` watches that it is so.
 """
 
 import dataclasses
@@ -18,7 +19,8 @@ from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.distributed.memory import GIB, PINNED
 from wan_jax.errors import UserError
 
-COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event, also where the persistent cache had the program
+# JAX's event, also where the persistent cache had the program
+COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,52 +54,78 @@ class Memory:
 
     def table(self, limit: int | None) -> list[str]:
         """Lines of text, in GiB. limit: the device's bytes, None: unknown."""
-        lines = ["memory of a device, GiB: " + ", ".join(f"{k} {v / GIB:.2f}" for k, v in self.stays.items()),
-                 f"  {'program':<32} {'compile s':>9} {'batches':>8} {'work':>8} {'peak':>8}"]
-        lines += [f"  {p.name:<32} {p.seconds:>9.1f} {p.data / GIB:>8.2f} {p.work / GIB:>8.2f} "
-                  f"{self.peak(p) / GIB:>8.2f}" for p in self.programs]
+        lines = [
+            "memory of a device, GiB: "
+            + ", ".join(f"{k} {v / GIB:.2f}" for k, v in self.stays.items()),
+            f"  {'program':<32} {'compile s':>9} {'batches':>8} {'work':>8} {'peak':>8}",
+        ]
+        lines += [
+            f"  {p.name:<32} {p.seconds:>9.1f} {p.data / GIB:>8.2f} {p.work / GIB:>8.2f} "
+            f"{self.peak(p) / GIB:>8.2f}"
+            for p in self.programs
+        ]
         peak = self.peak(self.largest)
-        known = f"{limit / GIB:.2f} GiB ({100 * peak / limit:.0f} %)" if limit else "a device that states no limit"
+        known = (
+            f"{limit / GIB:.2f} GiB ({100 * peak / limit:.0f} %)"
+            if limit
+            else "a device that states no limit"
+        )
         lines.append(f"  peak {peak / GIB:.2f} GiB in the {self.largest.name}, of {known}")
         if self.host:
-            lines.append("pinned memory of the host for each device, GiB: " + ", ".join(f"{k} {v / GIB:.2f}"
-                                                                        for k, v in self.host.items()))
+            lines.append(
+                "pinned memory of the host for each device, GiB: "
+                + ", ".join(f"{k} {v / GIB:.2f}" for k, v in self.host.items())
+            )
         return lines
 
 
 def device_bytes(tree) -> int:
     """Bytes that a tree of abstract arrays takes on one device."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) * x.dtype.itemsize
-               for x in jax.tree.leaves(tree) if isinstance(x, jax.ShapeDtypeStruct))
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+        if isinstance(x, jax.ShapeDtypeStruct)
+    )
 
 
 def data_bytes(program: Program) -> int:
     """What lies on a device while the program runs and not throughout."""
-    return device_bytes(program.args[program.stay:]) + device_bytes(program.beside)
+    return device_bytes(program.args[program.stay :]) + device_bytes(program.beside)
 
 
 def offloads(run: Run, limit: int | None) -> bool:
     """Whether the idle one of two experts waits in host memory, on devices of `limit` bytes."""
-    return choose_offload(run.recipe.model.offload, len(run.preset.experts), device_bytes(run.params(run.policy.base)),
-                          limit)
+    return choose_offload(
+        run.recipe.model.offload,
+        len(run.preset.experts),
+        device_bytes(run.params(run.policy.base)),
+        limit,
+    )
 
 
 def what_stays(run: Run, offload: bool) -> dict[str, int]:
     """Bytes that lie on a device from the first epoch to the last."""
     experts, trained = len(run.preset.experts), len(run.trained)
-    alone = run.recipe.train.offload_optimiser  # the optimiser's state and the average wait in host memory
-    return {"frozen weights": device_bytes(run.frozen) * (1 if offload else experts),
-            "trained weights" if alone else "trained weights, optimiser, average":
-            device_bytes((run.trainable, run.state.old) if alone else run.state) * trained
-            + device_bytes(run.trainable) * (experts - trained),
-            "VAE": device_bytes(run.vae[1])}
+    # the optimiser's state and the average wait in host memory
+    alone = run.recipe.train.offload_optimiser
+    return {
+        "frozen weights": device_bytes(run.frozen) * (1 if offload else experts),
+        "trained weights" if alone else "trained weights, optimiser, average": device_bytes(
+            (run.trainable, run.state.old) if alone else run.state
+        )
+        * trained
+        + device_bytes(run.trainable) * (experts - trained),
+        "VAE": device_bytes(run.vae[1]),
+    }
 
 
 def what_waits(run: Run, offload: bool) -> dict[str, int]:
     """Bytes of pinned host memory that a device needs."""
     optimiser = device_bytes((run.state.opt, run.state.ema)) * len(run.trained)
-    parts = {"optimiser, average": optimiser if run.recipe.train.offload_optimiser else 0,
-             "both experts": device_bytes(run.frozen) * len(run.preset.experts) if offload else 0}
+    parts = {
+        "optimiser, average": optimiser if run.recipe.train.offload_optimiser else 0,
+        "both experts": device_bytes(run.frozen) * len(run.preset.experts) if offload else 0,
+    }
     return {name: size for name, size in parts.items() if size}
 
 
@@ -111,31 +139,47 @@ def measure(program: Program, compiler_options: dict | None = None) -> Measured:
 
 def compile_all(run: Run, offload: bool, progress: Callable = lambda x: x) -> Memory:
     """Compiles `run.programs()` for the mesh."""
-    return Memory(what_stays(run, offload), tuple(measure(program) for program in progress(run.programs())),
-                  what_waits(run, offload))
+    return Memory(
+        what_stays(run, offload),
+        tuple(measure(program) for program in progress(run.programs())),
+        what_waits(run, offload),
+    )
 
 
-def check_fits(memory: Memory, run: Run, offload: bool, limit: int | None, host_limit: int | None = None):
-    """Raises `UserError` where training cannot fit, naming need, limit and the settings that would change it.
+def check_fits(
+    memory: Memory, run: Run, offload: bool, limit: int | None, host_limit: int | None = None
+):
+    """Raises `UserError` where training cannot fit, naming need, limit and the settings that would
+    change it.
 
     limit: bytes of a device, host_limit: of pinned host memory for it; None: not known.
     """
     if host_limit is not None and (needed := sum(memory.host.values())) > host_limit:
         parts = ", ".join(f"{k} {v / GIB:.1f}" for k, v in memory.host.items())
         raise UserError(
-            f"this run keeps {needed / GIB:.1f} GiB for each device in pinned host memory ({parts}), and may take "
-            f"{host_limit / GIB:.1f} GiB, its share of this host's; {PINNED} in the environment changes that. Use more "
-            f"devices with --config.mesh.fsdp={run.mesh.shape['fsdp']}, on more hosts, or a host with more memory"
-            + (", or leave the optimiser on the devices: --config.train.offload_optimiser=False"
-               if run.recipe.train.offload_optimiser else "") + ".")
+            f"this run keeps {needed / GIB:.1f} GiB for each device in pinned host memory "
+            f"({parts}), and may take {host_limit / GIB:.1f} GiB, its share of this host's; "
+            f"{PINNED} in the environment changes that. Use more devices with "
+            f"--config.mesh.fsdp={run.mesh.shape['fsdp']}, on more hosts, or a host with more "
+            "memory"
+            + (
+                ", or leave the optimiser on the devices: --config.train.offload_optimiser=False"
+                if run.recipe.train.offload_optimiser
+                else ""
+            )
+            + "."
+        )
     largest = memory.largest
     if limit is None or memory.peak(largest) <= limit:
         return
     parts = memory.stays | {"batches": largest.data, "temporaries and results": largest.work}
     raise UserError(
-        f"this run needs {memory.peak(largest) / GIB:.1f} GiB on each device, in the {largest.name} ("
+        f"this run needs {memory.peak(largest) / GIB:.1f} GiB on each device, in the "
+        f"{largest.name} ("
         + ", ".join(f"{k} {v / GIB:.1f}" for k, v in parts.items())
-        + f"), and a device has {limit / GIB:.1f} GiB. " + " ".join(remedies(run, offload)))
+        + f"), and a device has {limit / GIB:.1f} GiB. "
+        + " ".join(remedies(run, offload))
+    )
 
 
 def remedies(run: Run, offload: bool) -> Sequence[str]:
@@ -143,25 +187,38 @@ def remedies(run: Run, offload: bool) -> Sequence[str]:
     c, devices, shards = run.recipe, run.mesh.size, mesh_lib.batch_shards(run.mesh)
     found = []
     if c.sample.batch_size > shards:
-        found.append(f"Lower --config.sample.batch_size={c.sample.batch_size}, which is "
-                     f"{c.sample.batch_size // shards} videos a device.")
+        found.append(
+            f"Lower --config.sample.batch_size={c.sample.batch_size}, which is "
+            f"{c.sample.batch_size // shards} videos a device."
+        )
     if run.remat != "offload":
-        found.append("Set --config.model.remat=offload." if run.remat == "block" else
-                     "Set --config.model.remat=block, or offload.")
+        found.append(
+            "Set --config.model.remat=offload."
+            if run.remat == "block"
+            else "Set --config.model.remat=block, or offload."
+        )
     if run.mesh.shape["fsdp"] < devices:
-        found.append(f"Raise --config.mesh.fsdp={run.mesh.shape['fsdp']} up to the {devices} devices.")
+        found.append(
+            f"Raise --config.mesh.fsdp={run.mesh.shape['fsdp']} up to the {devices} devices."
+        )
     if not c.train.offload_optimiser and run.settings.lora is None:
         found.append("Set --config.train.offload_optimiser=True.")
     if len(run.preset.experts) > 1 and not offload:
         found.append("Set --config.model.offload=always.")
     if run.settings.lora is None:
         found.append("Train adapters instead of all weights: --config.lora.rank=32.")
-    return [*found, "Lower sample.frames, height or width, or use more devices with --config.mesh.fsdp. On a GPU that "
-            "runs nothing else, XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 gives JAX more than its usual three quarters."]
+    return [
+        *found,
+        "Lower sample.frames, height or width, or use more devices with --config.mesh.fsdp. On a "
+        "GPU that runs nothing else, XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 gives JAX more than its "
+        "usual three quarters.",
+    ]
 
 
 class CompileCounter:
-    """Names of the programs that XLA compiled, or read from the persistent cache, since `clear`, and the seconds."""
+    """Names of the programs that XLA compiled, or read from the persistent cache, since `clear`,
+    and the seconds.
+    """
 
     def __init__(self):
         self.names: list[str] = []
@@ -171,7 +228,8 @@ class CompileCounter:
     def _listen(self, event: str, duration: float, fun_name: str = "", **_):
         if event == COMPILED:
             self.names.append(fun_name)
-            self.seconds += max(0.0, duration)  # JAX takes it from the clock, which may have been set
+            # JAX takes it from the clock, which may have been set
+            self.seconds += max(0.0, duration)
 
     def clear(self):
         self.names.clear()
@@ -182,5 +240,7 @@ class CompileCounter:
         if not self.names:
             return None
         names = ", ".join(f"{n} x {self.names.count(n)}" for n in dict.fromkeys(self.names))
-        return (f"warning: epoch {epoch} compiled again: {names}. Shapes or shardings changed after the first epoch, "
-                "which costs time in every such epoch")
+        return (
+            f"warning: epoch {epoch} compiled again: {names}. Shapes or shardings changed after "
+            "the first epoch, which costs time in every such epoch"
+        )

@@ -1,7 +1,8 @@
-"""What an epoch costs in seconds, estimated: FLOPs of the programs, peak rates of data sheets, measured shares of them.
+"""What an epoch costs in seconds, estimated: FLOPs of the programs, peak rates of data sheets,
+measured shares of them.
 
-The scores are not in it: they are read on the host, beside the next batch's sampling, and depend on the CPU. Steps that
-a group shares (`sample.shared_noise`) are not taken off.
+The scores are not in it: they are read on the host, beside the next batch's sampling, and depend on
+the CPU. Steps that a group shares (`sample.shared_noise`) are not taken off.
 """
 
 import dataclasses
@@ -24,7 +25,8 @@ class Kind:
     platform: str  # of `attention.platform_of`
     memory: int | None  # bytes; None: not a device's own
     bf16: float
-    fp32: float  # of fp32 products as XLA runs them by default: TF32 on NVIDIA, fp32 matrix cores on AMD
+    # of fp32 products as XLA runs them by default: TF32 on NVIDIA, fp32 matrix cores on AMD
+    fp32: float
 
 
 KINDS = {
@@ -32,7 +34,8 @@ KINDS = {
     "h200": Kind("H200", "cuda", 139 * GIB, 989e12, 495e12),
     "mi300x": Kind("MI300X", "rocm", MI300X_MEMORY, 1307e12, 163e12),
 }
-# a core, from docs/results.md: the quickstart's 64 pictures on 2 cores, 0.85 TFLOP of sampling in 3.5 s
+# a core, from docs/results.md: the quickstart's 64 pictures on 2 cores, 0.85 TFLOP of sampling in
+# 3.5 s
 CPU = Kind("CPU", "cpu", None, 0.12e12, 0.12e12)
 
 
@@ -46,10 +49,15 @@ class Efficiency:
     source: str
 
 
-# docs/results.md, "Beside the PyTorch stack", pictures on one H200, of 989 TFLOP/s, with the dense layers' results kept
-# and with blocks computed again; and those of "Every model at full size": 18 decoded, 20 TFLOP, in 0.1 s
-MEASURED = {("1.3B", "kept"): (0.44, 0.48), ("1.3B", "again"): (0.46, 0.44),
-            ("14B", "kept"): (0.57, 0.72), ("14B", "again"): (0.58, 0.58)}  # rollout, update
+# docs/results.md, "Beside the PyTorch stack", pictures on one H200, of 989 TFLOP/s, with the dense
+# layers' results kept and with blocks computed again; and those of "Every model at full size": 18
+# decoded, 20 TFLOP, in 0.1 s
+MEASURED = {
+    ("1.3B", "kept"): (0.44, 0.48),
+    ("1.3B", "again"): (0.46, 0.44),
+    ("14B", "kept"): (0.57, 0.72),
+    ("14B", "again"): (0.58, 0.58),
+}  # rollout, update
 DECODE = 0.4
 ON_CPU = Efficiency(1.0, 0.85, 0.7, "measured with the quickstart on 2 cores")
 
@@ -68,7 +76,9 @@ def default_efficiency(run: Run, kind: Kind) -> Efficiency:
     model = "14B" if run.preset.transformer.width >= 5120 else "1.3B"
     results = "kept" if run.remat in ("none", "save_matmuls") else "again"
     assumed = "" if kind.label == "H200" else f", assumed to hold on {kind.label}"
-    return Efficiency(*MEASURED[model, results], DECODE, f"measured on an H200 with Wan 2.1 {model}{assumed}")
+    return Efficiency(
+        *MEASURED[model, results], DECODE, f"measured on an H200 with Wan 2.1 {model}{assumed}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,19 +93,29 @@ class Work:
 
 
 def work(run: Run) -> Work:
-    """Counted in the jaxprs, with dense attention, whose products are the model's whatever the backend."""
+    """Counted in the jaxprs, with dense attention, whose products are the model's whatever the
+    backend.
+    """
     run = dataclasses.replace(run, backend="xla")
     batches, experts = run.settings.batches, range(len(run.preset.experts))
-    branches = 2 if run.settings.kl_reward else 1  # the reference stands in the step's program, but is rarely run
+    # the reference stands in the step's program, but is rarely run
+    branches = 2 if run.settings.kl_reward else 1
     forward = [count(run.rollout_step(i)) / branches for i in experts]
     sample = sum(len(part.steps) * forward[part.expert] for part in run.parts)
-    trained = sum(run.update_passes(i) * run.trained_steps(i) * forward[i] for i in experts
-                  if run.preset.experts[i] in run.trained)
+    trained = sum(
+        run.update_passes(i) * run.trained_steps(i) * forward[i]
+        for i in experts
+        if run.preset.experts[i] in run.trained
+    )
     evaluation = max(count(run.ode_step(i)) for i in experts) * run.recipe.eval.steps
     evaluation += count(run.unguided_step()) * run.recipe.eval.steps if run.unguided_steps else 0
-    return Work(batches * sample, batches * decode_flops(run, run.shape), run.settings.passes * trained,
-                run.eval_batches * evaluation,
-                run.eval_batches * decode_flops(run, run.eval_shape) * (2 if run.unguided_steps else 1))
+    return Work(
+        batches * sample,
+        batches * decode_flops(run, run.shape),
+        run.settings.passes * trained,
+        run.eval_batches * evaluation,
+        run.eval_batches * decode_flops(run, run.eval_shape) * (2 if run.unguided_steps else 1),
+    )
 
 
 def decode_flops(run: Run, shape: tuple[int, ...]) -> float:
@@ -109,9 +129,13 @@ def count(program: Program) -> float:
 
 def seconds(run: Run, kind: Kind, efficiency: Efficiency) -> dict[str, float]:
     """Of an epoch's stages and of one evaluation."""
-    w, devices = work(run), 1 if kind.platform == "cpu" else run.mesh.size  # simulated devices share the cores
+    # simulated devices share the cores
+    w, devices = work(run), 1 if kind.platform == "cpu" else run.mesh.size
     rate = devices * (kind.bf16 if jnp.dtype(run.settings.dtype).itemsize == 2 else kind.fp32)
     decode = devices * kind.fp32 * efficiency.decode
-    return {"sample": w.sample / rate / efficiency.rollout, "decode": w.decode / decode,
-            "update": w.update / rate / efficiency.update,
-            "evaluation": w.eval_sample / rate / efficiency.rollout + w.eval_decode / decode}
+    return {
+        "sample": w.sample / rate / efficiency.rollout,
+        "decode": w.decode / decode,
+        "update": w.update / rate / efficiency.update,
+        "evaluation": w.eval_sample / rate / efficiency.rollout + w.eval_decode / decode,
+    }

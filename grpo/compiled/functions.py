@@ -1,8 +1,10 @@
-"""The programs that training runs on the devices, and abstract arguments to lower and compile them with.
+"""The programs that training runs on the devices, and abstract arguments to lower and compile them
+with.
 
-`grpo.train` runs the jitted functions made here; `grpo.compiled.compile` compiles them before a weight is read, and `grpo.plan`
-without weights, for any mesh: of devices that exist, or of a topology to compile for. Arguments have the types and lie
-on the mesh as training's own, so a program compiled ahead is the one that the loop runs.
+`grpo.train` runs the jitted functions made here; `grpo.compiled.compile` compiles them before a
+weight is read, and `grpo.plan` without weights, for any mesh: of devices that exist, or of a
+topology to compile for. Arguments have the types and lie on the mesh as training's own, so a
+program compiled ahead is the one that the loop runs.
 """
 
 import dataclasses
@@ -34,10 +36,23 @@ from wan_jax.inference import pipeline
 from wan_jax.models import presets, vae_chunks
 from wan_jax.storage import model_dir
 
-TEXT_ROWS = 64  # taken for the prompts' longest where they have not been encoded, of the 512 the transformer attends to
+# taken for the prompts' longest where they have not been encoded, of the 512 the transformer
+# attends to
+TEXT_ROWS = 64
 # of a Run: what its lengths share
-JITTED = ("settings", "remat", "policy", "table", "solver", "steps", "updates", "eval_steps", "unguided_steps", "vae",
-          "decoder")
+JITTED = (
+    "settings",
+    "remat",
+    "policy",
+    "table",
+    "solver",
+    "steps",
+    "updates",
+    "eval_steps",
+    "unguided_steps",
+    "vae",
+    "decoder",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +60,16 @@ class Program:
     name: str
     jitted: Callable
     args: tuple  # abstract, up to static ones
-    stay: int = 0  # how many of the arguments, from the first, lie on the devices throughout training
+    # how many of the arguments, from the first, lie on the devices throughout training
+    stay: int = 0
     beside: tuple = ()  # abstract trees of what else lies there while it runs, but not throughout
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A training run before it has weights: a model, a recipe, a mesh, an attention backend, and the memory of a device
-    in bytes, None where it is not known."""
+    """A training run before it has weights: a model, a recipe, a mesh, an attention backend, and
+    the memory of a device in bytes, None where it is not known.
+    """
 
     preset: presets.Preset
     recipe: ml_collections.ConfigDict
@@ -61,7 +78,7 @@ class Run:
     text_rows: int = TEXT_ROWS  # St of every batch
     memory: int | None = None
 
-    # ---- what follows from the recipe ------------------------------------------------------------------------------
+    # ---- what follows from the recipe ------------------------------------------------------------
     @functools.cached_property
     def settings(self) -> settings.Settings:
         return settings.from_config(self.recipe)
@@ -69,7 +86,9 @@ class Run:
     def shape_of(self, frames: int) -> tuple[int, ...]:
         """(F, H, W, C) of the latents of a video of so many frames."""
         sample = self.recipe.sample
-        return pipeline.latent_shape(frames, sample.height, sample.width, self.preset.vae, self.preset.transformer)
+        return pipeline.latent_shape(
+            frames, sample.height, sample.width, self.preset.vae, self.preset.transformer
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -110,9 +129,16 @@ class Run:
     @functools.cached_property
     def remat(self) -> str:
         """What the backward pass computes again, one of `REMAT_POLICIES`, by the longest videos."""
-        return placement.choose_remat(self.recipe, self.settings, self.preset.transformer, self.mesh,
-                                    tokens=tokens(self.shape_of(max(self.trained_frames))),
-                                    experts=len(self.preset.experts), trained=len(self.trained), memory=self.memory)
+        return placement.choose_remat(
+            self.recipe,
+            self.settings,
+            self.preset.transformer,
+            self.mesh,
+            tokens=tokens(self.shape_of(max(self.trained_frames))),
+            experts=len(self.preset.experts),
+            trained=len(self.trained),
+            memory=self.memory,
+        )
 
     @functools.cached_property
     def schedule(self) -> Schedule:
@@ -130,51 +156,87 @@ class Run:
 
     @property
     def windows(self) -> Windows:
-        return Windows.make(self.recipe.sample, self.parts, self.preset.experts, self.trained, self.settings.levels)
+        return Windows.make(
+            self.recipe.sample, self.parts, self.preset.experts, self.trained, self.settings.levels
+        )
 
     def trained_steps(self, expert: int) -> int:
-        """K, the stochastic steps of an epoch that train this expert, or the noise levels of a video."""
-        return sum(quota for part, quota in zip(self.parts, self.windows.quotas) if part.expert == expert)
+        """K, the stochastic steps of an epoch that train this expert, or the noise levels of a
+        video.
+        """
+        return sum(
+            quota for part, quota in zip(self.parts, self.windows.quotas) if part.expert == expert
+        )
 
     def update_batches(self, expert: int) -> np.ndarray:
-        """The rollout batches that train this expert in each optimiser step of an epoch: int [updates, M]."""
-        if self.settings.train_batches < self.settings.batches:  # of those that are chosen by their rewards
-            return np.arange(self.settings.train_batches).reshape(self.recipe.train.updates_per_epoch, -1)
+        """The rollout batches that train this expert in each optimiser step of an epoch: int
+        [updates, M].
+        """
+        # of those that are chosen by their rewards
+        if self.settings.train_batches < self.settings.batches:
+            return np.arange(self.settings.train_batches).reshape(
+                self.recipe.train.updates_per_epoch, -1
+            )
         i = next(i for i, part in enumerate(self.parts) if part.expert == expert)
-        return batches_with(self.windows.videos(i), self.recipe.sample.batch_size, self.settings.batches,
-                            self.recipe.train.updates_per_epoch)
+        return batches_with(
+            self.windows.videos(i),
+            self.recipe.sample.batch_size,
+            self.settings.batches,
+            self.recipe.train.updates_per_epoch,
+        )
 
     @property
     def selected(self) -> tuple[int, int]:
-        """(M, B) of one optimiser step of a method that trains on finished videos: batches of what it selects."""
+        """(M, B) of one optimiser step of a method that trains on finished videos: batches of what
+        it selects.
+        """
         sample, one_a_group = self.recipe.sample, self.settings.forward.method in ("dpo", "sft")
-        return layout(sample.groups if one_a_group else self.settings.videos, self.recipe.train.updates_per_epoch,
-                      sample.batch_size, mesh_lib.batch_shards(self.mesh))
+        return layout(
+            sample.groups if one_a_group else self.settings.videos,
+            self.recipe.train.updates_per_epoch,
+            sample.batch_size,
+            mesh_lib.batch_shards(self.mesh),
+        )
 
     def update_passes(self, expert: int) -> float:
-        """How many of the rollout's forward passes one forward of all an epoch's updates is worth, for each of this
-        expert's steps: other methods than GRPO may train without guidance, and leave videos out."""
+        """How many of the rollout's forward passes one forward of all an epoch's updates is worth,
+        for each of this expert's steps: other methods than GRPO may train without guidance, and
+        leave videos out.
+        """
         if (f := self.settings.forward) is None:
             return self.update_batches(expert).size
         micro, rows = self.selected
         branches = 2 if self.scales(self.recipe.sample)[expert] > 1 and not f.guided else 1
-        videos = self.recipe.train.updates_per_epoch * micro * rows * (2 if f.method == "dpo" else 1)
+        videos = (
+            self.recipe.train.updates_per_epoch * micro * rows * (2 if f.method == "dpo" else 1)
+        )
         return videos / self.recipe.sample.batch_size / branches
 
     @property
     def eval_batches(self) -> int:
         return -(-self.recipe.eval.num_prompts // self.recipe.sample.batch_size)
 
-    # ---- the jitted functions, one an expert; experts with the same guidance share them ------------------------------
+    # ---- the jitted functions, one an expert; experts with the same guidance share them ----------
     @functools.cached_property
     def policy(self):
-        return make_structure(self.preset.transformer, lora=self.settings.lora, dtype=self.settings.dtype,
-                              attention=self.backend, remat=self.remat, mesh=self.mesh)
+        return make_structure(
+            self.preset.transformer,
+            lora=self.settings.lora,
+            dtype=self.settings.dtype,
+            attention=self.backend,
+            remat=self.remat,
+            mesh=self.mesh,
+        )
 
     @functools.cached_property
     def table(self) -> StepTable:
-        return StepTable.make(self.schedule, self.settings.sde, self.recipe.train.credit,
-                              slice(*self.recipe.sample.sde_range), self.recipe.sample.ode_solver)
+        return StepTable.make(
+            self.schedule,
+            self.settings.sde,
+            self.recipe.train.credit,
+            slice(*self.recipe.sample.sde_range),
+            self.recipe.sample.ode_solver,
+        )
 
     @functools.cached_property
     def solver(self):
@@ -189,8 +251,13 @@ class Run:
     def steps(self) -> tuple[Callable, ...]:
         """Denoising steps of the rollout."""
         loss, in_reward = self.settings.loss, self.settings.kl_reward > 0
-        make = functools.partial(make_step, self.policy, self.table, keep_mean=loss.needs_old_mean,
-                                 kl_kind=loss.kl_kind if in_reward else None)
+        make = functools.partial(
+            make_step,
+            self.policy,
+            self.table,
+            keep_mean=loss.needs_old_mean,
+            kl_kind=loss.kl_kind if in_reward else None,
+        )
         return per_guidance(make, self.scales(self.recipe.sample))
 
     @functools.cached_property
@@ -198,27 +265,47 @@ class Run:
         s = self.settings
         where, train = offload if self.recipe.train.offload_optimiser else update, self.recipe.train
         if s.forward is not None:
-            return per_guidance(lambda scale: where.update_of(
-                flow_matching.make_gradient(self.policy, s.forward, scale), self.policy, s.optimiser, self.mesh,
-                keeps_old=s.keeps_old), self.scales(self.recipe.sample) if s.forward.guided else (1.0,) * len(
-                    self.preset.experts))
-        teachers = guidances(train.cfg_distill_guidance, train.cfg_distill_guidance_2, len(self.preset.experts))
-        losses = [dataclasses.replace(s.loss, distill_guidance=teacher if s.loss.distill_weight else 1.0)
-                  for teacher in teachers]
-        return per_guidance(lambda one: where.make_update(self.policy, self.table, *one, s.optimiser, self.mesh),
-                            tuple(zip(self.scales(self.recipe.sample), losses)))
+            return per_guidance(
+                lambda scale: where.update_of(
+                    flow_matching.make_gradient(self.policy, s.forward, scale),
+                    self.policy,
+                    s.optimiser,
+                    self.mesh,
+                    keeps_old=s.keeps_old,
+                ),
+                self.scales(self.recipe.sample)
+                if s.forward.guided
+                else (1.0,) * len(self.preset.experts),
+            )
+        teachers = guidances(
+            train.cfg_distill_guidance, train.cfg_distill_guidance_2, len(self.preset.experts)
+        )
+        losses = [
+            dataclasses.replace(s.loss, distill_guidance=teacher if s.loss.distill_weight else 1.0)
+            for teacher in teachers
+        ]
+        return per_guidance(
+            lambda one: where.make_update(self.policy, self.table, *one, s.optimiser, self.mesh),
+            tuple(zip(self.scales(self.recipe.sample), losses)),
+        )
 
     @functools.cached_property
     def eval_steps(self) -> tuple[Callable, ...]:
         """Denoising steps of the evaluation: the deployment sampler's."""
-        return per_guidance(functools.partial(pipeline.make_ode_step, self.policy.module, self.solver),
-                            self.scales(self.recipe.eval))
+        return per_guidance(
+            functools.partial(pipeline.make_ode_step, self.policy.module, self.solver),
+            self.scales(self.recipe.eval),
+        )
 
     @functools.cached_property
     def unguided_steps(self) -> tuple[Callable, ...]:
         """The same without guidance, where the evaluation is made without it as well."""
         make = functools.partial(pipeline.make_ode_step, self.policy.module, self.solver)
-        return per_guidance(make, (1.0,) * len(self.preset.experts)) if self.recipe.eval.also_unguided else ()
+        return (
+            per_guidance(make, (1.0,) * len(self.preset.experts))
+            if self.recipe.eval.also_unguided
+            else ()
+        )
 
     @functools.cached_property
     def vae(self) -> tuple:
@@ -229,15 +316,20 @@ class Run:
     def decoder(self) -> tuple[Callable, Callable]:
         return pipeline.decoder_programs(self.vae[0])
 
-    # ---- the programs ----------------------------------------------------------------------------------------------
+    # ---- the programs ----------------------------------------------------------------------------
     def programs(self) -> list[Program]:
-        """All that the epochs run over and over, each once, for every length: experts may share theirs, an evaluation
-        has training's decoder where the lengths are the same."""
+        """All that the epochs run over and over, each once, for every length: experts may share
+        theirs, an evaluation has training's decoder where the lengths are the same.
+        """
         training = {f: self.with_frames(f, self.evaluated_frames[0]) for f in self.trained_frames}
         evaluation = {f: self.with_frames(self.trained_frames[0], f) for f in self.evaluated_frames}
         distinct = {}
-        for runs, made in ((training, Run.training_steps), (evaluation, Run.evaluation_steps), (training, Run.decode),
-                           (evaluation, Run.evaluation_decode)):
+        for runs, made in (
+            (training, Run.training_steps),
+            (evaluation, Run.evaluation_steps),
+            (training, Run.decode),
+            (evaluation, Run.evaluation_decode),
+        ):
             for length, run in runs.items():
                 for program in made(run):
                     name = f"{program.name}, {length} frames" if len(runs) > 1 else program.name
@@ -254,80 +346,143 @@ class Run:
         return shared([*map(self.ode_step, range(len(self.preset.experts))), *unguided])
 
     def evaluation_decode(self) -> list[Program]:
-        return [dataclasses.replace(p, name=f"evaluation {p.name}", beside=()) for p in self.decode(self.eval_shape)]
+        return [
+            dataclasses.replace(p, name=f"evaluation {p.name}", beside=())
+            for p in self.decode(self.eval_shape)
+        ]
 
     def named(self, name: str, expert: int) -> str:
         return f"{name}, {self.preset.experts[expert]}" if len(self.preset.experts) > 1 else name
 
     def initial_noise(self) -> Program:
-        return Program("initial noise", initial_noise, (random_key(), self.rows(jnp.int32), self.shape))
+        return Program(
+            "initial noise", initial_noise, (random_key(), self.rows(jnp.int32), self.shape)
+        )
 
     def rollout_step(self, expert: int = 0) -> Program:
         past = () if self.table.dpm is None else (self.latents(), self.stochastic)
-        return Program(self.named("rollout step", expert), self.steps[expert],
-                       (self.trainable, self.frozen, self.latents(), integer(), self.stochastic,
-                        self.text(), random_key(), self.rows(jnp.int32), *past), stay=2,
-                       beside=(*self.trajectories, *[self.latents()] * (self.settings.batches - 1), *self.unstacked))
+        return Program(
+            self.named("rollout step", expert),
+            self.steps[expert],
+            (
+                self.trainable,
+                self.frozen,
+                self.latents(),
+                integer(),
+                self.stochastic,
+                self.text(),
+                random_key(),
+                self.rows(jnp.int32),
+                *past,
+            ),
+            stay=2,
+            beside=(
+                *self.trajectories,
+                *[self.latents()] * (self.settings.batches - 1),
+                *self.unstacked,
+            ),
+        )
 
     def ode_step(self, expert: int = 0) -> Program:
-        return Program(self.named("evaluation step", expert), self.eval_steps[expert],
-                       ((self.trainable, self.frozen), self.solver_state(), integer(), self.text()), stay=1,
-                       beside=(self.trainable if self.recipe.train.offload_optimiser else None,)  # the average, fetched
-                       + ((self.solver_state(), self.text()),) * (self.eval_batches - 1)
-                       + (self.rows(jnp.float32, shape=self.eval_shape),) * self.eval_batches)  # the noise
+        return Program(
+            self.named("evaluation step", expert),
+            self.eval_steps[expert],
+            ((self.trainable, self.frozen), self.solver_state(), integer(), self.text()),
+            stay=1,
+            # the average, fetched
+            beside=(self.trainable if self.recipe.train.offload_optimiser else None,)
+            + ((self.solver_state(), self.text()),) * (self.eval_batches - 1)
+            # the noise
+            + (self.rows(jnp.float32, shape=self.eval_shape),) * self.eval_batches,
+        )
 
     def unguided_step(self) -> Program:
-        return dataclasses.replace(self.ode_step(), name="evaluation step without guidance",
-                                   jitted=self.unguided_steps[0])
+        return dataclasses.replace(
+            self.ode_step(), name="evaluation step without guidance", jitted=self.unguided_steps[0]
+        )
 
     def update(self, expert: int = 0) -> Program:
-        """Of one optimiser step: M micro-batches of the recipe's batch, K stochastic steps each. Where the optimiser's
-        state waits in host memory, the gradient, which takes the most."""
+        """Of one optimiser step: M micro-batches of the recipe's batch, K stochastic steps each.
+        Where the optimiser's state waits in host memory, the gradient, which takes the most.
+        """
         if self.recipe.train.offload_optimiser:
-            return Program(self.named("update", expert), self.updates[expert].gradient,
-                           (self.trainable, self.state.held, self.frozen, self.update_batch(expert)), stay=3,
-                           beside=self.trajectories)
+            return Program(
+                self.named("update", expert),
+                self.updates[expert].gradient,
+                (self.trainable, self.state.held, self.frozen, self.update_batch(expert)),
+                stay=3,
+                beside=self.trajectories,
+            )
         kept = (number(),) if self.settings.keeps_old else ()
-        return Program(self.named("update", expert), self.updates[expert],
-                       (self.state, self.frozen, self.update_batch(expert), *kept), stay=2, beside=self.trajectories)
+        return Program(
+            self.named("update", expert),
+            self.updates[expert],
+            (self.state, self.frozen, self.update_batch(expert), *kept),
+            stay=2,
+            beside=self.trajectories,
+        )
 
     def decode(self, shape: tuple[int, ...] | None = None) -> list[Program]:
-        """The VAE on a batch of latents (F, H, W, C), the rollout's by default: whole clips, or the chunks that
-        `pipeline.make_decoder` chooses, the first one and those after it."""
+        """The VAE on a batch of latents (F, H, W, C), the rollout's by default: whole clips, or the
+        chunks that `pipeline.make_decoder` chooses, the first one and those after it.
+        """
         whole = self.decode_whole(shape := shape or self.shape)
         state, latents = whole.args
-        chunk = vae_chunks.choose_chunk(self.preset.vae, latents.sharding.shard_shape(latents.shape))
+        chunk = vae_chunks.choose_chunk(
+            self.preset.vae, latents.sharding.shard_shape(latents.shape)
+        )
         if not 0 < chunk < shape[0]:
             return [whole]
         programs, history, step = [], (), self.decoder[1]
-        for name, frames in zip(("decode, first chunk", "decode, chunk"), vae_chunks.chunk_sizes(shape[0], chunk)):
+        for name, frames in zip(
+            ("decode, first chunk", "decode, chunk"), vae_chunks.chunk_sizes(shape[0], chunk)
+        ):
             piece = self.rows(jnp.float32, shape=(frames, *shape[1:]))
-            programs.append(Program(name, step, (state, piece, history), stay=1,
-                                    beside=(*self.trajectories, *self.unstacked, latents)))
+            programs.append(
+                Program(
+                    name,
+                    step,
+                    (state, piece, history),
+                    stay=1,
+                    beside=(*self.trajectories, *self.unstacked, latents),
+                )
+            )
             history = lie(jax.eval_shape(step, *programs[-1].args)[1], latents.sharding)
         return programs
 
     def decode_whole(self, shape: tuple[int, ...]) -> Program:
         state = lie(self.vae[1], mesh_lib.replicated(self.mesh))
-        return Program("decode", self.decoder[0], (state, self.rows(jnp.float32, shape=shape)), stay=1,
-                       beside=(*self.trajectories, *self.unstacked))
+        return Program(
+            "decode",
+            self.decoder[0],
+            (state, self.rows(jnp.float32, shape=shape)),
+            stay=1,
+            beside=(*self.trajectories, *self.unstacked),
+        )
 
     def encode_text(self) -> Program:
         """The text encoder on 16 prompts, on one device; it is gone before the weights come."""
-        graph, state = model_dir.abstract("text_encoder", self.preset.text_encoder, dtype=self.settings.dtype)
+        graph, state = model_dir.abstract(
+            "text_encoder", self.preset.text_encoder, dtype=self.settings.dtype
+        )
         here = jax.sharding.SingleDeviceSharding(self.mesh.devices.flat[0])
         ids = jax.ShapeDtypeStruct((16, self.text_rows), jnp.int32, sharding=here)
         return Program("text encoder", pipeline.make_encoder(graph), (lie(state, here), ids, ids))
 
-    # ---- arguments -------------------------------------------------------------------------------------------------
+    # ---- arguments -------------------------------------------------------------------------------
     def params(self, tree):
         """Abstract parameters, or what has their shapes, as `mesh.shard_params` lays them."""
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree,
-                            mesh_lib.param_shardings(tree, self.mesh))
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            tree,
+            mesh_lib.param_shardings(tree, self.mesh),
+        )
 
     @functools.cached_property
     def frozen(self):
-        """One expert's base weights; None in full fine-tuning without a reference, as in `grpo.train`."""
+        """One expert's base weights; None in full fine-tuning without a reference, as in
+        `grpo.train`.
+        """
         needed = self.settings.lora is not None or self.settings.needs_reference
         return self.params(self.policy.base) if needed else None
 
@@ -337,8 +492,11 @@ class Run:
 
     @functools.cached_property
     def state(self) -> TrainState:
-        return self.params(state_shapes(self.policy, self.settings.optimiser, self.settings.loss,
-                                        self.settings.keeps_old))
+        return self.params(
+            state_shapes(
+                self.policy, self.settings.optimiser, self.settings.loss, self.settings.keeps_old
+            )
+        )
 
     def solver_state(self) -> SolverState:
         x = self.rows(jnp.float32, shape=self.eval_shape)
@@ -348,9 +506,19 @@ class Run:
         """Of a rollout batch; with a leading axis, of several."""
         k = self.trained_steps(expert)
         x = self.latents(*leading, k)
-        step = self.rows(jnp.int32, *leading, k) if self.own_steps else jax.ShapeDtypeStruct((*leading, k), jnp.int32)
-        return Trajectory(x, x, self.rows(jnp.float32, *leading, k), step,
-                          self.text(*leading), x if self.settings.loss.needs_old_mean else None)
+        step = (
+            self.rows(jnp.int32, *leading, k)
+            if self.own_steps
+            else jax.ShapeDtypeStruct((*leading, k), jnp.int32)
+        )
+        return Trajectory(
+            x,
+            x,
+            self.rows(jnp.float32, *leading, k),
+            step,
+            self.text(*leading),
+            x if self.settings.loss.needs_old_mean else None,
+        )
 
     @functools.cached_property
     def trajectories(self) -> tuple:
@@ -363,8 +531,9 @@ class Run:
 
     @property
     def unstacked(self) -> list[jax.ShapeDtypeStruct]:
-        """What the batch under way keeps of its steps before they are stacked; the host dispatches one batch ahead, so
-        it may lie there while another is decoded."""
+        """What the batch under way keeps of its steps before they are stacked; the host dispatches
+        one batch ahead, so it may lie there while another is decoded.
+        """
         if self.settings.forward is not None:
             return []
         most = max(map(self.trained_steps, range(len(self.preset.experts))))
@@ -374,15 +543,30 @@ class Run:
         if (f := self.settings.forward) is None:
             m, b = self.update_batches(expert).shape[1], self.recipe.sample.batch_size
             steps = (self.trained_steps(expert),) if self.settings.advantage_by_step else ()
-            return UpdateBatch(self.trajectory(expert, m), jax.ShapeDtypeStruct((m, *steps, b), jnp.float32),
-                               jax.ShapeDtypeStruct((m, b), bool))
+            return UpdateBatch(
+                self.trajectory(expert, m),
+                jax.ShapeDtypeStruct((m, *steps, b), jnp.float32),
+                jax.ShapeDtypeStruct((m, b), bool),
+            )
         m, b = self.selected
         floats, bools = (jax.ShapeDtypeStruct((m, b), dtype) for dtype in (jnp.float32, bool))
-        k, latents = self.trained_steps(expert), self.rows(jnp.float32, m, shape=self.shape, batch=b)
+        k, latents = (
+            self.trained_steps(expert),
+            self.rows(jnp.float32, m, shape=self.shape, batch=b),
+        )
         levels = jax.ShapeDtypeStruct((m, k, b), jnp.float32)
-        return ForwardBatch(latents, latents if f.method == "dpo" else None, self.text(m, batch=b),
-                            self.rows(jnp.int32, m, batch=b), levels, levels, floats, bools,
-                            jax.ShapeDtypeStruct((k,), jnp.int32), random_key())
+        return ForwardBatch(
+            latents,
+            latents if f.method == "dpo" else None,
+            self.text(m, batch=b),
+            self.rows(jnp.int32, m, batch=b),
+            levels,
+            levels,
+            floats,
+            bools,
+            jax.ShapeDtypeStruct((k,), jnp.int32),
+            random_key(),
+        )
 
     @property
     def own_steps(self) -> bool:
@@ -394,7 +578,9 @@ class Run:
         """Whether a step is: one for all videos of a batch, or each one's own."""
         return self.rows(bool) if self.own_steps else jax.ShapeDtypeStruct((), bool)
 
-    def rows(self, dtype, *leading: int, shape: tuple[int, ...] = (), batch: int = 0) -> jax.ShapeDtypeStruct:
+    def rows(
+        self, dtype, *leading: int, shape: tuple[int, ...] = (), batch: int = 0
+    ) -> jax.ShapeDtypeStruct:
         """[*leading, B, *shape], split over the mesh by B. batch: another B than the recipe's."""
         sharding = mesh_lib.batch_sharding(self.mesh, len(leading))
         size = batch or self.recipe.sample.batch_size
@@ -406,9 +592,14 @@ class Run:
     def text(self, *leading: int, batch: int = 0) -> TextBatch:
         """In the text encoder's type, which is the model's."""
         dtype, rows = self.settings.dtype, (self.text_rows, self.preset.transformer.text_dim)
-        negative = jax.ShapeDtypeStruct((*leading, *rows), dtype, sharding=mesh_lib.replicated(self.mesh))
-        return TextBatch(self.rows(dtype, *leading, shape=rows, batch=batch), negative,
-                         pipeline.TEXT_ROWS - self.text_rows)
+        negative = jax.ShapeDtypeStruct(
+            (*leading, *rows), dtype, sharding=mesh_lib.replicated(self.mesh)
+        )
+        return TextBatch(
+            self.rows(dtype, *leading, shape=rows, batch=batch),
+            negative,
+            pipeline.TEXT_ROWS - self.text_rows,
+        )
 
 
 def tokens(shape: tuple[int, ...]) -> int:
@@ -428,8 +619,11 @@ def shared(programs: Iterable[Program]) -> list[Program]:
     distinct = {}
     for program in programs:
         key = identity(program)
-        distinct[key] = program if key not in distinct else dataclasses.replace(
-            program, name=program.name.partition(", ")[0])
+        distinct[key] = (
+            program
+            if key not in distinct
+            else dataclasses.replace(program, name=program.name.partition(", ")[0])
+        )
     return list(distinct.values())
 
 

@@ -1,8 +1,10 @@
-"""The optimiser's moments and the moving average in host memory between updates, and one array at a time on the device.
+"""The optimiser's moments and the moving average in host memory between updates, and one array at a
+time on the device.
 
-The gradient of all arrays is one program, as in `update.make_update`, whose peak then lacks 12 bytes a trained
-parameter; after it, array by array, the moments and the average come to the device, are stepped, and go back. The
-same functions compute as without it, so results are the same but for rounding.
+The gradient of all arrays is one program, as in `update.make_update`, whose peak then lacks 12
+bytes a trained parameter; after it, array by array, the moments and the average come to the device,
+are stepped, and go back. The same functions compute as without it, so results are the same but for
+rounding.
 """
 
 import dataclasses
@@ -37,15 +39,23 @@ def check_device(device: jax.Device):
     """Raises ValueError where the backend has no host memory that arrays could lie in."""
     kinds = sorted(memory.kind for memory in device.addressable_memories())
     if KIND not in kinds:
-        raise ValueError(f"config.train.offload_optimiser=True needs memory of kind {KIND}, {device.platform} has "
-                         f"{', '.join(kinds)}; set it to False, and split the state with config.mesh.fsdp")
+        raise ValueError(
+            f"config.train.offload_optimiser=True needs memory of kind {KIND}, {device.platform} "
+            f"has {', '.join(kinds)}; set it to False, and split the state with config.mesh.fsdp"
+        )
 
 
 def init_state(trainable: Flat, *args, **kwargs) -> TrainState:
-    """`update.init_state` with moments and average in host memory, split over the devices' hosts as the weights are. No
-    more than one array's are on the devices at any time, where all of them may not fit."""
-    return joined({name: jax.block_until_ready(leaving(update_lib.init_state({ANY: x}, *args, **kwargs)))
-                   for name, x in trainable.items()})
+    """`update.init_state` with moments and average in host memory, split over the devices' hosts as
+    the weights are. No more than one array's are on the devices at any time, where all of them may
+    not fit.
+    """
+    return joined(
+        {
+            name: jax.block_until_ready(leaving(update_lib.init_state({ANY: x}, *args, **kwargs)))
+            for name, x in trainable.items()
+        }
+    )
 
 
 def leaving(state: TrainState) -> TrainState:
@@ -59,22 +69,46 @@ def to_device(tree):
 
 def moved(tree, kind: str):
     """The tree with its arrays in memory of `kind`; counters stay where they are."""
-    return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(kind)) if x.ndim else x, tree)
+    return jax.tree.map(
+        lambda x: jax.device_put(x, x.sharding.with_memory_kind(kind)) if x.ndim else x, tree
+    )
 
 
-def make_update(policy: Policy, table: StepTable, guidance: float, config: LossConfig,
-                optimiser_config: OptimiserConfig, mesh: jax.sharding.Mesh) -> Callable:
+def make_update(
+    policy: Policy,
+    table: StepTable,
+    guidance: float,
+    config: LossConfig,
+    optimiser_config: OptimiserConfig,
+    mesh: jax.sharding.Mesh,
+) -> Callable:
     """GRPO's: `update_of` its gradient."""
-    return update_of(make_gradient(policy, table, guidance, config), policy, optimiser_config, mesh, config,
-                     keeps_old=config.reference_decay is not None)
+    return update_of(
+        make_gradient(policy, table, guidance, config),
+        policy,
+        optimiser_config,
+        mesh,
+        config,
+        keeps_old=config.reference_decay is not None,
+    )
 
 
-def update_of(mean_gradient: Callable, policy: Policy, optimiser_config: OptimiserConfig, mesh: jax.sharding.Mesh,
-              loss: LossConfig | None = None, keeps_old: bool = False) -> Callable:
-    """As `update.update_of`, for states of `init_state`, as the new ones are too. Donates the state."""
+def update_of(
+    mean_gradient: Callable,
+    policy: Policy,
+    optimiser_config: OptimiserConfig,
+    mesh: jax.sharding.Mesh,
+    loss: LossConfig | None = None,
+    keeps_old: bool = False,
+) -> Callable:
+    """As `update.update_of`, for states of `init_state`, as the new ones are too. Donates the
+    state.
+    """
     shardings = mesh_lib.param_shardings(state_shapes(policy, optimiser_config, loss), mesh)
 
-    @partial(jax.jit, out_shardings=(shardings.trainable, None, None), compiler_options=COMPILER_OPTIONS)
+    @partial(
+        jax.jit, out_shardings=(shardings.trainable, None, None), compiler_options=COMPILER_OPTIONS
+    )
     def gradient(trainable, held, frozen, batch):
         grads, metrics = mean_gradient(trainable, held, frozen, batch)
         clipped, _ = clipping(optimiser_config).update(grads, optax.EmptyState())
@@ -82,9 +116,12 @@ def update_of(mean_gradient: Callable, policy: Policy, optimiser_config: Optimis
 
     @partial(jax.jit, donate_argnums=0, compiler_options=COMPILER_OPTIONS)
     def step(state: TrainState, grads, old_kept):
-        new, updates = apply_gradient(adamw(optimiser_config), optimiser_config.ema_decay, state, grads, old_kept)
-        return jax.tree.map(jax.lax.with_sharding_constraint, new,
-                            mesh_lib.param_shardings(new, mesh)), optax.global_norm(updates)
+        new, updates = apply_gradient(
+            adamw(optimiser_config), optimiser_config.ema_decay, state, grads, old_kept
+        )
+        return jax.tree.map(
+            jax.lax.with_sharding_constraint, new, mesh_lib.param_shardings(new, mesh)
+        ), optax.global_norm(updates)
 
     @partial(jax.jit, out_shardings=shardings.kl)
     def adapt(kl, updates, metrics):
@@ -117,13 +154,18 @@ def update_of(mean_gradient: Callable, policy: Policy, optimiser_config: Optimis
 
 def only(state: TrainState, name: str) -> TrainState:
     """The state of one trained array; counters are copied, so that all of it can be donated."""
-    return jax.tree.map(lambda x: {ANY: x[name]} if is_dict(x) else jnp.copy(x), state, is_leaf=is_dict)
+    return jax.tree.map(
+        lambda x: {ANY: x[name]} if is_dict(x) else jnp.copy(x), state, is_leaf=is_dict
+    )
 
 
 def joined(parts: dict[str, TrainState]) -> TrainState:
     """The inverse of `only`, of all names."""
-    return jax.tree.map(lambda *xs: {k: x[ANY] for k, x in zip(parts, xs)} if is_dict(xs[0]) else xs[0],
-                        *parts.values(), is_leaf=is_dict)
+    return jax.tree.map(
+        lambda *xs: {k: x[ANY] for k, x in zip(parts, xs)} if is_dict(xs[0]) else xs[0],
+        *parts.values(),
+        is_leaf=is_dict,
+    )
 
 
 def is_dict(x) -> bool:

@@ -1,7 +1,8 @@
 """The GRPO objective on (sample, timestep) rows, as pure functions.
 
-Every row is one denoising step of one video: the policy is the Gaussian of `wan_jax.diffusion.sde`, its action is
-x_next. All inputs and results are per row, [B]; a mask says which rows count, so batches keep their shape.
+Every row is one denoising step of one video: the policy is the Gaussian of `wan_jax.diffusion.sde`,
+its action is x_next. All inputs and results are per row, [B]; a mask says which rows count, so
+batches keep their shape.
 """
 
 import dataclasses
@@ -23,20 +24,26 @@ class LossConfig:
 
     objective, with d = log-prob - old log-prob, A the advantage, std the step's, D = mean((mu - mu_old)^2) / (2 std^2):
     'clip'      GRPO's clipped ratio r = exp(d).
-    'unscaled'  the same with r = exp(2 std^2 d), the density without its variance, as the code of CPS has it
-                (arXiv 2509.05952): a step's noise does not change how far a change of the mean moves r.
-    'guard'     GRPO-Guard (arXiv 2510.22319): r = exp(std (d + D)), whose mean stays at 1, and a loss divided by -dt,
-                so that all steps have gradients of one size. D is each sample's own, where the authors' code takes one
-                for the whole batch. Published clip range 2e-6, no KL.
-    'dppo'      Flow-DPPO: no clip; a row is left out once D >= divergence and its ratio has moved the way A asks for.
+    'unscaled'  the same with r = exp(2 std^2 d), the density without its variance, as the code of
+                CPS has it
+                (arXiv 2509.05952): a step's noise does not change how far a change of the mean
+                moves r.
+    'guard'     GRPO-Guard (arXiv 2510.22319): r = exp(std (d + D)), whose mean stays at 1, and a
+                loss divided by -dt,
+                so that all steps have gradients of one size. D is each sample's own, where the
+                authors' code takes one for the whole batch. Published clip range 2e-6, no KL.
+    'dppo'      Flow-DPPO: no clip; a row is left out once D >= divergence and its ratio has moved
+                the way A asks for.
 
-    distill_weight: of mean((v - v_teacher)^2), where the teacher is the reference at guidance `distill_guidance` and v
-    the policy's velocity without guidance: guidance distilled into the model (Meng et al., arXiv 2210.03142).
+    distill_weight: of mean((v - v_teacher)^2), where the teacher is the reference at guidance
+    `distill_guidance` and v the policy's velocity without guidance: guidance distilled into the
+    model (Meng et al., arXiv 2210.03142).
 
-    reference_decay: the KL is to an average of the trained weights that keeps so much of itself in every update; None:
-    to the base model.
+    reference_decay: the KL is to an average of the trained weights that keeps so much of itself in
+    every update; None: to the base model.
 
-    kl_target: kl_beta is only the first weight of the KL, and `adapted_kl` changes it; None: it stays.
+    kl_target: kl_beta is only the first weight of the KL, and `adapted_kl` changes it; None: it
+    stays.
     """
 
     clip_low: float = 1e-3
@@ -54,31 +61,47 @@ class LossConfig:
 
     def __post_init__(self):
         if not (0 < self.clip_low <= 1 and 0 < self.clip_high):
-            raise ValueError(f"clip_low={self.clip_low}, clip_high={self.clip_high}: need 0 < clip_low <= 1 "
-                             "and 0 < clip_high; usual values are 1e-5 to 1e-3, because log-probs are means")
+            raise ValueError(
+                f"clip_low={self.clip_low}, clip_high={self.clip_high}: need 0 < clip_low <= 1 "
+                "and 0 < clip_high; usual values are 1e-5 to 1e-3, because log-probs are means"
+            )
         if not 0 <= self.kl_beta < float("inf"):
-            raise ValueError(f"kl_beta={self.kl_beta}: must be finite and >= 0; 0 switches the reference off")
+            raise ValueError(
+                f"kl_beta={self.kl_beta}: must be finite and >= 0; 0 switches the reference off"
+            )
         _check_kind(self.kl_kind)
         if self.kl_target is not None:
             self._check_target()
         if not 0 <= self.distill_weight < float("inf"):
-            raise ValueError(f"distill_weight={self.distill_weight}: must be finite and >= 0; 0 switches it off")
-        if self.reference_decay is not None and not (0 <= self.reference_decay < 1 and self.kl_beta > 0):
-            raise ValueError(f"reference_decay={self.reference_decay}, kl_beta={self.kl_beta}: an average as reference "
-                             "needs a decay in [0, 1), 0.99 is usual, and a weight of the KL above 0")
+            raise ValueError(
+                f"distill_weight={self.distill_weight}: must be finite and >= 0; 0 switches it off"
+            )
+        if self.reference_decay is not None and not (
+            0 <= self.reference_decay < 1 and self.kl_beta > 0
+        ):
+            raise ValueError(
+                f"reference_decay={self.reference_decay}, kl_beta={self.kl_beta}: an average as "
+                "reference needs a decay in [0, 1), 0.99 is usual, and a weight of the KL above 0"
+            )
         if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective={self.objective!r} is unknown; choose one of {', '.join(OBJECTIVES)}")
+            raise ValueError(
+                f"objective={self.objective!r} is unknown; choose one of {', '.join(OBJECTIVES)}"
+            )
         if not self.divergence > 0:
             raise ValueError(f"divergence={self.divergence}: must be > 0; 1e-5 is usual")
 
     def _check_target(self):
         low, high = self.kl_range
         if not (0 < self.kl_target < float("inf") and 0 < self.kl_horizon < float("inf")):
-            raise ValueError(f"kl_target={self.kl_target}, kl_horizon={self.kl_horizon}: must be finite and > 0; leave "
-                             "kl_target out to keep the weight")
+            raise ValueError(
+                f"kl_target={self.kl_target}, kl_horizon={self.kl_horizon}: must be finite and > "
+                "0; leave kl_target out to keep the weight"
+            )
         if not 0 < low <= self.kl_beta <= high:
-            raise ValueError(f"kl_range={tuple(self.kl_range)} must hold the first weight, {self.kl_beta}, and begin "
-                             "above 0: a weight of 0 can never grow")
+            raise ValueError(
+                f"kl_range={tuple(self.kl_range)} must hold the first weight, {self.kl_beta}, and "
+                "begin above 0: a weight of 0 can never grow"
+            )
 
     @property
     def needs_old_mean(self) -> bool:
@@ -88,18 +111,21 @@ class LossConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """What the rollout left behind for the update: B steps, possibly of different videos and different i."""
+    """What the rollout left behind for the update: B steps, possibly of different videos and
+    different i.
+    """
 
-    x: Array             # [B, ...] fp32, the latent the step started from
-    x_next: Array        # [B, ...] fp32, the latent that was drawn
+    x: Array  # [B, ...] fp32, the latent the step started from
+    x_next: Array  # [B, ...] fp32, the latent that was drawn
     old_log_prob: Array  # [B] fp32, at rollout
-    advantages: Array    # [B] fp32
-    sigma: Array         # [B] fp32
-    sigma_next: Array    # [B] fp32
-    g: Array             # [B] fp32, `sde.diffusion_coefficient` at the step; > 0 where mask is True
-    mask: Array          # [B] bool, rows that count
+    advantages: Array  # [B] fp32
+    sigma: Array  # [B] fp32
+    sigma_next: Array  # [B] fp32
+    g: Array  # [B] fp32, `sde.diffusion_coefficient` at the step; > 0 where mask is True
+    mask: Array  # [B] bool, rows that count
     old_mean: Array | None = None  # [B, ...] fp32 at rollout, where the objective needs it
-    weight: Array | None = None    # [B] fp32, the step's credit: of the policy loss, and its square of the KL
+    # [B] fp32, the step's credit: of the policy loss, and its square of the KL
+    weight: Array | None = None
     preserving: bool = dataclasses.field(default=False, metadata={"static": True})  # CPS' mean
 
 
@@ -115,37 +141,52 @@ class KLControl:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossMetrics:
-    """Sums over the counted rows, one shared count, so micro-batches and devices can be added up exactly."""
+    """Sums over the counted rows, one shared count, so micro-batches and devices can be added up
+    exactly.
+    """
 
-    count: Array          # rows
-    ratio: Array          # sum of policy ratios
+    count: Array  # rows
+    ratio: Array  # sum of policy ratios
     ratio_min: Array
     ratio_max: Array
-    clipped: Array        # rows whose ratio is outside the clip range; of 'dppo' rows left out
-    approx_kl: Array      # sum of (log-prob - old log-prob)^2 / 2
-    policy_loss: Array    # sum
-    kl: Array             # sum of the penalty before beta
-    distillation: Array | None = None  # sum of the squares before their weight, where guidance is distilled
+    clipped: Array  # rows whose ratio is outside the clip range; of 'dppo' rows left out
+    approx_kl: Array  # sum of (log-prob - old log-prob)^2 / 2
+    policy_loss: Array  # sum
+    kl: Array  # sum of the penalty before beta
+    # sum of the squares before their weight, where guidance is distilled
+    distillation: Array | None = None
 
     def merge(self, other: "LossMetrics") -> "LossMetrics":
         total = jax.tree.map(jnp.add, self, other)
-        return dataclasses.replace(total, ratio_min=jnp.minimum(self.ratio_min, other.ratio_min),
-                                   ratio_max=jnp.maximum(self.ratio_max, other.ratio_max))
+        return dataclasses.replace(
+            total,
+            ratio_min=jnp.minimum(self.ratio_min, other.ratio_min),
+            ratio_max=jnp.maximum(self.ratio_max, other.ratio_max),
+        )
 
     def averages(self) -> dict[str, float]:
-        """For logging, on the host. With no rows the averages are 0 and the ratio's bounds infinite."""
+        """For logging, on the host. With no rows the averages are 0 and the ratio's bounds
+        infinite.
+        """
         n = max(float(self.count), 1.0)
-        return {"ratio_mean": float(self.ratio) / n, "ratio_min": float(self.ratio_min),
-                "ratio_max": float(self.ratio_max), "clip_fraction": float(self.clipped) / n,
-                "approx_kl": float(self.approx_kl) / n, "policy_loss": float(self.policy_loss) / n,
-                "kl": float(self.kl) / n} | (
-                    {} if self.distillation is None else {"distillation": float(self.distillation) / n})
+        return {
+            "ratio_mean": float(self.ratio) / n,
+            "ratio_min": float(self.ratio_min),
+            "ratio_max": float(self.ratio_max),
+            "clip_fraction": float(self.clipped) / n,
+            "approx_kl": float(self.approx_kl) / n,
+            "policy_loss": float(self.policy_loss) / n,
+            "kl": float(self.kl) / n,
+        } | ({} if self.distillation is None else {"distillation": float(self.distillation) / n})
 
 
-def clipped_loss(log_ratio: Array, advantages: Array, clip_low: float, clip_high: float) -> tuple[Array, Array]:
+def clipped_loss(
+    log_ratio: Array, advantages: Array, clip_low: float, clip_high: float
+) -> tuple[Array, Array]:
     """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), [B], and r = exp(log_ratio), [B].
 
-    GRPO (arXiv 2402.03300, eq. 3), per row and as a loss to minimise. Where the clip binds the gradient is 0.
+    GRPO (arXiv 2402.03300, eq. 3), per row and as a loss to minimise. Where the clip binds the
+    gradient is 0.
     """
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
@@ -156,13 +197,14 @@ def kl_to_reference(mean: Array, mean_ref: Array, std: Array | None, *, kind: st
     """How far the policy's step is from the reference model's: a mean over all but B, [B].
 
     kind         first two   third        result
-    'flow_grpo'  means       g sqrt(-dt)  mean((mu - mu_ref)^2) / (2 std^2), the Gaussians' KL per dimension
+    'flow_grpo'  means       g sqrt(-dt)  mean((mu - mu_ref)^2) / (2 std^2), the Gaussians' KL per
+                 dimension
     'sigma'      means       g            the same without dt, as in Flow-GRPO's image recipes
     'x'          means       unused       mean((mu - mu_ref)^2)
     'velocity'   velocities  unused       mean((v - v_ref)^2)
 
-    Where a divisor is 0 (a deterministic step) the result and its gradient are 0. `step_kl` passes the right arguments
-    for each kind. Raises ValueError on another kind.
+    Where a divisor is 0 (a deterministic step) the result and its gradient are 0. `step_kl` passes
+    the right arguments for each kind. Raises ValueError on another kind.
     """
     _check_kind(kind)
     difference = mean.astype(jnp.float32) - mean_ref.astype(jnp.float32)
@@ -175,7 +217,9 @@ def kl_to_reference(mean: Array, mean_ref: Array, std: Array | None, *, kind: st
 
 
 def step_kl(x: Array, velocity: Array, velocity_ref: Array, step: tuple, kind: str) -> Array:
-    """`kl_to_reference` of a step from x [B, ...], [B]. step: (sigma, sigma_next, g, preserving) of `sde_mean_std`."""
+    """`kl_to_reference` of a step from x [B, ...], [B]. step: (sigma, sigma_next, g, preserving) of
+    `sde_mean_std`.
+    """
     if kind == "velocity":
         return kl_to_reference(velocity, velocity_ref, None, kind=kind)
     (mean, std), (mean_ref, _) = (sde.sde_mean_std(x, v, *step) for v in (velocity, velocity_ref))
@@ -183,30 +227,46 @@ def step_kl(x: Array, velocity: Array, velocity_ref: Array, step: tuple, kind: s
 
 
 def adapted_kl(control: KLControl, kl: Array, first: Array, config: LossConfig) -> KLControl:
-    """The control after an update whose mean KL was `kl`: weight *= exp((average - target) / target / horizon), within
-    kl_range, so that a KL twice the target raises the weight by e in `horizon` updates (Pref-GRPO's code; Ziegler et
-    al., arXiv 1909.08593, have the same with a linear step). first: whether it was the first one, bool []."""
+    """The control after an update whose mean KL was `kl`: weight *= exp((average - target) / target
+    / horizon), within kl_range, so that a KL twice the target raises the weight by e in `horizon`
+    updates (Pref-GRPO's code; Ziegler et al., arXiv 1909.08593, have the same with a linear step).
+    first: whether it was the first one, bool [].
+    """
     average = jnp.where(first, kl, KL_DECAY * control.average + (1 - KL_DECAY) * kl)
-    weight = control.weight * jnp.exp((average - config.kl_target) / config.kl_target / config.kl_horizon)
+    weight = control.weight * jnp.exp(
+        (average - config.kl_target) / config.kl_target / config.kl_horizon
+    )
     return KLControl(jnp.clip(weight, *config.kl_range), average)
 
 
 def masked_mean(values: Array, mask: Array) -> Array:
-    """Mean of values [B] where mask [B] is True; 0 when nothing is counted. Other values may be NaN."""
+    """Mean of values [B] where mask [B] is True; 0 when nothing is counted. Other values may be
+    NaN.
+    """
     return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
 
 
-def policy_gradient_terms(rows: Rows, velocity: Array, velocity_ref: Array | None, config: LossConfig,
-                          kl_beta: Array | None = None, teacher: Array | None = None) -> tuple[Array, LossMetrics]:
-    """The loss of each row, clipped policy loss + kl_beta * KL, [B], and the metrics of the counted rows.
+def policy_gradient_terms(
+    rows: Rows,
+    velocity: Array,
+    velocity_ref: Array | None,
+    config: LossConfig,
+    kl_beta: Array | None = None,
+    teacher: Array | None = None,
+) -> tuple[Array, LossMetrics]:
+    """The loss of each row, clipped policy loss + kl_beta * KL, [B], and the metrics of the counted
+    rows.
 
-    kl_beta fp32 []: in place of the configuration's. teacher [B, ...]: the velocity that is distilled.
-    velocity [B, ...] is the policy's, the one to differentiate; velocity_ref the reference model's, None
-    without a KL term. Reduce with `masked_mean(loss, rows.mask)`, or sum and divide by a count that spans
-    micro-batches. Raises ValueError when kl_beta > 0 and velocity_ref is None.
+    kl_beta fp32 []: in place of the configuration's. teacher [B, ...]: the velocity that is
+    distilled. velocity [B, ...] is the policy's, the one to differentiate; velocity_ref the
+    reference model's, None without a KL term. Reduce with `masked_mean(loss, rows.mask)`, or sum
+    and divide by a count that spans micro-batches. Raises ValueError when kl_beta > 0 and
+    velocity_ref is None.
     """
     if config.kl_beta > 0 and velocity_ref is None:
-        raise ValueError(f"kl_beta={config.kl_beta} needs the reference's velocity; pass it or set kl_beta=0")
+        raise ValueError(
+            f"kl_beta={config.kl_beta} needs the reference's velocity; pass it or set kl_beta=0"
+        )
     step = rows.sigma, rows.sigma_next, rows.g, rows.preserving
     mean, std = sde.sde_mean_std(rows.x, velocity, *step)
     log_prob = sde.log_prob(rows.x_next, mean, std)  # [B]
@@ -221,21 +281,25 @@ def policy_gradient_terms(rows: Rows, velocity: Array, velocity_ref: Array | Non
     if teacher is not None:
         apart = kl_to_reference(velocity, jax.lax.stop_gradient(teacher), None, kind="velocity")
         loss += config.distill_weight * apart
-        metrics = dataclasses.replace(metrics, distillation=jnp.sum(jnp.where(rows.mask, apart, 0.0)))
+        metrics = dataclasses.replace(
+            metrics, distillation=jnp.sum(jnp.where(rows.mask, apart, 0.0))
+        )
     return loss, jax.lax.stop_gradient(metrics)
 
 
-def policy_term(rows: Rows, log_prob: Array, mean: Array, std: Array,
-                config: LossConfig) -> tuple[Array, Array, Array]:
-    """The objective's policy loss of each row, its ratio, and whether the ratio is outside the clip range (of 'dppo':
-    whether the row is left out), [B] each: `LossConfig` has the formulas.
+def policy_term(
+    rows: Rows, log_prob: Array, mean: Array, std: Array, config: LossConfig
+) -> tuple[Array, Array, Array]:
+    """The objective's policy loss of each row, its ratio, and whether the ratio is outside the clip
+    range (of 'dppo': whether the row is left out), [B] each: `LossConfig` has the formulas.
 
     log_prob [B], mean [B, ...] and std [B] are the current policy's at rows.x.
     """
     log_ratio = log_prob - rows.old_log_prob
     divergence = None
     if config.needs_old_mean:
-        divergence = kl_to_reference(mean, rows.old_mean, std, kind="flow_grpo")  # [B], of the two Gaussians
+        # [B], of the two Gaussians
+        divergence = kl_to_reference(mean, rows.old_mean, std, kind="flow_grpo")
     if config.objective == "dppo":
         ratio = jnp.exp(log_ratio)
         moved = ((ratio > 1) & (rows.advantages > 0)) | ((ratio < 1) & (rows.advantages < 0))
@@ -256,11 +320,15 @@ def _metrics(rows, log_prob, ratio, bounded, policy_loss, kl) -> LossMetrics:
         return jnp.sum(jnp.where(rows.mask, values, 0.0))
 
     return LossMetrics(
-        count=total(1.0), ratio=total(ratio),
+        count=total(1.0),
+        ratio=total(ratio),
         ratio_min=jnp.min(jnp.where(rows.mask, ratio, jnp.inf)),
         ratio_max=jnp.max(jnp.where(rows.mask, ratio, -jnp.inf)),
-        clipped=total(bounded), approx_kl=total(0.5 * (log_prob - rows.old_log_prob) ** 2),
-        policy_loss=total(policy_loss), kl=total(kl))
+        clipped=total(bounded),
+        approx_kl=total(0.5 * (log_prob - rows.old_log_prob) ** 2),
+        policy_loss=total(policy_loss),
+        kl=total(kl),
+    )
 
 
 def _check_kind(kind):

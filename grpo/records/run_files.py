@@ -1,4 +1,6 @@
-"""How a run's small files are read and replaced, so that no fault of the disk spoils a good one or ends the program."""
+"""How a run's small files are read and replaced, so that no fault of the disk spoils a good one or
+ends the program.
+"""
 
 import functools
 import json

@@ -1,5 +1,6 @@
-"""How sure we are of a mean reward: percentile bootstrap (Efron & Tibshirani 1993, chapter 13) over samples, and
-Student's interval over seeds."""
+"""How sure we are of a mean reward: percentile bootstrap (Efron & Tibshirani 1993, chapter 13) over
+samples, and Student's interval over seeds.
+"""
 
 import numpy as np
 from scipy import special
@@ -8,12 +9,14 @@ LEAST_VALUES = 2  # of an interval: one sample says nothing about spread
 CHUNK = 1000  # resamples drawn at once: 1000 x 1000 values are 8 MB
 
 
-def bootstrap_interval(values, *, confidence: float = 0.95, draws: int = 10_000,
-                       seed: int = 0) -> tuple[float, float, float]:
+def bootstrap_interval(
+    values, *, confidence: float = 0.95, draws: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
     """(mean, low, high) of values [N]; NaN, a sample that could not be scored, is left out.
 
-    The interval holds the middle `confidence` of the means of `draws` resamples of N values with replacement. It is
-    a function of its arguments alone. Raises ValueError for fewer than `LEAST_VALUES`.
+    The interval holds the middle `confidence` of the means of `draws` resamples of N values with
+    replacement. It is a function of its arguments alone. Raises ValueError for fewer than
+    `LEAST_VALUES`.
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} must lie between 0 and 1; 0.95 is usual")
@@ -24,35 +27,47 @@ def bootstrap_interval(values, *, confidence: float = 0.95, draws: int = 10_000,
         raise ValueError(f"values must be [N], got shape {values.shape}")
     given, values = len(values), values[~np.isnan(values)]  # [M]
     if len(values) < LEAST_VALUES:
-        raise ValueError(f"a confidence interval needs {LEAST_VALUES} values or more, got {len(values)}"
-                         + (f" ({given - len(values)} of {given} are NaN)" if given > len(values) else ""))
+        raise ValueError(
+            f"a confidence interval needs {LEAST_VALUES} values or more, got {len(values)}"
+            + (f" ({given - len(values)} of {given} are NaN)" if given > len(values) else "")
+        )
     if not np.isfinite(values).all():
-        raise ValueError(f"values must be finite or NaN, {np.isinf(values).sum()} of {given} are infinite")
+        raise ValueError(
+            f"values must be finite or NaN, {np.isinf(values).sum()} of {given} are infinite"
+        )
     rng = np.random.default_rng(seed)
-    means = np.concatenate([
-        values[rng.integers(len(values), size=(min(CHUNK, draws - first), len(values)))].mean(1)
-        for first in range(0, draws, CHUNK)])  # [draws]
+    means = np.concatenate(
+        [
+            values[rng.integers(len(values), size=(min(CHUNK, draws - first), len(values)))].mean(1)
+            for first in range(0, draws, CHUNK)
+        ]
+    )  # [draws]
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(values.mean()), float(low), float(high)
 
 
-def paired_difference(before, after, *, confidence: float = 0.95, draws: int = 10_000,
-                      seed: int = 0) -> tuple[float, float, float]:
+def paired_difference(
+    before, after, *, confidence: float = 0.95, draws: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
     """(mean, low, high) of after - before, [N] each: the same prompts and seeds in the same order.
 
-    Sharper than comparing two intervals, because what makes a prompt hard for both cancels. Pairs with a NaN are left
-    out. Raises ValueError for different lengths or fewer than 2 whole pairs.
+    Sharper than comparing two intervals, because what makes a prompt hard for both cancels. Pairs
+    with a NaN are left out. Raises ValueError for different lengths or fewer than 2 whole pairs.
     """
     before, after = np.asarray(before, np.float64), np.asarray(after, np.float64)
     if before.shape != after.shape:
-        raise ValueError(f"pairs need the same samples before and after, got shapes {before.shape} and {after.shape}")
+        raise ValueError(
+            f"pairs need the same samples before and after, got shapes {before.shape} and "
+            f"{after.shape}"
+        )
     return bootstrap_interval(after - before, confidence=confidence, draws=draws, seed=seed)
 
 
 def t_interval(values, *, confidence: float = 0.95) -> tuple[float, float]:
-    """(mean, half the width) of Student's interval for the mean of independent values [N]: t sqrt(s^2 / N), s^2 the
-    unbiased variance, t the quantile for N - 1 degrees of freedom. One value alone has the half-width NaN, and none
-    have NaN for both. Made for few values, as one a seed."""
+    """(mean, half the width) of Student's interval for the mean of independent values [N]: t
+    sqrt(s^2 / N), s^2 the unbiased variance, t the quantile for N - 1 degrees of freedom. One value
+    alone has the half-width NaN, and none have NaN for both. Made for few values, as one a seed.
+    """
     values = np.asarray(values, np.float64)
     mean = float(values.mean()) if len(values) else float("nan")
     if len(values) < 2:

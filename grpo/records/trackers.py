@@ -1,8 +1,10 @@
-"""Where a run's numbers and previews go beside its own files: TensorBoard, Weights & Biases, MLflow.
+"""Where a run's numbers and previews go beside its own files: TensorBoard, Weights & Biases,
+MLflow.
 
-A sink takes numbers by tag ('train/loss'), a sheet of previews and the settings. The packages of the last two are
-imported where they are asked for. A run that is resumed continues their runs: `TRACKERS` in the run's folder has the
-ids. What a resumed run computes again is the same to the bit: Weights & Biases keeps what it has, MLflow has it twice.
+A sink takes numbers by tag ('train/loss'), a sheet of previews and the settings. The packages of
+the last two are imported where they are asked for. A run that is resumed continues their runs:
+`TRACKERS` in the run's folder has the ids. What a resumed run computes again is the same to the
+bit: Weights & Biases keeps what it has, MLflow has it twice.
 """
 
 import dataclasses
@@ -23,11 +25,14 @@ from rewards.packages import import_problem
 from wan_jax.errors import UserError
 
 TRACKERS = "trackers.json"
-QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}  # by default it waits minutes
+# by default it waits minutes
+QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 PARAMETER = 6000  # characters of a parameter's value that MLflow takes
 # user:password of scheme://user:password@host, up to the last @ of the host's part; ?password=...
-SECRET = re.compile(r"(://)[^/\s?#]*(?=@)|([?&;][\w-]*(?:password|passwd|pwd|token|secret|key)=)[^&;\s'\"]*",
-                    re.IGNORECASE)
+SECRET = re.compile(
+    r"(://)[^/\s?#]*(?=@)|([?&;][\w-]*(?:password|passwd|pwd|token|secret|key)=)[^&;\s'\"]*",
+    re.IGNORECASE,
+)
 BATCH = 1000  # metrics that MLflow takes at once, and ten times as many as parameters
 
 
@@ -55,7 +60,8 @@ class TensorBoard:
     """first: the epoch from which on records of an earlier attempt are forgotten."""
 
     def __init__(self, folder: pathlib.Path, first: int):
-        from tensorboardX import SummaryWriter  # a second or more where PyTorch is installed, which it then imports
+        # a second or more where PyTorch is installed, which it then imports
+        from tensorboardX import SummaryWriter
 
         self.writer = SummaryWriter(str(folder), purge_step=first)
 
@@ -69,8 +75,12 @@ class TensorBoard:
     def previews(self, tag: str, sheet: Sheet, epoch: int) -> None:
         from tensorboardX.proto.summary_pb2 import Summary
 
-        image = Summary.Image(height=sheet.height, width=sheet.width, colorspace=3, encoded_image_string=sheet.data)
-        self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), epoch)
+        image = Summary.Image(
+            height=sheet.height, width=sheet.width, colorspace=3, encoded_image_string=sheet.data
+        )
+        self.writer.file_writer.add_summary(
+            Summary(value=[Summary.Value(tag=tag, image=image)]), epoch
+        )
 
     def close(self) -> None:
         self.writer.close()
@@ -85,17 +95,30 @@ class WandB:
         known = _known(folder, "wandb", key) if resume else None
         try:
             self.run = wandb.init(
-                project=project, entity=entity or None, name=_name(folder), dir=str(folder), id=known,
-                resume="allow" if known else None, settings=wandb.Settings(console="off", silent=True))
+                project=project,
+                entity=entity or None,
+                name=_name(folder),
+                dir=str(folder),
+                id=known,
+                resume="allow" if known else None,
+                settings=wandb.Settings(console="off", silent=True),
+            )
         except wandb.errors.Error as error:
-            raise UserError(f"config.log.wandb.project={project}: {masked(str(error))}; log in with `wandb login`, or "
-                            "set WANDB_MODE=offline and send the run later with `wandb sync`") from None
+            raise UserError(
+                f"config.log.wandb.project={project}: {masked(str(error))}; log in with `wandb "
+                "login`, or set WANDB_MODE=offline and send the run later with `wandb sync`"
+            ) from None
         _remember(folder, "wandb", key, self.run.id)
         self.last = self.run.step  # of what an earlier attempt logged
 
     def config(self, values: dict) -> None:
-        self.run.config.update({key: masked(value) if isinstance(value, str) else value
-                                for key, value in values.items()}, allow_val_change=True)
+        self.run.config.update(
+            {
+                key: masked(value) if isinstance(value, str) else value
+                for key, value in values.items()
+            },
+            allow_val_change=True,
+        )
 
     def numbers(self, values: Mapping[str, float], epoch: int) -> None:
         self._log(values, epoch)
@@ -104,8 +127,14 @@ class WandB:
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder, f"previews{sheet.suffix}")
             path.write_bytes(sheet.data)
-            self._log({tag: self.wandb.Video(str(path), format="gif") if sheet.suffix == ".gif" else
-                       self.wandb.Image(str(path))}, epoch)
+            self._log(
+                {
+                    tag: self.wandb.Video(str(path), format="gif")
+                    if sheet.suffix == ".gif"
+                    else self.wandb.Image(str(path))
+                },
+                epoch,
+            )
 
     def _log(self, values: Mapping, epoch: int) -> None:
         if epoch >= self.last:  # it refuses steps that lie behind
@@ -116,8 +145,9 @@ class WandB:
 
 
 class MLflow:
-    """A tracking server or a local store. Where it does not take something in the middle of a run, that is printed and
-    the run goes on: its own files have everything."""
+    """A tracking server or a local store. Where it does not take something in the middle of a run,
+    that is printed and the run goes on: its own files have everything.
+    """
 
     def __init__(self, folder: pathlib.Path, uri: str, experiment: str, resume: bool):
         for name, value in QUICK.items():
@@ -125,7 +155,11 @@ class MLflow:
         mlflow = imported("mlflow")
         from mlflow.entities import Metric, Param
 
-        self.errors, self.metric, self.param = (mlflow.exceptions.MlflowException, OSError), Metric, Param
+        self.errors, self.metric, self.param = (
+            (mlflow.exceptions.MlflowException, OSError),
+            Metric,
+            Param,
+        )
         self.uri, key = masked(uri), {"uri": masked(uri), "experiment": experiment}
         known = _known(folder, "mlflow", key) if resume else None
         try:
@@ -137,12 +171,16 @@ class MLflow:
                 number = found.experiment_id if found else self.client.create_experiment(experiment)
                 known = self.client.create_run(number, run_name=_name(folder)).info.run_id
         except (*self.errors, ImportError) as error:
-            raise UserError(f"config.log.mlflow.uri={self.uri}: {masked(' '.join(str(error).split()))}") from None
+            raise UserError(
+                f"config.log.mlflow.uri={self.uri}: {masked(' '.join(str(error).split()))}"
+            ) from None
         self.run, self.told = known, resume
         _remember(folder, "mlflow", key, known)
 
     def config(self, values: dict) -> None:
-        values = {key: masked(value) if isinstance(value, str) else value for key, value in values.items()}
+        values = {
+            key: masked(value) if isinstance(value, str) else value for key, value in values.items()
+        }
         self._send(self.client.log_dict, values, "config.json")
         if not self.told:  # parameters cannot change once they are there
             parameters = [self.param(k, str(v)[:PARAMETER]) for k, v in values.items()]
@@ -152,7 +190,11 @@ class MLflow:
 
     def numbers(self, values: Mapping[str, float], epoch: int) -> None:
         now = int(1000 * time.time())
-        metrics = [self.metric(tag, value, now, epoch) for tag, value in values.items() if math.isfinite(value)]
+        metrics = [
+            self.metric(tag, value, now, epoch)
+            for tag, value in values.items()
+            if math.isfinite(value)
+        ]
         for first in range(0, len(metrics), BATCH):
             self._send(self.client.log_batch, metrics=metrics[first : first + BATCH])
 
@@ -169,12 +211,17 @@ class MLflow:
         try:
             call(self.run, *args, **kwargs)
         except self.errors as error:
-            print(f"warning: MLflow at {self.uri} did not take it: {masked(' '.join(str(error).split()))[:300]}",
-                  flush=True)
+            print(
+                f"warning: MLflow at {self.uri} did not take it: "
+                f"{masked(' '.join(str(error).split()))[:300]}",
+                flush=True,
+            )
 
 
 def masked(text: str) -> str:
-    """The text without what comes before @ in a URL, and without passwords and tokens among its parameters."""
+    """The text without what comes before @ in a URL, and without passwords and tokens among its
+    parameters.
+    """
     return SECRET.sub(lambda found: f"{found[1] or found[2]}***", text)
 
 
@@ -183,8 +230,10 @@ def check(log) -> None:
     for package, key in (("wandb", "wandb.project"), ("mlflow", "mlflow.uri")):
         section, name = key.split(".")
         if log[section][name] and importlib.util.find_spec(package) is None:
-            raise UserError(f"config.log.{key}={masked(log[section][name])} needs the package {package}: pip install "
-                            f"-e '.[{package}]'")
+            raise UserError(
+                f"config.log.{key}={masked(log[section][name])} needs the package {package}: pip "
+                f"install -e '.[{package}]'"
+            )
 
 
 def imported(package: str):
@@ -192,12 +241,15 @@ def imported(package: str):
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UserError(import_problem(f"config.log.{package}", error, f"pip install -e '.[{package}]'")) from None
+        raise UserError(
+            import_problem(f"config.log.{package}", error, f"pip install -e '.[{package}]'")
+        ) from None
 
 
 def trackers(folder: pathlib.Path, log, resume: bool) -> list[Sink]:
-    """Those that `config.log` asks for. resume: their runs of before go on. Raises `UserError` on one that cannot be
-    reached."""
+    """Those that `config.log` asks for. resume: their runs of before go on. Raises `UserError` on
+    one that cannot be reached.
+    """
     found: list[Sink] = []
     if log.wandb.project:
         found.append(WandB(folder, log.wandb.project, log.wandb.entity, resume))

@@ -3,8 +3,19 @@
 import html
 
 # Drawn by matplotlib, then replaced by the CSS variable of the same name. No two may be equal.
-COLORS = {"heldout": "#2368c4", "training": "#d9702b", "grid": "#d9d9d4", "muted": "#6a6a64", "text": "#1c1c1a",
-          "s0": "#2368c5", "s1": "#1f9a8a", "s2": "#e0a020", "s3": "#cf6420", "s4": "#8a5bc0", "s5": "#7d7d76"}
+COLORS = {
+    "heldout": "#2368c4",
+    "training": "#d9702b",
+    "grid": "#d9d9d4",
+    "muted": "#6a6a64",
+    "text": "#1c1c1a",
+    "s0": "#2368c5",
+    "s1": "#1f9a8a",
+    "s2": "#e0a020",
+    "s3": "#cf6420",
+    "s4": "#8a5bc0",
+    "s5": "#7d7d76",
+}
 
 CSS = """
 :root { color-scheme: light dark; --back: #fcfcfa; --card: #f3f3ef; --text: #1c1c1a; --muted: #62625c; --grid: #dcdcd6;
@@ -57,7 +68,10 @@ pre { background: var(--card); border-radius: .6rem; padding: 1rem; overflow-x: 
 
 def page(title: str, heading: str, sections: list[tuple[str, str]]) -> str:
     """A whole HTML document. title: plain text; heading and the sections' (title, body): HTML."""
-    body = "".join(f"<section>{f'<h2>{name}</h2>' if name else ''}{content}</section>\n" for name, content in sections)
+    body = "".join(
+        f"<section>{f'<h2>{name}</h2>' if name else ''}{content}</section>\n"
+        for name, content in sections
+    )
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -76,6 +90,10 @@ def page(title: str, heading: str, sections: list[tuple[str, str]]) -> str:
 def table(head: list[str], rows: list[list[str]], escape: bool = True) -> str:
     """An HTML table of text; escape=False: the cells of `rows` are HTML."""
     clean = html.escape if escape else str
-    body = "".join("<tr>" + "".join(f"<td>{clean(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return (f'<div class="scroll"><table><thead><tr>{"".join(f"<th>{html.escape(h)}</th>" for h in head)}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>")
+    body = "".join(
+        "<tr>" + "".join(f"<td>{clean(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return (
+        f'<div class="scroll"><table><thead><tr>{"".join(f"<th>{html.escape(h)}</th>" for h in head)}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )

@@ -1,9 +1,11 @@
-"""What a run may spend, and what it has spent: runs that spend the same can be compared (`grpo.compare`).
+"""What a run may spend, and what it has spent: runs that spend the same can be compared
+(`grpo.compare`).
 
-Evaluations are the model's while sampling: one for every video and denoising step, whatever the guidance (with a
-prefix that a group shares, one for the group). The update's passes are not among them, held-out evaluations neither.
-Seconds are those of the epochs, by a monotonic clock: sampling, decoding, waiting for scores, update; without start,
-compilation, held-out evaluations and checkpoints.
+Evaluations are the model's while sampling: one for every video and denoising step, whatever the
+guidance (with a prefix that a group shares, one for the group). The update's passes are not among
+them, held-out evaluations neither. Seconds are those of the epochs, by a monotonic clock: sampling,
+decoding, waiting for scores, update; without start, compilation, held-out evaluations and
+checkpoints.
 """
 
 import dataclasses
@@ -30,8 +32,12 @@ class Budget:
     def __post_init__(self):
         for name, limit in dataclasses.asdict(self).items():
             if limit is not None and not limit > 0:
-                raise ValueError(f"budget.{name}={limit} must be above 0; leave it out for no limit")
+                raise ValueError(
+                    f"budget.{name}={limit} must be above 0; leave it out for no limit"
+                )
 
     def reached(self, spent: Spent) -> bool:
-        return any(limit is not None and getattr(spent, name) >= limit
-                   for name, limit in dataclasses.asdict(self).items())
+        return any(
+            limit is not None and getattr(spent, name) >= limit
+            for name, limit in dataclasses.asdict(self).items()
+        )

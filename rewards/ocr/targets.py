@@ -1,21 +1,25 @@
 """Finds the text that a prompt asks for: `a neon sign that says "OPEN"` -> ("OPEN",).
 
-Run on every prompt when the prompt set is loaded, so that a prompt without a usable target stops the run
-before any accelerator time is spent.
+Run on every prompt when the prompt set is loaded, so that a prompt without a usable target stops
+the run before any accelerator time is spent.
 
-Targets are read from the cleaned prompt, which is what the model is told (`wan_jax.models.tokenizer.clean`): HTML such as
-&quot; or &amp; is unescaped and wrongly decoded text repaired. Characters that cannot be seen are left out of them.
+Targets are read from the cleaned prompt, which is what the model is told
+(`wan_jax.models.tokenizer.clean`): HTML such as &quot; or &amp; is unescaped and wrongly decoded
+text repaired. Characters that cannot be seen are left out of them.
 
 The rules, in order:
-1. Text in double quotes is a target, straight ("...") or curly (“...”), each kind closed by its own kind.
-   Quotes of another kind inside are part of the text, and so are curly quotes nested in curly quotes.
-2. Only a prompt with no double quotes at all is searched for single quotes, '...' or ‘...’. (Where both occur
-   the
-   single ones are apostrophes or scare quotes: taking them as quotes gives a wrong target on 110 of the 1018
-   prompts of Flow-GRPO's OCR test set.) A single quote opens only before a word and closes only after one, so
-   the apostrophes of it's, Joe's and the dogs' are skipped; so are shortened words: rock 'n' roll, the '90s,
-   'em.
-3. Several targets are returned in the order of the prompt. None, an empty one or an unpaired quote is an
+1. Text in double quotes is a target, straight ("...") or curly (“...”), each kind closed by its own
+   kind.
+   Quotes of another kind inside are part of the text, and so are curly quotes nested in curly
+   quotes.
+2. Only a prompt with no double quotes at all is searched for single quotes, '...' or ‘...’. (Where
+   both occur
+   the single ones are apostrophes or scare quotes: taking them as quotes gives a wrong target on
+   110 of the 1018 prompts of Flow-GRPO's OCR test set.) A single quote opens only before a word and
+   closes only after one, so the apostrophes of it's, Joe's and the dogs' are skipped; so are
+   shortened words: rock 'n' roll, the '90s, 'em.
+3. Several targets are returned in the order of the prompt. None, an empty one or an unpaired quote
+   is an
    error, and so is a backslash before a quote, which comes of text copied out of JSON or code.
 """
 
@@ -28,7 +32,8 @@ from wan_jax.models.tokenizer import clean
 
 FIX = "put the text to write in double quotes"
 
-# Words that start with an apostrophe; an opening quote before one of them is taken for that apostrophe.
+# Words that start with an apostrophe; an opening quote before one of them is taken for that
+# apostrophe.
 _SHORTENED = re.compile(r"(?:n|em|til|tis|twas|cause|bout|\d0s)\b", re.IGNORECASE)
 _ESCAPED = re.compile("\\\\[\"'“”‘’]")
 _SINGLE_OPEN, _SINGLE_CLOSE = "'‘", "'’"
@@ -42,8 +47,10 @@ def parse_targets(prompt: str) -> tuple[str, ...]:
     """The quoted strings of `prompt`, in order; see the rules at the top of this file."""
     prompt = clean(prompt, uncurl_quotes=False)
     if escaped := _ESCAPED.search(prompt):
-        raise TargetError(f"a backslash before the quote at character {escaped.end() - 1} of the prompt {prompt!r}: "
-                          f"leave the backslash out, or save the prompts as JSON lines")
+        raise TargetError(
+            f"a backslash before the quote at character {escaped.end() - 1} of the prompt "
+            f"{prompt!r}: leave the backslash out, or save the prompts as JSON lines"
+        )
     has_double = any(mark in prompt for mark in '"“”')
     spans = _double_quoted(prompt) if has_double else _single_quoted(prompt)
     if not spans:
@@ -56,8 +63,10 @@ def parse_targets(prompt: str) -> tuple[str, ...]:
 
 
 def _unpaired(prompt: str, at: int) -> TargetError:
-    return TargetError(f"unpaired quote {prompt[at]!r} at character {at} of the prompt {prompt!r}: {FIX}, "
-                       f"with an opening and a closing quote of the same kind (write 12 inch, not 12\")")
+    return TargetError(
+        f"unpaired quote {prompt[at]!r} at character {at} of the prompt {prompt!r}: {FIX}, "
+        f'with an opening and a closing quote of the same kind (write 12 inch, not 12")'
+    )
 
 
 def _double_quoted(prompt: str) -> list[tuple[int, int]]:
@@ -91,13 +100,17 @@ def _single_quoted(prompt: str) -> list[tuple[int, int]]:
     """Spans (start, end) between single quotes that are not apostrophes."""
     spans, at = [], 0
     while at < len(prompt):
-        before, after = prompt[at - 1:at], prompt[at + 1:at + 2]
-        opens = prompt[at] in _SINGLE_OPEN and not before.isalnum() and after and not after.isspace()
+        before, after = prompt[at - 1 : at], prompt[at + 1 : at + 2]
+        opens = (
+            prompt[at] in _SINGLE_OPEN and not before.isalnum() and after and not after.isspace()
+        )
         shortened = _SHORTENED.match(prompt, at + 1)
         if opens and shortened:
-            at = shortened.end()        # also steps over the second apostrophe of 'n'
+            at = shortened.end()  # also steps over the second apostrophe of 'n'
         elif opens:
-            end = next((i for i in range(at + 1, len(prompt)) if _closes(prompt, i, prompt[at])), -1)
+            end = next(
+                (i for i in range(at + 1, len(prompt)) if _closes(prompt, i, prompt[at])), -1
+            )
             if end < 0:
                 raise _unpaired(prompt, at)
             spans.append((at + 1, end))
@@ -107,6 +120,8 @@ def _single_quoted(prompt: str) -> list[tuple[int, int]]:
 
 
 def _closes(prompt: str, at: int, opener: str) -> bool:
-    """Whether the character at `at` closes a quote that `opener` opened: it ends a word and starts none."""
+    """Whether the character at `at` closes a quote that `opener` opened: it ends a word and starts
+    none.
+    """
     pair = prompt[at] == _SINGLE_CLOSE[_SINGLE_OPEN.index(opener)]
-    return pair and not prompt[at - 1].isspace() and not prompt[at + 1:at + 2].isalnum()
+    return pair and not prompt[at - 1].isspace() and not prompt[at + 1 : at + 2].isalnum()

@@ -1,4 +1,6 @@
-"""Compares the text that was read with the text that was asked for: normalisation and edit distance."""
+"""Compares the text that was read with the text that was asked for: normalisation and edit
+distance.
+"""
 
 import dataclasses
 import re
@@ -15,8 +17,9 @@ _VARIATION_SELECTOR = re.compile("[\u180b-\u180d\u180f\ufe00-\ufe0f\U000e0100-\U
 
 
 def visible(text: str) -> str:
-    """Return `text` without the characters that cannot be seen: those of Unicode's category Cf (zero-width spaces, soft
-    hyphens, marks of direction) and variation selectors."""
+    """Return `text` without the characters that cannot be seen: those of Unicode's category Cf
+    (zero-width spaces, soft hyphens, marks of direction) and variation selectors.
+    """
     if text.isascii():
         return text
     return "".join(c for c in _VARIATION_SELECTOR.sub("", text) if unicodedata.category(c) != "Cf")
@@ -24,12 +27,13 @@ def visible(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Normaliser:
-    """What is disregarded when two texts are compared: what cannot be seen, and never punctuation, as in
-    Flow-GRPO."""
+    """What is disregarded when two texts are compared: what cannot be seen, and never punctuation,
+    as in Flow-GRPO.
+    """
 
-    case: bool = True            # upper and lower case are the same
-    whitespace: bool = True      # spaces, tabs and line breaks are removed
-    unicode: bool = True         # NFKC (full-width = normal width, ligature = letters) and _LOOKALIKES
+    case: bool = True  # upper and lower case are the same
+    whitespace: bool = True  # spaces, tabs and line breaks are removed
+    unicode: bool = True  # NFKC (full-width = normal width, ligature = letters) and _LOOKALIKES
 
     def __call__(self, text: str) -> str:
         text = visible(text)
@@ -42,14 +46,16 @@ class Normaliser:
 
 
 def flow_grpo_normalise(text: str) -> str:
-    """Flow-GRPO's own normalisation: lower case, and the space character (no other whitespace) removed; and here what
-    cannot be seen."""
+    """Flow-GRPO's own normalisation: lower case, and the space character (no other whitespace)
+    removed; and here what cannot be seen.
+    """
     return visible(text).replace(" ", "").lower()
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance: the fewest insertions, deletions and substitutions of one character from `a` to
-    `b`."""
+    """Levenshtein distance: the fewest insertions, deletions and substitutions of one character
+    from `a` to `b`.
+    """
     return Levenshtein.distance(a, b)
 
 
@@ -70,9 +76,9 @@ class Window:
 def best_window(target: str, text: str) -> Window:
     """The part of `text` most similar to `target`; the longest, then the first, of equals.
 
-    Parts of half to twice the target's length are tried, since only such a part can be more right than wrong
-    (similarity <= shorter / longer); a `text` shorter than that is tried whole. Cost: about 1.5 |target|
-    |text| comparisons of 0.2 us.
+    Parts of half to twice the target's length are tried, since only such a part can be more right
+    than wrong (similarity <= shorter / longer); a `text` shorter than that is tried whole. Cost:
+    about 1.5 |target| |text| comparisons of 0.2 us.
     """
     at = text.find(target)
     if at >= 0:
@@ -81,7 +87,7 @@ def best_window(target: str, text: str) -> Window:
     shortest, longest = min(len(text), max(1, len(target) // 2)), min(len(text), 2 * len(target))
     for length in range(longest, shortest - 1, -1):
         for start in range(len(text) - length + 1):
-            value = similarity(target, text[start:start + length])
+            value = similarity(target, text[start : start + length])
             if value > best.similarity:
                 best = Window(start, start + length, value)
     return best

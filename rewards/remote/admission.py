@@ -1,12 +1,16 @@
-"""Which connections and requests a reward server admits, so that strangers cannot shut its clients out.
+"""Which connections and requests a reward server admits, so that strangers cannot shut its clients
+out.
 
-uvicorn waits for a request's header without a limit of time, and its `limit_concurrency` counts every connection, so
-that silent ones would have clients refused. Here a connection must show the token within seconds, and when there are
-too many connections, the oldest one that has not shown it makes room for the newest one. A client sends its token as
-soon as it is connected, so it gets through whatever the others do.
+uvicorn waits for a request's header without a limit of time, and its `limit_concurrency` counts
+every connection, so that silent ones would have clients refused. Here a connection must show the
+token within seconds, and when there are too many connections, the oldest one that has not shown it
+makes room for the newest one. A client sends its token as soon as it is connected, so it gets
+through whatever the others do.
 
-    stranger    no request with the token yet           closed after `header_timeout`, or to make room
-    busy        such a request is under way             never closed; at most half of all connections
+    stranger    no request with the token yet           closed after `header_timeout`, or to make
+                room
+    busy        such a request is under way             never closed; at most half of all
+                connections
     idle        the last such request is answered       closed after `keep_alive`, or to make room
 """
 
@@ -22,11 +26,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 log = logging.getLogger("rewards.server")
 
-HEADER_TIMEOUT = 10.0       # seconds until a connection must have shown the token
-KEEP_ALIVE = 75             # seconds an idle connection is kept; epochs often leave pauses
-MAX_CONNECTIONS = 2048      # where the limit of open files allows them
+HEADER_TIMEOUT = 10.0  # seconds until a connection must have shown the token
+KEEP_ALIVE = 75  # seconds an idle connection is kept; epochs often leave pauses
+MAX_CONNECTIONS = 2048  # where the limit of open files allows them
 FEWEST_CONNECTIONS = 8
-MOST_AT_ONCE = 32           # connections accepted in one turn of the event loop
+MOST_AT_ONCE = 32  # connections accepted in one turn of the event loop
 
 
 class Admission:
@@ -35,27 +39,40 @@ class Admission:
     limit: most connections. The seconds are those of the table above.
     """
 
-    def __init__(self, limit: int, header_timeout: float = HEADER_TIMEOUT, keep_alive: float = KEEP_ALIVE):
+    def __init__(
+        self, limit: int, header_timeout: float = HEADER_TIMEOUT, keep_alive: float = KEEP_ALIVE
+    ):
         self.limit, self.header_timeout, self.keep_alive = limit, header_timeout, keep_alive
-        self.strangers: dict[Connection, None] = {}     # oldest first, as dictionaries keep the order of insertion
-        self.idle: dict[Connection, None] = {}          # longest idle first
+        # oldest first, as dictionaries keep the order of insertion
+        self.strangers: dict[Connection, None] = {}
+        self.idle: dict[Connection, None] = {}  # longest idle first
         self.busy: dict[Connection, None] = {}
         self._warned: set[str] = set()
 
     def check_not_crowded(self) -> None:
-        """Answers a request with 503 where requests under way take so many connections that no room would be left to
-        answer others at all."""
+        """Answers a request with 503 where requests under way take so many connections that no room
+        would be left to answer others at all.
+        """
         if len(self.busy) > self.limit // 2:
-            self.warn(f"requests are answered with 503 while {self.limit // 2} others are under way, half of the "
-                      f"connections: raise the limit of open files (ulimit -n) if clients wait for long")
-            raise busy(f"{self.limit // 2} requests are under way, half of the connections that the server can hold")
+            self.warn(
+                f"requests are answered with 503 while {self.limit // 2} others are under way, "
+                "half of the connections: raise the limit of open files (ulimit -n) if clients "
+                "wait for long"
+            )
+            raise busy(
+                f"{self.limit // 2} requests are under way, half of the connections that the "
+                "server can hold"
+            )
 
     def make_room(self) -> None:
         """Closes one connection where there are too many; the newest one is a stranger."""
         if len(self.strangers) + len(self.idle) + len(self.busy) <= self.limit:
             return
-        self.warn(f"{self.limit} connections are open: the oldest ones without a request that carries the token are "
-                  f"closed. If these are clients of yours, raise the limit of open files: ulimit -n")
+        self.warn(
+            f"{self.limit} connections are open: the oldest ones without a request that carries "
+            "the token are closed. If these are clients of yours, raise the limit of open files: "
+            "ulimit -n"
+        )
         oldest = next(iter(self.strangers))
         if len(self.strangers) == 1 and self.idle:
             oldest = next(iter(self.idle))
@@ -69,7 +86,9 @@ class Admission:
 
 
 class Connection(H11Protocol):
-    """One connection to uvicorn, with a deadline. The application finds it as `request.state.connection`."""
+    """One connection to uvicorn, with a deadline. The application finds it as
+    `request.state.connection`.
+    """
 
     def __init__(self, admission: Admission, config, server_state, app_state, _loop=None):
         super().__init__(config, server_state, {**app_state, "connection": self}, _loop)
@@ -84,12 +103,15 @@ class Connection(H11Protocol):
 
     def authorised(self) -> None:
         """The application says that the request under way carries the token."""
-        if not self.transport.is_closing():     # else it would never leave the group again
+        if not self.transport.is_closing():  # else it would never leave the group again
             self._enter(self.admission.busy, None)
 
     def on_response_complete(self) -> None:
-        if self._group is self.admission.busy:      # uvicorn ends what is silent for `keep_alive`, this what trickles
-            self._enter(self.admission.idle, self.admission.keep_alive + self.admission.header_timeout)
+        # uvicorn ends what is silent for `keep_alive`, this what trickles
+        if self._group is self.admission.busy:
+            self._enter(
+                self.admission.idle, self.admission.keep_alive + self.admission.header_timeout
+            )
         super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -116,8 +138,10 @@ class Connection(H11Protocol):
 
     def _expire(self) -> None:
         if self._group is self.admission.strangers:
-            self.admission.warn(f"a connection was closed that sent no request with the token within "
-                                f"{self.admission.header_timeout:g} s")
+            self.admission.warn(
+                f"a connection was closed that sent no request with the token within "
+                f"{self.admission.header_timeout:g} s"
+            )
         self.abort()
 
 
@@ -133,8 +157,10 @@ class Quota:
 
     @contextlib.contextmanager
     def claims(self) -> Iterator[Callable[[int], None]]:
-        """Gives `claim(count)`, which answers the request with 503 where the others leave too little for it. A request
-        that is alone gets whatever it asks for. What was claimed is free again at the end."""
+        """Gives `claim(count)`, which answers the request with 503 where the others leave too
+        little for it. A request that is alone gets whatever it asks for. What was claimed is free
+        again at the end.
+        """
         mine = 0
 
         def claim(count: int) -> None:
@@ -142,10 +168,17 @@ class Quota:
             if self.used > mine and self.used + count > self.limit:
                 if not self._warned:
                     self._warned = True
-                    log.warning("requests are answered with 503 when they hold more than %d %s together: raise %s if "
-                                "clients wait for long (said once)", self.limit, self.unit, self.fix)
-                raise busy(f"{self.used} {self.unit} are held by requests, and {count} more would exceed the limit of "
-                           f"{self.limit}")
+                    log.warning(
+                        "requests are answered with 503 when they hold more than %d %s together: "
+                        "raise %s if clients wait for long (said once)",
+                        self.limit,
+                        self.unit,
+                        self.fix,
+                    )
+                raise busy(
+                    f"{self.used} {self.unit} are held by requests, and {count} more would exceed "
+                    f"the limit of {self.limit}"
+                )
             mine += count
             self.used += count
 
@@ -161,17 +194,23 @@ def busy(reason: str) -> HTTPException:
 
 
 def connection_limits(workers: int) -> tuple[int, int]:
-    """(most connections, most to accept in a turn of the event loop), from the limit of open files, which is raised as
-    far as this process may. Raises ValueError where it is too low for a server with `workers` worker processes."""
+    """(most connections, most to accept in a turn of the event loop), from the limit of open files,
+    which is raised as far as this process may. Raises ValueError where it is too low for a server
+    with `workers` worker processes.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):      # some systems refuse their own hard limit
+    with contextlib.suppress(ValueError, OSError):  # some systems refuse their own hard limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
-    taken = len(os.listdir("/dev/fd")) + 8 + 5 * workers    # open now; for the event loop; workers and their successors
+    # open now; for the event loop; workers and their successors
+    taken = len(os.listdir("/dev/fd")) + 8 + 5 * workers
     free = MAX_CONNECTIONS * 2 if soft == resource.RLIM_INFINITY else soft - taken
     at_once = max(1, min(MOST_AT_ONCE, free // 10))
-    limit = min(MAX_CONNECTIONS, free - 5 * at_once)    # a file is closed 3 turns after its connection was one too many
+    # a file is closed 3 turns after its connection was one too many
+    limit = min(MAX_CONNECTIONS, free - 5 * at_once)
     if limit < FEWEST_CONNECTIONS:
-        raise ValueError(f"this process may open {soft} files, too few for {workers} workers and their clients: allow "
-                         f"it {taken + 4 * FEWEST_CONNECTIONS} or more (ulimit -n), or use fewer --workers")
+        raise ValueError(
+            f"this process may open {soft} files, too few for {workers} workers and their clients: "
+            f"allow it {taken + 4 * FEWEST_CONNECTIONS} or more (ulimit -n), or use fewer --workers"
+        )
     return limit, at_once

@@ -1,8 +1,9 @@
 """Keeps HTTP connections to one server open, with the standard library only.
 
-One object serves many threads. Compared with a client library: no dependency, a time limit on the whole exchange, and
-`close` ends what other threads are waiting for, so that a trainer that stops does not wait for a server that hangs.
-Proxies of the environment are not used: reward servers stand in the same network.
+One object serves many threads. Compared with a client library: no dependency, a time limit on the
+whole exchange, and `close` ends what other threads are waiting for, so that a trainer that stops
+does not wait for a server that hangs. Proxies of the environment are not used: reward servers stand
+in the same network.
 """
 
 import contextlib
@@ -28,7 +29,9 @@ class Answer:
 
 
 def check_url(url: str) -> urllib.parse.SplitResult:
-    """The parts of a server's address. Raises ValueError that names the fix, without repeating a password."""
+    """The parts of a server's address. Raises ValueError that names the fix, without repeating a
+    password.
+    """
     try:
         parts = urllib.parse.urlsplit(url)
         parts.port  # noqa: B018  (raises ValueError)
@@ -36,10 +39,14 @@ def check_url(url: str) -> urllib.parse.SplitResult:
     except (ValueError, AttributeError) as error:
         raise ValueError(f"server {url!r} is not a URL ({error}): write http://host:port") from None
     if parts.username or parts.password:
-        raise ValueError(f"the URL of server {parts.hostname!r} has a name or a password in it: give the token in an "
-                         f"environment variable instead")
+        raise ValueError(
+            f"the URL of server {parts.hostname!r} has a name or a password in it: give the token "
+            "in an environment variable instead"
+        )
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise ValueError(f"server {url!r} is not a URL of a server: write http://host:port or https://host/path")
+        raise ValueError(
+            f"server {url!r} is not a URL of a server: write http://host:port or https://host/path"
+        )
     return parts
 
 
@@ -52,10 +59,17 @@ class Connections:
         self._busy: set[_Connection] = set()
         self._lock, self._closed = threading.Lock(), False
 
-    def exchange(self, method: str, path: str, headers: Mapping[str, str], body: Sequence[bytes | memoryview] = (),
-                 *, timeout: float) -> Answer:
-        """One request and its answer, in at most `timeout` seconds, however slowly the other side sends. Only the
-        system's look-up of the host's name has limits of its own.
+    def exchange(
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: Sequence[bytes | memoryview] = (),
+        *,
+        timeout: float,
+    ) -> Answer:
+        """One request and its answer, in at most `timeout` seconds, however slowly the other side
+        sends. Only the system's look-up of the host's name has limits of its own.
 
         Raises OSError (TimeoutError among them) or http.client.HTTPException.
         """
@@ -66,7 +80,8 @@ class Connections:
             expired.set()
             connection.end()
 
-        timer = threading.Timer(timeout, expire)    # a socket's own timeout begins anew with every byte
+        # a socket's own timeout begins anew with every byte
+        timer = threading.Timer(timeout, expire)
         timer.daemon = True
         timer.start()
         try:
@@ -74,11 +89,15 @@ class Connections:
                 connection.open(deadline)
             connection.sock.settimeout(_left(deadline))
             length = str(sum(len(part) for part in body))
-            connection.request(method, self._parts.path.rstrip("/") + path, body or None,
-                               {**headers, **({"Content-Length": length} if body else {})})
+            connection.request(
+                method,
+                self._parts.path.rstrip("/") + path,
+                body or None,
+                {**headers, **({"Content-Length": length} if body else {})},
+            )
             with connection.getresponse() as response:
                 answer = Answer(response.status, response.headers, _read(response))
-                _left(deadline)     # else the end of the answer may be that of the time
+                _left(deadline)  # else the end of the answer may be that of the time
                 reusable = not response.will_close
         except Exception as error:
             if expired.is_set() or isinstance(error, TimeoutError):
@@ -126,8 +145,10 @@ class _Connection(http.client.HTTPConnection):
     def __init__(self, parts: urllib.parse.SplitResult):
         self._secure = parts.scheme == "https"
         self.default_port = 443 if self._secure else 80
-        super().__init__(parts.hostname, parts.port or self.default_port)   # without one, ::1 would be taken for port 1
-        self._socket: socket.socket | None = None   # kept here, as `sock` is None while a last answer is read
+        # without one, ::1 would be taken for port 1
+        super().__init__(parts.hostname, parts.port or self.default_port)
+        # kept here, as `sock` is None while a last answer is read
+        self._socket: socket.socket | None = None
 
     def open(self, deadline: float) -> None:
         """Connects to the first address of the host that answers."""
@@ -147,10 +168,11 @@ class _Connection(http.client.HTTPConnection):
                     raise
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._secure:
-            self._socket = ssl.create_default_context().wrap_socket(self._socket, server_hostname=self.host,
-                                                                    do_handshake_on_connect=False)
+            self._socket = ssl.create_default_context().wrap_socket(
+                self._socket, server_hostname=self.host, do_handshake_on_connect=False
+            )
         self.sock = self._socket
-        _left(deadline)     # the time may have ended before there was a socket to end
+        _left(deadline)  # the time may have ended before there was a socket to end
         if self._secure:
             self._socket.do_handshake()
 
@@ -158,7 +180,8 @@ class _Connection(http.client.HTTPConnection):
         """Ends what a thread waits for on this connection: unlike `close`, it wakes that thread."""
         if self._socket is not None:
             with contextlib.suppress(OSError):
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)      # of TLS, too, without its farewell
+                # of TLS, too, without its farewell
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
 
 def _left(deadline: float) -> float:
@@ -176,13 +199,16 @@ def _read(response: http.client.HTTPResponse) -> bytes:
         if len(body) > MAX_ANSWER:
             raise http.client.HTTPException(f"an answer of more than {MAX_ANSWER} bytes")
     if response.length:
-        raise http.client.HTTPException(f"an answer that ended {response.length} bytes before its end")
+        raise http.client.HTTPException(
+            f"an answer that ended {response.length} bytes before its end"
+        )
     return bytes(body)
 
 
 def _is_stale(sock: socket.socket) -> bool:
-    """Whether the server has closed an idle connection: there is an end of file (or nonsense) to read."""
+    """Whether the server has closed an idle connection: there is an end of file (or nonsense) to
+    read.
+    """
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     return bool(poll.poll(0))
-

@@ -1,12 +1,16 @@
 """Several HTTP servers that do the same work: which one to ask, when to ask again, when to give up.
 
-    ask the server with the fewest requests under way    it fails: it is down, and the request goes to another one
+    ask the server with the fewest requests under way    it fails: it is down, and the request goes
+                                                         to another one
     a down server is probed with growing pauses          it answers as it should: it is used again
-    all servers are down                                 requests wait; after `patience` seconds all of them fail, and
-                                                         further ones at once, until a server is back
+    all servers are down                                 requests wait; after `patience` seconds all
+                                                         of them fail, and
+                                                         further ones at once, until a server is
+                                                         back
 
-So a dead server costs a retry, a restart of all of them costs a wait, and an outage costs `patience` seconds once and
-not once a video. A server that is merely busy (429, 503) is asked again after a pause and is not down.
+So a dead server costs a retry, a restart of all of them costs a wait, and an outage costs
+`patience` seconds once and not once a video. A server that is merely busy (429, 503) is asked again
+after a pause and is not down.
 """
 
 import dataclasses
@@ -24,15 +28,17 @@ from rewards.remote.received import load_json, printable
 
 log = logging.getLogger("rewards.remote")
 
-PROBE_TIMEOUT = 5.0                     # seconds
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0   # seconds between two probes, and between two requests to busy servers
+PROBE_TIMEOUT = 5.0  # seconds
+# seconds between two probes, and between two requests to busy servers
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0
 BUSY = (429, 503)
-REFUSED = (400, 413, 415, 422)          # the request is at fault: any server would answer the same
+REFUSED = (400, 413, 415, 422)  # the request is at fault: any server would answer the same
 
 
 def pause(attempt: int, chance: float, first: float = FIRST_PAUSE) -> float:
-    """Seconds before attempt 1, 2, ...: doubling up to LONGEST_PAUSE, of which `chance` in [0, 1) takes up to half,
-    so that the clients of a restarted server do not all come at once."""
+    """Seconds before attempt 1, 2, ...: doubling up to LONGEST_PAUSE, of which `chance` in [0, 1)
+    takes up to half, so that the clients of a restarted server do not all come at once.
+    """
     return min(LONGEST_PAUSE, first * 2 ** (min(attempt, 16) - 1)) * (1 - 0.5 * chance)
 
 
@@ -52,64 +58,94 @@ class _Busy(Exception):
 class _Server:
     url: str
     connections: Connections
-    error: str = "not asked yet"        # "" while it is up
-    outstanding: int = 0                # requests under way
-    last_used: int = 0                  # number of the last request, to take turns
-    probes: int = 0                     # since it went down
-    next_probe: float = 0.0             # time.monotonic()
+    error: str = "not asked yet"  # "" while it is up
+    outstanding: int = 0  # requests under way
+    last_used: int = 0  # number of the last request, to take turns
+    probes: int = 0  # since it went down
+    next_probe: float = 0.0  # time.monotonic()
 
 
 class Endpoints:
     """A client of all `urls`, for any number of threads.
 
-    probe_path: what a GET is sent to, to see whether a server works; check(answer as JSON) raises RewardError if it
+    probe_path: what a GET is sent to, to see whether a server works; check(answer as JSON) raises
+    RewardError if it
         is not the server that was expected.
-    token: sent as bearer token; "" sends none. It is in no message and no log.
-    timeout: seconds for one request and its answer. retries: further servers asked after a failure.
-    patience: seconds to wait when no server works. first_pause: seconds, see `pause`. seed: of the pauses.
+    token: sent as bearer token; "" sends none. It is in no message and no log. timeout: seconds for
+    one request and its answer. retries: further servers asked after a failure. patience: seconds to
+    wait when no server works. first_pause: seconds, see `pause`. seed: of the pauses.
 
-    All servers are probed at once. Raises ValueError for an unusable URL, RewardError if no server works or one is not
-    as expected (a wrong token is found here); those that do not answer are used when they come up.
+    All servers are probed at once. Raises ValueError for an unusable URL, RewardError if no server
+    works or one is not as expected (a wrong token is found here); those that do not answer are used
+    when they come up.
     """
 
-    def __init__(self, urls: Sequence[str], probe_path: str, check: Callable[[Any], None], *, token: str = "",
-                 timeout: float = 60.0, retries: int = 3, patience: float = 120.0, first_pause: float = FIRST_PAUSE,
-                 seed: int | None = None):
+    def __init__(
+        self,
+        urls: Sequence[str],
+        probe_path: str,
+        check: Callable[[Any], None],
+        *,
+        token: str = "",
+        timeout: float = 60.0,
+        retries: int = 3,
+        patience: float = 120.0,
+        first_pause: float = FIRST_PAUSE,
+        seed: int | None = None,
+    ):
         if isinstance(urls, str) or not urls:
-            raise ValueError(f"servers {urls!r}: give a list of one or more URLs, such as http://host:8080")
+            raise ValueError(
+                f"servers {urls!r}: give a list of one or more URLs, such as http://host:8080"
+            )
         if not (timeout > 0 and retries >= 0 and patience >= 0 and first_pause > 0):
-            raise ValueError(f"timeout={timeout} and first_pause={first_pause} must be above 0, retries={retries} and "
-                             f"patience={patience} at least 0")
+            raise ValueError(
+                f"timeout={timeout} and first_pause={first_pause} must be above 0, "
+                f"retries={retries} and patience={patience} at least 0"
+            )
         if not token.isascii() or any(char.isspace() or not char.isprintable() for char in token):
-            raise ValueError("the token has characters that no HTTP header can hold: use ASCII letters and digits")
+            raise ValueError(
+                "the token has characters that no HTTP header can hold: use ASCII letters and "
+                "digits"
+            )
         self._servers = [_Server(url, Connections(url)) for url in dict.fromkeys(urls)]
         self._probe_path, self._check, self._timeout = probe_path, check, timeout
         self._retries, self._patience, self._first_pause = retries, patience, first_pause
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._random = random.Random(seed)
-        self._changed = threading.Condition()       # guards everything below, and the servers
-        self._requests, self._all_down_since, self._watching, self._closed = 0, time.monotonic(), False, False
+        self._changed = threading.Condition()  # guards everything below, and the servers
+        self._requests, self._all_down_since, self._watching, self._closed = (
+            0,
+            time.monotonic(),
+            False,
+            False,
+        )
         try:
             self._first_probes()
         except BaseException:
             self.close()
             raise
 
-    # ---- asking ----------------------------------------------------------------------------------------------
+    # ---- asking ----------------------------------------------------------------------------------
 
     def post(self, path: str, body: Sequence[bytes | memoryview], content_type: str) -> Any:
-        """The answer to a request that may be repeated, from JSON. Raises RewardError when there is none."""
+        """The answer to a request that may be repeated, from JSON. Raises RewardError when there is
+        none.
+        """
         headers = self._headers | {"Content-Type": content_type}
         tried, errors, busy, deadline = set(), [], 0, None
         while len(errors) <= self._retries:
             server = self._take(tried)
             try:
-                return _parse(server.connections.exchange("POST", path, headers, body, timeout=self._timeout))
+                return _parse(
+                    server.connections.exchange("POST", path, headers, body, timeout=self._timeout)
+                )
             except _Busy as error:
                 busy, deadline = busy + 1, deadline or time.monotonic() + self._patience
                 if time.monotonic() >= deadline:
-                    raise RewardError(f"reward server {server.url} was busy for {self._patience:g} s ({error}): start "
-                                      f"more servers or workers, or have fewer videos in flight") from None
+                    raise RewardError(
+                        f"reward server {server.url} was busy for {self._patience:g} s ({error}): "
+                        "start more servers or workers, or have fewer videos in flight"
+                    ) from None
                 self._sleep(self._pause(busy))
             except (_Failed, OSError, http.client.HTTPException) as error:
                 tried.add(server)
@@ -136,13 +172,19 @@ class Endpoints:
                 self._check_open()
                 up = [server for server in self._servers if not server.error]
                 if up:
-                    best = min(up, key=lambda server: (server in tried, server.outstanding, server.last_used))
+                    best = min(
+                        up,
+                        key=lambda server: (server in tried, server.outstanding, server.last_used),
+                    )
                     self._requests += 1
                     best.outstanding, best.last_used = best.outstanding + 1, self._requests
                     return best
                 left = self._all_down_since + self._patience - time.monotonic()
                 if left <= 0:
-                    raise RewardError(f"no reward server works, for more than {self._patience:g} s: {self._errors()}")
+                    raise RewardError(
+                        f"no reward server works, for more than {self._patience:g} s: "
+                        f"{self._errors()}"
+                    )
                 self._changed.wait(left)
 
     def _done(self, server: _Server) -> None:
@@ -159,12 +201,14 @@ class Endpoints:
             raise RewardError("the client of the reward servers is closed")
 
     def _errors(self) -> str:
-        return "; ".join(f"{server.url}: {server.error}" for server in self._servers if server.error)
+        return "; ".join(
+            f"{server.url}: {server.error}" for server in self._servers if server.error
+        )
 
     def _pause(self, attempt: int) -> float:
         return pause(attempt, self._random.random(), self._first_pause)
 
-    # ---- which servers work ------------------------------------------------------------------------------------
+    # ---- which servers work ----------------------------------------------------------------------
 
     def _first_probes(self) -> None:
         unexpected = []
@@ -179,15 +223,19 @@ class Endpoints:
         if unexpected:
             raise RewardError("; ".join(unexpected))
         if all(server.error for server in self._servers):
-            raise RewardError(f"no reward server works: {self._errors()}. Start one with python -m rewards.server, or "
-                              f"correct the URL")
+            raise RewardError(
+                f"no reward server works: {self._errors()}. Start one with python -m "
+                "rewards.server, or correct the URL"
+            )
         with self._changed:
             for server in self._servers:
                 if server.error:
                     self._mark_down(server, server.error)
 
     def _probe(self, server: _Server) -> None:
-        answer = server.connections.exchange("GET", self._probe_path, self._headers, timeout=PROBE_TIMEOUT)
+        answer = server.connections.exchange(
+            "GET", self._probe_path, self._headers, timeout=PROBE_TIMEOUT
+        )
         self._check(_parse(answer))
 
     def _down(self, server: _Server, error: str) -> None:
@@ -223,10 +271,10 @@ class Endpoints:
             try:
                 self._probe(server)
                 error = ""
-            except Exception as reason:     # whatever it is, this thread must go on
+            except Exception as reason:  # whatever it is, this thread must go on
                 error = _say(reason)
             with self._changed:
-                if error and error != server.error:     # such as other settings after a restart
+                if error and error != server.error:  # such as other settings after a restart
                     log.warning("reward server %s is still not used: %s", server.url, error)
                 server.error, server.probes = error, server.probes + 1
                 server.next_probe = time.monotonic() + self._pause(server.probes)
@@ -241,15 +289,19 @@ def _parse(answer: Answer) -> Any:
         try:
             return load_json(answer.body)
         except ValueError as error:
-            raise _Failed(f"answered something else than JSON ({error}): {answer.body[:200]!r}") from None
+            raise _Failed(
+                f"answered something else than JSON ({error}): {answer.body[:200]!r}"
+            ) from None
     detail = f"{answer.status} {_detail(answer.body)}".strip()
     if answer.status in BUSY:
         raise _Busy(detail)
     if answer.status in REFUSED:
         raise RewardError(f"refused the request: {detail}")
     if answer.status in (401, 403):
-        raise _Misplaced(f"refused the token ({detail}): put the server's token in the environment variable that "
-                         f"config.reward.token_env names")
+        raise _Misplaced(
+            f"refused the token ({detail}): put the server's token in the environment variable "
+            "that config.reward.token_env names"
+        )
     raise (_Misplaced if answer.status in (404, 405) else _Failed)(f"answered {detail}")
 
 

@@ -3,12 +3,13 @@
 import json
 from typing import Any
 
-LEVELS = 64     # of arrays and objects within each other; far below what Python's recursion allows
+LEVELS = 64  # of arrays and objects within each other; far below what Python's recursion allows
 
 
 def load_json(text: bytes) -> Any:
-    """Raises ValueError for what is not JSON in UTF-8, or is nested deeper than LEVELS: code that follows the structure
-    can rely on that."""
+    """Raises ValueError for what is not JSON in UTF-8, or is nested deeper than LEVELS: code that
+    follows the structure can rely on that.
+    """
     try:
         value = json.loads(text.decode())
     except RecursionError:
@@ -26,5 +27,7 @@ def _check_levels(value: Any, levels: int) -> None:
 
 
 def printable(text: str, length: int = 500) -> str:
-    """The beginning of a text on one line, without characters that control a terminal; for logs and messages."""
+    """The beginning of a text on one line, without characters that control a terminal; for logs and
+    messages.
+    """
     return "".join(char if char.isprintable() else " " for char in text[:length]).strip()

@@ -1,7 +1,7 @@
 """How videos and scores travel between a trainer and a reward server (docs/rewards_server.md).
 
-A request is a short header and the pixels as they lie in memory; an answer is JSON. Nothing is ever unpickled, and
-nothing is allocated by a size that the sender only claims.
+A request is a short header and the pixels as they lie in memory; an answer is JSON. Nothing is ever
+unpickled, and nothing is allocated by a size that the sender only claims.
 """
 
 import dataclasses
@@ -22,7 +22,8 @@ SCORE_PATH, HEALTH_PATH = "/v1/score", "/v1/health"
 CONTENT_TYPE = "application/x-wan-rewards"
 MAGIC = b"WANRWD1\n"
 _PREFIX = struct.Struct("<8sI")  # magic, bytes of the JSON header
-MAX_VALUE = 1e6     # magnitude of a value; far above any reward, and no sum of squares overflows in float32
+# magnitude of a value; far above any reward, and no sum of squares overflows in float32
+MAX_VALUE = 1e6
 
 
 class WireError(ValueError):
@@ -37,77 +38,120 @@ class WireError(ValueError):
 class Limits:
     """The largest request that a server takes."""
 
-    body: int = 512 << 20       # bytes of the whole request
-    header: int = 1 << 20       # bytes of its JSON header
-    videos: int = 64            # B
-    frames: int = 1024          # T
-    side: int = 4096            # H and W, pixels
+    body: int = 512 << 20  # bytes of the whole request
+    header: int = 1 << 20  # bytes of its JSON header
+    videos: int = 64  # B
+    frames: int = 1024  # T
+    side: int = 4096  # H and W, pixels
 
 
 DEFAULT_LIMITS = Limits()
 
 
-# --- requests -----------------------------------------------------------------------------------------------
+# --- requests -------------------------------------------------------------------------------------
+
 
 def encode_request(videos: np.ndarray, records: Sequence[Any]) -> list[bytes | memoryview]:
-    """The parts of a request's body. `videos` uint8 [B, T, H, W, 3]; `records` B of what JSON can hold.
+    """The parts of a request's body. `videos` uint8 [B, T, H, W, 3]; `records` B of what JSON can
+    hold.
 
     Raises RewardError for a record that JSON cannot hold: pickle would, and is not an option.
     """
     check_frames(videos[0])
     try:
-        header = json.dumps({"shape": videos.shape, "dtype": "uint8", "records": list(records)}).encode()
+        header = json.dumps(
+            {"shape": videos.shape, "dtype": "uint8", "records": list(records)}
+        ).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise RewardError(f"a record cannot be sent to a reward server ({error}): use strings, numbers, None, and "
-                          f"lists, tuples and dicts of them") from error
-    return [_PREFIX.pack(MAGIC, len(header)), header, memoryview(np.ascontiguousarray(videos)).cast("B")]
+        raise RewardError(
+            f"a record cannot be sent to a reward server ({error}): use strings, numbers, None, "
+            "and lists, tuples and dicts of them"
+        ) from error
+    return [
+        _PREFIX.pack(MAGIC, len(header)),
+        header,
+        memoryview(np.ascontiguousarray(videos)).cast("B"),
+    ]
 
 
 def decode_request(body: bytes | bytearray, limits: Limits) -> tuple[np.ndarray, list[Any]]:
-    """`encode_request` backwards: (uint8 [B, T, H, W, 3] without a copy, B records with tuples for arrays).
+    """`encode_request` backwards: (uint8 [B, T, H, W, 3] without a copy, B records with tuples for
+    arrays).
 
     Raises WireError, naming the value, the limit and the fix.
     """
     if len(body) < _PREFIX.size or not body.startswith(MAGIC):
-        raise WireError(f"the body begins with {bytes(body[:8])!r}, not with {MAGIC!r}: send the format of "
-                        f"docs/rewards_server.md, version 1", 415)
+        raise WireError(
+            f"the body begins with {bytes(body[:8])!r}, not with {MAGIC!r}: send the format of "
+            f"docs/rewards_server.md, version 1",
+            415,
+        )
     size = _PREFIX.unpack_from(body)[1]
     if size > limits.header:
-        raise WireError(f"the header has {size} bytes, more than the limit of {limits.header}: send fewer videos in a "
-                        f"request, or shorter records", 413)
+        raise WireError(
+            f"the header has {size} bytes, more than the limit of {limits.header}: send fewer "
+            "videos in a request, or shorter records",
+            413,
+        )
     start = _PREFIX.size + size
     if start > len(body):
-        raise WireError(f"the body ends within its header: {size} bytes announced, {len(body) - _PREFIX.size} there")
+        raise WireError(
+            f"the body ends within its header: {size} bytes announced, {len(body) - _PREFIX.size} "
+            "there"
+        )
     try:
-        header = load_json(bytes(body[_PREFIX.size:start]))
+        header = load_json(bytes(body[_PREFIX.size : start]))
     except ValueError as error:
         raise WireError(f"the header is not JSON in UTF-8: {error}") from None
     shape, records = _checked(header, limits)
     if len(body) - start != math.prod(shape):
-        raise WireError(f"the header's shape {list(shape)} means {math.prod(shape)} bytes of pixels, but "
-                        f"{len(body) - start} follow it: send uint8 in C order, nothing before or after")
+        raise WireError(
+            f"the header's shape {list(shape)} means {math.prod(shape)} bytes of pixels, but "
+            f"{len(body) - start} follow it: send uint8 in C order, nothing before or after"
+        )
     return np.frombuffer(body, np.uint8, offset=start).reshape(shape), records
 
 
 def _checked(header: Any, limits: Limits) -> tuple[tuple[int, ...], list[Any]]:
     if not isinstance(header, dict) or not {"shape", "dtype", "records"} <= header.keys():
-        raise WireError('the header must be {"shape": [B, T, H, W, 3], "dtype": "uint8", "records": [...]}')
+        raise WireError(
+            'the header must be {"shape": [B, T, H, W, 3], "dtype": "uint8", "records": [...]}'
+        )
     shape, records = header["shape"], header["records"]
     if header["dtype"] != "uint8":
-        raise WireError(f"dtype {_show(header['dtype'])} is not taken: send uint8 RGB, ((x + 1) * 127.5).round()"
-                        f".clip(0, 255) of x in [-1, 1]", 422)
-    if (not isinstance(shape, list) or len(shape) != 5 or shape[-1] != 3
-            or not all(type(n) is int and n > 0 for n in shape)):
-        raise WireError(f"shape {_show(shape)} is not [B, T, H, W, 3] with no empty axis; an image is a video "
-                        f"with T = 1", 422)
-    for name, value, limit in (("videos", shape[0], limits.videos), ("frames", shape[1], limits.frames),
-                               ("height", shape[2], limits.side), ("width", shape[3], limits.side)):
+        raise WireError(
+            f"dtype {_show(header['dtype'])} is not taken: send uint8 RGB, ((x + 1) * "
+            "127.5).round().clip(0, 255) of x in [-1, 1]",
+            422,
+        )
+    if (
+        not isinstance(shape, list)
+        or len(shape) != 5
+        or shape[-1] != 3
+        or not all(type(n) is int and n > 0 for n in shape)
+    ):
+        raise WireError(
+            f"shape {_show(shape)} is not [B, T, H, W, 3] with no empty axis; an image is a video "
+            f"with T = 1",
+            422,
+        )
+    for name, value, limit in (
+        ("videos", shape[0], limits.videos),
+        ("frames", shape[1], limits.frames),
+        ("height", shape[2], limits.side),
+        ("width", shape[3], limits.side),
+    ):
         if value > limit:
-            raise WireError(f"{name} = {_show(value)} is more than the limit of {limit}: send less, or start the "
-                            f"server with a higher limit", 413)
+            raise WireError(
+                f"{name} = {_show(value)} is more than the limit of {limit}: send less, or start "
+                "the server with a higher limit",
+                413,
+            )
     if not isinstance(records, list) or len(records) != shape[0]:
         found = len(records) if isinstance(records, list) else type(records).__name__
-        raise WireError(f"{shape[0]} videos but {found} records: give a list with one for each video", 422)
+        raise WireError(
+            f"{shape[0]} videos but {found} records: give a list with one for each video", 422
+        )
     return tuple(shape), [_tuples(record) for record in records]
 
 
@@ -118,20 +162,24 @@ def _tuples(value: Any) -> Any:
     return {key: _tuples(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-# --- answers ------------------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
+
 
 def encode_scores(batch: BatchScores) -> bytes:
-    """JSON: {"scores": [{"valid", "error", and the fields of `Score`} ...]}, in the order of the request.
+    """JSON: {"scores": [{"valid", "error", and the fields of `Score`} ...]}, in the order of the
+    request.
 
-    Python writes a double with the digits that give the same double back, so values arrive bit for bit. A score that
-    JSON cannot hold is not valid.
+    Python writes a double with the digits that give the same double back, so values arrive bit for
+    bit. A score that JSON cannot hold is not valid.
     """
     scores = []
     for score, error in zip(batch.scores, batch.errors):
         try:
             scores.append(_encode_score(score, error.strip().splitlines()[-1] if error else ""))
         except (TypeError, ValueError, AttributeError, RecursionError) as reason:
-            scores.append(_encode_score(None, f"the reward gave a score that cannot be sent: {reason}"))
+            scores.append(
+                _encode_score(None, f"the reward gave a score that cannot be sent: {reason}")
+            )
     return f'{{"scores": [{", ".join(scores)}]}}'.encode()
 
 
@@ -139,17 +187,25 @@ def _encode_score(score: Score | None, error: str) -> str:
     fields = dataclasses.asdict(score or Score(0.0))
     if score is None:
         fields["value"] = None
-    fields["parts"] = [[name, None if math.isnan(value) else value] for name, value in fields["parts"]]
-    return json.dumps({"valid": score is not None, "error": error, **fields}, allow_nan=False,
-                      default=lambda number: number.item())
+    fields["parts"] = [
+        [name, None if math.isnan(value) else value] for name, value in fields["parts"]
+    ]
+    return json.dumps(
+        {"valid": score is not None, "error": error, **fields},
+        allow_nan=False,
+        default=lambda number: number.item(),
+    )
 
 
-def decode_scores(answer: Any, count: int, frames: int,
-                  bounds: tuple[float, float] = (-MAX_VALUE, MAX_VALUE)) -> list[Score | RewardError]:
-    """`encode_scores` backwards: for each of `count` videos its score, or why it has none. A score that is not as the
-    wire format says, or whose value is not within `bounds`, is an error of that video.
+def decode_scores(
+    answer: Any, count: int, frames: int, bounds: tuple[float, float] = (-MAX_VALUE, MAX_VALUE)
+) -> list[Score | RewardError]:
+    """`encode_scores` backwards: for each of `count` videos its score, or why it has none. A score
+    that is not as the wire format says, or whose value is not within `bounds`, is an error of that
+    video.
 
-    frames: of each video, as they were sent. Raises RewardError where the answer does not have `count` scores.
+    frames: of each video, as they were sent. Raises RewardError where the answer does not have
+    `count` scores.
     """
     records = answer.get("scores") if isinstance(answer, dict) else None
     if not isinstance(records, list) or len(records) != count:
@@ -159,24 +215,41 @@ def decode_scores(answer: Any, count: int, frames: int,
 
 def _decode_score(record: Any, frames: int, bounds: tuple[float, float]) -> Score | RewardError:
     if not isinstance(record, dict) or not isinstance(record.get("valid"), bool):
-        return RewardError(f"the server's score is malformed, expected an object with a boolean 'valid': "
-                           f"{_show(record)}")
+        return RewardError(
+            f"the server's score is malformed, expected an object with a boolean 'valid': "
+            f"{_show(record)}"
+        )
     if not record["valid"]:
-        return RewardError(f"the server could not score the video: {printable(str(record.get('error')))}")
+        return RewardError(
+            f"the server could not score the video: {printable(str(record.get('error')))}"
+        )
     expected: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "value": (lambda x: _is_number(x, *bounds), f"a number from {bounds[0]:g} to {bounds[1]:g}"),
+        "value": (
+            lambda x: _is_number(x, *bounds),
+            f"a number from {bounds[0]:g} to {bounds[1]:g}",
+        ),
         "text": (_is_text, "a string"),
-        "frames": (lambda x: _is_list(x, lambda i: type(i) is int and 0 <= i < frames), f"integers from 0 to "
-                   f"{frames - 1}"),
+        "frames": (
+            lambda x: _is_list(x, lambda i: type(i) is int and 0 <= i < frames),
+            f"integers from 0 to {frames - 1}",
+        ),
         "frame_values": (lambda x: _is_list(x, _is_number), "finite numbers"),
         "frame_texts": (lambda x: _is_list(x, _is_text), "strings"),
-        "parts": (lambda x: _is_list(x, _is_part), f"[name, number from {-MAX_VALUE:g} to {MAX_VALUE:g} or null] each")}
+        "parts": (
+            lambda x: _is_list(x, _is_part),
+            f"[name, number from {-MAX_VALUE:g} to {MAX_VALUE:g} or null] each",
+        ),
+    }
     given = {"value": None} | {name: record[name] for name in expected if name in record}
     for name, value in given.items():
         is_right, what = expected[name]
         if not is_right(value):
-            return RewardError(f"the server's score is malformed, {name}={_show(value)}: expected {what}")
-    given["parts"] = [(name, math.nan if value is None else value) for name, value in given.get("parts", ())]
+            return RewardError(
+                f"the server's score is malformed, {name}={_show(value)}: expected {what}"
+            )
+    given["parts"] = [
+        (name, math.nan if value is None else value) for name, value in given.get("parts", ())
+    ]
     return Score(**{name: _tuples(value) for name, value in given.items()})
 
 
@@ -188,8 +261,10 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_number(value: Any, low: float = -sys.float_info.max, high: float = sys.float_info.max) -> bool:
-    return type(value) in (int, float) and low <= value <= high     # not for nan, nor for a bool
+def _is_number(
+    value: Any, low: float = -sys.float_info.max, high: float = sys.float_info.max
+) -> bool:
+    return type(value) in (int, float) and low <= value <= high  # not for nan, nor for a bool
 
 
 def _is_list(value: Any, is_item: Callable[[Any], bool]) -> bool:
@@ -197,5 +272,9 @@ def _is_list(value: Any, is_item: Callable[[Any], bool]) -> bool:
 
 
 def _is_part(value: Any) -> bool:
-    return (isinstance(value, list) and len(value) == 2 and _is_text(value[0])
-            and (value[1] is None or _is_number(value[1], -MAX_VALUE, MAX_VALUE)))
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and _is_text(value[0])
+        and (value[1] is None or _is_number(value[1], -MAX_VALUE, MAX_VALUE))
+    )

@@ -1,4 +1,6 @@
-"""How `benchmarks.kills` counts, with shell scripts in place of the command; the runs themselves take minutes."""
+"""How `benchmarks.kills` counts, with shell scripts in place of the command; the runs themselves
+take minutes.
+"""
 
 import collections
 
@@ -23,11 +25,16 @@ def chain(tmp_path, monkeypatch):
     return command
 
 
-@pytest.mark.parametrize("script, wanted", [
-    ("echo 'error: the disk is full' >&2; exit 1", [("fault", True)]),
-    ("echo 'error: one' >&2; echo 'error: two' >&2; exit 1", [("fault", False)]),
-    (f"echo '{kills.TRACEBACK}:' >&2; echo 'error: one' >&2; exit 1", [("fault", False)]),
-    ("exit 1", [("fault", False)]), ("exit 0", [])])
+@pytest.mark.parametrize(
+    "script, wanted",
+    [
+        ("echo 'error: the disk is full' >&2; exit 1", [("fault", True)]),
+        ("echo 'error: one' >&2; echo 'error: two' >&2; exit 1", [("fault", False)]),
+        (f"echo '{kills.TRACEBACK}:' >&2; echo 'error: one' >&2; exit 1", [("fault", False)]),
+        ("exit 1", [("fault", False)]),
+        ("exit 0", []),
+    ],
+)
 def test_a_fault_is_taken_well_with_one_message(chain, script, wanted):
     run = chain(script)
     run.suffer("fault")

@@ -1,4 +1,6 @@
-"""Both sides of the comparison at a tiny size on the CPU: that they run, and that they compute the same."""
+"""Both sides of the comparison at a tiny size on the CPU: that they run, and that they compute the
+same.
+"""
 
 import functools
 import types
@@ -21,10 +23,37 @@ from wan_jax.diffusion.schedule import flow_sigmas
 from wan_jax.models import params as P
 from wan_jax.storage import model_dir
 
-TINY = dict(size="tiny", height=16, width=32, frames=1, batch=2, guidance=1.0, kl=0.0, repeats=1, dtype="float32",
-            remat="block", micro=1, profile=False, chunk=None, groups=1, group_size=2, steps=2, updates=1, readers=1,
-            trained=1, mode="autocast", attention=None, compiler="aot_eager", devices=1, fsdp=1, context=1, full=False,
-            offload_optimiser=False, experts=1, text_rows=workload.TEXT)
+TINY = dict(
+    size="tiny",
+    height=16,
+    width=32,
+    frames=1,
+    batch=2,
+    guidance=1.0,
+    kl=0.0,
+    repeats=1,
+    dtype="float32",
+    remat="block",
+    micro=1,
+    profile=False,
+    chunk=None,
+    groups=1,
+    group_size=2,
+    steps=2,
+    updates=1,
+    readers=1,
+    trained=1,
+    mode="autocast",
+    attention=None,
+    compiler="aot_eager",
+    devices=1,
+    fsdp=1,
+    context=1,
+    full=False,
+    offload_optimiser=False,
+    experts=1,
+    text_rows=workload.TEXT,
+)
 
 
 def settings(**changes):
@@ -52,7 +81,9 @@ def peer():
 
 
 def check(record, stages):
-    assert set(record.stages) == set(stages) and all(stage.ms > 0 for stage in record.stages.values())
+    assert set(record.stages) == set(stages) and all(
+        stage.ms > 0 for stage in record.stages.values()
+    )
     if record.ratio:
         assert max(abs(r - 1) for r in record.ratio) < 1e-4
 
@@ -65,9 +96,15 @@ def test_our_steps(quick):
     assert update.tflops == pytest.approx(3 * work / update.ms / 1e9)
 
 
-@pytest.mark.parametrize("changes", [
-    {"devices": 2, "fsdp": 2, "full": True}, {"devices": 2, "context": 2, "batch": 1},
-    {"devices": 2, "full": True, "offload_optimiser": True, "experts": 2}], ids=lambda c: "-".join(c))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"devices": 2, "fsdp": 2, "full": True},
+        {"devices": 2, "context": 2, "batch": 1},
+        {"devices": 2, "full": True, "offload_optimiser": True, "experts": 2},
+    ],
+    ids=lambda c: "-".join(c),
+)
 def test_our_steps_on_every_axis(quick, changes, capsys):
     record = full_size.measure(settings(**changes))
     check(record, scaling.STAGES)
@@ -93,12 +130,18 @@ def test_our_decoding():
 @pytest.mark.parity
 @pytest.mark.parametrize("mode", ["autocast", "bf16"])
 def test_the_peers_steps(peer, mode):
-    check(peer.measure(settings(task="steps", mode=mode, guidance=4.5, kl=0.004)), ("rollout", "update"))
+    check(
+        peer.measure(settings(task="steps", mode=mode, guidance=4.5, kl=0.004)),
+        ("rollout", "update"),
+    )
 
 
 @pytest.mark.parity
 def test_the_peers_epoch(peer):
-    check(peer.measure(settings(task="epoch", kl=0.004)), ("epoch", "sample", "decode", "score wait", "update"))
+    check(
+        peer.measure(settings(task="epoch", kl=0.004)),
+        ("epoch", "sample", "decode", "score wait", "update"),
+    )
 
 
 @pytest.mark.parity
@@ -112,11 +155,17 @@ def test_the_peer_computes_what_ours_does(peer):
     import torch
 
     torch.manual_seed(0)
-    i, schedule, config = 3, flow_sigmas(workload.STEPS, workload.SHIFT), workload.transformer_config("tiny")
+    i, schedule, config = (
+        3,
+        flow_sigmas(workload.STEPS, workload.SHIFT),
+        workload.transformer_config("tiny"),
+    )
     transformer = peer.make_transformer(config, torch.float32, "cpu")
     weights = {k: v.numpy() for k, v in transformer.state_dict().items()}
     graph, like = model_dir.abstract("transformer", config, attention="xla")
-    flat = key_table.to_ours("transformer", weights, {k: v.shape for k, v in P.flatten(like).items()})
+    flat = key_table.to_ours(
+        "transformer", weights, {k: v.shape for k, v in P.flatten(like).items()}
+    )
     state = P.unflatten(like, {k: jnp.asarray(v) for k, v in flat.items()})
     policy = peer.Policy(transformer, "fp32", schedule, guidance=4.5)
     text, x = peer.random_text(config, 2, "cpu"), torch.randn(2, 16, 1, 2, 4)
@@ -125,10 +174,15 @@ def test_the_peer_computes_what_ours_does(peer):
     def ours(tensor):  # [B, C, F, H, W] -> [B, F, H, W, C]
         return jnp.asarray(tensor.numpy().transpose(0, 2, 3, 4, 1))
 
-    rows = TextBatch(jnp.asarray(text.embeddings[:, :workload.TEXT].numpy()),
-                     jnp.asarray(text.negative[0, :workload.TEXT].numpy()), workload.TEXT_ROWS - workload.TEXT)
-    run = jax.jit(lambda s, x: velocity(nnx.merge(graph, s), x, float(schedule.timesteps[i]), rows, 4.5),
-                  compiler_options={"xla_backend_optimization_level": 0})
+    rows = TextBatch(
+        jnp.asarray(text.embeddings[:, : workload.TEXT].numpy()),
+        jnp.asarray(text.negative[0, : workload.TEXT].numpy()),
+        workload.TEXT_ROWS - workload.TEXT,
+    )
+    run = jax.jit(
+        lambda s, x: velocity(nnx.merge(graph, s), x, float(schedule.timesteps[i]), rows, 4.5),
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
     ours_v = run(state, ours(x))
     with torch.no_grad():
         theirs_v = policy.velocity(x, i, text)
@@ -143,10 +197,18 @@ def test_the_peer_computes_what_ours_does(peer):
         loss, ratios = policy.loss(kept, text, advantages, kl=0.004)
     g = sde.diffusion_coefficient(sde.SDEConfig("flow_grpo_wan"), schedule)[i]
     columns = [jnp.full(2, value) for value in (schedule.sigmas[i], schedule.sigmas[i + 1], g)]
-    ours_rows = Rows(ours(kept.x), ours(kept.x_next), jnp.asarray(kept.log_prob.numpy()),
-                     jnp.asarray(advantages.numpy()), *columns, mask=jnp.ones(2, bool))
+    ours_rows = Rows(
+        ours(kept.x),
+        ours(kept.x_next),
+        jnp.asarray(kept.log_prob.numpy()),
+        jnp.asarray(advantages.numpy()),
+        *columns,
+        mask=jnp.ones(2, bool),
+    )
     terms = jax.jit(functools.partial(policy_gradient_terms, config=LossConfig(kl_beta=0.004)))
     ours_loss, metrics = terms(ours_rows, ours(moved), ours(theirs_v))
     assert float(ours_loss.mean()) == pytest.approx(float(loss), rel=1e-5)
     averages = metrics.averages()
-    assert averages["kl"] > 1e-6 and averages["ratio_max"] == pytest.approx(float(ratios.max()), abs=1e-6)
+    assert averages["kl"] > 1e-6 and averages["ratio_max"] == pytest.approx(
+        float(ratios.max()), abs=1e-6
+    )

@@ -1,4 +1,6 @@
-"""Several devices beside one: the arithmetic on fixed numbers, and that each work says what it runs on."""
+"""Several devices beside one: the arithmetic on fixed numbers, and that each work says what it runs
+on.
+"""
 
 import json
 
@@ -10,8 +12,13 @@ from benchmarks.workload import Record, Stage
 
 
 def record(rollout: float, update: float) -> Record:
-    return Record("ours", {"rollout": Stage(rollout, 3.0, 500.0), "update": Stage(update, 9.0, 450.0)}, "GPU", "1.0",
-                  (0.999, 1.001))
+    return Record(
+        "ours",
+        {"rollout": Stage(rollout, 3.0, 500.0), "update": Stage(update, 9.0, 450.0)},
+        "GPU",
+        "1.0",
+        (0.999, 1.001),
+    )
 
 
 def as_written(found: Record, folder) -> dict:
@@ -24,19 +31,29 @@ def test_times_one_counts_videos():
     found = {1: record(100.0, 200.0), 2: record(100.0, 250.0)}
     assert times_one(data, found, 2, "rollout") == 2.0  # twice the videos in the same time
     assert times_one(data, found, 2, "update") == pytest.approx(1.6)
-    assert times_one(context, {1: record(100.0, 1.0), 4: record(40.0, 1.0)}, 4, "rollout") == 2.5  # one video, faster
+    # one video, faster
+    assert times_one(context, {1: record(100.0, 1.0), 4: record(40.0, 1.0)}, 4, "rollout") == 2.5
     assert times_one(data, {2: found[2]}, 2, "rollout") is None
 
 
 def test_table_judges_data_parallel_only(tmp_path):
-    found = {str(n): as_written(record(100.0, ms), tmp_path) for n, ms in ((1, 100.0), (2, 110.0), (4, 103.0))}
-    lines = table({"1.3b-data": found, "1.3b-context": found | {"4": {"failed": "out of memory"}}}).splitlines()
-    assert lines[3].endswith("| 100.0 | 500 | 2.00 | 110.0 | 450 | 1.82 | 9.0 | rollout 1.9: reached; update 1.9: "
-                             "**not reached** |")
+    found = {
+        str(n): as_written(record(100.0, ms), tmp_path)
+        for n, ms in ((1, 100.0), (2, 110.0), (4, 103.0))
+    }
+    lines = table(
+        {"1.3b-data": found, "1.3b-context": found | {"4": {"failed": "out of memory"}}}
+    ).splitlines()
+    assert lines[3].endswith(
+        "| 100.0 | 500 | 2.00 | 110.0 | 450 | 1.82 | 9.0 | rollout 1.9: reached; update 1.9: "
+        "**not reached** |"
+    )
     assert lines[4].endswith("update 3.75: reached |")
     assert lines[6].endswith("| 9.0 |  |")
     assert "- 1.3B, LoRA, one video of 81 x 480 x 832, 4 GPUs: failed, out of memory" in lines
-    assert {len(line.split(" | ")) for line in lines[:7] if "---" not in line} == {len(scaling.HEAD)}
+    assert {len(line.split(" | ")) for line in lines[:7] if "---" not in line} == {
+        len(scaling.HEAD)
+    }
 
 
 def test_commands_fill_the_axis():
@@ -45,4 +62,5 @@ def test_commands_fill_the_axis():
             given = dict(x.removeprefix("--").split("=") for x in work.command(devices) if "=" in x)
             assert int(given["devices"]) == devices and int(given["batch"]) == work.videos(devices)
             assert devices == int(given.get("fsdp", 1)) * int(given.get("context", 1)) * (
-                devices if work.axis == "data" else 1)
+                devices if work.axis == "data" else 1
+            )

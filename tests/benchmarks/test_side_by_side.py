@@ -1,4 +1,6 @@
-"""The comparison's arithmetic on fixed numbers, its commands, and that neither side loads the other's framework."""
+"""The comparison's arithmetic on fixed numbers, its commands, and that neither side loads the
+other's framework.
+"""
 
 import json
 import subprocess
@@ -15,12 +17,21 @@ PEERS = WORKS["1.3b-image"].peers
 
 
 def record(side, rollout, update, peak, tflops=500.0):
-    return Record(side, {"rollout": Stage(rollout, peak, tflops), "update": Stage(update, peak, tflops)}, "GPU", "1.0",
-                  (0.999, 1.001))
+    return Record(
+        side,
+        {"rollout": Stage(rollout, peak, tflops), "update": Stage(update, peak, tflops)},
+        "GPU",
+        "1.0",
+        (0.999, 1.001),
+    )
 
 
-RECORDS = {"ours": record("ours", 50.0, 200.0, 5.0, 553.0), "autocast": record("peer", 150.0, 400.0, 12.0),
-           "bf16": record("peer", 120.0, 390.0, 4.5), "bf16-compile": record("peer", 90.0, 420.0, 6.0)}
+RECORDS = {
+    "ours": record("ours", 50.0, 200.0, 5.0, 553.0),
+    "autocast": record("peer", 150.0, 400.0, 12.0),
+    "bf16": record("peer", 120.0, 390.0, 4.5),
+    "bf16-compile": record("peer", 90.0, 420.0, 6.0),
+}
 
 
 def test_ratios_are_to_the_fastest_peer_of_each_stage():
@@ -29,20 +40,29 @@ def test_ratios_are_to_the_fastest_peer_of_each_stage():
     assert ratio({"ours": RECORDS["ours"]}, "rollout", "best") is None
 
 
-@pytest.mark.parametrize("bar, verdict", [
-    (Bar("rollout", "autocast", 2.5), "2.5x autocast: 3.00, reached"),
-    (Bar("rollout", "autocast", 3.0), "3x autocast: 3.00, reached"),
-    (Bar("rollout", "best", 2.0), "2x best: 1.80, **not reached**"),
-    (Bar("rollout", "mfu", 0.7), "MFU 0.70: 0.70, reached"),  # 553 of 790
-    (Bar("rollout", "memory"), "memory at most 4.5 GiB (bf16): 5.0, **not reached**")])
+@pytest.mark.parametrize(
+    "bar, verdict",
+    [
+        (Bar("rollout", "autocast", 2.5), "2.5x autocast: 3.00, reached"),
+        (Bar("rollout", "autocast", 3.0), "3x autocast: 3.00, reached"),
+        (Bar("rollout", "best", 2.0), "2x best: 1.80, **not reached**"),
+        (Bar("rollout", "mfu", 0.7), "MFU 0.70: 0.70, reached"),  # 553 of 790
+        (Bar("rollout", "memory"), "memory at most 4.5 GiB (bf16): 5.0, **not reached**"),
+    ],
+)
 def test_bars(bar, verdict):
     assert judge(RECORDS, bar, PEERS) == verdict
 
 
 def test_bars_need_what_they_compare_with():
     some = {side: RECORDS[side] for side in ("ours", "autocast")}
-    assert judge(some, Bar("rollout", "best", 2.0), PEERS) == "2x best: no peer in bf16 was measured"
-    assert judge({"bf16": RECORDS["bf16"]}, Bar("rollout", "mfu", 0.6), PEERS) == "MFU 0.60: not measured"
+    assert (
+        judge(some, Bar("rollout", "best", 2.0), PEERS) == "2x best: no peer in bf16 was measured"
+    )
+    assert (
+        judge({"bf16": RECORDS["bf16"]}, Bar("rollout", "mfu", 0.6), PEERS)
+        == "MFU 0.60: not measured"
+    )
     assert judge(some, Bar("rollout", "best", 2.0), ("autocast",)) == "2x best: 3.00, reached"
 
 
@@ -53,11 +73,16 @@ def test_table_has_a_row_for_each_stage_and_says_what_failed(tmp_path):
         results["1.3b-image"][side] = json.loads((tmp_path / "record.json").read_text())
     results["1.3b-image"]["bf16"] = {"failed": "out of memory"}
     lines = table(results).splitlines()
-    assert lines[2] == ("| 1.3B, 9 x 1 x 512 x 512 | rollout | 50.0 | 150.0 | 90.0 (bf16-compile) | 3.00 | 1.80 | "
-                        "0.56 | 0.70 | 5.0 | 12.0 | 6.0 | 2.5x autocast: 3.00, reached; "
-                        "2x best: 1.80, **not reached**; MFU 0.65: 0.70, reached; "
-                        "memory at most 6.0 GiB (bf16-compile): 5.0, reached |")
-    assert "- 1.3B, 9 x 1 x 512 x 512, bf16: failed, out of memory" in lines and lines[-1] == "- GPU, 1.0"
+    assert lines[2] == (
+        "| 1.3B, 9 x 1 x 512 x 512 | rollout | 50.0 | 150.0 | 90.0 (bf16-compile) | 3.00 | 1.80 | "
+        "0.56 | 0.70 | 5.0 | 12.0 | 6.0 | 2.5x autocast: 3.00, reached; "
+        "2x best: 1.80, **not reached**; MFU 0.65: 0.70, reached; "
+        "memory at most 6.0 GiB (bf16-compile): 5.0, reached |"
+    )
+    assert (
+        "- 1.3B, 9 x 1 x 512 x 512, bf16: failed, out of memory" in lines
+        and lines[-1] == "- GPU, 1.0"
+    )
     assert {len(line.split(" | ")) for line in lines[2:4]} == {len(side_by_side.HEAD)}
 
 

@@ -1,4 +1,6 @@
-"""Conversion both ways: coverage, bit-exact round trips, and every way a source or a destination can be broken."""
+"""Conversion both ways: coverage, bit-exact round trips, and every way a source or a destination
+can be broken.
+"""
 
 import json
 import shutil
@@ -21,9 +23,18 @@ from wan_jax.storage import model_dir
 COMPONENTS = tuple(STEMS)
 WAN_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 WAN_VAE = {"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
-WAN_VAE_22 = {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12,
-              "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16, "latents_mean": [0.0] * 48,
-              "latents_std": [1.0] * 48}
+WAN_VAE_22 = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "latents_mean": [0.0] * 48,
+    "latents_std": [1.0] * 48,
+}
 
 
 def tensors(folder, component):
@@ -31,12 +42,16 @@ def tensors(folder, component):
 
 
 def identical(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and a[k].tobytes() == b[k].tobytes() for k in a)
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and a[k].tobytes() == b[k].tobytes() for k in a
+    )
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return tiny.write_pipeline(tmp_path_factory.mktemp("source") / "wan", bf16=("text_encoder",), boundary=0.875)
+    return tiny.write_pipeline(
+        tmp_path_factory.mktemp("source") / "wan", bf16=("text_encoder",), boundary=0.875
+    )
 
 
 @pytest.fixture
@@ -45,23 +60,33 @@ def broken(source, tmp_path):
     return shutil.copytree(source, tmp_path / "broken")
 
 
-@pytest.mark.parametrize("component, settings, keys, parameters", [
-    ("transformer", WAN_1_3B, 825, 1_418_996_800), ("transformer", {}, 1095, 14_288_491_584),
-    ("vae", WAN_VAE, 194, 126_892_531), ("vae", WAN_VAE_22, 196, 704_688_668),
-    ("text_encoder", {}, 242, 5_680_910_336)])
+@pytest.mark.parametrize(
+    "component, settings, keys, parameters",
+    [
+        ("transformer", WAN_1_3B, 825, 1_418_996_800),
+        ("transformer", {}, 1095, 14_288_491_584),
+        ("vae", WAN_VAE, 194, 126_892_531),
+        ("vae", WAN_VAE_22, 196, 704_688_668),
+        ("text_encoder", {}, 242, 5_680_910_336),
+    ],
+)
 def test_published_sizes(component, settings, keys, parameters):
     shapes = tiny.state_dict_shapes(component, settings)
     assert len(shapes) == keys and sum(int(np.prod(s)) for s in shapes.values()) == parameters
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("component, settings", [("transformer", WAN_1_3B), ("transformer", {}), ("vae", WAN_VAE),
-                                                 ("vae", WAN_VAE_22)])
+@pytest.mark.parametrize(
+    "component, settings",
+    [("transformer", WAN_1_3B), ("transformer", {}), ("vae", WAN_VAE), ("vae", WAN_VAE_22)],
+)
 def test_keys_and_shapes_of_diffusers(component, settings):
     import diffusers
     import torch
 
-    peer = {"transformer": diffusers.WanTransformer3DModel, "vae": diffusers.AutoencoderKLWan}[component]
+    peer = {"transformer": diffusers.WanTransformer3DModel, "vae": diffusers.AutoencoderKLWan}[
+        component
+    ]
     with torch.device("meta"):
         theirs = {k: tuple(v.shape) for k, v in peer(**settings).state_dict().items()}
     assert tiny.state_dict_shapes(component, settings) == theirs
@@ -72,7 +97,9 @@ def test_round_trip_is_bit_exact(source, tmp_path):
     export(tmp_path / "model", tmp_path / "back")
     for component in COMPONENTS:
         assert identical(tensors(tmp_path / "back", component), tensors(source, component))
-        back, wanted = (folder / component / "config.json" for folder in (tmp_path / "back", source))
+        back, wanted = (
+            folder / component / "config.json" for folder in (tmp_path / "back", source)
+        )
         assert back.read_text() == wanted.read_text()
     for name in ("model_index.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json"):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
@@ -90,19 +117,33 @@ def test_float32_and_bfloat16(source, tmp_path):
     assert set(stored["vae"].values()) == {np.dtype(np.float32)}
     assert stored["transformer"]["blocks/attn1/to_q/kernel"] == ml_dtypes.bfloat16
     assert {k for k, d in stored["transformer"].items() if d == np.float32} == {
-        "scale_shift_table", "blocks/scale_shift_table", "blocks/norm2/scale", "blocks/norm2/bias"} | {
-        f"condition_embedder/time_embedder/linear_{i}/{leaf}" for i in (1, 2) for leaf in ("kernel", "bias")}
+        "scale_shift_table",
+        "blocks/scale_shift_table",
+        "blocks/norm2/scale",
+        "blocks/norm2/bias",
+    } | {
+        f"condition_embedder/time_embedder/linear_{i}/{leaf}"
+        for i in (1, 2)
+        for leaf in ("kernel", "bias")
+    }
 
 
 def test_shards(source, tmp_path):
     convert(str(source), tmp_path / "model")
     export(tmp_path / "model", tmp_path / "back", shard_gb=40e3 / 1e9)
-    index = json.loads((tmp_path / "back/transformer/diffusion_pytorch_model.safetensors.index.json").read_text())
+    index = json.loads(
+        (tmp_path / "back/transformer/diffusion_pytorch_model.safetensors.index.json").read_text()
+    )
     files = set(index["weight_map"].values())
-    assert len(files) > 2 and all((tmp_path / "back/transformer" / f).stat().st_size < 60e3 for f in files)
+    assert len(files) > 2 and all(
+        (tmp_path / "back/transformer" / f).stat().st_size < 60e3 for f in files
+    )
     convert(str(tmp_path / "back"), tmp_path / "again")
     for component in COMPONENTS:
-        a, b = (model_dir.open_model(tmp_path / name).load_numpy(component) for name in ("model", "again"))
+        a, b = (
+            model_dir.open_model(tmp_path / name).load_numpy(component)
+            for name in ("model", "again")
+        )
         assert identical(a, b)
     (tmp_path / "back/transformer" / min(files)).unlink()
     with pytest.raises(UserError, match=r"00001-of-.* is missing"):
@@ -118,9 +159,14 @@ def edit(folder, component, change):
 
 FAULTS = {
     "missing tensor": (lambda w: w.pop("proj_out.bias"), "1 missing .*proj_out.bias"),
-    "unknown tensor": (lambda w: w.update({"blocks.0.attn1.add_k_proj.weight": np.zeros(3, np.float32)}),
-                       "1 unknown .*add_k_proj"),
-    "wrong shape": (lambda w: w.update({"proj_out.bias": np.zeros(3, np.float32)}), r"proj_out.bias: \(3,\)"),
+    "unknown tensor": (
+        lambda w: w.update({"blocks.0.attn1.add_k_proj.weight": np.zeros(3, np.float32)}),
+        "1 unknown .*add_k_proj",
+    ),
+    "wrong shape": (
+        lambda w: w.update({"proj_out.bias": np.zeros(3, np.float32)}),
+        r"proj_out.bias: \(3,\)",
+    ),
     "NaN": (lambda w: w["proj_out.bias"].__setitem__(0, np.nan), "proj_out.bias holds NaN"),
 }
 
@@ -152,17 +198,27 @@ def spoil(folder, what):
         shutil.rmtree(folder / "tokenizer")
     else:
         index = json.loads((folder / "model_index.json").read_text())
-        changes = {"wrong pipeline": {"_class_name": "WanImageToVideoPipeline"},
-                   "no second expert": {"transformer_2": [None, None]}}
+        changes = {
+            "wrong pipeline": {"_class_name": "WanImageToVideoPipeline"},
+            "no second expert": {"transformer_2": [None, None]},
+        }
         (folder / "model_index.json").write_text(json.dumps(index | changes[what]))
 
 
-@pytest.mark.parametrize("what, message", [
-    ("truncated", "diffusion_pytorch_model.safetensors is truncated or damaged"),
-    ("not safetensors", "truncated or damaged"), ("no weights", "is missing: the download is not complete"),
-    ("no config", "config.json does not exist"), ("bad json", "not valid JSON"), ("no index", "Diffusers layout"),
-    ("no tokenizer", "tokenizer is missing"), ("wrong pipeline", "WanImageToVideoPipeline"),
-    ("no second expert", "boundary_ratio is 0.875 and transformer_2 is")])
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("truncated", "diffusion_pytorch_model.safetensors is truncated or damaged"),
+        ("not safetensors", "truncated or damaged"),
+        ("no weights", "is missing: the download is not complete"),
+        ("no config", "config.json does not exist"),
+        ("bad json", "not valid JSON"),
+        ("no index", "Diffusers layout"),
+        ("no tokenizer", "tokenizer is missing"),
+        ("wrong pipeline", "WanImageToVideoPipeline"),
+        ("no second expert", "boundary_ratio is 0.875 and transformer_2 is"),
+    ],
+)
 def test_bad_sources(broken, tmp_path, what, message):
     spoil(broken, what)
     with pytest.raises(UserError, match=message):
@@ -205,13 +261,25 @@ def cli(module, *args):
     return commands.command(module, *args)
 
 
-@pytest.mark.parametrize("args, message", [
-    (["--src=nowhere", "--dst=x"], "no folder, and no hub id"),
-    (["--src=a/b", "--dst=x"], "HF_HUB_OFFLINE is set and the model is not in the cache"),
-    (["--src=a/b", "--dst=x", "--dtype=int8"], "'int8' is not understood; give one of source, float32, bfloat16")])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--src=nowhere", "--dst=x"], "no folder, and no hub id"),
+        (["--src=a/b", "--dst=x"], "HF_HUB_OFFLINE is set and the model is not in the cache"),
+        (
+            ["--src=a/b", "--dst=x", "--dtype=int8"],
+            "'int8' is not understood; give one of source, float32, bfloat16",
+        ),
+    ],
+)
 def test_command_line_errors_are_one_message(args, message, tmp_path):
-    result = subprocess.run(cli("convert.from_diffusers", *args), capture_output=True, text=True, check=False,
-                            env=commands.environment(HF_HUB_OFFLINE="1"))
+    result = subprocess.run(
+        cli("convert.from_diffusers", *args),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=commands.environment(HF_HUB_OFFLINE="1"),
+    )
     assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
 
 
@@ -227,33 +295,50 @@ def test_open_model_says_what_a_folder_is(source, tmp_path):
 
 def test_merged_adapters():
     rng = np.random.default_rng(0)
-    flat = {"blocks/attn1/to_q/kernel": rng.standard_normal((2, 6, 5)).astype(np.float32),
-            "blocks/attn1/to_q/bias": np.ones((2, 5), np.float32)}
+    flat = {
+        "blocks/attn1/to_q/kernel": rng.standard_normal((2, 6, 5)).astype(np.float32),
+        "blocks/attn1/to_q/bias": np.ones((2, 5), np.float32),
+    }
     a, b = rng.standard_normal((2, 6, 3)), rng.standard_normal((2, 3, 5))
-    adapters = {"blocks/attn1/to_q/lora_a": a.astype(np.float32), "blocks/attn1/to_q/lora_b": b.astype(np.float32)}
+    adapters = {
+        "blocks/attn1/to_q/lora_a": a.astype(np.float32),
+        "blocks/attn1/to_q/lora_b": b.astype(np.float32),
+    }
     shapes = {k: v.shape for k, v in flat.items()}
 
     def stored(path, layer):
         return flat[path][layer]
 
-    single = Merged(stored, merge_lora(shapes, adapters, 0.5), dict.fromkeys(flat, np.dtype(np.float32)))
+    single = Merged(
+        stored, merge_lora(shapes, adapters, 0.5), dict.fromkeys(flat, np.dtype(np.float32))
+    )
     for layer in range(2):
-        np.testing.assert_allclose(single.read("blocks/attn1/to_q/kernel", layer),
-                                   flat["blocks/attn1/to_q/kernel"][layer] + 0.5 * a[layer] @ b[layer], rtol=1e-5)
-    assert np.array_equal(single.read("blocks/attn1/to_q/bias", 1), flat["blocks/attn1/to_q/bias"][1])
+        np.testing.assert_allclose(
+            single.read("blocks/attn1/to_q/kernel", layer),
+            flat["blocks/attn1/to_q/kernel"][layer] + 0.5 * a[layer] @ b[layer],
+            rtol=1e-5,
+        )
+    assert np.array_equal(
+        single.read("blocks/attn1/to_q/bias", 1), flat["blocks/attn1/to_q/bias"][1]
+    )
     assert not single.rounds
     with pytest.raises(UserError, match="blocks/attn2/to_q"):
         merge_lora(shapes, {"blocks/attn2/to_q/lora_a": a, "blocks/attn2/to_q/lora_b": b}, 1.0)
 
 
-@pytest.mark.parametrize("size, low, high", [(1.0, 0.0, 0.01), (1e-3, 0.3, 1.5), (1e-6, 0.99, 1.01)])
+@pytest.mark.parametrize(
+    "size, low, high", [(1.0, 0.0, 0.01), (1e-3, 0.3, 1.5), (1e-6, 0.99, 1.01)]
+)
 def test_trained_weights_are_rounded_once(size, low, high):
     """A change below bfloat16's steps is kept in float32, and reported as lost in bfloat16."""
     rng, bf16, f32 = np.random.default_rng(0), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
     base = {"x/kernel": rng.standard_normal((64, 64)).astype(bf16)}
     a, b = (rng.standard_normal(shape).astype(f32) for shape in ((64, 2), (2, 64)))
     changes = merge_lora({"x/kernel": (64, 64)}, {"x/lora_a": a, "x/lora_b": size * b}, 1.0)
-    wide, narrow = (Merged(lambda path, layer: base[path], changes, {"x/kernel": dtype}) for dtype in (f32, bf16))
+    wide, narrow = (
+        Merged(lambda path, layer: base[path], changes, {"x/kernel": dtype})
+        for dtype in (f32, bf16)
+    )
     value = base["x/kernel"].astype(f32) + a @ (size * b)
     assert np.array_equal(wide.read("x/kernel", None), value)
     assert np.array_equal(narrow.read("x/kernel", None), value.astype(bf16))
@@ -261,12 +346,24 @@ def test_trained_weights_are_rounded_once(size, low, high):
 
 
 def test_key_rule_keeps_names_that_end_in_a_number():
-    table = {e.path: e.key for e in key_table.entries("text_encoder", {
-        "encoder/block/layer_1/DenseReluDense/wi_0/kernel": (1, 4, 6)})}
-    assert table == {"encoder/block/layer_1/DenseReluDense/wi_0/kernel":
-                     "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"}
+    table = {
+        e.path: e.key
+        for e in key_table.entries(
+            "text_encoder", {"encoder/block/layer_1/DenseReluDense/wi_0/kernel": (1, 4, 6)}
+        )
+    }
+    assert table == {
+        "encoder/block/layer_1/DenseReluDense/wi_0/kernel": "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
+    }
     config = config_lib.from_dict(config_lib.TransformerConfig, tiny.SETTINGS["transformer"])
-    shapes = {k: v.shape for k, v in P.flatten(model_dir.abstract("transformer", config)[1]).items()}
+    shapes = {
+        k: v.shape for k, v in P.flatten(model_dir.abstract("transformer", config)[1]).items()
+    }
     keys = {e.key for e in key_table.entries("transformer", shapes)}
-    assert {"condition_embedder.time_embedder.linear_1.weight", "blocks.1.ffn.net.0.proj.bias",
-            "blocks.0.attn2.to_out.0.weight", "blocks.1.norm2.weight", "blocks.0.scale_shift_table"} <= keys
+    assert {
+        "condition_embedder.time_embedder.linear_1.weight",
+        "blocks.1.ffn.net.0.proj.bias",
+        "blocks.0.attn2.to_out.0.weight",
+        "blocks.1.norm2.weight",
+        "blocks.0.scale_shift_table",
+    } <= keys

@@ -1,5 +1,6 @@
-"""LoRA files: their effect in Diffusers equals that of our adapters, they come back as they were, and every file that
-would load nothing or something else is refused."""
+"""LoRA files: their effect in Diffusers equals that of our adapters, they come back as they were,
+and every file that would load nothing or something else is refused.
+"""
 
 import functools
 import json
@@ -36,7 +37,9 @@ LAYOUTS = ("diffusers", "comfyui")
 def source(tmp_path_factory):
     """A random model with two experts in Diffusers layout, and converted."""
     root = tmp_path_factory.mktemp("models")
-    convert(str(tiny.write_pipeline(root / "source", seed=5, boundary=0.875)), root / "model", "float32")
+    convert(
+        str(tiny.write_pipeline(root / "source", seed=5, boundary=0.875)), root / "model", "float32"
+    )
     return root / "source", model_dir.open_model(root / "model")
 
 
@@ -59,26 +62,44 @@ def random_adapters(kernels, config: LoRAConfig, seed=0):
     flat = {}
     for layer in sorted(lora.adapted_layers(kernels, config.targets)):
         *stack, n_in, n_out = kernels[layer]
-        flat[f"{layer}/lora_a"] = 0.3 * rng.standard_normal((*stack, n_in, config.rank)).astype(np.float32)
-        flat[f"{layer}/lora_b"] = 0.3 * rng.standard_normal((*stack, config.rank, n_out)).astype(np.float32)
+        flat[f"{layer}/lora_a"] = 0.3 * rng.standard_normal((*stack, n_in, config.rank)).astype(
+            np.float32
+        )
+        flat[f"{layer}/lora_b"] = 0.3 * rng.standard_normal((*stack, config.rank, n_out)).astype(
+            np.float32
+        )
     return flat
 
 
 def write_run(folder, trained, config: LoRAConfig | None):
-    """A run folder whose checkpoint holds these trained weights: {expert: flat}, or one transformer's alone."""
+    """A run folder whose checkpoint holds these trained weights: {expert: flat}, or one
+    transformer's alone.
+    """
     experts = trained if "transformer" in trained else {"transformer": trained}
     flat = join_experts(experts)
-    settings = config and {"rank": config.rank, "alpha": config.alpha, "targets": list(config.targets)}
+    settings = config and {
+        "rank": config.rank,
+        "alpha": config.alpha,
+        "targets": list(config.targets),
+    }
     checkpoints = Checkpoints(folder)
-    checkpoints.save(1, {"trainable": flat}, flat,
-                     {"config": {}, "lora": settings, "model": "", "experts": list(experts)})
+    checkpoints.save(
+        1,
+        {"trainable": flat},
+        flat,
+        {"config": {}, "lora": settings, "model": "", "experts": list(experts)},
+    )
     return folder
 
 
 def inputs(seed=1):
     rng = np.random.default_rng(seed)
     text = rng.standard_normal((2, 7, tiny.SETTINGS["transformer"]["text_dim"])).astype(np.float32)
-    return rng.standard_normal((2, 2, 4, 6, 16)).astype(np.float32), np.array([930.0, 250.0], np.float32), text
+    return (
+        rng.standard_normal((2, 2, 4, 6, 16)).astype(np.float32),
+        np.array([930.0, 250.0], np.float32),
+        text,
+    )
 
 
 @functools.cache
@@ -88,8 +109,14 @@ def weights_of(folder, expert):
 
 @functools.cache
 def structure_of(config, adapters: LoRAConfig):
-    return make_structure(config, lora=adapters, dtype=jnp.float32, attention="xla", remat="none",
-                          mesh=mesh_lib.make_mesh(devices=jax.devices()[:1]))
+    return make_structure(
+        config,
+        lora=adapters,
+        dtype=jnp.float32,
+        attention="xla",
+        remat="none",
+        mesh=mesh_lib.make_mesh(devices=jax.devices()[:1]),
+    )
 
 
 compiled = nnx.jit(lambda module, *x: module(*x))
@@ -98,9 +125,14 @@ compiled = nnx.jit(lambda module, *x: module(*x))
 def our_velocities(model, expert, config: LoRAConfig, adapters):
     """(with the adapters, without them): the expert's output as training computes it."""
     frozen, policy = weights_of(model.path, expert), structure_of(model.config(expert), config)
-    assert {k: v.shape for k, v in policy.trainable.items()} == {k: v.shape for k, v in adapters.items()}
-    return (np.asarray(compiled(policy.module(flat, frozen), *inputs()))  # B = 0 is the model without adapters
-            for flat in (adapters, {k: v * k.endswith("lora_a") for k, v in adapters.items()}))
+    assert {k: v.shape for k, v in policy.trainable.items()} == {
+        k: v.shape for k, v in adapters.items()
+    }
+    # B = 0 is the model without adapters
+    return (
+        np.asarray(compiled(policy.module(flat, frozen), *inputs()))
+        for flat in (adapters, {k: v * k.endswith("lora_a") for k, v in adapters.items()})
+    )
 
 
 def their_velocity(transformer):
@@ -108,8 +140,11 @@ def their_velocity(transformer):
 
     latents, timesteps, text = inputs()
     with torch.no_grad():
-        out = transformer(torch.from_numpy(latents.transpose(0, 4, 1, 2, 3).copy()), torch.from_numpy(timesteps),
-                          torch.from_numpy(text)).sample
+        out = transformer(
+            torch.from_numpy(latents.transpose(0, 4, 1, 2, 3).copy()),
+            torch.from_numpy(timesteps),
+            torch.from_numpy(text),
+        ).sample
     return out.numpy().transpose(0, 2, 3, 4, 1)
 
 
@@ -135,7 +170,8 @@ def pipe(pipe_of_source):
     pipe_of_source.unload_lora_weights()
 
 
-# ---- the effect -----------------------------------------------------------------------------------------------------
+# ---- the effect ----------------------------------------------------------------------------------
+
 
 @pytest.mark.parity
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -144,13 +180,19 @@ def test_diffusers_computes_the_same(source, pipe, tmp_path, layout, targets):
     """Each expert's file in its own transformer: fp32, 1e-5 relative, alpha unlike the rank."""
     _, model = source
     config = LoRAConfig(rank=3, alpha=5.0, targets=targets)
-    adapters = {expert: random_adapters(files.dense_layers(model.config(expert)), config, seed)
-                for seed, expert in enumerate(model.experts)}
+    adapters = {
+        expert: random_adapters(files.dense_layers(model.config(expert)), config, seed)
+        for seed, expert in enumerate(model.experts)
+    }
     run = write_run(tmp_path / "run", adapters, config)
     written = export(run, model.path, tmp_path / "lora", layout)
-    assert [p.name for p in written.values()] == [p.name for p in sorted((tmp_path / "lora").iterdir())]
+    assert [p.name for p in written.values()] == [
+        p.name for p in sorted((tmp_path / "lora").iterdir())
+    ]
     for expert, path in written.items():
-        pipe.load_lora_weights(str(path), adapter_name=expert, load_into_transformer_2=expert == "transformer_2")
+        pipe.load_lora_weights(
+            str(path), adapter_name=expert, load_into_transformer_2=expert == "transformer_2"
+        )
         assert len(load_file(path)) == 2 * MODULES[targets]
     for expert in model.experts:
         ours, base = our_velocities(model, expert, config, adapters[expert])
@@ -160,20 +202,33 @@ def test_diffusers_computes_the_same(source, pipe, tmp_path, layout, targets):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("stated", ["metadata", "alpha tensors"])
-def test_files_that_state_alpha_have_the_effect_they_have_in_diffusers(source, pipe, tmp_path, stated):
+def test_files_that_state_alpha_have_the_effect_they_have_in_diffusers(
+    source, pipe, tmp_path, stated
+):
     """A file of another program: unscaled factors and an alpha, read by Diffusers and by us."""
     _, model = source
     kernels = files.dense_layers(model.config("transformer"))
     config = LoRAConfig(rank=4, alpha=6.0, targets=FFN)
     plain = LoRAConfig(rank=4, alpha=4.0, targets=FFN)  # scale 1: the factors as they are
-    flat, path, metadata = random_adapters(kernels, config), tmp_path / "lora.safetensors", {"format": "pt"}
+    flat, path, metadata = (
+        random_adapters(kernels, config),
+        tmp_path / "lora.safetensors",
+        {"format": "pt"},
+    )
     if stated == "metadata":
         tensors = files.to_tensors(flat, plain, kernels)
-        metadata["lora_adapter_metadata"] = json.dumps({
-            "transformer.r": 4, "transformer.lora_alpha": 6, "transformer.target_modules": list(FFN)})
+        metadata["lora_adapter_metadata"] = json.dumps(
+            {
+                "transformer.r": 4,
+                "transformer.lora_alpha": 6,
+                "transformer.target_modules": list(FFN),
+            }
+        )
     else:
         tensors = files.to_tensors(flat, plain, kernels, "comfyui")
-        tensors |= {k.replace("lora_up.weight", "alpha"): np.float32(6.0) for k in tensors if "lora_up" in k}
+        tensors |= {
+            k.replace("lora_up.weight", "alpha"): np.float32(6.0) for k in tensors if "lora_up" in k
+        }
     save_file({k: np.asarray(v) for k, v in tensors.items()}, path, metadata=metadata)
     pipe.load_lora_weights(str(path))
     found = files.read(path, kernels)
@@ -181,12 +236,16 @@ def test_files_that_state_alpha_have_the_effect_they_have_in_diffusers(source, p
     adapters = files.fit(found, config, kernels)
     ours, _ = our_velocities(model, "transformer", config, adapters)
     assert relative_error(their_velocity(pipe.transformer), ours) < 1e-5
-    np.testing.assert_array_equal(adapters["blocks/ffn/net_2/lora_b"], flat["blocks/ffn/net_2/lora_b"])
+    np.testing.assert_array_equal(
+        adapters["blocks/ffn/net_2/lora_b"], flat["blocks/ffn/net_2/lora_b"]
+    )
 
 
 @pytest.mark.parity
 def test_a_file_that_peft_wrote(source, tmp_path):
-    """Diffusers' own way: an adapter on its transformer, saved with `save_lora_weights`, alpha in the metadata."""
+    """Diffusers' own way: an adapter on its transformer, saved with `save_lora_weights`, alpha in
+    the metadata.
+    """
     import torch
     from diffusers import WanPipeline
     from peft import LoraConfig, get_peft_model_state_dict
@@ -194,40 +253,61 @@ def test_a_file_that_peft_wrote(source, tmp_path):
     folder, model = source
     transformer = peer(folder).transformer
     torch.manual_seed(0)
-    config = LoraConfig(r=4, lora_alpha=10, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    config = LoraConfig(
+        r=4, lora_alpha=10, target_modules=["to_q", "to_v"], init_lora_weights=False
+    )
     transformer.add_adapter(config)
-    WanPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(transformer),
-                                  transformer_lora_adapter_metadata={"r": 4, "lora_alpha": 10,
-                                                                     "target_modules": ["to_q", "to_v"]})
+    WanPipeline.save_lora_weights(
+        tmp_path,
+        get_peft_model_state_dict(transformer),
+        transformer_lora_adapter_metadata={
+            "r": 4,
+            "lora_alpha": 10,
+            "target_modules": ["to_q", "to_v"],
+        },
+    )
     kernels = files.dense_layers(model.config("transformer"))
     found = files.read(tmp_path, kernels)
     assert found.config == LoRAConfig(4, 10.0, ("to_q", "to_v"))
-    ours, base = our_velocities(model, "transformer", found.config, files.fit(found, found.config, kernels))
+    ours, base = our_velocities(
+        model, "transformer", found.config, files.fit(found, found.config, kernels)
+    )
     assert relative_error(their_velocity(transformer), ours) < 1e-5
     assert relative_error(base, ours) > 0.01
 
 
-# ---- there and back -------------------------------------------------------------------------------------------------
+# ---- there and back ------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("alpha, exact", [(4.0, True), (8.0, True), (5.0, False)])
 def test_round_trip(single, kernels, tmp_path, layout, alpha, exact):
-    """Bit for bit where alpha / r is a power of two; else B may differ in its last bit, for it was scaled."""
+    """Bit for bit where alpha / r is a power of two; else B may differ in its last bit, for it was
+    scaled.
+    """
     config = LoRAConfig(rank=4, alpha=alpha, targets=FFN)
     flat = random_adapters(kernels, config)
     run = write_run(tmp_path / "run", flat, config)
     (path,) = export(run, single.path, tmp_path / "a" / "lora.safetensors", layout).values()
-    assert path == tmp_path / "a" / "lora.safetensors" and [p.name for p in path.parent.iterdir()] == [path.name]
+    assert path == tmp_path / "a" / "lora.safetensors" and [
+        p.name for p in path.parent.iterdir()
+    ] == [path.name]
     found = files.read(path, kernels)
     assert found.config == LoRAConfig(4, 4.0, FFN)
     back = files.initial_adapters(str(path), single, config)["transformer"]
     assert back.keys() == flat.keys() and all(v.dtype == np.float32 for v in back.values())
     for name, value in flat.items():
-        np.testing.assert_array_max_ulp(back[name], value, 0 if exact or name.endswith("lora_a") else 1)
+        np.testing.assert_array_max_ulp(
+            back[name], value, 0 if exact or name.endswith("lora_a") else 1
+        )
     again = files.to_tensors(files.fit(found, found.config, kernels), found.config, kernels, layout)
     stored = load_file(path)
-    assert again.keys() == stored.keys() and all(np.array_equal(again[k], stored[k]) for k in stored)
-    scaled = (alpha / 4 * flat["blocks/ffn/net_2/lora_b"][1].T.astype(np.float64)).astype(np.float32)
+    assert again.keys() == stored.keys() and all(
+        np.array_equal(again[k], stored[k]) for k in stored
+    )
+    scaled = (alpha / 4 * flat["blocks/ffn/net_2/lora_b"][1].T.astype(np.float64)).astype(
+        np.float32
+    )
     assert any(np.array_equal(value, scaled) for value in stored.values())
 
 
@@ -235,10 +315,14 @@ def test_round_trip(single, kernels, tmp_path, layout, alpha, exact):
 def test_half_precision(single, kernels, tmp_path, dtype):
     config = LoRAConfig(rank=2, alpha=4.0)
     flat = random_adapters(kernels, config)
-    (path,) = export(write_run(tmp_path / "run", flat, config), single.path, tmp_path / "lora", dtype=dtype).values()
+    (path,) = export(
+        write_run(tmp_path / "run", flat, config), single.path, tmp_path / "lora", dtype=dtype
+    ).values()
     back = files.initial_adapters(str(path), single, config)["transformer"]
     for name, value in flat.items():
-        np.testing.assert_array_equal(back[name], value.astype(files.DTYPES[dtype]).astype(np.float32))
+        np.testing.assert_array_equal(
+            back[name], value.astype(files.DTYPES[dtype]).astype(np.float32)
+        )
 
 
 def test_two_experts_come_back_under_their_names(source, tmp_path):
@@ -246,13 +330,19 @@ def test_two_experts_come_back_under_their_names(source, tmp_path):
     config = LoRAConfig(rank=2, alpha=4.0)
     kernels = files.dense_layers(model.config("transformer"))
     trained = {e: random_adapters(kernels, config, i) for i, e in enumerate(model.experts)}
-    high, low = export(write_run(tmp_path / "run", trained, config), model.path, tmp_path / "x.safetensors").values()
+    high, low = export(
+        write_run(tmp_path / "run", trained, config), model.path, tmp_path / "x.safetensors"
+    ).values()
     assert (high.name, low.name) == ("x_high_noise.safetensors", "x_low_noise.safetensors")
     assert all(k.startswith("transformer.blocks.") for path in (high, low) for k in load_file(path))
     back = files.initial_adapters(f"{high},{low}", model, config)
     assert list(back) == ["transformer", "transformer_2"]
-    assert all(np.array_equal(back[e][k], v) for e, flat in trained.items() for k, v in flat.items())
-    with pytest.raises(UserError, match=r"is for transformer, the model has transformer and transformer_2"):
+    assert all(
+        np.array_equal(back[e][k], v) for e, flat in trained.items() for k, v in flat.items()
+    )
+    with pytest.raises(
+        UserError, match=r"is for transformer, the model has transformer and transformer_2"
+    ):
         files.initial_adapters(str(high), model, config)
 
 
@@ -263,8 +353,9 @@ def test_names_cover_every_dense_layer(kernels):
     assert files.original_name("blocks.0.ffn.net.0.proj") == "blocks.0.ffn.0"
 
 
-@pytest.mark.parametrize("targets", [*MODULES, FFN, ("attn1.to_q",), ("to_v", "attn2.to_q"),
-                                     ("text_embedder.linear_1",)])
+@pytest.mark.parametrize(
+    "targets", [*MODULES, FFN, ("attn1.to_q",), ("to_v", "attn2.to_q"), ("text_embedder.linear_1",)]
+)
 def test_targets_are_read_from_the_layers(kernels, targets):
     found = files.layer_targets(lora.adapted_layers(kernels, targets), kernels)
     assert sorted(found) == sorted(targets)
@@ -274,15 +365,26 @@ CONFIG = LoRAConfig(rank=4, alpha=8.0)
 FIRST = "transformer.blocks.0.attn1.to_q.lora_A.weight"
 
 
-# ---- exports that are refused ---------------------------------------------------------------------------------------
+# ---- exports that are refused --------------------------------------------------------------------
 
-@pytest.mark.parametrize("change, message", [
-    (lambda flat: {}, r"\(blocks/attn1/to_k\): it was trained from another one"),
-    (lambda flat: {f"wrong/{k}": v for k, v in flat.items()}, "trained from another one"),
-    (lambda flat: {k: v for k, v in flat.items() if "attn2/to_v" not in k}, r"\(blocks/attn2/to_v\)"),
-    (lambda flat: {k: v[:1] for k, v in flat.items()}, "trained from another model"),
-    (lambda flat: {k: v * np.nan for k, v in flat.items()}, "NaN"),
-    (lambda flat: flat | {"patch_embedding/lora_a": np.zeros((64, 4), np.float32)}, "convolution")])
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda flat: {}, r"\(blocks/attn1/to_k\): it was trained from another one"),
+        (lambda flat: {f"wrong/{k}": v for k, v in flat.items()}, "trained from another one"),
+        (
+            lambda flat: {k: v for k, v in flat.items() if "attn2/to_v" not in k},
+            r"\(blocks/attn2/to_v\)",
+        ),
+        (lambda flat: {k: v[:1] for k, v in flat.items()}, "trained from another model"),
+        (lambda flat: {k: v * np.nan for k, v in flat.items()}, "NaN"),
+        (
+            lambda flat: flat | {"patch_embedding/lora_a": np.zeros((64, 4), np.float32)},
+            "convolution",
+        ),
+    ],
+)
 def test_adapters_of_another_model_are_not_written(kernels, change, message):
     with pytest.raises(UserError, match=message):
         files.to_tensors(change(random_adapters(kernels, CONFIG)), CONFIG, kernels)
@@ -291,7 +393,12 @@ def test_adapters_of_another_model_are_not_written(kernels, change, message):
 def test_float16_overflow_is_not_written(single, kernels, tmp_path):
     flat = {k: v * np.float32(1e6) for k, v in random_adapters(kernels, CONFIG).items()}
     with pytest.raises(UserError, match="beyond float16"):
-        export(write_run(tmp_path / "run", flat, CONFIG), single.path, tmp_path / "lora", dtype="float16")
+        export(
+            write_run(tmp_path / "run", flat, CONFIG),
+            single.path,
+            tmp_path / "lora",
+            dtype="float16",
+        )
     assert not any((tmp_path / "lora").glob("*"))
 
 
@@ -313,7 +420,9 @@ def test_export_says_what_is_wrong(single, kernels, tmp_path):
     assert [p.name for p in (tmp_path / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
 
 
-def test_a_write_that_went_wrong_is_noticed_and_leaves_nothing(single, kernels, tmp_path, monkeypatch):
+def test_a_write_that_went_wrong_is_noticed_and_leaves_nothing(
+    single, kernels, tmp_path, monkeypatch
+):
     def save(tensors, path, metadata):
         save_file(tensors | {FIRST: tensors[FIRST] + 1}, path, metadata)
 
@@ -326,12 +435,30 @@ def test_a_write_that_went_wrong_is_noticed_and_leaves_nothing(single, kernels, 
 
 def test_command_line(single, kernels, tmp_path):
     run = write_run(tmp_path / "run", random_adapters(kernels, CONFIG), CONFIG)
-    command = commands.command("convert.export_lora", f"--src={single.path}", f"--checkpoint={run}",
-                               f"--dst={tmp_path / 'lora'}", "--format=comfyui", "--dtype=bfloat16")
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=commands.environment())
-    assert done.returncode == 0 and "comfyui_lora.safetensors" in done.stdout, done.stdout + done.stderr
+    command = commands.command(
+        "convert.export_lora",
+        f"--src={single.path}",
+        f"--checkpoint={run}",
+        f"--dst={tmp_path / 'lora'}",
+        "--format=comfyui",
+        "--dtype=bfloat16",
+    )
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=commands.environment()
+    )
+    assert done.returncode == 0 and "comfyui_lora.safetensors" in done.stdout, (
+        done.stdout + done.stderr
+    )
     assert load_file(tmp_path / "lora/comfyui_lora.safetensors").keys() >= {
-        "diffusion_model.blocks.0.self_attn.q.lora_down.weight", "diffusion_model.blocks.1.cross_attn.o.lora_up.weight"}
+        "diffusion_model.blocks.0.self_attn.q.lora_down.weight",
+        "diffusion_model.blocks.1.cross_attn.o.lora_up.weight",
+    }
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=commands.environment())
-    assert done.returncode == 1 and "no checkpoints folder" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=commands.environment()
+    )
+    assert (
+        done.returncode == 1
+        and "no checkpoints folder" in done.stderr
+        and "Traceback" not in done.stderr
+    )

@@ -1,4 +1,6 @@
-"""LoRA files as other programs write them: their effect is the one in Diffusers and PEFT, or they are refused."""
+"""LoRA files as other programs write them: their effect is the one in Diffusers and PEFT, or they
+are refused.
+"""
 
 import copy
 import json
@@ -19,15 +21,22 @@ ALPHA = 6.0
 
 @pytest.fixture(scope="module")
 def kernels():
-    return lora.dense_layers(config_lib.from_dict(config_lib.TransformerConfig, tiny.SETTINGS["transformer"]))
+    return lora.dense_layers(
+        config_lib.from_dict(config_lib.TransformerConfig, tiny.SETTINGS["transformer"])
+    )
 
 
 def factors(kernels, keep=lambda module: True, rank=lambda module: 4, seed=0):
     """{module of a block: (A [in, r], B [r, out])}."""
     rng = np.random.default_rng(seed)
-    return {module: tuple(0.3 * rng.standard_normal(shape).astype(np.float32)
-                          for shape in ((kernels[layer][-2], rank(module)), (rank(module), kernels[layer][-1])))
-            for module, (layer, _) in lora.modules(kernels).items() if module.startswith("blocks.") and keep(module)}
+    return {
+        module: tuple(
+            0.3 * rng.standard_normal(shape).astype(np.float32)
+            for shape in ((kernels[layer][-2], rank(module)), (rank(module), kernels[layer][-1]))
+        )
+        for module, (layer, _) in lora.modules(kernels).items()
+        if module.startswith("blocks.") and keep(module)
+    }
 
 
 def tensors_of(pairs, prefix="transformer.", name=str, kinds=("lora_A", "lora_B"), alpha=None):
@@ -47,8 +56,15 @@ def underscored(module):
 DOWN_UP = ("lora_down", "lora_up")
 COMFY = {"prefix": "diffusion_model.", "name": lora.original_name}
 SETTINGS = {"r": 4, "lora_alpha": ALPHA, "target_modules": list(FFN)}
-PATTERNS = {"r": 4, "lora_alpha": ALPHA, "target_modules": list(FFN), "peft_type": "LORA", "bias": "none",
-            "rank_pattern": {"attn1.to_q": 2, "blocks.1.ffn.net.2": 8}, "alpha_pattern": {"to_v": 3.0}}
+PATTERNS = {
+    "r": 4,
+    "lora_alpha": ALPHA,
+    "target_modules": list(FFN),
+    "peft_type": "LORA",
+    "bias": "none",
+    "rank_pattern": {"attn1.to_q": 2, "blocks.1.ffn.net.2": 8},
+    "alpha_pattern": {"to_v": 3.0},
+}
 
 
 def pattern_rank(module):
@@ -64,49 +80,123 @@ def first_block(module):
 
 
 def zero_differences(kernels):
-    tables = {"norm3.diff": 48, "norm3.diff_b": 48, "self_attn.q.diff_b": 48, "self_attn.norm_q.diff": 48}
-    return {f"diffusion_model.blocks.0.{name}": np.zeros(n, np.float32) for name, n in tables.items()}
+    tables = {
+        "norm3.diff": 48,
+        "norm3.diff_b": 48,
+        "self_attn.q.diff_b": 48,
+        "self_attn.norm_q.diff": 48,
+    }
+    return {
+        f"diffusion_model.blocks.0.{name}": np.zeros(n, np.float32) for name, n in tables.items()
+    }
 
 
-# name: (factors' arguments, tensors' arguments, metadata or PEFT settings, scale of a module, what reads it besides us)
+# name: (factors' arguments, tensors' arguments, metadata or PEFT settings, scale of a module, what
+# reads it besides us)
 FORMS = {
     "Diffusers": ({}, {}, None, lambda m: 1.0, "pipeline"),
-    "Diffusers with alpha": ({}, {}, {f"transformer.{k}": v for k, v in SETTINGS.items()}, lambda m: ALPHA / 4,
-                             "pipeline"),
-    "Diffusers with rslora": ({}, {}, {f"transformer.{k}": v for k, v in (SETTINGS | {"use_rslora": True}).items()},
-                              lambda m: ALPHA / 2, "pipeline"),
+    "Diffusers with alpha": (
+        {},
+        {},
+        {f"transformer.{k}": v for k, v in SETTINGS.items()},
+        lambda m: ALPHA / 4,
+        "pipeline",
+    ),
+    "Diffusers with rslora": (
+        {},
+        {},
+        {f"transformer.{k}": v for k, v in (SETTINGS | {"use_rslora": True}).items()},
+        lambda m: ALPHA / 2,
+        "pipeline",
+    ),
     "bare": ({}, {"prefix": ""}, SETTINGS, lambda m: ALPHA / 4, "transformer"),
-    "ComfyUI": ({}, COMFY | {"kinds": DOWN_UP, "alpha": lambda m: np.float32(ALPHA)}, None, lambda m: ALPHA / 4,
-                "pipeline"),
+    "ComfyUI": (
+        {},
+        COMFY | {"kinds": DOWN_UP, "alpha": lambda m: np.float32(ALPHA)},
+        None,
+        lambda m: ALPHA / 4,
+        "pipeline",
+    ),
     "ComfyUI, A and B": ({}, COMFY, None, lambda m: 1.0, "pipeline"),
-    "integer alpha": ({}, COMFY | {"kinds": DOWN_UP, "alpha": lambda m: np.int64(6)}, None, lambda m: 1.5, "pipeline"),
-    "kohya": ({}, {"prefix": "lora_unet_", "name": underscored, "kinds": DOWN_UP, "alpha": lambda m: np.float32(ALPHA)},
-              None, lambda m: ALPHA / 4, "pipeline"),
+    "integer alpha": (
+        {},
+        COMFY | {"kinds": DOWN_UP, "alpha": lambda m: np.int64(6)},
+        None,
+        lambda m: 1.5,
+        "pipeline",
+    ),
+    "kohya": (
+        {},
+        {
+            "prefix": "lora_unet_",
+            "name": underscored,
+            "kinds": DOWN_UP,
+            "alpha": lambda m: np.float32(ALPHA),
+        },
+        None,
+        lambda m: ALPHA / 4,
+        "pipeline",
+    ),
     "half of the blocks": ({"keep": first_block}, COMFY, None, lambda m: 1.0, "pipeline"),
     "zero differences": ({}, COMFY, None, lambda m: 1.0, "pipeline"),
-    "ranks and alphas": ({"rank": mixed_rank}, COMFY | {"alpha": lambda m: np.float32(3 if "ffn" in m else 6)}, None,
-                         lambda m: (3 if "ffn" in m else 6) / mixed_rank(m), "pipeline"),
-    "DiffSynth": ({}, {"prefix": "", "kinds": ("lora_A.default", "lora_B.default")}, None, lambda m: 1.0, None),
-    "alpha beside Diffusers' names": ({}, {"alpha": lambda m: np.float32(ALPHA)}, None, lambda m: ALPHA / 4, None),
-    "PEFT": ({"rank": pattern_rank}, {"prefix": "base_model.model."}, PATTERNS,
-             lambda m: (3.0 if m.endswith("to_v") else ALPHA) / pattern_rank(m), "peft"),
-    "PEFT with rslora": ({}, {"prefix": "base_model.model."}, SETTINGS | {"peft_type": "LORA", "use_rslora": True},
-                         lambda m: ALPHA / 2, "peft"),
+    "ranks and alphas": (
+        {"rank": mixed_rank},
+        COMFY | {"alpha": lambda m: np.float32(3 if "ffn" in m else 6)},
+        None,
+        lambda m: (3 if "ffn" in m else 6) / mixed_rank(m),
+        "pipeline",
+    ),
+    "DiffSynth": (
+        {},
+        {"prefix": "", "kinds": ("lora_A.default", "lora_B.default")},
+        None,
+        lambda m: 1.0,
+        None,
+    ),
+    "alpha beside Diffusers' names": (
+        {},
+        {"alpha": lambda m: np.float32(ALPHA)},
+        None,
+        lambda m: ALPHA / 4,
+        None,
+    ),
+    "PEFT": (
+        {"rank": pattern_rank},
+        {"prefix": "base_model.model."},
+        PATTERNS,
+        lambda m: (3.0 if m.endswith("to_v") else ALPHA) / pattern_rank(m),
+        "peft",
+    ),
+    "PEFT with rslora": (
+        {},
+        {"prefix": "base_model.model."},
+        SETTINGS | {"peft_type": "LORA", "use_rslora": True},
+        lambda m: ALPHA / 2,
+        "peft",
+    ),
 }
 
 
 def write_form(folder, kernels, form):
     """(path to read, {module: scale * A B})."""
     which, how, settings, scale, _ = FORMS[form]
-    pairs, metadata, path = factors(kernels, **which), {"format": "pt"}, folder / "pytorch_lora_weights.safetensors"
-    tensors = tensors_of(pairs, **how) | (zero_differences(kernels) if form == "zero differences" else {})
+    pairs, metadata, path = (
+        factors(kernels, **which),
+        {"format": "pt"},
+        folder / "pytorch_lora_weights.safetensors",
+    )
+    tensors = tensors_of(pairs, **how) | (
+        zero_differences(kernels) if form == "zero differences" else {}
+    )
     if form.startswith("PEFT"):
         path = folder / "adapter_model.safetensors"
         (folder / "adapter_config.json").write_text(json.dumps(settings))
     elif settings is not None:
         metadata["lora_adapter_metadata"] = json.dumps(settings)
     save_file(tensors, path, metadata=metadata)
-    return (folder if form.startswith("PEFT") else path), {m: scale(m) * (a @ b) for m, (a, b) in pairs.items()}
+    return (folder if form.startswith("PEFT") else path), {
+        m: scale(m) * (a @ b) for m, (a, b) in pairs.items()
+    }
 
 
 def deltas(flat, config, kernels):
@@ -128,12 +218,18 @@ def assert_same_effect(found, wanted):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_effect_is_kept_under_another_recipe(kernels, tmp_path, form):
-    """Rank and alpha of the run are others, and it adapts more layers: the effect is the file's, to 1e-5."""
+    """Rank and alpha of the run are others, and it adapts more layers: the effect is the file's, to
+    1e-5.
+    """
     path, wanted = write_form(tmp_path, kernels, form)
-    file, recipe = lora.read(path, kernels), LoRAConfig(rank=9, alpha=12.0, targets=(*FFN, "proj_out"))
+    file, recipe = (
+        lora.read(path, kernels),
+        LoRAConfig(rank=9, alpha=12.0, targets=(*FFN, "proj_out")),
+    )
     flat = lora.fit(file, recipe, kernels)
     assert_same_effect(deltas(flat, recipe, kernels), wanted)
-    assert all(np.any(v, axis=-2).all() for k, v in flat.items() if k.endswith("lora_a"))  # every rank can learn
+    # every rank can learn
+    assert all(np.any(v, axis=-2).all() for k, v in flat.items() if k.endswith("lora_a"))
     assert file.targets == FFN and set(file.factors) == set(wanted)
 
 
@@ -141,7 +237,9 @@ def test_the_effect_is_kept_under_another_recipe(kernels, tmp_path, form):
 def pipe(tmp_path_factory):
     import diffusers
 
-    return diffusers.WanPipeline.from_pretrained(tiny.write_pipeline(tmp_path_factory.mktemp("source") / "wan"))
+    return diffusers.WanPipeline.from_pretrained(
+        tiny.write_pipeline(tmp_path_factory.mktemp("source") / "wan")
+    )
 
 
 @pytest.mark.parity
@@ -154,11 +252,16 @@ def test_the_effect_is_that_of_diffusers_and_peft(pipe, kernels, tmp_path, form)
     if reader == "pipeline":
         pipe.load_lora_weights(str(path), adapter_name="default")
     elif reader == "transformer":
-        model.load_lora_adapter(str(tmp_path), weight_name=path.name, prefix=None, adapter_name="default")
+        model.load_lora_adapter(
+            str(tmp_path), weight_name=path.name, prefix=None, adapter_name="default"
+        )
     else:
         model = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(path)).base_model.model
-    theirs = {name: module.get_delta_weight("default").detach().numpy().T for name, module in model.named_modules()
-              if hasattr(module, "get_delta_weight")}
+    theirs = {
+        name: module.get_delta_weight("default").detach().numpy().T
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
     pipe.unload_lora_weights()
     assert_same_effect(theirs, wanted)
 
@@ -180,14 +283,19 @@ def test_both_experts_in_one_file(kernels, tmp_path):
     found = lora_files.read_experts(path, kernels)
     assert list(found) == ["transformer", "transformer_2"]
     for file, pairs in zip(found.values(), (high, low)):
-        np.testing.assert_array_equal(file.factors["blocks.0.ffn.net.2"][1], pairs["blocks.0.ffn.net.2"][1])
+        np.testing.assert_array_equal(
+            file.factors["blocks.0.ffn.net.2"][1], pairs["blocks.0.ffn.net.2"][1]
+        )
     with pytest.raises(UserError, match="adapters for transformer and transformer_2"):
         lora.read(path, kernels)
 
 
 def test_folders(tmp_path):
-    for names, message in (((), "holds no file of weights"), (("adapter_model.bin",), "PyTorch files are not read"),
-                           (("a.safetensors", "b.safetensors"), r"holds a\.safetensors, b\.safetensors: give one")):
+    for names, message in (
+        ((), "holds no file of weights"),
+        (("adapter_model.bin",), "PyTorch files are not read"),
+        (("a.safetensors", "b.safetensors"), r"holds a\.safetensors, b\.safetensors: give one"),
+    ):
         folder = tmp_path / str(len(names) + len(message))
         folder.mkdir()
         for name in names:
@@ -198,7 +306,7 @@ def test_folders(tmp_path):
     assert lora_files.find(folder).name == "adapter_model.safetensors"
 
 
-# ---- files that are refused -----------------------------------------------------------------------------------------
+# ---- files that are refused ----------------------------------------------------------------------
 
 FIRST = "transformer.blocks.0.attn1.to_q.lora_A.weight"
 
@@ -208,26 +316,72 @@ def renamed(change):
 
 
 FAULTS = {
-    "second transformer": (renamed(lambda k: k.replace("transformer.", "transformer_2.")), "for transformer_2;"),
-    "PEFT without its settings": (renamed(lambda k: "base_model.model." + k.removeprefix("transformer.")),
-                                  r"adapter_config\.json, which is missing"),
+    "second transformer": (
+        renamed(lambda k: k.replace("transformer.", "transformer_2.")),
+        "for transformer_2;",
+    ),
+    "PEFT without its settings": (
+        renamed(lambda k: "base_model.model." + k.removeprefix("transformer.")),
+        r"adapter_config\.json, which is missing",
+    ),
     "empty": (lambda tensors: {}, "is empty"),
-    "unknown prefix": (renamed(lambda k: k.replace("transformer.", "unet.")), r"no layer for 'unet\.blocks"),
-    "text encoder too": (lambda t: t | {"text_encoder.layer.lora_A.weight": t[FIRST]}, "no layer for 'text_encoder"),
-    "image to video": (lambda t: t | {"diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight": t[FIRST]}, "k_img"),
-    "both layouts": (lambda t: t | {"diffusion_model.blocks.0.self_attn.q.lora_down.weight": t[FIRST]}, "twice, under"),
-    "two names": (lambda t: t | {FIRST.replace("lora_A", "lora_down"): t[FIRST]}, "twice, under two names"),
-    "more blocks": (lambda t: t | {FIRST.replace(".0.", ".2.", 1): t[FIRST]}, r"no layer for .*blocks\.2\."),
-    "no partner": (lambda t: {k: v for k, v in t.items() if k != FIRST}, r"blocks\.0\.attn1\.to_q lacks its factor A"),
-    "alpha alone": (lambda t: {FIRST.replace("lora_A.weight", "alpha"): np.float32([1])}, "holds no LoRA factor"),
-    "other width": (lambda t: t | {FIRST: np.zeros((4, 96), np.float32)}, r"to_q are \[4, 96\] .* be \[r, 48\]"),
-    "other rank": (lambda t: t | {FIRST: np.zeros((3, 48), np.float32)}, r"to_q are \[3, 48\] and \[48, 4\]"),
-    "NaN": (lambda t: t | {FIRST: np.full((4, 48), np.nan, np.float32)}, "to_q.lora_A.weight holds NaN"),
-    "bias": (lambda t: t | {FIRST.replace("A.weight", "B.bias"): np.zeros(48, np.float32)}, "no LoRA factor"),
-    "magnitudes": (lambda t: t | {FIRST.replace("lora_A.weight", "dora_scale"): t[FIRST]}, "no LoRA factor"),
+    "unknown prefix": (
+        renamed(lambda k: k.replace("transformer.", "unet.")),
+        r"no layer for 'unet\.blocks",
+    ),
+    "text encoder too": (
+        lambda t: t | {"text_encoder.layer.lora_A.weight": t[FIRST]},
+        "no layer for 'text_encoder",
+    ),
+    "image to video": (
+        lambda t: t | {"diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight": t[FIRST]},
+        "k_img",
+    ),
+    "both layouts": (
+        lambda t: t | {"diffusion_model.blocks.0.self_attn.q.lora_down.weight": t[FIRST]},
+        "twice, under",
+    ),
+    "two names": (
+        lambda t: t | {FIRST.replace("lora_A", "lora_down"): t[FIRST]},
+        "twice, under two names",
+    ),
+    "more blocks": (
+        lambda t: t | {FIRST.replace(".0.", ".2.", 1): t[FIRST]},
+        r"no layer for .*blocks\.2\.",
+    ),
+    "no partner": (
+        lambda t: {k: v for k, v in t.items() if k != FIRST},
+        r"blocks\.0\.attn1\.to_q lacks its factor A",
+    ),
+    "alpha alone": (
+        lambda t: {FIRST.replace("lora_A.weight", "alpha"): np.float32([1])},
+        "holds no LoRA factor",
+    ),
+    "other width": (
+        lambda t: t | {FIRST: np.zeros((4, 96), np.float32)},
+        r"to_q are \[4, 96\] .* be \[r, 48\]",
+    ),
+    "other rank": (
+        lambda t: t | {FIRST: np.zeros((3, 48), np.float32)},
+        r"to_q are \[3, 48\] and \[48, 4\]",
+    ),
+    "NaN": (
+        lambda t: t | {FIRST: np.full((4, 48), np.nan, np.float32)},
+        "to_q.lora_A.weight holds NaN",
+    ),
+    "bias": (
+        lambda t: t | {FIRST.replace("A.weight", "B.bias"): np.zeros(48, np.float32)},
+        "no LoRA factor",
+    ),
+    "magnitudes": (
+        lambda t: t | {FIRST.replace("lora_A.weight", "dora_scale"): t[FIRST]},
+        "no LoRA factor",
+    ),
     "one dimension": (lambda t: t | {FIRST: np.zeros(4, np.float32)}, r"its shape is \[4\]"),
-    "differences": (lambda t: t | {"diffusion_model.blocks.0.self_attn.q.diff_b": np.ones(48, np.float32)},
-                    r"1 tensors change whole weights .*self_attn\.q\.diff_b"),
+    "differences": (
+        lambda t: t | {"diffusion_model.blocks.0.self_attn.q.diff_b": np.ones(48, np.float32)},
+        r"1 tensors change whole weights .*self_attn\.q\.diff_b",
+    ),
 }
 
 
@@ -239,15 +393,33 @@ def test_broken_files_are_refused(kernels, tmp_path, fault):
         lora.read(tmp_path / "x.safetensors", kernels)
 
 
-@pytest.mark.parametrize("metadata, message", [
-    ("{", "is damaged"), ("[1]", "is damaged"), ({"lora_alpha": 8}, "are damaged: r=None"),
-    ({"r": "a", "lora_alpha": 8}, "are damaged: r='a'"), ({"r": 8, "lora_alpha": 8}, "state rank 8 of blocks"),
-    ({"r": 4, "lora_alpha": 8, "use_dora": True}, "use_dora=True"),
-    ({"r": 4, "lora_alpha": 8, "peft_type": "LOHA"}, "peft_type=LOHA"),
-    ({"r": 4, "lora_alpha": 8, "init_lora_weights": "pissa_niter_4"}, "init_lora_weights=pissa")])
+@pytest.mark.parametrize(
+    "metadata, message",
+    [
+        ("{", "is damaged"),
+        ("[1]", "is damaged"),
+        ({"lora_alpha": 8}, "are damaged: r=None"),
+        ({"r": "a", "lora_alpha": 8}, "are damaged: r='a'"),
+        ({"r": 8, "lora_alpha": 8}, "state rank 8 of blocks"),
+        ({"r": 4, "lora_alpha": 8, "use_dora": True}, "use_dora=True"),
+        ({"r": 4, "lora_alpha": 8, "peft_type": "LOHA"}, "peft_type=LOHA"),
+        (
+            {"r": 4, "lora_alpha": 8, "init_lora_weights": "pissa_niter_4"},
+            "init_lora_weights=pissa",
+        ),
+    ],
+)
 def test_settings_that_are_not_understood_are_refused(kernels, tmp_path, metadata, message):
-    text = metadata if isinstance(metadata, str) else json.dumps({f"transformer.{k}": v for k, v in metadata.items()})
-    save_file(tensors_of(factors(kernels)), tmp_path / "x.safetensors", metadata={"lora_adapter_metadata": text})
+    text = (
+        metadata
+        if isinstance(metadata, str)
+        else json.dumps({f"transformer.{k}": v for k, v in metadata.items()})
+    )
+    save_file(
+        tensors_of(factors(kernels)),
+        tmp_path / "x.safetensors",
+        metadata={"lora_adapter_metadata": text},
+    )
     with pytest.raises(UserError, match=message):
         lora.read(tmp_path / "x.safetensors", kernels)
 
@@ -256,9 +428,13 @@ def test_two_scales_are_refused(kernels, tmp_path):
     settings = json.dumps({f"transformer.{k}": v for k, v in SETTINGS.items()})
     for name, alpha in (("same", np.float32(ALPHA)), ("other", np.float32(4))):
         tensors = tensors_of(factors(kernels), alpha={}.fromkeys(factors(kernels), alpha).get)
-        save_file(tensors, tmp_path / f"{name}.safetensors", metadata={"lora_adapter_metadata": settings})
+        save_file(
+            tensors, tmp_path / f"{name}.safetensors", metadata={"lora_adapter_metadata": settings}
+        )
     assert set(lora.read(tmp_path / "same.safetensors", kernels).scales.values()) == {1.5}
-    with pytest.raises(UserError, match=r"two scales of blocks.*: 1 by its alpha tensor and 1\.5 by PEFT"):
+    with pytest.raises(
+        UserError, match=r"two scales of blocks.*: 1 by its alpha tensor and 1\.5 by PEFT"
+    ):
         lora.read(tmp_path / "other.safetensors", kernels)
 
 
@@ -274,10 +450,20 @@ def test_damaged_and_missing_files(kernels, tmp_path):
             lora.read(tmp_path / name, kernels)
 
 
-@pytest.mark.parametrize("recipe, message", [
-    (LoRAConfig(3, 8.0, FFN), r"has rank 4, config\.lora\.rank=3 is too low: set config\.lora\.rank=4"),
-    (LoRAConfig(4, 8.0, ("to_q",)), r"adapts 16 layers that config\.lora\.targets=to_q does not name"),
-    (LoRAConfig(4, 0.0, FFN), r"config\.lora\.alpha=0")])
+@pytest.mark.parametrize(
+    "recipe, message",
+    [
+        (
+            LoRAConfig(3, 8.0, FFN),
+            r"has rank 4, config\.lora\.rank=3 is too low: set config\.lora\.rank=4",
+        ),
+        (
+            LoRAConfig(4, 8.0, ("to_q",)),
+            r"adapts 16 layers that config\.lora\.targets=to_q does not name",
+        ),
+        (LoRAConfig(4, 0.0, FFN), r"config\.lora\.alpha=0"),
+    ],
+)
 def test_recipes_that_cannot_hold_the_file(kernels, tmp_path, recipe, message):
     path, _ = write_form(tmp_path, kernels, "Diffusers")
     with pytest.raises(UserError, match=message):

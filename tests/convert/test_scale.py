@@ -59,7 +59,10 @@ def shard(folder, component="transformer", parts=3):
         save_file(part, folder / component / name)
         weight_map |= dict.fromkeys(part, name)
     whole.unlink()
-    index = {"metadata": {"total_size": sum(v.nbytes for v in weights.values())}, "weight_map": weight_map}
+    index = {
+        "metadata": {"total_size": sum(v.nbytes for v in weights.values())},
+        "weight_map": weight_map,
+    }
     path = folder / component / f"{STEMS[component]}.safetensors.index.json"
     path.write_text(json.dumps(index))
     return path
@@ -71,11 +74,17 @@ def contents(folder):
 
 def run(code, *args, **kwargs):
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=False,
-                          env=env, **kwargs)
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=env,
+        **kwargs,
+    )
 
 
-# ---- memory ---------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 PEAK = r"""
 import re, sys
@@ -95,8 +104,15 @@ print("check", peak() - before)
 
 
 def test_memory_does_not_grow_with_the_model(source, own, tmp_path):
-    """A text encoder of 260 MB in float32, 31 MB of it one embedding: less than a third of it in memory at once."""
-    settings = tiny.SETTINGS["text_encoder"] | {"vocab_size": 30000, "d_model": 256, "d_ff": 4096, "num_layers": 18}
+    """A text encoder of 260 MB in float32, 31 MB of it one embedding: less than a third of it in
+    memory at once.
+    """
+    settings = tiny.SETTINGS["text_encoder"] | {
+        "vocab_size": 30000,
+        "d_model": 256,
+        "d_ff": 4096,
+        "num_layers": 18,
+    }
     (own / "text_encoder/config.json").write_text(json.dumps(settings))
     shapes = tiny.state_dict_shapes("text_encoder", settings)
     weights = {k: np.full(s, 0.5, np.float32) for k, s in shapes.items()}
@@ -106,14 +122,20 @@ def test_memory_does_not_grow_with_the_model(source, own, tmp_path):
     del weights
     done = run(PEAK, source, tmp_path / "small", own, tmp_path / "large")
     assert done.returncode == 0, done.stderr
-    grown = {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines() if line.count(" ") == 1}
+    grown = {
+        line.split()[0]: int(line.split()[1])
+        for line in done.stdout.splitlines()
+        if line.count(" ") == 1
+    }
     assert grown["convert"] < size / 3 and grown["check"] < size / 3
     stored = model_dir.open_model(tmp_path / "large").load_numpy("text_encoder")
     assert all((v == 0.5).all() and v.dtype == ml_dtypes.bfloat16 for v in stored.values())
 
 
 def test_arrays_in_small_pieces_are_the_same(source, converted, tmp_path, monkeypatch):
-    """Chunks of a few rows, for the embedding that is read in parts and for the layers, also where none divides it."""
+    """Chunks of a few rows, for the embedding that is read in parts and for the layers, also where
+    none divides it.
+    """
     monkeypatch.setattr(array_store, "CHUNK", 1500)
     convert(str(source), tmp_path / "pieces", "bfloat16")
     whole, pieces = (model_dir.open_model(folder) for folder in (converted, tmp_path / "pieces"))
@@ -132,18 +154,31 @@ def test_the_store_is_an_orbax_checkpoint(converted):
     """Orbax itself restores it, without knowing of us: whole, and sharded."""
     import jax
     import orbax.checkpoint as ocp
+
     path = model_dir.params_path(converted, "transformer")
     stored = model_dir.open_model(converted).load_numpy("transformer")
     mesh = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4])
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
     name = "blocks/ffn/net_2/kernel"
-    abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=rows if k == name else jax.sharding.NamedSharding(
-        mesh, jax.sharding.PartitionSpec())) for k, v in stored.items()}
+    abstract = {
+        k: jax.ShapeDtypeStruct(
+            v.shape,
+            v.dtype,
+            sharding=rows
+            if k == name
+            else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
+        )
+        for k, v in stored.items()
+    }
     with ocp.StandardCheckpointer() as checkpointer:
         restored, sharded = checkpointer.restore(path), checkpointer.restore(path, abstract)
     assert restored.keys() == stored.keys()
-    assert all(np.array_equal(restored[k], v) and restored[k].dtype == v.dtype for k, v in stored.items())
-    assert sharded[name].sharding == rows and np.array_equal(np.asarray(sharded[name]), stored[name])
+    assert all(
+        np.array_equal(restored[k], v) and restored[k].dtype == v.dtype for k, v in stored.items()
+    )
+    assert sharded[name].sharding == rows and np.array_equal(
+        np.asarray(sharded[name]), stored[name]
+    )
 
 
 def test_a_store_that_lost_a_file_is_refused(own_model):
@@ -152,7 +187,10 @@ def test_a_store_that_lost_a_file_is_refused(own_model):
     chunk = next(f for f in sorted((params / "quant_conv/kernel").iterdir()) if f.name != ".zarray")
     content = chunk.read_bytes()
     chunk.write_bytes(content[:-1])
-    with pytest.raises(UserError, match=r"files of 1 arrays are missing or truncated \(quant_conv/kernel\).*convert"):
+    with pytest.raises(
+        UserError,
+        match=r"files of 1 arrays are missing or truncated \(quant_conv/kernel\).*convert",
+    ):
         model.load_numpy("vae")
     chunk.unlink()
     with pytest.raises(UserError, match=r"missing or truncated \(quant_conv/kernel\)"):
@@ -164,7 +202,8 @@ def test_a_store_that_lost_a_file_is_refused(own_model):
     shutil.copytree(model_dir.params_path(own_model, "transformer"), params)
     with pytest.raises(UserError, match=r"vae/params is missing or damaged: _METADATA"):
         model_dir.build("vae", model)
-    with pytest.raises(UserError, match=r"does not fit vae/config.json"):  # what a folder without digests says
+    # what a folder without digests says
+    with pytest.raises(UserError, match=r"does not fit vae/config.json"):
         model_dir.build("vae", model_dir.open_model(own_model, verify=False))
 
 
@@ -183,6 +222,7 @@ def test_load_onto_a_mesh_is_what_is_stored(source, tmp_path):
 
     from wan_jax.distributed import mesh as mesh_lib
     from wan_jax.models import params as P
+
     convert(str(source), tmp_path / "model", "float32")
     model = model_dir.open_model(tmp_path / "model")
     stored = model.load_numpy("text_encoder")
@@ -193,11 +233,12 @@ def test_load_onto_a_mesh_is_what_is_stored(source, tmp_path):
             assert value.dtype == P.flatten(like)[name].dtype
             assert np.array_equal(np.asarray(value), stored[name].astype(value.dtype))
             assert value.sharding.is_equivalent_to(
-                mesh_lib.param_shardings({name: value}, mesh)[name], value.ndim)
+                mesh_lib.param_shardings({name: value}, mesh)[name], value.ndim
+            )
     assert jax.device_count() == 8
 
 
-# ---- kill and continue ----------------------------------------------------------------------------------------------
+# ---- kill and continue ---------------------------------------------------------------------------
 
 DIE = """
 import os, signal, sys
@@ -220,7 +261,10 @@ KILLED_AT = 90  # of the transformer's tensors and those of the text encoder
 
 @pytest.fixture(scope="module")
 def killed(source, tmp_path_factory):
-    """Return a function that puts there what a conversion of `source` to `dst` leaves which a signal ended."""
+    """Return a function that puts there what a conversion of `source` to `dst` leaves which a
+    signal ended.
+    """
+
     @functools.cache
     def left_by(how):
         dst = tmp_path_factory.mktemp("killed") / "model"
@@ -252,7 +296,9 @@ def counted(monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
-def test_a_killed_conversion_continues(source, converted, killed, tmp_path, monkeypatch, capsys, how):
+def test_a_killed_conversion_continues(
+    source, converted, killed, tmp_path, monkeypatch, capsys, how
+):
     keys = counted(monkeypatch)
     convert(str(source), tmp_path / "wanted" / "again", "bfloat16")
     everything = list(keys)
@@ -261,11 +307,17 @@ def test_a_killed_conversion_continues(source, converted, killed, tmp_path, monk
     keys.clear()
     convert(str(source), tmp_path / "model", "bfloat16")
     # what was written but not yet recorded is done again
-    assert len(everything) - KILLED_AT < len(keys) < len(everything) and keys == everything[-len(keys):]
+    assert (
+        len(everything) - KILLED_AT < len(keys) < len(everything)
+        and keys == everything[-len(keys) :]
+    )
     assert "tensors of them earlier" in capsys.readouterr().out
     got, wanted = contents(tmp_path / "model"), contents(converted)
     assert {k for k in got.keys() | wanted.keys() if got.get(k) != wanted.get(k)} <= {
-        f"{c}/params/{name}" for c in model_dir.COMPONENTS for name in ("_CHECKPOINT_METADATA", "commit_success.txt")}
+        f"{c}/params/{name}"
+        for c in model_dir.COMPONENTS
+        for name in ("_CHECKPOINT_METADATA", "commit_success.txt")
+    }
     # which hold the time
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "wanted"]
 
@@ -281,7 +333,9 @@ def test_a_line_cut_short_and_a_lost_file_are_done_again(source, killed, tmp_pat
     convert(str(source), tmp_path / "model", "bfloat16")
     again = json.loads(lines[-1])
     assert (again["component"], again["keys"][0]) in keys
-    assert {k for c, k in keys if c == "transformer"} == set(Shards(source / "transformer", STEMS["transformer"]).where)
+    assert {k for c, k in keys if c == "transformer"} == set(
+        Shards(source / "transformer", STEMS["transformer"]).where
+    )
     check(str(source), tmp_path / "model")
 
 
@@ -330,7 +384,8 @@ def test_two_conversions_to_one_folder(source, tmp_path):
     assert (tmp_path / "model").is_dir()
 
 
-# ---- the source's index ---------------------------------------------------------------------------------------------
+# ---- the source's index --------------------------------------------------------------------------
+
 
 def test_sharded_source(own, source, tmp_path):
     shard(own)
@@ -342,7 +397,9 @@ def change_index(path, what):
     index = json.loads(path.read_text())
     names = sorted(set(index["weight_map"].values()))
     if what == "other file":
-        index["weight_map"]["proj_out.bias"] = next(n for n in names if n != index["weight_map"]["proj_out.bias"])
+        index["weight_map"]["proj_out.bias"] = next(
+            n for n in names if n != index["weight_map"]["proj_out.bias"]
+        )
     elif what == "not in the files":
         index["weight_map"]["blocks.9.norm2.bias"] = names[0]
     elif what == "not in the index":
@@ -352,10 +409,18 @@ def change_index(path, what):
     path.write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize("what, message", [
-    ("other file", r"proj_out.bias is in .* by the index, and in .* in truth"),
-    ("not in the files", r"blocks.9.norm2.bias is in .*00001-of-00003.safetensors by the index, and in no file"),
-    ("not in the index", "proj_out.bias is in no file by the index"), ("no file", "other.safetensors is missing")])
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("other file", r"proj_out.bias is in .* by the index, and in .* in truth"),
+        (
+            "not in the files",
+            r"blocks.9.norm2.bias is in .*00001-of-00003.safetensors by the index, and in no file",
+        ),
+        ("not in the index", "proj_out.bias is in no file by the index"),
+        ("no file", "other.safetensors is missing"),
+    ],
+)
 def test_an_index_that_does_not_agree(own, tmp_path, what, message):
     change_index(shard(own), what)
     with pytest.raises(UserError, match=message):
@@ -366,22 +431,32 @@ def test_an_index_that_does_not_agree(own, tmp_path, what, message):
 def test_types_that_are_not_read(own, tmp_path):
     path = own / "vae" / "diffusion_pytorch_model.safetensors"
     save_file(load_file(path) | {"quant_conv.bias": np.zeros(32, np.int8)}, path)
-    with pytest.raises(UserError, match=r"quant_conv.bias is stored as I8, which is not read \(F64, F32,"):
+    with pytest.raises(
+        UserError, match=r"quant_conv.bias is stored as I8, which is not read \(F64, F32,"
+    ):
         convert(str(own), tmp_path / "model")
 
 
-# ---- --dtype and --check --------------------------------------------------------------------------------------------
+# ---- --dtype and --check -------------------------------------------------------------------------
+
 
 def test_dtype_for_each_component(source, tmp_path):
     assert set(parse_dtypes("source").values()) == {"source"}
-    assert parse_dtypes("bfloat16")["vae"] == "float32" and parse_dtypes("bfloat16,vae=bfloat16")["vae"] == "bfloat16"
+    assert (
+        parse_dtypes("bfloat16")["vae"] == "float32"
+        and parse_dtypes("bfloat16,vae=bfloat16")["vae"] == "bfloat16"
+    )
     for bad in ("int8", "vae=int8", "unet=float32", "float32,bfloat16", ""):
         with pytest.raises(UserError, match="--dtype="):
             parse_dtypes(bad)
     convert(str(source), tmp_path / "model", "bfloat16,text_encoder=float32")
     model = model_dir.open_model(tmp_path / "model")
     found = {c: {str(v.dtype) for v in model.load_numpy(c).values()} for c in model.components}
-    assert found == {"transformer": {"bfloat16", "float32"}, "vae": {"float32"}, "text_encoder": {"float32"}}
+    assert found == {
+        "transformer": {"bfloat16", "float32"},
+        "vae": {"float32"},
+        "text_encoder": {"float32"},
+    }
     check(str(source), tmp_path / "model")
 
 
@@ -395,13 +470,16 @@ def change_store(path, fault):
     """Changes a component's stored arrays."""
     store = array_store.ArrayStore(path)
     if fault == "flipped bit":
-        file, = store.chunk_files("blocks/ffn/net_2/kernel", 1)
+        (file,) = store.chunk_files("blocks/ffn/net_2/kernel", 1)
         file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
     elif fault == "truncated":
-        file, = store.chunk_files("proj_out/kernel")
+        (file,) = store.chunk_files("proj_out/kernel")
         file.write_bytes(file.read_bytes()[:-2])
     else:
-        arrays = {k: (shape, store.dtypes[k], k.startswith("blocks/")) for k, shape in store.shapes.items()}
+        arrays = {
+            k: (shape, store.dtypes[k], k.startswith("blocks/"))
+            for k, shape in store.shapes.items()
+        }
         values = {k: store.read(k) for k in arrays}
         if fault == "missing tensor":
             del arrays["blocks/ffn/net_2/kernel"]
@@ -413,16 +491,26 @@ def change_store(path, fault):
         changed = array_store.create(path, arrays)
         for name, (shape, dtype, stacked) in arrays.items():
             for layer in range(shape[0]) if stacked else [None]:
-                changed.write(name, values[name][... if layer is None else layer].astype(dtype), layer)
+                changed.write(
+                    name, values[name][... if layer is None else layer].astype(dtype), layer
+                )
 
 
-@pytest.mark.parametrize("fault, message", [
-    ("flipped bit", r"blocks/ffn/net_2/kernel\[1\] \(blocks.1.ffn.net.2.weight\): 1 values differ, the first is"),
-    ("missing tensor", "blocks/ffn/net_2/kernel is missing, expected bfloat16"),
-    ("unknown tensor", r"extra is float32 \[3\], expected nothing"),
-    ("other dtype", r"proj_out/kernel is float32 .*, expected bfloat16"),
-    ("truncated", r"missing or truncated \(proj_out/kernel\)"),
-    ("config", "vae/config.json: is missing or differs"), ("tokenizer", "tokenizer/.*: is missing or differs")])
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        (
+            "flipped bit",
+            r"blocks/ffn/net_2/kernel\[1\] \(blocks.1.ffn.net.2.weight\): 1 values differ, the first is",
+        ),
+        ("missing tensor", "blocks/ffn/net_2/kernel is missing, expected bfloat16"),
+        ("unknown tensor", r"extra is float32 \[3\], expected nothing"),
+        ("other dtype", r"proj_out/kernel is float32 .*, expected bfloat16"),
+        ("truncated", r"missing or truncated \(proj_out/kernel\)"),
+        ("config", "vae/config.json: is missing or differs"),
+        ("tokenizer", "tokenizer/.*: is missing or differs"),
+    ],
+)
 def test_check_finds(source, own_model, fault, message):
     dst = own_model
     if fault == "config":
@@ -441,9 +529,15 @@ def test_check_finds_what_changed_in_the_source(own, tmp_path):
     check(str(own), tmp_path / "model")
     path = own / "vae" / "diffusion_pytorch_model.safetensors"
     rewrite(path, lambda w: w["quant_conv.bias"].__setitem__(3, 7.0))
-    command = commands.command("convert.from_diffusers", f"--src={own}", f"--dst={tmp_path / 'model'}", "--check")
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=commands.environment())
-    assert done.returncode == 1 and "quant_conv/bias (quant_conv.bias): 1 values differ" in done.stderr
+    command = commands.command(
+        "convert.from_diffusers", f"--src={own}", f"--dst={tmp_path / 'model'}", "--check"
+    )
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=commands.environment()
+    )
+    assert (
+        done.returncode == 1 and "quant_conv/bias (quant_conv.bias): 1 values differ" in done.stderr
+    )
     assert "should be 7.0" in done.stderr and "Traceback" not in done.stderr
     rewrite(path, lambda w: w.pop("quant_conv.bias"))
     with pytest.raises(UserError, match=r"1 missing \(quant_conv.bias\)"):

@@ -1,4 +1,6 @@
-"""What conversion accepts as a source and refuses as a destination, before anything is written or downloaded."""
+"""What conversion accepts as a source and refuses as a destination, before anything is written or
+downloaded.
+"""
 
 import json
 import os
@@ -15,7 +17,13 @@ from convert.from_diffusers import STEMS, check, convert
 from convert.plan import rounded
 from tests import tiny
 from wan_jax.command_line.cli import UserError
-from wan_jax.models.config import ConfigError, Scheduler, TransformerConfig, from_dict, load_scheduler
+from wan_jax.models.config import (
+    ConfigError,
+    Scheduler,
+    TransformerConfig,
+    from_dict,
+    load_scheduler,
+)
 from wan_jax.storage import model_dir
 
 BF16 = np.dtype(model_dir.jnp.bfloat16)
@@ -44,7 +52,8 @@ def refused(own, tmp_path, message, **kwargs):
     assert sorted(tmp_path.iterdir()) == before
 
 
-# ---- the destination ------------------------------------------------------------------------------------------------
+# ---- the destination -----------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("dst", ["own", "own/", "link", "own/model", "link/vae", "x/..", "weights"])
 def test_a_destination_that_would_destroy_the_source(own, tmp_path, dst):
@@ -65,14 +74,19 @@ def test_the_way_back_does_not_destroy_its_source(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="another --dst"):
             to_diffusers.export(model.path, dst, overwrite=True)
     with pytest.raises(UserError, match=r"run/checkpoints.*another --dst"):
-        to_diffusers.export(model.path, tmp_path / "run/checkpoints/4/x", checkpoint=str(tmp_path / "run"))
+        to_diffusers.export(
+            model.path, tmp_path / "run/checkpoints/4/x", checkpoint=str(tmp_path / "run")
+        )
 
 
 def test_overwrite_replaces_models_only(tmp_path):
     (tmp_path / "models" / "mine").mkdir(parents=True)
     (tmp_path / "file").write_text("")
     for name in ("models", "file"):
-        with pytest.raises(UserError, match=rf"{name} exists and holds no model"), whole_folder(tmp_path / name, True):
+        with (
+            pytest.raises(UserError, match=rf"{name} exists and holds no model"),
+            whole_folder(tmp_path / name, True),
+        ):
             pass
     assert (tmp_path / "models" / "mine").is_dir()
 
@@ -89,7 +103,8 @@ def test_dots_a_tilde_and_spaces(source, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a b", "a c", "model", "x"]
 
 
-# ---- a kill while an existing folder is replaced --------------------------------------------------------------------
+# ---- a kill while an existing folder is replaced -------------------------------------------------
+
 
 def write(folder, text):
     for name in ("model_index.json", "part/a", "part/b"):
@@ -103,7 +118,8 @@ def replace(folder, text, resumable):
 
 
 def killed_at(step, folder, resumable):
-    """Replace the folder in a child process that dies before its file operation number `step`; return whether it did.
+    """Replace the folder in a child process that dies before its file operation number `step`;
+    return whether it did.
     """
     if (child := os.fork()) == 0:
         count = 0
@@ -115,6 +131,7 @@ def killed_at(step, folder, resumable):
                 if count == step:
                     os._exit(9)
                 return operation(*args, **kwargs)
+
             return operate
 
         for name in ("rename", "unlink", "rmdir", "replace"):
@@ -129,7 +146,10 @@ def killed_at(step, folder, resumable):
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 @pytest.mark.parametrize("resumable", [True, False])
 def test_a_complete_copy_survives_a_kill_at_every_step(tmp_path, resumable):
-    whole = {text: dict.fromkeys(("model_index.json", "part/a", "part/b"), text.encode()) for text in ("old", "new")}
+    whole = {
+        text: dict.fromkeys(("model_index.json", "part/a", "part/b"), text.encode())
+        for text in ("old", "new")
+    }
     killed, step, seen = True, 0, set()
     while killed:
         step += 1
@@ -147,23 +167,36 @@ def test_a_complete_copy_survives_a_kill_at_every_step(tmp_path, resumable):
             pass
         assert contents(folder) in whole.values()
         replace(folder, "new", resumable)
-        assert contents(folder) == whole["new"] and [p.name for p in folder.parent.iterdir()] == ["model"]
+        assert contents(folder) == whole["new"] and [p.name for p in folder.parent.iterdir()] == [
+            "model"
+        ]
     assert step > 5 and seen == {"model", ".model.previous"}
 
 
 def test_a_destination_that_appears_meanwhile_is_kept(tmp_path):
     model = tmp_path / "model"
-    with pytest.raises(UserError, match="exists already"), whole_folder(model, False, resumable=True) as new:
+    with (
+        pytest.raises(UserError, match="exists already"),
+        whole_folder(model, False, resumable=True) as new,
+    ):
         write(new, "new")
         model.mkdir()
         write(model, "other")
     assert contents(new)["part/a"] == b"new" and contents(model)["part/a"] == b"other"
 
 
-# ---- what is no folder ----------------------------------------------------------------------------------------------
+# ---- what is no folder ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, kind", [("wan2.1_fp16.safetensors", "single-file"), ("Wan2.1_VAE.pth", "PyTorch"),
-                                        ("wan-Q4.gguf", "GGUF"), ("readme", "a file")])
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("wan2.1_fp16.safetensors", "single-file"),
+        ("Wan2.1_VAE.pth", "PyTorch"),
+        ("wan-Q4.gguf", "GGUF"),
+        ("readme", "a file"),
+    ],
+)
 def test_files_are_no_hub_ids(tmp_path, monkeypatch, name, kind):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
@@ -173,10 +206,14 @@ def test_files_are_no_hub_ids(tmp_path, monkeypatch, name, kind):
             sources.source_folder(src)
 
 
-@pytest.mark.parametrize("src", ["a/b c", "a/b?x", "ä/ö:ü", "a//b", "-/..", "a/b--c", "a/b..c", "a/" + "b" * 120, ""])
+@pytest.mark.parametrize(
+    "src", ["a/b c", "a/b?x", "ä/ö:ü", "a//b", "-/..", "a/b--c", "a/b..c", "a/" + "b" * 120, ""]
+)
 def test_odd_hub_ids(src):
     with pytest.raises(UserError, match=r"no hub id|no folder|'' cannot"):
-        sources._download(src, None) if "--" in src or ".." in src or len(src) > 99 else convert(src, "x")
+        sources._download(src, None) if "--" in src or ".." in src or len(src) > 99 else convert(
+            src, "x"
+        )
 
 
 def test_another_layout_is_refused_before_its_weights_are_downloaded(source, monkeypatch):
@@ -192,34 +229,49 @@ def test_another_layout_is_refused_before_its_weights_are_downloaded(source, mon
         return str(source / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download",
-                        lambda *args, **kwargs: asked.append(kwargs) or str(source))
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda *args, **kwargs: asked.append(kwargs) or str(source),
+    )
     with pytest.raises(UserError, match=r"no model_index\.json.*Wan2\.1-T2V-14B-Diffusers"):
         sources.source_folder("Wan-AI/Wan2.1-T2V-14B")
     assert len(asked) == 1
     assert sources.source_folder("me/Wan-Diffusers", "abc") == source
-    assert asked[1] == ("me/Wan-Diffusers", "model_index.json", "abc") and asked[2]["revision"] == "abc"
+    assert (
+        asked[1] == ("me/Wan-Diffusers", "model_index.json", "abc")
+        and asked[2]["revision"] == "abc"
+    )
     assert "transformer/*.safetensors" in asked[2]["allow_patterns"]
     assert not any(p.startswith(("*", "transformer_2")) for p in asked[2]["allow_patterns"])
     with pytest.raises(UserError, match="--revision=abc is for hub ids"):
         sources.source_folder(str(source), "abc")
 
 
-# ---- configurations, tokenizer and scheduler ------------------------------------------------------------------------
+# ---- configurations, tokenizer and scheduler -----------------------------------------------------
 
-@pytest.mark.parametrize("component, field, value, message", [
-    ("transformer", "num_layers", -1, "num_layers=-1: must be a whole number from 1"),
-    ("transformer", "num_layers", "2", "num_layers='2': must be a whole number"),
-    ("transformer", "num_layers", 10**9, "num_layers=1000000000: .* to 1024"),
-    ("transformer", "num_layers", True, "num_layers=True"), ("transformer", "num_layers", None, "num_layers=None"),
-    ("transformer", "patch_size", 0, "patch_size=0: must be a list of 3"),
-    ("transformer", "patch_size", [1, 2, 0], r"patch_size=\[1, 2, 0\]: must be a whole number"),
-    ("transformer", "eps", float("nan"), "eps=nan"), ("transformer", "eps", 0, "eps=0"),
-    ("transformer", "freq_dim", 33, "freq_dim=33 must be even"),
-    ("vae", "latents_std", [-1.0] * 16, "latents_std has -1.0"), ("vae", "latents_mean", [[1]] * 16, "latents_mean="),
-    ("vae", "dim_mult", 4, "dim_mult=4: must be a list"), ("vae", "is_residual", "no", "is_residual='no': must be"),
-    ("text_encoder", "layer_norm_epsilon", -1e-6, "layer_norm_epsilon=-1e-06"),
-    ("text_encoder", "d_kv", 1.5, "d_kv=1.5: must be a whole number")])
+
+@pytest.mark.parametrize(
+    "component, field, value, message",
+    [
+        ("transformer", "num_layers", -1, "num_layers=-1: must be a whole number from 1"),
+        ("transformer", "num_layers", "2", "num_layers='2': must be a whole number"),
+        ("transformer", "num_layers", 10**9, "num_layers=1000000000: .* to 1024"),
+        ("transformer", "num_layers", True, "num_layers=True"),
+        ("transformer", "num_layers", None, "num_layers=None"),
+        ("transformer", "patch_size", 0, "patch_size=0: must be a list of 3"),
+        ("transformer", "patch_size", [1, 2, 0], r"patch_size=\[1, 2, 0\]: must be a whole number"),
+        ("transformer", "eps", float("nan"), "eps=nan"),
+        ("transformer", "eps", 0, "eps=0"),
+        ("transformer", "freq_dim", 33, "freq_dim=33 must be even"),
+        ("vae", "latents_std", [-1.0] * 16, "latents_std has -1.0"),
+        ("vae", "latents_mean", [[1]] * 16, "latents_mean="),
+        ("vae", "dim_mult", 4, "dim_mult=4: must be a list"),
+        ("vae", "is_residual", "no", "is_residual='no': must be"),
+        ("text_encoder", "layer_norm_epsilon", -1e-6, "layer_norm_epsilon=-1e-06"),
+        ("text_encoder", "d_kv", 1.5, "d_kv=1.5: must be a whole number"),
+    ],
+)
 def test_bad_fields(own, tmp_path, component, field, value, message):
     path = own / component / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
@@ -227,24 +279,40 @@ def test_bad_fields(own, tmp_path, component, field, value, message):
 
 
 @pytest.mark.parametrize("content", [b"[1]", b"\xff\xfe", b"{", b"[" * 100000, b"null"])
-@pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "transformer/config.json", "scheduler/scheduler_config.json"]
+)
 def test_bad_json(own, tmp_path, name, content):
     (own / name).write_bytes(content)
     refused(own, tmp_path, rf"{name} is not valid")
 
 
-@pytest.mark.parametrize("changes", [{"boundary_ratio": "a"}, {"boundary_ratio": True}, {"boundary_ratio": 0.5},
-                                     {"transformer_2": 1}, {"expand_timesteps": "yes"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"boundary_ratio": "a"},
+        {"boundary_ratio": True},
+        {"boundary_ratio": 0.5},
+        {"transformer_2": 1},
+        {"expand_timesteps": "yes"},
+    ],
+)
 def test_bad_index(own, tmp_path, changes):
     path = own / "model_index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     refused(own, tmp_path, next(iter(changes)))
 
 
-@pytest.mark.parametrize("what, message", [
-    ("loop", r"tokenizer/again is a link to .*folder"), ("link out", r"tokenizer/x is a link to /etc/hostname"),
-    ("no tokenizer.json", "has no tokenizer.json"), ("garbage", "cannot be read as a T5 tokenizer"),
-    ("no scheduler", r"scheduler_config.json does not exist")])
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("loop", r"tokenizer/again is a link to .*folder"),
+        ("link out", r"tokenizer/x is a link to /etc/hostname"),
+        ("no tokenizer.json", "has no tokenizer.json"),
+        ("garbage", "cannot be read as a T5 tokenizer"),
+        ("no scheduler", r"scheduler_config.json does not exist"),
+    ],
+)
 def test_bad_tokenizer_and_scheduler(own, tmp_path, what, message):
     folder = own / "tokenizer"
     if what == "loop":
@@ -272,17 +340,30 @@ def test_links_inside_the_source_and_of_a_hub_cache_are_followed(own, tmp_path):
     assert own / "tokenizer" / "inner" in sources.copied_files(own)
 
 
-# ---- weights --------------------------------------------------------------------------------------------------------
+# ---- weights -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("dtype, value, wanted", [("float32", 3.4e38, BF16), ("float64", 1e300, np.dtype(np.float32)),
-                                                  ("float64", 1e39, BF16), ("float32", -3.4e38, BF16)])
+
+@pytest.mark.parametrize(
+    "dtype, value, wanted",
+    [
+        ("float32", 3.4e38, BF16),
+        ("float64", 1e300, np.dtype(np.float32)),
+        ("float64", 1e39, BF16),
+        ("float32", -3.4e38, BF16),
+    ],
+)
 def test_overflow_by_the_cast(dtype, value, wanted):
-    with pytest.raises(UserError, match=rf"tensor x is {dtype} and has values up to .*beyond the largest of {wanted}"):
+    with pytest.raises(
+        UserError,
+        match=rf"tensor x is {dtype} and has values up to .*beyond the largest of {wanted}",
+    ):
         rounded(np.array([1, value], dtype), wanted, "tensor x")
     assert rounded(np.array([1, 3e38], dtype), wanted, "x")[1] == np.array(3e38).astype(wanted)
 
 
-@pytest.mark.parametrize("kind, dtype", [(np.float32, "bfloat16"), (np.float64, "source"), (np.float64, "float32")])
+@pytest.mark.parametrize(
+    "kind, dtype", [(np.float32, "bfloat16"), (np.float64, "source"), (np.float64, "float32")]
+)
 def test_a_model_with_overflow_is_not_converted(own, tmp_path, kind, dtype):
     path = own / "transformer" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
@@ -301,9 +382,15 @@ def test_a_variant_is_read_where_it_is_alone(own, tmp_path):
     whole = Shards(own / "transformer", stem)
     rename_weights(own, f"{stem}.safetensors", f"{stem}.fp16.safetensors")
     assert Shards(own / "transformer", stem).shapes == whole.shapes
-    shutil.copy(own / "transformer" / f"{stem}.fp16.safetensors", own / "transformer" / f"{stem}.bf16.safetensors")
+    shutil.copy(
+        own / "transformer" / f"{stem}.fp16.safetensors",
+        own / "transformer" / f"{stem}.bf16.safetensors",
+    )
     refused(own, tmp_path, r"has the variants bf16, fp16 and no")
-    shutil.copy(own / "transformer" / f"{stem}.fp16.safetensors", own / "transformer" / f"{stem}.safetensors")
+    shutil.copy(
+        own / "transformer" / f"{stem}.fp16.safetensors",
+        own / "transformer" / f"{stem}.safetensors",
+    )
     assert Shards(own / "transformer", stem).files == whole.files
 
 
@@ -313,7 +400,7 @@ def test_a_variant_in_shards_with_a_wrong_total_size(own, capsys):
     (folder / f"{stem}.safetensors").unlink()
     for i in (1, 2):
         name = f"{stem}.bf16-0000{i}-of-00002.safetensors"
-        part = {k: weights[k] for k in sorted(weights)[i - 1::2]}
+        part = {k: weights[k] for k in sorted(weights)[i - 1 :: 2]}
         save_file(part, folder / name)
         weight_map |= dict.fromkeys(part, name)
     index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
@@ -328,9 +415,13 @@ def test_pickled_weights_are_named(own, tmp_path):
     refused(own, tmp_path, r"holds only diffusion_pytorch_model\.bin.*save it as safetensors")
 
 
-# ---- schedulers -----------------------------------------------------------------------------------------------------
+# ---- schedulers ----------------------------------------------------------------------------------
 
-UNIPC = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True}
+UNIPC = {
+    "_class_name": "UniPCMultistepScheduler",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+}
 EULER = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
 
 
@@ -341,22 +432,34 @@ def scheduler(folder, values):
 
 
 def test_schedulers_are_read_by_class(tmp_path):
-    for values, wanted in ((UNIPC, Scheduler("unipc", 1.0)), (EULER, Scheduler("flow_match_euler", 1.0)),
-                           (UNIPC | {"flow_shift": 5, "solver_order": 1}, Scheduler("unipc", 5.0, 1)),
-                           (EULER | {"shift": 8.0}, Scheduler("flow_match_euler", 8.0))):
+    for values, wanted in (
+        (UNIPC, Scheduler("unipc", 1.0)),
+        (EULER, Scheduler("flow_match_euler", 1.0)),
+        (UNIPC | {"flow_shift": 5, "solver_order": 1}, Scheduler("unipc", 5.0, 1)),
+        (EULER | {"shift": 8.0}, Scheduler("flow_match_euler", 8.0)),
+    ):
         assert scheduler(tmp_path, values) == wanted
 
 
-@pytest.mark.parametrize("values, named", [
-    (UNIPC | {"solver_order": 3}, "solver_order=3"), (UNIPC | {"solver_type": "bh1"}, "solver_type='bh1': only 'bh2'"),
-    (UNIPC | {"final_sigmas_type": "sigma_min"}, "final_sigmas_type="), (UNIPC | {"flow_shift": 0}, "flow_shift=0"),
-    (UNIPC | {"lower_order_final": False}, "lower_order_final="), (UNIPC | {"flow_shift": "3"}, "flow_shift='3'"),
-    (UNIPC | {"disable_corrector": [0]}, r"disable_corrector=\[0\]"),
-    (UNIPC | {"use_dynamic_shifting": True}, "use_dynamic_shifting="),
-    (UNIPC | {"prediction_type": "epsilon"}, "prediction_type="), (EULER | {"use_dynamic_shifting": True}, "dynamic"),
-    ({"_class_name": "UniPCMultistepScheduler"}, "prediction_type='epsilon'"),
-    (EULER | {"shift_terminal": 0.1}, "shift_terminal="), ({"_class_name": "DDIMScheduler"}, "DDIMScheduler"),
-    ({}, "_class_name=None")])
+@pytest.mark.parametrize(
+    "values, named",
+    [
+        (UNIPC | {"solver_order": 3}, "solver_order=3"),
+        (UNIPC | {"solver_type": "bh1"}, "solver_type='bh1': only 'bh2'"),
+        (UNIPC | {"final_sigmas_type": "sigma_min"}, "final_sigmas_type="),
+        (UNIPC | {"flow_shift": 0}, "flow_shift=0"),
+        (UNIPC | {"lower_order_final": False}, "lower_order_final="),
+        (UNIPC | {"flow_shift": "3"}, "flow_shift='3'"),
+        (UNIPC | {"disable_corrector": [0]}, r"disable_corrector=\[0\]"),
+        (UNIPC | {"use_dynamic_shifting": True}, "use_dynamic_shifting="),
+        (UNIPC | {"prediction_type": "epsilon"}, "prediction_type="),
+        (EULER | {"use_dynamic_shifting": True}, "dynamic"),
+        ({"_class_name": "UniPCMultistepScheduler"}, "prediction_type='epsilon'"),
+        (EULER | {"shift_terminal": 0.1}, "shift_terminal="),
+        ({"_class_name": "DDIMScheduler"}, "DDIMScheduler"),
+        ({}, "_class_name=None"),
+    ],
+)
 def test_other_schedulers_are_refused(tmp_path, values, named):
     with pytest.raises(ConfigError, match=rf"scheduler_config\.json.*{named}"):
         scheduler(tmp_path, values)

@@ -1,4 +1,6 @@
-"""The tiny Wan's signs: prompts say what is drawn, clean signs can be read, and the splits stay apart."""
+"""The tiny Wan's signs: prompts say what is drawn, clean signs can be read, and the splits stay
+apart.
+"""
 
 import dataclasses
 import subprocess
@@ -28,17 +30,27 @@ def first(n: int, tree):
 
 @pytest.fixture(scope="module")
 def score():
-    """Mean reward of pictures [B, 64, 128, 3]: 1 - edit distance / length, at least 0, without spaces."""
+    """Mean reward of pictures [B, 64, 128, 3]: 1 - edit distance / length, at least 0, without
+    spaces.
+    """
     from rapidocr import RapidOCR
 
-    engine = RapidOCR(params={
-        "Global.use_cls": False, "Global.log_level": "critical",
-        "EngineConfig.onnxruntime.intra_op_num_threads": 1, "Det.limit_type": "min", "Det.limit_side_len": 64,
-        "Rec.rec_img_shape": [3, 48, 160]})
+    engine = RapidOCR(
+        params={
+            "Global.use_cls": False,
+            "Global.log_level": "critical",
+            "EngineConfig.onnxruntime.intra_op_num_threads": 1,
+            "Det.limit_type": "min",
+            "Det.limit_side_len": 64,
+            "Rec.rec_img_shape": [3, 48, 160],
+        }
+    )
 
     def mean_reward(pictures, targets):
         rewards = []
-        for picture, target in zip(np.asarray((pictures + 1) * 127.5 + 0.5).astype(np.uint8), targets):
+        for picture, target in zip(
+            np.asarray((pictures + 1) * 127.5 + 0.5).astype(np.uint8), targets
+        ):
             texts = engine(np.ascontiguousarray(picture[..., ::-1])).txts or ()  # OCR takes BGR
             read, target = "".join(texts).replace(" ", "").lower(), target.replace(" ", "")
             rewards.append(max(0.0, 1 - Levenshtein.distance(read, target) / len(target)))
@@ -66,9 +78,15 @@ def test_same_key_same_data():
 
 @pytest.mark.parametrize("frames", [1, 9])
 def test_prompt_quotes_the_letters_drawn(frames):
-    chars, params = sample(jax.random.key(1), ATLAS, batch=BATCH, frames=frames, noise=only("clean"))
+    chars, params = sample(
+        jax.random.key(1), ATLAS, batch=BATCH, frames=frames, noise=only("clean")
+    )
     texts = prompts.decode(chars)
-    assert prompts.words(params.letters) == prompts.words(params.target) == [prompts.quoted(t) for t in texts]
+    assert (
+        prompts.words(params.letters)
+        == prompts.words(params.target)
+        == [prompts.quoted(t) for t in texts]
+    )
     assert all(text.count('"') == 2 for text in texts)
     assert 25 <= min(map(len, texts)) and max(map(len, texts)) <= 75
     assert 0.2 < np.mean([" " in prompts.quoted(text) for text in texts]) < 0.3
@@ -81,8 +99,16 @@ def test_every_sentence_is_assembled_as_formatted():
     content = dataclasses.replace(draw(jax.random.key(2)), template=jnp.arange(n))
     c = jax.tree.map(np.asarray, content)
     name, motion, words = prompts.COLOUR_NAMES, prompts.MOTIONS, prompts.words(c.letters)
-    expected = [template.format(sign=name[c.sign[i]], letter=name[c.letter[i]], ground=name[c.ground[i]],
-                                motion=motion[c.motion[i]], word=words[i]) for i, template in enumerate(templates)]
+    expected = [
+        template.format(
+            sign=name[c.sign[i]],
+            letter=name[c.letter[i]],
+            ground=name[c.ground[i]],
+            motion=motion[c.motion[i]],
+            word=words[i],
+        )
+        for i, template in enumerate(templates)
+    ]
     assert prompts.decode(jax.jit(prompts.token_chars)(content)) == expected
 
 
@@ -114,11 +140,14 @@ def test_misspelt_signs_differ_in_letters_only():
     clean_chars, clean = sample(jax.random.key(7), ATLAS, batch=BATCH, noise=only("clean"))
     chars, wrong = sample(jax.random.key(7), ATLAS, batch=BATCH, noise=only("misspelt"))
     assert np.array_equal(chars, clean_chars)
-    changed = {field.name for field in dataclasses.fields(clean)
-               if not np.array_equal(getattr(clean, field.name), getattr(wrong, field.name))}
+    changed = {
+        field.name
+        for field in dataclasses.fields(clean)
+        if not np.array_equal(getattr(clean, field.name), getattr(wrong, field.name))
+    }
     assert changed == {"letters", "mode"}
     assert all(a != b for a, b in zip(prompts.words(clean.letters), prompts.words(wrong.letters)))
-    lengths = (np.asarray(wrong.letters) >= 0)
+    lengths = np.asarray(wrong.letters) >= 0
     assert np.array_equal(lengths, np.sort(lengths, axis=-1)[..., ::-1])  # no gaps
 
 
@@ -129,9 +158,18 @@ def test_modes_come_in_the_shares_asked_for():
     np.testing.assert_allclose(shares, [1 - sum(expected), *expected], atol=0.03)
 
 
-@pytest.mark.parametrize("mode, low, high", [
-    ("clean", 0.95, 1), ("misspelt", 0.5, 0.85), ("faint", 0, 0.3), ("blurred", 0, 0.3), ("tiny", 0, 0.4),
-    ("covered", 0, 0.2), ("cut_off", 0, 0.35)])
+@pytest.mark.parametrize(
+    "mode, low, high",
+    [
+        ("clean", 0.95, 1),
+        ("misspelt", 0.5, 0.85),
+        ("faint", 0, 0.3),
+        ("blurred", 0, 0.3),
+        ("tiny", 0, 0.4),
+        ("covered", 0, 0.2),
+        ("cut_off", 0, 0.35),
+    ],
+)
 def test_how_well_each_mode_reads(score, mode, low, high):
     _, params = sample(jax.random.key(9), ATLAS, batch=BATCH, noise=only(mode))
     params = first(16, params)
@@ -141,7 +179,21 @@ def test_how_well_each_mode_reads(score, mode, low, high):
 
 def test_prompt_file(tmp_path):
     out = tmp_path / "prompts.txt"
-    subprocess.run([sys.executable, "-m", "examples.tiny_wan.prompts", "--split", "heldout", "--count", "300",
-                    "--seed", "1", "--out", str(out)], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "examples.tiny_wan.prompts",
+            "--split",
+            "heldout",
+            "--count",
+            "300",
+            "--seed",
+            "1",
+            "--out",
+            str(out),
+        ],
+        check=True,
+    )
     words = [prompts.quoted(line) for line in out.read_text().splitlines()]
     assert len(words) == len(set(words)) == 300 and all(map(prompts.is_heldout, words))

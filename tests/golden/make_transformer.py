@@ -1,9 +1,10 @@
-"""Makes transformer.npz: velocities of Diffusers' `WanTransformer3DModel` for a small random transformer.
+"""Makes transformer.npz: velocities of Diffusers' `WanTransformer3DModel` for a small random
+transformer.
 
     python tests/golden/make_transformer.py        # needs torch and diffusers
 
-Stored: the config, the seed, the inputs and the outputs (fp32, CPU). The weights are not: `random_weights` makes
-them again from the seed, with numpy alone.
+Stored: the config, the seed, the inputs and the outputs (fp32, CPU). The weights are not:
+`random_weights` makes them again from the seed, with numpy alone.
 """
 
 import json
@@ -14,12 +15,23 @@ import numpy as np
 
 PATH = pathlib.Path(__file__).parent / "transformer.npz"
 SEED = 11
-CONFIG = dict(num_attention_heads=2, attention_head_dim=24, in_channels=16, out_channels=16, text_dim=20, freq_dim=32,
-              ffn_dim=40, num_layers=3, patch_size=(1, 2, 2))
+CONFIG = dict(
+    num_attention_heads=2,
+    attention_head_dim=24,
+    in_channels=16,
+    out_channels=16,
+    text_dim=20,
+    freq_dim=32,
+    ffn_dim=40,
+    num_layers=3,
+    patch_size=(1, 2, 2),
+)
 
 
 def random_weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
-    """State-dict key to fp32 tensor, drawn in key order; norm weights far from 1, every bias and table non-zero."""
+    """State-dict key to fp32 tensor, drawn in key order; norm weights far from 1, every bias and
+    table non-zero.
+    """
     rng = np.random.default_rng(seed)
     weights = {}
     for key in sorted(shapes):
@@ -34,8 +46,12 @@ def random_weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str
     return weights
 
 
-def random_inputs(seed: int, frames: int, height: int, width: int, channels=16, text_rows=12, text_dim=20):
-    """latents [2,F,H,W,C], timesteps [2], text [2,St,text_dim] with zero rows after the 7th and the 3rd."""
+def random_inputs(
+    seed: int, frames: int, height: int, width: int, channels=16, text_rows=12, text_dim=20
+):
+    """latents [2,F,H,W,C], timesteps [2], text [2,St,text_dim] with zero rows after the 7th and the
+    3rd.
+    """
     rng = np.random.default_rng(seed)
     latents = rng.standard_normal((2, frames, height, width, channels)).astype(np.float32)
     text = rng.standard_normal((2, text_rows, text_dim)).astype(np.float32)
@@ -59,8 +75,11 @@ def run(model, latents, timesteps, text) -> np.ndarray:
     import torch
 
     with torch.no_grad():
-        out = model(torch.from_numpy(latents.transpose(0, 4, 1, 2, 3)), torch.from_numpy(timesteps),
-                    torch.from_numpy(text)).sample
+        out = model(
+            torch.from_numpy(latents.transpose(0, 4, 1, 2, 3)),
+            torch.from_numpy(timesteps),
+            torch.from_numpy(text),
+        ).sample
     return out.numpy().transpose(0, 2, 3, 4, 1)
 
 

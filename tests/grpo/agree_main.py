@@ -1,4 +1,5 @@
-"""A process of two that compares what it has with the other one, in several ways, one after the other.
+"""A process of two that compares what it has with the other one, in several ways, one after the
+other.
 
     python -m tests.grpo.agree_main FOLDER COORDINATOR PROCESS
 
@@ -44,11 +45,19 @@ def compare(folder: pathlib.Path, process: int) -> None:
     said(check, lambda c: c.model.update(path=str(folder)))
     said(check, lambda c: c.train.update(learning_rate=0.5))
     said(check, lambda c: c.reward.update(workers=7))
-    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, -1), ("data", "fsdp"))  # a replica in each process
+    # a replica in each process
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, -1), ("data", "fsdp"))
     for wrong in (0, 1):
         value = np.arange(8, dtype=np.float32) + wrong * process
-        said(multihost.check_same, {"a": jax.make_array_from_callback((8,), NamedSharding(mesh, P("fsdp")),
-                                                                  lambda index, value=value: value[index])}, "weights")
+        said(
+            multihost.check_same,
+            {
+                "a": jax.make_array_from_callback(
+                    (8,), NamedSharding(mesh, P("fsdp")), lambda index, value=value: value[index]
+                )
+            },
+            "weights",
+        )
     check(prompts=PromptSet(prompts.prompts[::-1] if process else prompts.prompts, prompts.targets))
 
 

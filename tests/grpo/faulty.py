@@ -31,14 +31,17 @@ def fail(kind: str) -> Score:
 
 
 class Faulty:
-    """`Brightness`, which fails in the way `kind` for all videos of the phases that begin with `when`, or with `once`
-    for one of them, at every try."""
+    """`Brightness`, which fails in the way `kind` for all videos of the phases that begin with
+    `when`, or with `once` for one of them, at every try.
+    """
 
     def __init__(self, folder: str, kind: str, when: str, once: bool = False):
         self.folder, self.kind, self.when, self.once = pathlib.Path(folder), kind, when, once
 
     def score(self, frames, record):
-        if (self.folder / PHASE).read_text().startswith(self.when) and (not self.once or self.chosen(frames)):
+        if (self.folder / PHASE).read_text().startswith(self.when) and (
+            not self.once or self.chosen(frames)
+        ):
             return fail(self.kind)
         return Brightness().score(frames, record)
 
@@ -57,4 +60,6 @@ def alone(folder: str, kind: str, when: str, once: bool):
 
 def beside(folder: str, kind: str, when: str, once: bool):
     """The main reward is sound, another one is faulty."""
-    return SeveralRewards({"ocr": Brightness, "sharpness": functools.partial(Faulty, folder, kind, when, once)})
+    return SeveralRewards(
+        {"ocr": Brightness, "sharpness": functools.partial(Faulty, folder, kind, when, once)}
+    )

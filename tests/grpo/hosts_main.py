@@ -1,9 +1,10 @@
-"""`grpo.train` with a reward that depends on every pixel, and a record of what each process computed.
+"""`grpo.train` with a reward that depends on every pixel, and a record of what each process
+computed.
 
     python -m tests.grpo.hosts_main FOLDER --config=... [--coordinator=...]
 
-FOLDER/<process>_<epoch>.npz: the rewards and advantages that entered the update, and the digest of every trained array,
-optimiser state and moving average as this process holds it when it saves.
+FOLDER/<process>_<epoch>.npz: the rewards and advantages that entered the update, and the digest of
+every trained array, optimiser state and moving average as this process holds it when it saves.
 """
 
 import hashlib

@@ -17,7 +17,8 @@ from tests import reference
 
 def batch(seed=0, groups=5, size=4):
     rng = np.random.default_rng(seed)
-    ids = rng.permutation(np.repeat(rng.choice(1000, groups, replace=False), size))  # ids need not be 0..n-1
+    # ids need not be 0..n-1
+    ids = rng.permutation(np.repeat(rng.choice(1000, groups, replace=False), size))
     return rng.random(groups * size), ids, rng.random(groups * size) < 0.8
 
 
@@ -37,7 +38,9 @@ def test_by_hand():
     ours = group_advantages(rewards, groups, np.ones(5, bool), std="group", eps=0.0)
     np.testing.assert_allclose(ours, [-1, -1 / 2**0.5, -1 / 2**0.5, 1, 2**0.5], rtol=1e-6)
     ours = group_advantages(rewards, groups, np.ones(5, bool), std="global", eps=1.0)
-    np.testing.assert_allclose(ours, np.array([-0.5, -1, -1, 0.5, 2]) / (np.std(rewards) + 1), rtol=1e-6)
+    np.testing.assert_allclose(
+        ours, np.array([-0.5, -1, -1, 0.5, 2]) / (np.std(rewards) + 1), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("std", STDS)
@@ -53,8 +56,10 @@ def test_zero_mean_in_every_group(std):
 def test_permutation_changes_no_bit(std):
     rewards, groups, valid = batch()
     order = np.random.default_rng(1).permutation(len(rewards))
-    np.testing.assert_array_equal(group_advantages(rewards, groups, valid, std=std)[order],
-                                  group_advantages(rewards[order], groups[order], valid[order], std=std))
+    np.testing.assert_array_equal(
+        group_advantages(rewards, groups, valid, std=std)[order],
+        group_advantages(rewards[order], groups[order], valid[order], std=std),
+    )
 
 
 @pytest.mark.parametrize("std", STDS)
@@ -64,7 +69,9 @@ def test_masking_equals_removing(std):
     ours = group_advantages(spoiled, groups, valid, std=std)
     assert not valid.all() and not np.any(ours[~valid])
     np.testing.assert_array_equal(
-        ours[valid], group_advantages(rewards[valid], groups[valid], np.ones(valid.sum(), bool), std=std))
+        ours[valid],
+        group_advantages(rewards[valid], groups[valid], np.ones(valid.sum(), bool), std=std),
+    )
 
 
 @pytest.mark.parametrize("std", STDS)
@@ -100,10 +107,14 @@ def test_statistics():
     assert (ours.num_valid, ours.num_groups) == (5, 2)
     assert ours.mean_reward == pytest.approx(9.0 / 5)
     assert ours.std_reward == pytest.approx(np.std(rewards[:5]))
-    assert ours.mean_group_std == pytest.approx(0.25) and ours.zero_std_fraction == pytest.approx(0.5)
+    assert ours.mean_group_std == pytest.approx(0.25) and ours.zero_std_fraction == pytest.approx(
+        0.5
+    )
 
 
-@pytest.mark.parametrize("function", [group_statistics, lambda *a: group_advantages(*a, std="group")])
+@pytest.mark.parametrize(
+    "function", [group_statistics, lambda *a: group_advantages(*a, std="group")]
+)
 def test_errors(function):
     rewards, groups, valid = batch()
     for bad in (np.nan, np.inf):
@@ -123,7 +134,9 @@ def test_unknown_options():
 
 
 def test_kl_as_reward_tells_the_steps_apart():
-    """Each step by itself, against the reference with that step's rewards; without a weight all steps are as one."""
+    """Each step by itself, against the reference with that step's rewards; without a weight all
+    steps are as one.
+    """
     rewards, groups, valid = batch()
     kl = np.random.default_rng(5).random((3, len(rewards)))
     ours = step_advantages(rewards, kl, 0.3, groups, valid, std="group", clip=5.0)
@@ -133,7 +146,9 @@ def test_kl_as_reward_tells_the_steps_apart():
         np.testing.assert_allclose(row, wanted, rtol=1e-6, atol=1e-7)
     assert np.abs(ours[0] - ours[1]).max() > 0.1
     plain = group_advantages(rewards, groups, valid, std="group", clip=5.0)
-    np.testing.assert_array_equal(step_advantages(rewards, kl, 0.0, groups, valid, std="group", clip=5.0), [plain] * 3)
+    np.testing.assert_array_equal(
+        step_advantages(rewards, kl, 0.0, groups, valid, std="group", clip=5.0), [plain] * 3
+    )
     kl[1, 2] = np.nan
     assert step_advantages(rewards, kl, 0.3, groups, valid, std="group")[1, 2] == 0
 
@@ -143,22 +158,32 @@ def test_extremes_and_their_ties():
     for count in (0, 1, 2, 3, 4):
         kept = extremes(np.where(valid, rewards, np.nan), groups, valid, count)
         for group in np.unique(groups):
-            members = sorted((r, i) for i, r in enumerate(rewards) if groups[i] == group and valid[i])
-            wanted = members if not count or len(members) <= 2 * count else members[:count] + members[-count:]
+            members = sorted(
+                (r, i) for i, r in enumerate(rewards) if groups[i] == group and valid[i]
+            )
+            wanted = (
+                members
+                if not count or len(members) <= 2 * count
+                else members[:count] + members[-count:]
+            )
             assert sorted(np.flatnonzero(kept & (groups == group))) == sorted(i for _, i in wanted)
     equal = extremes(np.zeros(5), np.zeros(5, int), np.ones(5, bool), 1)
     np.testing.assert_array_equal(equal, [True, False, False, False, True])
 
 
 def test_groups_of_largest_spread():
-    """Five groups of four: the chosen are whole groups, failed videos too, and none has less spread than one left."""
+    """Five groups of four: the chosen are whole groups, failed videos too, and none has less spread
+    than one left.
+    """
     rewards, groups, valid = batch(seed=1)
     spread = {g: np.std(rewards[(groups == g) & valid]) for g in np.unique(groups)}
     for count in (1, 3, 5):
         kept = largest_spread(np.where(valid, rewards, np.nan), groups, valid, count)
         chosen = set(groups[kept])
         assert len(chosen) == count and kept.sum() == 4 * count
-        assert min(spread[g] for g in chosen) >= max((v for g, v in spread.items() if g not in chosen), default=0)
+        assert min(spread[g] for g in chosen) >= max(
+            (v for g, v in spread.items() if g not in chosen), default=0
+        )
     one = np.repeat([5, 3, 4], 2)  # nothing valid in 3, equal rewards in 5 and 4: the first ones
     kept = largest_spread(np.array([1.0, 1, 0, 9, 2, 2]), one, one != 3, 2)
     np.testing.assert_array_equal(kept, one != 4)

@@ -1,6 +1,8 @@
-"""Training in two processes of four simulated devices: the same as one of eight, and the end of one is the end of both.
+"""Training in two processes of four simulated devices: the same as one of eight, and the end of one
+is the end of both.
 
-The launchers are played by their environment variables, which JAX reads; the collectives are gloo's, over TCP.
+The launchers are played by their environment variables, which JAX reads; the collectives are
+gloo's, over TCP.
 """
 
 import contextlib
@@ -25,8 +27,14 @@ from wan_jax.distributed import multihost, watchdog
 from wan_jax.storage.checkpoint import read_numpy
 
 TIMEOUT = 5  # --host_timeout
-SETTINGS = ("sample.batch_size=8", "sample.group_size=8", "train.updates_per_epoch=1", "reward.workers=1",
-            "train.learning_rate=1e-3", "save.keep=9")
+SETTINGS = (
+    "sample.batch_size=8",
+    "sample.group_size=8",
+    "train.updates_per_epoch=1",
+    "reward.workers=1",
+    "train.learning_rate=1e-3",
+    "save.keep=9",
+)
 AGAIN = "run the same command again"
 
 
@@ -41,18 +49,32 @@ def flags_of(process, port):
 
 
 def slurm(process, port):
-    return {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_LOCALID": str(process),
-            "SLURM_PROCID": str(process), "SLURM_STEP_TASKS_PER_NODE": "2", "JAX_COORDINATOR_PORT": port}, ()
+    return {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_LOCALID": str(process),
+        "SLURM_PROCID": str(process),
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "JAX_COORDINATOR_PORT": port,
+    }, ()
 
 
 def open_mpi(process, port):
-    return {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911", "OMPI_COMM_WORLD_SIZE": "2",
-            "OMPI_COMM_WORLD_RANK": str(process), "OMPI_COMM_WORLD_LOCAL_RANK": str(process),
-            "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "JAX_COORDINATOR_PORT": port}, ()
+    return {
+        "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": str(process),
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(process),
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+        "JAX_COORDINATOR_PORT": port,
+    }, ()
 
 
 class Processes:
-    """One run. Their output goes to files of the folder. hash_seeds: of Python, one for both or one each."""
+    """One run. Their output goes to files of the folder. hash_seeds: of Python, one for both or one
+    each.
+    """
 
     def __init__(self, config, epochs, launcher, hash_seeds=1):
         self.folder, port = config.parent, free_port()
@@ -61,14 +83,29 @@ class Processes:
             extra, flags = launcher(i, port)
             env = commands.environment(devices=4, **extra) | {
                 "JAX_COMPILATION_CACHE_DIR": str(config.parent.parent / "cache"),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            }
             self.files.append([config.parent / f"{name}{i}" for name in ("out", "err")])
             with open(self.files[i][0], "w") as out, open(self.files[i][1], "w") as err:
-                self.all.append(subprocess.Popen(
-                    (commands.fresh if i < hash_seeds - 1 else commands.command)(
-                        "tests.grpo.hosts_main", config.parent, f"--config={config}", f"--config.epochs={epochs}",
-                        *(f"--config.{s}" for s in SETTINGS), *flags, f"--host_timeout={TIMEOUT}", "--join_timeout=60"),
-                    env=env, stdout=out, stderr=err, cwd=pathlib.Path(__file__).parents[2]))
+                self.all.append(
+                    subprocess.Popen(
+                        (commands.fresh if i < hash_seeds - 1 else commands.command)(
+                            "tests.grpo.hosts_main",
+                            config.parent,
+                            f"--config={config}",
+                            f"--config.epochs={epochs}",
+                            *(f"--config.{s}" for s in SETTINGS),
+                            *flags,
+                            f"--host_timeout={TIMEOUT}",
+                            "--join_timeout=60",
+                        ),
+                        env=env,
+                        stdout=out,
+                        stderr=err,
+                        cwd=pathlib.Path(__file__).parents[2],
+                    )
+                )
 
     def __enter__(self):
         return self
@@ -91,11 +128,16 @@ class Processes:
         """Waits for `seen` in the output of process 0."""
         deadline = time.time() + 150
         while seen not in self.text(0)[0]:
-            assert time.time() < deadline and all(p.poll() is None for p in self.all), (self.text(0), self.text(1))
+            assert time.time() < deadline and all(p.poll() is None for p in self.all), (
+                self.text(0),
+                self.text(1),
+            )
             time.sleep(0.02)
 
     def ends_alone(self, i, victim, number):
-        """Sends `number` to the victim; (exit code, seconds, standard error) of process i after that."""
+        """Sends `number` to the victim; (exit code, seconds, standard error) of process i after
+        that.
+        """
         os.kill(commands.process_id(self.all[victim]), number)
         start = time.time()
         code = self.all[i].wait(timeout=60)
@@ -126,7 +168,9 @@ def one(model, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def two(model, tmp_path_factory):  # noqa: F811
-    """The same in two processes, started by Slurm's variables: (config file, folder, standard output and error)."""
+    """The same in two processes, started by Slurm's variables: (config file, folder, standard
+    output and error).
+    """
     config, _ = recipe.__wrapped__(model, tmp_path_factory.mktemp("two"))
     with Processes(config, 2, slurm, hash_seeds=2) as run:
         run.finish()
@@ -134,7 +178,9 @@ def two(model, tmp_path_factory):  # noqa: F811
 
 
 def test_both_hold_the_same_bits(two):
-    """One compiled function runs in both on equal inputs, and an all-reduce gives every process the same sum."""
+    """One compiled function runs in both on equal inputs, and an all-reduce gives every process the
+    same sum.
+    """
     _, folder, _ = two
     seen = [entered(folder, 0, epoch) for epoch in (0, 1, 2)]
     for epoch in (1, 2):
@@ -147,12 +193,14 @@ def test_both_hold_the_same_bits(two):
 
 
 def test_as_in_one_process(one, two):
-    """Equal up to rounding: two processes run other compiled functions than one, and gloo sums in another order.
+    """Equal up to rounding: two processes run other compiled functions than one, and gloo sums in
+    another order.
 
-    A latent that rounds differently can move a pixel by one of its 255 levels; 1 % of the pixels are granted that.
-    `Brightness` weights no pixel by more than twice the mean, which bounds the rewards, and through their standard
-    deviation the advantages. Adam scales each gradient to one size, also those that are nothing but rounding, so the
-    weights are compared by the norm of their change.
+    A latent that rounds differently can move a pixel by one of its 255 levels; 1 % of the pixels
+    are granted that. `Brightness` weights no pixel by more than twice the mean, which bounds the
+    rewards, and through their standard deviation the advantages. Adam scales each gradient to one
+    size, also those that are nothing but rounding, so the weights are compared by the norm of their
+    change.
     """
     _, folder, _ = two
     pixels = 0.01
@@ -163,16 +211,28 @@ def test_as_in_one_process(one, two):
         assert std > 50 * reward
         np.testing.assert_allclose(b["rewards"], a["rewards"], rtol=0, atol=reward)
         np.testing.assert_allclose(b["advantages"], a["advantages"], rtol=0, atol=2 * reward / std)
-    start, a, b = (np.concatenate([v.ravel() for _, v in sorted(read_numpy(path).items())]) for path in (
-        one / "run/checkpoints/0/trained", one / "run/checkpoints/2/trained", folder / "run/checkpoints/2/trained"))
+    start, a, b = (
+        np.concatenate([v.ravel() for _, v in sorted(read_numpy(path).items())])
+        for path in (
+            one / "run/checkpoints/0/trained",
+            one / "run/checkpoints/2/trained",
+            folder / "run/checkpoints/2/trained",
+        )
+    )
     assert np.linalg.norm(b - a) < 0.02 * np.linalg.norm(a - start)
-    evaluations = [[json.loads(line) for line in (path / "run/evals.jsonl").read_text().splitlines()]
-                   for path in (one, folder)]
+    evaluations = [
+        [json.loads(line) for line in (path / "run/evals.jsonl").read_text().splitlines()]
+        for path in (one, folder)
+    ]
     for x, y in zip(*evaluations, strict=True):
         np.testing.assert_allclose(y["rewards"], x["rewards"], rtol=0, atol=reward)
-        levels = [np.array(e["texts"], int) for e in (x, y)]  # `Brightness` tells the first one of each video
+        # `Brightness` tells the first one of each video
+        levels = [np.array(e["texts"], int) for e in (x, y)]
         assert np.abs(levels[1] - levels[0]).max() <= 1
-    previews = [np.load(path / "run/previews/eval_000000.npz")["videos"].astype(int) for path in (one, folder)]
+    previews = [
+        np.load(path / "run/previews/eval_000000.npz")["videos"].astype(int)
+        for path in (one, folder)
+    ]
     apart = np.abs(previews[1] - previews[0])
     assert apart.max() <= 1 and apart.mean() <= pixels
 
@@ -186,12 +246,16 @@ def test_the_first_writes_and_prints(two):
 
 
 def test_faults_end_the_others_and_the_run_resumes(two, capsys):
-    """One run: the coordinator is killed, the second process hangs, SIGTERM reaches it; then one process goes on."""
+    """One run: the coordinator is killed, the second process hangs, SIGTERM reaches it; then one
+    process goes on.
+    """
     config, folder, _ = two
-    aborted = -signal.SIGABRT, -signal.SIGSEGV  # by JAX, whose other threads may find what they use torn down
+    # by JAX, whose other threads may find what they use torn down
+    aborted = -signal.SIGABRT, -signal.SIGSEGV
     for launcher, victim, number, epochs, codes, message in (
-            (flags_of, 0, signal.SIGKILL, 0, (1, *aborted), "process 0, the coordinator"),
-            (open_mpi, 1, signal.SIGSTOP, 2, (1,), "process 1 on .* not been heard of")):
+        (flags_of, 0, signal.SIGKILL, 0, (1, *aborted), "process 0, the coordinator"),
+        (open_mpi, 1, signal.SIGSTOP, 2, (1,), "process 1 on .* not been heard of"),
+    ):
         before = newest(folder / "run")
         with Processes(config, 1000, launcher) as run:
             run.until(f"epoch {before + epochs}/" if epochs else "continuing")
@@ -211,35 +275,56 @@ def test_faults_end_the_others_and_the_run_resumes(two, capsys):
     train_alone(config, last + 1)
     assert f"continuing {folder / 'run'} after epoch {last}" in capsys.readouterr().out
     assert newest(folder / "run") == last + 1
-    epochs = [json.loads(line)["epoch"] for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    epochs = [
+        json.loads(line)["epoch"]
+        for line in (folder / "run/metrics.jsonl").read_text().splitlines()
+    ]
     assert epochs == list(range(1, last + 2))
 
 
 def test_an_error_of_one_process_ends_both(model, tmp_path):  # noqa: F811
-    """A file where process 0's folder should be: it says so, and the other one says who ended the run."""
+    """A file where process 0's folder should be: it says so, and the other one says who ended the
+    run.
+    """
     config, run_folder = recipe.__wrapped__(model, tmp_path)
     (tmp_path / "blocked").write_text("")
     text = config.read_text().replace(repr(str(run_folder)), "__import__('os').environ['RUN']")
     config.write_text(text)
 
     def launcher(process, port):
-        return {"RUN": str(tmp_path / "blocked" / "run" if process == 0 else run_folder)}, flags_of(process, port)[1]
+        return {"RUN": str(tmp_path / "blocked" / "run" if process == 0 else run_folder)}, flags_of(
+            process, port
+        )[1]
 
     with Processes(config, 1, launcher) as run:
         codes = [process.wait(timeout=60) for process in run.all]
         errors = [run.text(i)[1] for i in (0, 1)]
     assert codes == [1, 1], errors
-    assert "blocked" in errors[0] and errors[0].startswith("error: ") and len(errors[0].splitlines()) == 1, errors
-    assert "process 0 on" in errors[1] and "ended the run" in errors[1] and "blocked" in errors[1], errors
+    assert (
+        "blocked" in errors[0]
+        and errors[0].startswith("error: ")
+        and len(errors[0].splitlines()) == 1
+    ), errors
+    assert (
+        "process 0 on" in errors[1] and "ended the run" in errors[1] and "blocked" in errors[1]
+    ), errors
 
 
-@pytest.mark.parametrize("given, message", [
-    (("auto", "node:1", None, None), "--num_processes and --process_id not given"),
-    (("auto", None, 2, 0), "--coordinator not given"), (("auto", "node", 2, 0), "host:port"),
-    (("auto", "node:99999", 2, 0), "host:port"), (("auto", "node:1", 2, 2), "--process_id=2"),
-    (("auto", "node:1", 0, 0), "--num_processes=0"), (("slurm", "node:1", 2, 0), "one or the other"),
-    (("slurm", None, None, None), "srun"), (("ompi", None, None, None), "mpirun"),
-    (("k8s", None, None, None), "completionMode: Indexed")])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (("auto", "node:1", None, None), "--num_processes and --process_id not given"),
+        (("auto", None, 2, 0), "--coordinator not given"),
+        (("auto", "node", 2, 0), "host:port"),
+        (("auto", "node:99999", 2, 0), "host:port"),
+        (("auto", "node:1", 2, 2), "--process_id=2"),
+        (("auto", "node:1", 0, 0), "--num_processes=0"),
+        (("slurm", "node:1", 2, 0), "one or the other"),
+        (("slurm", None, None, None), "srun"),
+        (("ompi", None, None, None), "mpirun"),
+        (("k8s", None, None, None), "completionMode: Indexed"),
+    ],
+)
 def test_half_given_flags_are_one_message(given, message):
     with pytest.raises(UserError, match=re.escape(message)):
         multihost.choose(*given, {})
@@ -249,20 +334,28 @@ def test_what_a_launcher_says():
     nothing = ("auto", None, None, None)
     assert multihost.choose(*nothing, {}) is None
     assert multihost.choose("auto", "node:1", 1, 0, {}) is None
-    assert multihost.choose("auto", "node:1", 3, 2, slurm(0, "1")[0]) == multihost.Launch("node:1", 3, 2)
+    assert multihost.choose("auto", "node:1", 3, 2, slurm(0, "1")[0]) == multihost.Launch(
+        "node:1", 3, 2
+    )
     step = slurm(1, "1")[0]
     assert multihost.choose(*nothing, step) == multihost.Launch(cluster="slurm", all_devices=False)
-    assert multihost.choose(*nothing, step | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}) == multihost.Launch(cluster="slurm")
+    assert multihost.choose(
+        *nothing, step | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    ) == multihost.Launch(cluster="slurm")
     assert multihost.choose(*nothing, step | {"SLURM_NTASKS": "1"}) is None
     assert multihost.choose("none", None, None, None, step) is None
     del step["SLURM_STEP_NODELIST"]  # the batch script itself, not a task of srun
     assert multihost.choose(*nothing, step) is None
     mpi = open_mpi(1, "1")[0]
-    assert multihost.choose(*nothing, mpi | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}) == multihost.Launch(cluster="ompi")
+    assert multihost.choose(
+        *nothing, mpi | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
+    ) == multihost.Launch(cluster="ompi")
     del mpi["OMPI_MCA_orte_hnp_uri"]
     with pytest.raises(UserError, match=r"Open MPI 5.*--process_id=\$OMPI_COMM_WORLD_RANK"):
         multihost.choose(*nothing, mpi)
-    assert multihost.choose("k8s", None, None, None, {"JOB_COMPLETION_INDEX": "0"}) == multihost.Launch(cluster="k8s")
+    assert multihost.choose(
+        "k8s", None, None, None, {"JOB_COMPLETION_INDEX": "0"}
+    ) == multihost.Launch(cluster="k8s")
 
 
 def test_verdicts_of_the_watch():

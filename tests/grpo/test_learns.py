@@ -1,7 +1,7 @@
 """Training raises the reward: the whole loop, with a reward that tells any two pictures apart.
 
-The test fails where an advantage has the wrong sign, where a score goes to another prompt's video, and where a score
-that is not valid counts.
+The test fails where an advantage has the wrong sign, where a score goes to another prompt's video,
+and where a score that is not valid counts.
 """
 
 import dataclasses
@@ -23,8 +23,9 @@ OFFSET = {"open": 3.0, "shut": -3.0}  # by the prompt's word
 
 
 class Tint:
-    """How much redder than blue a video is, plus a far larger constant of the prompt, which within its own group says
-    nothing."""
+    """How much redder than blue a video is, plus a far larger constant of the prompt, which within
+    its own group says nothing.
+    """
 
     def score(self, frames, record):
         red, _, blue = frames.mean((0, 1, 2)) / 255
@@ -43,16 +44,37 @@ def misleading(gather, *args):
 
 @pytest.mark.parametrize("method", ["grpo", "nft"])
 def test_the_reward_rises(start, monkeypatch, method):
-    """From the same noise, videos of both prompts are redder after eight epochs. Seen: 0.044 and 0.049 by GRPO; -0.08
-    with the sign of the advantages turned, 0.00 with scores in other groups, -0.03 where the mask is ignored."""
-    c, s, plan, *_ = start(1, **{
-        "train.method": method, "train.kl_weight": 0.0, "train.learning_rate": 5e-3, "train.updates_per_epoch": 1,
-        "train.timesteps": 2, "train.advantage_std": "group", "lora.rank": 0, "sample.group_size": GROUP,
-        "sample.batch_size": GROUP, "epochs": 8, "eval.every": 8, "save.every": 8})
-    monkeypatch.setattr(learner, "gather_scores", functools.partial(misleading, learner.gather_scores))
-    prompts = PromptSet([f'A sign that says "{word}".' for word in OFFSET], [(word,) for word in OFFSET])
+    """From the same noise, videos of both prompts are redder after eight epochs. Seen: 0.044 and
+    0.049 by GRPO; -0.08 with the sign of the advantages turned, 0.00 with scores in other groups,
+    -0.03 where the mask is ignored.
+    """
+    c, s, plan, *_ = start(
+        1,
+        **{
+            "train.method": method,
+            "train.kl_weight": 0.0,
+            "train.learning_rate": 5e-3,
+            "train.updates_per_epoch": 1,
+            "train.timesteps": 2,
+            "train.advantage_std": "group",
+            "lora.rank": 0,
+            "sample.group_size": GROUP,
+            "sample.batch_size": GROUP,
+            "epochs": 8,
+            "eval.every": 8,
+            "save.every": 8,
+        },
+    )
+    monkeypatch.setattr(
+        learner, "gather_scores", functools.partial(misleading, learner.gather_scores)
+    )
+    prompts = PromptSet(
+        [f'A sign that says "{word}".' for word in OFFSET], [(word,) for word in OFFSET]
+    )
     judged = PromptSet(prompts.prompts * 4, prompts.targets * 4)
     train.train(c, s, plan, prompts, judged, RewardPool(Tint, workers=0))
-    before, after = (np.reshape(record["rewards"], (4, 2)) for record in run_log.read_evaluations(c.run_dir))
+    before, after = (
+        np.reshape(record["rewards"], (4, 2)) for record in run_log.read_evaluations(c.run_dir)
+    )
     gain = (after - before).mean(0)
     assert (gain > 0.025).all(), gain

@@ -1,4 +1,6 @@
-"""`python -m grpo.plan`: its numbers against formulas and measurements, its search, its command without weights."""
+"""`python -m grpo.plan`: its numbers against formulas and measurements, its search, its command
+without weights.
+"""
 
 import dataclasses
 import re
@@ -26,22 +28,31 @@ PICTURES = dict(frames=1, height=512, width=512, groups=2, group_size=9, batch_s
 def run_of(module, model, **sample):
     recipe = module.get_config()
     recipe.sample.update(sample)
-    return Run(presets.PRESETS[model], recipe, mesh_lib.make_mesh(devices=jax.devices()[:1]), "chunked")
+    return Run(
+        presets.PRESETS[model], recipe, mesh_lib.make_mesh(devices=jax.devices()[:1]), "chunked"
+    )
 
 
 @pytest.mark.parametrize("frames, height, width", [(1, 512, 512), (33, 240, 416)])
 def test_a_step_is_the_transformer_twice_for_guidance(frames, height, width):
-    run = run_of(wan21_1_3b_ocr, "wan2.1-1.3b", frames=frames, height=height, width=width, batch_size=4)
+    run = run_of(
+        wan21_1_3b_ocr, "wan2.1-1.3b", frames=frames, height=height, width=width, batch_size=4
+    )
     d, ffn, layers, s, text = 1536, 8960, 30, run.tokens, run.text_rows + 1
     block = s * (6 * 2 * d * d + 4 * d * ffn) + 4 * s * s * d + text * 4 * d * d + 4 * s * text * d
     program = dataclasses.replace(run, backend="xla").rollout_step()
     found = flops.of(program.jitted, *program.args)
-    assert 1 < found / (2 * 4 * layers * block) < 1.03  # and the embeddings, the adapters, the last layer
+    # and the embeddings, the adapters, the last layer
+    assert 1 < found / (2 * 4 * layers * block) < 1.03
 
 
 # docs/results.md, "Every model at full size": the rows "resume", in which little compiles
-MEASURED = [(wan21_1_3b_ocr, "wan2.1-1.3b", 5.5, 5.0), (wan21_14b_ocr, "wan2.1-14b", 32.8, 25.1),
-            (wan22_a14b_ocr, "wan2.2-a14b", 34.1, 27.2), (wan22_ti2v_5b_ocr, "wan2.2-ti2v-5b", 4.4, 3.7)]
+MEASURED = [
+    (wan21_1_3b_ocr, "wan2.1-1.3b", 5.5, 5.0),
+    (wan21_14b_ocr, "wan2.1-14b", 32.8, 25.1),
+    (wan22_a14b_ocr, "wan2.2-a14b", 34.1, 27.2),
+    (wan22_ti2v_5b_ocr, "wan2.2-ti2v-5b", 4.4, 3.7),
+]
 
 
 @pytest.mark.parametrize("module, model, sample, update", MEASURED, ids=[m[1] for m in MEASURED])
@@ -50,7 +61,9 @@ def test_seconds_are_near_what_was_measured(module, model, sample, update):
     run.recipe.train.updates_per_epoch = 1
     kind = costs.KINDS["h200"]
     found = costs.seconds(run, kind, costs.default_efficiency(run, kind))
-    assert found["sample"] == pytest.approx(sample, rel=0.25) and found["update"] == pytest.approx(update, rel=0.3)
+    assert found["sample"] == pytest.approx(sample, rel=0.25) and found["update"] == pytest.approx(
+        update, rel=0.3
+    )
     assert 0.03 < found["decode"] < 0.3
 
 
@@ -59,9 +72,14 @@ def test_what_seconds_depend_on():
     efficiency = costs.Efficiency(0.5, 0.25, 1.0, "")
     base = costs.seconds(run, kind, efficiency)
     run.recipe.train.kl_weight = 0.0
-    assert costs.seconds(run, kind, efficiency) == base | {"update": pytest.approx(base["update"] * 3 / 4)}
+    assert costs.seconds(run, kind, efficiency) == base | {
+        "update": pytest.approx(base["update"] * 3 / 4)
+    }
     run.recipe.eval.num_prompts = 2 * 64
-    assert costs.seconds(run, kind, efficiency)["evaluation"] == pytest.approx(base["evaluation"] * 15 / 8)  # batches
+    # batches
+    assert costs.seconds(run, kind, efficiency)["evaluation"] == pytest.approx(
+        base["evaluation"] * 15 / 8
+    )
     two = dataclasses.replace(run, mesh=mesh_lib.make_mesh(devices=jax.devices()[:3]))
     assert costs.seconds(two, kind, efficiency)["sample"] == pytest.approx(base["sample"] / 3)
     assert "assumed to hold on MI300X" in costs.default_efficiency(run, kind).source
@@ -76,26 +94,37 @@ def test_lines_between_compiled_points():
 def test_largest_clips():
     run = run_of(wan21_1_3b_ocr, "wan2.1-1.3b", groups=2, group_size=2, batch_size=2, sde_steps=1)
     points = [plan.Point(1000, GIB), plan.Point(80000, 80 * GIB)]
-    small, middle, large = (dict(line.strip().split(": ") for line in plan.largest_clips(run, GIB, limit, points))
-                            for limit in (2 * GIB, 17 * GIB, 1000 * GIB))
+    small, middle, large = (
+        dict(line.strip().split(": ") for line in plan.largest_clips(run, GIB, limit, points))
+        for limit in (2 * GIB, 17 * GIB, 1000 * GIB)
+    )
     assert list(middle) == [f"{h} x {w}" for h, w in plan.SIZES]
     assert set(large.values()) == {"81 frames"} and middle["240 x 416"] == "81 frames"
     assert re.fullmatch(r"1 frame \(9 would need \d+ GiB in the decoder\)", middle["704 x 1280"])
     assert re.fullmatch(r"none \(1 would need \d+ GiB in the \w+\)", small["704 x 1280"])
     ti2v = run_of(wan22_ti2v_5b_ocr, "wan2.2-ti2v-5b")
-    assert [line.split(":")[0].strip() for line in plan.largest_clips(ti2v, GIB, 1000 * GIB, points)] == [
-        "512 x 512", "480 x 832", "704 x 1280"]  # 240 is no multiple of 32
+    assert [
+        line.split(":")[0].strip() for line in plan.largest_clips(ti2v, GIB, 1000 * GIB, points)
+    ] == ["512 x 512", "480 x 832", "704 x 1280"]  # 240 is no multiple of 32
 
 
 def test_search_compiles_the_update_at_other_sizes(monkeypatch):
     run = run_of(wan21_1_3b_ocr, "wan2.1-1.3b", groups=2, group_size=2, batch_size=2)
     compiled = []
-    monkeypatch.setattr(compile, "measure", lambda program, options: compiled.append(program) or compile.Measured(
-        program.name, 0.0, 5, 0))
+    monkeypatch.setattr(
+        compile,
+        "measure",
+        lambda program, options: (
+            compiled.append(program) or compile.Measured(program.name, 0.0, 5, 0)
+        ),
+    )
     target = plan.Target(costs.KINDS["h200"], jax.devices()[:1], "cpu", GIB, "")
     points = plan.search_points(run, target)
     assert [p.tokens for p in points] == [9 * 30 * 52, 21 * 44 * 80]
-    assert all(p.args[0].trainable and p.args[1]["proj_out"]["kernel"].get_value().dtype == "float32" for p in compiled)
+    assert all(
+        p.args[0].trainable and p.args[1]["proj_out"]["kernel"].get_value().dtype == "float32"
+        for p in compiled
+    )
     assert run.recipe.sample.frames == 33 and run.recipe.model.dtype == "bfloat16"  # as they were
 
 
@@ -106,7 +135,9 @@ def test_models_and_devices_are_chosen():
     for module, model, *_ in MEASURED:
         assert plan.choose_model(module.get_config(), None)[0] == presets.PRESETS[model]
     recipe.model.path = "models/mine"
-    with pytest.raises(UserError, match=r"models/mine does not exist.*--model, one of wan2\.1-1\.3b"):
+    with pytest.raises(
+        UserError, match=r"models/mine does not exist.*--model, one of wan2\.1-1\.3b"
+    ):
         plan.choose_model(recipe, None)
     with pytest.raises(UserError, match="--devices=99: 8 are here"):
         plan.choose_target("here", 99)
@@ -116,7 +147,10 @@ def test_models_and_devices_are_chosen():
     assert not target.own and len(target.devices) == 2 and target.limit == int(0.75 * 79 * GIB)
     backend, notes = plan.compiled_backend("auto", target, "bfloat16", 128)
     assert backend == "chunked" and "cudnn cannot be compiled here" in notes[0]
-    assert plan.compiled_backend("auto", plan.choose_target("here", 1), "float32", 128) == ("chunked", ())
+    assert plan.compiled_backend("auto", plan.choose_target("here", 1), "float32", 128) == (
+        "chunked",
+        (),
+    )
 
 
 def test_command_line_without_weights(tmp_path):
@@ -125,8 +159,9 @@ def test_command_line_without_weights(tmp_path):
         shutil.rmtree(params)
     config, run = test_train.recipe.__wrapped__(tmp_path / "model", tmp_path)
     env = commands.environment(plan.FRACTION)
-    command = commands.command("grpo.plan", f"--config={config}", "--device=h200", "--nosearch",
-                               "--update_efficiency=0.1")
+    command = commands.command(
+        "grpo.plan", f"--config={config}", "--device=h200", "--nosearch", "--update_efficiency=0.1"
+    )
     result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     out = result.stdout
@@ -135,8 +170,13 @@ def test_command_line_without_weights(tmp_path):
     assert "an estimate from the programs in float32" in out and "limit: 0.75 of 139 GiB" in out
     for name in ("rollout step", "update", "evaluation step", "decode"):
         assert re.search(rf"^  {name} +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+$", out, re.M), out
-    assert re.search(r"peak \d+\.\d\d GiB in the \w+, of 104\.25 GiB", out) and "before that the text encoder" in out
-    assert re.search(r"an epoch [\d.]+ \(sample [\d.]+, decode [\d.]+, update [\d.]+\), 8 videos", out)
+    assert (
+        re.search(r"peak \d+\.\d\d GiB in the \w+, of 104\.25 GiB", out)
+        and "before that the text encoder" in out
+    )
+    assert re.search(
+        r"an epoch [\d.]+ \(sample [\d.]+, decode [\d.]+, update [\d.]+\), 8 videos", out
+    )
     assert "an evaluation" in out and "update by the flags, the others measured on an H200" in out
     assert not run.exists()
     result = subprocess.run([*command, "--devices=3"], env=env, capture_output=True, text=True)

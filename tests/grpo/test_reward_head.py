@@ -1,4 +1,6 @@
-"""The reward head: it learns a reward that latents show, its gradient is the shift, and the shift raises the reward."""
+"""The reward head: it learns a reward that latents show, its gradient is the shift, and the shift
+raises the reward.
+"""
 
 import dataclasses
 
@@ -25,7 +27,9 @@ def head():
     rng = np.random.default_rng(0)
     rewards = rng.standard_normal(64)
     latents = rng.standard_normal((64, *SHAPE)).astype(np.float32)
-    latents[..., 0] += rewards[:, None, None, None] - latents[..., 0].mean((1, 2, 3))[:, None, None, None]
+    latents[..., 0] += (
+        rewards[:, None, None, None] - latents[..., 0].mean((1, 2, 3))[:, None, None, None]
+    )
     text = np.zeros((64, 6, 12), np.float32)
     config = reward_guidance.head_config(test_update.CONFIG, heads=1, layers=1)
     fresh = reward_guidance.make_head(config)
@@ -36,7 +40,11 @@ def head():
 def test_what_latents_show_is_learnt(head):
     trained, latents, text, rewards = head
     shares = explained(trained, latents, text, PADDING, rewards, 24, rewards.mean())
-    assert list(shares) == list(LEVELS) and shares[0.1] > 0.8 and shares[0.1] > shares[0.5] > shares[0.9]
+    assert (
+        list(shares) == list(LEVELS)
+        and shares[0.1] > 0.8
+        and shares[0.1] > shares[0.5] > shares[0.9]
+    )
 
 
 def test_the_shift_is_the_gradient_times_the_noise_ratio(head):
@@ -53,22 +61,33 @@ def test_the_shift_is_the_gradient_times_the_noise_ratio(head):
 
 
 def test_a_head_of_the_models_first_blocks():
-    """Their weights and the embeddings' in fp32, adapters left out, a last layer of its own; it learns from there."""
+    """Their weights and the embeddings' in fp32, adapters left out, a last layer of its own; it
+    learns from there.
+    """
     policy, trainable, frozen = test_update.setup(dtype=jnp.bfloat16)
     adapted = nnx.split(policy.module(trainable, frozen))[1]
     head = reward_guidance.from_model(test_update.CONFIG, adapted, 1)
     theirs, ours = P.flatten(frozen), P.flatten(nnx.state(head, nnx.Param))
-    assert head.config.num_layers == 1 < test_update.CONFIG.num_layers and head.config.out_channels == 1
+    assert (
+        head.config.num_layers == 1 < test_update.CONFIG.num_layers
+        and head.config.out_channels == 1
+    )
     for name, value in ours.items():
         assert value.dtype == jnp.float32
         if not name.startswith("proj_out/"):
-            np.testing.assert_array_equal(value, theirs[name][:1] if name.startswith("blocks/") else theirs[name])
+            np.testing.assert_array_equal(
+                value, theirs[name][:1] if name.startswith("blocks/") else theirs[name]
+            )
     rng = np.random.default_rng(0)
     latents = rng.standard_normal((16, *SHAPE)).astype(np.float32)
-    data = Examples(latents, np.zeros((16, 6, 12), np.float32), PADDING, latents[..., 0].mean((1, 2, 3)))
+    data = Examples(
+        latents, np.zeros((16, 6, 12), np.float32), PADDING, latents[..., 0].mean((1, 2, 3))
+    )
     shares = [train(head, data, 8, updates=updates, rate=1e-3, seed=0)[1] for updates in (1, 60)]
     assert shares[1][0.1] > shares[0][0.1]
-    with pytest.raises(ValueError, match=f"layers=9 must be from 1 to {test_update.CONFIG.num_layers}"):
+    with pytest.raises(
+        ValueError, match=f"layers=9 must be from 1 to {test_update.CONFIG.num_layers}"
+    ):
         reward_guidance.from_model(test_update.CONFIG, frozen, 9)
 
 
@@ -95,8 +114,11 @@ def test_a_file_holds_a_head(head, tmp_path):
     ours, theirs = (reward_guidance.predict(h, x, 500.0, TEXT) for h in (again, head[0]))
     np.testing.assert_array_equal(ours, theirs)  # one function, equal weights
     steer = reward_guidance.guidance(path, 2.5, test_update.CONFIG)
-    np.testing.assert_allclose(steer(x, 0.5, 500.0, TEXT), 2.5 * reward_guidance.shift(head[0], x, 0.5, 500.0, TEXT),
-                               rtol=1e-6)
+    np.testing.assert_allclose(
+        steer(x, 0.5, 500.0, TEXT),
+        2.5 * reward_guidance.shift(head[0], x, 0.5, 500.0, TEXT),
+        rtol=1e-6,
+    )
     assert reward_guidance.guidance(None, 2.5, test_update.CONFIG) is None
     with pytest.raises(UserError, match="text_dim=12, this model has 4096"):
         reward_guidance.load_head(path, dataclasses.replace(test_update.CONFIG, text_dim=4096))

@@ -1,7 +1,9 @@
-"""`python -m grpo.train` as its user runs it: whole runs, runs that are killed at any moment, and bad input.
+"""`python -m grpo.train` as its user runs it: whole runs, runs that are killed at any moment, and
+bad input.
 
-Runs whose process is not the subject are made in this one (`tests/grpo/here.py`). They are compared with the run
-`alike`, and runs in processes of their own with the run `whole`: only runs of the same kind are equal to the bit.
+Runs whose process is not the subject are made in this one (`tests/grpo/here.py`). They are compared
+with the run `alike`, and runs in processes of their own with the run `whole`: only runs of the same
+kind are equal to the bit.
 """
 
 import contextlib
@@ -31,7 +33,7 @@ from tests.rewards.serving import TOKEN, Command
 from wan_jax.command_line.cli import UserError
 from wan_jax.storage.checkpoint import Checkpoints, load_trained
 
-RECIPE = '''
+RECIPE = """
 from configs.defaults import defaults
 
 def get_config():
@@ -55,10 +57,15 @@ def get_config():
     c.save.every = 1
     c.reward.workers = 0
     return c
-'''
-# In a random model's pictures nothing can be read. They differ in these, so that there is something to learn.
-MEASURES = [f"reward.weights.{name}=1.0" for name in ("sharpness", "exposure", "contrast", "compressibility")]
-# Frames with a side below 64 pixels are enlarged before they are read: 16 x 32 pixels would take eight times longer.
+"""
+# In a random model's pictures nothing can be read. They differ in these, so that there is something
+# to learn.
+MEASURES = [
+    f"reward.weights.{name}=1.0"
+    for name in ("sharpness", "exposure", "contrast", "compressibility")
+]
+# Frames with a side below 64 pixels are enlarged before they are read: 16 x 32 pixels would take
+# eight times longer.
 PICTURE = ("sample.height=64", "sample.width=64")
 WORDS = "open exit cafe salt moon tide fern lamp".split()
 
@@ -76,17 +83,28 @@ def recipe(model, tmp_path):
     (tmp_path / "train.txt").write_text("".join(f'A sign that says "{w}".\n' for w in WORDS[:4]))
     (tmp_path / "heldout.txt").write_text("".join(f'A sign that says "{w}".\n' for w in WORDS[4:]))
     path = tmp_path / "recipe.py"
-    path.write_text(RECIPE.format(run=str(tmp_path / "run"), model=str(model), train=str(tmp_path / "train.txt"),
-                                  heldout=str(tmp_path / "heldout.txt")))
+    path.write_text(
+        RECIPE.format(
+            run=str(tmp_path / "run"),
+            model=str(model),
+            train=str(tmp_path / "train.txt"),
+            heldout=str(tmp_path / "heldout.txt"),
+        )
+    )
     return path, tmp_path / "run"
 
 
 def start(config, *overrides, command=commands.command, **kwargs):
     """`overrides`: 'key=value' of the config; command: or `commands.fresh`."""
     settings = (f"--config.{o}" for o in (*MEASURES, *PICTURE, *overrides))
-    return subprocess.Popen(command("grpo.train", f"--config={config}", *settings),
-                            env=commands.environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            **kwargs)
+    return subprocess.Popen(
+        command("grpo.train", f"--config={config}", *settings),
+        env=commands.environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **kwargs,
+    )
 
 
 def train(config, *overrides, **kwargs):
@@ -126,9 +144,13 @@ def arrays_of(run):
     """Every array of a run's newest checkpoint, by its path."""
     flat = {}
     for item in ("state", "trained"):
-        tree = ocp.StandardCheckpointer().restore(run.absolute() / "checkpoints" / str(newest(run)) / item)
-        flat |= {item + jax.tree_util.keystr(path): np.asarray(leaf)
-                 for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        tree = ocp.StandardCheckpointer().restore(
+            run.absolute() / "checkpoints" / str(newest(run)) / item
+        )
+        flat |= {
+            item + jax.tree_util.keystr(path): np.asarray(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
     return flat
 
 
@@ -138,7 +160,12 @@ def records_of(run):
     for name in ("metrics.jsonl", "evals.jsonl"):
         lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
         measured = ("time", "peak_memory", "idle_share")
-        records.append([{k: v for k, v in line.items() if "seconds" not in k and k not in measured} for line in lines])
+        records.append(
+            [
+                {k: v for k, v in line.items() if "seconds" not in k and k not in measured}
+                for line in lines
+            ]
+        )
     return records
 
 
@@ -173,12 +200,20 @@ def alike(model, tmp_path_factory):
 
 
 def test_evaluation_of_a_checkpoint_repeats_the_runs_own(whole, tmp_path):
-    """`python -m grpo.evaluate`: the base as epoch 0 saw it, the checkpoint as the last evaluation did."""
+    """`python -m grpo.evaluate`: the base as epoch 0 saw it, the checkpoint as the last evaluation
+    did.
+    """
     config, run, _ = whole
     env = commands.environment()
-    command = commands.command("grpo.evaluate", f"--config={config}", f"--checkpoint={run}",
-                               *(f"--config.{o}" for o in PICTURE))
-    done = subprocess.run([*command, f"--out={tmp_path / 'out'}"], capture_output=True, text=True, env=env)
+    command = commands.command(
+        "grpo.evaluate",
+        f"--config={config}",
+        f"--checkpoint={run}",
+        *(f"--config.{o}" for o in PICTURE),
+    )
+    done = subprocess.run(
+        [*command, f"--out={tmp_path / 'out'}"], capture_output=True, text=True, env=env
+    )
     assert done.returncode == 0 and "report.html" in done.stdout, done.stdout + done.stderr
     ours, theirs = (run_log.read_evaluations(folder) for folder in (tmp_path / "out", run))
     assert [r["epoch"] for r in ours] == [0, 3] and (tmp_path / "out" / "report.html").is_file()
@@ -221,8 +256,9 @@ def test_same_command_again_changes_nothing(whole, capsys):
 
 
 def test_killed_again_and_again_continues_bit_for_bit(whole, recipe):
-    """Before the first epoch is saved, and in the save of a later one, whose figures are logged already; then the run
-    ends as if nothing had been."""
+    """Before the first epoch is saved, and in the save of a later one, whose figures are logged
+    already; then the run ends as if nothing had been.
+    """
     config, run = recipe
     folder = run / "checkpoints"
 
@@ -230,7 +266,8 @@ def test_killed_again_and_again_continues_bit_for_bit(whole, recipe):
         return [p.name for p in folder.iterdir() if "tmp" in p.name]
 
     kill_when(config, lambda out: "epoch 0: held-out" in out)
-    for _ in range(5):  # a checkpoint that is not the first is being written: its temporary folder is there
+    # a checkpoint that is not the first is being written: its temporary folder is there
+    for _ in range(5):
         kill_when(config, lambda out: (folder / "1").is_dir() and temporary())
         if temporary():
             break
@@ -243,7 +280,9 @@ def test_killed_again_and_again_continues_bit_for_bit(whole, recipe):
 
 
 def signalled(config, number, after, *overrides):
-    """(exit code, standard output, standard error) of a run that gets the signal `number` after a line's beginning."""
+    """(exit code, standard output, standard error) of a run that gets the signal `number` after a
+    line's beginning.
+    """
     process = start(config, *overrides)
     for line in process.stdout:
         if line.startswith(after):
@@ -262,11 +301,16 @@ def test_ctrl_c_stops_with_one_line(recipe):
 
 
 def test_sigterm_saves_the_epoch_first(recipe):
-    """Of a run that would have saved at its end only; how such runs continue: tests/grpo/test_hosts.py."""
+    """Of a run that would have saved at its end only; how such runs continue:
+    tests/grpo/test_hosts.py.
+    """
     config, run = recipe
     code, out, err = signalled(config, signal.SIGTERM, "epoch 0:", "epochs=1000", "save.every=1000")
     assert code == 143 and "report" in out and "Traceback" not in err, out + err
-    assert 1 <= newest(run) < 1000 and f"ended by SIGTERM after epoch {newest(run)}, which is saved" in err
+    assert (
+        1 <= newest(run) < 1000
+        and f"ended by SIGTERM after epoch {newest(run)}, which is saved" in err
+    )
 
 
 @pytest.mark.parametrize("seconds", [0.3, 3.0])
@@ -290,14 +334,22 @@ def test_full_fine_tuning(recipe):
 
 
 def test_starts_from_a_lora_file(alike, model, recipe, capsys):
-    """Another run's adapters through a LoRA file: the weights that run ended with, to the bit, at epoch 0."""
+    """Another run's adapters through a LoRA file: the weights that run ended with, to the bit, at
+    epoch 0.
+    """
     config, run = recipe
     (path,) = export(alike, model, config.parent / "lora.safetensors", "comfyui").values()
     here(config, f"lora.init={path}", "epochs=1")
-    wanted, first = (load_trained(folder)[1]["transformer"] for folder in (alike, run / "checkpoints" / "0"))
-    assert first.keys() == wanted.keys() and all(np.array_equal(first[k], wanted[k]) for k in wanted)
+    wanted, first = (
+        load_trained(folder)[1]["transformer"] for folder in (alike, run / "checkpoints" / "0")
+    )
+    assert first.keys() == wanted.keys() and all(
+        np.array_equal(first[k], wanted[k]) for k in wanted
+    )
     assert any(np.abs(v).max() > 0 for k, v in wanted.items() if k.endswith("lora_b"))
-    assert any(not np.array_equal(v, wanted[k]) for k, v in load_trained(run)[1]["transformer"].items())
+    assert any(
+        not np.array_equal(v, wanted[k]) for k, v in load_trained(run)[1]["transformer"].items()
+    )
     here(config, f"lora.init={path}", "epochs=2")
     assert "continuing" in capsys.readouterr().out and newest(run) == 2
     with pytest.raises(UserError, match=r"has rank 4.*lora\.rank=2 is too low"):
@@ -317,6 +369,7 @@ def test_servers_score_the_same_and_one_may_die(alike, recipe, monkeypatch, caps
     monkeypatch.setenv("REWARD_TOKEN", TOKEN)
     say = training.say
     with Command("--workers=1") as one, Command("--workers=1") as other:
+
         def kill_one(*lines, **kwargs):
             if str(lines[0]).startswith("epoch 1/"):
                 one.kill()
@@ -326,19 +379,29 @@ def test_servers_score_the_same_and_one_may_die(alike, recipe, monkeypatch, caps
         here(config, f"reward.servers={(one.url(), other.url())!r}", "reward.workers=2", "epochs=2")
         assert one.process.poll() is not None and other.process.poll() is None
     assert "is not used for now" in caplog.text
-    assert TOKEN not in "".join((*capsys.readouterr(), caplog.text, (run / "config.json").read_text()))
+    assert TOKEN not in "".join(
+        (*capsys.readouterr(), caplog.text, (run / "config.json").read_text())
+    )
     assert_same(result(run), result(alike))
 
 
 @pytest.fixture(scope="module")
 def two_experts(tmp_path_factory):
     root = tmp_path_factory.mktemp("two_experts")
-    convert(str(tiny.write_pipeline(root / "source", seed=3, boundary=0.875)), root / "model", "float32")
+    convert(
+        str(tiny.write_pipeline(root / "source", seed=3, boundary=0.875)), root / "model", "float32"
+    )
     return root / "model"
 
 
-SPLIT = ("sample.steps=4", "sample.sde_steps=3", "sample.sde_range=(0,4)", "sample.guidance=2.0", "eval.steps=4",
-         "epochs=2")
+SPLIT = (
+    "sample.steps=4",
+    "sample.sde_steps=3",
+    "sample.sde_range=(0,4)",
+    "sample.guidance=2.0",
+    "eval.steps=4",
+    "epochs=2",
+)
 
 
 @pytest.fixture(scope="module")
@@ -356,16 +419,24 @@ def test_both_experts_learn_in_every_epoch(two_experts_run):
     for record in metrics:
         for name in ("transformer", "transformer_2"):
             expert = record["experts"][name]
-            assert expert["ratio_max_error"] <= 1e-5 and expert["grad_norm"] > 0 and expert["updates"] == 2
+            assert (
+                expert["ratio_max_error"] <= 1e-5
+                and expert["grad_norm"] > 0
+                and expert["updates"] == 2
+            )
     _, trained, meta = load_trained(two_experts_run)
     assert meta["experts"] == ["transformer", "transformer_2"]
     for name in trained:
-        assert all(np.abs(v).max() > 0 for k, v in trained[name].items() if k.endswith("lora_b")), name
+        assert all(np.abs(v).max() > 0 for k, v in trained[name].items() if k.endswith("lora_b")), (
+            name
+        )
     one, other = (trained[name]["blocks/attn1/to_q/lora_a"] for name in trained)
     assert not np.array_equal(one, other)
 
 
-def test_two_experts_resume_bit_for_bit_with_the_idle_one_offloaded(two_experts, two_experts_run, tmp_path, capsys):
+def test_two_experts_resume_bit_for_bit_with_the_idle_one_offloaded(
+    two_experts, two_experts_run, tmp_path, capsys
+):
     config, run = recipe.__wrapped__(two_experts, tmp_path)
     stage = training.hosts.stage
 
@@ -395,7 +466,9 @@ def test_one_expert_of_two(two_experts, tmp_path):
 
 def test_a_schedule_without_a_step_for_a_trained_expert_is_refused(two_experts, tmp_path):
     config, run = recipe.__wrapped__(two_experts, tmp_path)
-    with pytest.raises(UserError, match=r"transformer would be trained without a step.*sample\.shift"):
+    with pytest.raises(
+        UserError, match=r"transformer would be trained without a step.*sample\.shift"
+    ):
         here(config, "sample.steps=4", "sample.sde_steps=2", "sample.sde_range=(2,4)")
     assert not run.exists()
 
@@ -403,7 +476,9 @@ def test_a_schedule_without_a_step_for_a_trained_expert_is_refused(two_experts, 
 def test_other_settings_are_refused(whole):
     config, run, _ = whole
     before = result(run)
-    with pytest.raises(UserError, match=r"(?s)train\.learning_rate: 0\.0001 -> 0\.5.*--config\.run_dir"):
+    with pytest.raises(
+        UserError, match=r"(?s)train\.learning_rate: 0\.0001 -> 0\.5.*--config\.run_dir"
+    ):
         here(config, "train.learning_rate=0.5", "epochs=6")
     assert_same(result(run), before)
 
@@ -427,11 +502,18 @@ def test_bad_prompts_are_named_by_line(recipe):
     assert not run.exists()
 
 
-@pytest.mark.parametrize("override, message", [
-    ("sample.frames=4", "frames"), ("sample.height=50", "50"), ("model.path=/nowhere", "convert.from_diffusers"),
-    ("prompts.train=/nowhere.txt", "/nowhere.txt does not exist"),
-    ("lora.init=/nowhere.safetensors", "/nowhere.safetensors does not exist"),
-    ("train.learning_rat=1", "learning_rate"), ("sample.groups=100", "100")])
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("sample.frames=4", "frames"),
+        ("sample.height=50", "50"),
+        ("model.path=/nowhere", "convert.from_diffusers"),
+        ("prompts.train=/nowhere.txt", "/nowhere.txt does not exist"),
+        ("lora.init=/nowhere.safetensors", "/nowhere.safetensors does not exist"),
+        ("train.learning_rat=1", "learning_rate"),
+        ("sample.groups=100", "100"),
+    ],
+)
 def test_bad_input_is_one_message(recipe, override, message):
     config, run = recipe
     code, _, err = train(config, override)
@@ -461,9 +543,17 @@ def test_a_run_whose_folder_is_moved_away_while_it_compiles_makes_no_new_one(rec
 
 
 def test_a_budget_ends_the_run_as_its_last_epoch_would(alike, tmp_path, capsys):
-    """24 evaluations an epoch, 8 videos of 3 steps, 2 epochs behind it: 60 are reached in the third."""
+    """24 evaluations an epoch, 8 videos of 3 steps, 2 epochs behind it: 60 are reached in the
+    third.
+    """
     run = shutil.copytree(alike, tmp_path / "run")
-    here(alike.parent / "recipe.py", f"run_dir={run}", "budget.evaluations=60", "epochs=9", "save.every=9")
+    here(
+        alike.parent / "recipe.py",
+        f"run_dir={run}",
+        "budget.evaluations=60",
+        "epochs=9",
+        "save.every=9",
+    )
     assert "epoch 3/9" in (out := capsys.readouterr().out) and "epoch 4/9" not in out
     metrics, evaluations = records_of(run)
     assert [r["spent_evaluations"] for r in metrics] == [24, 48, 72] and newest(run) == 3
@@ -472,5 +562,9 @@ def test_a_budget_ends_the_run_as_its_last_epoch_would(alike, tmp_path, capsys):
     assert 0 < seconds[0] and all(np.diff(seconds) > 0)
     spent = train_state.spent_by(Checkpoints(run), 3)
     assert spent == Spent(72, seconds[-1])
-    assert Budget(72).reached(spent) and not Budget(73).reached(spent) and Budget(None, seconds[-1]).reached(spent)
+    assert (
+        Budget(72).reached(spent)
+        and not Budget(73).reached(spent)
+        and Budget(None, seconds[-1]).reached(spent)
+    )
     assert "is not finished" not in (run / "report.html").read_text()

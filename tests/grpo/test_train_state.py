@@ -20,6 +20,7 @@ def model(path="models/one", crc=1):
 @pytest.fixture
 def prompts(tmp_path):
     """Writes a prompt file and loads it."""
+
     def load(name, *words):
         (tmp_path / name).write_text("".join(f'A sign that says "{word}".\n' for word in words))
         return load_prompts(tmp_path / name, parse_targets)
@@ -35,18 +36,37 @@ def config(train, **changes):
 
 
 def meta(prompts, of=None, **changes):
-    return {"config": config("a.txt"), "model": "models/one", **train_state.origin(of or model(), prompts)} | changes
+    return {
+        "config": config("a.txt"),
+        "model": "models/one",
+        **train_state.origin(of or model(), prompts),
+    } | changes
 
 
 def test_the_content_of_the_training_prompts_counts(prompts):
-    before, same, other = prompts("a.txt", "open", "exit"), prompts("b.txt", "open", "exit"), prompts("c.txt", "open")
-    train_state.check_resume(meta(before), "R/1", config("b.txt"), model(), train_state.origin(model(), same))
+    before, same, other = (
+        prompts("a.txt", "open", "exit"),
+        prompts("b.txt", "open", "exit"),
+        prompts("c.txt", "open"),
+    )
+    train_state.check_resume(
+        meta(before), "R/1", config("b.txt"), model(), train_state.origin(model(), same)
+    )
     for name in ("a.txt", "c.txt"):
-        with pytest.raises(UserError, match=r"R/1 was made with other settings \(prompts\.train: 'a\.txt \("):
-            train_state.check_resume(meta(before), "R/1", config(name), model(), train_state.origin(model(), other))
+        with pytest.raises(
+            UserError, match=r"R/1 was made with other settings \(prompts\.train: 'a\.txt \("
+        ):
+            train_state.check_resume(
+                meta(before), "R/1", config(name), model(), train_state.origin(model(), other)
+            )
     with pytest.raises(UserError, match=r"train\.learning_rate"):
-        train_state.check_resume(meta(before), "R/1", config("a.txt", learning_rate=0.5), model(),
-                               train_state.origin(model(), before))
+        train_state.check_resume(
+            meta(before),
+            "R/1",
+            config("a.txt", learning_rate=0.5),
+            model(),
+            train_state.origin(model(), before),
+        )
 
 
 def test_targets_count_and_how_they_are_kept_does_not(prompts):
@@ -63,14 +83,26 @@ def test_a_checkpoint_without_digests_is_compared_by_name(prompts, capsys):
     train_state.check_resume(old, "R/1", config("a.txt"), model(), train_state.origin(model(), now))
     assert "cannot be checked" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"prompts\.train: 'a\.txt' -> 'b\.txt'"):
-        train_state.check_resume(old, "R/1", config("b.txt"), model(), train_state.origin(model(), now))
+        train_state.check_resume(
+            old, "R/1", config("b.txt"), model(), train_state.origin(model(), now)
+        )
 
 
 def test_another_model_is_refused_and_a_moved_one_is_not(prompts):
     now = prompts("a.txt", "open")
-    train_state.check_resume(meta(now), "R/1", config("a.txt"), model("elsewhere"),
-                           train_state.origin(model("elsewhere"), now))
+    train_state.check_resume(
+        meta(now),
+        "R/1",
+        config("a.txt"),
+        model("elsewhere"),
+        train_state.origin(model("elsewhere"), now),
+    )
     other = model("models/two", crc=2)
-    with pytest.raises(UserError, match=rf"models/one \({model().fingerprint[:12]}\), config.model.path is models/two "
-                       rf"\({other.fingerprint[:12]}\)"):
-        train_state.check_resume(meta(now), "R/1", config("a.txt"), other, train_state.origin(other, now))
+    with pytest.raises(
+        UserError,
+        match=rf"models/one \({model().fingerprint[:12]}\), config.model.path is models/two "
+        rf"\({other.fingerprint[:12]}\)",
+    ):
+        train_state.check_resume(
+            meta(now), "R/1", config("a.txt"), other, train_state.origin(other, now)
+        )

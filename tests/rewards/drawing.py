@@ -12,8 +12,14 @@ FONT = str(pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuS
 def draw(text, height, width, size, ink=(20, 20, 20), paper=(235, 235, 235)):
     """uint8 [H, W, 3] RGB with `text` in the middle; "\\n" breaks lines."""
     image = Image.new("RGB", (width, height), paper)
-    ImageDraw.Draw(image).multiline_text((width / 2, height / 2), text, font=ImageFont.truetype(FONT, size),
-                                         fill=ink, anchor="mm", align="center")
+    ImageDraw.Draw(image).multiline_text(
+        (width / 2, height / 2),
+        text,
+        font=ImageFont.truetype(FONT, size),
+        fill=ink,
+        anchor="mm",
+        align="center",
+    )
     return np.asarray(image)
 
 

@@ -1,4 +1,6 @@
-"""Rewards that misbehave, importable by worker processes. Each gives the mean of the frames as its value."""
+"""Rewards that misbehave, importable by worker processes. Each gives the mean of the frames as its
+value.
+"""
 
 import os
 import pathlib

@@ -1,4 +1,6 @@
-"""Servers on localhost for the tests: reward servers in this process or in one of their own, and scripted ones."""
+"""Servers on localhost for the tests: reward servers in this process or in one of their own, and
+scripted ones.
+"""
 
 import contextlib
 import http.server
@@ -20,7 +22,15 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
 @contextlib.contextmanager
-def serving(reward=pool_rewards.Brightness, workers=2, token=TOKEN, about=None, port=0, admission=None, **options):
+def serving(
+    reward=pool_rewards.Brightness,
+    workers=2,
+    token=TOKEN,
+    about=None,
+    port=0,
+    admission=None,
+    **options,
+):
     """A reward server on a thread of this process; gives its URL. options: of `make_app`."""
     from rewards.remote.admission import Admission
     from rewards.server import bind, make_app, make_server
@@ -40,14 +50,26 @@ def serving(reward=pool_rewards.Brightness, workers=2, token=TOKEN, about=None, 
 
 
 class Command:
-    """`python -m rewards.server` as a process of its own. files: most that it may open, None for as many as here."""
+    """`python -m rewards.server` as a process of its own. files: most that it may open, None for as
+    many as here.
+    """
 
     def __init__(self, *flags, port=0, files=None):
         path = os.pathsep.join([str(ROOT), str(pathlib.Path(__file__).parent)])
         self.process = subprocess.Popen(
-            [*(["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh"] if files else []),
-             sys.executable, "-m", "rewards.server", f"--port={port}", *flags], stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path, "REWARD_TOKEN": TOKEN})
+            [
+                *(["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh"] if files else []),
+                sys.executable,
+                "-m",
+                "rewards.server",
+                f"--port={port}",
+                *flags,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": path, "REWARD_TOKEN": TOKEN},
+        )
 
     def url(self):
         """Waits until the server is there."""
@@ -71,8 +93,9 @@ class Command:
 
 @contextlib.contextmanager
 def scripted(answer):
-    """A server that answers as `answer(method, path, headers, body) -> (status, object for JSON or bytes)` says, after
-    the seconds that a third item asks for."""
+    """A server that answers as `answer(method, path, headers, body) -> (status, object for JSON or
+    bytes)` says, after the seconds that a third item asks for.
+    """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -107,8 +130,9 @@ def scripted(answer):
 
 @contextlib.contextmanager
 def trickling(start, repeated=b"", pause=0.05):
-    """A server that answers each connection with `start`, whatever it is asked, then with `repeated` again and again;
-    without, it closes the connection."""
+    """A server that answers each connection with `start`, whatever it is asked, then with
+    `repeated` again and again; without, it closes the connection.
+    """
     stop = threading.Event()
 
     class Handler(socketserver.BaseRequestHandler):

@@ -1,4 +1,6 @@
-"""CLIP rewards by a tiny random model: the formula, what is refused, and beside other rewards in a worker."""
+"""CLIP rewards by a tiny random model: the formula, what is refused, and beside other rewards in a
+worker.
+"""
 
 import functools
 import json
@@ -31,19 +33,48 @@ def model(tmp_path_factory):
     words = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *PROMPT.split(), "blue"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>",
-                                         unk_token="<unk>").save_pretrained(folder)
-    size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, projection_dim=8)
-    text = dict(size, vocab_size=len(words), max_position_embeddings=12, eos_token_id=1, bos_token_id=0, pad_token_id=0)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 1)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    size = dict(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        projection_dim=8,
+    )
+    text = dict(
+        size,
+        vocab_size=len(words),
+        max_position_embeddings=12,
+        eos_token_id=1,
+        bos_token_id=0,
+        pad_token_id=0,
+    )
     torch.manual_seed(0)
-    config = transformers.CLIPConfig(text_config=text, vision_config=dict(size, image_size=16, patch_size=8),
-                                     projection_dim=8)
+    config = transformers.CLIPConfig(
+        text_config=text, vision_config=dict(size, image_size=16, patch_size=8), projection_dim=8
+    )
     transformers.CLIPModel(config).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({
-        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": 16},
-        "do_center_crop": True, "crop_size": {"height": 16, "width": 16}, "do_normalize": True,
-        "image_mean": [0.5, 0.4, 0.3], "image_std": [0.25, 0.3, 0.35], "do_rescale": True, "resample": 3}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "image_processor_type": "CLIPImageProcessor",
+                "do_resize": True,
+                "size": {"shortest_edge": 16},
+                "do_center_crop": True,
+                "crop_size": {"height": 16, "width": 16},
+                "do_normalize": True,
+                "image_mean": [0.5, 0.4, 0.3],
+                "image_std": [0.25, 0.3, 0.35],
+                "do_rescale": True,
+                "resample": 3,
+            }
+        )
+    )
     return folder
 
 
@@ -59,8 +90,11 @@ def cosines(model, frames):
     pixels = (frames / 255 - np.array([0.5, 0.4, 0.3])) / np.array([0.25, 0.3, 0.35])
     tokens = torch.tensor([[3, 4, 5, 6, 7, 8, 1]])
     with torch.no_grad():
-        image = clip.visual_projection(clip.vision_model(
-            torch.tensor(pixels.transpose(0, 3, 1, 2), dtype=torch.float32)).pooler_output).numpy()
+        image = clip.visual_projection(
+            clip.vision_model(
+                torch.tensor(pixels.transpose(0, 3, 1, 2), dtype=torch.float32)
+            ).pooler_output
+        ).numpy()
         text = clip.text_projection(clip.text_model(tokens).last_hidden_state[:, -1]).numpy()[0]
     return image @ text / np.linalg.norm(image, axis=1) / np.linalg.norm(text)
 
@@ -86,9 +120,13 @@ def test_what_is_refused(model, tmp_path, monkeypatch):
     c = tiny_ocr.get_config()
     c.reward.weights.clip = 0.5
     for changes, message in (
-            ({}, "set config.reward.clip_model=''"),
-            ({"reward.clip_model": str(tmp_path)}, "config.reward.clip_model: .* is no folder"),
-            ({"reward.clip_model": str(model), "reward.servers": ("http://x:1",)}, "give no config.reward.servers")):
+        ({}, "set config.reward.clip_model=''"),
+        ({"reward.clip_model": str(tmp_path)}, "config.reward.clip_model: .* is no folder"),
+        (
+            {"reward.clip_model": str(model), "reward.servers": ("http://x:1",)},
+            "give no config.reward.servers",
+        ),
+    ):
         c.update_from_flattened_dict(changes)
         with pytest.raises(UserError, match=message):
             parse.from_config(c)
@@ -109,5 +147,6 @@ def test_beside_others_in_a_worker(model):
     with RewardPool(functools.partial(SeveralRewards, makers), workers=1) as pool:
         found = pool.submit(videos(2), [*prompts.targets] * 2).result()
     assert found.valid.all()
-    np.testing.assert_allclose(found.parts["clip"], [cosines(model, v[[0, 6, 11]]).mean() for v in videos(2)],
-                               atol=1e-5)
+    np.testing.assert_allclose(
+        found.parts["clip"], [cosines(model, v[[0, 6, 11]]).mean() for v in videos(2)], atol=1e-5
+    )

@@ -1,4 +1,6 @@
-"""Several rewards: one that fails beside the main one is tried again and counted, and costs the others nothing."""
+"""Several rewards: one that fails beside the main one is tried again and counted, and costs the
+others nothing.
+"""
 
 import functools
 
@@ -17,15 +19,25 @@ def batch(*values):
 
 
 def pool(folder, workers, *broken):
-    """The main reward never misbehaves; beside it are those of `broken`, and a sound one after them."""
+    """The main reward never misbehaves; beside it are those of `broken`, and a sound one after
+    them.
+    """
     sound = pool_rewards.Brightness
-    makers = {"main": sound} | {reward.__name__: functools.partial(reward, str(folder)) for reward in broken} | {
-        "last": sound}
+    makers = (
+        {"main": sound}
+        | {reward.__name__: functools.partial(reward, str(folder)) for reward in broken}
+        | {"last": sound}
+    )
     return RewardPool(functools.partial(SeveralRewards, makers), workers, timeout=2.0)
 
 
-@pytest.mark.parametrize("reward, message", [(pool_rewards.Mean, "ValueError: this video cannot be judged"),
-                                             (pool_rewards.NotFinite, "the reward is not finite")])
+@pytest.mark.parametrize(
+    "reward, message",
+    [
+        (pool_rewards.Mean, "ValueError: this video cannot be judged"),
+        (pool_rewards.NotFinite, "the reward is not finite"),
+    ],
+)
 def test_a_failure_is_tried_again_then_counted_and_shown_once(tmp_path, caplog, reward, message):
     name = reward.__name__
     with pool(tmp_path, 0, reward) as scoring:
@@ -38,8 +50,10 @@ def test_a_failure_is_tried_again_then_counted_and_shown_once(tmp_path, caplog, 
     assert len(caplog.records) == 1 and name in caplog.text and message in caplog.text
 
 
-@pytest.mark.parametrize("reward, message", [(pool_rewards.Dies, "died with exit code -9"),
-                                             (pool_rewards.Hangs, "took longer than 2.0 s")])
+@pytest.mark.parametrize(
+    "reward, message",
+    [(pool_rewards.Dies, "died with exit code -9"), (pool_rewards.Hangs, "took longer than 2.0 s")],
+)
 def test_what_ends_its_worker_leaves_the_main_score(tmp_path, reward, message):
     name = reward.__name__
     with pool(tmp_path, 2, reward) as scoring:
@@ -60,9 +74,20 @@ def test_a_reward_that_exits_masks_its_video():
     assert scores.failures == 1 and "SystemExit: bye" in scores.errors[0]
 
 
-@pytest.mark.parametrize("score", [
-    None, 0.5, Score("0.5"), Score(float("inf")), Score(0.5, text=b"x"), Score(0.5, parts=5),
-    Score(0.5, parts=(("a", 1, 2),)), Score(0.5, parts=(("a", "1"),)), Score(np.zeros(2))])
+@pytest.mark.parametrize(
+    "score",
+    [
+        None,
+        0.5,
+        Score("0.5"),
+        Score(float("inf")),
+        Score(0.5, text=b"x"),
+        Score(0.5, parts=5),
+        Score(0.5, parts=(("a", 1, 2),)),
+        Score(0.5, parts=(("a", "1"),)),
+        Score(np.zeros(2)),
+    ],
+)
 def test_malformed_scores_are_refused(score):
     with pytest.raises(RewardError):
         check_score(score)
@@ -73,4 +98,7 @@ def test_scores_of_numpy_are_taken():
 
 
 def test_an_error_is_never_empty():
-    assert describe(RewardError("")) == "RewardError" and last_line(describe(ValueError())) == "ValueError"
+    assert (
+        describe(RewardError("")) == "RewardError"
+        and last_line(describe(ValueError())) == "ValueError"
+    )

@@ -1,4 +1,6 @@
-"""Measures of quality on pictures and clips whose properties are known, and several rewards at once."""
+"""Measures of quality on pictures and clips whose properties are known, and several rewards at
+once.
+"""
 
 import functools
 import math
@@ -29,8 +31,14 @@ def measure(name, frames):
 def test_sharpness_falls_with_blur_and_rises_with_noise():
     sharp = clip(1)
     blurred = cv2.GaussianBlur(sharp[0], (0, 0), 3)[None]
-    noisy = np.clip(sharp + np.random.default_rng(1).normal(0, 20, sharp.shape), 0, 255).astype(np.uint8)
-    assert measure("sharpness", blurred) < measure("sharpness", sharp) - 1 < measure("sharpness", noisy) - 2
+    noisy = np.clip(sharp + np.random.default_rng(1).normal(0, 20, sharp.shape), 0, 255).astype(
+        np.uint8
+    )
+    assert (
+        measure("sharpness", blurred)
+        < measure("sharpness", sharp) - 1
+        < measure("sharpness", noisy) - 2
+    )
     assert math.isfinite(measure("sharpness", np.zeros((1, 32, 32, 3), np.uint8)))
 
 
@@ -39,7 +47,9 @@ def test_exposure_and_contrast_are_mean_and_deviation_of_the_luma():
     halves[:, :, 20:] = 200
     assert measure("exposure", halves) == pytest.approx(100, abs=1e-3)
     assert measure("contrast", halves) == pytest.approx(100, abs=1e-3)
-    assert measure("exposure", np.full((1, 8, 8, 3), (255, 0, 0), np.uint8)) == pytest.approx(0.299 * 255, abs=1e-3)
+    assert measure("exposure", np.full((1, 8, 8, 3), (255, 0, 0), np.uint8)) == pytest.approx(
+        0.299 * 255, abs=1e-3
+    )
 
 
 def test_compressibility_knows_flat_from_noise():
@@ -79,21 +89,37 @@ def test_unknown_measure():
 
 
 def test_several_rewards_keep_apart():
-    """In worker processes: every value under its name, and a reward that fails leaves the others alone."""
-    makers = {"ocr": pool_rewards.Mean, "motion": functools.partial(QualityReward, "motion"),
-              "broken": pool_rewards.Broken}
+    """In worker processes: every value under its name, and a reward that fails leaves the others
+    alone.
+    """
+    makers = {
+        "ocr": pool_rewards.Mean,
+        "motion": functools.partial(QualityReward, "motion"),
+        "broken": pool_rewards.Broken,
+    }
     with RewardPool(functools.partial(SeveralRewards, makers), workers=1) as pool:
         scores = pool.submit(np.stack([clip(), clip(shift=2)]), ["a", "b"]).result()
     assert scores.valid.all() and scores.retries == 0 and scores.texts == ["record a", "record b"]
     np.testing.assert_array_equal(scores.parts["ocr"], scores.values)
     assert scores.parts["motion"][0] < 1e-3 < 0.5 < scores.parts["motion"][1]
-    assert np.isnan(scores.parts["broken"]).all() and list(scores.parts) == ["ocr", "motion", "broken"]
+    assert np.isnan(scores.parts["broken"]).all() and list(scores.parts) == [
+        "ocr",
+        "motion",
+        "broken",
+    ]
 
 
-@pytest.mark.parametrize(("texts", "expected"), [
-    (["OPEN"], 1), ([""], 0), (["OPEN", "Open ", "OPEN"], 1), (["OPEN", "", "OPEN"], 0), (["", ""], 0),
-    (["OPEN", "OPEN", "OPEX", "OPEX"], (1 + 0.75 + 1) / 3),
-])
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["OPEN"], 1),
+        ([""], 0),
+        (["OPEN", "Open ", "OPEN"], 1),
+        (["OPEN", "", "OPEN"], 0),
+        (["", ""], 0),
+        (["OPEN", "OPEN", "OPEX", "OPEX"], (1 + 0.75 + 1) / 3),
+    ],
+)
 def test_stability_of_the_text(texts, expected):
     assert stability(Score(0.0, frame_texts=tuple(texts))) == pytest.approx(expected)
 

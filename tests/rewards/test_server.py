@@ -29,7 +29,8 @@ def ask(url, method="POST", path="/v1/score", body=BODY, token=TOKEN, **headers)
     """(status, JSON, headers) of one request."""
     connection = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=30)
     headers = {"Content-Type": CONTENT_TYPE, "Authorization": f"Bearer {token}"} | {
-        name.replace("_", "-"): value for name, value in headers.items()}
+        name.replace("_", "-"): value for name, value in headers.items()
+    }
     connection.request(method, path, body if method == "POST" else None, headers)
     response = connection.getresponse()
     found = json.loads(response.read())
@@ -46,9 +47,19 @@ def url():
 def test_scores(url):
     status, found, _ = ask(url)
     expected = [pool_rewards.Brightness().score(video, None) for video in VIDEOS]
-    assert status == 200 and [score["value"] for score in found["scores"]] == [score.value for score in expected]
-    assert found["scores"][0] == {"valid": True, "error": "", "value": expected[0].value, "text": expected[0].text,
-                                  "frames": [], "frame_values": [], "frame_texts": [], "parts": []}
+    assert status == 200 and [score["value"] for score in found["scores"]] == [
+        score.value for score in expected
+    ]
+    assert found["scores"][0] == {
+        "valid": True,
+        "error": "",
+        "value": expected[0].value,
+        "text": expected[0].text,
+        "frames": [],
+        "frame_values": [],
+        "frame_texts": [],
+        "parts": [],
+    }
 
 
 def test_health(url):
@@ -70,17 +81,35 @@ def test_another_scheme_is_refused(url):
     assert ask(url, Authorization=f"Basic {TOKEN}")[0] == 401
 
 
-@pytest.mark.parametrize("body, headers, status, message", [
-    (pickle.dumps((VIDEOS, ["a", "b"])), {}, 415, "begins with"),
-    (pickle.dumps((VIDEOS, ["a", "b"])), {"Content_Type": "application/python-pickle"}, 415, "is not taken"),
-    (BODY, {"Content_Type": "application/json"}, 415, "is not taken"),
-    (BODY[:-1], {}, 400, "bytes of pixels"),
-    (b"".join(encode_request(VIDEOS[[0] * 4], ["a"] * 4)), {}, 413, "videos = 4 is more than the limit of 3"),
-    (bytes(100_001), {}, 413, "100001 bytes, more than the limit of 100000"),
-    (bytes(20_000_000), {}, 413, "20000000 bytes"),                      # far more than fits into socket buffers
-    (bytes(20_000_000), {"Authorization": "Bearer no"}, 401, "Bearer"),
-    ((bytes(1000) for _ in range(101)), {}, 413, "limit of 100000"),     # chunks: announces no size
-])
+@pytest.mark.parametrize(
+    "body, headers, status, message",
+    [
+        (pickle.dumps((VIDEOS, ["a", "b"])), {}, 415, "begins with"),
+        (
+            pickle.dumps((VIDEOS, ["a", "b"])),
+            {"Content_Type": "application/python-pickle"},
+            415,
+            "is not taken",
+        ),
+        (BODY, {"Content_Type": "application/json"}, 415, "is not taken"),
+        (BODY[:-1], {}, 400, "bytes of pixels"),
+        (
+            b"".join(encode_request(VIDEOS[[0] * 4], ["a"] * 4)),
+            {},
+            413,
+            "videos = 4 is more than the limit of 3",
+        ),
+        (bytes(100_001), {}, 413, "100001 bytes, more than the limit of 100000"),
+        (bytes(20_000_000), {}, 413, "20000000 bytes"),  # far more than fits into socket buffers
+        (bytes(20_000_000), {"Authorization": "Bearer no"}, 401, "Bearer"),
+        (
+            (bytes(1000) for _ in range(101)),
+            {},
+            413,
+            "limit of 100000",
+        ),  # chunks: announces no size
+    ],
+)
 def test_what_is_not_taken(url, body, headers, status, message):
     found = ask(url, body=body, **headers)
     assert found[0] == status and message in found[1]["detail"]
@@ -122,10 +151,13 @@ def test_a_full_queue_asks_to_come_back(url):
 def test_the_work_of_a_client_that_left_is_dropped():
     with serving(pool_rewards.Slow, workers=1) as url:
         parts = urllib.parse.urlsplit(url)
-        body = b"".join(encode_request(VIDEOS[[0] * 20], ["a"] * 20))        # 10 s of work
+        body = b"".join(encode_request(VIDEOS[[0] * 20], ["a"] * 20))  # 10 s of work
         with socket.create_connection((parts.hostname, parts.port)) as sock:
-            sock.sendall(f"POST /v1/score HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: "
-                         f"{CONTENT_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+            sock.sendall(
+                f"POST /v1/score HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {TOKEN}\r\n"
+                f"Content-Type: {CONTENT_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+                + body
+            )
             wait_for(lambda: ask(url, "GET", "/v1/health")[1]["queue"] == 20)
         wait_for(lambda: ask(url, "GET", "/v1/health")[1]["queue"] == 0)
 
@@ -139,10 +171,13 @@ def wait_for(condition, seconds=5):
 
 def test_stopping_lets_requests_finish():
     results = []
-    with Command("--reward=pool_rewards:Slow", "--workers=1", files=64) as command, contextlib.ExitStack() as stack:
+    with (
+        Command("--reward=pool_rewards:Slow", "--workers=1", files=64) as command,
+        contextlib.ExitStack() as stack,
+    ):
         url = command.url()
         parts = urllib.parse.urlsplit(url)
-        for _ in range(80):         # silent, and more than the server may open
+        for _ in range(80):  # silent, and more than the server may open
             stack.enter_context(socket.create_connection((parts.hostname, parts.port)))
         thread = threading.Thread(target=lambda: results.append(ask(url)))
         thread.start()
@@ -154,7 +189,8 @@ def test_stopping_lets_requests_finish():
     assert results[0][0] == 200 and results[0][1]["scores"][1]["value"] == 1
 
 
-# --- the command's settings -----------------------------------------------------------------------------------
+# --- the command's settings -----------------------------------------------------------------------
+
 
 def test_token(tmp_path, monkeypatch):
     monkeypatch.delenv("A_TOKEN", raising=False)
@@ -181,9 +217,17 @@ def test_token(tmp_path, monkeypatch):
 
 def test_a_reward_of_ones_own():
     factory, about = server.make_factory("pool_rewards:Mean", {"folder": "/tmp"})
-    assert isinstance(factory(), pool_rewards.Mean) and about == {"name": "pool_rewards:Mean", "folder": "/tmp"}
-    for name, options in (("pool_rewards", {}), ("pool_rewards:Nothing", {}), ("no_such_module:Mean", {}), ("", {}),
-                          ("pool_rewards:Mean", {"fodler": "/tmp"})):
+    assert isinstance(factory(), pool_rewards.Mean) and about == {
+        "name": "pool_rewards:Mean",
+        "folder": "/tmp",
+    }
+    for name, options in (
+        ("pool_rewards", {}),
+        ("pool_rewards:Nothing", {}),
+        ("no_such_module:Mean", {}),
+        ("", {}),
+        ("pool_rewards:Mean", {"fodler": "/tmp"}),
+    ):
         with pytest.raises(server.UsageError, match="on PYTHONPATH"):
             server.make_factory(name, options)
 

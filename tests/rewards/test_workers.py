@@ -27,12 +27,20 @@ def test_values_do_not_depend_on_workers_or_mode():
     targets = [("HELLO",), ("HELLO",), ("OPEN",), ("SALE",), ("SALE",), ("DOT", "COM")]
     make_reward = functools.partial(OCRReward, rule="spelling")
     results = []
-    for workers, mode in [(0, "process"), (1, "process"), (2, "process"), (2, "thread"), (0, "inline")]:
+    for workers, mode in [
+        (0, "process"),
+        (1, "process"),
+        (2, "process"),
+        (2, "thread"),
+        (0, "inline"),
+    ]:
         with RewardPool(make_reward, workers, mode) as pool:
             results.append(pool.submit(videos, targets).result())
     first = results[0]
     assert first.values.dtype == np.float64 and first.valid.dtype == bool and first.valid.all()
-    assert first.values[0] == 1 and first.values[1] == pytest.approx(0.8) and first.texts[0] == "HELLO"
+    assert (
+        first.values[0] == 1 and first.values[1] == pytest.approx(0.8) and first.texts[0] == "HELLO"
+    )
     assert first.failures == first.retries == 0 and first.seconds > 0 and first.errors == [""] * 6
     for other in results[1:]:
         assert other.values.tolist() == first.values.tolist()
@@ -40,8 +48,10 @@ def test_values_do_not_depend_on_workers_or_mode():
 
 
 @pytest.mark.parametrize("workers, mode", [(0, "inline"), (2, "thread"), (2, "process")])
-@pytest.mark.parametrize("reward, message", [
-    (pool_rewards.Mean, "this video cannot be judged"), (pool_rewards.NotFinite, "not finite")])
+@pytest.mark.parametrize(
+    "reward, message",
+    [(pool_rewards.Mean, "this video cannot be judged"), (pool_rewards.NotFinite, "not finite")],
+)
 def test_failures_are_retried_then_masked_and_counted(tmp_path, workers, mode, reward, message):
     with RewardPool(functools.partial(reward, str(tmp_path)), workers, mode) as pool:
         scores = pool.submit(batch(0, 1, 2, 1, 3), ["a", "b", "c", "once", "d"]).result()
@@ -76,7 +86,7 @@ def test_a_worker_killed_from_outside_mid_batch_costs_a_retry_only():
         os.kill(pids[0], signal.SIGKILL)
         scores = pending.result(timeout=30)
         assert scores.valid.all() and (scores.failures, scores.retries) == (0, 1)
-        os.kill(pool._scorers[0]._process.pid, signal.SIGKILL)      # while idle: not even a retry
+        os.kill(pool._scorers[0]._process.pid, signal.SIGKILL)  # while idle: not even a retry
         pool._scorers[0]._process.wait()
         again = pool.submit(batch(0, 0), [None] * 2).result(timeout=30)
         assert again.valid.all() and again.retries == 0
@@ -106,7 +116,10 @@ def test_workers_are_processes_of_their_own_without_jax():
 
 
 def test_ocr_workers_do_not_load_jax():
-    with RewardPool(OCRReward, 1) as pool, open(f"/proc/{pool._scorers[0]._process.pid}/maps") as maps:
+    with (
+        RewardPool(OCRReward, 1) as pool,
+        open(f"/proc/{pool._scorers[0]._process.pid}/maps") as maps,
+    ):
         assert "jaxlib" not in maps.read()
 
 
@@ -151,12 +164,18 @@ def test_workers_end_with_their_parent(tmp_path):
     import subprocess
     import sys
 
-    script = ("import sys, time, pool_rewards; from rewards.workers import RewardPool\n"
-              "pool = RewardPool(pool_rewards.Mean, 1)\n"
-              "print(pool._scorers[0]._process.pid, flush=True); time.sleep(60)")
+    script = (
+        "import sys, time, pool_rewards; from rewards.workers import RewardPool\n"
+        "pool = RewardPool(pool_rewards.Mean, 1)\n"
+        "print(pool._scorers[0]._process.pid, flush=True); time.sleep(60)"
+    )
     path = os.pathsep.join([os.getcwd(), os.path.dirname(__file__)])
-    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True,
-                              env=os.environ | {"PYTHONPATH": path})
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
     worker = int(parent.stdout.readline())
     assert os.path.exists(f"/proc/{worker}")
     parent.kill()

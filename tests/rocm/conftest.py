@@ -1,4 +1,6 @@
-"""Everything here is marked `rocm`, and lowered at the precision that training uses. `compiled` collects the table."""
+"""Everything here is marked `rocm`, and lowered at the precision that training uses. `compiled`
+collects the table.
+"""
 
 import jax
 import pytest
@@ -31,7 +33,9 @@ def table(request) -> list[str]:
 def pytest_terminal_summary(terminalreporter, config):
     if config.stash[TABLE]:
         terminalreporter.section("compiled for gfx942")
-        terminalreporter.line("| program | compile s | arguments GB | temporary GB | peak GB | collectives |")
+        terminalreporter.line(
+            "| program | compile s | arguments GB | temporary GB | peak GB | collectives |"
+        )
         terminalreporter.line("|---|---|---|---|---|---|")
         for row in config.stash[TABLE]:
             terminalreporter.line(row)

@@ -5,9 +5,11 @@ import re
 import struct
 from collections import Counter
 
-# In StableHLO, where a name is what the program asks for: a Triton kernel, and nothing of a vendor, no callback.
+# In StableHLO, where a name is what the program asks for: a Triton kernel, and nothing of a vendor,
+# no callback.
 LOWERED = {"__gpu$xla.gpu.triton"}
-# In XLA's output, which calls AMD's libraries by NVIDIA's names: hipBLASLt, MIOpen's convolution, Triton kernels.
+# In XLA's output, which calls AMD's libraries by NVIDIA's names: hipBLASLt, MIOpen's convolution,
+# Triton kernels.
 COMPILED = {"__cublas$lt$matmul", "__cudnn$convForward", "__gpu$xla.gpu.triton"}
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 AMDGPU, GFX942 = 224, 0x4C  # e_machine, and the low byte of e_flags
@@ -29,16 +31,23 @@ def collectives(text: str) -> Counter:
 
 
 def products(text: str) -> Counter:
-    """The library's products in optimised HLO: type and shape, and what is part of them (BIAS, BIAS_GELU, ...)."""
+    """The library's products in optimised HLO: type and shape, and what is part of them (BIAS,
+    BIAS_GELU, ...).
+    """
     calls = r'= \((\w+\[[\d,]+\]).*custom_call_target="__cublas\$lt\$matmul".*?"epilogue":"(\w+)"'
     return Counter(re.findall(calls, text))
 
 
 def square_buffers(text: str, tokens: int) -> set[str]:
-    """Arrays of optimised HLO with a value for every pair of a video's tokens: two axes of that length, or a little
-    more where a backend pads."""
+    """Arrays of optimised HLO with a value for every pair of a video's tokens: two axes of that
+    length, or a little more where a backend pads.
+    """
     shapes = set(re.findall(r"\b(?:f32|bf16|f16|pred|s32|u32)\[([\d,]+)\]", text))
-    return {shape for shape in shapes if sum(tokens <= int(n) < tokens + 128 for n in shape.split(",")) > 1}
+    return {
+        shape
+        for shape in shapes
+        if sum(tokens <= int(n) < tokens + 128 for n in shape.split(",")) > 1
+    }
 
 
 def is_gfx942(code_object: pathlib.Path) -> bool:

@@ -1,4 +1,6 @@
-"""The runs whose programs (`grpo.compiled.functions`) are lowered and compiled for AMD GPUs: full sizes, abstract arguments."""
+"""The runs whose programs (`grpo.compiled.functions`) are lowered and compiled for AMD GPUs: full
+sizes, abstract arguments.
+"""
 
 import dataclasses
 
@@ -10,7 +12,9 @@ from wan_jax.models import presets
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One of the runs that are lowered and compiled: the recipe of single frames, 9 videos a device, at this size."""
+    """One of the runs that are lowered and compiled: the recipe of single frames, 9 videos a
+    device, at this size.
+    """
 
     model: str  # of `presets.PRESETS`
     lora: bool  # or all weights
@@ -19,8 +23,9 @@ class Case:
     method: str = "grpo"
 
     def __str__(self) -> str:
-        return (f"{self.model}-{'lora' if self.lora else 'full'}-{'33x240x416' if self.video else '1x512x512'}"
-                f"-{self.devices}" + ("" if self.method == "grpo" else f"-{self.method}"))
+        trained, size = "lora" if self.lora else "full", "33x240x416" if self.video else "1x512x512"
+        method = "" if self.method == "grpo" else f"-{self.method}"
+        return f"{self.model}-{trained}-{size}-{self.devices}{method}"
 
     def run(self, devices: list, backend: str) -> Run:
         """On the first of `devices`, which may be those of a topology."""
@@ -31,12 +36,25 @@ class Case:
             recipe.sample.frames, recipe.sample.height, recipe.sample.width = 33, 240, 416
         if not self.lora:
             recipe.lora.rank = 0
-        mesh = mesh_lib.make_mesh(fsdp=4 if self.devices == 8 else 1, devices=devices[: self.devices])
+        mesh = mesh_lib.make_mesh(
+            fsdp=4 if self.devices == 8 else 1, devices=devices[: self.devices]
+        )
         return Run(presets.PRESETS[self.model], recipe, mesh, backend)
 
 
-CASES = [Case(model, lora, devices) for model in ("wan2.1-1.3b", "wan2.1-14b") for lora in (True, False)
-         for devices in (1, 8) if lora or devices == 8 or model == "wan2.1-1.3b"]
-CASES += [Case("wan2.1-1.3b", True, 1, True), Case("wan2.1-1.3b", True, 8, True), Case("wan2.1-14b", True, 1, True),
-          Case("wan2.1-1.3b", True, 1, method="nft"), Case("wan2.1-14b", False, 8, method="nft")]
-TOO_LARGE = Case("wan2.1-14b", False, 1)  # its weights, moments and average alone are more than a device has
+CASES = [
+    Case(model, lora, devices)
+    for model in ("wan2.1-1.3b", "wan2.1-14b")
+    for lora in (True, False)
+    for devices in (1, 8)
+    if lora or devices == 8 or model == "wan2.1-1.3b"
+]
+CASES += [
+    Case("wan2.1-1.3b", True, 1, True),
+    Case("wan2.1-1.3b", True, 8, True),
+    Case("wan2.1-14b", True, 1, True),
+    Case("wan2.1-1.3b", True, 1, method="nft"),
+    Case("wan2.1-14b", False, 8, method="nft"),
+]
+# its weights, moments and average alone are more than a device has
+TOO_LARGE = Case("wan2.1-14b", False, 1)

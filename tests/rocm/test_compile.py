@@ -16,10 +16,14 @@ from tests.rocm.programs import CASES, TOO_LARGE, Case
 from tools import rocm_compiler
 from wan_jax.models.attention import choose_backend
 
-pytestmark = pytest.mark.skipif(rocm_compiler.why_not() is not None, reason=str(rocm_compiler.why_not()))
+pytestmark = pytest.mark.skipif(
+    rocm_compiler.why_not() is not None, reason=str(rocm_compiler.why_not())
+)
 BACKEND = choose_backend("auto", "rocm", jnp.bfloat16, 128)
 LIMIT = 0.9 * rocm_compiler.MEMORY
-ONE_EACH = [Case("wan2.1-1.3b", True, devices, video) for devices in (1, 8) for video in (False, True)]
+ONE_EACH = [
+    Case("wan2.1-1.3b", True, devices, video) for devices in (1, 8) for video in (False, True)
+]
 VIDEO = Case("wan2.1-1.3b", True, 1, True)
 
 
@@ -27,16 +31,22 @@ VIDEO = Case("wan2.1-1.3b", True, 1, True)
 def code_objects(tmp_path_factory):
     """The folder in which XLA leaves its code objects; the plugin is loaded, and ready to compile."""
     folder = tmp_path_factory.mktemp("hsaco")
-    os.environ |= {"TF_XLA_HSACO_CACHE_DIR": str(folder), "TF_XLA_HSACO_BITCODE_SIZE_THRESHOLD": "0"}
+    os.environ |= {
+        "TF_XLA_HSACO_CACHE_DIR": str(folder),
+        "TF_XLA_HSACO_BITCODE_SIZE_THRESHOLD": "0",
+    }
     rocm_compiler.load()
-    jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for absent devices cannot be read back
+    # what is compiled for absent devices cannot be read back
+    jax.config.update("jax_enable_compilation_cache", False)
     yield folder
     jax.config.update("jax_enable_compilation_cache", True)
 
 
 @pytest.fixture
 def compiled(code_objects, table):
-    """compile(name, program) -> the executable, measured, after the checks that every program must pass."""
+    """compile(name, program) -> the executable, measured, after the checks that every program must
+    pass.
+    """
 
     def compile(name: str, program: Program):
         before = set(code_objects.iterdir())
@@ -47,9 +57,11 @@ def compiled(code_objects, table):
         seconds = time.perf_counter() - start
         text, memory = executable.as_text(), executable.memory_analysis()
         found = inspection.collectives(text)
-        table.append(f"| {name} | {seconds:.1f} | {memory.argument_size_in_bytes / 1e9:.2f} | "
-                     f"{memory.temp_size_in_bytes / 1e9:.2f} | {needs(memory) / 1e9:.2f} | "
-                     f"{', '.join(f'{n} {found[n]}' for n in inspection.COLLECTIVES if found[n])} |")
+        table.append(
+            f"| {name} | {seconds:.1f} | {memory.argument_size_in_bytes / 1e9:.2f} | "
+            f"{memory.temp_size_in_bytes / 1e9:.2f} | {needs(memory) / 1e9:.2f} | "
+            f"{', '.join(f'{n} {found[n]}' for n in inspection.COLLECTIVES if found[n])} |"
+        )
         assert inspection.compiled_targets(text) <= inspection.COMPILED
         new = set(code_objects.iterdir()) - before
         assert new and all(map(inspection.is_gfx942, new))
@@ -59,10 +71,16 @@ def compiled(code_objects, table):
 
 
 def needs(memory) -> int:
-    """Bytes on a device while the program runs: arguments, results that take no argument's place, temporaries; XLA's
-    own figure for the peak leaves out what its allocation of temporaries wastes."""
-    return max(memory.peak_memory_in_bytes, memory.argument_size_in_bytes + memory.temp_size_in_bytes
-               + memory.output_size_in_bytes - memory.alias_size_in_bytes)
+    """Bytes on a device while the program runs: arguments, results that take no argument's place,
+    temporaries; XLA's own figure for the peak leaves out what its allocation of temporaries wastes.
+    """
+    return max(
+        memory.peak_memory_in_bytes,
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes,
+    )
 
 
 def check(executable, case: Case, tokens: int, attends: bool = True):
@@ -73,14 +91,16 @@ def check(executable, case: Case, tokens: int, attends: bool = True):
         assert not inspection.square_buffers(text, tokens)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.method == "grpo"], ids=str)  # others sample alike
+# others sample alike
+@pytest.mark.parametrize("case", [case for case in CASES if case.method == "grpo"], ids=str)
 def test_rollout_step_compiles_and_fits(case, compiled):
     run = case.run(rocm_compiler.mi300x(case.devices), BACKEND)
     program = run.rollout_step()
     executable = compiled(f"rollout {case}", program)
     check(executable, case, run.tokens)
     latents = program.args[2]
-    assert executable.output_shardings[0].is_equivalent_to(latents.sharding, latents.ndim)  # the next step's argument
+    # the next step's argument
+    assert executable.output_shardings[0].is_equivalent_to(latents.sharding, latents.ndim)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -90,21 +110,32 @@ def test_update_compiles_and_fits(case, compiled):
     executable = compiled(f"update {case}", program)
     check(executable, case, run.tokens)
     after = executable.output_shardings[0]  # of the state, which is the next update's argument
-    moved = [path for (path, x), sharding in zip(jax.tree.leaves_with_path(program.args[0]), jax.tree.leaves(after))
-             if not sharding.is_equivalent_to(x.sharding, x.ndim)]
+    moved = [
+        path
+        for (path, x), sharding in zip(
+            jax.tree.leaves_with_path(program.args[0]), jax.tree.leaves(after)
+        )
+        if not sharding.is_equivalent_to(x.sharding, x.ndim)
+    ]
     assert not moved
 
 
 def test_the_update_has_the_rollouts_products(compiled):
-    """Where the rollout rounds a layer's result, the update does too: else the first update's ratio is not 1. A
-    reference has products of its own, which must not be merged with the policy's."""
+    """Where the rollout rounds a layer's result, the update does too: else the first update's ratio
+    is not 1. A reference has products of its own, which must not be merged with the policy's.
+    """
+
     def products(program: Program):
-        return inspection.products(compiled(f"{program.name}, results kept, KL {weight}", program).as_text())
+        return inspection.products(
+            compiled(f"{program.name}, results kept, KL {weight}", program).as_text()
+        )
 
     rollout, last = None, ("bf16[18432,64]", "BIAS")
     for weight, models in ((0.0, 1), (0.004, 2)):
         run = ONE_EACH[0].run(rocm_compiler.mi300x(), BACKEND)
-        run.recipe.update_from_flattened_dict({"model.remat": "save_matmuls", "train.kl_weight": weight})
+        run.recipe.update_from_flattened_dict(
+            {"model.remat": "save_matmuls", "train.kl_weight": weight}
+        )
         rollout = rollout or products(run.rollout_step())
         update = products(run.update())
         assert rollout <= update, rollout - update
@@ -119,13 +150,20 @@ def test_ode_step_and_decoder_compile_and_fit(case, compiled):
 
 
 def test_text_encoder_compiles_and_fits(compiled):
-    executable = compiled("text encoder", ONE_EACH[0].run(rocm_compiler.mi300x(), BACKEND).encode_text())
+    executable = compiled(
+        "text encoder", ONE_EACH[0].run(rocm_compiler.mi300x(), BACKEND).encode_text()
+    )
     assert needs(executable.memory_analysis()) < LIMIT
 
 
 def test_what_cannot_fit_is_seen(compiled):
-    """All weights of 14B trained on one device: two fp32 moments, the weights and their average are 229 GB."""
-    executable = compiled(f"update {TOO_LARGE} (does not fit)", TOO_LARGE.run(rocm_compiler.mi300x(), BACKEND).update())
+    """All weights of 14B trained on one device: two fp32 moments, the weights and their average are
+    229 GB.
+    """
+    executable = compiled(
+        f"update {TOO_LARGE} (does not fit)",
+        TOO_LARGE.run(rocm_compiler.mi300x(), BACKEND).update(),
+    )
     assert needs(executable.memory_analysis()) > rocm_compiler.MEMORY
 
 
@@ -137,8 +175,12 @@ def test_other_attention_compiles_and_what_is_dense_is_seen(backend, dense, comp
 
 
 def test_a_call_of_cuda_is_refused(code_objects):
-    device, = rocm_compiler.mi300x()
-    x = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
-    call = jax.jit(lambda a: jax.ffi.ffi_call("cusolver_potrf_ffi", jax.ShapeDtypeStruct(a.shape, a.dtype))(a))
+    (device,) = rocm_compiler.mi300x()
+    x = jax.ShapeDtypeStruct(
+        (64, 64), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device)
+    )
+    call = jax.jit(
+        lambda a: jax.ffi.ffi_call("cusolver_potrf_ffi", jax.ShapeDtypeStruct(a.shape, a.dtype))(a)
+    )
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"cusolver_potrf_ffi on a platform ROCM"):
         call.lower(x).compile()

@@ -1,8 +1,8 @@
-"""Every program of training lowers for AMD GPUs, at full size, and asks for nothing that only NVIDIA or a host has.
+"""Every program of training lowers for AMD GPUs, at full size, and asks for nothing that only
+NVIDIA or a host has.
 
 Needs neither plugin nor GPU; arguments are abstract. What XLA makes of it is `test_compile`.
 """
-
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,22 @@ def lower(program: Program) -> str:
     return program.jitted.trace(*program.args).lower(lowering_platforms=("rocm",)).as_text()
 
 
-@pytest.mark.parametrize("case", [
-    FIRST, VIDEO, Case("wan2.1-14b", False, 8), Case("wan2.1-1.3b", True, 1, method="nft"),
-    Case("wan2.1-14b", False, 8, method="nft")], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        FIRST,
+        VIDEO,
+        Case("wan2.1-14b", False, 8),
+        Case("wan2.1-1.3b", True, 1, method="nft"),
+        Case("wan2.1-14b", False, 8, method="nft"),
+    ],
+    ids=str,
+)
 def test_training_asks_for_nothing_foreign(case):
-    """Each structure once: the other cases of `test_compile` differ in sizes only. What depends neither on the method
-    nor on what is trained is lowered for a picture on one device and for a video on eight."""
+    """Each structure once: the other cases of `test_compile` differ in sizes only. What depends
+    neither on the method nor on what is trained is lowered for a picture on one device and for a
+    video on eight.
+    """
     assert case in CASES
     run = case.run(jax.devices(), BACKEND)
     own = [run.update()] if case.method == "nft" else [run.rollout_step(), run.update()]
@@ -48,7 +58,9 @@ def test_text_encoder_asks_for_nothing_foreign():
 
 
 def test_ti2v_5b_asks_for_nothing_foreign():
-    """The other VAE, of Wan 2.2, and its transformer, on videos long enough to be decoded in chunks."""
+    """The other VAE, of Wan 2.2, and its transformer, on videos long enough to be decoded in
+    chunks.
+    """
     run = Case("wan2.2-ti2v-5b", True, 1, True).run(jax.devices(), BACKEND)
     run.recipe.sample.frames, run.recipe.sample.height, run.recipe.sample.width = 81, 704, 1280
     found = programs(run)
@@ -57,29 +69,44 @@ def test_ti2v_5b_asks_for_nothing_foreign():
     assert [p.name for p in found[-2:]] == ["decode, first chunk", "decode, chunk"]
 
 
-@pytest.mark.parametrize("function, target", [
-    (jnp.linalg.cholesky, "hipsolver_potrf_ffi"),
-    (lambda x: jax.ffi.ffi_call("cusolver_potrf_ffi", jax.ShapeDtypeStruct(x.shape, x.dtype))(x), "cusolver_potrf_ffi"),
-])
+@pytest.mark.parametrize(
+    "function, target",
+    [
+        (jnp.linalg.cholesky, "hipsolver_potrf_ffi"),
+        (
+            lambda x: jax.ffi.ffi_call(
+                "cusolver_potrf_ffi", jax.ShapeDtypeStruct(x.shape, x.dtype)
+            )(x),
+            "cusolver_potrf_ffi",
+        ),
+    ],
+)
 def test_a_foreign_call_is_seen(function, target):
     x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
     found = lowered_targets(lower(Program("", jax.jit(function), (x,))))
     assert target in found and not found <= LOWERED
 
 
-@pytest.mark.parametrize("callback", [
-    lambda x: jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x),
-    lambda x: jax.debug.print("{}", x.sum()),
-])
+@pytest.mark.parametrize(
+    "callback",
+    [
+        lambda x: jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x),
+        lambda x: jax.debug.print("{}", x.sum()),
+    ],
+)
 def test_a_host_callback_is_seen(callback):
     program = Program("", jax.jit(callback), (jax.ShapeDtypeStruct((4,), jnp.float32),))
-    with pytest.raises((ValueError, AssertionError), match=r"lowering platform rocm|callback"):  # JAX refuses, or we do
+    # JAX refuses, or we do
+    with pytest.raises((ValueError, AssertionError), match=r"lowering platform rocm|callback"):
         found = lowered_targets(lower(program))
         assert found <= LOWERED, found
 
 
 def test_cases_are_what_they_say():
-    assert {case.devices for case in CASES} == {1, 8} and {case.lora for case in CASES} == {True, False}
+    assert {case.devices for case in CASES} == {1, 8} and {case.lora for case in CASES} == {
+        True,
+        False,
+    }
     for case in CASES:
         run = case.run(jax.devices(), BACKEND)
         assert run.tokens == (3510 if case.video else 1024)

@@ -33,17 +33,21 @@ class NumberParser(flags.ArgumentParser):
 def user_path(text: str) -> str:
     """Return a path that a user gave as the rest of the program takes it.
 
-    One with `~` or `..` becomes absolute; others stay as they are, so that what is stored fits a project folder that
-    has been moved. Raises `UserError` on what cannot be a path.
+    One with `~` or `..` becomes absolute; others stay as they are, so that what is stored fits a
+    project folder that has been moved. Raises `UserError` on what cannot be a path.
     """
     return str(expand(text)) if text.startswith("~") or ".." in text.split("/") else text
 
 
 def check_used(values: flags.FlagValues, without_effect: Mapping[str, str]) -> None:
-    """Raise `UserError` when a flag is given that changes nothing. without_effect: such flags, with what they need."""
+    """Raise `UserError` when a flag is given that changes nothing. without_effect: such flags, with
+    what they need.
+    """
     for name, needed in without_effect.items():
         if values[name].present:
-            raise UserError(f"--{name} has no effect here, it needs {needed}: leave it out, or give that")
+            raise UserError(
+                f"--{name} has no effect here, it needs {needed}: leave it out, or give that"
+            )
 
 
 class PathParser(flags.ArgumentParser):
@@ -61,11 +65,22 @@ class PathParser(flags.ArgumentParser):
         return "path"
 
 
-def define_number(name: str, default: float | None, help_text: str, limits: Range, kind: type = float):
+def define_number(
+    name: str, default: float | None, help_text: str, limits: Range, kind: type = float
+):
     """Define the flag --NAME of a number in `limits`; None is possible only as the default."""
-    return flags.DEFINE(NumberParser(kind, limits), name, default, help_text, serializer=flags.ArgumentSerializer())
+    return flags.DEFINE(
+        NumberParser(kind, limits), name, default, help_text, serializer=flags.ArgumentSerializer()
+    )
 
 
 def define_path(name: str, help_text: str, required: bool = False):
     """Define the flag --NAME of a path, None where it is not given."""
-    return flags.DEFINE(PathParser(), name, None, help_text, serializer=flags.ArgumentSerializer(), required=required)
+    return flags.DEFINE(
+        PathParser(),
+        name,
+        None,
+        help_text,
+        serializer=flags.ArgumentSerializer(),
+        required=required,
+    )

@@ -9,9 +9,9 @@ class Range:
     """The numbers from `low` to `high`.
 
     Attributes:
-        above: whether `low` itself is left out.
-        below: whether `high` itself is left out. True for the default `high`, so that numbers must be finite.
-        note: what a message about a wrong number adds.
+        above: whether `low` itself is left out. below: whether `high` itself is left out. True for
+        the default `high`, so that numbers must be finite. note: what a message about a wrong
+        number adds.
     """
 
     low: float
@@ -24,7 +24,8 @@ class Range:
         """NaN is in no range."""
         below = math.isinf(self.high) if self.below is None else self.below
         return (self.low < value if self.above else self.low <= value) and (
-            value < self.high if below else value <= self.high)
+            value < self.high if below else value <= self.high
+        )
 
     def requirement(self, value: float) -> str:
         """Say what `value`, which is not in the range, must be."""

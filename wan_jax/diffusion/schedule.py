@@ -1,11 +1,14 @@
-"""Noise schedules: which sigmas the sampler visits and which timestep the model is told at each of them.
+"""Noise schedules: which sigmas the sampler visits and which timestep the model is told at each of
+them.
 
-Rectified flow: x_s = (1 - s) x0 + s * noise, so s = 1 is pure noise and s = 0 the sample; a schedule runs
-from about 1 down to exactly 0. T denoising steps use T + 1 sigmas. Everything here is host-side NumPy in
-float64, stored as float32: a schedule is a constant of the compiled program.
+Rectified flow: x_s = (1 - s) x0 + s * noise, so s = 1 is pure noise and s = 0 the sample; a
+schedule runs from about 1 down to exactly 0. T denoising steps use T + 1 sigmas. Everything here is
+host-side NumPy in float64, stored as float32: a schedule is a constant of the compiled program.
 
-Three lists are in use for Wan, and they differ at every step, so results must say which one they used:
-  flow_sigmas(..., 'diffusers')  UniPCMultistepScheduler of Diffusers >= 0.37 (January 2026); the default
+Three lists are in use for Wan, and they differ at every step, so results must say which one they
+used:
+  flow_sigmas(..., 'diffusers')  UniPCMultistepScheduler of Diffusers >= 0.37 (January 2026); the
+                                 default
   flow_sigmas(..., 'legacy')     Diffusers <= 0.36 and the official Wan code
   euler_sigmas(...)              FlowMatchEulerDiscreteScheduler
 """
@@ -21,8 +24,9 @@ VERSIONS = ("diffusers", "legacy")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-    sigmas: np.ndarray     # [T+1] float32, strictly decreasing, last one 0
-    timesteps: np.ndarray  # [T] float32, what the model is fed: whole numbers for UniPC, fractions for Euler
+    sigmas: np.ndarray  # [T+1] float32, strictly decreasing, last one 0
+    # [T] float32, what the model is fed: whole numbers for UniPC, fractions for Euler
+    timesteps: np.ndarray
 
     @property
     def num_steps(self) -> int:
@@ -30,11 +34,13 @@ class Schedule:
 
 
 def flow_sigmas(num_steps: int, shift: float, version: str = "diffusers") -> Schedule:
-    """UniPC's flow sigmas: s = k u / (1 + (k - 1) u) for shift k, u linear; timesteps int(1000 s), cut off.
+    """UniPC's flow sigmas: s = k u / (1 + (k - 1) u) for shift k, u linear; timesteps int(1000 s),
+    cut off.
 
-    'diffusers': u runs from 1 to 1/1000, and s_0 = 1 is lowered by 1e-6: the solver needs log(1 - s_0).
-    'legacy': u runs from 0.999 to 0. In both the last of the T + 1 points is replaced by s_T = 0.
-    Raises ValueError on num_steps < 1, a shift that is not positive and finite, or an unknown version.
+    'diffusers': u runs from 1 to 1/1000, and s_0 = 1 is lowered by 1e-6: the solver needs log(1 -
+    s_0). 'legacy': u runs from 0.999 to 0. In both the last of the T + 1 points is replaced by s_T
+    = 0. Raises ValueError on num_steps < 1, a shift that is not positive and finite, or an unknown
+    version.
     """
     _check(num_steps, shift)
     if version not in VERSIONS:
@@ -50,17 +56,27 @@ def flow_sigmas(num_steps: int, shift: float, version: str = "diffusers") -> Sch
 
 
 def euler_sigmas(num_steps: int, shift: float) -> Schedule:
-    """FlowMatchEuler's list: shifted twice, so s_{T-1} is not near 1/1000; timesteps are 1000 s, unrounded.
+    """FlowMatchEuler's list: shifted twice, so s_{T-1} is not near 1/1000; timesteps are 1000 s,
+    unrounded.
 
-    The Diffusers class shifts its training grid once to find the smallest sigma, takes T equally spaced
-    sigmas down to it, and shifts those again. Raises ValueError as `flow_sigmas` does.
+    The Diffusers class shifts its training grid once to find the smallest sigma, takes T equally
+    spaced sigmas down to it, and shifts those again. Raises ValueError as `flow_sigmas` does.
     """
     _check(num_steps, shift)
-    # The class forms its first grid and its timesteps in float32: that rounding is part of the list.
-    largest, smallest = (float(_shifted(np.float32(u), shift)) for u in (1.0, 1.0 / TRAIN_TIMESTEPS))
-    u = np.linspace(largest * TRAIN_TIMESTEPS, smallest * TRAIN_TIMESTEPS, num_steps) / TRAIN_TIMESTEPS  # [T]
+    # The class forms its first grid and its timesteps in float32: that rounding is part of the
+    # list.
+    largest, smallest = (
+        float(_shifted(np.float32(u), shift)) for u in (1.0, 1.0 / TRAIN_TIMESTEPS)
+    )
+    # [T]
+    u = (
+        np.linspace(largest * TRAIN_TIMESTEPS, smallest * TRAIN_TIMESTEPS, num_steps)
+        / TRAIN_TIMESTEPS
+    )
     sigmas = _shifted(u, shift)
-    return _schedule(sigmas, sigmas.astype(np.float32) * np.float32(TRAIN_TIMESTEPS), num_steps, shift)
+    return _schedule(
+        sigmas, sigmas.astype(np.float32) * np.float32(TRAIN_TIMESTEPS), num_steps, shift
+    )
 
 
 def _shifted(u, shift):
@@ -69,14 +85,20 @@ def _shifted(u, shift):
 
 def _check(num_steps, shift):
     if num_steps < 1:
-        raise ValueError(f"num_steps={num_steps}: a schedule needs at least 1 step; Wan's usual are 10 to 50")
+        raise ValueError(
+            f"num_steps={num_steps}: a schedule needs at least 1 step; Wan's usual are 10 to 50"
+        )
     if not (shift > 0 and math.isfinite(shift)):
-        raise ValueError(f"shift={shift}: must be positive and finite; usual: 3 (480p), 5 (720p), 12 (A14B)")
+        raise ValueError(
+            f"shift={shift}: must be positive and finite; usual: 3 (480p), 5 (720p), 12 (A14B)"
+        )
 
 
 def _schedule(sigmas, timesteps, num_steps, shift):
     sigmas = np.append(sigmas, 0.0).astype(np.float32)  # [T+1]
     if not np.all(np.diff(sigmas) < 0):
-        raise ValueError(f"num_steps={num_steps} with shift={shift} gives sigmas that float32 cannot tell "
-                         "apart; lower the shift or the number of steps")
+        raise ValueError(
+            f"num_steps={num_steps} with shift={shift} gives sigmas that float32 cannot tell "
+            "apart; lower the shift or the number of steps"
+        )
     return Schedule(sigmas, timesteps.astype(np.float32))

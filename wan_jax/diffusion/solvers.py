@@ -1,7 +1,9 @@
-"""ODE solvers over a `Schedule`: Euler and UniPC-2, as pure functions of (state, step index, velocity).
+"""ODE solvers over a `Schedule`: Euler and UniPC-2, as pure functions of (state, step index,
+velocity).
 
-The model predicts the velocity v = noise - x0. All three solvers share one interface, so the sampling loop
-does not know which one it runs, and the step index may be traced (`jax.lax.scan`, `fori_loop`):
+The model predicts the velocity v = noise - x0. All three solvers share one interface, so the
+sampling loop does not know which one it runs, and the step index may be traced (`jax.lax.scan`,
+`fori_loop`):
 
     solver = make_solver("unipc", num_steps=50, shift=3.0)
     state = solver.init(noise)
@@ -27,9 +29,9 @@ SOLVERS = ("unipc", "euler", "flow_match_euler", "dpmpp_2m")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SolverState:
-    x: Array                         # [B, ...] fp32, the current sample
-    history: tuple[Array, ...] = ()  # what a multistep solver remembers, each like x; UniPC: (x_last, m1, m2);
-    #                                  DPM-Solver++: (m1,)
+    x: Array  # [B, ...] fp32, the current sample
+    # what a multistep solver remembers, each like x; UniPC: (x_last, m1, m2); DPM-Solver++: (m1,)
+    history: tuple[Array, ...] = ()
 
 
 def per_sample(value, x: Array) -> Array:
@@ -61,13 +63,14 @@ class Euler:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class UniPC:
-    """UniPC (Zhao et al., arXiv 2302.04867), data prediction, B(h) = expm1 ("bh2"), corrector at every step
-    but the first, order lowered to 1 at both ends: Diffusers' UniPCMultistepScheduler as Wan configures it.
+    """UniPC (Zhao et al., arXiv 2302.04867), data prediction, B(h) = expm1 ("bh2"), corrector at
+    every step but the first, order lowered to 1 at both ends: Diffusers' UniPCMultistepScheduler as
+    Wan configures it.
 
-    Works on m_i = x - s_i v, the predicted clean sample at step i. Each step first corrects x with the new
-    m_i (UniC), then predicts the next x from it (UniP). All coefficients depend on the schedule alone, see
-    `unipc_coefficients`. Raises ValueError on an order other than 1 or 2, or a schedule that starts at sigma
-    >= 1 (log(1 - 1) is infinite).
+    Works on m_i = x - s_i v, the predicted clean sample at step i. Each step first corrects x with
+    the new m_i (UniC), then predicts the next x from it (UniP). All coefficients depend on the
+    schedule alone, see `unipc_coefficients`. Raises ValueError on an order other than 1 or 2, or a
+    schedule that starts at sigma >= 1 (log(1 - 1) is infinite).
     """
 
     schedule: Schedule
@@ -83,9 +86,11 @@ class UniPC:
         return SolverState(x, tuple(jnp.zeros_like(x) for _ in range(3)))
 
     def step(self, state: SolverState, i, velocity: Array) -> SolverState:
-        x, (x_last, m1, m2) = state.x, state.history  # m1, m2: clean samples predicted 1 and 2 steps ago
+        # m1, m2: clean samples predicted 1 and 2 steps ago
+        x, (x_last, m1, m2) = state.x, state.history
         keep_c, base_c, old_c, new_c, keep_p, base_p, old_p = jnp.asarray(self.table)[i]
-        m0 = x - jnp.asarray(self.schedule.sigmas)[i] * velocity.astype(jnp.float32)  # from the uncorrected x
+        # from the uncorrected x
+        m0 = x - jnp.asarray(self.schedule.sigmas)[i] * velocity.astype(jnp.float32)
         corrected = keep_c * x_last + base_c * m1 + old_c * (m2 - m1) + new_c * (m0 - m1)
         x = jnp.where(i == 0, x, corrected)
         x_next = keep_p * x + base_p * m0 + old_p * (m1 - m0)
@@ -93,23 +98,28 @@ class UniPC:
 
 
 def unipc_coefficients(sigmas: np.ndarray, order: int = 2) -> np.ndarray:
-    """The weights of one UniPC step, [T, 7] float32, computed in float64 from the float32 sigmas [T+1].
+    """The weights of one UniPC step, [T, 7] float32, computed in float64 from the float32 sigmas
+    [T+1].
 
     For an interval from s to s': l = log((1 - s) / s), h = l' - l, B = expm1(-h), keep = s' / s,
-    base = -(1 - s') B, and at order 2, with l- of the point before s, rk = (l- - l) / h.
-    Columns 0-3, corrector over the last interval:  x <- keep x_last + base m1 + old (m2 - m1) + new (m0 - m1)
-        order 1:  old = 0,  new = base / 2
-        order 2:  old = base rho0 / rk,  new = base rho1,  where  rho0 + rho1 = b1,  rk rho0 + rho1 = b2,
+    base = -(1 - s') B, and at order 2, with l- of the point before s, rk = (l- - l) / h. Columns
+    0-3, corrector over the last interval:  x <- keep x_last + base m1 + old (m2 - m1) + new (m0 -
+    m1)
+        order 1:  old = 0,  new = base / 2 order 2:  old = base rho0 / rk,  new = base rho1,  where
+        rho0 + rho1 = b1,  rk rho0 + rho1 = b2,
                   b1 = (B/(-h) - 1) / B,  b2 = 2 ((B/(-h) - 1)/(-h) - 1/2) / B
     Columns 4-6, predictor over the next interval:  x' = keep x + base m0 + old (m1 - m0)
         order 1:  old = 0;  order 2:  old = base / (2 rk)
-    The last interval ends at s' = 0 with h infinite: B = -1, keep = 0 and order 1 give x' = m0 exactly.
+    The last interval ends at s' = 0 with h infinite: B = -1, keep = 0 and order 1 give x' = m0
+    exactly.
     """
     if order not in (1, 2):
         raise ValueError(f"order={order}: UniPC order 1 or 2 is supported; Wan uses 2")
     s = sigmas.astype(np.float64)
     if s[0] >= 1:
-        raise ValueError(f"sigma_0={s[0]}: UniPC needs sigma_0 < 1; use flow_sigmas, it starts below 1")
+        raise ValueError(
+            f"sigma_0={s[0]}: UniPC needs sigma_0 < 1; use flow_sigmas, it starts below 1"
+        )
     num_steps = len(s) - 1
     log_snr = np.append(np.log1p(-s[:-1]) - np.log(s[:-1]), np.inf)  # [T+1], called l above
     table = np.zeros((num_steps, 7))
@@ -143,8 +153,10 @@ def _predictor(s, log_snr, i, p):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DPMSolverPP2M:
-    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095): data prediction, second order from the last step's prediction,
-    first order at both ends. UniPC's predictor without its corrector. Raises ValueError as `UniPC`."""
+    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095): data prediction, second order from the last
+    step's prediction, first order at both ends. UniPC's predictor without its corrector. Raises
+    ValueError as `UniPC`.
+    """
 
     schedule: Schedule
     table: np.ndarray = dataclasses.field(init=False, repr=False)  # [T, 3] float32
@@ -163,18 +175,25 @@ class DPMSolverPP2M:
 
 
 def dpm_step(x: Array, clean: Array, last: Array, keep, base, old) -> Array:
-    """keep x + base m0 + old (m1 - m0), fp32: m0 = `clean` and m1 = `last` [B, ...], the samples that this step and the
-    one before predict; the coefficients scalars or [B], a row of `DPMSolverPP2M.table`. old = 0 is the first order."""
+    """keep x + base m0 + old (m1 - m0), fp32: m0 = `clean` and m1 = `last` [B, ...], the samples
+    that this step and the one before predict; the coefficients scalars or [B], a row of
+    `DPMSolverPP2M.table`. old = 0 is the first order.
+    """
     keep, base, old = (per_sample(value, x) for value in (keep, base, old))
     return keep * x + base * clean + old * (last - clean)
 
 
-def make_solver(name: str, num_steps: int, shift: float, *, order: int = 2, version: str = "diffusers"):
+def make_solver(
+    name: str, num_steps: int, shift: float, *, order: int = 2, version: str = "diffusers"
+):
     """A solver by name, with `.schedule`, `.init(x)` and `.step(state, i, velocity)`.
 
-    'unipc'             UniPC on flow_sigmas, the sampler that Wan ships with; only here `order` applies
-    'euler'             Euler on flow_sigmas, Flow-GRPO's deterministic sampler: same sigmas as training
-    'flow_match_euler'  Euler on euler_sigmas, Diffusers' scheduler of that name (`version` does not apply)
+    'unipc'             UniPC on flow_sigmas, the sampler that Wan ships with; only here `order`
+                        applies
+    'euler'             Euler on flow_sigmas, Flow-GRPO's deterministic sampler: same sigmas as
+                        training
+    'flow_match_euler'  Euler on euler_sigmas, Diffusers' scheduler of that name (`version` does not
+                        apply)
     'dpmpp_2m'          DPM-Solver++(2M) on flow_sigmas
     """
     if name == "unipc":

@@ -1,8 +1,10 @@
-"""Reads what a trainer's native libraries print, and passes it on to standard error, all but one thing.
+"""Reads what a trainer's native libraries print, and passes it on to standard error, all but one
+thing.
 
-When the coordinator of a run on several hosts is gone, JAX's own client aborts the process from C++, with a dump of its
-stack and nothing that Python could catch. This program stands between: started by `divert` with the reading end of a
-pipe, it says in one line what happened instead. It imports nothing but the standard library, and ends with the pipe.
+When the coordinator of a run on several hosts is gone, JAX's own client aborts the process from
+C++, with a dump of its stack and nothing that Python could catch. This program stands between:
+started by `divert` with the reading end of a pipe, it says in one line what happened instead. It
+imports nothing but the standard library, and ends with the pipe.
 
 A line that begins with MESSAGE sets what will be said.
 """
@@ -15,32 +17,49 @@ import subprocess
 import sys
 
 MESSAGE = b"\x1f"
-LOST = re.compile(rb"Terminating process because the JAX distributed service|Polled an error from coordination service"
-                  rb"|Use error polling to propagate the following error")
+LOST = re.compile(
+    rb"Terminating process because the JAX distributed service|Polled an error from coordination service"
+    rb"|Use error polling to propagate the following error"
+)
 STATUS = re.compile(rb"absl::Status: ([^\n]*)")
-# gloo prints its greeting in pieces, so that those of several threads mix; when a run ends, JAX 0.11 says in five lines
-# that nobody watches its processes any more
-NOISE = re.compile(rb"^(\[Gloo\] Rank|Expected number of connected|connected to|peer ranks|is|[.:\d\s])*$"
-                   rb"|W\d{4} [\d:.]+ +\d+ (coordination_service|pjrt_client\.cc:\d+\] WatchTasksAsync failed)"
-                   rb"|Additional GRPC error information .*/WatchTasks:|:[A-Z]+:|=== Source Location Trace"
-                   rb"|external/xla")
+# gloo prints its greeting in pieces, so that those of several threads mix; when a run ends, JAX
+# 0.11 says in five lines that nobody watches its processes any more
+NOISE = re.compile(
+    rb"^(\[Gloo\] Rank|Expected number of connected|connected to|peer ranks|is|[.:\d\s])*$"
+    rb"|W\d{4} [\d:.]+ +\d+ (coordination_service|pjrt_client\.cc:\d+\] WatchTasksAsync failed)"
+    rb"|Additional GRPC error information .*/WatchTasks:|:[A-Z]+:|=== Source Location Trace"
+    rb"|external/xla"
+)
 
 
 def divert() -> None:
-    """Puts this program behind file descriptors 1 and 2; Python's own `sys.stdout` and `sys.stderr` go on writing
-    where they did."""
+    """Puts this program behind file descriptors 1 and 2; Python's own `sys.stdout` and `sys.stderr`
+    go on writing where they did.
+    """
     out, real = os.dup(1), os.dup(2)
     reading, writing = os.pipe()
-    subprocess.Popen([sys.executable, "-I", str(pathlib.Path(__file__).resolve())], stdin=reading, stdout=real,
-                     stderr=real, start_new_session=True)  # Ctrl-C is the trainer's
+    subprocess.Popen(
+        [sys.executable, "-I", str(pathlib.Path(__file__).resolve())],
+        stdin=reading,
+        stdout=real,
+        stderr=real,
+        start_new_session=True,
+    )  # Ctrl-C is the trainer's
     os.close(reading)
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         stream.flush()
         os.dup2(writing, number)
     os.close(writing)
-    sys.stdout = os.fdopen(out, "w", buffering=1 if os.isatty(out) else -1, encoding=sys.stdout.encoding,
-                           errors=sys.stdout.errors)
-    sys.stderr = os.fdopen(real, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
+    sys.stdout = os.fdopen(
+        out,
+        "w",
+        buffering=1 if os.isatty(out) else -1,
+        encoding=sys.stdout.encoding,
+        errors=sys.stdout.errors,
+    )
+    sys.stderr = os.fdopen(
+        real, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace"
+    )
 
 
 def set_message(text: str) -> None:

@@ -1,11 +1,13 @@
 """Text embeddings on disk: a prompt set is encoded once for a model, however many runs use it.
 
-    MODEL/text_cache/<key>.npy   [rows of the prompt, text_dim] without the zero rows after them, in the encoder's
-                                 type; bfloat16, which NumPy's files cannot name, as its bits in uint16; then
-                                 the CRC-32 of all that, 4 bytes
+    MODEL/text_cache/<key>.npy   [rows of the prompt, text_dim] without the zero rows after them, in
+                                 the encoder's
+                                 type; bfloat16, which NumPy's files cannot name, as its bits in
+                                 uint16; then the CRC-32 of all that, 4 bytes
 
-The key is a hash of the model's manifest, the encoder's dtype and the prompt. The cache lies in the model's folder and
-goes with it. A folder that cannot be written is no error: the embeddings are then computed again by the next run.
+The key is a hash of the model's manifest, the encoder's dtype and the prompt. The cache lies in the
+model's folder and goes with it. A folder that cannot be written is no error: the embeddings are
+then computed again by the next run.
 """
 
 import contextlib
@@ -28,8 +30,12 @@ class PromptCache:
     def __init__(self, model: ModelDir, dtype):
         self.folder = model.path / FOLDER
         self.dtype = np.dtype(dtype)
-        self.stored = self.dtype if self.dtype.isbuiltin == 1 else np.dtype(f"u{self.dtype.itemsize}")
-        self.salt = hashlib.sha256((model.path / MANIFEST).read_bytes() + f"{self.dtype} rows, crc32".encode()).digest()
+        self.stored = (
+            self.dtype if self.dtype.isbuiltin == 1 else np.dtype(f"u{self.dtype.itemsize}")
+        )
+        self.salt = hashlib.sha256(
+            (model.path / MANIFEST).read_bytes() + f"{self.dtype} rows, crc32".encode()
+        ).digest()
         self.writable = True
 
     def path(self, prompt: str) -> pathlib.Path:
@@ -65,7 +71,9 @@ class PromptCache:
             self.folder.mkdir(exist_ok=True)
             content = io.BytesIO()
             np.save(content, rows.view(self.stored))
-            partial.write_bytes(content.getvalue() + zlib.crc32(content.getvalue()).to_bytes(4, "little"))
+            partial.write_bytes(
+                content.getvalue() + zlib.crc32(content.getvalue()).to_bytes(4, "little")
+            )
             partial.replace(path)
         except OSError:
             self.writable = False

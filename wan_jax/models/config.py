@@ -1,9 +1,10 @@
 """Model configurations, read from the JSON files of a Diffusers checkpoint.
 
-Field names and defaults are those of Diffusers' `WanTransformer3DModel`, `AutoencoderKLWan`, its schedulers and
-transformers' `UMT5EncoderModel`, so `from_dict(json.load(...))` reads the published files and an older file that lacks
-a key gets the value the class would have given it. `check_fields` compares every value with its field's type and
-bounds: a whole number is between 1 and 2^20 unless its field says otherwise.
+Field names and defaults are those of Diffusers' `WanTransformer3DModel`, `AutoencoderKLWan`, its
+schedulers and transformers' `UMT5EncoderModel`, so `from_dict(json.load(...))` reads the published
+files and an older file that lacks a key gets the value the class would have given it.
+`check_fields` compares every value with its field's type and bounds: a whole number is between 1
+and 2^20 unless its field says otherwise.
 """
 
 import dataclasses
@@ -24,7 +25,9 @@ class Config:
     """What the configurations share."""
 
     def validate(self) -> None:
-        """Raise `ConfigError` where fields that are right by themselves do not fit together or to Wan."""
+        """Raise `ConfigError` where fields that are right by themselves do not fit together or to
+        Wan.
+        """
 
 
 def _bounded(default, low, high):
@@ -33,7 +36,9 @@ def _bounded(default, low, high):
 
 
 def _only(default, supported):
-    """A field of which only one value is supported; `default` is what the class assumes when the key is missing."""
+    """A field of which only one value is supported; `default` is what the class assumes when the
+    key is missing.
+    """
     return dataclasses.field(default=default, metadata={"only": supported})
 
 
@@ -42,7 +47,9 @@ SMALL = 1e-30  # a lower bound for numbers that must be positive
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig(Config):
-    """`transformer/config.json` (Diffusers `WanTransformer3DModel`). Width D = attention heads * head dim."""
+    """`transformer/config.json` (Diffusers `WanTransformer3DModel`). Width D = attention heads *
+    head dim.
+    """
 
     patch_size: tuple[int, int, int] = _bounded((1, 2, 2), 1, 64)
     num_attention_heads: int = _bounded(40, 1, 1024)
@@ -66,19 +73,28 @@ class TransformerConfig(Config):
         fixed = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"}
         for name, want in fixed.items():
             if getattr(self, name) != want:
-                raise ConfigError(f"transformer config: {name}={getattr(self, name)!r} is not supported, every Wan T2V "
-                                  f"model has {want!r}; check that the folder holds a Wan T2V checkpoint")
+                raise ConfigError(
+                    f"transformer config: {name}={getattr(self, name)!r} is not supported, every "
+                    f"Wan T2V model has {want!r}; check that the folder holds a Wan T2V checkpoint"
+                )
         if self.patch_size[0] != 1:
-            raise ConfigError(f"transformer config: patch_size={list(self.patch_size)}: the temporal patch must be 1")
+            raise ConfigError(
+                f"transformer config: patch_size={list(self.patch_size)}: the temporal patch must "
+                "be 1"
+            )
         for name in ("attention_head_dim", "freq_dim"):
             if getattr(self, name) % 2:
-                raise ConfigError(f"transformer config: {name}={getattr(self, name)} must be even: it is split into "
-                                  "sines and cosines")
+                raise ConfigError(
+                    f"transformer config: {name}={getattr(self, name)} must be even: it is split "
+                    "into sines and cosines"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig(Config):
-    """`vae/config.json` (Diffusers `AutoencoderKLWan`). `temperal_downsample` is the key's real spelling."""
+    """`vae/config.json` (Diffusers `AutoencoderKLWan`). `temperal_downsample` is the key's real
+    spelling.
+    """
 
     base_dim: int = 96
     decoder_base_dim: int | None = None
@@ -99,11 +115,19 @@ class VAEConfig(Config):
     def validate(self):
         for name in ("latents_mean", "latents_std"):
             if len(getattr(self, name)) != self.z_dim:
-                raise ConfigError(f"vae config: {name} has {len(getattr(self, name))} values, z_dim is {self.z_dim}")
+                raise ConfigError(
+                    f"vae config: {name} has {len(getattr(self, name))} values, z_dim is "
+                    f"{self.z_dim}"
+                )
         if min(self.latents_std, default=1) <= 0:
-            raise ConfigError(f"vae config: latents_std has {min(self.latents_std)}: every value must be positive")
+            raise ConfigError(
+                f"vae config: latents_std has {min(self.latents_std)}: every value must be positive"
+            )
         if self.attn_scales:
-            raise ConfigError(f"vae config: attn_scales={list(self.attn_scales)} is not supported; Wan's VAEs have []")
+            raise ConfigError(
+                f"vae config: attn_scales={list(self.attn_scales)} is not supported; Wan's VAEs "
+                "have []"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,13 +147,16 @@ class TextEncoderConfig(Config):
 
     def validate(self):
         if self.feed_forward_proj != "gated-gelu":
-            raise ConfigError(f"text encoder: feed_forward_proj={self.feed_forward_proj!r}; Wan uses 'gated-gelu'")
+            raise ConfigError(
+                f"text encoder: feed_forward_proj={self.feed_forward_proj!r}; Wan uses 'gated-gelu'"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class UniPCConfig(Config):
-    """`scheduler/scheduler_config.json` of Diffusers' `UniPCMultistepScheduler`, every key that has an effect on flow
-    sigmas. `solvers.UniPC` implements one value of most."""
+    """`scheduler/scheduler_config.json` of Diffusers' `UniPCMultistepScheduler`, every key that has
+    an effect on flow sigmas. `solvers.UniPC` implements one value of most.
+    """
 
     flow_shift: float = _bounded(1.0, 1e-3, 1e3)
     solver_order: int = _bounded(2, 1, 2)
@@ -174,15 +201,22 @@ class Scheduler:
     order: int = 2  # of UniPC
 
 
-SCHEDULERS = {"UniPCMultistepScheduler": UniPCConfig, "FlowMatchEulerDiscreteScheduler": FlowMatchEulerConfig}
+SCHEDULERS = {
+    "UniPCMultistepScheduler": UniPCConfig,
+    "FlowMatchEulerDiscreteScheduler": FlowMatchEulerConfig,
+}
 
 
 def load_scheduler(path) -> Scheduler:
-    """Read a scheduler_config.json. Raise `ConfigError` on a class or a setting that no solver here implements."""
+    """Read a scheduler_config.json. Raise `ConfigError` on a class or a setting that no solver here
+    implements.
+    """
     values = read_json(path)
     name = values.get("_class_name")
     if not isinstance(name, str) or name not in SCHEDULERS:
-        raise ConfigError(f"{path}: _class_name={_short(name)} is not supported, {' and '.join(SCHEDULERS)} are")
+        raise ConfigError(
+            f"{path}: _class_name={_short(name)} is not supported, {' and '.join(SCHEDULERS)} are"
+        )
     config = from_dict(SCHEDULERS[name], values, where=str(path))
     if isinstance(config, UniPCConfig):
         return Scheduler("unipc", float(config.flow_shift), config.solver_order)
@@ -190,8 +224,10 @@ def load_scheduler(path) -> Scheduler:
 
 
 def from_dict(cls, values: dict, where: str = ""):
-    """Build a config dataclass from a JSON dict: known keys are taken, unknown ones ignored (Diffusers writes many),
-    lists become tuples, and values this code cannot run raise `ConfigError`, which names the file `where`."""
+    """Build a config dataclass from a JSON dict: known keys are taken, unknown ones ignored
+    (Diffusers writes many), lists become tuples, and values this code cannot run raise
+    `ConfigError`, which names the file `where`.
+    """
     names = {field.name for field in dataclasses.fields(cls)}
     picked = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
     config = cls(**picked)
@@ -213,7 +249,10 @@ def check_fields(config) -> None:
         else:
             wrong = _wrong(value, hints[field.name], limits)
         if wrong:
-            raise ConfigError(f"{field.name}={_short(list(value) if isinstance(value, tuple) else value)}: {wrong}")
+            raise ConfigError(
+                f"{field.name}={_short(list(value) if isinstance(value, tuple) else value)}: "
+                f"{wrong}"
+            )
 
 
 def _wrong(value, hint, limits: typing.Mapping) -> str | None:
@@ -226,10 +265,19 @@ def _wrong(value, hint, limits: typing.Mapping) -> str | None:
             return "must be a list" + (f" of {len(kinds)} values" if kinds[-1] is not ... else "")
         return next((wrong for item in value if (wrong := _wrong(item, kinds[0], limits))), None)
     if hint in (bool, str):
-        return None if isinstance(value, hint) else f"must be {'true or false' if hint is bool else 'a text'}"
+        return (
+            None
+            if isinstance(value, hint)
+            else f"must be {'true or false' if hint is bool else 'a text'}"
+        )
     low, high = limits.get("low", 1 if hint is int else -1e6), limits.get("high", 2**20)
     known = (int,) if hint is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, known) or not math.isfinite(value) or not low <= value <= high:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, known)
+        or not math.isfinite(value)
+        or not low <= value <= high
+    ):
         return f"must be a {'whole ' if hint is int else ''}number from {low:g} to {high:g}"
     return None
 
@@ -240,7 +288,9 @@ def _short(value) -> str:
 
 
 def read_json(path) -> dict:
-    """Read a file that holds a JSON object. Raise `ConfigError` naming the file when it is missing or anything else."""
+    """Read a file that holds a JSON object. Raise `ConfigError` naming the file when it is missing
+    or anything else.
+    """
     path = pathlib.Path(path)
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: is {path.parent} a folder of a Wan checkpoint?")
@@ -251,5 +301,7 @@ def read_json(path) -> dict:
 
 
 def load(cls, path):
-    """`from_dict` on a JSON file. Raises `ConfigError` naming the file when it is missing or not JSON."""
+    """`from_dict` on a JSON file. Raises `ConfigError` naming the file when it is missing or not
+    JSON.
+    """
     return from_dict(cls, read_json(path), where=str(path))

@@ -1,6 +1,8 @@
-"""Floating-point operations of a program: the matrix products and convolutions of its jaxpr, as written.
+"""Floating-point operations of a program: the matrix products and convolutions of its jaxpr, as
+written.
 
-Element-wise work is not counted; it is a few per cent of a transformer's. Padding of a convolution counts as computed.
+Element-wise work is not counted; it is a few per cent of a transformer's. Padding of a convolution
+counts as computed.
 """
 
 import math
@@ -19,8 +21,9 @@ def of_jaxpr(jaxpr: core.Jaxpr) -> float:
 
 
 def of_equation(eqn: core.JaxprEqn) -> float:
-    """A product and a sum are two. A scan's body counts as often as it runs, of a conditional the largest branch, the
-    body of a `while_loop` once, since its count is not known."""
+    """A product and a sum are two. A scan's body counts as often as it runs, of a conditional the
+    largest branch, the body of a `while_loop` once, since its count is not known.
+    """
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]

@@ -1,7 +1,7 @@
 """The layers that the transformer and the text encoder share: dense, RMS norm, layer norm.
 
-Parameters are named as the published state dict names them, up to Flax's words (`weight` is `kernel`, `scale` or
-`embedding`): see `convert/key_table.py`.
+Parameters are named as the published state dict names them, up to Flax's words (`weight` is
+`kernel`, `scale` or `embedding`): see `convert/key_table.py`.
 """
 
 from collections.abc import Sequence
@@ -17,19 +17,34 @@ MATMUL = "matmul"  # a dense layer's result, as rematerialisation knows it
 
 
 class LoRAParam(nnx.Param):
-    """A trainable low-rank factor; a variable type of its own, so that `nnx.split(model, LoRAParam, ...)` finds it."""
+    """A trainable low-rank factor; a variable type of its own, so that `nnx.split(model, LoRAParam,
+    ...)` finds it.
+    """
 
 
 class Linear(nnx.Module):
-    """y = x W + b in `dtype`, plus `(lora_scale * (x A)) B` where an adapter is attached (`wan_jax/models/lora.py`).
+    """y = x W + b in `dtype`, plus `(lora_scale * (x A)) B` where an adapter is attached
+    (`wan_jax/models/lora.py`).
 
-    kernel [in, out] and bias [out] are stored in `dtype`; lora_a [in, r] and lora_b [r, out] in fp32, and computed in
-    `dtype`. The adapter is never merged into the kernel: the reference model is the same arrays without it, and what an
-    update adds is often less than the kernel's last bit. The scale is on the narrow side, part of the product.
+    kernel [in, out] and bias [out] are stored in `dtype`; lora_a [in, r] and lora_b [r, out] in
+    fp32, and computed in `dtype`. The adapter is never merged into the kernel: the reference model
+    is the same arrays without it, and what an update adds is often less than the kernel's last bit.
+    The scale is on the narrow side, part of the product.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, dtype=jnp.float32, rngs: nnx.Rngs):
-        kernel = jax.random.normal(rngs.params(), (in_features, out_features), jnp.float32) * in_features**-0.5
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        kernel = (
+            jax.random.normal(rngs.params(), (in_features, out_features), jnp.float32)
+            * in_features**-0.5
+        )
         self.kernel = nnx.Param(kernel.astype(dtype))
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if bias else None
         self.lora_a = nnx.data(None)  # set by lora.attach
@@ -42,11 +57,13 @@ class Linear(nnx.Module):
 
 
 def joined(layers: Sequence[Linear], x: Array) -> list[Array]:
-    """What each of several dense layers makes of the same x [..., in], in one product; [..., out] of each.
+    """What each of several dense layers makes of the same x [..., in], in one product; [..., out]
+    of each.
 
-    One wide product fills a GPU better than narrow ones, and the adapters add up inside it: their first factors stand
-    side by side, their second ones on the diagonal of one matrix. Layers of which only some have adapters or biases,
-    or which scale them differently, are computed one by one.
+    One wide product fills a GPU better than narrow ones, and the adapters add up inside it: their
+    first factors stand side by side, their second ones on the diagonal of one matrix. Layers of
+    which only some have adapters or biases, or which scale them differently, are computed one by
+    one.
     """
     first = layers[0]
     if len({(y.bias is None, y.lora_a is None, y.lora_scale) for y in layers}) > 1:
@@ -56,8 +73,10 @@ def joined(layers: Sequence[Linear], x: Array) -> list[Array]:
     if first.bias is not None:
         y = y + beside([layer.bias[...] for layer in layers])
     if first.lora_a is not None:
-        a, b = ([factor[...].astype(first.dtype) for factor in factors]
-                for factors in zip(*((layer.lora_a, layer.lora_b) for layer in layers)))
+        a, b = (
+            [factor[...].astype(first.dtype) for factor in factors]
+            for factors in zip(*((layer.lora_a, layer.lora_b) for layer in layers))
+        )
         y = y + ((x @ beside(a)) * first.lora_scale) @ jax.scipy.linalg.block_diag(*b)
     y = checkpoint_name(y, MATMUL)
     return jnp.split(y, np.cumsum([layer.kernel.shape[-1] for layer in layers])[:-1], axis=-1)
@@ -69,7 +88,9 @@ def beside(arrays: Sequence[Array]) -> Array:
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in fp32, returned in x's dtype."""
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in fp32, returned in x's
+    dtype.
+    """
 
     def __init__(self, features: int, *, eps: float = 1e-6, dtype=jnp.float32):
         self.scale = nnx.Param(jnp.ones((features,), dtype))
@@ -82,7 +103,9 @@ class RMSNorm(nnx.Module):
 
 
 def layer_norm(x: Array, eps: float) -> Array:
-    """(x - mean) / sqrt(var + eps) over the last axis, without parameters, in fp32; the result stays fp32."""
+    """(x - mean) / sqrt(var + eps) over the last axis, without parameters, in fp32; the result
+    stays fp32.
+    """
     x = x.astype(jnp.float32)
     x = x - jnp.mean(x, axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)

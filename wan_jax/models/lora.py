@@ -1,7 +1,8 @@
 """Low-rank adapters on the transformer's dense layers: y = x W + b + (alpha / rank) (x A) B.
 
-Targets are named as PEFT names them: a module is adapted when its Diffusers name ends in one of the targets, so
-('to_q', 'to_k', 'to_v', 'to_out.0') adapts self- and cross-attention of every block. Rank and alpha as in PEFT.
+Targets are named as PEFT names them: a module is adapted when its Diffusers name ends in one of the
+targets, so ('to_q', 'to_k', 'to_v', 'to_out.0') adapts self- and cross-attention of every block.
+Rank and alpha as in PEFT.
 """
 
 import dataclasses
@@ -30,13 +31,16 @@ class LoRAConfig:
 
 
 def attach(model: nnx.Module, config: LoRAConfig, key: jax.Array) -> nnx.Module:
-    """Adds adapters to `model` in place and returns it: A ~ normal(1/rank) (PEFT's "gaussian"), B = 0, both fp32.
+    """Adds adapters to `model` in place and returns it: A ~ normal(1/rank) (PEFT's "gaussian"), B =
+    0, both fp32.
 
-    Every draw depends on (key, the layer's path) only. Raises ValueError when a target matches no layer, and on a
-    rank below 1.
+    Every draw depends on (key, the layer's path) only. Raises ValueError when a target matches no
+    layer, and on a rank below 1.
     """
     if config.rank < 1:
-        raise ValueError(f"lora rank {config.rank} must be at least 1; to train all weights set train.lora=None")
+        raise ValueError(
+            f"lora rank {config.rank} must be at least 1; to train all weights set train.lora=None"
+        )
     used = set()
     for path, module in list(nnx.iter_modules(model)):
         if not isinstance(module, Linear):
@@ -48,13 +52,17 @@ def attach(model: nnx.Module, config: LoRAConfig, key: jax.Array) -> nnx.Module:
         used.update(match)
         *stack, n_in, n_out = module.kernel.shape  # stack is (L,) inside scanned blocks
         sub = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        module.lora_a = LoRAParam(jax.random.normal(sub, (*stack, n_in, config.rank), jnp.float32) / config.rank)
+        module.lora_a = LoRAParam(
+            jax.random.normal(sub, (*stack, n_in, config.rank), jnp.float32) / config.rank
+        )
         module.lora_b = LoRAParam(jnp.zeros((*stack, config.rank, n_out), jnp.float32))
         module.lora_scale = config.scale
     unused = [t for t in config.targets if t not in used]
     if unused:
-        raise ValueError(f"lora targets {unused} match no dense layer; known endings are to_q, to_k, to_v, to_out.0, "
-                         "ffn.net.0.proj, ffn.net.2, proj_out")
+        raise ValueError(
+            f"lora targets {unused} match no dense layer; known endings are to_q, to_k, to_v, "
+            "to_out.0, ffn.net.0.proj, ffn.net.2, proj_out"
+        )
     return model
 
 

@@ -1,18 +1,20 @@
 """UMT5 text encoder of the Wan models (transformers `UMT5EncoderModel`).
 
-Embedding lookup, L pre-norm layers of self-attention and gated-GELU feed-forward, final RMS norm. What sets
-it apart from other encoders, each of which gives plausible wrong hidden states when missed:
+Embedding lookup, L pre-norm layers of self-attention and gated-GELU feed-forward, final RMS norm.
+What sets it apart from other encoders, each of which gives plausible wrong hidden states when
+missed:
 
 * every layer owns its relative position table (T5 shares the first layer's);
-* attention scores are not divided by sqrt(head_dim), and the embedding is not multiplied by sqrt(D);
+* attention scores are not divided by sqrt(head_dim), and the embedding is not multiplied by
+  sqrt(D);
 * no Linear has a bias, and norms are RMS norms without mean;
 * the GELU is the tanh approximation.
 
-Letters: B prompts, S text tokens, D width, N heads, K head size (d_kv), L layers. All L layers are stacked
-on axis 0 of `encoder/block/*` and run by `lax.scan`, so one layer is compiled, not 24.
+Letters: B prompts, S text tokens, D width, N heads, K head size (d_kv), L layers. All L layers are
+stacked on axis 0 of `encoder/block/*` and run by `lax.scan`, so one layer is compiled, not 24.
 
-Numbers: parameters, matrix products and the residual stream are in `dtype`; norms and the softmax in fp32.
-Dropout, which Wan never uses, is left out.
+Numbers: parameters, matrix products and the residual stream are in `dtype`; norms and the softmax
+in fp32. Dropout, which Wan never uses, is left out.
 """
 
 import jax
@@ -29,11 +31,11 @@ Array = jax.Array
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> np.ndarray:
     """Bucket of the distance key - query for all pairs: int32 [S queries, S keys].
 
-    Bidirectional T5 buckets (Raffel et al. 2020, section 2.1): the upper half is for keys to the right.
-    Within a half of h = num_buckets / 2, distances n < h/2 have a bucket each and larger ones share
-    logarithmic ones, h/2 + floor(log(n / (h/2)) / log(max_distance / (h/2)) * h/2), the last taking all from
-    max_distance on. In numpy and fp32, the precision of the original: a floor of a logarithm is no place for
-    another rounding.
+    Bidirectional T5 buckets (Raffel et al. 2020, section 2.1): the upper half is for keys to the
+    right. Within a half of h = num_buckets / 2, distances n < h/2 have a bucket each and larger
+    ones share logarithmic ones, h/2 + floor(log(n / (h/2)) / log(max_distance / (h/2)) * h/2), the
+    last taking all from max_distance on. In numpy and fp32, the precision of the original: a floor
+    of a logarithm is no place for another rounding.
     """
     position = np.arange(length, dtype=np.int32)
     distance = position[None, :] - position[:, None]  # [S, S]
@@ -49,23 +51,28 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> np.nda
 class Embedding(nnx.Module):
     """A lookup table [rows, features], initialised normal(0, std).
 
-    A small table is read by a one-hot product: the gradient of a lookup adds every token's row with atomic operations,
-    which collide when a few rows serve them all. On an H200 the one-hot product took the training step of
-    examples/tiny_wan, 110,000 characters, from 190 to 70 ms.
+    A small table is read by a one-hot product: the gradient of a lookup adds every token's row with
+    atomic operations, which collide when a few rows serve them all. On an H200 the one-hot product
+    took the training step of examples/tiny_wan, 110,000 characters, from 190 to 70 ms.
     """
 
     def __init__(self, rows: int, features: int, *, std: float, dtype, rngs: nnx.Rngs):
-        self.embedding = nnx.Param((jax.random.normal(rngs.params(), (rows, features)) * std).astype(dtype))
+        self.embedding = nnx.Param(
+            (jax.random.normal(rngs.params(), (rows, features)) * std).astype(dtype)
+        )
 
     def __call__(self, ids: Array) -> Array:  # int [...] -> [..., features]
         table = self.embedding[...]
         if table.shape[0] > 512:
             return table[ids]
-        return jnp.matmul(jax.nn.one_hot(ids, table.shape[0], dtype=table.dtype), table, precision="highest")
+        return jnp.matmul(
+            jax.nn.one_hot(ids, table.shape[0], dtype=table.dtype), table, precision="highest"
+        )
 
 
 class SelfAttention(nnx.Module):
-    """softmax(q k^T + bias[bucket(key - query)]) v with scale 1, padded keys masked, softmax in fp32.
+    """softmax(q k^T + bias[bucket(key - query)]) v with scale 1, padded keys masked, softmax in
+    fp32.
 
     The initialisation is T5's: as scores are not scaled, q starts smaller by d_kv^-0.5.
     """
@@ -79,10 +86,16 @@ class SelfAttention(nnx.Module):
         self.v = Linear(d, inner, bias=False, dtype=dtype, rngs=rngs)
         self.o = Linear(inner, d, bias=False, dtype=dtype, rngs=rngs)
         self.relative_attention_bias = Embedding(
-            config.relative_attention_num_buckets, config.num_heads, std=d**-0.5, dtype=dtype, rngs=rngs)
+            config.relative_attention_num_buckets,
+            config.num_heads,
+            std=d**-0.5,
+            dtype=dtype,
+            rngs=rngs,
+        )
 
     def __call__(self, x: Array, buckets: Array, mask: Array) -> Array:
         """x [B, S, D], buckets int32 [S, S], mask bool [B, S] -> [B, S, D]."""
+
         def split_heads(y):
             return y.reshape(*y.shape[:2], self.heads, -1)  # [B, S, N, K]
 
@@ -165,7 +178,8 @@ class Stack(nnx.Module):
 class UMT5Encoder(nnx.Module):
     """Token ids to hidden states. Use `encode` for what the Wan transformer is fed.
 
-    `dtype` is that of parameters and compute. The initialisation is T5's, fit for training from scratch.
+    `dtype` is that of parameters and compute. The initialisation is T5's, fit for training from
+    scratch.
     """
 
     def __init__(self, config: TextEncoderConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
@@ -174,21 +188,28 @@ class UMT5Encoder(nnx.Module):
         self.encoder = Stack(config, dtype=dtype, rngs=rngs)
 
     def __call__(self, ids: Array, mask: Array) -> Array:
-        """ids int32 [B, S], mask bool or int [B, S] (nonzero: a token) -> hidden [B, S, D] in `dtype`.
+        """ids int32 [B, S], mask bool or int [B, S] (nonzero: a token) -> hidden [B, S, D] in
+        `dtype`.
 
         Rows past the mask hold numbers without meaning; rows within it do not depend on S.
         """
         config = self.config
-        buckets = jnp.asarray(relative_buckets(
-            ids.shape[1], config.relative_attention_num_buckets, config.relative_attention_max_distance))
+        buckets = jnp.asarray(
+            relative_buckets(
+                ids.shape[1],
+                config.relative_attention_num_buckets,
+                config.relative_attention_max_distance,
+            )
+        )
         return self.encoder(self.shared(ids), buckets, mask.astype(bool))
 
 
 def encode(model: UMT5Encoder, ids: Array, mask: Array) -> Array:
-    """ids int32 [B, S], mask bool or int [B, S] -> [B, S, D]: hidden states, zero in the rows after the mask.
+    """ids int32 [B, S], mask bool or int [B, S] -> [B, S, D]: hidden states, zero in the rows after
+    the mask.
 
-    As Diffusers' `WanPipeline._get_t5_prompt_embeds`. The transformer has no text mask: it attends to the
-    zero rows too, so S is part of the model and has to be the length it was trained with (512 for the
-    published ones).
+    As Diffusers' `WanPipeline._get_t5_prompt_embeds`. The transformer has no text mask: it attends
+    to the zero rows too, so S is part of the model and has to be the length it was trained with
+    (512 for the published ones).
     """
     return jnp.where(mask.astype(bool)[..., None], model(ids, mask), 0)

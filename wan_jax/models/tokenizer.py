@@ -1,7 +1,7 @@
 """Prompt cleaning and tokenisation, as Diffusers' `WanPipeline` does them.
 
-The tokenizer is the checkpoint's own `tokenizer/` folder, read by the class that `model_index.json` names
-(transformers' `T5TokenizerFast`; 4.51 to 5.x). Nothing is fetched from the network.
+The tokenizer is the checkpoint's own `tokenizer/` folder, read by the class that `model_index.json`
+names (transformers' `T5TokenizerFast`; 4.51 to 5.x). Nothing is fetched from the network.
 """
 
 import html
@@ -22,13 +22,14 @@ class TokenizerError(UserError, ValueError):
 
 
 def clean(prompt: str, *, uncurl_quotes: bool = True) -> str:
-    """The text that is tokenised: `ftfy.fix_text`, HTML unescaped twice, whitespace runs as one space.
+    """The text that is tokenised: `ftfy.fix_text`, HTML unescaped twice, whitespace runs as one
+    space.
 
     uncurl_quotes: False keeps curly quotes, which say where a quotation begins and ends.
 
-    Diffusers skips ftfy without a word where it is not installed, and the token ids change: ftfy makes curly
-    quotes straight (“SALE” to "SALE"), full-width characters ASCII (， to ,) and splits ligatures (ﬁ to fi).
-    Wan's own code always runs it, so here it is a dependency.
+    Diffusers skips ftfy without a word where it is not installed, and the token ids change: ftfy
+    makes curly quotes straight (“SALE” to "SALE"), full-width characters ASCII (， to ,) and splits
+    ligatures (ﬁ to fi). Wan's own code always runs it, so here it is a dependency.
     """
     text = html.unescape(html.unescape(ftfy.fix_text(prompt, uncurl_quotes=uncurl_quotes)))
     return re.sub(r"\s+", " ", text.strip()).strip()
@@ -42,31 +43,45 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path) -> "Tokenizer":
-        """path: a checkpoint's `tokenizer` folder. `TokenizerError` when it is missing or unreadable."""
+        """path: a checkpoint's `tokenizer` folder. `TokenizerError` when it is missing or
+        unreadable.
+        """
         path = pathlib.Path(path)
-        # Checked here because transformers takes a missing folder for a name on the Hub, and from 5.0 on
-        # makes a tokenizer of a few special tokens, without an error, of a folder without a vocabulary.
+        # Checked here because transformers takes a missing folder for a name on the Hub, and from
+        # 5.0 on makes a tokenizer of a few special tokens, without an error, of a folder without a
+        # vocabulary.
         if not path.is_dir():
-            raise TokenizerError(f"{path} is not a folder: give the 'tokenizer' folder of a Wan checkpoint")
+            raise TokenizerError(
+                f"{path} is not a folder: give the 'tokenizer' folder of a Wan checkpoint"
+            )
         vocabularies = ("tokenizer.json", "spiece.model")
         if not any((path / name).is_file() for name in vocabularies):
-            raise TokenizerError(f"{path} has no {' or '.join(vocabularies)}: the download is incomplete, "
-                                 "fetch the checkpoint's 'tokenizer' folder again")
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that PyTorch is missing
+            raise TokenizerError(
+                f"{path} has no {' or '.join(vocabularies)}: the download is incomplete, "
+                "fetch the checkpoint's 'tokenizer' folder again"
+            )
+        # it would say that PyTorch is missing
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import T5TokenizerFast  # here: it takes seconds to import
 
         try:
             backend = T5TokenizerFast.from_pretrained(str(path), local_files_only=True)
-        except Exception as error:  # on bad files the readers raise Exception itself, KeyError, OSError, ...
+        # on bad files the readers raise Exception itself, KeyError, OSError, ...
+        except Exception as error:
             raise TokenizerError(
-                f"{path} cannot be read as a T5 tokenizer ({type(error).__name__}: {error}): files may be "
-                "truncated, or Git LFS pointers without their content") from error
+                f"{path} cannot be read as a T5 tokenizer ({type(error).__name__}: {error}): files "
+                "may be truncated, or Git LFS pointers without their content"
+            ) from error
         for name in ("pad_token_id", "eos_token_id"):
             if getattr(backend, name) is None:
-                raise TokenizerError(f"{path}: tokenizer has no {name}, tokenizer_config.json may be damaged")
+                raise TokenizerError(
+                    f"{path}: tokenizer has no {name}, tokenizer_config.json may be damaged"
+                )
         if (end := backend("").input_ids) != [backend.eos_token_id]:
-            raise TokenizerError(f"{path}: an empty prompt gives the ids {end}, expected only the end token "
-                                 f"[{backend.eos_token_id}]: not a UMT5 tokenizer")
+            raise TokenizerError(
+                f"{path}: an empty prompt gives the ids {end}, expected only the end token "
+                f"[{backend.eos_token_id}]: not a UMT5 tokenizer"
+            )
         return cls(backend)
 
     @property
@@ -80,20 +95,26 @@ class Tokenizer:
         return [len(ids) for ids in self._tokens(cleaned).input_ids] if cleaned else []
 
     def __call__(self, prompts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """B prompts -> ids int32 [B, length], mask int32 [B, length] (1 on tokens, the end token included).
+        """B prompts -> ids int32 [B, length], mask int32 [B, length] (1 on tokens, the end token
+        included).
 
-        Padded on the right with the pad id. A prompt that is too long keeps its beginning and the end token,
-        and is reported by a warning: a text to be rendered may be among what was cut.
+        Padded on the right with the pad id. A prompt that is too long keeps its beginning and the
+        end token, and is reported by a warning: a text to be rendered may be among what was cut.
         """
         if length < 1:
-            raise ValueError(f"length={length}: at least 1 token is needed, for the end token (Wan uses 512)")
+            raise ValueError(
+                f"length={length}: at least 1 token is needed, for the end token (Wan uses 512)"
+            )
         cleaned = self._clean(prompts)
         if not cleaned:
             return np.zeros((0, length), np.int32), np.zeros((0, length), np.int32)
         for prompt, tokens in zip(cleaned, self._tokens(cleaned).input_ids):
             if len(tokens) > length:
-                warnings.warn(f"prompt of {len(tokens)} tokens cut to {length}, the rest is lost, text to be "
-                              f"rendered included; shorten it or raise the length: {prompt!r}", stacklevel=2)
+                warnings.warn(
+                    f"prompt of {len(tokens)} tokens cut to {length}, the rest is lost, text to be "
+                    f"rendered included; shorten it or raise the length: {prompt!r}",
+                    stacklevel=2,
+                )
         out = self._tokens(cleaned, padding="max_length", truncation=True, max_length=length)
         return np.asarray(out.input_ids, np.int32), np.asarray(out.attention_mask, np.int32)
 
@@ -103,6 +124,7 @@ class Tokenizer:
         return [clean(prompt) for prompt in prompts]
 
     def _tokens(self, cleaned: list[str], **options):
-        # padding and truncation are always given: a fast tokenizer keeps those of its previous call or file
+        # padding and truncation are always given: a fast tokenizer keeps those of its previous call
+        # or file
         options = {"padding": False, "truncation": False, **options}
         return self._backend(cleaned, return_attention_mask=True, verbose=False, **options)

@@ -1,8 +1,10 @@
-"""The causal video VAEs of Wan (Diffusers `AutoencoderKLWan`): 2.1's and TI2V-5B's of 2.2 (`is_residual`).
+"""The causal video VAEs of Wan (Diffusers `AutoencoderKLWan`): 2.1's and TI2V-5B's of 2.2
+(`is_residual`).
 
-B videos, T pixel frames = 1 + 4 (F - 1), F latent frames, H W pixels, h w latent height and width, z latent channels.
-2.1: z = 16, 8 x 8 pixels a latent cell. 2.2: z = 48, 16 x 16 pixels, since the encoder takes patches of 2 x 2 pixels
-as channels; every level has a shortcut without weights, and parameters are named by level.
+B videos, T pixel frames = 1 + 4 (F - 1), F latent frames, H W pixels, h w latent height and width,
+z latent channels. 2.1: z = 16, 8 x 8 pixels a latent cell. 2.2: z = 48, 16 x 16 pixels, since the
+encoder takes patches of 2 x 2 pixels as channels; every level has a shortcut without weights, and
+parameters are named by level.
 
 A whole clip costs memory: the last level of a 480x832x81 decode is 12.4 GB a tensor in fp32 (2.1).
 `wan_jax.models.vae_chunks` decodes long clips in pieces.
@@ -38,9 +40,15 @@ class DownBlock(nnx.Module):
     down: (spatial, temporal).
     """
 
-    def __init__(self, n_in: int, n_out: int, resnets: int, down: tuple[bool, bool], *, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, n_in: int, n_out: int, resnets: int, down: tuple[bool, bool], *, dtype, rngs: nnx.Rngs
+    ):
         for i in range(resnets):
-            setattr(self, f"resnets_{i}", ResidualBlock(n_out if i else n_in, n_out, dtype=dtype, rngs=rngs))
+            setattr(
+                self,
+                f"resnets_{i}",
+                ResidualBlock(n_out if i else n_in, n_out, dtype=dtype, rngs=rngs),
+            )
         spatial, temporal = down
         self.downsampler = Downsample(n_out, temporal, dtype=dtype, rngs=rngs) if spatial else None
         self.resnets, self.shortcut = resnets, (n_out, 1 + temporal, 1 + spatial)
@@ -53,7 +61,9 @@ class DownBlock(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """[B,T,H,W,in] -> [B,F,h,w,2z]; H W in patches. 2.1 lists all levels' blocks flat, 2.2 one block a level."""
+    """[B,T,H,W,in] -> [B,F,h,w,2z]; H W in patches. 2.1 lists all levels' blocks flat, 2.2 one
+    block a level.
+    """
 
     def __init__(self, config: VAEConfig, *, dtype, rngs: nnx.Rngs):
         kw = dict(dtype=dtype, rngs=rngs)
@@ -63,7 +73,9 @@ class Encoder(nnx.Module):
         blocks = []
         for (n_in, n_out), (spatial, temporal) in zip(pairwise(dims), down):
             if config.is_residual:
-                blocks.append(DownBlock(n_in, n_out, config.num_res_blocks, (spatial, temporal), **kw))
+                blocks.append(
+                    DownBlock(n_in, n_out, config.num_res_blocks, (spatial, temporal), **kw)
+                )
                 continue
             for i in range(config.num_res_blocks):
                 blocks.append(ResidualBlock(n_out if i else n_in, n_out, **kw))
@@ -84,19 +96,31 @@ class Encoder(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    """A level of the decoder: residual blocks and upsampler; in 2.2 plus `duplicate_up` of the input.
+    """A level of the decoder: residual blocks and upsampler; in 2.2 plus `duplicate_up` of the
+    input.
 
     up: (spatial, temporal). 2.1's upsampler halves the channels, 2.2's keeps them.
     """
 
-    def __init__(self, n_in: int, n_out: int, resnets: int, up: tuple[bool, bool], residual: bool, *, dtype,
-                 rngs: nnx.Rngs):
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        resnets: int,
+        up: tuple[bool, bool],
+        residual: bool,
+        *,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
         kw = dict(dtype=dtype, rngs=rngs)
         for i in range(resnets):
             setattr(self, f"resnets_{i}", ResidualBlock(n_out if i else n_in, n_out, **kw))
         spatial, temporal = up
         self.upsampler = Upsample(n_out, n_out, temporal, **kw) if spatial and residual else None
-        self.upsamplers_0 = Upsample(n_out, n_out // 2, temporal, **kw) if spatial and not residual else None
+        self.upsamplers_0 = (
+            Upsample(n_out, n_out // 2, temporal, **kw) if spatial and not residual else None
+        )
         self.resnets, self.shortcut = resnets, (n_out, 1 + temporal, 1 + spatial)
 
     def __call__(self, x: Array, history: History | None = None) -> Array:
@@ -121,8 +145,14 @@ class Decoder(nnx.Module):
         self.mid_block = MidBlock(dims[0], **kw)
         for i, (n_in, n_out) in enumerate(pairwise(dims)):
             halved = i > 0 and not config.is_residual
-            block = UpBlock(n_in // 2 if halved else n_in, n_out, config.num_res_blocks + 1, up[i], config.is_residual,
-                            **kw)
+            block = UpBlock(
+                n_in // 2 if halved else n_in,
+                n_out,
+                config.num_res_blocks + 1,
+                up[i],
+                config.is_residual,
+                **kw,
+            )
             setattr(self, f"up_blocks_{i}", block)
         self.num_blocks = len(mult)
         self.norm_out = ChannelNorm(dims[-1], dtype=dtype)
@@ -137,42 +167,66 @@ class Decoder(nnx.Module):
 
 def _check_config(config: VAEConfig):
     """Raises `ConfigError` on a VAE that this module would not compute as Diffusers does."""
-    levels, temporal, patch = len(config.dim_mult), config.temperal_downsample, config.patch_size or 1
+    levels, temporal, patch = (
+        len(config.dim_mult),
+        config.temperal_downsample,
+        config.patch_size or 1,
+    )
     if len(temporal) != levels - 1:
-        raise ConfigError(f"vae config: temperal_downsample has {len(temporal)} values; dim_mult has "
-                          f"{levels}, so {levels - 1} are needed")
-    factors = {"scale_factor_spatial": patch * 2 ** (levels - 1), "scale_factor_temporal": 2 ** sum(temporal)}
+        raise ConfigError(
+            f"vae config: temperal_downsample has {len(temporal)} values; dim_mult has "
+            f"{levels}, so {levels - 1} are needed"
+        )
+    factors = {
+        "scale_factor_spatial": patch * 2 ** (levels - 1),
+        "scale_factor_temporal": 2 ** sum(temporal),
+    }
     for name, factor in factors.items():
         if getattr(config, name) != factor:
-            raise ConfigError(f"vae config: {name}={getattr(config, name)}, but dim_mult, temperal_downsample and "
-                              f"patch_size make it {factor}; set it to {factor}")
+            raise ConfigError(
+                f"vae config: {name}={getattr(config, name)}, but dim_mult, temperal_downsample "
+                f"and patch_size make it {factor}; set it to {factor}"
+            )
     for name in ("in_channels", "out_channels"):
         if getattr(config, name) % patch**2:
-            raise ConfigError(f"vae config: {name}={getattr(config, name)} counts the channels of whole patches; "
-                              f"with patch_size={patch} it must be a multiple of {patch**2}")
+            raise ConfigError(
+                f"vae config: {name}={getattr(config, name)} counts the channels of whole patches; "
+                f"with patch_size={patch} it must be a multiple of {patch**2}"
+            )
     if config.is_residual:
         _check_shortcuts(config.dim_mult, temporal)
 
 
 def _check_shortcuts(mult: tuple[int, ...], temporal: tuple[bool, ...]):
-    """Raises `ConfigError` where `average_down` or `duplicate_up` would not divide their channels evenly."""
+    """Raises `ConfigError` where `average_down` or `duplicate_up` would not divide their channels
+    evenly.
+    """
     factors = [4 * (1 + t) for t in temporal]
     down = zip((1, *mult), mult, (*factors, 1))
     up = zip((mult[-1], *mult[::-1]), mult[::-1], factors[::-1])
     if any(n_in * factor % n_out for n_in, n_out, factor in down) or any(
-            n_out * factor % n_in for n_in, n_out, factor in up):
-        raise ConfigError(f"vae config: the shortcuts of is_residual=true cannot divide the channels of dim_mult="
-                          f"{list(mult)}; Wan 2.2 has [1, 2, 4, 4]")
+        n_out * factor % n_in for n_in, n_out, factor in up
+    ):
+        raise ConfigError(
+            f"vae config: the shortcuts of is_residual=true cannot divide the channels of dim_mult="
+            f"{list(mult)}; Wan 2.2 has [1, 2, 4, 4]"
+        )
 
 
 class AutoencoderKLWan(nnx.Module):
-    """dtype: storage and compute type; the norms' statistics and the latents' mean and std stay fp32."""
+    """dtype: storage and compute type; the norms' statistics and the latents' mean and std stay
+    fp32.
+    """
 
     def __init__(self, config: VAEConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         _check_config(config)
         self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
-        self.quant_conv = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1), dtype=dtype, rngs=rngs)
-        self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1), dtype=dtype, rngs=rngs)
+        self.quant_conv = CausalConv3d(
+            2 * config.z_dim, 2 * config.z_dim, (1, 1, 1), dtype=dtype, rngs=rngs
+        )
+        self.post_quant_conv = CausalConv3d(
+            config.z_dim, config.z_dim, (1, 1, 1), dtype=dtype, rngs=rngs
+        )
         self.decoder = Decoder(config, dtype=dtype, rngs=rngs)
         self.config = config
         self.dtype = dtype
@@ -180,21 +234,27 @@ class AutoencoderKLWan(nnx.Module):
     def encode(self, video: Array) -> tuple[Array, Array]:
         """video [B,T,H,W,3] in [-1,1], T = 1 + 4k -> posterior mean and logvar, fp32 [B,F,h,w,z].
 
-        Both as the encoder gives them, not normalised; logvar is clamped to [-30, 20]. Raises ValueError on a
-        frame count, size or channel count that the model cannot code.
+        Both as the encoder gives them, not normalised; logvar is clamped to [-30, 20]. Raises
+        ValueError on a frame count, size or channel count that the model cannot code.
         """
         patch = self.config.patch_size or 1
         self._check(video, self.config.in_channels // patch**2, "video")
         _, t, h, w, _ = video.shape
         ft, fs = self.config.scale_factor_temporal, self.config.scale_factor_spatial
         if (t - 1) % ft:
-            raise ValueError(f"video has {t} frames; the VAE codes 1 + {ft}k frames, "
-                             f"use {max(1, t - (t - 1) % ft)}")
+            raise ValueError(
+                f"video has {t} frames; the VAE codes 1 + {ft}k frames, "
+                f"use {max(1, t - (t - 1) % ft)}"
+            )
         for name, size in (("height", h), ("width", w)):
             if size < fs or size % fs:
-                raise ValueError(f"video has {name} {size}; it must be a multiple of {fs}, "
-                                 f"use {max(fs, size - size % fs)}")
-        moments = self.quant_conv(self.encoder(patchify(video.astype(self.dtype), patch))).astype(jnp.float32)
+                raise ValueError(
+                    f"video has {name} {size}; it must be a multiple of {fs}, "
+                    f"use {max(fs, size - size % fs)}"
+                )
+        moments = self.quant_conv(self.encoder(patchify(video.astype(self.dtype), patch))).astype(
+            jnp.float32
+        )
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
@@ -205,11 +265,15 @@ class AutoencoderKLWan(nnx.Module):
         """
         return self._decode(z, None)
 
-    def decode_chunk(self, z: Array, history: tuple[Array, ...] = ()) -> tuple[Array, tuple[Array, ...]]:
-        """The next f >= 1 latent frames z [B,f,h,w,z] of a clip -> (their video as `decode`'s, history).
+    def decode_chunk(
+        self, z: Array, history: tuple[Array, ...] = ()
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """The next f >= 1 latent frames z [B,f,h,w,z] of a clip -> (their video as `decode`'s,
+        history).
 
-        history: what the chunk before returned, () at the start of a clip. The first chunk gives 1 + 4 (f - 1) frames,
-        each later one 4 f; joined they are `decode` of the whole clip, up to rounding. Raises ValueError as `decode`.
+        history: what the chunk before returned, () at the start of a clip. The first chunk gives 1
+        + 4 (f - 1) frames, each later one 4 f; joined they are `decode` of the whole clip, up to
+        rounding. Raises ValueError as `decode`.
         """
         carried = History(history)
         return self._decode(z, carried), carried.frames
@@ -217,7 +281,9 @@ class AutoencoderKLWan(nnx.Module):
     def _decode(self, z: Array, history: History | None) -> Array:
         self._check(z, self.config.z_dim, "z")
         video = self.decoder(self.post_quant_conv(z.astype(self.dtype)), history)
-        return jnp.clip(unpatchify(video.astype(jnp.float32), self.config.patch_size or 1), -1.0, 1.0)
+        return jnp.clip(
+            unpatchify(video.astype(jnp.float32), self.config.patch_size or 1), -1.0, 1.0
+        )
 
     def normalise(self, z: Array) -> Array:
         """(z - mean) / std per channel, fp32: what the transformer works on."""
@@ -236,5 +302,7 @@ class AutoencoderKLWan(nnx.Module):
     @staticmethod
     def _check(x: Array, channels: int, name: str):
         if x.ndim != 5 or x.shape[-1] != channels or 0 in x.shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be [B, frames, height, width, "
-                             f"{channels}], channels last and no axis empty")
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; it must be [B, frames, height, width, "
+                f"{channels}], channels last and no axis empty"
+            )

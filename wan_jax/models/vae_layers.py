@@ -1,11 +1,12 @@
 """The layers of the Wan VAEs (Diffusers `AutoencoderKLWan`), channels-last.
 
-B videos, T frames, H W height and width, C channels, at whatever level the layer works. Diffusers runs chunks of a
-clip with caches; whole clips give the same when (a) every causal convolution sees zero frames on the left, (b) the
-temporal upsampling leaves the first frame alone and starts its history after it, (c) the temporal downsampling copies
-the first frame and starts its first window there, (d) `average_down` pads a zero frame in front and `duplicate_up`
-drops the first copy. Only causal convolutions look back, so their last two input frames (`History`) carry a clip from
-chunk to chunk.
+B videos, T frames, H W height and width, C channels, at whatever level the layer works. Diffusers
+runs chunks of a clip with caches; whole clips give the same when (a) every causal convolution sees
+zero frames on the left, (b) the temporal upsampling leaves the first frame alone and starts its
+history after it, (c) the temporal downsampling copies the first frame and starts its first window
+there, (d) `average_down` pads a zero frame in front and `duplicate_up` drops the first copy. Only
+causal convolutions look back, so their last two input frames (`History`) carry a clip from chunk to
+chunk.
 """
 
 import math
@@ -22,22 +23,30 @@ Array = jax.Array
 def _conv(x: Array, kernel: Array, stride: int, padding) -> Array:
     """2-D convolution of every frame of x [B,T,H,W,I] with kernel [kh,kw,I,O]."""
     frames = x.reshape(-1, *x.shape[2:])
-    y = jax.lax.conv_general_dilated(frames, kernel.astype(x.dtype), (stride, stride), padding,
-                                     dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    y = jax.lax.conv_general_dilated(
+        frames,
+        kernel.astype(x.dtype),
+        (stride, stride),
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
     return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
 def _init(rngs: nnx.Rngs, shape: tuple[int, ...], dtype) -> nnx.Param:
     """normal(0, 1/fan_in), drawn in fp32: keeps the variance of a convolution's input."""
     fan_in = math.prod(shape[:-1])
-    return nnx.Param((jax.random.normal(rngs.params(), shape, jnp.float32) * fan_in**-0.5).astype(dtype))
+    return nnx.Param(
+        (jax.random.normal(rngs.params(), shape, jnp.float32) * fan_in**-0.5).astype(dtype)
+    )
 
 
 class History:
-    """The two frames before a chunk at every causal convolution, in call order: all that decoding carries along.
+    """The two frames before a chunk at every causal convolution, in call order: all that decoding
+    carries along.
 
-    frames: what the chunk before left, each [B,2,H,W,C] in the compute dtype; () at the start of a clip. A pass over
-    the chunk replaces them with the frames that the next chunk needs.
+    frames: what the chunk before left, each [B,2,H,W,C] in the compute dtype; () at the start of a
+    clip. A pass over the chunk replaces them with the frames that the next chunk needs.
     """
 
     def __init__(self, frames: tuple[Array, ...] = ()):
@@ -46,7 +55,9 @@ class History:
         self.frames: tuple[Array, ...] = ()
 
     def exchange(self, x: Array) -> Array | None:
-        """Keeps the last two frames of x [B,T,H,W,C], T >= 0; returns the two before x, None where the clip starts."""
+        """Keeps the last two frames of x [B,T,H,W,C], T >= 0; returns the two before x, None where
+        the clip starts.
+        """
         before, kept = next(self._before, None), x[:, -2:]
         missing = 2 - kept.shape[1]
         if missing and before is None:
@@ -58,17 +69,22 @@ class History:
 
 
 class CausalConv3d(nnx.Module):
-    """kernel [kt,kh,kw,in,out] on x [B,T,H,W,in]; kt-1 frames of history or zeros on the left, frames zero-padded.
+    """kernel [kt,kh,kw,in,out] on x [B,T,H,W,in]; kt-1 frames of history or zeros on the left,
+    frames zero-padded.
 
-    Computes y_t = sum_s K_(kt-1-s) * x_(t-s) by 2-D convolutions over the frames that exist: a single frame costs one
-    2-D convolution with the last tap, and a clip never multiplies the zero frames. This beats XLA's 3-D convolution:
-    [1,9,64,128,32] fp32 on two CPU cores 18 ms against 131, with gradients 190 against 458; [32,9,64,128,32] bf16 on an
-    H200 1.0 ms against 1.3, with gradients 3.0 against 3.7. One convolution that gives all taps as channels decodes 33
-    frames of 240x416 faster on an H200 (112 ms against 137) and 5 frames of 480x832 slower (73 ms against 70); chunks
-    of 4 latent frames of 480x832 take 1.4 times the memory with it (compiled for the CPU).
+    Computes y_t = sum_s K_(kt-1-s) * x_(t-s) by 2-D convolutions over the frames that exist: a
+    single frame costs one 2-D convolution with the last tap, and a clip never multiplies the zero
+    frames. This beats XLA's 3-D convolution: [1,9,64,128,32] fp32 on two CPU cores 18 ms against
+    131, with gradients 190 against 458; [32,9,64,128,32] bf16 on an H200 1.0 ms against 1.3, with
+    gradients 3.0 against 3.7. One convolution that gives all taps as channels decodes 33 frames of
+    240x416 faster on an H200 (112 ms against 137) and 5 frames of 480x832 slower (73 ms against
+    70); chunks of 4 latent frames of 480x832 take 1.4 times the memory with it (compiled for the
+    CPU).
     """
 
-    def __init__(self, n_in: int, n_out: int, kernel: tuple[int, int, int], *, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, n_in: int, n_out: int, kernel: tuple[int, int, int], *, dtype, rngs: nnx.Rngs
+    ):
         self.kernel = _init(rngs, (*kernel, n_in, n_out), dtype)
         self.bias = nnx.Param(jnp.zeros((n_out,), dtype))
 
@@ -79,7 +95,9 @@ class CausalConv3d(nnx.Module):
         before = history.exchange(x) if history is not None and kt > 1 else None
         frames = x if before is None else jnp.concatenate([before, x], axis=1)
         n = frames.shape[1]
-        results = [_conv(frames[:, : n - s][:, -t:], kernel[-1 - s], 1, space) for s in range(min(kt, n))]
+        results = [
+            _conv(frames[:, : n - s][:, -t:], kernel[-1 - s], 1, space) for s in range(min(kt, n))
+        ]
         y = results[0]
         for past in results[1:]:
             y = y + jnp.pad(past, ((0, 0), (t - past.shape[1], 0), (0, 0), (0, 0), (0, 0)))
@@ -101,23 +119,34 @@ class Conv2d(nnx.Module):
 
 
 def upsampled_conv(x: Array, kernel: Array) -> Array:
-    """Double the height and width of every frame of x [B,T,H,W,I] (nearest) and convolve it with kernel [3,3,I,O].
+    """Double the height and width of every frame of x [B,T,H,W,I] (nearest) and convolve it with
+    kernel [3,3,I,O].
 
-    Four neighbouring pixels of the doubled frame have the same value, so each of the result's four phases (even or odd
-    row and column) is a 2x2 convolution of x itself, whose taps are sums of the kernel's: 16 products instead of 36,
-    and the doubled frame is never stored. One convolution gives the four phases as channels. Returns [B,T,2H,2W,O].
+    Four neighbouring pixels of the doubled frame have the same value, so each of the result's four
+    phases (even or odd row and column) is a 2x2 convolution of x itself, whose taps are sums of the
+    kernel's: 16 products instead of 36, and the doubled frame is never stored. One convolution
+    gives the four phases as channels. Returns [B,T,2H,2W,O].
     """
     b, t, h, w, n_in = x.shape
     kernel = kernel.astype(jnp.float32)
-    for axis in (0, 1):  # [3,...] to [phase, tap, ...]: an even row sees rows y-1, y, y; an odd one y, y, y+1
+    # [3,...] to [phase, tap, ...]: an even row sees rows y-1, y, y; an odd one y, y, y+1
+    for axis in (0, 1):
         kernel = jnp.moveaxis(kernel, axis * 2, 0)
-        phases = jnp.stack([jnp.stack([kernel[0], kernel[1] + kernel[2]]),
-                            jnp.stack([kernel[0] + kernel[1], kernel[2]])])
-        kernel = jnp.moveaxis(phases, (0, 1), (axis * 2, axis * 2 + 1))  # [phase, tap, (phase, tap | 3), I, O]
+        phases = jnp.stack(
+            [
+                jnp.stack([kernel[0], kernel[1] + kernel[2]]),
+                jnp.stack([kernel[0] + kernel[1], kernel[2]]),
+            ]
+        )
+        # [phase, tap, (phase, tap | 3), I, O]
+        kernel = jnp.moveaxis(phases, (0, 1), (axis * 2, axis * 2 + 1))
     n_out = kernel.shape[-1]
     stacked = kernel.transpose(1, 3, 4, 0, 2, 5).reshape(2, 2, n_in, 4 * n_out)
     y = _conv(x, stacked, 1, [(1, 1), (1, 1)]).reshape(b, t, h + 1, w + 1, 2, 2, n_out)
-    rows = [jnp.stack([y[:, :, r:r + h, c:c + w, r, c] for c in (0, 1)], axis=4) for r in (0, 1)]  # [B,T,h,w,2,O]
+    # [B,T,h,w,2,O]
+    rows = [
+        jnp.stack([y[:, :, r : r + h, c : c + w, r, c] for c in (0, 1)], axis=4) for r in (0, 1)
+    ]
     return jnp.stack(rows, axis=3).reshape(b, t, 2 * h, 2 * w, n_out)
 
 
@@ -131,11 +160,15 @@ class ChannelNorm(nnx.Module):
         y = x.astype(jnp.float32)
         # the clamp acts on the square, so the gradient at x = 0 is finite
         norm = jnp.sqrt(jnp.maximum(jnp.sum(y * y, axis=-1, keepdims=True), 1e-24))
-        return (y / norm * (math.sqrt(x.shape[-1]) * self.scale[...].astype(jnp.float32))).astype(x.dtype)
+        return (y / norm * (math.sqrt(x.shape[-1]) * self.scale[...].astype(jnp.float32))).astype(
+            x.dtype
+        )
 
 
 class ResidualBlock(nnx.Module):
-    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))); a 1x1x1 convolution of x where the channels change."""
+    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))); a 1x1x1 convolution of x where the channels
+    change.
+    """
 
     def __init__(self, n_in: int, n_out: int, *, dtype, rngs: nnx.Rngs):
         kw = dict(dtype=dtype, rngs=rngs)
@@ -194,12 +227,16 @@ class Downsample(nnx.Module):
             return x
         y = self.time_conv.bias[...].astype(x.dtype)
         for tap in range(3):  # windows (0,1,2), (2,3,4), ...: T = 1 + 2k frames give k
-            y = y + x[:, tap:x.shape[1] - 2 + tap:2] @ self.time_conv.kernel[...][tap, 0, 0].astype(x.dtype)
+            y = y + x[:, tap : x.shape[1] - 2 + tap : 2] @ self.time_conv.kernel[...][
+                tap, 0, 0
+            ].astype(x.dtype)
         return jnp.concatenate([x[:, :1], y], axis=1)  # [B,1+k,H,W,C]
 
 
 class Upsample(nnx.Module):
-    """Doubles height and width, and the frames after a clip's first where `temporal`; n_in channels to n_out."""
+    """Doubles height and width, and the frames after a clip's first where `temporal`; n_in channels
+    to n_out.
+    """
 
     def __init__(self, n_in: int, n_out: int, temporal: bool, *, dtype, rngs: nnx.Rngs):
         self.resample_1 = Conv2d(n_in, n_out, dtype=dtype, rngs=rngs)
@@ -209,9 +246,12 @@ class Upsample(nnx.Module):
 
     def __call__(self, x: Array, history: History | None = None) -> Array:
         if self.temporal:
-            single = 1 if history is None or history.starts_clip else 0  # the clip's first frame stays one frame
+            # the clip's first frame stays one frame
+            single = 1 if history is None or history.starts_clip else 0
             x = jnp.concatenate([x[:, :single], self._double(x[:, single:], history)], axis=1)
-        return upsampled_conv(x, self.resample_1.kernel[...]) + self.resample_1.bias[...].astype(x.dtype)
+        return upsampled_conv(x, self.resample_1.kernel[...]) + self.resample_1.bias[...].astype(
+            x.dtype
+        )
 
     def _double(self, x: Array, history: History | None) -> Array:
         """[B,T,H,W,C] -> [B,2T,H,W,C]; T may be 0."""
@@ -220,12 +260,14 @@ class Upsample(nnx.Module):
             if history is not None:
                 history.exchange(x)
             return x
-        pairs = self.time_conv(x, history).reshape(b, t, h, w, 2, c)  # the earlier frame's channels come first
+        # the earlier frame's channels come first
+        pairs = self.time_conv(x, history).reshape(b, t, h, w, 2, c)
         return pairs.transpose(0, 1, 4, 2, 3, 5).reshape(b, 2 * t, h, w, c)
 
 
 def average_down(x: Array, n_out: int, ft: int, fs: int) -> Array:
-    """[B,T,H,W,C] -> [B,ceil(T/ft),H/fs,W/fs,n_out]: each cell's C ft fs fs values, averaged in n_out groups.
+    """[B,T,H,W,C] -> [B,ceil(T/ft),H/fs,W/fs,n_out]: each cell's C ft fs fs values, averaged in
+    n_out groups.
 
     Zero frames are put in front until ft divides the frames. Diffusers `AvgDown3D`.
     """
@@ -236,20 +278,27 @@ def average_down(x: Array, n_out: int, ft: int, fs: int) -> Array:
 
 
 def duplicate_up(x: Array, n_out: int, ft: int, fs: int, starts_clip: bool) -> Array:
-    """[B,T,H,W,C] -> [B,ft T,fs H,fs W,n_out]: channels repeated to n_out ft fs fs, then spread over each cell.
+    """[B,T,H,W,C] -> [B,ft T,fs H,fs W,n_out]: channels repeated to n_out ft fs fs, then spread
+    over each cell.
 
     At the start of a clip the first ft - 1 frames are dropped. Diffusers `DupUp3D`.
     """
     b, t, h, w, c = x.shape
     cells = jnp.repeat(x, n_out * ft * fs * fs // c, axis=-1).reshape(b, t, h, w, n_out, ft, fs, fs)
     out = cells.transpose(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, t * ft, h * fs, w * fs, n_out)
-    return out[:, ft - 1:] if starts_clip else out
+    return out[:, ft - 1 :] if starts_clip else out
 
 
 def patchify(x: Array, p: int) -> Array:
-    """[B,T,H,W,C] -> [B,T,H/p,W/p,C p p]; in the channels C is slowest, then the column, then the row of the patch."""
+    """[B,T,H,W,C] -> [B,T,H/p,W/p,C p p]; in the channels C is slowest, then the column, then the
+    row of the patch.
+    """
     b, t, h, w, c = x.shape
-    return x.reshape(b, t, h // p, p, w // p, p, c).transpose(0, 1, 2, 4, 6, 5, 3).reshape(b, t, h // p, w // p, -1)
+    return (
+        x.reshape(b, t, h // p, p, w // p, p, c)
+        .transpose(0, 1, 2, 4, 6, 5, 3)
+        .reshape(b, t, h // p, w // p, -1)
+    )
 
 
 def unpatchify(x: Array, p: int) -> Array:

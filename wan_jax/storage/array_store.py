@@ -1,13 +1,15 @@
 """The arrays of one component as an orbax checkpoint that is written and read one layer at a time.
 
-Orbax saves a tree at once, so the tree must fit in memory. On disk its checkpoint is one Zarr array a leaf beside a few
-small files of metadata: `create` lets orbax save a tree of the same names with one value in each, then gives every
-leaf its true shape through TensorStore, and `ArrayStore.write` fills it in any order. Orbax restores the result like
-any other checkpoint, each device reading its part.
+Orbax saves a tree at once, so the tree must fit in memory. On disk its checkpoint is one Zarr array
+a leaf beside a few small files of metadata: `create` lets orbax save a tree of the same names with
+one value in each, then gives every leaf its true shape through TensorStore, and `ArrayStore.write`
+fills it in any order. Orbax restores the result like any other checkpoint, each device reading its
+part.
 
-An array over layers (axis 0 of the modules run by scan) has a chunk, which is one file, for each layer; what is larger
-than `CHUNK` bytes is split further. Chunks are not compressed: trained weights hardly get smaller. So a file is read
-directly, and compared with its digest (`wan_jax.storage.integrity`) while it is read.
+An array over layers (axis 0 of the modules run by scan) has a chunk, which is one file, for each
+layer; what is larger than `CHUNK` bytes is split further. Chunks are not compressed: trained
+weights hardly get smaller. So a file is read directly, and compared with its digest
+(`wan_jax.storage.integrity`) while it is read.
 """
 
 import itertools
@@ -29,7 +31,8 @@ from wan_jax.storage.paths import expand
 
 CHUNK = 2**28  # bytes
 CHUNK_FILE = re.compile(r"(.*/)?\d+(\.\d+)*")  # all other files are metadata
-TIMES = ("_CHECKPOINT_METADATA", "commit_success.txt")  # of orbax: they hold the time of writing, and are not read here
+# of orbax: they hold the time of writing, and are not read here
+TIMES = ("_CHECKPOINT_METADATA", "commit_success.txt")
 CONTEXT = {"file_io_concurrency": {"limit": 4}}
 AGAIN = "convert the model again with python -m convert.from_diffusers --overwrite"
 
@@ -39,7 +42,9 @@ class StoreError(UserError):
 
 
 def chunk_shape(shape: tuple[int, ...], itemsize: int, stacked: bool) -> tuple[int, ...]:
-    """One layer of a stacked array, the whole of another; above `CHUNK` bytes split evenly, leading axes first."""
+    """One layer of a stacked array, the whole of another; above `CHUNK` bytes split evenly, leading
+    axes first.
+    """
     chunk = [1, *shape[1:]] if stacked else list(shape)
     for axis, n in enumerate(chunk):
         parts = -(-math.prod(chunk) * itemsize // CHUNK)
@@ -47,24 +52,40 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int, stacked: bool) -> tuple[i
     return tuple(chunk)
 
 
-def create(path: pathlib.Path, arrays: Mapping[str, tuple[tuple[int, ...], np.dtype, bool]]) -> "ArrayStore":
-    """A new checkpoint at `path`, to be filled. arrays: {name: (shape, dtype, stacked over layers)}."""
+def create(
+    path: pathlib.Path, arrays: Mapping[str, tuple[tuple[int, ...], np.dtype, bool]]
+) -> "ArrayStore":
+    """A new checkpoint at `path`, to be filled. arrays: {name: (shape, dtype, stacked over
+    layers)}.
+    """
     tree = {name: np.zeros(1, dtype) for name, (_, dtype, _) in arrays.items()}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
         checkpointer.save(path, args=ocp.args.PyTreeSave(tree), force=True)
     context, opening = ts.Context(CONTEXT), {}
     for name, (shape, dtype, stacked) in arrays.items():
         dtype = np.dtype(dtype)
-        metadata = {"shape": list(shape), "chunks": list(chunk_shape(shape, dtype.itemsize, stacked)),
-                    "compressor": None, "order": "C", "dimension_separator": "."}
-        opening[name] = ts.open(_spec(path, name) | {"metadata": metadata, "dtype": dtype.name}, create=True,
-                                delete_existing=True, context=context)
+        metadata = {
+            "shape": list(shape),
+            "chunks": list(chunk_shape(shape, dtype.itemsize, stacked)),
+            "compressor": None,
+            "order": "C",
+            "dimension_separator": ".",
+        }
+        opening[name] = ts.open(
+            _spec(path, name) | {"metadata": metadata, "dtype": dtype.name},
+            create=True,
+            delete_existing=True,
+            context=context,
+        )
     return ArrayStore(path, {name: future.result() for name, future in opening.items()})
 
 
 def _spec(path: pathlib.Path, name: str) -> dict:
-    return {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path / name}/"},
-            "store_data_equal_to_fill_value": True}
+    return {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": f"{path / name}/"},
+        "store_data_equal_to_fill_value": True,
+    }
 
 
 def _write_file(path: pathlib.Path, value: np.ndarray) -> None:
@@ -73,7 +94,7 @@ def _write_file(path: pathlib.Path, value: np.ndarray) -> None:
     with open(partial, "wb", buffering=0) as file:
         rest = memoryview(value.reshape(-1).view(np.uint8))
         while rest:
-            rest = rest[file.write(rest[:2**30]):]
+            rest = rest[file.write(rest[: 2**30]) :]
         os.fsync(file.fileno())
     partial.replace(path)
 
@@ -81,29 +102,42 @@ def _write_file(path: pathlib.Path, value: np.ndarray) -> None:
 class ArrayStore:
     """The arrays of an existing checkpoint.
 
-    files: size and digest of every file by its path below `path`; the metadata are compared with them now, the values
-    when they are read. None: only sizes are checked. Raises `StoreError` when metadata are missing or damaged.
+    files: size and digest of every file by its path below `path`; the metadata are compared with
+    them now, the values when they are read. None: only sizes are checked. Raises `StoreError` when
+    metadata are missing or damaged.
     """
 
-    def __init__(self, path: pathlib.Path, arrays: Mapping[str, ts.TensorStore] | None = None,
-                 files: integrity.Files | None = None):
+    def __init__(
+        self,
+        path: pathlib.Path,
+        arrays: Mapping[str, ts.TensorStore] | None = None,
+        files: integrity.Files | None = None,
+    ):
         self.path = expand(path)
         self._files = files
-        metadata = {name: entry for name, entry in (files or {}).items() if not CHUNK_FILE.fullmatch(name)}
+        metadata = {
+            name: entry for name, entry in (files or {}).items() if not CHUNK_FILE.fullmatch(name)
+        }
         if found := integrity.problem(self.path, metadata):
             raise StoreError(f"{self.path} is missing or damaged: {found}")
         self._arrays = dict(self._open() if arrays is None else arrays)
         self.shapes = {name: tuple(array.shape) for name, array in self._arrays.items()}
-        self.dtypes = {name: np.dtype(array.dtype.numpy_dtype) for name, array in self._arrays.items()}
+        self.dtypes = {
+            name: np.dtype(array.dtype.numpy_dtype) for name, array in self._arrays.items()
+        }
 
     def _open(self) -> dict[str, ts.TensorStore]:
         try:
             names = ocp.PyTreeCheckpointHandler().metadata(self.path).tree.keys()
             context = ts.Context(CONTEXT)
-            opening = {name: ts.open(_spec(self.path, name), open=True, context=context) for name in names}
+            opening = {
+                name: ts.open(_spec(self.path, name), open=True, context=context) for name in names
+            }
             return {name: future.result() for name, future in opening.items()}
         except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
-            raise StoreError(f"{self.path} is missing or damaged ({str(error).splitlines()[0][:200]})") from None
+            raise StoreError(
+                f"{self.path} is missing or damaged ({str(error).splitlines()[0][:200]})"
+            ) from None
 
     def chunk_files(self, name: str, layer: int | None = None) -> list[pathlib.Path]:
         """The files of an array, or of one of its layers."""
@@ -111,34 +145,46 @@ class ArrayStore:
         counts = [range(-(-n // c)) for n, c in zip(shape, chunk)]
         if layer is not None:
             counts[0] = range(layer, layer + 1)
-        return [self.path / name / ".".join(map(str, index)) for index in itertools.product(*counts)]
+        return [
+            self.path / name / ".".join(map(str, index)) for index in itertools.product(*counts)
+        ]
 
     def is_written(self, name: str, layer: int | None = None) -> bool:
         """Whether all files of an array, or of one of its layers, are there and of the right size."""
         size = math.prod(self._chunk(name)) * self.dtypes[name].itemsize
-        return all(file.is_file() and file.stat().st_size == size for file in self.chunk_files(name, layer))
+        return all(
+            file.is_file() and file.stat().st_size == size for file in self.chunk_files(name, layer)
+        )
 
     def check_whole(self) -> None:
-        """Raises `StoreError` when a file of values is missing, which would read as zeros, or truncated."""
+        """Raises `StoreError` when a file of values is missing, which would read as zeros, or
+        truncated.
+        """
         if broken := [name for name in self.shapes if not self.is_written(name)]:
-            raise StoreError(f"{self.path} is not whole: files of {len(broken)} arrays are missing or truncated "
-                             f"({', '.join(broken[:3])})")
+            raise StoreError(
+                f"{self.path} is not whole: files of {len(broken)} arrays are missing or truncated "
+                f"({', '.join(broken[:3])})"
+            )
 
     def _chunk(self, name: str) -> tuple[int, ...]:
         return tuple(self._arrays[name].chunk_layout.read_chunk.shape)
 
     def write(self, name: str, value: np.ndarray, layer: int | None = None, row: int = 0) -> None:
-        """Writes one layer, or the rows from `row` on of an array without layers; it is on the disk on return.
+        """Writes one layer, or the rows from `row` on of an array without layers; it is on the disk
+        on return.
 
-        value: contiguous, in the array's dtype. A chunk without compression is its values as they lie in memory; whole
-        ones go to their files directly, where TensorStore would copy them first, which halved the speed.
+        value: contiguous, in the array's dtype. A chunk without compression is its values as they
+        lie in memory; whole ones go to their files directly, where TensorStore would copy them
+        first, which halved the speed.
         """
         head = () if layer is None else (layer,)
-        chunk = self._chunk(name)[len(head):]
+        chunk = self._chunk(name)[len(head) :]
         if chunk[1:] == value.shape[1:] and len(value) % chunk[0] == row % chunk[0] == 0:
             for first in range(0, len(value), chunk[0]):
                 index = (*head, (row + first) // chunk[0], *[0] * (len(chunk) - 1))
-                _write_file(self.path / name / ".".join(map(str, index)), value[first : first + chunk[0]])
+                _write_file(
+                    self.path / name / ".".join(map(str, index)), value[first : first + chunk[0]]
+                )
         else:
             array = self._arrays[name]
             target = array[layer] if layer is not None else array[row : row + len(value)]
@@ -148,12 +194,15 @@ class ArrayStore:
         """An array, one layer of it, or rows of one without layers, as stored. Raises `StoreError`."""
         shape = self.shapes[name]
         first = rows if layer is None else slice(layer, layer + 1)
-        value = self._part(name, (first, *[slice(None)] * (len(shape) - 1))[: len(shape)], self.dtypes[name])
+        value = self._part(
+            name, (first, *[slice(None)] * (len(shape) - 1))[: len(shape)], self.dtypes[name]
+        )
         return value if layer is None else value[0]
 
     def place(self, name: str, dtype, sharding: jax.sharding.Sharding) -> jax.Array:
-        """An array on the devices of `sharding`, in `dtype`. Reads the files of this process's shards only, and makes
-        one copy of each shard. Raises `StoreError`."""
+        """An array on the devices of `sharding`, in `dtype`. Reads the files of this process's
+        shards only, and makes one copy of each shard. Raises `StoreError`.
+        """
         parts = {}
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
@@ -165,7 +214,9 @@ class ArrayStore:
         return jax.make_array_from_callback(self.shapes[name], sharding, part)
 
     def _part(self, name: str, index: Sequence[slice], dtype: np.dtype) -> np.ndarray:
-        """A part of an array, of step 1. Every file that holds some of it is read once, and whole, to be checked."""
+        """A part of an array, of step 1. Every file that holds some of it is read once, and whole,
+        to be checked.
+        """
         chunk, stored = self._chunk(name), self.dtypes[name]
         spans = [s.indices(n)[:2] for s, n in zip(index, self.shapes[name], strict=True)]
         out = np.empty([stop - start for start, stop in spans], dtype)
@@ -182,13 +233,17 @@ class ArrayStore:
             file = ".".join(map(str, at)) or "0"
             expected = None if self._files is None else self._files.get(f"{name}/{file}", (0, 0))
             try:
-                integrity.read_into(self.path / name / file, memoryview(values.reshape(-1).view(np.uint8)), expected)
+                integrity.read_into(
+                    self.path / name / file, memoryview(values.reshape(-1).view(np.uint8)), expected
+                )
             except integrity.Damaged as error:
                 raise StoreError(f"{error}; {AGAIN}") from None
             if not direct:
                 target[...] = values[tuple(inside)]
 
-        wanted = list(itertools.product(*(range(a // n, -(-b // n)) for n, (a, b) in zip(chunk, spans))))
+        wanted = list(
+            itertools.product(*(range(a // n, -(-b // n)) for n, (a, b) in zip(chunk, spans)))
+        )
         if len(wanted) == 1:
             copy(wanted[0])
         else:

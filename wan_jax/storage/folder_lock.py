@@ -1,11 +1,13 @@
 """Locks that keep a second process out of a folder that one is writing.
 
-The lock is held by `flock` on a small file, so the system releases it when the process ends, by SIGKILL too. The file
-names its holder and holds a random token: processes on other hosts read it to check that they see the same folder, and
-the holder notices when its folder is moved away. A normal end removes the file; one that was left is taken over.
+The lock is held by `flock` on a small file, so the system releases it when the process ends, by
+SIGKILL too. The file names its holder and holds a random token: processes on other hosts read it to
+check that they see the same folder, and the holder notices when its folder is moved away. A normal
+end removes the file; one that was left is taken over.
 
-Linux passes `flock` to the server on NFS, and on Lustre mounted with -o flock, so there it also holds between hosts.
-Where a file system has no locks, a warning is printed and the work goes on without.
+Linux passes `flock` to the server on NFS, and on Lustre mounted with -o flock, so there it also
+holds between hosts. Where a file system has no locks, a warning is printed and the work goes on
+without.
 """
 
 import contextlib
@@ -34,20 +36,27 @@ class Lock:
     content: str  # of the file: JSON
 
     def check_held(self) -> None:
-        """Raises `UserError` when the folder was moved away, removed or replaced since it was locked."""
+        """Raises `UserError` when the folder was moved away, removed or replaced since it was
+        locked.
+        """
         try:
             held = self.path.read_text(encoding="utf-8") == self.content
         except (FileNotFoundError, NotADirectoryError):
             held = False
         if not held:
-            raise UserError(f"{self.path.parent} was moved, removed or replaced while this program was writing to it; "
-                            "put it back and run the same command again")
+            raise UserError(
+                f"{self.path.parent} was moved, removed or replaced while this program was writing "
+                "to it; put it back and run the same command again"
+            )
 
 
 def read(path: pathlib.Path) -> str | None:
-    """The content of a lock file; None where it cannot be read. Not from a network file system's cache."""
+    """The content of a lock file; None where it cannot be read. Not from a network file system's
+    cache.
+    """
     try:
-        os.scandir(path.parent).close()  # opening the folder makes an NFS client ask the server what is in it
+        # opening the folder makes an NFS client ask the server what is in it
+        os.scandir(path.parent).close()
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return None
@@ -55,10 +64,12 @@ def read(path: pathlib.Path) -> str | None:
 
 @contextlib.contextmanager
 def locked(folder, flag: str) -> Iterator[Lock]:
-    """Keeps `folder` for this process, and makes it where it does not exist; one that stays empty is removed again.
+    """Keeps `folder` for this process, and makes it where it does not exist; one that stays empty
+    is removed again.
 
-    flag: the command-line flag that chooses the folder, for messages. Raises `UserError` when another process holds the
-    folder, and instead of an error that comes up after the folder was moved away or removed.
+    flag: the command-line flag that chooses the folder, for messages. Raises `UserError` when
+    another process holds the folder, and instead of an error that comes up after the folder was
+    moved away or removed.
     """
     folder = pathlib.Path(folder).absolute()
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -82,19 +93,27 @@ def locked(folder, flag: str) -> Iterator[Lock]:
 def locked_file(path: pathlib.Path, what: str, flag: str) -> Iterator[Lock]:
     """Holds the lock file `path`.
 
-    what, flag: what it protects and the flag that chooses it, for the `UserError` when another process holds it.
+    what, flag: what it protects and the flag that chooses it, for the `UserError` when another
+    process holds it.
     """
     handle = _open_locked(path, what, flag)
     try:
-        content = json.dumps({"process": os.getpid(), "host": socket.gethostname(), "token": secrets.token_hex(16),
-                              "since": datetime.datetime.now().isoformat(" ", "seconds")})
+        content = json.dumps(
+            {
+                "process": os.getpid(),
+                "host": socket.gethostname(),
+                "token": secrets.token_hex(16),
+                "since": datetime.datetime.now().isoformat(" ", "seconds"),
+            }
+        )
         os.ftruncate(handle, 0)
         os.pwrite(handle, content.encode(), 0)
         os.fsync(handle)
         yield Lock(path, content)
     finally:
         if _is_at(handle, path):
-            path.unlink(missing_ok=True)  # while it is locked, so that nobody locks a file that has no name any more
+            # while it is locked, so that nobody locks a file that has no name any more
+            path.unlink(missing_ok=True)
         os.close(handle)
 
 
@@ -107,10 +126,16 @@ def _open_locked(path: pathlib.Path, what: str, flag: str) -> int:
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 os.close(handle)
-                raise UserError(f"{what} is in use by {_holder(read(path))}; wait for it to end, or choose another "
-                                f"{flag}") from None
-            print(f"warning: the file system of {what} has no locks ({error.strerror}): nothing keeps a second process "
-                  "from writing there", file=sys.stderr, flush=True)
+                raise UserError(
+                    f"{what} is in use by {_holder(read(path))}; wait for it to end, or choose "
+                    f"another {flag}"
+                ) from None
+            print(
+                f"warning: the file system of {what} has no locks ({error.strerror}): nothing "
+                "keeps a second process from writing there",
+                file=sys.stderr,
+                flush=True,
+            )
         if _is_at(handle, path):
             return handle
         os.close(handle)  # its holder removed it between the two calls

@@ -1,11 +1,13 @@
-"""Manifests: the size and the CRC-32 of every file of a folder, so that damage is found before the files are used.
+"""Manifests: the size and the CRC-32 of every file of a folder, so that damage is found before the
+files are used.
 
-A manifest is a JSON file in the folder it describes, {"files": {path: [bytes, crc32]}, ..., "sha256": ...}, where
-`sha256` covers the manifest itself. It is written last, so its presence means that the folder is complete.
+A manifest is a JSON file in the folder it describes, {"files": {path: [bytes, crc32]}, ...,
+"sha256": ...}, where `sha256` covers the manifest itself. It is written last, so its presence means
+that the folder is complete.
 
-CRC-32 is the fastest digest of the standard library (1 to 2 GB/s on one core) and several threads share the files. It
-finds every change within 32 neighbouring bits, and others with a probability of 1 - 2^-32. It does not protect against
-somebody who alters files on purpose.
+CRC-32 is the fastest digest of the standard library (1 to 2 GB/s on one core) and several threads
+share the files. It finds every change within 32 neighbouring bits, and others with a probability of
+1 - 2^-32. It does not protect against somebody who alters files on purpose.
 """
 
 import hashlib
@@ -27,8 +29,11 @@ class Damaged(UserError):
     """A file that is missing, truncated, altered or unreadable."""
 
 
-def read_into(path: pathlib.Path, buffer: memoryview, expected: tuple[int, int] | None = None) -> None:
-    """Fill `buffer`, the file's exact size, from the file. expected: (bytes, CRC-32); None checks the size alone.
+def read_into(
+    path: pathlib.Path, buffer: memoryview, expected: tuple[int, int] | None = None
+) -> None:
+    """Fill `buffer`, the file's exact size, from the file. expected: (bytes, CRC-32); None checks
+    the size alone.
 
     Raises `Damaged`.
     """
@@ -50,8 +55,12 @@ def read_into(path: pathlib.Path, buffer: memoryview, expected: tuple[int, int] 
         raise Damaged(f"{path} {_differs((filled, crc), expected)}")
 
 
-def measure(folder: pathlib.Path, exclude: Collection[str] = (), flush: bool = False) -> dict[str, tuple[int, int]]:
-    """The size and the CRC-32 of every file below `folder`, by relative path. flush: also wait until it is on disk."""
+def measure(
+    folder: pathlib.Path, exclude: Collection[str] = (), flush: bool = False
+) -> dict[str, tuple[int, int]]:
+    """The size and the CRC-32 of every file below `folder`, by relative path. flush: also wait
+    until it is on disk.
+    """
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     names = [name for name in names if name not in exclude]
     with ThreadPoolExecutor(WORKERS) as pool:
@@ -59,8 +68,11 @@ def measure(folder: pathlib.Path, exclude: Collection[str] = (), flush: bool = F
 
 
 def problem(folder: pathlib.Path, files: Files) -> str | None:
-    """The first file that is not as `files` says: 'PATH is missing', and the like; None if there is none."""
-    names = sorted(files, key=lambda name: files[name][0], reverse=True)  # the largest first: threads end together
+    """The first file that is not as `files` says: 'PATH is missing', and the like; None if there is
+    none.
+    """
+    # the largest first: threads end together
+    names = sorted(files, key=lambda name: files[name][0], reverse=True)
     with ThreadPoolExecutor(WORKERS) as pool:
         found = pool.map(lambda name: _compare(folder, name, files[name]), names)
         return next(filter(None, found), None)
@@ -88,7 +100,9 @@ def read_manifest(path: pathlib.Path) -> dict:
         sealed = {key: value for key, value in content.items() if key != "sha256"}
         if content.get("sha256") != _seal(sealed) or not isinstance(content.get("files"), dict):
             raise Damaged(f"{path} differs from what was written: its own SHA-256 does not agree")
-        content = sealed | {"files": {name: tuple(entry) for name, entry in content["files"].items()}}
+        content = sealed | {
+            "files": {name: tuple(entry) for name, entry in content["files"].items()}
+        }
     return content
 
 
@@ -145,4 +159,8 @@ def _differs(found: tuple[int, int], expected: tuple[int, int]) -> str:
 def _unreadable(error: OSError) -> str:
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return "is missing"
-    return "is a folder, not a file" if isinstance(error, IsADirectoryError) else f"cannot be read ({error.strerror})"
+    return (
+        "is a folder, not a file"
+        if isinstance(error, IsADirectoryError)
+        else f"cannot be read ({error.strerror})"
+    )

@@ -1,4 +1,6 @@
-"""Frames to files and to text: PNG, GIF and H.264 in MP4, from uint8 arrays [T, H, W, 3] or [H, W, 3]."""
+"""Frames to files and to text: PNG, GIF and H.264 in MP4, from uint8 arrays [T, H, W, 3] or [H, W,
+3].
+"""
 
 import base64
 import contextlib
@@ -22,13 +24,16 @@ CRF = 18  # x264 quality, 0 best to 51: 18 keeps letters of 10 pixels legible
 
 
 def check_suffix(path, frames: int) -> str:
-    """The suffix of `path` in lower case. Raises ValueError when a sample of so many frames cannot be written so, or
-    not here."""
+    """The suffix of `path` in lower case. Raises ValueError when a sample of so many frames cannot
+    be written so, or not here.
+    """
     suffix = pathlib.Path(path).suffix.lower()
     choices = VIDEO_SUFFIXES if frames > 1 else (".png", *VIDEO_SUFFIXES)
     if suffix not in choices:
-        raise ValueError(f"{path}: {frames} frame(s) cannot be written as {suffix or 'a file without suffix'}; "
-                         f"choose one of {', '.join(choices)}")
+        raise ValueError(
+            f"{path}: {frames} frame(s) cannot be written as {suffix or 'a file without suffix'}; "
+            f"choose one of {', '.join(choices)}"
+        )
     if suffix == ".mp4":
         check_ffmpeg()
     return suffix
@@ -41,13 +46,16 @@ def check_ffmpeg() -> None:
     except (RuntimeError, ImportError):  # without one, and without the package's own
         found = None
     if found is None:
-        raise ValueError("no ffmpeg to write videos with; pip install --force-reinstall imageio-ffmpeg brings one, or "
-                         "set IMAGEIO_FFMPEG_EXE to the path of yours")
+        raise ValueError(
+            "no ffmpeg to write videos with; pip install --force-reinstall imageio-ffmpeg brings "
+            "one, or set IMAGEIO_FFMPEG_EXE to the path of yours"
+        )
 
 
 def check_writable(path, frames: int, height: int, width: int, fps: float) -> None:
-    """Raise ValueError when no video of this size can be written to `path`: a small one is written beside it, so that
-    nothing that takes hours is lost in the end. Its folder is made."""
+    """Raise ValueError when no video of this size can be written to `path`: a small one is written
+    beside it, so that nothing that takes hours is lost in the end. Its folder is made.
+    """
     path = pathlib.Path(path)
     if os.path.isdir(path):  # False where the name is too long, which is an error below
         raise ValueError(f"{path} is a folder; give the name of a file in it")
@@ -57,7 +65,9 @@ def check_writable(path, frames: int, height: int, width: int, fps: float) -> No
         write(trial, np.zeros((min(frames, 2), height, width, 3), np.uint8), fps)
         trial.unlink()
     except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error.strerror or error}); choose another file") from None
+        raise ValueError(
+            f"{path} cannot be written ({error.strerror or error}); choose another file"
+        ) from None
 
 
 def write(path, video: np.ndarray, fps: float, scale: int = 1) -> None:
@@ -72,7 +82,10 @@ def write(path, video: np.ndarray, fps: float, scale: int = 1) -> None:
 def write_image(path, frame: np.ndarray) -> None:
     """frame uint8 [H, W, 3] as PNG."""
     if (suffix := pathlib.Path(path).suffix.lower()) != ".png":
-        raise ValueError(f"{path}: an image cannot be written as {suffix or 'a file without suffix'}; choose .png")
+        raise ValueError(
+            f"{path}: an image cannot be written as {suffix or 'a file without suffix'}; choose "
+            ".png"
+        )
     data = png_bytes(frame)
     with _whole(path) as temporary:
         temporary.write_bytes(data)
@@ -81,14 +94,17 @@ def write_image(path, frame: np.ndarray) -> None:
 def write_video(path, video: np.ndarray, fps: float, scale: int = 1, *, crf: int = CRF) -> None:
     """video uint8 [T, H, W, 3] as .mp4 (H.264, yuv420p, odd sizes padded by a pixel) or .gif.
 
-    scale: nearest-neighbour enlargement. yuv420p halves the resolution of colour, so coloured letters in a tiny video
-    need at least 2. A file that could not be written whole is not left behind.
+    scale: nearest-neighbour enlargement. yuv420p halves the resolution of colour, so coloured
+    letters in a tiny video need at least 2. A file that could not be written whole is not left
+    behind.
     """
     _check(video, 4)
     path, suffix = pathlib.Path(path), pathlib.Path(path).suffix.lower()
     if suffix not in VIDEO_SUFFIXES:
-        raise ValueError(f"{path}: a video cannot be written as {suffix or 'a file without suffix'}; "
-                         f"choose one of {', '.join(VIDEO_SUFFIXES)}")
+        raise ValueError(
+            f"{path}: a video cannot be written as {suffix or 'a file without suffix'}; "
+            f"choose one of {', '.join(VIDEO_SUFFIXES)}"
+        )
     if fps not in FPS:
         raise ValueError(f"fps={fps} {FPS.requirement(fps)}; Wan's videos have 16")
     video = upscale(video, scale)
@@ -125,13 +141,16 @@ def shrink(frame: np.ndarray, factor: int) -> np.ndarray:
 
 
 def fit_height(frame: np.ndarray, lowest: int, highest: int) -> np.ndarray:
-    """uint8 [H, W, 3] enlarged or shrunk by a whole number, so that it is about lowest to highest pixels high."""
+    """uint8 [H, W, 3] enlarged or shrunk by a whole number, so that it is about lowest to highest
+    pixels high.
+    """
     h = frame.shape[0]
     return shrink(frame, -(-h // highest)) if h > highest else upscale(frame, -(-lowest // h))
 
 
 def contact_sheet(frames: np.ndarray, columns: int = 4, scale: int = 1, gap: int = 2) -> np.ndarray:
-    """frames uint8 [N, H, W, 3] -> one picture uint8 [rows (scale H + gap) + gap, columns (scale W + gap) + gap, 3].
+    """frames uint8 [N, H, W, 3] -> one picture uint8 [rows (scale H + gap) + gap, columns (scale W
+    + gap) + gap, 3].
 
     Row by row from the top left, on grey; fewer than `columns` frames make one shorter row.
     """
@@ -148,13 +167,16 @@ def contact_sheet(frames: np.ndarray, columns: int = 4, scale: int = 1, gap: int
 
 
 def side_by_side(left: np.ndarray, right: np.ndarray, gap: int = 4) -> np.ndarray:
-    """Two videos uint8 [T, H, W, 3] as one, uint8 [T, H, 2 W + gap, 3], grey between them. Raises ValueError on unlike
-    shapes."""
+    """Two videos uint8 [T, H, W, 3] as one, uint8 [T, H, 2 W + gap, 3], grey between them. Raises
+    ValueError on unlike shapes.
+    """
     _check(left, 4)
     _check(right, 4)
     if left.shape != right.shape:
-        raise ValueError(f"videos of {list(left.shape)} and {list(right.shape)} cannot stand side by side: give "
-                         "the same frames, height and width")
+        raise ValueError(
+            f"videos of {list(left.shape)} and {list(right.shape)} cannot stand side by side: give "
+            "the same frames, height and width"
+        )
     frames, height, _, _ = left.shape
     return np.concatenate([left, np.full((frames, height, gap, 3), 128, np.uint8), right], axis=2)
 
@@ -171,12 +193,16 @@ def gif_bytes(video: np.ndarray, fps: float) -> bytes:
     """video uint8 [T, H, W, 3] as an endless GIF's bytes."""
     _check(video, 4)
     file, frames = io.BytesIO(), [Image.fromarray(frame) for frame in video]
-    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
+    frames[0].save(
+        file, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0
+    )
     return file.getvalue()
 
 
 def png_data_uri(frame: np.ndarray) -> str:
-    """frame uint8 [H, W, 3] as a `data:` URI, in its own size: enlarge it with CSS `image-rendering: pixelated`."""
+    """frame uint8 [H, W, 3] as a `data:` URI, in its own size: enlarge it with CSS
+    `image-rendering: pixelated`.
+    """
     return _data_uri("image/png", png_bytes(frame))
 
 
@@ -202,12 +228,23 @@ def _data_uri(kind: str, data: bytes) -> str:
 
 def _write_mp4(path: pathlib.Path, video: np.ndarray, fps: float, crf: int) -> None:
     _, h, w, _ = video.shape
-    video = np.pad(video, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")  # yuv420p needs even sizes
+    # yuv420p needs even sizes
+    video = np.pad(video, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")
     writer = imageio_ffmpeg.write_frames(
-        str(path), (w + w % 2, h + h % 2), fps=fps, codec="libx264", quality=None, macro_block_size=1,
-        ffmpeg_log_level="error", output_params=["-crf", str(crf), "-movflags", "+faststart"])
-    with warnings.catch_warnings():  # ffmpeg replaces the forked process at once, which is safe beside JAX's threads
-        warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
+        str(path),
+        (w + w % 2, h + h % 2),
+        fps=fps,
+        codec="libx264",
+        quality=None,
+        macro_block_size=1,
+        ffmpeg_log_level="error",
+        output_params=["-crf", str(crf), "-movflags", "+faststart"],
+    )
+    # ffmpeg replaces the forked process at once, which is safe beside JAX's threads
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning
+        )
         writer.send(None)
     try:
         for frame in video:
@@ -220,7 +257,12 @@ def _write_mp4(path: pathlib.Path, video: np.ndarray, fps: float, crf: int) -> N
 
 def _check(frames: np.ndarray, ndim: int) -> None:
     if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8:
-        raise ValueError(f"frames must be a uint8 numpy array, got {getattr(frames, 'dtype', type(frames).__name__)}")
+        raise ValueError(
+            "frames must be a uint8 numpy array, got "
+            f"{getattr(frames, 'dtype', type(frames).__name__)}"
+        )
     if frames.ndim != ndim or frames.shape[-1] != 3 or 0 in frames.shape:
-        raise ValueError(f"frames must be {'[T, H, W, 3]' if ndim == 4 else '[H, W, 3]'} with no empty axis, "
-                         f"got {list(frames.shape)}")
+        raise ValueError(
+            f"frames must be {'[T, H, W, 3]' if ndim == 4 else '[H, W, 3]'} with no empty axis, "
+            f"got {list(frames.shape)}"
+        )

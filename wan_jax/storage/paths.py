@@ -6,10 +6,12 @@ from wan_jax.errors import UserError
 
 
 def expand(path) -> pathlib.Path:
-    """Return `path` as an absolute path: `~` becomes the home folder, symlinks and `..` are resolved.
+    """Return `path` as an absolute path: `~` becomes the home folder, symlinks and `..` are
+    resolved.
 
-    The path need not exist. A shell does not expand `~` after the equals sign of `--dst=~/models`. Raises `UserError`
-    on an empty text, an unknown user after `~`, a loop of symlinks and characters that no path can hold.
+    The path need not exist. A shell does not expand `~` after the equals sign of `--dst=~/models`.
+    Raises `UserError` on an empty text, an unknown user after `~`, a loop of symlinks and
+    characters that no path can hold.
     """
     if path == "":
         raise UserError("'' cannot be used as a path: it is empty")
@@ -20,7 +22,9 @@ def expand(path) -> pathlib.Path:
 
 
 def check_apart(source, destination, advice: str = "choose another --dst") -> None:
-    """Raise `UserError` when `destination` is `source`, lies inside it or contains it: writing would destroy it."""
+    """Raise `UserError` when `destination` is `source`, lies inside it or contains it: writing
+    would destroy it.
+    """
     source, destination = expand(source), expand(destination)
     if destination == source:
         relation = "is the source itself"
@@ -30,4 +34,6 @@ def check_apart(source, destination, advice: str = "choose another --dst") -> No
         relation = f"contains the source {source}"
     else:
         return
-    raise UserError(f"the destination {destination} {relation}, and writing there would destroy it; {advice}")
+    raise UserError(
+        f"the destination {destination} {relation}, and writing there would destroy it; {advice}"
+    )

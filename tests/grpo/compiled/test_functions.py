@@ -1,5 +1,6 @@
-"""Programs compiled ahead: the loop runs these very ones, they tell what a device must hold, and what cannot fit is
-refused before a weight is read."""
+"""Programs compiled ahead: the loop runs these very ones, they tell what a device must hold, and
+what cannot fit is refused before a weight is read.
+"""
 
 import collections
 import dataclasses
@@ -33,8 +34,14 @@ from wan_jax.models import presets
 from wan_jax.models.config import TransformerConfig
 from wan_jax.storage import model_dir
 
-WIDE = TransformerConfig(num_attention_heads=4, attention_head_dim=64, text_dim=24, freq_dim=32, ffn_dim=512,
-                         num_layers=2)  # its matrices are large enough to be split by fsdp
+WIDE = TransformerConfig(
+    num_attention_heads=4,
+    attention_head_dim=64,
+    text_dim=24,
+    freq_dim=32,
+    ffn_dim=512,
+    num_layers=2,
+)  # its matrices are large enough to be split by fsdp
 GIB = 2**30
 models = {}  # by their boundary
 
@@ -52,12 +59,18 @@ def run_of(module, model, devices=1, fsdp=1, **sample):
 
 @pytest.fixture
 def start(tmp_path, tmp_path_factory, monkeypatch):
-    """start(devices, **{'section.key': value}) -> the arguments of `grpo.train.train` for a tiny model; with a boundary
-    it has two experts."""
+    """start(devices, **{'section.key': value}) -> the arguments of `grpo.train.train` for a tiny
+    model; with a boundary it has two experts.
+    """
+
     def make(devices, boundary=None, **overrides):
         if boundary not in models:
             root = tmp_path_factory.mktemp("model")
-            convert(str(tiny.write_pipeline(root / "source", seed=3, boundary=boundary)), root / "model", "float32")
+            convert(
+                str(tiny.write_pipeline(root / "source", seed=3, boundary=boundary)),
+                root / "model",
+                "float32",
+            )
             models[boundary] = root / "model"
         path, _ = test_train.recipe.__wrapped__(models[boundary], tmp_path)
         namespace = {}
@@ -68,16 +81,22 @@ def start(tmp_path, tmp_path_factory, monkeypatch):
         here.share(monkeypatch, devices)
         prompts = [load_prompts(p, parse_targets) for p in (c.prompts.train, c.prompts.heldout)]
         return c, s, train.Plan.make(c, s), *prompts, RewardPool(Brightness, workers=0)
+
     return make
 
 
 def test_the_loop_runs_what_was_compiled_ahead(start, capsys, monkeypatch):
     """In bfloat16, on two devices that share the weights."""
-    c, s, plan, *rest = start(2, **{"model.dtype": "bfloat16", "mesh.fsdp": 2, "train.updates_per_epoch": 1})
+    c, s, plan, *rest = start(
+        2, **{"model.dtype": "bfloat16", "mesh.fsdp": 2, "train.updates_per_epoch": 1}
+    )
     monkeypatch.setattr(train, "Run", Run)  # with programs of its own: what it compiles is counted
     seen = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, _, fun_name="", **__: seen.append(fun_name) if event == compile.COMPILED else None)
+        lambda event, _, fun_name="", **__: (
+            seen.append(fun_name) if event == compile.COMPILED else None
+        )
+    )
     train.train(c, s, plan, *rest)
     run = Run(presets.of_folder(plan.model), c, plan.mesh, plan.backend)
     ours = collections.Counter(f"jit({program.jitted.__name__})" for program in run.programs())
@@ -90,13 +109,24 @@ def test_the_loop_runs_what_was_compiled_ahead(start, capsys, monkeypatch):
 
 
 def test_groups_sampled_in_excess_are_not_trained(start, capsys, monkeypatch):
-    """Four groups of four, in batches of two, of which two with one best and one worst video each are trained, by what
-    each of their steps brought."""
+    """Four groups of four, in batches of two, of which two with one best and one worst video each
+    are trained, by what each of their steps brought.
+    """
     stacked = []
     monkeypatch.setattr(learner, "stack_batches", lambda *a: stacked.append(a) or stack_batches(*a))
-    c, s, plan, *rest = start(1, **{"sample.groups": 4, "sample.batch_size": 2, "train.groups": 2, "train.best_of": 1,
-                                    "train.credit": "otca", "eval.every": 2, "eval.guidance": 3.0,
-                                    "eval.also_unguided": True})
+    c, s, plan, *rest = start(
+        1,
+        **{
+            "sample.groups": 4,
+            "sample.batch_size": 2,
+            "train.groups": 2,
+            "train.best_of": 1,
+            "train.credit": "otca",
+            "eval.every": 2,
+            "eval.guidance": 3.0,
+            "eval.also_unguided": True,
+        },
+    )
     train.train(c, s, plan, *rest)
     out = capsys.readouterr().out
     assert "compiled again" not in out and "; without guidance: OCR reward" in out
@@ -107,7 +137,8 @@ def test_groups_sampled_in_excess_are_not_trained(start, capsys, monkeypatch):
     assert len(stacked) == 4  # two optimiser steps in each of two epochs, one group in each
     for trajectories, advantages, valid in stacked:
         assert len(trajectories) == 2 and valid.sum() == 2
-        assert advantages.shape == (2, len(trajectories[0].x), 2)  # of each step; 1 of it in the mean is the video's
+        # of each step; 1 of it in the mean is the video's
+        assert advantages.shape == (2, len(trajectories[0].x), 2)
         of_video = advantages.mean(1)
         assert valid.ravel()[of_video.argmax()] and valid.ravel()[of_video.argmin()]
         assert np.abs(advantages - of_video[:, None]).max() > 1e-3
@@ -115,22 +146,47 @@ def test_groups_sampled_in_excess_are_not_trained(start, capsys, monkeypatch):
 
 def test_one_step_a_group_trains_both_experts_by_the_programs_compiled_ahead(start, capsys):
     """Three groups of four in batches of six, on two devices."""
-    c, s, plan, *rest = start(2, 0.875, **{
-        "sample.steps": 4, "sample.sde_range": (0, 4), "sample.sde_window": "one_per_group", "sample.sde_steps": 1,
-        "sample.groups": 3, "sample.batch_size": 6, "sample.shared_noise": True, "train.updates_per_epoch": 1,
-        "train.credit": "rectified", "sample.ode_solver": "dpmpp_2m", "train.kl_as": "reward", "eval.every": 2})
+    c, s, plan, *rest = start(
+        2,
+        0.875,
+        **{
+            "sample.steps": 4,
+            "sample.sde_range": (0, 4),
+            "sample.sde_window": "one_per_group",
+            "sample.sde_steps": 1,
+            "sample.groups": 3,
+            "sample.batch_size": 6,
+            "sample.shared_noise": True,
+            "train.updates_per_epoch": 1,
+            "train.credit": "rectified",
+            "sample.ode_solver": "dpmpp_2m",
+            "train.kl_as": "reward",
+            "eval.every": 2,
+        },
+    )
     seen = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, _, fun_name="", **__: seen.append(fun_name) if event == compile.COMPILED else None)
+        lambda event, _, fun_name="", **__: (
+            seen.append(fun_name) if event == compile.COMPILED else None
+        )
+    )
     train.train(c, s, plan, *rest)
-    assert [seen.count(f"jit({name})") for name in ("rollout_step", "update", "choose_rows")] == [1, 2, 1]
+    assert [seen.count(f"jit({name})") for name in ("rollout_step", "update", "choose_rows")] == [
+        1,
+        2,
+        1,
+    ]
     assert "compiled again" not in capsys.readouterr().out
     for record in run_log.read_metrics(c.run_dir):
         for name in ("transformer", "transformer_2"):
             expert = record["experts"][name]
             assert expert["grad_norm"] > 0 and expert["ratio_max_error"] < 1e-5, record
-            assert (expert["kl"] > 1e-10) == (record["epoch"] > 1)  # of the sampling policy, at first the base
-            assert record.keys() > expert.keys() and record["kl_min"] <= expert["kl"] <= record["kl_max"]
+            # of the sampling policy, at first the base
+            assert (expert["kl"] > 1e-10) == (record["epoch"] > 1)
+            assert (
+                record.keys() > expert.keys()
+                and record["kl_min"] <= expert["kl"] <= record["kl_max"]
+            )
 
 
 def test_all_weights_without_a_reference_need_no_frozen_ones():
@@ -139,7 +195,9 @@ def test_all_weights_without_a_reference_need_no_frozen_ones():
     assert run.frozen is not None and run.rollout_step().args[1] is run.frozen
     alone = Run(run.preset, run.recipe.copy_and_resolve_references(), run.mesh, run.backend)
     alone.recipe.train.kl_weight = 0.0
-    assert alone.update().args[1] is None and compile.what_stays(alone, False)["frozen weights"] == 0
+    assert (
+        alone.update().args[1] is None and compile.what_stays(alone, False)["frozen weights"] == 0
+    )
 
 
 def test_what_compiles_again_is_named():
@@ -168,15 +226,31 @@ def test_what_stays_is_what_lies_on_a_device(rank):
     stays = compile.what_stays(run, offload=False)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), run.policy.base)
     frozen = mesh_lib.shard_params(zeros, mesh)
-    _, trainable = make_policy(WIDE, frozen, mesh, lora=run.settings.lora, key=jax.random.key(0), dtype=jnp.bfloat16,
-                               attention="chunked", remat="block")
+    _, trainable = make_policy(
+        WIDE,
+        frozen,
+        mesh,
+        lora=run.settings.lora,
+        key=jax.random.key(0),
+        dtype=jnp.bfloat16,
+        attention="chunked",
+        remat="block",
+    )
     state = init_state(trainable, run.settings.optimiser)
 
     def there(tree):
-        return sum(shard.data.nbytes for x in jax.tree.leaves(tree) for shard in x.addressable_shards
-                   if shard.device == jax.devices()[0])
+        return sum(
+            shard.data.nbytes
+            for x in jax.tree.leaves(tree)
+            for shard in x.addressable_shards
+            if shard.device == jax.devices()[0]
+        )
 
-    assert stays["frozen weights"] == there(frozen) < sum(x.nbytes for x in jax.tree.leaves(frozen)) / 2
+    assert (
+        stays["frozen weights"]
+        == there(frozen)
+        < sum(x.nbytes for x in jax.tree.leaves(frozen)) / 2
+    )
     assert stays["trained weights, optimiser, average"] == there(state)
 
 
@@ -184,63 +258,110 @@ def test_two_experts():
     """They share a program where guidance and shapes agree."""
     run = run_of(wan22_a14b_ocr, "wan2.2-a14b", devices=4)
     names = [p.name for p in run.programs()]
-    assert names == [f"{what}, {expert}" for what in ("rollout step", "update", "evaluation step")
-                     for expert in ("transformer", "transformer_2")] + ["decode"]
+    assert names == [
+        f"{what}, {expert}"
+        for what in ("rollout step", "update", "evaluation step")
+        for expert in ("transformer", "transformer_2")
+    ] + ["decode"]
     updates = [p for p in run.programs() if p.name.startswith("update")]
     k = [p.args[2].trajectory.x.shape[1] for p in updates]
-    assert k == [run.trained_steps(0), run.trained_steps(1)] and sum(k) == run.recipe.sample.sde_steps and k[0] > k[1]
+    assert (
+        k == [run.trained_steps(0), run.trained_steps(1)]
+        and sum(k) == run.recipe.sample.sde_steps
+        and k[0] > k[1]
+    )
     run.recipe.sample.guidance_2 = run.recipe.eval.guidance_2 = None
     alike = dataclasses.replace(run, recipe=run.recipe)
-    assert [p.name for p in alike.programs()] == ["rollout step", *names[2:4], "evaluation step", "decode"]
+    assert [p.name for p in alike.programs()] == [
+        "rollout step",
+        *names[2:4],
+        "evaluation step",
+        "decode",
+    ]
     one, both = (compile.what_stays(run, offload)["frozen weights"] for offload in (True, False))
     assert both == 2 * one == 2 * compile.device_bytes(run.params(run.policy.base))
-    assert compile.offloads(run, 80 * GIB) and not compile.offloads(run, 139 * GIB) and not compile.offloads(run, None)
+    assert (
+        compile.offloads(run, 80 * GIB)
+        and not compile.offloads(run, 139 * GIB)
+        and not compile.offloads(run, None)
+    )
 
 
 def test_ti2v_5b_and_clips_in_chunks():
-    run = run_of(wan22_ti2v_5b_ocr, "wan2.2-ti2v-5b", devices=4, frames=81, height=704, width=1280, batch_size=4)
+    run = run_of(
+        wan22_ti2v_5b_ocr,
+        "wan2.2-ti2v-5b",
+        devices=4,
+        frames=81,
+        height=704,
+        width=1280,
+        batch_size=4,
+    )
     assert run.shape == (21, 44, 80, 48)
     first, chunk = run.decode()
     assert [p.name for p in (first, chunk)] == ["decode, first chunk", "decode, chunk"]
     assert first.args[2] == () and len(jax.tree.leaves(chunk.args[2])) > 10
     text = run.text()
     assert text.embeddings.dtype == text.negative.dtype == jnp.bfloat16
-    assert [p.name for p in run.programs()] == ["rollout step", "update", "evaluation step", first.name, chunk.name]
+    assert [p.name for p in run.programs()] == [
+        "rollout step",
+        "update",
+        "evaluation step",
+        first.name,
+        chunk.name,
+    ]
 
 
-REMEDIES = [({}, 1, 1, "sample.batch_size=8", "mesh.fsdp=1 up"),
-            ({"model.remat": "none"}, 1, 1, "remat=block, or", "fsdp=1"),
-            ({"model.remat": "offload"}, 1, 1, "batch_size=8", "remat="),
-            ({}, 8, 2, "mesh.fsdp=2 up to the 8", "batch_size=8, which"),
-            ({"lora.rank": 0}, 8, 8, "lora.rank=32.", "fsdp=8 up")]
+REMEDIES = [
+    ({}, 1, 1, "sample.batch_size=8", "mesh.fsdp=1 up"),
+    ({"model.remat": "none"}, 1, 1, "remat=block, or", "fsdp=1"),
+    ({"model.remat": "offload"}, 1, 1, "batch_size=8", "remat="),
+    ({}, 8, 2, "mesh.fsdp=2 up to the 8", "batch_size=8, which"),
+    ({"lora.rank": 0}, 8, 8, "lora.rank=32.", "fsdp=8 up"),
+]
 
 
 @pytest.mark.parametrize("overrides, devices, fsdp, said, unsaid", REMEDIES)
-def test_what_cannot_fit_is_refused_with_the_settings_that_help(overrides, devices, fsdp, said, unsaid):
+def test_what_cannot_fit_is_refused_with_the_settings_that_help(
+    overrides, devices, fsdp, said, unsaid
+):
     run = run_of(wan21_1_3b_ocr, "wan2.1-1.3b", devices, fsdp)
     run.recipe.update_from_flattened_dict(overrides)
-    programs = (compile.Measured("rollout step", 1.0, GIB, 0), compile.Measured("update", 1.0, 5 * GIB, 2 * GIB))
+    programs = (
+        compile.Measured("rollout step", 1.0, GIB, 0),
+        compile.Measured("update", 1.0, 5 * GIB, 2 * GIB),
+    )
     memory = compile.Memory({"frozen weights": 3 * GIB, "VAE": GIB}, programs)
     for limit in (None, 11 * GIB):
         compile.check_fits(memory, run, False, limit)
     with pytest.raises(UserError) as error:
         compile.check_fits(memory, run, False, 11 * GIB - 1)
     message = str(error.value)
-    assert "needs 11.0 GiB" in message and "in the update" in message and "frozen weights 3.0" in message
+    assert (
+        "needs 11.0 GiB" in message
+        and "in the update" in message
+        and "frozen weights 3.0" in message
+    )
     assert said in message and unsaid not in message
 
 
 def test_refused_before_a_weight_is_read(start, monkeypatch):
     arguments = start(1)
     monkeypatch.setattr(train.memory, "limit", lambda device: 2**20)
-    monkeypatch.setattr(compile, "measure", lambda program: compile.Measured(program.name, 0.0, 2**21, 0))
+    monkeypatch.setattr(
+        compile, "measure", lambda program: compile.Measured(program.name, 0.0, 2**21, 0)
+    )
     monkeypatch.setattr(model_dir, "build", lambda *_, **__: pytest.fail("weights were read"))
-    with pytest.raises(UserError, match=r"on each device, in the rollout step .* --config\.sample\.batch_size=4"):
+    with pytest.raises(
+        UserError, match=r"on each device, in the rollout step .* --config\.sample\.batch_size=4"
+    ):
         train.train(*arguments)
 
 
 def test_data_counts_shards_and_repeats():
-    sharded = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=mesh_lib.batch_sharding(devices_mesh(8)))
+    sharded = jax.ShapeDtypeStruct(
+        (8, 4), jnp.float32, sharding=mesh_lib.batch_sharding(devices_mesh(8))
+    )
     whole = jax.ShapeDtypeStruct((8, 4), jnp.bfloat16)
     program = types.SimpleNamespace(args=("stays", sharded, whole), stay=1, beside=(whole, [whole]))
     assert compile.data_bytes(program) == 16 + 64 + 2 * 64
@@ -250,15 +371,21 @@ def test_what_the_host_holds_is_counted_and_refused_where_it_cannot():
     """14B with its optimiser on the host: 12 bytes a parameter, which devices share."""
     for devices, fsdp in ((1, 1), (8, 8)):
         run = run_of(wan21_14b_ocr, "wan2.1-14b", devices, fsdp)
-        run.recipe.update_from_flattened_dict({"lora.rank": 0, "train.kl_weight": 0.0, "train.offload_optimiser": True})
+        run.recipe.update_from_flattened_dict(
+            {"lora.rank": 0, "train.kl_weight": 0.0, "train.offload_optimiser": True}
+        )
         waits = compile.what_waits(run, offload=False)
         count = sum(math.prod(x.shape) for x in run.trainable.values())
         assert waits == {"optimiser, average": pytest.approx(12 * count / fsdp, rel=0.01)}
     needed = compile.Memory({}, (compile.Measured("update", 1.0, GIB, 0),), waits)
-    assert needed.table(None)[-1].startswith("pinned memory of the host for each device, GiB: optimiser, average 19.96")
+    assert needed.table(None)[-1].startswith(
+        "pinned memory of the host for each device, GiB: optimiser, average 19.96"
+    )
     for limit in (None, 25 * GIB):
         compile.check_fits(needed, run, False, None, limit)
-    with pytest.raises(UserError, match=r"20\.0 GiB for each device in pinned.*10\.0 GiB.*fsdp=8.*=False"):
+    with pytest.raises(
+        UserError, match=r"20\.0 GiB for each device in pinned.*10\.0 GiB.*fsdp=8.*=False"
+    ):
         compile.check_fits(needed, run, False, None, 10 * GIB)
     both = run_of(wan22_a14b_ocr, "wan2.2-a14b")
     assert compile.what_waits(both, True) == {"both experts": 2 * compile.device_bytes(both.frozen)}

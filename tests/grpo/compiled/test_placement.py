@@ -1,4 +1,6 @@
-"""On several devices: results of rollout and update, where arrays lie, what is sent, which mesh is chosen."""
+"""On several devices: results of rollout and update, where arrays lie, what is sent, which mesh is
+chosen.
+"""
 
 import dataclasses
 import math
@@ -39,18 +41,28 @@ from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.models import presets
 from wan_jax.storage.checkpoint import Checkpoints
 
-WIDE = dataclasses.replace(CONFIG, num_attention_heads=4, ffn_dim=768)  # fsdp splits its feed-forward
+# fsdp splits its feed-forward
+WIDE = dataclasses.replace(CONFIG, num_attention_heads=4, ffn_dim=768)
 ODD = (3, 2, 6, 4)  # 9 tokens: no multiple of 2
 
 
 def two_updates(lora, mesh, offloaded=False):
-    """((final latents, log-probs, weights, average, norms), state) after a rollout and two updates on the mesh.
+    """((final latents, log-probs, weights, average, norms), state) after a rollout and two updates
+    on the mesh.
 
     The new state lies where the old one did, so that the next update is the same program.
     """
     policy, trainable, frozen = setup(lora, mesh, config=WIDE)
-    final, kept = sampled(policy, trainable, frozen, range(8), guidance=3.0, text=text_batch(8, mesh), mesh=mesh,
-                          shape=ODD)
+    final, kept = sampled(
+        policy,
+        trainable,
+        frozen,
+        range(8),
+        guidance=3.0,
+        text=text_batch(8, mesh),
+        mesh=mesh,
+        shape=ODD,
+    )
     assert len(final.sharding.device_set) == mesh.size
     # a large eps, so that a gradient near 0, whose sign is rounding, makes no difference
     optimiser = dataclasses.replace(OPTIMISER, adam_eps=1e-3)
@@ -63,11 +75,21 @@ def two_updates(lora, mesh, offloaded=False):
     state, metrics, _ = update(state, frozen, batch)
     assert metrics.averages()["ratio_max"] - 1 < 1e-5
     state, _, norms = update(state, frozen, batch)
-    for tree in (state.trainable, *(() if offloaded else (state.ema, state.opt[1][0].mu, state.opt[1][0].nu))):
-        assert not [k for k, v in tree.items() if not v.sharding.is_equivalent_to(placed[k], v.ndim)]
+    for tree in (
+        state.trainable,
+        *(() if offloaded else (state.ema, state.opt[1][0].mu, state.opt[1][0].nu)),
+    ):
+        assert not [
+            k for k, v in tree.items() if not v.sharding.is_equivalent_to(placed[k], v.ndim)
+        ]
     assert getattr(update, "gradient", update)._cache_size() == 1
-    return (np.asarray(final), np.asarray(kept.log_prob), flat_vector(state.trainable), flat_vector(state.ema),
-            np.array([float(v) for v in norms.values()])), state
+    return (
+        np.asarray(final),
+        np.asarray(kept.log_prob),
+        flat_vector(state.trainable),
+        flat_vector(state.ema),
+        np.array([float(v) for v in norms.values()]),
+    ), state
 
 
 def test_eight_devices_equal_one_with_adapters():
@@ -90,59 +112,108 @@ def test_eight_devices_equal_one_with_all_weights(tmp_path):
         np.testing.assert_allclose(many, alone, atol=1e-4)
         np.testing.assert_allclose(hosted, many, atol=1e-6)
     checkpoints = Checkpoints(tmp_path)
-    train_state.save(checkpoints, 1, {"transformer": state}, defaults().to_dict(), None, Spent(5, 1.5))
+    train_state.save(
+        checkpoints, 1, {"transformer": state}, defaults().to_dict(), None, Spent(5, 1.5)
+    )
     assert train_state.spent_by(checkpoints, 1) == Spent(5, 1.5)
     restored = train_state.restore(checkpoints, 1, {"transformer": state})["transformer"]
     other_way = train_state.restore(checkpoints, 1, {"transformer": before})["transformer"]
     for got, like in ((restored, state), (other_way, before)):
         jax.tree.map(np.testing.assert_array_equal, got, state)
-        same = jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim)
-                            and a.sharding.memory_kind == b.sharding.memory_kind, got, like)
+        same = jax.tree.map(
+            lambda a, b: (
+                a.sharding.is_equivalent_to(b.sharding, a.ndim)
+                and a.sharding.memory_kind == b.sharding.memory_kind
+            ),
+            got,
+            like,
+        )
         assert all(jax.tree.leaves(same))
-    kinds = [{x.sharding.memory_kind for x in tree.values()}
-             for tree in (state.opt[1][0].mu, state.opt[1][0].nu, state.ema, state.trainable)]
+    kinds = [
+        {x.sharding.memory_kind for x in tree.values()}
+        for tree in (state.opt[1][0].mu, state.opt[1][0].nu, state.ema, state.trainable)
+    ]
     assert kinds == [{"pinned_host"}] * 3 + [{"device"}]
 
 
 def test_no_memory_to_offload_to_is_an_error():
     device = types.SimpleNamespace(platform="toaster", addressable_memories=lambda: [])
-    with pytest.raises(ValueError, match=r"offload_optimiser=True needs memory of kind pinned_host, toaster.*fsdp"):
+    with pytest.raises(
+        ValueError, match=r"offload_optimiser=True needs memory of kind pinned_host, toaster.*fsdp"
+    ):
         offload.check_device(device)
 
 
 def abstract(tree, mesh):
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree,
-                        mesh_lib.param_shardings(tree, mesh))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        tree,
+        mesh_lib.param_shardings(tree, mesh),
+    )
 
 
 def sent(text: str) -> dict[str, list[int]]:
     """The elements of every collective's largest result, by kind, in optimised HLO of fp32."""
-    def elements(result):
-        return max(math.prod(int(n) for n in dims.split(",") if n) for dims in re.findall(r"f32\[([\d,]*)\]", result))
 
-    return {kind: sorted(map(elements, re.findall(rf"= (.*?) {kind}(?:-start)?\(", text)))
-            for kind in ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")}
+    def elements(result):
+        return max(
+            math.prod(int(n) for n in dims.split(",") if n)
+            for dims in re.findall(r"f32\[([\d,]*)\]", result)
+        )
+
+    return {
+        kind: sorted(map(elements, re.findall(rf"= (.*?) {kind}(?:-start)?\(", text)))
+        for kind in (
+            "all-gather",
+            "reduce-scatter",
+            "all-reduce",
+            "all-to-all",
+            "collective-permute",
+        )
+    }
 
 
 def test_weights_are_gathered_block_by_block_and_gradients_scattered(capfd):
     """What the update of all weights sends over fsdp=4, read from the compiled program."""
     mesh, b = mesh_lib.make_mesh(4, jax.devices()[:4]), 4
     config = dataclasses.replace(CONFIG, num_attention_heads=4, attention_head_dim=64, ffn_dim=768)
-    policy = make_structure(config, lora=None, dtype=jnp.float32, attention="xla", remat="none", mesh=mesh)
+    policy = make_structure(
+        config, lora=None, dtype=jnp.float32, attention="xla", remat="none", mesh=mesh
+    )
     rows = mesh_lib.batch_sharding(mesh, 2)
-    x, log_prob = (jax.ShapeDtypeStruct((1, 2, b, *shape), jnp.float32, sharding=rows) for shape in (ODD, ()))
-    text = TextBatch(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, b, 6, 12), (1, 6, 12))), 10)
-    batch = UpdateBatch(Trajectory(x, x, log_prob, jax.ShapeDtypeStruct((1, 2), jnp.int32), text),
-                        jax.ShapeDtypeStruct((1, b), jnp.float32), jax.ShapeDtypeStruct((1, b), bool))
+    x, log_prob = (
+        jax.ShapeDtypeStruct((1, 2, b, *shape), jnp.float32, sharding=rows) for shape in (ODD, ())
+    )
+    text = TextBatch(
+        *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, b, 6, 12), (1, 6, 12))), 10
+    )
+    batch = UpdateBatch(
+        Trajectory(x, x, log_prob, jax.ShapeDtypeStruct((1, 2), jnp.int32), text),
+        jax.ShapeDtypeStruct((1, b), jnp.float32),
+        jax.ShapeDtypeStruct((1, b), bool),
+    )
     update = make_update(policy, TABLE, 1.0, LossConfig(kl_beta=0.0), OPTIMISER, mesh)
-    found = sent(update.lower(abstract(state_shapes(policy, OPTIMISER), mesh), abstract(policy.base, mesh),
-                              batch).compile().as_text())
+    found = sent(
+        update.lower(
+            abstract(state_shapes(policy, OPTIMISER), mesh), abstract(policy.base, mesh), batch
+        )
+        .compile()
+        .as_text()
+    )
 
-    split = {path: x.size for path, x in policy.trainable.items() if mesh_lib.param_spec(x.shape, 4) != P()}
-    of_one_block = [size // config.num_layers for path, size in split.items() if path.startswith("blocks/")]
+    split = {
+        path: x.size
+        for path, x in policy.trainable.items()
+        if mesh_lib.param_spec(x.shape, 4) != P()
+    }
+    of_one_block = [
+        size // config.num_layers for path, size in split.items() if path.startswith("blocks/")
+    ]
     outside = [size for path, size in split.items() if not path.startswith("blocks/")]
-    assert len(of_one_block) == 10 and len(outside) == 3  # 8 kernels of attention, 2 of the feed-forward
-    assert found["all-gather"] == sorted(2 * of_one_block + outside)  # those of a block again for the backward pass
+    # 8 kernels of attention, 2 of the feed-forward
+    assert len(of_one_block) == 10 and len(outside) == 3
+    # those of a block again for the backward pass
+    assert found["all-gather"] == sorted(2 * of_one_block + outside)
     assert found["reduce-scatter"] == sorted(size // 4 for size in of_one_block + outside)
     assert found["all-reduce"][-1] < 2**16  # what is not split
     assert not found["all-to-all"] and not found["collective-permute"]
@@ -152,47 +223,86 @@ def test_weights_are_gathered_block_by_block_and_gradients_scattered(capfd):
 def test_axes_of_the_mesh():
     mesh = mesh_lib.make_mesh(2, context=2)
     assert mesh_lib.describe(mesh) == "data 2 x fsdp 2 x context 2"
-    for shape, shard in (((2, 256, 512), (2, 128, 512)), ((2, 32, 2048), (2, 32, 1024)), ((40, 5120), (40, 2560)),
-                         ((512,), (512,))):
-        assert mesh_lib.shard_params({"": jnp.zeros(shape)}, mesh)[""].sharding.shard_shape(shape) == shard
+    for shape, shard in (
+        ((2, 256, 512), (2, 128, 512)),
+        ((2, 32, 2048), (2, 32, 1024)),
+        ((40, 5120), (40, 2560)),
+        ((512,), (512,)),
+    ):
+        assert (
+            mesh_lib.shard_params({"": jnp.zeros(shape)}, mesh)[""].sharding.shard_shape(shape)
+            == shard
+        )
     assert mesh_lib.batch_sharding(mesh, 1).shard_shape((3, 8, 5)) == (3, 2, 5)
     mesh_lib.check_batch("batch", 4, mesh)
 
 
-@pytest.mark.parametrize("fsdp, context, why", [
-    (3, 1, r"mesh.fsdp=3 does not divide the 8 devices; choose a divisor"),
-    (0, 1, r"mesh.fsdp=0 does not divide"),
-    (2, 3, r"mesh.context=3 does not divide the 8 devices by fsdp=2, 4; choose"),
-    (1, 16, r"mesh.context=16 does not divide the 8 devices; choose"),
-    (2, 2, r"batch=6 does not divide over 4 devices \(mesh data 2 x fsdp 2 x context 2\); make it a multiple of 4")])
+@pytest.mark.parametrize(
+    "fsdp, context, why",
+    [
+        (3, 1, r"mesh.fsdp=3 does not divide the 8 devices; choose a divisor"),
+        (0, 1, r"mesh.fsdp=0 does not divide"),
+        (2, 3, r"mesh.context=3 does not divide the 8 devices by fsdp=2, 4; choose"),
+        (1, 16, r"mesh.context=16 does not divide the 8 devices; choose"),
+        (
+            2,
+            2,
+            r"batch=6 does not divide over 4 devices \(mesh data 2 x fsdp 2 x context 2\); make it a multiple of 4",
+        ),
+    ],
+)
 def test_what_does_not_divide_is_refused(fsdp, context, why):
     with pytest.raises(ValueError, match=why):
         mesh_lib.check_batch("batch", 6, mesh_lib.make_mesh(fsdp, context=context))
 
 
-@pytest.mark.parametrize("devices, batch, state, memory, given, chosen", [
-    (8, 72, 30e9, 200e9, {}, (1, 1)),  # fits in half of a device: data parallel
-    (8, 72, 340e9, 200e9, {}, (4, 1)),  # the fewest devices over which it does
-    (4, 36, 340e9, 100e9, {}, (4, 1)),  # fits nowhere: all
-    (8, 72, 340e9, 0, {}, (1, 1)),  # memory not known
-    (8, 2, 30e9, 200e9, {}, (1, 4)), (8, 6, 30e9, 200e9, {}, (1, 4)), (8, 2, 150e9, 200e9, {}, (2, 4)),
-    (8, 9, 30e9, 200e9, {}, (1, 1)),  # check_batch refuses it
-    (8, 72, 30e9, 200e9, {"context": 2}, (1, 2)), (8, 72, 340e9, 200e9, {"context": 4}, (2, 4)),
-    (8, 72, 30e9, 200e9, {"fsdp": 8}, (8, 1)), (8, 4, 30e9, 200e9, {"fsdp": 8}, (8, 1)), (1, 1, 9e9, 1e9, {}, (1, 1))])
+@pytest.mark.parametrize(
+    "devices, batch, state, memory, given, chosen",
+    [
+        (8, 72, 30e9, 200e9, {}, (1, 1)),  # fits in half of a device: data parallel
+        (8, 72, 340e9, 200e9, {}, (4, 1)),  # the fewest devices over which it does
+        (4, 36, 340e9, 100e9, {}, (4, 1)),  # fits nowhere: all
+        (8, 72, 340e9, 0, {}, (1, 1)),  # memory not known
+        (8, 2, 30e9, 200e9, {}, (1, 4)),
+        (8, 6, 30e9, 200e9, {}, (1, 4)),
+        (8, 2, 150e9, 200e9, {}, (2, 4)),
+        (8, 9, 30e9, 200e9, {}, (1, 1)),  # check_batch refuses it
+        (8, 72, 30e9, 200e9, {"context": 2}, (1, 2)),
+        (8, 72, 340e9, 200e9, {"context": 4}, (2, 4)),
+        (8, 72, 30e9, 200e9, {"fsdp": 8}, (8, 1)),
+        (8, 4, 30e9, 200e9, {"fsdp": 8}, (8, 1)),
+        (1, 1, 9e9, 1e9, {}, (1, 1)),
+    ],
+)
 def test_the_chosen_mesh(devices, batch, state, memory, given, chosen):
     assert mesh_lib.choose(devices, batch, state, memory, **given) == chosen
 
 
-@pytest.mark.parametrize("model, rank, expected", [  # bytes a parameter; MI300X, H200 at JAX's default fraction
-    ("wan2.1-1.3b", 0, ("data 4", "data 4")), ("wan2.1-14b", 32, ("data 4", "data 4")),
-    ("wan2.1-14b", 0, ("data 1 x fsdp 4", "data 1 x fsdp 4"))])
+# bytes a parameter; MI300X, H200 at JAX's default fraction
+@pytest.mark.parametrize(
+    "model, rank, expected",
+    [
+        ("wan2.1-1.3b", 0, ("data 4", "data 4")),
+        ("wan2.1-14b", 32, ("data 4", "data 4")),
+        ("wan2.1-14b", 0, ("data 1 x fsdp 4", "data 1 x fsdp 4")),
+    ],
+)
 def test_published_models_over_four_devices(model, rank, expected):
-    c, s = defaults(), types.SimpleNamespace(lora=dataclasses.replace(LORA, rank=rank) if rank else None,
-                                             dtype=jnp.bfloat16, needs_reference=True, keeps_old=False)
+    c, s = (
+        defaults(),
+        types.SimpleNamespace(
+            lora=dataclasses.replace(LORA, rank=rank) if rank else None,
+            dtype=jnp.bfloat16,
+            needs_reference=True,
+            keeps_old=False,
+        ),
+    )
     c.sample.batch_size = 36
     config = presets.PRESETS[model].transformer
     for memory, mesh in zip((196e9, 105e9), expected):
-        _, line = devices.choose_mesh(c, s, config, experts=1, trained=1, devices=jax.devices()[:4], memory=memory)
+        _, line = devices.choose_mesh(
+            c, s, config, experts=1, trained=1, devices=jax.devices()[:4], memory=memory
+        )
         assert f"mesh {mesh} x" in line and f" of {memory / 1e9:.0f} GB a device" in line
 
 
@@ -200,11 +310,29 @@ def test_bytes_that_a_run_holds():
     policy = make_structure(WIDE, lora=None, dtype=jnp.float32, attention="xla", remat="none")
     count = sum(x.size for x in policy.trainable.values())
 
-    def per_parameter(experts=1, trained=1, reference=False, offload="auto", offload_optimiser=False, keeps_old=False):
-        return devices.state_bytes(policy, experts=experts, trained=trained, reference=reference, offload=offload,
-                                   offload_optimiser=offload_optimiser, keeps_old=keeps_old) / count
+    def per_parameter(
+        experts=1,
+        trained=1,
+        reference=False,
+        offload="auto",
+        offload_optimiser=False,
+        keeps_old=False,
+    ):
+        return (
+            devices.state_bytes(
+                policy,
+                experts=experts,
+                trained=trained,
+                reference=reference,
+                offload=offload,
+                offload_optimiser=offload_optimiser,
+                keeps_old=keeps_old,
+            )
+            / count
+        )
 
-    assert per_parameter() == 4 + 16 + 4  # a copy in the model's type, weight with moments and average, gradient
+    # a copy in the model's type, weight with moments and average, gradient
+    assert per_parameter() == 4 + 16 + 4
     assert per_parameter(reference=True) == 4 + 4 + 16 + 4
     assert per_parameter(offload_optimiser=True) == 4 + 4 + 4
     assert per_parameter(keeps_old=True) == 4 + 16 + 4 + 4
@@ -214,7 +342,9 @@ def test_bytes_that_a_run_holds():
 
 
 def test_what_is_computed_again_follows_the_memory():
-    """1.3B, 8 pictures of 512x512: 7 x 1536 + 8960 values of 30 layers for 1,024 tokens, twice with guidance."""
+    """1.3B, 8 pictures of 512x512: 7 x 1536 + 8960 values of 30 layers for 1,024 tokens, twice with
+    guidance.
+    """
     c = wan21_1_3b_ocr.get_config()
     c.sample.frames, c.sample.height, c.sample.width, c.sample.batch_size = 1, 512, 512, 8
     config = presets.PRESETS["wan2.1-1.3b"].transformer
@@ -222,8 +352,9 @@ def test_what_is_computed_again_follows_the_memory():
     kept = 2 * 8 * 1024 * 30 * (7 * 1536 + 8960) * 2
 
     def chosen(memory, mesh=mesh):
-        return devices.choose_remat(c, parse.from_config(c), config, mesh, tokens=1024, experts=1, trained=1,
-                                    memory=memory)
+        return devices.choose_remat(
+            c, parse.from_config(c), config, mesh, tokens=1024, experts=1, trained=1, memory=memory
+        )
 
     state = devices.state_of(c, parse.from_config(c), config, 1, 1)
     assert chosen(None) == "block"
@@ -233,8 +364,14 @@ def test_what_is_computed_again_follows_the_memory():
     state, old = (devices.state_of(c, parse.from_config(c), config, 1, 1), state)
     assert state > old and chosen((kept / 2 + state) / devices.SHARE + 1e6) == "save_matmuls"
     c.train.guided = True
-    assert chosen(least + 1e6) == "block" and chosen((kept + state) / devices.SHARE + 1e6) == "save_matmuls"
+    assert (
+        chosen(least + 1e6) == "block"
+        and chosen((kept + state) / devices.SHARE + 1e6) == "save_matmuls"
+    )
     c.train.method, c.sample.guidance, state = "grpo", 1.0, old
-    assert chosen(least - 1e6) == "save_matmuls" and chosen((kept / 2 + state) / devices.SHARE - 1e6) == "block"
+    assert (
+        chosen(least - 1e6) == "save_matmuls"
+        and chosen((kept / 2 + state) / devices.SHARE - 1e6) == "block"
+    )
     c.model.remat = "none"
     assert chosen(None) == chosen(1.0) == "none"

@@ -12,14 +12,24 @@ from wan_jax.command_line.cli import UserError
 
 
 def write(path, *lines):
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    path.write_text(
+        "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines),
+        encoding="utf-8",
+    )
     return path
 
 
 def test_text_and_json_lines_give_the_same_set(tmp_path):
-    text = write(tmp_path / "a.txt", "# signs", 'A sign "ÖPEN"', "", 'Two: "A" and "B"', 'A sign "ÖPEN"')
-    lines = write(tmp_path / "a.jsonl", {"prompt": 'A sign "ÖPEN"', "id": 7}, "", {"prompt": 'Two: "A" and "B"'},
-                  {"prompt": 'A sign "ÖPEN"', "id": 8})
+    text = write(
+        tmp_path / "a.txt", "# signs", 'A sign "ÖPEN"', "", 'Two: "A" and "B"', 'A sign "ÖPEN"'
+    )
+    lines = write(
+        tmp_path / "a.jsonl",
+        {"prompt": 'A sign "ÖPEN"', "id": 7},
+        "",
+        {"prompt": 'Two: "A" and "B"'},
+        {"prompt": 'A sign "ÖPEN"', "id": 8},
+    )
     first, second = load_prompts(text, parse_targets), load_prompts(lines, parse_targets)
     assert first.prompts == second.prompts == ('A sign "ÖPEN"', 'Two: "A" and "B"')
     assert first.targets == second.targets == (("ÖPEN",), ("A", "B"))
@@ -28,16 +38,26 @@ def test_text_and_json_lines_give_the_same_set(tmp_path):
 
 
 def test_targets_may_be_given_where_the_prompt_has_no_quotes(tmp_path):
-    path = write(tmp_path / "a.jsonl", {"prompt": "A neon sign that says open", "targets": ["open"], "camera": "pan"})
+    path = write(
+        tmp_path / "a.jsonl",
+        {"prompt": "A neon sign that says open", "targets": ["open"], "camera": "pan"},
+    )
     found = load_prompts(path, parse_targets)
     assert found.targets == (("open",),) and found.metadata == ({"camera": "pan"},)
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    ('{"prompt": "x', "line 2: not JSON"), ({"text": "x"}, 'line 2: no "prompt"'), ([1], 'line 2: no "prompt"'),
-    ({"prompt": " "}, 'no "prompt"'), ({"prompt": "x", "targets": "open"}, "'open'"),
-    ({"prompt": "x", "targets": [""]}, "not blank"), ({"prompt": "no quotes"}, "no quoted text"),
-])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "x', "line 2: not JSON"),
+        ({"text": "x"}, 'line 2: no "prompt"'),
+        ([1], 'line 2: no "prompt"'),
+        ({"prompt": " "}, 'no "prompt"'),
+        ({"prompt": "x", "targets": "open"}, "'open'"),
+        ({"prompt": "x", "targets": [""]}, "not blank"),
+        ({"prompt": "no quotes"}, "no quoted text"),
+    ],
+)
 def test_bad_lines_are_named(tmp_path, line, message):
     path = write(tmp_path / "a.jsonl", {"prompt": '"fine"'}, line)
     with pytest.raises(UserError, match="1 of 2 lines") as error:
@@ -53,17 +73,25 @@ def test_many_bad_lines_are_counted(tmp_path):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson", "a.Ndjson"])
 def test_json_lines_by_suffix(tmp_path, name):
     """Also with a character that some take for the end of a line."""
-    path = write(tmp_path / name, {"prompt": 'A "OPEN"'}, '{"prompt": "B \\"SHUT\\"", "note": "x\u2028y"}')
+    path = write(
+        tmp_path / name, {"prompt": 'A "OPEN"'}, '{"prompt": "B \\"SHUT\\"", "note": "x\u2028y"}'
+    )
     found = load_prompts(path, parse_targets)
     assert found.targets == (("OPEN",), ("SHUT",)) and found.metadata == ({}, {"note": "x\u2028y"})
 
 
-@pytest.mark.parametrize(("name", "text", "message"), [
-    *((f"a{suffix}", '"A ""OPEN"" sign",OPEN', f"{suffix.lower()} files are not read")
-      for suffix in (".json", ".csv", ".TSV", ".parquet")),
-    ("a.txt", '{"prompt": "A sign that says \\"OPEN\\"."}\nA "B"', "holds JSON"),
-    ("a", '[{"prompt": "x"}]', "holds JSON"),
-    ("a.txt", '\n[\n{"prompt": "A \\"B\\""}\n]', "holds JSON")])
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        *(
+            (f"a{suffix}", '"A ""OPEN"" sign",OPEN', f"{suffix.lower()} files are not read")
+            for suffix in (".json", ".csv", ".TSV", ".parquet")
+        ),
+        ("a.txt", '{"prompt": "A sign that says \\"OPEN\\"."}\nA "B"', "holds JSON"),
+        ("a", '[{"prompt": "x"}]', "holds JSON"),
+        ("a.txt", '\n[\n{"prompt": "A \\"B\\""}\n]', "holds JSON"),
+    ],
+)
 def test_files_that_would_be_misread_are_refused(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message) as error:
@@ -72,7 +100,10 @@ def test_files_that_would_be_misread_are_refused(tmp_path, name, text, message):
 
 
 def test_a_prompt_in_brackets_is_text(tmp_path):
-    assert len(load_prompts(write(tmp_path / "a.txt", '[cinematic] A sign "OPEN"'), parse_targets)) == 1
+    assert (
+        len(load_prompts(write(tmp_path / "a.txt", '[cinematic] A sign "OPEN"'), parse_targets))
+        == 1
+    )
 
 
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
@@ -94,22 +125,31 @@ def test_text_in_another_encoding_is_one_line(tmp_path):
 
 
 def test_targets_are_what_the_model_is_told(tmp_path):
-    path = write(tmp_path / "a.jsonl", {"prompt": 'A "R&amp;D" sign'},
-                 {"prompt": "x", "targets": ["R&amp;D", "O\u200bK "]})
+    path = write(
+        tmp_path / "a.jsonl",
+        {"prompt": 'A "R&amp;D" sign'},
+        {"prompt": "x", "targets": ["R&amp;D", "O\u200bK "]},
+    )
     assert load_prompts(path, parse_targets).targets == (("R&D",), ("R&D", "OK"))
     with pytest.raises(UserError, match='line 1: "targets" has a text without'):
-        load_prompts(write(tmp_path / "a.jsonl", {"prompt": "x", "targets": ["\u200b"]}), parse_targets)
+        load_prompts(
+            write(tmp_path / "a.jsonl", {"prompt": "x", "targets": ["\u200b"]}), parse_targets
+        )
     with pytest.raises(UserError, match="line 2: a backslash before the quote"):
-        load_prompts(write(tmp_path / "a.txt", 'A "B"', r'A \"B\"'), parse_targets)
+        load_prompts(write(tmp_path / "a.txt", 'A "B"', r"A \"B\""), parse_targets)
 
 
 def test_examples_show_prompts_and_targets(tmp_path):
-    found = load_prompts(write(tmp_path / "a.txt", 'A "B" and "C"', 'A "D"', 'A "E"'), parse_targets)
+    found = load_prompts(
+        write(tmp_path / "a.txt", 'A "B" and "C"', 'A "D"', 'A "E"'), parse_targets
+    )
     assert examples(found) == ["prompt: A \"B\" and \"C\" -> 'B', 'C'", "prompt: A \"D\" -> 'D'"]
 
 
 def test_every_prompt_comes_up_equally_often():
-    seen = np.bincount(np.concatenate([epoch_prompts(3, epoch, 10, 3) for epoch in range(9)]), minlength=10)
+    seen = np.bincount(
+        np.concatenate([epoch_prompts(3, epoch, 10, 3) for epoch in range(9)]), minlength=10
+    )
     assert seen.max() - seen.min() <= 3 and seen.sum() == 27
     assert len(set(epoch_prompts(3, 5, 10, 10))) == 10
     with pytest.raises(UserError, match=r"sample\.groups=11"):

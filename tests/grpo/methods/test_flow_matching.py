@@ -1,4 +1,6 @@
-"""DiffusionNFT, Flow-DPO, Flow-RWR and SFT: losses, selections and noise levels by their formulas, and whole runs."""
+"""DiffusionNFT, Flow-DPO, Flow-RWR and SFT: losses, selections and noise levels by their formulas,
+and whole runs.
+"""
 
 import dataclasses
 import functools
@@ -44,7 +46,9 @@ def test_half_optimal_videos_leave_the_old_policy_alone():
     x = (1 - sigma[:, None, None]) * x0 + sigma[:, None, None] * noise
 
     def gradient(r):
-        return jax.grad(lambda new: flow_matching.nft_loss(x, x0, sigma, new, v, jnp.full(3, r), 0.3).sum())(v)
+        return jax.grad(
+            lambda new: flow_matching.nft_loss(x, x0, sigma, new, v, jnp.full(3, r), 0.3).sum()
+        )(v)
 
     better, half, worse = map(gradient, (1.0, 0.5, 0.0))
     assert np.abs(half).max() < 1e-6 < 1e-3 < np.abs(better).max()
@@ -56,26 +60,44 @@ def test_a_group_decides_who_is_trained_on():
     rewards = np.array([0.2, 0.9, 0.4, 0.5, 0.5, 0.5, 0.3, 1.0, -2.0])
     valid = np.array([1, 1, 1, 1, 1, 1, 1, 0, 1], bool)
     best, worst, spread = selection.best_and_worst(rewards, valid, 3)
-    assert best.tolist() == [1, 3, 6] and worst.tolist() == [0, 3, 8] and spread.tolist() == [True, False, True]
+    assert (
+        best.tolist() == [1, 3, 6]
+        and worst.tolist() == [0, 3, 8]
+        and spread.tolist() == [True, False, True]
+    )
     none = selection.best_and_worst(rewards, np.zeros(9, bool), 3)
     assert not none[2].any()
     for temperature in (1.0, 0.1):
         weights = selection.regression_weights(rewards, valid, 3, temperature)
-        np.testing.assert_allclose(weights, reference.regression_weights(rewards, valid, 3, temperature), rtol=1e-6)
+        np.testing.assert_allclose(
+            weights, reference.regression_weights(rewards, valid, 3, temperature), rtol=1e-6
+        )
     assert (selection.regression_weights(rewards * 1e4, np.zeros(9, bool), 3, 1.0) == 0).all()
-    np.testing.assert_allclose(selection.optimality(np.array([-9.0, -2.5, 0.0, 5.0]), 5.0), [0, 0.25, 0.5, 1])
+    np.testing.assert_allclose(
+        selection.optimality(np.array([-9.0, -2.5, 0.0, 5.0]), 5.0), [0, 0.25, 0.5, 1]
+    )
 
 
-@pytest.mark.parametrize("rows, updates, batch, shards, expected", [
-    (48, 1, 9, 1, (6, 8)), (8, 1, 32, 1, (1, 8)), (8, 2, 32, 3, (1, 6)), (64, 1, 32, 4, (2, 32)),
-    (10, 2, 4, 1, (2, 3))])
+@pytest.mark.parametrize(
+    "rows, updates, batch, shards, expected",
+    [
+        (48, 1, 9, 1, (6, 8)),
+        (8, 1, 32, 1, (1, 8)),
+        (8, 2, 32, 3, (1, 6)),
+        (64, 1, 32, 4, (2, 32)),
+        (10, 2, 4, 1, (2, 3)),
+    ],
+)
 def test_batches_hold_every_row_once(rows, updates, batch, shards, expected):
     assert selection.layout(rows, updates, batch, shards) == expected
-    whole = selection.Selection(np.arange(rows) + 100, None, np.arange(rows, dtype=np.float32), np.ones(rows, bool))
+    whole = selection.Selection(
+        np.arange(rows) + 100, None, np.arange(rows, dtype=np.float32), np.ones(rows, bool)
+    )
     parts = whole.batches(updates, batch, shards)
     assert len(parts) == updates and all(p.videos.shape == p.valid.shape == expected for p in parts)
     counted = [np.sort(p.videos[p.valid]) for p in parts]
-    np.testing.assert_array_equal(np.concatenate(counted), whole.videos)  # in the same update whatever the devices
+    # in the same update whatever the devices
+    np.testing.assert_array_equal(np.concatenate(counted), whole.videos)
     assert all((p.videos == p.weight + 100).all() for p in parts)
 
 
@@ -83,22 +105,45 @@ def test_noise_levels_lie_with_their_expert_and_cover_it():
     schedule = flow_sigmas(20, 12.0)
     parts, quotas = segments(schedule.timesteps, 0.875), (3, 2)
     for method in ("nft", "dpo"):
-        draw = functools.partial(noise_levels, ForwardConfig(method), 7, 3, 4000, parts=parts, quotas=quotas,
-                                 schedule=schedule, boundary=0.875)
+        draw = functools.partial(
+            noise_levels,
+            ForwardConfig(method),
+            7,
+            3,
+            4000,
+            parts=parts,
+            quotas=quotas,
+            schedule=schedule,
+            boundary=0.875,
+        )
         first, second = draw(expert=0), draw(expert=1)
-        assert first.sigma.shape == (4000, 3) and second.sigma.shape == (4000, 2) and first.sigma.dtype == np.float32
+        assert (
+            first.sigma.shape == (4000, 3)
+            and second.sigma.shape == (4000, 2)
+            and first.sigma.dtype == np.float32
+        )
         assert first.timestep.min() >= 875 > second.timestep.max() and second.sigma.min() >= 0
         assert first.draw.tolist() == [0, 1, 2] and second.draw.tolist() == [3, 4]
-        assert (np.diff(first.sigma.mean(0)) * (-1 if method == "nft" else 1) > 0).all()  # strata, in their order
+        # strata, in their order
+        assert (np.diff(first.sigma.mean(0)) * (-1 if method == "nft" else 1) > 0).all()
         np.testing.assert_array_equal(draw(expert=0).sigma, first.sigma)
-    with pytest.raises(ValueError, match=r"train\.timesteps=1 must be from 2 .* to 20 \(.* in the rollout\)"):
+    with pytest.raises(
+        ValueError, match=r"train\.timesteps=1 must be from 2 .* to 20 \(.* in the rollout\)"
+    ):
         step_quotas(parts, ("one", "two"), ("one", "two"), 1, 0, 20, "train.timesteps")
-    steps = noise_levels(ForwardConfig("nft"), 0, 1, 9, 0, segments(schedule.timesteps, None), (20,), schedule, None)
-    np.testing.assert_array_equal(steps.sigma, np.tile(schedule.sigmas[:-1], (9, 1)))  # as many as steps: each once
-    whole = noise_levels(ForwardConfig("rwr"), 0, 1, 999, 0, segments(schedule.timesteps, None), (4,), schedule, None)
+    steps = noise_levels(
+        ForwardConfig("nft"), 0, 1, 9, 0, segments(schedule.timesteps, None), (20,), schedule, None
+    )
+    # as many as steps: each once
+    np.testing.assert_array_equal(steps.sigma, np.tile(schedule.sigmas[:-1], (9, 1)))
+    whole = noise_levels(
+        ForwardConfig("rwr"), 0, 1, 999, 0, segments(schedule.timesteps, None), (4,), schedule, None
+    )
     normal = NormalDist()
     for level in (0.1, 0.5, 0.8):
-        assert np.mean(whole.sigma < level) == pytest.approx(normal.cdf(math.log(level / (1 - level))), abs=0.02)
+        assert np.mean(whole.sigma < level) == pytest.approx(
+            normal.cdf(math.log(level / (1 - level))), abs=0.02
+        )
 
 
 @pytest.fixture(scope="module")
@@ -114,19 +159,32 @@ def batch_of(config, weight, valid, updates=1):
     mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
     latents = [jax.random.normal(jax.random.key(i), (4, *SHAPE)) for i in range(2)]
     numbers = np.arange(8)
-    chosen = selection.Selection(numbers, None, weight, valid) if config.method != "dpo" else selection.Selection(
-        numbers[::2], numbers[1::2], weight[::2], valid[::2])
-    chosen, = chosen.batches(1, 4, 1)
+    chosen = (
+        selection.Selection(numbers, None, weight, valid)
+        if config.method != "dpo"
+        else selection.Selection(numbers[::2], numbers[1::2], weight[::2], valid[::2])
+    )
+    (chosen,) = chosen.batches(1, 4, 1)
     schedule = flow_sigmas(4, 3.0)
-    levels = noise_levels(config, 0, 1, 8, 0, segments(schedule.timesteps, None), (2,), schedule, None)
+    levels = noise_levels(
+        config, 0, 1, 8, 0, segments(schedule.timesteps, None), (2,), schedule, None
+    )
     texts = [test_update.text_batch(chosen.videos.shape[1])] * len(chosen.videos)
-    return flow_matching.stack(chosen, latents, texts, levels, jax.random.key(5), mesh), np.concatenate(latents)
+    return flow_matching.stack(
+        chosen, latents, texts, levels, jax.random.key(5), mesh
+    ), np.concatenate(latents)
 
 
-@pytest.mark.parametrize("config", [
-    ForwardConfig("nft", nft_beta=0.3, kl_beta=0.1), ForwardConfig("dpo", dpo_beta=30.0),
-    ForwardConfig("rwr", kl_beta=0.1), ForwardConfig("rwr", kl_beta=0.1, guided=True)],
-    ids=lambda c: c.method + "-guided" * c.guided)
+@pytest.mark.parametrize(
+    "config",
+    [
+        ForwardConfig("nft", nft_beta=0.3, kl_beta=0.1),
+        ForwardConfig("dpo", dpo_beta=30.0),
+        ForwardConfig("rwr", kl_beta=0.1),
+        ForwardConfig("rwr", kl_beta=0.1, guided=True),
+    ],
+    ids=lambda c: c.method + "-guided" * c.guided,
+)
 def test_loss_and_gradient_of_an_update(model, config):
     policy, new, old, frozen = model
     old, guidance = old if config.keeps_old else None, 3.0 if config.guided else 1.0
@@ -139,15 +197,27 @@ def test_loss_and_gradient_of_an_update(model, config):
     # the loss, row by row
     @jax.jit
     def velocities(x0, sigma, noise, timestep):
-        modules = [policy.module(new, frozen), policy.reference(frozen), policy.module(old or new, frozen)]
+        modules = [
+            policy.module(new, frozen),
+            policy.reference(frozen),
+            policy.module(old or new, frozen),
+        ]
         text = test_update.text_batch(4)
-        return [velocity(module, (1 - sigma) * x0 + sigma * noise, timestep, text, guidance) for module in modules]
+        return [
+            velocity(module, (1 - sigma) * x0 + sigma * noise, timestep, text, guidance)
+            for module in modules
+        ]
 
     losses = []
     for m in range(batch.video.shape[0]):
         for k, draw in enumerate(batch.draw):
             numbers, sigma = np.asarray(batch.video[m]), batch.sigma[m, k].reshape(-1, 1, 1, 1, 1)
-            noise = sample_noise(jax.random.fold_in(jax.random.key(5), flow_matching.KEY), batch.video[m], draw, SHAPE)
+            noise = sample_noise(
+                jax.random.fold_in(jax.random.key(5), flow_matching.KEY),
+                batch.video[m],
+                draw,
+                SHAPE,
+            )
             level = sigma, noise, batch.timestep[m, k]
             v, v_ref, v_old = (np.asarray(v, np.float64) for v in velocities(x0[numbers], *level))
             v_worse = velocities(x0[numbers + 1], *level) if config.method == "dpo" else None
@@ -168,19 +238,28 @@ def test_loss_and_gradient_of_an_update(model, config):
     # the gradient is the loss's slope, where nothing of it is held constant
     if config.method != "nft":
         way = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape) * 1e-3, new)
-        ends = [gradient(jax.tree.map(lambda p, d, side=side: p + side * d, new, way), held, frozen, batch)[1]
-                for side in (1, -1)]
+        ends = [
+            gradient(
+                jax.tree.map(lambda p, d, side=side: p + side * d, new, way), held, frozen, batch
+            )[1]
+            for side in (1, -1)
+        ]
         slope = (ends[0].averages()["policy_loss"] - ends[1].averages()["policy_loss"]) / 2
         assert slope == pytest.approx(sum(float((grads[k] * way[k]).sum()) for k in way), rel=1e-2)
 
     # what is masked has no say
     mask = np.asarray(batch.valid)[..., None, None, None, None]
-    other, _ = gradient(new, held, frozen, dataclasses.replace(batch, x0=jnp.where(mask, batch.x0, 1e3)))
+    other, _ = gradient(
+        new, held, frozen, dataclasses.replace(batch, x0=jnp.where(mask, batch.x0, 1e3))
+    )
     for name in grads:
         np.testing.assert_array_equal(grads[name], other[name])
-    nothing, _ = gradient(new, held, frozen, dataclasses.replace(batch, valid=jnp.zeros_like(batch.valid)))
+    nothing, _ = gradient(
+        new, held, frozen, dataclasses.replace(batch, valid=jnp.zeros_like(batch.valid))
+    )
     assert all((np.asarray(g) == 0).all() for g in nothing.values())
-    if config.method == "nft":  # optimality 1/2 everywhere, at the old policy, which is the base model here
+    # optimality 1/2 everywhere, at the old policy, which is the base model here
+    if config.method == "nft":
         bases = {k: v * (0 if k.endswith("lora_b") else 1) for k, v in old.items()}
         half = dataclasses.replace(batch, weight=jnp.full_like(batch.weight, 0.5))
         still, _ = gradient(bases, Held(old=bases), frozen, half)
@@ -193,7 +272,14 @@ def test_how_the_old_weights_follow():
     kept = [nft.old_kept(updates, updates % 2 == 0) for updates in range(1, 9)]
     assert kept == [(1.0,), (0.02,), (1.0,), (0.04,), (1.0,), (0.05,), (1.0,), (0.05,)]
     online = ForwardConfig("dpo", reference_every=3)
-    assert [online.old_kept(updates, updates % 2 == 0)[0] for updates in range(1, 7)] == [1, 1, 0, 1, 1, 0]
+    assert [online.old_kept(updates, updates % 2 == 0)[0] for updates in range(1, 7)] == [
+        1,
+        1,
+        0,
+        1,
+        1,
+        0,
+    ]
     assert online.keeps_old and not online.needs_reference
     for config in (ForwardConfig("dpo"), ForwardConfig("rwr")):
         assert config.old_kept(1, True) == () and not config.keeps_old
@@ -201,7 +287,9 @@ def test_how_the_old_weights_follow():
 
 
 def test_nft_samples_with_the_old_policy_and_resumes_bit_for_bit(start, capsys):
-    """Two devices, two updates an epoch; after each epoch the old policy has followed by the formula."""
+    """Two devices, two updates an epoch; after each epoch the old policy has followed by the
+    formula.
+    """
     c, s, *rest = start(2, **{"train.method": "nft", "train.timesteps": 2, "train.old_rate": 0.1})
     run = pathlib.Path(c.run_dir)
     train.train(c, s, *rest)
@@ -216,13 +304,28 @@ def test_nft_samples_with_the_old_policy_and_resumes_bit_for_bit(start, capsys):
     train.train(c, s, *rest)
     assert_same(result(run), last)
     out = capsys.readouterr().out
-    assert "continuing" in out and "epoch 2/2" in out and "ratio error" not in out and "compiled again" not in out
+    assert (
+        "continuing" in out
+        and "epoch 2/2" in out
+        and "ratio error" not in out
+        and "compiled again" not in out
+    )
 
 
 def test_online_dpo_runs(start, capsys):
-    """Pairs gathered from two devices, more than there are groups with spread; the reference is the last policy."""
-    c, s, *rest = start(2, **{"train.method": "dpo", "train.reference_every": 1, "train.timesteps": 1, "epochs": 1,
-                              "train.updates_per_epoch": 1})
+    """Pairs gathered from two devices, more than there are groups with spread; the reference is the
+    last policy.
+    """
+    c, s, *rest = start(
+        2,
+        **{
+            "train.method": "dpo",
+            "train.reference_every": 1,
+            "train.timesteps": 1,
+            "epochs": 1,
+            "train.updates_per_epoch": 1,
+        },
+    )
     train.train(c, s, *rest)
     arrays = arrays_of(pathlib.Path(c.run_dir))
     assert "epoch 1/1" in capsys.readouterr().out
@@ -238,32 +341,68 @@ def run_of(module, model, **values):
 
 
 def test_what_is_planned():
-    """The programs' batches, the old weights in memory, the reference where one is asked, the FLOPs."""
+    """The programs' batches, the old weights in memory, the reference where one is asked, the
+    FLOPs.
+    """
     run = run_of(wan22_a14b_ocr, "wan2.2-a14b", **{"train.method": "nft", "train.timesteps": 5})
     batch = run.update_batch(1)
     m, b = run.settings.batches // run.recipe.train.updates_per_epoch, run.recipe.sample.batch_size
-    assert batch.x0.shape == (m, b, *run.shape) and batch.sigma.shape == (m, run.trained_steps(1), b)
+    assert batch.x0.shape == (m, b, *run.shape) and batch.sigma.shape == (
+        m,
+        run.trained_steps(1),
+        b,
+    )
     assert run.trained_steps(0) + run.trained_steps(1) == 5 and batch.worse is None
     assert run.state.old.keys() == run.state.trainable.keys() and run.updates[0] is run.updates[1]
     assert run.trajectories == (run.latents(),) * run.settings.batches and not run.unstacked
-    pairs = run_of(wan21_1_3b_ocr, "wan2.1-1.3b", **{"train.method": "dpo", "lora.rank": 0, "train.kl_weight": 0.0})
-    assert pairs.frozen is not None and pairs.state.old is None and pairs.update_batch(0).worse is not None
+    pairs = run_of(
+        wan21_1_3b_ocr,
+        "wan2.1-1.3b",
+        **{"train.method": "dpo", "lora.rank": 0, "train.kl_weight": 0.0},
+    )
+    assert (
+        pairs.frozen is not None
+        and pairs.state.old is None
+        and pairs.update_batch(0).worse is not None
+    )
     pairs.recipe.train.reference_every = 9
     online = dataclasses.replace(pairs)
     assert online.frozen is None and online.state.old is not None
-    grpo, rwr = (costs.work(run_of(wan21_1_3b_ocr, "wan2.1-1.3b", **{
-        "train.method": method, "train.kl_weight": 0.004, "sample.sde_steps": 4})) for method in ("grpo", "rwr"))
+    grpo, rwr = (
+        costs.work(
+            run_of(
+                wan21_1_3b_ocr,
+                "wan2.1-1.3b",
+                **{"train.method": method, "train.kl_weight": 0.004, "sample.sde_steps": 4},
+            )
+        )
+        for method in ("grpo", "rwr")
+    )
     assert rwr.sample == grpo.sample and rwr.update == pytest.approx(grpo.update / 2)  # no guidance
 
 
-@pytest.mark.parametrize("key, value, message", [
-    ("train.method", "ppo", "choose one of grpo, nft, dpo, rwr, sft"), ("train.timesteps", 0, "timesteps=0"),
-    ("train.timesteps", 11, "train.timesteps=11 must be at most sample.steps=10"), ("train.nft_beta", 0.0, "nft_beta"),
-    ("sample.shared_noise", True, "all videos of a group would be one"), ("train.old_most", 1.0, "old_most=1.0"),
-    ("train.dpo_beta", -1.0, "dpo_beta"), ("train.temperature", 0.0, "temperature"),
-    ("train.reference_every", -1, "reference_every=-1"), ("train.kl_weight", -1.0, "train.kl_weight=-1.0"),
-    ("train.updates_per_epoch", 2, "does not divide sample.groups=9"), ("sample.sde", "cps", "is of Flow-GRPO"),
-    ("train.objective", "guard", "objective=guard is of Flow-GRPO: set --config.train.method=grpo")])
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("train.method", "ppo", "choose one of grpo, nft, dpo, rwr, sft"),
+        ("train.timesteps", 0, "timesteps=0"),
+        ("train.timesteps", 11, "train.timesteps=11 must be at most sample.steps=10"),
+        ("train.nft_beta", 0.0, "nft_beta"),
+        ("sample.shared_noise", True, "all videos of a group would be one"),
+        ("train.old_most", 1.0, "old_most=1.0"),
+        ("train.dpo_beta", -1.0, "dpo_beta"),
+        ("train.temperature", 0.0, "temperature"),
+        ("train.reference_every", -1, "reference_every=-1"),
+        ("train.kl_weight", -1.0, "train.kl_weight=-1.0"),
+        ("train.updates_per_epoch", 2, "does not divide sample.groups=9"),
+        ("sample.sde", "cps", "is of Flow-GRPO"),
+        (
+            "train.objective",
+            "guard",
+            "objective=guard is of Flow-GRPO: set --config.train.method=grpo",
+        ),
+    ],
+)
 def test_bad_settings_are_refused(key, value, message):
     c = tiny_ocr.get_config()
     c.train.method = "dpo"

@@ -1,5 +1,6 @@
-"""The GRPO objective: values, gradients and metrics against the float64 reference, whose own gradient is
-checked by central differences."""
+"""The GRPO objective: values, gradients and metrics against the float64 reference, whose own
+gradient is checked by central differences.
+"""
 
 import dataclasses
 import math
@@ -31,7 +32,9 @@ CONFIG = dict(clip_low=0.02, clip_high=0.03, kl_beta=0.1)
 
 
 def batch(seed=0, distance=0.06):
-    """Eight rows at different steps of one schedule: the float32 arguments of `reference.grpo_objective`."""
+    """Eight rows at different steps of one schedule: the float32 arguments of
+    `reference.grpo_objective`.
+    """
     rng = np.random.default_rng(seed)
     schedule = flow_sigmas(10, 3.0)
     steps = np.arange(1, 9)
@@ -40,35 +43,57 @@ def batch(seed=0, distance=0.06):
     x, v_old, z, a, b = (rng.normal(size=SHAPE).astype(np.float32) for _ in range(5))
     mean, std = sde.sde_mean_std(jnp.asarray(x), jnp.asarray(v_old), sigma, sigma_next, g)
     x_next = np.asarray(mean) + np.asarray(std).reshape(-1, 1, 1, 1, 1) * z
-    # Moving the mean by +-distance * std * z changes the log-prob by about +-distance: ratios on both sides
-    # of the clip range, and two rows inside it.
+    # Moving the mean by +-distance * std * z changes the log-prob by about +-distance: ratios on
+    # both sides of the clip range, and two rows inside it.
     side = np.array([1, -1, 1, -1, 0, 0, 1, -1], np.float32).reshape(-1, 1, 1, 1, 1)
     scale = (np.asarray(std) / (sigma_next - sigma)).reshape(-1, 1, 1, 1, 1)
     v_new = v_old + distance * (0.2 * a + side * scale * z)
     advantages = np.array([1, 1, -1, -1, 2, -0.5, 0.3, -0.7], np.float32)
-    return dict(x=x, x_next=x_next, v_new=v_new, v_old=v_old, v_ref=v_old + distance * b, sigma=sigma,
-                sigma_next=sigma_next, g=g, advantages=advantages)
+    return dict(
+        x=x,
+        x_next=x_next,
+        v_new=v_new,
+        v_old=v_old,
+        v_ref=v_old + distance * b,
+        sigma=sigma,
+        sigma_next=sigma_next,
+        g=g,
+        advantages=advantages,
+    )
 
 
 def rows_of(args, old_log_prob, mask=None):
     names = ("x", "x_next", "advantages", "sigma", "sigma_next", "g")
     mask = np.ones(len(args["x"]), bool) if mask is None else mask
-    return Rows(old_log_prob=jnp.asarray(old_log_prob, jnp.float32), mask=jnp.asarray(mask),
-                **{name: jnp.asarray(args[name]) for name in names})
+    return Rows(
+        old_log_prob=jnp.asarray(old_log_prob, jnp.float32),
+        mask=jnp.asarray(mask),
+        **{name: jnp.asarray(args[name]) for name in names},
+    )
 
 
 def objective(rows, v_new, v_ref, config):
     """Scalar loss, gradient and metrics, jitted as an update would."""
+
     def loss(v):
         terms, metrics = policy_gradient_terms(rows, v, v_ref, config)
         return masked_mean(terms, rows.mask), metrics
+
     (value, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(jnp.asarray(v_new))
     return value, gradient, metrics
 
 
 def old_log_prob(args):
-    return sde.log_prob(jnp.asarray(args["x_next"]), *sde.sde_mean_std(
-        jnp.asarray(args["x"]), jnp.asarray(args["v_old"]), args["sigma"], args["sigma_next"], args["g"]))
+    return sde.log_prob(
+        jnp.asarray(args["x_next"]),
+        *sde.sde_mean_std(
+            jnp.asarray(args["x"]),
+            jnp.asarray(args["v_old"]),
+            args["sigma"],
+            args["sigma_next"],
+            args["g"],
+        ),
+    )
 
 
 @pytest.mark.parametrize("kind", KL_KINDS)
@@ -83,9 +108,13 @@ def test_objective_equals_reference(kind):
     np.testing.assert_allclose(gradient, want["gradient"], rtol=1e-3, atol=1e-5 * largest)
     averages = metrics.averages()
     assert float(metrics.count) == 7
-    for name, values in {"ratio_mean": want["ratio"], "clip_fraction": want["clipped"], "kl": want["kl"],
-                         "policy_loss": want["policy_loss"],
-                         "approx_kl": 0.5 * (want["log_prob"] - want["old_log_prob"]) ** 2}.items():
+    for name, values in {
+        "ratio_mean": want["ratio"],
+        "clip_fraction": want["clipped"],
+        "kl": want["kl"],
+        "policy_loss": want["policy_loss"],
+        "approx_kl": 0.5 * (want["log_prob"] - want["old_log_prob"]) ** 2,
+    }.items():
         assert averages[name] == pytest.approx(values[mask].mean(), rel=1e-4, abs=1e-6), name
     assert averages["ratio_min"] == pytest.approx(want["ratio"][mask].min(), rel=1e-5)
     assert averages["ratio_max"] == pytest.approx(want["ratio"][mask].max(), rel=1e-5)
@@ -108,23 +137,34 @@ def test_reference_gradient_by_central_differences(kind):
     for b in range(SHAPE[0]):  # each row by itself, so that no row hides behind another
         step = np.zeros(SHAPE)
         step[b] = 1e-6 * direction[b]
-        plus, minus = (reference.grpo_objective(**{**args, "v_new": args["v_new"] + sign * step}, **CONFIG,
-                                                kl_kind=kind)["loss"] for sign in (1, -1))
+        plus, minus = (
+            reference.grpo_objective(
+                **{**args, "v_new": args["v_new"] + sign * step}, **CONFIG, kl_kind=kind
+            )["loss"]
+            for sign in (1, -1)
+        )
         gradient = reference.grpo_objective(**args, **CONFIG, kl_kind=kind)["gradient"]
-        assert (plus - minus) / 2e-6 == pytest.approx(np.sum(gradient[b] * direction[b]), rel=1e-5, abs=1e-8)
+        assert (plus - minus) / 2e-6 == pytest.approx(
+            np.sum(gradient[b] * direction[b]), rel=1e-5, abs=1e-8
+        )
 
 
 def test_on_policy_ratio_is_exactly_one_and_the_gradient_is_plain_policy_gradient():
     args = batch()
     rows = rows_of(args, jnp.zeros(8))
-    recompute = jax.jit(lambda v: sde.log_prob(rows.x_next, *sde.sde_mean_std(
-        rows.x, v, rows.sigma, rows.sigma_next, rows.g)))
+    recompute = jax.jit(
+        lambda v: sde.log_prob(
+            rows.x_next, *sde.sde_mean_std(rows.x, v, rows.sigma, rows.sigma_next, rows.g)
+        )
+    )
     v = jnp.asarray(args["v_old"])
     logp = recompute(v)
     loss, ratio = clipped_loss(recompute(v) - logp, rows.advantages, 1e-5, 1e-5)
     np.testing.assert_array_equal(ratio, 1.0)
     np.testing.assert_array_equal(loss, -rows.advantages)
-    ours = jax.grad(lambda v: clipped_loss(recompute(v) - logp, rows.advantages, 1e-5, 1e-5)[0].sum())(v)
+    ours = jax.grad(
+        lambda v: clipped_loss(recompute(v) - logp, rows.advantages, 1e-5, 1e-5)[0].sum()
+    )(v)
     plain = jax.grad(lambda v: -jnp.sum(rows.advantages * recompute(v)))(v)
     np.testing.assert_allclose(ours, plain, rtol=1e-6, atol=1e-12)
     assert np.any(ours)
@@ -133,8 +173,10 @@ def test_on_policy_ratio_is_exactly_one_and_the_gradient_is_plain_policy_gradien
 def test_clipped_loss_values_and_gradients():
     """r = 0.5, 0.9, 1, 1.1, 2 for A = +1 and -1 with the range [0.8, 1.3]."""
     r = np.array([0.5, 0.9, 1.0, 1.1, 2.0], np.float32)
-    for A, want, slopes in ((1.0, [-0.5, -0.9, -1.0, -1.1, -1.3], [-0.5, -0.9, -1.0, -1.1, 0.0]),
-                            (-1.0, [0.8, 0.9, 1.0, 1.1, 2.0], [0.0, 0.9, 1.0, 1.1, 2.0])):
+    for A, want, slopes in (
+        (1.0, [-0.5, -0.9, -1.0, -1.1, -1.3], [-0.5, -0.9, -1.0, -1.1, 0.0]),
+        (-1.0, [0.8, 0.9, 1.0, 1.1, 2.0], [0.0, 0.9, 1.0, 1.1, 2.0]),
+    ):
         loss, ratio = clipped_loss(jnp.log(r), jnp.full(5, A), 0.2, 0.3)
         np.testing.assert_allclose(ratio, r, rtol=1e-6)
         np.testing.assert_allclose(loss, want, rtol=1e-6)
@@ -167,13 +209,17 @@ def test_masked_mean():
 
 
 def test_masked_rows_change_nothing():
-    """A padding row of zeros and a masked row of nonsense leave loss, gradient and metrics as they were."""
+    """A padding row of zeros and a masked row of nonsense leave loss, gradient and metrics as they
+    were.
+    """
     args = batch()
     config = LossConfig(**CONFIG)
     old = old_log_prob(args)
     loss, gradient, metrics = objective(rows_of(args, old), args["v_new"], args["v_ref"], config)
-    padded = {name: np.concatenate([value, 0 * value[:1], 5 * value[:1] if value.ndim > 1 else value[:1]])
-              for name, value in args.items()}
+    padded = {
+        name: np.concatenate([value, 0 * value[:1], 5 * value[:1] if value.ndim > 1 else value[:1]])
+        for name, value in args.items()
+    }
     rows = rows_of(padded, np.concatenate([old, [0.0, 1.0]]), np.arange(10) < 8)
     loss2, gradient2, metrics2 = objective(rows, padded["v_new"], padded["v_ref"], config)
     assert float(loss2) == pytest.approx(float(loss), rel=1e-6)
@@ -184,12 +230,18 @@ def test_masked_rows_change_nothing():
 
 def test_merged_metrics_are_those_of_the_whole_batch():
     args = batch()
-    old, mask, config = old_log_prob(args), np.array([1, 1, 0, 1, 1, 1, 0, 1], bool), LossConfig(**CONFIG)
+    old, mask, config = (
+        old_log_prob(args),
+        np.array([1, 1, 0, 1, 1, 1, 0, 1], bool),
+        LossConfig(**CONFIG),
+    )
     rows = rows_of(args, old, mask)
     inputs = rows, jnp.asarray(args["v_new"]), jnp.asarray(args["v_ref"])
     _, whole = policy_gradient_terms(*inputs, config)
-    parts = [policy_gradient_terms(*jax.tree.map(lambda a, s=s: a[s], inputs), config)[1]
-             for s in (slice(0, 3), slice(3, 8))]
+    parts = [
+        policy_gradient_terms(*jax.tree.map(lambda a, s=s: a[s], inputs), config)[1]
+        for s in (slice(0, 3), slice(3, 8))
+    ]
     assert parts[0].merge(parts[1]).averages() == pytest.approx(whole.averages(), rel=1e-5)
 
 
@@ -206,41 +258,68 @@ def test_reference_velocity():
 
     def through_reference(v_ref):
         return jnp.sum(policy_gradient_terms(rows, v, v_ref, LossConfig(**CONFIG))[0])
+
     assert not np.any(jax.grad(through_reference)(jnp.asarray(args["v_ref"])))
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"clip_low": 0.0}, "clip_low=0.0"), ({"clip_low": 1.5}, "clip_low=1.5"),
-    ({"clip_high": -1.0}, "clip_high=-1.0"), ({"kl_beta": -0.1}, "kl_beta=-0.1"),
-    ({"kl_kind": "kl"}, "'kl'.*flow_grpo"), ({"kl_target": 0.0}, r"kl_target=0\.0"),
-    ({"kl_target": 0.1, "kl_horizon": -1.0}, r"kl_horizon=-1\.0"),
-    ({"kl_target": 0.1, "kl_beta": 0.0}, "first weight, 0.0"),
-    ({"kl_target": 0.1, "kl_beta": 2.0}, "first weight, 2.0"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"clip_low": 0.0}, "clip_low=0.0"),
+        ({"clip_low": 1.5}, "clip_low=1.5"),
+        ({"clip_high": -1.0}, "clip_high=-1.0"),
+        ({"kl_beta": -0.1}, "kl_beta=-0.1"),
+        ({"kl_kind": "kl"}, "'kl'.*flow_grpo"),
+        ({"kl_target": 0.0}, r"kl_target=0\.0"),
+        ({"kl_target": 0.1, "kl_horizon": -1.0}, r"kl_horizon=-1\.0"),
+        ({"kl_target": 0.1, "kl_beta": 0.0}, "first weight, 0.0"),
+        ({"kl_target": 0.1, "kl_beta": 2.0}, "first weight, 2.0"),
+    ],
+)
 def test_bad_configuration(arguments, message):
     with pytest.raises(ValueError, match=message):
         LossConfig(**arguments)
 
 
 def variant(args, objective_name, preserving, distance=1.0):
-    """(rows with the old mean, velocities, clip range, the reference's (loss, ratio) of row b at velocity v)."""
+    """(rows with the old mean, velocities, clip range, the reference's (loss, ratio) of row b at
+    velocity v).
+    """
     args = dict(args, v_new=args["v_old"] + distance * (args["v_new"] - args["v_old"]))
     step = args["sigma"], args["sigma_next"], args["g"]
     plain, std = sde.sde_mean_std(jnp.asarray(args["x"]), jnp.asarray(args["v_old"]), *step)
-    old_mean, _ = sde.sde_mean_std(jnp.asarray(args["x"]), jnp.asarray(args["v_old"]), *step, preserving)
-    args["x_next"] = np.asarray(old_mean + args["x_next"] - plain, np.float32)  # with the same noise
-    scale = {"guard": float(std.mean()), "unscaled": 2 * float(jnp.mean(std**2))}.get(objective_name, 1.0)
+    old_mean, _ = sde.sde_mean_std(
+        jnp.asarray(args["x"]), jnp.asarray(args["v_old"]), *step, preserving
+    )
+    # with the same noise
+    args["x_next"] = np.asarray(old_mean + args["x_next"] - plain, np.float32)
+    scale = {"guard": float(std.mean()), "unscaled": 2 * float(jnp.mean(std**2))}.get(
+        objective_name, 1.0
+    )
     clip = {"clip_low": 0.02 * scale, "clip_high": 0.03 * scale}
-    rows = dataclasses.replace(rows_of(args, sde.log_prob(jnp.asarray(args["x_next"]), old_mean, std)),
-                               old_mean=old_mean, preserving=preserving)
+    rows = dataclasses.replace(
+        rows_of(args, sde.log_prob(jnp.asarray(args["x_next"]), old_mean, std)),
+        old_mean=old_mean,
+        preserving=preserving,
+    )
     mean_std = reference.cps_mean_std if preserving else reference.mean_std
     wide = {k: np.asarray(v, np.float64) for k, v in args.items()}
 
     def of_row(b, v):
         row = wide["x"][b], wide["sigma"][b], wide["sigma_next"][b], wide["g"][b]
         (mean, std), (old, _) = (mean_std(row[0], u, *row[1:]) for u in (v, wide["v_old"][b]))
-        return reference.policy_loss(objective_name, wide["x_next"][b], mean, old, std, row[2] - row[1],
-                                     wide["advantages"][b], clip["clip_low"], clip["clip_high"], 1e-3)
+        return reference.policy_loss(
+            objective_name,
+            wide["x_next"][b],
+            mean,
+            old,
+            std,
+            row[2] - row[1],
+            wide["advantages"][b],
+            clip["clip_low"],
+            clip["clip_high"],
+            1e-3,
+        )
 
     return rows, args["v_new"], clip, of_row
 
@@ -256,7 +335,10 @@ def test_objectives_equal_their_formulas(name, preserving):
     assert float(loss) == pytest.approx(np.mean(want), rel=1e-4, abs=1e-7)
     low, high = 1 - clip["clip_low"], 1 + clip["clip_high"]
     bounded = [x == 0 if name == "dppo" else not low <= r <= high for x, r in zip(want, ratios)]
-    assert metrics.averages()["clip_fraction"] == pytest.approx(np.mean(bounded), rel=1e-6) and 0 < np.mean(bounded) < 1
+    assert (
+        metrics.averages()["clip_fraction"] == pytest.approx(np.mean(bounded), rel=1e-6)
+        and 0 < np.mean(bounded) < 1
+    )
     assert float(metrics.ratio_max) == pytest.approx(max(ratios), rel=1e-5)
     assert float(metrics.ratio_min) == pytest.approx(min(ratios), rel=1e-5)
     rng, expected, found = np.random.default_rng(3), [], []
@@ -283,17 +365,28 @@ def test_guard_centres_the_ratio_where_clip_is_shifted_to_the_left():
     args, shift = batch(), 0.05
     step = args["sigma"][:1], args["sigma_next"][:1], args["g"][:1]
     x, v = np.repeat(args["x"][:1], 2000, 0), np.repeat(args["v_old"][:1], 2000, 0)
-    old_mean, std = sde.sde_mean_std(jnp.asarray(x), jnp.asarray(v), *(np.repeat(a, 2000) for a in step))
+    old_mean, std = sde.sde_mean_std(
+        jnp.asarray(x), jnp.asarray(v), *(np.repeat(a, 2000) for a in step)
+    )
     z = np.random.default_rng(0).normal(size=x.shape)
     x_next = jnp.asarray(old_mean + float(std[0]) * z, jnp.float32)
     ones, names = jnp.ones(2000), ("sigma", "sigma_next", "g")
-    rows = Rows(x=jnp.asarray(x), x_next=x_next, old_log_prob=sde.log_prob(x_next, old_mean, std), advantages=ones,
-                mask=ones > 0, old_mean=old_mean, **{n: jnp.repeat(a, 2000) for n, a in zip(names, step)})
+    rows = Rows(
+        x=jnp.asarray(x),
+        x_next=x_next,
+        old_log_prob=sde.log_prob(x_next, old_mean, std),
+        advantages=ones,
+        mask=ones > 0,
+        old_mean=old_mean,
+        **{n: jnp.repeat(a, 2000) for n, a in zip(names, step)},
+    )
     mean = old_mean + shift * float(std[0])
     new = sde.log_prob(x_next, mean, std)
-    logs = {name: np.log(policy_term(rows, new, mean, std, LossConfig(objective=name))[1])
-            for name in ("clip", "guard")}
-    assert np.mean(logs["clip"]) == pytest.approx(-shift**2 / 2, rel=0.3)
+    logs = {
+        name: np.log(policy_term(rows, new, mean, std, LossConfig(objective=name))[1])
+        for name in ("clip", "guard")
+    }
+    assert np.mean(logs["clip"]) == pytest.approx(-(shift**2) / 2, rel=0.3)
     assert abs(np.mean(logs["guard"])) < 0.15 * float(std[0]) * shift**2 / 2
 
 
@@ -301,9 +394,13 @@ def test_weights_scale_the_loss_and_their_squares_the_penalty():
     args = batch()
     rows = rows_of(args, old_log_prob(args))
     config = LossConfig(**CONFIG)
-    plain = policy_gradient_terms(rows, jnp.asarray(args["v_new"]), jnp.asarray(args["v_ref"]), config)[1]
+    plain = policy_gradient_terms(
+        rows, jnp.asarray(args["v_new"]), jnp.asarray(args["v_ref"]), config
+    )[1]
     weighted = dataclasses.replace(rows, weight=jnp.full(8, 3.0))
-    thrice = policy_gradient_terms(weighted, jnp.asarray(args["v_new"]), jnp.asarray(args["v_ref"]), config)[1]
+    thrice = policy_gradient_terms(
+        weighted, jnp.asarray(args["v_new"]), jnp.asarray(args["v_ref"]), config
+    )[1]
     assert float(thrice.policy_loss) == pytest.approx(3 * float(plain.policy_loss), rel=1e-6)
     assert float(thrice.kl) == pytest.approx(9 * float(plain.kl), rel=1e-6)
 
@@ -328,7 +425,11 @@ def test_an_adaptive_weight_follows_its_formula_and_finds_the_target():
 
 def test_a_weight_in_place_of_the_configured_one():
     args = batch()
-    rows, v, v_ref = rows_of(args, old_log_prob(args)), jnp.asarray(args["v_new"]), jnp.asarray(args["v_ref"])
+    rows, v, v_ref = (
+        rows_of(args, old_log_prob(args)),
+        jnp.asarray(args["v_new"]),
+        jnp.asarray(args["v_ref"]),
+    )
     given, _ = policy_gradient_terms(rows, v, v_ref, LossConfig(**CONFIG), kl_beta=jnp.asarray(0.7))
     wanted, _ = policy_gradient_terms(rows, v, v_ref, LossConfig(**CONFIG | {"kl_beta": 0.7}))
     np.testing.assert_allclose(given, wanted, rtol=1e-6)
@@ -340,13 +441,16 @@ def test_distillation_adds_its_squares_and_their_gradient():
     teacher = np.random.default_rng(7).normal(size=SHAPE).astype(np.float32)
 
     def of(v, config, teacher):
-        terms, metrics = policy_gradient_terms(rows, v, jnp.asarray(args["v_ref"]), config, teacher=teacher)
+        terms, metrics = policy_gradient_terms(
+            rows, v, jnp.asarray(args["v_ref"]), config, teacher=teacher
+        )
         return masked_mean(terms, rows.mask), metrics
 
     grad = jax.value_and_grad(of, has_aux=True)
     (plain, _), plain_gradient = grad(jnp.asarray(args["v_new"]), LossConfig(**CONFIG), None)
-    (loss, metrics), gradient = grad(jnp.asarray(args["v_new"]), LossConfig(**CONFIG, distill_weight=0.3),
-                                     jnp.asarray(teacher))
+    (loss, metrics), gradient = grad(
+        jnp.asarray(args["v_new"]), LossConfig(**CONFIG, distill_weight=0.3), jnp.asarray(teacher)
+    )
     apart = (args["v_new"] - teacher).astype(np.float64) * mask.reshape(-1, 1, 1, 1, 1)
     squares = np.mean(apart**2, axis=(1, 2, 3, 4)).sum() / 7
     assert metrics.averages()["distillation"] == pytest.approx(squares, rel=1e-5)

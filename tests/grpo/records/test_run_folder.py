@@ -1,4 +1,6 @@
-"""A run has its folder for itself, and the processes of a run hear of an error in what it starts from."""
+"""A run has its folder for itself, and the processes of a run hear of an error in what it starts
+from.
+"""
 
 import contextlib
 import types
@@ -23,7 +25,10 @@ def c(tmp_path, monkeypatch):
 
 
 def test_a_run_in_a_folder_in_use_is_refused_before_the_model_is_opened(c, tmp_path):
-    with locked(c.run_dir, "--config.run_dir"), pytest.raises(UserError, match=r"run is in use by process \d+ on"):
+    with (
+        locked(c.run_dir, "--config.run_dir"),
+        pytest.raises(UserError, match=r"run is in use by process \d+ on"),
+    ):
         train.main(None)
     with pytest.raises(UserError, match=r"none does not exist"):
         train.main(None)

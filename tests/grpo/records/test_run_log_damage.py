@@ -18,12 +18,15 @@ DEEP = b'{"epoch": ' + b"[" * 100_000
 def edit(path, line, text):
     """Replaces one line of a file, from 1; adds it after the last."""
     lines = path.read_bytes().splitlines()
-    lines[line - 1:line] = [text]
+    lines[line - 1 : line] = [text]
     path.write_bytes(b"\n".join(lines) + b"\n")
 
 
-@pytest.mark.parametrize("text", [b'{"epoch": 2, "l', b"\0\0\0", b"[1, 2]", b"{}", b'{"epoch": "2"}', b"null", b"\xff",
-                                  DEEP], ids=lambda text: repr(text[:16]))
+@pytest.mark.parametrize(
+    "text",
+    [b'{"epoch": 2, "l', b"\0\0\0", b"[1, 2]", b"{}", b'{"epoch": "2"}', b"null", b"\xff", DEEP],
+    ids=lambda text: repr(text[:16]),
+)
 def test_a_line_in_the_middle_is_left_out_and_kept_aside(tmp_path, capsys, text):
     write(tmp_path, (1, 2, 3))
     path = tmp_path / "metrics.jsonl"
@@ -56,23 +59,37 @@ def test_a_log_that_is_gone_is_told(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").unlink()
     write(tmp_path, (4,), resume=3)
     err = capsys.readouterr().err
-    assert "has no record of epoch(s) 1 to 3," in err and "evals.jsonl has no evaluation of epoch 0" in err
+    assert (
+        "has no record of epoch(s) 1 to 3," in err
+        and "evals.jsonl has no evaluation of epoch 0" in err
+    )
     assert "The log has no record of epoch(s) 1 to 3;" in write_report(tmp_path).read_text()
     assert ranges(()) == "" and ranges([7, 1, 3, 2]) == "1 to 3, 7"
 
 
 def test_stray_files_stay(tmp_path):
     write(tmp_path, (1, 2), evals=(1, 2))
-    stray = [tmp_path / "previews" / name for name in ("eval_abc.npz", "eval_.npz", "eval_2.npz.old")]
+    stray = [
+        tmp_path / "previews" / name for name in ("eval_abc.npz", "eval_.npz", "eval_2.npz.old")
+    ]
     for path in stray:
         path.write_bytes(b"")
     write(tmp_path, (2,), resume=1)
-    assert sorted((tmp_path / "previews").iterdir()) == sorted([*stray, tmp_path / "previews" / "eval_000001.npz"])
+    assert sorted((tmp_path / "previews").iterdir()) == sorted(
+        [*stray, tmp_path / "previews" / "eval_000001.npz"]
+    )
 
 
-@pytest.mark.parametrize("spoil", [
-    lambda whole: whole[:len(whole) // 2], lambda whole: b"", lambda whole: b"PK" + whole[2:40] + bytes(200),
-    lambda whole: whole[:60] + bytes(30) + whole[90:]], ids=["half", "empty", "garbage", "zeros"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda whole: whole[: len(whole) // 2],
+        lambda whole: b"",
+        lambda whole: b"PK" + whole[2:40] + bytes(200),
+        lambda whole: whole[:60] + bytes(30) + whole[90:],
+    ],
+    ids=["half", "empty", "garbage", "zeros"],
+)
 def test_previews_that_cannot_be_read_are_left_out(tmp_path, capsys, spoil):
     run(tmp_path)
     path = run_log.preview_path(tmp_path, 0)
@@ -86,28 +103,64 @@ def test_previews_that_cannot_be_read_are_left_out(tmp_path, capsys, spoil):
 def test_previews_of_another_kind_are_left_out(tmp_path):
     path = run_log.preview_path(tmp_path, 0)
     path.parent.mkdir()
-    for values in (dict(videos=np.zeros((2, 3))), dict(other=np.zeros(2)), dict(videos=np.array([{}], object))):
+    for values in (
+        dict(videos=np.zeros((2, 3))),
+        dict(other=np.zeros(2)),
+        dict(videos=np.array([{}], object)),
+    ):
         np.savez(path, **values)
         assert run_log.read_previews(tmp_path, 0) is None
 
 
-@pytest.mark.parametrize("change", [
-    {"prompts": None}, {"prompts": ["a"]}, {"texts": [None, "b"]}, {"rewards": 1.0}, {"rewards": ["x", 0.5]},
-    {"low": "x"}, {"num": []}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompts": None},
+        {"prompts": ["a"]},
+        {"texts": [None, "b"]},
+        {"rewards": 1.0},
+        {"rewards": ["x", 0.5]},
+        {"low": "x"},
+        {"num": []},
+    ],
+    ids=str,
+)
 def test_an_evaluation_without_its_fields_is_left_out(tmp_path, capsys, change):
     write(tmp_path, (1, 2), evals=(1, 2))
     edit(tmp_path / "evals.jsonl", 1, json.dumps(run_log.plain(evaluation(1) | change)).encode())
     assert [r["epoch"] for r in read_evaluations(tmp_path)] == [2]
     Checker(write_report(tmp_path).read_text())
-    assert capsys.readouterr().err.count("evals.jsonl: 1 of 2 lines") == 1, "once, however often it is read"
+    assert capsys.readouterr().err.count("evals.jsonl: 1 of 2 lines") == 1, (
+        "once, however often it is read"
+    )
 
 
 def test_metrics_with_odd_fields_are_drawn_as_far_as_they_are_numbers(tmp_path):
     log = RunLog(tmp_path)
     for i, odd in enumerate(("x", [None], [1], {"a": 1}, True), 1):
-        log.epoch({"epoch": 2 * i - 1} | dict.fromkeys(
-            ("reward_mean", "seconds", "idle_share", "videos", "spent_seconds", "kl", "kl_max", "experts"), odd))
-        log.epoch({"epoch": 2 * i, "seconds": {"sample": odd, "update": 1.5}, "experts": {"a": odd, "b": {"kl": odd}}})
+        log.epoch(
+            {"epoch": 2 * i - 1}
+            | dict.fromkeys(
+                (
+                    "reward_mean",
+                    "seconds",
+                    "idle_share",
+                    "videos",
+                    "spent_seconds",
+                    "kl",
+                    "kl_max",
+                    "experts",
+                ),
+                odd,
+            )
+        )
+        log.epoch(
+            {
+                "epoch": 2 * i,
+                "seconds": {"sample": odd, "update": 1.5},
+                "experts": {"a": odd, "b": {"kl": odd}},
+            }
+        )
     log.epoch({"epoch": 11, "reward_mean": 0.5, "kl": 0.125, "videos": 8})
     log.config({"epochs": 20})
     log.close()
@@ -120,11 +173,17 @@ def test_evaluations_that_could_not_be_scored_are_left_out_by_name(tmp_path):
     """They have no reward and no interval, which JSON holds as null."""
     log, nan = RunLog(tmp_path), float("nan")
     log.evaluation(evaluation(0))
-    log.evaluation(evaluation(4) | {"reward": nan, "low": nan, "high": nan, "num": 0, "rewards": [nan, nan]})
+    log.evaluation(
+        evaluation(4) | {"reward": nan, "low": nan, "high": nan, "num": 0, "rewards": [nan, nan]}
+    )
     log.close()
     text = write_report(tmp_path).read_text()
     Checker(text)
-    assert "OCR reward 0.50 on 2" in text and "no result of the evaluation after epoch 4" in text and "nan" not in text
+    assert (
+        "OCR reward 0.50 on 2" in text
+        and "no result of the evaluation after epoch 4" in text
+        and "nan" not in text
+    )
     assert any("epoch 4" in line for line in summary_lines(tmp_path))
 
 

@@ -1,4 +1,6 @@
-"""The bootstrap against every resample there is, against its promise (coverage), and what it must refuse."""
+"""The bootstrap against every resample there is, against its promise (coverage), and what it must
+refuse.
+"""
 
 import itertools
 
@@ -9,7 +11,9 @@ from grpo.records.statistics import bootstrap_interval, paired_difference
 
 
 def test_equals_all_resamples():
-    """Of 5 values there are 5^5 equally likely resamples: their means' quantiles are what the draws estimate."""
+    """Of 5 values there are 5^5 equally likely resamples: their means' quantiles are what the draws
+    estimate.
+    """
     values = np.array([0.0, 0.1, 0.45, 0.7, 1.0])
     means = np.array([np.mean(r) for r in itertools.product(values, repeat=5)])
     for confidence in (0.5, 0.95):
@@ -24,7 +28,8 @@ def test_covers_the_true_mean_as_often_as_it_says():
     for i in range(400):
         _, low, high = bootstrap_interval(rng.beta(2, 3, 50), confidence=0.9, draws=400, seed=i)
         hits += low <= 0.4 <= high
-    assert 0.85 < hits / 400 < 0.94  # 0.9 less the percentile method's small bias, give or take 0.03
+    # 0.9 less the percentile method's small bias, give or take 0.03
+    assert 0.85 < hits / 400 < 0.94
 
 
 def test_narrows_with_the_root_of_the_sample():
@@ -47,9 +52,16 @@ def test_deterministic_and_seeded():
     assert bootstrap_interval(np.full(5, 0.25)) == (0.25, 0.25, 0.25)
 
 
-@pytest.mark.parametrize("values, message", [
-    ([], "got 0"), ([0.5], "got 1"), ([0.5, np.nan, np.nan], r"got 1 \(2 of 3 are NaN\)"),
-    ([0.5, np.inf, 1.0], "1 of 3 are infinite"), (np.zeros((2, 2)), r"shape \(2, 2\)")])
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ([], "got 0"),
+        ([0.5], "got 1"),
+        ([0.5, np.nan, np.nan], r"got 1 \(2 of 3 are NaN\)"),
+        ([0.5, np.inf, 1.0], "1 of 3 are infinite"),
+        (np.zeros((2, 2)), r"shape \(2, 2\)"),
+    ],
+)
 def test_refuses(values, message):
     with pytest.raises(ValueError, match=message):
         bootstrap_interval(values)
@@ -66,7 +78,8 @@ def test_pairs_cancel_what_they_share():
     after = before + 0.05 + 0.01 * rng.standard_normal(200)
     mean, low, high = paired_difference(before, after)
     assert mean == pytest.approx((after - before).mean()) and low > 0.04 and high < 0.06
-    assert bootstrap_interval(before)[2] > bootstrap_interval(after)[1]  # unpaired, the two cannot be told apart
+    # unpaired, the two cannot be told apart
+    assert bootstrap_interval(before)[2] > bootstrap_interval(after)[1]
     after[3], before[9] = np.nan, np.nan
     keep = np.delete(np.arange(200), [3, 9])
     assert paired_difference(before, after) == paired_difference(before[keep], after[keep])

@@ -1,4 +1,6 @@
-"""Nothing that a tracker prints or stores has a password, and a package that cannot be imported is one message."""
+"""Nothing that a tracker prints or stores has a password, and a package that cannot be imported is
+one message.
+"""
 
 import json
 import sys
@@ -14,19 +16,33 @@ from wan_jax.command_line.cli import UserError
 SECRET = "s3cr3t"
 
 
-@pytest.mark.parametrize("text, expected", [
-    (f"http://user:{SECRET}@host:5000/x", "http://***@host:5000/x"), (f"https://{SECRET}@host", "https://***@host"),
-    (f"postgresql+psycopg2://u:{SECRET}@ {SECRET}".replace(f"@ {SECRET}", "@h/db"), "postgresql+psycopg2://***@h/db"),
-    (f"at http://u:p@{SECRET}@host, http://a:{SECRET}@b/", "at http://***@host, http://***@b/"),
-    (f"postgresql://h/db?user=u&password={SECRET}&x=1", "postgresql://h/db?user=u&password=***&x=1"),
-    ("sqlite:////home/me@here/store.db", "sqlite:////home/me@here/store.db"),
-    ("http://host:5000/?mail=a@b", "http://host:5000/?mail=a@b"), ("me@host", "me@host")])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (f"http://user:{SECRET}@host:5000/x", "http://***@host:5000/x"),
+        (f"https://{SECRET}@host", "https://***@host"),
+        (
+            f"postgresql+psycopg2://u:{SECRET}@ {SECRET}".replace(f"@ {SECRET}", "@h/db"),
+            "postgresql+psycopg2://***@h/db",
+        ),
+        (f"at http://u:p@{SECRET}@host, http://a:{SECRET}@b/", "at http://***@host, http://***@b/"),
+        (
+            f"postgresql://h/db?user=u&password={SECRET}&x=1",
+            "postgresql://h/db?user=u&password=***&x=1",
+        ),
+        ("sqlite:////home/me@here/store.db", "sqlite:////home/me@here/store.db"),
+        ("http://host:5000/?mail=a@b", "http://host:5000/?mail=a@b"),
+        ("me@host", "me@host"),
+    ],
+)
 def test_masked(text, expected):
     assert masked(text) == expected and SECRET not in masked(text)
 
 
 class Refusing:
-    """A client of MLflow whose server takes a run and nothing else, and repeats the address in its errors."""
+    """A client of MLflow whose server takes a run and nothing else, and repeats the address in its
+    errors.
+    """
 
     def __init__(self, tracking_uri):
         self.uri, self.sent = tracking_uri, []
@@ -50,8 +66,9 @@ class Refusing:
 
 @pytest.fixture
 def mlflow(monkeypatch):
-    module = types.SimpleNamespace(exceptions=types.SimpleNamespace(MlflowException=RuntimeError),
-                                   MlflowClient=Refusing)
+    module = types.SimpleNamespace(
+        exceptions=types.SimpleNamespace(MlflowException=RuntimeError), MlflowClient=Refusing
+    )
     entities = types.SimpleNamespace(Metric=lambda *args: args, Param=lambda *args: args)
     monkeypatch.setitem(sys.modules, "mlflow", module)
     monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
@@ -60,16 +77,33 @@ def mlflow(monkeypatch):
 def test_mlflow_shows_no_password(mlflow, tmp_path, capsys):
     log, address = defaults().log, f"http://user:{SECRET}@host:5000"
     log.mlflow.uri = address
-    sink, = trackers.trackers(tmp_path, log, False)
-    sink.config({"log.mlflow.uri": address, "command": f"python --config.log.mlflow.uri={address}", "seed": 3})
+    (sink,) = trackers.trackers(tmp_path, log, False)
+    sink.config(
+        {
+            "log.mlflow.uri": address,
+            "command": f"python --config.log.mlflow.uri={address}",
+            "seed": 3,
+        }
+    )
     sink.numbers({"train/loss": 0.5}, 1)
     sink.close()
-    again, = trackers.trackers(tmp_path, log, False)
-    assert trackers._known(tmp_path, "mlflow", {"uri": masked(address), "experiment": log.mlflow.experiment}) == again.run
-    out = "".join(capsys.readouterr()) + (tmp_path / "trackers.json").read_text() + "".join(sink.client.sent)
+    (again,) = trackers.trackers(tmp_path, log, False)
+    assert (
+        trackers._known(
+            tmp_path, "mlflow", {"uri": masked(address), "experiment": log.mlflow.experiment}
+        )
+        == again.run
+    )
+    out = (
+        "".join(capsys.readouterr())
+        + (tmp_path / "trackers.json").read_text()
+        + "".join(sink.client.sent)
+    )
     assert SECRET not in out and out.count("MLflow at http://***@host:5000 did not take it") == 4
     log.mlflow.uri = address + "/closed"
-    with pytest.raises(UserError, match=r"config\.log\.mlflow\.uri=http://\*\*\*@host:5000/closed: ") as error:
+    with pytest.raises(
+        UserError, match=r"config\.log\.mlflow\.uri=http://\*\*\*@host:5000/closed: "
+    ) as error:
         trackers.trackers(tmp_path, log, False)
     assert SECRET not in str(error.value)
 
@@ -85,5 +119,8 @@ def test_a_package_that_cannot_be_imported(package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)  # importing it raises ModuleNotFoundError
     log = defaults().log
     log.wandb.project, log.mlflow.uri = ("x", "") if package == "wandb" else ("", "x")
-    with pytest.raises(UserError, match=rf"config\.log\.{package} needs a package.*pip install -e '\.\[{package}\]'"):
+    with pytest.raises(
+        UserError,
+        match=rf"config\.log\.{package} needs a package.*pip install -e '\.\[{package}\]'",
+    ):
         trackers.trackers(tmp_path, log, False)

@@ -17,26 +17,52 @@ SURE = comparison_report.SURE
 def headline(**ends):
     """Of methods with these rewards at the end of their seeds, which all begin at 0.5."""
     steps = np.array([0, 100])
-    runs = {name: {seed: Curve(steps, steps, steps / 10, np.array([0.5, end])) for seed, end in enumerate(values)}
-            for name, values in ends.items()}
+    runs = {
+        name: {
+            seed: Curve(steps, steps, steps / 10, np.array([0.5, end]))
+            for seed, end in enumerate(values)
+        }
+        for name, values in ends.items()
+    }
     result = Comparison(dict.fromkeys(runs, "r.py"), runs, ("epochs", 100), 0.1, {}, 1, "", [])
-    return comparison_report._headline(result, {name: comparison_report.summary(list(r.values()), 0.1) for name, r in runs.items()})
+    return comparison_report._headline(
+        result, {name: comparison_report.summary(list(r.values()), 0.1) for name, r in runs.items()}
+    )
 
 
-@pytest.mark.parametrize("ends, sentence", [
-    (dict(one=[0.53], two=[0.53]), "one and two ended equal: held-out OCR reward 0.50 → 0.53 over 1 seed."),
-    (dict(a=[0.6, 0.6], b=[0.6, 0.6], c=[0.6, 0.6]),
-     "a, b and c ended equal: held-out OCR reward 0.50 → 0.60 ± 0.00 over 2 seeds."),
-    (dict(a=[0.6], b=[0.4], c=[0.6]),
-     "a and c ended equal and highest of 3: held-out OCR reward 0.50 → 0.60 over 1 seed."),
-    (dict(a=[0.4], b=[0.7]), "b ended highest of 2: held-out OCR reward 0.50 → 0.70 over 1 seed."),
-    (dict(a=[0.7]), "a alone was run: held-out OCR reward 0.50 → 0.70 over 1 seed."),
-    (dict(a=[0.7, 0.72], b=[0.7, 0.71], c=[0.1, 0.1]),
-     "a ended highest of 3: held-out OCR reward 0.50 → 0.71 ± 0.13 over 2 seeds. "
-     f"The {SURE} interval of a overlaps with that of b: these seeds do not tell them apart."),
-    (dict(a=[0.7, 0.72], b=[0.7, 0.71], c=[0.6, 0.75]),
-     "a ended highest of 3: held-out OCR reward 0.50 → 0.71 ± 0.13 over 2 seeds. "
-     f"The {SURE} interval of a overlaps with those of b and c: these seeds do not tell them apart.")])
+@pytest.mark.parametrize(
+    "ends, sentence",
+    [
+        (
+            dict(one=[0.53], two=[0.53]),
+            "one and two ended equal: held-out OCR reward 0.50 → 0.53 over 1 seed.",
+        ),
+        (
+            dict(a=[0.6, 0.6], b=[0.6, 0.6], c=[0.6, 0.6]),
+            "a, b and c ended equal: held-out OCR reward 0.50 → 0.60 ± 0.00 over 2 seeds.",
+        ),
+        (
+            dict(a=[0.6], b=[0.4], c=[0.6]),
+            "a and c ended equal and highest of 3: held-out OCR reward 0.50 → 0.60 over 1 seed.",
+        ),
+        (
+            dict(a=[0.4], b=[0.7]),
+            "b ended highest of 2: held-out OCR reward 0.50 → 0.70 over 1 seed.",
+        ),
+        (dict(a=[0.7]), "a alone was run: held-out OCR reward 0.50 → 0.70 over 1 seed."),
+        (
+            dict(a=[0.7, 0.72], b=[0.7, 0.71], c=[0.1, 0.1]),
+            "a ended highest of 3: held-out OCR reward 0.50 → 0.71 ± 0.13 over 2 seeds. The "
+            f"{SURE} interval of a overlaps with that of b: these seeds do not tell them apart.",
+        ),
+        (
+            dict(a=[0.7, 0.72], b=[0.7, 0.71], c=[0.6, 0.75]),
+            "a ended highest of 3: held-out OCR reward 0.50 → 0.71 ± 0.13 over 2 seeds. The "
+            f"{SURE} interval of a overlaps with those of b and c: these seeds do not tell them "
+            "apart.",
+        ),
+    ],
+)
 def test_headline(ends, sentence):
     who, text = headline(**ends)
     assert text == sentence and sentence.startswith(f"{who.removesuffix(', intervals overlap')}: ")
@@ -46,7 +72,9 @@ def test_headline(ends, sentence):
 def records(folder, metrics=((1, {}), (2, {}), (3, {})), rewards=(0.5, 0.6, 0.7, 0.8)):
     log = run_log.RunLog(folder)
     for epoch, change in metrics:
-        log.epoch({"epoch": epoch, "spent_evaluations": 10 * epoch, "spent_seconds": 1.0 * epoch} | change)
+        log.epoch(
+            {"epoch": epoch, "spent_evaluations": 10 * epoch, "spent_seconds": 1.0 * epoch} | change
+        )
     for epoch, reward in enumerate(rewards):
         log.evaluation(evaluation(epoch) | {"reward": reward})
     log.close()
@@ -59,10 +87,16 @@ def test_an_evaluation_without_a_result_is_left_out_of_the_curve(tmp_path):
     assert curve.rewards.tolist() == [0.5, 0.7, 0.8]
 
 
-@pytest.mark.parametrize("damage, named", [
-    (dict(rewards=(np.nan, 0.6, 0.7, 0.8)), "epoch 0"), (dict(rewards=(0.5, 0.6, 0.7, np.nan)), "epoch 3"),
-    (dict(rewards=()), "evals.jsonl"), (dict(metrics=((1, {}), (3, {}))), "epoch 2"),
-    (dict(metrics=((1, {}), (2, {"spent_seconds": "x"}), (3, {}))), "epoch 2")])
+@pytest.mark.parametrize(
+    "damage, named",
+    [
+        (dict(rewards=(np.nan, 0.6, 0.7, 0.8)), "epoch 0"),
+        (dict(rewards=(0.5, 0.6, 0.7, np.nan)), "epoch 3"),
+        (dict(rewards=()), "evals.jsonl"),
+        (dict(metrics=((1, {}), (3, {}))), "epoch 2"),
+        (dict(metrics=((1, {}), (2, {"spent_seconds": "x"}), (3, {}))), "epoch 2"),
+    ],
+)
 def test_a_run_that_gives_no_curve_is_named(tmp_path, damage, named):
     with pytest.raises(UserError) as error:
         read_curve(records(tmp_path / "run", **damage))

@@ -1,4 +1,6 @@
-"""The report says what the run folder says, embeds what it shows, needs no network, and survives partial runs."""
+"""The report says what the run folder says, embeds what it shows, needs no network, and survives
+partial runs.
+"""
 
 import base64
 import html
@@ -22,25 +24,50 @@ EVIL = 'A sign "OPEN" </article><script>alert(1)</script> & <img src="http://exa
 def evaluation(epoch, reward, n=8, prompts=None):
     prompts = prompts or [EVIL] + [f'A sign "WORD{i}"' for i in range(1, n)]
     rewards = [reward + (i - (n - 1) / 2) / 100 for i in range(n)]
-    return {"epoch": epoch, "reward": reward, "low": reward - 0.04, "high": reward + 0.04, "num": n, "rewards": rewards,
-            "prompts": prompts, "texts": ["<b>OPEM</b>"] * n, "seconds": 2.0, "failed_scores": 0}
+    return {
+        "epoch": epoch,
+        "reward": reward,
+        "low": reward - 0.04,
+        "high": reward + 0.04,
+        "num": n,
+        "rewards": rewards,
+        "prompts": prompts,
+        "texts": ["<b>OPEM</b>"] * n,
+        "seconds": 2.0,
+        "failed_scores": 0,
+    }
 
 
 def epoch(e):
-    return {"epoch": e, "reward_mean": 0.4 + e / 100, "ratio_max_error": 1e-7 * e, "grad_norm": 9.5 if e == 2 else 1.0,
-            "failed_scores": 0, "videos": 16,
-            "seconds": {"sample": 30.0 if e == 1 else 6.0, "update": 2.0, "total": 8.0}}
+    return {
+        "epoch": e,
+        "reward_mean": 0.4 + e / 100,
+        "ratio_max_error": 1e-7 * e,
+        "grad_norm": 9.5 if e == 2 else 1.0,
+        "failed_scores": 0,
+        "videos": 16,
+        "seconds": {"sample": 30.0 if e == 1 else 6.0, "update": 2.0, "total": 8.0},
+    }
 
 
 def run(folder, evals=((0, 0.46), (4, 0.61)), epochs=4, frames=1, size=(16, 32), previews=2):
     log = RunLog(folder)
-    log.config({"epochs": 4, "sample": {"steps": 10}, "note": "<i>", "command": "python -m grpo.train --a='<x>'"})
+    log.config(
+        {
+            "epochs": 4,
+            "sample": {"steps": 10},
+            "note": "<i>",
+            "command": "python -m grpo.train --a='<x>'",
+        }
+    )
     for e in range(epochs + 1):
         if e:
             log.epoch(epoch(e))
         for when, reward in evals:
             if when == e:
-                videos = np.random.default_rng(e).integers(0, 256, (previews, frames, *size, 3), np.uint8)
+                videos = np.random.default_rng(e).integers(
+                    0, 256, (previews, frames, *size, 3), np.uint8
+                )
                 log.evaluation(evaluation(e, reward), videos)
     log.close()
     path = write_report(folder)
@@ -49,7 +76,9 @@ def run(folder, evals=((0, 0.46), (4, 0.61)), epochs=4, frames=1, size=(16, 32),
 
 
 class Checker(html.parser.HTMLParser):
-    """Collects the tags and every attribute that could load something; checks that tags close in order."""
+    """Collects the tags and every attribute that could load something; checks that tags close in
+    order.
+    """
 
     def __init__(self, text):
         super().__init__()
@@ -59,7 +88,11 @@ class Checker(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.urls += [v for k, v in attrs if k in ("src", "href", "xlink:href", "srcset", "data", "poster", "action")]
+        self.urls += [
+            v
+            for k, v in attrs
+            if k in ("src", "href", "xlink:href", "srcset", "data", "poster", "action")
+        ]
         if tag not in ("meta", "img", "br"):
             self.open.append(tag)
 
@@ -78,14 +111,20 @@ def test_whole_report(tmp_path):
     text = run(tmp_path / "a<b>")
     page = Checker(text)
     words = page.text.replace("\N{NO-BREAK SPACE}", " ")
-    assert ("OCR reward 0.46 → 0.61 on 8 held-out prompts. The 95 % confidence intervals [0.42, 0.50] and [0.57, 0.65] "
-            "do not overlap.") in words
+    assert (
+        "OCR reward 0.46 → 0.61 on 8 held-out prompts. The 95 % confidence intervals [0.42, 0.50] "
+        "and [0.57, 0.65] do not overlap."
+    ) in words
     assert "+0.15" in words and "8 : 0" in words
     assert "9.5 (epoch 2)" in words, "the worst gradient norm"
-    assert re.search(r"sampling\s*6.00\s*75%\s*30.00", words), "the first epoch compiles and is not in the mean"
+    assert re.search(r"sampling\s*6.00\s*75%\s*30.00", words), (
+        "the first epoch compiles and is not in the mean"
+    )
     assert "sample.steps" in words and "python -m grpo.train --a='<x>'" in words
     assert text.count("<svg") == 2 and "held-out prompts</text>" in text and "epoch</text>" in text
-    assert not re.search("#[0-9a-f]{6}", text[text.index("<svg"):text.index("<figcaption")]), "colours are the page's"
+    assert not re.search("#[0-9a-f]{6}", text[text.index("<svg") : text.index("<figcaption")]), (
+        "colours are the page's"
+    )
 
 
 def test_nothing_is_loaded_from_elsewhere(tmp_path):
@@ -93,27 +132,39 @@ def test_nothing_is_loaded_from_elsewhere(tmp_path):
     page = Checker(text)
     assert page.urls and all(u.startswith(("data:", "#")) for u in page.urls)
     assert not re.search(r"https?://", text.replace("http://example.com/x.png", ""))
-    assert "@import" not in text and "url(" not in re.search("<style>(.*?)</style>", text, re.DOTALL)[1]
+    assert (
+        "@import" not in text
+        and "url(" not in re.search("<style>(.*?)</style>", text, re.DOTALL)[1]
+    )
 
 
 def test_text_is_escaped(tmp_path):
     text = run(tmp_path)
     assert "script" not in Checker(text).tags and "b" in Checker(text).tags
-    assert html.escape(EVIL) in text and EVIL not in text and "<b>OPEM" not in text and "<q>&lt;b&gt;OPEM" in text
+    assert (
+        html.escape(EVIL) in text
+        and EVIL not in text
+        and "<b>OPEM" not in text
+        and "<q>&lt;b&gt;OPEM" in text
+    )
     assert "asked for “OPEN”, “http://example.com/x.png”" in html.unescape(text)
 
 
 def test_pictures_are_the_previews(tmp_path):
     text = run(tmp_path)
-    found = [np.asarray(Image.open(io.BytesIO(base64.b64decode(d))))
-             for d in re.findall(r'src="data:image/png;base64,([^"]*)"', text)]
+    found = [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(d))))
+        for d in re.findall(r'src="data:image/png;base64,([^"]*)"', text)
+    ]
     assert len(found) == 4  # prompt by prompt, before and after
     for picture, (when, i) in zip(found, ((0, 0), (4, 0), (0, 1), (4, 1))):
         expected = np.random.default_rng(when).integers(0, 256, (2, 1, 16, 32, 3), np.uint8)[i, 0]
         np.testing.assert_array_equal(picture, expected)
     for i in range(2):  # the same, both in one file
         pair = np.asarray(Image.open(tmp_path / "side_by_side" / f"00{i}.png"))[::12, ::12]
-        np.testing.assert_array_equal(np.concatenate([pair[:, :32], pair[:, 36:]]), np.concatenate(found[2 * i:][:2]))
+        np.testing.assert_array_equal(
+            np.concatenate([pair[:, :32], pair[:, 36:]]), np.concatenate(found[2 * i :][:2])
+        )
     assert text.count('class="tiny"') == 4 and "width:384px" in text, "16 pixels are shown 192 high"
 
 
@@ -132,8 +183,10 @@ def test_large_previews_stay_in_budget(tmp_path):
     assert text.count('src="data:image/jpeg;base64,') == 10
 
 
-@pytest.mark.parametrize("rewards, verdict", [((0.46, 0.61), "do not overlap"), ((0.46, 0.50), "overlap"),
-                                              ((0.61, 0.46), "do not overlap")])
+@pytest.mark.parametrize(
+    "rewards, verdict",
+    [((0.46, 0.61), "do not overlap"), ((0.46, 0.50), "overlap"), ((0.61, 0.46), "do not overlap")],
+)
 def test_summary(tmp_path, rewards, verdict):
     log = RunLog(tmp_path)
     for e, reward in zip((0, 4), rewards):
@@ -141,15 +194,19 @@ def test_summary(tmp_path, rewards, verdict):
     log.close()
     a, b = rewards
     assert summary_lines(tmp_path) == [
-        f"OCR reward {a:.2f} -> {b:.2f} (95 % CI [{a - .04:.2f}, {a + .04:.2f}] -> [{b - .04:.2f}, {b + .04:.2f}], "
-        f"8 held-out prompts; intervals {verdict})", f"report: {tmp_path / 'report.html'}"]
+        f"OCR reward {a:.2f} -> {b:.2f} (95 % CI [{a - 0.04:.2f}, {a + 0.04:.2f}] -> "
+        f"[{b - 0.04:.2f}, {b + 0.04:.2f}], 8 held-out prompts; intervals {verdict})",
+        f"report: {tmp_path / 'report.html'}",
+    ]
 
 
 def test_one_evaluation_and_a_run_cut_short(tmp_path):
     text = run(tmp_path, evals=((0, 0.46),), epochs=2)
     assert "one evaluation so far" in text and "Epoch 2 of 4: the run is not finished." in text
     assert "Before and after" not in text and text.count("data:image/png") == 2
-    assert summary_lines(tmp_path)[0].startswith("OCR reward 0.46 (95 % CI [0.42, 0.50], 8 held-out prompts; one")
+    assert summary_lines(tmp_path)[0].startswith(
+        "OCR reward 0.46 (95 % CI [0.42, 0.50], 8 held-out prompts; one"
+    )
 
 
 @pytest.mark.parametrize("missing", ["config.json", "metrics.jsonl", "evals.jsonl", "previews"])
@@ -159,7 +216,10 @@ def test_missing_parts(tmp_path, missing):
     text = write_report(tmp_path).read_text()
     Checker(text)
     if missing == "evals.jsonl":
-        assert "No held-out evaluation was recorded." in text and "no held-out" in summary_lines(tmp_path)[0]
+        assert (
+            "No held-out evaluation was recorded." in text
+            and "no held-out" in summary_lines(tmp_path)[0]
+        )
     else:
         assert "0.46 → 0.61" in text
 
@@ -176,7 +236,9 @@ def test_masked_and_broken_numbers(tmp_path):
     for e in (0, 1):
         record = evaluation(e, 0.5)
         record["rewards"][e] = float("nan")
-        log.evaluation(record | {"failed_scores": 1, "num": 7}, np.zeros((2, 1, 16, 32, 3), np.uint8))
+        log.evaluation(
+            record | {"failed_scores": 1, "num": 7}, np.zeros((2, 1, 16, 32, 3), np.uint8)
+        )
     log.close()
     text = write_report(tmp_path).read_text()
     assert "not scored" in text and "1 of 8 samples" in text and "nan (epoch 1)" in text
@@ -192,9 +254,16 @@ def test_command(tmp_path):
     (tmp_path / "report.html").unlink()
     command = [sys.executable, "-m", "grpo.report", "--run"]
     done = subprocess.run([*command, tmp_path], capture_output=True, text=True)
-    assert done.returncode == 0 and "0.46 -> 0.61" in done.stdout and (tmp_path / "report.html").exists()
+    assert (
+        done.returncode == 0
+        and "0.46 -> 0.61" in done.stdout
+        and (tmp_path / "report.html").exists()
+    )
     done = subprocess.run([*command, tmp_path / "no"], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.strip() == f"error: run folder {tmp_path / 'no'} does not exist"
+    assert (
+        done.returncode == 1
+        and done.stderr.strip() == f"error: run folder {tmp_path / 'no'} does not exist"
+    )
 
 
 def test_evaluations_without_a_result_are_left_out_and_named(tmp_path):
@@ -209,4 +278,6 @@ def test_evaluations_without_a_result_are_left_out_and_named(tmp_path):
     text = write_report(tmp_path).read_text()
     assert "OCR reward 0.50" in text and "no result of the evaluation after epoch 0" in text
     assert "no result of the evaluation after epoch 0" in summary_lines(tmp_path)[1]
-    assert "motion could not be measured for 3 videos" in text and "videos that are not finite" in text
+    assert (
+        "motion could not be measured for 3 videos" in text and "videos that are not finite" in text
+    )

@@ -11,11 +11,25 @@ from grpo.learner import summary
 from grpo.records.run_log import EXPERTS, RunLog
 from grpo.report.run_report import HEALTH, write_report
 
-ONE = {"ratio_min": 1.0, "ratio_max": 1.0, "ratio_max_error": 1e-7, "clip_fraction": 0.25, "approx_kl": 0.5,
-       "policy_loss": -0.1, "kl": 0.01, "grad_norm": 2.0, "update_norm": 0.1}
+ONE = {
+    "ratio_min": 1.0,
+    "ratio_max": 1.0,
+    "ratio_max_error": 1e-7,
+    "clip_fraction": 0.25,
+    "approx_kl": 0.5,
+    "policy_loss": -0.1,
+    "kl": 0.01,
+    "grad_norm": 2.0,
+    "update_norm": 0.1,
+}
 OTHER = ONE | {"clip_fraction": 0.75, "kl": 0.03, "grad_norm": 8.0}
 GROUPS = {"group_std": 0.2, "zero_std_fraction": 0.0, "failed_scores": 0}
-OLD = {"transformer": ONE, "transformer_2": OTHER, "ratio_max_error": 1e-7, "grad_norm": 8.0} | GROUPS
+OLD = {
+    "transformer": ONE,
+    "transformer_2": OTHER,
+    "ratio_max_error": 1e-7,
+    "grad_norm": 8.0,
+} | GROUPS
 
 
 def report(folder, *records):
@@ -36,13 +50,19 @@ def test_every_metric_of_one_expert_is_shown_for_two(tmp_path, experts):
     text = report(tmp_path, record)
     for key in {*ONE, *GROUPS} & HEALTH.keys():
         assert f"<td>{html.escape(HEALTH[key][0])}</td>" in text, key
-    assert "<td>0.5</td><td>0.5</td><td>0.75 (epoch 1)</td>" in text, "the clip fraction: mean, mean, largest"
+    assert "<td>0.5</td><td>0.5</td><td>0.75 (epoch 1)</td>" in text, (
+        "the clip fraction: mean, mean, largest"
+    )
     own = "KL to the reference model, transformer_2</td><td>0.03</td>"
     assert (own in text) == (experts == 2)
 
 
 def test_a_run_that_changes_from_the_former_nested_records_is_drawn(tmp_path):
-    new = summary([ONE, OTHER]) | {EXPERTS: {"transformer": summary([ONE]), "transformer_2": summary([OTHER])}} | GROUPS
+    new = (
+        summary([ONE, OTHER])
+        | {EXPERTS: {"transformer": summary([ONE]), "transformer_2": summary([OTHER])}}
+        | GROUPS
+    )
     text = report(tmp_path, OLD, new)
     assert "8 (epoch 1)" in text and "0.02</td><td>0.02</td><td>0.03 (epoch 2)" in text
     assert "gradient norm</td><td>8</td>" in report(tmp_path, OLD, OLD)
@@ -59,4 +79,6 @@ def test_evaluations_without_training_in_between_are_points(tmp_path, trained):
     log.close()
     text = write_report(tmp_path).read_text()
     drawn = re.search("<svg.*?</svg>", text, re.DOTALL)[0]
-    assert (f"the {'band' if trained else 'bar'} is the" in text) and ("FillBetween" in drawn) == trained
+    assert (f"the {'band' if trained else 'bar'} is the" in text) and (
+        "FillBetween" in drawn
+    ) == trained

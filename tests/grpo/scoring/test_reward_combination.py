@@ -28,18 +28,30 @@ def test_every_measure_has_a_bad_side():
     assert set(BAD_SIDE) == set(MEASURES)
 
 
-@pytest.mark.parametrize(("name", "value", "expected"), [
-    ("sharpness", 10.0, 0), ("sharpness", 12.0, 0), ("sharpness", 15.0, -0.5), ("sharpness", 5.0, -0.5),
-    ("sharpness", 18.0, -1), ("sharpness", 99.0, -1), ("flicker", 15.0, -0.5), ("flicker", 0.0, 0),
-    ("motion", 5.0, -0.5), ("motion", 99.0, 0),
-])
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("sharpness", 10.0, 0),
+        ("sharpness", 12.0, 0),
+        ("sharpness", 15.0, -0.5),
+        ("sharpness", 5.0, -0.5),
+        ("sharpness", 18.0, -1),
+        ("sharpness", 99.0, -1),
+        ("flicker", 15.0, -0.5),
+        ("flicker", 0.0, 0),
+        ("motion", 5.0, -0.5),
+        ("motion", 99.0, 0),
+    ],
+)
 def test_quality_counts_against_the_base(name, value, expected):
     """Mean 10, standard deviation 2: nothing within one, all of -1 at four, on the bad side."""
     assert against_base(name, np.array([value]), 10.0, 2.0)[0] == pytest.approx(expected)
 
 
 def test_a_measure_that_never_varied_still_has_a_scale():
-    np.testing.assert_allclose(against_base("exposure", np.array([100.0, 100.05, 101.0]), 100.0, 0.0), [0, 0, -1])
+    np.testing.assert_allclose(
+        against_base("exposure", np.array([100.0, 100.05, 101.0]), 100.0, 0.0), [0, 0, -1]
+    )
     np.testing.assert_allclose(against_base("motion", np.zeros(3), 0.0, 0.0), 0)
 
 
@@ -52,31 +64,50 @@ def test_base_statistics_leave_out_what_failed():
 
 def test_weights_add_up_and_zero_is_only_measured():
     ocr, motion = random(0), np.linspace(0, 10, 20)
-    parts, base = {MAIN: ocr, "motion": motion, "flicker": np.full(20, np.nan)}, {"motion": (10, 2), "flicker": (0, 1)}
+    parts, base = (
+        {MAIN: ocr, "motion": motion, "flicker": np.full(20, np.nan)},
+        {"motion": (10, 2), "flicker": (0, 1)},
+    )
     weights = {MAIN: 1.0, "motion": 0.5, "flicker": 0.0}
     rewards = terms(ocr, parts, weights, base)
     assert set(rewards) == {MAIN, "motion"}  # a failing measure of weight 0 spoils nothing
-    np.testing.assert_allclose(combined(rewards, weights), ocr - 0.5 * np.clip((10 - motion - 2) / 6, 0, 1))
-    raw = terms(ocr, {"stability": motion}, {MAIN: 1.0, "stability": 1.0}, {})  # has a scale of its own
+    np.testing.assert_allclose(
+        combined(rewards, weights), ocr - 0.5 * np.clip((10 - motion - 2) / 6, 0, 1)
+    )
+    # has a scale of its own
+    raw = terms(ocr, {"stability": motion}, {MAIN: 1.0, "stability": 1.0}, {})
     np.testing.assert_array_equal(raw["stability"], motion)
     np.testing.assert_array_equal(combined(terms(ocr, {}, {MAIN: 1.0}, {}), {MAIN: 1.0}), ocr)
     motion[3] = np.nan
-    assert np.flatnonzero(np.isnan(combined(terms(ocr, parts, weights, base), weights))).tolist() == [3]
+    assert np.flatnonzero(
+        np.isnan(combined(terms(ocr, parts, weights, base), weights))
+    ).tolist() == [3]
 
 
 def test_advantages_are_combined_whatever_the_scales():
     a, b = random(0), random(1)
     weights = {MAIN: 1.0, "motion": 2.0}
-    found = combined_advantages({MAIN: a, "motion": b}, weights, GROUPS, VALID, std="group", clip=None)
-    same = combined_advantages({MAIN: a, "motion": 1000 * b}, weights, GROUPS, VALID, std="group", clip=None)
+    found = combined_advantages(
+        {MAIN: a, "motion": b}, weights, GROUPS, VALID, std="group", clip=None
+    )
+    same = combined_advantages(
+        {MAIN: a, "motion": 1000 * b}, weights, GROUPS, VALID, std="group", clip=None
+    )
     np.testing.assert_allclose(found, same, atol=2e-3)  # but for the eps of the group's deviation
     by_hand = np.zeros(20)
     for values, weight in ((a, 1.0), (b, 2.0)):
         for g in range(4):
             v = values[GROUPS == g]
             by_hand[GROUPS == g] += weight * (v - v.mean()) / (v.std() + 1e-4)
-    np.testing.assert_allclose(found, (by_hand - by_hand.mean()) / by_hand.std(), rtol=1e-4, atol=1e-5)
-    assert np.abs(combined_advantages({MAIN: a}, {MAIN: 1.0}, GROUPS, VALID, std="group", clip=0.5)).max() == 0.5
+    np.testing.assert_allclose(
+        found, (by_hand - by_hand.mean()) / by_hand.std(), rtol=1e-4, atol=1e-5
+    )
+    assert (
+        np.abs(
+            combined_advantages({MAIN: a}, {MAIN: 1.0}, GROUPS, VALID, std="group", clip=0.5)
+        ).max()
+        == 0.5
+    )
 
 
 def test_masked_videos_change_nothing():
@@ -84,14 +115,22 @@ def test_masked_videos_change_nothing():
     weights = {MAIN: 1.0, "motion": 1.0}
     spoilt = [np.where(valid, v, np.nan) for v in (a, b)]
     how = dict(std="group", clip=5.0)
-    whole = combined_advantages({MAIN: spoilt[0], "motion": spoilt[1]}, weights, GROUPS, valid, **how)
-    part = combined_advantages({MAIN: a[:15], "motion": b[:15]}, weights, GROUPS[:15], VALID[:15], **how)
+    whole = combined_advantages(
+        {MAIN: spoilt[0], "motion": spoilt[1]}, weights, GROUPS, valid, **how
+    )
+    part = combined_advantages(
+        {MAIN: a[:15], "motion": b[:15]}, weights, GROUPS[:15], VALID[:15], **how
+    )
     np.testing.assert_allclose(whole, [*part, 0, 0, 0, 0, 0], atol=1e-6)
-    assert not combined_advantages({MAIN: a}, {MAIN: 1.0}, GROUPS, ~VALID, std="group", clip=None).any()
+    assert not combined_advantages(
+        {MAIN: a}, {MAIN: 1.0}, GROUPS, ~VALID, std="group", clip=None
+    ).any()
 
 
 def test_one_reward_alone_is_grpo_up_to_a_scale():
-    alone = combined_advantages({MAIN: random(0)}, {MAIN: 3.0}, GROUPS, VALID, std="group", clip=None)
+    alone = combined_advantages(
+        {MAIN: random(0)}, {MAIN: 3.0}, GROUPS, VALID, std="group", clip=None
+    )
     plain = group_advantages(random(0), GROUPS, VALID, std="group")
     np.testing.assert_allclose(alone, plain / plain.std(), atol=1e-5)
 
@@ -104,7 +143,10 @@ def test_a_weighted_reward_that_no_video_has_leaves_none_valid():
 
 def test_what_cannot_be_judged_without_the_base():
     weights = {MAIN: 1.0, "motion": 0.5, "flicker": 0.0, "stability": 1.0}
-    found = base_statistics({"motion": np.array([1.0, np.nan, 3.0]), "flicker": np.array([1.0, np.nan, np.nan])})
-    assert found["motion"] == (2.0, 1.0) and np.isnan(found["flicker"]).all()  # one video says nothing of the spread
+    found = base_statistics(
+        {"motion": np.array([1.0, np.nan, 3.0]), "flicker": np.array([1.0, np.nan, np.nan])}
+    )
+    # one video says nothing of the spread
+    assert found["motion"] == (2.0, 1.0) and np.isnan(found["flicker"]).all()
     assert without_base(weights, found) == [] and without_base(weights, {}) == ["motion"]
     assert without_base(weights | {"flicker": 1.0}, found) == ["flicker"]

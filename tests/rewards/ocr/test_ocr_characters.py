@@ -20,7 +20,10 @@ def test_the_list_is_the_one_of_the_network():
     folder = pathlib.Path(importlib.util.find_spec("rapidocr").submodule_search_locations[0])
     session = runtime.InferenceSession(next(folder.glob("models/*_rec_*.onnx")))
     listed = session.get_modelmeta().custom_metadata_map["character"].split("\n")
-    assert engines.readable_characters("rapidocr") == set(listed) - {""} | {" "} and len(listed) > 18_000
+    assert (
+        engines.readable_characters("rapidocr") == set(listed) - {""} | {" "}
+        and len(listed) > 18_000
+    )
     # the outputs are these, one for nothing, and one for a space
     assert session.get_outputs()[0].shape[-1] in (len(listed) + 1, len(listed) + 2)
 
@@ -40,18 +43,26 @@ def test_a_list_in_a_text_file(monkeypatch, tmp_path):
     monkeypatch.setitem(engines.CHARACTER_LISTS, "paddleocr", ("package", "dict.txt"))
     assert engines.readable_characters("paddleocr") == set("ABé ")
     check = make_readable_check("paddleocr")
-    check(("a B É", "be\u0301", "Ａ"))  # case, accents as characters of their own and width are disregarded
+    # case, accents as characters of their own and width are disregarded
+    check(("a B É", "be\u0301", "Ａ"))
     with pytest.raises(ValueError, match=r"cannot read C, d of 'ACdC'"):
         check(("A", "ACdC"))
 
 
 def test_prompts_that_cannot_be_read_are_told_by_line(tmp_path):
     path, c = tmp_path / "a.jsonl", defaults().reward
-    path.write_text('{"prompt": "A \\"OPEN\\""}\n{"prompt": "A \\"МОСКВА\\""}\n{"prompt": "x", "targets": ["서울"]}\n',
-                    encoding="utf-8")
+    path.write_text(
+        '{"prompt": "A \\"OPEN\\""}\n{"prompt": "A \\"МОСКВА\\""}\n{"prompt": "x", "targets": '
+        '["서울"]}\n',
+        encoding="utf-8",
+    )
     with pytest.raises(UserError, match=re.escape("2 of 3 lines cannot be scored")) as error:
         load_prompts(path, parse_targets, check=targets_check(c))
-    for part in ("line 2: the OCR engine rapidocr cannot read М, О, С, К, В, А of 'МОСКВА'", "line 3: ", "서, 울"):
+    for part in (
+        "line 2: the OCR engine rapidocr cannot read М, О, С, К, В, А of 'МОСКВА'",
+        "line 3: ",
+        "서, 울",
+    ):
         assert part in str(error.value)
     c.weights.ocr = 0.0
     assert targets_check(c) is None

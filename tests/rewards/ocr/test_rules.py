@@ -1,4 +1,6 @@
-"""The rules on recognised lines, and `OCRReward` with an engine that reads made-up frames: no OCR here."""
+"""The rules on recognised lines, and `OCRReward` with an engine that reads made-up frames: no OCR
+here.
+"""
 
 import random
 import string
@@ -23,36 +25,40 @@ def lines(*texts, confidence=0.9):
     return [TextLine(text, confidence, ((0.0, 0.0),) * 4) for text in texts]
 
 
-@pytest.mark.parametrize("targets, read, value", [
-    # one target alone: 1 - distance / length of the longer
-    (("HELLO",), ["HELLO"], 1.0),
-    (("HELLO",), ["hello"], 1.0),
-    (("Hello World",), ["HELLO", "WORLD"], 1.0),        # broken over lines
-    (("HELLO",), [], 0.0),
-    (("HELLO",), ["ZZZZZ"], 0.0),
-    (("HELLO",), ["H"], 0.2),
-    (("HELLO",), ["HEL"], 0.6),
-    (("HELLO",), ["HELO"], 0.8),
-    (("HELLO",), ["HELPO"], 0.8),
-    # among other text: 1 - s / (2 (n + s)) for s further characters
-    (("HELLO",), ["HELLO", "HELLO"], 0.75),
-    (("HELLO",), ["HELLOX"], 1 - 1 / 12),
-    (("HELLO",), ["HELLO", "world SALE 50%"], 1 - 12 / 34),
-    (("HELLO",), ["x" * 500, "HELLO"], 1 - 500 / 1010),
-    # misspelt among other text: alone = 4/10, part HELPO (.8) counts .6, half the difference is added
-    (("HELLO",), ["HELPO", "XXXXX"], 0.4 + 0.5 * 0.2),
-    # several targets
-    (("OPEN", "24H"), ["OPEN", "24H"], 1.0),
-    (("OPEN", "24H"), ["24H OPEN"], 1.0),
-    (("OPEN", "24H"), ["OPEN24H"], 1.0),
-    (("OPEN", "24H"), ["OPEN"], 0.5),
-    (("OPEN", "OPEN"), ["OPEN"], 0.5),
-    (("OPEN", "OPEN"), ["OPEN", "OPEN"], 1.0),
-    (("OPEN", "24H"), ["OPFN", "24H"], (0.75 + 1) / 2),
-    (("SALE", "SALES"), ["SALES", "SALE"], 1.0),
-    (("SALE", "SALES"), ["SALE", "SALES"], 1.0),
-    (("OPEN", "24H"), [], 0.0),
-])
+@pytest.mark.parametrize(
+    "targets, read, value",
+    [
+        # one target alone: 1 - distance / length of the longer
+        (("HELLO",), ["HELLO"], 1.0),
+        (("HELLO",), ["hello"], 1.0),
+        (("Hello World",), ["HELLO", "WORLD"], 1.0),  # broken over lines
+        (("HELLO",), [], 0.0),
+        (("HELLO",), ["ZZZZZ"], 0.0),
+        (("HELLO",), ["H"], 0.2),
+        (("HELLO",), ["HEL"], 0.6),
+        (("HELLO",), ["HELO"], 0.8),
+        (("HELLO",), ["HELPO"], 0.8),
+        # among other text: 1 - s / (2 (n + s)) for s further characters
+        (("HELLO",), ["HELLO", "HELLO"], 0.75),
+        (("HELLO",), ["HELLOX"], 1 - 1 / 12),
+        (("HELLO",), ["HELLO", "world SALE 50%"], 1 - 12 / 34),
+        (("HELLO",), ["x" * 500, "HELLO"], 1 - 500 / 1010),
+        # misspelt among other text: alone = 4/10, part HELPO (.8) counts .6, half the difference is
+        # added
+        (("HELLO",), ["HELPO", "XXXXX"], 0.4 + 0.5 * 0.2),
+        # several targets
+        (("OPEN", "24H"), ["OPEN", "24H"], 1.0),
+        (("OPEN", "24H"), ["24H OPEN"], 1.0),
+        (("OPEN", "24H"), ["OPEN24H"], 1.0),
+        (("OPEN", "24H"), ["OPEN"], 0.5),
+        (("OPEN", "OPEN"), ["OPEN"], 0.5),
+        (("OPEN", "OPEN"), ["OPEN", "OPEN"], 1.0),
+        (("OPEN", "24H"), ["OPFN", "24H"], (0.75 + 1) / 2),
+        (("SALE", "SALES"), ["SALES", "SALE"], 1.0),
+        (("SALE", "SALES"), ["SALE", "SALES"], 1.0),
+        (("OPEN", "24H"), [], 0.0),
+    ],
+)
 def test_spelling_by_hand(targets, read, value):
     assert spelling(lines(*read), targets) == pytest.approx(value)
 
@@ -60,7 +66,9 @@ def test_spelling_by_hand(targets, read, value):
 def test_spelling_is_bounded_and_one_only_for_the_exact_text():
     rng = random.Random(0)
     for _ in range(400):
-        targets = tuple("".join(rng.choices("abc", k=rng.randint(1, 5))) for _ in range(rng.randint(1, 3)))
+        targets = tuple(
+            "".join(rng.choices("abc", k=rng.randint(1, 5))) for _ in range(rng.randint(1, 3))
+        )
         text = "".join(rng.choices("abc", k=rng.randint(0, 15)))
         value = spelling(lines(text), targets)
         assert 0 <= value <= 1
@@ -83,39 +91,54 @@ def test_spelling_each_letter_pays():
 def test_spelling_random_letters_hardly_pay():
     rng = random.Random(0)
     for count in (5, 20, 200):
-        values = [spelling(lines("".join(rng.choices(string.ascii_lowercase, k=count))), ("OPEN HOUSE",))
-                  for _ in range(40)]
+        values = [
+            spelling(lines("".join(rng.choices(string.ascii_lowercase, k=count))), ("OPEN HOUSE",))
+            for _ in range(40)
+        ]
         assert np.mean(values) < 0.2
 
 
-@pytest.mark.parametrize("read, image, video", [
-    ([], 0.0, 0.0),
-    (["HELLO"], 1.0, 1.0),
-    (["Hel", "lo"], 1.0, 1.0),
-    (["HELO"], 0.8, 0.8),
-    (["xHELLO"], 1.0, 0.8),                         # substring shortcut: image only
-    (["HELLO", "world"], 1.0, 0.0),                 # distance 5, clipped at the length of the target
-    (["HELPO", "world"], 0.0, 0.0),
-    (["zz"], 0.0, 0.0),
-])
+@pytest.mark.parametrize(
+    "read, image, video",
+    [
+        ([], 0.0, 0.0),
+        (["HELLO"], 1.0, 1.0),
+        (["Hel", "lo"], 1.0, 1.0),
+        (["HELO"], 0.8, 0.8),
+        (["xHELLO"], 1.0, 0.8),  # substring shortcut: image only
+        (["HELLO", "world"], 1.0, 0.0),  # distance 5, clipped at the length of the target
+        (["HELPO", "world"], 0.0, 0.0),
+        (["zz"], 0.0, 0.0),
+    ],
+)
 def test_flow_grpo_rules(read, image, video):
     assert flow_grpo_image(lines(*read), ("HELLO",)) == pytest.approx(image)
     assert flow_grpo_video_frame(lines(*read), ("HELLO",)) == pytest.approx(video)
 
 
 def test_flow_grpo_quirks():
-    assert flow_grpo_image(lines("CLOSED"), ("CLOSED", "OPEN")) == 1.0       # knows the first target only
+    # knows the first target only
+    assert flow_grpo_image(lines("CLOSED"), ("CLOSED", "OPEN")) == 1.0
     assert flow_grpo_image(lines("OPEN"), ("CLOSED", "OPEN")) < 0.5
     assert flow_grpo_image(lines("HELLO", confidence=0.0), ("HELLO",)) == 0.0
-    assert flow_grpo_image(lines("DON'T"), ("DON’T",)) == pytest.approx(0.8)      # punctuation as it is
-    assert flow_grpo_video_mean([1.0, 0, 0, 0, 0]) == 1.0                    # frames at 0 are dropped
+    assert flow_grpo_image(lines("DON'T"), ("DON’T",)) == pytest.approx(0.8)  # punctuation as it is
+    assert flow_grpo_video_mean([1.0, 0, 0, 0, 0]) == 1.0  # frames at 0 are dropped
     assert flow_grpo_video_mean([1.0, 0.5, 0]) == 0.75
     assert flow_grpo_video_mean([0, 0]) == 0.0
 
 
-@pytest.mark.parametrize("frames, most, indices", [
-    (1, 17, (0,)), (5, 17, (0, 1, 2, 3, 4)), (17, 17, tuple(range(17))), (33, 17, tuple(range(0, 33, 2))),
-    (81, 17, tuple(range(0, 81, 5))), (10, 2, (0, 9)), (9, 4, (0, 3, 5, 8))])
+@pytest.mark.parametrize(
+    "frames, most, indices",
+    [
+        (1, 17, (0,)),
+        (5, 17, (0, 1, 2, 3, 4)),
+        (17, 17, tuple(range(17))),
+        (33, 17, tuple(range(0, 33, 2))),
+        (81, 17, tuple(range(0, 81, 5))),
+        (10, 2, (0, 9)),
+        (9, 4, (0, 3, 5, 8)),
+    ],
+)
 def test_even_frames(frames, most, indices):
     assert even_frames(frames, most) == indices
 
@@ -145,17 +168,22 @@ def made_up(*values):
 def test_reward_combines_frames():
     engine = reader([[], ["HELLO"], ["HELO"]])
     score = OCRReward(engine=engine).score(made_up(0, 1, 1, 2, 0), ("HELLO",))
-    assert score.value == pytest.approx((0 + 1 + 1 + 0.8 + 0) / 5)      # frames without text count
+    assert score.value == pytest.approx((0 + 1 + 1 + 0.8 + 0) / 5)  # frames without text count
     assert score.frame_values == pytest.approx((0, 1, 1, 0.8, 0))
     assert score.frames == (0, 1, 2, 3, 4)
     assert score.frame_texts == ("", "HELLO", "HELLO", "HELO", "")
     assert score.text == "HELLO | HELO"
 
     flow = OCRReward("flow_grpo_video", engine).score(made_up(0, 1, 1, 2, 2), ("HELLO",))
-    assert (flow.value, flow.frames) == (pytest.approx(0.8), (0, 4))    # frame 0 has no text and is dropped
-    assert OCRReward("flow_grpo_image", engine).score(made_up(2), ("HELLO",)).value == pytest.approx(0.8)
+    # frame 0 has no text and is dropped
+    assert (flow.value, flow.frames) == (pytest.approx(0.8), (0, 4))
+    assert OCRReward("flow_grpo_image", engine).score(
+        made_up(2), ("HELLO",)
+    ).value == pytest.approx(0.8)
     assert OCRReward("spelling", engine).score(made_up(2), ("HELLO",)).value == pytest.approx(0.8)
-    assert OCRReward(engine=engine, max_frames=2).score(made_up(0, 1, 1, 1), ("HELLO",)).value == 0.5
+    assert (
+        OCRReward(engine=engine, max_frames=2).score(made_up(0, 1, 1, 1), ("HELLO",)).value == 0.5
+    )
 
 
 def test_reward_errors():

@@ -1,4 +1,6 @@
-"""The server keeps answering clients that have the token, whatever others do with their connections."""
+"""The server keeps answering clients that have the token, whatever others do with their
+connections.
+"""
 
 import contextlib
 import json
@@ -26,9 +28,13 @@ STRANGER = b"GET /v1/health HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
 def post(length=LENGTH, token=TOKEN):
-    size = f"Content-Length: {length}\r\n" if length is not None else "Transfer-Encoding: chunked\r\n"
-    return (f"POST /v1/score HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\nContent-Type: {CONTENT_TYPE}\r\n"
-            f"{size}\r\n").encode()
+    size = (
+        f"Content-Length: {length}\r\n" if length is not None else "Transfer-Encoding: chunked\r\n"
+    )
+    return (
+        f"POST /v1/score HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\nContent-Type: "
+        f"{CONTENT_TYPE}\r\n{size}\r\n"
+    ).encode()
 
 
 def connect(url, data=b""):
@@ -43,8 +49,12 @@ def answer(sock):
     try:
         with sock.makefile("rb") as file:
             status = file.readline()
-            headers = {name.lower(): value for name, _, value in
-                       (line.decode().strip().partition(": ") for line in iter(file.readline, b"\r\n"))}
+            headers = {
+                name.lower(): value
+                for name, _, value in (
+                    line.decode().strip().partition(": ") for line in iter(file.readline, b"\r\n")
+                )
+            }
             return int(status.split()[1]), json.loads(file.read(int(headers["content-length"])))
     except (ConnectionResetError, IndexError):
         return None, None
@@ -87,18 +97,32 @@ def sending(sock, data, pause=0.02):
 def test_strangers_are_closed_in_time(caplog):
     admission = Admission(100, header_timeout=0.4)
     with serving(admission=admission) as url, contextlib.ExitStack() as stack:
-        silent = [stack.enter_context(connect(url, data)) for data in (
-            b"", b"GET /v1/health HTTP/1.1\r\nHost", post(1000, "wrong"), post(None, "wrong"), STRANGER * 3)]
-        for start, repeated in ((b"GET / HTTP/1.1\r\n", b"A: b\r\n"), (post(10 ** 9, "wrong"), bytes(100)),
-                                (b"", STRANGER * 300)):
+        silent = [
+            stack.enter_context(connect(url, data))
+            for data in (
+                b"",
+                b"GET /v1/health HTTP/1.1\r\nHost",
+                post(1000, "wrong"),
+                post(None, "wrong"),
+                STRANGER * 3,
+            )
+        ]
+        for start, repeated in (
+            (b"GET / HTTP/1.1\r\n", b"A: b\r\n"),
+            (post(10**9, "wrong"), bytes(100)),
+            (b"", STRANGER * 300),
+        ):
             silent.append(connect(url, start))
             stack.enter_context(sending(silent[-1], repeated))
-        assert answer(connect(url, post() + BODY))[0] == 200        # meanwhile
+        assert answer(connect(url, post() + BODY))[0] == 200  # meanwhile
         start = time.monotonic()
         wait_for(lambda: not admission.strangers)
         assert time.monotonic() - start < 2
         assert answer(connect(url, HEALTH))[0] == 200
-    assert sum("no request with the token within 0.4 s" in record.message for record in caplog.records) == 1
+    assert (
+        sum("no request with the token within 0.4 s" in record.message for record in caplog.records)
+        == 1
+    )
 
 
 def test_a_stranger_makes_room_for_a_client(caplog):
@@ -110,7 +134,7 @@ def test_a_stranger_makes_room_for_a_client(caplog):
         for _ in range(5):
             assert answer(stack.enter_context(connect(url, post() + BODY)))[0] == 200
         client.sendall(HEALTH)
-        assert answer(client)[0] == 200                             # it was not closed to make room
+        assert answer(client)[0] == 200  # it was not closed to make room
         assert sum(map(is_open, others)) <= 8
     assert sum("ulimit -n" in record.message for record in caplog.records) == 1
 
@@ -126,7 +150,10 @@ def test_an_idle_client_makes_room_for_another_one():
 
 
 def test_requests_under_way_leave_room_for_answers():
-    with serving(pool_rewards.Slow, workers=8, admission=Admission(8)) as url, contextlib.ExitStack() as stack:
+    with (
+        serving(pool_rewards.Slow, workers=8, admission=Admission(8)) as url,
+        contextlib.ExitStack() as stack,
+    ):
         under_way = [stack.enter_context(connect(url, post() + BODY)) for _ in range(4)]
         wait_for(lambda: answer(connect(url, HEALTH))[1]["queue"] == 4)
         status, found = answer(stack.enter_context(connect(url, post() + BODY)))
@@ -152,7 +179,8 @@ def test_a_request_of_a_closed_connection_does_not_count_as_under_way():
         wait_for(lambda: admission.strangers)
         connection = next(iter(admission.strangers))
 
-        def close_and_authorise():      # as where a connection is closed before its request comes to its turn
+        # as where a connection is closed before its request comes to its turn
+        def close_and_authorise():
             connection.abort()
             connection.authorised()
             done.set()
@@ -165,9 +193,14 @@ def test_bodies_that_would_take_too_much_memory_are_not_read(caplog):
     with serving(max_memory=1000) as url, contextlib.ExitStack() as stack:
         first = stack.enter_context(connect(url, post(900)))
         wait_for(lambda: answer(connect(url, HEALTH))[1]["queue"] == 1)
-        for header, data in ((post(), b""), (post(None), b"100\r\n" + bytes(256) + b"\r\n")):     # 256 bytes, no end
+        # 256 bytes, no end
+        for header, data in ((post(), b""), (post(None), b"100\r\n" + bytes(256) + b"\r\n")):
             status, found = answer(stack.enter_context(connect(url, header + data)))
-            assert status == 503 and "900 bytes are held" in found["detail"] and "limit of 1000" in found["detail"]
+            assert (
+                status == 503
+                and "900 bytes are held" in found["detail"]
+                and "limit of 1000" in found["detail"]
+            )
         first.close()
         wait_for(lambda: answer(connect(url, HEALTH))[1]["queue"] == 0)
         assert answer(connect(url, post() + BODY))[0] == 200
@@ -176,19 +209,24 @@ def test_bodies_that_would_take_too_much_memory_are_not_read(caplog):
     messages = [record.message for record in caplog.records]
     assert sum("1000 bytes together" in message for message in messages) == 1
     assert [message for message in messages if "left" in message] == [
-        "a client left while it sent a request: 0 bytes of 900 had arrived"]
+        "a client left while it sent a request: 0 bytes of 900 had arrived"
+    ]
 
 
 def test_a_full_queue_refuses_before_the_body():
     with serving(max_queue=1) as url, contextlib.ExitStack() as stack:
         stack.enter_context(connect(url, post()))
         wait_for(lambda: answer(connect(url, HEALTH))[1]["queue"] == 1)
-        status, found = answer(stack.enter_context(connect(url, post(10 ** 6))))
+        status, found = answer(stack.enter_context(connect(url, post(10**6))))
         assert status == 503 and "limit of 1:" in found["detail"]
 
 
 def test_a_slow_upload_is_ended():
-    with serving(upload_timeout=0.2) as url, connect(url, post(1000)) as client, sending(client, b"a", 0.02):
+    with (
+        serving(upload_timeout=0.2) as url,
+        connect(url, post(1000)) as client,
+        sending(client, b"a", 0.02),
+    ):
         status, found = answer(client)
     assert status == 408 and "0.2 s" in found["detail"]
 
@@ -205,5 +243,7 @@ def test_limits_follow_the_limit_of_open_files(monkeypatch):
         connections, at_once = limits(files)
         assert 8 <= connections < MAX_CONNECTIONS and connections + 5 * at_once + 7 < files
     assert limits(resource.RLIM_INFINITY) == limits(1 << 20) == (MAX_CONNECTIONS, MOST_AT_ONCE)
-    with pytest.raises(ValueError, match=r"64 files, too few for 16 workers.* 127 or more \(ulimit -n\)"):
+    with pytest.raises(
+        ValueError, match=r"64 files, too few for 16 workers.* 127 or more \(ulimit -n\)"
+    ):
         limits(64, workers=16)

@@ -36,12 +36,22 @@ class Judged:
     def score(self, frames, record):
         indices = even_frames(len(frames), 4)
         values = tuple(float(frames[i].mean() / 3) for i in indices)
-        return Score(float(np.mean(values)), f"早 {record!r}", indices, values, tuple(f"{v!r}" for v in values))
+        return Score(
+            float(np.mean(values)),
+            f"早 {record!r}",
+            indices,
+            values,
+            tuple(f"{v!r}" for v in values),
+        )
 
 
 @pytest.mark.parametrize("servers", [1, 2])
 def test_scores_are_those_of_this_process(servers):
-    with serving(Judged) as first, serving(Judged) as second, pool_of([first, second][:servers]) as pool:
+    with (
+        serving(Judged) as first,
+        serving(Judged) as second,
+        pool_of([first, second][:servers]) as pool,
+    ):
         scores = pool.submit(VIDEOS, [("a", "b\n")] * 12).result()
     with RewardPool(Judged) as here:
         expected = here.submit(VIDEOS, [("a", "b\n")] * 12).result()
@@ -123,12 +133,19 @@ def test_when_all_servers_are_gone_videos_are_masked_until_one_is_back():
 def test_a_server_with_other_settings_is_refused_also_after_a_restart():
     about = {"name": "ocr", "rule": "spelling"}
     with serving(about=about) as one, serving(about=about | {"rule": "flow_grpo_video"}) as other:
-        with pytest.raises(RewardError, match="scores with rule='flow_grpo_video' instead of 'spelling'"):
+        with pytest.raises(
+            RewardError, match="scores with rule='flow_grpo_video' instead of 'spelling'"
+        ):
             RemoteReward([one, other], **QUICK)
-        with pytest.raises(RewardError, match="scores with max_frames=None instead of 9: start it with the same"):
+        with pytest.raises(
+            RewardError, match="scores with max_frames=None instead of 9: start it with the same"
+        ):
             RemoteReward([one], expect=about | {"max_frames": 9}, **QUICK)
         RemoteReward([other], **QUICK)
-    with scripted(lambda *_: (200, {"status": "fine"})) as url, pytest.raises(RewardError, match="is no reward server"):
+    with (
+        scripted(lambda *_: (200, {"status": "fine"})) as url,
+        pytest.raises(RewardError, match="is no reward server"),
+    ):
         RemoteReward([url], **QUICK)
 
 

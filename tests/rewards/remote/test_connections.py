@@ -1,4 +1,6 @@
-"""One exchange with a server that does what it should not: it ends in time, and never with half an answer."""
+"""One exchange with a server that does what it should not: it ends in time, and never with half an
+answer.
+"""
 
 import contextlib
 import http.client
@@ -18,13 +20,19 @@ def exchange(url, timeout=0.15, body=()):
     return Connections(url).exchange("POST", "/", {}, body, timeout=timeout)
 
 
-@pytest.mark.parametrize("start, repeated", [
-    (b"H", b"T"), (OK, b"A: b\r\n"), (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
-    (OK + b"Content-Length: 1000\r\n\r\n{", b" "),
-    (OK + b"Connection: close\r\n\r\n{", b" "),
-    (OK + b"Transfer-Encoding: chunked\r\n\r\n1", b";a=b"),
-    (OK + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
-    (OK + b"Transfer-Encoding: chunked\r\n\r\n0\r\n", b"A: b\r\n")])
+@pytest.mark.parametrize(
+    "start, repeated",
+    [
+        (b"H", b"T"),
+        (OK, b"A: b\r\n"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (OK + b"Content-Length: 1000\r\n\r\n{", b" "),
+        (OK + b"Connection: close\r\n\r\n{", b" "),
+        (OK + b"Transfer-Encoding: chunked\r\n\r\n1", b";a=b"),
+        (OK + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+        (OK + b"Transfer-Encoding: chunked\r\n\r\n0\r\n", b"A: b\r\n"),
+    ],
+)
 def test_an_answer_that_trickles_is_ended_in_time(start, repeated):
     with trickling(start, repeated) as url:
         begin = time.monotonic()
@@ -42,7 +50,7 @@ def test_a_request_that_is_not_read_is_ended_in_time():
 
 
 def test_a_tls_greeting_that_trickles_is_ended_in_time():
-    hello = b"\x16\x03\x03\x40\x00"      # a record of 16 KiB, of which a byte comes now and then
+    hello = b"\x16\x03\x03\x40\x00"  # a record of 16 KiB, of which a byte comes now and then
     with trickling(hello, b"\x02") as url:
         begin = time.monotonic()
         with pytest.raises(TimeoutError, match=r"no whole answer within 0\.15 s"):
@@ -50,11 +58,22 @@ def test_a_tls_greeting_that_trickles_is_ended_in_time():
         assert time.monotonic() - begin < 1.5
 
 
-@pytest.mark.parametrize("answer", [
-    b"", b"\r\n", b"HTTP", b"SSH-2.0-OpenSSH_9\r\n", b"HTTP/1.1 abc OK\r\n\r\n", b"HTTP/3 200 OK\r\n\r\n",
-    OK + b"A: " + b"b" * 70_000 + b"\r\n\r\n", OK + b"A: b\r\n" * 200 + b"\r\n",
-    OK + b"Content-Length: 10\r\n\r\n{}",
-    OK + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n{}\r\n", OK + b"Transfer-Encoding: chunked\r\n\r\n10\r\n{}"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"\r\n",
+        b"HTTP",
+        b"SSH-2.0-OpenSSH_9\r\n",
+        b"HTTP/1.1 abc OK\r\n\r\n",
+        b"HTTP/3 200 OK\r\n\r\n",
+        OK + b"A: " + b"b" * 70_000 + b"\r\n\r\n",
+        OK + b"A: b\r\n" * 200 + b"\r\n",
+        OK + b"Content-Length: 10\r\n\r\n{}",
+        OK + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n{}\r\n",
+        OK + b"Transfer-Encoding: chunked\r\n\r\n10\r\n{}",
+    ],
+)
 def test_half_an_answer_is_none(answer):
     with trickling(answer) as url, pytest.raises((OSError, http.client.HTTPException)):
         exchange(url, timeout=5)
@@ -81,8 +100,10 @@ def test_closing_ends_an_answer_that_is_the_last_of_its_connection():
 def test_the_next_address_of_a_host_is_tried(monkeypatch):
     with scripted(lambda *_: (200, "fine")) as url:
         port = int(url.rsplit(":", 1)[1])
-        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in (("127.0.0.1", 9),
-                                                                                      ("127.0.0.1", port))]
+        found = [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", address)
+            for address in (("127.0.0.1", 9), ("127.0.0.1", port))
+        ]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
         assert exchange("http://cpu1:8080", timeout=5).body == b'"fine"'
         found.pop()
@@ -95,6 +116,9 @@ def test_an_ipv6_address():
         server = socket.create_server(("::1", 0), family=socket.AF_INET6)
     except OSError:
         pytest.skip("this machine has no IPv6")
-    with server, contextlib.closing(Connections(f"http://[::1]:{server.getsockname()[1]}")) as connections:
+    with (
+        server,
+        contextlib.closing(Connections(f"http://[::1]:{server.getsockname()[1]}")) as connections,
+    ):
         with pytest.raises(TimeoutError):
             connections.exchange("GET", "/", {}, timeout=0.1)

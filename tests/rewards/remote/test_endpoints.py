@@ -27,10 +27,19 @@ def works(method, path, headers, body):
 
 
 def test_pauses_double_and_differ_by_chance_only():
-    assert [pause(n, 0.0) for n in (1, 2, 3, 4, 5, 50)] == [FIRST_PAUSE, 1, 2, 4, LONGEST_PAUSE, LONGEST_PAUSE]
+    assert [pause(n, 0.0) for n in (1, 2, 3, 4, 5, 50)] == [
+        FIRST_PAUSE,
+        1,
+        2,
+        4,
+        LONGEST_PAUSE,
+        LONGEST_PAUSE,
+    ]
     assert pause(3, 0.999) == pytest.approx(1, abs=1e-2)
     one, other = random.Random(7), random.Random(7)
-    assert [pause(n, one.random()) for n in range(1, 9)] == [pause(n, other.random()) for n in range(1, 9)]
+    assert [pause(n, one.random()) for n in range(1, 9)] == [
+        pause(n, other.random()) for n in range(1, 9)
+    ]
 
 
 def test_a_connection_is_used_again_and_a_closed_one_is_not():
@@ -42,11 +51,14 @@ def test_a_connection_is_used_again_and_a_closed_one_is_not():
     with scripted(answer) as url:
         connections = Connections(url)
         for _ in range(3):
-            assert connections.exchange("POST", "/", {}, [b"12", memoryview(b"3")], timeout=5).body == b"123"
+            assert (
+                connections.exchange("POST", "/", {}, [b"12", memoryview(b"3")], timeout=5).body
+                == b"123"
+            )
             peers.append(connections._idle[0].sock.getsockname())
         assert len(set(peers)) == 1
         stale = connections._idle[0].sock
-        stale.shutdown(2)                       # as when the server ends an idle connection
+        stale.shutdown(2)  # as when the server ends an idle connection
         assert connections.exchange("GET", "/", {}, timeout=5).status == 200
         assert connections._idle[0].sock is not stale
         connections.close()
@@ -74,20 +86,25 @@ def test_the_server_with_the_fewest_requests_is_asked():
                 with lock:
                     at_once[name] -= 1
             return 200, {}
+
         return answer
 
     with scripted(server("fast", 0.02)) as fast, scripted(server("slow", 0.2)) as slow:
         client = endpoints(fast, slow)
         ask(client), ask(client)
-        assert counts == {"fast": 1, "slow": 1}         # in turns when nothing is under way
-        threads = [threading.Thread(target=lambda: [ask(client) for _ in range(8)]) for _ in range(4)]
+        assert counts == {"fast": 1, "slow": 1}  # in turns when nothing is under way
+        threads = [
+            threading.Thread(target=lambda: [ask(client) for _ in range(8)]) for _ in range(4)
+        ]
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
     assert counts.total() == 34 and counts["fast"] > 2 * counts["slow"] and max(most.values()) <= 4
 
 
-@pytest.mark.parametrize("failure", [(500, {"detail": "broken"}), (502, b"<html>"), (200, b"no JSON"),
-                                     (200, b"late", 0.6)])
+@pytest.mark.parametrize(
+    "failure",
+    [(500, {"detail": "broken"}), (502, b"<html>"), (200, b"no JSON"), (200, b"late", 0.6)],
+)
 def test_a_failing_server_is_left_and_tried_again_later(failure):
     broken, asked = threading.Event(), []
 
@@ -99,7 +116,7 @@ def test_a_failing_server_is_left_and_tried_again_later(failure):
         client = endpoints(first, second, timeout=0.3)
         broken.set()
         assert all(ask(client)["body"] == "question" for _ in range(4))
-        assert asked.count("/work") == 1                # the others went to the second one
+        assert asked.count("/work") == 1  # the others went to the second one
         broken.clear()
         deadline = time.monotonic() + 10
         while asked.count("/work") < 2:
@@ -119,7 +136,9 @@ def test_a_busy_server_is_asked_again_and_is_not_down():
 
 
 def test_a_server_busy_for_too_long_is_an_error():
-    with scripted(lambda method, path, headers, body: (503 if path == "/work" else 200, {"detail": "full"})) as url:
+    with scripted(
+        lambda method, path, headers, body: (503 if path == "/work" else 200, {"detail": "full"})
+    ) as url:
         with pytest.raises(RewardError, match=r"busy for 0\.1 s \(503 full\): start more"):
             ask(endpoints(url, patience=0.1))
 
@@ -138,7 +157,9 @@ def test_a_refused_request_is_not_repeated():
 
 
 def test_attempts_are_limited():
-    with scripted(lambda method, path, headers, body: (500 if path == "/work" else 200, {"detail": "no"})) as url:
+    with scripted(
+        lambda method, path, headers, body: (500 if path == "/work" else 200, {"detail": "no"})
+    ) as url:
         with pytest.raises(RewardError, match=r"in 3 attempts: .*answered 500 no"):
             ask(endpoints(url, retries=2))
 
@@ -155,13 +176,21 @@ def test_why_a_server_is_not_used_is_logged_when_it_changes(caplog):
         time.sleep(0.1)
         client.close()
     messages = [record.message for record in caplog.records if url in record.message]
-    assert [message.split(": ", 1)[1] for message in messages] == ["answered 500 why", "answered 404 why"]
+    assert [message.split(": ", 1)[1] for message in messages] == [
+        "answered 500 why",
+        "answered 404 why",
+    ]
 
 
-@pytest.mark.parametrize("answer, message", [
-    (b"\x1b[31m\x00\r\n", "something else than HTTP"),
-    (b"HTTP/1.1 500 x\r\n\r\n\x1b[31m\r\nno", r"answered 500 \[31m  no\. Start"),
-    (b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 600 + b"]" * 600, "JSON .*deeper than 64"), (b"", "closed connection")])
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        (b"\x1b[31m\x00\r\n", "something else than HTTP"),
+        (b"HTTP/1.1 500 x\r\n\r\n\x1b[31m\r\nno", r"answered 500 \[31m  no\. Start"),
+        (b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 600 + b"]" * 600, "JSON .*deeper than 64"),
+        (b"", "closed connection"),
+    ],
+)
 def test_what_a_server_writes_is_one_printable_line(answer, message):
     with trickling(answer) as url, pytest.raises(RewardError, match=message) as error:
         endpoints(url, retries=0, patience=0.0)
@@ -174,14 +203,16 @@ def test_an_outage_costs_the_patience_once():
         client = endpoints(url, patience=0.5, retries=9)
         dead.set()
         start = time.monotonic()
-        with pytest.raises(RewardError, match=r"no reward server works, for more than 0\.5 s: .*500"):
+        with pytest.raises(
+            RewardError, match=r"no reward server works, for more than 0\.5 s: .*500"
+        ):
             ask(client)
         assert 0.4 < time.monotonic() - start < 3
         start = time.monotonic()
         with pytest.raises(RewardError, match="no reward server works"):
             ask(client)
         assert time.monotonic() - start < 0.2
-        dead.clear()                                    # and ends by itself
+        dead.clear()  # and ends by itself
         deadline = time.monotonic() + 10
         while True:
             try:
@@ -223,20 +254,36 @@ def test_close_ends_what_waits():
 
 def test_the_start():
     with scripted(works) as url, scripted(lambda *_: (401, {"detail": "who are you"})) as guarded:
-        assert ask(endpoints("http://127.0.0.1:9", url))["path"] == "/work"       # one that works is enough
-        with pytest.raises(RewardError, match=r"refused the token \(401 who are you\).*token_env") as error:
+        # one that works is enough
+        assert ask(endpoints("http://127.0.0.1:9", url))["path"] == "/work"
+        with pytest.raises(
+            RewardError, match=r"refused the token \(401 who are you\).*token_env"
+        ) as error:
             endpoints(url, guarded, token="a-secret")
         assert "a-secret" not in str(error.value)
-    with scripted(lambda *_: (404, {"detail": "Not Found"})) as url, pytest.raises(RewardError, match="404 Not Found"):
+    with (
+        scripted(lambda *_: (404, {"detail": "Not Found"})) as url,
+        pytest.raises(RewardError, match="404 Not Found"),
+    ):
         endpoints(url)
-    with pytest.raises(RewardError, match=r"no reward server works: http://127\.0\.0\.1:9: .*refused.*Start one"):
+    with pytest.raises(
+        RewardError, match=r"no reward server works: http://127\.0\.0\.1:9: .*refused.*Start one"
+    ):
         endpoints("http://127.0.0.1:9")
 
 
-@pytest.mark.parametrize("url, message", [
-    ("cpu1:8080", "write http://host:port"), ("ftp://cpu1", "write http"), ("http://", "write http"),
-    ("http://cpu1:port", "not a URL"), ("http://cpu1/?a=b", "write http"), (7, "not a URL"),
-    ("http://user:pass@cpu1", "environment variable")])
+@pytest.mark.parametrize(
+    "url, message",
+    [
+        ("cpu1:8080", "write http://host:port"),
+        ("ftp://cpu1", "write http"),
+        ("http://", "write http"),
+        ("http://cpu1:port", "not a URL"),
+        ("http://cpu1/?a=b", "write http"),
+        (7, "not a URL"),
+        ("http://user:pass@cpu1", "environment variable"),
+    ],
+)
 def test_unusable_urls(url, message):
     with pytest.raises(ValueError, match=message) as error:
         check_url(url)

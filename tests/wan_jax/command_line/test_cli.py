@@ -34,12 +34,19 @@ def test_a_file_in_the_way_of_a_folder_and_a_folder_in_the_way_of_a_file(tmp_pat
     file, folder = tmp_path / "file", tmp_path / "folder"
     file.touch()
     folder.mkdir()
-    for raises, path in ((lambda: file.mkdir(exist_ok=True), file), (lambda: os.replace(file, folder), folder),
-                         (lambda: folder.write_text(""), folder)):
+    for raises, path in (
+        (lambda: file.mkdir(exist_ok=True), file),
+        (lambda: os.replace(file, folder), folder),
+        (lambda: folder.write_text(""), folder),
+    ):
         with pytest.raises(OSError) as caught:
             raises()
         message, code = cli.explain(caught.value)
-        assert code == 1 and message.startswith(f"error: {path}: ") and "choose another folder" in message
+        assert (
+            code == 1
+            and message.startswith(f"error: {path}: ")
+            and "choose another folder" in message
+        )
     with pytest.raises(FileExistsError) as caught:
         folder.mkdir()
     assert cli.explain(caught.value) is None
@@ -88,20 +95,30 @@ def test_ctrl_c_that_a_library_lost_counts_at_the_next_stage():
 
 
 def test_ctrl_c_that_became_another_error_is_still_ctrl_c():
-    done = subprocess.run([sys.executable, "-c", SWALLOWS], capture_output=True, text=True, check=False)
-    assert done.returncode == 130 and "stopped" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWS], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 130 and "stopped" in done.stderr and "Traceback" not in done.stderr, (
+        done.stderr
+    )
 
 
-@pytest.mark.parametrize("message", [
-    "RESOURCE_EXHAUSTED: Error writing: No space left on device [os_error_code='28']",
-    "Error while serializing: I/O error: No space left on device (os error 28)"])
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: Error writing: No space left on device [os_error_code='28']",
+        "Error while serializing: I/O error: No space left on device (os error 28)",
+    ],
+)
 def test_errors_that_only_name_the_systems_number(message):
     """tensorstore's and safetensors' wording."""
     assert disk_error(ValueError(message)).errno == errno.ENOSPC
 
 
 def test_an_error_in_a_save_is_raised_and_not_printed_too(tmp_path, monkeypatch, capfd, caplog):
-    """Orbax prints it in each of its threads; here because files may have 2000 bytes only, as on a full disk."""
+    """Orbax prints it in each of its threads; here because files may have 2000 bytes only, as on a
+    full disk.
+    """
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     arrays = {f"a{i}": jnp.asarray(np.random.default_rng(i).random((40, 40))) for i in range(12)}
     before, (soft, hard) = threading.active_count(), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -113,7 +130,9 @@ def test_an_error_in_a_save_is_raised_and_not_printed_too(tmp_path, monkeypatch,
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     message, code = cli.explain(caught.value)
-    assert code == 1 and f"error: {tmp_path / 'run/checkpoints'}" in message and "ulimit -f" in message
+    assert (
+        code == 1 and f"error: {tmp_path / 'run/checkpoints'}" in message and "ulimit -f" in message
+    )
     while threading.active_count() > before:
         time.sleep(0.01)
     del caught
@@ -123,24 +142,36 @@ def test_an_error_in_a_save_is_raised_and_not_printed_too(tmp_path, monkeypatch,
 
 def test_too_little_space_is_an_error_before_the_first_byte(tmp_path, monkeypatch):
     check_space(tmp_path / "not/there/yet", 1000, "the checkpoint")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 500, 500))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 500, 500)
+    )
     with pytest.raises(UserError, match=r"the checkpoint needs 0\.0 MB, the disk has 0\.0 MB left"):
         check_space(tmp_path / "not/there/yet", 1000, "the checkpoint")
     checkpoints = Checkpoints(tmp_path / "run")
     with pytest.raises(UserError, match="disk"):
-        checkpoints.save(1, {"trainable": {"a": np.zeros(1000, np.float32)}}, {"a": np.zeros(1000, np.float32)}, {})
+        checkpoints.save(
+            1,
+            {"trainable": {"a": np.zeros(1000, np.float32)}},
+            {"a": np.zeros(1000, np.float32)},
+            {},
+        )
     assert checkpoints.latest() is None
 
 
 def test_a_second_sigterm_ends_at_once():
-    """The first one only leaves a note; 'again' shows that the program went on. The second one comes while it hangs
-    inside a library, on a lock that it holds already, where no handler of Python's runs."""
-    code = ("import ctypes, time; from wan_jax import cli; cli.end_well_on_sigterm(); print('ready', flush=True)\n"
-            "while not cli.asked_to_end.wait(0.05): pass\n"
-            "print('again', flush=True); library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)\n"
-            "while True: library.pthread_mutex_lock(mutex)")
-    with subprocess.Popen([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE) as process:
+    """The first one only leaves a note; 'again' shows that the program went on. The second one
+    comes while it hangs inside a library, on a lock that it holds already, where no handler of
+    Python's runs.
+    """
+    code = (
+        "import ctypes, time; from wan_jax import cli; cli.end_well_on_sigterm(); print('ready', "
+        "flush=True)\nwhile not cli.asked_to_end.wait(0.05): pass\nprint('again', flush=True); "
+        "library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)\nwhile True: "
+        "library.pthread_mutex_lock(mutex)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         for word in ("ready", "again"):
             assert process.stdout.readline() == f"{word}\n"
             time.sleep(0.5)
@@ -149,7 +180,25 @@ def test_a_second_sigterm_ends_at_once():
 
 
 def test_the_last_of_several_settings_counts():
-    given = ["x", "--config=a.py", "--config.a=1", "--config.ab=(1,2)", "--config.a=2", "--out=o", "--out=p",
-             "--config.on", "--config.ab=(3,)", "--config.on"]
-    assert cli.last_of_each(given) == ["x", "--config=a.py", "--config.a=2", "--out=o", "--out=p", "--config.on",
-                                       "--config.ab=(3,)", "--config.on"]
+    given = [
+        "x",
+        "--config=a.py",
+        "--config.a=1",
+        "--config.ab=(1,2)",
+        "--config.a=2",
+        "--out=o",
+        "--out=p",
+        "--config.on",
+        "--config.ab=(3,)",
+        "--config.on",
+    ]
+    assert cli.last_of_each(given) == [
+        "x",
+        "--config=a.py",
+        "--config.a=2",
+        "--out=o",
+        "--out=p",
+        "--config.on",
+        "--config.ab=(3,)",
+        "--config.on",
+    ]

@@ -11,7 +11,9 @@ RECIPE = "from configs.defaults import defaults\n\ndef get_config():\n    c = de
 
 @pytest.fixture
 def parse(monkeypatch, capsys, tmp_path):
-    """Parses a command line in a folder with two recipes: (exit code, standard error), or what is left of it."""
+    """Parses a command line in a folder with two recipes: (exit code, standard error), or what is
+    left of it.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()
     for name in ("tiny_ocr", "tiny_grpo", "defaults"):
@@ -32,22 +34,42 @@ def parse(monkeypatch, capsys, tmp_path):
     return run
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--config=configs/tiny_orc.py"], "configs/tiny_orc.py does not exist; did you mean configs/tiny_ocr.py?"),
-    (["--config=tiny_grop.py", "--config.seed=1"], "did you mean configs/tiny_grpo.py?"),
-    (["--config", "zebra"], "--config=zebra does not exist; give a Python file with get_config()"),
-    (["--config=configs"], "--config=configs is a folder"),
-    (["configs/tiny_ocr.py"], "recipes are given as --config=configs/tiny_ocr.py"),
-    ([], "--config is missing"),
-    (["--config=configs/tiny_ocr.py", "--config.sed=1"], 'Did you mean "seed" instead of "sed"')])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--config=configs/tiny_orc.py"],
+            "configs/tiny_orc.py does not exist; did you mean configs/tiny_ocr.py?",
+        ),
+        (["--config=tiny_grop.py", "--config.seed=1"], "did you mean configs/tiny_grpo.py?"),
+        (
+            ["--config", "zebra"],
+            "--config=zebra does not exist; give a Python file with get_config()",
+        ),
+        (["--config=configs"], "--config=configs is a folder"),
+        (["configs/tiny_ocr.py"], "recipes are given as --config=configs/tiny_ocr.py"),
+        ([], "--config is missing"),
+        (
+            ["--config=configs/tiny_ocr.py", "--config.sed=1"],
+            'Did you mean "seed" instead of "sed"',
+        ),
+    ],
+)
 def test_one_line_says_what_to_type(parse, arguments, message):
     code, err = parse(*arguments)
     assert code == 1 and message in err and err.startswith("error: ") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    ("c.seed = 'abc'", "abc is of original type"), ("c.seed = 1 / 0", "division by zero"), ("c.seed = x", "'x' is not"),
-    ("import no_such_package", "No module named"), ("c.seed = (", "was never closed")])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("c.seed = 'abc'", "abc is of original type"),
+        ("c.seed = 1 / 0", "division by zero"),
+        ("c.seed = x", "'x' is not"),
+        ("import no_such_package", "No module named"),
+        ("c.seed = (", "was never closed"),
+    ],
+)
 def test_an_error_in_a_recipe_is_one_line_with_its_place(parse, tmp_path, line, message):
     path = tmp_path / "mine.py"
     path.write_text(RECIPE.format(line=line))

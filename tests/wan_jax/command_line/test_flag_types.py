@@ -22,16 +22,30 @@ def parsed(parser, argument):
     return values["x"].value
 
 
-@pytest.mark.parametrize(("kind", "limits", "argument", "found"), [
-    (float, media.FPS, "23.976", 23.976), (float, media.FPS, "0", "flag --x=0: must be at least 0.1 and at most 1000"),
-    (int, Range(1), "3", 3), (int, Range(1), "0", "flag --x=0: must be at least 1"),
-    (int, Range(1), "1.5", "flag --x=1.5: must be a whole number"),
-    (float, Range(0), "x", "flag --x=x: must be a number"),
-    (float, Range(0), "nan", "flag --x=nan: must be at least 0 and finite"),
-    (float, Range(0), "inf", "flag --x=inf: must be at least 0 and finite"),
-    (int, SEED, str(2**32 - 1), 2**32 - 1),
-    *((int, SEED, seed, f"flag --x={seed}: must be at least 0 and at most 4294967295; -1 does not stand for a random "
-       "seed, choose a number") for seed in ("-1", str(2**32), str(2**63)))])
+@pytest.mark.parametrize(
+    ("kind", "limits", "argument", "found"),
+    [
+        (float, media.FPS, "23.976", 23.976),
+        (float, media.FPS, "0", "flag --x=0: must be at least 0.1 and at most 1000"),
+        (int, Range(1), "3", 3),
+        (int, Range(1), "0", "flag --x=0: must be at least 1"),
+        (int, Range(1), "1.5", "flag --x=1.5: must be a whole number"),
+        (float, Range(0), "x", "flag --x=x: must be a number"),
+        (float, Range(0), "nan", "flag --x=nan: must be at least 0 and finite"),
+        (float, Range(0), "inf", "flag --x=inf: must be at least 0 and finite"),
+        (int, SEED, str(2**32 - 1), 2**32 - 1),
+        *(
+            (
+                int,
+                SEED,
+                seed,
+                f"flag --x={seed}: must be at least 0 and at most 4294967295; -1 does not stand "
+                "for a random seed, choose a number",
+            )
+            for seed in ("-1", str(2**32), str(2**63))
+        ),
+    ],
+)
 def test_numbers(kind, limits, argument, found):
     assert parsed(NumberParser(kind, limits), argument) == found
 
@@ -61,8 +75,14 @@ def test_what_can_be_written_leaves_nothing_but_its_folder(tmp_path, name):
     assert list((tmp_path / "new").iterdir()) == []
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("folder.png", "is a folder"), ("file/a.png", "cannot be written"), ("x" * 300 + ".png", "File name too long")])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("folder.png", "is a folder"),
+        ("file/a.png", "cannot be written"),
+        ("x" * 300 + ".png", "File name too long"),
+    ],
+)
 def test_what_cannot_be_written_is_refused(tmp_path, name, message):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").touch()
@@ -74,4 +94,6 @@ def test_a_picture_takes_the_place_of_one_that_may_not_be_changed(tmp_path):
     (tmp_path / "a.png").write_bytes(b"old")
     (tmp_path / "a.png").chmod(0o400)
     media.write(tmp_path / "a.png", np.full((1, 8, 8, 3), 7, np.uint8), 16)
-    assert (np.asarray(Image.open(tmp_path / "a.png")) == 7).all() and len(list(tmp_path.iterdir())) == 1
+    assert (np.asarray(Image.open(tmp_path / "a.png")) == 7).all() and len(
+        list(tmp_path.iterdir())
+    ) == 1

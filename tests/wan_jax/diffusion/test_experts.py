@@ -10,10 +10,14 @@ from wan_jax.diffusion import experts
 from wan_jax.diffusion.schedule import euler_sigmas, flow_sigmas
 
 
-@pytest.mark.parametrize("shift, steps, high", [(3, 10, 4), (3, 20, 7), (3, 40, 13), (5, 20, 9), (12, 20, 13),
-                                                (12, 40, 26)])
+@pytest.mark.parametrize(
+    "shift, steps, high",
+    [(3, 10, 4), (3, 20, 7), (3, 40, 13), (5, 20, 9), (12, 20, 13), (12, 40, 26)],
+)
 def test_the_published_split_of_a14b(shift, steps, high):
-    """Steps with t >= 875; shift 3 with 10 steps has a step at exactly 875, which belongs to the first."""
+    """Steps with t >= 875; shift 3 with 10 steps has a step at exactly 875, which belongs to the
+    first.
+    """
     parts = experts.segments(flow_sigmas(steps, shift).timesteps, 0.875)
     assert parts == (experts.Segment(0, range(high)), experts.Segment(1, range(high, steps)))
 
@@ -25,9 +29,17 @@ def test_segments_without_a_boundary_or_a_step():
     assert experts.segments(np.array([800.0, 400.0]), 0.9) == (experts.Segment(1, range(2)),)
 
 
-@pytest.mark.parametrize("first, second, count, expected", [
-    (4.0, None, 1, (4.0,)), (4.0, 3.0, 1, (4.0,)), (4.0, 3.0, 2, (4.0, 3.0)), (4.0, None, 2, (4.0, 4.0)),
-    (1.0, 5.0, 2, (1.0, 1.0)), (4.0, 1.0, 2, (4.0, 1.0))])
+@pytest.mark.parametrize(
+    "first, second, count, expected",
+    [
+        (4.0, None, 1, (4.0,)),
+        (4.0, 3.0, 1, (4.0,)),
+        (4.0, 3.0, 2, (4.0, 3.0)),
+        (4.0, None, 2, (4.0, 4.0)),
+        (1.0, 5.0, 2, (1.0, 1.0)),
+        (4.0, 1.0, 2, (4.0, 1.0)),
+    ],
+)
 def test_guidance_of_each_expert(first, second, count, expected):
     assert experts.guidances(first, second, count) == expected
 
@@ -50,7 +62,10 @@ def test_weights_come_back_as_they_were(offload):
     weights = experts.Weights([lambda: loader(0), lambda: loader(1)], offload)
     for i in (0, 0, 1, 0, 1):
         leaf = jax.tree.leaves(weights(i))[0]
-        assert isinstance(leaf, jax.Array) and leaf.sharding.memory_kind == states[i]["a"].sharding.memory_kind
+        assert (
+            isinstance(leaf, jax.Array)
+            and leaf.sharding.memory_kind == states[i]["a"].sharding.memory_kind
+        )
         np.testing.assert_array_equal(leaf, np.arange(8.0) + i)
     assert calls == [0, 1]
     if offload:
@@ -63,9 +78,19 @@ def test_weights_come_back_as_they_were(offload):
 
 def test_offload_is_chosen_by_what_fits():
     for setting, count, size, limit, expected in (
-            ("auto", 2, 30, 100, True), ("auto", 2, 20, 100, False), ("auto", 1, 90, 100, False),
-            ("auto", 2, 90, None, False), ("always", 2, 1, 100, True), ("never", 2, 90, 100, False),
-            ("always", 1, 1, 100, False)):
-        assert experts.choose_offload(setting, count, size, limit) == expected, (setting, count, size, limit)
+        ("auto", 2, 30, 100, True),
+        ("auto", 2, 20, 100, False),
+        ("auto", 1, 90, 100, False),
+        ("auto", 2, 90, None, False),
+        ("always", 2, 1, 100, True),
+        ("never", 2, 90, 100, False),
+        ("always", 1, 1, 100, False),
+    ):
+        assert experts.choose_offload(setting, count, size, limit) == expected, (
+            setting,
+            count,
+            size,
+            limit,
+        )
     with pytest.raises(ValueError, match="auto, never, always"):
         experts.choose_offload("sometimes", 2, 1, 1)

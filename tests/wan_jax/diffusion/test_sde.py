@@ -10,13 +10,24 @@ import pytest
 
 from tests import reference
 from wan_jax.diffusion.schedule import euler_sigmas, flow_sigmas
-from wan_jax.diffusion.sde import DEFAULTS, SDEConfig, diffusion_coefficient, log_prob, sde_mean_std, sde_step
+from wan_jax.diffusion.sde import (
+    DEFAULTS,
+    SDEConfig,
+    diffusion_coefficient,
+    log_prob,
+    sde_mean_std,
+    sde_step,
+)
 from wan_jax.diffusion.solvers import euler_step
 
 SHAPE = (3, 4, 2, 5, 6)  # B C F H W
 ROUNDING = 16 * float(np.finfo(np.float32).eps)  # a few float32 operations on values below about 5
-SCHEDULES = [make(n, k) for n in (10, 20, 50) for k in (3.0, 5.0, 12.0)
-             for make in (flow_sigmas, euler_sigmas, lambda n, k: flow_sigmas(n, k, "legacy"))]
+SCHEDULES = [
+    make(n, k)
+    for n in (10, 20, 50)
+    for k in (3.0, 5.0, 12.0)
+    for make in (flow_sigmas, euler_sigmas, lambda n, k: flow_sigmas(n, k, "legacy"))
+]
 
 
 def normal(seed, shape=SHAPE):
@@ -27,9 +38,16 @@ def step_std(sde, schedule):
     return diffusion_coefficient(sde, schedule) * np.sqrt(-np.diff(schedule.sigmas))
 
 
-@pytest.mark.parametrize(("kind", "level"),
-                         [("flow_grpo_wan", 1.0), ("flow_grpo_wan", 0.7), ("flow_sde", 0.7), ("dance", 0.3),
-                          ("cps", 0.8)])
+@pytest.mark.parametrize(
+    ("kind", "level"),
+    [
+        ("flow_grpo_wan", 1.0),
+        ("flow_grpo_wan", 0.7),
+        ("flow_sde", 0.7),
+        ("dance", 0.3),
+        ("cps", 0.8),
+    ],
+)
 def test_coefficient_equals_reference(kind, level):
     for schedule in SCHEDULES:
         g = diffusion_coefficient(SDEConfig(kind, level, math.inf), schedule)
@@ -41,17 +59,24 @@ def test_coefficient_equals_reference(kind, level):
 def test_published_defaults():
     schedule = flow_sigmas(20, 3.0)
     sigmas = schedule.sigmas.astype(float)
-    np.testing.assert_array_equal(diffusion_coefficient(SDEConfig(), schedule),
-                                  (sigmas[1] * sigmas[:-1]).astype(np.float32))
-    np.testing.assert_array_equal(diffusion_coefficient(SDEConfig("flow_sde"), schedule),
-                                  diffusion_coefficient(SDEConfig("flow_sde", 0.7, math.inf), schedule))
+    np.testing.assert_array_equal(
+        diffusion_coefficient(SDEConfig(), schedule), (sigmas[1] * sigmas[:-1]).astype(np.float32)
+    )
+    np.testing.assert_array_equal(
+        diffusion_coefficient(SDEConfig("flow_sde"), schedule),
+        diffusion_coefficient(SDEConfig("flow_sde", 0.7, math.inf), schedule),
+    )
     assert step_std(SDEConfig(), schedule)[0] == pytest.approx(0.129, abs=5e-4)
-    assert step_std(SDEConfig("flow_sde"), euler_sigmas(20, 3.0))[0] == pytest.approx(0.70, abs=5e-3)
+    assert step_std(SDEConfig("flow_sde"), euler_sigmas(20, 3.0))[0] == pytest.approx(
+        0.70, abs=5e-3
+    )
 
 
 @pytest.mark.parametrize("kind", DEFAULTS)
 def test_std_is_sane_at_every_step(kind):
-    """Without any bound: flow_sde without its guard would start with 3 to 131, or infinity, on these lists."""
+    """Without any bound: flow_sde without its guard would start with 3 to 131, or infinity, on
+    these lists.
+    """
     for schedule in SCHEDULES:
         std = step_std(SDEConfig(kind, max_step_std=math.inf), schedule)
         limit = 0.952 if kind == "cps" else 0.8  # sin(0.8 pi / 2)
@@ -61,7 +86,9 @@ def test_std_is_sane_at_every_step(kind):
 
 def test_max_step_std_lowers_g():
     schedule = flow_sigmas(20, 3.0)
-    free, bounded = (step_std(SDEConfig("flow_sde", 1.5, limit), schedule) for limit in (math.inf, 0.45))
+    free, bounded = (
+        step_std(SDEConfig("flow_sde", 1.5, limit), schedule) for limit in (math.inf, 0.45)
+    )
     np.testing.assert_allclose(bounded, np.minimum(free, 0.45), rtol=1e-6)
     assert free.max() > 1.4 and np.any(free < 0.45)
     assert step_std(SDEConfig("flow_sde", 1.5), schedule).max() == pytest.approx(1.0, rel=1e-6)
@@ -73,11 +100,16 @@ def test_zero_noise_level_is_the_ode():
         assert not diffusion_coefficient(SDEConfig(kind, 0.0), flow_sigmas(10, 3.0)).any()
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"kind": "sde"}, "'sde'.*flow_grpo_wan, flow_sde"), ({"noise_level": -1.0}, "noise_level=-1.0"),
-    ({"noise_level": math.nan}, "noise_level=nan"), ({"kind": "cps", "noise_level": 1.1}, "0 .the ODE. to 1"),
-    ({"max_step_std": 0.0}, "max_step_std=0.0"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "sde"}, "'sde'.*flow_grpo_wan, flow_sde"),
+        ({"noise_level": -1.0}, "noise_level=-1.0"),
+        ({"noise_level": math.nan}, "noise_level=nan"),
+        ({"kind": "cps", "noise_level": 1.1}, "0 .the ODE. to 1"),
+        ({"max_step_std": 0.0}, "max_step_std=0.0"),
+    ],
+)
 def test_bad_configuration(arguments, message):
     with pytest.raises(ValueError, match=message):
         SDEConfig(**arguments)
@@ -93,7 +125,7 @@ def test_step_equals_reference(kind, schedule):
     mean_std = reference.cps_mean_std if preserving else reference.mean_std
     step = jax.jit(sde_step, static_argnames="preserving")
     for i in range(0, schedule.num_steps - 2, 3):
-        sigma, after, gs = schedule.sigmas[i:i + 3], schedule.sigmas[i + 1:i + 4], g[i:i + 3]
+        sigma, after, gs = schedule.sigmas[i : i + 3], schedule.sigmas[i + 1 : i + 4], g[i : i + 3]
         x_next, logp, mean, std = step(x, v, sigma, after, gs, z, preserving=preserving)
         for b in range(3):
             row = (np.asarray(a[b], np.float64) for a in (x, v, sigma, after, gs))
@@ -111,7 +143,8 @@ def test_scalar_and_per_sample_sigmas_agree():
     scalar = sde_step(x, v, 0.8, 0.7, 0.6, z)
     rows = sde_step(x, v, *(jnp.full(3, value) for value in (0.8, 0.7, 0.6)), z)
     assert rows[3].shape == (3,) and scalar[1].shape == rows[1].shape == (3,)
-    for a, b in zip(scalar, rows):  # a scalar's logarithm and root are compiled otherwise than a vector's
+    # a scalar's logarithm and root are compiled otherwise than a vector's
+    for a, b in zip(scalar, rows):
         np.testing.assert_allclose(np.broadcast_to(a, np.shape(b)), b, rtol=1e-5, atol=ROUNDING)
 
 
@@ -119,7 +152,9 @@ def test_without_noise_the_step_is_euler_and_finite():
     x, v, z = normal(0), normal(1), normal(2)
     for sigma, after in ((0.9999990, 0.98), (0.2, 0.0)):
         x_next, logp, mean, std = jax.jit(sde_step)(x, v, sigma, after, 0.0, z)
-        np.testing.assert_allclose(x_next, jax.jit(euler_step)(x, v, sigma, after), rtol=0, atol=ROUNDING)
+        np.testing.assert_allclose(
+            x_next, jax.jit(euler_step)(x, v, sigma, after), rtol=0, atol=ROUNDING
+        )
         np.testing.assert_allclose(x_next, mean, rtol=0, atol=ROUNDING)
         assert not np.any(logp) and not np.any(std)
 
@@ -168,8 +203,10 @@ def test_draws_have_the_stated_distribution():
 
 
 def test_marginals_are_those_of_the_ode():
-    """Data and noise are independent unit normals: x_s is N(0, (1-s)^2 + s^2), the true velocity linear in x.
-    Many small SDE steps must keep that variance, which fails when the drift's noise correction is wrong."""
+    """Data and noise are independent unit normals: x_s is N(0, (1-s)^2 + s^2), the true velocity
+    linear in x. Many small SDE steps must keep that variance, which fails when the drift's noise
+    correction is wrong.
+    """
     sigmas = np.linspace(0.95, 0.05, 301).astype(np.float32)
     noise_rng = np.random.default_rng(0)
     x = noise_rng.normal(size=(1, 40000)).astype(np.float32) * math.hypot(0.95, 0.05)
@@ -193,16 +230,20 @@ def test_on_policy_ratio_is_one():
 
 @pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
 def test_cps_keeps_the_coefficients_of_the_schedule(level):
-    """1 - s_next of the data, s_next of noise in all, fresh or not; without fresh noise the step is Euler's."""
+    """1 - s_next of the data, s_next of noise in all, fresh or not; without fresh noise the step is
+    Euler's.
+    """
     schedule = flow_sigmas(10, 3.0)
     clean, noise = normal(0), normal(1)
     for i in range(schedule.num_steps):
-        s, after = schedule.sigmas[i:i + 2].astype(float)
+        s, after = schedule.sigmas[i : i + 2].astype(float)
         g = diffusion_coefficient(SDEConfig("cps", level), schedule)[i]
         x = (1 - s) * clean + s * noise
         mean, std = sde_mean_std(x, noise - clean, s, after, g, preserving=True)
         np.testing.assert_allclose(float(std), after * math.sin(level * math.pi / 2), atol=1e-6)
-        kept = math.sqrt(max(after**2 - float(std)**2, 0))
-        np.testing.assert_allclose(mean, (1 - after) * clean + kept * noise, atol=2e-3 if level == 1 else 2e-5)
+        kept = math.sqrt(max(after**2 - float(std) ** 2, 0))
+        np.testing.assert_allclose(
+            mean, (1 - after) * clean + kept * noise, atol=2e-3 if level == 1 else 2e-5
+        )
         if level == 0:
             np.testing.assert_allclose(mean, euler_step(x, noise - clean, s, after), atol=2e-6)

@@ -1,4 +1,6 @@
-"""UniPC and Euler against the NumPy reference and live Diffusers schedulers, per step and over whole runs."""
+"""UniPC and Euler against the NumPy reference and live Diffusers schedulers, per step and over
+whole runs.
+"""
 
 import itertools
 
@@ -20,7 +22,9 @@ def noise(seed=0, shape=SHAPE):
 
 
 def fake_model(x, timestep, xp):
-    """A smooth, nonlinear stand-in for the transformer: couples positions and depends on the timestep."""
+    """A smooth, nonlinear stand-in for the transformer: couples positions and depends on the
+    timestep.
+    """
     return xp.tanh(0.7 * x + timestep / 1000) - 0.5 * xp.cos(2 * x[..., ::-1]) * timestep / 1000
 
 
@@ -32,7 +36,9 @@ def trajectory(solver, x):
         state = solver.step(state, i, fake_model(state.x, timesteps[i], jnp))
         return state, state.x
 
-    _, xs = jax.jit(lambda x: jax.lax.scan(body, solver.init(x), jnp.arange(solver.schedule.num_steps)))(x)
+    _, xs = jax.jit(
+        lambda x: jax.lax.scan(body, solver.init(x), jnp.arange(solver.schedule.num_steps))
+    )(x)
     return np.concatenate([x[None], np.asarray(xs)])
 
 
@@ -50,8 +56,9 @@ def test_unipc_equals_reference(order):
     for (steps, shift), version in zip(GRID, itertools.cycle(("diffusers", "legacy", "legacy"))):
         schedule = flow_sigmas(steps, shift, version)
         sigmas, timesteps = schedule.sigmas.astype(np.float64), schedule.timesteps
-        theirs = reference.unipc(noise().astype(float), lambda x, i, t=timesteps: fake_model(x, t[i], np),
-                                 sigmas, order)
+        theirs = reference.unipc(
+            noise().astype(float), lambda x, i, t=timesteps: fake_model(x, t[i], np), sigmas, order
+        )
         assert_close_per_step(trajectory(UniPC(schedule, order), noise()), theirs, 2e-6)
 
 
@@ -74,8 +81,9 @@ def test_dpm_solver_equals_reference():
     for (steps, shift), version in zip(GRID, itertools.cycle(("diffusers", "legacy", "legacy"))):
         solver = make_solver("dpmpp_2m", steps, shift, version=version)
         sigmas, timesteps = solver.schedule.sigmas.astype(np.float64), solver.schedule.timesteps
-        theirs = reference.dpm_solver_pp_2m(noise().astype(float), lambda x, i, t=timesteps: fake_model(x, t[i], np),
-                                            sigmas)
+        theirs = reference.dpm_solver_pp_2m(
+            noise().astype(float), lambda x, i, t=timesteps: fake_model(x, t[i], np), sigmas
+        )
         assert_close_per_step(trajectory(solver, noise()), theirs, 2e-6)
 
 
@@ -94,6 +102,7 @@ def test_exact_on_straight_paths(name):
 
 def test_second_order_is_more_accurate_than_euler():
     """Against a 2000-step Euler solution of the same ODE, over flow sigmas with shift 3."""
+
     def v(x, s):
         return np.tanh(x) + s
 
@@ -104,7 +113,9 @@ def test_second_order_is_more_accurate_than_euler():
         solver = make_solver(name, 20, 3.0)
         state = solver.init(jnp.asarray(noise()))
         for i in range(20):
-            state = solver.step(state, i, jnp.asarray(v(np.asarray(state.x), solver.schedule.sigmas[i])))
+            state = solver.step(
+                state, i, jnp.asarray(v(np.asarray(state.x), solver.schedule.sigmas[i]))
+            )
         errors[name] = relative_error(np.asarray(state.x), target)
     assert max(errors["unipc"], errors["dpmpp_2m"]) < 0.25 * errors["euler"], errors
 
@@ -112,8 +123,11 @@ def test_second_order_is_more_accurate_than_euler():
 def test_euler_equals_reference():
     for schedule in (flow_sigmas(20, 3.0), euler_sigmas(20, 3.0)):
         timesteps = schedule.timesteps
-        theirs = reference.euler(noise().astype(float), lambda x, i, t=timesteps: fake_model(x, t[i], np),
-                                 schedule.sigmas.astype(float))
+        theirs = reference.euler(
+            noise().astype(float),
+            lambda x, i, t=timesteps: fake_model(x, t[i], np),
+            schedule.sigmas.astype(float),
+        )
         assert_close_per_step(trajectory(Euler(schedule), noise()), theirs, 2e-6)
 
 
@@ -122,8 +136,12 @@ def test_euler_step_takes_one_sigma_per_sample():
     sigma, after = np.array([0.9, 0.5], np.float32), np.array([0.8, 0.1], np.float32)
     both = euler_step(x, v, sigma, after)
     for b in range(2):
-        np.testing.assert_allclose(both[b], euler_step(x, v, sigma[b], after[b])[b], rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(both[b], x[b] + (after[b] - sigma[b]) * v[b], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            both[b], euler_step(x, v, sigma[b], after[b])[b], rtol=1e-5, atol=1e-6
+        )
+        np.testing.assert_allclose(
+            both[b], x[b] + (after[b] - sigma[b]) * v[b], rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("name", ["unipc", "euler"])
@@ -135,10 +153,12 @@ def test_bf16_velocity_keeps_an_fp32_state(name):
 
 
 def test_make_solver():
-    for name, version, schedule in (("euler", "diffusers", flow_sigmas(5, 3.0)),
-                                    ("euler", "legacy", flow_sigmas(5, 3.0, "legacy")),
-                                    ("unipc", "legacy", flow_sigmas(5, 3.0, "legacy")),
-                                    ("flow_match_euler", "diffusers", euler_sigmas(5, 3.0))):
+    for name, version, schedule in (
+        ("euler", "diffusers", flow_sigmas(5, 3.0)),
+        ("euler", "legacy", flow_sigmas(5, 3.0, "legacy")),
+        ("unipc", "legacy", flow_sigmas(5, 3.0, "legacy")),
+        ("flow_match_euler", "diffusers", euler_sigmas(5, 3.0)),
+    ):
         ours = make_solver(name, 5, 3.0, version=version)
         np.testing.assert_array_equal(ours.schedule.sigmas, schedule.sigmas)
     with pytest.raises(ValueError, match=r"'ddim'.*unipc, euler, flow_match_euler"):
@@ -154,6 +174,7 @@ def test_unipc_rejects_what_it_cannot_run():
 
 def diffusers_trajectory(peer, steps):
     import torch
+
     peer.set_timesteps(steps)
     peer.set_begin_index(0)
     xs = [torch.from_numpy(noise())]
@@ -167,18 +188,28 @@ def diffusers_trajectory(peer, steps):
 @pytest.mark.parametrize("order", [1, 2])
 def test_unipc_is_diffusers(order):
     from diffusers import UniPCMultistepScheduler
+
     for steps, shift in GRID if order == 2 else GRID[2::3]:
-        peer = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True,
-                                       flow_shift=shift, solver_order=order)
-        assert_close_per_step(trajectory(make_solver("unipc", steps, shift, order=order), noise()),
-                              diffusers_trajectory(peer, steps))
+        peer = UniPCMultistepScheduler(
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=shift,
+            solver_order=order,
+        )
+        assert_close_per_step(
+            trajectory(make_solver("unipc", steps, shift, order=order), noise()),
+            diffusers_trajectory(peer, steps),
+        )
 
 
 @pytest.mark.parity
 def test_dpm_solver_is_diffusers():
     from diffusers import DPMSolverMultistepScheduler
+
     for steps, shift in GRID[::3]:
-        peer = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+        peer = DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+        )
         peer.set_timesteps(steps)
         solver = make_solver("dpmpp_2m", steps, shift, version="legacy")
         np.testing.assert_allclose(peer.sigmas, solver.schedule.sigmas, atol=1e-6)
@@ -188,7 +219,10 @@ def test_dpm_solver_is_diffusers():
 @pytest.mark.parity
 def test_flow_match_euler_is_diffusers():
     from diffusers import FlowMatchEulerDiscreteScheduler
+
     for steps, shift in GRID:
         peer = FlowMatchEulerDiscreteScheduler(shift=shift)
-        assert_close_per_step(trajectory(make_solver("flow_match_euler", steps, shift), noise()),
-                              diffusers_trajectory(peer, steps))
+        assert_close_per_step(
+            trajectory(make_solver("flow_match_euler", steps, shift), noise()),
+            diffusers_trajectory(peer, steps),
+        )

@@ -31,7 +31,7 @@ from wan_jax.models.transformer import WanTransformer3D
 from wan_jax.storage import integrity, model_dir
 from wan_jax.storage.checkpoint import Checkpoints, join_experts
 
-PROMPTS = ('A red sign with the word "open".', 'Someone wrote “it\'s late” on a  wall.')
+PROMPTS = ('A red sign with the word "open".', "Someone wrote “it's late” on a  wall.")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,8 @@ def one_device():
     return mesh_lib.make_mesh(devices=jax.devices()[:1])
 
 
-# What depends on fewer settings than `sample` has is shared, so that it is loaded and compiled once for the module.
+# What depends on fewer settings than `sample` has is shared, so that it is loaded and compiled once
+# for the module.
 
 
 @functools.cache
@@ -56,7 +57,9 @@ def embedded(folder, prompts, negative):
 
 @functools.cache
 def loaded(folder, checkpoint, offload):
-    return load_transformers(model_dir.open_model(folder), checkpoint, jnp.float32, "xla", one_device(), offload)
+    return load_transformers(
+        model_dir.open_model(folder), checkpoint, jnp.float32, "xla", one_device(), offload
+    )
 
 
 @functools.cache
@@ -75,19 +78,34 @@ def decoder(folder):
     return functools.partial(pipeline.make_decoder(graphdef), state)
 
 
-def sample(folder, prompts, noise, *, solver="unipc", order=2, steps=6, guidance=4.0, guidance_2=None, shift=3.0,
-           negative="", checkpoint=None, offload="never"):
+def sample(
+    folder,
+    prompts,
+    noise,
+    *,
+    solver="unipc",
+    order=2,
+    steps=6,
+    guidance=4.0,
+    guidance_2=None,
+    shift=3.0,
+    negative="",
+    checkpoint=None,
+    offload="never",
+):
     """Return the latents by our pipeline."""
     model, mesh = model_dir.open_model(folder), one_device()
     graphdef, weights = loaded(folder, checkpoint, offload)
     solver = ode_solver(solver, order, steps, shift)
     scales = guidances(guidance, guidance_2, len(model.experts))
     ode_steps = per_guidance(functools.partial(ode_step, graphdef, solver), scales)
-    text = embedded(folder, tuple(prompts), negative).batch(np.arange(len(prompts)), mesh_lib.replicated(mesh),
-                                                            mesh_lib.replicated(mesh))
+    text = embedded(folder, tuple(prompts), negative).batch(
+        np.arange(len(prompts)), mesh_lib.replicated(mesh), mesh_lib.replicated(mesh)
+    )
     parts = segments(solver.schedule.timesteps, model.boundary)
-    latents, = pipeline.sample_ode(ode_steps, lambda expert: (weights(expert),), parts, solver,
-                                   [(jnp.asarray(noise), text)])
+    (latents,) = pipeline.sample_ode(
+        ode_steps, lambda expert: (weights(expert),), parts, solver, [(jnp.asarray(noise), text)]
+    )
     return np.asarray(latents)
 
 
@@ -105,14 +123,30 @@ def peer(folder):
     return pipe, pipe.scheduler.config
 
 
-def peer_sample(folder, prompts, noise, *, frames, height, width, steps=6, guidance=4.0, guidance_2=None, shift=3.0,
-                negative="", scheduler=None, pixels=True):
+def peer_sample(
+    folder,
+    prompts,
+    noise,
+    *,
+    frames,
+    height,
+    width,
+    steps=6,
+    guidance=4.0,
+    guidance_2=None,
+    shift=3.0,
+    negative="",
+    scheduler=None,
+    pixels=True,
+):
     """Return (latents, float frames in [0, 1] or None without `pixels`) by Diffusers."""
     import diffusers
     import torch
 
     pipe, schedule = peer(folder)
-    pipe.scheduler = scheduler or diffusers.UniPCMultistepScheduler.from_config(schedule, flow_shift=shift)
+    pipe.scheduler = scheduler or diffusers.UniPCMultistepScheduler.from_config(
+        schedule, flow_shift=shift
+    )
     final = []
 
     def keep(pipe, step, timestep, tensors):
@@ -120,9 +154,19 @@ def peer_sample(folder, prompts, noise, *, frames, height, width, steps=6, guida
         return tensors
 
     latents = torch.from_numpy(noise.transpose(0, 4, 1, 2, 3).copy())
-    video = pipe(prompt=list(prompts), negative_prompt=negative, height=height, width=width, num_frames=frames,
-                 num_inference_steps=steps, guidance_scale=guidance, guidance_scale_2=guidance_2, latents=latents,
-                 output_type="np" if pixels else "latent", callback_on_step_end=keep).frames
+    video = pipe(
+        prompt=list(prompts),
+        negative_prompt=negative,
+        height=height,
+        width=width,
+        num_frames=frames,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        guidance_scale_2=guidance_2,
+        latents=latents,
+        output_type="np" if pixels else "latent",
+        callback_on_step_end=keep,
+    ).frames
     assert len(final) == steps
     return final[-1].numpy().transpose(0, 2, 3, 4, 1), video if pixels else None
 
@@ -132,35 +176,80 @@ def relative_error(a, b):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("frames, guidance, negative", [(1, 1.0, ""), (1, 4.0, "ugly, blurred"), (5, 4.0, "")])
+@pytest.mark.parametrize(
+    "frames, guidance, negative", [(1, 1.0, ""), (1, 4.0, "ugly, blurred"), (5, 4.0, "")]
+)
 def test_latents_and_pixels_of_diffusers(folders, frames, guidance, negative):
     """fp32: latents to 1e-4 relative after six UniPC steps, pixels to 1/255 on average."""
     source, model = folders
-    noise = np.random.default_rng(0).standard_normal((2, (frames - 1) // 4 + 1, 4, 6, 16)).astype(np.float32)
+    noise = (
+        np.random.default_rng(0)
+        .standard_normal((2, (frames - 1) // 4 + 1, 4, 6, 16))
+        .astype(np.float32)
+    )
     latents = sample(model, PROMPTS, noise, guidance=guidance, negative=negative)
-    wanted, pixels = peer_sample(source, PROMPTS, noise, frames=frames, height=32, width=48, guidance=guidance,
-                                 negative=negative)
+    wanted, pixels = peer_sample(
+        source,
+        PROMPTS,
+        noise,
+        frames=frames,
+        height=32,
+        width=48,
+        guidance=guidance,
+        negative=negative,
+    )
     assert relative_error(latents, wanted) < 1e-4
     assert np.abs(decode(model, latents) / 255.0 - pixels).mean() < 1 / 255
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("kind, changes", [("UniPCMultistepScheduler", {"solver_order": 1, "flow_shift": 3.0}),
-                                           ("UniPCMultistepScheduler", {}),
-                                           ("FlowMatchEulerDiscreteScheduler", {"shift": 5.0})])
+@pytest.mark.parametrize(
+    "kind, changes",
+    [
+        ("UniPCMultistepScheduler", {"solver_order": 1, "flow_shift": 3.0}),
+        ("UniPCMultistepScheduler", {}),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 5.0}),
+    ],
+)
 def test_latents_by_the_scheduler_of_the_folder(folders, tmp_path, kind, changes):
-    """fp32: latents to 1e-4 relative after four steps of UniPC of order 1, without a shift, and of Euler."""
+    """fp32: latents to 1e-4 relative after four steps of UniPC of order 1, without a shift, and of
+    Euler.
+    """
     import diffusers
 
     source, model = folders
-    common = {"prediction_type": "flow_prediction", "use_flow_sigmas": True} if kind.startswith("UniPC") else {}
-    (tmp_path / "scheduler_config.json").write_text(json.dumps({"_class_name": kind} | common | changes))
+    common = (
+        {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+        if kind.startswith("UniPC")
+        else {}
+    )
+    (tmp_path / "scheduler_config.json").write_text(
+        json.dumps({"_class_name": kind} | common | changes)
+    )
     ours = load_scheduler(tmp_path / "scheduler_config.json")
     noise = np.random.default_rng(0).standard_normal((1, 1, 4, 6, 16)).astype(np.float32)
-    latents = sample(model, PROMPTS[:1], noise, solver=ours.solver, shift=ours.shift, order=ours.order, steps=4,
-                     guidance=1.0)
-    wanted, _ = peer_sample(source, PROMPTS[:1], noise, frames=1, height=32, width=48, steps=4, guidance=1.0,
-                            scheduler=getattr(diffusers, kind).from_pretrained(tmp_path), pixels=False)
+    latents = sample(
+        model,
+        PROMPTS[:1],
+        noise,
+        solver=ours.solver,
+        shift=ours.shift,
+        order=ours.order,
+        steps=4,
+        guidance=1.0,
+    )
+    wanted, _ = peer_sample(
+        source,
+        PROMPTS[:1],
+        noise,
+        frames=1,
+        height=32,
+        width=48,
+        steps=4,
+        guidance=1.0,
+        scheduler=getattr(diffusers, kind).from_pretrained(tmp_path),
+        pixels=False,
+    )
     assert relative_error(latents, wanted) < 1e-4
 
 
@@ -171,13 +260,19 @@ def test_embeddings_are_cached_by_model_and_prompt(folders, tmp_path, monkeypatc
     first = pipeline.embed_prompts(model, prompts, "ugly", cache=True)
     assert len(list((folder / "text_cache").glob("*.npy"))) == 4
     load, loaded = model_dir.build, []
-    monkeypatch.setattr(model_dir, "build", lambda *args, **kwargs: loaded.append(args[0]) or load(*args, **kwargs))
+    monkeypatch.setattr(
+        model_dir, "build", lambda *args, **kwargs: loaded.append(args[0]) or load(*args, **kwargs)
+    )
     read = Tokenizer.load
     monkeypatch.setattr(Tokenizer, "load", lambda path: loaded.append("tokenizer") or read(path))
     again = pipeline.embed_prompts(model, prompts, "ugly", cache=True)
     assert pipeline.text_rows(model, prompts, "ugly") == plain.rows
     assert not loaded  # nothing was missing, so neither encoder nor tokenizer was even read
-    assert pipeline.text_rows(model, [*prompts, "b " * 70], "ugly") == pipeline.rounded(len("b " * 70)) > plain.rows
+    assert (
+        pipeline.text_rows(model, [*prompts, "b " * 70], "ugly")
+        == pipeline.rounded(len("b " * 70))
+        > plain.rows
+    )
     assert loaded == ["tokenizer"]
     loaded.clear()
     for table in (first, again):
@@ -185,19 +280,25 @@ def test_embeddings_are_cached_by_model_and_prompt(folders, tmp_path, monkeypatc
         np.testing.assert_array_equal(table.negative, plain.negative)
         assert table.rows == plain.rows
     alone = pipeline.embed_prompts(model, PROMPTS[1:2], "other")
-    np.testing.assert_allclose(alone.prompts[0], plain.prompts[1], atol=2e-5)  # other shapes, so compiled otherwise
-    assert not plain.padded(plain.prompts)[1, len(alone.prompts[0]):].any()
+    # other shapes, so compiled otherwise
+    np.testing.assert_allclose(alone.prompts[0], plain.prompts[1], atol=2e-5)
+    assert not plain.padded(plain.prompts)[1, len(alone.prompts[0]) :].any()
 
     path = next((folder / "text_cache").glob("*.npy"))
     content = path.read_bytes()
-    for damaged in (content[:50], content[:200] + bytes([content[200] ^ 1]) + content[201:]):  # computed again
+    # computed again
+    for damaged in (content[:50], content[:200] + bytes([content[200] ^ 1]) + content[201:]):
         path.write_bytes(damaged)
         mended = pipeline.embed_prompts(model, prompts, "ugly", cache=True)
         # one prompt is encoded anew, by a function compiled for another batch
-        np.testing.assert_allclose(mended.padded(mended.prompts), plain.padded(plain.prompts), atol=2e-5)
+        np.testing.assert_allclose(
+            mended.padded(mended.prompts), plain.padded(plain.prompts), atol=2e-5
+        )
         assert path.read_bytes() != damaged
     manifest = integrity.read_manifest(folder / "wan_jax.json")
-    integrity.write_manifest(folder / "wan_jax.json", manifest | {"source": "another"}, manifest["files"])
+    integrity.write_manifest(
+        folder / "wan_jax.json", manifest | {"source": "another"}, manifest["files"]
+    )
     loaded.clear()
     pipeline.embed_prompts(model_dir.open_model(folder), prompts, "ugly", cache=True)
     assert loaded == ["tokenizer", "text_encoder"]
@@ -213,7 +314,9 @@ def test_a_cache_that_cannot_be_written_is_no_error(folders, tmp_path):
 def test_bfloat16_embeddings_stay_bfloat16(folders, tmp_path):
     folder = shutil.copytree(folders[1], tmp_path / "model")
     model = model_dir.open_model(folder)
-    first, again = (pipeline.embed_prompts(model, PROMPTS, dtype=jnp.bfloat16, cache=True) for _ in range(2))
+    first, again = (
+        pipeline.embed_prompts(model, PROMPTS, dtype=jnp.bfloat16, cache=True) for _ in range(2)
+    )
     full = pipeline.embed_prompts(model, PROMPTS, cache=True)  # the types do not share files
     for a, b, c in zip(first.prompts, again.prompts, full.prompts):
         assert a.dtype == b.dtype == jnp.bfloat16 and c.dtype == np.float32
@@ -225,21 +328,46 @@ def test_bfloat16_embeddings_stay_bfloat16(folders, tmp_path):
 def two_experts(tmp_path_factory):
     """(Diffusers folder, converted folder) of a random model with two experts."""
     root = tmp_path_factory.mktemp("two_experts")
-    convert(str(tiny.write_pipeline(root / "source", seed=5, boundary=0.875)), root / "model", "float32")
+    convert(
+        str(tiny.write_pipeline(root / "source", seed=5, boundary=0.875)), root / "model", "float32"
+    )
     return root / "source", root / "model"
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("guidance, guidance_2, steps, shift", [
-    (4.0, 3.0, 6, 3.0), (4.0, None, 6, 3.0), (4.0, 1.0, 6, 3.0), (1.0, 5.0, 6, 3.0), (4.0, 3.0, 6, 12.0),
-    (1.0, None, 3, 1.0)])
+@pytest.mark.parametrize(
+    "guidance, guidance_2, steps, shift",
+    [
+        (4.0, 3.0, 6, 3.0),
+        (4.0, None, 6, 3.0),
+        (4.0, 1.0, 6, 3.0),
+        (1.0, 5.0, 6, 3.0),
+        (4.0, 3.0, 6, 12.0),
+        (1.0, None, 3, 1.0),
+    ],
+)
 def test_two_experts_as_in_diffusers(two_experts, guidance, guidance_2, steps, shift):
-    """The switch at the boundary and each expert's guidance, 1e-4 relative. The VAE is as with one expert."""
+    """The switch at the boundary and each expert's guidance, 1e-4 relative. The VAE is as with one
+    expert.
+    """
     source, model = two_experts
     noise = np.random.default_rng(0).standard_normal((2, 1, 4, 6, 16)).astype(np.float32)
-    latents = sample(model, PROMPTS, noise, guidance=guidance, guidance_2=guidance_2, steps=steps, shift=shift)
-    wanted, _ = peer_sample(source, PROMPTS, noise, frames=1, height=32, width=48, guidance=guidance,
-                            guidance_2=guidance_2, steps=steps, shift=shift, pixels=False)
+    latents = sample(
+        model, PROMPTS, noise, guidance=guidance, guidance_2=guidance_2, steps=steps, shift=shift
+    )
+    wanted, _ = peer_sample(
+        source,
+        PROMPTS,
+        noise,
+        frames=1,
+        height=32,
+        width=48,
+        guidance=guidance,
+        guidance_2=guidance_2,
+        steps=steps,
+        shift=shift,
+        pixels=False,
+    )
     assert relative_error(latents, wanted) < 1e-4
 
 
@@ -248,14 +376,27 @@ def write_checkpoint(run, model, names, rank=4, alpha=6.0) -> None:
     settings, trained = LoRAConfig(rank, alpha), {}
     config = model_dir.open_model(model).config("transformer")
     module = WanTransformer3D(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    adapters = P.flatten(nnx.split(lora.attach(module, settings, jax.random.key(0)), LoRAParam, ...)[1])
+    adapters = P.flatten(
+        nnx.split(lora.attach(module, settings, jax.random.key(0)), LoRAParam, ...)[1]
+    )
     for i, name in enumerate(names):
         rng = np.random.default_rng(i)
-        trained[name] = {k: rng.standard_normal(v.shape, np.float32) * 0.3 for k, v in adapters.items()}
+        trained[name] = {
+            k: rng.standard_normal(v.shape, np.float32) * 0.3 for k, v in adapters.items()
+        }
     checkpoints = Checkpoints(run)
     flat = join_experts(trained)
-    checkpoints.save(7, {"trainable": flat}, flat, {"config": {}, "model": str(model), "experts": list(names), "lora": {
-        "rank": rank, "alpha": alpha, "targets": list(settings.targets)}})
+    checkpoints.save(
+        7,
+        {"trainable": flat},
+        flat,
+        {
+            "config": {},
+            "model": str(model),
+            "experts": list(names),
+            "lora": {"rank": rank, "alpha": alpha, "targets": list(settings.targets)},
+        },
+    )
 
 
 @pytest.mark.parity
@@ -265,17 +406,31 @@ def test_trained_experts_exported_to_diffusers(two_experts, tmp_path, names):
     write_checkpoint(tmp_path / "run", model, names)
     export(model, tmp_path / "exported", checkpoint=str(tmp_path / "run"))
     noise = np.random.default_rng(0).standard_normal((1, 1, 4, 6, 16)).astype(np.float32)
-    ours = sample(model, PROMPTS[:1], noise, guidance=4.0, guidance_2=3.0, checkpoint=str(tmp_path / "run"))
-    wanted, _ = peer_sample(tmp_path / "exported", PROMPTS[:1], noise, frames=1, height=32, width=48, guidance=4.0,
-                            guidance_2=3.0, pixels=False)
+    ours = sample(
+        model, PROMPTS[:1], noise, guidance=4.0, guidance_2=3.0, checkpoint=str(tmp_path / "run")
+    )
+    wanted, _ = peer_sample(
+        tmp_path / "exported",
+        PROMPTS[:1],
+        noise,
+        frames=1,
+        height=32,
+        width=48,
+        guidance=4.0,
+        guidance_2=3.0,
+        pixels=False,
+    )
     assert relative_error(ours, wanted) < 1e-4
-    assert relative_error(ours, sample(model, PROMPTS[:1], noise, guidance=4.0, guidance_2=3.0)) > 1e-2
+    assert (
+        relative_error(ours, sample(model, PROMPTS[:1], noise, guidance=4.0, guidance_2=3.0)) > 1e-2
+    )
 
 
 @pytest.mark.parity
 def test_ti2v_as_in_diffusers(tmp_path):
-    """The layout of TI2V-5B: 48 channels, the VAE of Wan 2.2. Diffusers feeds a timestep for every token, all equal in
-    text to video; we feed one."""
+    """The layout of TI2V-5B: 48 channels, the VAE of Wan 2.2. Diffusers feeds a timestep for every
+    token, all equal in text to video; we feed one.
+    """
     source = tiny.write_pipeline(tmp_path / "source", seed=7, ti2v=True)
     convert(str(source), tmp_path / "model", "float32")
     noise = np.random.default_rng(0).standard_normal((2, 2, 4, 6, 48)).astype(np.float32)
@@ -288,8 +443,12 @@ def test_ti2v_as_in_diffusers(tmp_path):
 
 def test_offloaded_experts_sample_the_same(two_experts):
     noise = np.random.default_rng(0).standard_normal((1, 1, 4, 6, 16)).astype(np.float32)
-    first, again = (sample(two_experts[1], PROMPTS[:1], noise, offload=offload) for offload in ("never", "always"))
-    assert relative_error(first, again) < 1e-5  # float32: two compilations may order six steps' sums differently
+    first, again = (
+        sample(two_experts[1], PROMPTS[:1], noise, offload=offload)
+        for offload in ("never", "always")
+    )
+    # float32: two compilations may order six steps' sums differently
+    assert relative_error(first, again) < 1e-5
 
 
 @pytest.mark.parity
@@ -298,8 +457,12 @@ def test_guidance_and_prompt_matter_to_the_parity_test(folders):
     _, model = folders
     noise = np.random.default_rng(0).standard_normal((2, 1, 4, 6, 16)).astype(np.float32)
     base = sample(model, PROMPTS, noise)
-    for changed in (sample(model, PROMPTS[::-1], noise), sample(model, PROMPTS, noise, guidance=4.5),
-                    sample(model, PROMPTS, noise, shift=3.1), sample(model, PROMPTS, noise, solver="euler")):
+    for changed in (
+        sample(model, PROMPTS[::-1], noise),
+        sample(model, PROMPTS, noise, guidance=4.5),
+        sample(model, PROMPTS, noise, shift=3.1),
+        sample(model, PROMPTS, noise, solver="euler"),
+    ):
         assert relative_error(changed, base) > 1e-3
 
 
@@ -309,7 +472,8 @@ def test_export_of_a_conversion_samples_the_same(folders, tmp_path):
     convert(str(tmp_path / "back"), tmp_path / "again")
     noise = np.random.default_rng(1).standard_normal((1, 1, 4, 4, 16)).astype(np.float32)
     first, again = (sample(folder, PROMPTS[:1], noise) for folder in (model, tmp_path / "again"))
-    assert relative_error(first, again) < 1e-5  # the weights are equal (test_convert); two compilations encode
+    # the weights are equal (test_convert); two compilations encode
+    assert relative_error(first, again) < 1e-5
 
 
 def test_each_prompt_is_encoded_as_if_alone(folders):
@@ -320,15 +484,18 @@ def test_each_prompt_is_encoded_as_if_alone(folders):
     np.testing.assert_allclose(together.prompts[2], alone.prompts[0], atol=1e-5)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     batch = together.batch([2], device, device)
-    assert not batch.embeddings[0, len(alone.prompts[0]):].any()
+    assert not batch.embeddings[0, len(alone.prompts[0]) :].any()
     assert batch.padding == 512 - batch.embeddings.shape[1] == 512 - together.rows
 
 
 def test_sizes_that_wan_cannot_make():
     vae, transformer = VAEConfig(latents_mean=(0,) * 16, latents_std=(1,) * 16), TransformerConfig()
     assert pipeline.latent_shape(81, 480, 832, vae, transformer) == (21, 60, 104, 16)
-    for arguments, message in (((4, 480, 832), "frames=4.*use 1"), ((5, 472, 832), "height=472.*use 464|480"),
-                               ((5, 480, 8), "width=8.*use 16")):
+    for arguments, message in (
+        ((4, 480, 832), "frames=4.*use 1"),
+        ((5, 472, 832), "height=472.*use 464|480"),
+        ((5, 480, 8), "width=8.*use 16"),
+    ):
         with pytest.raises(UserError, match=message):
             pipeline.latent_shape(*arguments, vae, transformer)
     vae = VAEConfig(z_dim=48, is_residual=True, patch_size=2, scale_factor_spatial=16)
@@ -339,7 +506,9 @@ def test_sizes_that_wan_cannot_make():
 
 
 def test_decoding_in_pieces(folders, monkeypatch):
-    """By argument, by the automatic choice, on one device and several: the pixels of the whole clip."""
+    """By argument, by the automatic choice, on one device and several: the pixels of the whole
+    clip.
+    """
     graphdef, state = pipeline.load_vae(model_dir.open_model(folders[1]), one_device())
     latents = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 4, 6, 16)), jnp.float32)
     sizes, wrapped = [], vae_chunks.decode_chunks
@@ -352,7 +521,9 @@ def test_decoding_in_pieces(folders, monkeypatch):
     decode = pipeline.make_decoder(graphdef)
     whole, finite = vars(decode(state, latents)()).values()
     assert finite.dtype == bool and finite.tolist() == [True, True]
-    assert type(whole) is np.ndarray and whole.dtype == np.uint8 and whole.shape == (2, 9, 32, 48, 3)
+    assert (
+        type(whole) is np.ndarray and whole.dtype == np.uint8 and whole.shape == (2, 9, 32, 48, 3)
+    )
     assert not sizes and len(np.unique(whole)) > 50
 
     def same(video, finite=(True, True)):
@@ -361,18 +532,24 @@ def test_decoding_in_pieces(folders, monkeypatch):
         return np.abs(found.frames[found.finite].astype(int) - whole[found.finite]).max() <= 1
 
     in_chunks = pipeline.make_decoder(graphdef, chunk=2)
-    assert same(in_chunks(state, latents)) and same(pipeline.make_decoder(graphdef, chunk=3)(state, latents))
+    assert same(in_chunks(state, latents)) and same(
+        pipeline.make_decoder(graphdef, chunk=3)(state, latents)
+    )
     assert sizes == [[1, 2]]
     monkeypatch.setattr(vae_chunks, "BUDGET", 1.0)
     assert same(pipeline.make_decoder(graphdef)(state, latents))
     assert sizes.pop() == [1, 1, 1]
-    assert not np.abs(decode(state, latents[:, :1])().frames.astype(int) - whole[:, :1]).max() > 1 and len(sizes) == 1
+    assert (
+        not np.abs(decode(state, latents[:, :1])().frames.astype(int) - whole[:, :1]).max() > 1
+        and len(sizes) == 1
+    )
     mesh = mesh_lib.make_mesh(devices=jax.devices()[:2])
     sharded = jax.device_put(latents, mesh_lib.batch_sharding(mesh))
     assert same(in_chunks(mesh_lib.replicate(state, mesh), sharded)) and len(sizes) == 2
     tiled = pipeline.make_decoder(graphdef, chunk=2, tile=4, overlap=2)
     assert tiled(state, latents)().frames.shape == whole.shape and len(sizes) == 4
-    assert same(pipeline.make_decoder(graphdef, chunk=0, tile=8, overlap=2)(state, latents))  # one tile
+    # one tile
+    assert same(pipeline.make_decoder(graphdef, chunk=0, tile=8, overlap=2)(state, latents))
     for bad in (np.nan, np.inf):
         broken = latents.at[1, 2, 0, 0, 0].set(bad)  # in the last chunk
         for decoder in (decode, in_chunks, tiled):
@@ -382,18 +559,34 @@ def test_decoding_in_pieces(folders, monkeypatch):
 def test_one_ahead_asks_for_the_next_before_it_gives_the_last():
     asked = []
     numbers = (asked.append(i) or i for i in range(3))
-    assert [(i, list(asked)) for i in pipeline.one_ahead(numbers)] == [(0, [0, 1]), (1, [0, 1, 2]), (2, [0, 1, 2])]
+    assert [(i, list(asked)) for i in pipeline.one_ahead(numbers)] == [
+        (0, [0, 1]),
+        (1, [0, 1, 2]),
+        (2, [0, 1, 2]),
+    ]
     assert list(pipeline.one_ahead(iter(()))) == []
 
 
 def test_samples_that_are_not_finite_are_not_written(folders, tmp_path):
-    """Of two samples one: an error that names its prompt, no black picture, and the other one is kept."""
+    """Of two samples one: an error that names its prompt, no black picture, and the other one is
+    kept.
+    """
     noise = np.random.default_rng(0).standard_normal((2, 1, 4, 6, 16)).astype(np.float32)
     noise[1, 0, 2, 3, 4] = np.nan
     np.save(tmp_path / "noise.npy", noise)
-    result = run_sample(f"--model={folders[1]}", "--height=32", "--width=48", "--steps=1", "--prompt=sea",
-                        "--prompt=sky", f"--noise={tmp_path / 'noise.npy'}", f"--out={tmp_path / 'a.png'}")
-    assert result.returncode == 1 and "1 of 2 samples" in result.stderr and "'sky'" in result.stderr, result.stderr
+    result = run_sample(
+        f"--model={folders[1]}",
+        "--height=32",
+        "--width=48",
+        "--steps=1",
+        "--prompt=sea",
+        "--prompt=sky",
+        f"--noise={tmp_path / 'noise.npy'}",
+        f"--out={tmp_path / 'a.png'}",
+    )
+    assert (
+        result.returncode == 1 and "1 of 2 samples" in result.stderr and "'sky'" in result.stderr
+    ), result.stderr
     assert "sea" not in result.stderr and "Traceback" not in result.stderr
     assert [path.name for path in tmp_path.glob("*.png")] == ["a_000.png"]
 
@@ -405,38 +598,51 @@ def test_pieces_that_cannot_be(settings):
 
 
 def run_sample(*flags):
-    return subprocess.run(commands.command("wan_jax.sample", *flags), capture_output=True, text=True, check=False,
-                          env=commands.environment())
+    return subprocess.run(
+        commands.command("wan_jax.sample", *flags),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=commands.environment(),
+    )
 
 
 def test_sampling_command(folders, tmp_path):
     _, model = folders
     common = (f"--model={model}", "--height=32", "--width=48", "--steps=2")
-    result = run_sample(*common, f"--prompt={PROMPTS[0]}", f"--prompt={PROMPTS[1]}", f"--out={tmp_path / 'a.png'}")
+    result = run_sample(
+        *common, f"--prompt={PROMPTS[0]}", f"--prompt={PROMPTS[1]}", f"--out={tmp_path / 'a.png'}"
+    )
     assert result.returncode == 0, result.stderr
     pictures = [np.asarray(Image.open(tmp_path / f"a_00{i}.png")) for i in range(2)]
     assert pictures[0].shape == (32, 48, 3) and (pictures[0] != pictures[1]).any()
-    result = run_sample(*common, f"--prompt={PROMPTS[0]}", "--frames=5", f"--out={tmp_path / 'b.mp4'}")
+    result = run_sample(
+        *common, f"--prompt={PROMPTS[0]}", "--frames=5", f"--out={tmp_path / 'b.mp4'}"
+    )
     assert result.returncode == 0 and (tmp_path / "b.mp4").stat().st_size > 500, result.stderr
 
 
-@pytest.mark.parametrize("flags, message", [
-    (("--model=nowhere", "--out=x.png"), "nowhere does not exist"),
-    (("--model={source}", "--out=x.png"), "Diffusers folder"),
-    (("--model={model}", "--out=x.png", "--frames=5"), "x.png"),
-    (("--model={model}", "--out=x.bmp"), ".bmp"),
-    (("--model={model}", "--out=x.png", "--height=30"), "height=30"),
-    (("--model={model}", "--out=x.png", "--checkpoint=nowhere"), "nowhere does not exist"),
-    (("--model={model}", "--out=x.png", "--steps=0"), "steps=0"),
-    (("--model={model}", "--out=x.png", "--fps=8"), "--fps has no effect here"),
-    (("--model={model}", "--out=x.png", "--noise=README.md"), "README.md is not a .npy file"),
-    (("--model={model}", "--out=/dev/null/x.png"), "/dev/null/x.png cannot be written"),
-    (("--model={model}", "--out=x.png", "--solver=ddim"), "solver"),
-    (("--model={model}", "--out=x.png", "--colour=red"), "colour")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--model=nowhere", "--out=x.png"), "nowhere does not exist"),
+        (("--model={source}", "--out=x.png"), "Diffusers folder"),
+        (("--model={model}", "--out=x.png", "--frames=5"), "x.png"),
+        (("--model={model}", "--out=x.bmp"), ".bmp"),
+        (("--model={model}", "--out=x.png", "--height=30"), "height=30"),
+        (("--model={model}", "--out=x.png", "--checkpoint=nowhere"), "nowhere does not exist"),
+        (("--model={model}", "--out=x.png", "--steps=0"), "steps=0"),
+        (("--model={model}", "--out=x.png", "--fps=8"), "--fps has no effect here"),
+        (("--model={model}", "--out=x.png", "--noise=README.md"), "README.md is not a .npy file"),
+        (("--model={model}", "--out=/dev/null/x.png"), "/dev/null/x.png cannot be written"),
+        (("--model={model}", "--out=x.png", "--solver=ddim"), "solver"),
+        (("--model={model}", "--out=x.png", "--colour=red"), "colour"),
+    ],
+)
 def test_sampling_errors_are_one_message(folders, flags, message):
     source, model = folders
     flags = [f.format(source=source, model=model) for f in flags]
     result = run_sample("--prompt=x", "--width=48", "--height=32", *flags)
-    assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
-
-
+    assert (
+        result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
+    ), result.stderr

@@ -1,8 +1,10 @@
-"""Every attention backend against float64, at awkward lengths; its memory, its sharding and its choice.
+"""Every attention backend against float64, at awkward lengths; its memory, its sharding and its
+choice.
 
-Tolerances are relative in the 2-norm. fp32: 5e-6, some tens of roundings of 2^-24 (8e-7 seen). bf16: 1e-2, a few
-roundings of 2^-9 in the probabilities, their gradients and the results (2.6e-3 seen; 7e-3 for `pallas`, which like
-every flash attention takes rowsum(dO O) from the rounded output, where one counted key has most of the weight).
+Tolerances are relative in the 2-norm. fp32: 5e-6, some tens of roundings of 2^-24 (8e-7 seen).
+bf16: 1e-2, a few roundings of 2^-9 in the probabilities, their gradients and the results (2.6e-3
+seen; 7e-3 for `pallas`, which like every flash attention takes rowsum(dO O) from the rounded
+output, where one counted key has most of the weight).
 """
 
 import functools
@@ -22,10 +24,19 @@ from wan_jax.models.attention.chunked import chunk_rows, chunked_attention
 from wan_jax.models.attention.pallas import Blocks, Tile, pallas_attention
 
 TOLERANCE = {"float32": 5e-6, "bfloat16": 1e-2}
-PADDED = np.array([1] * 64 + [448])  # Wan's text: 64 rows and one that stands for the padding to 512
-CASES = {"self 130": (130, 130, None), "self 517": (517, 517, None), "cross 517 to 65 counted": (517, 65, PADDED),
-         "cross 130 to 517": (130, 517, None), "cross 7 to 130 counted": (7, 130, np.arange(1, 131))}
-PLAIN = {"xla": functools.partial(attention, backend="xla"), "chunked": functools.partial(attention, backend="chunked")}
+# Wan's text: 64 rows and one that stands for the padding to 512
+PADDED = np.array([1] * 64 + [448])
+CASES = {
+    "self 130": (130, 130, None),
+    "self 517": (517, 517, None),
+    "cross 517 to 65 counted": (517, 65, PADDED),
+    "cross 130 to 517": (130, 517, None),
+    "cross 7 to 130 counted": (7, 130, np.arange(1, 131)),
+}
+PLAIN = {
+    "xla": functools.partial(attention, backend="xla"),
+    "chunked": functools.partial(attention, backend="chunked"),
+}
 DEFAULT = Blocks()
 OPERANDS = ("out", "dq", "dk", "dv")
 
@@ -33,7 +44,11 @@ OPERANDS = ("out", "dq", "dk", "dv")
 def draw(sq, sk, dtype, *, batch=2, heads=2, head_dim=64):
     """q, k, v and the gradient of the output, rounded to dtype; logits spread over some +-4."""
     rng = np.random.default_rng(sq + sk)
-    shapes = ((batch, sq, heads, head_dim), *((batch, sk, heads, head_dim),) * 2, (batch, sq, heads, head_dim))
+    shapes = (
+        (batch, sq, heads, head_dim),
+        *((batch, sk, heads, head_dim),) * 2,
+        (batch, sq, heads, head_dim),
+    )
     return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
 
 
@@ -73,7 +88,10 @@ def relative_error(a, b) -> float:
 
 
 def assert_close(results, expected, tolerance):
-    errors = {name: relative_error(*pair) for name, pair in zip(OPERANDS, zip(results, expected, strict=True))}
+    errors = {
+        name: relative_error(*pair)
+        for name, pair in zip(OPERANDS, zip(results, expected, strict=True))
+    }
     assert all(error < tolerance for error in errors.values()), errors
 
 
@@ -84,13 +102,21 @@ def test_plain_backends_against_float64(backend, case, dtype):
     sq, sk, counts = CASES[case]
     arrays = draw(sq, sk, dtype)
     results = computed(functools.partial(PLAIN[backend], key_counts=counts), *arrays)
-    assert all(x.dtype == dtype and x.shape == y.shape for x, y in zip(results, (arrays[0], *arrays[:3])))
+    assert all(
+        x.dtype == dtype and x.shape == y.shape for x, y in zip(results, (arrays[0], *arrays[:3]))
+    )
     assert_close(results, exact(*arrays, counts), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("case, dtype, head_dim", [
-    ("self 130", "float32", 128), ("cross 130 to 517", "float32", 16), ("cross 517 to 65 counted", "float32", 64),
-    ("cross 517 to 65 counted", "bfloat16", 128)])
+@pytest.mark.parametrize(
+    "case, dtype, head_dim",
+    [
+        ("self 130", "float32", 128),
+        ("cross 130 to 517", "float32", 16),
+        ("cross 517 to 65 counted", "float32", 64),
+        ("cross 517 to 65 counted", "bfloat16", 128),
+    ],
+)
 def test_pallas_kernels_against_float64(case, dtype, head_dim):
     sq, sk, counts = CASES[case]
     arrays = draw(sq, sk, dtype, heads=1, head_dim=head_dim)
@@ -100,7 +126,10 @@ def test_pallas_kernels_against_float64(case, dtype, head_dim):
 
 def test_block_sizes_do_not_change_the_result():
     arrays = draw(70, 50, "float32", batch=1, heads=2, head_dim=16)
-    small = computed(functools.partial(interpreted, blocks=Blocks(Tile(16, 32), Tile(32, 16), Tile(64, 16))), *arrays)
+    small = computed(
+        functools.partial(interpreted, blocks=Blocks(Tile(16, 32), Tile(32, 16), Tile(64, 16))),
+        *arrays,
+    )
     assert_close(small, exact(*arrays), TOLERANCE["float32"])
 
 
@@ -122,13 +151,21 @@ def test_chunks_are_even_and_bounded():
 
 
 def test_logits_of_any_size_survive():
-    """exp would overflow at 89 and, taken from the wrong maximum, vanish: logits here reach some 2000."""
+    """exp would overflow at 89 and, taken from the wrong maximum, vanish: logits here reach some
+    2000.
+    """
     q, k, v, d_out = draw(130, 130, "float32")
     for function in (*PLAIN.values(), interpreted):
-        assert_close(computed(function, 30 * q, 30 * k, v, d_out)[:1], exact(30 * q, 30 * k, v, d_out)[:1], 1e-4)
+        assert_close(
+            computed(function, 30 * q, 30 * k, v, d_out)[:1],
+            exact(30 * q, 30 * k, v, d_out)[:1],
+            1e-4,
+        )
 
 
-@pytest.mark.parametrize("counts, why", [([1] * 7, "8 positive"), ([1] * 7 + [0], "8 positive"), ([1.5] * 8, "8 pos")])
+@pytest.mark.parametrize(
+    "counts, why", [([1] * 7, "8 positive"), ([1] * 7 + [0], "8 positive"), ([1.5] * 8, "8 pos")]
+)
 def test_key_counts_that_count_nothing_are_refused(counts, why):
     q, k, v, _ = draw(8, 8, "float32")
     with pytest.raises(ValueError, match=why):
@@ -137,30 +174,42 @@ def test_key_counts_that_count_nothing_are_refused(counts, why):
 
 def temporary_bytes(function, tokens: int) -> int:
     x = jax.ShapeDtypeStruct((1, tokens, 1, 64), jnp.float32)
-    program = jax.jit(jax.grad(lambda *a: function(*a).sum(), argnums=(0, 1, 2))).lower(x, x, x).compile()
+    program = (
+        jax.jit(jax.grad(lambda *a: function(*a).sum(), argnums=(0, 1, 2))).lower(x, x, x).compile()
+    )
     return program.memory_analysis().temp_size_in_bytes
 
 
 def test_memory_of_chunked_attention_is_linear():
     short, long = (temporary_bytes(PLAIN["chunked"], tokens) for tokens in (8192, 16384))
-    assert long < 2.2 * short and long < 16384**2 * 4 / 16  # a single S x S buffer of fp32 would be 16 times that
-    assert temporary_bytes(PLAIN["xla"], 8192) >= 8192**2 * 4  # which this measure sees where there is one
+    # a single S x S buffer of fp32 would be 16 times that
+    assert long < 2.2 * short and long < 16384**2 * 4 / 16
+    # which this measure sees where there is one
+    assert temporary_bytes(PLAIN["xla"], 8192) >= 8192**2 * 4
 
 
 @pytest.mark.parametrize("name", ["chunked", "pallas"])
 def test_devices_work_on_their_own_videos(name):
     """On eight devices: the results of one, and nothing sent from one to another."""
-    function = functools.partial({"chunked": PLAIN["chunked"], "pallas": interpreted}[name],
-                                 key_counts=np.array([1] * 15 + [9]))
+    function = functools.partial(
+        {"chunked": PLAIN["chunked"], "pallas": interpreted}[name],
+        key_counts=np.array([1] * 15 + [9]),
+    )
     arrays = draw(24, 16, "float32", batch=8, heads=2, head_dim=16)
     sharding = NamedSharding(mesh.make_mesh(2, jax.devices()[:8]), P(mesh.AXES))
     assert len(sharding.device_set) == 8
-    both = jax.jit(lambda q, k, v, d_out: (jax.vjp(function, q, k, v)[1](d_out)))
+    both = jax.jit(lambda q, k, v, d_out: jax.vjp(function, q, k, v)[1](d_out))
     program = both.lower(*(jax.device_put(x, sharding) for x in arrays)).compile()
-    assert not re.findall(r"all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute", program.as_text())
+    assert not re.findall(
+        r"all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute", program.as_text()
+    )
     results = program(*(jax.device_put(x, sharding) for x in arrays))
     assert all(x.sharding.is_equivalent_to(sharding, x.ndim) for x in results)
-    assert_close((arrays[0], *results), (arrays[0], *exact(*arrays, function.keywords["key_counts"])[1:]), 5e-6)
+    assert_close(
+        (arrays[0], *results),
+        (arrays[0], *exact(*arrays, function.keywords["key_counts"])[1:]),
+        5e-6,
+    )
 
 
 def test_pallas_gathers_what_is_split_along_the_tokens():
@@ -179,45 +228,74 @@ def test_pallas_blocks_fit_into_an_mi300x(head_dim):
     assert pallas.LDS_BYTES == 65536
     assert max(tile.lds_bytes(head_dim) for tile in kernel_tiles()) <= 65536
     q = jax.ShapeDtypeStruct((1, 64, 1, head_dim), jnp.bfloat16)
-    with pytest.raises(ValueError, match=rf"keys=Tile\(own=1024.*{1024 * head_dim * 2} bytes.*65536.*fewer rows"):
-        jax.eval_shape(functools.partial(pallas_attention, blocks=Blocks(keys=Tile(1024, 64))), q, q, q)
+    with pytest.raises(
+        ValueError, match=rf"keys=Tile\(own=1024.*{1024 * head_dim * 2} bytes.*65536.*fewer rows"
+    ):
+        jax.eval_shape(
+            functools.partial(pallas_attention, blocks=Blocks(keys=Tile(1024, 64))), q, q, q
+        )
 
 
 def test_pallas_lowers_for_amd_and_nvidia_to_triton_alone():
     q, k = (jax.ShapeDtypeStruct((2, s, 2, 128), jnp.bfloat16) for s in (3510, 65))
-    both = jax.jit(jax.grad(lambda q, k, v: attention(q, k, v, backend="pallas", key_counts=PADDED)
-                            .astype(jnp.float32).sum(), argnums=(0, 1, 2)))
+    both = jax.jit(
+        jax.grad(
+            lambda q, k, v: (
+                attention(q, k, v, backend="pallas", key_counts=PADDED).astype(jnp.float32).sum()
+            ),
+            argnums=(0, 1, 2),
+        )
+    )
     for platform in ("rocm", "cuda"):
         text = both.trace(q, k, k).lower(lowering_platforms=(platform,)).as_text()
         assert re.findall(r"custom_call @([\w.$]+)", text) == ["__gpu$xla.gpu.triton"] * 3
 
 
-@pytest.mark.parametrize("sq, sk, counts, seen", [
-    (3510, 3510, None, (3510, 3510)), (517, 65, PADDED, (518, 512)), (130, 131, None, (130, 132))])
+@pytest.mark.parametrize(
+    "sq, sk, counts, seen",
+    [(3510, 3510, None, (3510, 3510)), (517, 65, PADDED, (518, 512)), (130, 131, None, (130, 132))],
+)
 def test_cudnn_is_asked_for_even_lengths(monkeypatch, sq, sk, counts, seen):
-    """Lowered for CUDA without a GPU: cuDNN's version is made up, the custom calls are read, nothing runs."""
+    """Lowered for CUDA without a GPU: cuDNN's version is made up, the custom calls are read,
+    nothing runs.
+    """
     module = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     if not hasattr(module, "check_cudnn_version"):
         pytest.skip("this JAX checks the cuDNN version elsewhere: lowering for CUDA needs a GPU")
     monkeypatch.setattr(module, "check_cudnn_version", lambda: 91000)
     q, k = (jax.ShapeDtypeStruct((2, s, 3, 128), jnp.bfloat16) for s in (sq, sk))
-    both = jax.jit(jax.grad(lambda q, k, v: attention(q, k, v, backend="cudnn", key_counts=counts)
-                            .astype(jnp.float32).sum(), argnums=(0, 1, 2)))
-    calls = [line for line in both.trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text().splitlines()
-             if "@__cudnn$fmhaSoftmax" in line]
+    both = jax.jit(
+        jax.grad(
+            lambda q, k, v: (
+                attention(q, k, v, backend="cudnn", key_counts=counts).astype(jnp.float32).sum()
+            ),
+            argnums=(0, 1, 2),
+        )
+    )
+    calls = [
+        line
+        for line in both.trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text().splitlines()
+        if "@__cudnn$fmhaSoftmax" in line
+    ]
     assert len(calls) == 2 and "Backward" in calls[1]
     for call in calls:
-        operands = re.findall(r"tensor<2x(\d+)x3x128xbf16>", call.split(") -> (")[0].split(": (")[-1])
+        operands = re.findall(
+            r"tensor<2x(\d+)x3x128xbf16>", call.split(") -> (")[0].split(": (")[-1]
+        )
         assert tuple(map(int, operands[:2])) == seen
-        assert ("tensor<2xi32>" in call) == (sk % 2 == 1 and counts is None)  # the keys' true number
+        # the keys' true number
+        assert ("tensor<2xi32>" in call) == (sk % 2 == 1 and counts is None)
 
 
 @pytest.mark.parametrize("case", ["self 517", "cross 517 to 65 counted"])
 def test_padding_and_repetition_around_cudnn(monkeypatch, case):
     """What surrounds cuDNN's call, with XLA's attention of the same signature in its place."""
     plain = jax.nn.dot_product_attention
-    monkeypatch.setattr(jax.nn, "dot_product_attention",
-                        lambda *args, implementation, **kwargs: plain(*args, implementation="xla", **kwargs))
+    monkeypatch.setattr(
+        jax.nn,
+        "dot_product_attention",
+        lambda *args, implementation, **kwargs: plain(*args, implementation="xla", **kwargs),
+    )
     sq, sk, counts = CASES[case]
     arrays = draw(sq, sk, "float32")
     results = computed(functools.partial(attention, backend="cudnn", key_counts=counts), *arrays)
@@ -227,12 +305,16 @@ def test_padding_and_repetition_around_cudnn(monkeypatch, case):
 @pytest.mark.parametrize("counts", [[3], [1, 1], [1, 1, 5], [2, 1, 1, 4, 3, 1]])
 def test_repeated_keys(counts):
     x = np.arange(2 * len(counts) * 6, dtype=np.float32).reshape(2, len(counts), 3, 2)
-    assert np.array_equal(repeat_keys(jnp.asarray(x), np.array(counts)), np.repeat(x, counts, axis=1))
+    assert np.array_equal(
+        repeat_keys(jnp.asarray(x), np.array(counts)), np.repeat(x, counts, axis=1)
+    )
 
 
 def test_platform_tells_amd_from_nvidia():
     def device(platform, version):
-        return types.SimpleNamespace(platform=platform, client=types.SimpleNamespace(platform_version=version))
+        return types.SimpleNamespace(
+            platform=platform, client=types.SimpleNamespace(platform_version=version)
+        )
 
     assert platform_of(device("gpu", "PJRT C API\ncuda 13000")) == "cuda"
     assert platform_of(device("gpu", "PJRT C API\nrocm 70200")) == "rocm"
@@ -242,23 +324,40 @@ def test_platform_tells_amd_from_nvidia():
 def test_backend_choice():
     bf16, fp32 = jnp.bfloat16, jnp.float32
     assert choose_backend("auto", "cuda", bf16, 128) == "cudnn"
-    for platform, dtype, head_dim in (("cuda", fp32, 128), ("cuda", bf16, 256), ("rocm", bf16, 128), ("cpu", fp32, 24)):
+    for platform, dtype, head_dim in (
+        ("cuda", fp32, 128),
+        ("cuda", bf16, 256),
+        ("rocm", bf16, 128),
+        ("cpu", fp32, 24),
+    ):
         assert choose_backend("auto", platform, dtype, head_dim) == "chunked"
     for platform in ("cpu", "cuda", "rocm"):
-        assert [choose_backend(name, platform, fp32, 24) for name in ("xla", "chunked")] == ["xla", "chunked"]
-    assert choose_backend("pallas", "rocm", bf16, 128) == choose_backend("pallas", "cuda", bf16, 64) == "pallas"
+        assert [choose_backend(name, platform, fp32, 24) for name in ("xla", "chunked")] == [
+            "xla",
+            "chunked",
+        ]
+    assert (
+        choose_backend("pallas", "rocm", bf16, 128)
+        == choose_backend("pallas", "cuda", bf16, 64)
+        == "pallas"
+    )
 
 
-@pytest.mark.parametrize("request_, why", [
-    (("cudnn", "cpu", jnp.bfloat16, 128), "cudnn.*'cpu', not an NVIDIA"),
-    (("cudnn", "rocm", jnp.bfloat16, 128), "'rocm', not an NVIDIA"),
-    (("cudnn", "cuda", jnp.float32, 128), "float32"), (("cudnn", "cuda", jnp.bfloat16, 256), "256"),
-    (("cudnn", "cuda", jnp.bfloat16, 36), "36 is not a multiple of 8"),
-    (("pallas", "cpu", jnp.bfloat16, 128), "pallas.*'cpu', not an AMD or NVIDIA"),
-    (("pallas", "rocm", jnp.float32, 128), "float32.*use attention='auto', 'chunked' or 'xla'"),
-    (("pallas", "rocm", jnp.bfloat16, 24), "24 is not one of 16, 32, 64, 128"),
-    (("flash", "cpu", jnp.float32, 128), "flash.*auto, xla, chunked, cudnn, pallas"),
-    (("auto", "gpu", jnp.bfloat16, 128), "platform_of")])
+@pytest.mark.parametrize(
+    "request_, why",
+    [
+        (("cudnn", "cpu", jnp.bfloat16, 128), "cudnn.*'cpu', not an NVIDIA"),
+        (("cudnn", "rocm", jnp.bfloat16, 128), "'rocm', not an NVIDIA"),
+        (("cudnn", "cuda", jnp.float32, 128), "float32"),
+        (("cudnn", "cuda", jnp.bfloat16, 256), "256"),
+        (("cudnn", "cuda", jnp.bfloat16, 36), "36 is not a multiple of 8"),
+        (("pallas", "cpu", jnp.bfloat16, 128), "pallas.*'cpu', not an AMD or NVIDIA"),
+        (("pallas", "rocm", jnp.float32, 128), "float32.*use attention='auto', 'chunked' or 'xla'"),
+        (("pallas", "rocm", jnp.bfloat16, 24), "24 is not one of 16, 32, 64, 128"),
+        (("flash", "cpu", jnp.float32, 128), "flash.*auto, xla, chunked, cudnn, pallas"),
+        (("auto", "gpu", jnp.bfloat16, 128), "platform_of"),
+    ],
+)
 def test_impossible_backends_are_refused(request_, why):
     with pytest.raises(ValueError, match=why):
         choose_backend(*request_)

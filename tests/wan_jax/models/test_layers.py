@@ -16,21 +16,37 @@ def layers(adapted=(), scales=(2.0, 2.0, 2.0)):
     made = [Linear(8, n, rngs=nnx.Rngs(i)) for i, n in enumerate(SIZES)]
     for i, layer in enumerate(made):
         layer.bias[...] = jnp.asarray(rng.standard_normal(SIZES[i]), jnp.float32)
-        a, b = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((8, 3), (3, SIZES[i])))
+        a, b = (
+            jnp.asarray(rng.standard_normal(shape), jnp.float32)
+            for shape in ((8, 3), (3, SIZES[i]))
+        )
         if i in adapted:
             layer.lora_a, layer.lora_b, layer.lora_scale = LoRAParam(a), LoRAParam(b), scales[i]
     return made
 
 
-@pytest.mark.parametrize("adapted, scales, products", [
-    ((), (2.0,) * 3, 1), ((0, 1, 2), (2.0,) * 3, 3), ((0, 2), (2.0,) * 3, 7), ((0, 1, 2), (2.0, 0.5, 1.0), 9)])
+@pytest.mark.parametrize(
+    "adapted, scales, products",
+    [
+        ((), (2.0,) * 3, 1),
+        ((0, 1, 2), (2.0,) * 3, 3),
+        ((0, 2), (2.0,) * 3, 7),
+        ((0, 1, 2), (2.0, 0.5, 1.0), 9),
+    ],
+)
 def test_joined_layers_are_the_layers(adapted, scales, products):
     made, x = layers(adapted, scales), jax.random.normal(jax.random.key(0), (2, 7, 8))
     expected = []
     for i, layer in enumerate(made):
-        y = np.asarray(x, np.float64) @ np.asarray(layer.kernel[...], np.float64) + np.asarray(layer.bias[...])
+        y = np.asarray(x, np.float64) @ np.asarray(layer.kernel[...], np.float64) + np.asarray(
+            layer.bias[...]
+        )
         if i in adapted:
-            y += scales[i] * (np.asarray(x, np.float64) @ np.asarray(layer.lora_a[...])) @ np.asarray(layer.lora_b[...])
+            y += (
+                scales[i]
+                * (np.asarray(x, np.float64) @ np.asarray(layer.lora_a[...]))
+                @ np.asarray(layer.lora_b[...])
+            )
         expected.append(y)
     for y, alone, wanted in zip(joined(made, x), [layer(x) for layer in made], expected):
         np.testing.assert_allclose(y, wanted, rtol=0, atol=1e-5)

@@ -1,4 +1,6 @@
-"""wan_jax/models/text_encoder.py against transformers (live and recorded), and the properties it promises."""
+"""wan_jax/models/text_encoder.py against transformers (live and recorded), and the properties it
+promises.
+"""
 
 import importlib.util
 import json
@@ -19,7 +21,9 @@ GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
 
 
 def load_golden_maker():
-    spec = importlib.util.spec_from_file_location("make_text_encoder", GOLDEN / "make_text_encoder.py")
+    spec = importlib.util.spec_from_file_location(
+        "make_text_encoder", GOLDEN / "make_text_encoder.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -37,7 +41,9 @@ def with_weights(config: TextEncoderConfig, tensors: dict) -> UMT5Encoder:
     """The encoder with the tensors of a UMT5 state dict (numpy)."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0))))
     ours = key_table.to_ours("text_encoder", tensors, shapes_of(config))
-    return nnx.merge(graphdef, params.unflatten(state, {k: jnp.asarray(v) for k, v in ours.items()}))
+    return nnx.merge(
+        graphdef, params.unflatten(state, {k: jnp.asarray(v) for k, v in ours.items()})
+    )
 
 
 def random_model(config: TextEncoderConfig, seed: int = 3) -> UMT5Encoder:
@@ -55,7 +61,7 @@ run_encode = nnx.jit(encode)
 SMALL = from_dict(TextEncoderConfig, golden.CONFIG)
 
 
-# --- against transformers ------------------------------------------------------------------------------
+# --- against transformers -------------------------------------------------------------------------
 
 
 def test_recorded_hidden_states():
@@ -70,11 +76,19 @@ def test_recorded_hidden_states():
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("changes", [
-    {},
-    {"relative_attention_num_buckets": 16, "relative_attention_max_distance": 40, "layer_norm_epsilon": 0.1,
-     "num_layers": 2, "d_kv": 4},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {
+            "relative_attention_num_buckets": 16,
+            "relative_attention_max_distance": 40,
+            "layer_norm_epsilon": 0.1,
+            "num_layers": 2,
+            "d_kv": 4,
+        },
+    ],
+)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_transformers(changes, attention):
     import torch
@@ -93,7 +107,9 @@ def test_transformers(changes, attention):
     theirs.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
     ids, mask = golden.random_ids(values["vocab_size"], (200, 57, 1), seed=6)
     with torch.no_grad():
-        want = theirs(torch.from_numpy(ids).long(), torch.from_numpy(mask)).last_hidden_state.numpy()
+        want = theirs(
+            torch.from_numpy(ids).long(), torch.from_numpy(mask)
+        ).last_hidden_state.numpy()
 
     got = np.asarray(run(with_weights(from_dict(TextEncoderConfig, values), weights), ids, mask))
     errors = [relative_error(got[row, :n], want[row, :n]) for row, n in enumerate(mask.sum(axis=1))]
@@ -109,45 +125,69 @@ def test_buckets_of_transformers(num_buckets, max_distance):
     from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
     config = transformers.UMT5Config(
-        d_model=8, d_kv=4, num_heads=2, relative_attention_num_buckets=num_buckets,
-        relative_attention_max_distance=max_distance)
+        d_model=8,
+        d_kv=4,
+        num_heads=2,
+        relative_attention_num_buckets=num_buckets,
+        relative_attention_max_distance=max_distance,
+    )
     position = torch.arange(600)
     want = UMT5Attention(config, has_relative_attention_bias=True)._relative_position_bucket(
-        position[None, :] - position[:, None])
+        position[None, :] - position[:, None]
+    )
     np.testing.assert_array_equal(relative_buckets(600, num_buckets, max_distance), want.numpy())
 
 
-# --- parameters ----------------------------------------------------------------------------------------
+# --- parameters -----------------------------------------------------------------------------------
 
 
 def test_parameters_of_the_published_encoder():
     shapes = shapes_of(TextEncoderConfig())
-    assert shapes["encoder/block/layer_0/SelfAttention/relative_attention_bias/embedding"] == (24, 32, 64)
+    assert shapes["encoder/block/layer_0/SelfAttention/relative_attention_bias/embedding"] == (
+        24,
+        32,
+        64,
+    )
     assert shapes["encoder/block/layer_1/DenseReluDense/wi_1/kernel"] == (24, 4096, 10240)
     assert sum(int(np.prod(s)) for s in shapes.values()) == 5_680_910_336
     keys = {entry.key for entry in key_table.entries("text_encoder", shapes)}
     assert len(keys) == 242
     layer = "encoder.block.23.layer"
-    assert keys >= {"shared.weight", "encoder.final_layer_norm.weight", f"{layer}.0.SelfAttention.o.weight",
-                    f"{layer}.0.SelfAttention.relative_attention_bias.weight", f"{layer}.0.layer_norm.weight",
-                    f"{layer}.1.DenseReluDense.wi_0.weight", f"{layer}.1.layer_norm.weight"}
+    assert keys >= {
+        "shared.weight",
+        "encoder.final_layer_norm.weight",
+        f"{layer}.0.SelfAttention.o.weight",
+        f"{layer}.0.SelfAttention.relative_attention_bias.weight",
+        f"{layer}.0.layer_norm.weight",
+        f"{layer}.1.DenseReluDense.wi_0.weight",
+        f"{layer}.1.layer_norm.weight",
+    }
 
 
 def test_initialisation_is_t5s_and_layers_differ():
-    config = from_dict(TextEncoderConfig, {**golden.CONFIG, "d_model": 128, "d_kv": 64, "d_ff": 320})
+    config = from_dict(
+        TextEncoderConfig, {**golden.CONFIG, "d_model": 128, "d_kv": 64, "d_ff": 320}
+    )
     flat = params.flatten(nnx.state(UMT5Encoder(config, rngs=nnx.Rngs(0))))
     attention, dense = "encoder/block/layer_0/SelfAttention", "encoder/block/layer_1/DenseReluDense"
-    wanted = {"shared/embedding": 1.0, f"{attention}/q/kernel": (128 * 64) ** -0.5,
-              f"{attention}/k/kernel": 128**-0.5, f"{attention}/o/kernel": (4 * 64) ** -0.5,
-              f"{dense}/wi_0/kernel": 128**-0.5, f"{dense}/wo/kernel": 320**-0.5,
-              f"{attention}/relative_attention_bias/embedding": 128**-0.5}
+    wanted = {
+        "shared/embedding": 1.0,
+        f"{attention}/q/kernel": (128 * 64) ** -0.5,
+        f"{attention}/k/kernel": 128**-0.5,
+        f"{attention}/o/kernel": (4 * 64) ** -0.5,
+        f"{dense}/wi_0/kernel": 128**-0.5,
+        f"{dense}/wo/kernel": 320**-0.5,
+        f"{attention}/relative_attention_bias/embedding": 128**-0.5,
+    }
     for path, std in wanted.items():
         assert float(jnp.std(flat[path])) == pytest.approx(std, rel=0.1), path
         if "block" in path:
-            assert relative_error(flat[path][0], flat[path][1]) > 1, f"{path}: layers were initialised alike"
+            assert relative_error(flat[path][0], flat[path][1]) > 1, (
+                f"{path}: layers were initialised alike"
+            )
 
 
-# --- properties ----------------------------------------------------------------------------------------
+# --- properties -----------------------------------------------------------------------------------
 
 
 def test_bucket_table():
@@ -186,7 +226,10 @@ def test_rows_depend_on_every_token_and_on_its_position():
 def test_encode_zeroes_rows_after_the_mask():
     model = random_model(SMALL)
     ids, mask = golden.random_ids(SMALL.vocab_size, (24, 5, 1), seed=2)
-    hidden, zeroed = np.asarray(run(model, ids, mask)), np.asarray(run_encode(model, ids, mask.astype(bool)))
+    hidden, zeroed = (
+        np.asarray(run(model, ids, mask)),
+        np.asarray(run_encode(model, ids, mask.astype(bool))),
+    )
     np.testing.assert_allclose(zeroed[mask == 1], hidden[mask == 1], rtol=1e-5, atol=1e-6)
     assert not zeroed[mask == 0].any()
     assert np.abs(hidden[mask == 0]).max() > 0.1, "the test is void: there is nothing to zero"

@@ -1,4 +1,6 @@
-"""wan_jax/models/tokenizer.py and examples/tiny_wan/tokenizer.py: cleaning, ids, round trips, errors, pipeline."""
+"""wan_jax/models/tokenizer.py and examples/tiny_wan/tokenizer.py: cleaning, ids, round trips,
+errors, pipeline.
+"""
 
 import json
 import pathlib
@@ -39,24 +41,28 @@ def tokenizer(folder) -> Tokenizer:
     return Tokenizer.load(folder)
 
 
-# --- cleaning ------------------------------------------------------------------------------------------
+# --- cleaning -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("raw,want", [
-    ("plain text", "plain text"),
-    (" two  spaces\tand\n\nlines ", "two spaces and lines"),
-    ("no-break\u00a0and\u3000wide", "no-break and wide"),
-    ("Tom &amp; Jerry", "Tom & Jerry"),
-    ("Tom &amp;amp; <Jerry>", "Tom & <Jerry>"),  # escaped twice; with a '<' ftfy leaves entities alone
-    ("&lt;b&gt; &amp; b", "<b> & b"),
-    ("&nbsp;edge&nbsp;", "edge"),  # whitespace that only unescaping reveals
-    ("“SALE” and ‘now’, it’s", "\"SALE\" and 'now', it's"),
-    ("你好，世界！ＡＢＣ：１２", "你好,世界!ABC:12"),
-    ("ﬁne", "fine"),
-    ("schÃ¶n", "schön"),  # mojibake
-    ("e\u0301", "é"),  # NFC
-    ("", ""),
-])
+@pytest.mark.parametrize(
+    "raw,want",
+    [
+        ("plain text", "plain text"),
+        (" two  spaces\tand\n\nlines ", "two spaces and lines"),
+        ("no-break\u00a0and\u3000wide", "no-break and wide"),
+        ("Tom &amp; Jerry", "Tom & Jerry"),
+        # escaped twice; with a '<' ftfy leaves entities alone
+        ("Tom &amp;amp; <Jerry>", "Tom & <Jerry>"),
+        ("&lt;b&gt; &amp; b", "<b> & b"),
+        ("&nbsp;edge&nbsp;", "edge"),  # whitespace that only unescaping reveals
+        ("“SALE” and ‘now’, it’s", "\"SALE\" and 'now', it's"),
+        ("你好，世界！ＡＢＣ：１２", "你好,世界!ABC:12"),
+        ("ﬁne", "fine"),
+        ("schÃ¶n", "schön"),  # mojibake
+        ("e\u0301", "é"),  # NFC
+        ("", ""),
+    ],
+)
 def test_clean(raw, want):
     assert clean(raw) == want
 
@@ -65,17 +71,27 @@ def test_clean(raw, want):
 def test_clean_is_that_of_diffusers():
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-    extra = ["a\u2028b", "x &amp;#39; y", "tail \u200b", "…—–", "a\x00b", "¿qué? &eacute; &notanentity;"]
+    extra = [
+        "a\u2028b",
+        "x &amp;#39; y",
+        "tail \u200b",
+        "…—–",
+        "a\x00b",
+        "¿qué? &eacute; &notanentity;",
+    ]
     for prompt in PROMPTS + extra:
         assert clean(prompt) == prompt_clean(prompt)
 
 
-# --- the tiny tokenizer's folder -----------------------------------------------------------------------
+# --- the tiny tokenizer's folder ------------------------------------------------------------------
 
 
 def test_files(folder):
     assert sorted(p.name for p in folder.iterdir()) == [
-        "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     assert json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"] == 512
 
 
@@ -85,7 +101,9 @@ def test_transformers_reads_it(folder, loader):
 
     backend = getattr(transformers, loader).from_pretrained(str(folder), local_files_only=True)
     assert (backend.pad_token_id, backend.eos_token_id, backend.unk_token_id) == (0, 1, 2)
-    assert len(backend) <= 128 and backend.model_max_length == 512 and backend.padding_side == "right"
+    assert (
+        len(backend) <= 128 and backend.model_max_length == 512 and backend.padding_side == "right"
+    )
     alphabet = string.ascii_letters + string.digits + string.punctuation + CURLY
     pieces = [backend(c).input_ids for c in alphabet]  # ▁, the character, end
     assert all(len(p) == 3 and p[-1] == 1 for p in pieces)
@@ -96,16 +114,21 @@ def test_transformers_reads_it(folder, loader):
         assert len(ids) == len(text) + 2
         assert max(ids) < len(backend)
         assert backend.decode(ids, skip_special_tokens=True) == text
-    assert len(backend("<extra_id_0>").input_ids) == 14  # plain characters: no sentinel tokens were added
+    # plain characters: no sentinel tokens were added
+    assert len(backend("<extra_id_0>").input_ids) == 14
 
 
-# --- Tokenizer -----------------------------------------------------------------------------------------
+# --- Tokenizer ------------------------------------------------------------------------------------
 
 
 def test_ids_and_mask(tokenizer):
     ids, mask = tokenizer(["ab ba", "", "A"], 8)
     assert ids.dtype == mask.dtype == np.int32 and ids.shape == mask.shape == (3, 8)
-    assert ids.tolist() == [[3, 4, 5, 3, 5, 4, 1, 0], [1, 0, 0, 0, 0, 0, 0, 0], [3, 30, 1, 0, 0, 0, 0, 0]]
+    assert ids.tolist() == [
+        [3, 4, 5, 3, 5, 4, 1, 0],
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [3, 30, 1, 0, 0, 0, 0, 0],
+    ]
     assert mask.tolist() == [[1] * 7 + [0], [1] + [0] * 7, [1] * 3 + [0] * 5]
     assert tokenizer.lengths(["ab ba", "", "A"]) == [7, 1, 3]
     assert tokenizer.vocab_size == 102
@@ -128,12 +151,17 @@ def test_ids_do_not_depend_on_length_or_batch(tokenizer):
 
 
 def test_truncation_is_reported_and_keeps_the_end_token(tokenizer):
-    prompts = ["short", 'says "LOST WORDS"', "x" * 7, "x" * 8]  # 7 characters, ▁ and the end token just fit 9
+    # 7 characters, ▁ and the end token just fit 9
+    prompts = ["short", 'says "LOST WORDS"', "x" * 7, "x" * 8]
     with pytest.warns(UserWarning) as caught:
         ids, mask = tokenizer(prompts, 9)
     messages = [str(w.message) for w in caught]
     assert len(messages) == 2
-    assert "'says \"LOST WORDS\"'" in messages[0] and "19 tokens" in messages[0] and "to 9" in messages[0]
+    assert (
+        "'says \"LOST WORDS\"'" in messages[0]
+        and "19 tokens" in messages[0]
+        and "to 9" in messages[0]
+    )
     assert "10 tokens" in messages[1]
     assert ids[:, -1].tolist() == [0, 1, 1, 1] and mask[1].all()
     assert (ids[2] == ids[3]).all()
@@ -154,7 +182,7 @@ def test_wrong_arguments(tokenizer):
         tokenizer(["a"], 0)
 
 
-# --- broken folders ------------------------------------------------------------------------------------
+# --- broken folders -------------------------------------------------------------------------------
 
 
 def test_missing_folder(tmp_path):
@@ -170,9 +198,15 @@ def test_folder_without_a_vocabulary(folder, tmp_path):
         Tokenizer.load(copy)
 
 
-@pytest.mark.parametrize("content", [
-    "", "{}", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
-    '{"version": "1.0", "model": {"type": "Unigram", "vocab": ['])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{}",
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        '{"version": "1.0", "model": {"type": "Unigram", "vocab": [',
+    ],
+)
 def test_corrupt_vocabulary(folder, tmp_path, content):
     copy = tmp_path / "tokenizer"
     shutil.copytree(folder, copy)
@@ -181,7 +215,7 @@ def test_corrupt_vocabulary(folder, tmp_path, content):
         Tokenizer.load(copy)
 
 
-# --- the whole prompt path against Diffusers -----------------------------------------------------------
+# --- the whole prompt path against Diffusers ------------------------------------------------------
 
 
 @pytest.mark.parity
@@ -198,16 +232,29 @@ def test_prompt_embeddings_of_the_wan_pipeline(folder, tokenizer, length):
     from wan_jax.models.config import TextEncoderConfig, from_dict
     from wan_jax.models.text_encoder import UMT5Encoder, encode
 
-    values = dict(vocab_size=tokenizer.vocab_size, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
-                  feed_forward_proj="gated-gelu")
+    values = dict(
+        vocab_size=tokenizer.vocab_size,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
     torch.manual_seed(0)
     theirs = transformers.UMT5EncoderModel(transformers.UMT5Config(**values)).eval()
     with torch.no_grad():
         for value in theirs.parameters():
-            value.copy_(torch.randn(value.shape) * (0.3 if value.dim() == 2 else 0.5) + (value.dim() == 1))
+            value.copy_(
+                torch.randn(value.shape) * (0.3 if value.dim() == 2 else 0.5) + (value.dim() == 1)
+            )
     pipeline = WanPipeline(
-        tokenizer=transformers.T5TokenizerFast.from_pretrained(str(folder)), text_encoder=theirs,
-        transformer=None, vae=None, scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction"))
+        tokenizer=transformers.T5TokenizerFast.from_pretrained(str(folder)),
+        text_encoder=theirs,
+        transformer=None,
+        vae=None,
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction"),
+    )
     with torch.no_grad():
         want = pipeline._get_t5_prompt_embeds(PROMPTS, max_sequence_length=length).numpy()
 
@@ -220,7 +267,8 @@ def test_prompt_embeddings_of_the_wan_pipeline(folder, tokenizer, length):
     got = np.asarray(nnx.jit(encode)(model, ids, mask))
 
     assert got.shape == want.shape == (len(PROMPTS), length, 32)
-    np.testing.assert_array_equal((got != 0).any(axis=2), (want != 0).any(axis=2))  # the same rows are zero
+    # the same rows are zero
+    np.testing.assert_array_equal((got != 0).any(axis=2), (want != 0).any(axis=2))
     error = np.linalg.norm(got - want) / np.linalg.norm(want)
     print("relative error", error)
     assert error <= 1e-5

@@ -33,7 +33,9 @@ def build(settings: dict, weights: dict, **kwargs) -> WanTransformer3D:
     graphdef, state = abstract(from_dict(TransformerConfig, settings), **kwargs)
     like = P.flatten(state)
     flat = key_table.to_ours("transformer", weights, {k: v.shape for k, v in like.items()})
-    return nnx.merge(graphdef, P.unflatten(state, {k: jnp.asarray(v, like[k].dtype) for k, v in flat.items()}))
+    return nnx.merge(
+        graphdef, P.unflatten(state, {k: jnp.asarray(v, like[k].dtype) for k, v in flat.items()})
+    )
 
 
 def golden_model(**kwargs) -> WanTransformer3D:
@@ -64,9 +66,13 @@ def test_recorded_velocities(name):
 def products(jaxpr) -> int:
     """Matrix products in a jaxpr and all inside it; a scan's body counts once."""
     count = sum(e.primitive.name == "dot_general" for e in jaxpr.eqns)
-    inner = jax.tree.leaves([list(e.params.values()) for e in jaxpr.eqns],
-                            is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns"))
-    return count + sum(products(getattr(x, "jaxpr", x)) for x in inner if hasattr(x, "jaxpr") or hasattr(x, "eqns"))
+    inner = jax.tree.leaves(
+        [list(e.params.values()) for e in jaxpr.eqns],
+        is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns"),
+    )
+    return count + sum(
+        products(getattr(x, "jaxpr", x)) for x in inner if hasattr(x, "jaxpr") or hasattr(x, "eqns")
+    )
 
 
 def test_rematerialisation_changes_memory_and_work_but_not_gradients():
@@ -90,8 +96,14 @@ def test_rematerialisation_changes_memory_and_work_but_not_gradients():
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("changes", [{}, {"attention_head_dim": 128, "num_attention_heads": 3, "num_layers": 1},
-                                     {"in_channels": 48, "out_channels": 48, "ffn_dim": 96}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention_head_dim": 128, "num_attention_heads": 3, "num_layers": 1},
+        {"in_channels": 48, "out_channels": 48, "ffn_dim": 96},
+    ],
+)
 @pytest.mark.parametrize("grid", [(1, 4, 6), (4, 6, 4)])
 def test_diffusers(changes, grid):
     config = maker.CONFIG | changes
@@ -102,20 +114,32 @@ def test_diffusers(changes, grid):
 
 @pytest.mark.parity
 def test_bfloat16_is_as_close_to_float32_as_diffusers_is(tmp_path):
-    """bf16 rounds every product and the residual stream; two implementations that round in a different order differ by
-    about what each differs from fp32. So: ours must be no further from fp32 than 1.3 times the peer's own distance."""
+    """bf16 rounds every product and the residual stream; two implementations that round in a
+    different order differ by about what each differs from fp32. So: ours must be no further from
+    fp32 than 1.3 times the peer's own distance.
+    """
     import diffusers
     import torch
 
     config = maker.CONFIG | {"num_layers": 6}
     model, weights = maker.peer(config, seed=6)
     model.save_pretrained(tmp_path)
-    half = diffusers.WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).eval()
+    half = diffusers.WanTransformer3DModel.from_pretrained(
+        tmp_path, torch_dtype=torch.bfloat16
+    ).eval()
     latents, timesteps, text = maker.random_inputs(4, 2, 6, 8)
     exact = maker.run(model, latents, timesteps, text)
     with torch.no_grad():
-        theirs = half(torch.from_numpy(latents.transpose(0, 4, 1, 2, 3)).bfloat16(), torch.from_numpy(timesteps),
-                      torch.from_numpy(text).bfloat16()).sample.float().numpy().transpose(0, 2, 3, 4, 1)
+        theirs = (
+            half(
+                torch.from_numpy(latents.transpose(0, 4, 1, 2, 3)).bfloat16(),
+                torch.from_numpy(timesteps),
+                torch.from_numpy(text).bfloat16(),
+            )
+            .sample.float()
+            .numpy()
+            .transpose(0, 2, 3, 4, 1)
+        )
     ours = run(build(config, weights, dtype=jnp.bfloat16), latents, timesteps, text)
     assert relative_error(ours, exact) < 1.3 * relative_error(theirs, exact) < 0.05
 
@@ -123,8 +147,16 @@ def test_bfloat16_is_as_close_to_float32_as_diffusers_is(tmp_path):
 def test_precision_policy():
     _, state = abstract(from_dict(TransformerConfig, maker.CONFIG), dtype=jnp.bfloat16)
     kept = {k for k, v in P.flatten(state).items() if v.dtype == jnp.float32}
-    assert kept == {"scale_shift_table", "blocks/scale_shift_table", "blocks/norm2/scale", "blocks/norm2/bias"} | {
-        f"condition_embedder/time_embedder/linear_{i}/{leaf}" for i in (1, 2) for leaf in ("kernel", "bias")}
+    assert kept == {
+        "scale_shift_table",
+        "blocks/scale_shift_table",
+        "blocks/norm2/scale",
+        "blocks/norm2/bias",
+    } | {
+        f"condition_embedder/time_embedder/linear_{i}/{leaf}"
+        for i in (1, 2)
+        for leaf in ("kernel", "bias")
+    }
 
 
 def test_counted_padding_equals_zero_rows():
@@ -133,7 +165,8 @@ def test_counted_padding_equals_zero_rows():
     model = golden_model()
     whole = run(model, latents, timesteps, text)
     assert relative_error(run(model, latents, timesteps, text[:, :7], text_padding=5), whole) < 2e-6
-    assert relative_error(run(model, latents, timesteps, text[:, :7]), whole) > 1e-3  # the padding is attended to
+    # the padding is attended to
+    assert relative_error(run(model, latents, timesteps, text[:, :7]), whole) > 1e-3
 
 
 def test_samples_of_a_batch_are_independent():
@@ -149,29 +182,38 @@ def test_rope_pairs_and_limit():
     np.testing.assert_allclose(cos**2 + sin**2, 1, rtol=1e-6)
     np.testing.assert_array_equal(sin[0], 0)
     token = 1 * 12 + 2 * 4 + 3  # frame 1, row 2, column 3
-    np.testing.assert_allclose(np.arctan2(sin[token], cos[token])[[0, 22, 43]], [1, 2, 3], rtol=1e-6)
+    np.testing.assert_allclose(
+        np.arctan2(sin[token], cos[token])[[0, 22, 43]], [1, 2, 3], rtol=1e-6
+    )
     with pytest.raises(ValueError, match="rope_max_seq_len 1024"):
         rope_table((1025, 1, 1), 128)
 
 
-@pytest.mark.parametrize("field, value", [("cross_attn_norm", False), ("qk_norm", None), ("patch_size", [2, 2, 2])])
+@pytest.mark.parametrize(
+    "field, value", [("cross_attn_norm", False), ("qk_norm", None), ("patch_size", [2, 2, 2])]
+)
 def test_configs_of_other_models_are_refused(field, value):
     with pytest.raises(ConfigError, match=field):
         from_dict(TransformerConfig, {field: value})
 
 
 def with_adapters(model, targets=lora.ATTENTION_TARGETS, seed=0):
-    return lora.attach(model, lora.LoRAConfig(rank=4, alpha=8.0, targets=targets), jax.random.key(seed))
+    return lora.attach(
+        model, lora.LoRAConfig(rank=4, alpha=8.0, targets=targets), jax.random.key(seed)
+    )
 
 
 def test_fresh_adapters_change_nothing_and_trained_ones_act_as_merged_weights():
     inputs = maker.random_inputs(2, 1, 4, 4)
     base = run(golden_model(), *inputs)
     model = with_adapters(golden_model(), ("to_q", "to_out.0", "ffn.net.0.proj"))
-    assert relative_error(run(model, *inputs), base) < 1e-6  # float32: x + 0 is exact, but another function is compiled
+    # float32: x + 0 is exact, but another function is compiled
+    assert relative_error(run(model, *inputs), base) < 1e-6
     graphdef, adapters, rest = nnx.split(model, LoRAParam, ...)
-    flat = {k: v + 0.1 * jax.random.normal(jax.random.key(i), v.shape)
-            for i, (k, v) in enumerate(P.flatten(adapters).items())}
+    flat = {
+        k: v + 0.1 * jax.random.normal(jax.random.key(i), v.shape)
+        for i, (k, v) in enumerate(P.flatten(adapters).items())
+    }
     adapted = run(nnx.merge(graphdef, P.unflatten(adapters, flat), rest), *inputs)
     assert relative_error(adapted, base) > 1e-2
 
@@ -180,17 +222,29 @@ def test_fresh_adapters_change_nothing_and_trained_ones_act_as_merged_weights():
     for path in flat:
         if path.endswith("lora_a"):
             layer = path.removesuffix("/lora_a")
-            merged[f"{layer}/kernel"] += 2.0 * flat[path] @ flat[f"{layer}/lora_b"]  # alpha / rank = 2
-    assert relative_error(run(nnx.merge(graphdef, P.unflatten(state, merged)), *inputs), adapted) < 1e-5
+            # alpha / rank = 2
+            merged[f"{layer}/kernel"] += 2.0 * flat[path] @ flat[f"{layer}/lora_b"]
+    assert (
+        relative_error(run(nnx.merge(graphdef, P.unflatten(state, merged)), *inputs), adapted)
+        < 1e-5
+    )
 
 
 def test_adapter_targets():
     paths = P.flatten(nnx.split(with_adapters(golden_model()), LoRAParam, ...)[1])
-    assert {p.rsplit("/", 1)[0] for p in paths} == {f"blocks/attn{i}/{name}" for i in (1, 2)
-                                                    for name in ("to_q", "to_k", "to_v", "to_out_0")}
+    assert {p.rsplit("/", 1)[0] for p in paths} == {
+        f"blocks/attn{i}/{name}" for i in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out_0")
+    }
     assert paths["blocks/attn1/to_q/lora_a"].shape == (3, 48, 4)
-    same, other = (P.flatten(nnx.split(with_adapters(golden_model(), seed=s), LoRAParam, ...)[1]) for s in (0, 1))
-    np.testing.assert_array_equal(same["blocks/attn2/to_v/lora_a"], paths["blocks/attn2/to_v/lora_a"])
-    assert relative_error(other["blocks/attn2/to_v/lora_a"], paths["blocks/attn2/to_v/lora_a"]) > 0.5
+    same, other = (
+        P.flatten(nnx.split(with_adapters(golden_model(), seed=s), LoRAParam, ...)[1])
+        for s in (0, 1)
+    )
+    np.testing.assert_array_equal(
+        same["blocks/attn2/to_v/lora_a"], paths["blocks/attn2/to_v/lora_a"]
+    )
+    assert (
+        relative_error(other["blocks/attn2/to_v/lora_a"], paths["blocks/attn2/to_v/lora_a"]) > 0.5
+    )
     with pytest.raises(ValueError, match="to_w"):
         with_adapters(golden_model(), ("to_q", "to_w"))

@@ -31,13 +31,31 @@ from wan_jax.models.vae import AutoencoderKLWan
 from wan_jax.models.vae_layers import CausalConv3d, ChannelNorm, Conv2d, upsampled_conv
 
 TWO_BLOCKS = {"base_dim": 8, "num_res_blocks": 2}
-OTHER_SHAPE = {"base_dim": 8, "decoder_base_dim": 12, "z_dim": 4, "dim_mult": [1, 3, 2], "num_res_blocks": 1,
-               "temperal_downsample": [True, True], "scale_factor_spatial": 4,
-               "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
-# 2.2 as published in all but width; then without patches and with a last level that changes the channels
+OTHER_SHAPE = {
+    "base_dim": 8,
+    "decoder_base_dim": 12,
+    "z_dim": 4,
+    "dim_mult": [1, 3, 2],
+    "num_res_blocks": 1,
+    "temperal_downsample": [True, True],
+    "scale_factor_spatial": 4,
+    "latents_mean": [0.0] * 4,
+    "latents_std": [1.0] * 4,
+}
+# 2.2 as published in all but width; then without patches and with a last level that changes the
+# channels
 TWO_BLOCKS_22 = maker.CONFIG_22 | {"num_res_blocks": 2}
-OTHER_SHAPE_22 = maker.CONFIG_22 | OTHER_SHAPE | {"base_dim": 4, "dim_mult": [1, 4, 2], "patch_size": None,
-                                                  "in_channels": 3, "out_channels": 3}
+OTHER_SHAPE_22 = (
+    maker.CONFIG_22
+    | OTHER_SHAPE
+    | {
+        "base_dim": 4,
+        "dim_mult": [1, 4, 2],
+        "patch_size": None,
+        "in_channels": 3,
+        "out_channels": 3,
+    }
+)
 
 
 def outputs(graphdef, state, video, z) -> dict:
@@ -55,11 +73,15 @@ def run(model, video, z) -> dict:
 
 
 def recorded_size(settings) -> tuple[int, int]:
-    """Return the height and width of `test_recorded_outputs`, for which the model is compiled already."""
-    return next((height, width) for config, height, width in maker.RECORDED.values() if config == settings)
+    """Return the height and width of `test_recorded_outputs`, for which the model is compiled
+    already.
+    """
+    return next(
+        (height, width) for config, height, width in maker.RECORDED.values() if config == settings
+    )
 
 
-# --- against Diffusers ---------------------------------------------------------------------------------
+# --- against Diffusers ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", maker.LATENT_FRAMES)
@@ -76,12 +98,20 @@ def test_recorded_outputs(file, case):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("settings, height, width, lengths", [
-    (maker.CONFIG | TWO_BLOCKS, 16, 24, [3]), (maker.CONFIG | OTHER_SHAPE, 16, 24, [1, 2]),
-    (TWO_BLOCKS_22, 32, 48, [3]), (OTHER_SHAPE_22, 16, 24, [1, 2])],
-    ids=["two blocks", "other shape", "2.2 two blocks", "2.2 other shape"])
+@pytest.mark.parametrize(
+    "settings, height, width, lengths",
+    [
+        (maker.CONFIG | TWO_BLOCKS, 16, 24, [3]),
+        (maker.CONFIG | OTHER_SHAPE, 16, 24, [1, 2]),
+        (TWO_BLOCKS_22, 32, 48, [3]),
+        (OTHER_SHAPE_22, 16, 24, [1, 2]),
+    ],
+    ids=["two blocks", "other shape", "2.2 two blocks", "2.2 other shape"],
+)
 def test_diffusers(settings, height, width, lengths):
-    """1, 2 and 3 latent frames of each generation; `test_recorded_outputs` has 1 and 3 of another configuration."""
+    """1, 2 and 3 latent frames of each generation; `test_recorded_outputs` has 1 and 3 of another
+    configuration.
+    """
     model, weights = maker.peer(settings, seed=5)
     ours = build(settings, weights)
     for frames in lengths:
@@ -93,13 +123,15 @@ def test_diffusers(settings, height, width, lengths):
             assert error <= 1e-5, (frames, name)
 
 
-# --- parameters ----------------------------------------------------------------------------------------
+# --- parameters -----------------------------------------------------------------------------------
 
 
 def test_parameters_of_the_published_vae():
     shapes = {k: v.shape for k, v in P.flatten(abstract(WAN_21)[1]).items()}
-    sizes = {part: sum(int(np.prod(s)) for k, s in shapes.items() if k.startswith(part))
-             for part in ("", "encoder/", "decoder/")}
+    sizes = {
+        part: sum(int(np.prod(s)) for k, s in shapes.items() if k.startswith(part))
+        for part in ("", "encoder/", "decoder/")
+    }
     assert sizes == {"": 126_892_531, "encoder/": 53_595_872, "decoder/": 73_295_331}
     theirs = {e.key: e.shape for e in key_table.entries("vae", shapes)}
     assert len(theirs) == 194
@@ -112,8 +144,10 @@ def test_parameters_of_the_published_vae():
 
 def test_parameters_of_the_published_2_2_vae():
     shapes = {k: v.shape for k, v in P.flatten(abstract(WAN_22)[1]).items()}
-    sizes = {part: sum(int(np.prod(s)) for k, s in shapes.items() if k.startswith(part))
-             for part in ("", "encoder/", "decoder/")}
+    sizes = {
+        part: sum(int(np.prod(s)) for k, s in shapes.items() if k.startswith(part))
+        for part in ("", "encoder/", "decoder/")
+    }
     assert sizes == {"": 704_688_668, "encoder/": 149_627_776, "decoder/": 555_049_228}
     theirs = {e.key: e.shape for e in key_table.entries("vae", shapes)}
     assert len(theirs) == 196
@@ -134,16 +168,23 @@ def test_keys_of_diffusers_both_ways(settings):
         np.testing.assert_array_equal(value, weights[key])
 
 
-@pytest.mark.parametrize("make, fan_in", [
-    (lambda **kw: CausalConv3d(8, 64, (3, 3, 3), **kw), 8 * 27), (lambda **kw: Conv2d(8, 64, **kw), 8 * 9)])
+@pytest.mark.parametrize(
+    "make, fan_in",
+    [
+        (lambda **kw: CausalConv3d(8, 64, (3, 3, 3), **kw), 8 * 27),
+        (lambda **kw: Conv2d(8, 64, **kw), 8 * 9),
+    ],
+)
 def test_initialisation_keeps_the_variance(make, fan_in):
     layer = make(dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    assert float(layer.kernel[...].astype(jnp.float32).std()) == pytest.approx(fan_in**-0.5, rel=0.05)
+    assert float(layer.kernel[...].astype(jnp.float32).std()) == pytest.approx(
+        fan_in**-0.5, rel=0.05
+    )
     assert layer.kernel[...].dtype == layer.bias[...].dtype == jnp.bfloat16
     np.testing.assert_array_equal(layer.bias[...], 0)
 
 
-# --- time ----------------------------------------------------------------------------------------------
+# --- time -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window", [(3, 3, 3), (3, 1, 1), (1, 1, 1)])
@@ -155,16 +196,25 @@ def test_causal_convolution_is_a_left_padded_3d_convolution(window):
     for frames in (1, 2, 5):
         x = jnp.asarray(rng.standard_normal((2, frames, 4, 5, 3)), jnp.float32)
         expected = jax.lax.conv_general_dilated(
-            x, layer.kernel[...], (1, 1, 1), [(kt - 1, 0), (kh // 2, kh // 2), (kw // 2, kw // 2)],
-            dimension_numbers=("NDHWC", "DHWIO", "NDHWC")) + jnp.arange(4.0)
+            x,
+            layer.kernel[...],
+            (1, 1, 1),
+            [(kt - 1, 0), (kh // 2, kh // 2), (kw // 2, kw // 2)],
+            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+        ) + jnp.arange(4.0)
         assert relative_error(layer(x), expected) < 1e-6, frames
 
 
 def test_upsampled_convolution_is_the_convolution_of_the_doubled_frame():
     rng = np.random.default_rng(0)
-    x, kernel = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 3, 4, 6, 5), (3, 3, 5, 7)))
+    x, kernel = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ((2, 3, 4, 6, 5), (3, 3, 5, 7))
+    )
     doubled = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3).reshape(6, 8, 12, 5)
-    expected = jax.lax.conv_general_dilated(doubled, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    expected = jax.lax.conv_general_dilated(
+        doubled, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
     assert relative_error(upsampled_conv(x, kernel), expected.reshape(2, 3, 8, 12, 7)) < 1e-6
 
 
@@ -221,7 +271,7 @@ def test_videos_of_a_batch_are_independent():
         assert relative_error(value[::-1], both[name]) < 1e-6
 
 
-# --- numbers -------------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 
 def test_norm():
@@ -231,9 +281,12 @@ def test_norm():
     expected = x / np.linalg.norm(x, axis=-1, keepdims=True) * np.sqrt(6) * np.arange(1, 7)
     assert relative_error(norm(x), expected) < 1e-6
     half = jnp.asarray(x, jnp.bfloat16)
-    assert norm(half).dtype == jnp.bfloat16 and relative_error(norm(half), expected) < 4e-3  # rounded twice by 2**-9
+    # rounded twice by 2**-9
+    assert norm(half).dtype == jnp.bfloat16 and relative_error(norm(half), expected) < 4e-3
     sums = [e for e in jax.make_jaxpr(norm)(half).jaxpr.eqns if e.primitive.name == "reduce_sum"]
-    assert len(sums) == 1 and sums[0].invars[0].aval.dtype == jnp.float32, "squares in bfloat16 lose digits"
+    assert len(sums) == 1 and sums[0].invars[0].aval.dtype == jnp.float32, (
+        "squares in bfloat16 lose digits"
+    )
     gradient = jax.grad(lambda x: norm(x).sum())(jnp.zeros((6,)))
     assert bool(jnp.isfinite(gradient).all())
 
@@ -264,12 +317,21 @@ def test_normalise():
 
 
 def test_bfloat16_trains():
-    """bf16 weights and compute: outputs near fp32's, fp32 results, and a gradient for every parameter.
+    """bf16 weights and compute: outputs near fp32's, fp32 results, and a gradient for every
+    parameter.
 
     Two levels with one change of size have a layer of every kind.
     """
-    settings = maker.CONFIG | OTHER_SHAPE | {"dim_mult": [1, 2], "temperal_downsample": [True],
-                                             "scale_factor_spatial": 2, "scale_factor_temporal": 2}
+    settings = (
+        maker.CONFIG
+        | OTHER_SHAPE
+        | {
+            "dim_mult": [1, 2],
+            "temperal_downsample": [True],
+            "scale_factor_spatial": 2,
+            "scale_factor_temporal": 2,
+        }
+    )
     inputs = maker.random_inputs(11, 2, 8, 12, settings)
     model = random_model(settings, dtype=jnp.bfloat16)
     assert {v.dtype for v in P.flatten(nnx.state(model)).values()} == {jnp.dtype(jnp.bfloat16)}
@@ -291,18 +353,21 @@ def test_bfloat16_trains():
         assert np.isfinite(grad).all() and grad.any(), path
 
 
-# --- what is refused -----------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape, words", [
-    ((1, 4, 16, 16, 3), r"4 frames.*1 \+ 4k.*use 1"),
-    ((1, 12, 16, 16, 3), "12 frames.*use 9"),
-    ((1, 5, 20, 16, 3), "height 20.*multiple of 8.*use 16"),
-    ((1, 5, 16, 4, 3), "width 4.*multiple of 8.*use 8"),
-    ((1, 3, 5, 16, 16), r"\(1, 3, 5, 16, 16\).*width, 3\]"),
-    ((5, 16, 16, 3), r"\(5, 16, 16, 3\)"),
-    ((1, 0, 16, 16, 3), "no axis empty"),
-])
+@pytest.mark.parametrize(
+    "shape, words",
+    [
+        ((1, 4, 16, 16, 3), r"4 frames.*1 \+ 4k.*use 1"),
+        ((1, 12, 16, 16, 3), "12 frames.*use 9"),
+        ((1, 5, 20, 16, 3), "height 20.*multiple of 8.*use 16"),
+        ((1, 5, 16, 4, 3), "width 4.*multiple of 8.*use 8"),
+        ((1, 3, 5, 16, 16), r"\(1, 3, 5, 16, 16\).*width, 3\]"),
+        ((5, 16, 16, 3), r"\(5, 16, 16, 3\)"),
+        ((1, 0, 16, 16, 3), "no axis empty"),
+    ],
+)
 def test_videos_that_cannot_be_coded(shape, words):
     model = nnx.merge(*abstract(maker.CONFIG))
     with pytest.raises(ValueError, match=words):
@@ -315,14 +380,20 @@ def test_latents_that_cannot_be_decoded():
         model.decode(jnp.zeros((1, 2, 2, 2, 48)))
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"patch_size": 2}, "scale_factor_spatial=8.*patch_size make it 16; set it to 16"),
-    ({"patch_size": 2, "scale_factor_spatial": 16}, "in_channels=3.*multiple of 4"),
-    ({"is_residual": True, "dim_mult": [1, 3, 2, 4]}, r"shortcuts.*dim_mult=\[1, 3, 2, 4\]"),
-    ({"temperal_downsample": [True, True]}, "temperal_downsample has 2 values.*4.*3 are needed"),
-    ({"temperal_downsample": [False, False, True]}, "scale_factor_temporal=4.*set it to 2"),
-    ({"scale_factor_spatial": 16}, "scale_factor_spatial=16.*set it to 8"),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"patch_size": 2}, "scale_factor_spatial=8.*patch_size make it 16; set it to 16"),
+        ({"patch_size": 2, "scale_factor_spatial": 16}, "in_channels=3.*multiple of 4"),
+        ({"is_residual": True, "dim_mult": [1, 3, 2, 4]}, r"shortcuts.*dim_mult=\[1, 3, 2, 4\]"),
+        (
+            {"temperal_downsample": [True, True]},
+            "temperal_downsample has 2 values.*4.*3 are needed",
+        ),
+        ({"temperal_downsample": [False, False, True]}, "scale_factor_temporal=4.*set it to 2"),
+        ({"scale_factor_spatial": 16}, "scale_factor_spatial=16.*set it to 8"),
+    ],
+)
 def test_configs_of_other_vaes_are_refused(changes, words):
     with pytest.raises(ConfigError, match=words):
         AutoencoderKLWan(from_dict(VAEConfig, maker.CONFIG | changes), rngs=nnx.Rngs(0))

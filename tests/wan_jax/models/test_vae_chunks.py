@@ -1,4 +1,6 @@
-"""wan_jax/models/vae_chunks.py: chunks of time are exact, tiles blend, and the estimate of the bytes holds."""
+"""wan_jax/models/vae_chunks.py: chunks of time are exact, tiles blend, and the estimate of the
+bytes holds.
+"""
 
 from functools import partial
 from itertools import pairwise
@@ -9,7 +11,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.random_vae import BOTH, WAN_21, WAN_22, abstract, largest_difference, maker, quick_jit, random_model
+from tests.random_vae import (
+    BOTH,
+    WAN_21,
+    WAN_22,
+    abstract,
+    largest_difference,
+    maker,
+    quick_jit,
+    random_model,
+)
 from wan_jax.models import vae_chunks
 from wan_jax.models.config import VAEConfig, from_dict
 
@@ -24,10 +35,12 @@ whole = quick_jit(lambda graphdef, state, z: nnx.merge(graphdef, state).decode(z
 
 def latents(settings, frames, height=1, width=2, seed=3):
     rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.standard_normal((2, frames, height, width, settings["z_dim"])), jnp.float32)
+    return jnp.asarray(
+        rng.standard_normal((2, frames, height, width, settings["z_dim"])), jnp.float32
+    )
 
 
-# --- time ----------------------------------------------------------------------------------------------
+# --- time -----------------------------------------------------------------------------------------
 
 
 @BOTH
@@ -37,7 +50,12 @@ def test_chunks_are_the_whole_clip(settings):
     z = latents(settings, 4)
     expected = whole(graphdef, state, z)
     assert expected.shape[1] == 13
-    assert [vae_chunks.chunk_sizes(6, chunk) for chunk in (1, 2, 3, 4)] == [[1] * 6, [2, 2, 2], [3, 3], [2, 4]]
+    assert [vae_chunks.chunk_sizes(6, chunk) for chunk in (1, 2, 3, 4)] == [
+        [1] * 6,
+        [2, 2, 2],
+        [3, 3],
+        [2, 4],
+    ]
     for sizes in ([1] * 4, [2, 2], [1, 2, 1], [2, 1, 1]):
         pieces = list(vae_chunks.decode_chunks(partial(compiled_step, graphdef, state), z, sizes))
         assert [p.shape[1] for p in pieces] == [4 * sizes[0] - 3, *(4 * n for n in sizes[1:])]
@@ -46,7 +64,9 @@ def test_chunks_are_the_whole_clip(settings):
 
 @BOTH
 def test_the_history_matters_and_is_of_two_frames(settings):
-    """32 causal convolutions look back in both decoders; without what they carry the second chunk differs."""
+    """32 causal convolutions look back in both decoders; without what they carry the second chunk
+    differs.
+    """
     graphdef, state = nnx.split(random_model(settings | {"num_res_blocks": 2}))
     z = latents(settings, 2)
     _, history = compiled_step(graphdef, state, z[:, :1], ())
@@ -70,24 +90,47 @@ def test_any_clip_needs_two_sizes(frames):
         assert sum(sizes) == frames and set(sizes[1:]) <= {chunk} and 1 <= sizes[0] <= chunk
 
 
-# --- bytes ---------------------------------------------------------------------------------------------
+# --- bytes ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings, height, width, chunk", [
-    (WAN_21, 480, 832, 0), (WAN_21, 480, 832, 2), (WAN_21, 720, 1280, 1), (WAN_22, 704, 1280, 0),
-    (WAN_22, 704, 1280, 1)], ids=["2.1 480", "2.1 480 by 2", "2.1 720 by 1", "2.2 704", "2.2 704 by 1"])
+@pytest.mark.parametrize(
+    "settings, height, width, chunk",
+    [
+        (WAN_21, 480, 832, 0),
+        (WAN_21, 480, 832, 2),
+        (WAN_21, 720, 1280, 1),
+        (WAN_22, 704, 1280, 0),
+        (WAN_22, 704, 1280, 1),
+    ],
+    ids=["2.1 480", "2.1 480 by 2", "2.1 720 by 1", "2.2 704", "2.2 704 by 1"],
+)
 def test_the_estimate_covers_what_the_published_models_need(settings, height, width, chunk):
-    """XLA's own count of temporary buffers and history, from compiling without weights; at most a third too high."""
+    """XLA's own count of temporary buffers and history, from compiling without weights; at most a
+    third too high.
+    """
     config, (graphdef, state) = from_dict(VAEConfig, settings), abstract(settings)
-    cells = (height // config.scale_factor_spatial, width // config.scale_factor_spatial, config.z_dim)
+    cells = (
+        height // config.scale_factor_spatial,
+        width // config.scale_factor_spatial,
+        config.z_dim,
+    )
     z = jax.ShapeDtypeStruct((1, chunk or 9, *cells), jnp.float32)
     if chunk:
         history = jax.eval_shape(partial(step, graphdef), state, z, ())[1]
-        compiled = jax.jit(partial(step, graphdef), donate_argnums=2,
-                           compiler_options={"xla_backend_optimization_level": 0}).lower(state, z, history).compile()
+        compiled = (
+            jax.jit(
+                partial(step, graphdef),
+                donate_argnums=2,
+                compiler_options={"xla_backend_optimization_level": 0},
+            )
+            .lower(state, z, history)
+            .compile()
+        )
     else:
         history, compiled = (), whole.lower(graphdef, state, z).compile()
-    needed = compiled.memory_analysis().temp_size_in_bytes + sum(h.size * h.dtype.itemsize for h in history)
+    needed = compiled.memory_analysis().temp_size_in_bytes + sum(
+        h.size * h.dtype.itemsize for h in history
+    )
     estimate = vae_chunks.decode_bytes(config, (1, 9, *cells), chunk)
     print(f"{needed / 1e9:.1f} GB, estimate {estimate / 1e9:.1f} GB")
     assert needed <= estimate <= 1.35 * needed
@@ -106,11 +149,19 @@ def test_small_decodes_are_whole_and_large_ones_chunked():
     assert vae_chunks.choose_chunk(tiny, (64, 5, 4, 16, 16)) == 0
 
 
-# --- tiles ---------------------------------------------------------------------------------------------
+# --- tiles ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size, tile, overlap, starts", [
-    (60, 32, 8, [0, 14, 28]), (60, 60, 8, [0]), (5, 8, 2, [0]), (16, 8, 0, [0, 8]), (17, 8, 0, [0, 4, 9])])
+@pytest.mark.parametrize(
+    "size, tile, overlap, starts",
+    [
+        (60, 32, 8, [0, 14, 28]),
+        (60, 60, 8, [0]),
+        (5, 8, 2, [0]),
+        (16, 8, 0, [0, 8]),
+        (17, 8, 0, [0, 4, 9]),
+    ],
+)
 def test_tiles_cover(size, tile, overlap, starts):
     assert vae_chunks.tile_starts(size, tile, overlap) == starts
     for a, b in pairwise(starts):
@@ -119,7 +170,9 @@ def test_tiles_cover(size, tile, overlap, starts):
 
 
 def test_tiles_blend():
-    """A stand-in decoder without a view beyond its cell is reproduced; one that adds a constant a tile is blended."""
+    """A stand-in decoder without a view beyond its cell is reproduced; one that adds a constant a
+    tile is blended.
+    """
     z = latents(maker.CONFIG, 2, height=7, width=9)
 
     def local(z):
@@ -133,7 +186,8 @@ def test_tiles_blend():
         calls.append(z.shape)
         return np.full_like(local(z), len(calls))
 
-    out = vae_chunks.decode_tiles(constant, z[:, :, :4, :6], 4, 2)  # two tiles side by side, columns 0-31 and 16-47
+    # two tiles side by side, columns 0-31 and 16-47
+    out = vae_chunks.decode_tiles(constant, z[:, :, :4, :6], 4, 2)
     assert calls == [(2, 2, 4, 4, 16)] * 2
     assert (out[..., :16, :] == 1).all() and (out[..., 32:, :] == 2).all()
     seam = out[0, 0, 0, 16:32, 0]
@@ -146,7 +200,9 @@ def test_tiles_of_the_real_decoder_are_near_and_nearer_with_overlap():
     expected = np.asarray(whole(graphdef, state, z))
     errors = []
     for tile, overlap in ((8, 0), (8, 6), (16, 6)):
-        out = vae_chunks.decode_tiles(lambda z: np.asarray(whole(graphdef, state, z)), z, tile, overlap)
+        out = vae_chunks.decode_tiles(
+            lambda z: np.asarray(whole(graphdef, state, z)), z, tile, overlap
+        )
         assert out.shape == expected.shape
         errors.append(float(np.linalg.norm(out - expected) / np.linalg.norm(expected)))
     print("tile errors", errors)

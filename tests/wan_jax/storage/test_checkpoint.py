@@ -12,8 +12,11 @@ from wan_jax.command_line.cli import UserError
 from wan_jax.storage.checkpoint import Checkpoints, load_trained
 
 TRAINED = {"a/kernel": jnp.arange(12.0).reshape(3, 4), "b": jnp.ones(5)}
-STATE = {"trainable": {k: v + 1 for k, v in TRAINED.items()}, "opt": {"0": jnp.zeros((), jnp.int32)},
-         "counters": {"updates": jnp.int32(3)}}
+STATE = {
+    "trainable": {k: v + 1 for k, v in TRAINED.items()},
+    "opt": {"0": jnp.zeros((), jnp.int32)},
+    "counters": {"updates": jnp.int32(3)},
+}
 META = {"config": {}, "experts": ["transformer"], "lora": None, "model": "models/some"}
 
 
@@ -35,9 +38,14 @@ def write_format_1(run, epoch):
     """A checkpoint as the first format has it: no digests, and the moving average in the state too."""
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     with ocp.CheckpointManager(run.absolute() / "checkpoints", options=options) as manager:
-        manager.save(epoch, args=ocp.args.Composite(
-            state=ocp.args.StandardSave(STATE | {"ema": TRAINED}), trained=ocp.args.StandardSave(TRAINED),
-            meta=ocp.args.JsonSave(META | {"format": 1, "epoch": epoch})))
+        manager.save(
+            epoch,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(STATE | {"ema": TRAINED}),
+                trained=ocp.args.StandardSave(TRAINED),
+                meta=ocp.args.JsonSave(META | {"format": 1, "epoch": epoch}),
+            ),
+        )
 
 
 def resume(run):
@@ -100,10 +108,18 @@ def damages(path):
         path.unlink()
         path.mkdir()
 
-    flips = {f"bit {at}": replace(content[:at] + bytes([content[at] ^ 16]) + content[at + 1:])
-             for at in {0, len(content) // 2, len(content) - 1} if content}
-    return {"deleted": path.unlink, "folder": folder, "halved": replace(content[: len(content) // 2]),
-            "longer": replace(content + b"\0"), "garbage": replace(b'{"a": [')} | flips
+    flips = {
+        f"bit {at}": replace(content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :])
+        for at in {0, len(content) // 2, len(content) - 1}
+        if content
+    }
+    return {
+        "deleted": path.unlink,
+        "folder": folder,
+        "halved": replace(content[: len(content) // 2]),
+        "longer": replace(content + b"\0"),
+        "garbage": replace(b'{"a": ['),
+    } | flips
 
 
 def test_every_damage_to_every_file_is_one_message_or_harmless(run):
@@ -118,7 +134,9 @@ def test_every_damage_to_every_file_is_one_message_or_harmless(run):
                 assert_whole(resume(run), 2)
                 assert path.name == "digests.json" and how.startswith("bit"), f"{path} {how} passed"
             except UserError as error:
-                assert len(str(error).splitlines()) == 1 and "checkpoints/2 is damaged" in str(error), (path, how)
+                assert len(str(error).splitlines()) == 1 and "checkpoints/2 is damaged" in str(
+                    error
+                ), (path, how)
                 assert f"{run / 'checkpoints/1'} is whole" in str(error), (path, how)
             if path.is_dir():
                 path.rmdir()
@@ -140,7 +158,9 @@ def test_damage_to_the_first_format_is_one_message(tmp_path, item):
             for path in folder.rglob("*"):
                 if path.is_file():
                     path.write_bytes(b"")
-        with pytest.raises(UserError, match=r"checkpoints/2 is damaged.*checkpoints/1 has all its parts"):
+        with pytest.raises(
+            UserError, match=r"checkpoints/2 is damaged.*checkpoints/1 has all its parts"
+        ):
             resume(run)
         shutil.rmtree(run)
 
@@ -160,10 +180,18 @@ def test_a_newer_folder_that_is_no_checkpoint_is_named(run, what):
     else:
         folder.mkdir()
         (folder / "notes.txt").write_text("") if what == "foreign" else None
-    with pytest.raises(UserError, match=rf"{folder} is damaged.*remove {folder} to continue from 2"):
+    with pytest.raises(
+        UserError, match=rf"{folder} is damaged.*remove {folder} to continue from 2"
+    ):
         resume(run)
-    assert_whole((2, Checkpoints(run).restore_state(2, STATE | {"ema": TRAINED}),
-                  load_trained(run / "checkpoints/2")[1]), 2)
+    assert_whole(
+        (
+            2,
+            Checkpoints(run).restore_state(2, STATE | {"ema": TRAINED}),
+            load_trained(run / "checkpoints/2")[1],
+        ),
+        2,
+    )
 
 
 def test_the_checkpoint_that_is_named_was_read(run):

@@ -26,7 +26,9 @@ with locked(sys.argv[1], "--config.run_dir"):
 
 def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
     folder = tmp_path / "runs" / "one"
-    with subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True) as first:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True
+    ) as first:
         assert first.stdout.readline() == "held\n"
         with pytest.raises(UserError) as error, locked(folder, "--config.run_dir"):
             pass
@@ -41,20 +43,31 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
 
 
 def test_what_was_there_or_was_written_stays(tmp_path):
-    with locked(tmp_path / "old", "--out"), pytest.raises(UserError), locked(tmp_path / "old", "--out"):
+    with (
+        locked(tmp_path / "old", "--out"),
+        pytest.raises(UserError),
+        locked(tmp_path / "old", "--out"),
+    ):
         pass
     assert not (tmp_path / "old").exists()  # nothing was written
     (tmp_path / "old").mkdir()
     with locked(tmp_path / "old", "--out"), locked(tmp_path / "new", "--out"):
         (tmp_path / "new" / "file").write_text("")
-    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == ["new", "new/file", "old"]
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == [
+        "new",
+        "new/file",
+        "old",
+    ]
 
 
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_folder_that_is_moved_away_is_one_message(tmp_path, replaced):
     """Also where another run has begun in its place, whose lock stays."""
     folder = tmp_path / "run"
-    with pytest.raises(UserError, match=r"run was moved, removed or replaced"), locked(folder, "--out") as lock:
+    with (
+        pytest.raises(UserError, match=r"run was moved, removed or replaced"),
+        locked(folder, "--out") as lock,
+    ):
         folder.rename(tmp_path / "moved")
         if replaced:
             folder.mkdir()
@@ -71,7 +84,9 @@ def test_other_errors_stay_what_they_are(tmp_path):
 
 
 def test_a_lock_file_that_its_holder_removes_is_not_taken(tmp_path, monkeypatch):
-    """Its holder ends between this process's open and flock: the file that is locked must be the one in the folder."""
+    """Its holder ends between this process's open and flock: the file that is locked must be the
+    one in the folder.
+    """
     flock, removed = fcntl.flock, []
 
     def late(handle, how):

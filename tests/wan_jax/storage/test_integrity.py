@@ -34,7 +34,9 @@ def test_one_flipped_bit_is_found(folder, at):
     (folder / "a/large").write_bytes(content)
     assert integrity.problem(folder, files).startswith("a/large differs")
     with pytest.raises(integrity.Damaged, match="large differs"):
-        integrity.read_into(folder / "a/large", memoryview(bytearray(len(content))), files["a/large"])
+        integrity.read_into(
+            folder / "a/large", memoryview(bytearray(len(content))), files["a/large"]
+        )
 
 
 def test_missing_truncated_and_replaced_files_are_named(folder):
@@ -54,7 +56,7 @@ def test_every_flipped_bit_of_a_manifest_is_found_or_harmless(folder):
     wanted, content = integrity.read_manifest(path), path.read_bytes()
     refused = 0
     for at in range(len(content)):
-        path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1:])
+        path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
         try:
             assert integrity.read_manifest(path) == wanted
         except integrity.Damaged:

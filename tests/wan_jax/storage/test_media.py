@@ -13,7 +13,9 @@ from wan_jax.storage import media
 
 def clip(frames=4, h=34, w=51):
     """Flat colours that change from frame to frame, so that compression leaves them alone."""
-    colors = np.array([(200, 40, 40), (40, 180, 60), (50, 60, 190), (220, 220, 220), (20, 20, 20)], np.uint8)
+    colors = np.array(
+        [(200, 40, 40), (40, 180, 60), (50, 60, 190), (220, 220, 220), (20, 20, 20)], np.uint8
+    )
     return np.broadcast_to(colors[np.arange(frames) % 5][:, None, None], (frames, h, w, 3)).copy()
 
 
@@ -29,14 +31,20 @@ def test_mp4(tmp_path, scale, size):
     video, path = clip(), tmp_path / "a.mp4"
     media.write_video(path, video, fps=5, scale=scale)
     meta, back = read_mp4(path)
-    assert back.shape == (4, *size, 3) and meta["codec"] == "h264" and meta["pix_fmt"].startswith("yuv420p")
+    assert (
+        back.shape == (4, *size, 3)
+        and meta["codec"] == "h264"
+        and meta["pix_fmt"].startswith("yuv420p")
+    )
     assert meta["fps"] == pytest.approx(5)
     error = np.abs(back.astype(int) - video[:, :1, :1].astype(int))
     assert error.max() < 16, "every pixel, the padded edge included, keeps its colour"
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
 
 
-@pytest.mark.parametrize("found", ["/nowhere/ffmpeg", RuntimeError("No ffmpeg exe could be found."), ImportError()])
+@pytest.mark.parametrize(
+    "found", ["/nowhere/ffmpeg", RuntimeError("No ffmpeg exe could be found."), ImportError()]
+)
 def test_without_ffmpeg_is_said_before_the_work(monkeypatch, found):
     def exe():
         if isinstance(found, str):
@@ -56,7 +64,9 @@ def test_gif(tmp_path):
         assert image.n_frames == 4 and image.size == (51, 34) and image.info["duration"] == 200
         for t in range(4):
             image.seek(t)
-            np.testing.assert_allclose(np.asarray(image.convert("RGB")).astype(int), video[t], atol=4)
+            np.testing.assert_allclose(
+                np.asarray(image.convert("RGB")).astype(int), video[t], atol=4
+            )
 
 
 def test_png_is_exact(tmp_path):
@@ -73,11 +83,23 @@ def test_png_is_exact(tmp_path):
 def test_mp4_data_uri(tmp_path):
     head, data = media.mp4_data_uri(clip(), fps=4, scale=2).split(",")
     (tmp_path / "a.mp4").write_bytes(base64.b64decode(data))
-    assert head == "data:video/mp4;base64" and read_mp4(tmp_path / "a.mp4")[1].shape == (4, 68, 102, 3)
+    assert head == "data:video/mp4;base64" and read_mp4(tmp_path / "a.mp4")[1].shape == (
+        4,
+        68,
+        102,
+        3,
+    )
 
 
-@pytest.mark.parametrize("name, frames, choices", [("a.webm", 4, ".mp4, .gif"), ("a", 4, ".mp4, .gif"),
-                                                   ("a.png", 4, ".mp4, .gif"), ("a.jpg", 1, ".png, .mp4, .gif")])
+@pytest.mark.parametrize(
+    "name, frames, choices",
+    [
+        ("a.webm", 4, ".mp4, .gif"),
+        ("a", 4, ".mp4, .gif"),
+        ("a.png", 4, ".mp4, .gif"),
+        ("a.jpg", 1, ".png, .mp4, .gif"),
+    ],
+)
 def test_unknown_suffix_names_the_choices(tmp_path, name, frames, choices):
     with pytest.raises(ValueError, match=f"choose one of {choices}"):
         media.write(tmp_path / name, clip(frames), fps=4)
@@ -85,8 +107,12 @@ def test_unknown_suffix_names_the_choices(tmp_path, name, frames, choices):
 
 
 def test_refuses():
-    for bad, message in ((clip().astype(np.float32), "uint8"), (clip()[0], r"\[T, H, W, 3\]"),
-                         (clip()[:0], "no empty axis"), (clip()[..., :1], r"\[T, H, W, 3\]")):
+    for bad, message in (
+        (clip().astype(np.float32), "uint8"),
+        (clip()[0], r"\[T, H, W, 3\]"),
+        (clip()[:0], "no empty axis"),
+        (clip()[..., :1], r"\[T, H, W, 3\]"),
+    ):
         with pytest.raises(ValueError, match=message):
             media.write_video("unused.mp4", bad, fps=4)
     with pytest.raises(ValueError, match="fps=0"):
@@ -118,6 +144,10 @@ def test_side_by_side():
     left, right = (np.full((3, 4, 6, 3), value, np.uint8) for value in (1, 2))
     both = media.side_by_side(left, right, gap=2)
     assert both.shape == (3, 4, 14, 3) and both.dtype == np.uint8
-    assert (both[:, :, :6] == 1).all() and (both[:, :, 6:8] == 128).all() and (both[:, :, 8:] == 2).all()
+    assert (
+        (both[:, :, :6] == 1).all()
+        and (both[:, :, 6:8] == 128).all()
+        and (both[:, :, 8:] == 2).all()
+    )
     with pytest.raises(ValueError, match=r"\[3, 4, 6, 3\] and \[2, 4, 6, 3\]"):
         media.side_by_side(left, right[:2])

@@ -1,9 +1,10 @@
-"""Exact attention in plain JAX with memory linear in the sequence length: queries in chunks, each a whole softmax row.
+"""Exact attention in plain JAX with memory linear in the sequence length: queries in chunks, each a
+whole softmax row.
 
-No custom kernel, so it lowers to any platform XLA knows. The backward pass keeps only the log-sum-exp of each row and
-computes the probabilities again, chunk by chunk (Rabe and Staats 2021, "Self-attention does not need O(n^2) memory";
-Dao et al. 2022, "FlashAttention", appendix B.2). On the CPU that took half to two thirds of the time of
-`jax.checkpoint` around each chunk.
+No custom kernel, so it lowers to any platform XLA knows. The backward pass keeps only the
+log-sum-exp of each row and computes the probabilities again, chunk by chunk (Rabe and Staats 2021,
+"Self-attention does not need O(n^2) memory"; Dao et al. 2022, "FlashAttention", appendix B.2). On
+the CPU that took half to two thirds of the time of `jax.checkpoint` around each chunk.
 
 Shapes: B videos, Sq and Sk tokens, N heads, c rows of a chunk, and head_dim.
 """
@@ -19,17 +20,27 @@ FEWEST_ROWS = 128  # below, reading k and v for every chunk costs more than the 
 
 
 def chunk_rows(sq: int, sk: int) -> int:
-    """Rows of a chunk: at most LOGITS / Sk but at least FEWEST_ROWS, evened out over Sq, a multiple of 8."""
+    """Rows of a chunk: at most LOGITS / Sk but at least FEWEST_ROWS, evened out over Sq, a multiple
+    of 8.
+    """
     most = max(FEWEST_ROWS, LOGITS // sk)
     return 8 * math.ceil(sq / math.ceil(sq / most) / 8)
 
 
-def chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, key_bias: jax.Array | None = None, *,
-                      rows: int | None = None) -> jax.Array:
-    """softmax(q k^T / sqrt(head_dim) + key_bias) v; the result does not depend on `rows` but for rounding.
+def chunked_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    key_bias: jax.Array | None = None,
+    *,
+    rows: int | None = None,
+) -> jax.Array:
+    """softmax(q k^T / sqrt(head_dim) + key_bias) v; the result does not depend on `rows` but for
+    rounding.
 
-    q [B, Sq, N, head_dim], k and v [B, Sk, N, head_dim], key_bias fp32 [Sk], not differentiated -> as q. Logits,
-    softmax and accumulation in fp32, matrix products of q's dtype. rows: queries of a chunk; None: `chunk_rows`.
+    q [B, Sq, N, head_dim], k and v [B, Sk, N, head_dim], key_bias fp32 [Sk], not differentiated ->
+    as q. Logits, softmax and accumulation in fp32, matrix products of q's dtype. rows: queries of a
+    chunk; None: `chunk_rows`.
     """
     sq, sk = q.shape[1], k.shape[1]
     rows = rows or chunk_rows(sq, sk)
@@ -41,7 +52,8 @@ def chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, key_bias: jax.Ar
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(rows, q, k, v, key_bias):  # [B,N,S,head_dim], Sq a multiple of rows -> [B,N,Sq,head_dim]
+# [B,N,S,head_dim], Sq a multiple of rows -> [B,N,Sq,head_dim]
+def _attend(rows, q, k, v, key_bias):
     return _forward(rows, q, k, v, key_bias)[0]
 
 
@@ -76,10 +88,12 @@ def _forward(rows, q, k, v, key_bias):
 
 
 def _backward(rows, saved, d_out):
-    """With P = exp(logits - lse) and dP = dO V^T: dV = P^T dO, dS = P (dP - rowsum(P dP)), dQ = dS K, dK = dS^T Q.
+    """With P = exp(logits - lse) and dP = dO V^T: dV = P^T dO, dS = P (dP - rowsum(P dP)), dQ = dS
+    K, dK = dS^T Q.
 
-    A chunk holds whole rows, so rowsum(P dP) is taken here and not as rowsum(dO O): that saves keeping O, and the
-    rounding of O to bfloat16, which tripled the error of dQ and dK where one counted key has most of the weight.
+    A chunk holds whole rows, so rowsum(P dP) is taken here and not as rowsum(dO O): that saves
+    keeping O, and the rounding of O to bfloat16, which tripled the error of dQ and dK where one
+    counted key has most of the weight.
     """
     q, k, v, key_bias, lse = saved
     d_out = d_out.astype(q.dtype)

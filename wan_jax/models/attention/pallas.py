@@ -1,8 +1,8 @@
 """Fused attention as Pallas-Triton kernels, forward and backward: logits never leave the chip.
 
-Online softmax over key blocks, and a backward pass that computes the probabilities again from the saved log-sum-exp
-(Dao 2023, "FlashAttention-2", algorithms 1 and 2). Exponentials are powers of two, so logits, bias and log-sum-exp
-carry a factor log2(e) inside the kernels.
+Online softmax over key blocks, and a backward pass that computes the probabilities again from the
+saved log-sum-exp (Dao 2023, "FlashAttention-2", algorithms 1 and 2). Exponentials are powers of
+two, so logits, bias and log-sum-exp carry a factor log2(e) inside the kernels.
 
 Shapes: B videos, Sq and Sk tokens padded to whole blocks, N heads, and head_dim.
 """
@@ -25,46 +25,62 @@ LDS_BYTES = 65536  # local data share of one gfx942 workgroup
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """One kernel's tiling: a program owns `own` rows of its output and streams the other side `step` rows at a time."""
+    """One kernel's tiling: a program owns `own` rows of its output and streams the other side
+    `step` rows at a time.
+    """
 
     own: int
     step: int
     warps: int = 4
 
     def lds_bytes(self, head_dim: int, itemsize: int = 2) -> int:
-        """Local memory a workgroup needs at most: the largest single operand, as unpipelined loops stage one at a time.
+        """Local memory a workgroup needs at most: the largest single operand, as unpipelined loops
+        stage one at a time.
 
-        XLA's compiler for gfx942 asked for this or less in all 42 tilings of 32 to 128 rows that were tried.
+        XLA's compiler for gfx942 asked for this or less in all 42 tilings of 32 to 128 rows that
+        were tried.
         """
         return itemsize * max(self.own * head_dim, self.step * head_dim, self.own * self.step)
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """The three kernels' tilings. These compile for gfx942 without spilling registers at head_dim 16 to 128, 266 of a
-    thread's 512 being the most; at head_dim 128, 128 by 64 rows with 8 warps would spill 117 of them in `keys`."""
+    """The three kernels' tilings. These compile for gfx942 without spilling registers at head_dim
+    16 to 128, 266 of a thread's 512 being the most; at head_dim 128, 128 by 64 rows with 8 warps
+    would spill 117 of them in `keys`.
+    """
 
     forward: Tile = Tile(128, 64)  # own queries, stream keys
     keys: Tile = Tile(64, 32)  # dK and dV: own keys, stream queries
     queries: Tile = Tile(64, 32)  # dQ: own queries, stream keys
 
 
-def pallas_attention(q: jax.Array, k: jax.Array, v: jax.Array, key_bias: jax.Array | None = None, *,
-                     blocks: Blocks = Blocks(), interpret: bool = False) -> jax.Array:
+def pallas_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    key_bias: jax.Array | None = None,
+    *,
+    blocks: Blocks = Blocks(),
+    interpret: bool = False,
+) -> jax.Array:
     """softmax(q k^T / sqrt(head_dim) + key_bias) v by the fused kernels.
 
-    q [B, Sq, N, head_dim], k and v [B, Sk, N, head_dim], head_dim a power of two, key_bias fp32 [Sk], not
-    differentiated -> as q. Logits, softmax and accumulation in fp32, matrix products of q's dtype. Lengths that do not
-    fill the blocks are padded: keys with a bias of -inf, queries with rows that are cut off. On several devices each
-    works on its own videos and heads. interpret: run the kernels' arithmetic without a GPU. Raises ValueError where
-    the blocks need more local memory than an MI300X has.
+    q [B, Sq, N, head_dim], k and v [B, Sk, N, head_dim], head_dim a power of two, key_bias fp32
+    [Sk], not differentiated -> as q. Logits, softmax and accumulation in fp32, matrix products of
+    q's dtype. Lengths that do not fill the blocks are padded: keys with a bias of -inf, queries
+    with rows that are cut off. On several devices each works on its own videos and heads.
+    interpret: run the kernels' arithmetic without a GPU. Raises ValueError where the blocks need
+    more local memory than an MI300X has.
     """
     for field in dataclasses.fields(blocks):
         tile = getattr(blocks, field.name)
         need = tile.lds_bytes(q.shape[-1], q.dtype.itemsize)
         if need > LDS_BYTES:
-            raise ValueError(f"attention='pallas': {field.name}={tile} needs {need} bytes of local memory at head_dim "
-                             f"{q.shape[-1]}, gfx942 has {LDS_BYTES}; choose fewer rows")
+            raise ValueError(
+                f"attention='pallas': {field.name}={tile} needs {need} bytes of local memory at "
+                f"head_dim {q.shape[-1]}, gfx942 has {LDS_BYTES}; choose fewer rows"
+            )
     sq, sk = q.shape[1], k.shape[1]
     pad_q = -sq % math.lcm(blocks.forward.own, blocks.queries.own, blocks.keys.step)
     pad_k = -sk % math.lcm(blocks.forward.step, blocks.queries.step, blocks.keys.own)
@@ -83,15 +99,16 @@ def _attend(blocks, interpret, q, k, v, key_bias):
 
 
 def _dot(a, b, contract_a: int = 1, contract_b: int = 0):  # fp32 accumulation
-    return jax.lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        a, b, (((contract_a,), (contract_b,)), ((), ())), preferred_element_type=jnp.float32
+    )
 
 
 def _rows(i, size: int):
     return pl.ds(i * size, size)
 
 
-
-# ---- kernels: every ref is one video's one head ----------------------------------------------------------------------
+# ---- kernels: every ref is one video's one head --------------------------------------------------
 def _forward_kernel(q_ref, k_ref, v_ref, *refs, step: int, scale: float):
     """refs: optional key_bias [Sk]; out [own, head_dim], log2-sum-exp2 [own]."""
     bias_ref, (out_ref, lse_ref) = _optional(refs, 2)
@@ -108,14 +125,20 @@ def _forward_kernel(q_ref, k_ref, v_ref, *refs, step: int, scale: float):
         out = out * shrink[:, None] + _dot(weights.astype(v.dtype), v)
         return out, total * shrink + weights.sum(1), new
 
-    start = jnp.zeros(q.shape, jnp.float32), jnp.zeros(len(q), jnp.float32), jnp.full(len(q), -jnp.inf, jnp.float32)
+    start = (
+        jnp.zeros(q.shape, jnp.float32),
+        jnp.zeros(len(q), jnp.float32),
+        jnp.full(len(q), -jnp.inf, jnp.float32),
+    )
     out, total, largest = jax.lax.fori_loop(0, k_ref.shape[0] // step, body, start)
     out_ref[...] = (out / total[:, None]).astype(out_ref.dtype)
     lse_ref[...] = largest + jnp.log2(total)
 
 
 def _keys_kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, dots_ref, *refs, step: int, scale: float):
-    """dK and dV of `own` keys, from the transposed probabilities so that no product needs one turned around."""
+    """dK and dV of `own` keys, from the transposed probabilities so that no product needs one
+    turned around.
+    """
     bias_ref, (dk_ref, dv_ref) = _optional(refs, 2)
     k, v = k_ref[...], v_ref[...]  # [own, head_dim]
     bias = 0.0 if bias_ref is None else bias_ref[...][:, None]
@@ -124,7 +147,8 @@ def _keys_kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, dots_ref, *refs, step: in
         dk, dv = carry
         rows = _rows(i, step)
         q, do = q_ref[rows, :], do_ref[rows, :]  # [step, head_dim]
-        weights = jnp.exp2(_dot(k, q, 1, 1) * scale + bias - lse_ref[rows][None, :])  # P^T [own, step]
+        # P^T [own, step]
+        weights = jnp.exp2(_dot(k, q, 1, 1) * scale + bias - lse_ref[rows][None, :])
         dv = dv + _dot(weights.astype(do.dtype), do)
         ds = weights * (_dot(v, do, 1, 1) - dots_ref[rows][None, :])  # dS^T
         return dk + _dot(ds.astype(q.dtype), q), dv
@@ -158,12 +182,15 @@ def _optional(refs, outputs: int):
     return (refs[0] if len(refs) > outputs else None), refs[-outputs:]
 
 
-# ---- calls -----------------------------------------------------------------------------------------------------------
-def _call(kernel, name: str, tile: Tile, own: str, interpret: bool, axes: str, inputs, key_bias, dtypes) -> tuple:
+# ---- calls ---------------------------------------------------------------------------------------
+def _call(
+    kernel, name: str, tile: Tile, own: str, interpret: bool, axes: str, inputs, key_bias, dtypes
+) -> tuple:
     """One kernel over (B, N, blocks of the side it owns), on each device's own share of B and N.
 
-    own: 'q' or 'k', the axis split over programs; of the other one each program sees the whole. axes: of the inputs and
-    outputs, as 'bqnh bknh -> bqnh'; key_bias becomes a last input 'k' unless None. dtypes: of the outputs.
+    own: 'q' or 'k', the axis split over programs; of the other one each program sees the whole.
+    axes: of the inputs and outputs, as 'bqnh bknh -> bqnh'; key_bias becomes a last input 'k'
+    unless None. dtypes: of the outputs.
     """
     arguments, results = (side.split() for side in axes.split("->"))
     if key_bias is not None:
@@ -173,46 +200,95 @@ def _call(kernel, name: str, tile: Tile, own: str, interpret: bool, axes: str, i
         size = {axis: n for names, x in zip(arguments, arrays) for axis, n in zip(names, x.shape)}
 
         def spec(names):
-            block = [None if axis in "bn" else tile.own if axis == own else size[axis] for axis in names]
-            return pl.BlockSpec(block, lambda b, n, i: tuple({"b": b, "n": n, own: i}.get(axis, 0) for axis in names))
+            block = [
+                None if axis in "bn" else tile.own if axis == own else size[axis] for axis in names
+            ]
+            return pl.BlockSpec(
+                block,
+                lambda b, n, i: tuple({"b": b, "n": n, own: i}.get(axis, 0) for axis in names),
+            )
 
         return pl.pallas_call(
             functools.partial(kernel, step=tile.step, scale=LOG2E / math.sqrt(size["h"])),
             grid=(size["b"], size["n"], size[own] // tile.own),
-            in_specs=[spec(names) for names in arguments], out_specs=tuple(spec(names) for names in results),
-            out_shape=tuple(jax.ShapeDtypeStruct([size[axis] for axis in names], dtype)
-                            for names, dtype in zip(results, dtypes)),
-            compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=1), interpret=interpret, name=name,
+            in_specs=[spec(names) for names in arguments],
+            out_specs=tuple(spec(names) for names in results),
+            out_shape=tuple(
+                jax.ShapeDtypeStruct([size[axis] for axis in names], dtype)
+                for names, dtype in zip(results, dtypes)
+            ),
+            compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=1),
+            interpret=interpret,
+            name=name,
         )(*arrays)
 
     def partition(mesh, given, made):
-        split = dict(zip(arguments[0], given[0].sharding.spec))  # mesh axes of q's videos and heads; all else whole
-        ours, theirs = (tuple(NamedSharding(mesh, P(*(split.get(axis) if axis in "bn" else None for axis in names)))
-                              for names in side) for side in (arguments, results))
+        # mesh axes of q's videos and heads; all else whole
+        split = dict(zip(arguments[0], given[0].sharding.spec))
+        ours, theirs = (
+            tuple(
+                NamedSharding(
+                    mesh, P(*(split.get(axis) if axis in "bn" else None for axis in names))
+                )
+                for names in side
+            )
+            for side in (arguments, results)
+        )
         return mesh, run, theirs, ours
 
-    # The compiler cannot look into a kernel: without this rule it gathers every operand on every device.
+    # The compiler cannot look into a kernel: without this rule it gathers every operand on every
+    # device.
     shared = custom_partitioning(run)
-    rule = " -> ".join(", ".join(" ".join(names) for names in side) for side in (arguments, results))
+    rule = " -> ".join(
+        ", ".join(" ".join(names) for names in side) for side in (arguments, results)
+    )
     shared.def_partition(partition, sharding_rule=rule)
     return shared(*inputs)
 
 
 def _forward(blocks, interpret, q, k, v, key_bias):
-    out, lse = _call(_forward_kernel, "attention", blocks.forward, "q", interpret, "bqnh bknh bknh -> bqnh bnq",
-                     (q, k, v), key_bias, (q.dtype, jnp.float32))
+    out, lse = _call(
+        _forward_kernel,
+        "attention",
+        blocks.forward,
+        "q",
+        interpret,
+        "bqnh bknh bknh -> bqnh bnq",
+        (q, k, v),
+        key_bias,
+        (q.dtype, jnp.float32),
+    )
     return out, (q, k, v, key_bias, out, lse)
 
 
 def _backward(blocks, interpret, saved, d_out):
     q, k, v, key_bias, out, lse = saved
     d_out = d_out.astype(q.dtype)
-    dots = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).transpose(0, 2, 1)  # rowsum(dO O) [B,N,Sq]
+    # rowsum(dO O) [B,N,Sq]
+    dots = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).transpose(0, 2, 1)
     axes, inputs = "bqnh bknh bknh bqnh bnq bnq -> ", (q, k, v, d_out, lse, dots)
-    dk, dv = _call(_keys_kernel, "attention_dkv", blocks.keys, "k", interpret, axes + "bknh bknh", inputs, key_bias,
-                   (k.dtype, v.dtype))
-    dq, = _call(_queries_kernel, "attention_dq", blocks.queries, "q", interpret, axes + "bqnh", inputs, key_bias,
-                (q.dtype,))
+    dk, dv = _call(
+        _keys_kernel,
+        "attention_dkv",
+        blocks.keys,
+        "k",
+        interpret,
+        axes + "bknh bknh",
+        inputs,
+        key_bias,
+        (k.dtype, v.dtype),
+    )
+    (dq,) = _call(
+        _queries_kernel,
+        "attention_dq",
+        blocks.queries,
+        "q",
+        interpret,
+        axes + "bqnh",
+        inputs,
+        key_bias,
+        (q.dtype,),
+    )
     return dq, dk, dv, None
 
 
