@@ -21,13 +21,12 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from grpo.compiled import compile, costs
+from grpo.compiled import compile, costs, rocm_compiler
 from grpo.compiled.functions import TEXT_ROWS, Program, Run
 from grpo.compiled.placement import choose_mesh
 from grpo.data.prompts import load_prompts
 from grpo.settings import parse
 from rewards.ocr.targets import parse_targets
-from tools import rocm_compiler
 from wan_jax.command_line import cli
 from wan_jax.command_line.flag_types import define_number
 from wan_jax.command_line.limits import Range

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo.compiled.functions import Program, Run
-from tools.rocm_compiler import MEMORY as MI300X_MEMORY
+from grpo.compiled.rocm_compiler import MEMORY as MI300X_MEMORY
 from wan_jax.distributed.memory import GIB
 from wan_jax.models import flops
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from grpo.compiled import rocm_compiler
 from grpo.compiled.functions import Program
 from tests.rocm import inspection
 from tests.rocm.programs import CASES, TOO_LARGE, Case
-from tools import rocm_compiler
 from wan_jax.models.attention import choose_backend
 
 pytestmark = pytest.mark.skipif(
