@@ -37,9 +37,9 @@ from configs import tiny_ocr
 from convert.export_lora import export
 from grpo import train_state
 from grpo.data.prompts import load_prompts
+from grpo.learning.optimiser import init_state
 from grpo.settings import parse
 from grpo.settings.budget import Spent
-from grpo.update import init_state
 from rewards.ocr.targets import parse_targets
 from wan_jax.command_line import cli
 from wan_jax.distributed import mesh as mesh_lib
@@ -163,7 +163,10 @@ class Subject:
                 for k, v in adapters.items()
             }
             state[name] = init_state(
-                mesh_lib.shard_params(arrays, mesh), s.optimiser, s.loss, s.keeps_old
+                mesh_lib.shard_params(arrays, mesh),
+                s.optimiser,
+                s.method.adaptive_kl,
+                s.method.lagged,
             )
         subject = cls(path, folder / "run", folder / "head.safetensors", c.to_dict(), state, mesh)
         for epoch in (1, 2):

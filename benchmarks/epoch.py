@@ -25,10 +25,11 @@ from benchmarks.decode import random_vae
 from benchmarks.full_size import RandomPolicy, peak_bytes, software
 from benchmarks.workload import Record, Stage
 from grpo.advantages import group_advantages
-from grpo.methods.losses import LossConfig
+from grpo.learning.optimiser import OptimiserConfig, init_state, make_update
+from grpo.learning.policy_loss import LossConfig
+from grpo.methods.grpo import make_gradient, stack_batches
 from grpo.rollout import StepTable, initial_noise, make_step, rollout_batches
 from grpo.scoring.scores import gather_scores, submit
-from grpo.update import OptimiserConfig, init_state, make_update, stack_batches
 from rewards.ocr.rules import OCRReward
 from rewards.workers import RewardPool
 from wan_jax.diffusion.experts import Segment
@@ -64,14 +65,9 @@ class Epoch:
         table = StepTable.make(flow_sigmas(f.steps, workload.SHIFT), SDEConfig("flow_grpo_wan"))
         optimiser = OptimiserConfig()
         self.step = make_step(self.policy.policy, table, f.guidance)
-        self.update = make_update(
-            self.policy.policy,
-            table,
-            f.guidance,
-            LossConfig(kl_beta=f.kl),
-            optimiser,
-            self.policy.mesh,
-        )
+        policy, loss = self.policy.policy, LossConfig(kl_beta=f.kl)
+        gradient = make_gradient(policy, table, f.guidance, loss)
+        self.update = make_update(gradient, policy, optimiser, self.policy.mesh)
         self.state = init_state(self.policy.trainable, optimiser)
         graph, self.vae = random_vae(f.size, jnp.float32)
         self.decode = pipeline.make_decoder(graph)

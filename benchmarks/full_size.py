@@ -27,12 +27,13 @@ from flax import nnx
 
 from benchmarks import kernels, workload
 from benchmarks.workload import Record, Stage
-from grpo import update
 from grpo.compiled import offload
-from grpo.methods.losses import LossConfig
-from grpo.policy import Policy, make_policy
+from grpo.learning import optimiser as update
+from grpo.learning.optimiser import OptimiserConfig
+from grpo.learning.policy import Policy, make_policy
+from grpo.learning.policy_loss import LossConfig
+from grpo.methods.grpo import make_gradient, stack_batches
 from grpo.rollout import StepTable, make_step, rollout
-from grpo.update import OptimiserConfig, stack_batches
 from wan_jax.diffusion.guidance import TextBatch
 from wan_jax.diffusion.schedule import flow_sigmas
 from wan_jax.diffusion.sde import SDEConfig
@@ -147,7 +148,8 @@ def measure(f) -> Record:
     steps, optimiser = step_table(), OptimiserConfig()
     step = make_step(policy, steps, f.guidance)
     where = offload if f.offload_optimiser else update
-    apply = where.make_update(policy, steps, f.guidance, LossConfig(kl_beta=f.kl), optimiser, mesh)
+    gradient = make_gradient(policy, steps, f.guidance, LossConfig(kl_beta=f.kl))
+    apply = where.make_update(gradient, policy, optimiser, mesh)
     shape, text = (
         workload.latent_shape(f.frames, f.height, f.width),
         r.random_text(f.batch, f.text_rows),

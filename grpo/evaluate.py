@@ -21,26 +21,25 @@ from flax import nnx
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from grpo.compiled import placement
 from grpo.data.prompts import load_prompts
 from grpo.records.run_log import RunLog
 from grpo.report import run_report
+from grpo.run import RunSpec
 from grpo.scoring.heldout import Evaluator, said
 from grpo.scoring.scores import for_rewards, open_pool, targets_check
-from grpo.settings import frame_schedule, parse
+from grpo.settings import parse
 from rewards.ocr.targets import parse_targets
 from wan_jax.command_line import cli
 from wan_jax.command_line.flag_types import check_used, define_number, define_path
 from wan_jax.command_line.limits import Range
-from wan_jax.diffusion.experts import guidances, per_guidance, segments
-from wan_jax.diffusion.solvers import make_solver
+from wan_jax.diffusion.experts import per_guidance
 from wan_jax.distributed import memory
 from wan_jax.errors import UserError
 from wan_jax.inference import pipeline, reward_guidance
 from wan_jax.inference.transformers import load_transformers
-from wan_jax.models.attention import choose_backend, platform_of
+from wan_jax.models import presets
 from wan_jax.storage import checkpoint as checkpoint_lib
-from wan_jax.storage import folder_lock, media, model_dir
+from wan_jax.storage import folder_lock, model_dir
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "recipe, e.g. configs/tiny_ocr.py", lock_config=True
@@ -58,9 +57,9 @@ BASE = flags.DEFINE_bool(
 
 
 def main(_):
-    c = CONFIG.value
-    c.run_dir = OUT.value
-    s = parse.from_config(c)
+    CONFIG.value.run_dir = OUT.value
+    c = parse.recipe_from_config(CONFIG.value)
+    s = parse.settings_of(c)
     prompts = load_prompts(
         c.prompts.heldout, parse_targets, limit=c.eval.num_prompts, check=targets_check(c.reward)
     )
@@ -82,24 +81,9 @@ def main(_):
             model.check_same(
                 meta.get("model_digest"), meta["model"], CHECKPOINT.value, "config.model.path"
             )
-        config = model.config("transformer")
-        mesh, spread = placement.choose_mesh(c, s, config, experts=len(model.experts), trained=0)
-        backend = choose_backend(
-            c.model.attention, platform_of(mesh.devices.flat[0]), s.dtype, config.attention_head_dim
-        )
-        shapes = {
-            frames: pipeline.latent_shape(
-                frames, c.sample.height, c.sample.width, model.config("vae"), config
-            )
-            for frames in frame_schedule.evaluated(
-                c.sample.frames, c.eval.frames, c.eval.more_frames
-            )
-        }
-        if max(shapes) > 1:
-            media.check_ffmpeg()
-        solver = make_solver(c.eval.solver, c.eval.steps, c.sample.shift)
-        steer = reward_guidance.guidance(HEAD.value, GUIDANCE.value, config, model)
-    print(spread, flush=True)
+        spec = RunSpec.make(c, s, presets.of_folder(model), training=False)
+        steer = reward_guidance.guidance(HEAD.value, GUIDANCE.value, spec.preset.transformer, model)
+    print(spec.placed, flush=True)
     bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
     with folder_lock.locked(c.run_dir, "--out"), open_pool(c.reward, s.weights) as pool:
         table = pipeline.embed_prompts(
@@ -110,33 +94,33 @@ def main(_):
             cache=True,
             progress=functools.partial(bar, desc="prompts"),
         )
-        vae_graph, vae_state = pipeline.load_vae(model, mesh)
+        vae_graph, vae_state = pipeline.load_vae(model, spec.mesh)
         decode = pipeline.make_decoder(vae_graph)
         log, unscored = RunLog(c.run_dir), []
         log.config(dict(c.to_dict(), command=" ".join(["python -m grpo.evaluate", *sys.argv[1:]])))
 
         def evaluate(checkpoint: str | None, number: int):
             graph, weights = load_transformers(
-                model, checkpoint, s.dtype, backend, mesh, c.model.offload
+                model, checkpoint, s.dtype, spec.backend, spec.mesh, c.model.offload
             )
-            make = functools.partial(
-                pipeline.make_ode_step, functools.partial(nnx.merge, graph), solver, shift=steer
-            )
-            experts = len(model.experts)
-            steps = per_guidance(make, guidances(c.eval.guidance, c.eval.guidance_2, experts))
-            unguided = per_guidance(make, (1.0,) * experts) if c.eval.also_unguided else ()
-            for i, (frames, shape) in enumerate(shapes.items()):
+            module = functools.partial(nnx.merge, graph)
+            make = functools.partial(pipeline.make_ode_step, module, spec.solver, shift=steer)
+            steps = per_guidance(make, spec.eval_guidance)
+            unguided = ()
+            if c.eval.also_unguided:
+                unguided = per_guidance(make, (1.0,) * len(model.experts))
+            for i, frames in enumerate(spec.evaluated_frames):
                 evaluator = Evaluator(
                     prompts,
                     table,
-                    solver,
+                    spec.solver,
                     steps,
-                    segments(solver.schedule.timesteps, model.boundary),
+                    spec.eval_segments,
                     decode,
                     vae_state,
                     pool,
-                    mesh,
-                    shape,
+                    spec.mesh,
+                    spec.shape_of(frames),
                     c.sample.batch_size,
                     c.eval.seed,
                     c.eval.previews,
@@ -150,7 +134,7 @@ def main(_):
                 log.evaluation(result.record, result.videos, frames if i else None)
                 print(
                     f"{checkpoint or c.model.path}: {said(result.record)}"
-                    + (f", {frames} frames" if len(shapes) > 1 else ""),
+                    + (f", {frames} frames" if len(spec.evaluated_frames) > 1 else ""),
                     flush=True,
                 )
                 if result.warning:

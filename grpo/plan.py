@@ -22,9 +22,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from grpo.compiled import compile, costs, rocm_compiler
-from grpo.compiled.functions import TEXT_ROWS, Program, Run
+from grpo.compiled.functions import TEXT_ROWS, Functions, Program
 from grpo.compiled.placement import choose_mesh
 from grpo.data.prompts import load_prompts
+from grpo.run import RunSpec, changed, trained_names
 from grpo.settings import parse
 from rewards.ocr.targets import parse_targets
 from wan_jax.command_line import cli
@@ -164,35 +165,35 @@ def compiled_backend(
     )
 
 
-def compile_all(run: Run, target: Target, offload: bool) -> compile.Memory:
-    """`ahead.compile_all` with the target's compiler, or its stand-in."""
+def compile_all(functions: Functions, target: Target, offload: bool) -> compile.Memory:
+    """Do what `compile.compile_all` does with the target's compiler, or its stand-in."""
     measured = []
-    for program, stand_in in zip(run.programs(), compiled_as(run, target).programs()):
+    stand_ins = compiled_as(functions, target).programs()
+    for program, stand_in in zip(functions.programs(), stand_ins):
         measured.append(measure(program, stand_in, target))
         say(f"  compiled: {program.name}, {measured[-1].seconds:.1f} s")
     return compile.Memory(
-        compile.what_stays(run, offload), tuple(measured), compile.what_waits(run, offload)
+        compile.what_stays(functions, offload),
+        tuple(measured),
+        compile.what_waits(functions, offload),
     )
 
 
 def measure(program: Program, stand_in: Program, target: Target) -> compile.Measured:
-    """The stand-in's work beside the program's own data."""
+    """Return the stand-in's work beside the program's own data."""
     return dataclasses.replace(
         compile.measure(stand_in, target.options), data=compile.data_bytes(program)
     )
 
 
-def compiled_as(run: Run, target: Target) -> Run:
-    """The run to compile for what programs need beside their arguments: `CPU_NOTE`."""
-    return run if target.own else changed(run, model=dict(dtype="float32"))
-
-
-def changed(run: Run, **sections: dict) -> Run:
-    """The run with other settings, {section: {key: value}}."""
-    recipe = run.recipe.copy_and_resolve_references()
-    for section, values in sections.items():
-        recipe[section].update(values)
-    return dataclasses.replace(run, recipe=recipe)
+def compiled_as(functions: Functions, target: Target) -> Functions:
+    """Return what is compiled for what functions need beside their arguments: `CPU_NOTE`."""
+    if target.own:
+        return functions
+    recipe = changed(functions.spec.recipe, model={"dtype": "float32"})
+    settings = dataclasses.replace(functions.spec.settings, dtype=parse.DTYPES["float32"])
+    spec = dataclasses.replace(functions.spec, recipe=recipe, settings=settings)
+    return dataclasses.replace(functions, spec=spec)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,17 +204,16 @@ class Point:
     work: int
 
 
-def resized(run: Run, frames: int, height: int, width: int) -> Run:
-    """The run with clips of this size, evaluated at it too. Raises `UserError` on sizes the model
-    cannot make.
+def resized(functions: Functions, frames: int, height: int, width: int) -> Functions:
+    """Return the run with clips of this size, evaluated at it too. Raises `UserError` on sizes the
+    model cannot make.
     """
-    other = changed(
-        run,
-        sample=dict(frames=frames, frame_schedule=(), height=height, width=width),
-        eval=dict(frames=0, more_frames=()),
+    spec = functions.spec.changed(
+        sample={"frames": frames, "frame_schedule": (), "height": height, "width": width},
+        eval={"frames": 0, "more_frames": ()},
     )
-    _ = other.shape
-    return other
+    _ = spec.shape
+    return dataclasses.replace(functions, spec=spec)
 
 
 def between(points: list[Point], tokens: int) -> float:
@@ -226,22 +226,23 @@ def between(points: list[Point], tokens: int) -> float:
     return a.work + (b.work - a.work) * (tokens - a.tokens) / (b.tokens - a.tokens)
 
 
-def estimated_peak(run: Run, base: int, points: list[Point]) -> tuple[float, str]:
-    """(bytes, in what) at the run's size: the update's work by the points, the decoder's by
+def estimated_peak(functions: Functions, base: int, points: list[Point]) -> tuple[float, str]:
+    """Return (bytes, in what) at the run's size: the update's work by the points, the decoder's by
     `vae_chunks`, the rest counted. The rollout needs less than the update, which holds a forward
     pass, too.
     """
-    batches = [run.update_batch(run.preset.experts.index(name)) for name in run.trained]
-    kept = compile.device_bytes(run.trajectories)
-    update = kept + max(map(compile.device_bytes, batches)) + between(points, run.tokens)
-    latents = run.latents()
+    spec = functions.spec
+    batches = [functions.update_batch(expert) for expert in spec.trained_experts]
+    kept = compile.device_bytes(functions.trajectories)
+    update = kept + max(map(compile.device_bytes, batches)) + between(points, spec.tokens)
+    latents = functions.latents()
     local = latents.sharding.shard_shape(latents.shape)
-    chunk = vae_chunks.choose_chunk(run.preset.vae, local)
-    decode = kept + vae_chunks.decode_bytes(run.preset.vae, local, chunk)
+    chunk = vae_chunks.choose_chunk(spec.preset.vae, local)
+    decode = kept + vae_chunks.decode_bytes(spec.preset.vae, local, chunk)
     return max((base + update, "the update"), (base + decode, "the decoder"))
 
 
-def largest_clips(run: Run, base: int, limit: int, points: list[Point]) -> list[str]:
+def largest_clips(functions: Functions, base: int, limit: int, points: list[Point]) -> list[str]:
     """For each of SIZES that the model can make, the most of FRAMES that fit, and what is in the
     way of more.
     """
@@ -250,7 +251,9 @@ def largest_clips(run: Run, base: int, limit: int, points: list[Point]) -> list[
         best, obstacle = "none", ""
         for frames in FRAMES:
             try:
-                needed, place = estimated_peak(resized(run, frames, height, width), base, points)
+                needed, place = estimated_peak(
+                    resized(functions, frames, height, width), base, points
+                )
             except UserError:  # not a size of this model
                 break
             if needed > limit:
@@ -262,14 +265,14 @@ def largest_clips(run: Run, base: int, limit: int, points: list[Point]) -> list[
     return lines
 
 
-def search_points(run: Run, target: Target) -> list[Point]:
-    """The update compiled at the search's largest size and at one in the middle."""
-    expert, points = run.preset.experts.index(run.trained[0]), []
+def search_points(functions: Functions, target: Target) -> list[Point]:
+    """Compile the update at the search's largest size and at one in the middle."""
+    points = []
     for size in ((33, 480, 832), (81, 704, 1280)):
-        other = resized(compiled_as(run, target), *size)
-        found = compile.measure(other.update(expert), target.options)
+        other = resized(compiled_as(functions, target), *size)
+        found = compile.measure(other.update(other.spec.trained_experts[0]), target.options)
         say(f"  compiled: update for {' x '.join(map(str, size))}, {found.seconds:.1f} s")
-        points.append(Point(other.tokens, found.work))
+        points.append(Point(other.spec.tokens, found.work))
     return points
 
 
@@ -292,11 +295,12 @@ def main(_):
     start = time.monotonic()
     cli.keep_compiled_programs()
     with cli.user_input():
-        s = parse.from_config(c)
+        c = parse.recipe_from_config(c)
+        s = parse.settings_of(c)
         target = choose_target(f.device, f.devices)
         preset, rows, source = choose_model(c, f.model)
-        trained = len(set(preset.experts) & set(c.train.experts))
-        mesh, spread = choose_mesh(
+        trained = len(trained_names(preset, c))
+        mesh, placed = choose_mesh(
             c,
             s,
             preset.transformer,
@@ -305,18 +309,19 @@ def main(_):
             devices=target.devices,
             memory=target.limit,
         )
-        run = Run(preset, c, mesh, "chunked", rows, target.limit)
         backend, notes = compiled_backend(
-            c.model.attention, target, run.settings.dtype, preset.transformer.attention_head_dim
+            c.model.attention, target, s.dtype, preset.transformer.attention_head_dim
         )
-        run = dataclasses.replace(changed(run, model=dict(remat=run.remat)), backend=backend)
-        offload, shape = compile.offloads(run, target.limit), run.shape
+        run = RunSpec(c, s, preset, mesh, backend, target.limit, placed)
+        run = run.changed(model={"remat": run.remat})  # the same at every size
+        functions = Functions(run, rows)
+        offload = compile.offloads(functions, target.limit)
     label = target.kind.label if target.kind else target.devices[0].device_kind
     say(
         f"{source} on {mesh.size} x {label}: {c.sample.batch_size} clips of {c.sample.frames} x "
         f"{c.sample.height} x {c.sample.width} a batch ({run.tokens} tokens each), latents "
-        f"{' x '.join(map(str, shape))}, prompts of {run.text_rows} tokens",
-        spread,
+        f"{' x '.join(map(str, run.shape))}, prompts of {rows} tokens",
+        placed,
         f"compiled by {target.compiler}, attention {backend}, weights {c.model.dtype}, "
         f"rematerialisation {run.remat}",
         *target.notes,
@@ -324,8 +329,8 @@ def main(_):
     )
 
     # ---- memory ----------------------------------------------------------------------------------
-    needed = compile_all(run, target, offload)
-    encoder = measure(run.encode_text(), compiled_as(run, target).encode_text(), target)
+    needed = compile_all(functions, target, offload)
+    encoder = measure(functions.encode_text(), compiled_as(functions, target).encode_text(), target)
     say(
         *needed.table(target.limit),
         f"  before that the text encoder, {(encoder.work + encoder.data) / GIB:.2f} GiB",
@@ -340,7 +345,7 @@ def main(_):
         say(f"seconds: the rates of {label} are not known here; known are {', '.join(costs.KINDS)}")
     else:
         for frames in run.trained_frames:
-            at_length = run.with_frames(frames, run.evaluated_frames[0])
+            at_length = functions.with_frames(frames, run.evaluated_frames[0])
             if len(run.trained_frames) > 1:
                 say(f"with {frames} frames:")
             say(
@@ -362,8 +367,9 @@ def main(_):
     else:
         update = next(p for p in needed.programs if p.name.startswith("update"))
         # as 'auto' falls back to
-        lean = changed(run, model=dict(remat="block")) if c.model.remat == "auto" else run
+        lean = run.changed(model={"remat": "block"}) if c.model.remat == "auto" else run
         points = [Point(run.tokens, update.work)] if lean.remat == run.remat else []
+        lean = Functions(lean, rows)
         points += [
             p for p in search_points(lean, target) if p.tokens not in {q.tokens for q in points}
         ]
@@ -392,8 +398,11 @@ def given_efficiency(f, default: costs.Efficiency) -> costs.Efficiency:
     )
 
 
-def seconds_lines(run: Run, kind: costs.Kind, efficiency: costs.Efficiency) -> list[str]:
-    c, stages = run.recipe, costs.seconds(run, kind, efficiency)
+def seconds_lines(
+    functions: Functions, kind: costs.Kind, efficiency: costs.Efficiency
+) -> list[str]:
+    run = functions.spec
+    c, stages = run.recipe, costs.seconds(functions, kind, efficiency)
     parts = {name: stages[name] for name in ("sample", "decode", "update")}
     epoch, evaluations = sum(parts.values()), c.epochs // c.eval.every + 1
     return [

@@ -27,9 +27,10 @@ from flax import nnx
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from grpo.compiled import placement
 from grpo.data.prompts import load_prompts
+from grpo.random_streams import Stream
 from grpo.rollout import initial_noise
+from grpo.run import RunSpec
 from grpo.scoring import reward_combination
 from grpo.scoring.scores import gather_scores, open_pool, submit, targets_check
 from grpo.settings import parse
@@ -37,15 +38,15 @@ from rewards.ocr.targets import parse_targets
 from wan_jax.command_line import cli
 from wan_jax.command_line.flag_types import define_number, define_path
 from wan_jax.command_line.limits import Range
-from wan_jax.diffusion.experts import guidances, per_guidance, segments
+from wan_jax.diffusion.experts import per_guidance
 from wan_jax.diffusion.guidance import TextBatch
-from wan_jax.diffusion.solvers import make_solver, per_sample
+from wan_jax.diffusion.solvers import per_sample
 from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.errors import UserError
 from wan_jax.inference import pipeline
 from wan_jax.inference.reward_guidance import from_model, head_config, make_head, predict, save_head
 from wan_jax.inference.transformers import load_transformers
-from wan_jax.models.attention import choose_backend, platform_of
+from wan_jax.models import presets
 from wan_jax.models.transformer import WanTransformer3D
 from wan_jax.storage import model_dir
 
@@ -80,7 +81,7 @@ def fit(
     # the first update takes them; the head's may be the model's own
     params = jax.tree.map(jnp.copy, params)
     optimiser = optax.adamw(optax.cosine_decay_schedule(rate, updates))
-    key, rng = jax.random.key(seed), np.random.default_rng([seed, 0x4EAD])
+    key, rng = jax.random.key(seed), Stream.REWARD_HEAD.generator(seed)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(params, opt, i, x0, words, target):
@@ -149,25 +150,13 @@ class Examples:
     rewards: np.ndarray  # [N]
 
 
-def collect(
-    c,
-    s: parse.Settings,
-    model: model_dir.ModelDir,
-    mesh: jax.sharding.Mesh,
-    weights: tuple,
-    count: int,
-    bar,
-) -> Examples:
+def collect(spec: RunSpec, model: model_dir.ModelDir, weights: tuple, count: int, bar) -> Examples:
     """Samples and scores `count` videos, whole batches. weights: of `load_transformers`. Raises
     `UserError` where too few of them have different rewards.
     """
+    c, s, mesh, solver = spec.recipe, spec.settings, spec.mesh, spec.solver
     prompts = load_prompts(c.prompts.train, parse_targets, check=targets_check(c.reward))
-    config = model.config("transformer")
-    shape = pipeline.latent_shape(
-        c.sample.frames, c.sample.height, c.sample.width, model.config("vae"), config
-    )
-    solver = make_solver(c.eval.solver, c.eval.steps, c.sample.shift)
-    order = np.random.default_rng([c.seed, 0x4EAD]).permutation(len(prompts))
+    order = Stream.REWARD_HEAD.generator(c.seed).permutation(len(prompts))
     chosen = np.resize(order, count)  # every prompt as often as any other
     print(f"{count} videos of {min(count, len(prompts))} prompts", flush=True)
     table = pipeline.embed_prompts(
@@ -183,13 +172,13 @@ def collect(
     graph, arrays = weights
     steps = per_guidance(
         functools.partial(pipeline.make_ode_step, functools.partial(nnx.merge, graph), solver),
-        guidances(c.eval.guidance, c.eval.guidance_2, len(model.experts)),
+        spec.eval_guidance,
     )
     replicated, sharded = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
     rows = np.arange(count, dtype=np.int32).reshape(-1, c.sample.batch_size)
     batches = [
         (
-            initial_noise(jax.random.key(c.seed), mesh_lib.place(r, sharded), shape),
+            initial_noise(jax.random.key(c.seed), mesh_lib.place(r, sharded), spec.shape),
             table.batch(chosen[r], sharded, replicated),
         )
         for r in rows
@@ -199,7 +188,7 @@ def collect(
         latents = pipeline.sample_ode(
             steps,
             lambda expert: (arrays(expert),),
-            segments(solver.schedule.timesteps, model.boundary),
+            spec.eval_segments,
             solver,
             batches,
         )
@@ -259,9 +248,10 @@ def train(
 
 def main(_):
     f = flags.FLAGS
-    c = f["config"].value
-    c.run_dir = c.run_dir or str(pathlib.Path(f.out).parent)
-    s = parse.from_config(c)
+    config = f["config"].value
+    config.run_dir = config.run_dir or str(pathlib.Path(f.out).parent)
+    c = parse.recipe_from_config(config)
+    s = parse.settings_of(c)
     if pathlib.Path(f.out).suffix != ".safetensors":
         raise UserError(f"--out {f.out}: the file's name must end in .safetensors")
     if pathlib.Path(f.out).is_dir():
@@ -272,20 +262,19 @@ def main(_):
     cli.keep_compiled_programs()
     with cli.user_input():
         model = model_dir.open_model(c.model.path)
-        config, size = model.config("transformer"), c.sample.batch_size
-        mesh, spread = placement.choose_mesh(c, s, config, experts=len(model.experts), trained=0)
-        backend = choose_backend(
-            c.model.attention, platform_of(mesh.devices.flat[0]), s.dtype, config.attention_head_dim
-        )
+        spec = RunSpec.make(c, s, presets.of_folder(model), training=False)
+        config, size = spec.preset.transformer, c.sample.batch_size
         if f.layers > config.num_layers:
             raise ValueError(
                 f"--layers={f.layers}: the model has {config.num_layers} blocks; 0 makes a small "
                 "head of its own"
             )
-    print(spread, flush=True)
+    print(spec.placed, flush=True)
     bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
-    weights = load_transformers(model, f.checkpoint, s.dtype, backend, mesh, c.model.offload)
-    data = collect(c, s, model, mesh, weights, -(-f.videos // size) * size, bar)
+    weights = load_transformers(
+        model, f.checkpoint, s.dtype, spec.backend, spec.mesh, c.model.offload
+    )
+    data = collect(spec, model, weights, -(-f.videos // size) * size, bar)
     if f.layers:  # of two experts that of low noise, where there is most to be seen
         head = from_model(config, weights[1](len(model.experts) - 1), f.layers, c.seed)
     else:

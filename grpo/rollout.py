@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo.methods.losses import step_kl
-from grpo.policy import COMPILER_OPTIONS, Flat, Policy
+from grpo.learning.kl import step_kl
+from grpo.learning.policy import COMPILER_OPTIONS, Flat, Policy
+from grpo.random_streams import Stream
 from wan_jax.diffusion import sde
 from wan_jax.diffusion.experts import Segment
 from wan_jax.diffusion.guidance import TextBatch, velocity
@@ -26,7 +27,6 @@ from wan_jax.distributed import mesh as mesh_lib
 
 ODE_SOLVERS = ("euler", "dpmpp_2m")
 CREDITS = ("none", "longcat", "rectified", "otca")
-INITIAL = 2**31 - 1  # the "step" of the initial noise
 
 
 @jax.tree_util.register_dataclass
@@ -136,7 +136,7 @@ def sample_noise(key: jax.Array, samples: jax.Array, step, shape: tuple[int, ...
 @partial(jax.jit, static_argnames=("shape",))
 def initial_noise(key, samples, shape):
     """x_T, fp32 [B, *shape]."""
-    return sample_noise(key, samples, INITIAL, shape)
+    return sample_noise(key, samples, Stream.INITIAL_NOISE.index, shape)
 
 
 def make_step(

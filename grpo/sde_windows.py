@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from grpo.random_streams import Stream
 from wan_jax.diffusion.experts import Segment
 
 ONE_PER_GROUP = "one_per_group"
@@ -123,7 +124,7 @@ def sde_window(
         )
     if size == high - low:
         return np.arange(low, high)
-    rng = np.random.default_rng([seed, epoch, 0x5DE, *([segment] if segment else [])])
+    rng = Stream.SDE_WINDOW.generator(seed, epoch, *([segment] if segment else []))
     if rule == "any":
         return np.sort(rng.choice(np.arange(low, high), size, replace=False))
     places = high - low - size + 1
@@ -225,7 +226,7 @@ def group_steps(seed: int, epoch: int, quotas: Sequence[int], rooms: Sequence[ra
     room they are a systematic sample, shuffled: group j of n is at (j + u) / n of the steps, with
     one u in [0, 1) for all, so that two steps' counts differ by at most 1.
     """
-    rng = np.random.default_rng([seed, epoch, 0x150])
+    rng = Stream.GROUP_STEP.generator(seed, epoch)
 
     def draw(n: int, room: range) -> np.ndarray:
         where = (np.arange(n) + rng.random()) * len(room) / n

@@ -1,5 +1,5 @@
 """What a checkpoint holds of a run: each trained expert's weights, optimiser, moving average and
-update count, and the old weights of methods that keep them.
+update count, and the copies of earlier weights that its method keeps.
 """
 
 import dataclasses
@@ -10,10 +10,10 @@ from collections.abc import Callable
 import jax
 
 from grpo.data.prompts import PromptSet
-from grpo.methods.losses import KLControl
+from grpo.learning.kl import KLControl
+from grpo.learning.optimiser import TrainState
 from grpo.settings import parse
 from grpo.settings.budget import Spent
-from grpo.update import TrainState
 from rewards.base import Asked
 from wan_jax.distributed import multihost
 from wan_jax.errors import UserError
@@ -40,9 +40,8 @@ def state_tree(states: dict[str, TrainState]) -> dict:
             lambda state: {"updates": state.updates} | (vars(state.kl) if state.kl else {})
         ),
     }
-    if any(state.old for state in states.values()):
-        tree["old"] = joined(lambda state: state.old)
-    return tree
+    names = next(iter(states.values())).lagged
+    return tree | {name: joined(lambda state, n=name: state.lagged[n]) for name in names}
 
 
 def origin(model: ModelDir, prompts: PromptSet) -> dict[str, str | None]:
@@ -147,11 +146,11 @@ def restore(
         )
         counters = dict(parts["counters"][name])
         states[name] = TrainState(
-            parts["trainable"][name],
-            opt,
-            parts["ema"][name],
-            counters.pop("updates"),
-            KLControl(**counters) if counters else None,
-            parts["old"][name] if state.old else None,
+            trainable=parts["trainable"][name],
+            opt=opt,
+            ema=parts["ema"][name],
+            updates=counters.pop("updates"),
+            kl=KLControl(**counters) if counters else None,
+            lagged={copy: parts[copy][name] for copy in state.lagged},
         )
     return states

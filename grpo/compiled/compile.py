@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from grpo.compiled.functions import Program, Run
+from grpo.compiled.functions import Functions, Program
+from grpo.run import RunSpec
 from wan_jax.diffusion.experts import choose_offload
 from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.distributed.memory import GIB, PINNED
@@ -93,38 +94,44 @@ def data_bytes(program: Program) -> int:
     return device_bytes(program.args[program.stay :]) + device_bytes(program.beside)
 
 
-def offloads(run: Run, limit: int | None) -> bool:
-    """Whether the idle one of two experts waits in host memory, on devices of `limit` bytes."""
+def offloads(functions: Functions, limit: int | None) -> bool:
+    """Return whether the idle one of two experts is offloaded to host memory, on devices of `limit`
+    bytes.
+    """
+    spec = functions.spec
     return choose_offload(
-        run.recipe.model.offload,
-        len(run.preset.experts),
-        device_bytes(run.params(run.policy.base)),
+        spec.recipe.model.offload,
+        len(spec.preset.experts),
+        device_bytes(functions.params(functions.policy.base)),
         limit,
     )
 
 
-def what_stays(run: Run, offload: bool) -> dict[str, int]:
-    """Bytes that lie on a device from the first epoch to the last."""
-    experts, trained = len(run.preset.experts), len(run.trained)
-    # the optimiser's state and the average wait in host memory
-    alone = run.recipe.train.offload_optimiser
+def what_stays(functions: Functions, offload: bool) -> dict[str, int]:
+    """Return the bytes that are on a device from the first epoch to the last."""
+    spec, state = functions.spec, functions.state
+    experts, trained = len(spec.preset.experts), len(spec.trained)
+    # the optimiser's state and the average are offloaded to host memory
+    alone = spec.recipe.train.offload_optimiser
+    on_device = (functions.trainable, state.lagged) if alone else state
     return {
-        "frozen weights": device_bytes(run.frozen) * (1 if offload else experts),
-        "trained weights" if alone else "trained weights, optimiser, average": device_bytes(
-            (run.trainable, run.state.old) if alone else run.state
-        )
-        * trained
-        + device_bytes(run.trainable) * (experts - trained),
-        "VAE": device_bytes(run.vae[1]),
+        "frozen weights": device_bytes(functions.frozen) * (1 if offload else experts),
+        "trained weights" if alone else "trained weights, optimiser, average": (
+            device_bytes(on_device) * trained
+            + device_bytes(functions.trainable) * (experts - trained)
+        ),
+        "VAE": device_bytes(functions.vae[1]),
     }
 
 
-def what_waits(run: Run, offload: bool) -> dict[str, int]:
-    """Bytes of pinned host memory that a device needs."""
-    optimiser = device_bytes((run.state.opt, run.state.ema)) * len(run.trained)
+def what_waits(functions: Functions, offload: bool) -> dict[str, int]:
+    """Return the bytes of pinned host memory that a device needs."""
+    spec, state = functions.spec, functions.state
+    optimiser = device_bytes((state.opt, state.ema)) * len(spec.trained)
+    experts = device_bytes(functions.frozen) * len(spec.preset.experts)
     parts = {
-        "optimiser, average": optimiser if run.recipe.train.offload_optimiser else 0,
-        "both experts": device_bytes(run.frozen) * len(run.preset.experts) if offload else 0,
+        "optimiser, average": optimiser if spec.recipe.train.offload_optimiser else 0,
+        "both experts": experts if offload else 0,
     }
     return {name: size for name, size in parts.items() if size}
 
@@ -137,17 +144,17 @@ def measure(program: Program, compiler_options: dict | None = None) -> Measured:
     return Measured(program.name, time.monotonic() - start, work, data_bytes(program))
 
 
-def compile_all(run: Run, offload: bool, progress: Callable = lambda x: x) -> Memory:
-    """Compiles `run.programs()` for the mesh."""
+def compile_all(functions: Functions, offload: bool, progress: Callable = lambda x: x) -> Memory:
+    """Compile all of a run's functions for its mesh, and return what they need."""
     return Memory(
-        what_stays(run, offload),
-        tuple(measure(program) for program in progress(run.programs())),
-        what_waits(run, offload),
+        what_stays(functions, offload),
+        tuple(measure(program) for program in progress(functions.programs())),
+        what_waits(functions, offload),
     )
 
 
 def check_fits(
-    memory: Memory, run: Run, offload: bool, limit: int | None, host_limit: int | None = None
+    memory: Memory, run: RunSpec, offload: bool, limit: int | None, host_limit: int | None = None
 ):
     """Raises `UserError` where training cannot fit, naming need, limit and the settings that would
     change it.
@@ -182,7 +189,7 @@ def check_fits(
     )
 
 
-def remedies(run: Run, offload: bool) -> Sequence[str]:
+def remedies(run: RunSpec, offload: bool) -> Sequence[str]:
     """What would lower the need of memory and is not done yet."""
     c, devices, shards = run.recipe, run.mesh.size, mesh_lib.batch_shards(run.mesh)
     found = []

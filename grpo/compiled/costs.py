@@ -11,8 +11,9 @@ import os
 import jax
 import jax.numpy as jnp
 
-from grpo.compiled.functions import Program, Run
+from grpo.compiled.functions import Functions, Program
 from grpo.compiled.rocm_compiler import MEMORY as MI300X_MEMORY
+from grpo.run import RunSpec
 from wan_jax.distributed.memory import GIB
 from wan_jax.models import flops
 
@@ -70,7 +71,7 @@ def kind_of(device: jax.Device) -> Kind | None:
     return next((kind for kind in KINDS.values() if kind.label in device.device_kind.upper()), None)
 
 
-def default_efficiency(run: Run, kind: Kind) -> Efficiency:
+def default_efficiency(run: RunSpec, kind: Kind) -> Efficiency:
     if kind.platform == "cpu":
         return ON_CPU
     model = "14B" if run.preset.transformer.width >= 5120 else "1.3B"
@@ -92,46 +93,49 @@ class Work:
     eval_decode: float
 
 
-def work(run: Run) -> Work:
-    """Counted in the jaxprs, with dense attention, whose products are the model's whatever the
-    backend.
+def work(functions: Functions) -> Work:
+    """Count the FLOPs in the jaxprs, with dense attention, whose products are the model's whatever
+    the backend.
     """
-    run = dataclasses.replace(run, backend="xla")
-    batches, experts = run.settings.batches, range(len(run.preset.experts))
-    # the reference stands in the step's program, but is rarely run
-    branches = 2 if run.settings.kl_reward else 1
-    forward = [count(run.rollout_step(i)) / branches for i in experts]
-    sample = sum(len(part.steps) * forward[part.expert] for part in run.parts)
+    spec = dataclasses.replace(functions.spec, backend="xla")
+    functions = dataclasses.replace(functions, spec=spec)
+    batches, experts = spec.settings.batches, range(len(spec.preset.experts))
+    # the reference is in the step's function, but rarely run
+    branches = 2 if spec.method.sampling_kl else 1
+    forward = [count(functions.rollout_step(i)) / branches for i in experts]
+    sample = sum(len(segment.steps) * forward[segment.expert] for segment in spec.segments)
     trained = sum(
-        run.update_passes(i) * run.trained_steps(i) * forward[i]
-        for i in experts
-        if run.preset.experts[i] in run.trained
+        spec.method.rollout_passes(spec, i) * spec.trained_steps(i) * forward[i]
+        for i in spec.trained_experts
     )
-    evaluation = max(count(run.ode_step(i)) for i in experts) * run.recipe.eval.steps
-    evaluation += count(run.unguided_step()) * run.recipe.eval.steps if run.unguided_steps else 0
+    steps, unguided = spec.recipe.eval.steps, bool(functions.unguided_steps)
+    evaluation = max(count(functions.ode_step(i)) for i in experts) * steps
+    evaluation += count(functions.unguided_step()) * steps if unguided else 0
+    eval_decode = decode_flops(functions, spec.eval_shape) * (1 + unguided)
     return Work(
-        batches * sample,
-        batches * decode_flops(run, run.shape),
-        run.settings.passes * trained,
-        run.eval_batches * evaluation,
-        run.eval_batches * decode_flops(run, run.eval_shape) * (2 if run.unguided_steps else 1),
+        sample=batches * sample,
+        decode=batches * decode_flops(functions, spec.shape),
+        update=spec.method.passes * trained,
+        eval_sample=spec.eval_batches * evaluation,
+        eval_decode=spec.eval_batches * eval_decode,
     )
 
 
-def decode_flops(run: Run, shape: tuple[int, ...]) -> float:
-    """Of a batch, as if whole: chunks do the same work."""
-    return count(run.decode_whole(shape))
+def decode_flops(functions: Functions, shape: tuple[int, ...]) -> float:
+    """Return the FLOPs of decoding a batch, as if whole: chunks do the same work."""
+    return count(functions.decode_whole(shape))
 
 
 def count(program: Program) -> float:
     return flops.of(program.jitted, *program.args)
 
 
-def seconds(run: Run, kind: Kind, efficiency: Efficiency) -> dict[str, float]:
+def seconds(functions: Functions, kind: Kind, efficiency: Efficiency) -> dict[str, float]:
     """Of an epoch's stages and of one evaluation."""
     # simulated devices share the cores
-    w, devices = work(run), 1 if kind.platform == "cpu" else run.mesh.size
-    rate = devices * (kind.bf16 if jnp.dtype(run.settings.dtype).itemsize == 2 else kind.fp32)
+    spec, w = functions.spec, work(functions)
+    devices = 1 if kind.platform == "cpu" else spec.mesh.size
+    rate = devices * (kind.bf16 if jnp.dtype(spec.settings.dtype).itemsize == 2 else kind.fp32)
     decode = devices * kind.fp32 * efficiency.decode
     return {
         "sample": w.sample / rate / efficiency.rollout,

@@ -1,10 +1,9 @@
-"""The programs that training runs on the devices, and abstract arguments to lower and compile them
-with.
+"""The jitted functions of a run, and abstract arguments to lower and compile them with.
 
-`grpo.train` runs the jitted functions made here; `grpo.compiled.compile` compiles them before a
-weight is read, and `grpo.plan` without weights, for any mesh: of devices that exist, or of a
-topology to compile for. Arguments have the types and lie on the mesh as training's own, so a
-program compiled ahead is the one that the loop runs.
+`grpo.train` runs the functions made here; `grpo.compiled.compile` compiles them before a weight is
+read, and `grpo.plan` without weights, for any mesh: of devices that exist, or of a topology to
+compile for. Abstract arguments have the types and shardings of training's own, so a function that is
+compiled ahead is the one that the loop runs.
 """
 
 import dataclasses
@@ -13,39 +12,29 @@ from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
-import ml_collections
-import numpy as np
 
-from grpo import update
-from grpo.compiled import offload, placement
-from grpo.methods import flow_matching
-from grpo.methods.flow_matching import ForwardBatch
-from grpo.methods.selection import layout
-from grpo.policy import make_structure
+from grpo.compiled import offload
+from grpo.learning import optimiser as update
+from grpo.learning.optimiser import TrainState, state_shapes
+from grpo.learning.policy import make_structure
 from grpo.rollout import StepTable, Trajectory, initial_noise, make_step
-from grpo.sde_windows import ONE_PER_GROUP, Windows, batches_with
-from grpo.settings import frame_schedule
-from grpo.settings import parse as settings
-from grpo.update import TrainState, UpdateBatch, state_shapes
-from wan_jax.diffusion.experts import Segment, guidances, per_guidance, segments
+from grpo.run import RunSpec
+from grpo.sde_windows import ONE_PER_GROUP
+from wan_jax.diffusion.experts import per_guidance
 from wan_jax.diffusion.guidance import TextBatch
-from wan_jax.diffusion.schedule import Schedule, flow_sigmas
-from wan_jax.diffusion.solvers import SolverState, make_solver
+from wan_jax.diffusion.solvers import SolverState
 from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.inference import pipeline
-from wan_jax.models import presets, vae_chunks
+from wan_jax.models import vae_chunks
 from wan_jax.storage import model_dir
 
-# taken for the prompts' longest where they have not been encoded, of the 512 the transformer
-# attends to
+# rows of text taken for the prompts' longest where they have not been encoded, of the 512 that the
+# transformer attends to
 TEXT_ROWS = 64
-# of a Run: what its lengths share
+# what the functions of one run at several lengths of video share
 JITTED = (
-    "settings",
-    "remat",
     "policy",
     "table",
-    "solver",
     "steps",
     "updates",
     "eval_steps",
@@ -66,251 +55,95 @@ class Program:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """A training run before it has weights: a model, a recipe, a mesh, an attention backend, and
-    the memory of a device in bytes, None where it is not known.
+class Functions:
+    """The jitted functions of a run, one for each expert; experts with the same guidance share
+    them.
     """
 
-    preset: presets.Preset
-    recipe: ml_collections.ConfigDict
-    mesh: jax.sharding.Mesh
-    backend: str
+    spec: RunSpec
     text_rows: int = TEXT_ROWS  # St of every batch
-    memory: int | None = None
 
-    # ---- what follows from the recipe ------------------------------------------------------------
-    @functools.cached_property
-    def settings(self) -> settings.Settings:
-        return settings.from_config(self.recipe)
-
-    def shape_of(self, frames: int) -> tuple[int, ...]:
-        """(F, H, W, C) of the latents of a video of so many frames."""
-        sample = self.recipe.sample
-        return pipeline.latent_shape(
-            frames, sample.height, sample.width, self.preset.vae, self.preset.transformer
-        )
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one video's latents in training."""
-        return self.shape_of(self.recipe.sample.frames)
-
-    @property
-    def eval_shape(self) -> tuple[int, ...]:
-        """And in evaluation."""
-        return self.shape_of(self.recipe.eval.frames or self.recipe.sample.frames)
-
-    @property
-    def trained_frames(self) -> tuple[int, ...]:
-        """All that epochs have, each once."""
-        return frame_schedule.trained(self.recipe.sample.frames, self.recipe.sample.frame_schedule)
-
-    @property
-    def evaluated_frames(self) -> tuple[int, ...]:
-        c = self.recipe
-        return frame_schedule.evaluated(c.sample.frames, c.eval.frames, c.eval.more_frames)
-
-    def with_frames(self, sample: int, evaluation: int) -> "Run":
-        """At one length in training and one in evaluation, with the same jitted functions."""
-        if (self.trained_frames, self.evaluated_frames) == ((sample,), (evaluation,)):
+    def with_frames(self, sample: int, evaluation: int) -> "Functions":
+        """Return the same jitted functions at one length in training and one in evaluation."""
+        spec = self.spec.with_frames(sample, evaluation)
+        if spec is self.spec:
             return self
-        recipe = self.recipe.copy_and_resolve_references()
-        recipe.sample.update(frames=sample, frame_schedule=())
-        recipe.eval.update(frames=evaluation, more_frames=())
-        other = dataclasses.replace(self, recipe=recipe)
+        other = Functions(spec, self.text_rows)
         vars(other).update({name: getattr(self, name) for name in JITTED})
         return other
 
-    @property
-    def tokens(self) -> int:
-        """S of one video in training."""
-        return tokens(self.shape)
-
-    @functools.cached_property
-    def remat(self) -> str:
-        """What the backward pass computes again, one of `REMAT_POLICIES`, by the longest videos."""
-        return placement.choose_remat(
-            self.recipe,
-            self.settings,
-            self.preset.transformer,
-            self.mesh,
-            tokens=tokens(self.shape_of(max(self.trained_frames))),
-            experts=len(self.preset.experts),
-            trained=len(self.trained),
-            memory=self.memory,
-        )
-
-    @functools.cached_property
-    def schedule(self) -> Schedule:
-        return flow_sigmas(self.recipe.sample.steps, self.recipe.sample.shift)
-
-    @property
-    def parts(self) -> tuple[Segment, ...]:
-        """The schedule's steps by expert."""
-        return segments(self.schedule.timesteps, self.preset.boundary)
-
-    @property
-    def trained(self) -> tuple[str, ...]:
-        """Experts."""
-        return tuple(name for name in self.preset.experts if name in self.recipe.train.experts)
-
-    @property
-    def windows(self) -> Windows:
-        return Windows.make(
-            self.recipe.sample, self.parts, self.preset.experts, self.trained, self.settings.levels
-        )
-
-    def trained_steps(self, expert: int) -> int:
-        """K, the stochastic steps of an epoch that train this expert, or the noise levels of a
-        video.
-        """
-        return sum(
-            quota for part, quota in zip(self.parts, self.windows.quotas) if part.expert == expert
-        )
-
-    def update_batches(self, expert: int) -> np.ndarray:
-        """The rollout batches that train this expert in each optimiser step of an epoch: int
-        [updates, M].
-        """
-        # of those that are chosen by their rewards
-        if self.settings.train_batches < self.settings.batches:
-            return np.arange(self.settings.train_batches).reshape(
-                self.recipe.train.updates_per_epoch, -1
-            )
-        i = next(i for i, part in enumerate(self.parts) if part.expert == expert)
-        return batches_with(
-            self.windows.videos(i),
-            self.recipe.sample.batch_size,
-            self.settings.batches,
-            self.recipe.train.updates_per_epoch,
-        )
-
-    @property
-    def selected(self) -> tuple[int, int]:
-        """(M, B) of one optimiser step of a method that trains on finished videos: batches of what
-        it selects.
-        """
-        sample, one_a_group = self.recipe.sample, self.settings.forward.method in ("dpo", "sft")
-        return layout(
-            sample.groups if one_a_group else self.settings.videos,
-            self.recipe.train.updates_per_epoch,
-            sample.batch_size,
-            mesh_lib.batch_shards(self.mesh),
-        )
-
-    def update_passes(self, expert: int) -> float:
-        """How many of the rollout's forward passes one forward of all an epoch's updates is worth,
-        for each of this expert's steps: other methods than GRPO may train without guidance, and
-        leave videos out.
-        """
-        if (f := self.settings.forward) is None:
-            return self.update_batches(expert).size
-        micro, rows = self.selected
-        branches = 2 if self.scales(self.recipe.sample)[expert] > 1 and not f.guided else 1
-        videos = (
-            self.recipe.train.updates_per_epoch * micro * rows * (2 if f.method == "dpo" else 1)
-        )
-        return videos / self.recipe.sample.batch_size / branches
-
-    @property
-    def eval_batches(self) -> int:
-        return -(-self.recipe.eval.num_prompts // self.recipe.sample.batch_size)
-
-    # ---- the jitted functions, one an expert; experts with the same guidance share them ----------
     @functools.cached_property
     def policy(self):
+        spec = self.spec
         return make_structure(
-            self.preset.transformer,
-            lora=self.settings.lora,
-            dtype=self.settings.dtype,
-            attention=self.backend,
-            remat=self.remat,
-            mesh=self.mesh,
+            spec.preset.transformer,
+            lora=spec.settings.lora,
+            dtype=spec.settings.dtype,
+            attention=spec.backend,
+            remat=spec.remat,
+            mesh=spec.mesh,
         )
 
     @functools.cached_property
     def table(self) -> StepTable:
+        recipe = self.spec.recipe
         return StepTable.make(
-            self.schedule,
-            self.settings.sde,
-            self.recipe.train.credit,
-            slice(*self.recipe.sample.sde_range),
-            self.recipe.sample.ode_solver,
+            self.spec.schedule,
+            self.spec.settings.sde,
+            recipe.train.credit,
+            slice(*recipe.sample.sde_range),
+            recipe.sample.ode_solver,
         )
-
-    @functools.cached_property
-    def solver(self):
-        """Of the evaluation."""
-        evaluation = self.recipe.eval
-        return make_solver(evaluation.solver, evaluation.steps, self.recipe.sample.shift)
-
-    def scales(self, section) -> tuple[float, ...]:
-        return guidances(section.guidance, section.guidance_2, len(self.preset.experts))
 
     @functools.cached_property
     def steps(self) -> tuple[Callable, ...]:
         """Denoising steps of the rollout."""
-        loss, in_reward = self.settings.loss, self.settings.kl_reward > 0
+        method = self.spec.method
         make = functools.partial(
             make_step,
             self.policy,
             self.table,
-            keep_mean=loss.needs_old_mean,
-            kl_kind=loss.kl_kind if in_reward else None,
+            keep_mean=method.keeps_mean,
+            kl_kind=method.sampling_kl,
         )
-        return per_guidance(make, self.scales(self.recipe.sample))
+        return per_guidance(make, self.spec.sampling_guidance)
 
     @functools.cached_property
     def updates(self) -> tuple[Callable, ...]:
-        s = self.settings
-        where, train = offload if self.recipe.train.offload_optimiser else update, self.recipe.train
-        if s.forward is not None:
-            return per_guidance(
-                lambda scale: where.update_of(
-                    flow_matching.make_gradient(self.policy, s.forward, scale),
-                    self.policy,
-                    s.optimiser,
-                    self.mesh,
-                    keeps_old=s.keeps_old,
-                ),
-                self.scales(self.recipe.sample)
-                if s.forward.guided
-                else (1.0,) * len(self.preset.experts),
+        """Optimiser steps."""
+        spec, method = self.spec, self.spec.method
+        where = offload if spec.recipe.train.offload_optimiser else update
+
+        def make(key):
+            return where.make_update(
+                method.make_gradient(self.policy, self.table, key),
+                self.policy,
+                spec.settings.optimiser,
+                spec.mesh,
+                adaptive_kl=method.adaptive_kl,
+                lagged=method.lagged,
             )
-        teachers = guidances(
-            train.cfg_distill_guidance, train.cfg_distill_guidance_2, len(self.preset.experts)
-        )
-        losses = [
-            dataclasses.replace(s.loss, distill_guidance=teacher if s.loss.distill_weight else 1.0)
-            for teacher in teachers
-        ]
-        return per_guidance(
-            lambda one: where.make_update(self.policy, self.table, *one, s.optimiser, self.mesh),
-            tuple(zip(self.scales(self.recipe.sample), losses)),
-        )
+
+        return per_guidance(make, method.gradient_keys(spec))
 
     @functools.cached_property
     def eval_steps(self) -> tuple[Callable, ...]:
         """Denoising steps of the evaluation: the deployment sampler's."""
-        return per_guidance(
-            functools.partial(pipeline.make_ode_step, self.policy.module, self.solver),
-            self.scales(self.recipe.eval),
-        )
+        make = functools.partial(pipeline.make_ode_step, self.policy.module, self.spec.solver)
+        return per_guidance(make, self.spec.eval_guidance)
 
     @functools.cached_property
     def unguided_steps(self) -> tuple[Callable, ...]:
         """The same without guidance, where the evaluation is made without it as well."""
-        make = functools.partial(pipeline.make_ode_step, self.policy.module, self.solver)
-        return (
-            per_guidance(make, (1.0,) * len(self.preset.experts))
-            if self.recipe.eval.also_unguided
-            else ()
-        )
+        if not self.spec.recipe.eval.also_unguided:
+            return ()
+        make = functools.partial(pipeline.make_ode_step, self.policy.module, self.spec.solver)
+        return per_guidance(make, (1.0,) * len(self.spec.preset.experts))
 
     @functools.cached_property
     def vae(self) -> tuple:
         """(graphdef, abstract state)."""
-        return model_dir.abstract("vae", self.preset.vae)
+        return model_dir.abstract("vae", self.spec.preset.vae)
 
     @functools.cached_property
     def decoder(self) -> tuple[Callable, Callable]:
@@ -321,14 +154,18 @@ class Run:
         """All that the epochs run over and over, each once, for every length: experts may share
         theirs, an evaluation has training's decoder where the lengths are the same.
         """
-        training = {f: self.with_frames(f, self.evaluated_frames[0]) for f in self.trained_frames}
-        evaluation = {f: self.with_frames(self.trained_frames[0], f) for f in self.evaluated_frames}
+        training = {
+            f: self.with_frames(f, self.spec.evaluated_frames[0]) for f in self.spec.trained_frames
+        }
+        evaluation = {
+            f: self.with_frames(self.spec.trained_frames[0], f) for f in self.spec.evaluated_frames
+        }
         distinct = {}
         for runs, made in (
-            (training, Run.training_steps),
-            (evaluation, Run.evaluation_steps),
-            (training, Run.decode),
-            (evaluation, Run.evaluation_decode),
+            (training, Functions.training_steps),
+            (evaluation, Functions.evaluation_steps),
+            (training, Functions.decode),
+            (evaluation, Functions.evaluation_decode),
         ):
             for length, run in runs.items():
                 for program in made(run):
@@ -337,26 +174,33 @@ class Run:
         return list(distinct.values())
 
     def training_steps(self) -> list[Program]:
-        experts = range(len(self.preset.experts))
-        trained = [i for i in experts if self.preset.experts[i] in self.trained]
-        return shared([*map(self.rollout_step, experts), *map(self.update, trained)])
+        experts = range(len(self.spec.preset.experts))
+        return shared(
+            [*map(self.rollout_step, experts), *map(self.update, self.spec.trained_experts)]
+        )
 
     def evaluation_steps(self) -> list[Program]:
         unguided = [self.unguided_step()] if self.unguided_steps else []  # one for all experts
-        return shared([*map(self.ode_step, range(len(self.preset.experts))), *unguided])
+        return shared([*map(self.ode_step, range(len(self.spec.preset.experts))), *unguided])
 
     def evaluation_decode(self) -> list[Program]:
         return [
             dataclasses.replace(p, name=f"evaluation {p.name}", beside=())
-            for p in self.decode(self.eval_shape)
+            for p in self.decode(self.spec.eval_shape)
         ]
 
     def named(self, name: str, expert: int) -> str:
-        return f"{name}, {self.preset.experts[expert]}" if len(self.preset.experts) > 1 else name
+        return (
+            f"{name}, {self.spec.preset.experts[expert]}"
+            if len(self.spec.preset.experts) > 1
+            else name
+        )
 
     def initial_noise(self) -> Program:
         return Program(
-            "initial noise", initial_noise, (random_key(), self.rows(jnp.int32), self.shape)
+            "initial noise",
+            initial_noise,
+            (self.random_key(), self.rows(jnp.int32), self.spec.shape),
         )
 
     def rollout_step(self, expert: int = 0) -> Program:
@@ -371,14 +215,14 @@ class Run:
                 integer(),
                 self.stochastic,
                 self.text(),
-                random_key(),
+                self.random_key(),
                 self.rows(jnp.int32),
                 *past,
             ),
             stay=2,
             beside=(
                 *self.trajectories,
-                *[self.latents()] * (self.settings.batches - 1),
+                *[self.latents()] * (self.spec.settings.batches - 1),
                 *self.unstacked,
             ),
         )
@@ -390,10 +234,10 @@ class Run:
             ((self.trainable, self.frozen), self.solver_state(), integer(), self.text()),
             stay=1,
             # the average, fetched
-            beside=(self.trainable if self.recipe.train.offload_optimiser else None,)
-            + ((self.solver_state(), self.text()),) * (self.eval_batches - 1)
+            beside=(self.trainable if self.spec.recipe.train.offload_optimiser else None,)
+            + ((self.solver_state(), self.text()),) * (self.spec.eval_batches - 1)
             # the noise
-            + (self.rows(jnp.float32, shape=self.eval_shape),) * self.eval_batches,
+            + (self.rows(jnp.float32, shape=self.spec.eval_shape),) * self.spec.eval_batches,
         )
 
     def unguided_step(self) -> Program:
@@ -405,7 +249,7 @@ class Run:
         """Of one optimiser step: M micro-batches of the recipe's batch, K stochastic steps each.
         Where the optimiser's state waits in host memory, the gradient, which takes the most.
         """
-        if self.recipe.train.offload_optimiser:
+        if self.spec.recipe.train.offload_optimiser:
             return Program(
                 self.named("update", expert),
                 self.updates[expert].gradient,
@@ -413,11 +257,11 @@ class Run:
                 stay=3,
                 beside=self.trajectories,
             )
-        kept = (number(),) if self.settings.keeps_old else ()
+        share_kept = {name: number() for name in self.spec.method.lagged}
         return Program(
             self.named("update", expert),
             self.updates[expert],
-            (self.state, self.frozen, self.update_batch(expert), *kept),
+            (self.state, self.frozen, self.update_batch(expert), share_kept),
             stay=2,
             beside=self.trajectories,
         )
@@ -426,10 +270,10 @@ class Run:
         """The VAE on a batch of latents (F, H, W, C), the rollout's by default: whole clips, or the
         chunks that `pipeline.make_decoder` chooses, the first one and those after it.
         """
-        whole = self.decode_whole(shape := shape or self.shape)
+        whole = self.decode_whole(shape := shape or self.spec.shape)
         state, latents = whole.args
         chunk = vae_chunks.choose_chunk(
-            self.preset.vae, latents.sharding.shard_shape(latents.shape)
+            self.spec.preset.vae, latents.sharding.shard_shape(latents.shape)
         )
         if not 0 < chunk < shape[0]:
             return [whole]
@@ -451,7 +295,7 @@ class Run:
         return programs
 
     def decode_whole(self, shape: tuple[int, ...]) -> Program:
-        state = lie(self.vae[1], mesh_lib.replicated(self.mesh))
+        state = lie(self.vae[1], mesh_lib.replicated(self.spec.mesh))
         return Program(
             "decode",
             self.decoder[0],
@@ -463,9 +307,9 @@ class Run:
     def encode_text(self) -> Program:
         """The text encoder on 16 prompts, on one device; it is gone before the weights come."""
         graph, state = model_dir.abstract(
-            "text_encoder", self.preset.text_encoder, dtype=self.settings.dtype
+            "text_encoder", self.spec.preset.text_encoder, dtype=self.spec.settings.dtype
         )
-        here = jax.sharding.SingleDeviceSharding(self.mesh.devices.flat[0])
+        here = jax.sharding.SingleDeviceSharding(self.spec.mesh.devices.flat[0])
         ids = jax.ShapeDtypeStruct((16, self.text_rows), jnp.int32, sharding=here)
         return Program("text encoder", pipeline.make_encoder(graph), (lie(state, here), ids, ids))
 
@@ -475,7 +319,7 @@ class Run:
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             tree,
-            mesh_lib.param_shardings(tree, self.mesh),
+            mesh_lib.param_shardings(tree, self.spec.mesh),
         )
 
     @functools.cached_property
@@ -483,7 +327,7 @@ class Run:
         """One expert's base weights; None in full fine-tuning without a reference, as in
         `grpo.train`.
         """
-        needed = self.settings.lora is not None or self.settings.needs_reference
+        needed = self.spec.settings.lora is not None or self.spec.method.needs_reference
         return self.params(self.policy.base) if needed else None
 
     @functools.cached_property
@@ -492,19 +336,20 @@ class Run:
 
     @functools.cached_property
     def state(self) -> TrainState:
+        method = self.spec.method
         return self.params(
             state_shapes(
-                self.policy, self.settings.optimiser, self.settings.loss, self.settings.keeps_old
+                self.policy, self.spec.settings.optimiser, method.adaptive_kl, method.lagged
             )
         )
 
     def solver_state(self) -> SolverState:
-        x = self.rows(jnp.float32, shape=self.eval_shape)
-        return SolverState(x, (x,) * len(jax.eval_shape(self.solver.init, x).history))
+        x = self.rows(jnp.float32, shape=self.spec.eval_shape)
+        return SolverState(x, (x,) * len(jax.eval_shape(self.spec.solver.init, x).history))
 
     def trajectory(self, expert: int, *leading: int) -> Trajectory:
         """Of a rollout batch; with a leading axis, of several."""
-        k = self.trained_steps(expert)
+        k = self.spec.trained_steps(expert)
         x = self.latents(*leading, k)
         step = (
             self.rows(jnp.int32, *leading, k)
@@ -517,61 +362,27 @@ class Run:
             self.rows(jnp.float32, *leading, k),
             step,
             self.text(*leading),
-            x if self.settings.loss.needs_old_mean else None,
+            x if self.spec.method.keeps_mean else None,
         )
 
     @functools.cached_property
     def trajectories(self) -> tuple:
-        """All of an epoch; of methods that train on finished videos, their latents."""
-        if self.settings.forward is not None:
-            return (self.latents(),) * self.settings.batches
-        experts = [i for i, name in enumerate(self.preset.experts) if name in self.trained]
-        ends = (self.latents(),) * self.settings.batches if self.settings.importance else ()
-        return (*(self.trajectory(i) for i in experts for _ in range(self.settings.batches)), *ends)
+        """What an epoch's rollout leaves on the devices."""
+        return self.spec.method.epoch_shapes(self)
 
     @property
     def unstacked(self) -> list[jax.ShapeDtypeStruct]:
-        """What the batch under way keeps of its steps before they are stacked; the host dispatches
-        one batch ahead, so it may lie there while another is decoded.
-        """
-        if self.settings.forward is not None:
-            return []
-        most = max(map(self.trained_steps, range(len(self.preset.experts))))
-        return [self.latents()] * most * (3 if self.settings.loss.needs_old_mean else 2)
+        """What a batch under way keeps of its steps."""
+        return self.spec.method.step_shapes(self)
 
-    def update_batch(self, expert: int) -> UpdateBatch | ForwardBatch:
-        if (f := self.settings.forward) is None:
-            m, b = self.update_batches(expert).shape[1], self.recipe.sample.batch_size
-            steps = (self.trained_steps(expert),) if self.settings.advantage_by_step else ()
-            return UpdateBatch(
-                self.trajectory(expert, m),
-                jax.ShapeDtypeStruct((m, *steps, b), jnp.float32),
-                jax.ShapeDtypeStruct((m, b), bool),
-            )
-        m, b = self.selected
-        floats, bools = (jax.ShapeDtypeStruct((m, b), dtype) for dtype in (jnp.float32, bool))
-        k, latents = (
-            self.trained_steps(expert),
-            self.rows(jnp.float32, m, shape=self.shape, batch=b),
-        )
-        levels = jax.ShapeDtypeStruct((m, k, b), jnp.float32)
-        return ForwardBatch(
-            latents,
-            latents if f.method == "dpo" else None,
-            self.text(m, batch=b),
-            self.rows(jnp.int32, m, batch=b),
-            levels,
-            levels,
-            floats,
-            bools,
-            jax.ShapeDtypeStruct((k,), jnp.int32),
-            random_key(),
-        )
+    def update_batch(self, expert: int):
+        """The batch of one optimiser step of an expert."""
+        return self.spec.method.batch_shapes(self, expert)
 
     @property
     def own_steps(self) -> bool:
         """Whether videos of a batch have stochastic steps of their own."""
-        return self.windows.rule == ONE_PER_GROUP
+        return self.spec.windows.rule == ONE_PER_GROUP
 
     @property
     def stochastic(self) -> jax.ShapeDtypeStruct:
@@ -582,30 +393,31 @@ class Run:
         self, dtype, *leading: int, shape: tuple[int, ...] = (), batch: int = 0
     ) -> jax.ShapeDtypeStruct:
         """[*leading, B, *shape], split over the mesh by B. batch: another B than the recipe's."""
-        sharding = mesh_lib.batch_sharding(self.mesh, len(leading))
-        size = batch or self.recipe.sample.batch_size
+        sharding = mesh_lib.batch_sharding(self.spec.mesh, len(leading))
+        size = batch or self.spec.recipe.sample.batch_size
         return jax.ShapeDtypeStruct((*leading, size, *shape), dtype, sharding=sharding)
 
+    @staticmethod
+    def random_key() -> jax.ShapeDtypeStruct:
+        return jax.eval_shape(lambda: jax.random.key(0))
+
     def latents(self, *leading: int) -> jax.ShapeDtypeStruct:
-        return self.rows(jnp.float32, *leading, shape=self.shape)
+        return self.rows(jnp.float32, *leading, shape=self.spec.shape)
 
     def text(self, *leading: int, batch: int = 0) -> TextBatch:
         """In the text encoder's type, which is the model's."""
-        dtype, rows = self.settings.dtype, (self.text_rows, self.preset.transformer.text_dim)
+        dtype, rows = (
+            self.spec.settings.dtype,
+            (self.text_rows, self.spec.preset.transformer.text_dim),
+        )
         negative = jax.ShapeDtypeStruct(
-            (*leading, *rows), dtype, sharding=mesh_lib.replicated(self.mesh)
+            (*leading, *rows), dtype, sharding=mesh_lib.replicated(self.spec.mesh)
         )
         return TextBatch(
             self.rows(dtype, *leading, shape=rows, batch=batch),
             negative,
             pipeline.TEXT_ROWS - self.text_rows,
         )
-
-
-def tokens(shape: tuple[int, ...]) -> int:
-    """S of latents (F, H, W, C)."""
-    frames, height, width, _ = shape
-    return frames * (height // 2) * (width // 2)
 
 
 def identity(program: Program) -> tuple:
@@ -640,7 +452,3 @@ def integer() -> jax.ShapeDtypeStruct:
 def number() -> jax.ShapeDtypeStruct:
     """A Python float."""
     return jax.ShapeDtypeStruct((), jnp.float32, weak_type=True)
-
-
-def random_key() -> jax.ShapeDtypeStruct:
-    return jax.eval_shape(lambda: jax.random.key(0))

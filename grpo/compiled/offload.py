@@ -8,27 +8,25 @@ rounding.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from grpo import update as update_lib
-from grpo.methods.losses import LossConfig
-from grpo.policy import COMPILER_OPTIONS, Flat, Policy
-from grpo.rollout import StepTable
-from grpo.update import (
+from grpo.learning import optimiser as update_lib
+from grpo.learning.kl import AdaptiveKL
+from grpo.learning.optimiser import (
     OptimiserConfig,
     TrainState,
     adamw,
-    after_update,
+    adapt_kl,
     apply_gradient,
     clipping,
-    make_gradient,
     state_shapes,
 )
+from grpo.learning.policy import COMPILER_OPTIONS, Flat, Policy
 from wan_jax.distributed import mesh as mesh_lib
 
 KIND = "pinned_host"
@@ -75,59 +73,41 @@ def moved(tree, kind: str):
 
 
 def make_update(
-    policy: Policy,
-    table: StepTable,
-    guidance: float,
-    config: LossConfig,
-    optimiser_config: OptimiserConfig,
-    mesh: jax.sharding.Mesh,
-) -> Callable:
-    """GRPO's: `update_of` its gradient."""
-    return update_of(
-        make_gradient(policy, table, guidance, config),
-        policy,
-        optimiser_config,
-        mesh,
-        config,
-        keeps_old=config.reference_decay is not None,
-    )
-
-
-def update_of(
     mean_gradient: Callable,
     policy: Policy,
-    optimiser_config: OptimiserConfig,
+    config: OptimiserConfig,
     mesh: jax.sharding.Mesh,
-    loss: LossConfig | None = None,
-    keeps_old: bool = False,
+    *,
+    adaptive_kl: AdaptiveKL | None = None,
+    lagged: Sequence[str] = (),
 ) -> Callable:
-    """As `update.update_of`, for states of `init_state`, as the new ones are too. Donates the
-    state.
+    """Return what `update.make_update` does, for states of `init_state`, as the new ones are too.
+    It donates the state.
     """
-    shardings = mesh_lib.param_shardings(state_shapes(policy, optimiser_config, loss), mesh)
+    shapes = state_shapes(policy, config, adaptive_kl, lagged)
+    shardings = mesh_lib.param_shardings(shapes, mesh)
 
     @partial(
         jax.jit, out_shardings=(shardings.trainable, None, None), compiler_options=COMPILER_OPTIONS
     )
     def gradient(trainable, held, frozen, batch):
         grads, metrics = mean_gradient(trainable, held, frozen, batch)
-        clipped, _ = clipping(optimiser_config).update(grads, optax.EmptyState())
+        clipped, _ = clipping(config).update(grads, optax.EmptyState())
         return clipped, metrics, optax.global_norm(grads)
 
     @partial(jax.jit, donate_argnums=0, compiler_options=COMPILER_OPTIONS)
-    def step(state: TrainState, grads, old_kept):
-        new, updates = apply_gradient(
-            adamw(optimiser_config), optimiser_config.ema_decay, state, grads, old_kept
-        )
+    def step(state: TrainState, grads, share_kept):
+        new, updates = apply_gradient(adamw(config), config.ema_decay, state, grads, share_kept)
         return jax.tree.map(
             jax.lax.with_sharding_constraint, new, mesh_lib.param_shardings(new, mesh)
         ), optax.global_norm(updates)
 
     @partial(jax.jit, out_shardings=shardings.kl)
     def adapt(kl, updates, metrics):
-        return after_update(kl, updates, metrics, loss)
+        return adapt_kl(kl, updates, metrics, adaptive_kl)
 
-    def update(state: TrainState, frozen, batch, old_kept=None):
+    def update(state: TrainState, frozen, batch, share_kept=None):
+        share_kept = share_kept or {}
         grads, metrics, grad_norm = gradient(state.trainable, state.held, frozen, batch)
         control = adapt(state.kl, state.updates, metrics)
         empty, opt = state.opt  # clipping's, adamw's
@@ -138,7 +118,7 @@ def update_of(
             for x in jax.tree.leaves((part.opt, part.ema)):
                 if x.sharding.memory_kind == KIND:
                     x.delete()  # the new ones take its place, where the host may not hold both
-            new, norm = step(here, {ANY: grads.pop(name)}, old_kept)
+            new, norm = step(here, {ANY: grads.pop(name)}, share_kept)
             if done:  # two on the device: one that moves while the other is stepped
                 jax.block_until_ready(list(done.values())[-1])
             done[name] = leaving(new)
@@ -155,18 +135,19 @@ def update_of(
 def only(state: TrainState, name: str) -> TrainState:
     """The state of one trained array; counters are copied, so that all of it can be donated."""
     return jax.tree.map(
-        lambda x: {ANY: x[name]} if is_dict(x) else jnp.copy(x), state, is_leaf=is_dict
+        lambda x: {ANY: x[name]} if is_flat(x) else jnp.copy(x), state, is_leaf=is_flat
     )
 
 
 def joined(parts: dict[str, TrainState]) -> TrainState:
     """The inverse of `only`, of all names."""
     return jax.tree.map(
-        lambda *xs: {k: x[ANY] for k, x in zip(parts, xs)} if is_dict(xs[0]) else xs[0],
+        lambda *xs: {k: x[ANY] for k, x in zip(parts, xs)} if is_flat(xs[0]) else xs[0],
         *parts.values(),
-        is_leaf=is_dict,
+        is_leaf=is_flat,
     )
 
 
-def is_dict(x) -> bool:
-    return isinstance(x, dict)
+def is_flat(x) -> bool:
+    """Whether `x` is a dict of arrays by name, not one of such dicts."""
+    return isinstance(x, dict) and bool(x) and not any(isinstance(v, dict) for v in x.values())

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from grpo.policy import Policy, make_structure
+from grpo.learning.policy import Policy, make_structure
 from grpo.settings.parse import Settings
 from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.models.config import TransformerConfig
@@ -20,7 +20,7 @@ def state_bytes(
     experts: int,
     trained: int,
     reference: bool,
-    keeps_old: bool = False,
+    lagged: int = 0,
     offload: str,
     offload_optimiser: bool,
 ) -> int:
@@ -41,7 +41,7 @@ def state_bytes(
         return frozen
     full = policy.adapters is None
     frozen = 0 if full and not reference else frozen
-    held = 4 + (0 if offload_optimiser else 12) + (4 if keeps_old else 0)
+    held = 4 + (0 if offload_optimiser else 12) + 4 * lagged
     return frozen + (weights if full else 0) + count * (held * trained + 4)
 
 
@@ -54,8 +54,8 @@ def state_of(
         policy,
         experts=experts,
         trained=trained,
-        reference=s.needs_reference,
-        keeps_old=s.keeps_old,
+        reference=s.method.needs_reference,
+        lagged=len(s.method.lagged),
         offload=c.model.offload,
         offload_optimiser=c.train.offload_optimiser,
     )
@@ -118,7 +118,7 @@ def choose_remat(
         return c.model.remat
     if not memory:
         return "block"
-    passes = 2 if c.sample.guidance > 1 and (s.forward is None or s.forward.guided) else 1
+    passes = 2 if c.sample.guidance > 1 and s.method.guided else 1
     rows = (
         passes
         * c.sample.batch_size

@@ -1,19 +1,21 @@
-"""What a run may spend, and what it has spent: runs that spend the same can be compared
+"""The budget of a run, and what a run has spent. Runs that spend the same can be compared
 (`grpo.compare`).
 
-Evaluations are the model's while sampling: one for every video and denoising step, whatever the
-guidance (with a prefix that a group shares, one for the group). The update's passes are not among
-them, held-out evaluations neither. Seconds are those of the epochs, by a monotonic clock: sampling,
-decoding, waiting for scores, update; without start, compilation, held-out evaluations and
-checkpoints.
+Evaluations are forward passes of the model while sampling: one for every video and denoising step,
+whether with guidance or without. Where a group shares its first steps, each of those counts once
+for the group. Passes of the update and of held-out evaluations do not count. Seconds are those of
+the epochs by a monotonic clock: sampling, decoding, waiting for scores, update. Start, compilation,
+held-out evaluations and checkpoints do not count.
 """
 
 import dataclasses
 
+from grpo.settings.setting import POSITIVE, Section, setting
+
 
 @dataclasses.dataclass(frozen=True)
 class Spent:
-    """By a run from its first epoch on; it is stored in every checkpoint."""
+    """What a run has spent since its first epoch. Every checkpoint stores it."""
 
     evaluations: int = 0
     seconds: float = 0.0
@@ -23,20 +25,23 @@ class Spent:
 
 
 @dataclasses.dataclass(frozen=True)
-class Budget:
-    """None: no limit. Raises ValueError on limits that allow nothing."""
+class Budget(Section):
+    """Limits that end the run after the epoch that reaches one of them."""
 
-    evaluations: int | None = None
-    seconds: float | None = None
-
-    def __post_init__(self):
-        for name, limit in dataclasses.asdict(self).items():
-            if limit is not None and not limit > 0:
-                raise ValueError(
-                    f"budget.{name}={limit} must be above 0; leave it out for no limit"
-                )
+    evaluations: int | None = setting(
+        None,
+        "Number of evaluations of the model while sampling, one a video and step. None: no limit.",
+        bounds=POSITIVE,
+    )
+    seconds: float | None = setting(
+        None,
+        "Seconds of all epochs, without start, compilation, evaluations and checkpoints. None: no "
+        "limit.",
+        bounds=POSITIVE,
+    )
 
     def reached(self, spent: Spent) -> bool:
+        """Whether `spent` is at or above one of the limits."""
         return any(
             limit is not None and getattr(spent, name) >= limit
             for name, limit in dataclasses.asdict(self).items()

@@ -1,16 +1,20 @@
-"""How many frames a run's videos have: in training by epoch, and in its evaluations."""
+"""The number of frames of a run's videos: in training by epoch, and in its evaluations."""
 
 import itertools
 from collections.abc import Sequence
 
+from wan_jax.errors import UserError
+
 Schedule = Sequence[tuple[int, int]]  # (first epoch, frames), by epoch
 
 
-def check(frames: int, schedule: Schedule, eval_frames: int, more_frames: Sequence[int]) -> None:
-    """Raises ValueError on a schedule that is none, and on lengths of evaluation that do not go
-    with it.
+def check(recipe) -> None:
+    """Checks `sample.frame_schedule` and that the evaluations have a length of their own with it.
+
+    recipe: a `grpo.settings.schema.Recipe`, or a ConfigDict with the same keys. Raises `UserError`.
     """
-    pairs = [entry for entry in schedule if isinstance(entry, (tuple, list)) and len(entry) == 2]
+    schedule = recipe.sample.frame_schedule
+    pairs = [entry for entry in schedule if len(entry) == 2]
     whole = len(pairs) == len(schedule) and all(type(x) is int for entry in pairs for x in entry)
     epochs = [1, *(entry[0] for entry in pairs)]
     if (
@@ -18,32 +22,28 @@ def check(frames: int, schedule: Schedule, eval_frames: int, more_frames: Sequen
         or any(a >= b for a, b in itertools.pairwise(epochs))
         or any(entry[1] < 1 for entry in pairs)
     ):
-        raise ValueError(
-            f"sample.frame_schedule={tuple(schedule)}: give ((epoch, frames), ...) with whole "
-            "numbers, the epochs rising from 2 on; until the first one there are "
-            f"sample.frames={frames}"
+        raise UserError(
+            f"config.sample.frame_schedule={tuple(schedule)}: give ((epoch, frames), ...) in whole "
+            "numbers, with epochs that rise from 2 on; until the first of them videos have "
+            f"sample.frames={recipe.sample.frames}"
         )
-    if schedule and not eval_frames:
-        raise ValueError(
-            "eval.frames=0 would be another length in every part of sample.frame_schedule; set "
-            "the length by which the run is judged"
-        )
-    if any(type(f) is not int or f < 1 for f in more_frames):
-        raise ValueError(
-            f"eval.more_frames={tuple(more_frames)} must be whole numbers of at least 1"
+    if schedule and not recipe.eval.frames:
+        raise UserError(
+            "config.eval.frames=0 would be another length in every part of sample.frame_schedule; "
+            "set the length by which the run is judged"
         )
 
 
 def at(epoch: int, frames: int, schedule: Schedule) -> int:
-    """Of the videos of an epoch."""
+    """Returns the number of frames of an epoch's videos. frames: those before the schedule begins."""
     return [frames, *(length for first, length in schedule if first <= epoch)][-1]
 
 
 def trained(frames: int, schedule: Schedule) -> tuple[int, ...]:
-    """All that epochs have, each once."""
+    """Returns every number of frames that an epoch has, each once."""
     return tuple(dict.fromkeys((frames, *(length for _, length in schedule))))
 
 
 def evaluated(frames: int, eval_frames: int, more_frames: Sequence[int]) -> tuple[int, ...]:
-    """Of the evaluations, each once; by the first one the run is judged."""
+    """Returns every number of frames of the evaluations, each once. The run is judged by the first."""
     return tuple(dict.fromkeys((eval_frames or frames, *more_frames)))

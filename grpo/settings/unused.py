@@ -1,51 +1,27 @@
-"""Settings that a run does not read: one line at its start names those that were changed all the
-same.
+"""Settings that a run does not read. One line at its start names those that were changed.
 
-They are not refused, so that a recipe can be given another method, and a run can be resumed,
-without taking them out. What would mean something else under another method is refused by
-`grpo.settings.parse`.
+They are not refused, so that a recipe can be given another method, and a run can be continued,
+without removing them. What would mean something else under another method is refused by
+`grpo.methods`.
 """
 
-import ml_collections
-
-from configs.defaults import defaults
-from grpo.scoring.reward_servers import JUDGE, JUDGE_QUESTIONS
-from grpo.settings.limits import flat
-
-POLICY = (
-    "sample.sde_steps",
-    "sample.sde_range",
-    "sample.sde_window_epochs",
-    "sample.noise_level",
-    "sample.max_step_std",
-    "train.clip_low",
-    "train.clip_high",
-    "train.divergence",
-    "train.kl_kind",
-    "train.kl_horizon",
-    "train.kl_weight_range",
-    "train.kl_reference_decay",
-    "train.cfg_distill_guidance",
-    "train.cfg_distill_guidance_2",
-    "train.ratio_tolerance",
-)
+from grpo import methods
+from grpo.settings.choices import JUDGE, JUDGE_QUESTIONS, SLIDING
+from grpo.settings.schema import SETTINGS, values_of
 
 
-def unread(c: ml_collections.ConfigDict) -> dict[str, str]:
-    """Return every setting that this recipe's run does not read, with the setting that is the
-    cause.
+def unread(recipe) -> dict[str, str]:
+    """Returns every setting that this recipe's run does not read, with the setting that causes it.
+
+    recipe: a `grpo.settings.schema.Recipe`, or a ConfigDict with the same keys.
     """
-    train, reward = c.train, c.reward
-    grpo, method = train.method == "grpo", f"train.method={train.method}"
-    plain_sum = train.method in ("dpo", "rwr", "sft") and reward.combine == "rewards"
+    train, reward = recipe.train, recipe.reward
+    method, cause = methods.method_class(train.method), f"train.method={train.method}"
+    of_others = {key for other in methods.all_methods() for key in other.reads} - {*method.reads}
+    plain_sum = not method.on_advantages and reward.combine == "rewards"
     causes = (
-        (not grpo, method, POLICY),
-        (grpo, method, ("train.timesteps", "train.guided")),
-        (train.method != "nft", method, ("train.nft_beta", "train.old_rate", "train.old_most")),
-        (train.method != "dpo", method, ("train.dpo_beta", "train.reference_every")),
-        (train.method != "rwr", method, ("train.temperature",)),
-        (train.method == "dpo", method, ("train.kl_weight",)),
-        (plain_sum, method, ("train.advantage_std", "train.advantage_clip")),
+        (True, cause, of_others),
+        (plain_sum, cause, ("train.advantage_std", "train.advantage_clip")),
         (train.objective == "dppo", "train.objective=dppo", ("train.clip_low", "train.clip_high")),
         (train.objective != "dppo", f"train.objective={train.objective}", ("train.divergence",)),
         (
@@ -60,22 +36,22 @@ def unread(c: ml_collections.ConfigDict) -> dict[str, str]:
             ("train.cfg_distill_guidance", "train.cfg_distill_guidance_2"),
         ),
         (
-            c.sample.sde_window not in ("progressive", "decay", "exp_decay"),
-            f"sample.sde_window={c.sample.sde_window}",
+            recipe.sample.sde_window not in SLIDING,
+            f"sample.sde_window={recipe.sample.sde_window}",
             ("sample.sde_window_epochs",),
         ),
         (
-            c.sample.guidance <= 1,
-            f"sample.guidance={c.sample.guidance}",
+            recipe.sample.guidance <= 1,
+            f"sample.guidance={recipe.sample.guidance}",
             ("sample.guidance_2", "train.guided"),
         ),
-        (c.eval.guidance <= 1, f"eval.guidance={c.eval.guidance}", ("eval.guidance_2",)),
+        (recipe.eval.guidance <= 1, f"eval.guidance={recipe.eval.guidance}", ("eval.guidance_2",)),
         (
-            max(c.sample.guidance, c.eval.guidance) <= 1 and not train.cfg_distill_weight,
+            max(recipe.sample.guidance, recipe.eval.guidance) <= 1 and not train.cfg_distill_weight,
             "no guidance",
             ("prompts.negative",),
         ),
-        (not c.lora.rank, "lora.rank=0", ("lora.alpha", "lora.targets")),
+        (not recipe.lora.rank, "lora.rank=0", ("lora.alpha", "lora.targets")),
         (
             not reward.servers,
             "reward.servers=()",
@@ -97,18 +73,21 @@ def unread(c: ml_collections.ConfigDict) -> dict[str, str]:
             "reward.weights.pickscore=None",
             ("reward.pickscore_model",),
         ),
-        (not c.log.wandb.project, "log.wandb.project is empty", ("log.wandb.entity",)),
-        (not c.log.mlflow.uri, "log.mlflow.uri is empty", ("log.mlflow.experiment",)),
+        (not recipe.log.wandb.project, "log.wandb.project is empty", ("log.wandb.entity",)),
+        (not recipe.log.mlflow.uri, "log.mlflow.uri is empty", ("log.mlflow.experiment",)),
     )
     return {key: cause for holds, cause, keys in reversed(causes) if holds for key in keys}
 
 
-def changed_in_vain(c: ml_collections.ConfigDict) -> list[str]:
-    """Return a line, or none, about settings that differ from their defaults and are not read."""
-    values, plain = flat(c.to_dict()), flat(defaults().to_dict())
+def changed_in_vain(recipe) -> list[str]:
+    """Returns a line about settings that differ from their defaults and are not read; [] if none.
+
+    recipe: a `grpo.settings.schema.Recipe`, or a ConfigDict with the same keys.
+    """
+    values = values_of(recipe)
     by_cause: dict[str, list[str]] = {}
-    for key, cause in unread(c).items():
-        if values[key] != plain[key]:
+    for key, cause in unread(recipe).items():
+        if values[key] != SETTINGS[key].default:
             by_cause.setdefault(cause, []).append(key)
     parts = [f"{', '.join(sorted(keys))} ({cause})" for cause, keys in sorted(by_cause.items())]
     return [f"settings without effect in this run: {'; '.join(parts)}"] if parts else []

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from convert import lora as files
 from convert.export_lora import export
 from convert.from_diffusers import convert
-from grpo.policy import make_structure
+from grpo.learning.policy import make_structure
 from tests import commands, tiny
 from wan_jax.command_line.cli import UserError
 from wan_jax.distributed import mesh as mesh_lib

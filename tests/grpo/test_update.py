@@ -11,10 +11,10 @@ from flax import nnx
 
 from configs.defaults import defaults
 from grpo import train_state
-from grpo import update as update_lib
+from grpo.learning import optimiser as update_lib
 from grpo.compiled import offload
-from grpo.methods.losses import LossConfig
-from grpo.policy import make_policy
+from grpo.learning.policy_loss import LossConfig
+from grpo.learning.policy import make_policy
 from grpo.rollout import (
     StepTable,
     branch,
@@ -27,7 +27,7 @@ from grpo.rollout import (
     sample_noise,
 )
 from grpo.settings.budget import Spent
-from grpo.update import (
+from grpo.learning.optimiser import (
     Held,
     OptimiserConfig,
     init_state,

@@ -23,7 +23,7 @@ from grpo.methods.flow_matching import ForwardConfig, noise_levels
 from grpo.rollout import sample_noise
 from grpo.sde_windows import step_quotas
 from grpo.settings import parse
-from grpo.update import Held
+from grpo.learning.optimiser import Held
 from tests import reference
 from tests.grpo import test_programs, test_update
 from tests.grpo.test_train import arrays_of, assert_same, result

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo.methods.losses import (
+from grpo.learning.policy_loss import (
     KL_KINDS,
     OBJECTIVES,
     KLControl,

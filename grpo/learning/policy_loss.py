@@ -10,11 +10,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from grpo.learning.kl import AdaptiveKL, check_kind, kl_to_reference, step_kl
 from wan_jax.diffusion import sde
 
 Array = jax.Array
-KL_KINDS = ("flow_grpo", "sigma", "x", "velocity")
-KL_DECAY = 0.9  # of the average that an adaptive weight follows
 OBJECTIVES = ("clip", "unscaled", "guard", "dppo")
 
 
@@ -42,7 +41,7 @@ class LossConfig:
     reference_decay: the KL is to an average of the trained weights that keeps so much of itself in
     every update; None: to the base model.
 
-    kl_target: kl_beta is only the first weight of the KL, and `adapted_kl` changes it; None: it
+    kl_target: kl_beta is only the first weight of the KL, and `kl.AdaptiveKL` changes it; None: it
     stays.
     """
 
@@ -69,9 +68,8 @@ class LossConfig:
             raise ValueError(
                 f"kl_beta={self.kl_beta}: must be finite and >= 0; 0 switches the reference off"
             )
-        _check_kind(self.kl_kind)
-        if self.kl_target is not None:
-            self._check_target()
+        check_kind(self.kl_kind)
+        _ = self.adaptive_kl  # raises where it cannot adapt
         if not 0 <= self.distill_weight < float("inf"):
             raise ValueError(
                 f"distill_weight={self.distill_weight}: must be finite and >= 0; 0 switches it off"
@@ -90,18 +88,12 @@ class LossConfig:
         if not self.divergence > 0:
             raise ValueError(f"divergence={self.divergence}: must be > 0; 1e-5 is usual")
 
-    def _check_target(self):
-        low, high = self.kl_range
-        if not (0 < self.kl_target < float("inf") and 0 < self.kl_horizon < float("inf")):
-            raise ValueError(
-                f"kl_target={self.kl_target}, kl_horizon={self.kl_horizon}: must be finite and > "
-                "0; leave kl_target out to keep the weight"
-            )
-        if not 0 < low <= self.kl_beta <= high:
-            raise ValueError(
-                f"kl_range={tuple(self.kl_range)} must hold the first weight, {self.kl_beta}, and "
-                "begin above 0: a weight of 0 can never grow"
-            )
+    @property
+    def adaptive_kl(self) -> AdaptiveKL | None:
+        """How the weight of the KL adapts; None: it stays."""
+        if self.kl_target is None:
+            return None
+        return AdaptiveKL(self.kl_beta, self.kl_target, self.kl_horizon, tuple(self.kl_range))
 
     @property
     def needs_old_mean(self) -> bool:
@@ -131,15 +123,6 @@ class Rows:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KLControl:
-    """The state of an adaptive KL weight, fp32 [] both."""
-
-    weight: Array
-    average: Array  # of the KL over the updates so far
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class LossMetrics:
     """Sums over the counted rows, one shared count, so micro-batches and devices can be added up
     exactly.
@@ -155,6 +138,22 @@ class LossMetrics:
     kl: Array  # sum of the penalty before beta
     # sum of the squares before their weight, where guidance is distilled
     distillation: Array | None = None
+
+    @classmethod
+    def zero(cls, config: LossConfig) -> "LossMetrics":
+        """Return the metrics of no rows."""
+        zero, infinity = jnp.zeros((), jnp.float32), jnp.full((), jnp.inf, jnp.float32)
+        return cls(
+            count=zero,
+            ratio=zero,
+            ratio_min=infinity,
+            ratio_max=-infinity,
+            clipped=zero,
+            approx_kl=zero,
+            policy_loss=zero,
+            kl=zero,
+            distillation=zero if config.distill_weight > 0 else None,
+        )
 
     def merge(self, other: "LossMetrics") -> "LossMetrics":
         total = jax.tree.map(jnp.add, self, other)
@@ -191,52 +190,6 @@ def clipped_loss(
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
     return jnp.maximum(-advantages * ratio, -advantages * clipped), ratio
-
-
-def kl_to_reference(mean: Array, mean_ref: Array, std: Array | None, *, kind: str) -> Array:
-    """How far the policy's step is from the reference model's: a mean over all but B, [B].
-
-    kind         first two   third        result
-    'flow_grpo'  means       g sqrt(-dt)  mean((mu - mu_ref)^2) / (2 std^2), the Gaussians' KL per
-                 dimension
-    'sigma'      means       g            the same without dt, as in Flow-GRPO's image recipes
-    'x'          means       unused       mean((mu - mu_ref)^2)
-    'velocity'   velocities  unused       mean((v - v_ref)^2)
-
-    Where a divisor is 0 (a deterministic step) the result and its gradient are 0. `step_kl` passes
-    the right arguments for each kind. Raises ValueError on another kind.
-    """
-    _check_kind(kind)
-    difference = mean.astype(jnp.float32) - mean_ref.astype(jnp.float32)
-    squared = jnp.mean(difference * difference, axis=tuple(range(1, difference.ndim)))  # [B]
-    if kind in ("x", "velocity"):
-        return squared
-    std = jnp.broadcast_to(jnp.asarray(std, jnp.float32), squared.shape)
-    safe = jnp.where(std > 0, std, 1.0)
-    return jnp.where(std > 0, squared / (2.0 * safe * safe), 0.0)
-
-
-def step_kl(x: Array, velocity: Array, velocity_ref: Array, step: tuple, kind: str) -> Array:
-    """`kl_to_reference` of a step from x [B, ...], [B]. step: (sigma, sigma_next, g, preserving) of
-    `sde_mean_std`.
-    """
-    if kind == "velocity":
-        return kl_to_reference(velocity, velocity_ref, None, kind=kind)
-    (mean, std), (mean_ref, _) = (sde.sde_mean_std(x, v, *step) for v in (velocity, velocity_ref))
-    return kl_to_reference(mean, mean_ref, step[2] if kind == "sigma" else std, kind=kind)
-
-
-def adapted_kl(control: KLControl, kl: Array, first: Array, config: LossConfig) -> KLControl:
-    """The control after an update whose mean KL was `kl`: weight *= exp((average - target) / target
-    / horizon), within kl_range, so that a KL twice the target raises the weight by e in `horizon`
-    updates (Pref-GRPO's code; Ziegler et al., arXiv 1909.08593, have the same with a linear step).
-    first: whether it was the first one, bool [].
-    """
-    average = jnp.where(first, kl, KL_DECAY * control.average + (1 - KL_DECAY) * kl)
-    weight = control.weight * jnp.exp(
-        (average - config.kl_target) / config.kl_target / config.kl_horizon
-    )
-    return KLControl(jnp.clip(weight, *config.kl_range), average)
 
 
 def masked_mean(values: Array, mask: Array) -> Array:
@@ -329,8 +282,3 @@ def _metrics(rows, log_prob, ratio, bounded, policy_loss, kl) -> LossMetrics:
         policy_loss=total(policy_loss),
         kl=total(kl),
     )
-
-
-def _check_kind(kind):
-    if kind not in KL_KINDS:
-        raise ValueError(f"KL kind={kind!r} is unknown; choose one of {', '.join(KL_KINDS)}")

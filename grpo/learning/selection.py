@@ -1,5 +1,4 @@
-"""What a group's rewards ask of the methods that train on finished videos
-(`grpo.methods.flow_matching`): which, and how much.
+"""Which videos a method trains on, and with what weight, from the rewards of their groups.
 
 Host-side NumPy, the same on every process. Nothing is removed: a video or pair that does not count
 is masked, so that batches keep their shape.
@@ -55,55 +54,6 @@ def layout(rows: int, updates: int, batch: int, shards: int) -> tuple[int, int]:
     each = rows // updates
     micro = -(-each // batch)
     return micro, -(-each // (micro * shards)) * shards
-
-
-def select(
-    config, rewards: np.ndarray, advantages: np.ndarray, valid: np.ndarray, size: int
-) -> Selection:
-    """The epoch's videos or pairs. config: `forward.ForwardConfig`; rewards, advantages, valid [N],
-    groups of `size` standing together. valid: the videos that may be trained on, which those of
-    groups without spread are not.
-
-    'nft': all, weighted by `optimality`; 'rwr': all, by `regression_weights`; 'sft': each group's
-    best; 'dpo': each group's best and worst. A group without two different valid rewards has no
-    best and is masked.
-    """
-    everything = np.arange(len(rewards))
-    if config.method == "nft":
-        return Selection(everything, None, optimality(advantages, config.advantage_clip), valid)
-    if config.method == "rwr":
-        return Selection(
-            everything, None, regression_weights(rewards, valid, size, config.temperature), valid
-        )
-    best, worst, spread = best_and_worst(rewards, valid, size)
-    return Selection(
-        best, worst if config.method == "dpo" else None, np.ones(len(best), np.float32), spread
-    )
-
-
-def optimality(advantages: np.ndarray, clip: float) -> np.ndarray:
-    """r = clip(A / clip, -1, 1) / 2 + 1/2, float32 (DiffusionNFT, arXiv 2509.16117): how surely a
-    video is a good one.
-    """
-    return (np.clip(advantages / clip, -1.0, 1.0) / 2 + 0.5).astype(np.float32)
-
-
-def regression_weights(
-    rewards: np.ndarray, valid: np.ndarray, size: int, temperature: float
-) -> np.ndarray:
-    """exp(r / temperature) over its mean in the group, [N] float32; 0 where not valid.
-
-    Flow-RWR (arXiv 2501.13918) weights by exp(r), the solution exp(r / beta) / Z(prompt) of its
-    KL-regularised objective without Z. The group's mean is an estimate of Z: the rate of learning
-    then does not depend on the level of the rewards. Weighting by the plain reward, as some code
-    does, is not this method.
-    """
-    kept = np.where(valid, rewards, -np.inf).reshape(-1, size).astype(np.float64)  # [G, size]
-    highest = kept.max(axis=1, keepdims=True)
-    w = np.exp((kept - np.where(np.isfinite(highest), highest, 0.0)) / temperature)
-    count = np.maximum(np.isfinite(kept).sum(axis=1, keepdims=True), 1)
-    total = w.sum(axis=1, keepdims=True)
-    return (w * count / np.where(total > 0, total, 1.0)).reshape(-1).astype(np.float32)
 
 
 def best_and_worst(

@@ -1,0 +1,1 @@
+"""What training methods share: the protocol, the two families, losses, the KL, selection."""

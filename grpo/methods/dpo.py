@@ -1,0 +1,75 @@
+"""Flow-DPO (Liu et al., arXiv 2501.13918): the best video of each group against the worst."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from grpo.learning.flow_matching import FlowMatching, Rows, check_range, mean_square
+from grpo.learning.selection import Selection, best_and_worst
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class DPO(FlowMatching):
+    """The reference is the base model, or with reference_every > 0 the policy as it was copied
+    every so many updates (online DPO).
+    """
+
+    beta: float = 100.0  # train.dpo_beta
+    reference_every: int = 0
+
+    name = "dpo"
+    reads = (*FlowMatching.reads, "train.dpo_beta", "train.reference_every")
+    pairs = True
+    one_per_group = True
+    logs = ("preferred",)  # pairs with a negative margin
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_range(self, "beta")
+        check_range(self, "reference_every", least=0)
+
+    @classmethod
+    def settings(cls, recipe) -> dict:
+        train = recipe.train
+        # DPO's reference is in its loss: it has no further KL
+        return {
+            "beta": train.dpo_beta,
+            "reference_every": train.reference_every,
+            "kl_weight": 0.0,
+        }
+
+    @property
+    def lagged(self) -> tuple[str, ...]:
+        return ("old",) if self.reference_every else ()
+
+    @property
+    def needs_reference(self) -> bool:
+        return not self.reference_every
+
+    def share_kept(self, update: int, last: bool) -> dict[str, float]:
+        every = self.reference_every
+        return {"old": 1.0 if update % every else 0.0} if every else {}
+
+    def select(self, credit, group_size: int) -> Selection:
+        best, worst, differ = best_and_worst(credit.value, credit.spread, group_size)
+        return Selection(best, worst, np.ones(len(best), np.float32), differ)
+
+    def loss(self, rows: Rows) -> tuple[Array, dict[str, Array]]:
+        reference = rows.v_lagged["old"] if self.reference_every else rows.v_reference
+        excess = rows.error - mean_square(reference - rows.target)
+        margin = excess[::2] - excess[1::2]
+        return dpo_loss(margin, self.beta), {"preferred": margin < 0}
+
+
+def dpo_loss(margin: Array, beta: float) -> Array:
+    """-log sigmoid(-beta / 2 margin), [B] (Flow-DPO, arXiv 2501.13918, with a constant beta).
+    margin [B]: how much more than the reference's the policy's error is on the better video, less
+    the same on the worse.
+    """
+    return -jax.nn.log_sigmoid(-0.5 * beta * margin)
+
+
+METHOD = DPO

@@ -1,0 +1,30 @@
+"""Supervised fine-tuning: flow matching on the best video of each group."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from grpo.learning.flow_matching import FlowMatching, Rows
+from grpo.learning.selection import Selection, best_and_worst
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class SFT(FlowMatching):
+    """Imitates its own best samples. A group without two different valid rewards has no best."""
+
+    name = "sft"
+    reads = (*FlowMatching.reads, "train.kl_weight")
+    one_per_group = True
+
+    def select(self, credit, group_size: int) -> Selection:
+        best, _, differ = best_and_worst(credit.value, credit.spread, group_size)
+        return Selection(best, None, np.ones(len(best), np.float32), differ)
+
+    def loss(self, rows: Rows) -> tuple[Array, dict[str, Array]]:
+        return rows.weight * rows.error, {}
+
+
+METHOD = SFT

@@ -1,0 +1,21 @@
+"""Names that settings of training may have. Imports nothing but names, so that reading a recipe does
+not load JAX.
+"""
+
+from grpo import methods
+from rewards.choices import QUESTIONS
+
+METHODS = methods.names()
+ONE_PER_GROUP = "one_per_group"
+WINDOWS = ("any", "random", "progressive", "decay", "exp_decay", ONE_PER_GROUP)
+SLIDING = ("progressive", "decay", "exp_decay")  # windows that move through the steps
+ODE_SOLVERS = ("euler", "dpmpp_2m")
+OBJECTIVES = ("clip", "unscaled", "guard", "dppo")
+KL_KINDS = ("flow_grpo", "sigma", "x", "velocity")
+KL_PLACES = ("loss", "reward")
+KL_REFERENCES = ("base", "average")
+CREDITS = ("none", "longcat", "rectified", "otca")
+STDS = ("group", "global", "max", "none")
+COMBINATIONS = ("rewards", "advantages")
+JUDGE = "judge"  # the engine that is a vision model behind reward servers
+JUDGE_QUESTIONS = ("transcribe", *QUESTIONS)

@@ -1,0 +1,84 @@
+"""The reference of all settings as Markdown, docs/settings.md."""
+
+import inspect
+import math
+
+from grpo.settings.schema import SETTINGS, sections
+from grpo.settings.setting import Setting
+from wan_jax.errors import UserError
+
+HEAD = """# Settings of a recipe
+
+Written by `python -m grpo.settings > docs/settings.md`; the settings are declared in `grpo/settings/sections/`.
+`python -m grpo.settings WORD` prints those whose key or meaning has the word. A recipe (`configs/*.py`) begins with
+`defaults()` and changes a few of them, and each can be given on the command line: `--config.train.learning_rate=3e-5`.
+Methods and what they were found to do: [algorithms.md](algorithms.md), [results.md](results.md).
+
+*Experimental* marks settings and values for which no gain has been measured: one seed, or a difference within the
+spread of the seeds. *Continuing* marks settings that a run may change when it is continued,
+*per process* those in which the processes of a run on several hosts may differ.
+"""
+TYPES = {int: "whole number", float: "number", bool: "True or False", str: "text", tuple: "pair"}
+
+
+def markdown(word: str = "") -> str:
+    """Returns a heading and a table for each section, of the settings whose key or meaning contains
+    `word`, whatever its case. With an empty word all settings, below an introduction.
+
+    Raises `UserError` where there is none.
+    """
+    pages = []
+    for prefix, section in sections():
+        entries = [
+            entry
+            for key, entry in SETTINGS.items()
+            if key.rpartition(".")[0] == prefix.rstrip(".")
+            and word.lower() in f"{key} {entry.meaning}".lower()
+        ]
+        if entries:
+            rows = "\n".join(map(_row, entries))
+            summary = inspect.getdoc(section).partition("\n\n")[0]
+            pages.append(
+                f"## {prefix.rstrip('.') or 'run'}\n\n{summary}\n\n"
+                f"| key | type | default | allowed | meaning |\n|---|---|---|---|---|\n{rows}\n"
+            )
+    if not pages:
+        raise UserError(f"no setting has {word!r} in its key or meaning")
+    return "\n".join(pages if word else [HEAD, *pages])
+
+
+def _row(entry: Setting) -> str:
+    meaning = entry.meaning
+    if entry.experimental:
+        values = entry.experimental if isinstance(entry.experimental, tuple) else ()
+        meaning += f" *Experimental{': ' if values else ''}{', '.join(values)}.*"
+    if entry.resume:
+        meaning += " *Continuing.*"
+    if entry.per_process:
+        meaning += " *Per process.*"
+    cells = (f"`{entry.key}`", _type(entry), f"`{entry.default!r}`", _allowed(entry), meaning)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _type(entry: Setting) -> str:
+    if entry.kind is not tuple:
+        return "path" if entry.path else TYPES[entry.kind]
+    return f"tuple of {TYPES[entry.elements]}s"
+
+
+def _allowed(entry: Setting) -> str:
+    """Says which values are allowed: choices, range, number of elements, None."""
+    parts = []
+    if entry.choices:
+        parts.append(", ".join(f"`{choice}`" for choice in entry.choices))
+    if entry.form:
+        parts.append(entry.form)
+    if entry.bounds:
+        parts.append(entry.bounds.requirement(0.0).partition(";")[0].removeprefix("must be "))
+        if math.inf in entry.bounds:
+            parts.append("`inf`")
+    if entry.required:
+        parts.append("not empty")
+    if entry.optional:
+        parts.append("`None`")
+    return "; ".join(parts)

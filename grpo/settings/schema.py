@@ -1,0 +1,149 @@
+"""All settings of a recipe: `Recipe`, and the table `SETTINGS` that follows from it.
+
+Each setting is declared once, in the sections. Defaults of `configs.defaults`, checks
+(`grpo.settings.validation`), the reference (`docs/settings.md`) and what a continued run may change
+are read from there. Imports no JAX: recipes import this module.
+"""
+
+import dataclasses
+import operator
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import field
+
+from grpo.settings.budget import Budget
+from grpo.settings.sections.model import LoRA, Mesh, Model
+from grpo.settings.sections.records import Eval, Log, Save
+from grpo.settings.sections.reward import Reward
+from grpo.settings.sections.sample import Prompts, Sample
+from grpo.settings.sections.train import Train
+from grpo.settings.setting import PER_PROCESS, RESUME, Section, Setting, declared, setting
+from wan_jax.command_line.limits import SEED, Range
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe(Section):
+    """The run as a whole.
+
+    A recipe has all settings of a run, under the keys of the ConfigDict of `configs.defaults`.
+    """
+
+    run_dir: str = setting(
+        "",
+        "Folder of the run: checkpoints, logs, report. A run that is there is continued after its "
+        "newest checkpoint.",
+        path=True,
+        required=True,
+        **PER_PROCESS,
+    )
+    seed: int = setting(
+        0,
+        "Seed of the run. Every random draw is a function of (seed, epoch, sample, step).",
+        bounds=SEED,
+    )
+    epochs: int = setting(
+        200,
+        "Number of epochs. An epoch samples groups of videos, scores them and updates the model.",
+        bounds=Range(1),
+        resume=True,
+    )
+    budget: Budget = field(default_factory=Budget, metadata=RESUME)
+    model: Model = field(default_factory=Model)
+    lora: LoRA = field(default_factory=LoRA)
+    mesh: Mesh = field(default_factory=Mesh, metadata=RESUME)
+    prompts: Prompts = field(default_factory=Prompts)
+    sample: Sample = field(default_factory=Sample)
+    train: Train = field(default_factory=Train)
+    reward: Reward = field(default_factory=Reward)
+    eval: Eval = field(default_factory=Eval, metadata=RESUME)
+    log: Log = field(default_factory=Log, metadata=PER_PROCESS)
+    save: Save = field(default_factory=Save, metadata=RESUME)
+
+    def to_dict(self) -> dict:
+        """Returns nested dicts with sorted keys, as the recipe's ConfigDict does."""
+        return _sorted(dataclasses.asdict(self))
+
+
+SETTINGS: Mapping[str, Setting] = {entry.key: entry for entry in declared(Recipe)}
+
+
+def values_of(recipe) -> dict[str, object]:
+    """Returns the value of every setting by key, e.g. 'train.learning_rate'; tuples as tuples.
+
+    recipe: a `Recipe`, or a ConfigDict with the same keys.
+    """
+    return {key: as_tuples(operator.attrgetter(key)(recipe)) for key in SETTINGS}
+
+
+def make_recipe(values: Mapping[str, object]) -> Recipe:
+    """Builds a recipe from the value of every setting by key. Whole numbers become floats where the
+    setting is one. The values are not checked.
+    """
+    return _make(Recipe, values, "")
+
+
+def _make(kind: type, values: Mapping[str, object], prefix: str):
+    hints, found = typing.get_type_hints(kind), {}
+    for name in (f.name for f in dataclasses.fields(kind)):
+        key, hint = f"{prefix}{name}", hints[name]
+        found[name] = (
+            _make(hint, values, f"{key}.")
+            if dataclasses.is_dataclass(hint)
+            else _typed(SETTINGS[key], values[key])
+        )
+    return kind(**found)
+
+
+def _typed(entry: Setting, value):
+    value = as_tuples(value)
+    if entry.kind is float and isinstance(value, int):
+        return float(value)
+    return tuple(map(float, value)) if entry.elements is float else value
+
+
+def as_tuples(value):
+    """Returns a value with its lists as tuples, at any depth."""
+    return tuple(map(as_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _sorted(values: dict) -> dict:
+    return {
+        key: _sorted(value) if isinstance(value, dict) else value
+        for key, value in sorted(values.items())
+    }
+
+
+def sections() -> Iterator[tuple[str, type]]:
+    """Yields the prefix of the keys ('', 'budget.', ..., 'log.wandb.') and the class of each section."""
+    yield from _sections(Recipe, "")
+
+
+def _sections(kind: type, prefix: str) -> Iterator[tuple[str, type]]:
+    yield prefix, kind
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _sections(hint, f"{prefix}{name}.")
+
+
+def is_marked(key: str, mark: str) -> bool:
+    """Whether a setting has a mark ('resume' or 'per_process').
+
+    A key that is not a setting, of a run of an earlier version, has the marks of its section.
+    """
+    if key in SETTINGS:
+        return getattr(SETTINGS[key], mark)
+    first = {f.name: f for f in dataclasses.fields(Recipe)}.get(key.partition(".")[0])
+    return first is not None and first.metadata.get(mark, False)
+
+
+def measured_rewards(recipe) -> dict[str, float]:
+    """Returns the weights of the rewards that are measured, by name, sorted.
+
+    recipe: a `Recipe`, or a ConfigDict with the same keys.
+    """
+    prefix = "reward.weights."
+    return {
+        key.removeprefix(prefix): value
+        for key, value in sorted(values_of(recipe).items())
+        if key.startswith(prefix) and value is not None
+    }

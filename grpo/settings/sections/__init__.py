@@ -1,0 +1,1 @@
+"""The sections of a recipe: every setting with its type, default, range and meaning."""

@@ -1,0 +1,91 @@
+"""What is trained and on what it runs: `model`, `lora`, `mesh`."""
+
+import dataclasses
+
+from grpo.settings.setting import PER_PROCESS, Section, setting
+from wan_jax.choices import BACKENDS, DTYPES, OFFLOAD, REMAT_POLICIES
+from wan_jax.command_line.limits import Range
+
+
+@dataclasses.dataclass(frozen=True)
+class Model(Section):
+    """The model that training starts from, and how it is computed."""
+
+    path: str = setting(
+        "",
+        "Folder of the model, written by `python -m convert.from_diffusers`.",
+        path=True,
+        required=True,
+        **PER_PROCESS,
+    )
+    dtype: str = setting(
+        "bfloat16",
+        "Type of the transformer's weights and matrix products. Trained weights, norms, the "
+        "schedule and log-probs are always in float32.",
+        choices=DTYPES,
+    )
+    attention: str = setting(
+        "auto",
+        "Implementation of attention. `auto` is `cudnn` where that runs (NVIDIA, 16-bit types) and "
+        "`chunked` elsewhere. `xla` needs memory quadratic in the number of tokens, the others "
+        "linear. `pallas` needs a GPU and has not run on one of AMD's.",
+        choices=BACKENDS,
+    )
+    offload: str = setting(
+        "auto",
+        "Whether the expert that is not in use is offloaded to host memory, for models with two "
+        "experts. `auto` offloads when both would take more than half of a device's memory.",
+        choices=OFFLOAD,
+        resume=True,
+    )
+    remat: str = setting(
+        "auto",
+        "Which activations of a transformer block the backward pass rematerialises (recomputes). "
+        "`none` keeps all of them, `save_matmuls` only the results of dense layers, `block` only "
+        "the block's input; `offload` keeps that input in host memory. Memory falls and time rises "
+        "in this order. `auto` is `save_matmuls` where it fits the device's memory, and `block` "
+        "elsewhere.",
+        choices=("auto", *REMAT_POLICIES),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA(Section):
+    """Low-rank adapters, which are trained instead of the weights."""
+
+    rank: int = setting(
+        32, "Rank of the adapters. 0 trains all weights, without adapters.", bounds=Range(0)
+    )
+    alpha: float = setting(
+        64.0,
+        "Scale of the adapters: their output is multiplied by alpha / rank.",
+        bounds=Range(0, above=True, note="adapters are scaled by alpha / rank"),
+    )
+    targets: tuple[str, ...] = setting(
+        ("to_q", "to_k", "to_v", "to_out.0"),
+        "Names of the dense layers that have adapters, as Diffusers names them.",
+    )
+    init: str = setting(
+        "",
+        "LoRA file or folder (Diffusers, PEFT, ComfyUI or kohya) whose adapters training starts "
+        "from. The KL is still to the base model. Empty: training starts from fresh adapters.",
+        path=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh(Section):
+    """How the devices share the work: data x fsdp x context. Batches are split over data x fsdp."""
+
+    fsdp: int = setting(
+        0,
+        "Number of devices that weights, gradients, moments and averages are split over. 0: chosen "
+        "by the memory they need, and printed.",
+        bounds=Range(0),
+    )
+    context: int = setting(
+        0,
+        "Number of devices that the tokens of each video are split over, for long videos or small "
+        "batches. 0: chosen, 1 unless a batch has fewer videos than there are devices.",
+        bounds=Range(0),
+    )

@@ -1,0 +1,100 @@
+"""What a run evaluates, logs and saves: `eval`, `log`, `save`."""
+
+import dataclasses
+
+from grpo.settings.setting import GUIDANCE, Section, setting
+from wan_jax.choices import SOLVERS
+from wan_jax.command_line.limits import SEED, Range
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval(Section):
+    """Evaluation on held-out prompts: before the first epoch, every N epochs, after the last one."""
+
+    every: int = setting(20, "Epochs between evaluations.", bounds=Range(1))
+    num_prompts: int = setting(
+        256,
+        "Number of held-out prompts, the first of their file. Each has one video.",
+        bounds=Range(2),
+    )
+    frames: int = setting(
+        0,
+        "Frames of the videos by which the run is judged. 0: `sample.frames`.",
+        bounds=Range(0),
+    )
+    more_frames: tuple[int, ...] = setting(
+        (),
+        "Further numbers of frames, e.g. (33,). Each has evaluations of its own, logged apart.",
+        bounds=Range(1),
+    )
+    steps: int = setting(20, "Number of denoising steps.", bounds=Range(1))
+    guidance: float = setting(
+        4.5,
+        "Scale of classifier-free guidance. Up to 1 there is no guidance.",
+        bounds=GUIDANCE,
+    )
+    guidance_2: float | None = setting(
+        None,
+        "Scale of guidance of the second expert, in models with two. None: that of the first.",
+        bounds=GUIDANCE,
+    )
+    also_unguided: bool = setting(
+        False,
+        "Whether each evaluation is made a second time without guidance, logged as `unguided`.",
+    )
+    solver: str = setting(
+        "unipc",
+        "ODE solver. `euler` is the solver of training, `flow_match_euler` and `unipc` are those "
+        "of Diffusers' schedulers, `dpmpp_2m` is DPM-Solver++(2M).",
+        choices=SOLVERS,
+    )
+    seed: int = setting(
+        1234,
+        "Seed of the initial noise. All evaluations with one seed start from the same noise.",
+        bounds=SEED,
+    )
+    previews: int = setting(
+        12, "Number of videos that are kept as pictures for the report.", bounds=Range(0)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class WandB(Section):
+    """Weights & Biases, besides the run's own files and TensorBoard."""
+
+    project: str = setting(
+        "",
+        "Project that the run is logged to. Empty: Weights & Biases is not used. With the "
+        "environment variable WANDB_MODE=offline the run stays on this machine.",
+    )
+    entity: str = setting("", "User or team of the project. Empty: the account's default.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MLflow(Section):
+    """MLflow, besides the run's own files and TensorBoard."""
+
+    uri: str = setting(
+        "",
+        "Tracking server, e.g. http://host:5000, or sqlite:///FILE. Names and passwords belong in "
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. Empty: MLflow is not used.",
+    )
+    experiment: str = setting("wan-jax-grpo", "Experiment that the run is logged to.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Log(Section):
+    """Trackers, besides the run's own files and TensorBoard."""
+
+    wandb: WandB = dataclasses.field(default_factory=WandB)
+    mlflow: MLflow = dataclasses.field(default_factory=MLflow)
+
+
+@dataclasses.dataclass(frozen=True)
+class Save(Section):
+    """Checkpoints."""
+
+    every: int = setting(
+        10, "Epochs between checkpoints. The last epoch is always saved.", bounds=Range(1)
+    )
+    keep: int = setting(3, "Number of newest checkpoints that are kept.", bounds=Range(1))

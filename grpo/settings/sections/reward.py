@@ -1,0 +1,129 @@
+"""What a video is worth: `reward`."""
+
+import dataclasses
+
+from grpo.settings.choices import COMBINATIONS, JUDGE, JUDGE_QUESTIONS
+from grpo.settings.setting import PER_PROCESS, POSITIVE, Section, setting
+from rewards.choices import ENGINES, RULES
+from wan_jax.command_line.limits import Range
+
+
+def _weight(default: float | None, meaning: str):
+    return setting(default, meaning, bounds=Range(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights(Section):
+    """Weight of each reward. 0: it is measured and logged, but not trained. None: not measured."""
+
+    ocr: float = _weight(1.0, "Spelling, by `reward.rule`, 0 to 1.")
+    stability: float | None = _weight(
+        None, "Similarity of the texts that are read in neighbouring frames, 0 to 1."
+    )
+    clip: float | None = _weight(
+        None, "Cosine of the prompt and the frames by the model in `reward.clip_model`."
+    )
+    pickscore: float | None = _weight(
+        None, "PickScore of the prompt and the frames, over 26, by `reward.pickscore_model`."
+    )
+    sharpness: float | None = _weight(
+        None, "Deviation of the frames' sharpness from that of the base model's videos, -1 to 0."
+    )
+    exposure: float | None = _weight(None, "The same for the mean brightness.")
+    contrast: float | None = _weight(None, "The same for the contrast.")
+    compressibility: float | None = _weight(None, "The same for the bits a pixel takes as JPEG.")
+    flicker: float | None = _weight(
+        None, "The same for changes between neighbouring frames; only more of them counts."
+    )
+    motion: float | None = _weight(
+        None, "The same for the length of the optical flow; only less of it counts."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward(Section):
+    """The rewards, and where videos are scored."""
+
+    rule: str = setting(
+        "spelling",
+        "Rule that turns the texts read in a video into a score. `spelling` is the one to train "
+        "with; the others are Flow-GRPO's own, for comparison.",
+        choices=RULES,
+    )
+    engine: str = setting(
+        "rapidocr",
+        "What reads the frames: an OCR engine, or `judge`, the vision model at `reward.servers`.",
+        choices=(*ENGINES, JUDGE),
+    )
+    max_frames: int = setting(
+        9,
+        "Largest number of frames of a video that are scored, spread evenly from the first to the "
+        "last.",
+        bounds=Range(2),
+    )
+    weights: Weights = dataclasses.field(default_factory=Weights)
+    clip_model: str = setting(
+        "",
+        "Folder of a CLIP model as `transformers` writes it, for `reward.weights.clip`.",
+        path=True,
+        **PER_PROCESS,
+    )
+    pickscore_model: str = setting(
+        "",
+        "Folder of PickScore as `transformers` writes it, for `reward.weights.pickscore`.",
+        path=True,
+        **PER_PROCESS,
+    )
+    combine: str = setting(
+        "rewards",
+        "What is summed by weight. `rewards`: the rewards. `advantages`: each reward's advantages "
+        "(GDPO), so that a weight holds whatever a reward's spread is.",
+        choices=COMBINATIONS,
+        experimental=("advantages",),
+    )
+    workers: int = setting(
+        2,
+        "Number of scoring processes. 0: the training process scores. With `reward.servers`: "
+        "videos sent at the same time, at least the number of workers of all servers.",
+        bounds=Range(0),
+        **PER_PROCESS,
+    )
+    servers: tuple[str, ...] = setting(
+        (),
+        "URLs of reward servers (docs/rewards_server.md). Empty: videos are scored on this machine.",
+        **PER_PROCESS,
+    )
+    token_env: str = setting(
+        "REWARD_TOKEN",
+        "Name of the environment variable that holds the servers' token. The token itself is "
+        "stored nowhere.",
+        **PER_PROCESS,
+    )
+    timeout: float = setting(
+        120.0,
+        "Seconds after which a server that does not answer counts as down.",
+        bounds=POSITIVE,
+        **PER_PROCESS,
+    )
+    retries: int = setting(
+        3,
+        "Number of further servers that are asked for the score of one video.",
+        bounds=Range(0),
+        **PER_PROCESS,
+    )
+    patience: float = setting(
+        120.0,
+        "Seconds to wait when no server works. After that the video is masked and counted.",
+        bounds=Range(0),
+        **PER_PROCESS,
+    )
+    judge_model: str = setting(
+        "", "Name of the vision model at its servers. Empty: the only one that they serve."
+    )
+    judge_question: str = setting(
+        "transcribe",
+        "What the vision model is asked. `transcribe`: the text of each frame, which "
+        "`reward.rule` scores. `yes_no`: whether the video shows the text. `rate`: a mark from 0 "
+        "to 10.",
+        choices=JUDGE_QUESTIONS,
+    )

@@ -1,0 +1,136 @@
+"""What an epoch samples: `prompts`, `sample`."""
+
+import dataclasses
+
+from grpo.settings.choices import ODE_SOLVERS, WINDOWS
+from grpo.settings.setting import GUIDANCE, PER_PROCESS, POSITIVE, POSITIVE_OR_INF, Section, setting
+from wan_jax.choices import SDE_KINDS
+from wan_jax.command_line.limits import Range
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts(Section):
+    """The prompts. Files are text, one prompt a line with the text to write in quotes, or .jsonl."""
+
+    train: str = setting(
+        "",
+        "File of the training prompts. A run that is continued may name another file with the same "
+        "content.",
+        path=True,
+        required=True,
+        per_process=True,
+    )
+    heldout: str = setting(
+        "",
+        "File of the held-out prompts, by which evaluations judge. It must not contain a training "
+        "prompt.",
+        path=True,
+        required=True,
+        **PER_PROCESS,
+    )
+    negative: str = setting("", "Negative prompt of the guidance, in training and evaluation.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample(Section):
+    """How the videos of an epoch are sampled. An epoch has groups x group_size videos."""
+
+    frames: int = setting(1, "Frames of a video. 1 is a picture.", bounds=Range(1))
+    frame_schedule: tuple[tuple[int, int], ...] = setting(
+        (),
+        "Changes of the number of frames: ((epoch, frames), ...), each from its epoch on, e.g. "
+        "((50, 9), (100, 33)). Until the first of them `sample.frames` holds. It needs "
+        "`eval.frames`. Empty: no change.",
+        experimental=True,
+    )
+    height: int = setting(
+        512, "Height of a video, in pixels; a multiple of 16 (TI2V-5B: of 32).", bounds=Range(1)
+    )
+    width: int = setting(
+        512, "Width of a video, in pixels; a multiple of 16 (TI2V-5B: of 32).", bounds=Range(1)
+    )
+    steps: int = setting(20, "Number of denoising steps.", bounds=Range(1))
+    shift: float = setting(
+        3.0,
+        "Shift of the noise schedule. A larger one spends more of the steps at high noise.",
+        bounds=POSITIVE,
+    )
+    guidance: float = setting(
+        4.5,
+        "Scale of classifier-free guidance. Up to 1 there is no guidance, which halves the cost of "
+        "a step.",
+        bounds=GUIDANCE,
+    )
+    guidance_2: float | None = setting(
+        None,
+        "Scale of guidance of the second expert, in models with two. None: that of the first.",
+        bounds=GUIDANCE,
+    )
+    groups: int = setting(48, "Groups of an epoch: the number of its prompts.", bounds=Range(1))
+    group_size: int = setting(
+        12, "Videos of a group: how many are sampled of each prompt.", bounds=Range(2)
+    )
+    batch_size: int = setting(
+        9,
+        "Videos of a rollout batch and of a micro-batch of the update, over all devices. It "
+        "divides groups x group_size.",
+        bounds=Range(1),
+    )
+    shared_noise: bool = setting(
+        False,
+        "Whether the videos of a group start from one noise. The steps before the first stochastic "
+        "one are then the same for all of them, and are computed once for the group.",
+        experimental=True,
+    )
+    sde: str = setting(
+        "flow_grpo_wan",
+        "Form of the noise of stochastic steps: `flow_grpo_wan` (Flow-GRPO's code for Wan), "
+        "`flow_sde` (Flow-GRPO's paper), `dance` (DanceGRPO), `cps` (coefficients-preserving "
+        "sampling).",
+        choices=SDE_KINDS,
+    )
+    ode_solver: str = setting(
+        "euler",
+        "Solver of the steps that are not stochastic. `dpmpp_2m` is DPM-Solver++(2M), as in "
+        "MixGRPO-Flash.",
+        choices=ODE_SOLVERS,
+        experimental=("dpmpp_2m",),
+    )
+    noise_level: float | None = setting(
+        None,
+        "Amount of noise of stochastic steps; 0 is the ODE. None: the form's own, 1.0 for "
+        "flow_grpo_wan, 0.7 for flow_sde, 0.3 for dance, 0.8 for cps.",
+        bounds=Range(0),
+    )
+    max_step_std: float | None = setting(
+        None,
+        "Bound of the standard deviation of the noise that one step adds; latents have unit "
+        "variance. inf: no bound. None: 1.0 for flow_sde, no bound for the others.",
+        bounds=POSITIVE_OR_INF,
+    )
+    sde_steps: int = setting(
+        19,
+        "Number of steps of an epoch that are stochastic, and so trained. The other steps follow "
+        "the ODE.",
+        bounds=Range(1),
+    )
+    sde_range: tuple[int, int] = setting(
+        (0, 19),
+        "Range of the steps that may be stochastic. Steps are counted from 0, and the second number "
+        "is not included.",
+        bounds=Range(0),
+        form="(first, last + 1)",
+    )
+    sde_window: str = setting(
+        "any",
+        "Rule by which an epoch draws its stochastic steps from `sample.sde_range`. `any`: any "
+        "subset. `random`: neighbouring steps at a random place (Flow-GRPO-Fast). `progressive`, "
+        "`decay`, `exp_decay`: neighbouring steps that slide from the first to the last (MixGRPO); "
+        "with the last two they stay fewer epochs at later steps. `one_per_group`: one step, "
+        "another for each group (Flash-GRPO); it needs sde_steps=1.",
+        choices=WINDOWS,
+        experimental=("decay", "exp_decay"),
+    )
+    sde_window_epochs: int = setting(
+        25, "Epochs that a sliding window stays at its first place.", bounds=Range(1)
+    )

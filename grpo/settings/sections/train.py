@@ -1,0 +1,245 @@
+"""How an epoch's videos train the model: `train`."""
+
+import dataclasses
+import math
+
+from grpo.settings.choices import (
+    CREDITS,
+    KL_KINDS,
+    KL_PLACES,
+    KL_REFERENCES,
+    METHODS,
+    OBJECTIVES,
+    STDS,
+)
+from grpo.settings.setting import FRACTION, GUIDANCE, POSITIVE, POSITIVE_OR_INF, Section, setting
+from wan_jax.choices import EXPERTS
+from wan_jax.command_line.limits import Range
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(Section):
+    """The method, its loss, and the optimiser. Updates are optimiser steps of one expert."""
+
+    method: str = setting(
+        "nft",
+        "Training method. `grpo` is Flow-GRPO and trains on the stochastic steps. The others train "
+        "on finished videos, noised again: `nft` is DiffusionNFT, `dpo` Flow-DPO, `rwr` "
+        "reward-weighted regression, `sft` fine-tuning on the best video of each group.",
+        choices=METHODS,
+    )
+    timesteps: int = setting(
+        4,
+        "Of the methods on finished videos: noise levels of a video in an epoch. Two experts share "
+        "them. At most `sample.steps`.",
+        bounds=Range(1),
+    )
+    nft_beta: float = setting(
+        0.1,
+        "Of `nft`: distance of its positive and negative policies from the behaviour policy.",
+        bounds=POSITIVE,
+    )
+    old_rate: float = setting(
+        1e-3,
+        "Of `nft`: after n updates the behaviour policy, which samples, keeps min(old_rate n, "
+        "old_most) of itself at the end of an epoch. The rest is the trained policy.",
+        bounds=Range(0),
+    )
+    old_most: float = setting(
+        0.5, "Of `nft`: the largest share that the behaviour policy keeps.", bounds=FRACTION
+    )
+    dpo_beta: float = setting(
+        100.0,
+        "Of `dpo`: beta of its loss, -log sigmoid(-beta / 2 x margin): how sharply it prefers, and "
+        "how near it stays to the reference.",
+        bounds=POSITIVE,
+    )
+    reference_every: int = setting(
+        0,
+        "Of `dpo`: updates after which the policy becomes the reference (online DPO). 0: the "
+        "reference is the base model.",
+        bounds=Range(0),
+        experimental=True,
+    )
+    temperature: float = setting(
+        1.0,
+        "Of `rwr`: a video's weight is exp(reward / temperature) over its mean in the group.",
+        bounds=POSITIVE,
+    )
+    guided: bool = setting(
+        False,
+        "Of the methods on finished videos: whether the velocity with `sample.guidance` is trained, "
+        "at twice the forward passes. False: the conditional velocity, as published.",
+        experimental=True,
+    )
+    experts: tuple[str, ...] = setting(
+        EXPERTS,
+        "Experts that are trained. Models with one expert have only the first.",
+        choices=EXPERTS,
+    )
+    groups: int = setting(
+        0,
+        "Number of groups of an epoch that are trained: those whose rewards differ most. 0: all.",
+        bounds=Range(0),
+        experimental=True,
+    )
+    best_of: int = setting(
+        0,
+        "Number of best videos of each group that are trained, and of worst ones. 0: all videos "
+        "are trained.",
+        bounds=Range(0),
+        experimental=True,
+    )
+    updates_per_epoch: int = setting(
+        2, "Updates that the batches of an epoch are divided among.", bounds=Range(1)
+    )
+    learning_rate: float = setting(
+        1e-4,
+        "Learning rate of AdamW.",
+        bounds=Range(0, 1, above=True, below=True, note="1e-4 is usual"),
+    )
+    warmup_updates: int = setting(
+        0, "Updates in which the learning rate rises linearly to its value.", bounds=Range(0)
+    )
+    adam_b1: float = setting(0.9, "Decay of AdamW's first moment.", bounds=FRACTION)
+    adam_b2: float = setting(0.999, "Decay of AdamW's second moment.", bounds=FRACTION)
+    adam_eps: float = setting(1e-8, "Term that AdamW adds to its divisor.", bounds=POSITIVE)
+    weight_decay: float = setting(1e-4, "Weight decay of AdamW.", bounds=Range(0))
+    max_grad_norm: float = setting(
+        1.0,
+        "Norm above which gradients are scaled down to it. inf: never.",
+        bounds=POSITIVE_OR_INF,
+    )
+    ema_decay: float = setting(
+        0.9,
+        "Decay of the average of the trained weights, which evaluations and exports use. It starts "
+        "lower: min((1 + n) / (10 + n), ema_decay) after n updates. 0: the weights themselves.",
+        bounds=FRACTION,
+    )
+    offload_optimiser: bool = setting(
+        False,
+        "Whether moments and averages are offloaded to host memory between updates.",
+        resume=True,
+    )
+    objective: str = setting(
+        "clip",
+        "Policy loss of `grpo`: `clip` (clipped ratio), `unscaled` (ratio without the step's "
+        "variance, as with CPS), `guard` (GRPO-Guard), `dppo` (Flow-DPPO).",
+        choices=OBJECTIVES,
+        experimental=("dppo",),
+    )
+    divergence: float = setting(
+        1e-5,
+        "Of `dppo`: divergence from the sampling policy at which a step of a video is left out.",
+        bounds=POSITIVE,
+        experimental=True,
+    )
+    credit: str = setting(
+        "none",
+        "Weight of each trained step in the loss. `none`: all are equal. `longcat` and `rectified` "
+        "(Flash-GRPO) follow from the schedule; `otca` depends on the progress of each video.",
+        choices=CREDITS,
+        experimental=("longcat", "rectified", "otca"),
+    )
+    clip_low: float = setting(
+        1e-3,
+        "Lower clip range: the ratio is clipped at 1 - clip_low. Log-probs are means over a video's "
+        "values, so usual ranges are 1e-6 to 1e-3.",
+        bounds=Range(0, 1, above=True),
+    )
+    clip_high: float = setting(
+        1e-3, "Upper clip range: the ratio is clipped at 1 + clip_high.", bounds=POSITIVE
+    )
+    kl_weight: float | None = setting(
+        None,
+        "Weight of the KL to the reference. Of `nft`, `rwr` and `sft` it is that of mean((v - "
+        "v_ref)^2), with velocities v; `dpo` has none. None: 0.004 for grpo, 1e-4 for nft, 0 for the "
+        "others.",
+        bounds=Range(0),
+    )
+    kl_as: str = setting(
+        "loss",
+        "Where the KL counts. `loss`: it is added to the loss. `reward`: it is computed while "
+        "sampling, and kl_weight times it is subtracted from the reward of each step.",
+        choices=KL_PLACES,
+        experimental=("reward",),
+    )
+    kl_reference: str = setting(
+        "base",
+        "Reference of the KL of `grpo`. `base`: the model before training. `average`: an average of "
+        "the trained weights.",
+        choices=KL_REFERENCES,
+        experimental=("average",),
+    )
+    kl_reference_decay: float = setting(
+        0.99,
+        "Decay of that average: the share of itself that it keeps in every update.",
+        bounds=FRACTION,
+        experimental=True,
+    )
+    kl_target: float | None = setting(
+        None,
+        "KL that the weight is adapted to; kl_weight is then the first weight. None: the weight is "
+        "constant.",
+        bounds=POSITIVE,
+        experimental=True,
+    )
+    kl_horizon: float = setting(
+        20.0,
+        "Updates in which a KL of twice the target multiplies the weight by e.",
+        bounds=POSITIVE,
+        experimental=True,
+    )
+    kl_weight_range: tuple[float, float] = setting(
+        (1e-4, 1.0),
+        "Range of the adapted weight.",
+        bounds=POSITIVE,
+        form="(lowest, highest)",
+        experimental=True,
+    )
+    kl_kind: str = setting(
+        "flow_grpo",
+        "Form of the KL. `flow_grpo`: of the Gaussians of the step, per dimension. `sigma`: the same "
+        "without the step's length. `x`: squared difference of the means. `velocity`: squared "
+        "difference of the velocities.",
+        choices=KL_KINDS,
+        experimental=("sigma", "x", "velocity"),
+    )
+    cfg_distill_weight: float = setting(
+        0.0,
+        "Weight of a loss that pulls the velocity without guidance to the reference's velocity with "
+        "guidance. It needs sample.guidance=1. 0: no such loss.",
+        bounds=Range(0),
+        experimental=True,
+    )
+    cfg_distill_guidance: float = setting(
+        4.5,
+        "Scale of guidance of the reference in that loss; above 1.",
+        bounds=GUIDANCE,
+        experimental=True,
+    )
+    cfg_distill_guidance_2: float | None = setting(
+        None,
+        "The same for the second expert, in models with two. None: as for the first.",
+        bounds=GUIDANCE,
+        experimental=True,
+    )
+    advantage_std: str = setting(
+        "group",
+        "Standard deviation that advantages are divided by: of the `group`'s rewards, of all rewards "
+        "(`global`), the largest of any group (`max`), or `none` (Dr. GRPO).",
+        choices=STDS,
+        experimental=("global", "max", "none"),
+    )
+    advantage_clip: float = setting(
+        5.0,
+        "Largest absolute value of an advantage. `nft` also divides advantages by it. inf: no bound.",
+        bounds=POSITIVE_OR_INF,
+    )
+    ratio_tolerance: float | None = setting(
+        None,
+        "Deviation of the importance ratio from 1 in the first update of an epoch that ends the run, "
+        "as that update is on-policy. inf: it is not checked. None: 1e-4 in float32, 2e-3 in "
+        "bfloat16.",
+        bounds=Range(0, math.inf, below=False),
+    )

@@ -1,0 +1,304 @@
+"""Everything that a run does before its first epoch.
+
+Compiles all functions before any weight is read, so that what cannot fit is refused within minutes;
+encodes the prompts; loads the weights; makes the policy and the optimiser, or restores them from the
+newest checkpoint.
+"""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable
+
+import jax
+from tqdm import tqdm
+
+from convert.lora import initial_adapters
+from grpo import train_state
+from grpo.compiled import compile, offload
+from grpo.compiled.functions import Functions
+from grpo.data.prompts import PromptSet, examples
+from grpo.learning.optimiser import init_state
+from grpo.learning.policy import Flat, make_policy
+from grpo.random_streams import Stream
+from grpo.records import run_log
+from grpo.run import RunSpec
+from grpo.sampling import Session, States
+from grpo.scoring.heldout import Evaluator
+from grpo.settings.budget import Spent
+from grpo.settings.unused import changed_in_vain
+from rewards.workers import RewardPool
+from wan_jax.command_line import cli
+from wan_jax.diffusion.experts import Weights
+from wan_jax.distributed import memory, multihost
+from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.inference import pipeline
+from wan_jax.storage import folder_lock, model_dir
+from wan_jax.storage.checkpoint import Checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """A run's folder, held by the lock of this run."""
+
+    spec: RunSpec
+    checkpoints: Checkpoints
+    origin: dict  # `train_state.origin`: the model and the prompts that the run belongs to
+    lock: folder_lock.Lock | None  # in process 0
+
+    def check_held(self) -> None:
+        """Raise `UserError` where the folder was moved away or taken by another run."""
+        if self.lock:
+            self.lock.check_held()
+
+    def save(self, epoch: int, states: States, spent: Spent) -> None:
+        """Write the checkpoint of an epoch, unless it is the newest one."""
+        if self.checkpoints.latest() == epoch:
+            return
+        self.check_held()
+        recipe, lora = self.spec.recipe, self.spec.settings.lora
+        train_state.save(
+            self.checkpoints, epoch, states, recipe.to_dict(), lora, spent, self.origin
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A run before its first epoch."""
+
+    session: Session
+    states: States
+    resumed: int | None  # the epoch of the checkpoint that it goes on from
+    spent: Spent
+    unevaluated: tuple[int, ...]  # lengths at which the model is to be evaluated as it is
+    folder: RunFolder
+    log: run_log.RunLog | run_log.SilentLog
+    evaluators: dict[int, Evaluator]  # by length of the videos
+    compiled: compile.CompileCounter
+
+    @property
+    def epochs(self) -> range:
+        spec, done = self.session.spec, self.resumed or 0
+        ended = spec.settings.budget.reached(self.spent)
+        return range(done + 1, (done if ended else spec.recipe.epochs) + 1)
+
+
+def prepare(
+    spec: RunSpec,
+    model: model_dir.ModelDir,
+    prompts: PromptSet,
+    heldout: PromptSet,
+    pool: RewardPool,
+    lock: folder_lock.Lock | None = None,
+) -> Start:
+    """Return the run as it starts or goes on. Raises `UserError` where the newest checkpoint is of
+    another run, or where this one cannot fit.
+    """
+    recipe, settings, mesh = spec.recipe, spec.settings, spec.mesh
+    adapters = None
+    if recipe.lora.init:
+        with cli.user_input():
+            adapters = initial_adapters(recipe.lora.init, model, settings.lora)
+
+    # ---- the newest checkpoint ---------------------------------------------------------------
+    checkpoints = Checkpoints(recipe.run_dir, keep=recipe.save.keep)
+    folder = RunFolder(spec, checkpoints, train_state.origin(model, prompts), lock)
+    resumed, spent = multihost.from_first(checkpoints.begin), Spent()
+    if resumed is not None:
+        meta = checkpoints.check(resumed)
+        spent = train_state.spent_by(checkpoints, resumed)
+        train_state.check_resume(
+            meta, checkpoints.path(resumed), recipe.to_dict(), model, folder.origin
+        )
+    done = resumed or 0
+    ended = done == recipe.epochs or settings.budget.reached(spent)
+    unevaluated = spec.evaluated_frames  # of a new run: the base model
+    if resumed is not None:  # else what an interrupted run has not evaluated
+        unevaluated = multihost.from_first(
+            lambda: (
+                not_evaluated(recipe.run_dir, done, spec.evaluated_frames)
+                if evaluation_is_due(spec, done, spent)
+                else ()
+            )
+        )
+    describe(spec, prompts)
+
+    # ---- compiled functions: refused where they do not fit, before any weight is read --------
+    everything = PromptSet(prompts.prompts + heldout.prompts, prompts.targets + heldout.targets)
+    multihost.stage("compiling")
+    with cli.user_input():
+        text_rows = multihost.from_first(
+            lambda: pipeline.text_rows(
+                model, everything.prompts, recipe.prompts.negative, dtype=settings.dtype
+            )
+        )
+        functions = Functions(spec, text_rows)
+        offloaded = compile.offloads(functions, spec.memory)
+    if not ended or unevaluated:
+        compile_functions(functions, offloaded)
+    compiled = compile.CompileCounter()
+
+    # ---- prompts and frozen weights ----------------------------------------------------------
+    multihost.stage("encoding the prompts")
+    table = multihost.from_first(
+        lambda: pipeline.embed_prompts(
+            model,
+            everything.prompts,
+            recipe.prompts.negative,
+            dtype=settings.dtype,
+            progress=functools.partial(progress_bar, desc="prompts"),
+            cache=True,
+        )
+    )
+    multihost.stage("loading the weights")
+    vae_graph, vae_state = pipeline.load_vae(model, mesh)
+    decode = pipeline.make_decoder(vae_graph, programs=functions.decoder)
+    frozen = load_weights(spec, model, offloaded)
+
+    # ---- the policy, the optimiser -----------------------------------------------------------
+    with cli.user_input():
+        start = initial_arrays(spec, frozen, adapters)
+    if settings.lora is None and not spec.method.needs_reference:
+
+        def frozen(expert):  # full fine-tuning without a reference: the fp32 copies are enough
+            return None
+
+    offloads = recipe.train.offload_optimiser
+    initial = offload.init_state if offloads else init_state
+    states = {
+        name: initial(start[name], settings.optimiser, spec.method.adaptive_kl, spec.method.lagged)
+        for name in spec.trained
+    }
+    if resumed is not None:
+        states = train_state.restore(checkpoints, resumed, states)
+
+    folder.check_held()
+    log = run_log.SilentLog()
+    if multihost.first():
+        log = run_log.RunLog(recipe.run_dir, resumed, recipe.log)
+    command = " ".join(["python -m grpo.train", *sys.argv[1:]])
+    log.config(dict(recipe.to_dict(), command=command))
+    session = Session(
+        functions=functions,
+        prompts=prompts,
+        table=table,
+        decode=functools.partial(decode, vae_state),
+        pool=pool,
+        frozen=frozen,
+        start=start,
+        to_device=offload.to_device if offloads else lambda arrays: arrays,
+        progress=progress_bar,
+    )
+    heldout_table = dataclasses.replace(table, prompts=table.prompts[len(prompts) :])
+    evaluators = {
+        frames: Evaluator(
+            heldout,
+            heldout_table,
+            spec.solver,
+            functions.eval_steps,
+            spec.eval_segments,
+            decode,
+            vae_state,
+            pool,
+            mesh,
+            spec.shape_of(frames),
+            recipe.sample.batch_size,
+            recipe.eval.seed,
+            recipe.eval.previews,
+            functions.unguided_steps,
+        )
+        for frames in spec.evaluated_frames
+    }
+    return Start(session, states, resumed, spent, unevaluated, folder, log, evaluators, compiled)
+
+
+def evaluation_is_due(spec: RunSpec, epoch: int, spent: Spent) -> bool:
+    """Return whether the weights after an epoch are evaluated."""
+    recipe = spec.recipe
+    last = epoch == recipe.epochs or spec.settings.budget.reached(spent)
+    return last or epoch % recipe.eval.every == 0
+
+
+def not_evaluated(run_dir: str, epoch: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
+    """Return those of the evaluated lengths of which the run's folder has no evaluation after
+    `epoch`.
+    """
+    missing = []
+    for i, frames in enumerate(lengths):
+        known = run_log.read_evaluations(run_dir, frames if i else None)
+        if epoch not in [record["epoch"] for record in known]:
+            missing.append(frames)
+    return tuple(missing)
+
+
+def describe(spec: RunSpec, prompts: PromptSet) -> None:
+    """Print what runs where, settings without effect, and examples of what prompts ask for."""
+    devices, count = spec.mesh.devices, jax.process_count()
+    processes = f" on {count} processes" if count > 1 else ""
+    say(
+        f"{devices.size} x {devices.flat[0].device_kind}{processes}, attention {spec.backend}, "
+        f"weights {spec.recipe.model.dtype}",
+        spec.placed,
+        *changed_in_vain(spec.recipe),
+        *examples(prompts),
+    )
+
+
+def compile_functions(functions: Functions, offloaded: bool) -> None:
+    """Compile all functions, and print what they need. Raises `UserError` where that is too much."""
+    spec = functions.spec
+    say(f"rematerialisation: {spec.remat}")
+    bar = functools.partial(progress_bar, desc="compiling")
+    needed = compile.compile_all(functions, offloaded, bar)
+    say(*needed.table(spec.memory))
+    pinned = memory.pinned_limit(spec.mesh.local_devices[0])
+    compile.check_fits(needed, spec, offloaded, spec.memory, pinned)
+
+
+def load_weights(spec: RunSpec, model: model_dir.ModelDir, offloaded: bool) -> Weights:
+    """Return the frozen transformers, the idle one of two in host memory where `offloaded`."""
+    if offloaded:
+        say("two experts: the idle one waits in host memory")
+
+    def load(name: str):
+        return model_dir.build(name, model, dtype=spec.settings.dtype, mesh=spec.mesh)[1]
+
+    return Weights([functools.partial(load, name) for name in model.experts], offloaded)
+
+
+def initial_arrays(
+    spec: RunSpec, frozen: Callable, adapters: dict[str, Flat] | None
+) -> dict[str, Flat]:
+    """Return each expert's arrays that training changes, before the first update: adapters drawn
+    from the seed, or those that are given, or all weights.
+    """
+    start, key = {}, jax.random.key(spec.recipe.seed)
+    for i, name in enumerate(spec.preset.experts):
+        stream = Stream.SECOND_ADAPTERS if i else Stream.ADAPTERS
+        _, arrays = make_policy(
+            spec.preset.transformer,
+            frozen(i),
+            spec.mesh,
+            lora=spec.settings.lora,
+            key=stream.key(key),
+            dtype=spec.settings.dtype,
+            attention=spec.backend,
+            remat=spec.remat,
+        )
+        if adapters is not None:
+            given = adapters[name]
+            arrays = {k: mesh_lib.place(given[k], v.sharding) for k, v in arrays.items()}
+        start[name] = arrays
+    return start
+
+
+def progress_bar(iterable, **options):
+    """Return the iterable with a progress bar on the terminal of the first process."""
+    shown = sys.stderr.isatty() and multihost.first()
+    return tqdm(iterable, leave=False, dynamic_ncols=True, disable=not shown, **options)
+
+
+def say(*lines: object) -> None:
+    """Print lines, in the first process."""
+    if multihost.first():
+        print(*lines, sep="\n", flush=True)

@@ -1,0 +1,11 @@
+"""Names that options of the models and samplers may have. Imports nothing, so that reading a recipe
+does not load JAX.
+"""
+
+DTYPES = ("float32", "bfloat16")
+BACKENDS = ("auto", "xla", "chunked", "cudnn", "pallas")  # of attention
+REMAT_POLICIES = ("none", "block", "save_matmuls", "offload")
+OFFLOAD = ("auto", "never", "always")  # of the idle expert
+SOLVERS = ("unipc", "euler", "flow_match_euler", "dpmpp_2m")
+SDE_KINDS = ("flow_grpo_wan", "flow_sde", "dance", "cps")
+EXPERTS = ("transformer", "transformer_2")
