@@ -1,0 +1,55 @@
+"""Advantage-weighted matching (AWM, Xue et al., arXiv 2509.25050): a policy gradient without the SDE.
+
+The flow-matching error of a finished video stands for its log-prob: lp = -mean((v - (e - x0))^2),
+at the same noise and noise level for the present and the behaviour policy. The ratio exp(lp - lp_b)
+enters GRPO's clipped loss.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo.learning.flow_matching import FlowMatching, Rows, mean_square
+from grpo.learning.policy_loss import clipped_loss
+from grpo.learning.selection import Selection
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class AWM(FlowMatching):
+    """Trains on all videos, at the rollout's noise levels.
+
+    Two copies of the weights are kept: the behaviour policy, which sampled the epoch, and an
+    average, to which the KL mean((v - v_average)^2) is.
+    """
+
+    clip: float = 1e-5  # range of the ratio, as published
+    average_decay: float = 0.9  # the average keeps so much of itself in every update
+
+    name = "awm"
+    default_kl_weight = 0.1
+    reads = (*FlowMatching.reads, "train.kl_weight")
+    on_advantages = True
+    rollout_levels = True
+    lagged = ("behaviour", "average")
+    kl_copy = "average"
+    logs = ("ratio_mean", "clip_fraction")
+
+    def share_kept(self, update: int, last: bool) -> dict[str, float]:
+        return {"behaviour": 0.0 if last else 1.0, "average": self.average_decay}
+
+    def select(self, credit, group_size: int) -> Selection:
+        weight = credit.advantages.astype(np.float32)
+        return Selection(np.arange(len(weight)), None, weight, credit.spread)
+
+    def loss(self, rows: Rows) -> tuple[Array, dict[str, Array]]:
+        behaviour_error = mean_square(rows.v_lagged["behaviour"] - rows.target)
+        log_ratio = behaviour_error - rows.error  # lp - lp_b
+        loss, ratio = clipped_loss(log_ratio, rows.weight, self.clip, self.clip)
+        return loss, {"ratio_mean": ratio, "clip_fraction": jnp.abs(ratio - 1) > self.clip}
+
+
+METHOD = AWM
