@@ -1,9 +1,9 @@
-"""tiny-wan learns to spell by Flow-GRPO: as `configs/tiny_ocr.py`, but 2 of the 10 steps are
-stochastic and trained.
+"""tiny-wan learns to spell by Flow-GRPO, on a laptop.
 
     python -m grpo.train --config=configs/tiny_grpo.py
 
-Without KL. What to expect: docs/results.md.
+As `configs/tiny_ocr.py`, but 2 of the 10 steps are stochastic and trained, without KL. Results:
+docs/results.md.
 """
 
 from configs import tiny_ocr

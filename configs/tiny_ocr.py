@@ -1,11 +1,11 @@
-"""tiny-wan learns to spell, on a laptop.
+"""tiny-wan learns to spell by DiffusionNFT, on a laptop.
 
     python -m convert.from_diffusers --src assets/tiny-wan --dst models/tiny-wan --dtype float32
     python -m grpo.train --config=configs/tiny_ocr.py
 
-Single frames of 64x128 pixels, guidance 2, 10 steps, LoRA on attention; each epoch 8 prompts of 8
-pictures, trained by DiffusionNFT at 4 noise levels each. What to expect: docs/results.md.
-`configs/tiny_grpo.py` is the same by Flow-GRPO.
+Pictures of 64x128 pixels, 10 steps, guidance 2, LoRA on attention. An epoch has 8 prompts with 8
+pictures each, which are trained at 4 noise levels. Results: docs/results.md. `configs/tiny_grpo.py`
+does the same by Flow-GRPO.
 """
 
 from configs.defaults import defaults

@@ -1,15 +1,16 @@
-"""Wan 2.1 T2V 14B learns to spell in single frames: AMD's published run, 512x512x1 on 4 MI300X,
-K=12, 48 groups.
+"""Wan 2.1 T2V 14B learns to spell in pictures of 512x512, by Flow-GRPO.
 
-    python -m convert.from_diffusers --src Wan-AI/Wan2.1-T2V-14B-Diffusers --dst models/wan2.1-14b
-    --dtype bfloat16 python -m grpo.train --config=configs/wan21_14b_ocr.py
+    python -m convert.from_diffusers --src Wan-AI/Wan2.1-T2V-14B-Diffusers --dst models/wan2.1-14b --dtype bfloat16
+    python -m grpo.train --config=configs/wan21_14b_ocr.py
 
-Published: 200 epochs take the OCR reward on training prompts from 0.55 to 0.79; the rest as
-`general_ocr_wan2_1`. On one H200 a trained step of 9 pictures without guidance peaks at 35 GiB with
-random weights (docs/results.md); several GPUs share the batch, so sample.batch_size is a multiple
-of their number. All weights (lora.rank=0) take 4 GPUs or more to train, which share them
-(mesh.fsdp). The curve has not been run here. `--config.train.method=nft` is DiffusionNFT, which
-learnt faster on the small Wan and updates in a fraction of the time.
+The settings are those of AMD's published run on 4 MI300X: 48 groups of 12 pictures, the rest as
+Flow-GRPO's `general_ocr_wan2_1`. Published: 200 epochs raise the OCR reward on training prompts from
+0.55 to 0.79. That curve has not been reproduced here. `--config.train.method=nft` is DiffusionNFT,
+which learnt faster on the small Wan and updates in a fraction of the time.
+
+Memory: a trained step of 9 pictures without guidance takes at most 35 GiB on one H200, with random
+weights (docs/results.md). Several GPUs share a batch, so sample.batch_size is a multiple of their
+number. All weights (lora.rank=0) need 4 GPUs or more, which share them (mesh.fsdp).
 """
 
 from configs.defaults import defaults

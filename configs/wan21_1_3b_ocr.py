@@ -1,14 +1,17 @@
-"""Wan 2.1 T2V 1.3B learns to spell in video: Flow-GRPO's `general_ocr_wan2_1`, 240x416, 33 frames.
+"""Wan 2.1 T2V 1.3B learns to spell in videos of 33 frames of 240x416, by Flow-GRPO.
 
-    python -m convert.from_diffusers --src Wan-AI/Wan2.1-T2V-1.3B-Diffusers --dst models/wan2.1-1.3b
-    --dtype bfloat16 python -m grpo.train --config=configs/wan21_1_3b_ocr.py
+    python -m convert.from_diffusers --src Wan-AI/Wan2.1-T2V-1.3B-Diffusers --dst models/wan2.1-1.3b --dtype bfloat16
+    python -m grpo.train --config=configs/wan21_1_3b_ocr.py
 
-Published settings: K=4, 20 steps of which 19 are stochastic, guidance 4.5, shift 3, LoRA rank 32 on
-attention, clip 1e-3, KL 0.004, advantages by the group's spread. The authors call groups of 8 or
-more steadier, so 8 is set here. `--config.train.method=nft` is DiffusionNFT, which learnt faster on
-the small Wan and updates in a fraction of the time. Hardware: one GPU; a trained step of 9 such
-videos without guidance peaked at 9 GiB on one H200 (docs/results.md). The curve with the published
-weights has not been run here; Flow-GRPO publishes none for this size.
+The settings are those of Flow-GRPO's `general_ocr_wan2_1`: 20 steps of which 19 are stochastic,
+guidance 4.5, shift 3, LoRA of rank 32 on attention, clip range 1e-3, KL weight 0.004, advantages by
+the standard deviation of the group. Groups have 8 videos instead of 4, since the authors call 8 or
+more steadier. Flow-GRPO publishes no curve for this size, and none has been run here with the
+published weights. `--config.train.method=nft` is DiffusionNFT, which learnt faster on the small Wan
+and updates in a fraction of the time.
+
+Memory: one GPU. A trained step of 9 such videos without guidance takes at most 9 GiB on one H200
+(docs/results.md).
 """
 
 from configs.defaults import defaults

@@ -1,14 +1,16 @@
-"""Wan 2.2 T2V A14B, two experts, learns to spell in single frames of 512x512.
+"""Wan 2.2 T2V A14B, two experts, learns to spell in pictures of 512x512, by Flow-GRPO.
 
-    python -m convert.from_diffusers --src Wan-AI/Wan2.2-T2V-A14B-Diffusers --dst models/wan2.2-a14b
-    --dtype bfloat16 python -m grpo.train --config=configs/wan22_a14b_ocr.py
+    python -m convert.from_diffusers --src Wan-AI/Wan2.2-T2V-A14B-Diffusers --dst models/wan2.2-a14b --dtype bfloat16
+    python -m grpo.train --config=configs/wan22_a14b_ocr.py
 
-As `wan21_14b_ocr`, with guidance 4 and 3 for the two experts and Wan's own shift 12, at which the
-first expert has 13 of the 20 steps (at the shift 3 of the published scheduler file it has 7). Every
-epoch trains both: the stochastic steps are shared out in proportion. The published run of this
-model never trained its second expert, and improved less than 14B. One expert is 28.6 GB in
-bfloat16; `model.offload` keeps the idle one in host memory where both do not fit. Not run here with
-the published weights.
+As `wan21_14b_ocr`, with guidance 4 for the first expert and 3 for the second, and with Wan's own
+shift 12, at which the first expert has 13 of the 20 steps (7 at the shift 3 of the published
+scheduler file). Every epoch trains both experts: the stochastic steps are divided in proportion. The
+published run of this model never trained its second expert, and improved less than 14B. It has not
+been run here with the published weights.
+
+Memory: an expert takes 28.6 GB in bfloat16. `model.offload` keeps the idle one in host memory where
+both do not fit.
 """
 
 from configs.wan21_14b_ocr import get_config as wan21_14b

@@ -1,12 +1,11 @@
-"""Wan 2.2 TI2V 5B learns to spell in single frames of 512x512, from text alone.
+"""Wan 2.2 TI2V 5B learns to spell in pictures of 512x512, from text alone, by Flow-GRPO.
 
-    python -m convert.from_diffusers --src Wan-AI/Wan2.2-TI2V-5B-Diffusers --dst
-    models/wan2.2-ti2v-5b --dtype bfloat16 python -m grpo.train
-    --config=configs/wan22_ti2v_5b_ocr.py
+    python -m convert.from_diffusers --src Wan-AI/Wan2.2-TI2V-5B-Diffusers --dst models/wan2.2-ti2v-5b --dtype bfloat16
+    python -m grpo.train --config=configs/wan22_ti2v_5b_ocr.py
 
-As `wan21_14b_ocr`, with this model's shift 5 and guidance 5. Published on 4 MI300X: 0.32 to about
-0.68 on training prompts. Sizes are multiples of 32. Weights in bfloat16 are 10 GB. Not run here
-with the published weights.
+As `wan21_14b_ocr`, with this model's shift 5 and guidance 5. Heights and widths are multiples of 32.
+Published on 4 MI300X: from 0.32 to about 0.68 on training prompts. It has not been run here with the
+published weights, which take 10 GB in bfloat16.
 """
 
 from configs.wan21_14b_ocr import get_config as wan21_14b

@@ -41,8 +41,8 @@ def test_recipe(name):
     parts = segments(flow_sigmas(c.sample.steps, c.sample.shift).timesteps, 0.875 if two else None)
     quotas = (
         (c.sample.sde_steps, *c.sample.sde_range)
-        if made.levels is None
-        else (made.levels, 0, c.sample.steps)
+        if made.method.levels is None
+        else (made.method.levels, 0, c.sample.steps)
     )
     assert sum(step_quotas(parts, experts, experts, *quotas)) == quotas[0]
 
