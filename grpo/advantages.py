@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-STDS = ("group", "global", "max", "none")
+from grpo.settings.choices import STDS
+
 LEAST_PROGRESS = 1e-6
 
 

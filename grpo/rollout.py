@@ -18,15 +18,13 @@ import numpy as np
 from grpo.learning.kl import step_kl
 from grpo.learning.policy import COMPILER_OPTIONS, Flat, Policy
 from grpo.random_streams import Stream
+from grpo.settings.choices import CREDITS
 from wan_jax.diffusion import sde
 from wan_jax.diffusion.experts import Segment
 from wan_jax.diffusion.guidance import TextBatch, velocity
 from wan_jax.diffusion.schedule import Schedule
 from wan_jax.diffusion.solvers import DPMSolverPP2M, dpm_step, per_sample
 from wan_jax.distributed import mesh as mesh_lib
-
-ODE_SOLVERS = ("euler", "dpmpp_2m")
-CREDITS = ("none", "longcat", "rectified", "otca")
 
 
 @jax.tree_util.register_dataclass
@@ -69,7 +67,7 @@ class StepTable:
         trained: slice = slice(None),
         ode_solver: str = "euler",
     ) -> "StepTable":
-        """trained: the steps that may be stochastic; ode_solver: of the others, one of ODE_SOLVERS."""
+        """trained: the steps that may be stochastic; ode_solver: of the others, `euler` or `dpmpp_2m`."""
         return cls(
             np.asarray(schedule.timesteps, np.float32),
             schedule.sigmas[:-1],

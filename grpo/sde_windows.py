@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from grpo.random_streams import Stream
+from grpo.settings.choices import ONE_PER_GROUP, WINDOWS
 from wan_jax.diffusion.experts import Segment
-
-ONE_PER_GROUP = "one_per_group"
-WINDOWS = ("any", "random", "progressive", "decay", "exp_decay", ONE_PER_GROUP)
 
 
 @dataclasses.dataclass(frozen=True)

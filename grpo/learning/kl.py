@@ -8,10 +8,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from grpo.settings.choices import KL_KINDS
 from wan_jax.diffusion import sde
 
 Array = jax.Array
-KL_KINDS = ("flow_grpo", "sigma", "x", "velocity")
 KL_DECAY = 0.9  # of the average that an adaptive weight follows
 
 

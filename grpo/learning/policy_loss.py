@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from grpo.learning.kl import AdaptiveKL, check_kind, kl_to_reference, step_kl
+from grpo.settings.choices import OBJECTIVES
 from wan_jax.diffusion import sde
 
 Array = jax.Array
-OBJECTIVES = ("clip", "unscaled", "guard", "dppo")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,6 @@ BAD_SIDE = {
     "motion": -1,
 }
 FREE, WORST = 1.0, 4.0  # standard deviations
-COMBINATIONS = ("rewards", "advantages")
 
 Base = Mapping[str, tuple[float, float]]  # mean and standard deviation by measure
 

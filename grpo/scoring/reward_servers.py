@@ -6,16 +6,14 @@ import functools
 import os
 from collections.abc import Callable
 
+from grpo.settings.choices import JUDGE, JUDGE_QUESTIONS
 from rewards.base import Reward
-from rewards.judge import QUESTIONS, JudgeReward, Transcriber, VisionEndpoint
+from rewards.judge import JudgeReward, Transcriber, VisionEndpoint
 from rewards.ocr.rules import OCRReward, even_frames
 from rewards.remote.client import RemoteReward
 from rewards.remote.connections import check_url
 from rewards.remote.endpoints import log
 from wan_jax.errors import UserError
-
-JUDGE = "judge"
-JUDGE_QUESTIONS = ("transcribe", *QUESTIONS)
 
 
 def check_settings(c) -> None:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-OFFLOAD = ("auto", "never", "always")
+from wan_jax.choices import OFFLOAD
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from wan_jax.choices import SOLVERS
 from wan_jax.diffusion.schedule import Schedule, euler_sigmas, flow_sigmas
 
 Array = jax.Array
-SOLVERS = ("unipc", "euler", "flow_match_euler", "dpmpp_2m")
 
 
 @jax.tree_util.register_dataclass

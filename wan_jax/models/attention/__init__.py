@@ -20,9 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from wan_jax.choices import BACKENDS
 from wan_jax.models.attention.chunked import chunked_attention
-
-BACKENDS = ("auto", "xla", "chunked", "cudnn", "pallas")
 
 
 def platform_of(device: jax.Device) -> str:
