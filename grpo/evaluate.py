@@ -28,6 +28,7 @@ from grpo.run import RunSpec
 from grpo.scoring.heldout import Evaluator, said
 from grpo.scoring.scores import for_rewards, open_pool, targets_check
 from grpo.settings import parse
+from grpo.settings.reference import FLAG_HELP
 from rewards.ocr.targets import parse_targets
 from wan_jax.command_line import cli
 from wan_jax.command_line.flag_types import check_used, define_number, define_path
@@ -41,9 +42,7 @@ from wan_jax.models import presets
 from wan_jax.storage import checkpoint as checkpoint_lib
 from wan_jax.storage import folder_lock, model_dir
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "recipe, e.g. configs/tiny_ocr.py", lock_config=True
-)
+CONFIG = config_flags.DEFINE_config_file("config", None, FLAG_HELP, lock_config=True)
 CHECKPOINT = define_path(
     "checkpoint",
     "run folder of grpo.train, or one of its checkpoints/<epoch>; None: only the model itself",

@@ -27,6 +27,7 @@ from grpo.compiled.placement import choose_mesh
 from grpo.data.prompts import load_prompts
 from grpo.run import RunSpec, changed, trained_names
 from grpo.settings import parse
+from grpo.settings.reference import FLAG_HELP
 from rewards.ocr.targets import parse_targets
 from wan_jax.command_line import cli
 from wan_jax.command_line.flag_types import define_number
@@ -419,9 +420,7 @@ def seconds_lines(
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config", None, "recipe, e.g. configs/wan21_1_3b_ocr.py", lock_config=True
-    )
+    config_flags.DEFINE_config_file("config", None, FLAG_HELP, lock_config=True)
     flags.DEFINE_enum("device", "here", ["here", *costs.KINDS], "what to plan for")
     flags.DEFINE_integer(
         "devices", 0, "how many; 0: all that are here, or one of a named kind", lower_bound=0

@@ -34,6 +34,7 @@ from grpo.run import RunSpec
 from grpo.scoring import reward_combination
 from grpo.scoring.scores import gather_scores, open_pool, submit, targets_check
 from grpo.settings import parse
+from grpo.settings.reference import FLAG_HELP
 from rewards.ocr.targets import parse_targets
 from wan_jax.command_line import cli
 from wan_jax.command_line.flag_types import define_number, define_path
@@ -299,9 +300,7 @@ def main(_):
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config", None, "recipe, e.g. configs/tiny_ocr.py", lock_config=True
-    )
+    config_flags.DEFINE_config_file("config", None, FLAG_HELP, lock_config=True)
     define_path(
         "checkpoint",
         "run folder of grpo.train, or one of its checkpoints/<epoch>; None: the model itself",

@@ -41,6 +41,7 @@ from grpo.scoring.heldout import Evaluation, said
 from grpo.scoring.scores import for_rewards, gather_scores, open_pool, targets_check
 from grpo.settings import agreement, frame_schedule, parse
 from grpo.settings.budget import Spent
+from grpo.settings.reference import FLAG_HELP
 from grpo.setup import Start, evaluation_is_due, prepare, progress_bar, say
 from grpo.update import NotFinite, update_epoch
 from rewards.ocr.targets import parse_targets
@@ -52,9 +53,7 @@ from wan_jax.models import presets
 from wan_jax.models.tokenizer import clean
 from wan_jax.storage import folder_lock, model_dir
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "recipe, e.g. configs/tiny_ocr.py", lock_config=True
-)
+CONFIG = config_flags.DEFINE_config_file("config", None, FLAG_HELP, lock_config=True)
 CLUSTER = flags.DEFINE_enum(
     "cluster",
     "auto",

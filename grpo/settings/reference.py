@@ -18,6 +18,10 @@ Methods and what they were found to do: [algorithms.md](algorithms.md), [results
 spread of the seeds. *Continuing* marks settings that a run may change when it is continued,
 *per process* those in which the processes of a run on several hosts may differ.
 """
+FLAG_HELP = (  # of --config
+    "recipe, e.g. configs/tiny_ocr.py; each of its settings can be given as --config.KEY=VALUE. All "
+    "settings: docs/settings.md, or python -m grpo.settings [WORD]"
+)
 TYPES = {int: "whole number", float: "number", bool: "True or False", str: "text", tuple: "pair"}
 
 

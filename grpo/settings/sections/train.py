@@ -23,9 +23,9 @@ class Train(Section):
 
     method: str = setting(
         "nft",
-        "Training method. `grpo` is Flow-GRPO and trains on the stochastic steps. The others train "
-        "on finished videos, noised again: `nft` is DiffusionNFT, `dpo` Flow-DPO, `rwr` "
-        "reward-weighted regression, `sft` fine-tuning on the best video of each group.",
+        "Training method, explained in docs/algorithms.md. `grpo` is Flow-GRPO, which trains on the "
+        "stochastic steps of the rollout. All others train on finished videos, noised again; `nft` "
+        "is DiffusionNFT.",
         choices=METHODS,
     )
     timesteps: int = setting(
@@ -152,9 +152,9 @@ class Train(Section):
     )
     kl_weight: float | None = setting(
         None,
-        "Weight of the KL to the reference. Of `nft`, `rwr` and `sft` it is that of mean((v - "
-        "v_ref)^2), with velocities v; `dpo` has none. None: 0.004 for grpo, 1e-4 for nft, 0 for the "
-        "others.",
+        "Weight of the KL to the reference. Of the methods on finished videos it is the weight of "
+        "mean((v - v_ref)^2), with velocities v; `dpo` has none. None: the method's own, e.g. 0.004 "
+        "for `grpo` and 1e-4 for `nft`.",
         bounds=Range(0),
     )
     kl_as: str = setting(
