@@ -1,12 +1,18 @@
 """Processes of a run that do not have the same folders, settings, prompts or weights."""
 
+import socket
 import subprocess
 
 from configs import tiny_ocr
 from grpo.data.prompts import PromptSet
 from grpo.settings import agreement
 from tests import commands
-from tests.grpo.test_hosts import free_port
+
+
+def free_port() -> str:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
 
 
 def test_what_must_be_equal():

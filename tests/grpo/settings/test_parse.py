@@ -1,131 +1,123 @@
-"""What `grpo.train` is told is checked before any work: each refusal names the setting, its value
-and what to do.
-"""
+"""A recipe is checked before any work, and turned into the objects that the parts of a run take."""
 
-import functools
 import re
 
 import pytest
 
+from configs import tiny_ocr
 from grpo.settings import parse
-from tests.grpo.test_train import RECIPE
+from grpo.settings.schema import Recipe, make_recipe, values_of
 from wan_jax.command_line.cli import UserError
 
 
-@pytest.fixture
-def c():
-    namespace = {}
-    exec(
-        RECIPE.format(run="run", model="model", train="train.txt", heldout="heldout.txt"), namespace
-    )
-    return namespace["get_config"]()
+def test_a_checked_recipe_is_typed_and_normalised(small, put, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    small.run_dir, small.lora.init, small.train.kl_weight = "~/run", "None", 1
+    put(small, "reward.servers", [""])
+    before = small.to_dict()
+    recipe = parse.recipe_from_config(small)
+    assert isinstance(recipe, Recipe) and small.to_dict() == before
+    assert recipe.run_dir == str(tmp_path / "run") and recipe.lora.init == ""
+    assert recipe.reward.servers == () and repr(recipe.train.kl_weight) == "1.0"
 
 
-BAD = [
-    ("run_dir=", "config.run_dir is empty"),
-    ("model.path=", "config.model.path is empty"),
-    ("model.dtype=float16", "float32, bfloat16"),
-    ("sample.group_size=1", "group_size=1"),
-    ("mesh.fsdp=-1", "mesh.fsdp=-1 must be at least 0"),
-    ("mesh.context=-1", "mesh.context=-1 must be at least 0"),
-    ("sample.groups=0", "groups=0"),
-    ("sample.batch_size=3", "choose a divisor of 8"),
-    ("train.updates_per_epoch=3", "does not divide"),
-    ("sample.sde_steps=4", "sde_range=(0, 3)"),
-    ("sample.sde_range=(1, 9)", "sde_range=(1, 9)"),
-    ("train.advantage_std=batch", "one of group, global"),
-    ("sample.sde=ddim", "flow_grpo_wan"),
-    ("train.clip_low=-1", "clip_low"),
-    ("train.kl_kind=forward", "flow_grpo, "),
-    ("train.learning_rate=-1", "learning_rate"),
-    ("train.ema_decay=1.5", "ema_decay"),
-    ("lora.rank=-2", "rank"),
-    ("lora.targets=()", "targets"),
-    ("eval.num_prompts=1", "num_prompts=1"),
-    ("reward.rule=exact", "spelling"),
-    ("reward.engine=tesseract", "rapidocr"),
-    ("reward.workers=-1", "workers=-1"),
-    ("reward.max_frames=0", "max_frames=0"),
-    ("reward.retries=-1", "retries=-1"),
-    ("reward.engine=judge", "config.reward.servers=()"),
-    ("reward.judge_question=why", "transcribe, yes_no, rate"),
-    ("sample.noise_level=-0.5", "noise_level"),
-    ("model.remat=all", "none, block, save_matmuls"),
-    ("epochs=0", "epochs=0"),
-    ("sample.sde_window=left", "progressive"),
-    ("train.objective=ppo", "guard"),
-    ("eval.solver=heun", "euler"),
-    ("model.attention=flash", "cudnn"),
-    ("save.keep=0", "keep=0"),
-    ("budget.evaluations=0", "budget.evaluations=0 must be above 0"),
-    ("budget.seconds=-1.0", "budget.seconds=-1.0"),
-    ("sample.sde_window=one_per_group", "sde_steps=2 must be 1"),
-    ("eval.previews=-1", "previews=-1"),
-    ("sample.shift=0", "shift"),
-    ("train.kl_as=both", "one of loss, reward"),
-    ("train.kl_target=-1.0", "kl_target=-1.0"),
-    ("train.best_of=3", "best_of=3 best and as many worst"),
-    ("eval.also_unguided=True", "no guidance to"),
-    ("train.cfg_distill_weight=-1.0", "distill_weight=-1.0"),
-    ("sample.ode_solver=heun", "euler, dpmpp_2m"),
-    ("train.groups=3", "only sample.groups=2"),
-    ("train.groups=-1", "groups=-1"),
-]
+def test_the_config_gets_the_form_of_the_recipe(small, put, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    small.run_dir, small.lora.init = "~/run", "None"
+    put(small, "reward.servers", [""])
+    recipe, settings = parse.recipe_from_config(small), parse.from_config(small)
+    assert small.to_dict() == recipe.to_dict() and values_of(small) == values_of(recipe)
+    assert settings == parse.settings_of(recipe)
 
 
-def test_lora_file_without_adapters_is_refused(c):
-    c.lora.init, c.lora.rank = "lora.safetensors", 0
-    with pytest.raises(UserError, match=r"lora\.init=lora\.safetensors needs adapters"):
-        parse.from_config(c)
+def test_settings_of_flow_grpo(small):
+    small.train.groups, small.sample.batch_size, small.train.updates_per_epoch = 1, 2, 2
+    small.train.kl_as, small.train.kl_weight = "reward", 0.5
+    small.reward.weights.motion, small.lora.rank = 0.0, 0
+    found = parse.settings_of(parse.recipe_from_config(small))
+    assert (found.videos, found.batches, found.train_batches) == (8, 4, 2)
+    assert found.method.name == "grpo" and found.method.levels is None and found.lora is None
+    assert found.method.kl_in_reward == 0.5 and found.method.policy_loss.kl_beta == 0.0
+    assert found.method.ratio_tolerance == 2e-3 and not found.method.importance
+    assert found.weights == {"motion": 0.0, "ocr": 1.0}
 
 
-def test_a_run_older_than_a_setting_is_resumed_with_its_default(c):
-    saved = c.to_dict()
-    del saved["lora"]["init"]
-    parse.check_resume(saved, c.to_dict(), "run")
-    c.lora.init = "lora.safetensors"
-    with pytest.raises(UserError, match=r"lora\.init: '' -> 'lora\.safetensors'"):
-        parse.check_resume(saved, c.to_dict(), "run")
-
-
-def test_a_run_older_than_the_choice_of_methods_is_grpos(c):
-    saved = c.to_dict()
-    del saved["train"]["method"]
-    parse.check_resume(saved, c.to_dict(), "run")
-    c.train.method = "nft"
-    with pytest.raises(UserError, match=r"train\.method: 'grpo' -> 'nft'"):
-        parse.check_resume(saved, c.to_dict(), "run")
-
-
-def test_a_kl_weight_left_open_is_the_methods_own(c):
-    saved = c.to_dict()
-    saved["train"]["kl_weight"] = 0.004  # as it was said before it could be left open
-    parse.check_resume(saved, c.to_dict(), "run")
-    c.train.kl_weight = 0.01
-    with pytest.raises(UserError, match=r"train\.kl_weight: 0\.004 -> 0\.01"):
-        parse.check_resume(saved, c.to_dict(), "run")
-
-
-@pytest.mark.parametrize("override, message", BAD, ids=[b[0] for b in BAD])
-def test_bad_settings_are_refused_before_any_work(c, override, message):
-    key, value = override.split("=")
-    section = functools.reduce(lambda part, name: part[name], key.split(".")[:-1], c)
-    old = section[key.split(".")[-1]]
-    with section.ignore_type():
-        section[key.split(".")[-1]] = (
-            value
-            if isinstance(old, str)
-            else eval(value)
-            if isinstance(old, tuple) or old is None
-            else type(old)(value)
-        )
-    with pytest.raises(UserError, match=re.escape(message)):
-        parse.from_config(c)
+@pytest.mark.parametrize(("method", "kl_weight"), [("nft", 1e-4), ("dpo", 0.0), ("rwr", 0.0)])
+def test_settings_of_a_method_on_finished_videos(method, kl_weight):
+    c = tiny_ocr.get_config()
+    c.train.method = method
+    found = parse.from_config(c)
+    assert found.method.name == method and found.method.kl_weight == kl_weight
+    assert found.method.levels == 4 and found.batches == found.train_batches == 2
 
 
 @pytest.mark.parametrize(
-    "overrides, message",
+    ("key", "value", "message"),
     [
+        ("run_dir", "", "run_dir is empty"),
+        ("model.path", "", "model.path is empty"),
+        ("model.dtype", "float16", "float32, bfloat16"),
+        ("sample.group_size", 1, "group_size=1"),
+        ("mesh.fsdp", -1, "mesh.fsdp=-1 must be at least 0"),
+        ("mesh.context", -1, "mesh.context=-1 must be at least 0"),
+        ("sample.groups", 0, "groups=0"),
+        ("sample.batch_size", 3, "batch_size=3; choose a divisor of 8"),
+        ("train.updates_per_epoch", 3, "updates_per_epoch=3 does not divide the epoch's 2 batches"),
+        ("sample.sde_steps", 4, "sde_steps=4 steps do not fit in sde_range=(0, 3)"),
+        ("sample.sde_range", (1, 9), "sde_range=(1, 9)"),
+        ("train.advantage_std", "batch", "advantage_std='batch' must be one of group, global"),
+        ("sample.sde", "ddim", "sde='ddim' must be one of flow_grpo_wan"),
+        ("sample.noise_level", -0.5, "noise_level=-0.5"),
+        ("train.clip_low", -1.0, "clip_low=-1.0"),
+        ("train.kl_kind", "forward", "kl_kind='forward' must be one of flow_grpo"),
+        ("train.learning_rate", -1.0, "learning_rate=-1.0"),
+        ("train.ema_decay", 1.5, "ema_decay=1.5"),
+        ("train.experts", ("transformer_3",), "experts=('transformer_3',)"),
+        ("lora.rank", -2, "lora.rank=-2"),
+        ("lora.targets", (), "lora.targets is empty"),
+        ("eval.num_prompts", 1, "num_prompts=1"),
+        ("reward.rule", "exact", "rule='exact' must be one of spelling"),
+        ("reward.engine", "tesseract", "engine='tesseract' must be one of rapidocr"),
+        ("reward.engine", "judge", "reward.servers=()"),
+        ("reward.workers", -1, "workers=-1"),
+        ("reward.max_frames", 0, "max_frames=0"),
+        ("reward.retries", -1, "retries=-1"),
+        ("reward.judge_question", "why", "'why' must be one of transcribe, yes_no, rate"),
+        ("reward.weights.ocr", 0.0, "reward.weights={'ocr': 0.0}"),
+        ("reward.weights.clip", 1.0, "reward.clip_model=''"),
+        ("model.remat", "all", "remat='all' must be one of auto, none, block, save_matmuls"),
+        ("epochs", 0, "epochs=0"),
+        ("sample.sde_window", "left", "sde_window='left' must be one of any, random, progressive"),
+        ("sample.sde_window", "one_per_group", "sde_steps=2 must be 1"),
+        ("train.objective", "ppo", "objective='ppo' must be one of clip"),
+        ("eval.solver", "heun", "solver='heun' must be one of unipc, euler"),
+        ("model.attention", "flash", "attention='flash' must be one of auto"),
+        ("save.keep", 0, "keep=0"),
+        ("budget.evaluations", 0, "budget.evaluations=0 must be above 0"),
+        ("budget.seconds", -1.0, "budget.seconds=-1.0"),
+        ("eval.previews", -1, "previews=-1"),
+        ("sample.shift", 0.0, "shift=0.0"),
+        ("train.kl_as", "both", "kl_as='both' must be one of loss, reward"),
+        ("train.kl_target", -1.0, "kl_target=-1.0"),
+        ("train.best_of", 3, "best_of=3 best and as many worst"),
+        ("eval.also_unguided", True, "eval.guidance=1.0"),
+        ("train.cfg_distill_weight", -1.0, "distill_weight=-1.0"),
+        ("sample.ode_solver", "heun", "ode_solver='heun' must be one of euler, dpmpp_2m"),
+        ("train.groups", 3, "groups=3: only sample.groups=2"),
+        ("train.groups", -1, "groups=-1"),
+    ],
+)
+def test_a_bad_setting_is_refused(small, put, key, value, message):
+    put(small, key, value)
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        parse.from_config(small)
+    assert str(error.value).startswith("config.")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora.init": "a.safetensors", "lora.rank": 0}, "lora.init=a.safetensors needs adapters"),
         (
             {"train.kl_as": "reward", "reward.combine": "advantages"},
             "reward.combine=advantages to be rewards",
@@ -138,7 +130,7 @@ def test_bad_settings_are_refused_before_any_work(c, override, message):
         ({"train.groups": 1}, "does not divide the epoch's 1 batches"),
         (
             {"train.groups": 1, "sample.sde_window": "one_per_group", "sample.sde_steps": 1},
-            "does not go with",
+            "train.groups=1 does not go with sample.sde_window=one_per_group",
         ),
         ({"train.credit": "otca", "sample.sde_steps": 1}, "sde_steps=1 leaves one"),
         ({"train.kl_reference": "average", "train.kl_as": "reward"}, "set train.kl_as=loss"),
@@ -147,10 +139,6 @@ def test_bad_settings_are_refused_before_any_work(c, override, message):
             "kl_beta=0.0: an average as reference",
         ),
         ({"train.kl_reference": "average", "train.kl_reference_decay": 1.0}, "reference_decay=1.0"),
-        (
-            {"train.kl_reference": "average", "train.method": "nft"},
-            "kl_reference=average is of Flow-GRPO",
-        ),
         ({"train.cfg_distill_weight": 0.1, "sample.guidance": 4.5}, "set sample.guidance=4.5 to 1"),
         (
             {"train.kl_target": 0.1, "train.kl_weight_range": (0.1, 0.2)},
@@ -158,7 +146,64 @@ def test_bad_settings_are_refused_before_any_work(c, override, message):
         ),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(c, overrides, message):
-    c.update_from_flattened_dict(overrides)
+def test_settings_that_do_not_fit_together_are_refused(small, settings, message):
+    small.update_from_flattened_dict({"train.updates_per_epoch": 2} | settings)
     with pytest.raises(UserError, match=re.escape(message)):
-        parse.from_config(c)
+        parse.from_config(small)
+
+
+def test_a_run_older_than_a_setting_is_continued_with_its_default(small):
+    saved = small.to_dict()
+    del saved["lora"]["init"]
+    parse.check_resume(saved, small.to_dict(), "run")
+    small.lora.init = "lora.safetensors"
+    with pytest.raises(UserError, match=r"lora\.init: '' -> 'lora\.safetensors'"):
+        parse.check_resume(saved, small.to_dict(), "run")
+
+
+def test_a_run_older_than_the_choice_of_methods_is_of_flow_grpo(small):
+    saved = small.to_dict()
+    del saved["train"]["method"]
+    parse.check_resume(saved, small.to_dict(), "run")
+    small.train.method = "nft"
+    with pytest.raises(UserError, match=r"train\.method: 'grpo' -> 'nft'"):
+        parse.check_resume(saved, small.to_dict(), "run")
+
+
+def test_a_run_with_a_setting_that_no_longer_exists_is_not_continued(small):
+    saved = small.to_dict()
+    saved["eval"]["of_old"] = saved["log"]["of_old"] = 1
+    parse.check_resume(saved, small.to_dict(), "run")
+    saved["train"]["of_old"] = 1
+    with pytest.raises(UserError, match=r"train\.of_old: 1 -> None"):
+        parse.check_resume(saved, small.to_dict(), "run")
+
+
+def test_a_kl_weight_of_none_is_the_methods_own(small):
+    saved = small.to_dict()
+    saved["train"]["kl_weight"] = 0.004  # as it was before it could be None
+    parse.check_resume(saved, small.to_dict(), "run")
+    small.train.kl_weight = 0.01
+    with pytest.raises(UserError, match=r"train\.kl_weight: 0\.004 -> 0\.01"):
+        parse.check_resume(saved, small.to_dict(), "run")
+
+
+def test_what_does_not_change_an_epoch_may_change_when_a_run_is_continued(small):
+    saved = small.to_dict()
+    small.epochs, small.eval.every, small.model.path, small.mesh.fsdp = 9, 7, "elsewhere", 2
+    small.reward.servers, small.log.mlflow.uri = ("http://host:1",), "http://host:2"
+    parse.check_resume(saved, small.to_dict(), "run")
+    parse.check_resume(saved, make_recipe(values_of(small)).to_dict(), "run")
+    small.seed = 1
+    with pytest.raises(UserError, match=r"\(seed: 0 -> 1\)"):
+        parse.check_resume(saved, small.to_dict(), "run")
+
+
+def test_another_name_of_the_same_file_does_not_end_a_run(small, tmp_path):
+    small.prompts.train = str(tmp_path / "a")
+    saved = small.to_dict()
+    small.prompts.train = str(tmp_path / "b" / ".." / "a")
+    parse.check_resume(saved, small.to_dict(), "run")
+    small.prompts.train = str(tmp_path / "c")
+    with pytest.raises(UserError, match=r"prompts\.train: "):
+        parse.check_resume(saved, small.to_dict(), "run")

@@ -3,20 +3,29 @@
 import importlib
 
 import pytest
-from tests.grpo.test_recipes import RECIPES
 
 from configs.defaults import defaults
-from grpo.settings.limits import flat
+from grpo import methods
+from grpo.settings.schema import SETTINGS, make_recipe, values_of
 from grpo.settings.unused import changed_in_vain, unread
 
-METHODS = ("grpo", "nft", "dpo", "rwr", "sft")
+RECIPES = (
+    "tiny_grpo",
+    "tiny_ocr",
+    "wan21_14b_ocr",
+    "wan21_1_3b_ocr",
+    "wan22_a14b_ocr",
+    "wan22_ti2v_5b_ocr",
+)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", methods.names())
 def test_only_settings_that_exist_are_named(method):
+    kind = methods.method_class(method)
+    assert {*kind.reads, *kind.variants} <= SETTINGS.keys()
     c = defaults()
     c.train.method = method
-    assert unread(c).keys() <= flat(c.to_dict()).keys() and changed_in_vain(c) == []
+    assert unread(c).keys() <= SETTINGS.keys() and changed_in_vain(c) == []
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -54,6 +63,7 @@ def test_our_recipes_set_nothing_in_vain(name):
             },
             "eval.guidance_2 (eval.guidance=1.0); prompts.negative (no guidance)",
         ),
+        ({"train.kl_horizon": 1.0}, "train.kl_horizon (train.method=nft)"),
         ({"lora.rank": 0, "lora.alpha": 1.0}, "lora.alpha (lora.rank=0)"),
         (
             {"reward.patience": 1.0, "log.wandb.entity": "us"},
@@ -64,7 +74,8 @@ def test_our_recipes_set_nothing_in_vain(name):
 def test_what_is_changed_in_vain_is_named_with_its_cause(settings, line):
     c = defaults()
     c.update_from_flattened_dict(settings)
-    assert changed_in_vain(c) == [f"settings without effect in this run: {line}"]
+    for recipe in (c, make_recipe(values_of(c))):
+        assert changed_in_vain(recipe) == [f"settings without effect in this run: {line}"]
 
 
 @pytest.mark.parametrize(

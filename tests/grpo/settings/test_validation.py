@@ -11,36 +11,18 @@ from absl import flags as absl_flags
 from ml_collections import config_flags
 
 from configs.defaults import defaults
-from grpo.settings import limits as setting_limits
-from grpo.settings import parse
+from grpo.settings import parse, validation
+from grpo.settings.schema import SETTINGS, values_of
 from wan_jax.command_line.cli import UserError
 
-FLAT = parse.flat(defaults().to_dict())
-OPTIONAL = sorted(key for key, value in FLAT.items() if value is None)
-KINDS = {key: setting_limits._type_of(defaults(), key) for key in FLAT}
-NUMBERS = sorted(key for key, kind in KINDS.items() if kind in (int, float))
-
-
-@pytest.fixture
-def c():
-    """The least a recipe sets."""
-    c = defaults()
-    c.run_dir, c.model.path = "run", "model"
-    c.prompts.train, c.prompts.heldout = "train.txt", "heldout.txt"
-    return c
-
-
-def put(c, key, value):
-    """Set it whatever its type."""
-    *sections, name = key.split(".")
-    for section in sections:
-        c = c[section]
-    with c.ignore_type():
-        c[name] = value
+OPTIONAL = sorted(key for key, entry in SETTINGS.items() if entry.optional)
+NUMBERS = sorted(key for key, entry in SETTINGS.items() if entry.kind in (int, float))
+VALUES = {key: entry.default for key, entry in SETTINGS.items()}
+PATHS = sorted(key for key, entry in SETTINGS.items() if entry.path)
 
 
 def parsed(monkeypatch, *arguments):
-    """The defaults with settings of the command line."""
+    """Returns the defaults with settings of the command line."""
     given = absl_flags.FlagValues()
     monkeypatch.setattr("sys.argv", ["train", *(f"--config.{a}" for a in arguments)])
     config_flags.DEFINE_config_dict("config", defaults(), flag_values=given)
@@ -55,25 +37,41 @@ def refused(c, *parts):
         assert part in str(error.value)
 
 
-def test_every_number_has_a_range_and_every_tuple_a_type():
-    assert set(NUMBERS) <= set(setting_limits.LIMITS) <= set(FLAT)
-    tuples = {key for key, kind in KINDS.items() if kind is tuple}
-    assert set(setting_limits.ELEMENTS) == tuples - {"sample.frame_schedule"}
-    assert set(setting_limits.PATHS) <= {key for key, kind in KINDS.items() if kind is str}
-    setting_limits.check_values(defaults())
-
-
 @pytest.mark.parametrize("key", NUMBERS)
-def test_numbers_out_of_range_and_what_is_no_number(c, key):
-    limits, wrong = setting_limits.LIMITS[key], ["abc", (1,)]
+def test_numbers_out_of_range_and_what_is_no_number(key):
+    entry, limits = SETTINGS[key], SETTINGS[key].bounds
+    wrong = ["abc", (1,)]
     wrong += [math.nan, limits.low - 1 if not limits.above else limits.low]
     wrong += [2 * limits.high + 1] * (limits.high < math.inf)
-    wrong += [1.5, True] * (KINDS[key] is int) + [None] * (key not in OPTIONAL)
+    wrong += [1.5] * (entry.kind is int) + [True] + [None] * (not entry.optional)
     wrong += [math.inf] * (limits.below is None or limits.high < math.inf)
     for value in wrong:
-        put(c, key, value)
-        with pytest.raises(UserError, match=re.escape(f"config.{key}=")):
-            setting_limits.check_values(c)
+        with pytest.raises(UserError, match=re.escape(f"config.{key}={value!r} ")):
+            validation.check_values(VALUES | {key: value})
+
+
+def test_numbers_at_the_ends_of_their_range():
+    ends = {
+        "train.adam_b1": 0.0,
+        "train.clip_low": 1.0,
+        "train.max_grad_norm": math.inf,
+        "seed": 2**32 - 1,
+        "sample.noise_level": 0,
+    }
+    validation.check_values(VALUES | ends)
+
+
+@pytest.mark.parametrize("key", sorted(key for key, entry in SETTINGS.items() if entry.choices))
+def test_names_that_are_not_a_choice(key):
+    entry = SETTINGS[key]
+    for name in ("zebra", *entry.choices):
+        values = VALUES | {key: (entry.choices[0], name) if entry.kind is tuple else name}
+        if name in entry.choices:
+            validation.check_values(values)
+        else:
+            with pytest.raises(UserError, match=re.escape(f"config.{key}=")) as error:
+                validation.check_values(values)
+            assert "'zebra'" in str(error.value) and ", ".join(entry.choices) in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -113,10 +111,15 @@ def test_numbers_out_of_range_and_what_is_no_number(c, key):
         ("sample.sde_range", (0, 1, 2), "sde_range=(0, 1, 2) must be (first, last + 1)"),
         ("train.kl_weight_range", (0.0, 1.0), "kl_weight_range=(0.0, 1.0) must be above 0"),
         ("eval.more_frames", (0,), "eval.more_frames=(0,) must be at least 1"),
+        (
+            "sample.frame_schedule",
+            (5, 9),
+            "sample.frame_schedule=(5, 9) must be a tuple, each of it a pair",
+        ),
         ("train", 3, "which are not settings"),
     ],
 )
-def test_what_a_wrong_value_is_told(c, key, value, message):
+def test_a_wrong_value_is_named_with_what_is_allowed(c, put, key, value, message):
     if key == "train":
         with c.unlocked():
             c.update({"trian": {"groups": 1}})
@@ -125,16 +128,17 @@ def test_what_a_wrong_value_is_told(c, key, value, message):
     refused(c, message)
 
 
-def test_all_wrong_values_are_told_at_once(c):
-    c.epochs, c.train.adam_b1 = 0, 1.0
+def test_all_wrong_values_are_named_at_once(c):
+    c.epochs, c.train.adam_b1, c.eval.solver = 0, 1.0, "heun"
     refused(
         c,
         "config.epochs=0 must be at least 1",
         "config.train.adam_b1=1.0 must be at least 0 and below 1",
+        "config.eval.solver='heun' must be one of unipc",
     )
 
 
-def test_unknown_keys_are_told_with_the_nearest_ones(c):
+def test_unknown_keys_are_named_with_the_nearest_ones(c):
     c.sample.group, c.train.learning_rat, c.zebra = 2, 1e-3, 0
     c.trian = c.train.copy_and_resolve_references()
     refused(
@@ -160,30 +164,32 @@ def test_optional_settings_take_none_and_nothing_on_the_command_line(monkeypatch
             f"reward.servers={none}",
             f"train.learning_rate={none}",
         )
-        setting_limits.normalise(given)
-        found = parse.flat(given.to_dict())
+        found = validation.normalised(values_of(given))
         assert [found[key] for key in OPTIONAL] == [None] * len(OPTIONAL)
         assert found["lora.init"] == found["log.mlflow.uri"] == ""
-        assert found["sample.frame_schedule"] == found["reward.servers"] == []
+        assert found["sample.frame_schedule"] == found["reward.servers"] == ()
         with pytest.raises(UserError, match=r"config\.train\.learning_rate=None must be a number"):
-            setting_limits.check_values(given)
+            validation.check_values(found)
 
 
-def test_paths_with_a_tilde_or_dots_become_absolute(c, monkeypatch, tmp_path):
+def test_paths_with_a_tilde_or_dots_become_absolute(c, put, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    for key in setting_limits.PATHS:
+    for key in PATHS:
         put(c, key, "~/a")
     c.run_dir, c.model.path = str(tmp_path / "no" / ".." / "run"), "models/tiny"
-    setting_limits.normalise(c)
-    values = parse.flat(c.to_dict())
-    assert {values[key] for key in setting_limits.PATHS[2:]} == {str(tmp_path / "a")}
-    assert values["run_dir"] == str(tmp_path / "run") and values["model.path"] == "models/tiny"
-    saved = c.to_dict()
-    # another name of the same file does not end a run
-    c.prompts.train = str(tmp_path / "b" / ".." / "a")
-    parse.check_resume(saved, c.to_dict(), "run")
+    found = validation.normalised(values_of(c))
+    assert {found[key] for key in PATHS if key not in ("run_dir", "model.path")} == {
+        str(tmp_path / "a")
+    }
+    assert found["run_dir"] == str(tmp_path / "run") and found["model.path"] == "models/tiny"
     c.model.path = "~nobody-of-this-name/x"
     refused(c, "nobody-of-this-name")
+
+
+@pytest.mark.parametrize("key", ["run_dir", "model.path", "prompts.train", "prompts.heldout"])
+def test_required_settings_that_are_empty(c, put, key):
+    put(c, key, "")
+    refused(c, f"config.{key} is empty")
 
 
 @pytest.mark.parametrize(
@@ -213,12 +219,12 @@ def test_credentials_in_an_address_are_refused_and_not_repeated(c, uri):
         ("", False),
     ],
 )
-def test_a_token_in_place_of_its_variable_is_refused_and_not_repeated(c, monkeypatch, name, fine):
+def test_a_token_instead_of_its_variable_is_refused_and_not_repeated(c, monkeypatch, name, fine):
     monkeypatch.setenv("of_the_environment", "x")
     c.reward.token_env = name
     if fine:
-        setting_limits.check_secrets(c)
+        validation.check_secrets(c)
     else:
         with pytest.raises(UserError, match=r"config\.reward\.token_env must be the name") as error:
-            setting_limits.check_secrets(c)
+            validation.check_secrets(c)
         assert not name or name not in str(error.value)

@@ -1,0 +1,57 @@
+"""docs/settings.md and `python -m grpo.settings`."""
+
+import pathlib
+import subprocess
+
+import pytest
+
+from grpo.settings import __main__ as command
+from grpo.settings.reference import markdown
+from grpo.settings.schema import SETTINGS
+from tests import commands
+
+ROOT = pathlib.Path(__file__).parents[3]
+
+
+def test_the_page_is_up_to_date():
+    """`python -m grpo.settings > docs/settings.md` writes it."""
+    assert (ROOT / "docs/settings.md").read_text() == markdown()
+
+
+def test_every_setting_has_a_row_with_its_type_default_and_range():
+    rows = [line for line in markdown().splitlines() if line.startswith("| `")]
+    assert sorted(row.split("`")[1] for row in rows) == sorted(SETTINGS)
+    by_key = {row.split("`")[1]: [cell.strip() for cell in row.split(" | ")] for row in rows}
+    assert by_key["sample.sde_range"][1:4] == [
+        "tuple of whole numbers",
+        "`(0, 19)`",
+        "(first, last + 1); at least 0",
+    ]
+    assert by_key["train.ema_decay"][1:4] == ["number", "`0.9`", "at least 0 and below 1"]
+    assert by_key["sample.max_step_std"][1:4] == ["number", "`None`", "above 0; `inf`; `None`"]
+    assert by_key["run_dir"][1:4] == ["path", "`''`", "not empty"]
+    assert by_key["run_dir"][4].endswith("*Continuing.* *Per process.* |")
+    assert by_key["train.guided"][4].endswith("*Experimental.* |")
+    assert by_key["train.objective"][4].endswith("*Experimental: dppo.* |")
+
+
+def test_a_word_chooses_settings(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["settings", "KL_"])
+    command.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
+    assert len(rows) >= 8 and all("kl_" in row for row in rows)
+    monkeypatch.setattr("sys.argv", ["settings", "zebra"])
+    with pytest.raises(SystemExit, match="'zebra'"):
+        command.main()
+
+
+@pytest.mark.parametrize("module", ["train", "evaluate", "plan", "reward_head"])
+def test_the_help_of_a_command_names_the_reference(module):
+    done = subprocess.run(
+        commands.command(f"grpo.{module}", "--help"),
+        env=commands.environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "docs/settings.md" in done.stdout and "grpo.settings" in done.stdout
