@@ -13,8 +13,8 @@ from flax import nnx
 
 from benchmarks import decode, epoch, full_size, scaling, workload
 from convert import key_table
-from grpo.learning.policy_loss import LossConfig, Rows, policy_gradient_terms
 from grpo.learning.policy import COMPILER_OPTIONS
+from grpo.learning.policy_loss import LossConfig, Rows, policy_gradient_terms
 from rewards.ocr.rules import OCRReward
 from rewards.workers import RewardPool
 from wan_jax.diffusion import sde

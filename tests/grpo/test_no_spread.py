@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grpo.learner import Learner
 
 from grpo import train
 from grpo.compiled.functions import Run
-from grpo.learner import Learner
+from grpo.learning.optimiser import init_state
 from grpo.learning.selection import Selection
 from grpo.records.run_log import read_metrics
 from grpo.rollout import Trajectory
 from grpo.settings.parse import from_config
-from grpo.learning.optimiser import init_state
 from rewards.base import Score
 from rewards.workers import RewardPool
 from tests.grpo import test_programs, test_train

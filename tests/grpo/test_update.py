@@ -11,10 +11,19 @@ from flax import nnx
 
 from configs.defaults import defaults
 from grpo import train_state
-from grpo.learning import optimiser as update_lib
 from grpo.compiled import offload
-from grpo.learning.policy_loss import LossConfig
+from grpo.learning import optimiser as update_lib
+from grpo.learning.optimiser import (
+    Held,
+    OptimiserConfig,
+    init_state,
+    make_gradient,
+    make_update,
+    objective,
+    stack_batches,
+)
 from grpo.learning.policy import make_policy
+from grpo.learning.policy_loss import LossConfig
 from grpo.rollout import (
     StepTable,
     branch,
@@ -27,15 +36,6 @@ from grpo.rollout import (
     sample_noise,
 )
 from grpo.settings.budget import Spent
-from grpo.learning.optimiser import (
-    Held,
-    OptimiserConfig,
-    init_state,
-    make_gradient,
-    make_update,
-    objective,
-    stack_batches,
-)
 from tests import reference
 from wan_jax.diffusion import sde
 from wan_jax.diffusion.experts import Segment

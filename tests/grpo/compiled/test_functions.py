@@ -19,10 +19,10 @@ from grpo import learner, train
 from grpo.compiled import compile
 from grpo.compiled.functions import Run
 from grpo.data.prompts import load_prompts
+from grpo.learning.optimiser import init_state, stack_batches
 from grpo.learning.policy import make_policy
 from grpo.records import run_log
 from grpo.settings import parse
-from grpo.learning.optimiser import init_state, stack_batches
 from rewards.ocr.targets import parse_targets
 from rewards.workers import RewardPool
 from tests import tiny

@@ -16,15 +16,15 @@ from jax.sharding import PartitionSpec as P
 from configs import wan21_1_3b_ocr
 from configs.defaults import defaults
 from grpo import train_state
-from grpo.learning import optimiser as update_lib
 from grpo.compiled import offload
 from grpo.compiled import placement as devices
-from grpo.learning.policy_loss import LossConfig
+from grpo.learning import optimiser as update_lib
+from grpo.learning.optimiser import UpdateBatch, make_update, stack_batches, state_shapes
 from grpo.learning.policy import make_structure
+from grpo.learning.policy_loss import LossConfig
 from grpo.rollout import Trajectory
 from grpo.settings import parse
 from grpo.settings.budget import Spent
-from grpo.learning.optimiser import UpdateBatch, make_update, stack_batches, state_shapes
 from tests.grpo.test_update import (
     CONFIG,
     LORA,

@@ -13,17 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grpo.methods.flow_matching import ForwardConfig, noise_levels
 
 from configs import tiny_ocr, wan21_1_3b_ocr, wan22_a14b_ocr
 from grpo import train
 from grpo.compiled import costs
 from grpo.compiled.functions import Run
+from grpo.learning.optimiser import Held
 from grpo.methods import flow_matching, selection
-from grpo.methods.flow_matching import ForwardConfig, noise_levels
 from grpo.rollout import sample_noise
 from grpo.sde_windows import step_quotas
 from grpo.settings import parse
-from grpo.learning.optimiser import Held
 from tests import reference
 from tests.grpo import test_programs, test_update
 from tests.grpo.test_train import arrays_of, assert_same, result

@@ -1,0 +1,26 @@
+"""The commands as console scripts: `wan-train ...` is `python -m grpo.train ...`."""
+
+import runpy
+import sys
+
+COMMANDS = {
+    "wan-train": "grpo.train",
+    "wan-evaluate": "grpo.evaluate",
+    "wan-compare": "grpo.compare",
+    "wan-plan": "grpo.plan",
+    "wan-make-prompts": "grpo.make_prompts",
+    "wan-reward-head": "grpo.reward_head",
+    "wan-report": "grpo.report",
+    "wan-settings": "grpo.settings",
+    "wan-sample": "wan_jax.sample",
+    "wan-convert": "convert.from_diffusers",
+    "wan-to-diffusers": "convert.to_diffusers",
+    "wan-export-lora": "convert.export_lora",
+    "wan-reward-server": "rewards.server",
+}
+
+
+def main() -> None:
+    """Run the module of the script that was called."""
+    name = sys.argv[0].replace("\\", "/").rpartition("/")[2].removesuffix(".exe")
+    runpy.run_module(COMMANDS[name], run_name="__main__", alter_sys=True)
