@@ -1,8 +1,6 @@
-"""Charts for the pages of `grpo.report.run_report` and `grpo.compare`: inline SVG in the colours of
-the page.
-"""
+"""Draws charts as inline SVG whose colours are CSS variables of the page."""
 
-import html
+import dataclasses
 import io
 import re
 from collections.abc import Callable
@@ -11,60 +9,89 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from grpo.report.page import COLORS
-
+# matplotlib draws with these; in the SVG each becomes the CSS variable of the same name, so no two
+# may be equal.
+COLORS = {
+    "heldout": "#2368c4",
+    "training": "#d9702b",
+    "grid": "#d9d9d4",
+    "muted": "#6a6a64",
+    "text": "#1c1c1a",
+    "s0": "#2368c5",
+    "s1": "#1f9a8a",
+    "s2": "#e0a020",
+    "s3": "#cf6420",
+    "s4": "#8a5bc0",
+    "s5": "#7d7d76",
+}
+SERIES = 6  # colours s0 to s5, for stages and methods
 SIZES = {"wide": (8.6, 3.6), "narrow": (3.9, 3.2)}  # inches, on wide and on narrow screens
+METADATA = ("Date", "Creator", "Format", "Type")  # left out, so that equal data give equal bytes
 
 
-def chart(draw: Callable[[Axes], None], caption: str, label: str, columns: int = 2) -> str:
-    """<figure> with the chart in both sizes. draw(axes) plots with `COLORS`, names its lines and
-    its axes.
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A chart in two sizes.
 
-    caption: text below; label: what a screen reader says; columns: of the legend, half as many
-    where it is narrow.
+    Attributes:
+      wide: `markupsafe.Markup`, an <svg> element for wide screens.
+      narrow: the same for phones.
+      caption: plain text below the chart.
     """
-    charts = "".join(
-        f'<div class="{name}">{_svg(draw, name, label, columns if name == "wide" else columns // 2 or 1)}'
-        "</div>"
-        for name in SIZES
+
+    wide: str
+    narrow: str
+    caption: str
+
+
+def chart(draw: Callable[[Axes], None], caption: str, label: str, columns: int = 2) -> Chart:
+    """Draw a chart in both sizes.
+
+    Args:
+      draw: plots onto the axes it gets, with `COLORS`; names the lines and the axes.
+      caption: plain text below the chart.
+      label: description for screen readers.
+      columns: columns of the legend on wide screens; narrow ones get half as many.
+    """
+    return Chart(
+        _svg(draw, "wide", label, columns),
+        _svg(draw, "narrow", label, max(1, columns // 2)),
+        caption,
     )
-    return f"<figure>{charts}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
-def _svg(draw: Callable[[Axes], None], name: str, label: str, columns: int) -> str:
-    """Inline SVG whose colours are the page's CSS variables."""
-    with rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 10}
-    ):
-        width, height = SIZES[name]
+def _svg(draw: Callable[[Axes], None], size: str, label: str, columns: int) -> str:
+    """Return an <svg> element, safe to embed, with the page's colours and typeface."""
+    from markupsafe import Markup, escape
+
+    # 1 draw
+    width, height = SIZES[size]
+    style = {"svg.fonttype": "none", "svg.hashsalt": size}
+    with rc_context(style | {"font.family": "sans-serif", "font.size": 10}):
         figure = Figure(figsize=(width, height), layout="constrained")
-        ax = figure.add_subplot()
-        draw(ax)
-        ax.grid(axis="y", color=COLORS["grid"], lw=0.8)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right", "left"]].set_visible(False)
-        ax.spines["bottom"].set_color(COLORS["grid"])
-        ax.tick_params(colors=COLORS["muted"], length=0)
-        for text in (ax.xaxis.label, ax.yaxis.label):
-            text.set_color(COLORS["muted"])
-        lines = len(ax.get_legend_handles_labels()[0])
-        figure.set_figheight(height + 0.2 * max(0, -(-lines // columns) - 1))
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.grid(axis="y", color=COLORS["grid"], lw=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(COLORS["grid"])
+        axes.tick_params(colors=COLORS["muted"], length=0)
+        axes.xaxis.label.set_color(COLORS["muted"])
+        axes.yaxis.label.set_color(COLORS["muted"])
+        # 2 put the legend above, and make room for its rows after the first
+        rows = -(-len(axes.get_legend_handles_labels()[0]) // columns)
+        figure.set_figheight(height + 0.2 * max(0, rows - 1))
         figure.legend(
             loc="outside upper left", ncols=columns, frameon=False, labelcolor=COLORS["text"]
         )
         file = io.StringIO()
-        figure.savefig(
-            file,
-            format="svg",
-            transparent=True,
-            metadata={k: None for k in ("Date", "Creator", "Format", "Type")},
-        )
+        figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(METADATA))
+    # 3 leave out what inline SVG does not need, such as addresses of name spaces
     svg = file.getvalue()[file.getvalue().index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL).replace(
-        "xlink:href", "href"
-    )
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)  # the page's own typeface
-    for role, color in COLORS.items():
-        svg = svg.replace(color, f"var(--{role})")
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg.replace("xlink:href", "href"))
+    # 4 use the page's typeface and colours
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    for name, color in COLORS.items():
+        svg = svg.replace(color, f"var(--{name})")
+    return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1))

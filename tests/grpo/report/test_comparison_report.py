@@ -1,17 +1,15 @@
-"""What a comparison says in one sentence, and which runs it can use."""
+"""Comparisons: curves of runs, figures over seeds, the headline and the pages."""
 
 import json
 
 import numpy as np
 import pytest
-from tests.grpo.test_run_log import evaluation
 
 from grpo.records import run_log
 from grpo.report import comparison_report
-from grpo.report.comparison_report import Comparison, Curve, read_curve
-from wan_jax.command_line.cli import UserError
-
-SURE = comparison_report.SURE
+from grpo.report.comparison_report import CONFIDENCE, Comparison, Curve, read_curve
+from tests.grpo.records.run_folders import evaluation
+from wan_jax.errors import UserError
 
 
 def headline(**ends):
@@ -53,12 +51,12 @@ def headline(**ends):
         (
             dict(a=[0.7, 0.72], b=[0.7, 0.71], c=[0.1, 0.1]),
             "a ended highest of 3: held-out OCR reward 0.50 → 0.71 ± 0.13 over 2 seeds. The "
-            f"{SURE} interval of a overlaps with that of b: these seeds do not tell them apart.",
+            f"{CONFIDENCE} interval of a overlaps with that of b: these seeds do not tell them apart.",
         ),
         (
             dict(a=[0.7, 0.72], b=[0.7, 0.71], c=[0.6, 0.75]),
             "a ended highest of 3: held-out OCR reward 0.50 → 0.71 ± 0.13 over 2 seeds. The "
-            f"{SURE} interval of a overlaps with those of b and c: these seeds do not tell them "
+            f"{CONFIDENCE} interval of a overlaps with those of b and c: these seeds do not tell them "
             "apart.",
         ),
     ],

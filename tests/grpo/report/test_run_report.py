@@ -1,14 +1,9 @@
-"""The report says what the run folder says, embeds what it shows, needs no network, and survives
-partial runs.
-"""
+"""A run's report: its content, embedded pictures, and runs whose records are incomplete."""
 
 import base64
 import html
-import html.parser
 import io
 import re
-import subprocess
-import sys
 
 import imageio_ffmpeg
 import numpy as np
@@ -16,100 +11,13 @@ import pytest
 from PIL import Image
 
 from grpo.records.run_log import RunLog
-from grpo.report.run_report import comparable, summary_lines, write_report
-
-EVIL = 'A sign "OPEN" </article><script>alert(1)</script> & <img src="http://example.com/x.png">'
-
-
-def evaluation(epoch, reward, n=8, prompts=None):
-    prompts = prompts or [EVIL] + [f'A sign "WORD{i}"' for i in range(1, n)]
-    rewards = [reward + (i - (n - 1) / 2) / 100 for i in range(n)]
-    return {
-        "epoch": epoch,
-        "reward": reward,
-        "low": reward - 0.04,
-        "high": reward + 0.04,
-        "num": n,
-        "rewards": rewards,
-        "prompts": prompts,
-        "texts": ["<b>OPEM</b>"] * n,
-        "seconds": 2.0,
-        "failed_scores": 0,
-    }
-
-
-def epoch(e):
-    return {
-        "epoch": e,
-        "reward_mean": 0.4 + e / 100,
-        "ratio_max_error": 1e-7 * e,
-        "grad_norm": 9.5 if e == 2 else 1.0,
-        "failed_scores": 0,
-        "videos": 16,
-        "seconds": {"sample": 30.0 if e == 1 else 6.0, "update": 2.0, "total": 8.0},
-    }
-
-
-def run(folder, evals=((0, 0.46), (4, 0.61)), epochs=4, frames=1, size=(16, 32), previews=2):
-    log = RunLog(folder)
-    log.config(
-        {
-            "epochs": 4,
-            "sample": {"steps": 10},
-            "note": "<i>",
-            "command": "python -m grpo.train --a='<x>'",
-        }
-    )
-    for e in range(epochs + 1):
-        if e:
-            log.epoch(epoch(e))
-        for when, reward in evals:
-            if when == e:
-                videos = np.random.default_rng(e).integers(
-                    0, 256, (previews, frames, *size, 3), np.uint8
-                )
-                log.evaluation(evaluation(e, reward), videos)
-    log.close()
-    path = write_report(folder)
-    assert path == folder / "report.html" and path.stat().st_size < 10_000_000
-    return path.read_text()
-
-
-class Checker(html.parser.HTMLParser):
-    """Collects the tags and every attribute that could load something; checks that tags close in
-    order.
-    """
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.urls, self.text = [], [], [], ""
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.urls += [
-            v
-            for k, v in attrs
-            if k in ("src", "href", "xlink:href", "srcset", "data", "poster", "action")
-        ]
-        if tag not in ("meta", "img", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        self.open.remove(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
+from grpo.report.run_report import summary_lines, write_report
+from tests.grpo.report.pages import EVIL, Page, epoch_record, evaluation, report_of_run
 
 
 def test_whole_report(tmp_path):
-    text = run(tmp_path / "a<b>")
-    page = Checker(text)
+    text = report_of_run(tmp_path / "a<b>")
+    page = Page(text)
     words = page.text.replace("\N{NO-BREAK SPACE}", " ")
     assert (
         "OCR reward 0.46 → 0.61 on 8 held-out prompts. The 95 % confidence intervals [0.42, 0.50] "
@@ -128,8 +36,8 @@ def test_whole_report(tmp_path):
 
 
 def test_nothing_is_loaded_from_elsewhere(tmp_path):
-    text = run(tmp_path)
-    page = Checker(text)
+    text = report_of_run(tmp_path)
+    page = Page(text)
     assert page.urls and all(u.startswith(("data:", "#")) for u in page.urls)
     assert not re.search(r"https?://", text.replace("http://example.com/x.png", ""))
     assert (
@@ -139,11 +47,12 @@ def test_nothing_is_loaded_from_elsewhere(tmp_path):
 
 
 def test_text_is_escaped(tmp_path):
-    text = run(tmp_path)
-    assert "script" not in Checker(text).tags and "b" in Checker(text).tags
+    text = report_of_run(tmp_path)
+    page = Page(text)
+    assert "script" not in page.tags and "b" in page.tags
     assert (
-        html.escape(EVIL) in text
-        and EVIL not in text
+        EVIL not in text
+        and EVIL in html.unescape(text)
         and "<b>OPEM" not in text
         and "<q>&lt;b&gt;OPEM" in text
     )
@@ -151,7 +60,7 @@ def test_text_is_escaped(tmp_path):
 
 
 def test_pictures_are_the_previews(tmp_path):
-    text = run(tmp_path)
+    text = report_of_run(tmp_path)
     found = [
         np.asarray(Image.open(io.BytesIO(base64.b64decode(d))))
         for d in re.findall(r'src="data:image/png;base64,([^"]*)"', text)
@@ -169,17 +78,17 @@ def test_pictures_are_the_previews(tmp_path):
 
 
 def test_clips_are_videos(tmp_path):
-    text = run(tmp_path, frames=5)
+    text = report_of_run(tmp_path, frames=5)
     assert text.count('src="data:video/mp4;base64,') == 4 and "data:image" not in text
     assert sorted(p.name for p in (tmp_path / "side_by_side").iterdir()) == ["000.mp4", "001.mp4"]
     reader = imageio_ffmpeg.read_frames(str(tmp_path / "side_by_side" / "000.mp4"))
     assert next(reader)["size"] == (12 * (32 + 4 + 32), 12 * 16) and len(list(reader)) == 5
-    Checker(text)
+    Page(text)
 
 
 def test_large_previews_stay_in_budget(tmp_path):
     """Noise cannot be compressed: 10 pictures of 600 x 800 would be 19 MB of text as PNG."""
-    text = run(tmp_path, size=(600, 800), previews=5)
+    text = report_of_run(tmp_path, size=(600, 800), previews=5)
     assert text.count('src="data:image/jpeg;base64,') == 10
 
 
@@ -201,7 +110,7 @@ def test_summary(tmp_path, rewards, verdict):
 
 
 def test_one_evaluation_and_a_run_cut_short(tmp_path):
-    text = run(tmp_path, evals=((0, 0.46),), epochs=2)
+    text = report_of_run(tmp_path, evals=((0, 0.46),), epochs=2)
     assert "one evaluation so far" in text and "Epoch 2 of 4: the run is not finished." in text
     assert "Before and after" not in text and text.count("data:image/png") == 2
     assert summary_lines(tmp_path)[0].startswith(
@@ -211,10 +120,10 @@ def test_one_evaluation_and_a_run_cut_short(tmp_path):
 
 @pytest.mark.parametrize("missing", ["config.json", "metrics.jsonl", "evals.jsonl", "previews"])
 def test_missing_parts(tmp_path, missing):
-    run(tmp_path)
+    report_of_run(tmp_path)
     (tmp_path / missing).rename(tmp_path / "gone")
     text = write_report(tmp_path).read_text()
-    Checker(text)
+    Page(text)
     if missing == "evals.jsonl":
         assert (
             "No held-out evaluation was recorded." in text
@@ -225,14 +134,14 @@ def test_missing_parts(tmp_path, missing):
 
 
 def test_empty_folder_and_no_folder(tmp_path):
-    Checker(write_report(tmp_path).read_text())
+    Page(write_report(tmp_path).read_text())
     with pytest.raises(FileNotFoundError, match="nowhere"):
         write_report(tmp_path / "nowhere")
 
 
 def test_masked_and_broken_numbers(tmp_path):
     log = RunLog(tmp_path)
-    log.epoch(epoch(1) | {"grad_norm": float("nan"), "reward_mean": float("nan")})
+    log.epoch(epoch_record(1) | {"grad_norm": float("nan"), "reward_mean": float("nan")})
     for e in (0, 1):
         record = evaluation(e, 0.5)
         record["rewards"][e] = float("nan")
@@ -244,32 +153,10 @@ def test_masked_and_broken_numbers(tmp_path):
     assert "not scored" in text and "1 of 8 samples" in text and "nan (epoch 1)" in text
 
 
-def test_other_prompts_are_not_compared():
-    old, new = evaluation(0, 0.2, prompts=["x"] * 8), [evaluation(4, 0.5), evaluation(8, 0.6)]
-    assert comparable([old, *new]) == new and comparable([]) == []
-
-
-def test_command(tmp_path):
-    run(tmp_path)
-    (tmp_path / "report.html").unlink()
-    command = [sys.executable, "-m", "grpo.report", "--run"]
-    done = subprocess.run([*command, tmp_path], capture_output=True, text=True)
-    assert (
-        done.returncode == 0
-        and "0.46 -> 0.61" in done.stdout
-        and (tmp_path / "report.html").exists()
-    )
-    done = subprocess.run([*command, tmp_path / "no"], capture_output=True, text=True)
-    assert (
-        done.returncode == 1
-        and done.stderr.strip() == f"error: run folder {tmp_path / 'no'} does not exist"
-    )
-
-
 def test_evaluations_without_a_result_are_left_out_and_named(tmp_path):
     """Also where there is no other one."""
     log, nothing = RunLog(tmp_path), dict.fromkeys(("reward", "low", "high"), float("nan"))
-    log.epoch(epoch(1) | {"failed_rewards": {"motion": 3}, "nonfinite_videos": 2})
+    log.epoch(epoch_record(1) | {"failed_rewards": {"motion": 3}, "nonfinite_videos": 2})
     log.evaluation(evaluation(0, 0.4) | nothing | {"rewards": [float("nan")] * 8, "num": 0})
     assert summary_lines(tmp_path)[0] == "no held-out evaluation has a result"
     assert "No held-out evaluation has a result." in write_report(tmp_path).read_text()

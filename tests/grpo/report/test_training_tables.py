@@ -1,15 +1,16 @@
-"""The report's health table reads one schema, whether one or two experts are trained."""
+"""Tables about training: stages, and health of one or two trained experts."""
 
 import html
 import re
 
 import pytest
-from tests.grpo.test_report import Checker
-from tests.grpo.test_run_log import evaluation
 
 from grpo.learner import summary
 from grpo.records.run_log import EXPERTS, RunLog
-from grpo.report.run_report import HEALTH, write_report
+from grpo.report.run_report import write_report
+from grpo.report.training_tables import HEALTH, health_rows, timings
+from tests.grpo.records.run_folders import evaluation
+from tests.grpo.report.pages import Page
 
 ONE = {
     "ratio_min": 1.0,
@@ -38,7 +39,7 @@ def report(folder, *records):
         log.epoch({"epoch": epoch} | record)
     log.close()
     text = write_report(folder).read_text()
-    Checker(text)
+    Page(text)
     return text
 
 
@@ -49,7 +50,7 @@ def test_every_metric_of_one_expert_is_shown_for_two(tmp_path, experts):
         record[EXPERTS] = {"transformer": summary([ONE]), "transformer_2": summary([OTHER])}
     text = report(tmp_path, record)
     for key in {*ONE, *GROUPS} & HEALTH.keys():
-        assert f"<td>{html.escape(HEALTH[key][0])}</td>" in text, key
+        assert f"<td>{HEALTH[key].label}</td>" in html.unescape(text), key
     assert "<td>0.5</td><td>0.5</td><td>0.75 (epoch 1)</td>" in text, (
         "the clip fraction: mean, mean, largest"
     )
@@ -82,3 +83,45 @@ def test_evaluations_without_training_in_between_are_points(tmp_path, trained):
     assert (f"the {'band' if trained else 'bar'} is the" in text) and (
         "FillBetween" in drawn
     ) == trained
+
+
+def test_stages_are_averaged_without_the_first_epoch():
+    """The first epoch compiles; "total" is no stage; what is no number does not count."""
+    metrics = [
+        {"seconds": {"sample": 30.0, "update": 2.0, "total": 32.0}, "idle_share": 0.9},
+        {"seconds": {"sample": 6.0, "update": 2.0, "total": 8.0}, "idle_share": 0.25},
+        {"seconds": {"sample": 6.0, "update": "x", "other": 2.0}},
+        {"seconds": None},
+    ]
+    found = timings(metrics, [{"seconds": 2.0}, {"seconds": 4.0}, {}])
+    assert found["epochs"] == 2 and found["idle_share"] == 0.25
+    assert (found["evaluations"], found["evaluation_seconds"]) == (2, 3.0)
+    assert found["bar"] == [
+        ("sampling", "s0", 0.75),
+        ("policy update", "s1", 0.125),
+        ("other", "s2", 0.125),
+    ]
+    assert found["rows"] == [
+        ["sampling", "6.00", "75%", "30.00"],
+        ["policy update", "1.00", "12%", "2.00"],
+        ["other", "1.00", "12%", "0.00"],
+        ["all stages", "8.00", "100%", "32.00"],
+    ]
+
+
+def test_timings_of_one_epoch_and_of_none():
+    assert timings([{}], []) is None
+    found = timings([{"seconds": {"sample": 3.0}}], [])
+    assert found["epochs"] == 0 and found["bar"] == [("sampling", "s0", 1.0)]
+    assert found["idle_share"] is None and found["evaluations"] == 0
+
+
+def test_the_worst_value_of_an_epoch_is_that_of_an_update():
+    metrics = [
+        {"epoch": 1, "kl": 0.5, "kl_max": 0.9, "group_std": 0.2},
+        {"epoch": 2, "kl": 0.7, "group_std": 0.1},
+    ]
+    rows = {row[0]: row[1:4] for row in health_rows(metrics)}
+    assert rows["KL to the reference model"] == ["0.5", "0.7", "0.9 (epoch 1)"]
+    assert rows["reward spread within groups"] == ["0.2", "0.1", "0.1 (epoch 2)"], "the smallest"
+    assert health_rows([{"epoch": 1}]) == []

@@ -1,0 +1,77 @@
+"""Reads what the report needs from a run's folder."""
+
+import dataclasses
+import functools
+import math
+import pathlib
+
+import numpy as np
+
+from grpo.records import run_log
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecords:
+    """What a run's folder holds.
+
+    Attributes:
+      folder: the run's folder.
+      config: its settings; {} if they cannot be read.
+      metrics: one record per epoch, oldest first.
+      recorded: every held-out evaluation, oldest first.
+    """
+
+    folder: pathlib.Path
+    config: dict
+    metrics: list[dict]
+    recorded: list[dict]
+
+    @classmethod
+    def read(cls, folder: pathlib.Path) -> "RunRecords":
+        return cls(
+            folder,
+            run_log.read_config(folder),
+            run_log.read_metrics(folder),
+            run_log.read_evaluations(folder),
+        )
+
+    @functools.cached_property
+    def evaluations(self) -> list[dict]:
+        """The evaluations that the report compares."""
+        return comparable(self.recorded)
+
+    @property
+    def ends(self) -> list[dict]:
+        """The first and the last of `evaluations`; fewer if there are not two."""
+        return self.evaluations[:1] + self.evaluations[1:][-1:]
+
+    @functools.cached_property
+    def previews(self) -> list[tuple[dict, np.ndarray]]:
+        """Those of `ends` that have previews, each with its videos uint8 [n, T, H, W, 3]."""
+        read = [(e, run_log.read_previews(self.folder, e["epoch"])) for e in self.ends]
+        return [(evaluation, videos) for evaluation, videos in read if videos is not None]
+
+    @property
+    def last_epoch(self) -> int:
+        """The last epoch of the log, 0 if there is none."""
+        return self.metrics[-1]["epoch"] if self.metrics else 0
+
+
+def comparable(evaluations: list[dict]) -> list[dict]:
+    """Return the evaluations that have a result on the prompts of the newest one with a result.
+
+    A resumed run may have been given other prompts.
+    """
+    scored = [e for e in evaluations if math.isfinite(e["reward"])]
+    return [e for e in scored if e["prompts"] == scored[-1]["prompts"]]
+
+
+def without_result(evaluations: list[dict]) -> str:
+    """Name the evaluations that scored fewer than two videos; "" if there are none."""
+    epochs = [str(e["epoch"]) for e in evaluations if not math.isfinite(e["reward"])]
+    if not epochs:
+        return ""
+    return (
+        f"no result of the evaluation after epoch {', '.join(epochs)}: fewer than two videos could "
+        "be scored"
+    )

@@ -1,0 +1,51 @@
+"""Templates of the pages."""
+
+import jinja2
+import pytest
+
+from grpo.report.page import render
+
+COMPARISON = dict(
+    title="t",
+    heading="a < b",
+    headline="",
+    remarks=["<i>"],
+    charts={},
+    head=[],
+    rows=[],
+    colors=[],
+    methods=[["m", "'r'.py"]],
+    command="<x>",
+)
+
+
+def test_text_is_escaped():
+    text = render("comparison.html", **COMPARISON)
+    assert text.startswith("<!DOCTYPE html>") and "<h1>a &lt; b</h1>" in text
+    assert '<p class="note">&lt;i&gt;</p>' in text and "<pre>&lt;x&gt;</pre>" in text
+    assert "<td>m</td><td>&#39;r&#39;.py</td>" in text
+    assert "--heldout: #2368c4" in text, "the style sheet is part of the page"
+
+
+@pytest.mark.parametrize("missing", ["heading", "remarks", "rows", "methods", "command"])
+def test_a_value_that_is_not_given_is_an_error(missing):
+    values = {name: value for name, value in COMPARISON.items() if name != missing}
+    with pytest.raises(jinja2.UndefinedError, match=missing):
+        render("comparison.html", **values)
+
+
+def test_dots_are_in_the_rows_first_cells():
+    rows = [["a", "1"], ["b", "2"], ["c", "3"]]
+    empty = dict(wide="", narrow="", caption="")
+    text = render(
+        "comparison.html",
+        **COMPARISON
+        | dict(
+            head=["x", "y"],
+            rows=rows,
+            colors=["s0", "s4"],
+            charts=dict(evaluations=empty, seconds=empty),
+        ),
+    )
+    assert '<tr><td><i class="dot s4"></i>b</td><td>2</td></tr>' in text
+    assert "<tr><td>c</td><td>3</td></tr>" in text
