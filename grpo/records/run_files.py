@@ -1,5 +1,5 @@
-"""How a run's small files are read and replaced, so that no fault of the disk spoils a good one or
-ends the program.
+"""Reads and replaces a run's small files, so that a fault of the disk neither damages a good file
+nor ends the program.
 """
 
 import functools
@@ -11,12 +11,15 @@ import sys
 
 @functools.cache
 def warn(message: str) -> None:
-    """Print a warning, the same one once in a process."""
+    """Print a warning to standard error, once per process and text."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def read_json(path: pathlib.Path) -> dict:
-    """A JSON object; {} when there is no such file or, with a warning, none that can be read."""
+    """Return the JSON object in a file.
+
+    Returns {} if there is no such file, and also, with a warning, if it cannot be read.
+    """
     if not path.exists():
         return {}
     try:
@@ -31,7 +34,7 @@ def read_json(path: pathlib.Path) -> dict:
 
 
 def write_atomically(path: pathlib.Path, data: bytes) -> None:
-    """The whole file or no change, whatever happens in between."""
+    """Replace a file as a whole: after a kill or an OSError it has the old or the new data."""
     temporary = path.with_name(f".{path.name}.part")
     try:
         with open(temporary, "wb") as file:

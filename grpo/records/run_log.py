@@ -1,19 +1,17 @@
-"""What a training run writes down, and how to read it back.
+"""Writes and reads the records of a training run.
 
-    runs/NAME/config.json             every setting, and the command
-    runs/NAME/metrics.jsonl           one line an epoch
-    runs/NAME/evals.jsonl             one line a held-out evaluation
-    runs/NAME/evals_33_frames.jsonl   the same for a further length of its videos
-    runs/NAME/previews/eval_000012.npz  uint8 videos [n, T, H, W, 3] of an evaluation's first
-                                        prompts
-    runs/NAME/tensorboard/            the same numbers and pictures
-    runs/NAME/trackers.json           the run's ids at Weights & Biases and MLflow, where it is
-                                      logged there
+    runs/NAME/config.json               every setting, and the command line
+    runs/NAME/metrics.jsonl             one line per epoch
+    runs/NAME/evals.jsonl               one line per held-out evaluation
+    runs/NAME/evals_33_frames.jsonl     the same for videos of another length
+    runs/NAME/previews/eval_000012.npz  videos of an evaluation's first prompts,
+                                        uint8 [n, T, H, W, 3]
+    runs/NAME/tensorboard/              the same numbers and pictures
+    runs/NAME/trackers.json             ids of the run at Weights & Biases and MLflow, if used
 
 The JSON is strict: NaN and infinities are written as null and read back as NaN. Every line is on
-disk when the call returns; a file that is replaced is replaced whole. OSError (disk full, read-only
-folder) is left to the caller. Whatever cannot be read back is left out, with one warning for each
-file.
+disk when the call returns, and files are replaced atomically. OSError (disk full, read-only folder)
+is left to the caller. What cannot be read back is left out, with one warning for each file.
 """
 
 import contextlib
@@ -31,82 +29,86 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from grpo.records import trackers as sinks
 from grpo.records.run_files import read_json, warn, write_atomically
-from grpo.records.trackers import Sheet, TensorBoard
+from grpo.records.trackers import Sheet, TensorBoard, open_trackers
 from wan_jax.storage import media
 
 METRICS, EVALUATIONS, CONFIG = "metrics.jsonl", "evals.jsonl", "config.json"
-EXPERTS = "experts"  # key in an epoch's record: the metrics of each of two trained experts, by name
+EXPERTS = "experts"  # key of an epoch's record: metrics of each expert by name, if two are trained
 PREVIEW = re.compile(r"eval_(\d+)\.npz")
-# of a cut or damaged .npz
+# raised on a truncated or damaged .npz
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
-GIF_FRAMES, GIF_FPS = 16, 8  # of a clip's previews on a sheet
+GIF_FRAMES, GIF_FPS = 16, 8  # of animated previews
 
 
 class RunLog:
-    """Writes one run's folder.
+    """Writes the records of one run.
 
-    resume_epoch: the epoch of the checkpoint the run continues after; later records are dropped,
-    because the run will write them again, and a warning says which earlier ones are missing. A file
-    with lines that are no records is kept as `*.damaged`. None: the run starts at the beginning,
-    and records of an earlier attempt are set aside as `*.old`. trackers: `config.log`, which says
-    where numbers and previews go beside; None: to TensorBoard alone.
+    Args:
+      folder: the run's folder, made if needed.
+      resume_epoch: epoch of the checkpoint from which the run continues. Later records are dropped,
+        because the run will write them again; missing earlier ones cause a warning; a file with
+        unreadable lines is copied to `*.damaged`. None: the run starts at the beginning, and
+        records of an earlier attempt are renamed to `*.old`.
+      settings: `config.log`, which chooses further trackers; None: TensorBoard alone.
     """
 
-    def __init__(self, folder, resume_epoch: int | None = None, trackers=None):
+    def __init__(self, folder, resume_epoch: int | None = None, settings=None):
         self.folder = pathlib.Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in (
-            METRICS,
-            EVALUATIONS,
-            *(p.name for p in self.folder.glob("evals_*_frames.jsonl")),
-        ):
+        resumed = resume_epoch is not None
+        last = resume_epoch if resumed else -1  # the last epoch whose records stay
+        # 1 drop the records after it
+        other_lengths = self.folder.glob("evals_*_frames.jsonl")
+        for name in (METRICS, EVALUATIONS, *(path.name for path in other_lengths)):
             path = self.folder / name
             if not path.exists():
                 continue
-            if resume_epoch is None:
+            if not resumed:
                 os.replace(path, path.with_name(name + ".old"))
-            else:
-                records, whole = _parsed(path, _epoch_of)
-                if not whole:
-                    shutil.copy2(path, path.with_name(name + ".damaged"))
-                write_atomically(
-                    path, b"".join(_line(r) for r in records if r["epoch"] <= resume_epoch)
-                )
-        if resume_epoch is not None:
+                continue
+            records, complete = _parse(path, _epoch_of)
+            if not complete:
+                shutil.copy2(path, path.with_name(name + ".damaged"))
+            write_atomically(path, b"".join(_line(r) for r in records if r["epoch"] <= last))
+        if resumed:
             warn_of_missing(self.folder, resume_epoch)
-        last = -1 if resume_epoch is None else resume_epoch
+        # 2 drop the previews after it
         for path in (self.folder / "previews").glob("eval_*.npz"):
             if (named := PREVIEW.fullmatch(path.name)) and int(named[1]) > last:
                 path.unlink()
-        self._sinks = [TensorBoard(self.folder / "tensorboard", last + 1)]
-        if trackers is not None:
-            self._sinks += sinks.trackers(self.folder, trackers, resume_epoch is not None)
+        # 3 open the trackers
+        self._trackers = [TensorBoard(self.folder / "tensorboard", last + 1)]
+        if settings is not None:
+            self._trackers += open_trackers(self.folder, settings, resumed)
 
     def config(self, values: dict) -> None:
-        """Every setting of the run, nested; values that JSON cannot hold are written as text."""
+        """Write every setting, nested; values that JSON cannot hold are written as text."""
         values = plain(values)
         write_atomically(
             self.folder / CONFIG, json.dumps(values, indent=2, allow_nan=False).encode() + b"\n"
         )
-        for sink in self._sinks:
-            sink.config({key.replace("/", "."): value for key, value in flatten(values).items()})
+        flat = {key.replace("/", "."): value for key, value in flatten(values).items()}
+        for tracker in self._trackers:
+            tracker.config(flat)
 
     def epoch(self, record: dict) -> None:
-        """One epoch's numbers; record["epoch"] is its number, groups of numbers may be nested."""
+        """Write one epoch's numbers, which may be nested; record["epoch"] is the epoch."""
         self._write(METRICS, "train", record)
 
     def evaluation(
         self, record: dict, videos: np.ndarray | None = None, frames: int | None = None
     ) -> None:
-        """One held-out evaluation and uint8 videos [n, T, H, W, 3] of its first n prompts.
+        """Write one held-out evaluation.
 
-        The videos are written first: a line in evals.jsonl has its previews. frames: of an
-        evaluation at a further length, which has a file and tags of its own, and no previews on
-        disk.
+        Args:
+          record: see `check_evaluation` for the keys that readers need.
+          videos: previews, uint8 [n, T, H, W, 3] of the first n prompts. They are written first, so
+            that every line of evals.jsonl has its previews.
+          frames: length of the videos if it is not the run's own; such an evaluation has a file and
+            tags of its own, and no previews on disk.
         """
-        tag, name = "eval" if frames is None else f"eval_{frames}_frames", evaluations_name(frames)
+        tag = "eval" if frames is None else f"eval_{frames}_frames"
         if videos is not None and len(videos):
             if frames is None:
                 path = preview_path(self.folder, _epoch_of(record))
@@ -115,11 +117,11 @@ class RunLog:
                 np.savez_compressed(file, videos=videos)
                 write_atomically(path, file.getvalue())
             self._show(f"{tag}/previews", videos, record["epoch"])
-        self._write(name, tag, record)
+        self._write(evaluations_name(frames), tag, record)
 
     def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def _write(self, name: str, tag: str, record: dict) -> None:
         epoch = _epoch_of(record)
@@ -129,33 +131,34 @@ class RunLog:
             for key, value in flatten(record).items()
             if isinstance(value, numbers.Real) and key != "epoch"
         }
-        for sink in self._sinks:
-            sink.numbers(values, epoch)
+        for tracker in self._trackers:
+            tracker.numbers(values, epoch)
 
     def _show(self, tag: str, videos: np.ndarray, epoch: int) -> None:
-        """A sheet of the videos: a PNG for pictures, an animated GIF of some frames for clips."""
-        times = np.unique(
-            np.linspace(0, videos.shape[1] - 1, min(videos.shape[1], GIF_FRAMES))
-            .round()
-            .astype(int)
-        )
+        """Send the videos to the trackers as one sheet: a PNG, or a GIF of some of their frames."""
+        length = videos.shape[1]
+        times = np.unique(np.linspace(0, length - 1, min(length, GIF_FRAMES)).round().astype(int))
         lowest, highest = (128, 256) if len(times) == 1 else (64, 128)
         sheets = np.stack(
             [
                 media.contact_sheet(
-                    np.stack([media.fit_height(f, lowest, highest) for f in videos[:, t]])
+                    np.stack(
+                        [media.fit_height(frame, lowest, highest) for frame in videos[:, time]]
+                    )
                 )
-                for t in times
+                for time in times
             ]
-        )  # [t, sheet height, sheet width, 3]
-        data = media.png_bytes(sheets[0]) if len(sheets) == 1 else media.gif_bytes(sheets, GIF_FPS)
-        sheet = Sheet(data, ".png" if len(sheets) == 1 else ".gif", *sheets.shape[1:3])
-        for sink in self._sinks:
-            sink.previews(tag, sheet, epoch)
+        )  # [times, sheet height, sheet width, 3]
+        if len(sheets) == 1:
+            sheet = Sheet(media.png_bytes(sheets[0]), ".png", *sheets.shape[1:3])
+        else:
+            sheet = Sheet(media.gif_bytes(sheets, GIF_FPS), ".gif", *sheets.shape[1:3])
+        for tracker in self._trackers:
+            tracker.previews(tag, sheet, epoch)
 
 
 class SilentLog:
-    """Takes the place of `RunLog` in the processes that write nothing."""
+    """Replaces `RunLog` in the processes that write nothing."""
 
     def config(self, values: dict) -> None: ...
     def epoch(self, record: dict) -> None: ...
@@ -166,14 +169,13 @@ class SilentLog:
 
 
 def warn_of_missing(folder, epoch: int) -> None:
-    """Warn of records that a run lacks although its checkpoint of `epoch` exists."""
-    if missing := ranges(
-        set(range(1, epoch + 1)) - {record["epoch"] for record in read_metrics(folder)}
-    ):
+    """Warn of records that a run lacks although its checkpoint of `epoch` includes them."""
+    missing = set(range(1, epoch + 1)) - {record["epoch"] for record in read_metrics(folder)}
+    if missing:
         warn(
-            f"{pathlib.Path(folder, METRICS)} has no record of epoch(s) {missing}, which the "
-            f"checkpoint of epoch {epoch} contains: the run continues, but its log and report lack "
-            "them"
+            f"{pathlib.Path(folder, METRICS)} has no record of epoch(s) {ranges(missing)}, which "
+            f"the checkpoint of epoch {epoch} contains: the run continues, but its log and report "
+            "lack them"
         )
     if epoch > 0 and 0 not in [record["epoch"] for record in read_evaluations(folder)]:
         warn(
@@ -183,7 +185,7 @@ def warn_of_missing(folder, epoch: int) -> None:
 
 
 def ranges(values: Iterable[int]) -> str:
-    """{1, 2, 3, 7} -> '1 to 3, 7'."""
+    """Format whole numbers as ranges: {1, 2, 3, 7} -> '1 to 3, 7'."""
     spans = []
     for value in sorted(values):
         if spans and spans[-1][1] == value - 1:
@@ -194,32 +196,30 @@ def ranges(values: Iterable[int]) -> str:
 
 
 def read_metrics(folder) -> list[dict]:
-    """The records of metrics.jsonl, oldest first; [] when there are none. A last line cut off by a
-    kill is ignored.
-    """
+    """Return the records of metrics.jsonl, oldest first; [] if there are none."""
     return _read_lines(pathlib.Path(folder, METRICS))
 
 
 def read_evaluations(folder, frames: int | None = None) -> list[dict]:
-    """The records of evals.jsonl, oldest first; [] when there are none. A last line cut off by a
-    kill is ignored. frames: those at a further length.
+    """Return the records of evals.jsonl, oldest first; [] if there are none.
+
+    frames: length of the videos if it is not the run's own.
     """
     return _read_lines(pathlib.Path(folder, evaluations_name(frames)))
 
 
 def evaluations_name(frames: int | None) -> str:
+    """Return the file name of the evaluations of videos of a length; None: the run's own."""
     return EVALUATIONS if frames is None else f"evals_{frames}_frames.jsonl"
 
 
 def read_config(folder) -> dict:
-    """config.json; {} when there is none, or none that can be read."""
+    """Return config.json; {} if it cannot be read."""
     return read_json(pathlib.Path(folder, CONFIG))
 
 
 def read_previews(folder, epoch: int) -> np.ndarray | None:
-    """uint8 [n, T, H, W, 3] of the evaluation after `epoch`; None when there are none, or none that
-    can be read.
-    """
+    """Return the previews after `epoch`, uint8 [n, T, H, W, 3]; None if they cannot be read."""
     path = preview_path(folder, epoch)
     if not path.exists():
         return None
@@ -236,26 +236,27 @@ def read_previews(folder, epoch: int) -> np.ndarray | None:
 
 
 def preview_path(folder, epoch: int) -> pathlib.Path:
+    """Return the path of the previews of the evaluation after `epoch`."""
     return pathlib.Path(folder, "previews", f"eval_{epoch:06d}.npz")
 
 
 def flatten(values: dict, prefix: str = "") -> dict:
-    """{'a': {'b': 1}} -> {'a/b': 1}."""
+    """Join the keys of nested dicts: {'a': {'b': 1}} -> {'a/b': 1}."""
     flat = {}
     for key, value in values.items():
-        flat |= (
-            flatten(value, f"{prefix}{key}/")
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": value}
-        )
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}/") if isinstance(value, dict) else {name: value}
     return flat
 
 
 def append_line(path: pathlib.Path, record: dict) -> None:
-    """Adds a record to a JSONL file and waits for the disk. Takes back what was written of a line
-    that failed.
+    """Append a record to a JSONL file and wait for the disk.
+
+    Raises:
+      OSError: the line could not be written whole; the file is as it was before.
     """
-    data, size = _line(record), path.stat().st_size if path.exists() else 0
+    data = _line(record)
+    size = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "ab") as file:
             file.write(data)
@@ -268,13 +269,13 @@ def append_line(path: pathlib.Path, record: dict) -> None:
 
 
 def number(record: dict, key: str) -> float | None:
-    """record[key] where it is a number, NaN included; else None."""
+    """Return record[key] if it is a number or NaN, else None."""
     value = record.get(key)
     return value if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
 
 
 def check_evaluation(record: dict) -> None:
-    """Raise ValueError unless the record has what every reader of evaluations uses."""
+    """Raise ValueError unless the record has what readers of evaluations use."""
     _epoch_of(record)
     if missing := [key for key in ("reward", "low", "high", "num") if number(record, key) is None]:
         raise ValueError(f"no number under {', '.join(missing)}")
@@ -284,7 +285,7 @@ def check_evaluation(record: dict) -> None:
             and all(isinstance(value, kind) for value in record[key])
             and len(record[key]) == len(record["rewards"])
         ):
-            raise ValueError(f"no list of one entry a prompt under {key}")
+            raise ValueError(f"no list of one entry per prompt under {key}")
 
 
 def _epoch_of(record: dict) -> int:
@@ -301,8 +302,10 @@ def _line(record: dict) -> bytes:
 
 
 def plain(value):
-    """What JSON can hold: arrays and their scalars as numbers and lists, tuples as lists,
-    non-finite floats as null.
+    """Convert to what JSON can hold.
+
+    Arrays and tuples become lists, NumPy scalars numbers, floats that are not finite None, and
+    objects of other types text.
     """
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
@@ -316,14 +319,15 @@ def plain(value):
 
 
 def _read_lines(path: pathlib.Path) -> list[dict]:
-    """The records of one of the run's .jsonl files that have what their readers use."""
-    return _parsed(path, _epoch_of if path.name == METRICS else check_evaluation)[0]
+    """Return the usable records of one of the run's .jsonl files."""
+    return _parse(path, _epoch_of if path.name == METRICS else check_evaluation)[0]
 
 
-def _parsed(path: pathlib.Path, check: Callable[[dict], object]) -> tuple[list[dict], bool]:
-    """The lines that are records, and whether all are; a warning names the others. `check` raises
-    ValueError on a record that cannot be used. A last line that is no JSON was cut off by a kill
-    and does not count.
+def _parse(path: pathlib.Path, check: Callable[[dict], object]) -> tuple[list[dict], bool]:
+    """Return the usable records of a .jsonl file, and whether all its lines are usable.
+
+    A warning names the lines that are not. A last line that is no JSON does not count: a kill cut
+    it off. check: raises ValueError on a record that cannot be used.
     """
     if not path.exists():
         return [], True

@@ -1,22 +1,30 @@
-"""How sure we are of a mean reward: percentile bootstrap (Efron & Tibshirani 1993, chapter 13) over
-samples, and Student's interval over seeds.
+"""Computes confidence intervals of mean rewards: percentile bootstrap (Efron & Tibshirani 1993,
+chapter 13) over samples, Student's t over seeds.
+
+`scipy.stats.bootstrap` draws the same resamples, but its quantiles differ in the last bit and between
+its versions; the intervals in evals.jsonl must not.
 """
 
 import numpy as np
 from scipy import special
 
-LEAST_VALUES = 2  # of an interval: one sample says nothing about spread
+LEAST_VALUES = 2  # for an interval: one sample says nothing about spread
 CHUNK = 1000  # resamples drawn at once: 1000 x 1000 values are 8 MB
 
 
 def bootstrap_interval(
     values, *, confidence: float = 0.95, draws: int = 10_000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """(mean, low, high) of values [N]; NaN, a sample that could not be scored, is left out.
+    """Return the mean and its percentile bootstrap interval: (mean, low, high).
 
-    The interval holds the middle `confidence` of the means of `draws` resamples of N values with
-    replacement. It is a function of its arguments alone. Raises ValueError for fewer than
-    `LEAST_VALUES`.
+    Args:
+      values: [N]. NaN is a sample that could not be scored and is left out.
+      confidence: the interval holds this middle share of the resamples' means.
+      draws: number of resamples of N values with replacement.
+      seed: of the resamples; equal arguments give equal results.
+
+    Raises:
+      ValueError: fewer than `LEAST_VALUES` values, or an argument out of range.
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} must lie between 0 and 1; 0.95 is usual")
@@ -49,10 +57,18 @@ def bootstrap_interval(
 def paired_difference(
     before, after, *, confidence: float = 0.95, draws: int = 10_000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """(mean, low, high) of after - before, [N] each: the same prompts and seeds in the same order.
+    """Return the mean of after - before and its bootstrap interval: (mean, low, high).
 
-    Sharper than comparing two intervals, because what makes a prompt hard for both cancels. Pairs
-    with a NaN are left out. Raises ValueError for different lengths or fewer than 2 whole pairs.
+    The interval is narrower than those of `before` and `after`, because what makes a prompt hard
+    for both cancels.
+
+    Args:
+      before: [N]. Pairs with a NaN are left out.
+      after: [N], for the same prompts and seeds in the same order.
+      confidence, draws, seed: as for `bootstrap_interval`.
+
+    Raises:
+      ValueError: different shapes, or fewer than `LEAST_VALUES` complete pairs.
     """
     before, after = np.asarray(before, np.float64), np.asarray(after, np.float64)
     if before.shape != after.shape:
@@ -64,9 +80,10 @@ def paired_difference(
 
 
 def t_interval(values, *, confidence: float = 0.95) -> tuple[float, float]:
-    """(mean, half the width) of Student's interval for the mean of independent values [N]: t
-    sqrt(s^2 / N), s^2 the unbiased variance, t the quantile for N - 1 degrees of freedom. One value
-    alone has the half-width NaN, and none have NaN for both. Made for few values, as one a seed.
+    """Return the mean of values [N] and half the width of its interval, t sqrt(s^2 / N).
+
+    s^2 is the unbiased variance and t the quantile of Student's distribution with N - 1 degrees of
+    freedom. The half-width of one value is NaN; without values both are NaN.
     """
     values = np.asarray(values, np.float64)
     mean = float(values.mean()) if len(values) else float("nan")

@@ -1,10 +1,9 @@
-"""Where a run's numbers and previews go beside its own files: TensorBoard, Weights & Biases,
-MLflow.
+"""Sends a run's numbers and previews to TensorBoard, Weights & Biases and MLflow.
 
-A sink takes numbers by tag ('train/loss'), a sheet of previews and the settings. The packages of
-the last two are imported where they are asked for. A run that is resumed continues their runs:
-`TRACKERS` in the run's folder has the ids. What a resumed run computes again is the same to the
-bit: Weights & Biases keeps what it has, MLflow has it twice.
+A tracker takes numbers by tag ('train/loss'), a sheet of previews and the settings. The packages
+of Weights & Biases and MLflow are imported only if they are used. A resumed run continues its run
+there, whose id is in `TRACKERS` in the run's folder. Epochs that a resumed run computes again have
+the same numbers: Weights & Biases keeps the first ones, MLflow has them twice.
 """
 
 import dataclasses
@@ -25,30 +24,37 @@ from rewards.packages import import_problem
 from wan_jax.errors import UserError
 
 TRACKERS = "trackers.json"
-# by default it waits minutes
-QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-PARAMETER = 6000  # characters of a parameter's value that MLflow takes
+# MLflow's defaults wait for minutes
+MLFLOW_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+# per request to MLflow
+MLFLOW_METRICS, MLFLOW_PARAMETERS, MLFLOW_CHARACTERS = 1000, 100, 6000
 # user:password of scheme://user:password@host, up to the last @ of the host's part; ?password=...
 SECRET = re.compile(
     r"(://)[^/\s?#]*(?=@)|([?&;][\w-]*(?:password|passwd|pwd|token|secret|key)=)[^&;\s'\"]*",
     re.IGNORECASE,
 )
-BATCH = 1000  # metrics that MLflow takes at once, and ten times as many as parameters
 
 
 @dataclasses.dataclass(frozen=True)
 class Sheet:
-    """Previews on one picture, or as an animation of it."""
+    """Several previews side by side, as a picture or an animation.
+
+    Attributes:
+      data: the encoded file.
+      suffix: ".png" or ".gif".
+      height: in pixels.
+      width: in pixels.
+    """
 
     data: bytes
-    suffix: str  # .png or .gif
+    suffix: str
     height: int
     width: int
 
 
-class Sink(Protocol):
+class Tracker(Protocol):
     def config(self, values: dict) -> None:
-        """The settings, flat: {'train.learning_rate': 1e-4}."""
+        """Send the settings, flat: {'train.learning_rate': 1e-4}."""
         ...
 
     def numbers(self, values: Mapping[str, float], epoch: int) -> None: ...
@@ -57,10 +63,15 @@ class Sink(Protocol):
 
 
 class TensorBoard:
-    """first: the epoch from which on records of an earlier attempt are forgotten."""
+    """Writes event files.
+
+    Args:
+      folder: of the event files.
+      first: epoch from which on records of an earlier attempt are dropped.
+    """
 
     def __init__(self, folder: pathlib.Path, first: int):
-        # a second or more where PyTorch is installed, which it then imports
+        # takes a second or more where PyTorch is installed, which it imports
         from tensorboardX import SummaryWriter
 
         self.writer = SummaryWriter(str(folder), purge_step=first)
@@ -78,125 +89,111 @@ class TensorBoard:
         image = Summary.Image(
             height=sheet.height, width=sheet.width, colorspace=3, encoded_image_string=sheet.data
         )
-        self.writer.file_writer.add_summary(
-            Summary(value=[Summary.Value(tag=tag, image=image)]), epoch
-        )
+        summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+        self.writer.file_writer.add_summary(summary, epoch)
 
     def close(self) -> None:
         self.writer.close()
 
 
 class WandB:
-    """Weights & Biases; whether it is online, WANDB_MODE and `wandb login` say."""
+    """Sends to Weights & Biases; WANDB_MODE and `wandb login` decide whether it is online.
+
+    Raises:
+      UserError: the package cannot be imported, or the service refuses the run.
+    """
 
     def __init__(self, folder: pathlib.Path, project: str, entity: str, resume: bool):
-        wandb = imported("wandb")
-        self.wandb, key = wandb, {"project": project, "entity": entity}
-        known = _known(folder, "wandb", key) if resume else None
+        self.wandb = import_tracker("wandb")
+        key = {"project": project, "entity": entity}
+        run_id = _stored_id(folder, "wandb", key) if resume else None
         try:
-            self.run = wandb.init(
+            self.run = self.wandb.init(
                 project=project,
                 entity=entity or None,
-                name=_name(folder),
+                name=_run_name(folder),
                 dir=str(folder),
-                id=known,
-                resume="allow" if known else None,
-                settings=wandb.Settings(console="off", silent=True),
+                id=run_id,
+                resume="allow" if run_id else None,
+                settings=self.wandb.Settings(console="off", silent=True),
             )
-        except wandb.errors.Error as error:
+        except self.wandb.errors.Error as error:
             raise UserError(
                 f"config.log.wandb.project={project}: {masked(str(error))}; log in with `wandb "
                 "login`, or set WANDB_MODE=offline and send the run later with `wandb sync`"
             ) from None
-        _remember(folder, "wandb", key, self.run.id)
-        self.last = self.run.step  # of what an earlier attempt logged
+        _store_id(folder, "wandb", key, self.run.id)
+        self.first = self.run.step  # earlier steps are refused: a previous attempt logged them
 
     def config(self, values: dict) -> None:
-        self.run.config.update(
-            {
-                key: masked(value) if isinstance(value, str) else value
-                for key, value in values.items()
-            },
-            allow_val_change=True,
-        )
+        self.run.config.update(_masked_values(values), allow_val_change=True)
 
     def numbers(self, values: Mapping[str, float], epoch: int) -> None:
-        self._log(values, epoch)
+        if epoch >= self.first:
+            self.run.log(dict(values), step=epoch)
 
     def previews(self, tag: str, sheet: Sheet, epoch: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder, f"previews{sheet.suffix}")
             path.write_bytes(sheet.data)
-            self._log(
-                {
-                    tag: self.wandb.Video(str(path), format="gif")
-                    if sheet.suffix == ".gif"
-                    else self.wandb.Image(str(path))
-                },
-                epoch,
-            )
-
-    def _log(self, values: Mapping, epoch: int) -> None:
-        if epoch >= self.last:  # it refuses steps that lie behind
-            self.run.log(dict(values), step=epoch)
+            if sheet.suffix == ".gif":
+                shown = self.wandb.Video(str(path), format="gif")
+            else:
+                shown = self.wandb.Image(str(path))
+            self.numbers({tag: shown}, epoch)
 
     def close(self) -> None:
         self.run.finish()
 
 
 class MLflow:
-    """A tracking server or a local store. Where it does not take something in the middle of a run,
-    that is printed and the run goes on: its own files have everything.
+    """Sends to a tracking server, or writes to a local store.
+
+    What is refused during the run is reported on standard output, and the run continues: its own
+    files have everything.
+
+    Raises:
+      UserError: the package cannot be imported, or the server cannot be reached at the start.
     """
 
     def __init__(self, folder: pathlib.Path, uri: str, experiment: str, resume: bool):
-        for name, value in QUICK.items():
+        for name, value in MLFLOW_LIMITS.items():
             os.environ.setdefault(name, value)
-        mlflow = imported("mlflow")
+        mlflow = import_tracker("mlflow")
         from mlflow.entities import Metric, Param
 
-        self.errors, self.metric, self.param = (
-            (mlflow.exceptions.MlflowException, OSError),
-            Metric,
-            Param,
-        )
-        self.uri, key = masked(uri), {"uri": masked(uri), "experiment": experiment}
-        known = _known(folder, "mlflow", key) if resume else None
+        self.metric, self.param = Metric, Param
+        self.errors = (mlflow.exceptions.MlflowException, OSError)
+        self.uri = masked(uri)
+        key = {"uri": self.uri, "experiment": experiment}
+        self.run = _stored_id(folder, "mlflow", key) if resume else None
         try:
             self.client = mlflow.MlflowClient(tracking_uri=uri)
-            if known:
-                self.client.update_run(known, status="RUNNING")
+            if self.run:
+                self.client.update_run(self.run, status="RUNNING")
             else:
                 found = self.client.get_experiment_by_name(experiment)
                 number = found.experiment_id if found else self.client.create_experiment(experiment)
-                known = self.client.create_run(number, run_name=_name(folder)).info.run_id
+                info = self.client.create_run(number, run_name=_run_name(folder)).info
+                self.run = info.run_id
         except (*self.errors, ImportError) as error:
-            raise UserError(
-                f"config.log.mlflow.uri={self.uri}: {masked(' '.join(str(error).split()))}"
-            ) from None
-        self.run, self.told = known, resume
-        _remember(folder, "mlflow", key, known)
+            raise UserError(f"config.log.mlflow.uri={self.uri}: {_one_line(error)}") from None
+        self.has_parameters = resume  # they cannot change once they are there
+        _store_id(folder, "mlflow", key, self.run)
 
     def config(self, values: dict) -> None:
-        values = {
-            key: masked(value) if isinstance(value, str) else value for key, value in values.items()
-        }
+        values = _masked_values(values)
         self._send(self.client.log_dict, values, "config.json")
-        if not self.told:  # parameters cannot change once they are there
-            parameters = [self.param(k, str(v)[:PARAMETER]) for k, v in values.items()]
-            for first in range(0, len(parameters), BATCH // 10):
-                self._send(self.client.log_batch, params=parameters[first : first + BATCH // 10])
-        self.told = True
+        if not self.has_parameters:
+            parameters = [self.param(k, str(v)[:MLFLOW_CHARACTERS]) for k, v in values.items()]
+            self._send_in_parts("params", parameters, MLFLOW_PARAMETERS)
+        self.has_parameters = True
 
     def numbers(self, values: Mapping[str, float], epoch: int) -> None:
         now = int(1000 * time.time())
-        metrics = [
-            self.metric(tag, value, now, epoch)
-            for tag, value in values.items()
-            if math.isfinite(value)
-        ]
-        for first in range(0, len(metrics), BATCH):
-            self._send(self.client.log_batch, metrics=metrics[first : first + BATCH])
+        finite = {tag: value for tag, value in values.items() if math.isfinite(value)}
+        metrics = [self.metric(tag, value, now, epoch) for tag, value in finite.items()]
+        self._send_in_parts("metrics", metrics, MLFLOW_METRICS)
 
     def previews(self, tag: str, sheet: Sheet, epoch: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -207,37 +204,46 @@ class MLflow:
     def close(self) -> None:
         self._send(self.client.set_terminated)
 
+    def _send_in_parts(self, kind: str, values: list, count: int) -> None:
+        for first in range(0, len(values), count):
+            self._send(self.client.log_batch, **{kind: values[first : first + count]})
+
     def _send(self, call, *args, **kwargs) -> None:
         try:
             call(self.run, *args, **kwargs)
         except self.errors as error:
             print(
-                f"warning: MLflow at {self.uri} did not take it: "
-                f"{masked(' '.join(str(error).split()))[:300]}",
+                f"warning: MLflow at {self.uri} did not take it: {_one_line(error)[:300]}",
                 flush=True,
             )
 
 
 def masked(text: str) -> str:
-    """The text without what comes before @ in a URL, and without passwords and tokens among its
-    parameters.
-    """
+    """Replace passwords by ***: what comes before @ in a URL, and tokens among its parameters."""
     return SECRET.sub(lambda found: f"{found[1] or found[2]}***", text)
 
 
-def check(log) -> None:
-    """Raises `UserError` where a tracker is asked for whose package is missing. log: `config.log`."""
+def _masked_values(values: dict) -> dict:
+    return {k: masked(v) if isinstance(v, str) else v for k, v in values.items()}
+
+
+def _one_line(error: BaseException) -> str:
+    return masked(" ".join(str(error).split()))
+
+
+def check(settings) -> None:
+    """Raise `UserError` if `config.log` asks for a tracker whose package is missing."""
     for package, key in (("wandb", "wandb.project"), ("mlflow", "mlflow.uri")):
         section, name = key.split(".")
-        if log[section][name] and importlib.util.find_spec(package) is None:
+        if settings[section][name] and importlib.util.find_spec(package) is None:
             raise UserError(
-                f"config.log.{key}={masked(log[section][name])} needs the package {package}: pip "
-                f"install -e '.[{package}]'"
+                f"config.log.{key}={masked(settings[section][name])} needs the package {package}: "
+                f"pip install -e '.[{package}]'"
             )
 
 
-def imported(package: str):
-    """Raises `UserError` where the package is there and cannot be imported."""
+def import_tracker(package: str):
+    """Import an installed package. Raises `UserError` if that fails."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -246,30 +252,39 @@ def imported(package: str):
         ) from None
 
 
-def trackers(folder: pathlib.Path, log, resume: bool) -> list[Sink]:
-    """Those that `config.log` asks for. resume: their runs of before go on. Raises `UserError` on
-    one that cannot be reached.
+def open_trackers(folder: pathlib.Path, settings, resume: bool) -> list[Tracker]:
+    """Open the trackers that `config.log` asks for.
+
+    Args:
+      folder: of the run.
+      settings: `config.log`.
+      resume: whether to continue the run's earlier runs there.
+
+    Raises:
+      UserError: one cannot be imported or reached.
     """
-    found: list[Sink] = []
-    if log.wandb.project:
-        found.append(WandB(folder, log.wandb.project, log.wandb.entity, resume))
-    if log.mlflow.uri:
-        found.append(MLflow(folder, log.mlflow.uri, log.mlflow.experiment, resume))
-    return found
+    opened: list[Tracker] = []
+    if settings.wandb.project:
+        opened.append(WandB(folder, settings.wandb.project, settings.wandb.entity, resume))
+    if settings.mlflow.uri:
+        opened.append(MLflow(folder, settings.mlflow.uri, settings.mlflow.experiment, resume))
+    return opened
 
 
-def _name(folder: pathlib.Path) -> str:
-    """Of a run, from its folder and the one that holds it: grpo.compare's end in cps/seed0."""
+def _run_name(folder: pathlib.Path) -> str:
+    """Return the last two parts of the run folder's path: those of grpo.compare end in cps/seed0."""
     return "/".join(folder.resolve().parts[-2:])
 
 
-def _known(folder: pathlib.Path, name: str, key: dict) -> str | None:
-    """The id of this folder's run at a tracker; None where it has none, or had it elsewhere."""
+def _stored_id(folder: pathlib.Path, name: str, key: dict) -> str | None:
+    """Return the id of this folder's run at a tracker; None if it has none under this key."""
     entry = read_json(folder / TRACKERS).get(name)
-    known = isinstance(entry, dict) and all(masked(str(entry.get(k))) == v for k, v in key.items())
-    return entry.get("id") if known else None
+    if not isinstance(entry, dict):
+        return None
+    same = all(masked(str(entry.get(k))) == v for k, v in key.items())
+    return entry.get("id") if same else None
 
 
-def _remember(folder: pathlib.Path, name: str, key: dict, run: str) -> None:
-    known = read_json(folder / TRACKERS) | {name: key | {"id": run}}
-    write_atomically(folder / TRACKERS, (json.dumps(known, indent=1) + "\n").encode())
+def _store_id(folder: pathlib.Path, name: str, key: dict, run_id: str) -> None:
+    entries = read_json(folder / TRACKERS) | {name: key | {"id": run_id}}
+    write_atomically(folder / TRACKERS, (json.dumps(entries, indent=1) + "\n").encode())

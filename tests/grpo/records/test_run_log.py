@@ -1,6 +1,4 @@
-"""What is written can be read, resuming forgets what will be written again, and no failure spoils a
-good file.
-"""
+"""Run logs: what is written can be read, resuming drops later records, failures damage no file."""
 
 import errno
 import json
@@ -13,29 +11,7 @@ from tensorboardX.proto import event_pb2
 
 from grpo.records import run_log
 from grpo.records.run_log import RunLog, read_evaluations, read_metrics
-
-
-def evaluation(epoch):
-    return {
-        "epoch": epoch,
-        "reward": 0.5,
-        "low": 0.4,
-        "high": 0.6,
-        "num": 2,
-        "rewards": [0.5, float("nan")],
-        "prompts": ['say "hé"', "b"],
-        "texts": ["hé", ""],
-        "seconds": 1.0,
-    }
-
-
-def write(folder, epochs, resume=None, evals=()):
-    log = RunLog(folder, resume)
-    for e in epochs:
-        log.epoch({"epoch": e, "loss": e / 10, "seconds": {"sample": 1.0, "update": 2.0}})
-        if e in evals:
-            log.evaluation(evaluation(e), np.full((2, 1, 4, 6, 3), e, np.uint8))
-    log.close()
+from tests.grpo.records.run_folders import evaluation, write
 
 
 def board(folder):

@@ -1,16 +1,16 @@
-"""Whatever happened to a run's records, what can be read is read, and one warning says what cannot."""
+"""Damaged records: what can be read is read, and one warning names the rest."""
 
 import json
 
 import numpy as np
 import pytest
-from tests.grpo.test_report import Checker, run
-from tests.grpo.test_run_log import evaluation, write
 
 from configs.defaults import defaults
 from grpo.records import run_log, trackers
 from grpo.records.run_log import RunLog, ranges, read_evaluations, read_metrics
 from grpo.report.run_report import summary_lines, write_report
+from tests.grpo.records.run_folders import evaluation, write
+from tests.grpo.report.pages import Page, report_of_run
 
 DEEP = b'{"epoch": ' + b"[" * 100_000
 
@@ -91,7 +91,7 @@ def test_stray_files_stay(tmp_path):
     ids=["half", "empty", "garbage", "zeros"],
 )
 def test_previews_that_cannot_be_read_are_left_out(tmp_path, capsys, spoil):
-    run(tmp_path)
+    report_of_run(tmp_path)
     path = run_log.preview_path(tmp_path, 0)
     path.write_bytes(spoil(path.read_bytes()))
     assert run_log.read_previews(tmp_path, 0) is None
@@ -129,7 +129,7 @@ def test_an_evaluation_without_its_fields_is_left_out(tmp_path, capsys, change):
     write(tmp_path, (1, 2), evals=(1, 2))
     edit(tmp_path / "evals.jsonl", 1, json.dumps(run_log.plain(evaluation(1) | change)).encode())
     assert [r["epoch"] for r in read_evaluations(tmp_path)] == [2]
-    Checker(write_report(tmp_path).read_text())
+    Page(write_report(tmp_path).read_text())
     assert capsys.readouterr().err.count("evals.jsonl: 1 of 2 lines") == 1, (
         "once, however often it is read"
     )
@@ -165,7 +165,7 @@ def test_metrics_with_odd_fields_are_drawn_as_far_as_they_are_numbers(tmp_path):
     log.config({"epochs": 20})
     log.close()
     text = write_report(tmp_path).read_text()
-    Checker(text)
+    Page(text)
     assert "0.125 (epoch 11)" in text and "Epoch 11 of 20" in text and "8 videos sampled" in text
 
 
@@ -178,7 +178,7 @@ def test_evaluations_that_could_not_be_scored_are_left_out_by_name(tmp_path):
     )
     log.close()
     text = write_report(tmp_path).read_text()
-    Checker(text)
+    Page(text)
     assert (
         "OCR reward 0.50 on 2" in text
         and "no result of the evaluation after epoch 4" in text
@@ -191,10 +191,10 @@ def test_evaluations_that_could_not_be_scored_are_left_out_by_name(tmp_path):
 def test_other_files_of_a_run_that_cannot_be_read(tmp_path, capsys, text):
     for name in ("config.json", "trackers.json"):
         (tmp_path / name).write_text(text)
-    Checker(write_report(tmp_path).read_text())
-    assert trackers._known(tmp_path, "mlflow", {"uri": "x"}) is None
-    trackers._remember(tmp_path, "mlflow", {"uri": "x"}, "7")
-    assert trackers._known(tmp_path, "mlflow", {"uri": "x"}) == "7"
+    Page(write_report(tmp_path).read_text())
+    assert trackers._stored_id(tmp_path, "mlflow", {"uri": "x"}) is None
+    trackers._store_id(tmp_path, "mlflow", {"uri": "x"}, "7")
+    assert trackers._stored_id(tmp_path, "mlflow", {"uri": "x"}) == "7"
     warned = capsys.readouterr().err.count("cannot be read")
     assert warned == (0 if text.startswith('{"') else 2)
     RunLog(tmp_path, 0, defaults().log).close()

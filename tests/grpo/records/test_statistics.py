@@ -1,13 +1,36 @@
-"""The bootstrap against every resample there is, against its promise (coverage), and what it must
-refuse.
-"""
+"""Intervals: against SciPy, against all resamples, by coverage, and arguments that are refused."""
 
 import itertools
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from grpo.records.statistics import bootstrap_interval, paired_difference
+from grpo.records.statistics import bootstrap_interval, paired_difference, t_interval
+
+
+@pytest.mark.parametrize("count", [2, 17, 300])
+def test_equals_scipy(count):
+    """The draws are the same; quantiles and standard errors differ by a few roundings of float64."""
+    values = np.random.default_rng(count).random(count)
+    reference = stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=2500,
+        batch=1000,
+        method="percentile",
+        rng=np.random.default_rng(7),
+    ).confidence_interval
+    found = bootstrap_interval(values, draws=2500, seed=7)
+    np.testing.assert_allclose(found, [values.mean(), *reference], rtol=1e-14)
+    mean, half = t_interval(values)
+    reference = stats.t.interval(0.95, count - 1, loc=values.mean(), scale=stats.sem(values))
+    np.testing.assert_allclose([mean - half, mean + half], reference, rtol=1e-13)
+
+
+def test_t_interval_of_few_values():
+    assert t_interval([0.5])[0] == 0.5 and np.isnan(t_interval([0.5])[1])
+    assert np.isnan(t_interval([])).all()
 
 
 def test_equals_all_resamples():

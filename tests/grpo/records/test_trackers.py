@@ -1,6 +1,4 @@
-"""Weights & Biases offline and MLflow in a local store, for real: numbers, previews, settings, and
-runs that go on.
-"""
+"""Weights & Biases offline and MLflow in a local store: numbers, previews, settings, resumed runs."""
 
 import json
 

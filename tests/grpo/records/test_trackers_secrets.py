@@ -1,6 +1,4 @@
-"""Nothing that a tracker prints or stores has a password, and a package that cannot be imported is
-one message.
-"""
+"""Trackers print and store no password, and a package that cannot be imported is one message."""
 
 import json
 import sys
@@ -77,19 +75,19 @@ def mlflow(monkeypatch):
 def test_mlflow_shows_no_password(mlflow, tmp_path, capsys):
     log, address = defaults().log, f"http://user:{SECRET}@host:5000"
     log.mlflow.uri = address
-    (sink,) = trackers.trackers(tmp_path, log, False)
-    sink.config(
+    (tracker,) = trackers.open_trackers(tmp_path, log, False)
+    tracker.config(
         {
             "log.mlflow.uri": address,
             "command": f"python --config.log.mlflow.uri={address}",
             "seed": 3,
         }
     )
-    sink.numbers({"train/loss": 0.5}, 1)
-    sink.close()
-    (again,) = trackers.trackers(tmp_path, log, False)
+    tracker.numbers({"train/loss": 0.5}, 1)
+    tracker.close()
+    (again,) = trackers.open_trackers(tmp_path, log, False)
     assert (
-        trackers._known(
+        trackers._stored_id(
             tmp_path, "mlflow", {"uri": masked(address), "experiment": log.mlflow.experiment}
         )
         == again.run
@@ -97,21 +95,21 @@ def test_mlflow_shows_no_password(mlflow, tmp_path, capsys):
     out = (
         "".join(capsys.readouterr())
         + (tmp_path / "trackers.json").read_text()
-        + "".join(sink.client.sent)
+        + "".join(tracker.client.sent)
     )
     assert SECRET not in out and out.count("MLflow at http://***@host:5000 did not take it") == 4
     log.mlflow.uri = address + "/closed"
     with pytest.raises(
         UserError, match=r"config\.log\.mlflow\.uri=http://\*\*\*@host:5000/closed: "
     ) as error:
-        trackers.trackers(tmp_path, log, False)
+        trackers.open_trackers(tmp_path, log, False)
     assert SECRET not in str(error.value)
 
 
 def test_an_id_stored_by_an_address_with_its_password_is_found(tmp_path):
     stored = {"mlflow": {"uri": f"http://u:{SECRET}@h", "id": "7"}}
     (tmp_path / "trackers.json").write_text(json.dumps(stored))
-    assert trackers._known(tmp_path, "mlflow", {"uri": "http://***@h"}) == "7"
+    assert trackers._stored_id(tmp_path, "mlflow", {"uri": "http://***@h"}) == "7"
 
 
 @pytest.mark.parametrize("package", ["wandb", "mlflow"])
@@ -123,4 +121,4 @@ def test_a_package_that_cannot_be_imported(package, tmp_path, monkeypatch):
         UserError,
         match=rf"config\.log\.{package} needs a package.*pip install -e '\.\[{package}\]'",
     ):
-        trackers.trackers(tmp_path, log, False)
+        trackers.open_trackers(tmp_path, log, False)

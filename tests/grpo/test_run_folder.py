@@ -1,6 +1,4 @@
-"""A run has its folder for itself, and the processes of a run hear of an error in what it starts
-from.
-"""
+"""`grpo.train` at its start: one run per folder, and errors that all processes learn of."""
 
 import contextlib
 import types
@@ -35,19 +33,19 @@ def test_a_run_in_a_folder_in_use_is_refused_before_the_model_is_opened(c, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_a_prompt_file_that_one_process_lacks_is_told_to_the_others(c, monkeypatch):
-    heard = []
+def test_a_prompt_file_that_one_process_lacks_is_an_error_in_all(c, monkeypatch):
+    errors = []
 
     @contextlib.contextmanager
     def joined(*_):
         try:
             yield
         except UserError as error:
-            heard.append(str(error))
+            errors.append(str(error))
             raise
 
-    monkeypatch.setattr(train.hosts, "joined", joined)
+    monkeypatch.setattr(train.multihost, "joined", joined)
     c.prompts.train = "none.txt"
     with pytest.raises(UserError):
         train.main(None)
-    assert "none.txt does not exist" in heard[0]
+    assert "none.txt does not exist" in errors[0]
