@@ -1,8 +1,7 @@
-"""Comparisons: what a method is, the figures against their formulas, the page, and real runs that
-end or fail.
-"""
+"""Comparisons: methods, budgets, and real runs that end, fail or are stopped."""
 
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -10,31 +9,35 @@ import time
 
 import numpy as np
 import pytest
-from tests.grpo.test_report import Checker
 
 from convert.from_diffusers import convert
 from grpo import compare
 from grpo.compare import Job, Method, parse_budget, read_methods
 from grpo.records import run_log
-from grpo.records.statistics import t_interval
 from grpo.report import comparison_report
-from grpo.report.comparison_report import Comparison, Curve, first_reached, mean_curve, summary
 from tests import commands, tiny
-from tests.grpo.test_train import PICTURE, RECIPE, WORDS
-from wan_jax.command_line.cli import UserError
+from tests.grpo.records import run_folders
+from wan_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
-T2 = 4.302652729911275  # Student's 97.5 % quantile for 2 degrees of freedom
+RECIPE = """
+from configs.defaults import defaults
 
-
-def curve(rewards, evaluations=None, seconds=None):
-    steps = np.arange(len(rewards))
-    return Curve(
-        5 * steps,
-        np.asarray(100 * steps if evaluations is None else evaluations),
-        np.asarray(2.0 * steps if seconds is None else seconds),
-        np.asarray(rewards, float),
-    )
+def get_config():
+    c = defaults()
+    c.run_dir, c.epochs = "unused", 3
+    c.model.path, c.model.dtype, c.model.remat = {model!r}, "float32", "none"
+    c.lora.rank = 4
+    c.prompts.train, c.prompts.heldout = {train!r}, {heldout!r}
+    c.sample.height, c.sample.width, c.sample.guidance = 64, 64, 1.0
+    c.sample.steps, c.sample.sde_steps, c.sample.sde_range = 3, 2, (0, 3)
+    c.sample.groups, c.sample.group_size, c.sample.batch_size = 2, 2, 4
+    c.train.method, c.train.updates_per_epoch = "grpo", 1
+    c.eval.every, c.eval.num_prompts, c.eval.steps, c.eval.guidance, c.eval.previews = 1, 2, 2, 1.0, 2
+    c.save.every = 1
+    c.reward.workers = 0
+    return c
+"""
 
 
 def test_methods_of_a_file_a_flag_and_recipes(tmp_path):
@@ -51,12 +54,13 @@ def test_methods_of_a_file_a_flag_and_recipes(tmp_path):
         "--config.x=1",
         "--config.seed=2",
     ]
+    expected = re.escape(compare.EXPECTED)
     for lines, message in (
-        (["a two.py"], "is no method"),
-        (["a: two.py x"], "is no method"),
-        (["a:"], "is no method"),
-        (["a/b: two.py"], "is no method"),
-        (["a: 'two.py"], "is no method"),
+        (["a two.py"], expected),
+        (["a: two.py x"], expected),
+        (["a:"], expected),
+        (["a/b: two.py"], expected),
+        (["a: 'two.py"], expected),
         ([], "no methods"),
         (["a: b.py", "a: c.py"], "two methods are named a"),
     ):
@@ -122,105 +126,16 @@ def test_a_run_beyond_the_budget_is_refused(tmp_path):
             compare.check_not_beyond(tmp_path, unit, amount)
 
 
-def test_interval_over_seeds():
-    mean, half = t_interval([0.5, 0.7, 0.9])
-    assert mean == pytest.approx(0.7) and half == pytest.approx(T2 * 0.2 / 3**0.5)
-    assert (
-        t_interval([0.5])[0] == 0.5
-        and np.isnan(t_interval([0.5])[1])
-        and np.isnan(t_interval([])).all()
-    )
-
-
-def test_curves_are_averaged_at_equal_spending():
-    """Seeds evaluated at other spendings count on the line between; nothing is told beyond what all
-    of them spent.
-    """
-    a, b = curve([0.2, 0.4, 0.8]), curve([0.2, 0.6, 0.6], evaluations=[0, 50, 150])
-    x, mean, half = mean_curve([a, b], "evaluations")
-    np.testing.assert_array_equal(x, [0, 50, 100, 150])
-    pairs = np.array([[0.2, 0.3, 0.4, 0.6], [0.2, 0.6, 0.6, 0.6]])
-    np.testing.assert_allclose(mean, pairs.mean(0))
-    # s = d / sqrt 2
-    np.testing.assert_allclose(
-        half, 12.706204736 * np.abs(np.diff(pairs, axis=0)[0]) / 2, atol=1e-8
-    )
-    assert np.isnan(mean_curve([a], "seconds")[2]).all()
-
-
-def test_what_a_gain_took():
-    a = curve([0.5, 0.4, 0.6, 0.7])
-    assert first_reached(a, "evaluations", 0.1) == pytest.approx(200)
-    assert first_reached(curve([0.5, 0.65]), "evaluations", 0.15) == pytest.approx(100), (
-        "but for rounding"
-    )
-    assert first_reached(a, "seconds", 0.15) == pytest.approx(5.0)
-    assert first_reached(a, "evaluations", 0.05) == pytest.approx(175) and np.isnan(
-        first_reached(a, "seconds", 0.3)
-    )
-    row = summary([a, curve([0.5, 0.5, 0.5, 0.5])], 0.1)
-    assert row["reached"] == 1 and row["evaluations_to_reach"] == pytest.approx(
-        (200, np.nan), nan_ok=True
-    )
-    assert row["gain"][0] == pytest.approx(0.1) and row["epochs"][0] == 15
-
-
-def test_page_and_tables(tmp_path):
-    runs = {
-        f"m{i}": {s: curve([0.5, 0.5 + 0.02 * i + 0.01 * s, 0.5 + 0.04 * i]) for s in range(3)}
-        for i in range(8)
-    }
-    result = Comparison(
-        {name: "r.py <script>" for name in runs} | {"gone": "r.py"},
-        runs | {"gone": {}},
-        ("evaluations", 200),
-        0.15,
-        {"gone, seed 0": "error: <b>no</b>"},
-        2,
-        "python <x>",
-        ["eval.steps"],
-    )
-    lines = comparison_report.write(result, tmp_path / "out")
-    text = (tmp_path / "out" / "comparison.html").read_text()
-    page = Checker(text)
-    assert (
-        all(u.startswith("#") for u in page.urls)
-        and "script" not in page.tags
-        and text.count("<svg") == 4
-    )
-    assert (
-        "m7 ended highest of 8: held-out OCR reward 0.50 → 0.78 ± 0.00 over 3 seeds." in page.text
-    )
-    assert "error: <b>no</b>" in page.text and "they differ in eval.steps" in page.text
-    for i in range(6):
-        assert f"var(--s{i})" in text
-    markdown = (tmp_path / "out" / "comparison.md").read_text()
-    assert (
-        "| m7 | 3 | 0.500 ± 0.000 | 0.780 ± 0.000 | +0.280 ± 0.000 | 100 ± " in markdown
-        and lines[0] in markdown
-    )
-    assert "| not reached | not reached | 10 | 200 | 4 |" in markdown
-    known = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert known["runs"]["m1"]["2"]["rewards"] == [0.5, 0.54, 0.54] and known["summary"]["m1"][
-        "end"
-    ] == [0.54, 0.0]
-    comparison_report.write(
-        Comparison({"gone": "r.py"}, {"gone": {}}, ("epochs", 2), 0.1, {}, 1, "", []),
-        tmp_path / "none",
-    )
-    assert "No run was finished." in (tmp_path / "none" / "comparison.html").read_text()
-
-
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     root = tmp_path_factory.mktemp("compare")
     convert(str(tiny.write_pipeline(root / "source", seed=3)), root / "model", "float32")
-    for name, words in (("train", WORDS[:4]), ("heldout", WORDS[4:])):
-        (root / f"{name}.txt").write_text("".join(f'A sign that says "{w}".\n' for w in words))
+    for name, words in (("train", "open exit cafe salt"), ("heldout", "moon tide fern lamp")):
+        lines = [f'A sign that says "{word}".\n' for word in words.split()]
+        (root / f"{name}.txt").write_text("".join(lines))
     path = root / "good.py"
     path.write_text(
         RECIPE.format(
-            run="unused",
             model=str(root / "model"),
             train=str(root / "train.txt"),
             heldout=str(root / "heldout.txt"),
@@ -242,8 +157,7 @@ def test_real_runs_under_one_budget(recipe, tmp_path):
         f"--method=bad: {recipe} prompts.train=/nowhere.txt",
         "--budget=evaluations:20",
         "--jobs=2",
-        "--common=sample.group_size=2 train.updates_per_epoch=1 eval.every=1 "
-        f"eval.num_prompts=2 {' '.join(PICTURE)}",
+        "--common=train.learning_rate=1e-3 lora.rank=2",
     )
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 1 and "1 of 2 runs failed: bad, seed 4" in done.stderr, (
@@ -299,25 +213,32 @@ def test_sigterm_stops_the_runs(recipe, tmp_path):
     assert "the same command continues" in log.read_text()
 
 
-def test_stopping_stops_the_runs(recipe, tmp_path):
-    """A run that fails at once is told while another works, which ends with the caller and can be
-    continued.
-    """
-    env = compare.environment(tmp_path, "0", True)
-    assert env["CUDA_VISIBLE_DEVICES"] == env["HIP_VISIBLE_DEVICES"] == "0"
-    assert (
-        env["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
-        and "compiled" in env["JAX_COMPILATION_CACHE_DIR"]
+def test_environment_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+    env = compare.environment(tmp_path, "3", shared=True)
+    assert env["CUDA_VISIBLE_DEVICES"] == env["HIP_VISIBLE_DEVICES"] == "3"
+    assert env["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    assert env["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "compiled")
+    env = compare.environment(tmp_path, None, shared=False)
+    assert not {"CUDA_VISIBLE_DEVICES", "XLA_PYTHON_CLIENT_PREALLOCATE"} & (
+        env.keys() - os.environ.keys()
     )
-    jobs = [
-        Job(
-            Method(name, str(recipe), (setting,)),
-            0,
-            folder := tmp_path / name / "seed0",
-            (f"run_dir={folder}",),
-        )
-        for name, setting in (("slow", "epochs=100000"), ("bad", "model.path=/nowhere"))
-    ]
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
+    assert (
+        compare.environment(tmp_path, None, shared=False)["JAX_COMPILATION_CACHE_DIR"]
+        == "/elsewhere"
+    )
+
+
+def test_stopping_stops_the_runs(recipe, tmp_path):
+    """A run that fails at once is reported while another works, which ends with the caller."""
+    env = compare.environment(tmp_path, "0", shared=True)
+    jobs = []
+    for name, setting in (("slow", "epochs=100000"), ("bad", "model.path=/nowhere")):
+        folder = tmp_path / name / "seed0"
+        method = Method(name, str(recipe), (setting,))
+        jobs.append(Job(method, 0, folder, (f"run_dir={folder}",)))
     runs = compare.run_all(jobs, [env, env])
     job, code, _ = next(runs)
     assert (job.method.name, code) == ("bad", 1) and "/nowhere" in job.failure()
@@ -326,28 +247,33 @@ def test_stopping_stops_the_runs(recipe, tmp_path):
     assert "the same command continues" in jobs[0].failure()
 
 
-def test_evaluations_without_a_result_are_no_points_of_a_curve(tmp_path):
-    """At its ends they leave nothing to compare."""
-    log = run_log.RunLog(tmp_path)
-    for epoch in (1, 2, 3):
-        log.epoch({"epoch": epoch, "spent_evaluations": 10 * epoch, "spent_seconds": 1.0})
+def test_failure_of_a_run_without_output(tmp_path):
+    job = Job(Method("a", "a.py"), 3, tmp_path / "a" / "seed3", ())
+    assert (str(job), job.failure()) == ("a, seed 3", "no output")
+    job.folder.parent.mkdir()
+    job.log.write_text("first\n\n last \n\n")
+    assert job.failure() == "last"
 
-    def evaluated(epoch: int, reward: float) -> None:
-        log.evaluation(
-            {
-                "epoch": epoch,
-                "num": 2,
-                "rewards": [reward] * 2,
-                "prompts": ["a", "b"],
-                "texts": ["", ""],
-            }
-            | dict.fromkeys(("reward", "low", "high"), reward)
-        )
 
-    for epoch, reward in enumerate((0.5, float("nan"), 0.7)):
-        evaluated(epoch, reward)
-    curve = comparison_report.read_curve(tmp_path)
-    assert curve.epochs.tolist() == [0, 2] and curve.rewards.tolist() == [0.5, 0.7]
-    evaluated(3, float("nan"))
-    with pytest.raises(UserError, match="evaluation after epoch 3 scored fewer than two"):
-        comparison_report.read_curve(tmp_path)
+def test_a_finished_run_without_a_curve_is_a_failure(tmp_path):
+    jobs = [Job(Method("a", "a.py"), seed, tmp_path / "a" / f"seed{seed}", ()) for seed in (0, 1)]
+    for job in jobs:
+        log = run_log.RunLog(job.folder)
+        if job.seed:
+            log.evaluation(run_folders.evaluation(0))
+        log.close()
+    comparison = comparison_report.Comparison(
+        methods={"a": "a.py"},
+        runs={},
+        budget=("epochs", 1),
+        reach=0.1,
+        failures={},
+        parallel=1,
+        command="",
+        differing=[],
+    )
+    lines = compare.write_comparison(comparison, jobs, {"b, seed 0": "killed"}, tmp_path)
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    assert list(found["runs"]["a"]) == ["1"] and any(line.startswith("| a | 1 |") for line in lines)
+    assert set(found["failures"]) == {"a, seed 0", "b, seed 0"}
+    assert str(jobs[0].folder) in found["failures"]["a, seed 0"]

@@ -29,6 +29,8 @@ def test_equals_scipy(count):
 
 
 def test_t_interval_of_few_values():
+    mean, half = t_interval([0.5, 0.7, 0.9])  # 4.3027 is the quantile for 2 degrees of freedom
+    assert mean == pytest.approx(0.7) and half == pytest.approx(4.302652729911275 * 0.2 / 3**0.5)
     assert t_interval([0.5])[0] == 0.5 and np.isnan(t_interval([0.5])[1])
     assert np.isnan(t_interval([])).all()
 

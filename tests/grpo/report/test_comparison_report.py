@@ -7,8 +7,19 @@ import pytest
 
 from grpo.records import run_log
 from grpo.report import comparison_report
-from grpo.report.comparison_report import CONFIDENCE, Comparison, Curve, read_curve
+from grpo.report.comparison_report import (
+    CONFIDENCE,
+    Comparison,
+    Curve,
+    differing,
+    first_reached,
+    mean_curve,
+    read_curve,
+    summary,
+    write,
+)
 from tests.grpo.records.run_folders import evaluation
+from tests.grpo.report.pages import Page
 from wan_jax.errors import UserError
 
 
@@ -106,3 +117,100 @@ def test_a_bad_line_costs_its_record_alone(tmp_path):
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], "{", *lines[2:], json.dumps({"epoch": 4})]))
     assert read_curve(tmp_path).epochs.tolist() == [0, 2, 3]
+
+
+def curve(rewards, evaluations=None, seconds=None):
+    steps = np.arange(len(rewards))
+    return Curve(
+        5 * steps,
+        np.asarray(100 * steps if evaluations is None else evaluations),
+        np.asarray(2.0 * steps if seconds is None else seconds),
+        np.asarray(rewards, float),
+    )
+
+
+def test_curves_are_averaged_at_equal_spending():
+    """Seeds evaluated at other spendings count on the line between; nothing is told beyond what all
+    of them spent.
+    """
+    a, b = curve([0.2, 0.4, 0.8]), curve([0.2, 0.6, 0.6], evaluations=[0, 50, 150])
+    x, mean, half = mean_curve([a, b], "evaluations")
+    np.testing.assert_array_equal(x, [0, 50, 100, 150])
+    pairs = np.array([[0.2, 0.3, 0.4, 0.6], [0.2, 0.6, 0.6, 0.6]])
+    np.testing.assert_allclose(mean, pairs.mean(0))
+    # s = d / sqrt 2
+    np.testing.assert_allclose(
+        half, 12.706204736 * np.abs(np.diff(pairs, axis=0)[0]) / 2, atol=1e-8
+    )
+    assert np.isnan(mean_curve([a], "seconds")[2]).all()
+
+
+def test_what_a_gain_took():
+    a = curve([0.5, 0.4, 0.6, 0.7])
+    assert first_reached(a, "evaluations", 0.1) == pytest.approx(200)
+    assert first_reached(curve([0.5, 0.65]), "evaluations", 0.15) == pytest.approx(100), (
+        "but for rounding"
+    )
+    assert first_reached(a, "seconds", 0.15) == pytest.approx(5.0)
+    assert first_reached(a, "evaluations", 0.05) == pytest.approx(175) and np.isnan(
+        first_reached(a, "seconds", 0.3)
+    )
+    row = summary([a, curve([0.5, 0.5, 0.5, 0.5])], 0.1)
+    assert row["reached"] == 1 and row["evaluations_to_reach"] == pytest.approx(
+        (200, np.nan), nan_ok=True
+    )
+    assert row["gain"][0] == pytest.approx(0.1) and row["epochs"][0] == 15
+
+
+def test_page_and_tables(tmp_path):
+    runs = {
+        f"m{i}": {s: curve([0.5, 0.5 + 0.02 * i + 0.01 * s, 0.5 + 0.04 * i]) for s in range(3)}
+        for i in range(8)
+    }
+    result = Comparison(
+        {name: "r.py <script>" for name in runs} | {"gone": "r.py"},
+        runs | {"gone": {}},
+        ("evaluations", 200),
+        0.15,
+        {"gone, seed 0": "error: <b>no</b>"},
+        2,
+        "python <x>",
+        ["eval.steps"],
+    )
+    lines = write(result, tmp_path / "out")
+    text = (tmp_path / "out" / "comparison.html").read_text()
+    page = Page(text)
+    assert (
+        all(u.startswith("#") for u in page.urls)
+        and "script" not in page.tags
+        and text.count("<svg") == 4
+    )
+    assert (
+        "m7 ended highest of 8: held-out OCR reward 0.50 → 0.78 ± 0.00 over 3 seeds." in page.text
+    )
+    assert "error: <b>no</b>" in page.text and "they differ in eval.steps" in page.text
+    for i in range(6):
+        assert f"var(--s{i})" in text
+    markdown = (tmp_path / "out" / "comparison.md").read_text()
+    assert (
+        "| m7 | 3 | 0.500 ± 0.000 | 0.780 ± 0.000 | +0.280 ± 0.000 | 100 ± " in markdown
+        and lines[0] in markdown
+    )
+    assert "| not reached | not reached | 10 | 200 | 4 |" in markdown
+    known = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert known["runs"]["m1"]["2"]["rewards"] == [0.5, 0.54, 0.54] and known["summary"]["m1"][
+        "end"
+    ] == [0.54, 0.0]
+    write(
+        Comparison({"gone": "r.py"}, {"gone": {}}, ("epochs", 2), 0.1, {}, 1, "", []),
+        tmp_path / "none",
+    )
+    assert "No run was finished." in (tmp_path / "none" / "comparison.html").read_text()
+
+
+def test_settings_of_the_held_out_evaluation_that_differ():
+    first = {"eval.steps": 5, "eval.every": 1, "sample.frames": 1, "train.method": "grpo"}
+    other = {"eval.steps": 6, "eval.every": 2, "sample.frames": 1, "train.method": "nft"}
+    assert differing({"a": first, "b": other}) == ["eval.steps"]
+    assert differing({"a": first, "b": first | {"sample.frames": 5}}) == ["sample.frames"]
+    assert differing({"a": first}) == []
