@@ -1,15 +1,16 @@
-"""Prompts for teaching a full-size Wan to spell: a scene, something that carries text, and the text
-in quotes.
+"""Writes the prompts of `assets/prompts/ocr_*.txt`, which the recipes of the published models use.
 
-    python -m examples.ocr_prompts --out assets/prompts/ocr_train.txt --heldout
-    assets/prompts/ocr_heldout.txt
+    python -m examples.ocr_prompts --out train.txt --heldout heldout.txt
 
-Texts are one to four words; the words of held-out texts occur in no training text. One seed gives
-one file.
+Texts have one to four words; the words of held-out texts occur in no training text.
 """
+
+import pathlib
 
 import numpy as np
 from absl import app, flags
+
+from grpo.data.prompt_generator import TextStyle, Vocabulary, draw_prompts
 
 WORDS = """
 open closed welcome coffee bakery market garden library museum station harbour bridge island summer winter morning
@@ -67,34 +68,33 @@ MOVES = (
     "People walk past in the background.",
     "",
 )
+STYLE = TextStyle(
+    word_shares=(0.3, 0.4, 0.2, 0.1), characters=(1, 100), numbers=0.0, punctuation=0.0
+)
 
 
-def prompt(rng: np.random.Generator, words: list[str]) -> str:
-    text = " ".join(
-        rng.choice(words, rng.choice([1, 2, 3, 4], p=[0.3, 0.4, 0.2, 0.1]), replace=False)
-    )
-    text = {0: text.upper(), 1: text.title(), 2: text}[int(rng.integers(3))]
-    carrier = str(rng.choice(CARRIERS)).format(text=f'"{text}"')
-    return f"{carrier[0].upper()}{carrier[1:]}, {rng.choice(SCENES)}. {rng.choice(MOVES)}".strip()
+def split_words() -> tuple[list[str], list[str]]:
+    """Return the words of training texts and those of held-out texts."""
+    words = sorted(WORDS)
+    return [word for i, word in enumerate(words) if i % 6], words[::6]
 
 
 def prompts(words: list[str], count: int, seed: int) -> list[str]:
-    """`count` different prompts."""
-    rng, found = np.random.default_rng(seed), {}
-    while len(found) < count:
-        found[prompt(rng, words)] = None
-    return list(found)
+    """Return `count` different prompts."""
+    surfaces, scenes, cameras = (dict(zip(x, x)) for x in (CARRIERS, SCENES, MOVES))
+    parts = Vocabulary(words, surfaces, scenes, {"": ""}, cameras)
+    lines = draw_prompts(np.random.default_rng(seed), count, parts, STYLE, endings="")
+    return [line["prompt"] for line in lines]
 
 
 def main(_):
-    words = sorted(set(WORDS))
-    heldout = words[::6]
-    for path, chosen, count, seed in (
-        (flags.FLAGS.out, [w for w in words if w not in heldout], 4096, 0),
-        (flags.FLAGS.heldout, heldout, 256, 1),
+    train_words, heldout_words = split_words()
+    for path, words, count, seed in (
+        (flags.FLAGS.out, train_words, 4096, 0),
+        (flags.FLAGS.heldout, heldout_words, 256, 1),
     ):
-        with open(path, "w", encoding="utf-8") as file:
-            file.write("\n".join(prompts(chosen, count, seed)) + "\n")
+        text = "\n".join(prompts(words, count, seed)) + "\n"
+        pathlib.Path(path).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Writes what a Diffusers folder of tiny-wan needs beside its weights: model_index.json, scheduler/
-and tokenizer/.
+"""Writes the parts of tiny-wan's Diffusers folder without weights: index, scheduler, tokenizer.
 
 python -m examples.tiny_wan.assemble --out assets/tiny-wan
 """
@@ -13,6 +12,7 @@ from examples.tiny_wan import sizes, tokenizer
 
 
 def assemble(folder) -> None:
+    """Write model_index.json, scheduler/ and tokenizer/ into `folder`."""
     folder = pathlib.Path(folder)
     (folder / "scheduler").mkdir(parents=True, exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(

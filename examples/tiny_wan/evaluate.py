@@ -1,12 +1,10 @@
-"""How well tiny-wan's parts spell, judged by OCR: the VAE's reconstructions, then the model's own
-samples.
+"""Judges by OCR how well tiny-wan spells: its VAE's reconstructions and its own samples.
 
-    python -m examples.tiny_wan.evaluate --model assets/tiny-wan [--stage vae|model|all] [--picture
-    sheet.png]
+    python -m examples.tiny_wan.evaluate --model assets/tiny-wan --stage vae --picture sheet.png
 
-Works on the Diffusers folder itself. `vae` reads back reconstructions of clean held-out signs;
-`model` samples groups of held-out prompts, with the deterministic sampler and as training samples,
-and prints the mean reward, the spread within groups and the rewards' histogram.
+Reads the Diffusers folder. The stage `vae` reads reconstructions of clean held-out signs; `model`
+samples groups of held-out prompts, by the deterministic sampler and with noise as in training, and
+prints the mean reward, the spread within groups and the histogram of the rewards.
 """
 
 import pathlib
@@ -26,9 +24,18 @@ from wan_jax.models.config import TextEncoderConfig, TransformerConfig
 from wan_jax.models.text_encoder import UMT5Encoder, encode
 from wan_jax.models.transformer import WanTransformer3D
 
+CHECKS = (  # arguments of `check_model`
+    dict(steps=10),
+    dict(steps=10, noise_level=0.7),
+    dict(steps=20, frames=sizes.CLIP_FRAMES),
+    dict(steps=20),
+    dict(steps=10, guidance=3.0),
+)
+CHARACTERS = 96  # room for a prompt
+
 
 def contact_sheet(path, frames: np.ndarray, columns: int = 8):
-    """frames uint8 [N, H, W, 3] as one PNG."""
+    """Write frames uint8 [N, H, W, 3] as one PNG."""
     from PIL import Image
 
     n, h, w, _ = frames.shape
@@ -40,41 +47,30 @@ def contact_sheet(path, frames: np.ndarray, columns: int = 8):
     Image.fromarray(sheet).save(path)
 
 
-CHECKS = (
-    dict(steps=10),
-    dict(steps=10, noise_level=0.7),
-    dict(steps=20, frames=sizes.CLIP_FRAMES),
-    dict(steps=20),
-    dict(steps=10, guidance=3.0),
-)
-
-
 def to_uint8(video) -> np.ndarray:
+    """Convert pixels from [-1, 1] to uint8."""
     return np.asarray(
         jnp.round((jnp.clip(video.astype(jnp.float32), -1, 1) + 1) * 127.5).astype(jnp.uint8)
     )
 
 
 def read(pool, videos: np.ndarray, texts: list[str]) -> np.ndarray:
-    """OCR rewards [N] of uint8 videos [N, T, H, W, 3]."""
+    """Return the OCR rewards [N] of uint8 videos [N, T, H, W, 3]."""
     return pool.submit(videos, [(text,) for text in texts]).result().values
 
 
-def quoted(chars: np.ndarray) -> list[str]:
-    return [prompts.quoted(text) for text in prompts.decode(chars)]
-
-
-def check_vae(folder, pool, frames: int, count: int = 64):
+def check_vae(folder, pool, frames: int, count: int = 64) -> np.ndarray:
+    """Print how well reconstructions read; return frames uint8 [16, H, W, 3] of 8 signs and theirs."""
     vae, atlas = load_vae(folder, jnp.float32), signs.build_atlas()
 
     @jax.jit
     def reconstruct(key):
-        chars, sign = signs.sample(key, atlas, count, heldout=True, frames=frames)
+        content, sign = signs.sample(key, atlas, count, heldout=True, frames=frames)
         video = signs.render(atlas, sign, frames).astype(jnp.float32)
-        return chars, video, vae().decode(vae().encode(video)[0])
+        return content.letters, video, vae().decode(vae().encode(video)[0])
 
-    chars, video, out = reconstruct(jax.random.key(5))
-    texts = quoted(np.asarray(chars))
+    letters, video, out = reconstruct(jax.random.key(5))
+    texts = prompts.words(letters)
     real, back = (read(pool, to_uint8(v), texts) for v in (video, out))
     psnr = -10 * np.log10(np.mean((np.asarray(video - out) / 2) ** 2))
     print(
@@ -85,7 +81,7 @@ def check_vae(folder, pool, frames: int, count: int = 64):
 
 
 class Sampler:
-    """Samples of tiny-wan from a Diffusers folder, for the gates and the model card."""
+    """Samples from the Diffusers folder of tiny-wan."""
 
     def __init__(self, folder, dtype=jnp.float32):
         folder = pathlib.Path(folder)
@@ -104,17 +100,16 @@ class Sampler:
         )
 
     def sample(self, chars, key, *, frames=1, steps=10, noise_level=None, guidance=1.0):
-        """uint8 videos for prompts given as ASCII rows; noise_level None is the deterministic Euler
-        sampler.
+        """Return videos uint8 [B, T, H, W, 3] for prompts as ASCII codes [B, R].
+
+        noise_level: of the Flow-GRPO SDE; None: the deterministic Euler sampler.
         """
         solver = make_solver("euler", steps, sizes.FLOW_SHIFT)
         schedule = solver.schedule
         config = sde.SDEConfig(kind="flow_sde", noise_level=noise_level or 0.0)
-        g = (
-            sde.diffusion_coefficient(config, schedule)
-            if noise_level
-            else np.zeros(steps, np.float32)
-        )
+        diffusion = np.zeros(steps, np.float32)
+        if noise_level:
+            diffusion = sde.diffusion_coefficient(config, schedule)
 
         @jax.jit
         def run(chars, key):
@@ -135,7 +130,7 @@ class Sampler:
                 s, s_next = jnp.asarray(schedule.sigmas)[i], jnp.asarray(schedule.sigmas)[i + 1]
                 noise = jax.random.normal(jax.random.fold_in(key, i), shape)
                 v = velocity(x, jnp.asarray(schedule.timesteps)[i])
-                x, *_ = sde.sde_step(x, v, s, s_next, jnp.asarray(g)[i], noise)
+                x, *_ = sde.sde_step(x, v, s, s_next, jnp.asarray(diffusion)[i], noise)
                 return x, None
 
             x, _ = jax.lax.scan(
@@ -147,14 +142,15 @@ class Sampler:
 
 
 def check_model(folder, pool, *, groups=32, size=8, frames=1, **kwargs):
-    """Prints the statistics; returns (rewards [groups, size], frames)."""
+    """Print the rewards' statistics; return rewards [groups, size] and uint8 videos."""
     sampler = Sampler(folder)
-    chars = signs.sample(
+    content, _ = signs.sample(
         jax.random.key(77), signs.build_atlas(), groups, heldout=True, frames=frames
-    )[0]
-    rows = jnp.repeat(chars, size, axis=0)
-    videos = sampler.sample(rows, jax.random.key(3), frames=frames, **kwargs)
-    rewards = read(pool, videos, quoted(np.asarray(rows))).reshape(groups, size)
+    )
+    content = jax.tree.map(lambda x: jnp.repeat(x, size, axis=0), content)
+    chars = prompts.ascii_codes(prompts.sentences(content), CHARACTERS)
+    videos = sampler.sample(chars, jax.random.key(3), frames=frames, **kwargs)
+    rewards = read(pool, videos, prompts.words(content.letters)).reshape(groups, size)
     hist = np.histogram(rewards, bins=[0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.01])[0]
     print(
         f"model, {frames} frame(s), {kwargs}: reward {rewards.mean():.3f}, std inside groups "

@@ -1,4 +1,4 @@
-"""Reading and writing the component folders of a Diffusers checkpoint, for the training scripts."""
+"""Reads and writes the component folders of a Diffusers checkpoint for the training scripts."""
 
 import json
 import pathlib
@@ -22,7 +22,15 @@ def save(
     out: pathlib.Path,
     name="diffusion_pytorch_model.safetensors",
 ):
-    """Writes config.json and bf16 safetensors under the published names."""
+    """Write config.json and bf16 safetensors under the published names.
+
+    Args:
+      component: "transformer", "vae" or "text_encoder".
+      flat: weights by our names.
+      config: of config.json.
+      out: folder to write.
+      name: of the safetensors file.
+    """
     out.mkdir(parents=True, exist_ok=True)
     host = {k: np.asarray(v).astype(ml_dtypes.bfloat16) for k, v in flat.items()}
     save_file(dict(key_table.to_theirs(component, host)), out / name, metadata={"format": "pt"})
@@ -30,12 +38,19 @@ def save(
 
 
 def load_flat(folder: pathlib.Path, component: str, shapes: dict) -> dict[str, np.ndarray]:
-    """A component folder's tensors under our names."""
+    """Return a component folder's tensors by our names. shapes: those expected, by our names."""
     return key_table.to_ours(component, load_file(next(folder.glob("*.safetensors"))), shapes)
 
 
 def load_component(folder, component: str, config_class, module):
-    """() -> module with the weights of a Diffusers component folder; `module(config)` builds it."""
+    """Return a function that returns the module with the weights of a component folder.
+
+    Args:
+      folder: of the component.
+      component: "transformer", "vae" or "text_encoder".
+      config_class: dataclass into which its config.json is read.
+      module: builds the module from that config.
+    """
     folder = pathlib.Path(folder)
     config = from_dict(config_class, json.loads((folder / "config.json").read_text()))
     graphdef, like = nnx.split(nnx.eval_shape(lambda: module(config)))
@@ -48,6 +63,7 @@ def load_component(folder, component: str, config_class, module):
 
 
 def load_vae(folder, dtype):
+    """Return a function that returns the VAE of a component folder."""
     return load_component(
         folder, "vae", VAEConfig, lambda c: AutoencoderKLWan(c, dtype=dtype, rngs=nnx.Rngs(0))
     )

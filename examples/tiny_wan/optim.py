@@ -1,8 +1,8 @@
-"""Muon for the hidden matrices, Adam for everything else, with a learning rate given at every call.
+"""Optimises hidden matrices by Muon and everything else by Adam.
 
-Muon (Jordan et al. 2024): momentum, then the update matrix is replaced by its nearest
-semi-orthogonal one, found by five Newton-Schulz iterations; scaled by sqrt(max(1, out/in)) so that
-one rate fits all shapes.
+Muon (Jordan et al. 2024) applies momentum, then replaces the update matrix by the nearest
+semi-orthogonal one, found by five Newton-Schulz iterations, and scales it by sqrt(max(1, out/in)),
+so that one learning rate fits all shapes.
 """
 
 import jax
@@ -13,7 +13,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(g: jax.Array) -> jax.Array:
-    """The semi-orthogonal factor of g [..., n, m], roughly; batched over leading axes, in bf16."""
+    """Return approximately the semi-orthogonal factor of g, fp32 [..., n, m]; computed in bf16."""
     tall = g.shape[-2] > g.shape[-1]
     x = (g.mT if tall else g).astype(jnp.bfloat16)
     x = x / (jnp.linalg.norm(x.astype(jnp.float32), axis=(-2, -1), keepdims=True) + 1e-7).astype(
@@ -27,6 +27,8 @@ def orthogonalise(g: jax.Array) -> jax.Array:
 
 
 def scale_by_muon(momentum: float = 0.95) -> optax.GradientTransformation:
+    """Return Muon with Nesterov momentum, without a learning rate."""
+
     def init(params):
         return jax.tree.map(jnp.zeros_like, params)
 
@@ -44,8 +46,9 @@ def scale_by_muon(momentum: float = 0.95) -> optax.GradientTransformation:
 
 
 def muon_or_adam(params, adam_scale: float) -> optax.GradientTransformation:
-    """Unit-rate updates for a flat dict of parameters; multiply by -learning_rate. Adam's are
-    scaled by adam_scale.
+    """Return the optimiser of a flat dict of parameters; multiply its updates by -learning_rate.
+
+    adam_scale: factor of Adam's updates.
     """
 
     def label(path: str, x):

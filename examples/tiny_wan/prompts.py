@@ -1,10 +1,9 @@
-"""What the tiny Wan's signs say: words, colours and sentences, drawn on the device from a key.
+"""Draws what the tiny Wan's signs say: words, colours and sentences.
 
     python -m examples.tiny_wan.prompts --split heldout --count 200 --seed 0 --out prompts.txt
 
-writes one prompt a line with no word twice. Everything here runs inside `jit`, prompts included: a
-prompt is a row of ASCII codes put together from table lookups, so a training step needs no work on
-the host.
+writes one prompt per line, no text twice. Words and colours are drawn inside `jit`, where the signs
+are rendered; `sentences` writes the prompts on the host.
 
 Words are random letters, pronounceable nonsense and common English words, so that a model has to
 learn to spell rather than to remember. A word whose crc32 is a multiple of ten is held out:
@@ -13,8 +12,7 @@ training never draws it.
 
 import argparse
 import dataclasses
-import re
-import string
+import pathlib
 import zlib
 
 import jax
@@ -22,9 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
-LINES, LETTERS = 2, 6  # a sign has up to two lines of up to six letters
-PROMPT_BYTES = 96
-HELD_OUT_OF = 10  # one word in ten is held out
+LINES, LETTERS = 2, 6  # most lines of a sign and letters of a line
+HELDOUT_PART = 10  # one word in 10 is held out
 
 COLOURS = {
     "white": (0.96, 0.96, 0.94),
@@ -114,12 +111,20 @@ world write yard year yellow yes yoga young zebra zero zone zoo
 
 @dataclasses.dataclass(frozen=True)
 class WordMix:
-    """Shares of what is written. What is neither real nor pronounceable is uniform letters."""
+    """Shares of the kinds of texts; words that are neither real nor pronounceable are random letters.
+
+    Attributes:
+      two_lines: share of signs with two words, of 2 to 5 letters each.
+      real: share of words that are in `WORDS`.
+      pronounceable: share of words in which vowels and consonants alternate.
+      shortest: least letters of a word that stands alone.
+      longest: most letters of such a word.
+    """
 
     two_lines: float = 0.25
     real: float = 0.3
     pronounceable: float = 0.3
-    shortest: int = 3  # letters of a single word; on two lines each word has 2-5
+    shortest: int = 3
     longest: int = 6
 
 
@@ -129,27 +134,35 @@ DEFAULT_MIX = WordMix()
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """What the prompts say."""
+    """What B prompts say.
 
-    letters: jax.Array  # int32 [B, LINES, LETTERS], index into ALPHABET, -1 = none
-    sign: jax.Array  # int32 [B], index into COLOUR_NAMES
-    letter: jax.Array  # int32 [B]
-    ground: jax.Array  # int32 [B]; only some templates name it
-    # int32 [B], index into MOTIONS; only clips move and only some templates name it
+    Attributes:
+      letters: int32 [B, LINES, LETTERS], index into ALPHABET, -1 for none.
+      sign: int32 [B], index into COLOUR_NAMES.
+      letter: int32 [B], the same.
+      ground: int32 [B], the same; only some templates name it.
+      motion: int32 [B], index into MOTIONS; only MOTION_TEMPLATES name it.
+      template: int32 [B], index into TEMPLATES + MOTION_TEMPLATES.
+    """
+
+    letters: jax.Array
+    sign: jax.Array
+    letter: jax.Array
+    ground: jax.Array
     motion: jax.Array
-    template: jax.Array  # int32 [B], index into TEMPLATES + MOTION_TEMPLATES
+    template: jax.Array
 
 
 # ---------------------------------------------------------------- words
 
 
 def is_heldout(text: str) -> bool:
-    """True if a word of the text belongs to the held-out split."""
-    return any(zlib.crc32(word.encode()) % HELD_OUT_OF == 0 for word in text.split())
+    """Return whether a word of the text belongs to the held-out split."""
+    return any(zlib.crc32(word.encode()) % HELDOUT_PART == 0 for word in text.split())
 
 
 def _crc_table() -> np.ndarray:
-    """uint32 [256], the table of zlib's crc32."""
+    """Return the table of zlib's crc32, uint32 [256]."""
     table = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         table = np.where(table & 1, (table >> 1) ^ np.uint32(0xEDB88320), table >> 1)
@@ -157,21 +170,22 @@ def _crc_table() -> np.ndarray:
 
 
 def heldout(letters: jax.Array) -> jax.Array:
-    """`is_heldout` on the device: int32 [..., LETTERS] -> bool [...]."""
-    table, crc = jnp.asarray(_crc_table()), jnp.full(letters.shape[:-1], 0xFFFFFFFF, jnp.uint32)
+    """Compute `is_heldout` of words inside `jit`: int32 [..., LETTERS] -> bool [...]."""
+    table = jnp.asarray(_crc_table())
+    crc = jnp.full(letters.shape[:-1], 0xFFFFFFFF, jnp.uint32)
     for i in range(LETTERS):
         code = (letters[..., i] + ord("a")).astype(jnp.uint32)
         crc = jnp.where(letters[..., i] < 0, crc, table[(crc ^ code) & 255] ^ (crc >> 8))
-    return (crc ^ jnp.uint32(0xFFFFFFFF)) % HELD_OUT_OF == 0
+    return (crc ^ jnp.uint32(0xFFFFFFFF)) % HELDOUT_PART == 0
 
 
 def encode_word(word: str) -> np.ndarray:
-    """int32 [LETTERS], padded with -1."""
+    """Return a word's indices into ALPHABET, int32 [LETTERS], padded with -1."""
     return np.array([ALPHABET.index(c) for c in word] + [-1] * (LETTERS - len(word)), np.int32)
 
 
 def _real_words(split_heldout: bool, shortest: int, longest: int) -> np.ndarray:
-    """int32 [n, LETTERS]: the listed words of that length on one side of the split."""
+    """Return the words of `WORDS` of these lengths in one split, int32 [n, LETTERS]."""
     return np.stack(
         [
             encode_word(word)
@@ -182,36 +196,37 @@ def _real_words(split_heldout: bool, shortest: int, longest: int) -> np.ndarray:
 
 
 def draw_letters(key: jax.Array, batch: int, split_heldout: bool, mix: WordMix) -> jax.Array:
-    """Words of one side of the split -> int32 [B, LINES, LETTERS].
+    """Draw the words of `batch` signs from one split, int32 [B, LINES, LETTERS].
 
-    Random words are drawn several times and the first on the right side is kept; a real word,
-    always on the right side, stands in for the rare row without any.
+    Of several invented words the first one in the split is taken; a real word, which always is,
+    replaces the few words for which none is.
     """
-    tries = 64 if split_heldout else 3  # so that the stand-in serves 0.1 % of the words
+    tries = 64 if split_heldout else 3  # 0.1 % of the words need a replacement
     shape = (batch, LINES, tries)
     keys = jax.random.split(key, 7)
+    # 1 lines and lengths
     two = jax.random.uniform(keys[0], (batch, 1)) < mix.two_lines
     u = jax.random.uniform(keys[1], (batch, LINES, 1))
     span = mix.longest - mix.shortest + 1
     length = jnp.where(
         two[..., None], 2 + (u * 4).astype(int), mix.shortest + (u * span).astype(int)
     )
-
+    # 2 invented words, [B, LINES, tries, LETTERS]
     uniform = jax.random.randint(keys[2], (*shape, LETTERS), 0, 26)
     vowels, consonants = (
         jnp.asarray([ALPHABET.index(c) for c in group])
         for group in ("aeiou", "bcdfghjklmnpqrstvwxyz")
     )
-    odd = (jnp.arange(LETTERS) + jax.random.randint(keys[3], (*shape, 1), 0, 2)) % 2
-    spoken = jnp.where(odd, vowels[uniform % 5], consonants[uniform % 21])
+    parity = (jnp.arange(LETTERS) + jax.random.randint(keys[3], (*shape, 1), 0, 2)) % 2
+    pronounceable = jnp.where(parity, vowels[uniform % 5], consonants[uniform % 21])
     kind = jax.random.uniform(keys[4], (batch, LINES, 1, 1))
-    nonsense = jnp.where(kind < mix.real + mix.pronounceable, spoken, uniform)
-    # [B, LINES, tries, LETTERS]
-    nonsense = jnp.where(jnp.arange(LETTERS) < length[..., None], nonsense, -1)
-
-    right = heldout(nonsense) == split_heldout  # [B, LINES, tries]
-    first = jnp.argmax(right, axis=-1)[..., None, None]
-    nonsense = jnp.take_along_axis(nonsense, first, axis=2)[:, :, 0]  # [B, LINES, LETTERS]
+    invented = jnp.where(kind < mix.real + mix.pronounceable, pronounceable, uniform)
+    invented = jnp.where(jnp.arange(LETTERS) < length[..., None], invented, -1)
+    # 3 the first of them in the split, [B, LINES, LETTERS]
+    in_split = heldout(invented) == split_heldout  # [B, LINES, tries]
+    first = jnp.argmax(in_split, axis=-1)[..., None, None]
+    invented = jnp.take_along_axis(invented, first, axis=2)[:, :, 0]
+    # 4 real words
     single = jnp.asarray(_real_words(split_heldout, mix.shortest, mix.longest))
     double = jnp.asarray(_real_words(split_heldout, 2, 5))
     pick = jax.random.uniform(keys[5], (batch, LINES))
@@ -220,12 +235,16 @@ def draw_letters(key: jax.Array, batch: int, split_heldout: bool, mix: WordMix) 
         double[(pick * len(double)).astype(int)],
         single[(pick * len(single)).astype(int)],
     )
-    letters = jnp.where(((kind[:, :, 0] < mix.real) | ~right.any(-1)[..., None]), real, nonsense)
+    use_real = (kind[:, :, 0] < mix.real) | ~in_split.any(-1)[..., None]
+    letters = jnp.where(use_real, real, invented)
     return letters.at[:, 1].set(jnp.where(two, letters[:, 1], -1))
 
 
 def words(letters) -> list[str]:
-    """int [B, LINES, LETTERS] -> the text of each sign, two lines joined by a space (host)."""
+    """Return the text of each sign on the host, two lines joined by a space.
+
+    letters: int [B, LINES, LETTERS].
+    """
     return [
         " ".join(filter(None, ("".join(ALPHABET[i] for i in line if i >= 0) for line in sign)))
         for sign in np.asarray(letters)
@@ -236,7 +255,7 @@ def words(letters) -> list[str]:
 
 
 def _colour_triples() -> np.ndarray:
-    """int32 [n, 3]: (sign, letter, ground) where letters and sign, sign and wall contrast."""
+    """Return the triples of sign, letter and ground whose sign contrasts with both, int32 [n, 3]."""
     rgb = np.array(list(COLOURS.values()))
     luma = rgb @ np.array([0.299, 0.587, 0.114])
     far = np.linalg.norm(rgb[:, None] - rgb[None], axis=-1) > 0.45
@@ -255,103 +274,55 @@ def draw_content(
     clip: bool = False,
     mix: WordMix = DEFAULT_MIX,
 ) -> Content:
-    """Words, colours, motion and sentence form of `batch` signs; half of the clips have their
-    motion told.
+    """Draw words, colours, motion and sentence form of `batch` signs.
+
+    Args:
+      key: source of all draws.
+      batch: number of signs.
+      split_heldout: whether to draw held-out words or those of training.
+      clip: whether half of the prompts describe a motion.
+      mix: shares of the kinds of words.
     """
-    k_words, k_colours, k_motion, k_template, k_told = jax.random.split(key, 5)
+    k_words, k_colours, k_motion, k_template, k_moves = jax.random.split(key, 5)
     triples = jnp.asarray(_colour_triples())
     colours = triples[jax.random.randint(k_colours, (batch,), 0, len(triples))]
     u = jax.random.uniform(k_template, (batch,))
     template = (u * len(TEMPLATES)).astype(jnp.int32)
     if clip:
-        told = jax.random.bernoulli(k_told, 0.5, (batch,))
-        template = jnp.where(
-            told, len(TEMPLATES) + (u * len(MOTION_TEMPLATES)).astype(jnp.int32), template
-        )
+        moving = len(TEMPLATES) + (u * len(MOTION_TEMPLATES)).astype(jnp.int32)
+        template = jnp.where(jax.random.bernoulli(k_moves, 0.5, (batch,)), moving, template)
     motion = jax.random.randint(k_motion, (batch,), 0, len(MOTIONS))
     return Content(draw_letters(k_words, batch, split_heldout, mix), *colours.T, motion, template)
 
 
-def _segments() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Segments of sentences, uint8 [V, PROMPT_BYTES] with lengths int32 [V], and templates, int32
-    [M, P, 2].
+def sentences(content: Content) -> list[str]:
+    """Write the prompts on the host."""
+    templates = TEMPLATES + MOTION_TEMPLATES
+    fields = (content.template, content.sign, content.letter, content.ground, content.motion)
+    return [
+        templates[template].format(
+            word=word,
+            sign=COLOUR_NAMES[sign],
+            letter=COLOUR_NAMES[letter],
+            ground=COLOUR_NAMES[ground],
+            motion=MOTIONS[motion],
+        )
+        for word, template, sign, letter, ground, motion in zip(
+            words(content.letters), *(np.asarray(field).tolist() for field in fields)
+        )
+    ]
 
-    One is P rows (segment, slot): a segment's number, to which the slot's value is added. Slots: 0
-    none, 1 sign, 2 letter, 3 ground, 4 motion, 5 word (the empty segment 0; its bytes come with the
-    sample).
+
+def ascii_codes(prompts: list[str], width: int) -> np.ndarray:
+    """Return the prompts' ASCII codes, uint8 [N, width], zero-padded.
+
+    Raises:
+      ValueError: a prompt is longer than `width`.
     """
-    texts = ["", *COLOUR_NAMES, *MOTIONS]
-    first = {
-        "sign": (1, 1),
-        "letter": (1, 2),
-        "ground": (1, 3),
-        "motion": (1 + len(COLOUR_NAMES), 4),
-        "word": (0, 5),
-    }
-    templates = []
-    for template in TEMPLATES + MOTION_TEMPLATES:
-        parts = []
-        for literal, field, _, _ in string.Formatter().parse(template):
-            texts.append(literal)
-            parts.append((len(texts) - 1, 0))
-            if field:
-                parts.append(first[field])
-        templates.append(parts)
-    longest = max(map(len, templates))
-    table = np.zeros((len(templates), longest, 2), np.int32)  # (0, 0) is an empty segment
-    for row, parts in zip(table, templates):
-        row[: len(parts)] = parts
-    codes = np.stack(
-        [np.frombuffer(text.encode().ljust(PROMPT_BYTES, b"\0"), np.uint8) for text in texts]
-    )
-    return codes, np.array([len(text) for text in texts], np.int32), table
-
-
-def _word_codes(letters: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """int32 [B, LINES, LETTERS] -> ASCII codes [B, PROMPT_BYTES] of "one two", and the length [B]."""
-    n = (letters >= 0).sum(-1)  # [B, LINES]
-    p = jnp.arange(PROMPT_BYTES)[None]
-    one = jnp.take_along_axis(letters[:, 0], jnp.clip(p, 0, LETTERS - 1), axis=1)
-    two = jnp.take_along_axis(letters[:, 1], jnp.clip(p - n[:, :1] - 1, 0, LETTERS - 1), axis=1)
-    codes = jnp.where(
-        p < n[:, :1], one + ord("a"), jnp.where(p == n[:, :1], ord(" "), two + ord("a"))
-    )
-    length = n[:, 0] + jnp.where(n[:, 1] > 0, 1 + n[:, 1], 0)
-    return jnp.where(p < length[:, None], codes, 0), length
-
-
-def token_chars(content: Content) -> jax.Array:
-    """The prompts' ASCII codes, zero-padded: uint8 [B, PROMPT_BYTES]."""
-    codes, lengths, table = map(jnp.asarray, _segments())
-    parts = table[content.template]  # [B, P, 2]
-    zero = jnp.zeros_like(content.sign)
-    values = jnp.stack(
-        [zero, content.sign, content.letter, content.ground, content.motion, zero], axis=1
-    )
-    segment = parts[..., 0] + jnp.take_along_axis(values, parts[..., 1], axis=1)  # [B, P]
-    is_word = parts[..., 1] == 5
-    word, word_length = _word_codes(content.letters)
-    length = jnp.where(is_word, word_length[:, None], lengths[segment])
-    end = jnp.cumsum(length, axis=1)  # [B, P]
-    p = jnp.arange(PROMPT_BYTES)
-    part = (p[None, :, None] >= end[:, None]).sum(-1)  # [B, PROMPT_BYTES]: whose byte
-    part = jnp.minimum(part, parts.shape[1] - 1)
-    offset = p - jnp.take_along_axis(end - length, part, axis=1)
-    offset = jnp.clip(offset, 0, PROMPT_BYTES - 1)
-    fixed = codes[jnp.take_along_axis(segment, part, axis=1), offset]
-    spelt = jnp.take_along_axis(word, offset, axis=1)
-    text = jnp.where(jnp.take_along_axis(is_word, part, axis=1), spelt, fixed)
-    return jnp.where(p < end[:, -1:], text, 0).astype(jnp.uint8)
-
-
-def decode(chars) -> list[str]:
-    """uint8 [B, PROMPT_BYTES] -> prompts (host)."""
-    return [bytes(row).rstrip(b"\0").decode() for row in np.asarray(chars, np.uint8)]
-
-
-def quoted(prompt: str) -> str:
-    """The text that the sign should show: what stands between the straight double quotes."""
-    return re.search(r'"([^"]*)"', prompt).group(1)
+    if (longest := max(map(len, prompts))) > width:
+        raise ValueError(f"a prompt has {longest} characters, more than width={width}")
+    rows = b"".join(prompt.encode("ascii").ljust(width, b"\0") for prompt in prompts)
+    return np.frombuffer(rows, np.uint8).reshape(len(prompts), width)
 
 
 def unique_prompts(
@@ -362,19 +333,22 @@ def unique_prompts(
     clip: bool = False,
     mix: WordMix = DEFAULT_MIX,
 ) -> list[str]:
-    """`count` prompts with no text twice."""
+    """Return `count` prompts with different texts.
+
+    Raises:
+      ValueError: there are not enough different texts.
+    """
     draw = jax.jit(
-        lambda key: token_chars(
-            draw_content(key, 1024, split_heldout=split_heldout, clip=clip, mix=mix)
-        )
+        lambda key: draw_content(key, 1024, split_heldout=split_heldout, clip=clip, mix=mix)
     )
-    found: dict[str, str] = {}
+    found: dict[str, str] = {}  # text: prompt
     for i in range(100 + count // 100):
-        for prompt in decode(draw(jax.random.fold_in(jax.random.key(seed), i))):
-            found.setdefault(quoted(prompt), prompt)
+        content = draw(jax.random.fold_in(jax.random.key(seed), i))
+        for text, prompt in zip(words(content.letters), sentences(content)):
+            found.setdefault(text, prompt)
         if len(found) >= count:
             return list(found.values())[:count]
-    raise ValueError(f"only {len(found)} different texts found, {count} asked for; ask for fewer")
+    raise ValueError(f"count={count}: only {len(found)} different texts; ask for fewer")
 
 
 def main():
@@ -383,15 +357,14 @@ def main():
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--clips", action="store_true", help="also sentences that tell how the sign moves"
+        "--clips", action="store_true", help="also sentences that describe how the sign moves"
     )
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
     prompts = unique_prompts(
         args.count, args.seed, split_heldout=args.split == "heldout", clip=args.clips
     )
-    with open(args.out, "w") as file:
-        file.writelines(f"{prompt}\n" for prompt in prompts)
+    pathlib.Path(args.out).write_text("\n".join(prompts) + "\n")
 
 
 if __name__ == "__main__":

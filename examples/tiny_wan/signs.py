@@ -1,17 +1,17 @@
-"""The tiny Wan's training data: pictures and clips of signs, drawn on the device from a key.
+"""Draws the tiny Wan's training data on the device: pictures and clips of signs.
 
     atlas = build_atlas()
-    chars, params = sample(key, atlas, batch=1024, noise=NoiseMix())  # inside jit
-    video = render(atlas, params)                                    # [1024, 1, 64, 128, 3] in [-1,
-                                                                     1]
+    content, params = sample(key, atlas, batch=1024, noise=NoiseMix())  # inside jit
+    video = render(atlas, params)                # float32 [1024, 1, 64, 128, 3] in [-1, 1]
+    prompts.sentences(content)                   # on the host
 
 Every pixel is mapped back onto its sign and looked up in a table of letter shapes: plain arithmetic
 and one gather, so that a training loop can draw fresh data inside `lax.scan`.
 
-The data is noisy as real data is: `NoiseMix` says how many signs are misspelt, faint, blurred,
-tiny, covered or cut off although the prompt does not tell. A model trained on it draws good and bad
-signs for one prompt, and reinforcement learning has something to choose from. Noise changes nothing
-else: one key gives the same prompt, place, colours and motion whatever the mix.
+The data is noisy, as real data is: `NoiseMix` has the shares of signs that are misspelt, faint,
+blurred, tiny, covered or cut off, although the prompt does not say so. A model trained on it draws
+good and bad signs for one prompt, between which reinforcement learning can choose. Noise changes
+nothing else: a key gives the same prompt, place, colours and motion with any mix.
 """
 
 import dataclasses
@@ -39,10 +39,10 @@ PITCH = 1.06  # em between baselines
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NoiseMix:
-    """Shares of the ways to spoil a sign; the rest is clean.
+    """Shares of the ways in which signs are spoilt; the rest is clean.
 
-    Beside each the mean reward that PP-OCR gives to 240 such pictures; clean ones get 0.995, the
-    mix 0.6.
+    The comments give the mean reward of 240 such pictures by PP-OCR; clean ones get 0.995, the mix
+    0.6.
     """
 
     misspelt: float = 0.15  # 0.69  one or two letters of a word are wrong
@@ -66,12 +66,13 @@ class Atlas:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SignParams:
-    """Everything `render` needs. Pixels count from the middle of the frame, y downwards; colours
-    are 0..1.
+    """Everything `render` needs of B signs.
+
+    Coordinates are in pixels from the middle of the frame, y downwards; colours are 0 to 1.
     """
 
-    letters: jax.Array  # int32 [B, LINES, LETTERS], drawn, index into ALPHABET, -1 = none
-    target: jax.Array  # int32 [B, LINES, LETTERS], what the prompt asks for
+    letters: jax.Array  # int32 [B, LINES, LETTERS], as drawn: index into ALPHABET, -1 for none
+    target: jax.Array  # int32 [B, LINES, LETTERS], as the prompt asks
     mode: jax.Array  # int32 [B], index into MODES
     font: jax.Array  # int32 [B]
     em: jax.Array  # float32 [B, 2], font size in pixels across and down
@@ -88,7 +89,7 @@ class SignParams:
     angle: jax.Array  # float32 [B], radians
     colors: jax.Array  # float32 [B, 4, 3]: background, sign, letters, border
     shade: jax.Array  # float32 [B], brightness of the background from bottom to top
-    drift: jax.Array  # float32 [B, 2], way of the sign during a clip
+    drift: jax.Array  # float32 [B, 2], movement of the sign during a clip
     zoom: jax.Array  # float32 [B], log of the growth during a clip
     sway: jax.Array  # float32 [B], radians
 
@@ -98,8 +99,10 @@ class SignParams:
 
 @functools.lru_cache
 def build_atlas(fonts: tuple[str, ...] = FONTS, alphabet: str = ALPHABET) -> Atlas:
-    """Draws the alphabet in matplotlib's DejaVu fonts, enlarged, and measures distances to the
-    outlines.
+    """Draw the alphabet in matplotlib's DejaVu fonts and measure the distances to the outlines.
+
+    Raises:
+      ValueError: a letter is wider than its cell.
     """
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
@@ -136,7 +139,7 @@ def build_atlas(fonts: tuple[str, ...] = FONTS, alphabet: str = ALPHABET) -> Atl
 def line_widths(
     atlas: Atlas, letters: jax.Array, font: jax.Array, tracking: jax.Array
 ) -> jax.Array:
-    """Width taken by each letter in em, 0 where there is none: float32 [B, LINES, LETTERS]."""
+    """Return the width of each letter in em, float32 [B, LINES, LETTERS], 0 for none."""
     advance = jnp.asarray(atlas.advances)[font[:, None, None], letters] + tracking[:, None, None]
     return jnp.where(letters >= 0, advance, 0.0)
 
@@ -147,8 +150,9 @@ def line_widths(
 def _letter_coverage(
     atlas: Atlas, p: SignParams, u: jax.Array, v: jax.Array, zoom: jax.Array
 ) -> jax.Array:
-    """Share of each pixel covered by letters. u, v: the pixel in the sign's own pixels, [B, T, H,
-    W].
+    """Return the share of each pixel covered by letters, float32 [B, T, H, W].
+
+    u, v: coordinates of the pixel on the sign, [B, T, H, W]; zoom: [B, T, 1, 1].
     """
 
     def wide(x):  # [B] -> [B, 1, 1, 1]
@@ -181,25 +185,25 @@ def _letter_coverage(
     column, row = tx.astype(jnp.int32), ty.astype(jnp.int32)
     cell = wide(p.font) * alphabet + jnp.maximum(letter, 0)
     packed = jnp.asarray(atlas.texels).reshape(-1)[(cell * rows + row) * columns + column]
-    here, right, below, diagonal = (
-        ((packed >> s) & 255).astype(jnp.float32) for s in (0, 8, 16, 24)
+    texel, right, below, diagonal = (
+        ((packed >> bits) & 255).astype(jnp.float32) for bits in (0, 8, 16, 24)
     )
     tx, ty = tx - column, ty - row
-    byte = (here * (1 - tx) + right * tx) * (1 - ty) + (below * (1 - tx) + diagonal * tx) * ty
+    byte = (texel * (1 - tx) + right * tx) * (1 - ty) + (below * (1 - tx) + diagonal * tx) * ty
     pixels = (byte / 127.5 - 1) * (SPREAD / EM) * wide(jnp.sqrt(p.em[:, 0] * p.em[:, 1])) * zoom
     inside = (letter >= 0) & (x >= 0) & (y > -ABOVE) & (y < BELOW)
     return jnp.where(inside, jnp.clip(0.5 + pixels - wide(p.thin), 0, 1), 0)
 
 
 def _gaussian(size: int, sigma: jax.Array) -> jax.Array:
-    """Blur along one axis as a matrix, the identity for sigma = 0: [B] -> [B, size, size]."""
+    """Return the blur along one axis as a matrix, the identity for sigma 0: [B] -> [B, size, size]."""
     i = jnp.arange(size)
     weight = jnp.exp(-0.5 * ((i[:, None] - i) / jnp.maximum(sigma, 0.05)[:, None, None]) ** 2)
     return weight / weight.sum(-1, keepdims=True)
 
 
 def render(atlas: Atlas, p: SignParams, frames: int = 1, dtype=jnp.float32) -> jax.Array:
-    """Signs -> video [B, T, HEIGHT, WIDTH, 3] in [-1, 1]. Frame 0 is the picture."""
+    """Render signs as video [B, T, HEIGHT, WIDTH, 3] in [-1, 1]. Frame 0 is the picture."""
 
     def wide(x):
         return x[:, None, None, None]
@@ -249,7 +253,7 @@ def render(atlas: Atlas, p: SignParams, frames: int = 1, dtype=jnp.float32) -> j
 
 
 def misspell(key: jax.Array, letters: jax.Array) -> jax.Array:
-    """In each word a letter is replaced, dropped or swapped with the next, or two are replaced.
+    """Misspell each word: replace one or two letters, drop one, or swap two neighbours.
 
     int32 [B, LINES, LETTERS] -> the same shape, never the same word.
     """
@@ -282,11 +286,17 @@ def sample(
     heldout: bool = False,
     noise: NoiseMix | None = None,
     words: prompts.WordMix = prompts.DEFAULT_MIX,
-) -> tuple[jax.Array, SignParams]:
-    """Prompts as ASCII codes, uint8 [B, PROMPT_BYTES] zero-padded, and the signs that go with them.
+) -> tuple[prompts.Content, SignParams]:
+    """Draw `batch` signs: what their prompts say, and how they look.
 
-    frames tells pictures (1) from clips, whose prompts may tell the motion. heldout: words that
-    training never draws. noise=None draws clean signs only.
+    Args:
+      key: source of all draws.
+      atlas: letter shapes.
+      batch: number of signs.
+      frames: 1 for pictures; more for clips, half of whose prompts describe the motion.
+      heldout: whether to draw words that training never draws.
+      noise: shares of spoilt signs; None: all signs are clean.
+      words: shares of the kinds of words.
     """
     k_content, k_misspell, k_mode, k_look, k_jitter = jax.random.split(key, 5)
     content = prompts.draw_content(
@@ -364,7 +374,7 @@ def sample(
     side = jnp.where(between(0, 1) < 0.5, -1.0, 1.0)
     away = jnp.stack([side * text[:, 0] * between(1.4, 1.8), zero], axis=1)
     cover = jnp.where(two, 0.6, 0.2) * em_y * between(1.0, 1.25)
-    return prompts.token_chars(content), SignParams(
+    return content, SignParams(
         letters=letters,
         target=content.letters,
         mode=mode,

@@ -1,6 +1,4 @@
-"""The sizes of tiny-wan: the classes of Wan 2.1, small enough to train in minutes and to run on a
-laptop.
-"""
+"""Sizes of tiny-wan: the classes of Wan 2.1, small enough to train in minutes and run on a laptop."""
 
 TRANSFORMER = {
     "_class_name": "WanTransformer3DModel",

@@ -1,5 +1,4 @@
-"""The tokenizer of the tiny Wan: one token per character, in the file layout of Wan's `tokenizer/`
-folder.
+"""Writes the tokenizer of the tiny Wan: one token per character, in the files of Wan's `tokenizer/`.
 
     python -m examples.tiny_wan.tokenizer --out DIR
 
@@ -8,9 +7,9 @@ Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json, which
 `wan_jax.models.tokenizer.Tokenizer` read like the real one. Wan's spiece.model, the same vocabulary
 for slow tokenizers, is left out: none of the three reads it where tokenizer.json exists.
 
-Characters, because the tiny model is to learn to spell: its prompts hold words it never saw in
-training. As in UMT5 the ids 0, 1, 2 are pad, end and unknown, and a space is the token ▁, which
-also starts every non-empty prompt.
+Tokens are characters because the tiny model learns to spell words that it never saw in training.
+As in UMT5, the ids 0, 1, 2 are pad, end and unknown, and a space is the token ▁, which also starts
+every non-empty prompt.
 """
 
 import argparse
@@ -30,12 +29,11 @@ MAX_LENGTH = 512
 
 
 def build() -> Tokenizer:
-    """The tokenizer: a unigram model whose pieces are single characters, so that there is one
-    segmentation.
+    """Return a unigram tokenizer whose pieces are single characters: one segmentation of any text.
 
-    The pipeline around it (split at whitespace, ▁ before every word, end token last) is the one
-    that transformers 5 rebuilds in `T5TokenizerFast` whatever tokenizer.json says. Unknown
-    characters in a row are one <unk>.
+    It splits at whitespace, puts ▁ before every word and the end token last, as transformers 5
+    rebuilds it in `T5TokenizerFast` whatever tokenizer.json says. Unknown characters in a row are
+    one <unk>.
     """
     scores = [(token, 0.0 if token in (PAD, EOS, UNK) else -1.0) for token in VOCABULARY]
     tokenizer = Tokenizer(models.Unigram(scores, unk_id=VOCABULARY.index(UNK), byte_fallback=False))
@@ -56,7 +54,7 @@ def build() -> Tokenizer:
 
 
 def write(folder) -> None:
-    """Writes the three files of the tokenizer into `folder`, which is made if needed."""
+    """Write the three files of the tokenizer into `folder`, which is made if needed."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     build().save(str(folder / "tokenizer.json"))

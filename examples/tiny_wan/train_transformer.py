@@ -1,15 +1,14 @@
-"""Trains the text encoder and the transformer of tiny-wan together by flow matching on the VAE's
-latents.
+"""Trains the text encoder and the transformer of tiny-wan by flow matching on the VAE's latents.
 
     python -m examples.tiny_wan.train_transformer --vae assets/tiny-wan/vae --out assets/tiny-wan
     --seconds 900
 
-The latents of a pool of signs are computed once; every step then draws single frames and clips from
-the pool, a sigma (logit-normal, shifted by 3 as at sampling time) and noise, and regresses velocity
-= noise - latents. A tenth of the prompts is dropped, so that guidance works. The text encoder has
-an auxiliary loss, which letter of the quoted text each character is: relative positions alone find
-that late, and spelling waits for it. Muon and Adam, the rate follows the clock; the weights written
-are a moving average.
+The latents of a pool of signs are computed once. Every step then draws single frames and clips from
+the pool, a sigma (logit-normal, shifted by 3 as in sampling) and noise, and regresses velocity =
+noise - latents. A tenth of the prompts is dropped, so that guidance works. The text encoder has an
+auxiliary loss: for each character, which letter of the quoted text it is. Without it the model
+learns to spell much later. Muon and Adam; the learning rate follows the clock; the weights written
+are an exponential moving average.
 """
 
 import functools
@@ -22,7 +21,7 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from examples.tiny_wan import signs, sizes
+from examples.tiny_wan import prompts, signs, sizes
 from examples.tiny_wan.folder import load_flat, load_vae, save
 from examples.tiny_wan.optim import muon_or_adam
 from examples.tiny_wan.tokenizer import EOS as EOS_TOKEN
@@ -47,16 +46,18 @@ EMA_DECAY = 0.998
 
 
 def frame_text(chars):
-    """ASCII codes [B, R] to [B, R+2]: the space that the tokenizer puts before a prompt, and room
-    for EOS.
+    """Add the space that the tokenizer puts before a prompt, and room for EOS.
+
+    uint8 ASCII codes [B, R] -> [B, R + 2].
     """
     first = jnp.where(chars[:, :1] > 0, ord(" "), 0).astype(chars.dtype)
     return jnp.concatenate([first, chars, jnp.zeros_like(first)], axis=1)
 
 
 def tokenise(chars):
-    """ASCII codes [B, R] (0 past the end) to ids and mask [B, R+2], as
-    `examples/tiny_wan/tokenizer.py` does it.
+    """Tokenise as `examples/tiny_wan/tokenizer.py` does, inside `jit`.
+
+    ASCII codes [B, R], 0 past the end -> ids and mask [B, R + 2].
     """
     chars = frame_text(chars)
     length = (chars > 0).sum(1, keepdims=True)
@@ -67,8 +68,10 @@ def tokenise(chars):
 
 
 def letter_classes(chars):
-    """ASCII codes [B, R] to [B, R+2]: 0 outside the quotes, else 1 + 6 * line + index of the letter
-    in its line.
+    """Return the place of each character in the quoted text, the target of the auxiliary loss.
+
+    ASCII codes [B, R] -> [B, R + 2]: 0 outside the quotes, else 1 + LETTERS * line + index of the
+    letter in its line.
     """
     chars = frame_text(chars)
     quote, space = chars == ord('"'), chars == ord(" ")
@@ -81,19 +84,25 @@ def letter_classes(chars):
 
 
 def make_pool(vae_dir: str, atlas, key, count: int, batch: int, frames: int):
-    """Normalised latents bf16 [count, F, h, w, C] and prompts uint8 [count, R] of freshly rendered
-    signs.
+    """Render `count` signs and encode them.
+
+    Returns:
+      Normalised latents bf16 [count, F, H, W, C], and the prompts' ASCII codes uint8
+      [count, LONGEST].
     """
     vae = load_vae(vae_dir, jnp.bfloat16)
 
     @jax.jit
     def chunk(_, key):
-        chars, sign = signs.sample(key, atlas, batch, frames=frames, noise=signs.NoiseMix())
+        content, sign = signs.sample(key, atlas, batch, frames=frames, noise=signs.NoiseMix())
         video = signs.render(atlas, sign, frames).astype(jnp.bfloat16)
-        return None, (vae().normalise(vae().encode(video)[0]).astype(jnp.bfloat16), chars)
+        latents = vae().normalise(vae().encode(video)[0]).astype(jnp.bfloat16)
+        return None, (latents, content)
 
-    _, (latents, chars) = jax.lax.scan(chunk, None, jax.random.split(key, count // batch))
-    return latents.reshape(-1, *latents.shape[2:]), chars.reshape(-1, chars.shape[-1])[:, :LONGEST]
+    _, (latents, content) = jax.lax.scan(chunk, None, jax.random.split(key, count // batch))
+    latents, content = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (latents, content))
+    chars = prompts.ascii_codes(prompts.sentences(content), LONGEST)
+    return latents, jnp.asarray(chars)
 
 
 def main(_):

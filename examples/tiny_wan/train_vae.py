@@ -1,12 +1,11 @@
-"""Trains the causal VAE of tiny-wan on rendered signs: single frames first, then single frames and
-clips.
+"""Trains the causal VAE of tiny-wan on rendered signs: single frames first, then also clips.
 
     python -m examples.tiny_wan.train_vae --out assets/tiny-wan/vae --seconds 300
 
-Single frames run 2-D convolutions on the last temporal tap (`wan_jax/models/vae.py`), so most steps
-are cheap; the other taps start at zero and the temporal convolutions at identity, so a clip starts
-as frames coded one by one. Loss: weighted L1 + L2 (edges, hence letters, count several times), KL
-weight 1e-6. AdamW, cosine over the time budget.
+Single frames use 2-D convolutions with the last temporal tap (`wan_jax/models/vae.py`), so most
+steps are cheap. The other taps start at zero and the temporal convolutions as the identity, so a
+clip is at first coded frame by frame. The loss is L1 + L2, in which edges, hence letters, have seven
+times the weight, plus 1e-6 KL. AdamW; the learning rate follows a cosine over the time budget.
 """
 
 import functools
@@ -32,9 +31,7 @@ KL_WEIGHT = 1e-6
 
 
 def temporal_identity(flat: dict) -> dict:
-    """Zeroes all but the last temporal tap of the 3x3x3 kernels and makes the temporal resamplers
-    copy frames.
-    """
+    """Zero all but the last temporal tap of 3x3x3 kernels; make temporal resamplers copy frames."""
     flat = dict(flat)
     for path, w in flat.items():
         if not path.endswith("kernel") or w.ndim != 5 or w.shape[0] == 1:
@@ -50,7 +47,7 @@ def temporal_identity(flat: dict) -> dict:
 
 
 def loss_fn(flat, graphdef, like, video, key):
-    """Reconstruction plus KL, fp32 scalar; video [B,T,H,W,3] in [-1,1]."""
+    """Return the loss and its reconstruction part, fp32 scalars; video [B, T, H, W, 3] in [-1, 1]."""
     model = nnx.merge(
         graphdef, P.unflatten(like, {k: v.astype(jnp.bfloat16) for k, v in flat.items()})
     )
@@ -137,8 +134,7 @@ def main(_):
                 flush=True,
             )
 
-    # the latents' mean and standard deviation go into the config: the transformer sees them
-    # normalised
+    # the config has the latents' mean and deviation, with which the transformer's are normalised
     flat = {k: v.astype(jnp.bfloat16) for k, v in flat.items()}
     encode = jax.jit(
         lambda video: nnx.merge(graphdef, P.unflatten(like, flat)).encode(

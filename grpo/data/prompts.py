@@ -1,12 +1,11 @@
-"""Prompt sets: files of prompts, checked when they are loaded, and which prompts an epoch uses.
+"""Reads and checks files of prompts, and chooses the prompts of an epoch.
 
-    prompts.txt     one prompt a line; empty lines and lines that start with '#' are skipped
-    prompts.jsonl   {"prompt": "...", "targets": ["..."], ...} a line; without targets they are read
-                    from the prompt's
-                    quotes, and any other fields are kept as they are; .ndjson is the same
+    prompts.txt     one prompt per line; empty lines and lines that start with '#' are skipped
+    prompts.jsonl   {"prompt": "...", "targets": ["..."], ...} per line, also .ndjson. Without
+                    targets, they are the texts in the prompt's quotes. Other fields are metadata.
 
-Files are UTF-8, with or without a byte order mark. Any other suffix is read as text, except those
-of formats that are not read.
+Files are UTF-8, with or without a byte order mark. Files with other suffixes are read as text,
+except those in `NOT_READ`.
 """
 
 import dataclasses
@@ -28,10 +27,17 @@ READ = 'give a text file with one prompt a line, or JSON lines, {"prompt": "..."
 
 @dataclasses.dataclass(frozen=True)
 class PromptSet:
+    """Prompts with what each asks for.
+
+    Attributes:
+      prompts: different texts.
+      targets: per prompt the texts to write, tuple[str, ...]; or what else its rewards ask for.
+      metadata: per prompt the other fields of its line.
+    """
+
     prompts: tuple[str, ...]
-    # the texts each prompt asks for, in order: tuple[str, ...]; or `Asked`, these and the prompt
     targets: tuple
-    metadata: tuple[dict, ...] = ()  # each prompt's other fields
+    metadata: tuple[dict, ...] = ()
 
     def __len__(self):
         return len(self.prompts)
@@ -43,12 +49,18 @@ def load_prompts(
     limit: int | None = None,
     check: Callable[[tuple[str, ...]], None] | None = None,
 ) -> PromptSet:
-    """Read a prompt file as its suffix says; repeated prompts are dropped.
+    """Read a prompt file in the format of its suffix; repeated prompts are dropped.
 
-    parse: a prompt's targets, raising ValueError where there are none
-    (`rewards.ocr.targets.parse_targets`). check: raises ValueError on targets that cannot be
-    scored. Every bad line is reported at once, before any model is loaded. limit: how many are
-    taken. Raises `UserError`.
+    Args:
+      path: of the file.
+      parse: returns a prompt's targets, or raises ValueError if it has none
+        (`rewards.ocr.targets.parse_targets`).
+      limit: number of prompts to take; None: all.
+      check: raises ValueError on targets that cannot be scored.
+
+    Raises:
+      UserError: the file cannot be read, has no prompt, or has lines that cannot be scored, which
+        are reported together.
     """
     path = pathlib.Path(path)
     kind = path.suffix.lower()
@@ -57,7 +69,7 @@ def load_prompts(
     text = cli.read_text(path, "prompt file", READ)
     if kind not in JSON_LINES:
         _check_no_json(text, path)
-    # JSON may hold what `splitlines` takes for ends of lines
+    # not `splitlines`, which also splits at characters that JSON allows within a line
     lines = text.removesuffix("\n").split("\n")
     read = _from_json if kind in JSON_LINES else _from_text
     found, problems = {}, []
@@ -73,9 +85,9 @@ def load_prompts(
         except ValueError as error:
             problems.append(f"  line {number}: {error}")
     if problems:
-        shown = "\n".join(problems[:5]) + (
-            f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
-        )
+        shown = "\n".join(problems[:5])
+        if len(problems) > 5:
+            shown += f"\n  and {len(problems) - 5} more"
         raise UserError(f"{path}: {len(problems)} of {len(lines)} lines cannot be scored:\n{shown}")
     if not found:
         raise UserError(f"{path} holds no prompt")
@@ -85,18 +97,16 @@ def load_prompts(
 
 
 def examples(prompts: PromptSet, count: int = 2) -> list[str]:
-    """Return lines that show what was read from the first prompts, so that a misread file is seen
-    at the start.
-    """
-    pairs = zip(prompts.prompts[:count], prompts.targets)
-    return [
-        f"prompt: {prompt} -> {', '.join(map(repr, getattr(targets, 'targets', targets)))}"
-        for prompt, targets in pairs
-    ]
+    """Return a line for each of the first prompts, which shows a misread file at the start."""
+    lines = []
+    for prompt, targets in zip(prompts.prompts[:count], prompts.targets):
+        texts = getattr(targets, "targets", targets)
+        lines.append(f"prompt: {prompt} -> {', '.join(map(repr, texts))}")
+    return lines
 
 
 def _check_no_json(text: str, path: pathlib.Path) -> None:
-    """Raise `UserError` where a file that is read as text is JSON, as a whole or in its first line."""
+    """Raise `UserError` if text is JSON, as a whole or in its first line."""
     first = next((line.strip() for line in text.split("\n") if line.strip()), "")
     if not first.startswith(("{", "[")):
         return
@@ -109,11 +119,12 @@ def _check_no_json(text: str, path: pathlib.Path) -> None:
 
 
 def _from_text(line: str) -> tuple[str, tuple, dict] | None:
+    """Return (prompt, no targets, no metadata); None if the line has no prompt."""
     return None if not line or line.startswith("#") else (line, (), {})
 
 
 def _from_json(line: str) -> tuple[str, tuple[str, ...], dict] | None:
-    """(prompt, targets, other fields). Raises ValueError on anything else."""
+    """Return (prompt, targets, metadata); None for an empty line. Raises ValueError."""
     if not line:
         return None
     try:
@@ -126,7 +137,7 @@ def _from_json(line: str) -> tuple[str, tuple[str, ...], dict] | None:
     targets = fields.pop("targets", [])
     if not isinstance(targets, list) or not all(isinstance(t, str) and t.strip() for t in targets):
         raise ValueError(f'"targets" is {targets!r}: give a list of texts that are not blank')
-    # as those that are read from the prompt
+    # cleaned like those that are read from the prompt
     targets = tuple(visible(clean(target)).strip() for target in targets)
     if "" in targets:
         raise ValueError('"targets" has a text without a character that can be seen')
@@ -134,10 +145,13 @@ def _from_json(line: str) -> tuple[str, tuple[str, ...], dict] | None:
 
 
 def epoch_prompts(seed: int, epoch: int, total: int, groups: int) -> np.ndarray:
-    """Indices [groups] of the prompts of an epoch: distinct, and a function of (seed, epoch) alone.
+    """Return the indices [groups] of an epoch's prompts.
 
-    Passes over the prompt set are shuffled one after the other, so every prompt comes up equally
-    often. Raises `UserError` when there are fewer prompts than groups.
+    They are different and determined by (seed, epoch). Each pass over the prompts is shuffled, so
+    that every prompt is used equally often.
+
+    Raises:
+      UserError: there are fewer prompts than groups.
     """
     if groups > total:
         raise UserError(

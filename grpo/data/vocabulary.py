@@ -1,6 +1,4 @@
-"""What `grpo.make_prompts` puts together: words to write, what they stand on, where, and how the
-camera moves.
-"""
+"""Words and phrases of generated prompts (`grpo.data.prompt_generator`)."""
 
 WORDS = """
 open closed welcome sale fresh today tomorrow tonight always never together hello goodbye thanks please sorry enjoy
@@ -52,7 +50,7 @@ north south east west left right upper lower inside outside forward backward
 quality service discount bargain price cash credit budget profit value offer member reward bonus
 """.split()
 
-# name: how a text stands on it
+# name: phrase
 SURFACES = {
     "neon sign": "a neon sign that says {text}",
     "wooden sign": "a wooden sign with {text} carved into it",
