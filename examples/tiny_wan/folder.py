@@ -10,7 +10,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from convert import key_table
-from wan_jax.models import params as P
+from wan_jax.models import params
 from wan_jax.models.config import VAEConfig, from_dict
 from wan_jax.models.vae import AutoencoderKLWan
 
@@ -37,6 +37,12 @@ def save(
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def subtree(flat: dict, name: str) -> dict:
+    """Return what a flat dict has below `name`, without this part of the keys."""
+    prefix = name + "/"
+    return {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
+
+
 def load_flat(folder: pathlib.Path, component: str, shapes: dict) -> dict[str, np.ndarray]:
     """Return a component folder's tensors by our names. shapes: those expected, by our names."""
     return key_table.to_ours(component, load_file(next(folder.glob("*.safetensors"))), shapes)
@@ -54,9 +60,9 @@ def load_component(folder, component: str, config_class, module):
     folder = pathlib.Path(folder)
     config = from_dict(config_class, json.loads((folder / "config.json").read_text()))
     graphdef, like = nnx.split(nnx.eval_shape(lambda: module(config)))
-    abstract = P.flatten(like)
+    abstract = params.flatten(like)
     flat = load_flat(folder, component, {k: v.shape for k, v in abstract.items()})
-    state = P.unflatten(
+    state = params.unflatten(
         like, {k: jnp.asarray(v).astype(abstract[k].dtype) for k, v in flat.items()}
     )
     return lambda: nnx.merge(graphdef, state)

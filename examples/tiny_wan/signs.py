@@ -147,52 +147,59 @@ def line_widths(
 # ---------------------------------------------------------------- rendering
 
 
+def wide(x: jax.Array) -> jax.Array:
+    """Give one value per sign the axes of a video's pixels: [B] -> [B, 1, 1, 1]."""
+    return x[:, None, None, None]
+
+
 def _letter_coverage(
-    atlas: Atlas, p: SignParams, u: jax.Array, v: jax.Array, zoom: jax.Array
+    atlas: Atlas, params: SignParams, u: jax.Array, v: jax.Array, zoom: jax.Array
 ) -> jax.Array:
     """Return the share of each pixel covered by letters, float32 [B, T, H, W].
 
     u, v: coordinates of the pixel on the sign, [B, T, H, W]; zoom: [B, T, 1, 1].
     """
 
-    def wide(x):  # [B] -> [B, 1, 1, 1]
-        return x[:, None, None, None]
-
     # em from the middle of the text
-    x = (u - wide(p.shift[:, 0]) + wide(p.slant) * v) / wide(p.em[:, 0])
-    y = (v - wide(p.shift[:, 1])) / wide(p.em[:, 1])
-    two = wide(p.letters[:, 1, 0] >= 0)
+    x = (u - wide(params.shift[:, 0]) + wide(params.slant) * v) / wide(params.em[:, 0])
+    y = (v - wide(params.shift[:, 1])) / wide(params.em[:, 1])
+    two = wide(params.letters[:, 1, 0] >= 0)
     second = two & (y > 0)
     # em below the baseline
     y = y - jnp.where(two, jnp.where(second, PITCH / 2, -PITCH / 2), 0.0) - MIDDLE
 
     # [B, LINES, LETTERS]
-    ends = jnp.cumsum(line_widths(atlas, p.letters, p.font, p.tracking), axis=-1)
+    ends = jnp.cumsum(line_widths(atlas, params.letters, params.font, params.tracking), axis=-1)
     # em from the line's start
     x = x + jnp.where(second, wide(ends[:, 1, -1]), wide(ends[:, 0, -1])) / 2
     start = jnp.zeros_like(x)
-    letter = jnp.where(second, wide(p.letters[:, 1, 0]), wide(p.letters[:, 0, 0]))
+    letter = jnp.where(second, wide(params.letters[:, 1, 0]), wide(params.letters[:, 0, 0]))
     for i in range(1, LETTERS):
         end = jnp.where(second, wide(ends[:, 1, i - 1]), wide(ends[:, 0, i - 1]))
         start = jnp.where(x >= end, end, start)
-        following = jnp.where(second, wide(p.letters[:, 1, i]), wide(p.letters[:, 0, i]))
+        following = jnp.where(second, wide(params.letters[:, 1, i]), wide(params.letters[:, 0, i]))
         letter = jnp.where(x >= end, following, letter)
     x = x - start  # em from the letter's cell
 
     _, alphabet, rows, columns = atlas.texels.shape
-    tx = jnp.clip((x - wide(p.tracking) / 2) * EM - 0.5, 0, columns - 1.01)
+    tx = jnp.clip((x - wide(params.tracking) / 2) * EM - 0.5, 0, columns - 1.01)
     ty = jnp.clip((y + ABOVE) * EM - 0.5, 0, rows - 1.01)
     column, row = tx.astype(jnp.int32), ty.astype(jnp.int32)
-    cell = wide(p.font) * alphabet + jnp.maximum(letter, 0)
+    cell = wide(params.font) * alphabet + jnp.maximum(letter, 0)
     packed = jnp.asarray(atlas.texels).reshape(-1)[(cell * rows + row) * columns + column]
     texel, right, below, diagonal = (
         ((packed >> bits) & 255).astype(jnp.float32) for bits in (0, 8, 16, 24)
     )
     tx, ty = tx - column, ty - row
     byte = (texel * (1 - tx) + right * tx) * (1 - ty) + (below * (1 - tx) + diagonal * tx) * ty
-    pixels = (byte / 127.5 - 1) * (SPREAD / EM) * wide(jnp.sqrt(p.em[:, 0] * p.em[:, 1])) * zoom
+    pixels = (
+        (byte / 127.5 - 1)
+        * (SPREAD / EM)
+        * wide(jnp.sqrt(params.em[:, 0] * params.em[:, 1]))
+        * zoom
+    )
     inside = (letter >= 0) & (x >= 0) & (y > -ABOVE) & (y < BELOW)
-    return jnp.where(inside, jnp.clip(0.5 + pixels - wide(p.thin), 0, 1), 0)
+    return jnp.where(inside, jnp.clip(0.5 + pixels - wide(params.thin), 0, 1), 0)
 
 
 def _gaussian(size: int, sigma: jax.Array) -> jax.Array:
@@ -202,11 +209,8 @@ def _gaussian(size: int, sigma: jax.Array) -> jax.Array:
     return weight / weight.sum(-1, keepdims=True)
 
 
-def render(atlas: Atlas, p: SignParams, frames: int = 1, dtype=jnp.float32) -> jax.Array:
+def render(atlas: Atlas, params: SignParams, frames: int = 1, dtype=jnp.float32) -> jax.Array:
     """Render signs as video [B, T, HEIGHT, WIDTH, 3] in [-1, 1]. Frame 0 is the picture."""
-
-    def wide(x):
-        return x[:, None, None, None]
 
     def mix(under, color, share):  # [B, T, H, W, 3], [B, 3], [B, T, H, W]
         return under + (color[:, None, None, None] - under) * share[..., None]
@@ -215,33 +219,35 @@ def render(atlas: Atlas, p: SignParams, frames: int = 1, dtype=jnp.float32) -> j
     y = (jnp.arange(HEIGHT) - (HEIGHT - 1) / 2)[:, None]
     x = jnp.arange(WIDTH) - (WIDTH - 1) / 2
 
-    zoom = jnp.exp(wide(p.zoom) * time)  # [B, T, 1, 1]
-    angle = wide(p.angle) + wide(p.sway) * jnp.sin(2 * jnp.pi * time)
-    dx = x - wide(p.center[:, 0]) - wide(p.drift[:, 0]) * time  # [B, T, 1, W]
-    dy = y - wide(p.center[:, 1]) - wide(p.drift[:, 1]) * time  # [B, T, H, 1]
+    zoom = jnp.exp(wide(params.zoom) * time)  # [B, T, 1, 1]
+    angle = wide(params.angle) + wide(params.sway) * jnp.sin(2 * jnp.pi * time)
+    dx = x - wide(params.center[:, 0]) - wide(params.drift[:, 0]) * time  # [B, T, 1, W]
+    dy = y - wide(params.center[:, 1]) - wide(params.drift[:, 1]) * time  # [B, T, H, 1]
     u = (dx * jnp.cos(angle) + dy * jnp.sin(angle)) / zoom  # [B, T, H, W], on the sign
     v = (dy * jnp.cos(angle) - dx * jnp.sin(angle)) / zoom
 
     # signed distance to the rounded rectangle, in pixels of the frame
-    qx = jnp.abs(u) - wide(p.half[:, 0] - p.radius)
-    qy = jnp.abs(v) - wide(p.half[:, 1] - p.radius)
+    qx = jnp.abs(u) - wide(params.half[:, 0] - params.radius)
+    qy = jnp.abs(v) - wide(params.half[:, 1] - params.radius)
     outside = jnp.hypot(jnp.maximum(qx, 0), jnp.maximum(qy, 0)) + jnp.minimum(
         jnp.maximum(qx, qy), 0
     )
-    outside = (outside - wide(p.radius)) * zoom
+    outside = (outside - wide(params.radius)) * zoom
     plate = jnp.clip(0.5 - outside, 0, 1)
-    face = jnp.clip(0.5 - outside - wide(p.border) * zoom, 0, 1)
+    face = jnp.clip(0.5 - outside - wide(params.border) * zoom, 0, 1)
 
-    ink = _letter_coverage(atlas, p, u, v, zoom)
-    ink = jnp.einsum("bij,btjk,blk->btil", _gaussian(HEIGHT, p.blur), ink, _gaussian(WIDTH, p.blur))
-    across = v * jnp.cos(wide(p.bar[:, 1])) - u * jnp.sin(wide(p.bar[:, 1]))
-    bar = jnp.clip(0.5 + (wide(p.bar[:, 0]) - jnp.abs(across)) * zoom, 0, 1) * (
-        wide(p.bar[:, 0]) > 0
+    ink = _letter_coverage(atlas, params, u, v, zoom)
+    ink = jnp.einsum(
+        "bij,btjk,blk->btil", _gaussian(HEIGHT, params.blur), ink, _gaussian(WIDTH, params.blur)
+    )
+    across = v * jnp.cos(wide(params.bar[:, 1])) - u * jnp.sin(wide(params.bar[:, 1]))
+    bar = jnp.clip(0.5 + (wide(params.bar[:, 0]) - jnp.abs(across)) * zoom, 0, 1) * (
+        wide(params.bar[:, 0]) > 0
     )
 
-    ground, sign, letter, border = (p.colors[:, i] for i in range(4))
+    ground, sign, letter, border = (params.colors[:, i] for i in range(4))
     # [B, 1, H, 1, 3]
-    picture = ground[:, None, None, None] * (1 - wide(p.shade) * y / HEIGHT)[..., None]
+    picture = ground[:, None, None, None] * (1 - wide(params.shade) * y / HEIGHT)[..., None]
     picture = mix(picture, border, plate)
     picture = mix(picture, sign, face)
     picture = mix(picture, letter, ink * face)
@@ -289,14 +295,8 @@ def sample(
 ) -> tuple[prompts.Content, SignParams]:
     """Draw `batch` signs: what their prompts say, and how they look.
 
-    Args:
-      key: source of all draws.
-      atlas: letter shapes.
-      batch: number of signs.
-      frames: 1 for pictures; more for clips, half of whose prompts describe the motion.
-      heldout: whether to draw words that training never draws.
-      noise: shares of spoilt signs; None: all signs are clean.
-      words: shares of the kinds of words.
+    frames: more than 1 for clips, of which half the prompts describe the motion; heldout: whether
+    to draw words that training never draws; noise: shares of spoilt signs, None for clean ones.
     """
     k_content, k_misspell, k_mode, k_look, k_jitter = jax.random.split(key, 5)
     content = prompts.draw_content(

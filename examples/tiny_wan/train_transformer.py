@@ -22,11 +22,11 @@ from absl import app, flags
 from flax import nnx
 
 from examples.tiny_wan import prompts, signs, sizes
-from examples.tiny_wan.folder import load_flat, load_vae, save
+from examples.tiny_wan.folder import load_flat, load_vae, save, subtree
 from examples.tiny_wan.optim import muon_or_adam
 from examples.tiny_wan.tokenizer import EOS as EOS_TOKEN
 from examples.tiny_wan.tokenizer import SPACE, UNK, VOCABULARY
-from wan_jax.models import params as P
+from wan_jax.models import params
 from wan_jax.models.config import TextEncoderConfig, TransformerConfig, from_dict
 from wan_jax.models.text_encoder import UMT5Encoder, encode
 from wan_jax.models.transformer import WanTransformer3D
@@ -106,6 +106,7 @@ def make_pool(vae_dir: str, atlas, key, count: int, batch: int, frames: int):
 
 
 def main(_):
+    # 1 the model, whose head serves the auxiliary loss alone
     start = time.time()
     text_config = from_dict(TextEncoderConfig, sizes.TEXT_ENCODER)
     config = from_dict(TransformerConfig, sizes.TRANSFORMER)
@@ -116,26 +117,23 @@ def main(_):
             self.transformer = WanTransformer3D(config, dtype=dtype, rngs=rngs)
             self.head = nnx.Param(jnp.zeros((text_config.d_model, 1 + 2 * LETTERS), dtype))
 
-    flat = P.flatten(nnx.split(Model(jnp.float32, nnx.Rngs(FLAGS.seed)))[1])
+    flat = params.flatten(nnx.split(Model(jnp.float32, nnx.Rngs(FLAGS.seed)))[1])
     flat["transformer/proj_out/kernel"] = flat["transformer/proj_out/kernel"] * 0.01
     if FLAGS.init:
         for name in ("transformer", "text_encoder"):
-            shapes = {
-                k.removeprefix(name + "/"): v.shape
-                for k, v in flat.items()
-                if k.startswith(name + "/")
-            }
+            shapes = {k: v.shape for k, v in subtree(flat, name).items()}
             for path, value in load_flat(pathlib.Path(FLAGS.init) / name, name, shapes).items():
                 flat[f"{name}/{path}"] = jnp.asarray(value, jnp.float32)
     graphdef, like = nnx.split(nnx.eval_shape(lambda: Model(jnp.bfloat16, nnx.Rngs(0))))
-    dtypes = {k: v.dtype for k, v in P.flatten(like).items()}
+    dtypes = {k: v.dtype for k, v in params.flatten(like).items()}
     print(
         f"transformer and text encoder: {sum(v.size for v in flat.values()):,} parameters",
         flush=True,
     )
-    tx = muon_or_adam(flat, FLAGS.adam_scale)
-    opt_state, ema = tx.init(flat), flat
+    optimiser = muon_or_adam(flat, FLAGS.adam_scale)
+    opt_state = optimiser.init(flat)
 
+    # 2 the pool of signs
     key, atlas = jax.random.key(FLAGS.seed + 7), signs.build_atlas()
     singles = make_pool(
         FLAGS.vae, atlas, jax.random.fold_in(key, 1), FLAGS.pool, min(1000, FLAGS.pool), 1
@@ -155,6 +153,7 @@ def main(_):
         flush=True,
     )
 
+    # 3 the training step
     def flow_loss(model, latents, chars, key):
         """Flow-matching loss and auxiliary loss of one batch from the pool, fp32 scalars."""
         k1, k2, k3 = jax.random.split(key, 3)
@@ -183,7 +182,8 @@ def main(_):
 
             def total(flat):
                 model = nnx.merge(
-                    graphdef, P.unflatten(like, {k: v.astype(dtypes[k]) for k, v in flat.items()})
+                    graphdef,
+                    params.unflatten(like, {k: v.astype(dtypes[k]) for k, v in flat.items()}),
                 )
                 losses = []
                 for i, (pool, batch) in enumerate(((singles, FLAGS.batch), (clips, FLAGS.clips))):
@@ -194,7 +194,7 @@ def main(_):
                 return single + 0.4 * clip + FLAGS.aux * aux, jnp.stack([single, clip, aux])
 
             (_, logs), grads = jax.value_and_grad(total, has_aux=True)(flat)
-            updates, opt_state = tx.update(grads, opt_state, flat)
+            updates, opt_state = optimiser.update(grads, opt_state, flat)
             flat = jax.tree.map(lambda p, u: p - lr * u, flat, updates)
             ema = jax.tree.map(lambda e, p: EMA_DECAY * e + (1 - EMA_DECAY) * p, ema, flat)
             return (flat, opt_state, ema), logs
@@ -202,9 +202,11 @@ def main(_):
         carry, logs = jax.lax.scan(step, (flat, opt_state, ema), jax.random.split(key, FLAGS.inner))
         return *carry, logs.mean(0)
 
-    steps, shown, logs = 0, time.time() - start - 20, np.full(3, np.nan)
+    # 4 train until the time is over
+    steps, logs = 0, np.full(3, np.nan)
     flat, ema = jax.tree.map(jnp.copy, (flat, flat))
     begun = time.time()
+    printed = begun - start - 20
     total_time = FLAGS.seconds - (begun - start)
     while (elapsed := time.time() - begun) < total_time:
         progress = elapsed / total_time
@@ -217,26 +219,20 @@ def main(_):
         flat, opt_state, ema, logs = train(flat, opt_state, ema, singles, clips, draw, lr)
         logs = np.asarray(logs)
         steps += FLAGS.inner
-        if time.time() - start - shown > 15:
-            shown = time.time() - start
+        if time.time() - start - printed > 15:
+            printed = time.time() - start
             print(
-                f"{shown:6.0f} s  step {steps:6d}  lr {lr:.1e}  single {logs[0]:.4f}  clip "
+                f"{printed:6.0f} s  step {steps:6d}  lr {lr:.1e}  single {logs[0]:.4f}  clip "
                 f"{logs[1]:.4f}  letters {logs[2]:.4f}",
                 flush=True,
             )
+    # 5 write the averaged weights
     out = pathlib.Path(FLAGS.out)
-    part = {
-        name: {k.removeprefix(name + "/"): v for k, v in ema.items() if k.startswith(name + "/")}
-        for name in ("transformer", "text_encoder")
-    }
-    save("transformer", part["transformer"], sizes.TRANSFORMER, out / "transformer")
-    save(
-        "text_encoder",
-        part["text_encoder"],
-        sizes.TEXT_ENCODER,
-        out / "text_encoder",
-        "model.safetensors",
-    )
+    for name, settings, file in (
+        ("transformer", sizes.TRANSFORMER, "diffusion_pytorch_model.safetensors"),
+        ("text_encoder", sizes.TEXT_ENCODER, "model.safetensors"),
+    ):
+        save(name, subtree(ema, name), settings, out / name, file)
     print(
         f"transformer: {steps} steps in {time.time() - start:.0f} s, loss {logs[0]:.4f}, written "
         f"to {out}"

@@ -21,7 +21,7 @@ from flax import nnx
 
 from examples.tiny_wan import signs, sizes
 from examples.tiny_wan.folder import save
-from wan_jax.models import params as P
+from wan_jax.models import params
 from wan_jax.models.config import VAEConfig, from_dict
 from wan_jax.models.vae import AutoencoderKLWan
 
@@ -49,7 +49,7 @@ def temporal_identity(flat: dict) -> dict:
 def loss_fn(flat, graphdef, like, video, key):
     """Return the loss and its reconstruction part, fp32 scalars; video [B, T, H, W, 3] in [-1, 1]."""
     model = nnx.merge(
-        graphdef, P.unflatten(like, {k: v.astype(jnp.bfloat16) for k, v in flat.items()})
+        graphdef, params.unflatten(like, {k: v.astype(jnp.bfloat16) for k, v in flat.items()})
     )
     mean, logvar = model.encode(video.astype(jnp.bfloat16))
     mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
@@ -68,22 +68,24 @@ def loss_fn(flat, graphdef, like, video, key):
 
 
 def main(_):
+    # 1 the model
     start = time.time()
     config = from_dict(VAEConfig, sizes.VAE)
     model = AutoencoderKLWan(config, dtype=jnp.float32, rngs=nnx.Rngs(FLAGS.seed))
-    flat = temporal_identity(P.flatten(nnx.split(model)[1]))
+    flat = temporal_identity(params.flatten(nnx.split(model)[1]))
     graphdef, like = nnx.split(
         nnx.eval_shape(lambda: AutoencoderKLWan(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     )
     print(f"VAE: {sum(v.size for v in flat.values()):,} parameters", flush=True)
-    tx = optax.chain(
+    optimiser = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.scale_by_adam(b2=0.99),
         optax.add_decayed_weights(0.01),
     )
-    opt_state = tx.init(flat)
+    opt_state = optimiser.init(flat)
     atlas = signs.build_atlas()
 
+    # 2 the training step
     def render(key, batch, frames):
         _, sign = signs.sample(key, atlas, batch, frames=frames, noise=signs.NoiseMix())
         return signs.render(atlas, sign, frames).astype(jnp.float32)
@@ -104,7 +106,7 @@ def main(_):
                 return loss, rec
 
             (_, rec), grads = jax.value_and_grad(total, has_aux=True)(flat)
-            updates, opt_state = tx.update(grads, opt_state, flat)
+            updates, opt_state = optimiser.update(grads, opt_state, flat)
             return (jax.tree.map(lambda p, u: p - lr * u, flat, updates), opt_state), rec
 
         (flat, opt_state), recs = jax.lax.scan(
@@ -112,7 +114,8 @@ def main(_):
         )
         return flat, opt_state, recs.mean()
 
-    key, steps, shown = jax.random.key(FLAGS.seed + 1), 0, 0.0
+    # 3 train until the time is over; clips join after `CLIP_PHASE`
+    key, steps, printed = jax.random.key(FLAGS.seed + 1), 0, 0.0
     while (elapsed := time.time() - start) < FLAGS.seconds:
         progress = elapsed / FLAGS.seconds
         lr = (
@@ -126,18 +129,18 @@ def main(_):
         )
         rec = float(rec)
         steps += FLAGS.inner
-        if elapsed - shown > 10:
-            shown = elapsed
+        if elapsed - printed > 10:
+            printed = elapsed
             print(
                 f"{elapsed:6.0f} s  step {steps:6d}  lr {lr:.1e}  clips {clips}  reconstruction "
                 f"{rec:.4f}",
                 flush=True,
             )
 
-    # the config has the latents' mean and deviation, with which the transformer's are normalised
+    # 4 write the weights, and the latents' mean and deviation, which normalise the transformer's
     flat = {k: v.astype(jnp.bfloat16) for k, v in flat.items()}
     encode = jax.jit(
-        lambda video: nnx.merge(graphdef, P.unflatten(like, flat)).encode(
+        lambda video: nnx.merge(graphdef, params.unflatten(like, flat)).encode(
             video.astype(jnp.bfloat16)
         )[0]
     )

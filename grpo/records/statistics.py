@@ -59,16 +59,9 @@ def paired_difference(
 ) -> tuple[float, float, float]:
     """Return the mean of after - before and its bootstrap interval: (mean, low, high).
 
-    The interval is narrower than those of `before` and `after`, because what makes a prompt hard
-    for both cancels.
-
-    Args:
-      before: [N]. Pairs with a NaN are left out.
-      after: [N], for the same prompts and seeds in the same order.
-      confidence, draws, seed: as for `bootstrap_interval`.
-
-    Raises:
-      ValueError: different shapes, or fewer than `LEAST_VALUES` complete pairs.
+    Both are [N], for the same prompts and seeds in the same order; pairs with a NaN are left out.
+    The interval is narrower than their own, because what makes a prompt hard for both cancels.
+    Raises ValueError for different shapes or fewer than `LEAST_VALUES` complete pairs.
     """
     before, after = np.asarray(before, np.float64), np.asarray(after, np.float64)
     if before.shape != after.shape:

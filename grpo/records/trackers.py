@@ -37,18 +37,11 @@ SECRET = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Sheet:
-    """Several previews side by side, as a picture or an animation.
+    """Several previews side by side, as a picture or an animation."""
 
-    Attributes:
-      data: the encoded file.
-      suffix: ".png" or ".gif".
-      height: in pixels.
-      width: in pixels.
-    """
-
-    data: bytes
-    suffix: str
-    height: int
+    data: bytes  # the encoded file
+    suffix: str  # .png or .gif
+    height: int  # in pixels
     width: int
 
 
@@ -63,12 +56,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Writes event files.
-
-    Args:
-      folder: of the event files.
-      first: epoch from which on records of an earlier attempt are dropped.
-    """
+    """Writes event files into `folder`; drops an earlier attempt's records from epoch `first` on."""
 
     def __init__(self, folder: pathlib.Path, first: int):
         # takes a second or more where PyTorch is installed, which it imports
@@ -253,15 +241,9 @@ def import_tracker(package: str):
 
 
 def open_trackers(folder: pathlib.Path, settings, resume: bool) -> list[Tracker]:
-    """Open the trackers that `config.log` asks for.
+    """Open the trackers that `config.log` asks for. Raises `UserError` if one cannot be reached.
 
-    Args:
-      folder: of the run.
-      settings: `config.log`.
-      resume: whether to continue the run's earlier runs there.
-
-    Raises:
-      UserError: one cannot be imported or reached.
+    folder: of the run; settings: `config.log`; resume: whether to continue its earlier runs there.
     """
     opened: list[Tracker] = []
     if settings.wandb.project:

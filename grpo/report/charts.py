@@ -31,17 +31,11 @@ METADATA = ("Date", "Creator", "Format", "Type")  # left out, so that equal data
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A chart in two sizes.
-
-    Attributes:
-      wide: `markupsafe.Markup`, an <svg> element for wide screens.
-      narrow: the same for phones.
-      caption: plain text below the chart.
-    """
+    """A chart in two sizes, each an <svg> element that is safe to embed."""
 
     wide: str
     narrow: str
-    caption: str
+    caption: str  # plain text below the chart
 
 
 def chart(draw: Callable[[Axes], None], caption: str, label: str, columns: int = 2) -> Chart:

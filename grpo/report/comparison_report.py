@@ -22,19 +22,10 @@ from wan_jax.errors import UserError
 AXES = {"evaluations": "evaluations of the model", "seconds": "seconds of training"}
 DASHES = ("-", "--", ":")
 # settings that the held-out reward depends on besides the weights; "eval." names its whole section
-EVALUATION_SETTINGS = (
-    "model.path",
-    "prompts.heldout",
-    "prompts.negative",
-    "sample.frames",
-    "sample.height",
-    "sample.width",
-    "sample.shift",
-    "reward.rule",
-    "reward.engine",
-    "reward.max_frames",
-    "eval.",
-)
+EVALUATION_SETTINGS = """
+model.path prompts.heldout prompts.negative sample.frames sample.height sample.width sample.shift
+reward.rule reward.engine reward.max_frames eval.
+""".split()
 WITHOUT_EFFECT = ("eval.every", "eval.previews")  # on the held-out reward
 
 

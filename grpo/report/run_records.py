@@ -12,19 +12,12 @@ from grpo.records import run_log
 
 @dataclasses.dataclass(frozen=True)
 class RunRecords:
-    """What a run's folder holds.
-
-    Attributes:
-      folder: the run's folder.
-      config: its settings; {} if they cannot be read.
-      metrics: one record per epoch, oldest first.
-      recorded: every held-out evaluation, oldest first.
-    """
+    """What a run's folder holds."""
 
     folder: pathlib.Path
-    config: dict
-    metrics: list[dict]
-    recorded: list[dict]
+    config: dict  # {} if it cannot be read
+    metrics: list[dict]  # one record per epoch, oldest first
+    recorded: list[dict]  # every held-out evaluation, oldest first
 
     @classmethod
     def read(cls, folder: pathlib.Path) -> "RunRecords":

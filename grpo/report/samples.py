@@ -18,20 +18,12 @@ PICTURES = ((1, None), (1, 92), (1, 80), (2, 80), (4, 80))  # (shrink by, JPEG q
 
 @dataclasses.dataclass(frozen=True)
 class Embedded:
-    """A sample as the page embeds it.
+    """A sample as the page embeds it."""
 
-    Attributes:
-      kind: "video", "image", or "none" if no encoding is small enough.
-      size: "height x width" of the sample in pixels.
-      width: pixels on the page.
-      enlarged: whether each of its pixels is shown as several.
-      uri: data URI.
-    """
-
-    kind: str
-    size: str
-    width: int
-    enlarged: bool
+    kind: str  # "video", "image", or "none" if no encoding is small enough
+    size: str  # "height x width" of the sample in pixels
+    width: int  # pixels on the page
+    enlarged: bool  # whether each of its pixels is shown as several
     uri: str = ""
 
 

@@ -66,7 +66,7 @@ def test_methods_of_a_file_a_flag_and_recipes(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             read_methods([], lines, None)
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match=r"--methods.*/nowhere\.txt"):
         read_methods([], [], "/nowhere.txt")
 
 
@@ -105,7 +105,7 @@ def test_budgets():
         "seconds:inf",
         "evaluations:many",
     ):
-        with pytest.raises(UserError, match="--budget="):
+        with pytest.raises(UserError, match=f"--budget={re.escape(bad)}"):
             parse_budget(bad)
 
 
@@ -122,7 +122,7 @@ def test_a_run_beyond_the_budget_is_refused(tmp_path):
     ):
         compare.check_not_beyond(tmp_path, unit, amount)
     for unit, amount in (("evaluations", 20), ("seconds", 2.0), ("epochs", 2)):
-        with pytest.raises(UserError, match="has spent more"):
+        with pytest.raises(UserError, match=f"{tmp_path} .*{unit}:{amount:g}"):
             compare.check_not_beyond(tmp_path, unit, amount)
 
 

@@ -70,7 +70,8 @@ def test_ascii_codes():
 
 
 def test_too_many_texts_are_an_error(monkeypatch):
-    monkeypatch.setattr(prompts, "sentences", lambda content: [""] * len(content.letters))
-    mix = prompts.WordMix(two_lines=0.0, real=1.0, shortest=2, longest=2)
-    with pytest.raises(ValueError, match="count=5000"):
-        prompts.unique_prompts(5000, 0, mix=mix)
+    monkeypatch.setattr(prompts, "words", lambda letters: ["a", "b", "a"])
+    monkeypatch.setattr(prompts, "sentences", lambda content: ['"a"', '"b"', '"a"'])
+    assert prompts.unique_prompts(2, 0) == ['"a"', '"b"']
+    with pytest.raises(ValueError, match=r"count=3\b.*\b2 different"):
+        prompts.unique_prompts(3, 0)
