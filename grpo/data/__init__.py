@@ -1,1 +1,1 @@
-"""Prompts: files, epochs' draws, and the words that generated prompts are made of."""
+"""Prompts: files, generated ones, and those of an epoch."""

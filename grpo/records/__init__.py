@@ -1,1 +1,1 @@
-"""What a run writes down: its log, trackers, statistics."""
+"""Records of a run: its log, trackers and statistics."""

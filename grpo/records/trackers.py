@@ -1,9 +1,9 @@
 """Sends a run's numbers and previews to TensorBoard, Weights & Biases and MLflow.
 
 A tracker takes numbers by tag ('train/loss'), a sheet of previews and the settings. The packages
-of Weights & Biases and MLflow are imported only if they are used. A resumed run continues its run
-there, whose id is in `TRACKERS` in the run's folder. Epochs that a resumed run computes again have
-the same numbers: Weights & Biases keeps the first ones, MLflow has them twice.
+of Weights & Biases and MLflow are imported only if they are used. A resumed run continues there
+under its earlier id, which is stored in `TRACKERS` in the run's folder. Epochs that it computes
+again have the same numbers: Weights & Biases keeps the first ones, MLflow has them twice.
 """
 
 import dataclasses

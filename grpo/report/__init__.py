@@ -1,1 +1,1 @@
-"""Pages that say what a run, or several runs compared, achieved."""
+"""Pages that show the results of a run, or of several runs compared."""

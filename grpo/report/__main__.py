@@ -1,4 +1,4 @@
-"""Writes a run's report again: python -m grpo.report --run runs/tiny_ocr"""
+"""Writes the report of a run from its folder: python -m grpo.report --run runs/tiny_ocr"""
 
 import sys
 

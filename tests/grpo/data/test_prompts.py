@@ -72,7 +72,7 @@ def test_many_bad_lines_are_counted(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson", "a.Ndjson"])
 def test_json_lines_by_suffix(tmp_path, name):
-    """Also with a character that some take for the end of a line."""
+    """Also with U+2028 in a text, at which `str.splitlines` would split."""
     path = write(
         tmp_path / name, {"prompt": 'A "OPEN"'}, '{"prompt": "B \\"SHUT\\"", "note": "x\u2028y"}'
     )
@@ -115,7 +115,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
     assert [m.name for m in read_methods([], [], tmp_path / "c.txt")] == ["mine"]
 
 
-def test_text_in_another_encoding_is_one_line(tmp_path):
+def test_another_encoding_is_an_error(tmp_path):
     for encoding in ("utf-16", "latin-1"):
         (tmp_path / "a.txt").write_bytes('A sign "CAFÉ"'.encode(encoding))
         with pytest.raises(UserError, match=r"a\.txt is not UTF-8 text \(.*\); save it as UTF-8$"):
@@ -124,7 +124,7 @@ def test_text_in_another_encoding_is_one_line(tmp_path):
             read_methods([], [], tmp_path / "a.txt")
 
 
-def test_targets_are_what_the_model_is_told(tmp_path):
+def test_targets_are_cleaned_like_prompts(tmp_path):
     path = write(
         tmp_path / "a.jsonl",
         {"prompt": 'A "R&amp;D" sign'},
@@ -146,7 +146,7 @@ def test_examples_show_prompts_and_targets(tmp_path):
     assert examples(found) == ["prompt: A \"B\" and \"C\" -> 'B', 'C'", "prompt: A \"D\" -> 'D'"]
 
 
-def test_every_prompt_comes_up_equally_often():
+def test_every_prompt_is_used_equally_often():
     seen = np.bincount(
         np.concatenate([epoch_prompts(3, epoch, 10, 3) for epoch in range(9)]), minlength=10
     )

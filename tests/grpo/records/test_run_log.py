@@ -15,9 +15,7 @@ from tests.grpo.records.run_folders import evaluation, write
 
 
 def board(folder):
-    """[(step, tag, value or image)] of the event files, and the steps at which a session started;
-    oldest first.
-    """
+    """Return [(step, tag, value or image)] of the event files, and the first steps of sessions."""
     found, starts = [], []
     for path in sorted((folder / "tensorboard").iterdir(), key=lambda p: p.stat().st_mtime_ns):
         data = path.read_bytes()

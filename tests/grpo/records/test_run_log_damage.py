@@ -27,7 +27,7 @@ def edit(path, line, text):
     [b'{"epoch": 2, "l', b"\0\0\0", b"[1, 2]", b"{}", b'{"epoch": "2"}', b"null", b"\xff", DEEP],
     ids=lambda text: repr(text[:16]),
 )
-def test_a_line_in_the_middle_is_left_out_and_kept_aside(tmp_path, capsys, text):
+def test_a_bad_line_in_the_middle_is_left_out_and_copied(tmp_path, capsys, text):
     write(tmp_path, (1, 2, 3))
     path = tmp_path / "metrics.jsonl"
     edit(path, 2, text)
@@ -41,8 +41,8 @@ def test_a_line_in_the_middle_is_left_out_and_kept_aside(tmp_path, capsys, text)
     assert f"{path} has no record of epoch(s) 2," in missing
 
 
-def test_a_last_line_cut_off_is_dropped_and_its_epoch_told(tmp_path, capsys):
-    """Only where its checkpoint exists: without, the run computes the epoch again."""
+def test_a_last_line_cut_off_is_dropped_and_its_epoch_named(tmp_path, capsys):
+    """The epoch is named only if its checkpoint exists; else the run computes it again."""
     write(tmp_path, (1, 2, 3), evals=(1, 2))
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
@@ -54,7 +54,7 @@ def test_a_last_line_cut_off_is_dropped_and_its_epoch_told(tmp_path, capsys):
     assert not path.with_name("metrics.jsonl.damaged").exists()
 
 
-def test_a_log_that_is_gone_is_told(tmp_path, capsys):
+def test_a_missing_log_is_named(tmp_path, capsys):
     write(tmp_path, (1, 2, 3))
     (tmp_path / "metrics.jsonl").unlink()
     write(tmp_path, (4,), resume=3)
@@ -135,7 +135,7 @@ def test_an_evaluation_without_its_fields_is_left_out(tmp_path, capsys, change):
     )
 
 
-def test_metrics_with_odd_fields_are_drawn_as_far_as_they_are_numbers(tmp_path):
+def test_metrics_that_are_no_numbers_are_not_drawn(tmp_path):
     log = RunLog(tmp_path)
     for i, odd in enumerate(("x", [None], [1], {"a": 1}, True), 1):
         log.epoch(

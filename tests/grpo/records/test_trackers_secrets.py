@@ -38,9 +38,7 @@ def test_masked(text, expected):
 
 
 class Refusing:
-    """A client of MLflow whose server takes a run and nothing else, and repeats the address in its
-    errors.
-    """
+    """A client of an MLflow server that refuses all but a run; its errors contain the address."""
 
     def __init__(self, tracking_uri):
         self.uri, self.sent = tracking_uri, []

@@ -24,7 +24,7 @@ from wan_jax.errors import UserError
 
 
 def headline(**ends):
-    """Of methods with these rewards at the end of their seeds, which all begin at 0.5."""
+    """Return the headline of methods whose seeds start at 0.5 and end at these rewards."""
     steps = np.array([0, 100])
     runs = {
         name: {
@@ -130,9 +130,7 @@ def curve(rewards, evaluations=None, seconds=None):
 
 
 def test_curves_are_averaged_at_equal_spending():
-    """Seeds evaluated at other spendings count on the line between; nothing is told beyond what all
-    of them spent.
-    """
+    """Seeds are interpolated linearly, up to what every one of them spent."""
     a, b = curve([0.2, 0.4, 0.8]), curve([0.2, 0.6, 0.6], evaluations=[0, 50, 150])
     x, mean, half = mean_curve([a, b], "evaluations")
     np.testing.assert_array_equal(x, [0, 50, 100, 150])
@@ -145,7 +143,7 @@ def test_curves_are_averaged_at_equal_spending():
     assert np.isnan(mean_curve([a], "seconds")[2]).all()
 
 
-def test_what_a_gain_took():
+def test_cost_of_a_gain():
     a = curve([0.5, 0.4, 0.6, 0.7])
     assert first_reached(a, "evaluations", 0.1) == pytest.approx(200)
     assert first_reached(curve([0.5, 0.65]), "evaluations", 0.15) == pytest.approx(100), (

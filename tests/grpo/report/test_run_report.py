@@ -154,7 +154,7 @@ def test_masked_and_broken_numbers(tmp_path):
 
 
 def test_evaluations_without_a_result_are_left_out_and_named(tmp_path):
-    """Also where there is no other one."""
+    """Also if there is no other one."""
     log, nothing = RunLog(tmp_path), dict.fromkeys(("reward", "low", "high"), float("nan"))
     log.epoch(epoch_record(1) | {"failed_rewards": {"motion": 3}, "nonfinite_videos": 2})
     log.evaluation(evaluation(0, 0.4) | nothing | {"rewards": [float("nan")] * 8, "num": 0})

@@ -58,7 +58,7 @@ def test_every_metric_of_one_expert_is_shown_for_two(tmp_path, experts):
     assert (own in text) == (experts == 2)
 
 
-def test_a_run_that_changes_from_the_former_nested_records_is_drawn(tmp_path):
+def test_records_in_the_former_format_are_drawn(tmp_path):
     new = (
         summary([ONE, OTHER])
         | {EXPERTS: {"transformer": summary([ONE]), "transformer_2": summary([OTHER])}}
@@ -70,7 +70,7 @@ def test_a_run_that_changes_from_the_former_nested_records_is_drawn(tmp_path):
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_evaluations_without_training_in_between_are_points(tmp_path, trained):
+def test_evaluations_without_training_are_points(tmp_path, trained):
     """As `grpo.evaluate` makes them, of the model and of a checkpoint."""
     log = RunLog(tmp_path)
     for when in (0, 40):
