@@ -1,35 +1,39 @@
-"""Keeps HTTP connections to one server open, with the standard library only.
+"""HTTP requests to one server, from any number of threads, within limits that no server can exceed.
 
-One object serves many threads. Compared with a client library: no dependency, a time limit on the
-whole exchange, and `close` ends what other threads are waiting for, so that a trainer that stops
-does not wait for a server that hangs. Proxies of the environment are not used: reward servers stand
-in the same network.
+The time limit covers the whole exchange, however slowly the server sends, and an answer has a
+largest size. `close` ends the requests of other threads, so a trainer that stops does not wait for
+a server that hangs. Redirects, cookies, content encodings and the proxies of the environment are
+not used: reward servers are in the same network.
 """
 
+import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
-import http.client
-import select
-import socket
+import functools
+import os
 import ssl
 import threading
-import time
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
-CONNECT_TIMEOUT = 10.0  # seconds; a host that is off answers nothing at all
+import httpx2
+
+CONNECT_TIMEOUT = 10.0  # seconds; a host that is switched off does not answer at all
 MAX_ANSWER = 64 << 20  # bytes; the scores of 64 long videos are far below
+_PIECE = 1 << 20  # bytes of a request's body that are sent at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
+    """A complete answer of a server."""
+
     status: int
-    headers: http.client.HTTPMessage
     body: bytes
 
 
 def check_url(url: str) -> urllib.parse.SplitResult:
-    """The parts of a server's address. Raises ValueError that names the fix, without repeating a
+    """Return the parts of a server's URL. Raises `ValueError` that names the fix and repeats no
     password.
     """
     try:
@@ -51,13 +55,23 @@ def check_url(url: str) -> urllib.parse.SplitResult:
 
 
 class Connections:
-    """As many connections to `url` as threads use at the same time."""
+    """Connections to the server at `url`: as many as threads use at the same time.
+
+    Raises `ValueError` for a URL that cannot be used.
+    """
 
     def __init__(self, url: str):
-        self._parts = check_url(url)
-        self._idle: list[_Connection] = []
-        self._busy: set[_Connection] = set()
-        self._lock, self._closed = threading.Lock(), False
+        try:
+            self._url = httpx2.URL(check_url(url).geturl().rstrip("/"))
+        except httpx2.InvalidURL as error:
+            raise ValueError(f"server {url!r} is not a URL ({error})") from None
+        self._transport = httpx2.AsyncHTTPTransport(
+            verify=ssl.create_default_context(),
+            trust_env=False,
+            limits=httpx2.Limits(max_connections=None, keepalive_expiry=None),
+        )
+        self._tasks: set[asyncio.Task] = set()  # used on the event loop's thread only, as _closed
+        self._closed = False
 
     def exchange(
         self,
@@ -68,147 +82,81 @@ class Connections:
         *,
         timeout: float,
     ) -> Answer:
-        """One request and its answer, in at most `timeout` seconds, however slowly the other side
-        sends. Only the system's look-up of the host's name has limits of its own.
+        """Send one request and return its answer, within `timeout` seconds.
 
-        Raises OSError (TimeoutError among them) or http.client.HTTPException.
+        Raises `TimeoutError`, or `ConnectionError` with the reason, also after `close`.
         """
-        deadline = time.monotonic() + timeout
-        connection, reusable, expired = self._take(), False, threading.Event()
-
-        def expire() -> None:
-            expired.set()
-            connection.end()
-
-        # a socket's own timeout begins anew with every byte
-        timer = threading.Timer(timeout, expire)
-        timer.daemon = True
-        timer.start()
+        size = {"Content-Length": str(sum(map(len, body)))} if body else {}
+        request = httpx2.Request(
+            method,
+            f"{self._url}{path}",
+            headers={"Accept-Encoding": "identity", **headers, **size},
+            content=_pieces(body) if body else None,
+            extensions={"timeout": {"connect": CONNECT_TIMEOUT}},
+        )
+        future = asyncio.run_coroutine_threadsafe(self._exchange(request, timeout), _event_loop())
         try:
-            if connection.sock is None:
-                connection.open(deadline)
-            connection.sock.settimeout(_left(deadline))
-            length = str(sum(len(part) for part in body))
-            connection.request(
-                method,
-                self._parts.path.rstrip("/") + path,
-                body or None,
-                {**headers, **({"Content-Length": length} if body else {})},
-            )
-            with connection.getresponse() as response:
-                answer = Answer(response.status, response.headers, _read(response))
-                _left(deadline)  # else the end of the answer may be that of the time
-                reusable = not response.will_close
-        except Exception as error:
-            if expired.is_set() or isinstance(error, TimeoutError):
-                raise TimeoutError(f"no whole answer within {timeout:g} s") from None
-            raise
-        finally:
-            timer.cancel()
-            timer.join()
-            with self._lock:
-                self._busy.discard(connection)
-                if reusable and not expired.is_set() and not self._closed:
-                    self._idle.append(connection)
-                else:
-                    connection.close()
-        return answer
-
-    def _take(self) -> "_Connection":
-        with self._lock:
-            if self._closed:
-                raise ConnectionAbortedError("the connections are closed")
-            while self._idle:
-                connection = self._idle.pop()
-                if not _is_stale(connection.sock):
-                    break
-                connection.close()
-            else:
-                connection = _Connection(self._parts)
-            self._busy.add(connection)
-            return connection
+            return future.result()
+        except concurrent.futures.CancelledError:
+            raise ConnectionAbortedError("the connections are closed") from None
+        except httpx2.TransportError as error:
+            raise ConnectionError(_reason(error)) from error
 
     def close(self) -> None:
-        """Ends every exchange: those under way raise."""
-        with self._lock:
-            self._closed = True
-            for connection in self._idle:
-                connection.close()
-            for connection in self._busy:
-                connection.end()
-            self._idle.clear()
+        """End every exchange: those under way raise `ConnectionError`."""
+        asyncio.run_coroutine_threadsafe(self._close(), _event_loop()).result()
+
+    async def _exchange(self, request: httpx2.Request, timeout: float) -> Answer:
+        if self._closed:
+            raise ConnectionAbortedError("the connections are closed")
+        task, body = asyncio.current_task(), bytearray()
+        self._tasks.add(task)
+        try:
+            async with asyncio.timeout(timeout):
+                response = await self._transport.handle_async_request(request)
+                async with contextlib.aclosing(response):
+                    async for piece in response.aiter_raw():
+                        body += piece
+                        if len(body) > MAX_ANSWER:
+                            raise ConnectionError(f"an answer of more than {MAX_ANSWER} bytes")
+        except TimeoutError:
+            raise TimeoutError(f"no whole answer within {timeout:g} s") from None
+        finally:
+            self._tasks.discard(task)
+        return Answer(response.status_code, bytes(body))
+
+    async def _close(self) -> None:
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        await self._transport.aclose()
 
 
-class _Connection(http.client.HTTPConnection):
-    """A connection that another thread can end. parts: of the server's URL."""
-
-    def __init__(self, parts: urllib.parse.SplitResult):
-        self._secure = parts.scheme == "https"
-        self.default_port = 443 if self._secure else 80
-        # without one, ::1 would be taken for port 1
-        super().__init__(parts.hostname, parts.port or self.default_port)
-        # kept here, as `sock` is None while a last answer is read
-        self._socket: socket.socket | None = None
-
-    def open(self, deadline: float) -> None:
-        """Connects to the first address of the host that answers."""
-        addresses = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        for number, (family, kind, protocol, _, address) in enumerate(addresses, 1):
-            seconds = min(CONNECT_TIMEOUT, _left(deadline))
-            self._socket = socket.socket(family, kind, protocol)
-            self._socket.settimeout(seconds)
-            try:
-                self._socket.connect(address)
-                break
-            except OSError as error:
-                self._socket.close()
-                if number == len(addresses):
-                    if isinstance(error, TimeoutError):
-                        raise ConnectionError(f"no connection within {seconds:g} s") from None
-                    raise
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self._secure:
-            self._socket = ssl.create_default_context().wrap_socket(
-                self._socket, server_hostname=self.host, do_handshake_on_connect=False
-            )
-        self.sock = self._socket
-        _left(deadline)  # the time may have ended before there was a socket to end
-        if self._secure:
-            self._socket.do_handshake()
-
-    def end(self) -> None:
-        """Ends what a thread waits for on this connection: unlike `close`, it wakes that thread."""
-        if self._socket is not None:
-            with contextlib.suppress(OSError):
-                # of TLS, too, without its farewell
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """Return the event loop of all requests of this process. It runs in a thread of its own."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="reward requests", daemon=True).start()
+    return loop
 
 
-def _left(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("timed out")
-    return left
+async def _pieces(body: Sequence[bytes | memoryview]) -> AsyncIterator[bytes | memoryview]:
+    for part in body:
+        for start in range(0, len(part), _PIECE):
+            yield part[start : start + _PIECE]
 
 
-def _read(response: http.client.HTTPResponse) -> bytes:
-    """The whole body."""
-    body = bytearray()
-    while chunk := response.read1(1 << 16):
-        body += chunk
-        if len(body) > MAX_ANSWER:
-            raise http.client.HTTPException(f"an answer of more than {MAX_ANSWER} bytes")
-    if response.length:
-        raise http.client.HTTPException(
-            f"an answer that ended {response.length} bytes before its end"
-        )
-    return bytes(body)
-
-
-def _is_stale(sock: socket.socket) -> bool:
-    """Whether the server has closed an idle connection: there is an end of file (or nonsense) to
-    read.
-    """
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(0))
+def _reason(error: httpx2.TransportError) -> str:
+    """Explain a failed request: by the error of the operating system, where one is the cause."""
+    if isinstance(error, httpx2.ConnectTimeout):
+        return f"no connection within {CONNECT_TIMEOUT:g} s"
+    if isinstance(error, httpx2.RemoteProtocolError):
+        return f"no valid HTTP answer: {str(error).rstrip('.')}"
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ExceptionGroup):  # one error per address of the host
+            cause = cause.exceptions[-1]
+        if isinstance(cause, OSError) and (cause.errno or 0) > 0:
+            return os.strerror(cause.errno)
+        cause = cause.__cause__ or cause.__context__
+    return str(error) or type(error).__name__
