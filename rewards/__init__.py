@@ -1,3 +1,15 @@
-"""What a video is worth: numpy frames in, numbers out. Imports no JAX and nothing else of this
-project.
+"""Rewards: what a video is worth, as a number per video.
+
+Takes NumPy frames and returns scores. The package imports no JAX and no other package of this
+project, so that worker processes and reward servers start quickly and need no accelerator.
+
+    base                            the interface of a reward, scores, errors
+    ocr/, clip, quality, judge      the rewards
+    composite                       several rewards of one video
+    pool, scorers, worker_process   scoring in worker processes, while the accelerator works
+    server, remote/                 scoring on other machines
+
+A new reward is a class with a method `score(frames, record) -> Score` and a factory that can be
+pickled. `RewardPool(factory)` runs it on this machine, `python -m rewards.server
+--reward=module:factory` on others.
 """

@@ -1,73 +1,81 @@
-"""What every reward looks like.
+"""The interface of a reward, the score that it returns, and the errors that it raises.
 
-A reward is an object with one method, `score(frames, record)`: the frames of one video and whatever
-the reward needs to know of its prompt (for `OCRReward` the tuple of target strings). It is built by
-a picklable factory, so that every worker of a `RewardPool` can build its own. `rewards.composite`
-scores several rewards together; `grpo.scoring.reward_combination` adds them up.
+A reward is an object with one method, `score(frames, record)`: `frames` is one video, `record` what
+the reward has to know about the video's prompt. For `OCRReward`, the record is the tuple of texts
+that the video should show. A picklable factory builds the reward, so that every worker of a
+`RewardPool` can build its own. `rewards.composite` computes several rewards of one video;
+`grpo.scoring.reward_combination` adds them up.
 """
 
 import dataclasses
 import math
 import numbers
+import re
 import traceback
 from typing import Any, Protocol
 
 import numpy as np
 
-NOT_REACHED = "not measured yet"  # in `CombinedScore.failed`
+NOT_REACHED = "not measured yet"  # an error text in `CompositeScore.failed`
+# Messages of the dynamic linker and the kernel. A full static TLS block is another fault, which
+# more memory does not remedy.
+_OUT_OF_MEMORY = re.compile(
+    r"failed to map|cannot map|cannot allocate memory(?! in static TLS)|bad_alloc", re.IGNORECASE
+)
 
 
 class RewardError(RuntimeError):
-    """A reward that could not be built or computed."""
+    """A reward that cannot be built or computed. The message alone explains the failure."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """The worth of one video, and what it was judged by."""
+    """The value of one video, and the readings that it was computed from."""
 
     value: float  # higher is better
-    text: str = ""  # what was read in the video, for logs and previews
+    text: str = ""  # the text that was read in the video, for logs and previews
     frames: tuple[int, ...] = ()  # indices of the frames that were judged
     frame_values: tuple[float, ...] = ()  # one value per judged frame
     frame_texts: tuple[str, ...] = ()  # one text per judged frame
-    # of several rewards, each one's value; nan where it failed
+    # (name, value) of each reward of a composite; nan where that reward failed
     parts: tuple[tuple[str, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class CombinedScore(Score):
-    """The main reward's score, with what became of the others beside it (`rewards.composite`)."""
+class CompositeScore(Score):
+    """The score of the main reward, with the values and failures of the secondary rewards
+    (`rewards.composite`).
+    """
 
-    # the others that failed: (name, `describe` of the error)
+    # (name, `describe` of the error) of each secondary reward that failed
     failed: tuple[tuple[str, str], ...] = ()
-    retried: tuple[str, ...] = ()  # the others that were tried a second time
+    retried: tuple[str, ...] = ()  # names of the secondary rewards that were computed twice
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """The record of a video where a reward needs more than the texts it should show."""
+class PromptRecord:
+    """A record for rewards that need the prompt as well as the texts to be shown."""
 
     targets: tuple[str, ...]
     prompt: str
 
 
 class Reward(Protocol):
-    """Anything that can judge one video. It must be deterministic: the same frames always get the
-    same score.
+    """Anything that can judge one video. It must be deterministic: equal frames and records get
+    equal scores.
     """
 
     def score(self, frames: np.ndarray, record: Any) -> Score:
-        """`frames` uint8 [T, H, W, 3] RGB; `record` says what the video was asked to show."""
+        """Judge the video `frames`, uint8 [T, H, W, 3] RGB. `record` describes its prompt."""
         ...
 
 
 def describe(error: BaseException) -> str:
-    """Return the message of a `RewardError`, which says all, or the traceback of an unexpected
-    error. Never empty.
-    """
-    text = (
-        str(error) if isinstance(error, RewardError) else "".join(traceback.format_exception(error))
-    )
+    """Return the message of a `RewardError`, or the traceback of any other error. Never empty."""
+    if isinstance(error, RewardError):
+        text = str(error)
+    else:
+        text = "".join(traceback.format_exception(error))
     return text.strip() or type(error).__name__
 
 
@@ -76,9 +84,24 @@ def last_line(error: str) -> str:
     return error.strip().splitlines()[-1]
 
 
+def import_problem(user: str, error: ImportError, fix: str) -> str:
+    """Explain in one sentence why a package cannot be imported: missing, broken, or out of memory.
+
+    user: the part that needs the package, e.g. "OCR engine 'x'". fix: the command that installs it.
+    """
+    if _OUT_OF_MEMORY.search(str(error)):
+        return (
+            f"{user} cannot load its packages because there is not enough memory ({error}): free "
+            "some, or raise the limit of the process (ulimit -v)"
+        )
+    if isinstance(error, ModuleNotFoundError):
+        return f"{user} needs a package that is missing ({error}): {fix}"
+    return f"{user} needs a package that cannot be loaded ({error}): {fix}"
+
+
 def check_score(score: Any) -> None:
-    """Raise `RewardError` if `score` is not a `Score` with a finite value. Values of `parts` may be
-    nan.
+    """Raise `RewardError` unless `score` is a `Score` with a finite value. The values of `parts`
+    may be nan.
     """
     if not isinstance(score, Score):
         raise RewardError(f"the reward returned {type(score).__name__} instead of a Score")
@@ -95,11 +118,11 @@ def check_score(score: Any) -> None:
 
 
 def check_frames(frames: np.ndarray) -> None:
-    """Raises if `frames` is not a video as `Reward.score` takes it."""
+    """Raise `ValueError` unless `frames` is a video as `Reward.score` takes it."""
     if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8:
-        found = getattr(frames, "dtype", type(frames).__name__)
+        kind = getattr(frames, "dtype", type(frames).__name__)
         raise ValueError(
-            f"frames must be a uint8 numpy array, got {found}; "
+            f"frames must be a uint8 numpy array, got {kind}; "
             f"convert decoded video x in [-1, 1] with ((x + 1) * 127.5).round().clip(0, 255)"
         )
     if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:

@@ -1,20 +1,30 @@
-"""Several rewards on the same videos, scored together and kept apart."""
+"""A composite reward: several rewards of the same video, each with a value of its own."""
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from rewards.base import NOT_REACHED, Asked, CombinedScore, Reward, Score, check_score, describe
+from rewards.base import (
+    NOT_REACHED,
+    CompositeScore,
+    PromptRecord,
+    Reward,
+    Score,
+    check_score,
+    describe,
+)
 from rewards.ocr.text_match import Normaliser, similarity
 
 
 def stability(score: Score) -> float:
-    """How much the text read in a frame is that of the frame before, 0 to 1: mean similarity of
-    neighbouring judged frames, 0 for a pair that is not both legible. A picture has 1 where
-    anything is read, and 0 else.
+    """Return how similar the text of each judged frame is to that of the frame before, in [0, 1].
+
+    The mean similarity over pairs of neighbouring judged frames; a pair without text in both frames
+    counts as 0. An image gets 1 where any text was read, else 0.
     """
     texts = [Normaliser()(text) for text in score.frame_texts]
     if len(texts) == 1:
@@ -24,70 +34,72 @@ def stability(score: Score) -> float:
     )
 
 
-# from the first reward's score
+# values that are computed from the main reward's score instead of the frames
 DERIVED: dict[str, Callable[[Score], float]] = {"stability": stability}
 
 
-class SeveralRewards:
-    """The first reward's score, with every reward's value in `Score.parts`.
+class CompositeReward:
+    """The main reward's score, with the value of every reward in `Score.parts`.
 
-    When the first reward fails, so does the score. Any other reward that fails is tried once more;
-    if it fails again it leaves nan under its own name and its error in `CombinedScore.failed`.
-    makers: {name: factory}, the first one is the main one, or None for one of `DERIVED`. The record
-    may be an `Asked`, which those see that have `asks_prompt`; the others see its targets.
+    When the main reward fails, the whole score fails. A secondary reward that fails is tried once
+    more; if it fails again, its part is nan and its error is in `CompositeScore.failed`.
+
+    factories: {name: factory of the reward}. The first is the main reward; None stands for a
+        value of `DERIVED`.
+
+    The record of a video may be a `PromptRecord`. Rewards with the attribute `needs_prompt` get it
+    whole, the others get its targets.
     """
 
-    def __init__(self, makers: Mapping[str, Callable[[], Reward]]):
-        self.rewards = {name: make and make() for name, make in makers.items()}
+    def __init__(self, factories: Mapping[str, Callable[[], Reward] | None]):
+        self.rewards = {name: factory and factory() for name, factory in factories.items()}
 
     def close(self) -> None:
-        """Ends the waiting of those that wait for others."""
+        """Close the rewards that wait for other machines, which ends the waiting."""
         for reward in self.rewards.values():
             getattr(reward, "close", lambda: None)()
 
-    def score(self, frames: np.ndarray, record: Any) -> CombinedScore:
+    def score(self, frames: np.ndarray, record: Any) -> CompositeScore:
+        """Score a video uint8 [T, H, W, 3] with all rewards."""
         *_, score = self.scores(frames, record)
         return score
 
-    def scores(self, frames: np.ndarray, record: Any) -> Iterator[CombinedScore]:
-        """The score as it stands after each reward. The last one is whole; in the others the
-        rewards that were not reached yet count as failed. So what was measured is not lost when a
-        reward ends the process.
+    def scores(self, frames: np.ndarray, record: Any) -> Iterator[CompositeScore]:
+        """Yield the score as it stands after each reward; the last one is complete.
+
+        In the others, rewards that were not reached count as failed. So the values that exist
+        survive when a reward ends the process.
         """
-        (main, first), *others = self.rewards.items()
-        targets = record.targets if isinstance(record, Asked) else record
-        score = first.score(frames, targets)
-        check_score(score)
-        values = dict.fromkeys(self.rewards, math.nan) | {main: score.value}
-        failed, retried = {name: NOT_REACHED for name, _ in others}, []
-        for name, reward in others:
-            yield combined(score, values, failed, retried)
-            seen = record if getattr(reward, "asks_prompt", False) else targets
+        (main, main_reward), *secondary = self.rewards.items()
+        targets = record.targets if isinstance(record, PromptRecord) else record
+        main_score = main_reward.score(frames, targets)
+        check_score(main_score)
+        values = dict.fromkeys(self.rewards, math.nan) | {main: main_score.value}
+        failed, retried = {name: NOT_REACHED for name, _ in secondary}, []
+
+        def current() -> CompositeScore:
+            fields = {
+                field.name: getattr(main_score, field.name) for field in dataclasses.fields(Score)
+            }
+            fields["parts"] = tuple(values.items())
+            return CompositeScore(**fields, failed=tuple(failed.items()), retried=tuple(retried))
+
+        for name, reward in secondary:
+            yield current()
+            reward_record = record if getattr(reward, "needs_prompt", False) else targets
             for attempt in (0, 1):
                 try:
-                    found = reward.score(frames, seen) if reward else Score(DERIVED[name](score))
-                    check_score(found)
-                    values[name] = found.value
+                    if reward is None:
+                        score = Score(DERIVED[name](main_score))
+                    else:
+                        score = reward.score(frames, reward_record)
+                    check_score(score)
+                    values[name] = score.value
                     del failed[name]
                     break
-                # it concerns this reward alone: the other rewards keep their values
+                # Any error concerns this reward alone: the other rewards keep their values.
                 except Exception as error:
                     failed[name] = describe(error)
                     if attempt == 0:
                         retried.append(name)
-        yield combined(score, values, failed, retried)
-
-
-def combined(
-    score: Score, values: Mapping[str, float], failed: Mapping[str, str], retried: Sequence[str]
-) -> CombinedScore:
-    return CombinedScore(
-        score.value,
-        score.text,
-        score.frames,
-        score.frame_values,
-        score.frame_texts,
-        tuple(values.items()),
-        tuple(failed.items()),
-        tuple(retried),
-    )
+        yield current()

@@ -1,18 +1,18 @@
-"""A vision model as a judge, behind an OpenAI-compatible endpoint (vLLM, SGLang): POST
-{url}/v1/chat/completions.
+"""A vision model as a judge, behind an OpenAI-compatible endpoint such as vLLM's or SGLang's:
+POST {url}/v1/chat/completions.
 
-Two uses. `Transcriber` is an OCR engine: it asks for the text that is on a frame, and `OCRReward`
-scores the transcript with the same rules as any other engine's. `JudgeReward` shows all chosen
-frames at once, asks one question about the video and takes the answer, yes or no or 0 to 10, as its
-value in [0, 1].
+There are two uses. `Transcriber` is an OCR engine: it asks for the text on a frame, and `OCRReward`
+scores the transcript by the same rules as any other engine's. `JudgeReward` shows the model all
+chosen frames at once and asks one question about the video; its value in [0, 1] is the answer, yes
+or no or 0 to 10.
 
     judge = VisionEndpoint(["http://gpu1:8000"], model="Qwen/Qwen2.5-VL-7B-Instruct")
     reward = OCRReward(rule="spelling", engine=Transcriber(judge), max_frames=5)
     reward = JudgeReward(judge, "rate")
 
 All three are thread-safe: build one and share it, RewardPool(lambda: reward, workers=16,
-mode="thread"). Temperature is 0, but a server that batches requests may still answer differently
-now and then; the OCR engines here do not.
+mode="thread"). The temperature is 0, but a server that batches requests may still give different
+answers to equal requests; OCR engines do not.
 """
 
 import base64
@@ -29,10 +29,10 @@ from rewards.base import RewardError, Score, check_frames
 from rewards.ocr.engines import TextLine
 from rewards.ocr.rules import even_frames
 from rewards.remote.endpoints import Endpoints
-from rewards.remote.received import printable
+from rewards.remote.wire import printable
 
-MAX_TOKENS = 1024  # of an answer; reasoning models think within them
-MAX_CHARACTERS = 64 * MAX_TOKENS  # of an answer; no tokenizer has longer tokens on the average
+MAX_TOKENS = 1024  # of an answer, with the thoughts of reasoning models
+MAX_CHARACTERS = 64 * MAX_TOKENS  # of an answer; tokens of all tokenizers are shorter on average
 TRANSCRIBE = (
     "Transcribe all text that is visible in this picture, exactly as it is written: keep spelling "
     "mistakes, case and punctuation, and do not guess letters that cannot be read. One line of "
@@ -46,24 +46,23 @@ _NUMBER = re.compile(r"(?<![\w.,-])\d+(?:\.\d+)?(?![\w%])")
 
 
 class VisionEndpoint:
-    """Servers of one vision model.
+    """One or more servers of the same vision model.
 
-    urls: of the servers, with or without /v1 at the end. model: its name there; "" takes the only
-    one served. others: of `Endpoints`: token, timeout, retries, patience, first_pause, seed.
+    urls: of the servers, with or without /v1 at the end. model: the model's name on the servers; ""
+    takes the only one that they serve. options: of `Endpoints`: token, timeout, retries, patience,
+    first_pause, seed. Raises `ValueError` or `RewardError` as `Endpoints` does.
     """
 
-    def __init__(self, urls: Sequence[str], model: str = "", **others):
+    def __init__(self, urls: Sequence[str], model: str = "", **options):
         self.model = model
         roots = (
             urls if isinstance(urls, str) else [url.rstrip("/").removesuffix("/v1") for url in urls]
         )
-        self._endpoints = Endpoints(roots, "/v1/models", self._check, **others)
+        self._endpoints = Endpoints(roots, "/v1/models", self._check, **options)
 
     def ask(self, question: str, frames: np.ndarray) -> str:
-        """The answer to `question` about the pictures uint8 [T, H, W, 3], without what the model
-        thought first.
-
-        Raises RewardError when there is none.
+        """Return the model's answer to `question` about the frames uint8 [T, H, W, 3] RGB, without
+        its thoughts. Raises `RewardError` when there is no complete answer.
         """
         content = [{"type": "image_url", "image_url": {"url": png_url(frame)}} for frame in frames]
         content.append({"type": "text", "text": question})
@@ -92,10 +91,11 @@ class VisionEndpoint:
         )
 
     def close(self) -> None:
-        """Ends what waits, in all threads."""
+        """End the waiting of all threads, each with a `RewardError`."""
         self._endpoints.close()
 
     def _check(self, models: Any) -> None:
+        """Raise `RewardError` unless the server's list of models has the model."""
         try:
             names = [str(model["id"]) for model in models["data"]]
         except (KeyError, TypeError):
@@ -105,34 +105,34 @@ class VisionEndpoint:
         if not self.model and len(names) == 1:
             self.model = names[0]
         if self.model not in names:
-            found = printable(", ".join(names)) or "no model"
+            served = printable(", ".join(names)) or "no model"
             raise RewardError(
-                f"serves {found}, not {self.model!r}: give the name of one as "
+                f"serves {served}, not {self.model!r}: give the name of one as "
                 "config.reward.judge_model"
             )
 
 
 def png_url(frame: np.ndarray) -> str:
-    """uint8 [H, W, 3] as a data URL; PNG, so that the judge sees the very pixels."""
+    """Encode a frame uint8 [H, W, 3] RGB as a data URL; as PNG, which keeps every pixel."""
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(frame)).save(buffer, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-# --- transcripts ----------------------------------------------------------------------------------
+# --- Transcripts ----------------------------------------------------------------------------------
 
 
 class Transcriber:
-    """An engine of `OCRReward` that asks a judge. Confidence is 1 and the boxes are rows: a
-    transcript has neither.
+    """An OCR engine, for `OCRReward`, that asks a judge. A transcript has neither confidences nor
+    boxes: the confidence of each line is 1, and its box a horizontal strip of the frame.
     """
 
     def __init__(self, judge: VisionEndpoint, question: str = TRANSCRIBE):
         self.judge, self._question = judge, question
 
     def __call__(self, rgb: np.ndarray) -> list[TextLine]:
-        """uint8 [H, W, 3] RGB -> its lines from top to bottom. Raises RewardError when no judge
-        answers.
+        """Return the lines on a frame uint8 [H, W, 3] RGB, from top to bottom. Raises `RewardError`
+        when no judge answers.
         """
         texts = parse_transcript(self.judge.ask(self._question, rgb[None]))
         height, width = rgb.shape[:2]
@@ -145,11 +145,12 @@ class Transcriber:
         ]
 
     def close(self) -> None:
+        """Close the judge's endpoint."""
         self.judge.close()
 
 
 def parse_transcript(answer: str) -> list[str]:
-    """The lines of a transcript, without the code fence or the quotes that models like to put
+    """Return the lines of a transcript, without the code fence or the quotes that models often put
     around it.
     """
     if fenced := _FENCE.search(answer):
@@ -168,19 +169,19 @@ def parse_transcript(answer: str) -> list[str]:
     return [line.strip() for line in answer.splitlines() if line.strip()]
 
 
-# --- questions about the video --------------------------------------------------------------------
+# --- Questions about a video ----------------------------------------------------------------------
 
 
 def parse_yes_no(answer: str) -> float:
-    """1 for yes, 0 for no, from the first of the two words. Raises RewardError for neither."""
-    if found := re.search(r"\b(yes|no)\b", answer, re.IGNORECASE):
-        return float(found[1].lower() == "yes")
+    """Return 1 for yes and 0 for no, whichever word comes first. Raises `RewardError` for neither."""
+    if match := re.search(r"\b(yes|no)\b", answer, re.IGNORECASE):
+        return float(match[1].lower() == "yes")
     raise RewardError(f"the judge answered neither yes nor no: {answer[:200]!r}")
 
 
 def parse_rating(answer: str) -> float:
-    """The last number in 0..10 (in "8/10" the 8), divided by 10. Raises RewardError if there is
-    none.
+    """Return the last number of an answer (in "8/10" the 8), divided by 10. Raises `RewardError`
+    unless it is in [0, 10].
     """
     numbers = [
         float(number) for number in _NUMBER.findall(re.sub(r"\s*(?:/|out of)\s*10\b", "", answer))
@@ -191,6 +192,7 @@ def parse_rating(answer: str) -> float:
 
 
 _ONE_VIDEO = "These pictures are frames of one video, in order. "
+# {name: (question, function from the answer to a value in [0, 1])}
 QUESTIONS: dict[str, tuple[str, Callable[[str], float]]] = {
     "yes_no": (
         _ONE_VIDEO
@@ -208,10 +210,11 @@ QUESTIONS: dict[str, tuple[str, Callable[[str], float]]] = {
 
 
 class JudgeReward:
-    """One question about a whole video.
+    """One question about a whole video as a reward. The record is the tuple of targets.
 
-    question: a key of QUESTIONS. template: another wording; {targets} stands for the quoted target
-    texts. max_frames: pictures shown, spread evenly, with the first and the last.
+    question: a key of `QUESTIONS`. template: another wording of the question; {targets} stands for
+    the quoted targets. max_frames: frames that are shown, evenly spread, with the first and the
+    last.
     """
 
     def __init__(
@@ -233,8 +236,8 @@ class JudgeReward:
         self.judge, self._template, self._max_frames = judge, template or wording, max_frames
 
     def score(self, frames: np.ndarray, targets: Sequence[str]) -> Score:
-        """`frames` uint8 [T, H, W, 3] RGB; `targets` the texts to be shown. The score's text is the
-        judge's answer.
+        """Score a video uint8 [T, H, W, 3] RGB. targets: the texts that it should show. The score's
+        text is the judge's answer. Raises `RewardError` without a usable answer.
         """
         check_frames(frames)
         indices = even_frames(len(frames), self._max_frames)
@@ -243,4 +246,5 @@ class JudgeReward:
         return Score(self._parse(answer), answer, indices)
 
     def close(self) -> None:
+        """Close the judge's endpoint."""
         self.judge.close()

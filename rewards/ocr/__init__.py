@@ -1,1 +1,1 @@
-"""Rewards for spelling: engines that read text, targets, rules."""
+"""Rewards for spelling: OCR engines, the prompts' target texts, text comparison and rules."""

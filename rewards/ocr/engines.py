@@ -1,16 +1,16 @@
-"""Reads the text in a picture. One interface, `engine(rgb) -> list[TextLine]`, over two packages.
+"""OCR engines, which read the text in an image: `engine(rgb) -> list[TextLine]`, for two packages.
 
-Both find text boxes with a detector network and read each box with a recogniser network, on the
-CPU. An engine is not thread-safe: build one per thread or process. Measured on one thread of an AMD
-EPYC, one line of text, ms per frame:
+Both packages find text boxes with a detector network and read each box with a recogniser network,
+on the CPU. An engine is not thread-safe: build one per thread or process. Milliseconds per frame
+with one line of text, on one thread of an AMD EPYC:
 
-| engine                              | 64x128 | 128x128 | 256x256 |
-|-------------------------------------|--------|---------|---------|
-| RapidOCR 3.10, as configured here   | 11     | 13      | 22      |
-| RapidOCR 3.10, its own defaults     | 487 (64x192) | 154 | 158   |
-| PaddleOCR 2.9.1                     | 14 (64x192)  | 22  | 28    |
+| engine                            | 64x128       | 128x128 | 256x256 |
+|-----------------------------------|--------------|---------|---------|
+| RapidOCR 3.10, as configured here | 11           | 13      | 22      |
+| RapidOCR 3.10, its own defaults   | 487 (64x192) | 154     | 158     |
+| PaddleOCR 2.9.1                   | 14 (64x192)  | 22      | 28      |
 
-Two or more ONNX threads per engine made 64 varied frames 33 % slower: run more workers instead.
+Two or more ONNX threads per engine made 64 varied frames 33 % slower: use more workers instead.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from rewards.packages import import_problem
+from rewards.base import import_problem
 
 Point = tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class TextLine:
-    """One piece of text as the detector cut it out: usually a line, sometimes a word."""
+    """One piece of text as the detector found it: usually a line, sometimes a word."""
 
     text: str
     confidence: float  # of the recogniser, in [0, 1]
@@ -43,11 +43,11 @@ Engine = Callable[[np.ndarray], list[TextLine]]
 
 
 def reading_order(lines: Iterable[TextLine]) -> list[TextLine]:
-    """Rows from top to bottom, each from left to right.
+    """Return the lines sorted by rows from top to bottom, each row from left to right.
 
-    A box belongs to a row if the heights shared with the row's first box are more than half of the
-    lower of the two. (The packages compare top edges with a tolerance of 10 pixels, which mixes up
-    the rows of a 64-pixel frame.)
+    A box belongs to a row if its vertical overlap with the row's first box is more than half of the
+    lower box's height. (The packages compare top edges with a tolerance of 10 pixels, which
+    confuses the rows of a 64-pixel frame.)
     """
 
     def top(line):
@@ -72,7 +72,9 @@ def reading_order(lines: Iterable[TextLine]) -> list[TextLine]:
 
 
 def _bgr(rgb: np.ndarray) -> np.ndarray:
-    """[H, W, 3] RGB -> BGR, the order both packages expect of a numpy array."""
+    """Convert a frame uint8 [H, W, 3] from RGB to BGR, which both packages expect. Raises
+    `ValueError` for anything else.
+    """
     if (
         not isinstance(rgb, np.ndarray)
         or rgb.dtype != np.uint8
@@ -87,8 +89,8 @@ def _bgr(rgb: np.ndarray) -> np.ndarray:
 
 
 def _warm_up(engine: Engine) -> None:
-    """Reads one drawn word, so that both networks are loaded (the packages load them at the first
-    use).
+    """Read one drawn word, so that both networks are loaded. The packages load them at the first
+    use.
     """
     import cv2
 
@@ -98,14 +100,15 @@ def _warm_up(engine: Engine) -> None:
 
 
 class RapidOCREngine:
-    """PP-OCRv6 as ONNX, with the models inside the `rapidocr` wheel: nothing is downloaded.
+    """PP-OCRv6 as ONNX, with the models of the `rapidocr` wheel: nothing is downloaded.
 
-    min_confidence: lines the recogniser is less sure of are dropped. small_side: frames with a
-    short side below 64 pixels are enlarged for the detector until it has this many
-        pixels (exact reads of 10-pixel letters on 32x96 frames: 85 % as they are, 98 % with 128 or
-        192).
-    params: further RapidOCR settings, e.g. {"Det.box_thresh": 0.4}; they win over the ones chosen
-    here.
+    min_confidence: lines with a lower confidence of the recogniser are dropped.
+    small_side: frames with a short side below 64 pixels are enlarged for the detector until that
+        side has this many pixels. Letters of 10 pixels on 32x96 frames are read exactly in 85 % of
+        cases at their own size, in 98 % with 128 or 192.
+    params: further RapidOCR settings, e.g. {"Det.box_thresh": 0.4}, which override those set here.
+
+    Raises `ImportError`, with the command that installs the package, where it is missing.
     """
 
     def __init__(
@@ -115,13 +118,13 @@ class RapidOCREngine:
         params: dict[str, Any] | None = None,
     ):
         self._params = {
-            "Global.use_cls": False,  # no search for upside-down text
-            "Global.log_level": "critical",  # otherwise a warning for each frame without text
+            "Global.use_cls": False,  # do not look for upside-down text
+            "Global.log_level": "critical",  # else it warns of each frame without text
             "Global.text_score": min_confidence,
             "EngineConfig.onnxruntime.intra_op_num_threads": 1,
             "EngineConfig.onnxruntime.inter_op_num_threads": 1,
             "EngineConfig.onnxruntime.enable_cpu_mem_arena": True,
-            # narrowest canvas; a wider line widens it. 17 -> 11 ms
+            # smallest input of the recogniser, which grows for longer lines: 11 instead of 17 ms
             "Rec.rec_img_shape": [3, 48, 160],
         }
         self._limits = {
@@ -129,23 +132,23 @@ class RapidOCREngine:
             True: {"Det.limit_type": "min", "Det.limit_side_len": small_side},
         }
         self._overrides = dict(params or {})
-        self._readers: dict[bool, Any] = {}  # built when first needed: a run has frames of one size
+        self._readers: dict[bool, Any] = {}  # built at first use: a run has frames of one size
         _warm_up(self)
 
     def __call__(self, rgb: np.ndarray) -> list[TextLine]:
         bgr = _bgr(rgb)
-        found = self._reader(small=min(bgr.shape[:2]) < 64)(bgr)
-        if not found.txts:
+        output = self._reader(small=min(bgr.shape[:2]) < 64)(bgr)
+        if not output.txts:
             return []
         return reading_order(
             TextLine(text, float(confidence), tuple((float(x), float(y)) for x, y in box))
-            for text, confidence, box in zip(found.txts, found.scores, found.boxes)
+            for text, confidence, box in zip(output.txts, output.scores, output.boxes)
         )
 
     def _reader(self, small: bool):
         if small not in self._readers:
             try:
-                import onnxruntime  # noqa: F401  (RapidOCR's own message does not say what to install)
+                import onnxruntime  # noqa: F401  (RapidOCR's own error does not name the package)
                 from rapidocr import RapidOCR
             except ImportError as error:
                 raise ImportError(
@@ -160,18 +163,18 @@ class RapidOCREngine:
 
 
 class PaddleOCREngine:
-    """PaddleOCR 2.9.1, the engine of Flow-GRPO, with Flow-GRPO's settings (no angle classifier,
-    CPU, lang='en').
+    """PaddleOCR 2.9.1, the engine of Flow-GRPO, with Flow-GRPO's settings: no angle classifier,
+    CPU, lang='en'.
 
+    lang: must fit the recogniser: 'ch' for the multilingual models.
     det_model_dir, rec_model_dir, cls_model_dir: folders with `inference.pdmodel` and
-    `inference.pdiparams`.
-        Give all three to run without a network (PaddleOCR downloads the classifier even if it is
-        switched off), or none to let PaddleOCR download its own. `lang` must fit the recogniser:
-        'ch' for the multilingual models.
+        `inference.pdiparams`. Give all three to run without a network (PaddleOCR downloads the
+        classifier even if it is switched off), or none to let PaddleOCR download its own.
     limit_type, limit_side_len: size of the detector's input. The default is PaddleOCR's; 'min' and
-    192 find
-        more text on frames of 128 pixels or less (mean reward .77-.95 -> .96-1 on clean text of 12
-        pixels or more).
+        192 find more text on frames of 128 pixels or less: the mean reward of clean text of 12
+        pixels or more rises from 0.77-0.95 to 0.96-1.
+
+    Raises `ImportError`, with the command that installs the package, where it is missing.
     """
 
     def __init__(
@@ -218,55 +221,55 @@ class PaddleOCREngine:
             det_limit_side_len=limit_side_len,
             **given,
         )
-        # else a warning for each frame without text
+        # else it warns of each frame without text
         logging.getLogger("ppocr").setLevel(logging.ERROR)
         _warm_up(self)
 
     def __call__(self, rgb: np.ndarray) -> list[TextLine]:
-        found = self._reader.ocr(_bgr(rgb), cls=False)[0]  # None on a frame without text
+        output = self._reader.ocr(_bgr(rgb), cls=False)[0]  # None for a frame without text
         return reading_order(
             TextLine(text, float(confidence), tuple((float(x), float(y)) for x, y in box))
-            for box, (text, confidence) in found or []
+            for box, (text, confidence) in output or []
         )
 
 
-# --- what an engine can read ----------------------------------------------------------------------
+# --- Readable characters --------------------------------------------------------------------------
 
 
 def readable_characters(engine: str) -> frozenset[str] | None:
-    """Return the characters that the recogniser of an engine, built without options, knows.
+    """Return the characters that an engine built without options can read.
 
-    None where its package is not installed, or keeps the list elsewhere. They are read from the
-    package's files; the networks are not loaded.
+    They come from the files of the engine's package; the networks are not loaded. None where the
+    package is not installed, or keeps the list elsewhere.
     """
-    name, file = CHARACTER_LISTS[engine]
+    name, pattern = CHARACTER_LISTS[engine]
     package = importlib.util.find_spec(name)
-    found = (
-        sorted(pathlib.Path(package.submodule_search_locations[0]).glob(file)) if package else []
-    )
-    if len(found) != 1:
+    if package is None:
         return None
-    text = (
-        found[0].read_text(encoding="utf-8")
-        if found[0].suffix == ".txt"
-        else _onnx_metadata(found[0], "character")
-    )
+    files = sorted(pathlib.Path(package.submodule_search_locations[0]).glob(pattern))
+    if len(files) != 1:
+        return None
+    if files[0].suffix == ".txt":
+        text = files[0].read_text(encoding="utf-8")
+    else:
+        text = _onnx_metadata(files[0], "character")
     return frozenset(text.replace("\n", "")) | {" "} if text else None
 
 
 def _onnx_metadata(path: pathlib.Path, key: str) -> str | None:
-    """Return what an ONNX file says under `key` in its `metadata_props`; the rest of the file is
-    skipped.
+    """Return the value of `key` in the `metadata_props` of an ONNX file, or None; the rest of the
+    file is skipped.
 
-    A field of protobuf is its tag, 8 x number + kind, and for kind 2 a length and so many bytes. Of
-    a model's fields `metadata_props` has number 14; of an entry's, key has 1 and value 2.
+    ONNX files are protobuf messages. A field is a tag, 8 x number + type, and for type 2 a length
+    and as many bytes. `metadata_props` is field 14 of a model; key and value are fields 1 and 2 of
+    its entries.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         while file.tell() < size:
             tag, length = _varint(file), _varint(file)
             if tag % 8 == 0:
-                continue  # the number itself, not a length
+                continue  # type 0: what follows the tag is the value itself, not a length
             if tag % 8 != 2:
                 return None
             if tag != 8 * 14 + 2:
@@ -281,8 +284,8 @@ def _onnx_metadata(path: pathlib.Path, key: str) -> str | None:
 
 
 def _varint(file: BinaryIO) -> int:
-    """Read a whole number, seven bits a byte, the lowest first; a byte's highest bit says that
-    another follows.
+    """Read a protobuf varint: seven bits per byte, lowest first; the highest bit of a byte tells
+    whether another one follows.
     """
     value, shift = 0, 0
     while True:
@@ -292,7 +295,7 @@ def _varint(file: BinaryIO) -> int:
             return value
 
 
-# engine: its package, and the file there that holds its characters
+# {engine: (its package, pattern of the file in it that lists the characters)}
 CHARACTER_LISTS = {
     "rapidocr": ("rapidocr", "models/*_rec_*.onnx"),
     "paddleocr": ("paddleocr", "ppocr/utils/en_dict.txt"),
@@ -301,7 +304,9 @@ ENGINES = {"rapidocr": RapidOCREngine, "paddleocr": PaddleOCREngine}
 
 
 def make_engine(name: str, **options) -> Engine:
-    """Builds an engine and reads a first word with it, so that a broken installation shows at once."""
+    """Build the engine `name` of `ENGINES` and read one word with it, so that a broken installation
+    shows at once. Raises `ValueError` for an unknown name.
+    """
     if name not in ENGINES:
         raise ValueError(f"unknown OCR engine {name!r}: choose one of {', '.join(sorted(ENGINES))}")
     return ENGINES[name](**options)

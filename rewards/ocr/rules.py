@@ -1,22 +1,18 @@
-"""Rewards for spelling: is the text in the video the text that the prompt asked for?
+"""Rules for spelling: is the text in the video the text that the prompt asked for?
 
-A rule picks the frames to read, gives each a value from the lines that were read on it, and
+A rule chooses the frames to read, gives each frame a value from the lines that were read on it, and
 combines the values.
 
-| rule              | frames read             | value of a frame                        | of the
-                    video    |
-|-------------------|-------------------------|-----------------------------------------|-----------------|
-| `spelling`        | evenly, first and last  | similarity, other text costs up to half | mean
-                    |
-| `flow_grpo_image` | the only one            | 1 if contained, else clipped distance   | of the
-                                              frame    |
-| `flow_grpo_video` | every fourth            | clipped distance, other text costs all  | mean of
-                                              the > 0 |
+| rule              | frames read            | value of a frame                          | video     |
+|-------------------|------------------------|-------------------------------------------|-----------|
+| `spelling`        | even, first, last      | similarity; other text costs up to half   | mean      |
+| `flow_grpo_image` | the only one           | 1 if contained, else clipped distance     | the frame |
+| `flow_grpo_video` | every fourth           | clipped distance; other text costs all    | mean > 0  |
 
-`spelling` is what to train with. The other two are Flow-GRPO's own rules, quirks included, for
-comparison: text that flashes on one frame in nine earns full marks under `flow_grpo_video`, and a
+Train with `spelling`. The other two are Flow-GRPO's own rules with their weaknesses, for
+comparison. Text that flashes up in one frame of nine earns full marks under `flow_grpo_video`. A
 legible target in a scene with other signs earns 1.0 under `flow_grpo_image` but 0.3 under
-`flow_grpo_video`; both know one target only, the first.
+`flow_grpo_video`. Both use only the first target.
 """
 
 import dataclasses
@@ -36,7 +32,7 @@ from rewards.ocr.text_match import (
     similarity,
 )
 
-# Credit kept by a perfectly written target in a frame full of other text.
+# what a perfectly written target still earns in a frame full of other text
 CREDIT_AMONG_OTHER_TEXT = 0.5
 _normalise = Normaliser()
 
@@ -45,37 +41,41 @@ _normalise = Normaliser()
 
 
 def spelling(lines: Sequence[TextLine], targets: Sequence[str]) -> float:
-    """Value in [0, 1] of one frame: 1 iff it shows the targets and nothing else, 0 if it shows no
-    text.
+    """Return the value in [0, 1] of one frame: 1 if and only if it shows the targets and nothing
+    else, 0 if it shows no text.
 
     For one target t and the whole text R of the frame (lines joined in reading order, so that a
     target may be broken over lines), with sim(a, b) = 1 - Levenshtein(a, b) / max(|a|, |b|):
 
-        alone  = sim(t, R)                              how much the frame says the target and
-               nothing else
-        within = max over parts w of R of sim(t, w)     how well the target is written somewhere on
-                                                        the frame
+        alone  = sim(t, R)                              does the frame show t and nothing else?
+        within = max over parts w of R of sim(t, w)     how well is t written anywhere in the frame?
         value  = alone + 1/2 max(0, (2 within - 1) - alone)
 
-    - Each right letter counts, also in a word that is mostly wrong: `alone` is dense.
-    - Further text costs, but at most half: a perfect target with s further characters has
-      |t|/(|t|+s) as
-      `alone`, hence the value 1 - s / (2 (|t| + s)). Writing the target twice is further text:
-      0.75.
+    - Every correct letter counts, also in a word that is mostly wrong: `alone` is dense.
+    - Additional text costs, but at most half. A perfect target with s additional characters has
+      alone = |t| / (|t| + s), so its value is 1 - s / (2 (|t| + s)). A second copy of the target is
+      additional text: 0.75.
     - A part earns something only if it is more right than wrong (within > 1/2). Otherwise it would
-      pay to
-      fill the frame with letters, among which some part always resembles the target. Measured, mean
-      over five targets: random letters earn .12 if there are 5, .15 if 20, .11 if 40, .07 if 200.
+      pay to fill the frame with letters, because some part of them always resembles the target.
+      Measured, mean over five targets: 5 random letters earn 0.12, 20 earn 0.15, 40 earn 0.11, 200
+      earn 0.07.
 
-    Several targets: each takes the part most like it (the best pair first), no part is taken twice,
-    and the R of a target is the text without the parts of the others. The value is the mean over
-    targets.
+    Several targets: each gets the part that is most similar to it, the best pair first, and no part
+    is used twice. The R of a target is the text without the parts of the others. The value is the
+    mean over the targets. Raises `ValueError` for blank targets.
     """
-    goals, texts = _normalised(targets), [_normalise(line.text) for line in lines]
-    text, windows = "".join(texts), _assign(goals, texts)
+    goals = _normalised(targets)
+    line_texts = [_normalise(line.text) for line in lines]
+    text = "".join(line_texts)
+    windows = _assign(goals, line_texts)
     values = []
     for i, goal in enumerate(goals):
-        taken = {at for j, w in enumerate(windows) if w and j != i for at in range(w.start, w.end)}
+        taken = {
+            at
+            for j, window in enumerate(windows)
+            if window and j != i
+            for at in range(window.start, window.end)
+        }
         alone = similarity(goal, "".join(char for at, char in enumerate(text) if at not in taken))
         within = windows[i].similarity if windows[i] else 0.0
         values.append(alone + CREDIT_AMONG_OTHER_TEXT * max(0.0, (2 * within - 1) - alone))
@@ -83,11 +83,10 @@ def spelling(lines: Sequence[TextLine], targets: Sequence[str]) -> float:
 
 
 def make_readable_check(engine: str) -> Callable[[Sequence[str]], None] | None:
-    """Return a function that raises ValueError on targets with characters that the engine does not
-    know.
+    """Return a function that raises `ValueError` for targets with characters that the engine
+    cannot read; None where the engine's characters are not known.
 
-    What the comparison disregards (case, width) does not matter. None where the engine's characters
-    are not known.
+    Differences that the comparison ignores, such as case and width, do not matter.
     """
     characters = readable_characters(engine)
     if characters is None:
@@ -96,8 +95,8 @@ def make_readable_check(engine: str) -> Callable[[Sequence[str]], None] | None:
 
     def check(targets: Sequence[str]) -> None:
         for target in targets:
-            unknown = [c for c in dict.fromkeys(target) if not set(_normalise(c)) <= known]
-            # a letter and its accent may be one character
+            unknown = [char for char in dict.fromkeys(target) if not set(_normalise(char)) <= known]
+            # checked again as a whole: a letter and its accent may form one known character
             if unknown and not set(_normalise(target)) <= known:
                 raise ValueError(
                     f"the OCR engine {engine} cannot read {', '.join(unknown)} of {target!r}"
@@ -107,6 +106,7 @@ def make_readable_check(engine: str) -> Callable[[Sequence[str]], None] | None:
 
 
 def _normalised(targets: Sequence[str]) -> list[str]:
+    """Normalise the targets. Raises `ValueError` unless they are one or more texts, none blank."""
     if isinstance(targets, str):
         raise ValueError(
             f"targets must be a sequence of strings, got one string: pass ({targets!r},)"
@@ -121,34 +121,37 @@ def _normalised(targets: Sequence[str]) -> list[str]:
 
 
 def _assign(goals: list[str], lines: list[str]) -> list[Window | None]:
-    """For each goal its own part of the joined lines; None for a goal that finds nothing left.
+    """Assign each goal a part of the joined lines of its own; None if nothing is left for it.
 
-    A goal that is a whole line takes that line (of the goals SALE and SALES on the lines SALE,
-    SALES the second must not take "SALE" and the next S). Then the best pair of a goal and a part
-    is taken, again and again.
+    First, a goal that equals a whole line takes that line. (Otherwise, for the goals SALE and SALES
+    on the lines SALE and SALES, the goal SALES could take "SALE" and the next S.) Then the best pair
+    of a goal and a free part is taken, again and again.
     """
-    text, windows, free = "".join(lines), [None] * len(goals), []
-    at = 0
+    text, windows = "".join(lines), [None] * len(goals)
+    free: list[tuple[int, int]] = []  # spans (start, end) of the text that no goal has taken
+    position = 0
     for line in lines:
+        end = position + len(line)
         whole = next(
             (i for i, goal in enumerate(goals) if goal == line and windows[i] is None), None
         )
         if whole is not None:
-            windows[whole] = Window(at, at + len(line), 1.0)
-        elif free and free[-1][1] == at:
-            free[-1] = (free[-1][0], at + len(line))
+            windows[whole] = Window(position, end, 1.0)
+        elif free and free[-1][1] == position:
+            free[-1] = (free[-1][0], end)
         else:
-            free.append((at, at + len(line)))
-        at += len(line)
+            free.append((position, end))
+        position = end
     while free and None in windows:
-        found = [
+        # of equally similar pairs: the longest goal, then the first goal, then the first span
+        candidates = [
             (window.similarity, len(goals[i]), -i, -start, (start, end), window)
             for i in range(len(goals))
             if windows[i] is None
             for start, end in free
             for window in [best_window(goals[i], text[start:end])]
         ]
-        value, _, minus_i, _, (start, end), window = max(found, key=lambda item: item[:4])
+        value, _, minus_i, _, (start, end), window = max(candidates, key=lambda item: item[:4])
         if value == 0:
             break
         taken = windows[-minus_i] = Window(start + window.start, start + window.end, value)
@@ -161,30 +164,31 @@ def _assign(goals: list[str], lines: list[str]) -> list[Window | None]:
 
 
 def flow_grpo_image(lines: Sequence[TextLine], targets: Sequence[str]) -> float:
-    """Flow-GRPO's `ocr`: 1 if the text contains the target, else 1 - min(distance, |target|) /
-    |target|.
+    """Return the value of an image by Flow-GRPO's `ocr` reward: 1 if the text contains the target,
+    else 1 - min(distance, |target|) / |target|.
     """
     text, target = _flow_grpo_texts(lines, targets)
     return 1.0 if target in text else _clipped(text, target)
 
 
 def flow_grpo_video_frame(lines: Sequence[TextLine], targets: Sequence[str]) -> float:
-    """One frame of Flow-GRPO's `video_ocr`: as the image rule, but containing the target does not
-    suffice.
+    """Return the value of one frame by Flow-GRPO's `video_ocr` reward: 1 - min(distance, |target|)
+    / |target|, also where the text contains the target.
     """
     return _clipped(*_flow_grpo_texts(lines, targets))
 
 
 def flow_grpo_video_mean(frame_values: Sequence[float]) -> float:
-    """Flow-GRPO's `video_ocr` over frames: the mean of the frames that scored above 0, and 0 if
-    none did.
+    """Combine frame values as Flow-GRPO's `video_ocr` reward: the mean of those above 0; 0 if there
+    are none.
     """
     positive = [value for value in frame_values if value > 0]
     return float(np.mean(positive)) if positive else 0.0
 
 
 def _flow_grpo_texts(lines: Sequence[TextLine], targets: Sequence[str]) -> tuple[str, str]:
-    _normalised(targets)  # refuses empty targets, on which Flow-GRPO divides by zero
+    """Return the joined lines and the first target, normalised as in Flow-GRPO."""
+    _normalised(targets)  # raises for blank targets, with which Flow-GRPO divides by zero
     text = "".join(line.text for line in lines if line.confidence > 0)
     return flow_grpo_normalise(text), flow_grpo_normalise(targets[0])
 
@@ -193,22 +197,25 @@ def _clipped(text: str, target: str) -> float:
     return 1.0 - min(edit_distance(text, target), len(target)) / len(target)
 
 
-# --- Which frames ---------------------------------------------------------------------------------
+# --- Choice of frames -----------------------------------------------------------------------------
 
 
 def even_frames(frames: int, max_frames: int) -> tuple[int, ...]:
-    """All frames, or `max_frames` of them spread evenly, with the first and the last."""
+    """Return the indices of all frames, or of `max_frames` evenly spread ones that include the
+    first and the last.
+    """
     if frames <= max_frames:
         return tuple(range(frames))
     return tuple(int(i) for i in np.linspace(0, frames - 1, max_frames).round())
 
 
 def every_fourth_frame(frames: int, max_frames: int) -> tuple[int, ...]:
-    """Flow-GRPO's choice for videos, whatever `max_frames` is."""
+    """Return the indices that Flow-GRPO chooses in videos, whatever `max_frames` is."""
     return tuple(range(0, frames, 4))
 
 
 def only_frame(frames: int, max_frames: int) -> tuple[int, ...]:
+    """Return the index of an image. Raises `ValueError` for a video of several frames."""
     if frames != 1:
         raise ValueError(
             f"rule 'flow_grpo_image' scores images, got a video of {frames} frames: "
@@ -219,10 +226,10 @@ def only_frame(frames: int, max_frames: int) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """See the table at the top of this file."""
+    """How a video is judged from the text in it; see the table at the top of this file."""
 
-    pick: Callable[[int, int], tuple[int, ...]]  # (T, max_frames) -> indices
-    frame: Callable[[Sequence[TextLine], Sequence[str]], float]  # (lines, targets) -> value
+    choose_frames: Callable[[int, int], tuple[int, ...]]  # (T, max_frames) -> indices
+    frame_value: Callable[[Sequence[TextLine], Sequence[str]], float]  # (lines, targets) -> value
     combine: Callable[[Sequence[float]], float]  # frame values -> value of the video
 
 
@@ -241,13 +248,12 @@ RULES = {
 
 
 class OCRReward:
-    """Reads a video and scores its spelling.
+    """Reads the text in a video and scores its spelling. The record is the tuple of targets.
 
-    rule: a key of RULES. engine: a name for `make_engine`, or an engine. engine_options: options
-    for
-        `make_engine`.
-    max_frames: at most this many frames are read; 17 is every second of 33 frames and every fifth
-    of 81.
+    rule: a key of `RULES`. engine: a name for `make_engine`, or an engine.
+    engine_options: options for `make_engine`.
+    max_frames: largest number of frames that are read; 17 means every second of 33 frames and every
+        fifth of 81.
     """
 
     def __init__(
@@ -269,18 +275,19 @@ class OCRReward:
         )
 
     def close(self) -> None:
-        """Ends the waiting of an engine that waits for others, as a judge's does."""
+        """Close an engine that waits for another machine, such as a judge; ends the waiting."""
         getattr(self.engine, "close", lambda: None)()
 
     def score(self, frames: np.ndarray, targets: Sequence[str]) -> Score:
-        """`frames` uint8 [T, H, W, 3] RGB (an image has T = 1); `targets` as
-        `parse_targets(prompt)` returns them.
+        """Score a video uint8 [T, H, W, 3] RGB; an image has T = 1. targets: as
+        `parse_targets(prompt)` returns them. The score's text lists the texts of the frames, each
+        change once.
         """
         check_frames(frames)
-        indices = self.rule.pick(len(frames), self.max_frames)
-        lines = [self.engine(frames[i]) for i in indices]
-        values = tuple(self.rule.frame(found, targets) for found in lines)
-        texts = tuple(" ".join(line.text for line in found) for found in lines)
+        indices = self.rule.choose_frames(len(frames), self.max_frames)
+        frame_lines = [self.engine(frames[i]) for i in indices]
+        values = tuple(self.rule.frame_value(lines, targets) for lines in frame_lines)
+        texts = tuple(" ".join(line.text for line in lines) for lines in frame_lines)
         changes = [
             text for at, text in enumerate(texts) if text and text != (texts[at - 1] if at else "")
         ]

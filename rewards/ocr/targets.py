@@ -1,39 +1,37 @@
-"""Finds the text that a prompt asks for: `a neon sign that says "OPEN"` -> ("OPEN",).
+"""Finds the text that a prompt asks for: `a neon sign that says "OPEN"` gives ("OPEN",).
 
-Run on every prompt when the prompt set is loaded, so that a prompt without a usable target stops
-the run before any accelerator time is spent.
+This runs on every prompt when the prompts are loaded, so that a prompt without a usable target
+stops the run before any accelerator time is spent.
 
-Targets are read from the cleaned prompt, which is what the model is told
+Targets are read from the cleaned prompt, which is what the text encoder gets
 (`wan_jax.models.tokenizer.clean`): HTML such as &quot; or &amp; is unescaped and wrongly decoded
-text repaired. Characters that cannot be seen are left out of them.
+text is repaired. Invisible characters are removed from the targets.
 
 The rules, in order:
-1. Text in double quotes is a target, straight ("...") or curly (“...”), each kind closed by its own
-   kind.
-   Quotes of another kind inside are part of the text, and so are curly quotes nested in curly
-   quotes.
-2. Only a prompt with no double quotes at all is searched for single quotes, '...' or ‘...’. (Where
-   both occur
-   the single ones are apostrophes or scare quotes: taking them as quotes gives a wrong target on
-   110 of the 1018 prompts of Flow-GRPO's OCR test set.) A single quote opens only before a word and
-   closes only after one, so the apostrophes of it's, Joe's and the dogs' are skipped; so are
-   shortened words: rock 'n' roll, the '90s, 'em.
-3. Several targets are returned in the order of the prompt. None, an empty one or an unpaired quote
-   is an
-   error, and so is a backslash before a quote, which comes of text copied out of JSON or code.
+1. Text in double quotes is a target. The quotes are straight ("...") or curly (“...”), and each kind
+   is closed by its own kind. Quotes of another kind inside are part of the text, and so are curly
+   quotes nested in curly quotes.
+2. Only a prompt without any double quote is searched for single quotes, '...' or ‘...’. (Where both
+   occur, the single ones are apostrophes or scare quotes: to take them as quotes gives a wrong
+   target for 110 of the 1018 prompts of Flow-GRPO's OCR test set.) A single quote opens only before
+   a word and closes only after one, so the apostrophes of it's, Joe's and the dogs' are skipped; so
+   are shortened words: rock 'n' roll, the '90s, 'em.
+3. Several targets are returned in the order of the prompt. No target, an empty target and an
+   unpaired quote are errors, and so is a backslash before a quote, which comes from text that was
+   copied out of JSON or code.
 """
 
+import html
 import re
 
+import ftfy
 from ftfy.fixes import uncurl_quotes
 
 from rewards.ocr.text_match import visible
-from wan_jax.models.tokenizer import clean
 
 FIX = "put the text to write in double quotes"
 
-# Words that start with an apostrophe; an opening quote before one of them is taken for that
-# apostrophe.
+# words that start with an apostrophe; a single quote before one of them is that apostrophe
 _SHORTENED = re.compile(r"(?:n|em|til|tis|twas|cause|bout|\d0s)\b", re.IGNORECASE)
 _ESCAPED = re.compile("\\\\[\"'“”‘’]")
 _SINGLE_OPEN, _SINGLE_CLOSE = "'‘", "'’"
@@ -44,8 +42,10 @@ class TargetError(ValueError):
 
 
 def parse_targets(prompt: str) -> tuple[str, ...]:
-    """The quoted strings of `prompt`, in order; see the rules at the top of this file."""
-    prompt = clean(prompt, uncurl_quotes=False)
+    """Return the quoted texts of `prompt` in order, by the rules at the top of this file. Raises
+    `TargetError`, with the prompt and the place in it.
+    """
+    prompt = _clean(prompt)
     if escaped := _ESCAPED.search(prompt):
         raise TargetError(
             f"a backslash before the quote at character {escaped.end() - 1} of the prompt "
@@ -62,6 +62,14 @@ def parse_targets(prompt: str) -> tuple[str, ...]:
     return targets
 
 
+def _clean(prompt: str) -> str:
+    """Clean a prompt as `wan_jax.models.tokenizer.clean` does, but keep curly quotes, which show
+    where a quotation begins and ends.
+    """
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt, uncurl_quotes=False)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
 def _unpaired(prompt: str, at: int) -> TargetError:
     return TargetError(
         f"unpaired quote {prompt[at]!r} at character {at} of the prompt {prompt!r}: {FIX}, "
@@ -70,7 +78,7 @@ def _unpaired(prompt: str, at: int) -> TargetError:
 
 
 def _double_quoted(prompt: str) -> list[tuple[int, int]]:
-    """Spans (start, end) between outermost double quotes."""
+    """Return the spans (start, end) between outermost double quotes."""
     spans, at = [], 0
     while at < len(prompt):
         mark = prompt[at]
@@ -87,7 +95,7 @@ def _double_quoted(prompt: str) -> list[tuple[int, int]]:
 
 
 def _curly_end(prompt: str, start: int) -> int:
-    """Index of the ” that closes the “ at `start`, -1 if there is none."""
+    """Return the index of the ” that closes the “ at `start`, -1 if there is none."""
     depth = 0
     for at in range(start, len(prompt)):
         depth += {"“": 1, "”": -1}.get(prompt[at], 0)
@@ -97,7 +105,7 @@ def _curly_end(prompt: str, start: int) -> int:
 
 
 def _single_quoted(prompt: str) -> list[tuple[int, int]]:
-    """Spans (start, end) between single quotes that are not apostrophes."""
+    """Return the spans (start, end) between single quotes that are not apostrophes."""
     spans, at = [], 0
     while at < len(prompt):
         before, after = prompt[at - 1 : at], prompt[at + 1 : at + 2]
@@ -120,8 +128,8 @@ def _single_quoted(prompt: str) -> list[tuple[int, int]]:
 
 
 def _closes(prompt: str, at: int, opener: str) -> bool:
-    """Whether the character at `at` closes a quote that `opener` opened: it ends a word and starts
-    none.
+    """Return whether the character at `at` closes a quote that `opener` opened: it must end a word
+    and not start one.
     """
     pair = prompt[at] == _SINGLE_CLOSE[_SINGLE_OPEN.index(opener)]
     return pair and not prompt[at - 1].isspace() and not prompt[at + 1 : at + 2].isalnum()

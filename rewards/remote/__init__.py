@@ -1,1 +1,1 @@
-"""Rewards that other machines compute: client, server parts, wire format."""
+"""Rewards that other machines compute: server, client and wire format."""

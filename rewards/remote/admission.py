@@ -1,17 +1,15 @@
-"""Which connections and requests a reward server admits, so that strangers cannot shut its clients
-out.
+"""Admission of connections and requests to a reward server, so that clients with the token always
+get through, whatever others send.
 
-uvicorn waits for a request's header without a limit of time, and its `limit_concurrency` counts
-every connection, so that silent ones would have clients refused. Here a connection must show the
-token within seconds, and when there are too many connections, the oldest one that has not shown it
-makes room for the newest one. A client sends its token as soon as it is connected, so it gets
-through whatever the others do.
+uvicorn waits for a request's header without a time limit, and its `limit_concurrency` counts every
+connection, so silent connections would shut clients out. Here, a connection must show the token
+within seconds. When there are too many connections, the oldest one that has not shown the token is
+closed for the newest one. A client sends its token as soon as it is connected, so it gets through.
 
-    stranger    no request with the token yet           closed after `header_timeout`, or to make
-                room
-    busy        such a request is under way             never closed; at most half of all
-                connections
-    idle        the last such request is answered       closed after `keep_alive`, or to make room
+    state       meaning                            closed
+    untrusted   no request with the token yet      after `header_timeout`, or to make room
+    busy        such a request is under way        never; at most half of all connections
+    idle        the last such request is answered  after `keep_alive`, or to make room
 """
 
 import asyncio
@@ -27,31 +25,31 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 log = logging.getLogger("rewards.server")
 
 HEADER_TIMEOUT = 10.0  # seconds until a connection must have shown the token
-KEEP_ALIVE = 75  # seconds an idle connection is kept; epochs often leave pauses
-MAX_CONNECTIONS = 2048  # where the limit of open files allows them
-FEWEST_CONNECTIONS = 8
-MOST_AT_ONCE = 32  # connections accepted in one turn of the event loop
+KEEP_ALIVE = 75  # seconds until an idle connection is closed; there are pauses between epochs
+MAX_CONNECTIONS = 2048  # where the limit of open files allows as many
+MIN_CONNECTIONS = 8
+MAX_ACCEPTED = 32  # connections accepted in one turn of the event loop
 
 
 class Admission:
-    """The open connections of one server. All on the event loop's thread.
+    """The open connections of one server. Used on the event loop's thread only.
 
-    limit: most connections. The seconds are those of the table above.
+    limit: largest number of connections. header_timeout, keep_alive: seconds, see the table above.
     """
 
     def __init__(
         self, limit: int, header_timeout: float = HEADER_TIMEOUT, keep_alive: float = KEEP_ALIVE
     ):
         self.limit, self.header_timeout, self.keep_alive = limit, header_timeout, keep_alive
-        # oldest first, as dictionaries keep the order of insertion
-        self.strangers: dict[Connection, None] = {}
-        self.idle: dict[Connection, None] = {}  # longest idle first
+        # Dictionaries keep the order of insertion: the first connection has been there for longest.
+        self.untrusted: dict[Connection, None] = {}
+        self.idle: dict[Connection, None] = {}
         self.busy: dict[Connection, None] = {}
         self._warned: set[str] = set()
 
     def check_not_crowded(self) -> None:
-        """Answers a request with 503 where requests under way take so many connections that no room
-        would be left to answer others at all.
+        """Answer a request with 503 if requests under way use half of the connections: the rest is
+        needed to answer anybody at all.
         """
         if len(self.busy) > self.limit // 2:
             self.warn(
@@ -59,55 +57,56 @@ class Admission:
                 "half of the connections: raise the limit of open files (ulimit -n) if clients "
                 "wait for long"
             )
-            raise busy(
+            raise server_busy(
                 f"{self.limit // 2} requests are under way, half of the connections that the "
-                "server can hold"
+                "server can have"
             )
 
     def make_room(self) -> None:
-        """Closes one connection where there are too many; the newest one is a stranger."""
-        if len(self.strangers) + len(self.idle) + len(self.busy) <= self.limit:
+        """Close a connection if there are too many. The newest one is untrusted and stays."""
+        if len(self.untrusted) + len(self.idle) + len(self.busy) <= self.limit:
             return
         self.warn(
             f"{self.limit} connections are open: the oldest ones without a request that carries "
-            "the token are closed. If these are clients of yours, raise the limit of open files: "
+            "the token are closed. If they belong to your clients, raise the limit of open files: "
             "ulimit -n"
         )
-        oldest = next(iter(self.strangers))
-        if len(self.strangers) == 1 and self.idle:
+        oldest = next(iter(self.untrusted))
+        if len(self.untrusted) == 1 and self.idle:
             oldest = next(iter(self.idle))
         oldest.abort()
 
     def warn(self, message: str) -> None:
-        """Logs a message the first time it is given: an attack must not fill the disk."""
+        """Log a message the first time it is given: an attack must not fill the disk."""
         if message not in self._warned:
             self._warned.add(message)
-            log.warning("%s (said once)", message)
+            log.warning("%s (logged once)", message)
 
 
 class Connection(H11Protocol):
-    """One connection to uvicorn, with a deadline. The application finds it as
+    """A connection to uvicorn, with a deadline. The application gets it as
     `request.state.connection`.
     """
 
     def __init__(self, admission: Admission, config, server_state, app_state, _loop=None):
         super().__init__(config, server_state, {**app_state, "connection": self}, _loop)
         self.admission = admission
-        self._group: dict[Connection, None] = admission.strangers
+        self._group: dict[Connection, None] = admission.untrusted
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self._enter(self.admission.strangers, self.admission.header_timeout)
+        self._enter(self.admission.untrusted, self.admission.header_timeout)
         self.admission.make_room()
 
     def authorised(self) -> None:
-        """The application says that the request under way carries the token."""
-        if not self.transport.is_closing():  # else it would never leave the group again
+        """Record that the request under way carries the token. The application calls this."""
+        if not self.transport.is_closing():  # a closed connection would stay in the group for ever
             self._enter(self.admission.busy, None)
 
     def on_response_complete(self) -> None:
-        # uvicorn ends what is silent for `keep_alive`, this what trickles
+        # uvicorn closes connections that are silent for `keep_alive`. This also closes those that
+        # send a byte now and then.
         if self._group is self.admission.busy:
             self._enter(
                 self.admission.idle, self.admission.keep_alive + self.admission.header_timeout
@@ -119,7 +118,7 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def abort(self) -> None:
-        """Closes the connection at once, also where the client does not read what it is sent."""
+        """Close the connection at once, also if the client does not read what it is sent."""
         self._leave()
         self.transport.abort()
 
@@ -137,7 +136,7 @@ class Connection(H11Protocol):
             self._timer = None
 
     def _expire(self) -> None:
-        if self._group is self.admission.strangers:
+        if self._group is self.admission.untrusted:
             self.admission.warn(
                 f"a connection was closed that sent no request with the token within "
                 f"{self.admission.header_timeout:g} s"
@@ -146,9 +145,9 @@ class Connection(H11Protocol):
 
 
 class Quota:
-    """How much of something all requests together may hold. All on the event loop's thread.
+    """A limit on a resource of all requests together. Used on the event loop's thread only.
 
-    unit: what is counted. fix: what raises the limit; both for messages.
+    unit: what is counted. fix: the setting that raises the limit. Both are for messages.
     """
 
     def __init__(self, limit: int, unit: str, fix: str):
@@ -157,60 +156,63 @@ class Quota:
 
     @contextlib.contextmanager
     def claims(self) -> Iterator[Callable[[int], None]]:
-        """Gives `claim(count)`, which answers the request with 503 where the others leave too
-        little for it. A request that is alone gets whatever it asks for. What was claimed is free
-        again at the end.
+        """Give one request a function `claim(count)`, which takes `count` units until the end of
+        the context.
+
+        It answers the request with 503 if other requests leave too few units. A request that is
+        alone gets as many as it asks for.
         """
-        mine = 0
+        claimed = 0
 
         def claim(count: int) -> None:
-            nonlocal mine
-            if self.used > mine and self.used + count > self.limit:
+            nonlocal claimed
+            if self.used > claimed and self.used + count > self.limit:
                 if not self._warned:
                     self._warned = True
                     log.warning(
-                        "requests are answered with 503 when they hold more than %d %s together: "
-                        "raise %s if clients wait for long (said once)",
+                        "requests are answered with 503 when they need more than %d %s together: "
+                        "raise %s if clients wait for long (logged once)",
                         self.limit,
                         self.unit,
                         self.fix,
                     )
-                raise busy(
-                    f"{self.used} {self.unit} are held by requests, and {count} more would exceed "
+                raise server_busy(
+                    f"{self.used} {self.unit} are used by requests, and {count} more would exceed "
                     f"the limit of {self.limit}"
                 )
-            mine += count
+            claimed += count
             self.used += count
 
         try:
             yield claim
         finally:
-            self.used -= mine
+            self.used -= claimed
 
 
-def busy(reason: str) -> HTTPException:
-    """The answer that asks a client to come back."""
+def server_busy(reason: str) -> HTTPException:
+    """Return the answer 503, which asks a client to come back later."""
     return HTTPException(503, f"{reason}: ask again later", {"Retry-After": "1"})
 
 
 def connection_limits(workers: int) -> tuple[int, int]:
-    """(most connections, most to accept in a turn of the event loop), from the limit of open files,
-    which is raised as far as this process may. Raises ValueError where it is too low for a server
-    with `workers` worker processes.
+    """Return (largest number of connections, connections to accept in a turn of the event loop).
+
+    Both follow from the limit of open files, which is raised as far as this process may. Raises
+    `ValueError` if the limit is too low for a server with `workers` worker processes.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # some systems refuse their own hard limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
-    # open now; for the event loop; workers and their successors
-    taken = len(os.listdir("/dev/fd")) + 8 + 5 * workers
-    free = MAX_CONNECTIONS * 2 if soft == resource.RLIM_INFINITY else soft - taken
-    at_once = max(1, min(MOST_AT_ONCE, free // 10))
-    # a file is closed 3 turns after its connection was one too many
-    limit = min(MAX_CONNECTIONS, free - 5 * at_once)
-    if limit < FEWEST_CONNECTIONS:
+    # files that are open now, of the event loop, and of the workers and their replacements
+    reserved = len(os.listdir("/dev/fd")) + 8 + 5 * workers
+    free = MAX_CONNECTIONS * 2 if soft == resource.RLIM_INFINITY else soft - reserved
+    accepted = max(1, min(MAX_ACCEPTED, free // 10))
+    # A surplus connection keeps its file for 3 turns of the event loop.
+    limit = min(MAX_CONNECTIONS, free - 5 * accepted)
+    if limit < MIN_CONNECTIONS:
         raise ValueError(
             f"this process may open {soft} files, too few for {workers} workers and their clients: "
-            f"allow it {taken + 4 * FEWEST_CONNECTIONS} or more (ulimit -n), or use fewer --workers"
+            f"allow it {reserved + 4 * MIN_CONNECTIONS} or more (ulimit -n), or use fewer --workers"
         )
-    return limit, at_once
+    return limit, accepted

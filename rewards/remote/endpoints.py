@@ -1,20 +1,19 @@
-"""Several HTTP servers that do the same work: which one to ask, when to ask again, when to give up.
+"""A client of several HTTP servers that do the same work: it chooses the server for each request,
+repeats requests that fail, and gives up when no server works.
 
-    ask the server with the fewest requests under way    it fails: it is down, and the request goes
-                                                         to another one
-    a down server is probed with growing pauses          it answers as it should: it is used again
-    all servers are down                                 requests wait; after `patience` seconds all
-                                                         of them fail, and
-                                                         further ones at once, until a server is
-                                                         back
+    situation                     consequence
+    a request is to be sent       the server with the fewest requests under way gets it
+    its server fails              the server is down; the request goes to another one
+    a server is down              it is probed, with growing pauses, and used again once it works
+    all servers are down          requests wait; after `patience` seconds all of them fail, and new
+                                  ones fail at once until a server is back
+    a server is busy (429, 503)   it is asked again after a pause, and is not down
 
-So a dead server costs a retry, a restart of all of them costs a wait, and an outage costs
-`patience` seconds once and not once a video. A server that is merely busy (429, 503) is asked again
-after a pause and is not down.
+So a dead server costs one retry, a restart of all servers costs a wait, and an outage costs
+`patience` seconds once, not once per video.
 """
 
 import dataclasses
-import http.client
 import logging
 import random
 import threading
@@ -24,41 +23,48 @@ from typing import Any
 
 from rewards.base import RewardError
 from rewards.remote.connections import Answer, Connections
-from rewards.remote.received import load_json, printable
+from rewards.remote.wire import load_json, printable
 
 log = logging.getLogger("rewards.remote")
 
 PROBE_TIMEOUT = 5.0  # seconds
 # seconds between two probes, and between two requests to busy servers
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0
+# HTTP statuses
 BUSY = (429, 503)
-REFUSED = (400, 413, 415, 422)  # the request is at fault: any server would answer the same
+REFUSED = (400, 413, 415, 422)  # the request is at fault: any server would refuse it
+FORBIDDEN = (401, 403)
+MISSING = (404, 405)
 
 
 def pause(attempt: int, chance: float, first: float = FIRST_PAUSE) -> float:
-    """Seconds before attempt 1, 2, ...: doubling up to LONGEST_PAUSE, of which `chance` in [0, 1)
-    takes up to half, so that the clients of a restarted server do not all come at once.
+    """Return the seconds to wait before attempt 1, 2, ...: doubling from `first` to LONGEST_PAUSE.
+
+    `chance` in [0, 1) shortens the pause by up to half, so that the clients of a restarted server
+    do not all come at once.
     """
     return min(LONGEST_PAUSE, first * 2 ** (min(attempt, 16) - 1)) * (1 - 0.5 * chance)
 
 
-class _Failed(Exception):
+class _ServerFailed(Exception):
     """The server did not do its work."""
 
 
-class _Misplaced(_Failed):
-    """The server would not do it later either: a wrong token or address."""
+class _WrongServer(_ServerFailed):
+    """The server would not do its work later either: the token or the address is wrong."""
 
 
-class _Busy(Exception):
-    """The server asks to come back later."""
+class _ServerBusy(Exception):
+    """The server asks its clients to come back later."""
 
 
 @dataclasses.dataclass(eq=False)
 class _Server:
+    """The state of one server, guarded by the lock of its `Endpoints`."""
+
     url: str
     connections: Connections
-    error: str = "not asked yet"  # "" while it is up
+    error: str = "not probed yet"  # "" while it is up
     outstanding: int = 0  # requests under way
     last_used: int = 0  # number of the last request, to take turns
     probes: int = 0  # since it went down
@@ -66,18 +72,20 @@ class _Server:
 
 
 class Endpoints:
-    """A client of all `urls`, for any number of threads.
+    """A client of the servers at `urls`, for any number of threads.
 
-    probe_path: what a GET is sent to, to see whether a server works; check(answer as JSON) raises
-    RewardError if it
-        is not the server that was expected.
-    token: sent as bearer token; "" sends none. It is in no message and no log. timeout: seconds for
-    one request and its answer. retries: further servers asked after a failure. patience: seconds to
-    wait when no server works. first_pause: seconds, see `pause`. seed: of the pauses.
+    probe_path: path of the GET request that shows whether a server works.
+    check: called with the probe's answer, parsed from JSON; raises `RewardError` if the server is
+        not the expected one.
+    token: sent as bearer token; "" sends none. No message and no log contains it.
+    timeout: seconds for one request and its answer.
+    retries: number of further attempts after a failure.
+    patience: seconds to wait while no server works, or while a server is busy.
+    first_pause, seed: of the pauses, see `pause`.
 
-    All servers are probed at once. Raises ValueError for an unusable URL, RewardError if no server
-    works or one is not as expected (a wrong token is found here); those that do not answer are used
-    when they come up.
+    The constructor probes all servers. It raises `ValueError` for an unusable URL, `RewardError` if
+    no server works or one is not as expected (a wrong token is found here). Servers that do not
+    answer yet are used once they do.
     """
 
     def __init__(
@@ -104,7 +112,7 @@ class Endpoints:
             )
         if not token.isascii() or any(char.isspace() or not char.isprintable() for char in token):
             raise ValueError(
-                "the token has characters that no HTTP header can hold: use ASCII letters and "
+                "the token has characters that no HTTP header can have: use ASCII letters and "
                 "digits"
             )
         self._servers = [_Server(url, Connections(url)) for url in dict.fromkeys(urls)]
@@ -113,23 +121,20 @@ class Endpoints:
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._random = random.Random(seed)
         self._changed = threading.Condition()  # guards everything below, and the servers
-        self._requests, self._all_down_since, self._watching, self._closed = (
-            0,
-            time.monotonic(),
-            False,
-            False,
-        )
+        self._requests = 0  # number of the last request
+        self._all_down_since = time.monotonic()
+        self._watching, self._closed = False, False
         try:
             self._first_probes()
         except BaseException:
             self.close()
             raise
 
-    # ---- asking ----------------------------------------------------------------------------------
+    # ---- Requests --------------------------------------------------------------------------------
 
     def post(self, path: str, body: Sequence[bytes | memoryview], content_type: str) -> Any:
-        """The answer to a request that may be repeated, from JSON. Raises RewardError when there is
-        none.
+        """Send a request that may be repeated, and return its answer, parsed from JSON. Raises
+        `RewardError` when no server gives one.
         """
         headers = self._headers | {"Content-Type": content_type}
         tried, errors, busy, deadline = set(), [], 0, None
@@ -139,7 +144,7 @@ class Endpoints:
                 return _parse(
                     server.connections.exchange("POST", path, headers, body, timeout=self._timeout)
                 )
-            except _Busy as error:
+            except _ServerBusy as error:
                 busy, deadline = busy + 1, deadline or time.monotonic() + self._patience
                 if time.monotonic() >= deadline:
                     raise RewardError(
@@ -147,18 +152,20 @@ class Endpoints:
                         "start more servers or workers, or have fewer videos in flight"
                     ) from None
                 self._sleep(self._pause(busy))
-            except (_Failed, OSError, http.client.HTTPException) as error:
+            except (_ServerFailed, OSError) as error:
                 tried.add(server)
-                errors.append(f"{server.url}: {_say(error)}")
-                self._down(server, _say(error))
+                errors.append(f"{server.url}: {_message(error)}")
+                self._down(server, _message(error))
             except RewardError as error:
                 raise RewardError(f"reward server {server.url} {error}") from None
             finally:
                 self._done(server)
-        raise RewardError(f"no reward server did it in {len(errors)} attempts: {'; '.join(errors)}")
+        raise RewardError(
+            f"no reward server scored it in {len(errors)} attempts: {'; '.join(errors)}"
+        )
 
     def close(self) -> None:
-        """Ends what waits, in all threads; each gets a RewardError."""
+        """End the waiting of all threads, each with a `RewardError`."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -166,14 +173,14 @@ class Endpoints:
             server.connections.close()
 
     def _take(self, tried: set[_Server]) -> _Server:
-        """The best server that works, waiting for one if need be; those of `tried` last."""
+        """Choose the server for a request, those of `tried` last; wait while none works."""
         with self._changed:
             while True:
                 self._check_open()
-                up = [server for server in self._servers if not server.error]
-                if up:
+                working = [server for server in self._servers if not server.error]
+                if working:
                     best = min(
-                        up,
+                        working,
                         key=lambda server: (server in tried, server.outstanding, server.last_used),
                     )
                     self._requests += 1
@@ -208,18 +215,19 @@ class Endpoints:
     def _pause(self, attempt: int) -> float:
         return pause(attempt, self._random.random(), self._first_pause)
 
-    # ---- which servers work ----------------------------------------------------------------------
+    # ---- State of the servers --------------------------------------------------------------------
 
     def _first_probes(self) -> None:
+        """Probe all servers. Raises `RewardError` if none works, or one is not as expected."""
         unexpected = []
         for server in self._servers:
             try:
                 self._probe(server)
                 server.error = ""
-            except (_Misplaced, RewardError) as error:
+            except (_WrongServer, RewardError) as error:
                 unexpected.append(f"{server.url}: {error}")
-            except (_Failed, _Busy, OSError, http.client.HTTPException) as error:
-                server.error = _say(error)
+            except (_ServerFailed, _ServerBusy, OSError) as error:
+                server.error = _message(error)
         if unexpected:
             raise RewardError("; ".join(unexpected))
         if all(server.error for server in self._servers):
@@ -233,6 +241,7 @@ class Endpoints:
                     self._mark_down(server, server.error)
 
     def _probe(self, server: _Server) -> None:
+        """Raise an error unless the server works and is the expected one."""
         answer = server.connections.exchange(
             "GET", self._probe_path, self._headers, timeout=PROBE_TIMEOUT
         )
@@ -244,7 +253,7 @@ class Endpoints:
                 self._mark_down(server, error)
 
     def _mark_down(self, server: _Server, error: str) -> None:
-        """Called with the lock held."""
+        """Record that a server is down. The caller holds the lock."""
         log.warning("reward server %s is not used for now: %s", server.url, error)
         server.error, server.probes = error, 1
         server.next_probe = time.monotonic() + self._pause(1)
@@ -256,7 +265,7 @@ class Endpoints:
         self._changed.notify_all()
 
     def _watch(self) -> None:
-        """Probes what is down until nothing is."""
+        """Probe the servers that are down, until all work."""
         while True:
             with self._changed:
                 down = [server for server in self._servers if server.error]
@@ -271,10 +280,10 @@ class Endpoints:
             try:
                 self._probe(server)
                 error = ""
-            except Exception as reason:  # whatever it is, this thread must go on
-                error = _say(reason)
+            except Exception as reason:  # any error means that the server is down: go on probing
+                error = _message(reason)
             with self._changed:
-                if error and error != server.error:  # such as other settings after a restart
+                if error and error != server.error:  # e.g. other settings after a restart
                     log.warning("reward server %s is still not used: %s", server.url, error)
                 server.error, server.probes = error, server.probes + 1
                 server.next_probe = time.monotonic() + self._pause(server.probes)
@@ -284,40 +293,42 @@ class Endpoints:
 
 
 def _parse(answer: Answer) -> Any:
-    """An answer's JSON. Raises _Busy, RewardError if the request was refused, _Failed for all else."""
+    """Parse an answer's JSON. Raises `_ServerBusy`, `RewardError` if the request was refused, or
+    `_ServerFailed` for anything else.
+    """
     if 200 <= answer.status < 300:
         try:
             return load_json(answer.body)
         except ValueError as error:
-            raise _Failed(
+            raise _ServerFailed(
                 f"answered something else than JSON ({error}): {answer.body[:200]!r}"
             ) from None
     detail = f"{answer.status} {_detail(answer.body)}".strip()
     if answer.status in BUSY:
-        raise _Busy(detail)
+        raise _ServerBusy(detail)
     if answer.status in REFUSED:
         raise RewardError(f"refused the request: {detail}")
-    if answer.status in (401, 403):
-        raise _Misplaced(
+    if answer.status in FORBIDDEN:
+        raise _WrongServer(
             f"refused the token ({detail}): put the server's token in the environment variable "
             "that config.reward.token_env names"
         )
-    raise (_Misplaced if answer.status in (404, 405) else _Failed)(f"answered {detail}")
+    raise (_WrongServer if answer.status in MISSING else _ServerFailed)(f"answered {detail}")
 
 
 def _detail(body: bytes) -> str:
-    """What FastAPI and OpenAI-compatible servers say of an error, else the text."""
+    """Return the error message in an answer of FastAPI or of an OpenAI-compatible server, else the
+    answer's text.
+    """
     text = body[:10_000].decode("utf-8", "replace")
     try:
         answer = load_json(body)
-        found = answer.get("detail") or answer.get("error") or answer.get("message") or text
-        found = found.get("message", found) if isinstance(found, dict) else found
+        detail = answer.get("detail") or answer.get("error") or answer.get("message") or text
+        detail = detail.get("message", detail) if isinstance(detail, dict) else detail
     except (ValueError, AttributeError):
-        found = text
-    return printable(str(found))
+        detail = text
+    return printable(str(detail))
 
 
-def _say(error: Exception) -> str:
-    if isinstance(error, http.client.BadStatusLine) and not isinstance(error, ConnectionError):
-        return f"answered something else than HTTP: {printable(repr(error.line))}"
+def _message(error: Exception) -> str:
     return printable(str(error)) or type(error).__name__

@@ -1,7 +1,8 @@
-"""How videos and scores travel between a trainer and a reward server (docs/rewards_server.md).
+"""The wire format of videos and scores between a trainer and a reward server.
 
-A request is a short header and the pixels as they lie in memory; an answer is JSON. Nothing is ever
-unpickled, and nothing is allocated by a size that the sender only claims.
+A request is a short header and the pixels as they are in memory; an answer is JSON
+(docs/rewards_server.md). Nothing is unpickled, and no memory is allocated for a size that the
+sender only claims.
 """
 
 import dataclasses
@@ -14,20 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from rewards.base import RewardError, Score, check_frames
-from rewards.remote.received import load_json, printable
-from rewards.workers import BatchScores
+from rewards.base import RewardError, Score, check_frames, last_line
+from rewards.pool import BatchScores
 
 SCORE_PATH, HEALTH_PATH = "/v1/score", "/v1/health"
 CONTENT_TYPE = "application/x-wan-rewards"
 MAGIC = b"WANRWD1\n"
 _PREFIX = struct.Struct("<8sI")  # magic, bytes of the JSON header
-# magnitude of a value; far above any reward, and no sum of squares overflows in float32
+# largest magnitude of a value: far above any reward, and sums of squares fit into float32
 MAX_VALUE = 1e6
+MAX_LEVELS = 64  # of nested arrays and objects in JSON; far below what Python's recursion allows
 
 
 class WireError(ValueError):
-    """A request that cannot be scored as it is; `status` is the HTTP status that says so."""
+    """A request that cannot be scored. status: the HTTP status of the answer."""
 
     def __init__(self, message: str, status: int = 400):
         super().__init__(message)
@@ -36,7 +37,7 @@ class WireError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """The largest request that a server takes."""
+    """The largest request that a server accepts."""
 
     body: int = 512 << 20  # bytes of the whole request
     header: int = 1 << 20  # bytes of its JSON header
@@ -46,16 +47,50 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+# defaults of a server's limits on all requests together
+MAX_QUEUE = 1024  # videos that arrive, wait or are scored
+MAX_MEMORY = 4096 << 20  # bytes
+UPLOAD_TIMEOUT = 60.0  # seconds for the body of a request to arrive
 
 
-# --- requests -------------------------------------------------------------------------------------
+# --- JSON and text from other machines ------------------------------------------------------------
+
+
+def load_json(text: bytes) -> Any:
+    """Parse JSON. Raises `ValueError` unless it is JSON in UTF-8 with at most `MAX_LEVELS` nested
+    levels, so that recursive code may follow the structure.
+    """
+    try:
+        value = json.loads(text.decode())
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_LEVELS} levels") from None
+    _check_levels(value, MAX_LEVELS)
+    return value
+
+
+def _check_levels(value: Any, levels: int) -> None:
+    if isinstance(value, list | dict):
+        if levels == 0:
+            raise ValueError(f"nested deeper than {MAX_LEVELS} levels")
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_levels(item, levels - 1)
+
+
+def printable(text: str, length: int = 500) -> str:
+    """Return the first `length` characters of a text on one line, without characters that control
+    a terminal; for logs and messages.
+    """
+    return "".join(char if char.isprintable() else " " for char in text[:length]).strip()
+
+
+# --- Requests -------------------------------------------------------------------------------------
 
 
 def encode_request(videos: np.ndarray, records: Sequence[Any]) -> list[bytes | memoryview]:
-    """The parts of a request's body. `videos` uint8 [B, T, H, W, 3]; `records` B of what JSON can
-    hold.
+    """Return the parts of a request's body: prefix, header and pixels, the latter without a copy.
 
-    Raises RewardError for a record that JSON cannot hold: pickle would, and is not an option.
+    videos: uint8 [B, T, H, W, 3]. records: B values that JSON can represent. Raises `RewardError`
+    for other records.
     """
     check_frames(videos[0])
     try:
@@ -75,10 +110,10 @@ def encode_request(videos: np.ndarray, records: Sequence[Any]) -> list[bytes | m
 
 
 def decode_request(body: bytes | bytearray, limits: Limits) -> tuple[np.ndarray, list[Any]]:
-    """`encode_request` backwards: (uint8 [B, T, H, W, 3] without a copy, B records with tuples for
-    arrays).
+    """Decode what `encode_request` encodes: (videos uint8 [B, T, H, W, 3] without a copy, B
+    records with tuples in place of JSON's arrays).
 
-    Raises WireError, naming the value, the limit and the fix.
+    Raises `WireError` that names the value, the limit and the fix.
     """
     if len(body) < _PREFIX.size or not body.startswith(MAGIC):
         raise WireError(
@@ -103,7 +138,7 @@ def decode_request(body: bytes | bytearray, limits: Limits) -> tuple[np.ndarray,
         header = load_json(bytes(body[_PREFIX.size : start]))
     except ValueError as error:
         raise WireError(f"the header is not JSON in UTF-8: {error}") from None
-    shape, records = _checked(header, limits)
+    shape, records = _check_header(header, limits)
     if len(body) - start != math.prod(shape):
         raise WireError(
             f"the header's shape {list(shape)} means {math.prod(shape)} bytes of pixels, but "
@@ -112,7 +147,8 @@ def decode_request(body: bytes | bytearray, limits: Limits) -> tuple[np.ndarray,
     return np.frombuffer(body, np.uint8, offset=start).reshape(shape), records
 
 
-def _checked(header: Any, limits: Limits) -> tuple[tuple[int, ...], list[Any]]:
+def _check_header(header: Any, limits: Limits) -> tuple[tuple[int, ...], list[Any]]:
+    """Return the shape and the records of a request's header. Raises `WireError`."""
     if not isinstance(header, dict) or not {"shape", "dtype", "records"} <= header.keys():
         raise WireError(
             'the header must be {"shape": [B, T, H, W, 3], "dtype": "uint8", "records": [...]}'
@@ -120,7 +156,7 @@ def _checked(header: Any, limits: Limits) -> tuple[tuple[int, ...], list[Any]]:
     shape, records = header["shape"], header["records"]
     if header["dtype"] != "uint8":
         raise WireError(
-            f"dtype {_show(header['dtype'])} is not taken: send uint8 RGB, ((x + 1) * "
+            f"dtype {_short(header['dtype'])} is not taken: send uint8 RGB, ((x + 1) * "
             "127.5).round().clip(0, 255) of x in [-1, 1]",
             422,
         )
@@ -131,7 +167,7 @@ def _checked(header: Any, limits: Limits) -> tuple[tuple[int, ...], list[Any]]:
         or not all(type(n) is int and n > 0 for n in shape)
     ):
         raise WireError(
-            f"shape {_show(shape)} is not [B, T, H, W, 3] with no empty axis; an image is a video "
+            f"shape {_short(shape)} is not [B, T, H, W, 3] with no empty axis; an image is a video "
             f"with T = 1",
             422,
         )
@@ -143,39 +179,41 @@ def _checked(header: Any, limits: Limits) -> tuple[tuple[int, ...], list[Any]]:
     ):
         if value > limit:
             raise WireError(
-                f"{name} = {_show(value)} is more than the limit of {limit}: send less, or start "
+                f"{name} = {_short(value)} is more than the limit of {limit}: send less, or start "
                 "the server with a higher limit",
                 413,
             )
     if not isinstance(records, list) or len(records) != shape[0]:
-        found = len(records) if isinstance(records, list) else type(records).__name__
+        count = len(records) if isinstance(records, list) else type(records).__name__
         raise WireError(
-            f"{shape[0]} videos but {found} records: give a list with one for each video", 422
+            f"{shape[0]} videos but {count} records: give a list with one for each video", 422
         )
     return tuple(shape), [_tuples(record) for record in records]
 
 
 def _tuples(value: Any) -> Any:
-    """JSON's arrays as tuples, which is what records and scores hold."""
+    """Replace JSON's arrays by tuples, which records and scores contain."""
     if isinstance(value, list):
         return tuple(_tuples(item) for item in value)
-    return {key: _tuples(item) for key, item in value.items()} if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return value
 
 
-# --- answers --------------------------------------------------------------------------------------
+# --- Answers --------------------------------------------------------------------------------------
 
 
 def encode_scores(batch: BatchScores) -> bytes:
-    """JSON: {"scores": [{"valid", "error", and the fields of `Score`} ...]}, in the order of the
-    request.
+    """Encode scores as JSON, in the order of the request:
+    {"scores": [{"valid": ..., "error": ..., and the fields of `Score`}, ...]}.
 
-    Python writes a double with the digits that give the same double back, so values arrive bit for
-    bit. A score that JSON cannot hold is not valid.
+    Python writes each double with enough digits to read back the same double, so values arrive bit
+    for bit. A score that JSON cannot represent is sent as not valid.
     """
     scores = []
     for score, error in zip(batch.scores, batch.errors):
         try:
-            scores.append(_encode_score(score, error.strip().splitlines()[-1] if error else ""))
+            scores.append(_encode_score(score, last_line(error) if error else ""))
         except (TypeError, ValueError, AttributeError, RecursionError) as reason:
             scores.append(
                 _encode_score(None, f"the reward gave a score that cannot be sent: {reason}")
@@ -200,16 +238,15 @@ def _encode_score(score: Score | None, error: str) -> str:
 def decode_scores(
     answer: Any, count: int, frames: int, bounds: tuple[float, float] = (-MAX_VALUE, MAX_VALUE)
 ) -> list[Score | RewardError]:
-    """`encode_scores` backwards: for each of `count` videos its score, or why it has none. A score
-    that is not as the wire format says, or whose value is not within `bounds`, is an error of that
-    video.
+    """Decode what `encode_scores` encodes: for each of `count` videos its score, or an error.
 
-    frames: of each video, as they were sent. Raises RewardError where the answer does not have
-    `count` scores.
+    A score that violates the wire format, or has a value outside `bounds`, becomes an error of that
+    video. frames: number of frames of each video that were sent. Raises `RewardError` where the
+    answer does not have `count` scores.
     """
     records = answer.get("scores") if isinstance(answer, dict) else None
     if not isinstance(records, list) or len(records) != count:
-        raise RewardError(f"not the scores of {count} videos: {_show(answer)}")
+        raise RewardError(f"not the scores of {count} videos: {_short(answer)}")
     return [_decode_score(record, frames, bounds) for record in records]
 
 
@@ -217,7 +254,7 @@ def _decode_score(record: Any, frames: int, bounds: tuple[float, float]) -> Scor
     if not isinstance(record, dict) or not isinstance(record.get("valid"), bool):
         return RewardError(
             f"the server's score is malformed, expected an object with a boolean 'valid': "
-            f"{_show(record)}"
+            f"{_short(record)}"
         )
     if not record["valid"]:
         return RewardError(
@@ -225,35 +262,36 @@ def _decode_score(record: Any, frames: int, bounds: tuple[float, float]) -> Scor
         )
     expected: dict[str, tuple[Callable[[Any], bool], str]] = {
         "value": (
-            lambda x: _is_number(x, *bounds),
+            lambda value: _is_number(value, *bounds),
             f"a number from {bounds[0]:g} to {bounds[1]:g}",
         ),
         "text": (_is_text, "a string"),
         "frames": (
-            lambda x: _is_list(x, lambda i: type(i) is int and 0 <= i < frames),
+            lambda value: _is_list(value, lambda i: type(i) is int and 0 <= i < frames),
             f"integers from 0 to {frames - 1}",
         ),
-        "frame_values": (lambda x: _is_list(x, _is_number), "finite numbers"),
-        "frame_texts": (lambda x: _is_list(x, _is_text), "strings"),
+        "frame_values": (lambda value: _is_list(value, _is_number), "finite numbers"),
+        "frame_texts": (lambda value: _is_list(value, _is_text), "strings"),
         "parts": (
-            lambda x: _is_list(x, _is_part),
+            lambda value: _is_list(value, _is_part),
             f"[name, number from {-MAX_VALUE:g} to {MAX_VALUE:g} or null] each",
         ),
     }
-    given = {"value": None} | {name: record[name] for name in expected if name in record}
-    for name, value in given.items():
-        is_right, what = expected[name]
-        if not is_right(value):
+    fields = {"value": None} | {name: record[name] for name in expected if name in record}
+    for name, value in fields.items():
+        is_valid, description = expected[name]
+        if not is_valid(value):
             return RewardError(
-                f"the server's score is malformed, {name}={_show(value)}: expected {what}"
+                f"the server's score is malformed, {name}={_short(value)}: expected {description}"
             )
-    given["parts"] = [
-        (name, math.nan if value is None else value) for name, value in given.get("parts", ())
+    fields["parts"] = [
+        (name, math.nan if value is None else value) for name, value in fields.get("parts", ())
     ]
-    return Score(**{name: _tuples(value) for name, value in given.items()})
+    return Score(**{name: _tuples(value) for name, value in fields.items()})
 
 
-def _show(value: Any) -> str:
+def _short(value: Any) -> str:
+    """Return the beginning of a value's repr, for messages."""
     return repr(value)[:200]
 
 
@@ -264,7 +302,7 @@ def _is_text(value: Any) -> bool:
 def _is_number(
     value: Any, low: float = -sys.float_info.max, high: float = sys.float_info.max
 ) -> bool:
-    return type(value) in (int, float) and low <= value <= high  # not for nan, nor for a bool
+    return type(value) in (int, float) and low <= value <= high  # False for nan and for bool
 
 
 def _is_list(value: Any, is_item: Callable[[Any], bool]) -> bool:

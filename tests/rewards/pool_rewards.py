@@ -1,5 +1,5 @@
-"""Rewards that misbehave, importable by worker processes. Each gives the mean of the frames as its
-value.
+"""Rewards for the tests, importable by worker processes. Most give the mean of the frames, and
+misbehave in a way of their own.
 """
 
 import os
@@ -14,7 +14,10 @@ from rewards.base import Score
 
 
 class Mean:
-    """What a first frame of 0, 1, 2 ... means is up to the subclass."""
+    """The mean of the frames. If the first pixel is 1, a subclass may do something else.
+
+    folder: for the file that "once" needs.
+    """
 
     def __init__(self, folder="."):
         self.marks = pathlib.Path(folder)
@@ -25,7 +28,9 @@ class Mean:
         return Score(float(frames.mean()), f"record {record}")
 
     def misbehaves(self, record):
-        """Always, or for record "once" at the first try only; a file remembers it across processes."""
+        """Always, or with the record "once" at the first attempt only; a file remembers it across
+        processes.
+        """
         if record != "once":
             return True
         try:
@@ -44,10 +49,17 @@ class Broken(Mean):
 
 
 class Reader:
-    """Reads its record in every frame."""
+    """Gives its record as the text of every frame."""
 
     def score(self, frames, record):
         return Score(1.0, record, frame_texts=(record,) * len(frames))
+
+
+class Targets:
+    """Gives the targets as its text."""
+
+    def score(self, frames, record):
+        return Score(1.0, " ".join(record))
 
 
 class Dies(Mean):
@@ -82,8 +94,14 @@ class Slow(Mean):
         return Score(1.0)
 
 
+class SlowToBuild(Mean):
+    def __init__(self):
+        print("building", flush=True)
+        time.sleep(3)
+
+
 class Environment:
-    """Tells what the process is like."""
+    """Reports the id, the imported packages and the environment of its process."""
 
     def score(self, frames, record):
         loaded = [name for name in ("jax", "jaxlib", "flax", "torch") if name in sys.modules]
@@ -95,7 +113,7 @@ def broken_factory():
 
 
 class Brightness:
-    """Every pixel counts, so equal rewards mean equal pictures."""
+    """A sum in which every pixel counts, so that equal values mean equal videos."""
 
     def score(self, frames, record):
         weights = 1 + np.arange(frames.size).reshape(frames.shape) % 251

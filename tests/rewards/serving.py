@@ -1,8 +1,9 @@
-"""Servers on localhost for the tests: reward servers in this process or in one of their own, and
-scripted ones.
+"""Servers on localhost for the tests: reward servers in this process or as a command, and servers
+whose answers a test decides.
 """
 
 import contextlib
+import http.client
 import http.server
 import json
 import os
@@ -13,11 +14,17 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 
-from rewards.workers import RewardPool
+import numpy as np
+
+from rewards.pool import RewardPool
+from rewards.remote.wire import CONTENT_TYPE, encode_request
 from tests.rewards import pool_rewards
 
 TOKEN = "a-token-for-tests"
+VIDEOS = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5, 3), np.uint8)
+BODY = b"".join(encode_request(VIDEOS, ["a", "b"]))
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
@@ -31,9 +38,10 @@ def serving(
     admission=None,
     **options,
 ):
-    """A reward server on a thread of this process; gives its URL. options: of `make_app`."""
+    """Run a reward server on a thread of this process; gives its URL. options: of `make_app`."""
     from rewards.remote.admission import Admission
-    from rewards.server import bind, make_app, make_server
+    from rewards.remote.application import make_app, make_server
+    from rewards.server import bind
 
     with RewardPool(reward, workers, "thread") as pool:
         sock = bind("127.0.0.1", port)
@@ -50,12 +58,11 @@ def serving(
 
 
 class Command:
-    """`python -m rewards.server` as a process of its own. files: most that it may open, None for as
-    many as here.
+    """`python -m rewards.server` as a process. files: limit of its open files, None for that of this
+    process.
     """
 
     def __init__(self, *flags, port=0, files=None):
-        path = os.pathsep.join([str(ROOT), str(pathlib.Path(__file__).parent)])
         self.process = subprocess.Popen(
             [
                 *(["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh"] if files else []),
@@ -68,16 +75,17 @@ class Command:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": path, "REWARD_TOKEN": TOKEN},
+            env=os.environ | {"PYTHONPATH": str(ROOT), "REWARD_TOKEN": TOKEN},
         )
 
     def url(self):
-        """Waits until the server is there."""
+        """Wait until the server answers; return its URL."""
         line = self.process.stdout.readline()
         assert line.startswith("reward server on http://"), line + self.process.stderr.read()
         return line.split()[3]
 
     def kill(self, number=signal.SIGKILL):
+        """Send a signal; return the exit code."""
         self.process.send_signal(number)
         return self.process.wait(timeout=30)
 
@@ -93,8 +101,8 @@ class Command:
 
 @contextlib.contextmanager
 def scripted(answer):
-    """A server that answers as `answer(method, path, headers, body) -> (status, object for JSON or
-    bytes)` says, after the seconds that a third item asks for.
+    """Run a server that answers with `answer(method, path, headers, body)`; gives its URL. The result
+    is (status, bytes or an object for JSON), and perhaps seconds to wait before the answer.
     """
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -102,14 +110,14 @@ def scripted(answer):
 
         def do_GET(self):
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            status, found, *seconds = answer(self.command, self.path, self.headers, body)
+            status, content, *seconds = answer(self.command, self.path, self.headers, body)
             time.sleep(sum(seconds))
-            found = found if isinstance(found, bytes) else json.dumps(found).encode()
+            content = content if isinstance(content, bytes) else json.dumps(content).encode()
             with contextlib.suppress(OSError):
                 self.send_response(status)
-                self.send_header("Content-Length", str(len(found)))
+                self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                self.wfile.write(found)
+                self.wfile.write(content)
 
         do_POST = do_GET
 
@@ -130,8 +138,8 @@ def scripted(answer):
 
 @contextlib.contextmanager
 def trickling(start, repeated=b"", pause=0.05):
-    """A server that answers each connection with `start`, whatever it is asked, then with
-    `repeated` again and again; without, it closes the connection.
+    """Run a server that answers each connection with `start`, whatever the request, and then with
+    `repeated` again and again, or else closes the connection; gives its URL.
     """
     stop = threading.Event()
 
@@ -154,3 +162,24 @@ def trickling(start, repeated=b"", pause=0.05):
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def wait_for(condition, seconds=10):
+    """Wait until `condition()` is true, at most `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def ask(url, method="POST", path="/v1/score", body=BODY, token=TOKEN, **headers):
+    """(status, JSON, headers) of one request to a reward server. headers: with _ for -."""
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=30)
+    headers = {"Content-Type": CONTENT_TYPE, "Authorization": f"Bearer {token}"} | {
+        name.replace("_", "-"): value for name, value in headers.items()
+    }
+    connection.request(method, path, body if method == "POST" else None, headers)
+    response = connection.getresponse()
+    content = json.loads(response.read())
+    connection.close()
+    return response.status, content, response.headers

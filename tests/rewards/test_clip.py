@@ -1,23 +1,17 @@
-"""CLIP rewards by a tiny random model: the formula, what is refused, and beside other rewards in a
-worker.
-"""
+"""CLIP rewards with a tiny random model: the formula, errors, and in a composite in a worker."""
 
 import functools
 import json
+import re
 
 import numpy as np
 import pytest
 
-from configs import tiny_ocr
-from grpo.data.prompts import PromptSet
-from grpo.scoring import scores
-from grpo.settings import parse
-from rewards.base import Asked, RewardError
+from rewards.base import PromptRecord, RewardError
 from rewards.clip import ClipReward, check_model
-from rewards.composite import SeveralRewards
-from rewards.workers import RewardPool
-from tests.rewards.pool_rewards import Brightness
-from wan_jax.command_line.cli import UserError
+from rewards.composite import CompositeReward
+from rewards.pool import RewardPool
+from tests.rewards.pool_rewards import Targets
 
 torch = pytest.importorskip("torch", reason="needs pip install -e '.[clip]'")
 PROMPT = "a red sign that says open"
@@ -25,7 +19,7 @@ PROMPT = "a red sign that says open"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Written by transformers: 16 x 16 pixels, words as tokens."""
+    """The folder of a model as transformers writes it: 16 x 16 pixels, words as tokens."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -83,7 +77,7 @@ def videos(n=1, frames=12):
 
 
 def cosines(model, frames):
-    """By the parts of the model: pooled states, projections, norms; the pixels normalised here."""
+    """The cosines by the parts of the model: pooled states, projections, norms."""
     import transformers
 
     clip = transformers.CLIPModel.from_pretrained(model)
@@ -101,52 +95,35 @@ def cosines(model, frames):
 
 def test_the_formula(model):
     (video,) = videos()
-    score = ClipReward(str(model), max_frames=3).score(video, Asked(("open",), PROMPT))
+    score = ClipReward(str(model), max_frames=3).score(video, PromptRecord(("open",), PROMPT))
     assert score.frames == (0, 6, 11)
     expected = cosines(model, video[[0, 6, 11]])
     np.testing.assert_allclose(score.frame_values, expected, atol=1e-5)
     assert score.value == pytest.approx(expected.mean(), abs=1e-5) and np.ptp(expected) > 1e-4
-    picked = ClipReward(str(model), "pickscore", 3).score(video, Asked(("open",), PROMPT))
+    picked = ClipReward(str(model), "pickscore", 3).score(video, PromptRecord(("open",), PROMPT))
     assert picked.value == pytest.approx(np.exp(2.6592) * expected.mean() / 26, abs=1e-5)
-    long = ClipReward(str(model), max_frames=3).score(video, Asked(("open",), "blue " * 50))
+    long = ClipReward(str(model), max_frames=3).score(video, PromptRecord(("open",), "blue " * 50))
     assert np.isfinite(long.value) and long.value != score.value
 
 
 def test_what_is_refused(model, tmp_path, monkeypatch):
-    with pytest.raises(RewardError, match="needs the prompt"):
+    with pytest.raises(RewardError, match="prompt"):
         ClipReward(str(model)).score(videos()[0], ("open",))
-    with pytest.raises(ValueError, match="is no folder with a CLIP model"):
+    with pytest.raises(ValueError, match="kind 'siglip'"):
+        ClipReward(str(model), "siglip")
+    with pytest.raises(ValueError, match=re.escape(repr(str(tmp_path)))):
         check_model(str(tmp_path))
-    c = tiny_ocr.get_config()
-    c.reward.weights.clip = 0.5
-    for changes, message in (
-        ({}, "set config.reward.clip_model=''"),
-        ({"reward.clip_model": str(tmp_path)}, "config.reward.clip_model: .* is no folder"),
-        (
-            {"reward.clip_model": str(model), "reward.servers": ("http://x:1",)},
-            "give no config.reward.servers",
-        ),
-    ):
-        c.update_from_flattened_dict(changes)
-        with pytest.raises(UserError, match=message):
-            parse.from_config(c)
-    c.reward.servers = ()
-    assert parse.from_config(c).weights["clip"] == 0.5
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"pip install -e '.\[clip\]'"):
-        parse.from_config(c)
+    with pytest.raises(ValueError, match="PyTorch"):
+        check_model(str(model))
 
 
-def test_beside_others_in_a_worker(model):
-    """The main reward sees the texts, CLIP the prompt."""
-    prompts = scores.for_rewards(PromptSet((PROMPT,), (("open",),)), {"ocr": 1.0, "clip": 0.1})
-    assert prompts.targets == (Asked(("open",), PROMPT),)
-    plain = PromptSet((PROMPT,), (("open",),))
-    assert scores.for_rewards(plain, {"ocr": 1.0, "motion": 0.1}) is plain
-    makers = {"ocr": Brightness, "clip": functools.partial(ClipReward, str(model), "clip", 3)}
-    with RewardPool(functools.partial(SeveralRewards, makers), workers=1) as pool:
-        found = pool.submit(videos(2), [*prompts.targets] * 2).result()
-    assert found.valid.all()
+def test_in_a_composite_only_clip_gets_the_prompt(model):
+    record = PromptRecord(("open",), PROMPT)
+    factories = {"ocr": Targets, "clip": functools.partial(ClipReward, str(model), "clip", 3)}
+    with RewardPool(functools.partial(CompositeReward, factories), workers=1) as pool:
+        scores = pool.submit(videos(2), [record] * 2).result()
+    assert scores.valid.all() and scores.texts == ["open", "open"]
     np.testing.assert_allclose(
-        found.parts["clip"], [cosines(model, v[[0, 6, 11]]).mean() for v in videos(2)], atol=1e-5
+        scores.parts["clip"], [cosines(model, v[[0, 6, 11]]).mean() for v in videos(2)], atol=1e-5
     )

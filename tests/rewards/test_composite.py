@@ -1,34 +1,29 @@
-"""Several rewards: one that fails beside the main one is tried again and counted, and costs the
-others nothing.
-"""
+"""Composite rewards: values of several rewards, and what the failure of one of them costs."""
 
 import functools
 
 import numpy as np
-import pool_rewards
 import pytest
 
-from rewards.base import RewardError, Score, check_score, describe, last_line
-from rewards.composite import SeveralRewards
-from rewards.workers import RewardPool
-
-
-def batch(*values):
-    """uint8 [B, 2, 2, 2, 3], each video filled with its value; the made-up rewards misbehave at 1."""
-    return np.stack([np.full((2, 2, 2, 3), value, np.uint8) for value in values])
+from rewards.base import Score, last_line
+from rewards.composite import CompositeReward, stability
+from rewards.pool import RewardPool
+from rewards.quality import QualityReward
+from tests.rewards import pool_rewards
+from tests.rewards.drawing import filled, texture
 
 
 def pool(folder, workers, *broken):
-    """The main reward never misbehaves; beside it are those of `broken`, and a sound one after
-    them.
+    """A pool of a composite: a main reward that never misbehaves, the rewards `broken`, and a last
+    reward that never misbehaves.
     """
     sound = pool_rewards.Brightness
-    makers = (
+    factories = (
         {"main": sound}
         | {reward.__name__: functools.partial(reward, str(folder)) for reward in broken}
         | {"last": sound}
     )
-    return RewardPool(functools.partial(SeveralRewards, makers), workers, timeout=2.0)
+    return RewardPool(functools.partial(CompositeReward, factories), workers, timeout=2.0)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +36,7 @@ def pool(folder, workers, *broken):
 def test_a_failure_is_tried_again_then_counted_and_shown_once(tmp_path, caplog, reward, message):
     name = reward.__name__
     with pool(tmp_path, 0, reward) as scoring:
-        scores = scoring.submit(batch(0, 1, 1, 1), ["a", "always", "once", "always"]).result()
+        scores = scoring.submit(filled(0, 1, 1, 1), ["a", "always", "once", "always"]).result()
     assert scores.valid.all() and scores.failures == scores.retries == 0
     assert np.isfinite(scores.parts[name]).tolist() == [True, False, True, False]
     assert np.isfinite(scores.parts["last"]).all() and list(scores.parts) == ["main", name, "last"]
@@ -57,9 +52,9 @@ def test_a_failure_is_tried_again_then_counted_and_shown_once(tmp_path, caplog, 
 def test_what_ends_its_worker_leaves_the_main_score(tmp_path, reward, message):
     name = reward.__name__
     with pool(tmp_path, 2, reward) as scoring:
-        scores = scoring.submit(batch(0, 1), ["a", "always"]).result()
+        scores = scoring.submit(filled(0, 1), ["a", "always"]).result()
     assert scores.valid.all() and (scores.failures, scores.retries) == (0, 1)
-    for lost in (name, "last"):  # what comes after it was not reached
+    for lost in (name, "last"):  # the rewards after it were not reached
         assert np.isfinite(scores.parts[lost]).tolist() == [True, False]
         assert len(scores.part_errors[lost]) == 1 and message in scores.part_errors[lost][0]
 
@@ -70,35 +65,54 @@ def test_a_reward_that_exits_masks_its_video():
             raise SystemExit("bye")
 
     with RewardPool(Exits) as scoring:
-        scores = scoring.submit(batch(1), ["a"]).result()
+        scores = scoring.submit(filled(1), ["a"]).result()
     assert scores.failures == 1 and "SystemExit: bye" in scores.errors[0]
 
 
+def test_several_rewards_keep_apart():
+    """In a worker process, each value has its reward's name, and a reward that fails does not
+    affect the others.
+    """
+    factories = {
+        "ocr": pool_rewards.Mean,
+        "motion": functools.partial(QualityReward, "motion"),
+        "broken": pool_rewards.Broken,
+    }
+    with RewardPool(functools.partial(CompositeReward, factories), workers=1) as pool:
+        scores = pool.submit(np.stack([texture(), texture(shift=2)]), ["a", "b"]).result()
+    assert scores.valid.all() and scores.retries == 0 and scores.texts == ["record a", "record b"]
+    np.testing.assert_array_equal(scores.parts["ocr"], scores.values)
+    assert scores.parts["motion"][0] < 1e-3 < 0.5 < scores.parts["motion"][1]
+    assert np.isnan(scores.parts["broken"]).all() and list(scores.parts) == [
+        "ocr",
+        "motion",
+        "broken",
+    ]
+
+
 @pytest.mark.parametrize(
-    "score",
+    ("texts", "expected"),
     [
-        None,
-        0.5,
-        Score("0.5"),
-        Score(float("inf")),
-        Score(0.5, text=b"x"),
-        Score(0.5, parts=5),
-        Score(0.5, parts=(("a", 1, 2),)),
-        Score(0.5, parts=(("a", "1"),)),
-        Score(np.zeros(2)),
+        (["OPEN"], 1),
+        ([""], 0),
+        (["OPEN", "Open ", "OPEN"], 1),
+        (["OPEN", "", "OPEN"], 0),
+        (["", ""], 0),
+        (["OPEN", "OPEN", "OPEX", "OPEX"], (1 + 0.75 + 1) / 3),
     ],
 )
-def test_malformed_scores_are_refused(score):
-    with pytest.raises(RewardError):
-        check_score(score)
+def test_stability_of_the_text(texts, expected):
+    assert stability(Score(0.0, frame_texts=tuple(texts))) == pytest.approx(expected)
 
 
-def test_scores_of_numpy_are_taken():
-    check_score(Score(np.float32(0.5), parts=(("a", np.float64("nan")), ("b", 1))))
+def test_a_derived_value_needs_no_second_reading():
+    factories = {"ocr": pool_rewards.Reader, "stability": None}
+    score = CompositeReward(factories).score(texture(3), "a")
+    assert score.parts == (("ocr", 1.0), ("stability", 1.0))
 
 
-def test_an_error_is_never_empty():
-    assert (
-        describe(RewardError("")) == "RewardError"
-        and last_line(describe(ValueError())) == "ValueError"
-    )
+def test_without_the_main_reward_there_is_no_score():
+    factories = {"ocr": pool_rewards.Broken, "motion": functools.partial(QualityReward, "motion")}
+    with RewardPool(functools.partial(CompositeReward, factories)) as pool:
+        scores = pool.submit(texture()[None], ["a"]).result()
+    assert not scores.valid.any() and scores.parts == {}

@@ -8,7 +8,6 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from serving import scripted
 
 from rewards.base import RewardError
 from rewards.judge import (
@@ -22,7 +21,8 @@ from rewards.judge import (
     parse_yes_no,
 )
 from rewards.ocr.rules import OCRReward
-from rewards.workers import RewardPool
+from rewards.pool import RewardPool
+from tests.rewards.serving import scripted
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (5, 8, 16, 3), np.uint8)
 QUICK = {"timeout": 5.0, "patience": 2.0, "first_pause": 0.02, "seed": 0}

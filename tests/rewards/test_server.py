@@ -1,178 +1,26 @@
-"""The server over real HTTP: who may ask, what it takes, how it stops."""
+"""The command of the reward server: its settings, its errors, and how it stops."""
 
 import contextlib
-import http.client
-import json
-import pickle
 import signal
 import socket
-import struct
+import subprocess
+import sys
 import threading
-import time
 import urllib.parse
 
-import numpy as np
-import pool_rewards
 import pytest
-from serving import TOKEN, Command, serving
 
 pytest.importorskip("fastapi")
 
 from rewards import server
-from rewards.remote.wire import CONTENT_TYPE, Limits, encode_request
-
-VIDEOS = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5, 3), np.uint8)
-BODY = b"".join(encode_request(VIDEOS, ["a", "b"]))
-
-
-def ask(url, method="POST", path="/v1/score", body=BODY, token=TOKEN, **headers):
-    """(status, JSON, headers) of one request."""
-    connection = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=30)
-    headers = {"Content-Type": CONTENT_TYPE, "Authorization": f"Bearer {token}"} | {
-        name.replace("_", "-"): value for name, value in headers.items()
-    }
-    connection.request(method, path, body if method == "POST" else None, headers)
-    response = connection.getresponse()
-    found = json.loads(response.read())
-    connection.close()
-    return response.status, found, response.headers
-
-
-@pytest.fixture(scope="module")
-def url():
-    with serving(limits=Limits(body=100_000, videos=3)) as url:
-        yield url
-
-
-def test_scores(url):
-    status, found, _ = ask(url)
-    expected = [pool_rewards.Brightness().score(video, None) for video in VIDEOS]
-    assert status == 200 and [score["value"] for score in found["scores"]] == [
-        score.value for score in expected
-    ]
-    assert found["scores"][0] == {
-        "valid": True,
-        "error": "",
-        "value": expected[0].value,
-        "text": expected[0].text,
-        "frames": [],
-        "frame_values": [],
-        "frame_texts": [],
-        "parts": [],
-    }
-
-
-def test_health(url):
-    status, health, _ = ask(url, "GET", "/v1/health")
-    assert status == 200 and health["reward"] == {"name": "brightness"} and health["workers"] == 2
-    assert health["queue"] == 0 and health["limits"]["videos"] == 3
-    assert {"python", "numpy", "rapidocr", "onnxruntime"} <= health["versions"].keys()
-
-
-@pytest.mark.parametrize("method, path", [("POST", "/v1/score"), ("GET", "/v1/health")])
-@pytest.mark.parametrize("token", ["", "wrong", TOKEN + "x", TOKEN[:-1], "\xe9"])
-def test_a_wrong_token_is_refused(url, method, path, token):
-    status, found, headers = ask(url, method, path, token=token)
-    assert status == 401 and "Authorization: Bearer TOKEN" in found["detail"]
-    assert headers["WWW-Authenticate"] == "Bearer" and TOKEN not in json.dumps(found)
-
-
-def test_another_scheme_is_refused(url):
-    assert ask(url, Authorization=f"Basic {TOKEN}")[0] == 401
-
-
-@pytest.mark.parametrize(
-    "body, headers, status, message",
-    [
-        (pickle.dumps((VIDEOS, ["a", "b"])), {}, 415, "begins with"),
-        (
-            pickle.dumps((VIDEOS, ["a", "b"])),
-            {"Content_Type": "application/python-pickle"},
-            415,
-            "is not taken",
-        ),
-        (BODY, {"Content_Type": "application/json"}, 415, "is not taken"),
-        (BODY[:-1], {}, 400, "bytes of pixels"),
-        (
-            b"".join(encode_request(VIDEOS[[0] * 4], ["a"] * 4)),
-            {},
-            413,
-            "videos = 4 is more than the limit of 3",
-        ),
-        (bytes(100_001), {}, 413, "100001 bytes, more than the limit of 100000"),
-        (bytes(20_000_000), {}, 413, "20000000 bytes"),  # far more than fits into socket buffers
-        (bytes(20_000_000), {"Authorization": "Bearer no"}, 401, "Bearer"),
-        (
-            (bytes(1000) for _ in range(101)),
-            {},
-            413,
-            "limit of 100000",
-        ),  # chunks: announces no size
-    ],
-)
-def test_what_is_not_taken(url, body, headers, status, message):
-    found = ask(url, body=body, **headers)
-    assert found[0] == status and message in found[1]["detail"]
-    assert ask(url)[0] == 200
-
-
-def test_a_pickle_is_never_loaded(url, tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "opened"), "w"))
-
-    trap = pickle.dumps(Trap())
-    for body in (trap, BODY[:8] + struct.pack("<I", len(trap)) + trap):
-        assert ask(url, body=body)[0] in (400, 415)
-    assert not (tmp_path / "opened").exists()
-
-
-def test_a_video_that_cannot_be_judged_fails_alone(tmp_path):
-    videos = np.stack([np.full((2, 2, 2, 3), value, np.uint8) for value in (0, 1, 2)])
-    with serving(lambda: pool_rewards.Mean(str(tmp_path))) as url:
-        status, found, _ = ask(url, body=b"".join(encode_request(videos, ["a", "b", "c"])))
-    assert status == 200 and [score["valid"] for score in found["scores"]] == [True, False, True]
-    assert found["scores"][1]["error"] == "ValueError: this video cannot be judged"
-    assert found["scores"][1]["value"] is None and found["scores"][2]["value"] == 2
-
-
-def test_a_full_queue_asks_to_come_back(url):
-    results = []
-    with serving(pool_rewards.Slow, workers=1, max_queue=2) as url:
-        thread = threading.Thread(target=lambda: results.append(ask(url)))
-        thread.start()
-        wait_for(lambda: ask(url, "GET", "/v1/health")[1]["queue"] == 2)
-        status, found, headers = ask(url)
-        thread.join()
-    assert status == 503 and headers["Retry-After"] == "1" and "limit of 2" in found["detail"]
-    assert results[0][0] == 200
-
-
-def test_the_work_of_a_client_that_left_is_dropped():
-    with serving(pool_rewards.Slow, workers=1) as url:
-        parts = urllib.parse.urlsplit(url)
-        body = b"".join(encode_request(VIDEOS[[0] * 20], ["a"] * 20))  # 10 s of work
-        with socket.create_connection((parts.hostname, parts.port)) as sock:
-            sock.sendall(
-                f"POST /v1/score HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {TOKEN}\r\n"
-                f"Content-Type: {CONTENT_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-                + body
-            )
-            wait_for(lambda: ask(url, "GET", "/v1/health")[1]["queue"] == 20)
-        wait_for(lambda: ask(url, "GET", "/v1/health")[1]["queue"] == 0)
-
-
-def wait_for(condition, seconds=5):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+from tests.rewards import pool_rewards
+from tests.rewards.serving import ROOT, TOKEN, Command, ask, serving, wait_for
 
 
 def test_stopping_lets_requests_finish():
     results = []
     with (
-        Command("--reward=pool_rewards:Slow", "--workers=1", files=64) as command,
+        Command("--reward=tests.rewards.pool_rewards:Slow", "--workers=1", files=64) as command,
         contextlib.ExitStack() as stack,
     ):
         url = command.url()
@@ -189,7 +37,37 @@ def test_stopping_lets_requests_finish():
     assert results[0][0] == 200 and results[0][1]["scores"][1]["value"] == 1
 
 
-# --- the command's settings -----------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "flags, code, text",
+    [
+        (["--nope"], 1, "nope"),
+        (["extra"], 1, "'extra'"),
+        (["--workers=0"], 1, "--workers=0"),
+        (["--rule=speling"], 1, "--rule=speling"),
+        (["--max_mib=9", "--max_memory_mib=8"], 1, "--max_memory_mib=8"),
+        (["--reward=a:b", "--options=[1]"], 1, "--options=[1]"),
+        (["--reward=a:b", "--options={"], 1, "--options={"),
+        (["--reward=tests.rewards.pool_rewards:broken_factory", "--workers=1"], 1, "model file"),
+        (["--host=0.0.0.0", "--token_env=NOT_SET"], 1, "--host=0.0.0.0"),
+    ],
+)
+def test_an_error_of_the_user_is_one_line(flags, code, text, capfd):
+    command = [sys.executable, "-m", "rewards.server", "--port=0", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == code and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and text in line
+
+
+def test_ctrl_c_before_the_server_is_ready_is_one_line():
+    with Command("--reward=tests.rewards.pool_rewards:SlowToBuild", "--workers=1") as command:
+        assert command.process.stderr.readline() == "building\n"
+        assert command.kill(signal.SIGINT) == 130
+        assert command.process.stdout.read() == ""
+        assert command.process.stderr.read() == "\nstopped before the server was ready\n"
+
+
+# --- Settings -------------------------------------------------------------------------------------
 
 
 def test_token(tmp_path, monkeypatch):
@@ -215,18 +93,18 @@ def test_token(tmp_path, monkeypatch):
     assert "two" not in str(error.value)
 
 
-def test_a_reward_of_ones_own():
-    factory, about = server.make_factory("pool_rewards:Mean", {"folder": "/tmp"})
+def test_your_own_reward():
+    factory, about = server.make_factory("tests.rewards.pool_rewards:Mean", {"folder": "/tmp"})
     assert isinstance(factory(), pool_rewards.Mean) and about == {
-        "name": "pool_rewards:Mean",
+        "name": "tests.rewards.pool_rewards:Mean",
         "folder": "/tmp",
     }
     for name, options in (
-        ("pool_rewards", {}),
-        ("pool_rewards:Nothing", {}),
+        ("tests.rewards.pool_rewards", {}),
+        ("tests.rewards.pool_rewards:Nothing", {}),
         ("no_such_module:Mean", {}),
         ("", {}),
-        ("pool_rewards:Mean", {"fodler": "/tmp"}),
+        ("tests.rewards.pool_rewards:Mean", {"fodler": "/tmp"}),
     ):
         with pytest.raises(server.UsageError, match="on PYTHONPATH"):
             server.make_factory(name, options)

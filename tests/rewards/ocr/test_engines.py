@@ -1,4 +1,4 @@
-"""Real OCR on real pixels."""
+"""The real OCR engines, on drawn text."""
 
 import importlib.util
 import os
@@ -7,11 +7,11 @@ import sys
 
 import numpy as np
 import pytest
-from drawing import draw, video
 
 from rewards.ocr import engines
 from rewards.ocr.engines import PaddleOCREngine, TextLine, make_engine, reading_order
 from rewards.ocr.rules import OCRReward, spelling
+from tests.rewards.drawing import draw, video
 
 WORDS = ["HELLO", "OPEN", "Pizza", "SALE", "24 HOURS", "Jazz Club", "EXIT 7", "Welcome"]
 SIZES = [(64, 128, 16), (128, 128, 20), (256, 256, 36)]
@@ -201,3 +201,36 @@ def test_paddleocr_agrees_with_rapidocr(rapid):
         "GRAND",
         "OPENING",
     ]
+
+
+# --- Readable characters --------------------------------------------------------------------------
+
+
+def test_the_readable_characters_are_those_of_the_network():
+    runtime = pytest.importorskip("onnxruntime")
+    folder = pathlib.Path(importlib.util.find_spec("rapidocr").submodule_search_locations[0])
+    session = runtime.InferenceSession(next(folder.glob("models/*_rec_*.onnx")))
+    listed = session.get_modelmeta().custom_metadata_map["character"].split("\n")
+    assert (
+        engines.readable_characters("rapidocr") == set(listed) - {""} | {" "}
+        and len(listed) > 18_000
+    )
+    # the outputs are these, one for nothing, and one for a space
+    assert session.get_outputs()[0].shape[-1] in (len(listed) + 1, len(listed) + 2)
+
+
+def test_the_readable_characters_in_a_text_file(monkeypatch, tmp_path):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/__init__.py").touch()
+    (tmp_path / "package/dict.txt").write_text("A\nB\né\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(engines.CHARACTER_LISTS, "paddleocr", ("package", "dict.txt"))
+    assert engines.readable_characters("paddleocr") == set("ABé ")
+
+
+@pytest.mark.parametrize(
+    "place", [("no_such_package", "models/*.onnx"), ("rapidocr", "no_such_folder/*")]
+)
+def test_a_list_of_characters_that_is_missing(monkeypatch, place):
+    monkeypatch.setitem(engines.CHARACTER_LISTS, "rapidocr", place)
+    assert engines.readable_characters("rapidocr") is None

@@ -1,6 +1,4 @@
-"""The rules on recognised lines, and `OCRReward` with an engine that reads made-up frames: no OCR
-here.
-"""
+"""The rules on recognised lines, and `OCRReward` with an engine that invents them: without OCR."""
 
 import random
 import string
@@ -8,6 +6,7 @@ import string
 import numpy as np
 import pytest
 
+from rewards.ocr import rules
 from rewards.ocr.engines import TextLine
 from rewards.ocr.rules import (
     RULES,
@@ -17,6 +16,7 @@ from rewards.ocr.rules import (
     flow_grpo_image,
     flow_grpo_video_frame,
     flow_grpo_video_mean,
+    make_readable_check,
     spelling,
 )
 
@@ -204,3 +204,14 @@ def test_reward_errors():
                 OCRReward(rule, engine=reader([["A"]])).score(made_up(0), targets)
     with pytest.raises(ValueError, match="video of 2 frames"):
         OCRReward("flow_grpo_image", engine=reader([["A"]])).score(made_up(0, 0), ("A",))
+
+
+def test_characters_that_the_engine_cannot_read(monkeypatch):
+    monkeypatch.setattr(rules, "readable_characters", lambda engine: frozenset("ABé "))
+    check = make_readable_check("rapidocr")
+    # Case, accents as separate characters, and width do not matter.
+    check(("a B É", "be\u0301", "Ａ"))
+    with pytest.raises(ValueError, match=r"C, d of 'ACdC'"):
+        check(("A", "ACdC"))
+    monkeypatch.setattr(rules, "readable_characters", lambda engine: None)
+    assert make_readable_check("rapidocr") is None

@@ -1,8 +1,11 @@
+"""Target texts in prompts: quotes of all kinds, apostrophes, and prompts without a target."""
+
 import random
 
 import pytest
+from ftfy.fixes import uncurl_quotes
 
-from rewards.ocr.targets import TargetError, parse_targets
+from rewards.ocr.targets import TargetError, _clean, parse_targets
 from rewards.ocr.text_match import visible
 from wan_jax.models.tokenizer import clean
 
@@ -77,16 +80,21 @@ BAD = [
 
 @pytest.mark.parametrize("prompt, targets", GOOD + CLEANED)
 def test_targets(prompt, targets):
-    """They occur in what the model is told."""
+    """They also occur in the prompt that the text encoder gets."""
     assert parse_targets(prompt) == targets
     assert all(target in visible(clean(prompt)) for target in targets)
+
+
+@pytest.mark.parametrize("prompt", [prompt for prompt, _ in GOOD + CLEANED + BAD])
+def test_prompts_are_cleaned_as_for_the_text_encoder(prompt):
+    assert uncurl_quotes(_clean(prompt)) == clean(prompt)
 
 
 @pytest.mark.parametrize("prompt, message", BAD)
 def test_errors_name_the_prompt_and_the_fix(prompt, message):
     with pytest.raises(TargetError, match=message) as error:
         parse_targets(prompt)
-    assert repr(clean(prompt, uncurl_quotes=False)) in str(error.value)
+    assert repr(_clean(prompt)) in str(error.value)
     assert "put the text to write in double quotes" in str(error.value) or message == "backslash"
 
 

@@ -1,3 +1,5 @@
+"""Normalisation, edit distance and the most similar part of a text."""
+
 import random
 
 import pytest

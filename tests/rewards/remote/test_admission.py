@@ -12,13 +12,14 @@ import time
 import urllib.parse
 
 import numpy as np
-import pool_rewards
 import pytest
-from serving import TOKEN, serving
+
+from tests.rewards import pool_rewards
+from tests.rewards.serving import TOKEN, serving, wait_for
 
 pytest.importorskip("fastapi")
 
-from rewards.remote.admission import MAX_CONNECTIONS, MOST_AT_ONCE, Admission, connection_limits
+from rewards.remote.admission import MAX_ACCEPTED, MAX_CONNECTIONS, Admission, connection_limits
 from rewards.remote.wire import CONTENT_TYPE, encode_request
 
 BODY = b"".join(encode_request(np.zeros((1, 2, 4, 5, 3), np.uint8), ["a"]))
@@ -67,13 +68,6 @@ def is_open(sock):
         return False
 
 
-def wait_for(condition, seconds=10):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @contextlib.contextmanager
 def sending(sock, data, pause=0.02):
     """Sends `data` again and again, and reads nothing."""
@@ -116,7 +110,7 @@ def test_strangers_are_closed_in_time(caplog):
             stack.enter_context(sending(silent[-1], repeated))
         assert answer(connect(url, post() + BODY))[0] == 200  # meanwhile
         start = time.monotonic()
-        wait_for(lambda: not admission.strangers)
+        wait_for(lambda: not admission.untrusted)
         assert time.monotonic() - start < 2
         assert answer(connect(url, HEALTH))[0] == 200
     assert (
@@ -176,8 +170,8 @@ def test_an_idle_client_that_trickles_is_closed():
 def test_a_request_of_a_closed_connection_does_not_count_as_under_way():
     admission, done = Admission(8), threading.Event()
     with serving(admission=admission) as url, contextlib.closing(connect(url)):
-        wait_for(lambda: admission.strangers)
-        connection = next(iter(admission.strangers))
+        wait_for(lambda: admission.untrusted)
+        connection = next(iter(admission.untrusted))
 
         # as where a connection is closed before its request comes to its turn
         def close_and_authorise():
@@ -186,7 +180,7 @@ def test_a_request_of_a_closed_connection_does_not_count_as_under_way():
             done.set()
 
         connection.loop.call_soon_threadsafe(close_and_authorise)
-        assert done.wait(10) and not admission.busy and not admission.strangers
+        assert done.wait(10) and not admission.busy and not admission.untrusted
 
 
 def test_bodies_that_would_take_too_much_memory_are_not_read(caplog):
@@ -198,7 +192,7 @@ def test_bodies_that_would_take_too_much_memory_are_not_read(caplog):
             status, found = answer(stack.enter_context(connect(url, header + data)))
             assert (
                 status == 503
-                and "900 bytes are held" in found["detail"]
+                and "900 bytes are used" in found["detail"]
                 and "limit of 1000" in found["detail"]
             )
         first.close()
@@ -242,7 +236,7 @@ def test_limits_follow_the_limit_of_open_files(monkeypatch):
     for files in (64, 256, 1024):
         connections, at_once = limits(files)
         assert 8 <= connections < MAX_CONNECTIONS and connections + 5 * at_once + 7 < files
-    assert limits(resource.RLIM_INFINITY) == limits(1 << 20) == (MAX_CONNECTIONS, MOST_AT_ONCE)
+    assert limits(resource.RLIM_INFINITY) == limits(1 << 20) == (MAX_CONNECTIONS, MAX_ACCEPTED)
     with pytest.raises(
         ValueError, match=r"64 files, too few for 16 workers.* 127 or more \(ulimit -n\)"
     ):

@@ -5,16 +5,17 @@ import functools
 import time
 
 import numpy as np
-import pool_rewards
 import pytest
-from serving import TOKEN, Command, scripted, serving
+
+from tests.rewards import pool_rewards
+from tests.rewards.serving import TOKEN, Command, scripted, serving
 
 pytest.importorskip("fastapi")
 
 from rewards.base import RewardError, Score
 from rewards.ocr.rules import even_frames
+from rewards.pool import RewardPool
 from rewards.remote.client import RemoteReward
-from rewards.workers import RewardPool
 
 VIDEOS = np.random.default_rng(0).integers(0, 256, (12, 9, 4, 5, 3), np.uint8)
 QUICK = {"token": TOKEN, "timeout": 5.0, "patience": 20.0, "first_pause": 0.05, "seed": 0}
@@ -98,7 +99,7 @@ def test_a_video_that_cannot_be_judged_is_masked(tmp_path):
 
 
 def test_a_killed_server_leaves_its_work_to_the_other_and_a_restart_costs_a_wait_only():
-    slow = ("--reward=pool_rewards:Slow", "--workers=2")
+    slow = ("--reward=tests.rewards.pool_rewards:Slow", "--workers=2")
     with Command(*slow) as one, Command(*slow) as other:
         url = other.url()
         with pool_of([one.url(), url]) as pool:

@@ -6,11 +6,10 @@ import threading
 import time
 
 import pytest
-from serving import scripted, trickling
 
 from rewards.base import RewardError
-from rewards.remote.connections import Connections, check_url
 from rewards.remote.endpoints import FIRST_PAUSE, LONGEST_PAUSE, Endpoints, pause
+from tests.rewards.serving import scripted, trickling
 
 
 def endpoints(*urls, **options):
@@ -40,30 +39,6 @@ def test_pauses_double_and_differ_by_chance_only():
     assert [pause(n, one.random()) for n in range(1, 9)] == [
         pause(n, other.random()) for n in range(1, 9)
     ]
-
-
-def test_a_connection_is_used_again_and_a_closed_one_is_not():
-    peers = []
-
-    def answer(method, path, headers, body):
-        return 200, body
-
-    with scripted(answer) as url:
-        connections = Connections(url)
-        for _ in range(3):
-            assert (
-                connections.exchange("POST", "/", {}, [b"12", memoryview(b"3")], timeout=5).body
-                == b"123"
-            )
-            peers.append(connections._idle[0].sock.getsockname())
-        assert len(set(peers)) == 1
-        stale = connections._idle[0].sock
-        stale.shutdown(2)  # as when the server ends an idle connection
-        assert connections.exchange("GET", "/", {}, timeout=5).status == 200
-        assert connections._idle[0].sock is not stale
-        connections.close()
-        with pytest.raises(OSError, match="closed"):
-            connections.exchange("GET", "/", {}, timeout=5)
 
 
 def test_paths_of_a_url_are_kept():
@@ -185,10 +160,10 @@ def test_why_a_server_is_not_used_is_logged_when_it_changes(caplog):
 @pytest.mark.parametrize(
     "answer, message",
     [
-        (b"\x1b[31m\x00\r\n", "something else than HTTP"),
+        (b"\x1b[31m\x00\r\n", "no valid HTTP answer"),
         (b"HTTP/1.1 500 x\r\n\r\n\x1b[31m\r\nno", r"answered 500 \[31m  no\. Start"),
         (b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 600 + b"]" * 600, "JSON .*deeper than 64"),
-        (b"", "closed connection"),
+        (b"", "disconnected"),
     ],
 )
 def test_what_a_server_writes_is_one_printable_line(answer, message):
@@ -270,24 +245,6 @@ def test_the_start():
         RewardError, match=r"no reward server works: http://127\.0\.0\.1:9: .*refused.*Start one"
     ):
         endpoints("http://127.0.0.1:9")
-
-
-@pytest.mark.parametrize(
-    "url, message",
-    [
-        ("cpu1:8080", "write http://host:port"),
-        ("ftp://cpu1", "write http"),
-        ("http://", "write http"),
-        ("http://cpu1:port", "not a URL"),
-        ("http://cpu1/?a=b", "write http"),
-        (7, "not a URL"),
-        ("http://user:pass@cpu1", "environment variable"),
-    ],
-)
-def test_unusable_urls(url, message):
-    with pytest.raises(ValueError, match=message) as error:
-        check_url(url)
-    assert "pass@" not in str(error.value)
 
 
 def test_unusable_settings():

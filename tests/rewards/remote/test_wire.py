@@ -1,3 +1,5 @@
+"""The wire format: what is encoded is decoded to the bit, and what is malformed is refused."""
+
 import json
 import math
 import pickle
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from rewards.base import RewardError, Score
+from rewards.pool import BatchScores
 from rewards.remote.wire import (
     MAGIC,
     Limits,
@@ -17,7 +20,6 @@ from rewards.remote.wire import (
     encode_request,
     encode_scores,
 )
-from rewards.workers import BatchScores
 
 VIDEOS = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5, 3), np.uint8)
 RECORDS = [("OPEN", "早安"), {"targets": ("A",), "weight": 0.1, "none": None}]

@@ -1,3 +1,5 @@
+"""Batches in a reward pool: values, failures, and the end of a pool."""
+
 import functools
 import os
 import signal
@@ -5,18 +7,13 @@ import threading
 import time
 
 import numpy as np
-import pool_rewards
 import pytest
-from drawing import video
 
 from rewards.base import RewardError
 from rewards.ocr.rules import OCRReward
-from rewards.workers import RewardPool
-
-
-def batch(*values):
-    """uint8 [B, 2, 2, 2, 3], each video filled with its value; the made-up rewards misbehave at 1."""
-    return np.stack([np.full((2, 2, 2, 3), value, np.uint8) for value in values])
+from rewards.pool import RewardPool
+from tests.rewards import pool_rewards
+from tests.rewards.drawing import filled, video
 
 
 def test_values_do_not_depend_on_workers_or_mode():
@@ -54,24 +51,24 @@ def test_values_do_not_depend_on_workers_or_mode():
 )
 def test_failures_are_retried_then_masked_and_counted(tmp_path, workers, mode, reward, message):
     with RewardPool(functools.partial(reward, str(tmp_path)), workers, mode) as pool:
-        scores = pool.submit(batch(0, 1, 2, 1, 3), ["a", "b", "c", "once", "d"]).result()
+        scores = pool.submit(filled(0, 1, 2, 1, 3), ["a", "b", "c", "once", "d"]).result()
         assert scores.valid.tolist() == [True, False, True, True, True]
         assert np.isnan(scores.values[1]) and scores.values[[0, 2, 3, 4]].tolist() == [0, 2, 1, 3]
         assert (scores.failures, scores.retries) == (1, 2)
         assert message in scores.errors[1] and scores.scores[1] is None and scores.texts[1] == ""
         assert scores.texts[2] == "record c"
-        assert pool.submit(batch(4), ["e"]).result().values.tolist() == [4]
+        assert pool.submit(filled(4), ["e"]).result().values.tolist() == [4]
 
 
 def test_a_score_that_cannot_be_sent_is_masked():
     with RewardPool(pool_rewards.Unpicklable, 1) as pool:
-        scores = pool.submit(batch(1, 2), ["a", "b"]).result()
+        scores = pool.submit(filled(1, 2), ["a", "b"]).result()
     assert scores.valid.tolist() == [False, True] and "pickle" in scores.errors[0]
 
 
 def test_a_worker_that_dies_is_replaced(tmp_path):
     with RewardPool(functools.partial(pool_rewards.Dies, str(tmp_path)), 2) as pool:
-        scores = pool.submit(batch(0, 1, 1, 2, 3), ["a", "always", "once", "b", "c"]).result()
+        scores = pool.submit(filled(0, 1, 1, 2, 3), ["a", "always", "once", "b", "c"]).result()
         assert scores.valid.tolist() == [True, False, True, True, True]
         assert (scores.failures, scores.retries) == (1, 2)
         assert "died with exit code -9" in scores.errors[1]
@@ -80,7 +77,7 @@ def test_a_worker_that_dies_is_replaced(tmp_path):
 def test_a_worker_killed_from_outside_mid_batch_costs_a_retry_only():
     with RewardPool(pool_rewards.Slow, 2) as pool:
         pids = [scorer._process.pid for scorer in pool._scorers]
-        pending = pool.submit(batch(0, 0, 0, 0), [None] * 4)
+        pending = pool.submit(filled(0, 0, 0, 0), [None] * 4)
         time.sleep(0.2)
         assert not pending.done()
         os.kill(pids[0], signal.SIGKILL)
@@ -88,45 +85,21 @@ def test_a_worker_killed_from_outside_mid_batch_costs_a_retry_only():
         assert scores.valid.all() and (scores.failures, scores.retries) == (0, 1)
         os.kill(pool._scorers[0]._process.pid, signal.SIGKILL)  # while idle: not even a retry
         pool._scorers[0]._process.wait()
-        again = pool.submit(batch(0, 0), [None] * 2).result(timeout=30)
+        again = pool.submit(filled(0, 0), [None] * 2).result(timeout=30)
         assert again.valid.all() and again.retries == 0
 
 
 def test_a_video_that_takes_too_long_is_masked():
     with RewardPool(pool_rewards.Hangs, 2, timeout=1.0) as pool:
-        scores = pool.submit(batch(0, 1, 2), ["a", "b", "c"]).result(timeout=30)
+        scores = pool.submit(filled(0, 1, 2), ["a", "b", "c"]).result(timeout=30)
     assert scores.valid.tolist() == [True, False, True]
     assert scores.retries == 1 and "took longer than 1.0 s" in scores.errors[1]
-
-
-def test_workers_ignore_ctrl_c():
-    with RewardPool(pool_rewards.Interrupted, 1) as pool:
-        scores = pool.submit(batch(1), ["a"]).result()
-        assert scores.values.tolist() == [7] and scores.retries == 0
-        assert os.getpgid(pool._scorers[0]._process.pid) != os.getpgid(0)
-
-
-def test_workers_are_processes_of_their_own_without_jax():
-    import jax  # noqa: F401  (the parent has it, as a trainer does)
-
-    with RewardPool(pool_rewards.Environment, 2) as pool:
-        scores = pool.submit(batch(*range(2, 10)), [None] * 8).result()
-        assert set(scores.texts) == {"[] OMP=1"}
-        assert os.getpid() not in scores.values
-
-
-def test_ocr_workers_do_not_load_jax():
-    with (
-        RewardPool(OCRReward, 1) as pool,
-        open(f"/proc/{pool._scorers[0]._process.pid}/maps") as maps,
-    ):
-        assert "jaxlib" not in maps.read()
 
 
 def test_submit_returns_at_once_and_batches_queue_up():
     with RewardPool(pool_rewards.Slow, 2) as pool:
         start = time.monotonic()
-        first, second = pool.submit(batch(0, 0), [None] * 2), pool.submit(batch(0, 0), [None] * 2)
+        first, second = pool.submit(filled(0, 0), [None] * 2), pool.submit(filled(0, 0), [None] * 2)
         assert time.monotonic() - start < 0.3 and not first.done()
         with pytest.raises(TimeoutError, match="2 of 2 videos"):
             second.result(timeout=0.1)
@@ -137,18 +110,18 @@ def test_submit_returns_at_once_and_batches_queue_up():
 @pytest.mark.parametrize("workers, mode", [(0, "inline"), (1, "thread"), (1, "process")])
 def test_close_twice(workers, mode):
     pool = RewardPool(pool_rewards.Mean, workers, mode)
-    assert pool.submit(batch(2), ["a"]).result().values.tolist() == [2]
+    assert pool.submit(filled(2), ["a"]).result().values.tolist() == [2]
     pool.close()
     pool.close()
     with pytest.raises(RewardError, match="closed"):
-        pool.submit(batch(2), ["a"])
+        pool.submit(filled(2), ["a"])
 
 
 def test_close_stops_workers_mid_batch():
     before = threading.active_count()
     pool = RewardPool(pool_rewards.Hangs, 2)
     processes = [scorer._process for scorer in pool._scorers]
-    pending = pool.submit(batch(1, 1, 1), ["a"] * 3)
+    pending = pool.submit(filled(1, 1, 1), ["a"] * 3)
     time.sleep(0.2)
     start = time.monotonic()
     pool.close()
@@ -157,42 +130,6 @@ def test_close_stops_workers_mid_batch():
     assert threading.active_count() == before
     with pytest.raises(RewardError, match="closed before this batch"):
         pending.result()
-
-
-def test_workers_end_with_their_parent(tmp_path):
-    """Also when it is killed and can close nothing."""
-    import subprocess
-    import sys
-
-    script = (
-        "import sys, time, pool_rewards; from rewards.workers import RewardPool\n"
-        "pool = RewardPool(pool_rewards.Mean, 1)\n"
-        "print(pool._scorers[0]._process.pid, flush=True); time.sleep(60)"
-    )
-    path = os.pathsep.join([os.getcwd(), os.path.dirname(__file__)])
-    parent = subprocess.Popen(
-        [sys.executable, "-c", script],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": path},
-    )
-    worker = int(parent.stdout.readline())
-    assert os.path.exists(f"/proc/{worker}")
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
-    deadline = time.monotonic() + 10
-    while _runs(worker) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not _runs(worker)
-
-
-def _runs(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_errors():
@@ -210,8 +147,8 @@ def test_errors():
         RewardPool(pool_rewards.Mean, 2, "inline")
     with RewardPool(pool_rewards.Mean) as pool:
         with pytest.raises(ValueError, match="2 videos but 1 records"):
-            pool.submit(batch(0, 0), ["a"])
+            pool.submit(filled(0, 0), ["a"])
         with pytest.raises(ValueError, match="B >= 1"):
-            pool.submit(batch(0)[:0], [])
+            pool.submit(filled(0)[:0], [])
         with pytest.raises(ValueError, match="uint8"):
-            pool.submit(batch(0).astype(np.float32), ["a"])
+            pool.submit(filled(0).astype(np.float32), ["a"])
