@@ -1,1 +1,1 @@
-"""Rewards of an epoch and of an evaluation: collected, combined, judged on held-out prompts."""
+"""Scoring of videos: the reward pool, gathered scores, combined rewards, held-out evaluation."""

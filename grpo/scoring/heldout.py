@@ -1,5 +1,5 @@
-"""Held-out evaluation: the deployment sampler, fixed prompts and seeds, OCR rewards with a
-confidence interval.
+"""Held-out evaluation: the deployment sampler with fixed prompts and seeds, and the mean reward with
+its confidence interval.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from grpo.records.statistics import LEAST_VALUES, bootstrap_interval
 from grpo.rollout import initial_noise
 from grpo.scoring.reward_combination import base_statistics
 from grpo.scoring.scores import format_failures, gather_scores, submit
-from rewards.workers import RewardPool
+from rewards.pool import RewardPool
 from wan_jax.diffusion.experts import Segment
 from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.distributed import multihost
@@ -24,14 +24,16 @@ from wan_jax.inference.pipeline import TextTable, one_ahead, sample_ode
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    # what evals.jsonl holds; reward, low and high are nan where fewer than two videos were scored
+    """The result of one evaluation."""
+
+    # a line of evals.jsonl; reward, low and high are nan where fewer than two videos were scored
     record: dict
-    videos: np.ndarray | None  # uint8 [n, T, H, W, 3], the first samples
+    videos: np.ndarray | None  # uint8 [n, T, H, W, 3], the previews; None without any
     why: str  # why videos have no score
 
     @property
     def warning(self) -> str | None:
-        """What to print where the evaluation has no result."""
+        """The message to print where the evaluation has no result, else None."""
         if math.isfinite(self.record["reward"]):
             return None
         return (
@@ -41,51 +43,56 @@ class Evaluation:
         )
 
 
-def said(record: dict) -> str:
-    """An evaluation's record in one line."""
-    alone = f"; without guidance: {said(record['unguided'])}" if "unguided" in record else ""
-    result = (
-        f"{record['reward']:.3f} [{record['low']:.3f}, {record['high']:.3f}]"
-        if math.isfinite(record["reward"])
-        else "unknown"
-    )
+def format_evaluation(record: dict) -> str:
+    """Return an evaluation's record as one line of text."""
+    unguided = ""
+    if "unguided" in record:
+        unguided = f"; without guidance: {format_evaluation(record['unguided'])}"
+    result = "unknown"
+    if math.isfinite(record["reward"]):
+        result = f"{record['reward']:.3f} [{record['low']:.3f}, {record['high']:.3f}]"
     failures = format_failures(record["failed_scores"], record)
     return (
         f"OCR reward {result} on {record['num']} prompts{f' ({failures})' if failures else ''}, "
-        f"{record['seconds']:.1f} s{alone}"
+        f"{record['seconds']:.1f} s{unguided}"
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """Everything that stays fixed between the evaluations of a run; call it with the weights to
-    judge.
+    """Evaluates weights: everything that is the same in all evaluations of a run, and a call with
+    the weights.
     """
 
     prompts: PromptSet
-    table: TextTable
+    table: TextTable  # embeddings of the prompts
     solver: object
-    steps: tuple  # one `pipeline.make_ode_step` an expert
-    parts: tuple[Segment, ...]  # the schedule's steps by expert
+    steps: tuple  # `pipeline.make_ode_step` of each expert
+    parts: tuple[Segment, ...]  # the schedule's steps of each expert
     decode: object  # `pipeline.make_decoder`
     vae_state: object
     pool: RewardPool
     mesh: jax.sharding.Mesh
-    shape: tuple[int, ...]  # latents of one video
+    shape: tuple[int, ...]  # of the latents of one video
     batch_size: int
-    seed: int
-    previews: int
-    unguided: tuple = ()  # as `steps`, without guidance: evaluated as well
+    seed: int  # of the initial noise and of the interval's bootstrap samples
+    previews: int  # number of videos to return
+    unguided: tuple = ()  # as `steps` but without guidance, which is then evaluated as well
 
     def __call__(self, arrays: Callable, epoch: int, progress=lambda x, **_: x) -> Evaluation:
-        """arrays(expert): what its step takes first. One sample a prompt, its noise from (seed,
-        number). Every process scores the videos on its own devices; the result is the same on all.
+        """Sample one video per prompt, score it, and return the evaluation after `epoch`.
+
+        arrays(expert): the first arguments of the expert's step, i.e. its weights. progress: wraps
+        an iterable to show how far it is. The noise of a video is a function of (seed, number of
+        the prompt). Every process scores the videos on its own devices; the result is the same on
+        all processes.
         """
-        start, pending, kept = time.monotonic(), [], []
+        start = time.monotonic()
         total, key = len(self.prompts), jax.random.key(self.seed)
         replicated, sharded = mesh_lib.replicated(self.mesh), mesh_lib.batch_sharding(self.mesh)
+
+        # 1. Sample latents, batch by batch. The last batch wraps around, so that all have one shape.
         firsts = range(0, total, self.batch_size)
-        # the last wraps: one shape
         rows = [np.arange(first, first + self.batch_size) % total for first in firsts]
         batches = [
             (
@@ -95,22 +102,27 @@ class Evaluator:
             for index in rows
         ]
         latents = sample_ode(self.steps, arrays, self.parts, self.solver, batches)
-        mine = multihost.my_rows(sharded, self.batch_size)
+
+        # 2. Decode them, and score this process's videos.
+        pending, previews = [], []
+        own_rows = multihost.my_rows(sharded, self.batch_size)
         decoding = ((first, self.decode(self.vae_state, x)) for first, x in zip(firsts, latents))
         for first, video in progress(one_ahead(decoding), total=len(rows)):
             multihost.stage(
                 f"evaluation after epoch {epoch}: videos {first} to {first + self.batch_size - 1}"
             )
-            real = mine < total - first  # not those that wrapped
-            videos, numbers = video()[real], first + mine[real]
+            in_range = own_rows < total - first  # not the rows that wrapped around
+            videos, numbers = video()[in_range], first + own_rows[in_range]
             if len(numbers):
                 pending.append(
                     submit(self.pool, numbers, videos, [self.prompts.targets[i] for i in numbers])
                 )
-            kept += zip(numbers[numbers < self.previews].tolist(), videos.frames)
+            previews += zip(numbers[numbers < self.previews].tolist(), videos.frames)
+
+        # 3. Gather the scores and the previews of all processes.
         multihost.stage(f"evaluation after epoch {epoch}: scores")
         scores = gather_scores(pending, total)
-        shown = dict(video for part in multihost.gather(kept) for video in part)
+        shown = dict(video for process in multihost.gather(previews) for video in process)
         rewards = scores.values
         num = int(scores.valid.sum())
         mean, low, high = (
@@ -124,7 +136,7 @@ class Evaluator:
             "num": num,
             "failed_scores": scores.failures,
             **scores.counts(),
-            "rewards": [float(r) for r in rewards],
+            "rewards": [float(reward) for reward in rewards],
             "prompts": list(self.prompts.prompts),
             "texts": scores.texts,
             "seconds": time.monotonic() - start,
@@ -132,8 +144,8 @@ class Evaluator:
         if scores.parts:
             record["measures"] = base_statistics(scores.parts)
         if self.unguided:
-            alone = dataclasses.replace(self, steps=self.unguided, unguided=(), previews=0)
-            record["unguided"] = alone(arrays, epoch, progress).record
+            unguided = dataclasses.replace(self, steps=self.unguided, unguided=(), previews=0)
+            record["unguided"] = unguided(arrays, epoch, progress).record
             del record["unguided"]["prompts"], record["unguided"]["epoch"]
         return Evaluation(
             record,

@@ -1,10 +1,10 @@
-"""Several rewards as one: what training maximises, and which videos count.
+"""Combination of several rewards: what training maximises, and which videos count.
 
-The spelling, how stable the text is in time and what a CLIP model says count as they are. A measure
-of quality (`rewards/quality.py`) has no scale of its own, so it counts against the videos of the
-model that training starts from, on the held-out prompts: 0 within one standard deviation of their
-mean, falling to -1 at four, on the side that is bad. Weight 0 means measured and logged, and
-nothing else.
+The spelling, the stability of the text and the CLIP rewards count as they are. A measure of quality
+(`rewards/quality.py`) has no scale of its own, so it becomes a penalty relative to the model that
+training starts from, on the held-out prompts: 0 within one standard deviation of that model's mean,
+falling linearly to -1 at four, on the bad side. Weight 0 means that a reward is measured and logged
+but not trained.
 """
 
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ import numpy as np
 
 from grpo.advantages import group_advantages
 
-MAIN = "ocr"
-# the side that is bad: a deviation above the base model's mean (+1), below (-1), both (0)
+MAIN = "ocr"  # the main reward, the spelling
+# the bad side of each measure: above the base model's mean (+1), below it (-1), both (0)
 BAD_SIDE = {
     "sharpness": 0,
     "exposure": 0,
@@ -23,26 +23,24 @@ BAD_SIDE = {
     "flicker": 1,
     "motion": -1,
 }
-FREE, WORST = 1.0, 4.0  # standard deviations
+FREE, WORST = 1.0, 4.0  # standard deviations where the penalty starts, and where it is -1
 
-Base = Mapping[str, tuple[float, float]]  # mean and standard deviation by measure
+Base = Mapping[str, tuple[float, float]]  # (mean, standard deviation) by measure
 
 
 def base_statistics(parts: Mapping[str, np.ndarray]) -> dict[str, tuple[float, float]]:
-    """Mean and population standard deviation of each measure over the videos that have it; nan with
-    fewer than two, which say nothing about the spread.
+    """Return the mean and the population standard deviation of each measure over the videos that
+    have it; nan with fewer than two, which have no spread.
     """
-    found = {name: values[np.isfinite(values)] for name, values in parts.items() if name != MAIN}
+    finite = {name: values[np.isfinite(values)] for name, values in parts.items() if name != MAIN}
     return {
-        name: (float(v.mean()), float(v.std())) if len(v) > 1 else (np.nan, np.nan)
-        for name, v in found.items()
+        name: (float(values.mean()), float(values.std())) if len(values) > 1 else (np.nan, np.nan)
+        for name, values in finite.items()
     }
 
 
 def without_base(weights: Mapping[str, float], base: Base) -> list[str]:
-    """Return the weighted measures of quality that cannot be judged because `base` has no
-    statistics of them.
-    """
+    """Return the names of the weighted measures of quality for which `base` has no statistics."""
     return [
         name
         for name, weight in weights.items()
@@ -51,8 +49,11 @@ def without_base(weights: Mapping[str, float], base: Base) -> list[str]:
 
 
 def against_base(name: str, values: np.ndarray, mean: float, std: float) -> np.ndarray:
-    """-1 to 0, [N] float64; nan stays nan. A measure that did not vary in the base model has a
-    thousandth of its mean as standard deviation.
+    """Return the penalty of a measure in [-1, 0], [N] float64; nan stays nan.
+
+    With z = (value - mean) / std towards the bad side: -clip((z - FREE) / (WORST - FREE), 0, 1).
+    mean, std: of the base model. A measure that did not vary there gets a thousandth of its mean as
+    standard deviation.
     """
     z = (np.asarray(values, np.float64) - mean) / max(std, 1e-3 * abs(mean), 1e-6)
     side = BAD_SIDE[name]
@@ -61,29 +62,34 @@ def against_base(name: str, values: np.ndarray, mean: float, std: float) -> np.n
 
 
 def means(measured: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Each one's mean over the videos that have it, nan without any."""
-    found = {name: values[np.isfinite(values)] for name, values in measured.items()}
-    return {name: float(v.mean()) if len(v) else float("nan") for name, v in found.items()}
+    """Return the mean of each measure over the videos that have it, nan without any."""
+    finite = {name: values[np.isfinite(values)] for name, values in measured.items()}
+    return {
+        name: float(values.mean()) if len(values) else float("nan")
+        for name, values in finite.items()
+    }
 
 
 def terms(
     values: np.ndarray, parts: Mapping[str, np.ndarray], weights: Mapping[str, float], base: Base
 ) -> dict[str, np.ndarray]:
-    """The rewards that train, by name: [N] float64 each, nan where a video has none. values [N]:
-    the spelling. base: of the weighted measures of quality.
+    """Return the rewards with a weight by name, [N] float64 each; nan where a video has none.
+
+    values: the spelling, [N]. parts: the other rewards, [N] each; a reward that no video has may be
+    absent. base: statistics of the weighted measures of quality.
     """
-    found = {MAIN: np.asarray(values, np.float64)}
+    raw = {MAIN: np.asarray(values, np.float64)}
     for name in weights.keys() - {MAIN}:
-        found[name] = parts.get(name, np.full(len(values), np.nan))  # no video may have it
+        raw[name] = parts.get(name, np.full(len(values), np.nan))
     return {
-        name: against_base(name, found[name], *base[name]) if name in BAD_SIDE else found[name]
+        name: against_base(name, raw[name], *base[name]) if name in BAD_SIDE else raw[name]
         for name, weight in weights.items()
         if weight
     }
 
 
-def combined(rewards: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
-    """The weighted sum, [N] float64; nan where one of them is."""
+def weighted_sum(rewards: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
+    """Return the weighted sum of the rewards, [N] float64; nan where one of them is nan."""
     return sum(weights[name] * values for name, values in rewards.items())
 
 
@@ -96,19 +102,26 @@ def combined_advantages(
     std: str,
     clip: float | None,
 ) -> np.ndarray:
-    """Advantages of each reward by itself, then their weighted sum over its standard deviation, [N]
-    float32 (GDPO).
+    """Return the advantages of a weighted sum of rewards, [N] float32, after GDPO: the advantages of
+    each reward are computed alone, and their weighted sum is normalised over all valid videos.
 
-    However much one reward varies, its say is its weight. Where everything is equal, all are 0.
+        A = clip((S - mean(S)) / std(S), -clip, clip),   S = sum_k weights[k] group_advantages(k)
+
+    So the influence of a reward is its weight, however much the reward varies. Where S does not
+    vary, and where a video is not valid, the advantage is 0.
+
+    rewards: [N] each. groups: int [N], the group of each video. valid: bool [N]. std: as in
+    `grpo.advantages.group_advantages`. clip: largest magnitude; None does not clip.
     """
 
-    def advantages(values):
-        return group_advantages(np.where(valid, values, 0.0), groups, valid, std=std).astype(
-            np.float64
-        )
+    def advantages(values: np.ndarray) -> np.ndarray:
+        values = np.where(valid, values, 0.0)
+        return group_advantages(values, groups, valid, std=std).astype(np.float64)
 
     total = sum(weights[name] * advantages(values) for name, values in rewards.items())
     total[valid] -= total[valid].mean() if valid.any() else 0.0
     spread = total[valid].std() if valid.any() else 0.0
-    total = np.where(valid, total / max(spread, 1e-6), 0.0) if spread > 0 else np.zeros_like(total)
+    if not spread > 0:
+        return np.zeros(len(total), np.float32)
+    total = np.where(valid, total / max(spread, 1e-6), 0.0)
     return (np.clip(total, -clip, clip) if clip is not None else total).astype(np.float32)

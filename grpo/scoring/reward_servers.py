@@ -1,5 +1,5 @@
-"""The reward of a run whose videos are scored elsewhere: by reward servers, or by a vision model as
-the judge.
+"""The main reward of a run whose videos are scored on other machines: by reward servers, or by a
+vision model as the judge.
 """
 
 import functools
@@ -16,83 +16,88 @@ from rewards.remote.endpoints import log
 from wan_jax.errors import UserError
 
 
-def check_settings(c) -> None:
-    """Checks the settings of `config.reward` that concern servers. Raises UserError naming the key,
-    value and fix.
+def check_settings(config) -> None:
+    """Check the settings of servers. config: `config.reward`. Raises `UserError` that names the
+    key, the value and the fix.
     """
-    if not c.servers:
-        if c.engine == JUDGE:
+    if not config.servers:
+        if config.engine == JUDGE:
             raise UserError(
                 "config.reward.engine='judge' asks a vision model, but config.reward.servers=() "
                 "names none: give its URLs, --config.reward.servers=http://host:8000"
             )
         return
     if (
-        c.engine == JUDGE
-        and c.judge_question != JUDGE_QUESTIONS[0]
-        and c.weights.stability is not None
+        config.engine == JUDGE
+        and config.judge_question != JUDGE_QUESTIONS[0]
+        and config.weights.stability is not None
     ):
         raise UserError(
-            f"config.reward.weights.stability={c.weights.stability} compares the texts of frames, "
-            f"which config.reward.judge_question={c.judge_question!r} does not read: use "
+            f"config.reward.weights.stability={config.weights.stability} compares the texts of frames, "
+            f"which config.reward.judge_question={config.judge_question!r} does not read: use "
             "'transcribe', or None"
         )
-    for url in c.servers:
+    for url in config.servers:
         try:
             check_url(url)
         except ValueError as error:
             raise UserError(f"config.reward.servers: {error}") from None
-    if c.workers < 1:
+    if config.workers < 1:
         raise UserError(
-            f"config.reward.workers={c.workers} with config.reward.servers: it is the number of "
+            f"config.reward.workers={config.workers} with config.reward.servers: it is the number of "
             "videos in flight; set it to at least the workers of all servers together"
         )
-    if not c.timeout > 0:
-        raise UserError(f"config.reward.timeout={c.timeout} must be above 0 seconds")
-    if not c.token_env.isidentifier():  # not repeated, as it may be the token itself
+    if not config.timeout > 0:
+        raise UserError(f"config.reward.timeout={config.timeout} must be above 0 seconds")
+    if not config.token_env.isidentifier():  # the message omits it: it may be the token itself
         raise UserError(
             "config.reward.token_env must be the name of an environment variable that holds the "
             "token, such as REWARD_TOKEN, never the token itself"
         )
 
 
-def connect(c) -> Callable[[], Reward]:
-    """A factory that gives every thread of a pool the same reward, a client of all servers.
+def connect(config) -> Callable[[], Reward]:
+    """Connect to the servers, and return a factory that gives every thread of a pool the same
+    reward, a client of all servers.
 
-    c: `config.reward`, checked. Raises RewardError or ValueError when no server can be used.
+    config: `config.reward`, checked. Raises `RewardError` or `ValueError` if no server can be used.
     """
     options = {
-        "token": os.environ.get(c.token_env, "").strip(),
-        "timeout": c.timeout,
-        "retries": c.retries,
-        "patience": c.patience,
+        "token": os.environ.get(config.token_env, "").strip(),
+        "timeout": config.timeout,
+        "retries": config.retries,
+        "patience": config.patience,
     }
-    if c.engine == JUDGE:
-        judge = VisionEndpoint(c.servers, c.judge_model, **options)
-        reward = (
-            OCRReward(c.rule, Transcriber(judge), max_frames=c.max_frames)
-            if c.judge_question == "transcribe"
-            else JudgeReward(judge, c.judge_question, max_frames=c.max_frames)
-        )
+    if config.engine == JUDGE:
+        judge = VisionEndpoint(config.servers, config.judge_model, **options)
+        if config.judge_question == "transcribe":
+            reward = OCRReward(config.rule, Transcriber(judge), max_frames=config.max_frames)
+        else:
+            reward = JudgeReward(judge, config.judge_question, max_frames=config.max_frames)
     else:
-        # `spelling` chooses the same frames among those sent, so the others can stay here
+        # `spelling` chooses the same frames among those that are sent: no others need to be
         select = (
-            functools.partial(even_frames, max_frames=c.max_frames)
-            if c.rule == "spelling"
+            functools.partial(even_frames, max_frames=config.max_frames)
+            if config.rule == "spelling"
             else None
         )
         reward = RemoteReward(
-            c.servers,
+            config.servers,
             select=select,
             bounds=(0.0, 1.0),
-            expect={"name": "ocr", "rule": c.rule, "engine": c.engine, "max_frames": c.max_frames},
+            expect={
+                "name": "ocr",
+                "rule": config.rule,
+                "engine": config.engine,
+                "max_frames": config.max_frames,
+            },
             **options,
         )
-        if reward.workers > c.workers:
+        if reward.workers > config.workers:
             log.warning(
                 "the reward servers have %d workers, but config.reward.workers=%d videos in "
                 "flight keep at most as many busy: raise it",
                 reward.workers,
-                c.workers,
+                config.workers,
             )
     return lambda: reward

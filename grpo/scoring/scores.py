@@ -1,5 +1,5 @@
-"""The reward pool of a recipe, and the scores of an epoch or an evaluation from every process's
-own.
+"""The reward pool of a recipe, and the scores of an epoch or of an evaluation, gathered from all
+processes.
 """
 
 import dataclasses
@@ -12,101 +12,162 @@ import numpy as np
 from grpo.data.prompts import PromptSet
 from grpo.scoring import reward_servers
 from grpo.scoring.reward_combination import MAIN
-from rewards.base import Asked, RewardError, last_line
+from rewards.base import PromptRecord, Reward, RewardError, last_line
 from rewards.clip import KINDS, ClipReward
-from rewards.composite import DERIVED, SeveralRewards
+from rewards.composite import DERIVED, CompositeReward
 from rewards.ocr.rules import OCRReward, make_readable_check
+from rewards.pool import PendingScores, RewardPool
 from rewards.quality import QualityReward
-from rewards.workers import PendingScores, RewardPool
 from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.distributed import multihost
 from wan_jax.errors import UserError
 from wan_jax.inference.pipeline import NOT_FINITE, Videos
 
 
-def open_pool(c, weights: dict[str, float]) -> RewardPool:
-    """The scoring processes, or the threads that ask servers. Raises `UserError` when the reward
-    cannot be built, e.g. for a missing package.
+def open_pool(config, weights: dict[str, float]) -> RewardPool:
+    """Build the pool that scores videos: worker processes, or threads that send requests to
+    servers.
+
+    config: `config.reward`. weights: of the rewards by name, measured ones included. Raises
+    `UserError` when a reward cannot be built, e.g. because of a missing package.
     """
-    measures = {
-        name: None
-        if name in DERIVED
-        else functools.partial(ClipReward, c[f"{name}_model"], name, c.max_frames)
-        if name in KINDS
-        else functools.partial(QualityReward, name)
-        for name in weights
-        if name != MAIN
-    }
+    factories = {name: _secondary_factory(config, name) for name in weights if name != MAIN}
     try:
-        reward = (
-            reward_servers.connect(c)
-            if c.servers
-            else functools.partial(OCRReward, rule=c.rule, engine=c.engine, max_frames=c.max_frames)
-        )
-        if measures:
-            reward = functools.partial(SeveralRewards, {MAIN: reward} | measures)
-        return RewardPool(reward, workers=c.workers, mode="thread" if c.servers else "process")
+        if config.servers:
+            main = reward_servers.connect(config)
+        else:
+            main = functools.partial(
+                OCRReward, rule=config.rule, engine=config.engine, max_frames=config.max_frames
+            )
+        reward = functools.partial(CompositeReward, {MAIN: main} | factories) if factories else main
+        mode = "thread" if config.servers else "process"
+        return RewardPool(reward, workers=config.workers, mode=mode)
     except (RewardError, ImportError, ValueError) as error:
-        raise UserError(
-            f"the reward cannot be built: {str(error).strip().splitlines()[-1]}"
-        ) from error
+        raise UserError(f"the reward cannot be built: {last_line(str(error))}") from error
 
 
-def targets_check(c) -> Callable[[Sequence[str]], None] | None:
-    """Return the check of targets for `grpo.data.prompts.load_prompts`: whether the OCR engine here
-    knows their characters.
+def _secondary_factory(config, name: str) -> Callable[[], Reward] | None:
+    """Return the factory of a reward other than the main one; None for a derived value."""
+    if name in DERIVED:
+        return None
+    if name in KINDS:
+        return functools.partial(ClipReward, config[f"{name}_model"], name, config.max_frames)
+    return functools.partial(QualityReward, name)
 
-    c: `config.reward`. None where servers or a judge read, or the spelling is only measured.
+
+def targets_check(config) -> Callable[[Sequence[str]], None] | None:
+    """Return the check of targets for `grpo.data.prompts.load_prompts`: can the OCR engine read
+    their characters?
+
+    config: `config.reward`. None where servers or a judge read the text, or where the spelling has
+    no weight.
     """
-    return None if c.servers or not c.weights[MAIN] else make_readable_check(c.engine)
+    return (
+        None if config.servers or not config.weights[MAIN] else make_readable_check(config.engine)
+    )
 
 
 def for_rewards(prompts: PromptSet, weights: dict[str, float]) -> PromptSet:
-    """The set with the prompt beside its targets where a reward asks for it."""
+    """Return the prompts with `PromptRecord`s as targets if a reward needs the prompt, else as they
+    are.
+    """
     if not set(weights) & set(KINDS):
         return prompts
-    return dataclasses.replace(prompts, targets=tuple(map(Asked, prompts.targets, prompts.prompts)))
+    return dataclasses.replace(
+        prompts, targets=tuple(map(PromptRecord, prompts.targets, prompts.prompts))
+    )
+
+
+# --- Scores of one process ------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Pending:
-    """Some of an epoch's or an evaluation's videos while they are scored."""
+class PendingBatch:
+    """A batch of n videos of this process whose scores are being computed."""
 
-    numbers: np.ndarray  # int [n], of the videos among all
-    finite: np.ndarray  # bool [n]; the others have no picture to score
-    scores: PendingScores | None  # of the finite ones; None where there are none
+    numbers: np.ndarray  # int [n], of the videos among those of all processes
+    finite: np.ndarray  # bool [n]; the other videos have no pixels to score
+    scores: PendingScores | None  # of the finite videos; None if there are none
 
 
-def submit(pool: RewardPool, numbers: np.ndarray, videos: Videos, records: Sequence) -> Pending:
-    """Start scoring the videos that are finite. numbers, records: one a video."""
-    kept = np.flatnonzero(videos.finite)
-    scores = pool.submit(videos.frames[kept], [records[i] for i in kept]) if len(kept) else None
-    return Pending(numbers, videos.finite, scores)
+def submit(
+    pool: RewardPool, numbers: np.ndarray, videos: Videos, records: Sequence
+) -> PendingBatch:
+    """Start to score the finite ones of n videos. numbers, records: one per video."""
+    finite = np.flatnonzero(videos.finite)
+    scores = None
+    if len(finite):
+        scores = pool.submit(videos.frames[finite], [records[i] for i in finite])
+    return PendingBatch(numbers, videos.finite, scores)
 
 
 @dataclasses.dataclass(frozen=True)
-class Scores:
-    """Of N videos; the same bits on every process."""
+class ScoredBatch:
+    """The scores of a batch of n videos of one process, m of them finite."""
+
+    numbers: np.ndarray  # int [n], of the videos among those of all processes
+    finite: np.ndarray  # bool [n]
+    values: np.ndarray  # float64 [m], as all that follows of the finite videos
+    valid: np.ndarray  # bool [m]
+    texts: list[str]  # m
+    parts: dict[str, np.ndarray]  # float64 [m] each
+    retries: int
+    part_retries: dict[str, int]
+    errors: list[str]  # the last line of the last error, or nothing
+
+    @classmethod
+    def of(cls, batch: PendingBatch) -> "ScoredBatch":
+        """Wait for the scores of a batch."""
+        if batch.scores is None:
+            return cls(
+                batch.numbers, batch.finite, np.zeros(0), np.zeros(0, bool), [], {}, 0, {}, []
+            )
+        scores = batch.scores.result()
+        errors = [
+            f"{name}: {last_line(error)}"
+            for name, failed in scores.part_errors.items()
+            for error in failed
+        ]
+        errors += [last_line(error) for error in scores.errors if error]
+        return cls(
+            batch.numbers,
+            batch.finite,
+            scores.values,
+            scores.valid,
+            scores.texts,
+            scores.parts,
+            scores.retries,
+            scores.part_retries,
+            errors[-1:],
+        )
+
+
+# --- Scores of all processes ----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class GatheredScores:
+    """The scores of N videos of all processes; the same bits on every process."""
 
     values: np.ndarray  # float64 [N], nan where not valid
     valid: np.ndarray  # bool [N]
-    texts: list[str]  # N, what was read; "" where not valid
-    failures: int  # videos that are not valid
-    retries: int
-    error: str  # the last line of one failure's traceback; "" without
-    parts: dict[str, np.ndarray]  # of several rewards, float64 [N] each; nan where that one failed
-    finite: np.ndarray  # bool [N]; videos that are not were not scored, and are not valid
-    # of several rewards, how often each one beside the main one was tried again
-    part_retries: dict[str, int]
+    texts: list[str]  # N texts that were read; "" where not valid
+    failures: int  # number of videos that are not valid
+    retries: int  # number of second attempts
+    error: str  # the last line of one error, or ""
+    # of several rewards: the values of each, float64 [N]; nan where that reward failed
+    parts: dict[str, np.ndarray]
+    finite: np.ndarray  # bool [N]; the other videos were not scored, and are not valid
+    part_retries: dict[str, int]  # number of second attempts of each reward but the main one
 
     @property
     def nonfinite(self) -> int:
-        """Videos that are not finite."""
+        """Number of videos that are not finite."""
         return int((~self.finite).sum())
 
     @property
     def part_failures(self) -> dict[str, int]:
-        """Of several rewards, for how many scored videos each one beside the main one failed."""
+        """Number of scored videos for which each reward but the main one failed."""
         return {
             name: int((self.valid & np.isnan(values)).sum())
             for name, values in self.parts.items()
@@ -114,137 +175,103 @@ class Scores:
         }
 
     def counts(self) -> dict:
-        """What a record holds of failures, beside `failed_scores`."""
-        each = {
-            "failed_rewards": self.part_failures,
-            "retried_rewards": {
+        """Return the counts of failures and retries that a record of the run log contains, next to
+        `failed_scores`.
+        """
+        counts = {"nonfinite_videos": self.nonfinite, "retried_scores": self.retries}
+        if self.parts:
+            counts["failed_rewards"] = self.part_failures
+            counts["retried_rewards"] = {
                 name: self.part_retries.get(name, 0) for name in self.part_failures
-            },
-        }
-        return {"nonfinite_videos": self.nonfinite, "retried_scores": self.retries} | (
-            each if self.parts else {}
-        )
+            }
+        return counts
 
     def why(self) -> str:
-        """Why videos have no score, for messages. Never empty."""
-        reasons = (
-            [
+        """Explain why videos have no score, for messages. Never empty."""
+        reasons = []
+        if self.nonfinite:
+            reasons.append(
                 f"{self.nonfinite} of {len(self.finite)} videos are not finite numbers (NaN or "
                 f"infinite). {NOT_FINITE}"
-            ]
-            if self.nonfinite
-            else []
-        )
-        reasons += [f"the last error was: {self.error}"] if self.error else []
+            )
+        if self.error:
+            reasons.append(f"the last error was: {self.error}")
         return "; ".join(reasons) or "no error was reported"
 
 
 def format_failures(failed: int, counts: dict) -> str:
-    """Of `failed` masked videos and `Scores.counts`, what a line of the log says; "" where nothing
-    failed.
+    """Return a log line's text about `failed` masked videos and `GatheredScores.counts`; "" if
+    nothing failed.
     """
-    said = [f"{failed} scores failed"] if failed else []
+    texts = [f"{failed} scores failed"] if failed else []
     if counts.get("nonfinite_videos"):
-        said.append(f"{counts['nonfinite_videos']} videos not finite")
-    said += [f"{name} failed for {n}" for name, n in counts.get("failed_rewards", {}).items() if n]
-    return ", ".join(said)
+        texts.append(f"{counts['nonfinite_videos']} videos not finite")
+    for name, number in counts.get("failed_rewards", {}).items():
+        if number:
+            texts.append(f"{name} failed for {number}")
+    return ", ".join(texts)
 
 
 def gather_rows(batches: Sequence[jax.Array], sharding: jax.sharding.Sharding) -> np.ndarray:
-    """Batches [K, B] on the devices, end to end: [K, N] on every process, which all call this at
-    the same point. sharding: of B; each process gives the rows that are then its own.
+    """Concatenate batches [K, B] on the devices along B: [K, N] on every process.
+
+    sharding: of the axis B; each process contributes the rows that are its own under it. All
+    processes must call this at the same point.
     """
     size = batches[0].shape[1]
     rows = multihost.my_rows(sharding, size)
-    mine = [
+    own = [
         (
-            b * size + rows,
-            np.stack([multihost.my_part(mesh_lib.place(x[k], sharding)) for k in range(len(x))]),
+            index * size + rows,
+            np.stack(
+                [multihost.my_part(mesh_lib.place(batch[k], sharding)) for k in range(len(batch))]
+            ),
         )
-        for b, x in enumerate(batches)
+        for index, batch in enumerate(batches)
     ]
-    whole = np.full((len(batches[0]), len(batches) * size), np.nan)
-    for numbers, values in (piece for pieces in multihost.gather(mine) for piece in pieces):
-        whole[:, numbers] = values
-    return whole
+    gathered = np.full((len(batches[0]), len(batches) * size), np.nan)
+    for process in multihost.gather(own):
+        for numbers, values in process:
+            gathered[:, numbers] = values
+    return gathered
 
 
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """What one process found of some of the videos."""
+def gather_scores(pending: Sequence[PendingBatch], total: int) -> GatheredScores:
+    """Wait for this process's batches and exchange their scores with the other processes.
 
-    numbers: np.ndarray  # int [n], among all
-    finite: np.ndarray  # bool [n]
-    values: np.ndarray  # float64 [m], of the finite ones, as what follows
-    valid: np.ndarray  # bool [m]
-    texts: list[str]  # m
-    parts: dict[str, np.ndarray]  # float64 [m] each
-    retries: int
-    part_retries: dict[str, int]
-    errors: list[str]  # the last one, or none
-
-    @classmethod
-    def of(cls, batch: Pending) -> "Piece":
-        """Wait for the batch's scores."""
-        if batch.scores is None:
-            return cls(
-                batch.numbers, batch.finite, np.zeros(0), np.zeros(0, bool), [], {}, 0, {}, []
-            )
-        found = batch.scores.result()
-        errors = [
-            f"{name}: {last_line(error)}"
-            for name, failed in found.part_errors.items()
-            for error in failed
-        ]
-        errors += [last_line(error) for error in found.errors if error]
-        return cls(
-            batch.numbers,
-            batch.finite,
-            found.values,
-            found.valid,
-            found.texts,
-            found.parts,
-            found.retries,
-            found.part_retries,
-            errors[-1:],
-        )
-
-
-def gather_scores(pending: Sequence[Pending], total: int) -> Scores:
-    """Waits for this process's batches, and exchanges the results: all processes call it at the
-    same point.
-
-    pending: some of `total` videos each. Raises ValueError when a video is in none, on any process.
+    All processes must call this at the same point. pending: batches of this process; total: number
+    of videos of all processes. Raises `ValueError` when a video is in no batch of any process.
     """
-    pieces = [
-        piece
-        for found in multihost.gather([Piece.of(batch) for batch in pending])
-        for piece in found
-    ]
+    own = [ScoredBatch.of(batch) for batch in pending]
+    batches = [batch for process in multihost.gather(own) for batch in process]
     values, valid, texts = np.full(total, np.nan), np.zeros(total, bool), [""] * total
-    seen, finite, errors = np.zeros(total, bool), np.zeros(total, bool), []
-    parts, part_retries = {}, {}
-    for piece in pieces:
-        scored = piece.numbers[piece.finite]
-        seen[piece.numbers], finite[piece.numbers] = True, piece.finite
-        values[scored], valid[scored] = piece.values, piece.valid
-        for name, some in piece.parts.items():
-            parts.setdefault(name, np.full(total, np.nan))[scored] = some
-        for name, again in piece.part_retries.items():
-            part_retries[name] = part_retries.get(name, 0) + again
-        for number, text in zip(scored, piece.texts):
+    present, finite = np.zeros(total, bool), np.zeros(total, bool)
+    parts: dict[str, np.ndarray] = {}
+    part_retries: dict[str, int] = {}
+    errors: list[str] = []
+    for batch in batches:
+        scored = batch.numbers[batch.finite]
+        present[batch.numbers] = True
+        finite[batch.numbers] = batch.finite
+        values[scored] = batch.values
+        valid[scored] = batch.valid
+        for name, part in batch.parts.items():
+            parts.setdefault(name, np.full(total, np.nan))[scored] = part
+        for name, retries in batch.part_retries.items():
+            part_retries[name] = part_retries.get(name, 0) + retries
+        for number, text in zip(scored, batch.texts):
             texts[number] = text
-        errors = piece.errors or errors
-    if not seen.all():
-        raise ValueError(f"{(~seen).sum()} of {total} videos were scored by no process")
-    return Scores(
-        values,
-        valid,
-        texts,
-        int((~valid).sum()),
-        sum(piece.retries for piece in pieces),
-        errors[0] if errors else "",
-        parts,
-        finite,
-        part_retries,
+        errors = batch.errors or errors
+    if not present.all():
+        raise ValueError(f"{(~present).sum()} of {total} videos were scored by no process")
+    return GatheredScores(
+        values=values,
+        valid=valid,
+        texts=texts,
+        failures=int((~valid).sum()),
+        retries=sum(batch.retries for batch in batches),
+        error=errors[0] if errors else "",
+        parts=parts,
+        finite=finite,
+        part_retries=part_retries,
     )

@@ -9,10 +9,10 @@ from grpo.scoring.reward_combination import (
     MAIN,
     against_base,
     base_statistics,
-    combined,
     combined_advantages,
     means,
     terms,
+    weighted_sum,
     without_base,
 )
 from rewards.quality import MEASURES
@@ -72,15 +72,15 @@ def test_weights_add_up_and_zero_is_only_measured():
     rewards = terms(ocr, parts, weights, base)
     assert set(rewards) == {MAIN, "motion"}  # a failing measure of weight 0 spoils nothing
     np.testing.assert_allclose(
-        combined(rewards, weights), ocr - 0.5 * np.clip((10 - motion - 2) / 6, 0, 1)
+        weighted_sum(rewards, weights), ocr - 0.5 * np.clip((10 - motion - 2) / 6, 0, 1)
     )
     # has a scale of its own
     raw = terms(ocr, {"stability": motion}, {MAIN: 1.0, "stability": 1.0}, {})
     np.testing.assert_array_equal(raw["stability"], motion)
-    np.testing.assert_array_equal(combined(terms(ocr, {}, {MAIN: 1.0}, {}), {MAIN: 1.0}), ocr)
+    np.testing.assert_array_equal(weighted_sum(terms(ocr, {}, {MAIN: 1.0}, {}), {MAIN: 1.0}), ocr)
     motion[3] = np.nan
     assert np.flatnonzero(
-        np.isnan(combined(terms(ocr, parts, weights, base), weights))
+        np.isnan(weighted_sum(terms(ocr, parts, weights, base), weights))
     ).tolist() == [3]
 
 
@@ -138,7 +138,7 @@ def test_one_reward_alone_is_grpo_up_to_a_scale():
 def test_a_weighted_reward_that_no_video_has_leaves_none_valid():
     weights = {MAIN: 1.0, "motion": 0.5, "flicker": 0.0}
     rewards = terms(random(0), {}, weights, {"motion": (10, 2)})
-    assert np.isnan(rewards["motion"]).all() and np.isnan(combined(rewards, weights)).all()
+    assert np.isnan(rewards["motion"]).all() and np.isnan(weighted_sum(rewards, weights)).all()
 
 
 def test_what_cannot_be_judged_without_the_base():
