@@ -1,5 +1,5 @@
-"""Inputs for `benchmarks.server_attacks`: requests that a reward server must refuse, and answers
-without a score.
+"""Inputs for `benchmarks.server_attacks`: requests that a reward server must refuse, and answers that
+a client must not take for a score.
 """
 
 import json
@@ -16,13 +16,13 @@ BODY = b"".join(encode_request(VIDEOS, [["a"], ["b"]]))
 HEALTH = {"reward": {"name": "ocr"}, "versions": {}, "workers": 1}
 
 
-# --- requests -------------------------------------------------------------------------------------
+# --- Requests -------------------------------------------------------------------------------------
 
 
 def head(
     *lines: str, length: int | None = None, method: str = "POST /v1/score", token: str = TOKEN
 ) -> bytes:
-    """A request's header; `lines` are further ones."""
+    """Return the header of a request. lines: further lines of it."""
     size = [] if length is None else [f"Content-Length: {length}"]
     return "\r\n".join(
         [
@@ -39,21 +39,24 @@ def head(
 
 
 def whole(body: bytes, *lines: str, **changes) -> bytes:
+    """Return a request with `body`. changes: arguments of `head`."""
     return head(*lines, length=len(body), **changes) + body
 
 
 def framed(header: bytes, pixels: bytes = VIDEOS.tobytes()) -> bytes:
+    """Return a body in the wire format with `header` as its JSON header."""
     return struct.pack("<8sI", MAGIC, len(header)) + header + pixels
 
 
 def header_with(**changes) -> bytes:
+    """Return the JSON header of a good request with some keys changed."""
     return json.dumps(
         {"shape": VIDEOS.shape, "dtype": "uint8", "records": [["a"], ["b"]]} | changes
     ).encode()
 
 
 def malformed_http() -> list[tuple[str, bytes]]:
-    """Requests that are not HTTP, or not what the server's two paths take."""
+    """Return requests that are not HTTP, or that the server's two paths do not accept."""
     chunked = head("Transfer-Encoding: chunked")
     return [
         ("garbage", b"\x00\xff\x00garbage\r\n\r\n"),
@@ -119,7 +122,7 @@ def malformed_http() -> list[tuple[str, bytes]]:
 
 
 def malformed_bodies() -> list[tuple[str, bytes]]:
-    """Bodies that are not in the wire format."""
+    """Return bodies that are not in the wire format."""
     nested = [
         (
             f"{name} nested {depth} deep",
@@ -215,7 +218,9 @@ def malformed_bodies() -> list[tuple[str, bytes]]:
 
 
 def mutated_bodies(count: int, seed: int) -> list[tuple[str, bytes]]:
-    """The header of a good request with random bytes changed, removed, repeated or inserted."""
+    """Return `count` good bodies with random bytes of the header changed, removed, repeated or
+    inserted.
+    """
     rng, bodies = random.Random(seed), []
     for number in range(count):
         body = bytearray(BODY)
@@ -234,7 +239,7 @@ def mutated_bodies(count: int, seed: int) -> list[tuple[str, bytes]]:
     return bodies
 
 
-# --- answers --------------------------------------------------------------------------------------
+# --- Answers --------------------------------------------------------------------------------------
 
 GOOD = {
     "valid": True,
@@ -249,8 +254,8 @@ GOOD = {
 BIG = 10**400
 BAD_FIELDS = [
     *(
-        ("value", x)
-        for x in (
+        ("value", value)
+        for value in (
             None,
             "1",
             [1],
@@ -266,8 +271,8 @@ BAD_FIELDS = [
         )
     ),
     *(
-        ("parts", x)
-        for x in (
+        ("parts", value)
+        for value in (
             None,
             5,
             "ab",
@@ -284,21 +289,27 @@ BAD_FIELDS = [
             [["x", BIG]],
         )
     ),
-    *(("frames", x) for x in (None, 5, "0", ["0"], [0.5], [True], [-1], [99], [BIG], [[0]])),
-    *(("frame_values", x) for x in (None, 5, ["a"], [None], [float("nan")], [BIG])),
-    *(("frame_texts", x) for x in (None, 5, "abc", [1])),
-    *(("text", x) for x in (None, 5, ["a"])),
-    *(("valid", x) for x in (None, 1, "yes", [])),
+    *(
+        ("frames", value)
+        for value in (None, 5, "0", ["0"], [0.5], [True], [-1], [99], [BIG], [[0]])
+    ),
+    *(("frame_values", value) for value in (None, 5, ["a"], [None], [float("nan")], [BIG])),
+    *(("frame_texts", value) for value in (None, 5, "abc", [1])),
+    *(("text", value) for value in (None, 5, ["a"])),
+    *(("valid", value) for value in (None, 1, "yes", [])),
 ]
 
 
-def http_answer(found: object, status: int = 200) -> bytes:
-    body = found if isinstance(found, bytes) else json.dumps(found).encode()
+def http_answer(content: object, status: int = 200) -> bytes:
+    """Return an HTTP answer with `content`: bytes as they are, anything else as JSON."""
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
     return b"HTTP/1.1 %d x\r\nContent-Length: %d\r\n\r\n" % (status, len(body)) + body
 
 
 def bad_answers() -> list[tuple[str, bytes, bytes]]:
-    """(name, answer to POST /v1/score, what trickles after it)."""
+    """Return (name, answer to POST /v1/score, bytes that the server then sends again and again) of
+    answers that contain no score.
+    """
     ok, nested = b"HTTP/1.1 200 OK\r\n", b"[" * 600 + b"]" * 600
     chunked = ok + b"Transfer-Encoding: chunked\r\n\r\n"
     return [
@@ -311,8 +322,8 @@ def bad_answers() -> list[tuple[str, bytes, bytes]]:
             for score in (None, 5, "a", [], {}, {"valid": True})
         ),
         *(
-            (f"answer {found!r:.30}", http_answer(found), b"")
-            for found in (
+            (f"answer {content!r:.30}", http_answer(content), b"")
+            for content in (
                 None,
                 5,
                 [],
@@ -359,7 +370,9 @@ def bad_answers() -> list[tuple[str, bytes, bytes]]:
         ("garbage", b"\x00\xff" * 50, b""),
         ("status of words", b"HTTP/1.1 abc OK\r\n\r\n", b""),
         ("line of 70 kB", ok + b"A: " + b"b" * 70_000 + b"\r\n\r\n", b""),
+        ("line of 200 kB", ok + b"A: " + b"b" * 200_000 + b"\r\n\r\n", b""),
         ("200 headers", ok + b"A: b\r\n" * 200 + b"\r\n", b""),
+        ("40,000 headers", ok + b"A: b\r\n" * 40_000 + b"\r\n", b""),
         ("cut body", ok + b"Content-Length: 100\r\n\r\n{", b""),
         ("cut chunk", chunked + b"10\r\n{", b""),
         ("trickled status", b"H", b"T"),
