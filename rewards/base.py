@@ -63,6 +63,11 @@ class PromptRecord:
 class Reward(Protocol):
     """Anything that can judge one video. It must be deterministic: equal frames and records get
     equal scores.
+
+    A reward may also have:
+        close()         ends its waiting for other machines; the pool calls it
+        needs_prompt    True: in a composite, its record is the `PromptRecord`, not only the targets
+        scores()        yields partial scores, as `rewards.composite.CompositeReward.scores`
     """
 
     def score(self, frames: np.ndarray, record: Any) -> Score:

@@ -70,7 +70,9 @@ class Connections:
             trust_env=False,
             limits=httpx2.Limits(max_connections=None, keepalive_expiry=None),
         )
-        self._tasks: set[asyncio.Task] = set()  # used on the event loop's thread only, as _closed
+        self._loop = _event_loop()
+        # used on the event loop's thread only
+        self._tasks: set[asyncio.Task] = set()
         self._closed = False
 
     def exchange(
@@ -94,7 +96,7 @@ class Connections:
             content=_pieces(body) if body else None,
             extensions={"timeout": {"connect": CONNECT_TIMEOUT}},
         )
-        future = asyncio.run_coroutine_threadsafe(self._exchange(request, timeout), _event_loop())
+        future = asyncio.run_coroutine_threadsafe(self._exchange(request, timeout), self._loop)
         try:
             return future.result()
         except concurrent.futures.CancelledError:
@@ -104,7 +106,7 @@ class Connections:
 
     def close(self) -> None:
         """End every exchange: those under way raise `ConnectionError`."""
-        asyncio.run_coroutine_threadsafe(self._close(), _event_loop()).result()
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
 
     async def _exchange(self, request: httpx2.Request, timeout: float) -> Answer:
         if self._closed:
