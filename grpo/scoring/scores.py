@@ -16,7 +16,7 @@ from rewards.base import PromptRecord, Reward, RewardError, last_line
 from rewards.clip import KINDS, ClipReward
 from rewards.composite import DERIVED, CompositeReward
 from rewards.ocr.rules import OCRReward, make_readable_check
-from rewards.pool import PendingScores, RewardPool
+from rewards.pool import BatchScores, PendingScores, RewardPool
 from rewards.quality import QualityReward
 from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.distributed import multihost
@@ -103,25 +103,18 @@ def submit(
 
 @dataclasses.dataclass(frozen=True)
 class ScoredBatch:
-    """The scores of a batch of n videos of one process, m of them finite."""
+    """The scores of a batch of n videos of one process, as it sends them to the others."""
 
     numbers: np.ndarray  # int [n], of the videos among those of all processes
     finite: np.ndarray  # bool [n]
-    values: np.ndarray  # float64 [m], as all that follows of the finite videos
-    valid: np.ndarray  # bool [m]
-    texts: list[str]  # m
-    parts: dict[str, np.ndarray]  # float64 [m] each
-    retries: int
-    part_retries: dict[str, int]
-    errors: list[str]  # the last line of the last error, or nothing
+    scores: BatchScores | None  # of the finite videos, without details; None if there are none
+    error: str  # the last line of the last error, or ""
 
     @classmethod
     def of(cls, batch: PendingBatch) -> "ScoredBatch":
         """Wait for the scores of a batch."""
         if batch.scores is None:
-            return cls(
-                batch.numbers, batch.finite, np.zeros(0), np.zeros(0, bool), [], {}, 0, {}, []
-            )
+            return cls(batch.numbers, batch.finite, None, "")
         scores = batch.scores.result()
         errors = [
             f"{name}: {last_line(error)}"
@@ -129,17 +122,8 @@ class ScoredBatch:
             for error in failed
         ]
         errors += [last_line(error) for error in scores.errors if error]
-        return cls(
-            batch.numbers,
-            batch.finite,
-            scores.values,
-            scores.valid,
-            scores.texts,
-            scores.parts,
-            scores.retries,
-            scores.part_retries,
-            errors[-1:],
-        )
+        compact = dataclasses.replace(scores, scores=[], errors=[], part_errors={})
+        return cls(batch.numbers, batch.finite, compact, errors[-1] if errors else "")
 
 
 # --- Scores of all processes ----------------------------------------------------------------------
@@ -248,20 +232,23 @@ def gather_scores(pending: Sequence[PendingBatch], total: int) -> GatheredScores
     present, finite = np.zeros(total, bool), np.zeros(total, bool)
     parts: dict[str, np.ndarray] = {}
     part_retries: dict[str, int] = {}
-    errors: list[str] = []
+    retries, error = 0, ""
     for batch in batches:
-        scored = batch.numbers[batch.finite]
         present[batch.numbers] = True
         finite[batch.numbers] = batch.finite
-        values[scored] = batch.values
-        valid[scored] = batch.valid
-        for name, part in batch.parts.items():
-            parts.setdefault(name, np.full(total, np.nan))[scored] = part
-        for name, retries in batch.part_retries.items():
-            part_retries[name] = part_retries.get(name, 0) + retries
-        for number, text in zip(scored, batch.texts):
+        error = batch.error or error
+        if (scores := batch.scores) is None:
+            continue
+        scored = batch.numbers[batch.finite]
+        values[scored] = scores.values
+        valid[scored] = scores.valid
+        for number, text in zip(scored, scores.texts):
             texts[number] = text
-        errors = batch.errors or errors
+        for name, part in scores.parts.items():
+            parts.setdefault(name, np.full(total, np.nan))[scored] = part
+        retries += scores.retries
+        for name, count in scores.part_retries.items():
+            part_retries[name] = part_retries.get(name, 0) + count
     if not present.all():
         raise ValueError(f"{(~present).sum()} of {total} videos were scored by no process")
     return GatheredScores(
@@ -269,8 +256,8 @@ def gather_scores(pending: Sequence[PendingBatch], total: int) -> GatheredScores
         valid=valid,
         texts=texts,
         failures=int((~valid).sum()),
-        retries=sum(batch.retries for batch in batches),
-        error=errors[0] if errors else "",
+        retries=retries,
+        error=error,
         parts=parts,
         finite=finite,
         part_retries=part_retries,
