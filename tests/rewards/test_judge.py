@@ -30,8 +30,8 @@ QUICK = {"timeout": 5.0, "patience": 2.0, "first_pause": 0.02, "seed": 0}
 
 @contextlib.contextmanager
 def judging(reply, models=("a-model",), path="", **options):
-    """(endpoint, requests so far) of a model that answers `reply(frames, question)`, or with
-    reply's own status.
+    """Run a model that answers `reply(frames, question)`, a text or (status, object for JSON); gives
+    (endpoint, list of its requests).
     """
     requests = []
 
@@ -45,12 +45,12 @@ def judging(reply, models=("a-model",), path="", **options):
         frames = [
             _pixels(part["image_url"]["url"]) for part in content if part["type"] == "image_url"
         ]
-        found = reply(frames, content[-1]["text"])
-        if isinstance(found, tuple):
-            return found
+        result = reply(frames, content[-1]["text"])
+        if isinstance(result, tuple):
+            return result
         return 200, {
             "choices": [
-                {"message": {"role": "assistant", "content": found}, "finish_reason": "stop"}
+                {"message": {"role": "assistant", "content": result}, "finish_reason": "stop"}
             ]
         }
 

@@ -22,7 +22,7 @@ def test_workers_ignore_ctrl_c():
 
 
 def test_workers_are_processes_of_their_own_without_jax():
-    import jax  # noqa: F401  (the parent has it, as a trainer does)
+    import jax  # noqa: F401  (a trainer has imported it)
 
     with RewardPool(pool_rewards.Environment, 2) as pool:
         scores = pool.submit(filled(*range(2, 10)), [None] * 8).result()

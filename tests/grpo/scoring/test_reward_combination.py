@@ -1,4 +1,4 @@
-"""Several rewards as one: the formulas, what failing does, and what weights mean."""
+"""The combination of rewards: the formulas, failures and weights."""
 
 import numpy as np
 import pytest
@@ -57,8 +57,12 @@ def test_a_measure_that_never_varied_still_has_a_scale():
 
 def test_base_statistics_leave_out_what_failed():
     parts = {MAIN: random(0), "motion": np.array([1.0, np.nan, 3.0]), "flicker": np.full(3, np.nan)}
-    found = base_statistics(parts)
-    assert found["motion"] == (2.0, 1.0) and MAIN not in found and np.isnan(found["flicker"]).all()
+    statistics = base_statistics(parts)
+    assert (
+        statistics["motion"] == (2.0, 1.0)
+        and MAIN not in statistics
+        and np.isnan(statistics["flicker"]).all()
+    )
     assert means(parts)["motion"] == 2.0 and np.isnan(means(parts)["flicker"])
 
 
@@ -87,20 +91,22 @@ def test_weights_add_up_and_zero_is_only_measured():
 def test_advantages_are_combined_whatever_the_scales():
     a, b = random(0), random(1)
     weights = {MAIN: 1.0, "motion": 2.0}
-    found = combined_advantages(
+    advantages = combined_advantages(
         {MAIN: a, "motion": b}, weights, GROUPS, VALID, std="group", clip=None
     )
     same = combined_advantages(
         {MAIN: a, "motion": 1000 * b}, weights, GROUPS, VALID, std="group", clip=None
     )
-    np.testing.assert_allclose(found, same, atol=2e-3)  # but for the eps of the group's deviation
+    np.testing.assert_allclose(
+        advantages, same, atol=2e-3
+    )  # but for the eps of the group's deviation
     by_hand = np.zeros(20)
     for values, weight in ((a, 1.0), (b, 2.0)):
         for g in range(4):
             v = values[GROUPS == g]
             by_hand[GROUPS == g] += weight * (v - v.mean()) / (v.std() + 1e-4)
     np.testing.assert_allclose(
-        found, (by_hand - by_hand.mean()) / by_hand.std(), rtol=1e-4, atol=1e-5
+        advantages, (by_hand - by_hand.mean()) / by_hand.std(), rtol=1e-4, atol=1e-5
     )
     assert (
         np.abs(
@@ -143,10 +149,10 @@ def test_a_weighted_reward_that_no_video_has_leaves_none_valid():
 
 def test_what_cannot_be_judged_without_the_base():
     weights = {MAIN: 1.0, "motion": 0.5, "flicker": 0.0, "stability": 1.0}
-    found = base_statistics(
+    statistics = base_statistics(
         {"motion": np.array([1.0, np.nan, 3.0]), "flicker": np.array([1.0, np.nan, np.nan])}
     )
     # one video says nothing of the spread
-    assert found["motion"] == (2.0, 1.0) and np.isnan(found["flicker"]).all()
-    assert without_base(weights, found) == [] and without_base(weights, {}) == ["motion"]
-    assert without_base(weights | {"flicker": 1.0}, found) == ["flicker"]
+    assert statistics["motion"] == (2.0, 1.0) and np.isnan(statistics["flicker"]).all()
+    assert without_base(weights, statistics) == [] and without_base(weights, {}) == ["motion"]
+    assert without_base(weights | {"flicker": 1.0}, statistics) == ["flicker"]

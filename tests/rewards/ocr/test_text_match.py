@@ -104,9 +104,9 @@ def test_best_window_is_the_best_of_all_parts_that_are_more_right_than_wrong():
         target, text = ("".join(rng.choices("abc", k=rng.randint(1, n))) for n in (6, 14))
         parts = [text[i:j] for i in range(len(text)) for j in range(i + 1, len(text) + 1)]
         best = max(similarity(target, part) for part in parts)
-        found = best_window(target, text)
+        window = best_window(target, text)
         if best > 0.5:
-            assert found.similarity == best
-        assert found.similarity == (
-            similarity(target, text[found.start : found.end]) if found.end else 0
+            assert window.similarity == best
+        assert window.similarity == (
+            similarity(target, text[window.start : window.end]) if window.end else 0
         )

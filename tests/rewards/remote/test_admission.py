@@ -1,6 +1,4 @@
-"""The server keeps answering clients that have the token, whatever others do with their
-connections.
-"""
+"""Admission: clients with the token get answers, whatever others do with their connections."""
 
 import contextlib
 import json
@@ -70,7 +68,7 @@ def is_open(sock):
 
 @contextlib.contextmanager
 def sending(sock, data, pause=0.02):
-    """Sends `data` again and again, and reads nothing."""
+    """Send `data` again and again, and read nothing."""
     stop = threading.Event()
 
     def send():
@@ -150,8 +148,8 @@ def test_requests_under_way_leave_room_for_answers():
     ):
         under_way = [stack.enter_context(connect(url, post() + BODY)) for _ in range(4)]
         wait_for(lambda: answer(connect(url, HEALTH))[1]["queue"] == 4)
-        status, found = answer(stack.enter_context(connect(url, post() + BODY)))
-        assert status == 503 and found["detail"].startswith("4 requests are under way")
+        status, content = answer(stack.enter_context(connect(url, post() + BODY)))
+        assert status == 503 and content["detail"].startswith("4 requests are under way")
         for _ in range(10):
             stack.enter_context(connect(url))
         assert [answer(client)[0] for client in under_way] == [200] * 4
@@ -189,11 +187,11 @@ def test_bodies_that_would_take_too_much_memory_are_not_read(caplog):
         wait_for(lambda: answer(connect(url, HEALTH))[1]["queue"] == 1)
         # 256 bytes, no end
         for header, data in ((post(), b""), (post(None), b"100\r\n" + bytes(256) + b"\r\n")):
-            status, found = answer(stack.enter_context(connect(url, header + data)))
+            status, content = answer(stack.enter_context(connect(url, header + data)))
             assert (
                 status == 503
-                and "900 bytes are used" in found["detail"]
-                and "limit of 1000" in found["detail"]
+                and "900 bytes are used" in content["detail"]
+                and "limit of 1000" in content["detail"]
             )
         first.close()
         wait_for(lambda: answer(connect(url, HEALTH))[1]["queue"] == 0)
@@ -211,8 +209,8 @@ def test_a_full_queue_refuses_before_the_body():
     with serving(max_queue=1) as url, contextlib.ExitStack() as stack:
         stack.enter_context(connect(url, post()))
         wait_for(lambda: answer(connect(url, HEALTH))[1]["queue"] == 1)
-        status, found = answer(stack.enter_context(connect(url, post(10**6))))
-        assert status == 503 and "limit of 1:" in found["detail"]
+        status, content = answer(stack.enter_context(connect(url, post(10**6))))
+        assert status == 503 and "limit of 1:" in content["detail"]
 
 
 def test_a_slow_upload_is_ended():
@@ -221,8 +219,8 @@ def test_a_slow_upload_is_ended():
         connect(url, post(1000)) as client,
         sending(client, b"a", 0.02),
     ):
-        status, found = answer(client)
-    assert status == 408 and "0.2 s" in found["detail"]
+        status, content = answer(client)
+    assert status == 408 and "0.2 s" in content["detail"]
 
 
 def test_limits_follow_the_limit_of_open_files(monkeypatch):

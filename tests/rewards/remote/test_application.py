@@ -27,12 +27,12 @@ def url():
 
 
 def test_scores(url):
-    status, found, _ = ask(url)
+    status, content, _ = ask(url)
     expected = [pool_rewards.Brightness().score(video, None) for video in VIDEOS]
-    assert status == 200 and [score["value"] for score in found["scores"]] == [
+    assert status == 200 and [score["value"] for score in content["scores"]] == [
         score.value for score in expected
     ]
-    assert found["scores"][0] == {
+    assert content["scores"][0] == {
         "valid": True,
         "error": "",
         "value": expected[0].value,
@@ -54,9 +54,9 @@ def test_health(url):
 @pytest.mark.parametrize("method, path", [("POST", "/v1/score"), ("GET", "/v1/health")])
 @pytest.mark.parametrize("token", ["", "wrong", TOKEN + "x", TOKEN[:-1], "\xe9"])
 def test_a_wrong_token_is_refused(url, method, path, token):
-    status, found, headers = ask(url, method, path, token=token)
-    assert status == 401 and "Authorization: Bearer TOKEN" in found["detail"]
-    assert headers["WWW-Authenticate"] == "Bearer" and TOKEN not in json.dumps(found)
+    status, content, headers = ask(url, method, path, token=token)
+    assert status == 401 and "Authorization: Bearer TOKEN" in content["detail"]
+    assert headers["WWW-Authenticate"] == "Bearer" and TOKEN not in json.dumps(content)
 
 
 def test_another_scheme_is_refused(url):
@@ -93,8 +93,8 @@ def test_another_scheme_is_refused(url):
     ],
 )
 def test_what_is_not_taken(url, body, headers, status, message):
-    found = ask(url, body=body, **headers)
-    assert found[0] == status and message in found[1]["detail"]
+    code, content, _ = ask(url, body=body, **headers)
+    assert code == status and message in content["detail"]
     assert ask(url)[0] == 200
 
 
@@ -112,10 +112,10 @@ def test_a_pickle_is_never_loaded(url, tmp_path):
 def test_a_video_that_cannot_be_judged_fails_alone(tmp_path):
     videos = np.stack([np.full((2, 2, 2, 3), value, np.uint8) for value in (0, 1, 2)])
     with serving(lambda: pool_rewards.Mean(str(tmp_path))) as url:
-        status, found, _ = ask(url, body=b"".join(encode_request(videos, ["a", "b", "c"])))
-    assert status == 200 and [score["valid"] for score in found["scores"]] == [True, False, True]
-    assert found["scores"][1]["error"] == "ValueError: this video cannot be judged"
-    assert found["scores"][1]["value"] is None and found["scores"][2]["value"] == 2
+        status, content, _ = ask(url, body=b"".join(encode_request(videos, ["a", "b", "c"])))
+    assert status == 200 and [score["valid"] for score in content["scores"]] == [True, False, True]
+    assert content["scores"][1]["error"] == "ValueError: this video cannot be judged"
+    assert content["scores"][1]["value"] is None and content["scores"][2]["value"] == 2
 
 
 def test_a_full_queue_asks_to_come_back(url):
@@ -124,9 +124,9 @@ def test_a_full_queue_asks_to_come_back(url):
         thread = threading.Thread(target=lambda: results.append(ask(url)))
         thread.start()
         wait_for(lambda: ask(url, "GET", "/v1/health")[1]["queue"] == 2)
-        status, found, headers = ask(url)
+        status, content, headers = ask(url)
         thread.join()
-    assert status == 503 and headers["Retry-After"] == "1" and "limit of 2" in found["detail"]
+    assert status == 503 and headers["Retry-After"] == "1" and "limit of 2" in content["detail"]
     assert results[0][0] == 200
 
 

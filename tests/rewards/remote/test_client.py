@@ -1,4 +1,4 @@
-"""Videos scored over HTTP: as here, bit for bit, whatever the servers go through."""
+"""Videos scored over HTTP: the values of this process, bit for bit, also when servers fail."""
 
 import contextlib
 import functools
@@ -32,7 +32,7 @@ def local(videos=VIDEOS, reward=pool_rewards.Brightness):
 
 
 class Judged:
-    """Reads like the OCR reward: some frames, with texts and values of their own."""
+    """Judges some frames, like the OCR reward, each with a text and a value."""
 
     def score(self, frames, record):
         indices = even_frames(len(frames), 4)
@@ -54,8 +54,8 @@ def test_scores_are_those_of_this_process(servers):
         pool_of([first, second][:servers]) as pool,
     ):
         scores = pool.submit(VIDEOS, [("a", "b\n")] * 12).result()
-    with RewardPool(Judged) as here:
-        expected = here.submit(VIDEOS, [("a", "b\n")] * 12).result()
+    with RewardPool(Judged) as local_pool:
+        expected = local_pool.submit(VIDEOS, [("a", "b\n")] * 12).result()
     assert scores.scores == expected.scores and scores.values.tobytes() == expected.values.tobytes()
     assert scores.texts == expected.texts and scores.failures == scores.retries == 0
 

@@ -1,4 +1,4 @@
-"""Which server is asked, and when: against scripted servers, whose answers a test decides."""
+"""Which server gets a request, and when: with scripted servers."""
 
 import collections
 import random

@@ -38,7 +38,7 @@ def body_of(**changes):
 
 
 def nested(name, depth):
-    """A request with `name` as arrays within each other."""
+    """A request with `depth` nested arrays as `name`."""
     header = {"shape": [2, 3, 4, 5, 3], "dtype": "uint8", "records": [["A"], ["B"]]} | {
         name: "HERE"
     }
@@ -48,9 +48,10 @@ def nested(name, depth):
 
 
 def test_a_request_arrives_as_it_was_sent():
-    for videos in (VIDEOS, VIDEOS[:, :, ::-1, 1:4]):  # also what does not lie in one piece
-        got, found = decode_request(b"".join(encode_request(videos, RECORDS)), Limits())
-        assert got.dtype == np.uint8 and np.array_equal(got, videos) and found == RECORDS
+    for videos in (VIDEOS, VIDEOS[:, :, ::-1, 1:4]):  # also without a contiguous memory
+        decoded, records = decode_request(b"".join(encode_request(videos, RECORDS)), Limits())
+        assert decoded.dtype == np.uint8 and np.array_equal(decoded, videos)
+        assert records == RECORDS
 
 
 def test_pixels_are_not_copied():
