@@ -28,7 +28,7 @@ def check_model(path: str) -> None:
     """Raise `ValueError` where the model's folder or PyTorch is missing."""
     if not (pathlib.Path(path) / "config.json").is_file():
         raise ValueError(
-            f"{path!r} is no folder with a CLIP model as transformers writes it (config.json, "
+            f"{path!r} is not a folder with a CLIP model as transformers writes it (config.json, "
             "weights, tokenizer, preprocessor_config.json)"
         )
     if importlib.util.find_spec("torch") is None:

@@ -87,7 +87,7 @@ class VisionEndpoint:
         except (KeyError, IndexError, TypeError, AttributeError):
             pass
         raise RewardError(
-            f"the judge gave no whole answer of at most {MAX_TOKENS} tokens: {str(answer)[:300]}"
+            f"the judge gave no complete answer of at most {MAX_TOKENS} tokens: {str(answer)[:300]}"
         )
 
     def close(self) -> None:
@@ -100,7 +100,7 @@ class VisionEndpoint:
             names = [str(model["id"]) for model in models["data"]]
         except (KeyError, TypeError):
             raise RewardError(
-                "is no OpenAI-compatible endpoint: /v1/models names no models"
+                "is not an OpenAI-compatible endpoint: /v1/models names no models"
             ) from None
         if not self.model and len(names) == 1:
             self.model = names[0]

@@ -115,7 +115,7 @@ class ProcessScorer:
 
     def _request(self, request: tuple, timeout: float, purpose: str) -> Any:
         """Send a request and wait for the answer. Every failure is a `RewardError` that names its
-        cause. purpose: completes "failed to ..." in messages.
+        cause. purpose: completes "could not ..." in messages.
         """
         process, expired, partial = self._process, threading.Event(), None
 
@@ -140,7 +140,7 @@ class ProcessScorer:
             else:
                 cause = f"died with exit code {code}"
             raise WorkerLost(
-                f"reward worker {process.pid} {cause} when it was to {purpose}", partial
+                f"reward worker {process.pid} {cause} and could not {purpose}", partial
             ) from error
         finally:
             timer.cancel()

@@ -191,7 +191,7 @@ class Quota:
 
 def server_busy(reason: str) -> HTTPException:
     """Return the answer 503, which asks a client to come back later."""
-    return HTTPException(503, f"{reason}: ask again later", {"Retry-After": "1"})
+    return HTTPException(503, f"{reason}: try again later", {"Retry-After": "1"})
 
 
 def connection_limits(workers: int) -> tuple[int, int]:

@@ -125,7 +125,7 @@ async def _read_body(
     kind = request.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != CONTENT_TYPE:
         raise WireError(
-            f"content type {kind[:100]!r} is not taken: send {CONTENT_TYPE}, docs/rewards_server.md",
+            f"content type {kind[:100]!r} is not accepted: send {CONTENT_TYPE}, docs/rewards_server.md",
             415,
         )
     body, claimed = bytearray(), 0

@@ -86,13 +86,13 @@ class RemoteReward:
     def _check(self, health: Any) -> None:
         """Raise `RewardError` unless a server's health page is that of the expected reward."""
         if not isinstance(health, dict) or not isinstance(health.get("reward"), dict):
-            raise RewardError("is no reward server: its health page names no reward")
+            raise RewardError("is not a reward server: its health page names no reward")
         reward = health["reward"]
         versions = health.get("versions", {})
         workers = health.get("workers", 0)
         if type(workers) is not int or workers < 0:
             raise RewardError(
-                f"is no reward server: its health page has workers={repr(workers)[:100]}, not a "
+                f"is not a reward server: its health page has workers={repr(workers)[:100]}, not a "
                 "number"
             )
         self._expected = reward if self._expected is None else self._expected

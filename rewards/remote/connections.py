@@ -122,7 +122,7 @@ class Connections:
                         if len(body) > MAX_ANSWER:
                             raise ConnectionError(f"an answer of more than {MAX_ANSWER} bytes")
         except TimeoutError:
-            raise TimeoutError(f"no whole answer within {timeout:g} s") from None
+            raise TimeoutError(f"no complete answer within {timeout:g} s") from None
         finally:
             self._tasks.discard(task)
         return Answer(response.status_code, bytes(body))

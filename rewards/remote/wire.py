@@ -156,7 +156,7 @@ def _check_header(header: Any, limits: Limits) -> tuple[tuple[int, ...], list[An
     shape, records = header["shape"], header["records"]
     if header["dtype"] != "uint8":
         raise WireError(
-            f"dtype {_short(header['dtype'])} is not taken: send uint8 RGB, ((x + 1) * "
+            f"dtype {_short(header['dtype'])} is not accepted: send uint8 RGB, ((x + 1) * "
             "127.5).round().clip(0, 255) of x in [-1, 1]",
             422,
         )

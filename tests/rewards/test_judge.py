@@ -228,13 +228,13 @@ def test_in_a_pool_failures_are_masked():
             (400, {"error": {"message": "too long", "code": 400}}),
             "refused the request: 400 too long",
         ),
-        ((200, {"choices": []}), "no whole answer"),
-        ((200, [1]), "no whole answer"),
-        ((200, {"choices": [{"message": {"content": None}}]}), "no whole answer"),
-        ((200, {"choices": [{"message": {"content": "A" * 100_000}}]}), "no whole answer"),
+        ((200, {"choices": []}), "no complete answer"),
+        ((200, [1]), "no complete answer"),
+        ((200, {"choices": [{"message": {"content": None}}]}), "no complete answer"),
+        ((200, {"choices": [{"message": {"content": "A" * 100_000}}]}), "no complete answer"),
         (
             (200, {"choices": [{"message": {"content": "A"}, "finish_reason": "length"}]}),
-            "no whole answer of at most 1024",
+            "no complete answer of at most 1024",
         ),
     ],
 )
@@ -261,7 +261,7 @@ def test_the_start():
             pass
     with (
         scripted(lambda *_: (200, {"reward": {}})) as url,
-        pytest.raises(RewardError, match="no OpenAI-compatible"),
+        pytest.raises(RewardError, match="OpenAI-compatible"),
     ):
         VisionEndpoint([url], **QUICK)
     with judging(None) as (judge, _):

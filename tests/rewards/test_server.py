@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("fastapi")
 
+import rewards.remote
 from rewards import server
 from tests.rewards import pool_rewards
 from tests.rewards.serving import ROOT, TOKEN, Command, ask, serving, wait_for
@@ -65,6 +66,15 @@ def test_ctrl_c_before_the_server_is_ready_is_one_line():
         assert command.kill(signal.SIGINT) == 130
         assert command.process.stdout.read() == ""
         assert command.process.stderr.read() == "\nstopped before the server was ready\n"
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    for name in ("application", "admission"):
+        monkeypatch.delitem(sys.modules, f"rewards.remote.{name}", raising=False)
+        monkeypatch.delattr(rewards.remote, name, raising=False)
+    with pytest.raises(server.UsageError, match=r"uvicorn.*\[server\]"):
+        server.main([])
 
 
 # --- Settings -------------------------------------------------------------------------------------

@@ -71,9 +71,9 @@ def test_another_scheme_is_refused(url):
             pickle.dumps((VIDEOS, ["a", "b"])),
             {"Content_Type": "application/python-pickle"},
             415,
-            "is not taken",
+            "is not accepted",
         ),
-        (BODY, {"Content_Type": "application/json"}, 415, "is not taken"),
+        (BODY, {"Content_Type": "application/json"}, 415, "is not accepted"),
         (BODY[:-1], {}, 400, "bytes of pixels"),
         (
             b"".join(encode_request(VIDEOS[[0] * 4], ["a"] * 4)),

@@ -145,7 +145,7 @@ def test_a_server_with_other_settings_is_refused_also_after_a_restart():
         RemoteReward([other], **QUICK)
     with (
         scripted(lambda *_: (200, {"status": "fine"})) as url,
-        pytest.raises(RewardError, match="is no reward server"),
+        pytest.raises(RewardError, match="is not a reward server"),
     ):
         RemoteReward([url], **QUICK)
 

@@ -37,7 +37,7 @@ def exchange(url, timeout=0.15, body=()):
 def test_an_answer_that_trickles_is_ended_in_time(start, repeated):
     with trickling(start, repeated) as url:
         begin = time.monotonic()
-        with pytest.raises(TimeoutError, match=r"no whole answer within 0\.15 s"):
+        with pytest.raises(TimeoutError, match=r"no complete answer within 0\.15 s"):
             exchange(url)
         assert time.monotonic() - begin < 1.5
 
@@ -45,7 +45,7 @@ def test_an_answer_that_trickles_is_ended_in_time(start, repeated):
 def test_a_request_that_is_not_read_is_ended_in_time():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         begin = time.monotonic()
-        with pytest.raises(TimeoutError, match=r"no whole answer within 0\.2 s"):
+        with pytest.raises(TimeoutError, match=r"no complete answer within 0\.2 s"):
             exchange(f"http://127.0.0.1:{silent.getsockname()[1]}", 0.2, [bytes(50_000_000)])
         assert time.monotonic() - begin < 1.5
 
@@ -54,7 +54,7 @@ def test_a_tls_greeting_that_trickles_is_ended_in_time():
     hello = b"\x16\x03\x03\x40\x00"  # a record of 16 KiB, of which a byte comes now and then
     with trickling(hello, b"\x02") as url:
         begin = time.monotonic()
-        with pytest.raises(TimeoutError, match=r"no whole answer within 0\.15 s"):
+        with pytest.raises(TimeoutError, match=r"no complete answer within 0\.15 s"):
             exchange(url.replace("http", "https"))
         assert time.monotonic() - begin < 1.5
 
