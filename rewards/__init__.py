@@ -8,6 +8,7 @@ project, so that worker processes and reward servers start quickly and need no a
     composite                       several rewards of one video
     pool, scorers, worker_process   scoring in worker processes, while the accelerator works
     server, remote/                 scoring on other machines
+    choices                         names that settings may have
 
 A new reward is a class with a method `score(frames, record) -> Score` and a factory that can be
 pickled. `RewardPool(factory)` runs it on this machine, `python -m rewards.server
