@@ -17,7 +17,7 @@ from rewards.base import (
     check_score,
     describe,
 )
-from rewards.ocr.text_match import Normaliser, similarity
+from rewards.ocr.text_match import normalise, similarity
 
 
 def stability(score: Score) -> float:
@@ -26,7 +26,7 @@ def stability(score: Score) -> float:
     The mean similarity over pairs of neighbouring judged frames; a pair without text in both frames
     counts as 0. An image gets 1 where any text was read, else 0.
     """
-    texts = [Normaliser()(text) for text in score.frame_texts]
+    texts = [normalise(text) for text in score.frame_texts]
     if len(texts) == 1:
         return float(bool(texts[0]))
     return float(

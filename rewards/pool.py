@@ -35,7 +35,7 @@ from rewards.base import (
 from rewards.scorers import LocalScorer, ProcessScorer, Scorer
 
 log = logging.getLogger("rewards.pool")
-MODES = ("process", "thread", "inline")
+MODES = ("process", "thread")
 _MAX_LOGGED_KINDS = 20  # kinds of failures that a pool logs
 
 
@@ -146,8 +146,8 @@ class RewardPool:
         JAX, like `functools.partial(OCRReward, rule="spelling")`; functions of the main script are
         not.
     workers: number of workers; 0 scores in the calling thread, inside `submit`.
-    mode: "process" (next to a trainer), "thread" (as fast for OCR, which releases the interpreter
-        lock, and without processes; for tests and CPU runs), or "inline" (the same as workers=0).
+    mode: "process" (next to a trainer) or "thread" (as fast for OCR, which releases the interpreter
+        lock, and without processes; for tests, CPU runs and rewards of other machines).
     timeout: seconds for one video, after which its worker is killed; mode "process" only.
 
     A score that raises, is not finite, takes too long or kills its worker is tried once more, on a
@@ -169,10 +169,8 @@ class RewardPool:
             raise ValueError(
                 f"unknown mode {mode!r} of the reward pool: choose one of {', '.join(MODES)}"
             )
-        if workers < 0 or (mode == "inline" and workers > 0):
-            raise ValueError(
-                f"workers={workers} with mode={mode!r}: must be 0 or more, and 0 if inline"
-            )
+        if workers < 0:
+            raise ValueError(f"workers={workers}: must be 0 or more")
         self.workers, self._closed = workers, False
         self._idle: queue.SimpleQueue[Scorer] = queue.SimpleQueue()
         self._logged_kinds: set[tuple[str, ...]] = set()

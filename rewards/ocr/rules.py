@@ -24,17 +24,16 @@ import numpy as np
 from rewards.base import Score, check_frames
 from rewards.ocr.engines import Engine, TextLine, make_engine, readable_characters
 from rewards.ocr.text_match import (
-    Normaliser,
     Window,
     best_window,
     edit_distance,
     flow_grpo_normalise,
+    normalise,
     similarity,
 )
 
 # what a perfectly written target still earns in a frame full of other text
 CREDIT_AMONG_OTHER_TEXT = 0.5
-_normalise = Normaliser()
 
 
 # --- The default rule -----------------------------------------------------------------------------
@@ -65,7 +64,7 @@ def spelling(lines: Sequence[TextLine], targets: Sequence[str]) -> float:
     mean over the targets. Raises `ValueError` for blank targets.
     """
     goals = _normalised(targets)
-    line_texts = [_normalise(line.text) for line in lines]
+    line_texts = [normalise(line.text) for line in lines]
     text = "".join(line_texts)
     windows = _assign(goals, line_texts)
     values = []
@@ -91,13 +90,13 @@ def make_readable_check(engine: str) -> Callable[[Sequence[str]], None] | None:
     characters = readable_characters(engine)
     if characters is None:
         return None
-    known = set("".join(map(_normalise, characters)))
+    known = set("".join(map(normalise, characters)))
 
     def check(targets: Sequence[str]) -> None:
         for target in targets:
-            unknown = [char for char in dict.fromkeys(target) if not set(_normalise(char)) <= known]
+            unknown = [char for char in dict.fromkeys(target) if not set(normalise(char)) <= known]
             # checked again as a whole: a letter and its accent may form one known character
-            if unknown and not set(_normalise(target)) <= known:
+            if unknown and not set(normalise(target)) <= known:
                 raise ValueError(
                     f"the OCR engine {engine} cannot read {', '.join(unknown)} of {target!r}"
                 )
@@ -111,7 +110,7 @@ def _normalised(targets: Sequence[str]) -> list[str]:
         raise ValueError(
             f"targets must be a sequence of strings, got one string: pass ({targets!r},)"
         )
-    goals = [_normalise(target) for target in targets]
+    goals = [normalise(target) for target in targets]
     if not goals or "" in goals:
         raise ValueError(
             f"targets must be one or more texts that are not blank, got {list(targets)!r}; "

@@ -25,25 +25,15 @@ def visible(text: str) -> str:
     return "".join(char for char in text if unicodedata.category(char) != "Cf")
 
 
-@dataclasses.dataclass(frozen=True)
-class Normaliser:
-    """Removes the differences that do not count when two texts are compared. Invisible characters
-    never count; punctuation always does, as in Flow-GRPO.
+def normalise(text: str) -> str:
+    """Remove the differences that do not count when two texts are compared: invisible characters,
+    case, whitespace, and forms of the same character (NFKC and `_LOOKALIKES`).
+
+    Punctuation always counts, as in Flow-GRPO. Normalising twice changes nothing more.
     """
-
-    case: bool = True  # upper and lower case count as equal
-    whitespace: bool = True  # spaces, tabs and line breaks are removed
-    unicode: bool = True  # NFKC (full-width = normal width, ligature = letters) and _LOOKALIKES
-
-    def __call__(self, text: str) -> str:
-        """Return the normalised text. Normalising twice changes nothing more."""
-        text = visible(text)
-        if self.unicode:
-            # before NFKC, which would turn the accent ´ into a space and a combining mark
-            text = unicodedata.normalize("NFKC", text.translate(_LOOKALIKES))
-        if self.whitespace:
-            text = "".join(text.split())
-        return text.lower() if self.case else text
+    # before NFKC, which would turn the accent ´ into a space and a combining mark
+    text = visible(text).translate(_LOOKALIKES)
+    return "".join(unicodedata.normalize("NFKC", text).split()).lower()
 
 
 def flow_grpo_normalise(text: str) -> str:

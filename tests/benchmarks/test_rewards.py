@@ -18,4 +18,4 @@ def test_a_pool_is_measured():
     videos, targets = draw_videos(4, 1, 64, 128)
     with RewardPool(Targets) as pool:
         seconds, blocked, values = measure(pool, videos, targets)
-    assert values == [1.0] * 4 and 0 < seconds <= blocked  # an inline pool scores in submit
+    assert values == [1.0] * 4 and 0 < seconds <= blocked  # without workers, submit scores

@@ -29,7 +29,7 @@ def test_values_do_not_depend_on_workers_or_mode():
         (1, "process"),
         (2, "process"),
         (2, "thread"),
-        (0, "inline"),
+        (0, "thread"),
     ]:
         with RewardPool(make_reward, workers, mode) as pool:
             results.append(pool.submit(videos, targets).result())
@@ -44,7 +44,7 @@ def test_values_do_not_depend_on_workers_or_mode():
         assert other.scores == first.scores and other.texts == first.texts
 
 
-@pytest.mark.parametrize("workers, mode", [(0, "inline"), (2, "thread"), (2, "process")])
+@pytest.mark.parametrize("workers, mode", [(0, "thread"), (2, "thread"), (2, "process")])
 @pytest.mark.parametrize(
     "reward, message",
     [(pool_rewards.Mean, "this video cannot be judged"), (pool_rewards.NotFinite, "not finite")],
@@ -107,7 +107,7 @@ def test_submit_returns_at_once_and_batches_queue_up():
         assert 0.5 <= first.result().seconds < second.result().seconds
 
 
-@pytest.mark.parametrize("workers, mode", [(0, "inline"), (1, "thread"), (1, "process")])
+@pytest.mark.parametrize("workers, mode", [(0, "thread"), (1, "thread"), (1, "process")])
 def test_close_twice(workers, mode):
     pool = RewardPool(pool_rewards.Mean, workers, mode)
     assert pool.submit(filled(2), ["a"]).result().values.tolist() == [2]
@@ -143,8 +143,6 @@ def test_errors():
         RewardPool(pool_rewards.Mean, 1, "fork")
     with pytest.raises(ValueError, match="workers=-1"):
         RewardPool(pool_rewards.Mean, -1)
-    with pytest.raises(ValueError, match="workers=2 with mode='inline'"):
-        RewardPool(pool_rewards.Mean, 2, "inline")
     with RewardPool(pool_rewards.Mean) as pool:
         with pytest.raises(ValueError, match="2 videos but 1 records"):
             pool.submit(filled(0, 0), ["a"])

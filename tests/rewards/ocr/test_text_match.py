@@ -5,10 +5,10 @@ import random
 import pytest
 
 from rewards.ocr.text_match import (
-    Normaliser,
     best_window,
     edit_distance,
     flow_grpo_normalise,
+    normalise,
     similarity,
 )
 
@@ -65,15 +65,9 @@ def test_paddle_distance_package_agrees():
         ("", ""),
     ],
 )
-def test_normaliser(text, normal):
-    assert Normaliser()(text) == normal
-    assert Normaliser()(normal) == normal
-
-
-def test_normaliser_options():
-    assert Normaliser(case=False)("A b") == "Ab"
-    assert Normaliser(whitespace=False)("A  b") == "a  b"
-    assert Normaliser(unicode=False)("Ａ’b") == "ａ’b"
+def test_normalise(text, normal):
+    assert normalise(text) == normal
+    assert normalise(normal) == normal
 
 
 def test_flow_grpo_normalise_removes_spaces_only():
