@@ -31,7 +31,7 @@ from grpo.methods.grpo import make_gradient, stack_batches
 from grpo.rollout import StepTable, initial_noise, make_step, rollout_batches
 from grpo.scoring.scores import gather_scores, submit
 from rewards.ocr.rules import OCRReward
-from rewards.workers import RewardPool
+from rewards.pool import RewardPool
 from wan_jax.diffusion.experts import Segment
 from wan_jax.diffusion.schedule import flow_sigmas
 from wan_jax.diffusion.sde import SDEConfig

@@ -17,7 +17,7 @@ from grpo.advantages import (
 )
 from grpo.run import RunSpec
 from grpo.scoring import reward_combination
-from grpo.scoring.scores import Scores
+from grpo.scoring.scores import GatheredScores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Credit:
 
 
 def compute_credit(
-    spec: RunSpec, scores: Scores, prompt_of: np.ndarray, base: reward_combination.Base
+    spec: RunSpec, scores: GatheredScores, prompt_of: np.ndarray, base: reward_combination.Base
 ) -> Credit:
     """Return the credit of an epoch's videos. base: the measures of the starting model, which
     measures of quality are judged by. Where not one video could be scored, none is valid.
     """
     recipe, weights = spec.recipe, spec.settings.weights
     rewards = reward_combination.terms(scores.values, scores.parts, weights, base)
-    total = reward_combination.combined(rewards, weights)
+    total = reward_combination.weighted_sum(rewards, weights)
     valid = scores.valid & np.isfinite(total)
     options = advantage_options(recipe)
     if recipe.reward.combine == "rewards":

@@ -25,7 +25,7 @@ from grpo.data.prompts import load_prompts
 from grpo.records.run_log import RunLog
 from grpo.report import run_report
 from grpo.run import RunSpec
-from grpo.scoring.heldout import Evaluator, said
+from grpo.scoring.heldout import Evaluator, format_evaluation
 from grpo.scoring.scores import for_rewards, open_pool, targets_check
 from grpo.settings import parse
 from grpo.settings.reference import FLAG_HELP
@@ -132,7 +132,7 @@ def main(_):
                 )
                 log.evaluation(result.record, result.videos, frames if i else None)
                 print(
-                    f"{checkpoint or c.model.path}: {said(result.record)}"
+                    f"{checkpoint or c.model.path}: {format_evaluation(result.record)}"
                     + (f", {frames} frames" if len(spec.evaluated_frames) > 1 else ""),
                     flush=True,
                 )

@@ -202,7 +202,7 @@ def collect(spec: RunSpec, model: model_dir.ModelDir, weights: tuple, count: int
     own = {reward_combination.MAIN: scores.values} | {
         k: v for k, v in scores.parts.items() if k not in reward_combination.BAD_SIDE
     }
-    rewards = reward_combination.combined(
+    rewards = reward_combination.weighted_sum(
         {k: own[k] for k, w in s.weights.items() if w and k in own}, s.weights
     )
     good = np.flatnonzero(np.isfinite(rewards))

@@ -29,9 +29,9 @@ from grpo.rollout import (
     zero_rows,
 )
 from grpo.run import RunSpec
-from grpo.scoring.scores import Pending, gather_rows, submit
+from grpo.scoring.scores import PendingBatch, gather_rows, submit
 from grpo.settings import frame_schedule
-from rewards.workers import RewardPool
+from rewards.pool import RewardPool
 from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.distributed import multihost
 from wan_jax.inference import pipeline
@@ -102,7 +102,7 @@ def averaged_weights(session: Session, states: States, expert: int) -> tuple:
 
 def sample_epoch(
     session: Session, states: States, epoch: int, clock: Stopwatch
-) -> tuple[RolloutBatch, list[Pending]]:
+) -> tuple[RolloutBatch, list[PendingBatch]]:
     """Return the epoch's videos as training needs them, and their scores while they are computed.
 
     All batches go through one expert's steps before the next expert's weights are brought.

@@ -27,7 +27,7 @@ from grpo.sampling import Session, States
 from grpo.scoring.heldout import Evaluator
 from grpo.settings.budget import Spent
 from grpo.settings.unused import changed_in_vain
-from rewards.workers import RewardPool
+from rewards.pool import RewardPool
 from wan_jax.command_line import cli
 from wan_jax.diffusion.experts import Weights
 from wan_jax.distributed import memory, multihost

@@ -37,7 +37,7 @@ from grpo.report import run_report
 from grpo.run import RunSpec
 from grpo.sampling import averaged_weights, blanked, sample_epoch
 from grpo.scoring import reward_combination
-from grpo.scoring.heldout import Evaluation, said
+from grpo.scoring.heldout import Evaluation, format_evaluation
 from grpo.scoring.scores import for_rewards, gather_scores, open_pool, targets_check
 from grpo.settings import agreement, frame_schedule, parse
 from grpo.settings.budget import Spent
@@ -45,7 +45,7 @@ from grpo.settings.reference import FLAG_HELP
 from grpo.setup import Start, evaluation_is_due, prepare, progress_bar, say
 from grpo.update import NotFinite, update_epoch
 from rewards.ocr.targets import parse_targets
-from rewards.workers import RewardPool
+from rewards.pool import RewardPool
 from wan_jax.command_line import cli
 from wan_jax.distributed import memory, multihost
 from wan_jax.errors import UserError
@@ -258,7 +258,7 @@ def evaluate(start: Start, states, epoch: int, lengths: tuple[int, ...]) -> None
             check_base(result, spec.settings.weights)
         start.log.evaluation(result.record, result.videos, frames if further else None)
         several = f", {frames} frames" if len(start.evaluators) > 1 else ""
-        say(f"epoch {epoch}: held-out {said(result.record)}{several}")
+        say(f"epoch {epoch}: held-out {format_evaluation(result.record)}{several}")
         if result.warning:
             say(result.warning)
 

@@ -14,7 +14,7 @@ from grpo.learning.kl import KLControl
 from grpo.learning.optimiser import TrainState
 from grpo.settings import parse
 from grpo.settings.budget import Spent
-from rewards.base import Asked
+from rewards.base import PromptRecord
 from wan_jax.distributed import multihost
 from wan_jax.errors import UserError
 from wan_jax.models.lora import LoRAConfig
@@ -48,7 +48,7 @@ def origin(model: ModelDir, prompts: PromptSet) -> dict[str, str | None]:
     """Digests of what a run must go on with: its model and its training prompts with their targets,
     wherever the files are. A model folder of an earlier version has none.
     """
-    asked = [t.targets if isinstance(t, Asked) else t for t in prompts.targets]
+    asked = [t.targets if isinstance(t, PromptRecord) else t for t in prompts.targets]
     text = json.dumps([prompts.prompts, asked])
     return {
         "model_digest": model.fingerprint,

@@ -131,7 +131,7 @@ SLOW = {
     "wan_jax/models/test_vae_chunks": ("chunks_are", "the_history", "the_estimate", "tiles_of"),
     "convert/test_scale": ("memory", "arrays", "a_killed", "two_conversions"),
     "rewards/remote/test_client": ("a_server", "when_all", "a_restart"),
-    "rewards/test_workers": ("workers_end", "ocr_workers"),
+    "rewards/test_scorers": ("workers_end", "ocr_workers"),
 }
 
 

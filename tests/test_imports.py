@@ -14,7 +14,7 @@ MODULES = (
     "grpo.compare",
     "grpo.plan",
     "rewards.remote.client",
-    "rewards.workers",
+    "rewards.pool",
     "convert.from_diffusers",
 )
 PROGRAM = f"""

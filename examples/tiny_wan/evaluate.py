@@ -163,7 +163,7 @@ def check_model(folder, pool, *, groups=32, size=8, frames=1, **kwargs):
 
 def main(_):
     from rewards.ocr.rules import OCRReward
-    from rewards.workers import RewardPool
+    from rewards.pool import RewardPool
 
     root = pathlib.Path(flags.FLAGS.model)
     with RewardPool(OCRReward, workers=flags.FLAGS.workers, mode="thread") as pool:

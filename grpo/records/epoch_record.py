@@ -5,7 +5,7 @@ from grpo.run import RunSpec
 from grpo.sampling import RolloutBatch
 from grpo.scoring import reward_combination
 from grpo.scoring.reward_combination import MAIN
-from grpo.scoring.scores import Scores, format_failures
+from grpo.scoring.scores import GatheredScores, format_failures
 from grpo.settings.budget import Spent
 from wan_jax.distributed import memory
 
@@ -14,7 +14,7 @@ def make(
     spec: RunSpec,
     epoch: int,
     rollout: RolloutBatch,
-    scores: Scores,
+    scores: GatheredScores,
     credit: Credit,
     losses: dict,
     spent: Spent,

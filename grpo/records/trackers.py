@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from grpo.records.run_files import read_json, write_atomically
-from rewards.packages import import_problem
+from rewards.base import import_problem
 from wan_jax.errors import UserError
 
 TRACKERS = "trackers.json"

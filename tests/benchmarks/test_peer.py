@@ -16,7 +16,7 @@ from convert import key_table
 from grpo.learning.policy import COMPILER_OPTIONS
 from grpo.learning.policy_loss import LossConfig, Rows, policy_gradient_terms
 from rewards.ocr.rules import OCRReward
-from rewards.workers import RewardPool
+from rewards.pool import RewardPool
 from wan_jax.diffusion import sde
 from wan_jax.diffusion.guidance import TextBatch, velocity
 from wan_jax.diffusion.schedule import flow_sigmas

@@ -8,7 +8,7 @@ import pathlib
 import time
 
 from rewards.base import Score
-from rewards.composite import SeveralRewards
+from rewards.composite import CompositeReward
 from tests.rewards.pool_rewards import Brightness
 
 PHASE = "phase"  # file in the test's folder: what the run does now, as `hosts.stage` names it
@@ -60,6 +60,6 @@ def alone(folder: str, kind: str, when: str, once: bool):
 
 def beside(folder: str, kind: str, when: str, once: bool):
     """The main reward is sound, another one is faulty."""
-    return SeveralRewards(
+    return CompositeReward(
         {"ocr": Brightness, "sharpness": functools.partial(Faulty, folder, kind, when, once)}
     )

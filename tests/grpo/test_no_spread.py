@@ -18,7 +18,7 @@ from grpo.records.run_log import read_metrics
 from grpo.rollout import Trajectory
 from grpo.settings.parse import from_config
 from rewards.base import Score
-from rewards.workers import RewardPool
+from rewards.pool import RewardPool
 from tests.grpo import test_programs, test_train
 from tests.grpo.test_train import arrays_of, newest
 from wan_jax.diffusion.guidance import TextBatch

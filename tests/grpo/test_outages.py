@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grpo.learner import Learner
 
 from convert.from_diffusers import convert
 from grpo import learner, train
 from grpo.data.prompts import load_prompts
-from grpo.learner import Learner
 from grpo.records import run_log
 from grpo.report import run_report
 from grpo.report.run_report import write_report
@@ -23,7 +23,7 @@ from grpo.rollout import Trajectory, initial_noise
 from grpo.scoring import heldout
 from grpo.settings import parse
 from rewards.ocr.targets import parse_targets
-from rewards.workers import RewardPool
+from rewards.pool import RewardPool
 from tests import tiny
 from tests.grpo import faulty, here, test_train
 from wan_jax.command_line import cli

@@ -7,7 +7,7 @@ import pytest
 from configs.defaults import defaults
 from grpo import train_state
 from grpo.data.prompts import load_prompts
-from rewards.base import Asked
+from rewards.base import PromptRecord
 from rewards.ocr.targets import parse_targets
 from wan_jax.command_line.cli import UserError
 from wan_jax.storage.model_dir import ModelDir
@@ -71,7 +71,7 @@ def test_the_content_of_the_training_prompts_counts(prompts):
 
 def test_targets_count_and_how_they_are_kept_does_not(prompts):
     before = prompts("a.txt", "open", "exit")
-    asked = type(before)(before.prompts, tuple(map(Asked, before.targets, before.prompts)))
+    asked = type(before)(before.prompts, tuple(map(PromptRecord, before.targets, before.prompts)))
     others = type(before)(before.prompts, (("other",), ("exit",)))
     digests = [train_state.origin(model(), p)["prompts_digest"] for p in (before, asked, others)]
     assert digests[0] == digests[1] != digests[2]

@@ -24,7 +24,7 @@ from grpo.learning.policy import make_policy
 from grpo.records import run_log
 from grpo.settings import parse
 from rewards.ocr.targets import parse_targets
-from rewards.workers import RewardPool
+from rewards.pool import RewardPool
 from tests import tiny
 from tests.grpo import here, test_train
 from tests.rewards.pool_rewards import Brightness
