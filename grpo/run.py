@@ -14,7 +14,7 @@ from grpo.compiled import placement
 from grpo.learning.method import Method
 from grpo.sde_windows import Windows, batches_with
 from grpo.settings import frame_schedule
-from grpo.settings.parse import Settings
+from grpo.settings.parse import Settings, settings_of
 from grpo.settings.schema import Recipe
 from wan_jax.diffusion.experts import Segment, guidances, segments
 from wan_jax.diffusion.schedule import Schedule, flow_sigmas
@@ -233,7 +233,8 @@ class RunSpec:
     # ---- runs like this one ------------------------------------------------------------------
     def changed(self, **sections: dict) -> "RunSpec":
         """Return the run with other settings, {section: {key: value}}, on the same mesh."""
-        return dataclasses.replace(self, recipe=changed(self.recipe, **sections))
+        recipe = changed(self.recipe, **sections)
+        return dataclasses.replace(self, recipe=recipe, settings=settings_of(recipe))
 
     def with_frames(self, sample: int, evaluation: int) -> "RunSpec":
         """Return the run at one length in training and one in evaluation."""
