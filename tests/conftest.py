@@ -1,5 +1,5 @@
-"""Shared by all tests: eight simulated CPU devices, exact float32 products, and the markers
-`parity` and `slow`.
+"""Shared by all tests: eight simulated CPU devices, exact float32 products, the order of files, and
+the marker `parity`.
 """
 
 import atexit
@@ -40,114 +40,31 @@ gc.set_threshold(10_000, 10, 10)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# The files that take longest, in this order: with `--no-loadscope-reorder` none of them begins when
-# the rest is done.
+# The files that take longest, in this order, wherever they are: with `--no-loadscope-reorder` none of
+# them begins when the rest is done.
 FIRST = (
-    "grpo/test_train",
-    "grpo/test_hosts",
+    "test_train",
+    "test_hosts",
     "test_tiny_wan",
-    "grpo/test_update",
-    "wan_jax/models/test_true_width",
-    "grpo/compiled/test_placement",
-    "wan_jax/inference/test_pipeline",
-    "benchmarks/test_peer",
-    "grpo/test_outages",
-    "grpo/compiled/test_functions",
-    "convert/test_scale",
-    "wan_jax/models/test_vae",
-    "grpo/methods/test_flow_matching",
-    "grpo/test_reward_head",
-    "grpo/test_compare",
+    "test_grpo",
+    "test_true_width",
+    "test_placement",
+    "test_pipeline",
+    "test_peer",
+    "test_rollout",
+    "test_outages",
+    "test_functions",
+    "test_scale",
+    "test_vae",
+    "test_nft",
+    "test_reward_head",
+    "test_compare",
 )
-
-# What `-m "not slow"` leaves out: files, or the tests of a file whose names begin so.
-SLOW = {
-    "benchmarks/test_peer": (),
-    "grpo/test_reward_head": (),
-    "wan_jax/models/test_true_width": ("velocity",),
-    "rocm/test_compile": (),
-    "rocm/test_lowering": ("training", "text_encoder", "ti2v"),
-    "test_tiny_wan": ("training_shows", "diffusers_samples"),
-    "grpo/test_train": (
-        "evaluation",
-        "killed",
-        "ctrl_c",
-        "sigterm",
-        "full_fine",
-        "starts_from",
-        "workers",
-        "servers",
-        "both_experts",
-        "two_experts",
-        "one_expert",
-        "divergence",
-        "a_run",
-        "a_budget",
-    ),
-    "grpo/test_hosts": ("both", "as_in_one", "the_first", "faults", "an_error"),
-    "grpo/test_update": (
-        "rollout_keeps",
-        "loss_and_gradient",
-        "first_update_in_bfloat16",
-        "optimiser_and",
-        "micro_batches",
-        "every_form",
-        "branches",
-        "every_row",
-        "kl_at_sampling",
-        "dpm_solver",
-        "guidance_is",
-        "the_kl",
-    ),
-    "grpo/compiled/test_placement": ("eight_devices", "weights_are_gathered"),
-    "grpo/compiled/test_functions": ("the_loop", "groups_sampled", "one_step"),
-    "grpo/methods/test_flow_matching": ("loss_and_gradient", "nft_samples", "online_dpo"),
-    "grpo/test_outages": ("one_video", "a_", "an_", "without", "sigterm", "videos_that"),
-    "grpo/test_learns": (),
-    "grpo/test_no_spread": ("a_whole_run",),
-    "grpo/settings/test_agreement": ("two_processes",),
-    "benchmarks/test_damage": ("damage_is",),
-    "grpo/settings/test_frame_schedule": ("clips_grow",),
-    "grpo/test_plan": ("command_line",),
-    "grpo/test_compare": ("real_runs", "sigterm", "stopping"),
-    "wan_jax/inference/test_pipeline": (
-        "latents",
-        "two_experts",
-        "trained",
-        "ti2v",
-        "offloaded",
-        "guidance",
-        "export",
-        "decoding",
-    ),
-    "wan_jax/models/test_vae": (
-        "diffusers",
-        "the_first",
-        "single_frames",
-        "later_frames",
-        "videos_of",
-        "bfloat16",
-    ),
-    "wan_jax/models/test_vae_chunks": ("chunks_are", "the_history", "the_estimate", "tiles_of"),
-    "convert/test_scale": ("memory", "arrays", "a_killed", "two_conversions"),
-    "rewards/remote/test_client": ("a_server", "when_all", "a_restart"),
-    "rewards/test_scorers": ("workers_end", "ocr_workers"),
-}
-
-
-def is_slow(item) -> bool:
-    file, _, name = item.nodeid.removeprefix("tests/").partition(".py::")
-    return file in SLOW and (
-        not SLOW[file] or name.startswith(tuple(f"test_{begin}" for begin in SLOW[file]))
-    )
 
 
 def pytest_collection_modifyitems(items):
-    for item in items:
-        if is_slow(item):
-            item.add_marker("slow")
-    rank = {f"tests/{name}.py": i for i, name in enumerate(FIRST)}
-    items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
+    rank = {stem: i for i, stem in enumerate(FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
     missing = [
         name
         for name in ("torch", "diffusers", "transformers")
