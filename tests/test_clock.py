@@ -9,7 +9,7 @@ import time
 import types
 
 from grpo.compiled.compile import COMPILED, CompileCounter
-from grpo.learner import Stopwatch
+from grpo.records.clock import Stopwatch
 
 ROOT = pathlib.Path(__file__).parents[1]
 # what MLflow shows as the time of a metric; since when a folder is locked
@@ -27,12 +27,12 @@ def test_only_timestamps_are_of_the_wall_clock():
 
 
 def test_a_clock_that_is_set_changes_no_stage(monkeypatch):
-    lap = Stopwatch()
+    clock = Stopwatch()
     for now in (4e9, 0.0):
         monkeypatch.setattr(time, "time", functools.partial(float, now))
-        lap("sample")
-        lap("update")
-    assert 0 <= sum(lap.seconds.values()) <= lap.total < 60 and min(lap.seconds.values()) >= 0
+        clock("sample")
+        clock("update")
+    assert 0 <= sum(clock.seconds.values()) <= clock.total < 60 and min(clock.seconds.values()) >= 0
 
 
 def test_what_jax_measured_over_a_jump_backwards_counts_as_nothing():

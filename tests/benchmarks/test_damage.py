@@ -51,6 +51,7 @@ def test_every_file_of_a_model_has_a_digest(subject):
     assert integrity.problem(subject.model, files) is None
 
 
+@pytest.mark.slow
 def test_damage_is_one_message_or_harmless(subject):
     """One kind of damage a file, all kinds in turn, of every file outside the arrays and of some
     arrays.

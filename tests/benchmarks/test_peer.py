@@ -23,6 +23,7 @@ from wan_jax.diffusion.schedule import flow_sigmas
 from wan_jax.models import params as P
 from wan_jax.storage import model_dir
 
+pytestmark = pytest.mark.slow
 TINY = dict(
     size="tiny",
     height=16,

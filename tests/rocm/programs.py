@@ -5,7 +5,9 @@ sizes, abstract arguments.
 import dataclasses
 
 from configs import wan21_14b_ocr
-from grpo.compiled.functions import Run
+from grpo.compiled.functions import Functions
+from grpo.run import RunSpec
+from grpo.settings import parse
 from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.models import presets
 
@@ -27,19 +29,25 @@ class Case:
         method = "" if self.method == "grpo" else f"-{self.method}"
         return f"{self.model}-{trained}-{size}-{self.devices}{method}"
 
-    def run(self, devices: list, backend: str) -> Run:
-        """On the first of `devices`, which may be those of a topology."""
-        recipe = wan21_14b_ocr.get_config()
-        recipe.train.method = self.method
-        recipe.sample.batch_size = 9 * self.devices
+    def run(self, devices: list, backend: str, **values) -> Functions:
+        """Return the jitted functions on the first of `devices`, which may be those of a topology.
+
+        values: {'section.key': value} of the recipe that differ.
+        """
+        config = wan21_14b_ocr.get_config()
+        config.train.method = self.method
+        config.sample.batch_size = 9 * self.devices
         if self.video:
-            recipe.sample.frames, recipe.sample.height, recipe.sample.width = 33, 240, 416
+            config.sample.frames, config.sample.height, config.sample.width = 33, 240, 416
         if not self.lora:
-            recipe.lora.rank = 0
+            config.lora.rank = 0
+        config.update_from_flattened_dict(values)
         mesh = mesh_lib.make_mesh(
             fsdp=4 if self.devices == 8 else 1, devices=devices[: self.devices]
         )
-        return Run(presets.PRESETS[self.model], recipe, mesh, backend)
+        recipe = parse.recipe_from_config(config)
+        settings, preset = parse.settings_of(recipe), presets.PRESETS[self.model]
+        return Functions(RunSpec(recipe, settings, preset, mesh, backend))
 
 
 CASES = [

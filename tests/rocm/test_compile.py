@@ -16,9 +16,10 @@ from tests.rocm import inspection
 from tests.rocm.programs import CASES, TOO_LARGE, Case
 from wan_jax.models.attention import choose_backend
 
-pytestmark = pytest.mark.skipif(
-    rocm_compiler.why_not() is not None, reason=str(rocm_compiler.why_not())
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(rocm_compiler.why_not() is not None, reason=str(rocm_compiler.why_not())),
+]
 BACKEND = choose_backend("auto", "rocm", jnp.bfloat16, 128)
 LIMIT = 0.9 * rocm_compiler.MEMORY
 ONE_EACH = [
@@ -97,7 +98,7 @@ def test_rollout_step_compiles_and_fits(case, compiled):
     run = case.run(rocm_compiler.mi300x(case.devices), BACKEND)
     program = run.rollout_step()
     executable = compiled(f"rollout {case}", program)
-    check(executable, case, run.tokens)
+    check(executable, case, run.spec.tokens)
     latents = program.args[2]
     # the next step's argument
     assert executable.output_shardings[0].is_equivalent_to(latents.sharding, latents.ndim)
@@ -108,7 +109,7 @@ def test_update_compiles_and_fits(case, compiled):
     run = case.run(rocm_compiler.mi300x(case.devices), BACKEND)
     program = run.update()
     executable = compiled(f"update {case}", program)
-    check(executable, case, run.tokens)
+    check(executable, case, run.spec.tokens)
     after = executable.output_shardings[0]  # of the state, which is the next update's argument
     moved = [
         path
@@ -132,10 +133,8 @@ def test_the_update_has_the_rollouts_products(compiled):
 
     rollout, last = None, ("bf16[18432,64]", "BIAS")
     for weight, models in ((0.0, 1), (0.004, 2)):
-        run = ONE_EACH[0].run(rocm_compiler.mi300x(), BACKEND)
-        run.recipe.update_from_flattened_dict(
-            {"model.remat": "save_matmuls", "train.kl_weight": weight}
-        )
+        settings = {"model.remat": "save_matmuls", "train.kl_weight": weight}
+        run = ONE_EACH[0].run(rocm_compiler.mi300x(), BACKEND, **settings)
         rollout = rollout or products(run.rollout_step())
         update = products(run.update())
         assert rollout <= update, rollout - update
@@ -145,8 +144,8 @@ def test_the_update_has_the_rollouts_products(compiled):
 @pytest.mark.parametrize("case", ONE_EACH, ids=str)
 def test_ode_step_and_decoder_compile_and_fit(case, compiled):
     run = case.run(rocm_compiler.mi300x(case.devices), BACKEND)
-    check(compiled(f"ODE step {case}", run.ode_step()), case, run.tokens)
-    check(compiled(f"decode {case}", run.decode()[-1]), case, run.tokens, attends=False)
+    check(compiled(f"ODE step {case}", run.ode_step()), case, run.spec.tokens)
+    check(compiled(f"decode {case}", run.decode()[-1]), case, run.spec.tokens, attends=False)
 
 
 def test_text_encoder_compiles_and_fits(compiled):
@@ -171,7 +170,7 @@ def test_what_cannot_fit_is_seen(compiled):
 def test_other_attention_compiles_and_what_is_dense_is_seen(backend, dense, compiled):
     run = VIDEO.run(rocm_compiler.mi300x(), backend)
     text = compiled(f"update {VIDEO}, attention {backend}", run.update()).as_text()
-    assert bool(inspection.square_buffers(text, run.tokens)) == dense
+    assert bool(inspection.square_buffers(text, run.spec.tokens)) == dense
 
 
 def test_a_call_of_cuda_is_refused(code_objects):

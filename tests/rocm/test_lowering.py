@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo.compiled.functions import Program, Run
+from grpo.compiled.functions import Functions, Program
 from tests.rocm.inspection import LOWERED, lowered_targets
 from tests.rocm.programs import CASES, Case
 from wan_jax.models.attention import choose_backend
@@ -19,7 +19,7 @@ VIDEO = Case("wan2.1-1.3b", True, 8, True)
 BACKEND = choose_backend("auto", "rocm", jnp.bfloat16, 128)
 
 
-def programs(run: Run) -> list[Program]:
+def programs(run: Functions) -> list[Program]:
     return [run.initial_noise(), run.rollout_step(), run.ode_step(), run.update(), *run.decode()]
 
 
@@ -27,6 +27,7 @@ def lower(program: Program) -> str:
     return program.jitted.trace(*program.args).lower(lowering_platforms=("rocm",)).as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
@@ -52,17 +53,19 @@ def test_training_asks_for_nothing_foreign(case):
         assert f"mhlo.num_partitions = {case.devices} " in text, program.name
 
 
+@pytest.mark.slow
 def test_text_encoder_asks_for_nothing_foreign():
     run = CASES[0].run(jax.devices(), BACKEND)
     assert lowered_targets(lower(run.encode_text())) <= LOWERED
 
 
+@pytest.mark.slow
 def test_ti2v_5b_asks_for_nothing_foreign():
     """The other VAE, of Wan 2.2, and its transformer, on videos long enough to be decoded in
     chunks.
     """
-    run = Case("wan2.2-ti2v-5b", True, 1, True).run(jax.devices(), BACKEND)
-    run.recipe.sample.frames, run.recipe.sample.height, run.recipe.sample.width = 81, 704, 1280
+    size = {"sample.frames": 81, "sample.height": 704, "sample.width": 1280}
+    run = Case("wan2.2-ti2v-5b", True, 1, True).run(jax.devices(), BACKEND, **size)
     found = programs(run)
     for program in found:
         assert lowered_targets(lower(program)) <= LOWERED, program.name
@@ -109,10 +112,11 @@ def test_cases_are_what_they_say():
     }
     for case in CASES:
         run = case.run(jax.devices(), BACKEND)
-        assert run.tokens == (3510 if case.video else 1024)
+        assert run.spec.tokens == (3510 if case.video else 1024)
         state, frozen, batch, *_ = run.update().args
         adapters = any("lora" in path for path in state.trainable)
         assert adapters == case.lora and len(jax.tree.leaves(frozen)) > 0
         latents = batch.trajectory.x if case.method == "grpo" else batch.x0
         assert latents.sharding.shard_shape(latents.shape)[2 if case.method == "grpo" else 1] == 9
-        assert run.settings.needs_reference and run.settings.keeps_old == (case.method == "nft")
+        method = run.spec.method
+        assert method.needs_reference and bool(method.lagged) == (case.method == "nft")
