@@ -1,46 +1,58 @@
 """Training in the test's own process, where runs alike share what is traced and compiled."""
 
+import dataclasses
 import functools
 
 import jax
 import pytest
 
-from grpo import train
+from grpo import setup, train
 from grpo.compare import Method
-from grpo.compiled.functions import JITTED, Run
+from grpo.compiled import placement
+from grpo.compiled.functions import JITTED, Functions
+from grpo.run import RunSpec
 from wan_jax.inference import pipeline
 from wan_jax.storage import model_dir
 
-# of a recipe: what the programs follow from
+# of a recipe: what the jitted functions follow from
 SECTIONS = ("model", "lora", "sample", "train", "eval", "mesh")
 UNRELATED = {"model": ("path", "offload"), "lora": ("init",), "eval": ("every", "seed", "previews")}
 decoder = functools.cache(lambda vae: pipeline.decoder_programs(model_dir.abstract("vae", vae)[0]))
-choose_mesh = train.devices.choose_mesh
-runs: dict[str, Run] = {}
+choose_mesh = placement.choose_mesh
+shared: dict[str, Functions] = {}
 
 
-def shared_run(preset, recipe, mesh, *rest) -> Run:
-    """Return a `Run` that has the jitted functions of an earlier one alike, and the decoder of any."""
+def shared_functions(spec: RunSpec, text_rows: int) -> Functions:
+    """Return the run's `Functions`, with the jitted functions of an earlier one alike and the
+    decoder of any.
+    """
     sections = {
-        name: {k: v for k, v in recipe[name].to_dict().items() if k not in UNRELATED.get(name, ())}
+        name: {
+            key: value
+            for key, value in dataclasses.asdict(getattr(spec.recipe, name)).items()
+            if key not in UNRELATED.get(name, ())
+        }
         for name in SECTIONS
     }
-    key = repr((preset, sections, mesh.devices.tolist(), dict(mesh.shape), rest))
-    run = Run(preset, recipe, mesh, *rest)
-    vars(run)["decoder"] = decoder(preset.vae)
-    if (like := runs.setdefault(key, run)) is not run:
-        vars(run).update({name: getattr(like, name) for name in JITTED})
-    return run
+    mesh = spec.mesh.devices.tolist(), dict(spec.mesh.shape)
+    key = repr((spec.preset, sections, mesh, spec.backend, spec.memory, text_rows))
+    functions = Functions(spec, text_rows)
+    vars(functions)["decoder"] = decoder(spec.preset.vae)
+    like = shared.setdefault(key, functions)
+    if like is not functions:
+        vars(functions).update({name: getattr(like, name) for name in JITTED})
+    return functions
 
 
 def share(patch: pytest.MonkeyPatch, devices: int = 1) -> None:
-    """Make `grpo.train` run on so many of the simulated devices, with shared programs."""
-    patch.setattr(
-        train.devices,
-        "choose_mesh",
-        functools.partial(choose_mesh, devices=jax.devices()[:devices]),
-    )
-    patch.setattr(train, "Run", shared_run)
+    """Make `grpo.train` run on this many of the simulated devices, with shared functions."""
+
+    def choose(*args, **kwargs):
+        chosen = kwargs.pop("devices", None) or jax.devices()[:devices]
+        return choose_mesh(*args, devices=chosen, **kwargs)
+
+    patch.setattr(placement, "choose_mesh", choose)
+    patch.setattr(setup, "Functions", shared_functions)
 
 
 def train_here(config, *overrides: str, devices: int = 1) -> int | None:

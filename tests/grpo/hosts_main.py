@@ -14,13 +14,13 @@ import sys
 import jax
 import numpy as np
 
-from grpo import learner, train, train_state
-from rewards.pool import RewardPool
+from grpo import credit, train, train_state
+from rewards.workers import RewardPool
 from tests.rewards.pool_rewards import Brightness
 from wan_jax.command_line import cli
 from wan_jax.distributed import multihost
 
-group_advantages, write = learner.group_advantages, train_state.save
+group_advantages, write = credit.group_advantages, train_state.save
 
 
 def record(folder: pathlib.Path, replace=setattr) -> None:
@@ -39,7 +39,7 @@ def record(folder: pathlib.Path, replace=setattr) -> None:
         np.savez(folder / f"{jax.process_index()}_{epoch}.npz", digest=sha.hexdigest(), **entered)
         write(checkpoints, epoch, states, *args)
 
-    replace(learner, "group_advantages", advantages)
+    replace(credit, "group_advantages", advantages)
     replace(train_state, "save", save)
     replace(train, "open_pool", lambda c, _: RewardPool(Brightness, workers=c.workers))
     replace(multihost, "CHUNK", 2**12)  # so that the prompts' embeddings come in several pieces

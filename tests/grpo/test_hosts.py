@@ -21,7 +21,7 @@ import pytest
 from tests import commands
 from tests.grpo import hosts_main
 from tests.grpo.here import train_here
-from tests.grpo.test_train import model, newest, recipe  # noqa: F401
+from tests.grpo.tiny_run import newest, write_recipe
 from wan_jax.command_line.cli import UserError
 from wan_jax.distributed import multihost, watchdog
 from wan_jax.storage.checkpoint import read_numpy
@@ -159,24 +159,25 @@ def train_alone(config, epochs):
 
 
 @pytest.fixture(scope="module")
-def one(model, tmp_path_factory):  # noqa: F811
+def one(model, tmp_path_factory):
     """Two epochs in one process: the folder."""
-    config, _ = recipe.__wrapped__(model, tmp_path_factory.mktemp("one"))
+    config, _ = write_recipe(model, tmp_path_factory.mktemp("one"))
     train_alone(config, 2)
     return config.parent
 
 
 @pytest.fixture(scope="module")
-def two(model, tmp_path_factory):  # noqa: F811
+def two(model, tmp_path_factory):
     """The same in two processes, started by Slurm's variables: (config file, folder, standard
     output and error).
     """
-    config, _ = recipe.__wrapped__(model, tmp_path_factory.mktemp("two"))
+    config, _ = write_recipe(model, tmp_path_factory.mktemp("two"))
     with Processes(config, 2, slurm, hash_seeds=2) as run:
         run.finish()
         return config, config.parent, [run.text(0), run.text(1)]
 
 
+@pytest.mark.slow
 def test_both_hold_the_same_bits(two):
     """One compiled function runs in both on equal inputs, and an all-reduce gives every process the
     same sum.
@@ -192,6 +193,7 @@ def test_both_hold_the_same_bits(two):
     assert not np.array_equal(seen[1]["rewards"], seen[2]["rewards"])
 
 
+@pytest.mark.slow
 def test_as_in_one_process(one, two):
     """Equal up to rounding: two processes run other compiled functions than one, and gloo sums in
     another order.
@@ -237,6 +239,7 @@ def test_as_in_one_process(one, two):
     assert apart.max() <= 1 and apart.mean() <= pixels
 
 
+@pytest.mark.slow
 def test_the_first_writes_and_prints(two):
     _, folder, ((out, err), (other_out, other_err)) = two
     assert "8 x cpu on 2 processes" in out and "report.html" in out.splitlines()[-1]
@@ -245,6 +248,7 @@ def test_the_first_writes_and_prints(two):
     assert (folder / "run/report.html").is_file()
 
 
+@pytest.mark.slow
 def test_faults_end_the_others_and_the_run_resumes(two, capsys):
     """One run: the coordinator is killed, the second process hangs, SIGTERM reaches it; then one
     process goes on.
@@ -282,11 +286,12 @@ def test_faults_end_the_others_and_the_run_resumes(two, capsys):
     assert epochs == list(range(1, last + 2))
 
 
-def test_an_error_of_one_process_ends_both(model, tmp_path):  # noqa: F811
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_both(model, tmp_path):
     """A file where process 0's folder should be: it says so, and the other one says who ended the
     run.
     """
-    config, run_folder = recipe.__wrapped__(model, tmp_path)
+    config, run_folder = write_recipe(model, tmp_path)
     (tmp_path / "blocked").write_text("")
     text = config.read_text().replace(repr(str(run_folder)), "__import__('os').environ['RUN']")
     config.write_text(text)

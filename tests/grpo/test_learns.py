@@ -10,14 +10,13 @@ import functools
 import numpy as np
 import pytest
 
-from grpo import learner, train
+from grpo import train
 from grpo.data.prompts import PromptSet
 from grpo.records import run_log
 from rewards.base import Score
-from rewards.pool import RewardPool
-from tests.grpo import test_programs
+from rewards.workers import RewardPool
 
-start = test_programs.start
+pytestmark = pytest.mark.slow
 GROUP = 16
 OFFSET = {"open": 3.0, "shut": -3.0}  # by the prompt's word
 
@@ -48,7 +47,7 @@ def test_the_reward_rises(start, monkeypatch, method):
     0.049 by GRPO; -0.08 with the sign of the advantages turned, 0.00 with scores in other groups,
     -0.03 where the mask is ignored.
     """
-    c, s, plan, *_ = start(
+    spec, model, *_ = start(
         1,
         **{
             "train.method": method,
@@ -65,16 +64,15 @@ def test_the_reward_rises(start, monkeypatch, method):
             "save.every": 8,
         },
     )
-    monkeypatch.setattr(
-        learner, "gather_scores", functools.partial(misleading, learner.gather_scores)
-    )
+    monkeypatch.setattr(train, "gather_scores", functools.partial(misleading, train.gather_scores))
     prompts = PromptSet(
         [f'A sign that says "{word}".' for word in OFFSET], [(word,) for word in OFFSET]
     )
     judged = PromptSet(prompts.prompts * 4, prompts.targets * 4)
-    train.train(c, s, plan, prompts, judged, RewardPool(Tint, workers=0))
+    train.train(spec, model, prompts, judged, RewardPool(Tint, workers=0))
     before, after = (
-        np.reshape(record["rewards"], (4, 2)) for record in run_log.read_evaluations(c.run_dir)
+        np.reshape(record["rewards"], (4, 2))
+        for record in run_log.read_evaluations(spec.recipe.run_dir)
     )
     gain = (after - before).mean(0)
     assert (gain > 0.025).all(), gain

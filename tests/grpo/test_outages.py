@@ -5,30 +5,30 @@ stops with one message and its last epoch saved.
 import functools
 import json
 import math
-import types
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from grpo.learner import Learner
 
-from convert.from_diffusers import convert
-from grpo import learner, train
+from grpo import sampling, setup, train
 from grpo.data.prompts import load_prompts
 from grpo.records import run_log
 from grpo.report import run_report
 from grpo.report.run_report import write_report
-from grpo.rollout import Trajectory, initial_noise
+from grpo.rollout import initial_noise
+from grpo.run import RunSpec
 from grpo.scoring import heldout
 from grpo.settings import parse
 from rewards.ocr.targets import parse_targets
-from rewards.pool import RewardPool
-from tests import tiny
-from tests.grpo import faulty, here, test_train
+from rewards.workers import RewardPool
+from tests.grpo import faulty, here
+from tests.grpo.tiny_run import assert_same, config_of, newest, records_of, result, write_recipe
 from wan_jax.command_line import cli
 from wan_jax.command_line.cli import UserError
-from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.distributed import multihost
+from wan_jax.models import presets
+from wan_jax.storage import model_dir
 
 KINDS = ("raises", "nan", "hangs", "dies")
 VIDEOS = 4  # an epoch's, and prompts of an evaluation
@@ -43,47 +43,44 @@ SMALL = {
     "eval.previews": 1,
 }
 NEVER = ("raises", "never", False)
-stage, make_policy = train.hosts.stage, train.make_policy
+stage, make_policy = multihost.stage, setup.make_policy
 shared = {}  # of all runs here: what neither rewards nor folders enter
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    root = tmp_path_factory.mktemp("outages")
-    convert(str(tiny.write_pipeline(root / "source", seed=3)), root / "model", "float32")
-    return root / "model"
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def start(model, tmp_path, monkeypatch):
-    """start(reward, (kind, when, once), **settings): trains, and returns the run's folder, without
-    a report. All runs share their compiled functions and the policy they start from.
+def run_with(model, tmp_path, monkeypatch):
+    """A function: run_with(reward, (kind, when, once), **settings) trains, and returns the run's
+    folder, without a report. All runs share their compiled functions and the policy they start from.
     """
-    here.share(monkeypatch)
-    monkeypatch.setattr(train, "make_policy", fresh_policy)
-    monkeypatch.setattr(train.report, "write_report", lambda folder: folder / "report.html")
+    return runner(model, tmp_path, monkeypatch)
+
+
+def runner(model, folder, patch):
+    """Return what `run_with` is, for a folder."""
+    here.share(patch)
+    patch.setattr(setup, "make_policy", fresh_policy)
+    patch.setattr(train.run_report, "write_report", lambda folder: folder / "report.html")
 
     def phase(name):
-        faulty.enter(tmp_path, name)
+        faulty.enter(folder, name)
         stage(name)
 
-    monkeypatch.setattr(train.hosts, "stage", phase)
+    patch.setattr(multihost, "stage", phase)
+    opened = model_dir.open_model(model)
 
-    def make(reward, fault, workers=0, **overrides):
-        path, folder = test_train.recipe.__wrapped__(model, tmp_path)
-        namespace = {}
-        exec(path.read_text(), namespace)
-        c = namespace["get_config"]()
-        c.update_from_flattened_dict(SMALL | overrides)
-        s = parse.from_config(c)
-        prompts = [load_prompts(p, parse_targets) for p in (c.prompts.train, c.prompts.heldout)]
-        with RewardPool(
-            functools.partial(reward, str(tmp_path), *fault), workers, timeout=1.5
-        ) as pool:
-            train.train(c, s, train.Plan.make(c, s), *prompts, pool)
-        return folder
+    def run(reward, fault, workers=0, **values):
+        path, run_folder = write_recipe(model, folder)
+        recipe = parse.recipe_from_config(config_of(path.read_text(), **SMALL | values))
+        sets = recipe.prompts.train, recipe.prompts.heldout
+        prompts = [load_prompts(path, parse_targets) for path in sets]
+        spec = RunSpec.make(recipe, parse.settings_of(recipe), presets.of_folder(opened))
+        made = functools.partial(reward, str(folder), *fault)
+        with RewardPool(made, workers, timeout=1.5) as pool:
+            train.train(spec, opened, *prompts, pool)
+        return run_folder
 
-    return make
+    return run
 
 
 def fresh_policy(*args, **kwargs):
@@ -99,28 +96,26 @@ def pool_size(kind):
     return 2 if kind in ("hangs", "dies") else 0
 
 
-def records(folder):
-    return test_train.records_of(folder)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(model, tmp_path_factory):
     """What a run without faults computes: (newest epoch, arrays, records)."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        run = start.__wrapped__(model, tmp_path_factory.mktemp("undisturbed"), monkeypatch)
-        return test_train.result(run(faulty.alone, NEVER))
+    with pytest.MonkeyPatch.context() as patch:
+        run = runner(model, tmp_path_factory.mktemp("undisturbed"), patch)
+        return result(run(faulty.alone, NEVER))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_video_without_a_score(start, kind, capsys, caplog):
-    metrics, evaluations = records(start(faulty.alone, (kind, "epoch 1", True), pool_size(kind)))
+def test_one_video_without_a_score(run_with, kind, capsys, caplog):
+    metrics, evaluations = records_of(
+        run_with(faulty.alone, (kind, "epoch 1", True), pool_size(kind))
+    )
     assert [m["failed_scores"] for m in metrics] == [1, 0] and metrics[0]["retried_scores"] == 1
     assert [e["num"] for e in evaluations] == [VIDEOS] * 3
     assert "1 scores failed" in capsys.readouterr().out and len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_epoch_without_scores_keeps_the_epochs_before(start, undisturbed, kind, tmp_path):
+def test_an_epoch_without_scores_keeps_the_epochs_before(run_with, undisturbed, kind, tmp_path):
     """Although the run would have saved at its end only. Mended, it ends as if nothing had been."""
     cause = {
         "raises": "ValueError: the scorer is broken",
@@ -131,19 +126,19 @@ def test_an_epoch_without_scores_keeps_the_epochs_before(start, undisturbed, kin
     with pytest.raises(
         UserError, match=rf"epoch 2: not one of {VIDEOS} videos .*{cause}.*Epoch 1 is saved"
     ):
-        start(faulty.alone, (kind, "epoch 2", False), pool_size(kind))
-    assert test_train.newest(tmp_path / "run") == 1
+        run_with(faulty.alone, (kind, "epoch 2", False), pool_size(kind))
+    assert newest(tmp_path / "run") == 1
     if kind == "raises":
-        test_train.assert_same(test_train.result(start(faulty.alone, NEVER)), undisturbed)
+        assert_same(result(run_with(faulty.alone, NEVER)), undisturbed)
 
 
 @pytest.mark.parametrize("kind", ["raises", "dies"])
 def test_an_evaluation_without_scores_is_empty_and_the_run_goes_on(
-    start, undisturbed, kind, capsys
+    run_with, undisturbed, kind, capsys
 ):
     """Its record has null, in strict JSON. The tests above tell all kinds of missing scores apart."""
-    folder = start(faulty.alone, (kind, "evaluation after epoch 1", False), pool_size(kind))
-    last, arrays, (metrics, evaluations) = test_train.result(folder)
+    folder = run_with(faulty.alone, (kind, "evaluation after epoch 1", False), pool_size(kind))
+    last, arrays, (metrics, evaluations) = result(folder)
     json.loads((folder / "evals.jsonl").read_text().splitlines()[1], parse_constant=pytest.fail)
     empty = evaluations.pop(1)
     assert empty["reward"] is empty["low"] is empty["high"] is None and (
@@ -151,7 +146,7 @@ def test_an_evaluation_without_scores_is_empty_and_the_run_goes_on(
         empty["failed_scores"],
     ) == (0, 4)
     wanted = undisturbed[2][1]
-    test_train.assert_same(
+    assert_same(
         (last, arrays, [metrics, evaluations]),
         (*undisturbed[:2], [undisturbed[2][0], [wanted[0], wanted[2]]]),
     )
@@ -165,12 +160,12 @@ def test_an_evaluation_without_scores_is_empty_and_the_run_goes_on(
 
 
 @pytest.mark.parametrize("kind", ["raises", "nan", "dies"])
-def test_a_measure_of_weight_0_that_fails_is_counted(start, kind, capsys):
+def test_a_measure_of_weight_0_that_fails_is_counted(run_with, kind, capsys):
     """It costs no video, not even where it ends its worker. One that hangs is ended with its
     worker, like all videos of the tests above.
     """
-    metrics, _ = records(
-        start(
+    metrics, _ = records_of(
+        run_with(
             faulty.beside,
             (kind, "epoch 1", False),
             pool_size(kind),
@@ -186,11 +181,11 @@ def test_a_measure_of_weight_0_that_fails_is_counted(start, kind, capsys):
 
 
 @pytest.mark.parametrize("kind, once", [("raises", True), ("raises", False), ("dies", False)])
-def test_a_weighted_measure_that_fails_masks_the_video(start, kind, once, caplog):
+def test_a_weighted_measure_that_fails_masks_the_video(run_with, kind, once, caplog):
     fault = kind, "epoch 2", once
     if once:
-        metrics, _ = records(
-            start(faulty.beside, fault, pool_size(kind), **{"reward.weights.sharpness": 0.5})
+        metrics, _ = records_of(
+            run_with(faulty.beside, fault, pool_size(kind), **{"reward.weights.sharpness": 0.5})
         )
         assert [m["failed_scores"] for m in metrics] == [0, 1] and metrics[1]["failed_rewards"] == {
             "sharpness": 1
@@ -198,20 +193,20 @@ def test_a_weighted_measure_that_fails_masks_the_video(start, kind, once, caplog
         assert "the scorer is broken" in caplog.text and len(caplog.records) == 1
         return
     with pytest.raises(UserError, match=r"epoch 2: not one of .*sharpness: .*Epoch 1 is saved"):
-        start(faulty.beside, fault, pool_size(kind), **{"reward.weights.sharpness": 0.5})
+        run_with(faulty.beside, fault, pool_size(kind), **{"reward.weights.sharpness": 0.5})
 
 
-def test_without_the_base_models_measures_no_epoch_begins(start, tmp_path):
+def test_without_the_base_models_measures_no_epoch_begins(run_with, tmp_path):
     """The same command makes the first evaluation again, and goes on."""
     weights = {"reward.weights.sharpness": 0.5}
     with pytest.raises(
         UserError, match=r"epoch 0: .*sharpness for fewer than two .*the scorer is broken"
     ):
-        start(faulty.beside, ("raises", "evaluation after epoch 0", False), **weights)
+        run_with(faulty.beside, ("raises", "evaluation after epoch 0", False), **weights)
     assert not run_log.read_metrics(tmp_path / "run") and not run_log.read_evaluations(
         tmp_path / "run"
     )
-    metrics, evaluations = records(start(faulty.beside, NEVER, **weights))
+    metrics, evaluations = records_of(run_with(faulty.beside, NEVER, **weights))
     assert [e["epoch"] for e in evaluations] == [0, 1, 2] and [
         m["failed_scores"] for m in metrics
     ] == [0, 0]
@@ -219,7 +214,7 @@ def test_without_the_base_models_measures_no_epoch_begins(start, tmp_path):
 
 @pytest.mark.parametrize("epoch", [0, 1, 2])
 def test_an_evaluation_that_is_cut_off_is_made_when_the_run_goes_on(
-    start, undisturbed, epoch, monkeypatch
+    run_with, undisturbed, epoch, monkeypatch
 ):
     saving = {"save.every": 1}
 
@@ -231,31 +226,31 @@ def test_an_evaluation_that_is_cut_off_is_made_when_the_run_goes_on(
             raise Killed
         return evaluate(self, arrays, number, *args)
 
-    evaluate = train.Evaluator.__call__
+    evaluate = setup.Evaluator.__call__
     with monkeypatch.context() as patch:
-        patch.setattr(train.Evaluator, "__call__", killed)
+        patch.setattr(setup.Evaluator, "__call__", killed)
         with pytest.raises(Killed):
-            start(faulty.alone, NEVER, **saving)
-    test_train.assert_same(test_train.result(start(faulty.alone, NEVER, **saving)), undisturbed)
+            run_with(faulty.alone, NEVER, **saving)
+    assert_same(result(run_with(faulty.alone, NEVER, **saving)), undisturbed)
 
 
 @pytest.mark.parametrize(
     "when, evaluated", [("epoch 1", [0]), ("evaluation after epoch 1", [0, 1])]
 )
 def test_sigterm_saves_before_and_after_an_evaluation(
-    start, undisturbed, when, evaluated, tmp_path, monkeypatch
+    run_with, undisturbed, when, evaluated, tmp_path, monkeypatch
 ):
     with monkeypatch.context() as patch:
-        phase = train.hosts.stage
+        phase = multihost.stage
         patch.setattr(
-            train.hosts,
+            multihost,
             "stage",
             lambda name: (phase(name), name.startswith(when) and cli.asked_to_end.set()),
         )
-        folder = start(faulty.alone, NEVER)
-    assert test_train.newest(folder) == 1
+        folder = run_with(faulty.alone, NEVER)
+    assert newest(folder) == 1
     assert [e["epoch"] for e in run_log.read_evaluations(folder)] == evaluated
-    test_train.assert_same(test_train.result(start(faulty.alone, NEVER)), undisturbed)
+    assert_same(result(run_with(faulty.alone, NEVER)), undisturbed)
 
 
 def spoilt(rows):
@@ -268,11 +263,11 @@ def spoilt(rows):
     return noise
 
 
-def test_videos_that_are_not_finite_are_masked_and_counted(start, monkeypatch, capsys):
-    monkeypatch.setattr(learner, "initial_noise", spoilt([1]))
+def test_videos_that_are_not_finite_are_masked_and_counted(run_with, monkeypatch, capsys):
+    monkeypatch.setattr(sampling, "initial_noise", spoilt([1]))
     monkeypatch.setattr(heldout, "initial_noise", spoilt([0, 2]))
-    folder = start(faulty.alone, NEVER)
-    metrics, evaluations = records(folder)
+    folder = run_with(faulty.alone, NEVER)
+    metrics, evaluations = records_of(folder)
     for m in metrics:
         assert (m["nonfinite_videos"], m["failed_scores"]) == (1, 1)
         assert (
@@ -290,39 +285,10 @@ def test_videos_that_are_not_finite_are_masked_and_counted(start, monkeypatch, c
     )
 
 
-def test_a_model_that_makes_only_nan_stops_the_run(start, monkeypatch):
-    monkeypatch.setattr(learner, "initial_noise", spoilt(range(VIDEOS)))
+def test_a_model_that_makes_only_nan_stops_the_run(run_with, monkeypatch):
+    monkeypatch.setattr(sampling, "initial_noise", spoilt(range(VIDEOS)))
     with pytest.raises(
         UserError,
         match=rf"epoch 1: not one of .*{VIDEOS} of {VIDEOS} videos are not finite.*damaged",
     ):
-        start(faulty.alone, NEVER)
-
-
-def test_masked_rows_are_blanked_everywhere():
-    """In trajectories of two batches and in finished latents."""
-    mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
-    me = types.SimpleNamespace(
-        sharded=mesh_lib.batch_sharding(mesh), s=types.SimpleNamespace(batches=2)
-    )
-    finite = np.array([True, False, True, True, True, False])
-    latents = [
-        jnp.where(jnp.asarray(part).reshape(3, 1, 1, 1, 1), 1.0, jnp.nan)
-        * jnp.ones((3, 1, 2, 2, 4))
-        for part in finite.reshape(2, 3)
-    ]
-    steps = [jnp.stack([x, x]) for x in latents]
-    trajectories = {
-        "transformer": [
-            Trajectory(x, x, x[..., 0, 0, 0, 0], jnp.arange(2), "text", kl=jnp.zeros((2, 3)))
-            for x in steps
-        ]
-    }
-    Learner.blank(me, trajectories, latents, finite)
-    for t, x, kept in zip(trajectories["transformer"], latents, finite.reshape(2, 3)):
-        np.testing.assert_array_equal(x[:, 0, 0, 0, 0], kept.astype(float))
-        for name in ("x", "x_next", "log_prob"):
-            np.testing.assert_array_equal(
-                getattr(t, name).reshape(2, 3, -1)[..., 0], [kept.astype(float)] * 2
-            )
-        assert t.mean is None and t.text == "text"
+        run_with(faulty.alone, NEVER)

@@ -2,7 +2,6 @@
 without weights.
 """
 
-import dataclasses
 import re
 import shutil
 import subprocess
@@ -11,39 +10,45 @@ import jax
 import pytest
 
 from configs import wan21_1_3b_ocr, wan21_14b_ocr, wan22_a14b_ocr, wan22_ti2v_5b_ocr
-from convert.from_diffusers import convert
 from grpo import plan
 from grpo.compiled import compile, costs
-from grpo.compiled.functions import Run
-from tests import commands, tiny
-from tests.grpo import test_train
+from grpo.compiled.functions import Functions
+from tests import commands
+from tests.grpo.specs import functions_of, spec_of
+from tests.grpo.tiny_run import write_recipe
 from wan_jax.command_line.cli import UserError
-from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.models import flops, presets
 
 GIB = 2**30
-PICTURES = dict(frames=1, height=512, width=512, groups=2, group_size=9, batch_size=9, sde_steps=4)
-
-
-def run_of(module, model, **sample):
-    recipe = module.get_config()
-    recipe.sample.update(sample)
-    return Run(
-        presets.PRESETS[model], recipe, mesh_lib.make_mesh(devices=jax.devices()[:1]), "chunked"
-    )
+PICTURES = {
+    f"sample.{key}": value
+    for key, value in {
+        "frames": 1,
+        "height": 512,
+        "width": 512,
+        "groups": 2,
+        "group_size": 9,
+        "batch_size": 9,
+        "sde_steps": 4,
+    }.items()
+}
 
 
 @pytest.mark.parametrize("frames, height, width", [(1, 512, 512), (33, 240, 416)])
 def test_a_step_is_the_transformer_twice_for_guidance(frames, height, width):
-    run = run_of(
-        wan21_1_3b_ocr, "wan2.1-1.3b", frames=frames, height=height, width=width, batch_size=4
+    size = {"sample.frames": frames, "sample.height": height, "sample.width": width}
+    run = functions_of(
+        wan21_1_3b_ocr, "wan2.1-1.3b", backend="xla", **size, **{"sample.batch_size": 4}
     )
-    d, ffn, layers, s, text = 1536, 8960, 30, run.tokens, run.text_rows + 1
+    d, ffn, layers, s, text = 1536, 8960, 30, run.spec.tokens, run.text_rows + 1
     block = s * (6 * 2 * d * d + 4 * d * ffn) + 4 * s * s * d + text * 4 * d * d + 4 * s * text * d
-    program = dataclasses.replace(run, backend="xla").rollout_step()
+    program = run.rollout_step()
     found = flops.of(program.jitted, *program.args)
     # and the embeddings, the adapters, the last layer
     assert 1 < found / (2 * 4 * layers * block) < 1.03
+
+
+FEW = {"sample.groups": 2, "sample.group_size": 2, "sample.batch_size": 2, "sample.sde_steps": 1}
 
 
 # docs/results.md, "Every model at full size": the rows "resume", in which little compiles
@@ -57,32 +62,29 @@ MEASURED = [
 
 @pytest.mark.parametrize("module, model, sample, update", MEASURED, ids=[m[1] for m in MEASURED])
 def test_seconds_are_near_what_was_measured(module, model, sample, update):
-    run = run_of(module, model, **PICTURES)
-    run.recipe.train.updates_per_epoch = 1
+    run = functions_of(module, model, **PICTURES, **{"train.updates_per_epoch": 1})
     kind = costs.KINDS["h200"]
-    found = costs.seconds(run, kind, costs.default_efficiency(run, kind))
-    assert found["sample"] == pytest.approx(sample, rel=0.25) and found["update"] == pytest.approx(
-        update, rel=0.3
-    )
+    found = costs.seconds(run, kind, costs.default_efficiency(run.spec, kind))
+    assert found["sample"] == pytest.approx(sample, rel=0.25)
+    assert found["update"] == pytest.approx(update, rel=0.3)
     assert 0.03 < found["decode"] < 0.3
 
 
 def test_what_seconds_depend_on():
-    run, kind = run_of(wan21_1_3b_ocr, "wan2.1-1.3b", **PICTURES), costs.KINDS["mi300x"]
-    efficiency = costs.Efficiency(0.5, 0.25, 1.0, "")
-    base = costs.seconds(run, kind, efficiency)
-    run.recipe.train.kl_weight = 0.0
-    assert costs.seconds(run, kind, efficiency) == base | {
-        "update": pytest.approx(base["update"] * 3 / 4)
-    }
-    run.recipe.eval.num_prompts = 2 * 64
-    # batches
-    assert costs.seconds(run, kind, efficiency)["evaluation"] == pytest.approx(
-        base["evaluation"] * 15 / 8
-    )
-    two = dataclasses.replace(run, mesh=mesh_lib.make_mesh(devices=jax.devices()[:3]))
-    assert costs.seconds(two, kind, efficiency)["sample"] == pytest.approx(base["sample"] / 3)
-    assert "assumed to hold on MI300X" in costs.default_efficiency(run, kind).source
+    kind, efficiency = costs.KINDS["mi300x"], costs.Efficiency(0.5, 0.25, 1.0, "")
+
+    def seconds(devices=1, **values):
+        found = spec_of(wan21_1_3b_ocr, "wan2.1-1.3b", devices=devices, **PICTURES | values)
+        return costs.seconds(Functions(found), kind, efficiency)
+
+    base, without = seconds(), seconds(**{"train.kl_weight": 0.0})
+    assert without == base | {"update": pytest.approx(base["update"] * 3 / 4)}
+    # batches of nine
+    more = seconds(**{"eval.num_prompts": 2 * 64})["evaluation"]
+    assert more == pytest.approx(base["evaluation"] * 15 / 8)
+    assert seconds(devices=3)["sample"] == pytest.approx(base["sample"] / 3)
+    spec = spec_of(wan21_1_3b_ocr, "wan2.1-1.3b")
+    assert "assumed to hold on MI300X" in costs.default_efficiency(spec, kind).source
 
 
 def test_lines_between_compiled_points():
@@ -92,7 +94,7 @@ def test_lines_between_compiled_points():
 
 
 def test_largest_clips():
-    run = run_of(wan21_1_3b_ocr, "wan2.1-1.3b", groups=2, group_size=2, batch_size=2, sde_steps=1)
+    run = functions_of(wan21_1_3b_ocr, "wan2.1-1.3b", **FEW)
     points = [plan.Point(1000, GIB), plan.Point(80000, 80 * GIB)]
     small, middle, large = (
         dict(line.strip().split(": ") for line in plan.largest_clips(run, GIB, limit, points))
@@ -102,14 +104,14 @@ def test_largest_clips():
     assert set(large.values()) == {"81 frames"} and middle["240 x 416"] == "81 frames"
     assert re.fullmatch(r"1 frame \(9 would need \d+ GiB in the decoder\)", middle["704 x 1280"])
     assert re.fullmatch(r"none \(1 would need \d+ GiB in the \w+\)", small["704 x 1280"])
-    ti2v = run_of(wan22_ti2v_5b_ocr, "wan2.2-ti2v-5b")
+    ti2v = functions_of(wan22_ti2v_5b_ocr, "wan2.2-ti2v-5b")
     assert [
         line.split(":")[0].strip() for line in plan.largest_clips(ti2v, GIB, 1000 * GIB, points)
     ] == ["512 x 512", "480 x 832", "704 x 1280"]  # 240 is no multiple of 32
 
 
 def test_search_compiles_the_update_at_other_sizes(monkeypatch):
-    run = run_of(wan21_1_3b_ocr, "wan2.1-1.3b", groups=2, group_size=2, batch_size=2)
+    run = functions_of(wan21_1_3b_ocr, "wan2.1-1.3b", **FEW | {"sample.sde_steps": 10})
     compiled = []
     monkeypatch.setattr(
         compile,
@@ -125,7 +127,8 @@ def test_search_compiles_the_update_at_other_sizes(monkeypatch):
         p.args[0].trainable and p.args[1]["proj_out"]["kernel"].get_value().dtype == "float32"
         for p in compiled
     )
-    assert run.recipe.sample.frames == 33 and run.recipe.model.dtype == "bfloat16"  # as they were
+    recipe = run.spec.recipe
+    assert recipe.sample.frames == 33 and recipe.model.dtype == "bfloat16"  # as they were
 
 
 def test_models_and_devices_are_chosen():
@@ -153,11 +156,11 @@ def test_models_and_devices_are_chosen():
     )
 
 
-def test_command_line_without_weights(tmp_path):
-    convert(str(tiny.write_pipeline(tmp_path / "source", seed=3)), tmp_path / "model", "float32")
-    for params in (tmp_path / "model").glob("*/params"):
-        shutil.rmtree(params)
-    config, run = test_train.recipe.__wrapped__(tmp_path / "model", tmp_path)
+@pytest.mark.slow
+def test_command_line_without_weights(model, tmp_path):
+    without = shutil.ignore_patterns("params", "text_cache")
+    shutil.copytree(model, tmp_path / "model", ignore=without)
+    config, run = write_recipe(tmp_path / "model", tmp_path)
     env = commands.environment(plan.FRACTION)
     command = commands.command(
         "grpo.plan", f"--config={config}", "--device=h200", "--nosearch", "--update_efficiency=0.1"

@@ -11,14 +11,15 @@ import pytest
 from flax import nnx
 
 from grpo.reward_head import LEVELS, Examples, explained, fit, train
-from tests.grpo import test_update
+from tests.grpo import tiny_policy
 from wan_jax.command_line.cli import UserError
 from wan_jax.diffusion.solvers import make_solver
 from wan_jax.inference import pipeline, reward_guidance
 from wan_jax.models import params as P
 
+pytestmark = pytest.mark.slow
 SHAPE, PADDING = (1, 4, 4, 4), 10
-TEXT = test_update.text_batch(4)
+TEXT = tiny_policy.text_batch(4)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def head():
         rewards[:, None, None, None] - latents[..., 0].mean((1, 2, 3))[:, None, None, None]
     )
     text = np.zeros((64, 6, 12), np.float32)
-    config = reward_guidance.head_config(test_update.CONFIG, heads=1, layers=1)
+    config = reward_guidance.head_config(tiny_policy.CONFIG, heads=1, layers=1)
     fresh = reward_guidance.make_head(config)
     trained = fit(fresh, latents, text, PADDING, rewards, updates=300, batch=32, rate=3e-3, seed=0)
     return trained, latents, text, rewards
@@ -64,12 +65,12 @@ def test_a_head_of_the_models_first_blocks():
     """Their weights and the embeddings' in fp32, adapters left out, a last layer of its own; it
     learns from there.
     """
-    policy, trainable, frozen = test_update.setup(dtype=jnp.bfloat16)
+    policy, trainable, frozen = tiny_policy.setup(dtype=jnp.bfloat16)
     adapted = nnx.split(policy.module(trainable, frozen))[1]
-    head = reward_guidance.from_model(test_update.CONFIG, adapted, 1)
+    head = reward_guidance.from_model(tiny_policy.CONFIG, adapted, 1)
     theirs, ours = P.flatten(frozen), P.flatten(nnx.state(head, nnx.Param))
     assert (
-        head.config.num_layers == 1 < test_update.CONFIG.num_layers
+        head.config.num_layers == 1 < tiny_policy.CONFIG.num_layers
         and head.config.out_channels == 1
     )
     for name, value in ours.items():
@@ -86,14 +87,14 @@ def test_a_head_of_the_models_first_blocks():
     shares = [train(head, data, 8, updates=updates, rate=1e-3, seed=0)[1] for updates in (1, 60)]
     assert shares[1][0.1] > shares[0][0.1]
     with pytest.raises(
-        ValueError, match=f"layers=9 must be from 1 to {test_update.CONFIG.num_layers}"
+        ValueError, match=f"layers=9 must be from 1 to {tiny_policy.CONFIG.num_layers}"
     ):
-        reward_guidance.from_model(test_update.CONFIG, frozen, 9)
+        reward_guidance.from_model(tiny_policy.CONFIG, frozen, 9)
 
 
 def test_guidance_raises_the_reward(head):
     trained, solver = head[0], make_solver("unipc", 6, 3.0)
-    policy, trainable, frozen = test_update.setup()
+    policy, trainable, frozen = tiny_policy.setup()
     noise = jax.random.normal(jax.random.key(2), (4, *SHAPE))
 
     def sample(steer):
@@ -110,19 +111,19 @@ def test_guidance_raises_the_reward(head):
 def test_a_file_holds_a_head(head, tmp_path):
     path, x = tmp_path / "head.safetensors", jnp.asarray(head[1][:4])
     reward_guidance.save_head(path, head[0])
-    again = reward_guidance.load_head(path, test_update.CONFIG)
+    again = reward_guidance.load_head(path, tiny_policy.CONFIG)
     ours, theirs = (reward_guidance.predict(h, x, 500.0, TEXT) for h in (again, head[0]))
     np.testing.assert_array_equal(ours, theirs)  # one function, equal weights
-    steer = reward_guidance.guidance(path, 2.5, test_update.CONFIG)
+    steer = reward_guidance.guidance(path, 2.5, tiny_policy.CONFIG)
     np.testing.assert_allclose(
         steer(x, 0.5, 500.0, TEXT),
         2.5 * reward_guidance.shift(head[0], x, 0.5, 500.0, TEXT),
         rtol=1e-6,
     )
-    assert reward_guidance.guidance(None, 2.5, test_update.CONFIG) is None
+    assert reward_guidance.guidance(None, 2.5, tiny_policy.CONFIG) is None
     with pytest.raises(UserError, match="text_dim=12, this model has 4096"):
-        reward_guidance.load_head(path, dataclasses.replace(test_update.CONFIG, text_dim=4096))
+        reward_guidance.load_head(path, dataclasses.replace(tiny_policy.CONFIG, text_dim=4096))
     (tmp_path / "other").write_bytes(b"nothing")
     for name in ("other", "none"):
         with pytest.raises(UserError, match=r"is not a reward head .*grpo\.reward_head"):
-            reward_guidance.load_head(tmp_path / name, test_update.CONFIG)
+            reward_guidance.load_head(tmp_path / name, tiny_policy.CONFIG)

@@ -16,85 +16,33 @@ import signal
 import subprocess
 import time
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from convert.export_lora import export
-from convert.from_diffusers import convert
 from grpo import train as training
 from grpo import train_state
 from grpo.records import run_log
 from grpo.settings.budget import Budget, Spent
-from tests import commands, tiny
+from tests import commands
 from tests.grpo.here import train_here
+from tests.grpo.tiny_run import (
+    MEASURES,
+    PICTURE,
+    arrays_of,
+    assert_same,
+    newest,
+    records_of,
+    result,
+    write_recipe,
+)
 from tests.rewards.serving import TOKEN, Command
 from wan_jax.command_line.cli import UserError
+from wan_jax.distributed import multihost
 from wan_jax.storage.checkpoint import Checkpoints, load_trained
 
-RECIPE = """
-from configs.defaults import defaults
 
-def get_config():
-    c = defaults()
-    c.run_dir = {run!r}
-    c.epochs = 3
-    c.model.path = {model!r}
-    c.model.dtype = "float32"
-    c.model.remat = "none"
-    c.lora.rank = 4
-    c.prompts.train = {train!r}
-    c.prompts.heldout = {heldout!r}
-    c.sample.height, c.sample.width = 16, 32
-    c.sample.steps, c.sample.sde_steps, c.sample.sde_range = 3, 2, (0, 3)
-    c.sample.guidance = 1.0
-    c.sample.groups, c.sample.group_size, c.sample.batch_size = 2, 4, 4
-    c.train.method = "grpo"
-    c.train.updates_per_epoch = 2
-    c.train.advantage_std = "global"
-    c.eval.every, c.eval.num_prompts, c.eval.steps, c.eval.guidance, c.eval.previews = 2, 4, 2, 1.0, 2
-    c.save.every = 1
-    c.reward.workers = 0
-    return c
-"""
-# In a random model's pictures nothing can be read. They differ in these, so that there is something
-# to learn.
-MEASURES = [
-    f"reward.weights.{name}=1.0"
-    for name in ("sharpness", "exposure", "contrast", "compressibility")
-]
-# Frames with a side below 64 pixels are enlarged before they are read: 16 x 32 pixels would take
-# eight times longer.
-PICTURE = ("sample.height=64", "sample.width=64")
-WORDS = "open exit cafe salt moon tide fern lamp".split()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    root = tmp_path_factory.mktemp("model")
-    convert(str(tiny.write_pipeline(root / "source", seed=3)), root / "model", "float32")
-    return root / "model"
-
-
-@pytest.fixture
-def recipe(model, tmp_path):
-    """Writes a recipe and its prompts; returns (config file, run folder)."""
-    (tmp_path / "train.txt").write_text("".join(f'A sign that says "{w}".\n' for w in WORDS[:4]))
-    (tmp_path / "heldout.txt").write_text("".join(f'A sign that says "{w}".\n' for w in WORDS[4:]))
-    path = tmp_path / "recipe.py"
-    path.write_text(
-        RECIPE.format(
-            run=str(tmp_path / "run"),
-            model=str(model),
-            train=str(tmp_path / "train.txt"),
-            heldout=str(tmp_path / "heldout.txt"),
-        )
-    )
-    return path, tmp_path / "run"
-
-
-def start(config, *overrides, command=commands.command, **kwargs):
+def launch(config, *overrides, command=commands.command, **kwargs):
     """`overrides`: 'key=value' of the config; command: or `commands.fresh`."""
     settings = (f"--config.{o}" for o in (*MEASURES, *PICTURE, *overrides))
     return subprocess.Popen(
@@ -109,14 +57,14 @@ def start(config, *overrides, command=commands.command, **kwargs):
 
 def train(config, *overrides, **kwargs):
     """(exit code, standard output, standard error) of a whole run."""
-    process = start(config, *overrides, **kwargs)
+    process = launch(config, *overrides, **kwargs)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 
 def kill_when(config, event, *overrides):
     """Starts a run and SIGKILLs it as soon as `event(output so far)`; returns the output."""
-    process, out = start(config, *overrides), ""
+    process, out = launch(config, *overrides), ""
     os.set_blocking(process.stdout.fileno(), False)
     try:
         deadline = time.time() + 240
@@ -136,56 +84,11 @@ def here(config, *overrides):
     return train_here(config, *MEASURES, *PICTURE, *overrides)
 
 
-def newest(run):
-    return Checkpoints(run).latest()
-
-
-def arrays_of(run):
-    """Every array of a run's newest checkpoint, by its path."""
-    flat = {}
-    for item in ("state", "trained"):
-        tree = ocp.StandardCheckpointer().restore(
-            run.absolute() / "checkpoints" / str(newest(run)) / item
-        )
-        flat |= {
-            item + jax.tree_util.keystr(path): np.asarray(leaf)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
-    return flat
-
-
-def records_of(run):
-    """The metrics and the evaluations, without clock and memory."""
-    records = []
-    for name in ("metrics.jsonl", "evals.jsonl"):
-        lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
-        measured = ("time", "peak_memory", "idle_share")
-        records.append(
-            [
-                {k: v for k, v in line.items() if "seconds" not in k and k not in measured}
-                for line in lines
-            ]
-        )
-    return records
-
-
-def result(run):
-    """Everything a run computed."""
-    return newest(run), arrays_of(run), records_of(run)
-
-
-def assert_same(a, b):
-    assert a[0] == b[0] and a[1].keys() == b[1].keys() and a[2] == b[2]
-    assert len(a[1]) > 20
-    for name in a[1]:
-        np.testing.assert_array_equal(a[1][name], b[1][name], err_msg=name)
-
-
 @pytest.fixture(scope="module")
 def whole(model, tmp_path_factory):
     """A run that nothing disturbed: (its folder, its output)."""
     root = tmp_path_factory.mktemp("whole")
-    config, run = recipe.__wrapped__(model, root)
+    config, run = write_recipe(model, root)
     code, out, err = train(config)
     assert code == 0, out + err
     return config, run, out
@@ -194,11 +97,12 @@ def whole(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def alike(model, tmp_path_factory):
     """Two epochs in this process, undisturbed: the folder."""
-    config, run = recipe.__wrapped__(model, tmp_path_factory.mktemp("alike"))
+    config, run = write_recipe(model, tmp_path_factory.mktemp("alike"))
     here(config, "epochs=2")
     return run
 
 
+@pytest.mark.slow
 def test_evaluation_of_a_checkpoint_repeats_the_runs_own(whole, tmp_path):
     """`python -m grpo.evaluate`: the base as epoch 0 saw it, the checkpoint as the last evaluation
     did.
@@ -255,6 +159,7 @@ def test_same_command_again_changes_nothing(whole, capsys):
     assert_same(result(run), before)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_continues_bit_for_bit(whole, recipe):
     """Before the first epoch is saved, and in the save of a later one, whose figures are logged
     already; then the run ends as if nothing had been.
@@ -283,7 +188,7 @@ def signalled(config, number, after, *overrides):
     """(exit code, standard output, standard error) of a run that gets the signal `number` after a
     line's beginning.
     """
-    process = start(config, *overrides)
+    process = launch(config, *overrides)
     for line in process.stdout:
         if line.startswith(after):
             break
@@ -292,6 +197,7 @@ def signalled(config, number, after, *overrides):
     return process.returncode, out, err
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_with_one_line(recipe):
     config, run = recipe
     code, _, err = signalled(config, signal.SIGINT, "epoch 2/", "epochs=1000")
@@ -300,6 +206,7 @@ def test_ctrl_c_stops_with_one_line(recipe):
     assert newest(run) >= 1
 
 
+@pytest.mark.slow
 def test_sigterm_saves_the_epoch_first(recipe):
     """Of a run that would have saved at its end only; how such runs continue:
     tests/grpo/test_hosts.py.
@@ -313,10 +220,11 @@ def test_sigterm_saves_the_epoch_first(recipe):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.3, 3.0])
 def test_ctrl_c_while_starting(recipe, seconds):
     config, _ = recipe
-    process = start(config, command=commands.fresh)
+    process = launch(config, command=commands.fresh)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -324,6 +232,7 @@ def test_ctrl_c_while_starting(recipe, seconds):
     assert "stopped" in err and "Traceback" not in err, err
 
 
+@pytest.mark.slow
 def test_full_fine_tuning(recipe):
     config, run = recipe
     here(config, "lora.rank=0", "epochs=2", "train.learning_rate=1e-5")
@@ -333,6 +242,7 @@ def test_full_fine_tuning(recipe):
     assert all(r["ratio_max_error"] <= 1e-5 for r in metrics)
 
 
+@pytest.mark.slow
 def test_starts_from_a_lora_file(alike, model, recipe, capsys):
     """Another run's adapters through a LoRA file: the weights that run ended with, to the bit, at
     epoch 0.
@@ -357,12 +267,14 @@ def test_starts_from_a_lora_file(alike, model, recipe, capsys):
     assert not pathlib.Path(f"{run}2").exists()
 
 
+@pytest.mark.slow
 def test_workers_score_the_same(alike, recipe):
     config, run = recipe
     here(config, "reward.workers=2", "epochs=2")
     assert_same(result(run), result(alike))
 
 
+@pytest.mark.slow
 def test_servers_score_the_same_and_one_may_die(alike, recipe, monkeypatch, capsys, caplog):
     pytest.importorskip("fastapi")
     config, run = recipe
@@ -385,15 +297,6 @@ def test_servers_score_the_same_and_one_may_die(alike, recipe, monkeypatch, caps
     assert_same(result(run), result(alike))
 
 
-@pytest.fixture(scope="module")
-def two_experts(tmp_path_factory):
-    root = tmp_path_factory.mktemp("two_experts")
-    convert(
-        str(tiny.write_pipeline(root / "source", seed=3, boundary=0.875)), root / "model", "float32"
-    )
-    return root / "model"
-
-
 SPLIT = (
     "sample.steps=4",
     "sample.sde_steps=3",
@@ -408,11 +311,12 @@ SPLIT = (
 def two_experts_run(two_experts, tmp_path_factory):
     """A run that trains both, undisturbed."""
     root = tmp_path_factory.mktemp("two_experts_run")
-    config, run = recipe.__wrapped__(two_experts, root)
+    config, run = write_recipe(two_experts, root)
     here(config, *SPLIT)
     return run
 
 
+@pytest.mark.slow
 def test_both_experts_learn_in_every_epoch(two_experts_run):
     metrics, _ = records_of(two_experts_run)
     assert [record["epoch"] for record in metrics] == [1, 2]
@@ -434,11 +338,12 @@ def test_both_experts_learn_in_every_epoch(two_experts_run):
     assert not np.array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_two_experts_resume_bit_for_bit_with_the_idle_one_offloaded(
     two_experts, two_experts_run, tmp_path, capsys
 ):
-    config, run = recipe.__wrapped__(two_experts, tmp_path)
-    stage = training.hosts.stage
+    config, run = write_recipe(two_experts, tmp_path)
+    stage = multihost.stage
 
     class Killed(BaseException):
         pass
@@ -449,7 +354,7 @@ def test_two_experts_resume_bit_for_bit_with_the_idle_one_offloaded(
         stage(name)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(training.hosts, "stage", killed)
+        patch.setattr(multihost, "stage", killed)
         here(config, *SPLIT, "model.offload=always")
     assert newest(run) == 1
     here(config, *SPLIT, "model.offload=always")
@@ -457,15 +362,16 @@ def test_two_experts_resume_bit_for_bit_with_the_idle_one_offloaded(
     assert_same(result(run), result(two_experts_run))
 
 
+@pytest.mark.slow
 def test_one_expert_of_two(two_experts, tmp_path):
-    config, run = recipe.__wrapped__(two_experts, tmp_path)
+    config, run = write_recipe(two_experts, tmp_path)
     here(config, *SPLIT, "sample.sde_steps=1", 'train.experts=("transformer_2",)', "epochs=1")
     _, trained, _ = load_trained(run)
     assert list(trained) == ["transformer_2"]
 
 
 def test_a_schedule_without_a_step_for_a_trained_expert_is_refused(two_experts, tmp_path):
-    config, run = recipe.__wrapped__(two_experts, tmp_path)
+    config, run = write_recipe(two_experts, tmp_path)
     with pytest.raises(
         UserError, match=r"transformer would be trained without a step.*sample\.shift"
     ):
@@ -483,6 +389,7 @@ def test_other_settings_are_refused(whole):
     assert_same(result(run), before)
 
 
+@pytest.mark.slow
 def test_divergence_stops_and_names_the_last_good_checkpoint(recipe):
     config, run = recipe
     with pytest.raises(UserError, match=r"(?s)not finite.*learning_rate") as error:
@@ -530,9 +437,10 @@ def test_run_folder_that_cannot_be_written(recipe):
     assert run.read_text() == "a file where the folder should be"
 
 
+@pytest.mark.slow
 def test_a_run_whose_folder_is_moved_away_while_it_compiles_makes_no_new_one(recipe):
     config, run = recipe
-    process = start(config)
+    process = launch(config)
     for line in process.stdout:
         if line.startswith("rematerialisation"):
             run.rename(f"{run}.moved")
@@ -542,6 +450,7 @@ def test_a_run_whose_folder_is_moved_away_while_it_compiles_makes_no_new_one(rec
     assert not run.exists()
 
 
+@pytest.mark.slow
 def test_a_budget_ends_the_run_as_its_last_epoch_would(alike, tmp_path, capsys):
     """24 evaluations an epoch, 8 videos of 3 steps, 2 epochs behind it: 60 are reached in the
     third.

@@ -4,7 +4,6 @@ what cannot fit is refused before a weight is read.
 
 import collections
 import dataclasses
-import functools
 import math
 import types
 
@@ -14,23 +13,18 @@ import numpy as np
 import pytest
 
 from configs import wan21_1_3b_ocr, wan21_14b_ocr, wan22_a14b_ocr, wan22_ti2v_5b_ocr
-from convert.from_diffusers import convert
-from grpo import learner, train
-from grpo.compiled import compile
-from grpo.compiled.functions import Run
-from grpo.data.prompts import load_prompts
-from grpo.learning.optimiser import init_state, stack_batches
+from grpo import setup, train
+from grpo.compiled import compile, costs
+from grpo.compiled.functions import Functions
+from grpo.learning.optimiser import init_state
 from grpo.learning.policy import make_policy
+from grpo.methods import grpo
+from grpo.methods.grpo import stack_batches
 from grpo.records import run_log
-from grpo.settings import parse
-from rewards.ocr.targets import parse_targets
-from rewards.pool import RewardPool
-from tests import tiny
-from tests.grpo import here, test_train
-from tests.rewards.pool_rewards import Brightness
+from tests.grpo.compiled_names import compiled_names
+from tests.grpo.specs import devices_mesh, functions_of, spec_of
 from wan_jax.command_line.cli import UserError
 from wan_jax.distributed import mesh as mesh_lib
-from wan_jax.models import presets
 from wan_jax.models.config import TransformerConfig
 from wan_jax.storage import model_dir
 
@@ -43,63 +37,20 @@ WIDE = TransformerConfig(
     num_layers=2,
 )  # its matrices are large enough to be split by fsdp
 GIB = 2**30
-models = {}  # by their boundary
 
 
-@functools.cache
-def devices_mesh(devices: int, fsdp: int = 1):
-    return mesh_lib.make_mesh(fsdp, devices=jax.devices()[:devices])
-
-
-def run_of(module, model, devices=1, fsdp=1, **sample):
-    recipe = module.get_config()
-    recipe.sample.update(sample)
-    return Run(presets.PRESETS[model], recipe, devices_mesh(devices, fsdp), "chunked")
-
-
-@pytest.fixture
-def start(tmp_path, tmp_path_factory, monkeypatch):
-    """start(devices, **{'section.key': value}) -> the arguments of `grpo.train.train` for a tiny
-    model; with a boundary it has two experts.
-    """
-
-    def make(devices, boundary=None, **overrides):
-        if boundary not in models:
-            root = tmp_path_factory.mktemp("model")
-            convert(
-                str(tiny.write_pipeline(root / "source", seed=3, boundary=boundary)),
-                root / "model",
-                "float32",
-            )
-            models[boundary] = root / "model"
-        path, _ = test_train.recipe.__wrapped__(models[boundary], tmp_path)
-        namespace = {}
-        exec(path.read_text(), namespace)
-        c = namespace["get_config"]()
-        c.update_from_flattened_dict({"epochs": 2} | overrides)
-        s = parse.from_config(c)
-        here.share(monkeypatch, devices)
-        prompts = [load_prompts(p, parse_targets) for p in (c.prompts.train, c.prompts.heldout)]
-        return c, s, train.Plan.make(c, s), *prompts, RewardPool(Brightness, workers=0)
-
-    return make
-
-
+@pytest.mark.slow
 def test_the_loop_runs_what_was_compiled_ahead(start, capsys, monkeypatch):
     """In bfloat16, on two devices that share the weights."""
-    c, s, plan, *rest = start(
+    spec, *rest = start(
         2, **{"model.dtype": "bfloat16", "mesh.fsdp": 2, "train.updates_per_epoch": 1}
     )
-    monkeypatch.setattr(train, "Run", Run)  # with programs of its own: what it compiles is counted
-    seen = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, _, fun_name="", **__: (
-            seen.append(fun_name) if event == compile.COMPILED else None
-        )
-    )
-    train.train(c, s, plan, *rest)
-    run = Run(presets.of_folder(plan.model), c, plan.mesh, plan.backend)
-    ours = collections.Counter(f"jit({program.jitted.__name__})" for program in run.programs())
+    # with functions of its own: what it compiles is counted
+    monkeypatch.setattr(setup, "Functions", Functions)
+    seen = compiled_names()
+    train.train(spec, *rest)
+    programs = Functions(spec).programs()
+    ours = collections.Counter(f"jit({program.jitted.__name__})" for program in programs)
     assert ours == {"jit(rollout_step)": 1, "jit(update)": 1, "jit(ode_step)": 1, "jit(decode)": 1}
     assert {name: seen.count(name) for name in ours} == ours  # once each, by `ahead`
     out = capsys.readouterr().out
@@ -108,13 +59,14 @@ def test_the_loop_runs_what_was_compiled_ahead(start, capsys, monkeypatch):
     assert out.index("memory of a device") < out.index("trained parameters")
 
 
+@pytest.mark.slow
 def test_groups_sampled_in_excess_are_not_trained(start, capsys, monkeypatch):
     """Four groups of four, in batches of two, of which two with one best and one worst video each
     are trained, by what each of their steps brought.
     """
     stacked = []
-    monkeypatch.setattr(learner, "stack_batches", lambda *a: stacked.append(a) or stack_batches(*a))
-    c, s, plan, *rest = start(
+    monkeypatch.setattr(grpo, "stack_batches", lambda *a: stacked.append(a) or stack_batches(*a))
+    spec, *rest = start(
         1,
         **{
             "sample.groups": 4,
@@ -127,13 +79,16 @@ def test_groups_sampled_in_excess_are_not_trained(start, capsys, monkeypatch):
             "eval.also_unguided": True,
         },
     )
-    train.train(c, s, plan, *rest)
+    train.train(spec, *rest)
     out = capsys.readouterr().out
     assert "compiled again" not in out and "; without guidance: OCR reward" in out
-    for record in run_log.read_evaluations(c.run_dir):
+    for record in run_log.read_evaluations(spec.recipe.run_dir):
         assert len(record["unguided"]["rewards"]) == record["num"] == 4
         assert record["unguided"]["rewards"] != record["rewards"]
-    assert [record["videos_trained"] for record in run_log.read_metrics(c.run_dir)] == [4, 4]
+    assert [record["videos_trained"] for record in run_log.read_metrics(spec.recipe.run_dir)] == [
+        4,
+        4,
+    ]
     assert len(stacked) == 4  # two optimiser steps in each of two epochs, one group in each
     for trajectories, advantages, valid in stacked:
         assert len(trajectories) == 2 and valid.sum() == 2
@@ -144,11 +99,12 @@ def test_groups_sampled_in_excess_are_not_trained(start, capsys, monkeypatch):
         assert np.abs(advantages - of_video[:, None]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_one_step_a_group_trains_both_experts_by_the_programs_compiled_ahead(start, capsys):
     """Three groups of four in batches of six, on two devices."""
-    c, s, plan, *rest = start(
+    spec, *rest = start(
         2,
-        0.875,
+        experts=2,
         **{
             "sample.steps": 4,
             "sample.sde_range": (0, 4),
@@ -164,20 +120,15 @@ def test_one_step_a_group_trains_both_experts_by_the_programs_compiled_ahead(sta
             "eval.every": 2,
         },
     )
-    seen = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, _, fun_name="", **__: (
-            seen.append(fun_name) if event == compile.COMPILED else None
-        )
-    )
-    train.train(c, s, plan, *rest)
+    seen = compiled_names()
+    train.train(spec, *rest)
     assert [seen.count(f"jit({name})") for name in ("rollout_step", "update", "choose_rows")] == [
         1,
         2,
         1,
     ]
     assert "compiled again" not in capsys.readouterr().out
-    for record in run_log.read_metrics(c.run_dir):
+    for record in run_log.read_metrics(spec.recipe.run_dir):
         for name in ("transformer", "transformer_2"):
             expert = record["experts"][name]
             assert expert["grad_norm"] > 0 and expert["ratio_max_error"] < 1e-5, record
@@ -190,14 +141,11 @@ def test_one_step_a_group_trains_both_experts_by_the_programs_compiled_ahead(sta
 
 
 def test_all_weights_without_a_reference_need_no_frozen_ones():
-    run = run_of(wan21_1_3b_ocr, "wan2.1-1.3b")
-    run.recipe.lora.rank = 0
+    run = functions_of(wan21_1_3b_ocr, "wan2.1-1.3b", **{"lora.rank": 0})
     assert run.frozen is not None and run.rollout_step().args[1] is run.frozen
-    alone = Run(run.preset, run.recipe.copy_and_resolve_references(), run.mesh, run.backend)
-    alone.recipe.train.kl_weight = 0.0
-    assert (
-        alone.update().args[1] is None and compile.what_stays(alone, False)["frozen weights"] == 0
-    )
+    alone = functions_of(wan21_1_3b_ocr, "wan2.1-1.3b", **{"lora.rank": 0, "train.kl_weight": 0.0})
+    assert alone.update().args[1] is None
+    assert compile.what_stays(alone, False)["frozen weights"] == 0
 
 
 def test_what_compiles_again_is_named():
@@ -218,11 +166,10 @@ def test_what_compiles_again_is_named():
 
 @pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full"])
 def test_what_stays_is_what_lies_on_a_device(rank):
-    recipe = wan21_1_3b_ocr.get_config()
-    recipe.lora.rank = rank
-    mesh = devices_mesh(8, 4)
-    preset = dataclasses.replace(presets.PRESETS["wan2.1-1.3b"], transformer=WIDE)
-    run = Run(preset, recipe, mesh, "chunked")
+    spec = spec_of(wan21_1_3b_ocr, "wan2.1-1.3b", devices=8, fsdp=4, **{"lora.rank": rank})
+    mesh, settings = spec.mesh, spec.settings
+    preset = dataclasses.replace(spec.preset, transformer=WIDE)
+    run = Functions(dataclasses.replace(spec, preset=preset))
     stays = compile.what_stays(run, offload=False)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), run.policy.base)
     frozen = mesh_lib.shard_params(zeros, mesh)
@@ -230,13 +177,13 @@ def test_what_stays_is_what_lies_on_a_device(rank):
         WIDE,
         frozen,
         mesh,
-        lora=run.settings.lora,
+        lora=settings.lora,
         key=jax.random.key(0),
         dtype=jnp.bfloat16,
         attention="chunked",
         remat="block",
     )
-    state = init_state(trainable, run.settings.optimiser)
+    state = init_state(trainable, settings.optimiser, spec.method.adaptive_kl, spec.method.lagged)
 
     def there(tree):
         return sum(
@@ -256,7 +203,7 @@ def test_what_stays_is_what_lies_on_a_device(rank):
 
 def test_two_experts():
     """They share a program where guidance and shapes agree."""
-    run = run_of(wan22_a14b_ocr, "wan2.2-a14b", devices=4)
+    run = functions_of(wan22_a14b_ocr, "wan2.2-a14b", devices=4)
     names = [p.name for p in run.programs()]
     assert names == [
         f"{what}, {expert}"
@@ -265,13 +212,10 @@ def test_two_experts():
     ] + ["decode"]
     updates = [p for p in run.programs() if p.name.startswith("update")]
     k = [p.args[2].trajectory.x.shape[1] for p in updates]
-    assert (
-        k == [run.trained_steps(0), run.trained_steps(1)]
-        and sum(k) == run.recipe.sample.sde_steps
-        and k[0] > k[1]
-    )
-    run.recipe.sample.guidance_2 = run.recipe.eval.guidance_2 = None
-    alike = dataclasses.replace(run, recipe=run.recipe)
+    assert k == [run.spec.trained_steps(0), run.spec.trained_steps(1)] and k[0] > k[1]
+    assert sum(k) == run.spec.recipe.sample.sde_steps
+    same = {"sample.guidance_2": None, "eval.guidance_2": None}
+    alike = functions_of(wan22_a14b_ocr, "wan2.2-a14b", devices=4, **same)
     assert [p.name for p in alike.programs()] == [
         "rollout step",
         *names[2:4],
@@ -280,24 +224,19 @@ def test_two_experts():
     ]
     one, both = (compile.what_stays(run, offload)["frozen weights"] for offload in (True, False))
     assert both == 2 * one == 2 * compile.device_bytes(run.params(run.policy.base))
-    assert (
-        compile.offloads(run, 80 * GIB)
-        and not compile.offloads(run, 139 * GIB)
-        and not compile.offloads(run, None)
-    )
+    assert compile.offloads(run, 80 * GIB)
+    assert not compile.offloads(run, 139 * GIB) and not compile.offloads(run, None)
 
 
 def test_ti2v_5b_and_clips_in_chunks():
-    run = run_of(
-        wan22_ti2v_5b_ocr,
-        "wan2.2-ti2v-5b",
-        devices=4,
-        frames=81,
-        height=704,
-        width=1280,
-        batch_size=4,
-    )
-    assert run.shape == (21, 44, 80, 48)
+    size = {
+        "sample.frames": 81,
+        "sample.height": 704,
+        "sample.width": 1280,
+        "sample.batch_size": 4,
+    }
+    run = functions_of(wan22_ti2v_5b_ocr, "wan2.2-ti2v-5b", devices=4, **size)
+    assert run.spec.shape == (21, 44, 80, 48)
     first, chunk = run.decode()
     assert [p.name for p in (first, chunk)] == ["decode, first chunk", "decode, chunk"]
     assert first.args[2] == () and len(jax.tree.leaves(chunk.args[2])) > 10
@@ -325,8 +264,7 @@ REMEDIES = [
 def test_what_cannot_fit_is_refused_with_the_settings_that_help(
     overrides, devices, fsdp, said, unsaid
 ):
-    run = run_of(wan21_1_3b_ocr, "wan2.1-1.3b", devices, fsdp)
-    run.recipe.update_from_flattened_dict(overrides)
+    run = spec_of(wan21_1_3b_ocr, "wan2.1-1.3b", devices=devices, fsdp=fsdp, **overrides)
     programs = (
         compile.Measured("rollout step", 1.0, GIB, 0),
         compile.Measured("update", 1.0, 5 * GIB, 2 * GIB),
@@ -346,8 +284,8 @@ def test_what_cannot_fit_is_refused_with_the_settings_that_help(
 
 
 def test_refused_before_a_weight_is_read(start, monkeypatch):
-    arguments = start(1)
-    monkeypatch.setattr(train.memory, "limit", lambda device: 2**20)
+    spec, *rest = start(1)
+    spec = dataclasses.replace(spec, memory=2**20)
     monkeypatch.setattr(
         compile, "measure", lambda program: compile.Measured(program.name, 0.0, 2**21, 0)
     )
@@ -355,7 +293,7 @@ def test_refused_before_a_weight_is_read(start, monkeypatch):
     with pytest.raises(
         UserError, match=r"on each device, in the rollout step .* --config\.sample\.batch_size=4"
     ):
-        train.train(*arguments)
+        train.train(spec, *rest)
 
 
 def test_data_counts_shards_and_repeats():
@@ -370,10 +308,8 @@ def test_data_counts_shards_and_repeats():
 def test_what_the_host_holds_is_counted_and_refused_where_it_cannot():
     """14B with its optimiser on the host: 12 bytes a parameter, which devices share."""
     for devices, fsdp in ((1, 1), (8, 8)):
-        run = run_of(wan21_14b_ocr, "wan2.1-14b", devices, fsdp)
-        run.recipe.update_from_flattened_dict(
-            {"lora.rank": 0, "train.kl_weight": 0.0, "train.offload_optimiser": True}
-        )
+        settings = {"lora.rank": 0, "train.kl_weight": 0.0, "train.offload_optimiser": True}
+        run = functions_of(wan21_14b_ocr, "wan2.1-14b", devices=devices, fsdp=fsdp, **settings)
         waits = compile.what_waits(run, offload=False)
         count = sum(math.prod(x.shape) for x in run.trainable.values())
         assert waits == {"optimiser, average": pytest.approx(12 * count / fsdp, rel=0.01)}
@@ -382,11 +318,43 @@ def test_what_the_host_holds_is_counted_and_refused_where_it_cannot():
         "pinned memory of the host for each device, GiB: optimiser, average 19.96"
     )
     for limit in (None, 25 * GIB):
-        compile.check_fits(needed, run, False, None, limit)
+        compile.check_fits(needed, run.spec, False, None, limit)
     with pytest.raises(
         UserError, match=r"20\.0 GiB for each device in pinned.*10\.0 GiB.*fsdp=8.*=False"
     ):
-        compile.check_fits(needed, run, False, None, 10 * GIB)
-    both = run_of(wan22_a14b_ocr, "wan2.2-a14b")
+        compile.check_fits(needed, run.spec, False, None, 10 * GIB)
+    both = functions_of(wan22_a14b_ocr, "wan2.2-a14b")
     assert compile.what_waits(both, True) == {"both experts": 2 * compile.device_bytes(both.frozen)}
     assert compile.what_waits(both, False) == {}
+
+
+def test_what_is_planned():
+    """The programs' batches, the old weights in memory, the reference where one is asked, the
+    FLOPs.
+    """
+
+    def of(module, model, **values):
+        return functions_of(module, model, backend="xla", **values)
+
+    run = of(wan22_a14b_ocr, "wan2.2-a14b", **{"train.method": "nft", "train.timesteps": 5})
+    spec, batch = run.spec, run.update_batch(1)
+    m = spec.settings.batches // spec.recipe.train.updates_per_epoch
+    b = spec.recipe.sample.batch_size
+    assert batch.x0.shape == (m, b, *spec.shape) and batch.worse is None
+    assert batch.sigma.shape == (m, spec.trained_steps(1), b)
+    assert spec.trained_steps(0) + spec.trained_steps(1) == 5
+    assert run.state.lagged["old"].keys() == run.state.trainable.keys()
+    assert run.updates[0] is run.updates[1]
+    assert run.trajectories == (run.latents(),) * spec.settings.batches and not run.unstacked
+    full = {"train.method": "dpo", "lora.rank": 0, "train.kl_weight": 0.0}
+    pairs = of(wan21_1_3b_ocr, "wan2.1-1.3b", **full)
+    assert pairs.frozen is not None and pairs.update_batch(0).worse is not None
+    assert not pairs.state.lagged
+    online = of(wan21_1_3b_ocr, "wan2.1-1.3b", **full, **{"train.reference_every": 9})
+    assert online.frozen is None and online.state.lagged
+    settings = {"train.kl_weight": 0.004, "sample.sde_steps": 4}
+    grpo, rwr = (
+        costs.work(of(wan21_1_3b_ocr, "wan2.1-1.3b", **settings, **{"train.method": method}))
+        for method in ("grpo", "rwr")
+    )
+    assert rwr.sample == grpo.sample and rwr.update == pytest.approx(grpo.update / 2)  # no guidance

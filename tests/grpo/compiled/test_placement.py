@@ -16,16 +16,17 @@ from jax.sharding import PartitionSpec as P
 from configs import wan21_1_3b_ocr
 from configs.defaults import defaults
 from grpo import train_state
-from grpo.compiled import offload
-from grpo.compiled import placement as devices
-from grpo.learning import optimiser as update_lib
-from grpo.learning.optimiser import UpdateBatch, make_update, stack_batches, state_shapes
+from grpo.compiled import offload, placement
+from grpo.learning import optimiser as optimiser_step
+from grpo.learning.optimiser import make_update, state_shapes
 from grpo.learning.policy import make_structure
 from grpo.learning.policy_loss import LossConfig
+from grpo.methods.grpo import PolicyBatch, make_gradient, stack_batches
 from grpo.rollout import Trajectory
 from grpo.settings import parse
 from grpo.settings.budget import Spent
-from tests.grpo.test_update import (
+from tests.grpo.specs import devices_mesh
+from tests.grpo.tiny_policy import (
     CONFIG,
     LORA,
     OPTIMISER,
@@ -66,9 +67,10 @@ def two_updates(lora, mesh, offloaded=False):
     assert len(final.sharding.device_set) == mesh.size
     # a large eps, so that a gradient near 0, whose sign is rounding, makes no difference
     optimiser = dataclasses.replace(OPTIMISER, adam_eps=1e-3)
-    module = offload if offloaded else update_lib
+    module = offload if offloaded else optimiser_step
     loss = LossConfig(kl_beta=0.0 if lora else 0.01)
-    update = module.make_update(policy, TABLE, 3.0, loss, optimiser, mesh)
+    gradient = make_gradient(policy, TABLE, 3.0, loss)
+    update = module.make_update(gradient, policy, optimiser, mesh)
     placed = {k: v.sharding for k, v in trainable.items()}
     state = module.init_state(copies(trainable), optimiser)
     batch = stack_batches([kept], np.linspace(-2, 2, 8)[None], np.ones((1, 8), bool))
@@ -92,18 +94,20 @@ def two_updates(lora, mesh, offloaded=False):
     ), state
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one_with_adapters():
     """Data parallel; and data 2 x fsdp 2 x context 2, 9 tokens over the two of a context."""
     assert jax.device_count() == 8
-    one, _ = two_updates(LORA, mesh_lib.make_mesh(devices=jax.devices()[:1]))
+    one, _ = two_updates(LORA, devices_mesh(1))
     for mesh in (mesh_lib.make_mesh(), mesh_lib.make_mesh(2, context=2)):
         for many, alone in zip(two_updates(LORA, mesh)[0], one):
             np.testing.assert_allclose(many, alone, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one_with_all_weights(tmp_path):
     """With a KL. Also with moments and average on the host, which a checkpoint brings back there."""
-    one, _ = two_updates(None, mesh_lib.make_mesh(devices=jax.devices()[:1]))
+    one, _ = two_updates(None, devices_mesh(1))
     mesh = mesh_lib.make_mesh(2, context=2)
     plain, before = two_updates(None, mesh)
     assert any(not v.sharding.is_fully_replicated for v in before.trainable.values())
@@ -173,6 +177,7 @@ def sent(text: str) -> dict[str, list[int]]:
     }
 
 
+@pytest.mark.slow
 def test_weights_are_gathered_block_by_block_and_gradients_scattered(capfd):
     """What the update of all weights sends over fsdp=4, read from the compiled program."""
     mesh, b = mesh_lib.make_mesh(4, jax.devices()[:4]), 4
@@ -187,12 +192,13 @@ def test_weights_are_gathered_block_by_block_and_gradients_scattered(capfd):
     text = TextBatch(
         *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, b, 6, 12), (1, 6, 12))), 10
     )
-    batch = UpdateBatch(
+    batch = PolicyBatch(
         Trajectory(x, x, log_prob, jax.ShapeDtypeStruct((1, 2), jnp.int32), text),
         jax.ShapeDtypeStruct((1, b), jnp.float32),
         jax.ShapeDtypeStruct((1, b), bool),
     )
-    update = make_update(policy, TABLE, 1.0, LossConfig(kl_beta=0.0), OPTIMISER, mesh)
+    gradient = make_gradient(policy, TABLE, 1.0, LossConfig(kl_beta=0.0))
+    update = make_update(gradient, policy, OPTIMISER, mesh)
     found = sent(
         update.lower(
             abstract(state_shapes(policy, OPTIMISER), mesh), abstract(policy.base, mesh), batch
@@ -288,20 +294,21 @@ def test_the_chosen_mesh(devices, batch, state, memory, given, chosen):
     ],
 )
 def test_published_models_over_four_devices(model, rank, expected):
-    c, s = (
-        defaults(),
-        types.SimpleNamespace(
-            lora=dataclasses.replace(LORA, rank=rank) if rank else None,
-            dtype=jnp.bfloat16,
-            needs_reference=True,
-            keeps_old=False,
-        ),
-    )
-    c.sample.batch_size = 36
-    config = presets.PRESETS[model].transformer
+    config = wan21_1_3b_ocr.get_config()
+    config.update_from_flattened_dict({"lora.rank": rank, "sample.batch_size": 36})
+    config.sample.groups = 36
+    recipe = parse.recipe_from_config(config)
+    settings, devices = parse.settings_of(recipe), jax.devices()[:4]
+    assert settings.method.needs_reference
     for memory, mesh in zip((196e9, 105e9), expected):
-        _, line = devices.choose_mesh(
-            c, s, config, experts=1, trained=1, devices=jax.devices()[:4], memory=memory
+        _, line = placement.choose_mesh(
+            recipe,
+            settings,
+            presets.PRESETS[model].transformer,
+            experts=1,
+            trained=1,
+            devices=devices,
+            memory=memory,
         )
         assert f"mesh {mesh} x" in line and f" of {memory / 1e9:.0f} GB a device" in line
 
@@ -316,17 +323,17 @@ def test_bytes_that_a_run_holds():
         reference=False,
         offload="auto",
         offload_optimiser=False,
-        keeps_old=False,
+        lagged=0,
     ):
         return (
-            devices.state_bytes(
+            placement.state_bytes(
                 policy,
                 experts=experts,
                 trained=trained,
                 reference=reference,
                 offload=offload,
                 offload_optimiser=offload_optimiser,
-                keeps_old=keeps_old,
+                lagged=lagged,
             )
             / count
         )
@@ -335,43 +342,56 @@ def test_bytes_that_a_run_holds():
     assert per_parameter() == 4 + 16 + 4
     assert per_parameter(reference=True) == 4 + 4 + 16 + 4
     assert per_parameter(offload_optimiser=True) == 4 + 4 + 4
-    assert per_parameter(keeps_old=True) == 4 + 16 + 4 + 4
+    assert per_parameter(lagged=1) == 4 + 16 + 4 + 4
+    assert per_parameter(2, 2, lagged=2) == 4 + 2 * (16 + 2 * 4) + 4
     assert per_parameter(trained=0) == 4  # an evaluation
     assert per_parameter(2, 2, reference=True) == 4 + 4 + 2 * 16 + 4
     assert per_parameter(2, 1, reference=True, offload="never") == 2 * 4 + 4 + 16 + 4
 
 
-def test_what_is_computed_again_follows_the_memory():
+def test_what_is_recomputed_follows_the_memory():
     """1.3B, 8 pictures of 512x512: 7 x 1536 + 8960 values of 30 layers for 1,024 tokens, twice with
     guidance.
     """
-    c = wan21_1_3b_ocr.get_config()
-    c.sample.frames, c.sample.height, c.sample.width, c.sample.batch_size = 1, 512, 512, 8
-    config = presets.PRESETS["wan2.1-1.3b"].transformer
-    mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+    transformer = presets.PRESETS["wan2.1-1.3b"].transformer
     kept = 2 * 8 * 1024 * 30 * (7 * 1536 + 8960) * 2
 
-    def chosen(memory, mesh=mesh):
-        return devices.choose_remat(
-            c, parse.from_config(c), config, mesh, tokens=1024, experts=1, trained=1, memory=memory
+    def parsed(**values):
+        config = wan21_1_3b_ocr.get_config()
+        size = {"sample.frames": 1, "sample.height": 512, "sample.width": 512}
+        config.update_from_flattened_dict(size | {"sample.batch_size": 8} | values)
+        recipe = parse.recipe_from_config(config)
+        return recipe, parse.settings_of(recipe)
+
+    def state_of(**values):
+        return placement.state_of(*parsed(**values), transformer, 1, 1)
+
+    def chosen(memory, **values):
+        return placement.choose_remat(
+            *parsed(**values),
+            transformer,
+            devices_mesh(1),
+            tokens=1024,
+            experts=1,
+            trained=1,
+            memory=memory,
         )
 
-    state = devices.state_of(c, parse.from_config(c), config, 1, 1)
+    def least(kept, state):
+        return (kept + state) / placement.SHARE
+
+    state = state_of()
     assert chosen(None) == "block"
-    least = (kept + state) / devices.SHARE
-    assert chosen(least + 1e6) == "save_matmuls" and chosen(least - 1e6) == "block"
-    c.train.method = "nft"  # without guidance, but with the old weights
-    state, old = (devices.state_of(c, parse.from_config(c), config, 1, 1), state)
-    assert state > old and chosen((kept / 2 + state) / devices.SHARE + 1e6) == "save_matmuls"
-    c.train.guided = True
-    assert (
-        chosen(least + 1e6) == "block"
-        and chosen((kept + state) / devices.SHARE + 1e6) == "save_matmuls"
-    )
-    c.train.method, c.sample.guidance, state = "grpo", 1.0, old
-    assert (
-        chosen(least - 1e6) == "save_matmuls"
-        and chosen((kept / 2 + state) / devices.SHARE - 1e6) == "block"
-    )
-    c.model.remat = "none"
-    assert chosen(None) == chosen(1.0) == "none"
+    assert chosen(least(kept, state) + 1e6) == "save_matmuls"
+    assert chosen(least(kept, state) - 1e6) == "block"
+    nft = {"train.method": "nft"}  # without guidance, but with the old weights
+    more = state_of(**nft)
+    assert more > state and chosen(least(kept / 2, more) + 1e6, **nft) == "save_matmuls"
+    guided = nft | {"train.guided": True}
+    assert chosen(least(kept, state) + 1e6, **guided) == "block"
+    assert chosen(least(kept, more) + 1e6, **guided) == "save_matmuls"
+    unguided = {"sample.guidance": 1.0}
+    assert chosen(least(kept, state) - 1e6, **unguided) == "save_matmuls"
+    assert chosen(least(kept / 2, state) - 1e6, **unguided) == "block"
+    for memory in (None, 1.0):
+        assert chosen(memory, **{"model.remat": "none"}) == "none"

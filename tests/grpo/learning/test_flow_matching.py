@@ -1,0 +1,212 @@
+"""The methods that train on finished videos: noise levels, losses and gradients by their formulas."""
+
+import dataclasses
+import math
+from statistics import NormalDist
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo.learning import flow_matching
+from grpo.learning.optimiser import Held
+from grpo.learning.selection import Selection
+from grpo.methods.awm import AWM
+from grpo.methods.dpo import DPO
+from grpo.methods.nft import NFT
+from grpo.methods.rwr import RWR
+from grpo.random_streams import Stream
+from grpo.rollout import sample_noise
+from grpo.sde_windows import step_quotas
+from tests import reference
+from tests.grpo import tiny_policy
+from tests.grpo.specs import devices_mesh
+from tests.grpo.tiny_policy import SHAPE
+from wan_jax.diffusion.experts import segments
+from wan_jax.diffusion.guidance import velocity
+from wan_jax.diffusion.schedule import flow_sigmas
+
+
+def levels_of(
+    method, expert=0, *, seed=7, epoch=3, videos=4000, boundary=None, quotas=(4,), steps=20
+):
+    """Return a method's noise levels on a schedule with shift 12."""
+    schedule = flow_sigmas(steps, 12.0)
+    return method.noise_levels(
+        seed=seed,
+        epoch=epoch,
+        videos=videos,
+        expert=expert,
+        segments=segments(schedule.timesteps, boundary),
+        quotas=quotas,
+        schedule=schedule,
+        boundary=boundary,
+    )
+
+
+def test_noise_levels_lie_with_their_expert_and_cover_it():
+    for method in (NFT(), DPO()):
+        first, second = (
+            levels_of(method, expert, boundary=0.875, quotas=(3, 2)) for expert in (0, 1)
+        )
+        assert first.sigma.shape == (4000, 3) and second.sigma.shape == (4000, 2)
+        assert first.sigma.dtype == np.float32
+        assert first.timestep.min() >= 875 > second.timestep.max() and second.sigma.min() >= 0
+        assert first.draw.tolist() == [0, 1, 2] and second.draw.tolist() == [3, 4]
+        # strata, in their order
+        assert (np.diff(first.sigma.mean(0)) * (-1 if method.rollout_levels else 1) > 0).all()
+        again = levels_of(method, 0, boundary=0.875, quotas=(3, 2))
+        np.testing.assert_array_equal(again.sigma, first.sigma)
+        for other in ({"seed": 8}, {"epoch": 4}):
+            changed = levels_of(method, 0, boundary=0.875, quotas=(3, 2), **other)
+            assert not np.array_equal(changed.sigma, first.sigma)
+
+
+def test_as_many_levels_as_steps_are_each_step_once():
+    levels = levels_of(NFT(), videos=9, quotas=(20,))
+    schedule = flow_sigmas(20, 12.0)
+    np.testing.assert_array_equal(levels.sigma, np.tile(schedule.sigmas[:-1], (9, 1)))
+    np.testing.assert_array_equal(levels.timestep, np.tile(schedule.timesteps, (9, 1)))
+
+
+def test_other_levels_are_logit_normal():
+    levels, normal = levels_of(RWR(), videos=999), NormalDist()
+    for level in (0.1, 0.5, 0.8):
+        wanted = normal.cdf(math.log(level / (1 - level)))
+        assert np.mean(levels.sigma < level) == pytest.approx(wanted, abs=0.02)
+
+
+def test_fewer_levels_than_trained_experts_are_refused():
+    parts = segments(flow_sigmas(20, 12.0).timesteps, 0.875)
+    with pytest.raises(ValueError, match=r"train\.timesteps=1 must be from 2 .* to 20"):
+        step_quotas(parts, ("one", "two"), ("one", "two"), 1, 0, 20, "train.timesteps")
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """(policy, new weights, old weights, frozen)."""
+    policy, old, frozen = tiny_policy.setup()
+
+    @jax.jit
+    def moved(old):
+        return jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(9), p.shape), old)
+
+    return policy, moved(old), old, frozen
+
+
+def batch_of(method, weight, valid):
+    """Return (batch, latents) of four groups of two in batches of four, two noise levels each."""
+    latents = [jax.random.normal(jax.random.key(i), (4, *SHAPE)) for i in range(2)]
+    numbers = np.arange(8)
+    selection = Selection(numbers, None, weight, valid)
+    if method.pairs:
+        selection = Selection(numbers[::2], numbers[1::2], weight[::2], valid[::2])
+    (selected,) = selection.batches(1, 4, 1)
+    schedule = flow_sigmas(4, 3.0)
+    levels = method.noise_levels(
+        seed=0,
+        epoch=1,
+        videos=8,
+        expert=0,
+        segments=segments(schedule.timesteps, None),
+        quotas=(2,),
+        schedule=schedule,
+        boundary=None,
+    )
+    texts = [tiny_policy.text_batch(selected.videos.shape[1])] * len(selected.videos)
+    key, mesh = jax.random.key(5), devices_mesh(1)
+    batch = flow_matching.stack(selected, latents, texts, levels, key, mesh)
+    return batch, np.concatenate(latents)
+
+
+METHODS = {
+    "nft": NFT(beta=0.3, kl_weight=0.1),
+    "dpo": DPO(beta=30.0),
+    "rwr": RWR(kl_weight=0.1),
+    "rwr-guided": RWR(kl_weight=0.1, train_guided=True),
+    "awm": AWM(kl_weight=0.1, clip=1.0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_loss_and_gradient_of_an_update(weights, method):
+    policy, new, old, frozen = weights
+    guidance = 3.0 if method.guided else 1.0
+    weight, valid = np.linspace(0, 1, 8, dtype=np.float32), np.array([1, 1, 1, 1, 0, 1, 1, 1], bool)
+    held = Held(None, dict.fromkeys(method.lagged, old))
+    batch, x0 = batch_of(method, weight, valid)
+    gradient = jax.jit(method.make_gradient(policy, None, guidance))
+    grads, metrics = gradient(new, held, frozen, batch)
+
+    # the loss, row by row
+    @jax.jit
+    def velocities(x0, sigma, noise, timestep):
+        modules = [
+            policy.module(new, frozen),
+            policy.reference(frozen),
+            policy.module(old, frozen),
+        ]
+        text = tiny_policy.text_batch(4)
+        return [
+            velocity(module, (1 - sigma) * x0 + sigma * noise, timestep, text, guidance)
+            for module in modules
+        ]
+
+    losses, key = [], jax.random.fold_in(jax.random.key(5), Stream.RENOISING.index)
+    for m in range(batch.video.shape[0]):
+        for k, draw in enumerate(batch.draw):
+            numbers, sigma = np.asarray(batch.video[m]), batch.sigma[m, k].reshape(-1, 1, 1, 1, 1)
+            noise = sample_noise(key, batch.video[m], draw, SHAPE)
+            level = sigma, noise, batch.timestep[m, k]
+            v, v_ref, v_old = (np.asarray(v, np.float64) for v in velocities(x0[numbers], *level))
+            v_worse = velocities(x0[numbers + 1], *level) if method.pairs else None
+            for b in np.flatnonzero(batch.valid[m]):
+                n, e, s = numbers[b], np.asarray(noise[b], np.float64), float(sigma[b, 0, 0, 0, 0])
+                if method.pairs:
+                    pairs = (x0[n], e, v[b], v_ref[b]), (x0[n + 1], e, v_worse[0][b], v_worse[1][b])
+                    losses.append(reference.dpo_loss(*pairs, 30.0))
+                    continue
+                if method.name == "nft":
+                    loss = 5.0 * reference.nft_loss(x0[n], e, s, v[b], v_old[b], weight[n], 0.3)
+                else:
+                    error, old_error = (np.mean((u[b] - (e - x0[n])) ** 2) for u in (v, v_old))
+                    loss = weight[n] * error
+                    if method.name == "awm":
+                        loss = -weight[n] * np.exp(old_error - error)
+                compared = v_ref if method.kl_copy is None else v_old
+                losses.append(loss + 0.1 * np.mean((v[b] - compared[b]) ** 2))
+    assert float(metrics.count) == len(losses) == (6 if method.pairs else 14)
+    assert metrics.averages()["policy_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+
+    # the gradient is the loss's slope, where nothing of it is held constant
+    if method.name != "nft":
+        way = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape) * 1e-3, new)
+        ends = [
+            gradient(
+                jax.tree.map(lambda p, d, side=side: p + side * d, new, way), held, frozen, batch
+            )[1].averages()["policy_loss"]
+            for side in (1, -1)
+        ]
+        slope = sum(float((grads[k] * way[k]).sum()) for k in way)
+        assert (ends[0] - ends[1]) / 2 == pytest.approx(slope, rel=1e-2)
+
+    # what is masked has no say
+    mask = np.asarray(batch.valid)[..., None, None, None, None]
+    other, _ = gradient(
+        new, held, frozen, dataclasses.replace(batch, x0=jnp.where(mask, batch.x0, 1e3))
+    )
+    for name in grads:
+        np.testing.assert_array_equal(grads[name], other[name])
+    nothing, _ = gradient(
+        new, held, frozen, dataclasses.replace(batch, valid=jnp.zeros_like(batch.valid))
+    )
+    assert all((np.asarray(g) == 0).all() for g in nothing.values())
+    # optimality 1/2 everywhere, at the old policy, which is the base model here
+    if method.name == "nft":
+        bases = {k: v * (0 if k.endswith("lora_b") else 1) for k, v in old.items()}
+        half = dataclasses.replace(batch, weight=jnp.full_like(batch.weight, 0.5))
+        still, _ = gradient(bases, Held(None, {"old": bases}), frozen, half)
+        assert max(float(jnp.abs(g).max()) for g in still.values()) < 1e-5
+        assert max(float(jnp.abs(g).max()) for g in grads.values()) > 1e-3

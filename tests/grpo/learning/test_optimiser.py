@@ -1,0 +1,132 @@
+"""The optimiser step against its formulas, by gradients that are given, with the optimiser's state on
+the device and in host memory.
+"""
+
+import dataclasses
+import re
+import types
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo.compiled import offload
+from grpo.learning import optimiser
+from grpo.learning.kl import AdaptiveKL
+from grpo.learning.optimiser import OptimiserConfig
+from tests.grpo.specs import devices_mesh
+from wan_jax.distributed import mesh as mesh_lib
+
+CONFIG = OptimiserConfig(
+    learning_rate=1e-2, warmup_updates=4, weight_decay=0.1, max_grad_norm=1e-3, ema_decay=0.15
+)
+ADAPTIVE = AdaptiveKL(0.1, target=0.02, horizon=3.0, bounds=(1e-3, 0.2))
+
+
+class Metrics(NamedTuple):
+    kl: jax.Array
+    count: jax.Array
+
+
+def given(trainable, held, frozen, batch):
+    """Return the batch as the gradient."""
+    grads, kl = batch
+    return grads, Metrics(2 * kl, jnp.asarray(2.0))
+
+
+def arrays(seed: int, scale: float = 1.0) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(seed)
+    shapes = {"a": (3, 4), "b": (5,), "c": (3, 4)}
+    values = {k: jnp.asarray(scale * rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+    return mesh_lib.shard_params(values, devices_mesh(1))
+
+
+def updates(module, count: int = 3):
+    """Return the state after each of several updates with a lagged copy and an adaptive KL, the
+    norms, and the function. The given gradients are `arrays(1)`, `arrays(2)`, ...
+    """
+    trainable = arrays(0)
+    policy = types.SimpleNamespace(trainable=jax.eval_shape(lambda: trainable))
+    options = {"adaptive_kl": ADAPTIVE, "lagged": ("old",)}
+    update = module.make_update(given, policy, CONFIG, devices_mesh(1), **options)
+    state, states, norms = module.init_state(trainable, CONFIG, **options), [], []
+    for n in range(count):
+        batch = arrays(n + 1), jnp.asarray(0.01 * n)
+        state, _, measured = update(state, None, batch, {"old": 0.75})
+        # donated to the next update
+        states.append(jax.tree.map(np.asarray, state))
+        norms.append({k: float(v) for k, v in measured.items()})
+    return states, norms, update
+
+
+def test_weights_averages_and_copies_follow_their_formulas():
+    """AdamW with clipping and warm-up, in float64 NumPy."""
+    states, norms, update = updates(optimiser)
+    assert update._cache_size() == 1
+    weights = {k: np.asarray(v, np.float64) for k, v in arrays(0).items()}
+    ema, old = dict(weights), dict(weights)
+    m, v = ({k: np.zeros(w.shape) for k, w in weights.items()} for _ in range(2))
+    for n, (state, measured) in enumerate(zip(states, norms), start=1):
+        grads = {k: np.asarray(g, np.float64) for k, g in arrays(n).items()}
+        norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
+        assert measured["grad_norm"] == pytest.approx(norm, rel=1e-5)
+        rate, moved = 1e-2 * n / 4, 0.0
+        decay = min((1 + n) / (10 + n), 0.15)
+        for name, gradient in grads.items():
+            clipped = gradient * min(1.0, 1e-3 / norm)
+            m[name] = 0.9 * m[name] + 0.1 * clipped
+            v[name] = 0.999 * v[name] + 0.001 * clipped**2
+            step = m[name] / (1 - 0.9**n) / (np.sqrt(v[name] / (1 - 0.999**n)) + 1e-8)
+            change = -rate * (step + 0.1 * weights[name])
+            weights[name] = weights[name] + change
+            moved += (change**2).sum()
+            ema[name] = decay * ema[name] + (1 - decay) * weights[name]
+            old[name] = 0.75 * old[name] + 0.25 * weights[name]
+            # Adam divides by the root of a sum of squares: a few roundings of fp32 on values near 1
+            for found, wanted in ((state.trainable, weights), (state.ema, ema)):
+                np.testing.assert_allclose(found[name], wanted[name], atol=2e-6)
+            np.testing.assert_allclose(state.lagged["old"][name], old[name], atol=2e-6)
+        assert measured["update_norm"] == pytest.approx(np.sqrt(moved), rel=1e-4)
+        assert int(state.updates) == n
+
+
+def test_the_weight_of_the_kl_follows_the_kl_of_the_updates():
+    states, norms, _ = updates(optimiser)
+    control = ADAPTIVE.init()
+    for n, (state, measured) in enumerate(zip(states, norms)):
+        assert measured["kl_weight"] == pytest.approx(float(control.weight), rel=1e-6)
+        control = ADAPTIVE.step(control, jnp.asarray(0.01 * n), jnp.asarray(n == 0))
+        assert float(state.kl.weight) == pytest.approx(float(control.weight), rel=1e-5)
+        assert float(state.kl.average) == pytest.approx(float(control.average), abs=1e-8)
+
+
+def test_a_state_in_host_memory_is_the_same():
+    """Up to rounding: another function steps each array by itself."""
+    (states, norms, _), (hosted, host_norms, update) = updates(optimiser), updates(offload)
+    assert update.gradient._cache_size() == 1
+    assert jax.tree.structure(states) == jax.tree.structure(hosted)
+    for a, b in zip(jax.tree.leaves((states, norms)), jax.tree.leaves((hosted, host_norms))):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_abstract_states_are_those_of_init_state():
+    trainable = arrays(0)
+    policy = types.SimpleNamespace(trainable=jax.eval_shape(lambda: trainable))
+    for options in ({}, {"adaptive_kl": ADAPTIVE, "lagged": ("old", "older")}):
+        shapes = optimiser.state_shapes(policy, CONFIG, **options)
+        state = jax.eval_shape(lambda s: s, optimiser.init_state(trainable, CONFIG, **options))
+        assert jax.tree.structure(shapes) == jax.tree.structure(state)
+        for a, b in zip(jax.tree.leaves(shapes), jax.tree.leaves(state)):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert state.held.lagged.keys() == set(options.get("lagged", ()))
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("learning_rate", 0.0), ("learning_rate", 1.0), ("ema_decay", 1.0), ("max_grad_norm", 0.0)],
+)
+def test_bad_configuration(key, value):
+    with pytest.raises(ValueError, match=re.escape(f"train.{key}={value}")):
+        dataclasses.replace(CONFIG, **{key: value})

@@ -1,0 +1,65 @@
+"""DiffusionNFT: its loss, its weights of videos, its old policy, and a whole run."""
+
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo import train
+from grpo.methods.nft import NFT, nft_loss, optimality
+from tests.grpo.tiny_run import arrays_of, assert_same, result
+
+
+def test_half_optimal_videos_leave_the_old_policy_alone():
+    """And at the old policy better than half pulls towards the video, worse pushes away from it."""
+    rng = np.random.default_rng(0)
+    x0, noise, v = (jnp.asarray(rng.standard_normal((3, 2, 4)), jnp.float32) for _ in range(3))
+    sigma = jnp.array([0.2, 0.5, 0.9])
+    x = (1 - sigma[:, None, None]) * x0 + sigma[:, None, None] * noise
+
+    def gradient(r):
+        return jax.grad(lambda new: nft_loss(x, x0, sigma, new, v, jnp.full(3, r), 0.3).sum())(v)
+
+    better, half, worse = map(gradient, (1.0, 0.5, 0.0))
+    assert np.abs(half).max() < 1e-6 < 1e-3 < np.abs(better).max()
+    np.testing.assert_allclose(better, -worse, atol=1e-6)
+    assert (np.asarray(better * (v - (noise - x0))).sum((1, 2)) > 0).all()
+
+
+def test_optimality_is_clipped():
+    found = optimality(np.array([-9.0, -2.5, 0.0, 5.0]), 5.0)
+    np.testing.assert_allclose(found, [0, 0.25, 0.5, 1])
+    assert found.dtype == np.float32
+
+
+def test_the_old_policy_follows_at_the_end_of_an_epoch():
+    nft = NFT(old_rate=0.01, old_most=0.05)
+    kept = [nft.share_kept(update, update % 2 == 0) for update in range(1, 9)]
+    assert kept == [{"old": share} for share in (1.0, 0.02, 1.0, 0.04, 1.0, 0.05, 1.0, 0.05)]
+    assert nft.lagged == (nft.sampler,) == ("old",)
+
+
+@pytest.mark.slow
+def test_nft_samples_with_the_old_policy_and_resumes_bit_for_bit(start, capsys):
+    """Two devices, two updates an epoch; after each epoch the old policy has followed by the
+    formula.
+    """
+    spec, *rest = start(2, **{"train.method": "nft", "train.timesteps": 2, "train.old_rate": 0.1})
+    run = pathlib.Path(spec.recipe.run_dir)
+    train.train(spec, *rest)
+    last = result(run)
+    shutil.rmtree(run / "checkpoints" / "2")  # as if killed before it was saved
+    first = arrays_of(run)
+    for name in [n for n in first if "'old'" in n]:
+        new, old = last[1][name.replace("'old'", "'trainable'")], first[name]
+        np.testing.assert_allclose(last[1][name], 0.4 * old + 0.6 * new, atol=1e-7, err_msg=name)
+        assert name.endswith("lora_a']") or np.abs(last[1][name] - new).max() > 0
+    assert sum("'old'" in n for n in first) == sum("'trainable'" in n for n in first) > 0
+    train.train(spec, *rest)
+    assert_same(result(run), last)
+    out = capsys.readouterr().out
+    assert "continuing" in out and "epoch 2/2" in out
+    assert "ratio error" not in out and "compiled again" not in out

@@ -1,0 +1,97 @@
+"""The description of a run: what follows from recipe, model and devices, and what is refused."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from configs import wan22_a14b_ocr
+from grpo.run import RunSpec
+from grpo.settings import parse
+from tests.grpo import tiny_run
+from tests.grpo.specs import spec_of, tiny_spec
+from wan_jax.errors import UserError
+from wan_jax.models import presets
+
+A14B = {"sample.steps": 4, "sample.sde_range": (0, 4)}
+
+
+def make(model="wan2.1-1.3b", *, training=True, devices=1, **values) -> RunSpec:
+    """`RunSpec.make` of the tiny recipe."""
+    config = tiny_run.config_of(tiny_run.recipe_text("model", "folder"), **values)
+    recipe = parse.recipe_from_config(config)
+    chosen = jax.devices()[:devices]
+    settings, preset = parse.settings_of(recipe), presets.PRESETS[model]
+    return RunSpec.make(recipe, settings, preset, training=training, devices=chosen)
+
+
+def test_what_follows_from_the_tiny_recipe():
+    spec = make()
+    assert spec.shape == spec.eval_shape == (1, 2, 4, 16) and spec.tokens == 2
+    assert [segment.steps for segment in spec.segments] == [range(0, 3)]
+    assert spec.trained == ("transformer",) and spec.trained_steps(0) == 2
+    assert spec.update_batches(0).tolist() == [[0], [1]] and spec.eval_batches == 1
+    assert spec.sampling_guidance == spec.eval_guidance == (1.0,)
+    assert spec.remat == "none" and spec.backend == "chunked" and spec.mesh.size == 1
+    assert spec.placed.startswith("mesh data 1")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spec.backend = "xla"
+
+
+def test_it_is_placed_on_all_devices_that_are_given():
+    assert make(devices=4).mesh.size == 4
+    assert make(devices=4, **{"mesh.fsdp": 2}).mesh.shape["fsdp"] == 2
+    with pytest.raises(ValueError, match=r"batch_size=4 does not divide over 3"):
+        make(devices=3)
+
+
+@pytest.mark.parametrize(
+    "model, values, found",
+    [
+        ("wan2.1-1.3b", {"train.experts": ("transformer_2",)}, r"train\.experts=.*transformer_2"),
+        ("wan2.1-1.3b", {"sample.frames": 4}, "frames"),
+        ("wan2.1-1.3b", {"sample.height": 56}, "56"),
+        ("wan2.1-1.3b", {"eval.frames": 6}, "6"),
+        ("wan2.2-a14b", A14B | {"sample.sde_range": (2, 4)}, "transformer would be trained"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(model, values, found):
+    with pytest.raises((ValueError, UserError), match=found):
+        make(model, **values)
+
+
+def test_an_evaluation_needs_nothing_of_training():
+    """Neither a step for every expert, nor a length that epochs have."""
+    settings = A14B | {"sample.sde_range": (2, 4), "sample.frames": 4, "eval.frames": 5}
+    spec = make("wan2.2-a14b", training=False, **settings)
+    assert spec.eval_shape[0] == 2
+    assert "gradients" not in spec.placed
+
+
+def test_two_experts_share_the_steps():
+    spec = spec_of(wan22_a14b_ocr, "wan2.2-a14b")
+    first, second = spec.segments
+    assert first.steps.stop == second.steps.start and second.steps.stop == spec.recipe.sample.steps
+    assert sum(map(spec.trained_steps, (0, 1))) == sum(spec.windows.quotas)
+    assert len(spec.sampling_guidance) == len(spec.eval_guidance) == 2
+
+
+def test_other_settings_make_another_run():
+    """The settings follow the recipe, and the first run stays as it is."""
+    spec = tiny_spec()
+    other = spec.changed(train={"method": "nft", "timesteps": 2}, sample={"frames": 5})
+    assert (spec.method.name, other.method.name) == ("grpo", "nft")
+    assert other.windows.quotas == (2,) and other.shape[0] == 2
+    assert other.settings == parse.settings_of(other.recipe)
+    assert spec.shape[0] == 1 and other.mesh is spec.mesh
+
+
+def test_lengths_of_a_run():
+    spec = tiny_spec(
+        **{"sample.frame_schedule": ((2, 5),), "eval.frames": 1, "eval.more_frames": (9,)}
+    )
+    assert spec.trained_frames == (1, 5) and spec.evaluated_frames == (1, 9)
+    one = spec.with_frames(5, 9)
+    assert one.trained_frames == (5,) and one.evaluated_frames == (9,)
+    assert (one.shape[0], one.eval_shape[0]) == (2, 3)
+    assert one.with_frames(5, 9) is one
