@@ -375,9 +375,7 @@ def test_weights_scale_the_loss_and_their_squares_the_penalty():
     args = batch()
     rows = rows_of(args, old_log_prob(args))
     config = LossConfig(**CONFIG)
-    plain = compiled_terms(
-        rows, jnp.asarray(args["v_new"]), jnp.asarray(args["v_ref"]), config
-    )[1]
+    plain = compiled_terms(rows, jnp.asarray(args["v_new"]), jnp.asarray(args["v_ref"]), config)[1]
     weighted = dataclasses.replace(rows, weight=jnp.full(8, 3.0))
     thrice = compiled_terms(
         weighted, jnp.asarray(args["v_new"]), jnp.asarray(args["v_ref"]), config
