@@ -80,9 +80,9 @@ def test_a_head_of_the_models_first_blocks():
                 value, theirs[name][:1] if name.startswith("blocks/") else theirs[name]
             )
     rng = np.random.default_rng(0)
-    latents = rng.standard_normal((16, *SHAPE)).astype(np.float32)
+    latents = rng.standard_normal((64, *SHAPE)).astype(np.float32)
     data = Examples(
-        latents, np.zeros((16, 6, 12), np.float32), PADDING, latents[..., 0].mean((1, 2, 3))
+        latents, np.zeros((64, 6, 12), np.float32), PADDING, latents[..., 0].mean((1, 2, 3))
     )
     shares = [train(head, data, 8, updates=updates, rate=1e-3, seed=0)[1] for updates in (1, 60)]
     assert shares[1][0.1] > shares[0][0.1]

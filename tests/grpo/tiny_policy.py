@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from grpo.learning.optimiser import OptimiserConfig, make_update
-from grpo.learning.policy import make_policy
+from grpo.learning.policy import make_structure
 from grpo.methods.grpo import make_gradient
 from grpo.rollout import StepTable, initial_noise, make_step, rollout
 from tests.grpo.specs import devices_mesh
@@ -16,9 +16,9 @@ from wan_jax.diffusion import sde
 from wan_jax.diffusion.guidance import TextBatch, velocity
 from wan_jax.diffusion.schedule import flow_sigmas
 from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.models import params as P
 from wan_jax.models.config import TransformerConfig
 from wan_jax.models.lora import LoRAConfig
-from wan_jax.models.transformer import WanTransformer3D
 
 CONFIG = TransformerConfig(
     num_attention_heads=2,
@@ -50,29 +50,31 @@ def setup(lora=LORA, mesh=None, dtype=jnp.float32, remat="none", config=CONFIG):
 @cache
 def shared_setup(lora, mesh, dtype, remat, config):
     mesh = mesh or devices_mesh(1)
-    state = jax.jit(
-        lambda: nnx.split(WanTransformer3D(config, dtype=dtype, attention="xla", rngs=nnx.Rngs(0)))[
-            1
-        ]
-    )()
-    frozen = mesh_lib.shard_params(state, mesh)
-    policy, trainable = make_policy(
-        config,
-        frozen,
-        mesh,
-        lora=lora,
-        key=jax.random.key(1),
-        dtype=dtype,
-        attention="xla",
-        remat=remat,
-    )
-    moved = jax.jit(
-        lambda trainable: {
-            k: v + 0.05 * jax.random.normal(jax.random.fold_in(jax.random.key(2), i), v.shape)
-            for i, (k, v) in enumerate(sorted(trainable.items()))
-        }
-    )(trainable)
-    return policy, mesh_lib.shard_params(moved, mesh), frozen
+    policy = make_structure(config, lora=lora, dtype=dtype, attention="xla", remat=remat, mesh=mesh)
+    rng = np.random.default_rng(0)
+    base = {path: random_array(rng, path, x) for path, x in sorted(P.flatten(policy.base).items())}
+    frozen = mesh_lib.shard_params(P.unflatten(policy.base, base), mesh)
+    trainable = {}
+    for path, x in sorted(policy.trainable.items()):
+        start = base[path].astype(np.float32) if lora is None else random_array(rng, path, x)
+        trainable[path] = start + 0.05 * rng.standard_normal(x.shape, np.float32)
+    return policy, mesh_lib.shard_params(trainable, mesh), frozen
+
+
+def random_array(rng, path: str, x) -> np.ndarray:
+    """Return a matrix that keeps the variance, a norm's scale near 1, or small numbers. Drawn on the
+    host: to compile the model's own initialisation takes seconds for every mesh.
+    """
+    value = rng.standard_normal(x.shape, np.float32)
+    if path.endswith("/scale"):
+        value = 1 + 0.1 * value
+    elif path.endswith("/lora_b"):
+        value = np.zeros(x.shape, np.float32)
+    else:
+        stacked = path.startswith("blocks/")
+        inputs = np.prod(x.shape[stacked:-1]) if path.endswith(("/kernel", "/lora_a")) else 100
+        value = value * inputs**-0.5
+    return value.astype(x.dtype)
 
 
 # jitted functions by what they are made of; each keeps its policy, so that no other one gets its id
