@@ -6,7 +6,7 @@ from grpo.data.prompts import load_prompts
 from grpo.run import RunSpec
 from grpo.settings import parse
 from rewards.ocr.targets import parse_targets
-from rewards.workers import RewardPool
+from rewards.pool import RewardPool
 from tests.grpo import here, tiny_run
 from tests.rewards.pool_rewards import Brightness
 from wan_jax.models import presets

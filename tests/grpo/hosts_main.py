@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from grpo import credit, train, train_state
-from rewards.workers import RewardPool
+from rewards.pool import RewardPool
 from tests.rewards.pool_rewards import Brightness
 from wan_jax.command_line import cli
 from wan_jax.distributed import multihost

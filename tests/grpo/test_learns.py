@@ -14,7 +14,7 @@ from grpo import train
 from grpo.data.prompts import PromptSet
 from grpo.records import run_log
 from rewards.base import Score
-from rewards.workers import RewardPool
+from rewards.pool import RewardPool
 
 pytestmark = pytest.mark.slow
 GROUP = 16

@@ -12,7 +12,7 @@ from grpo.credit import compute_credit
 from grpo.records.run_log import read_metrics
 from grpo.update import update_epoch
 from rewards.base import Score
-from rewards.workers import RewardPool
+from rewards.pool import RewardPool
 from tests.grpo.epoch_inputs import rollout_of, scores_of, session_of, states_of
 from tests.grpo.specs import tiny_spec
 from tests.grpo.tiny_run import arrays_of, newest

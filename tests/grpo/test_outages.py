@@ -9,7 +9,6 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from grpo.learner import Learner
 
 from grpo import sampling, setup, train
 from grpo.data.prompts import load_prompts
@@ -21,7 +20,7 @@ from grpo.run import RunSpec
 from grpo.scoring import heldout
 from grpo.settings import parse
 from rewards.ocr.targets import parse_targets
-from rewards.workers import RewardPool
+from rewards.pool import RewardPool
 from tests.grpo import faulty, here
 from tests.grpo.tiny_run import assert_same, config_of, newest, records_of, result, write_recipe
 from wan_jax.command_line import cli
