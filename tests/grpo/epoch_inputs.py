@@ -11,7 +11,7 @@ from grpo.learning.optimiser import init_state
 from grpo.rollout import Trajectory
 from grpo.run import RunSpec
 from grpo.sampling import RolloutBatch, Session
-from grpo.scoring.scores import Scores
+from grpo.scoring.scores import GatheredScores
 from wan_jax.diffusion.guidance import TextBatch
 from wan_jax.distributed import mesh as mesh_lib
 
@@ -79,11 +79,11 @@ def rollout_of(spec: RunSpec, **changes) -> RolloutBatch:
     return RolloutBatch(**values | changes)
 
 
-def scores_of(values, parts=None) -> Scores:
+def scores_of(values, parts=None) -> GatheredScores:
     """Return scores of which those that are not finite are not valid."""
     values = np.asarray(values, np.float64)
     valid = np.isfinite(values)
-    return Scores(
+    return GatheredScores(
         values=values,
         valid=valid,
         texts=[""] * len(values),
