@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from grpo.random_streams import Stream
 from rewards.ocr.text_match import visible
 from wan_jax.command_line import cli
 from wan_jax.errors import UserError
@@ -159,6 +160,6 @@ def epoch_prompts(seed: int, epoch: int, total: int, groups: int) -> np.ndarray:
             "sample.groups"
         )
     per_pass = total // groups
-    shuffled = np.random.default_rng([seed, epoch // per_pass, 0x960]).permutation(total)
+    shuffled = Stream.PROMPT_ORDER.generator(seed, epoch // per_pass).permutation(total)
     start = (epoch % per_pass) * groups
     return shuffled[start : start + groups]

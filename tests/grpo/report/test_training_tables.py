@@ -4,11 +4,11 @@ import html
 import re
 
 import pytest
-from grpo.learner import summary
 
 from grpo.records.run_log import EXPERTS, RunLog
 from grpo.report.run_report import write_report
 from grpo.report.training_tables import HEALTH, health_rows, timings
+from grpo.update import summary
 from tests.grpo.records.run_folders import evaluation
 from tests.grpo.report.pages import Page
 
