@@ -1,4 +1,25 @@
-"""Wan text-to-video models in JAX/Flax NNX, and how to sample from them."""
+"""Wan text-to-video models in JAX/Flax NNX, and how to sample from them.
+
+Packages:
+
+    models        networks, their configurations, attention backends, adapters
+    diffusion     schedules, solvers, the SDE step, guidance: pure functions
+    inference     prompt embeddings, sampling, decoding, reward guidance
+    distributed   mesh, sharding, several processes, memory
+    storage       model folders, checkpoints, pictures and videos
+    command_line  what all commands share
+    sample        the command `python -m wan_jax.sample`
+
+Letters in the shapes of arrays; arrays are channels-last:
+
+    B    videos of a batch                 S  tokens of a video      D  width of a network
+    F    latent frames                     St text rows              N  attention heads
+    H W  latent height and width           Sq Sk  queries, keys      L  layers
+    C    latent channels                   T  denoising steps        K  group size: videos of a prompt
+
+Pixels are [B, frames, height, width, 3]. Signatures with `jaxtyping` state shapes and dtypes; they are
+documentation, checked by tests/wan_jax/test_signatures.py and not at run time.
+"""
 
 import os
 import signal
@@ -8,22 +29,22 @@ COMMANDS = ("convert", "grpo", "wan_jax")  # packages whose modules are run by `
 
 
 def _stop(*_):
+    """Handle SIGINT before `cli.run` does."""
     print("\nstopped before anything was begun", file=sys.stderr, flush=True)
-    os._exit(130)  # at once: an exception could be raised, and lost, in some library's callback
+    os._exit(130)  # an exception could be raised, and lost, in a callback of a library
 
 
 def _is_command() -> bool:
-    """Whether Python is importing this package because it runs one of the project's own commands by
-    `python -m`.
+    """Return whether Python imports this package to run one of the project's commands by `python
+    -m`.
     """
-    if sys.argv[:1] != ["-m"]:  # what it is until the module is found
+    if sys.argv[:1] != ["-m"]:  # its value until Python has found the module
         return False
     module = sys.orig_argv[-len(sys.argv)].removeprefix("-m")
     return module.partition(".")[0] in COMMANDS
 
 
-# Ctrl-C during the imports of a command, before `cli.run` handles it, prints one line, no
-# traceback.
+# Ctrl-C during the imports of a command prints one line without a traceback. Other programs that
+# import this package are not changed.
 if _is_command():
-    # Every other program that imports this package keeps its own handling.
     signal.signal(signal.SIGINT, _stop)

@@ -1,7 +1,7 @@
-"""The error that a command shows as one line. Imports nothing, so what needs no JAX does not load
-it for this.
+"""The error that a command prints as one line. In a module without imports, for code that must not
+load JAX.
 """
 
 
 class UserError(Exception):
-    """Something the user can mend; the message names the value, the limit and the fix."""
+    """An error that the user can fix; the message names the value, the limit and the fix."""

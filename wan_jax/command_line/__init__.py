@@ -1,1 +1,1 @@
-"""What all commands share: how they start and end, their flags, the ranges of numbers."""
+"""What all commands share: their start and end, flags, ranges of numbers."""

@@ -1,4 +1,4 @@
-"""Flags whose values are checked, and whose paths are expanded, while the command line is parsed."""
+"""Flags with checked values and expanded paths, while the command line is parsed."""
 
 from collections.abc import Mapping
 
@@ -18,6 +18,7 @@ class NumberParser(flags.ArgumentParser):
         self.syntactic_help = f"a {'whole ' if kind is int else ''}number"
 
     def parse(self, argument):
+        """Return the number. Raises ValueError."""
         try:
             value = self.kind(argument)
         except ValueError:
@@ -31,17 +32,18 @@ class NumberParser(flags.ArgumentParser):
 
 
 def user_path(text: str) -> str:
-    """Return a path that a user gave as the rest of the program takes it.
+    """Return a path that a user gave, in the form that the rest of the program uses.
 
-    One with `~` or `..` becomes absolute; others stay as they are, so that what is stored fits a
-    project folder that has been moved. Raises `UserError` on what cannot be a path.
+    A path with `~` or `..` becomes absolute; others are not changed, so that a stored path remains
+    valid when a project folder is moved. Raises `UserError` on text that cannot be a path.
     """
     return str(expand(text)) if text.startswith("~") or ".." in text.split("/") else text
 
 
 def check_used(values: flags.FlagValues, without_effect: Mapping[str, str]) -> None:
-    """Raise `UserError` when a flag is given that changes nothing. without_effect: such flags, with
-    what they need.
+    """Raise `UserError` when a flag is given that has no effect.
+
+    without_effect: such flags, each with what it needs.
     """
     for name, needed in without_effect.items():
         if values[name].present:
@@ -54,6 +56,7 @@ class PathParser(flags.ArgumentParser):
     """Parse a path as `user_path` does."""
 
     def parse(self, argument):
+        """Return the path. Raises ValueError."""
         if not str(argument):
             raise ValueError("is empty; give a path")
         try:
@@ -75,7 +78,7 @@ def define_number(
 
 
 def define_path(name: str, help_text: str, required: bool = False):
-    """Define the flag --NAME of a path, None where it is not given."""
+    """Define the flag --NAME of a path, None if it is not given."""
     return flags.DEFINE(
         PathParser(),
         name,

@@ -1,4 +1,4 @@
-"""Ranges that the numbers a user gives must lie in, for settings of a recipe and for flags."""
+"""Ranges for the numbers that a user gives, in recipes and flags."""
 
 import dataclasses
 import math
@@ -9,9 +9,12 @@ class Range:
     """The numbers from `low` to `high`.
 
     Attributes:
-        above: whether `low` itself is left out. below: whether `high` itself is left out. True for
-        the default `high`, so that numbers must be finite. note: what a message about a wrong
-        number adds.
+        low: smallest number.
+        high: largest number.
+        above: whether `low` itself is excluded.
+        below: whether `high` itself is excluded; None: only if it is infinite, so that numbers must
+            be finite by default.
+        note: what a message about a wrong number adds.
     """
 
     low: float
@@ -21,14 +24,14 @@ class Range:
     note: str = ""
 
     def __contains__(self, value: float) -> bool:
-        """NaN is in no range."""
+        """Return whether the number is in the range; NaN is in none."""
         below = math.isinf(self.high) if self.below is None else self.below
         return (self.low < value if self.above else self.low <= value) and (
             value < self.high if below else value <= self.high
         )
 
     def requirement(self, value: float) -> str:
-        """Say what `value`, which is not in the range, must be."""
+        """Return what `value`, which is not in the range, must be."""
         text = f"must be {'above' if self.above else 'at least'} {self.low}"
         if not math.isinf(self.high):
             text += f" and {'below' if self.below else 'at most'} {self.high}"
@@ -37,5 +40,5 @@ class Range:
         return text + (f"; {self.note}" if self.note else "")
 
 
-# JAX makes its random keys from 32 bits: a larger seed would draw the same as a smaller one.
+# JAX makes random keys from 32 bits: a larger seed would give the same numbers as a smaller one.
 SEED = Range(0, 2**32 - 1, note="-1 does not stand for a random seed, choose a number")

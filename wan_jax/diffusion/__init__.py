@@ -1,1 +1,1 @@
-"""Schedules, solvers, the SDE step and guidance: pure functions."""
+"""Schedules, solvers, the SDE step, guidance and the choice of experts: pure functions."""

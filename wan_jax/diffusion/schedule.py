@@ -1,22 +1,25 @@
-"""Noise schedules: which sigmas the sampler visits and which timestep the model is told at each of
-them.
+"""Noise schedules: the sigmas that the sampler visits, and the timestep that the model receives at
+each of them.
 
-Rectified flow: x_s = (1 - s) x0 + s * noise, so s = 1 is pure noise and s = 0 the sample; a
-schedule runs from about 1 down to exactly 0. T denoising steps use T + 1 sigmas. Everything here is
-host-side NumPy in float64, stored as float32: a schedule is a constant of the compiled program.
+Rectified flow: x_s = (1 - s) x0 + s * noise, so s = 1 is pure noise and s = 0 the sample. A
+schedule runs from about 1 down to exactly 0; T denoising steps use T + 1 sigmas. Everything here is
+NumPy on the host, computed in float64 and stored as float32: a schedule is a constant of the
+compiled functions.
 
-Three lists are in use for Wan, and they differ at every step, so results must say which one they
+Three lists are in use for Wan, and they differ at every step, so results must state which one they
 used:
-  flow_sigmas(..., 'diffusers')  UniPCMultistepScheduler of Diffusers >= 0.37 (January 2026); the
-                                 default
-  flow_sigmas(..., 'legacy')     Diffusers <= 0.36 and the official Wan code
-  euler_sigmas(...)              FlowMatchEulerDiscreteScheduler
+
+    flow_sigmas(..., 'diffusers')  UniPCMultistepScheduler of Diffusers >= 0.37 (January 2026); the
+                                   default
+    flow_sigmas(..., 'legacy')     Diffusers <= 0.36 and the official Wan code
+    euler_sigmas(...)              FlowMatchEulerDiscreteScheduler
 """
 
 import dataclasses
 import math
 
 import numpy as np
+from jaxtyping import Float32
 
 TRAIN_TIMESTEPS = 1000
 VERSIONS = ("diffusers", "legacy")
@@ -24,23 +27,30 @@ VERSIONS = ("diffusers", "legacy")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-    sigmas: np.ndarray  # [T+1] float32, strictly decreasing, last one 0
-    # [T] float32, what the model is fed: whole numbers for UniPC, fractions for Euler
-    timesteps: np.ndarray
+    """The noise levels of T denoising steps.
+
+    Attributes:
+        sigmas: strictly decreasing; the last one is 0.
+        timesteps: inputs of the model, 0..1000; whole numbers for UniPC, fractions for Euler.
+    """
+
+    sigmas: Float32[np.ndarray, " T+1"]
+    timesteps: Float32[np.ndarray, " T"]
 
     @property
     def num_steps(self) -> int:
+        """T, the number of denoising steps."""
         return len(self.timesteps)
 
 
 def flow_sigmas(num_steps: int, shift: float, version: str = "diffusers") -> Schedule:
-    """UniPC's flow sigmas: s = k u / (1 + (k - 1) u) for shift k, u linear; timesteps int(1000 s),
-    cut off.
+    """Return UniPC's flow sigmas: s = k u / (1 + (k - 1) u) with shift k and u linear; timesteps
+    are int(1000 s), truncated.
 
-    'diffusers': u runs from 1 to 1/1000, and s_0 = 1 is lowered by 1e-6: the solver needs log(1 -
-    s_0). 'legacy': u runs from 0.999 to 0. In both the last of the T + 1 points is replaced by s_T
-    = 0. Raises ValueError on num_steps < 1, a shift that is not positive and finite, or an unknown
-    version.
+    'diffusers': u runs from 1 to 1/1000, and s_0 = 1 is lowered by 1e-6 because the solver needs
+    log(1 - s_0). 'legacy': u runs from 0.999 to 0. In both, the last of the T + 1 points is
+    replaced by s_T = 0. Raises ValueError on num_steps < 1, a shift that is not positive and
+    finite, or an unknown version.
     """
     _check(num_steps, shift)
     if version not in VERSIONS:
@@ -56,27 +66,22 @@ def flow_sigmas(num_steps: int, shift: float, version: str = "diffusers") -> Sch
 
 
 def euler_sigmas(num_steps: int, shift: float) -> Schedule:
-    """FlowMatchEuler's list: shifted twice, so s_{T-1} is not near 1/1000; timesteps are 1000 s,
-    unrounded.
+    """Return FlowMatchEuler's sigmas: shifted twice, so s_{T-1} is not near 1/1000; timesteps are
+    1000 s, not rounded.
 
     The Diffusers class shifts its training grid once to find the smallest sigma, takes T equally
     spaced sigmas down to it, and shifts those again. Raises ValueError as `flow_sigmas` does.
     """
     _check(num_steps, shift)
-    # The class forms its first grid and its timesteps in float32: that rounding is part of the
+    # The class computes its first grid and its timesteps in float32: that rounding is part of the
     # list.
     largest, smallest = (
         float(_shifted(np.float32(u), shift)) for u in (1.0, 1.0 / TRAIN_TIMESTEPS)
     )
-    # [T]
-    u = (
-        np.linspace(largest * TRAIN_TIMESTEPS, smallest * TRAIN_TIMESTEPS, num_steps)
-        / TRAIN_TIMESTEPS
-    )
-    sigmas = _shifted(u, shift)
-    return _schedule(
-        sigmas, sigmas.astype(np.float32) * np.float32(TRAIN_TIMESTEPS), num_steps, shift
-    )
+    grid = np.linspace(largest * TRAIN_TIMESTEPS, smallest * TRAIN_TIMESTEPS, num_steps)  # [T]
+    sigmas = _shifted(grid / TRAIN_TIMESTEPS, shift)
+    timesteps = sigmas.astype(np.float32) * np.float32(TRAIN_TIMESTEPS)
+    return _schedule(sigmas, timesteps, num_steps, shift)
 
 
 def _shifted(u, shift):

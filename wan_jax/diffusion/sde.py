@@ -1,4 +1,4 @@
-"""The stochastic denoising step of Flow-GRPO and its log-probability: what makes a flow model a
+"""The stochastic denoising step of Flow-GRPO and its log-probability, which make a flow model a
 policy.
 
 The ODE dx = v ds has a family of SDEs with the same marginals, one for every noise coefficient g
@@ -10,31 +10,30 @@ Euler-Maruyama step from s to s_next, dt = s_next - s < 0:
     std    = g sqrt(-dt)
 
 Published recipes differ in g per step, see `SDEConfig`. g = 0 is the plain ODE step.
-Coefficients-preserving sampling (CPS; Wang & Yu, arXiv 2509.05952) keeps std = g sqrt(-dt) and puts
-less of the predicted noise into the mean instead, so that predicted and fresh noise together are
-exactly what the schedule has at s_next:
+Coefficients-preserving sampling (CPS; Wang & Yu, arXiv 2509.05952) has the same std = g sqrt(-dt),
+but less of the predicted noise in the mean, so that predicted and fresh noise together are exactly
+what the schedule has at s_next:
 
     mean   = (1 - s_next) (x - s v) + sqrt(s_next^2 - std^2) (x + (1 - s) v)
 
-The rollout, the policy update and the reference model all go through `sde_mean_std` and `log_prob`,
-so there is one definition of the policy. All arithmetic is fp32. Sampled x_next must be kept in
-fp32: rounding it to bf16 moves z by up to 2^-9 |x| / std.
+The rollout, the policy update and the reference model all use `sde_mean_std` and `log_prob`, so
+there is one definition of the policy. All arithmetic is fp32. Sampled x_next must be stored in
+fp32: rounding it to bf16 changes z by up to 2^-9 |x| / std.
 """
 
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, Float64
 
 from wan_jax.diffusion.schedule import Schedule
-from wan_jax.diffusion.solvers import per_sample
+from wan_jax.diffusion.solvers import PerVideo, per_sample
 
-Array = jax.Array
 HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
-# kind: (noise_level, max_step_std) where the configuration says None
+# {kind: default (noise_level, max_step_std)}
 DEFAULTS = {
     "flow_grpo_wan": (1.0, math.inf),
     "flow_sde": (0.7, 1.0),
@@ -45,20 +44,20 @@ DEFAULTS = {
 
 @dataclasses.dataclass(frozen=True)
 class SDEConfig:
-    """Which noise coefficient g_i the steps use; a = noise_level.
+    """The noise coefficient g_i of each step; a = noise_level, None for the default of the kind.
 
-    'flow_grpo_wan'  g_i = a sigma_1 sigma_i. Flow-GRPO's published code for Wan is a = 1, the
-                     default.
-    'flow_sde'       g_i = a sqrt(sigma_i / (1 - sigma_i)), Flow-GRPO's paper and image recipes; a =
-                     0.7.
-    'dance'          g_i = a, DanceGRPO's constant eta; a = 0.3, its setting for Wan.
-    'cps'            std_i = sigma_next sin(a pi / 2), CPS; 0 <= a <= 1, a = 0.8. The last step has
-                     none.
+        'flow_grpo_wan'  g_i = a sigma_1 sigma_i. Flow-GRPO's published code for Wan is a = 1, the
+                         default.
+        'flow_sde'       g_i = a sqrt(sigma_i / (1 - sigma_i)), Flow-GRPO's paper and image recipes;
+                         default a = 0.7.
+        'dance'          g_i = a, DanceGRPO's constant eta; default a = 0.3, its setting for Wan.
+        'cps'            std_i = sigma_next sin(a pi / 2), CPS; 0 <= a <= 1, default a = 0.8. The
+                         last step has no noise.
 
-    max_step_std bounds std_i = g_i sqrt(-dt) by lowering g_i, which keeps mean and std consistent.
-    None means no bound for flow_grpo_wan and 1.0 for flow_sde: the whole latent has unit variance
-    at s = 1, so one step that adds more noise than that drowns it. math.inf is no bound. With 10 to
-    50 steps and shifts 1 to 12 the default std is at most 0.44 for flow_grpo_wan and 0.78 for
+    max_step_std bounds std_i = g_i sqrt(-dt) by lowering g_i, so that mean and std remain
+    consistent. None means 1.0 for flow_sde and no bound (math.inf) for the others: the latent has
+    unit variance at s = 1, so one step that adds more noise than that destroys it. With 10 to 50
+    steps and shifts 1 to 12 the default std is at most 0.44 for flow_grpo_wan and 0.78 for
     flow_sde; with 2 steps at shift 3 flow_sde reaches the bound.
     """
 
@@ -86,19 +85,19 @@ class SDEConfig:
 
     @property
     def preserving(self) -> bool:
-        """Whether the mean is CPS'."""
+        """Whether the mean is that of CPS."""
         return self.kind == "cps"
 
 
-def diffusion_coefficient(sde: SDEConfig, schedule: Schedule) -> np.ndarray:
-    """g_i of every step, [T] float32, computed in float64. Callers put 0 where a step shall be
+def diffusion_coefficient(sde: SDEConfig, schedule: Schedule) -> Float32[np.ndarray, " T"]:
+    """Return g_i of every step, computed in float64. Callers set it to 0 where a step is
     deterministic.
 
     The first sigma is 1, or 1 - 1e-6, or 0.9997, depending on the schedule, and flow_sde diverges
     there: its first std on UniPC's 20-step list with shift 3 would be 92 (5 on the legacy list)
-    instead of 0.7. So the divisor of step 0 takes sigma_1 for sigma_0. The guard is the step's
-    index; no threshold on sigma can serve, because with shift 12 and 50 steps the second sigma is
-    already 0.998.
+    instead of 0.7. So the divisor of step 0 uses sigma_1 instead of sigma_0. That rule is for the
+    index of the step; no threshold on sigma would work, because with shift 12 and 50 steps the
+    second sigma is already 0.998.
     """
     sigmas = schedule.sigmas.astype(np.float64)
     s = sigmas[:-1]  # [T]
@@ -117,14 +116,18 @@ def diffusion_coefficient(sde: SDEConfig, schedule: Schedule) -> np.ndarray:
 
 
 def sde_mean_std(
-    x: Array, velocity: Array, sigma, sigma_next, g, preserving: bool = False
-) -> tuple[Array, Array]:
-    """Mean [B, ...] and std (scalar or [B]) of one step; x, velocity [B, ...], the others scalars
-    or [B].
+    x: Float[Array, " B *latent"],
+    velocity: Float[Array, " B *latent"],
+    sigma: PerVideo,
+    sigma_next: PerVideo,
+    g: PerVideo,
+    preserving: bool = False,
+) -> tuple[Float32[Array, " B *latent"], Float32[Array, ""] | Float32[Array, " B"]]:
+    """Return mean and std of one step; the formulas are in the module's docstring.
 
-    preserving: the mean of CPS. g = 0 gives mean = x + v dt, the Euler step, bit for bit without
-    `preserving`, and std = 0. Every real step starts at sigma > 0; a padding row with sigma = 0
-    gives finite values and gradients too.
+    preserving: use the mean of CPS. g = 0 gives std = 0 and, without `preserving`, bit for bit the
+    Euler step x + v dt. Every real step starts at sigma > 0; a padding row with sigma = 0 also
+    gives finite values and gradients.
     """
     x, velocity = x.astype(jnp.float32), velocity.astype(jnp.float32)
     sigma, sigma_next, g = (jnp.asarray(value, jnp.float32) for value in (sigma, sigma_next, g))
@@ -132,35 +135,38 @@ def sde_mean_std(
     std = g * jnp.sqrt(-dt)
     predicted_noise = x + per_sample(1.0 - sigma, x) * velocity  # [B, ...]
     if preserving:
-        kept = jnp.sqrt(jnp.maximum(sigma_next * sigma_next - std * std, 0.0))
+        noise_share = jnp.sqrt(jnp.maximum(sigma_next * sigma_next - std * std, 0.0))
         clean = x - per_sample(sigma, x) * velocity
-        return per_sample(1.0 - sigma_next, x) * clean + per_sample(kept, x) * predicted_noise, std
+        mean = (
+            per_sample(1.0 - sigma_next, x) * clean + per_sample(noise_share, x) * predicted_noise
+        )
+        return mean, std
     drift = g * g / (2.0 * jnp.where(sigma > 0, sigma, 1.0)) * dt
     return x + velocity * per_sample(dt, x) + per_sample(drift, x) * predicted_noise, std
 
 
-def mean_slope(config: SDEConfig, schedule: Schedule) -> np.ndarray:
-    """|d mean / d v| of every stochastic step, [T] float64: (1 + g^2 (1 - s) / (2 s)) (-dt), or
-    with CPS' mean |s (1 - s_next) - (1 - s) sqrt(s_next^2 - std^2)|.
+def mean_slope(config: SDEConfig, schedule: Schedule) -> Float64[np.ndarray, " T"]:
+    """Return |d mean / d v| of every step if it is stochastic: (1 + g^2 (1 - s) / (2 s)) (-dt), or
+    with the mean of CPS |s (1 - s_next) - (1 - s) sqrt(s_next^2 - std^2)|.
     """
-    sigmas, g = (
-        schedule.sigmas.astype(np.float64),
-        diffusion_coefficient(config, schedule).astype(np.float64),
-    )
+    sigmas = schedule.sigmas.astype(np.float64)
+    g = diffusion_coefficient(config, schedule).astype(np.float64)
     s, s_next = sigmas[:-1], sigmas[1:]
     if config.preserving:
-        kept = np.sqrt(np.maximum(s_next**2 - g**2 * (s - s_next), 0.0))
-        return np.abs(s * (1 - s_next) - (1 - s) * kept)
+        noise_share = np.sqrt(np.maximum(s_next**2 - g**2 * (s - s_next), 0.0))
+        return np.abs(s * (1 - s_next) - (1 - s) * noise_share)
     return (1 + g**2 * (1 - s) / (2 * s)) * (s - s_next)
 
 
-def log_prob(x_next: Array, mean: Array, std) -> Array:
-    """log N(x_next; mean, std^2 I) per sample, [B] fp32, as the MEAN over all other dimensions.
+def log_prob(
+    x_next: Float[Array, " B *latent"], mean: Float[Array, " B *latent"], std: PerVideo
+) -> Float32[Array, " B"]:
+    """Return log N(x_next; mean, std^2 I) of each video, as the MEAN over all other dimensions.
 
     The mean instead of the sum keeps policy ratios within about 1e-3 of 1 whatever the size of the
-    video, which is why clip ranges are so small; one unit in the last place of it is about 2e-7.
-    std is a scalar or [B]. A deterministic step (std = 0) has no density: its log-prob is 0 by
-    definition, and so are its gradients.
+    video, which is why clip ranges are so small; one unit in the last place is about 2e-7. A
+    deterministic step (std = 0) has no density: its log-prob is defined as 0, and so are its
+    gradients.
     """
     std = jnp.broadcast_to(jnp.asarray(std, jnp.float32), x_next.shape[:1])  # [B]
     safe = jnp.where(std > 0, std, 1.0)
@@ -170,11 +176,20 @@ def log_prob(x_next: Array, mean: Array, std) -> Array:
 
 
 def sde_step(
-    x: Array, velocity: Array, sigma, sigma_next, g, noise: Array, preserving: bool = False
-) -> tuple[Array, Array, Array, Array]:
-    """x_next = mean + std noise with noise [B, ...] ~ N(0, I). Returns (x_next, log_prob [B], mean,
-    std).
-    """
+    x: Float[Array, " B *latent"],
+    velocity: Float[Array, " B *latent"],
+    sigma: PerVideo,
+    sigma_next: PerVideo,
+    g: PerVideo,
+    noise: Float[Array, " B *latent"],
+    preserving: bool = False,
+) -> tuple[
+    Float32[Array, " B *latent"],
+    Float32[Array, " B"],
+    Float32[Array, " B *latent"],
+    Float32[Array, ""] | Float32[Array, " B"],
+]:
+    """Return (x_next, log_prob, mean, std) with x_next = mean + std noise, noise ~ N(0, I)."""
     mean, std = sde_mean_std(x, velocity, sigma, sigma_next, g, preserving)
     x_next = mean + per_sample(std, mean) * noise.astype(jnp.float32)
     return x_next, log_prob(x_next, mean, std), mean, std

@@ -1,1 +1,1 @@
-"""Devices and processes: meshes, sharded weights, several hosts, memory."""
+"""Devices and processes: mesh, sharding, several hosts, memory, offloading."""

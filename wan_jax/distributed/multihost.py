@@ -1,17 +1,16 @@
-"""Several processes, on one host or many, that run the same program as one (`jax.distributed`).
+"""Several processes, on one host or many, that run the same program (`jax.distributed`).
 
-Every process sees all devices and runs the same jitted programs in the same order; host code works
-on the rows of a batch that lie on the process's own devices, and `gather` brings the results
-together. With one process everything here is the identity.
+Every process sees all devices and calls the same jitted functions in the same order. Host code
+works on the rows of a batch that are on the process's own devices, and `gather` collects the
+results. With one process, every function of this module is the identity.
+
+The collectives are those of `jax.experimental.multihost_utils`; `gather` and `from_first` add what
+it lacks: any picklable value, of a different size on each process, without a change of its bits.
 """
 
-import concurrent.futures
 import contextlib
-import dataclasses
-import hashlib
 import os
 import pickle
-import re
 import signal
 import socket
 import time
@@ -25,112 +24,14 @@ from jax.experimental import multihost_utils
 
 from wan_jax.command_line import cli
 from wan_jax.distributed import native_output
-from wan_jax.distributed.watchdog import AGAIN, Watch
+from wan_jax.distributed.launchers import Launch
+from wan_jax.distributed.watchdog import RUN_AGAIN, Watch
 from wan_jax.errors import UserError
 
-CLUSTERS = ("auto", "none", "slurm", "ompi", "k8s")
 CHUNK = 2**22  # bytes of one collective
-FOLDER_SECONDS = 10  # until what process 0 wrote must be seen by the others
+FOLDER_SECONDS = 10  # in which a file of process 0 must become visible to the others
 SHARED = "see docs/hosts.md, What must be shared"
-# variables of a launcher: processes, this one's number, what JAX's own detection needs beside them,
-# who shares the host
-LAUNCHERS = {
-    "slurm": ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE"),
-    "ompi": (
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_MCA_orte_hnp_uri",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
-}
 _watch: Watch | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """How this process finds the others: the three values, or a launcher that JAX detects them
-    from.
-    """
-
-    coordinator: str | None = None  # host:port of process 0
-    processes: int | None = None
-    process: int | None = None
-    cluster: str | None = None
-    all_devices: bool = True  # of the host; False: one of them, as processes share it
-
-
-def choose(
-    cluster: str,
-    coordinator: str | None,
-    processes: int | None,
-    process: int | None,
-    environ: Mapping[str, str],
-) -> Launch | None:
-    """What the flags and a launcher's variables ask for; None: one process.
-
-    Raises `UserError` on flags that are incomplete or contradict each other, and on a launcher that
-    is not there.
-    """
-    given = {"--coordinator": coordinator, "--num_processes": processes, "--process_id": process}
-    missing = [name for name, value in given.items() if value is None]
-    if cluster not in CLUSTERS:
-        raise UserError(f"--cluster={cluster}: choose one of {', '.join(CLUSTERS)}")
-    if len(missing) < 3:
-        if missing:
-            raise UserError(
-                f"{', '.join(given)} belong together: {' and '.join(missing)} not given"
-            )
-        if cluster not in ("auto", "none"):
-            raise UserError(
-                f"--cluster={cluster} finds what --coordinator, --num_processes and --process_id "
-                "say: give one or the other"
-            )
-        name, _, port = coordinator.rpartition(":")
-        if not name or not port.isdigit() or not 0 < int(port) < 2**16:
-            raise UserError(
-                f"--coordinator={coordinator}: must be host:port of process 0, the port a free one "
-                "of its host, e.g. node1:8476"
-            )
-        if processes < 1 or not 0 <= process < processes:
-            raise UserError(
-                f"--process_id={process} of --num_processes={processes}: must be from 0 to the "
-                "number of processes less one, another one for each process"
-            )
-        return Launch(coordinator, processes, process) if processes > 1 else None
-    if cluster == "none":
-        return None
-    if cluster == "k8s":
-        if "JOB_COMPLETION_INDEX" not in environ:
-            raise UserError(
-                "--cluster=k8s: JOB_COMPLETION_INDEX is not set; it is in the pods of an indexed "
-                "Job (completionMode: Indexed)"
-            )
-        return Launch(cluster="k8s")
-    for name, (size, rank, address, shared) in LAUNCHERS.items():
-        if cluster not in ("auto", name):
-            continue
-        if rank not in environ or not environ.get(size, "").isdigit():
-            if cluster == name:
-                raise UserError(
-                    f"--cluster={name}: {rank} is not set; start the program with "
-                    f"{'srun' if name == 'slurm' else 'mpirun'}"
-                )
-            continue
-        if environ[size] == "1":
-            continue
-        if address not in environ:
-            if name == "slurm" and cluster == "auto":
-                continue  # a batch script's own shell: only srun starts the tasks
-            raise UserError(
-                f"{address} is not set, so the first host's address is not "
-                f"known{' (Open MPI 5 leaves it out)' if name == 'ompi' else ''}: give "
-                f"--coordinator=HOST:PORT --num_processes=${size} --process_id=${rank}"
-            )
-        return Launch(
-            cluster=name,
-            all_devices=re.fullmatch(r"1(\(x\d+\))?", environ.get(shared, "")) is not None,
-        )
-    return None
 
 
 @contextlib.contextmanager
@@ -140,14 +41,17 @@ def joined(
     stage_timeout: float = 7200,
     join_timeout: float = 300,
 ) -> Iterator[None]:
-    """Around the program: finds the other processes, and ends this one for good when it or another
-    fails.
+    """Connect to the other processes for the duration of the program, and end this process when it
+    or another one fails. Must be entered before JAX is used.
 
-    timeout: seconds after which a silent process ends the run on all others; stage_timeout: seconds
-    in which some process must begin a new `stage`, 0 for ever; join_timeout: seconds to wait for
-    all processes at the start. Call it before anything of JAX runs. Raises `UserError` when JAX
-    refuses what was asked for; later errors are printed as `cli.run` prints them, and the process
-    ends here, without waiting for the others.
+    Args:
+        launch: how to find the others; None for a single process, which changes nothing.
+        timeout: seconds after which a silent process ends the run on all others.
+        stage_timeout: seconds in which some process must begin a new `stage`; 0 for no limit.
+        join_timeout: seconds to wait for all processes at the start.
+
+    Raises `UserError` when JAX cannot connect. Later errors are printed as `cli.run` prints them,
+    and the process exits here without waiting for the others.
     """
     global _watch
     if launch is None:
@@ -160,36 +64,39 @@ def joined(
         raise UserError(
             f"--stage_timeout={stage_timeout}: must be 0, for no limit, or more seconds"
         )
+    # Connect, and watch the other processes from now on.
     _join(launch, timeout, join_timeout)
-    process, count = jax.process_index(), jax.process_count()
-    me = f"process {process} on {socket.gethostname()}"
+    process = jax.process_index()
+    name = f"process {process} on {socket.gethostname()}"
     from jax._src import distributed  # the key-value store has no public name
 
     _watch = Watch(
         distributed.global_state.client,
         process,
-        count,
-        socket.gethostname(),
-        timeout,
-        stage_timeout,
+        jax.process_count(),
+        timeout=timeout,
+        stage_timeout=stage_timeout,
     )
     native_output.set_message(
-        f"error: {me} lost process 0, the coordinator: it died, hangs, or the network is down; "
-        f"{AGAIN}"
+        f"error: {name} lost process 0, the coordinator: it died, hangs, or the network is down; "
+        f"{RUN_AGAIN}"
     )
+    # Run the program.
     try:
         yield
         stage("waiting for all processes to finish")
         gather(None)
+    # Broad, because the others wait in a collective whatever ends this process: they must be told
+    # the reason, and this one must not wait for them.
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         known = cli.explain(error)
         if known is None:
             if lost := _watch.lost():
                 _watch.fail(lost)
             traceback.print_exc()
-        text, code = known or (f"error: {me} failed: {type(error).__name__}", 1)
+        text, code = known or (f"error: {name} failed: {type(error).__name__}", 1)
         _watch.fail(
-            f"{me} ended the run: {' '.join(text.removeprefix('error: ').split())}",
+            f"{name} ended the run: {' '.join(text.removeprefix('error: ').split())}",
             code,
             shown=text,
         )
@@ -199,6 +106,7 @@ def joined(
 
 
 def _join(launch: Launch, timeout: float, join_timeout: float) -> None:
+    """Initialise `jax.distributed`; seconds as in `joined`. Raises `UserError` when that fails."""
     native_output.divert()
     where = (
         f"process {launch.process} of {launch.processes}, with process 0 at {launch.coordinator},"
@@ -211,8 +119,8 @@ def _join(launch: Launch, timeout: float, join_timeout: float) -> None:
         "reach the coordinator?"
     )
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
-    # Python's handler would wait for the connection
-    interrupted = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Ctrl-C: Python's own handler would only run once the connection is made
+    interrupt_handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         jax.distributed.initialize(
             launch.coordinator,
@@ -223,23 +131,23 @@ def _join(launch: Launch, timeout: float, join_timeout: float) -> None:
             else None,
             cluster_detection_method=launch.cluster or "deactivate",
             initialization_timeout=int(join_timeout),
-            # the watch is faster, and says what happened
+            # longer than the watch needs, which reports what happened
             heartbeat_timeout_seconds=int(3 * timeout + 10),
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"{problem}: {' '.join(str(error).split())[:300]}") from error
     finally:
-        signal.signal(signal.SIGINT, interrupted)
+        signal.signal(signal.SIGINT, interrupt_handler)
 
 
 def first() -> bool:
-    """Whether this process writes and prints for all."""
+    """Return whether this process is the one that writes and prints for all."""
     return jax.process_index() == 0
 
 
 def stage(name: str) -> None:
-    """Says what this process begins now, for the message should it hang there. Ctrl-C of before
-    ends it here at the latest.
+    """Record the name of the stage that begins now, for the message if this process hangs in it.
+    Raises KeyboardInterrupt if Ctrl-C was pressed before.
     """
     cli.stop_if_interrupted()
     if _watch:
@@ -247,8 +155,10 @@ def stage(name: str) -> None:
 
 
 def gather(value: Any) -> list:
-    """Every process's value, in the order of the processes, on every process, which all must call
-    this. Exact: what travels is the pickled value, as bytes. Raises ValueError from 4 GiB on.
+    """Return the values of all processes, in their order, on every process. All must call this.
+
+    The pickled value is sent as bytes, so it arrives unchanged. Raises ValueError when that is 4
+    GiB or more.
     """
     if jax.process_count() == 1:
         return [value]
@@ -256,33 +166,38 @@ def gather(value: Any) -> list:
     if len(data) >= 2**32:
         raise ValueError(f"{len(data)} bytes are more than can be gathered at once, 4 GiB")
     sizes = multihost_utils.process_allgather(np.uint32(len(data)))
-    parts = [multihost_utils.process_allgather(piece) for piece in _pieces(data, int(sizes.max()))]
+    # each [processes, bytes]
+    pieces = [multihost_utils.process_allgather(piece) for piece in _pieces(data, int(sizes.max()))]
     return [
-        pickle.loads(b"".join(part[p].tobytes() for part in parts)[:size])
-        for p, size in enumerate(sizes)
+        pickle.loads(b"".join(piece[process].tobytes() for piece in pieces)[:size])
+        for process, size in enumerate(sizes)
     ]
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """make() of process 0, on every process; the others do not call it. Exact, as `gather`."""
+    """Return make() of process 0 on every process; the others do not call it. All processes must
+    call this; the value arrives unchanged, as with `gather`.
+    """
     if jax.process_count() == 1:
         return make()
     value = make() if first() else None
     data = pickle.dumps(value) if first() else b""
     high, low = multihost_utils.broadcast_one_to_all(np.array(divmod(len(data), 2**31), np.int32))
-    size, end = int(high) * 2**31 + int(low), 0
+    size = int(high) * 2**31 + int(low)
     received = bytearray(0 if first() else size)
+    begin = 0
     for piece in _pieces(data, size):
         sent = multihost_utils.broadcast_one_to_all(piece)
-        begin, end = end, min(end + len(piece), size)
+        end = min(begin + len(piece), size)
         if not first():
             received[begin:end] = sent[: end - begin].data
+        begin = end
     return value if first() else pickle.loads(received)
 
 
 def _pieces(data: bytes, size: int) -> Iterator[np.ndarray]:
-    """`data`, filled up to `size` bytes, in uint8 arrays of a power of two up to `CHUNK`: few
-    shapes to compile.
+    """Yield `data`, padded with zeros to `size` bytes, in uint8 arrays. Their common length is a
+    power of two up to `CHUNK`, so that few shapes are compiled.
     """
     width = min(CHUNK, max(1024, 1 << max(size - 1, 0).bit_length()))
     for start in range(0, size, width):
@@ -290,26 +205,28 @@ def _pieces(data: bytes, size: int) -> Iterator[np.ndarray]:
 
 
 def my_rows(sharding: jax.sharding.Sharding, count: int) -> np.ndarray:
-    """The rows of a batch of `count`, sharded over its only axis, that this process answers for:
-    int [n], ascending.
+    """Return the rows of a batch of `count`, sharded along its only axis, that belong to this
+    process: int [n], ascending.
 
-    Rows that lie on several devices are its own where the first of these is, so that every row is
-    one process's.
+    A row with copies on several devices belongs to the process of the first of these, so that every
+    row belongs to exactly one process.
     """
     owner = {}
     for device, index in sharding.devices_indices_map((count,)).items():
         owner.setdefault(index[0].indices(count)[:2], device.process_index)
-    mine = [
+    spans = [
         np.arange(*span)
         for span, process in sorted(owner.items())
         if process == jax.process_index()
     ]
-    return np.concatenate([np.arange(0), *mine])
+    return np.concatenate([np.arange(0), *spans])
 
 
 def my_part(x: jax.Array) -> np.ndarray:
-    """Those rows of x [B, ...], on the host: [n, ...], n 0 where other processes answer for all
-    that lie here. Raises ValueError when another axis is sharded too.
+    """Return the rows of x [B, ...] that belong to this process (`my_rows`), on the host: [n, ...].
+
+    n is 0 if all rows on its devices belong to other processes. Raises ValueError when another axis
+    is sharded too.
     """
     if not isinstance(x, jax.Array) or x.is_fully_addressable:
         return np.asarray(x)
@@ -322,43 +239,48 @@ def my_part(x: jax.Array) -> np.ndarray:
         for shard in x.addressable_shards
         if shard.replica_id == 0
     }
-    return np.concatenate(
-        [np.zeros((0, *x.shape[1:]), x.dtype), *(np.asarray(shards[at]) for at in sorted(shards))]
-    )
+    rows = [np.asarray(shards[start]) for start in sorted(shards)]
+    return np.concatenate([np.zeros((0, *x.shape[1:]), x.dtype), *rows])
 
 
 def check_same_folder(setting: str, path: str, read: Callable[[], str | None]) -> None:
-    """Checks that `path` leads every process to the folder of process 0; all must call this.
+    """Check that `path` leads every process to the same folder as process 0. All must call this.
 
-    read: reads a file in that folder whose content tells it from others; None where it is not
-    there. What process 0 reads must become visible to the others within `FOLDER_SECONDS`, a time
-    for network file systems. Raises `UserError`, the same on every process.
+    Args:
+        setting: flag or setting with the path, for the message.
+        path: the folder, as this process has it.
+        read: returns the content of a file that identifies the folder, None if it is missing. The
+            others retry for `FOLDER_SECONDS`, because network file systems show a new file late.
+
+    Raises `UserError`, the same on every process.
     """
     wanted = from_first(read)
     deadline = time.monotonic() + FOLDER_SECONDS
     while not (same := read() == wanted) and time.monotonic() < deadline:
         time.sleep(0.2)
-    seen = gather((socket.gethostname(), path, same))
-    for process, (host, there, same) in enumerate(seen):
+    gathered = gather((socket.gethostname(), path, same))
+    first_host, first_path, _ = gathered[0]
+    for process, (host, its_path, same) in enumerate(gathered):
         if not same:
             raise UserError(
-                f"{setting}={there} of process {process} on {host} is not the folder of process 0 "
-                f"({seen[0][1]} on {seen[0][0]}); {SHARED}"
+                f"{setting}={its_path} of process {process} on {host} is not the folder of process "
+                f"0 ({first_path} on {first_host}); {SHARED}"
             )
 
 
 def check_same_facts(facts: Mapping[str, str]) -> None:
-    """Checks that the named values are equal on all processes, which all must call this. Raises
-    `UserError` with the names and values of the first process that differs from process 0, the same
-    on every process.
+    """Check that the named values are equal on all processes, which all must call this.
+
+    Raises `UserError`, the same on every process, with the names and values of the first process
+    that differs from process 0. (`multihost_utils.assert_equal` does not name the difference.)
     """
-    seen = gather((socket.gethostname(), dict(facts)))
-    first_facts = seen[0][1]
-    for process, (host, there) in enumerate(seen):
+    gathered = gather((socket.gethostname(), dict(facts)))
+    expected = gathered[0][1]
+    for process, (host, values) in enumerate(gathered):
         different = [
-            f"{name}: {there.get(name)} instead of {first_facts.get(name)}"
-            for name in sorted(first_facts.keys() | there.keys())
-            if there.get(name) != first_facts.get(name)
+            f"{name}: {values.get(name)} instead of {expected.get(name)}"
+            for name in sorted(expected.keys() | values.keys())
+            if values.get(name) != expected.get(name)
         ]
         if different:
             more = f" and {len(different) - 6} more" * (len(different) > 6)
@@ -367,83 +289,3 @@ def check_same_facts(facts: Mapping[str, str]) -> None:
                 f"{'; '.join(different[:6])}{more}; start every process with the same command, "
                 f"files and code; {SHARED}"
             )
-
-
-def replica_digests(tree) -> dict[tuple[int, ...], dict[int, str]]:
-    """Computes SHA-256 digests of what this process holds of a tree of arrays and another device or
-    process holds too.
-
-    For each set of devices that hold the same shards, {device: digest of all these shards}; an
-    array of this process alone, which every process has for itself, is under () and the number of
-    the process. A shard that one device holds has no other copy to compare it with, and is left
-    out.
-    """
-    places, alone = {}, hashlib.sha256()  # {device: {set of devices: [(name, shard)]}}
-    for path, x in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(path)
-        if jax.process_count() > 1 and x.is_fully_addressable:
-            alone.update(name.encode() + np.asarray(x).tobytes())
-            continue
-        holders = {}
-        for device, index in x.sharding.devices_indices_map(x.shape).items():
-            holders.setdefault(repr(index), []).append(device.id)
-        for shard in x.addressable_shards:
-            devices = tuple(sorted(holders[repr(shard.index)]))
-            if len(devices) > 1:
-                places.setdefault(shard.device.id, {}).setdefault(devices, []).append(
-                    (f"{name}{shard.index}", shard.data)
-                )
-
-    def of_device(groups) -> dict[tuple[int, ...], str]:
-        return {devices: _shards_digest(shards) for devices, shards in groups.items()}
-
-    with concurrent.futures.ThreadPoolExecutor(max(1, len(places))) as threads:
-        found = dict(zip(places, threads.map(of_device, places.values())))
-    digests = {(): {jax.process_index(): alone.hexdigest()}}
-    for device, groups in found.items():
-        for devices, digest in groups.items():
-            digests.setdefault(devices, {})[device] = digest
-    return digests
-
-
-def _shards_digest(shards: list[tuple[str, jax.Array]]) -> str:
-    sha = hashlib.sha256()
-    for name, data in shards:
-        # a new array over the same memory: `data` itself would keep its copy on the host
-        data = jax.make_array_from_single_device_arrays(data.shape, data.sharding, [data])
-        sha.update(name.encode() + np.asarray(data).tobytes())
-    return sha.hexdigest()
-
-
-def check_same(tree, what: str) -> None:
-    """Raises `UserError` unless all devices and processes that hold the same shards of the tree
-    hold the same bits.
-
-    Weights that are split over all devices have no second copy, so of these nothing can be
-    compared.
-    """
-    seen = gather(replica_digests(tree) if jax.process_count() > 1 else {})
-    copies = {}  # {set of devices: [(process, digest)]}
-    for process, digests in enumerate(seen):
-        for devices, of_device in digests.items():
-            copies.setdefault(devices, []).extend(
-                (process, digest) for digest in of_device.values()
-            )
-    wrong = {
-        process: held[0][0]
-        for held in copies.values()
-        for process, digest in held
-        if digest != held[0][1]
-    }
-    if wrong:
-        process = min(wrong)
-        other = (
-            f"those of process {wrong[process]}"
-            if wrong[process] != process
-            else "each other on its devices"
-        )
-        raise UserError(
-            f"{what} of process {process} differ from {other} ({len(wrong)} of {len(seen)} "
-            "processes do): a device or host computes wrongly; run the same command again without "
-            "it: it continues after the last checkpoint"
-        )

@@ -1,12 +1,12 @@
-"""Reads what a trainer's native libraries print, and passes it on to standard error, all but one
-thing.
+"""Filters what native libraries print while several hosts train, and passes the rest on to standard
+error.
 
-When the coordinator of a run on several hosts is gone, JAX's own client aborts the process from
-C++, with a dump of its stack and nothing that Python could catch. This program stands between:
-started by `divert` with the reading end of a pipe, it says in one line what happened instead. It
-imports nothing but the standard library, and ends with the pipe.
+When the coordinator is gone, JAX's client aborts the process from C++, with a stack trace and
+nothing that Python could catch. This program reads the output instead: `divert` starts it with the
+reading end of a pipe, and it prints one line that explains what happened. It imports only the
+standard library, and ends when the pipe is closed.
 
-A line that begins with MESSAGE sets what will be said.
+A line that begins with MESSAGE sets the text to print in that case.
 """
 
 import os
@@ -22,8 +22,8 @@ LOST = re.compile(
     rb"|Use error polling to propagate the following error"
 )
 STATUS = re.compile(rb"absl::Status: ([^\n]*)")
-# gloo prints its greeting in pieces, so that those of several threads mix; when a run ends, JAX
-# 0.11 says in five lines that nobody watches its processes any more
+# gloo prints its greeting in pieces, so that those of several threads mix; at the end of a run, JAX
+# 0.11 prints five lines about watches that were cancelled
 NOISE = re.compile(
     rb"^(\[Gloo\] Rank|Expected number of connected|connected to|peer ranks|is|[.:\d\s])*$"
     rb"|W\d{4} [\d:.]+ +\d+ (coordination_service|pjrt_client\.cc:\d+\] WatchTasksAsync failed)"
@@ -33,8 +33,8 @@ NOISE = re.compile(
 
 
 def divert() -> None:
-    """Puts this program behind file descriptors 1 and 2; Python's own `sys.stdout` and `sys.stderr`
-    go on writing where they did.
+    """Start this program on file descriptors 1 and 2. Python's own `sys.stdout` and `sys.stderr`
+    still write to the original ones.
     """
     out, real = os.dup(1), os.dup(2)
     reading, writing = os.pipe()
@@ -44,7 +44,7 @@ def divert() -> None:
         stdout=real,
         stderr=real,
         start_new_session=True,
-    )  # Ctrl-C is the trainer's
+    )  # its own session: Ctrl-C is for the trainer only
     os.close(reading)
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         stream.flush()
@@ -63,11 +63,12 @@ def divert() -> None:
 
 
 def set_message(text: str) -> None:
-    """What to say when JAX aborts this process from now on."""
+    """Set the line to print if JAX aborts this process from now on."""
     os.write(2, MESSAGE + text.encode() + b"\n")
 
 
 def main() -> None:
+    """Copy standard input to standard error, without noise and without the trace of an abort."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     message, lost, status = b"error: the run's processes lost each other", False, b""

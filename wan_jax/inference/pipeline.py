@@ -1,5 +1,5 @@
-"""From prompts to videos: text embeddings, the deterministic sampler, and decoding. Shared by
-`wan_jax.sample` and `grpo`, so that training, evaluation and deployment run the same code.
+"""From prompts to videos: text embeddings, the deterministic sampler, and decoding.
+`wan_jax.sample` and `grpo` share it, so that training, evaluation and deployment run the same code.
 """
 
 import collections
@@ -15,8 +15,8 @@ from flax import nnx
 from wan_jax.diffusion.experts import Segment
 from wan_jax.diffusion.guidance import TextBatch, velocity
 from wan_jax.diffusion.solvers import SolverState
-from wan_jax.distributed.mesh import place, replicate
 from wan_jax.distributed.multihost import my_part
+from wan_jax.distributed.sharding import place, replicate
 from wan_jax.errors import UserError
 from wan_jax.inference.prompt_cache import PromptCache
 from wan_jax.models import vae_chunks
@@ -26,26 +26,27 @@ from wan_jax.models.tokenizer import Tokenizer
 from wan_jax.models.vae import AutoencoderKLWan
 from wan_jax.storage import model_dir
 
-TEXT_ROWS = 512  # Wan's text length; rows past the prompt are zero and are attended to
+TEXT_ROWS = 512  # Wan's text length; rows after the prompt are zero, and are attended to
 NOT_FINITE = (
     "Likely causes: damaged files of the model or the checkpoint, a guidance or a shift far out "
     "of range, or numbers that overflow in bfloat16. Convert the model again, check the settings, "
     "or try float32"
 )
-# embeddings are trimmed to the longest prompt, rounded up, and the rest is counted
+# Embeddings have the rows of the longest prompt, rounded up to this multiple. Zero rows after them
+# are counted instead of stored (`TextBatch.padding`).
 ROW_MULTIPLE = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class TextTable:
-    """Embeddings of a prompt set on the host: of each prompt its own rows, in the encoder's type."""
+    """The embeddings of a set of prompts on the host, in the dtype of the encoder."""
 
-    prompts: tuple[np.ndarray, ...]  # [rows of the prompt, text_dim] each
-    negative: np.ndarray  # [its rows, text_dim]
+    prompts: tuple[np.ndarray, ...]  # each [rows of the prompt, text_dim]
+    negative: np.ndarray  # [rows of the negative prompt, text_dim]
     rows: int  # St of every batch
 
     def batch(self, indices, batch_sharding, replicated) -> TextBatch:
-        """The embeddings of prompts `indices` [B] on the device."""
+        """Return the embeddings of the prompts `indices` [B] on the device."""
         return TextBatch(
             place(self.padded([self.prompts[i] for i in np.asarray(indices)]), batch_sharding),
             place(self.padded([self.negative])[0], replicated),
@@ -53,7 +54,7 @@ class TextTable:
         )
 
     def padded(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
-        """[len(prompts), St, text_dim], rows past each prompt zero."""
+        """Return [len(prompts), St, text_dim] with zero rows after each prompt."""
         out = np.zeros((len(prompts), self.rows, self.negative.shape[1]), self.negative.dtype)
         for row, rows in zip(out, prompts):
             row[: len(rows)] = rows
@@ -70,30 +71,47 @@ def embed_prompts(
     progress: Callable = lambda x: x,
     cache: bool = False,
 ) -> TextTable:
-    """Encodes each prompt once with the model's own tokenizer and text encoder, which is freed
+    """Encode each prompt once with the model's own tokenizer and text encoder, which is freed
     afterwards.
 
-    cache: look for the embeddings in the model's `PromptCache` first, and leave new ones there;
-    tokenizer and encoder are loaded only for what is missing. A prompt is encoded in as many rows
-    as it needs, rounded up, so its embedding does not depend on the other prompts, rounding aside.
+    Args:
+        model: the converted model.
+        prompts: what to show; equal prompts are encoded once.
+        negative: the negative prompt.
+        dtype: storage and compute type of the encoder.
+        batch: prompts encoded at a time.
+        progress: wraps the iterator over batches, e.g. `tqdm`.
+        cache: read embeddings from the model's `PromptCache`, and write new ones to it. Tokenizer
+            and encoder are loaded only if some are missing.
+
+    A prompt is encoded with the rows it needs, rounded up, so its embedding does not depend on the
+    other prompts, up to rounding.
     """
-    known, lengths = {}, {}
+    # What the cache has.
     texts = list(dict.fromkeys([*prompts, negative]))
     stored = PromptCache(model, dtype) if cache else None
-    if stored:
-        known = {text: rows for text in texts if (rows := stored.get(text)) is not None}
+    known = {}
+    for text in texts if stored else ():
+        if (rows := stored.get(text)) is not None:
+            known[text] = rows
+
+    # Tokenizer and encoder for the rest.
     missing = [text for text in texts if text not in known]
-    if missing:  # else neither tokenizer nor encoder is loaded
+    lengths = {}
+    if missing:
         tokenizer = Tokenizer.load(model.tokenizer_path)
         lengths = dict(zip(missing, np.minimum(tokenizer.lengths(missing), TEXT_ROWS)))
         graphdef, state = model_dir.build("text_encoder", model, dtype=dtype)
         run = make_encoder(graphdef)
-    size, work = min(batch, len(texts)), []
-    for rows in sorted({rounded(n) for n in lengths.values()}):
-        group = [text for text in missing if rounded(lengths[text]) == rows]
+
+    # Batches of prompts of about the same length.
+    size = min(batch, len(texts))
+    work = []
+    for rows in sorted({round_up_rows(n) for n in lengths.values()}):
+        group = [text for text in missing if round_up_rows(lengths[text]) == rows]
         work += [(rows, group[i : i + size]) for i in range(0, len(group), size)]
     for rows, group in progress(work):
-        # the last batch wraps around: one compiled shape
+        # the last batch repeats its prompts, so that one shape is compiled
         ids, mask = tokenizer((group * size)[:size], rows)
         for text, row in zip(group, np.asarray(run(state, ids, mask))):
             known[text] = row[: lengths[text]].copy()
@@ -102,61 +120,70 @@ def embed_prompts(
     return TextTable(
         tuple(known[prompt] for prompt in prompts),
         known[negative],
-        rounded(max(map(len, known.values()))),
+        round_up_rows(max(map(len, known.values()))),
     )
 
 
 def text_rows(
     model: model_dir.ModelDir, prompts: Sequence[str], negative: str = "", *, dtype=jnp.float32
 ) -> int:
-    """St of the table that `embed_prompts` makes of these prompts, without encoding them; dtype:
-    its own.
+    """Return St of the table that `embed_prompts` makes of these prompts, without encoding them;
+    dtype: as given there.
     """
     stored = PromptCache(model, dtype)
     known = {text: stored.rows(text) for text in dict.fromkeys([*prompts, negative])}
     missing = [text for text, rows in known.items() if rows is None]
     lengths = Tokenizer.load(model.tokenizer_path).lengths(missing) if missing else []
-    return rounded(max(filter(None, (*known.values(), *lengths))))
+    return round_up_rows(max(filter(None, (*known.values(), *lengths))))
 
 
 def make_encoder(graphdef) -> Callable:
-    """The jitted text encoder: (state, ids int32 [B, S], mask [B, S]) -> [B, S, text_dim] in the
-    encoder's type, zero past the mask.
+    """Return the jitted text encoder: (state, ids int32 [B, St], mask [B, St]) -> [B, St, text_dim]
+    in the encoder's dtype, zero after the mask.
     """
     return jax.jit(lambda state, ids, mask: encode(nnx.merge(graphdef, state), ids, mask))
 
 
-def rounded(rows: int) -> int:
+def round_up_rows(rows: int) -> int:
+    """Round up to a multiple of ROW_MULTIPLE, but not above TEXT_ROWS."""
     return min(-(-int(rows) // ROW_MULTIPLE) * ROW_MULTIPLE, TEXT_ROWS)
 
 
 def latent_shape(
     frames: int, height: int, width: int, vae: VAEConfig, transformer: TransformerConfig
 ) -> tuple[int, ...]:
-    """(F, H, W, C) of a video of `frames` x `height` x `width` pixels. Raises `UserError` on sizes
-    Wan cannot make.
+    """Return the shape (F, H, W, C) of the latents of a video of `frames` x `height` x `width`
+    pixels. Raises `UserError` on sizes that Wan cannot make.
     """
-    t, s, patch = vae.scale_factor_temporal, vae.scale_factor_spatial, transformer.patch_size[1]
-    if frames < 1 or (frames - 1) % t:
+    per_latent_frame = vae.scale_factor_temporal
+    cell = vae.scale_factor_spatial
+    multiple = cell * transformer.patch_size[1]
+    if frames < 1 or (frames - 1) % per_latent_frame:
         raise UserError(
-            f"frames={frames}: Wan makes 1 + {t}k frames; use {max(1, frames - (frames - 1) % t)}"
+            f"frames={frames}: Wan makes 1 + {per_latent_frame}k frames; use "
+            f"{max(1, frames - (frames - 1) % per_latent_frame)}"
         )
     for name, value in (("height", height), ("width", width)):
-        if value < s * patch or value % (s * patch):
+        if value < multiple or value % multiple:
             raise UserError(
-                f"{name}={value} must be a multiple of {s * patch}; use "
-                f"{max(s * patch, round(value / (s * patch)) * s * patch)}"
+                f"{name}={value} must be a multiple of {multiple}; use "
+                f"{max(multiple, round(value / multiple) * multiple)}"
             )
-    return (frames - 1) // t + 1, height // s, width // s, transformer.in_channels
+    return (
+        (frames - 1) // per_latent_frame + 1,
+        height // cell,
+        width // cell,
+        transformer.in_channels,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Videos:
-    """B decoded videos on the host. A NaN has no value in uint8, it becomes black: `finite` tells
-    them apart.
+    """B decoded videos on the host. uint8 has no NaN (it becomes black), so `finite` marks videos
+    with non-finite values.
     """
 
-    frames: np.ndarray  # uint8 [B, T, H, W, 3] RGB
+    frames: np.ndarray  # uint8 [B, frames, height, width, 3] RGB
     finite: np.ndarray  # bool [B], whether all latents and pixels of a video are finite numbers
 
     def __len__(self) -> int:
@@ -166,18 +193,20 @@ class Videos:
         return Videos(self.frames[rows], self.finite[rows])
 
 
-# XLA's search for the fastest convolutions also tries what needs 75 GB of scratch memory for 9
-# pictures of 512x512, and says at length that it could not allocate them. All of these are among
-# cuDNN's nondeterministic kernels: without them the search takes half the time and no memory to
-# speak of (docs/performance.md has what decoding takes).
+# XLA's search for the fastest convolutions also tries kernels that need 75 GB of scratch memory for
+# 9 pictures of 512x512, and logs each failed allocation. All of these are nondeterministic kernels
+# of cuDNN: without them the search takes half the time and little memory (docs/performance.md).
 DECODER_OPTIONS = {"xla_gpu_exclude_nondeterministic_ops": True}
 
 
-def decoder_programs(graphdef, *, blended: bool = False) -> tuple[Callable, Callable]:
-    """The jitted functions of `make_decoder`: (vae state, latents fp32 [B,F,h,w,C]) -> (video,
-    finite), and (vae state, latents of a chunk, history) -> ((video, finite), history). Videos
-    [B,T,H,W,3] are uint8, or fp32 in [-1, 1] where they are still to be blended; finite is that of
-    `Videos`.
+def decoder_functions(graphdef, *, blended: bool = False) -> tuple[Callable, Callable]:
+    """Return the jitted functions of `make_decoder`.
+
+    decode: (vae state, latents fp32 [B,F,H,W,C]) -> (video, finite). decode_chunk: (vae state,
+    latents of a chunk, history) -> ((video, finite), history).
+
+    video [B,frames,height,width,3] is uint8, or fp32 in [-1, 1] if `blended`, because tiles are
+    blended before they are rounded. finite is that of `Videos`.
     """
 
     def outputs(video, latents):
@@ -199,7 +228,7 @@ def decoder_programs(graphdef, *, blended: bool = False) -> tuple[Callable, Call
 
 
 def all_finite(x: jax.Array) -> jax.Array:
-    """Whether all values of a sample are finite, bool [B]; x: [B, ...]."""
+    """Return whether all values of each sample of x [B, ...] are finite, bool [B]."""
     return jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
 
 
@@ -209,20 +238,28 @@ def make_decoder(
     chunk: int | None = None,
     tile: int = 0,
     overlap: int = 8,
-    programs: tuple[Callable, Callable] | None = None,
+    functions: tuple[Callable, Callable] | None = None,
 ) -> Callable:
-    """The jitted VAE decoder: (vae state, latents fp32 [B,F,h,w,C]) -> a function that waits for
-    the videos and gives them as `Videos` on the host; with several processes, those whose latents
-    lie on this one's devices. Meanwhile the device can be given more to do. (Tiles are only started
-    by the second call.)
+    """Return the VAE decoder: (vae state, latents fp32 [B,F,H,W,C]) -> a function that waits for
+    the videos and returns them as `Videos` on the host.
 
-    chunk: latent frames at a time, 0 for the whole clip; None takes whole clips where they need
-    less than `vae_chunks.BUDGET` bytes a device by estimate, and else the largest chunk that fits,
-    at least one latent frame: two for 81 frames of Wan 2.1 at 480x832, which take 12 GB a video
-    beside the weights (`vae_chunks` has a table). Chunks give the same video up to rounding. tile >
-    0: in tiles of so many latent cells too, overlapping by `overlap`; that needs less and is an
-    approximation (`vae_chunks.decode_tiles`). programs: this model's `decoder_programs`, compiled
-    already, where there are no tiles. Raises ValueError on values out of range.
+    Until that function is called the device can be given more work. (Tiles are only started by that
+    call.) With several processes, it returns the videos of this process (`multihost.my_part`).
+
+    Args:
+        graphdef: graph of the VAE.
+        chunk: latent frames at a time, 0 for whole videos. Chunks give the same video up to
+            rounding. None takes whole videos if they need less than `vae_chunks.BUDGET` bytes a
+            device by estimate, else the largest chunk that fits, at least one latent frame: two for
+            81 frames of Wan 2.1 at 480x832, which take 12 GB a video in addition to the weights
+            (table in `vae_chunks`).
+        tile: side of a tile in latent cells; 0 for whole frames. Tiles need less memory than a
+            chunk of one latent frame, and are an approximation (`vae_chunks.decode_tiles`).
+        overlap: overlap of neighbouring tiles in latent cells.
+        functions: the `decoder_functions` of this model if they are compiled already; only
+            without tiles.
+
+    Raises ValueError on values out of range.
     """
     if (chunk is not None and chunk < 0) or tile < 0 or (tile and not 0 <= overlap < tile):
         raise ValueError(
@@ -230,11 +267,11 @@ def make_decoder(
             "overlap by less than their size"
         )
 
-    whole, step = programs or decoder_programs(graphdef, blended=tile > 0)
-    chosen = {}  # shape on one device: latent frames a chunk
+    whole, step = functions or decoder_functions(graphdef, blended=tile > 0)
+    chosen = {}  # {shape on one device: latent frames of a chunk}
 
-    def in_time(state, latents) -> list[tuple[jax.Array, jax.Array]]:
-        """(video, finite) of each piece in time."""
+    def decode_in_time(state, latents) -> list[tuple[jax.Array, jax.Array]]:
+        """Return (video, finite) of each chunk, or of the whole video."""
         shape = latents.sharding.shard_shape(latents.shape)
         if shape not in chosen:
             vae: AutoencoderKLWan = nnx.merge(graphdef, state)
@@ -248,38 +285,38 @@ def make_decoder(
         sizes = vae_chunks.chunk_sizes(shape[1], size)
         return list(vae_chunks.decode_chunks(partial(step, state), latents, sizes))
 
-    def fetched(pieces: list[tuple[jax.Array, jax.Array]]) -> Videos:
+    def fetch(pieces: list[tuple[jax.Array, jax.Array]]) -> Videos:
         return Videos(
             np.concatenate([my_part(video) for video, _ in pieces], axis=1),
             np.all([my_part(finite) for _, finite in pieces], axis=0),
         )
 
+    def fetch_tiled(state, latents) -> Videos:
+        video = vae_chunks.decode_tiles(
+            lambda x: fetch(decode_in_time(state, x)).frames, latents, tile, overlap
+        )
+        # non-finite values of a tile stay in the blended pixels
+        finite = np.isfinite(video).all(axis=(1, 2, 3, 4))
+        video = np.where(finite[:, None, None, None, None], video, -1)
+        return Videos(np.round((video + 1) * 127.5).astype(np.uint8), finite)
+
     def decode(state, latents) -> Callable[[], Videos]:
         latents = jnp.asarray(latents)
         if tile:
-
-            def blended():
-                video = vae_chunks.decode_tiles(
-                    lambda x: fetched(in_time(state, x)).frames, latents, tile, overlap
-                )
-                # a tile that is not finite leaves such pixels
-                finite = np.isfinite(video).all(axis=(1, 2, 3, 4))
-                video = np.where(finite[:, None, None, None, None], video, -1)
-                return Videos(np.round((video + 1) * 127.5).astype(np.uint8), finite)
-
-            return blended
-        pieces = in_time(state, latents)
+            return partial(fetch_tiled, state, latents)
+        pieces = decode_in_time(state, latents)
         for piece in jax.tree.leaves(pieces):
             piece.copy_to_host_async()
-        return partial(fetched, pieces)
+        return partial(fetch, pieces)
 
     return decode
 
 
 def one_ahead(dispatched: Iterator) -> Iterator:
-    """The items of `dispatched`, each only when the next has been asked for: where asking
-    dispatches work, the device has some left while the host waits for an item's results, fetches
-    and scores them.
+    """Yield the items of `dispatched`, each only after the next one was requested.
+
+    If requesting an item dispatches work, the device has work left while the host waits for the
+    results of an item, fetches and scores them.
     """
     waiting = collections.deque()
     for item in dispatched:
@@ -292,11 +329,15 @@ def one_ahead(dispatched: Iterator) -> Iterator:
 def make_ode_step(
     module: Callable, solver, guidance: float, shift: Callable | None = None
 ) -> Callable:
-    """The jitted deterministic step: (arrays of `module`, solver state, step index, text) -> solver
-    state.
+    """Return the jitted deterministic step: (arrays of `module`, solver state, step index, text) ->
+    solver state.
 
-    shift: (latents, sigma, timestep, text) -> what is taken off the velocity (`reward_head.shift`),
-    None: nothing.
+    Args:
+        module: (*arrays) -> the transformer.
+        solver: one of `solvers.make_solver`.
+        guidance: scale of classifier-free guidance; up to 1 means none.
+        shift: (latents, sigma, timestep, text) -> what is subtracted from the velocity
+            (`reward_guidance.shift`); None: nothing.
     """
 
     @partial(jax.jit, donate_argnums=(1,))
@@ -313,30 +354,37 @@ def make_ode_step(
 def sample_ode(
     steps: Sequence[Callable],
     arrays: Callable,
-    parts: Sequence[Segment],
+    segments: Sequence[Segment],
     solver,
     batches: Sequence[tuple[jax.Array, TextBatch]],
 ) -> Iterator[jax.Array]:
-    """Final latents fp32 [B,F,H,W,C] of each batch (noise of that shape, text), in order.
+    """Yield the final latents fp32 [B,F,H,W,C] of each batch, in order.
 
-    steps: one `make_ode_step` an expert; arrays(expert): what it takes first; parts:
-    `experts.segments`. Every batch goes through one expert's steps before the next expert's weights
-    are asked for, with nothing under way; the last one yields as it goes.
+    Args:
+        steps: `make_ode_step` of each expert.
+        arrays: expert -> the first argument of its step.
+        segments: `experts.segments` of the schedule.
+        solver: the solver of the steps.
+        batches: (noise [B,F,H,W,C], text) of each batch.
+
+    All batches go through the steps of one expert before the weights of the next are requested,
+    after the device has finished. Batches are yielded during the last segment, as they are
+    completed.
     """
     states = [solver.init(jnp.copy(noise)) for noise, _ in batches]
-    for part in parts:
-        if part is not parts[0]:
+    for segment in segments:
+        if segment is not segments[0]:
             jax.block_until_ready(states)
-        weights = arrays(part.expert)
+        weights = arrays(segment.expert)
         for b, (_, text) in enumerate(batches):
-            for i in part.steps:
-                states[b] = steps[part.expert](weights, states[b], i, text)
-            if part is parts[-1]:
+            for i in segment.steps:
+                states[b] = steps[segment.expert](weights, states[b], i, text)
+            if segment is segments[-1]:
                 yield states[b].x
                 states[b] = None
 
 
 def load_vae(model: model_dir.ModelDir, mesh):
-    """(graphdef, state replicated on the mesh); the VAE runs in fp32."""
+    """Return (graphdef, state replicated on the mesh) of the VAE in fp32."""
     graphdef, state = model_dir.build("vae", model, dtype=jnp.float32)
     return graphdef, replicate(state, mesh)

@@ -1,13 +1,12 @@
-"""Text embeddings on disk: a prompt set is encoded once for a model, however many runs use it.
+"""Text embeddings on disk: the prompts are encoded once for a model, however many runs use them.
 
-    MODEL/text_cache/<key>.npy   [rows of the prompt, text_dim] without the zero rows after them, in
-                                 the encoder's
-                                 type; bfloat16, which NumPy's files cannot name, as its bits in
-                                 uint16; then the CRC-32 of all that, 4 bytes
+    MODEL/text_cache/<key>.npy  [rows of the prompt, text_dim], without the zero rows after them, in
+                                the encoder's dtype (bfloat16 as its bits in uint16, because NumPy
+                                has no name for it), followed by the CRC-32 of all that, 4 bytes
 
-The key is a hash of the model's manifest, the encoder's dtype and the prompt. The cache lies in the
-model's folder and goes with it. A folder that cannot be written is no error: the embeddings are
-then computed again by the next run.
+The key is a hash of the model's manifest, the encoder's dtype and the prompt. The cache is in the
+model's folder, so it is deleted with it. If the folder cannot be written, the next run computes the
+embeddings again.
 """
 
 import contextlib
@@ -25,7 +24,7 @@ FOLDER = "text_cache"
 
 
 class PromptCache:
-    """`get` and `put` embeddings by prompt."""
+    """Reads and writes embeddings by prompt; dtype: that of the encoder."""
 
     def __init__(self, model: ModelDir, dtype):
         self.folder = model.path / FOLDER
@@ -39,15 +38,18 @@ class PromptCache:
         self.writable = True
 
     def path(self, prompt: str) -> pathlib.Path:
+        """Return the file of a prompt."""
         return self.folder / f"{hashlib.sha256(self.salt + prompt.encode()).hexdigest()}.npy"
 
     def get(self, prompt: str) -> np.ndarray | None:
-        """The prompt's rows, or None. A damaged file counts as none."""
+        """Return the embedding of a prompt [rows, text_dim], or None if there is none or it is
+        damaged.
+        """
         rows = self._load(prompt)
         return None if rows is None else rows.view(self.dtype)
 
     def rows(self, prompt: str) -> int | None:
-        """How many `get` returns, or None."""
+        """Return the number of rows that `get` returns, or None."""
         rows = self._load(prompt)
         return None if rows is None else len(rows)
 
@@ -62,7 +64,7 @@ class PromptCache:
         return rows if rows.dtype == self.stored else None
 
     def put(self, prompt: str, rows: np.ndarray) -> None:
-        """Writes the file whole or not at all."""
+        """Write the embedding of a prompt, as a complete file or not at all."""
         if not self.writable:
             return
         path = self.path(prompt)

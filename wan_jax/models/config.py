@@ -1,10 +1,10 @@
 """Model configurations, read from the JSON files of a Diffusers checkpoint.
 
 Field names and defaults are those of Diffusers' `WanTransformer3DModel`, `AutoencoderKLWan`, its
-schedulers and transformers' `UMT5EncoderModel`, so `from_dict(json.load(...))` reads the published
-files and an older file that lacks a key gets the value the class would have given it.
-`check_fields` compares every value with its field's type and bounds: a whole number is between 1
-and 2^20 unless its field says otherwise.
+schedulers and transformers' `UMT5EncoderModel`. So `from_dict(json.load(...))` reads the published
+files, and an older file without a key gets the value that the class would have given it.
+`check_fields` compares every value with the type and the bounds of its field: a whole number is
+between 1 and 2^20 unless its field has other bounds.
 """
 
 import dataclasses
@@ -18,26 +18,24 @@ from wan_jax.storage import integrity
 
 
 class ConfigError(UserError, ValueError):
-    """A model configuration that this code cannot run faithfully."""
+    """A model configuration that this code cannot run correctly."""
 
 
 class Config:
-    """What the configurations share."""
+    """The interface of all configurations."""
 
     def validate(self) -> None:
-        """Raise `ConfigError` where fields that are right by themselves do not fit together or to
-        Wan.
-        """
+        """Raise `ConfigError` when valid fields do not fit together or to Wan."""
 
 
 def _bounded(default, low, high):
-    """A field whose numbers lie between `low` and `high`, both included."""
+    """Return a field with numbers from `low` to `high`, both included."""
     return dataclasses.field(default=default, metadata={"low": low, "high": high})
 
 
 def _only(default, supported):
-    """A field of which only one value is supported; `default` is what the class assumes when the
-    key is missing.
+    """Return a field with one supported value; `default` is what the class assumes when the key is
+    missing.
     """
     return dataclasses.field(default=default, metadata={"only": supported})
 
@@ -47,9 +45,7 @@ SMALL = 1e-30  # a lower bound for numbers that must be positive
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig(Config):
-    """`transformer/config.json` (Diffusers `WanTransformer3DModel`). Width D = attention heads *
-    head dim.
-    """
+    """`transformer/config.json` (Diffusers `WanTransformer3DModel`)."""
 
     patch_size: tuple[int, int, int] = _bounded((1, 2, 2), 1, 64)
     num_attention_heads: int = _bounded(40, 1, 1024)
@@ -67,6 +63,7 @@ class TransformerConfig(Config):
 
     @property
     def width(self) -> int:
+        """D, the width of the residual stream: attention heads x head dim."""
         return self.num_attention_heads * self.attention_head_dim
 
     def validate(self):
@@ -92,8 +89,8 @@ class TransformerConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig(Config):
-    """`vae/config.json` (Diffusers `AutoencoderKLWan`). `temperal_downsample` is the key's real
-    spelling.
+    """`vae/config.json` (Diffusers `AutoencoderKLWan`). `temperal_downsample` is how the key is
+    spelled.
     """
 
     base_dim: int = 96
@@ -154,8 +151,8 @@ class TextEncoderConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class UniPCConfig(Config):
-    """`scheduler/scheduler_config.json` of Diffusers' `UniPCMultistepScheduler`, every key that has
-    an effect on flow sigmas. `solvers.UniPC` implements one value of most.
+    """`scheduler/scheduler_config.json` of Diffusers' `UniPCMultistepScheduler`: every key with an
+    effect on flow sigmas. `solvers.UniPC` implements one value of most of them.
     """
 
     flow_shift: float = _bounded(1.0, 1e-3, 1e3)
@@ -179,7 +176,7 @@ class UniPCConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class FlowMatchEulerConfig(Config):
-    """The same of Diffusers' `FlowMatchEulerDiscreteScheduler`."""
+    """`scheduler/scheduler_config.json` of Diffusers' `FlowMatchEulerDiscreteScheduler`."""
 
     shift: float = _bounded(1.0, 1e-3, 1e3)
     num_train_timesteps: int = _only(1000, 1000)
@@ -194,7 +191,7 @@ class FlowMatchEulerConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class Scheduler:
-    """How a checkpoint's own scheduler samples."""
+    """How the scheduler of a checkpoint samples."""
 
     solver: str  # one of `solvers.SOLVERS`
     shift: float
@@ -224,13 +221,14 @@ def load_scheduler(path) -> Scheduler:
 
 
 def from_dict(cls, values: dict, where: str = ""):
-    """Build a config dataclass from a JSON dict: known keys are taken, unknown ones ignored
-    (Diffusers writes many), lists become tuples, and values this code cannot run raise
-    `ConfigError`, which names the file `where`.
+    """Build a configuration from a JSON dict. Known keys are used, unknown ones ignored (Diffusers
+    writes many), and lists become tuples.
+
+    Raises `ConfigError`, with the file name `where`, on values that this code cannot run.
     """
     names = {field.name for field in dataclasses.fields(cls)}
-    picked = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
-    config = cls(**picked)
+    known = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
+    config = cls(**known)
     try:
         check_fields(config)
         config.validate()
@@ -240,12 +238,13 @@ def from_dict(cls, values: dict, where: str = ""):
 
 
 def check_fields(config) -> None:
-    """Raise `ConfigError` when a field's value is not of its type or outside its bounds."""
+    """Raise `ConfigError` when the value of a field has the wrong type or is out of bounds."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, limits = getattr(config, field.name), field.metadata
         if "only" in limits:
-            wrong = value != limits["only"] and f"only {limits['only']!r} is supported"
+            supported = value == limits["only"]
+            wrong = None if supported else f"only {limits['only']!r} is supported"
         else:
             wrong = _wrong(value, hints[field.name], limits)
         if wrong:
@@ -256,25 +255,26 @@ def check_fields(config) -> None:
 
 
 def _wrong(value, hint, limits: typing.Mapping) -> str | None:
-    """What is wrong with a value of the type `hint`, or None."""
+    """Return what is wrong with a value of the type `hint`, or None."""
     if isinstance(hint, types.UnionType):
         return None if value is None else _wrong(value, typing.get_args(hint)[0], limits)
     if typing.get_origin(hint) is tuple:
         kinds = typing.get_args(hint)
         if not isinstance(value, tuple) or (kinds[-1] is not ... and len(value) != len(kinds)):
             return "must be a list" + (f" of {len(kinds)} values" if kinds[-1] is not ... else "")
-        return next((wrong for item in value if (wrong := _wrong(item, kinds[0], limits))), None)
+        return next(filter(None, (_wrong(item, kinds[0], limits) for item in value)), None)
     if hint in (bool, str):
         return (
             None
             if isinstance(value, hint)
             else f"must be {'true or false' if hint is bool else 'a text'}"
         )
-    low, high = limits.get("low", 1 if hint is int else -1e6), limits.get("high", 2**20)
-    known = (int,) if hint is int else (int, float)
+    low = limits.get("low", 1 if hint is int else -1e6)
+    high = limits.get("high", 2**20)
+    numbers = (int,) if hint is int else (int, float)
     if (
         isinstance(value, bool)
-        or not isinstance(value, known)
+        or not isinstance(value, numbers)
         or not math.isfinite(value)
         or not low <= value <= high
     ):
@@ -283,13 +283,14 @@ def _wrong(value, hint, limits: typing.Mapping) -> str | None:
 
 
 def _short(value) -> str:
+    """Return the value as text of at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def read_json(path) -> dict:
-    """Read a file that holds a JSON object. Raise `ConfigError` naming the file when it is missing
-    or anything else.
+    """Read a JSON object from a file. Raise `ConfigError` with its name when it is missing or
+    something else.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -301,7 +302,7 @@ def read_json(path) -> dict:
 
 
 def load(cls, path):
-    """`from_dict` on a JSON file. Raises `ConfigError` naming the file when it is missing or not
-    JSON.
+    """Read a configuration from a JSON file by `from_dict`. Raises `ConfigError` with the name of
+    the file.
     """
     return from_dict(cls, read_json(path), where=str(path))

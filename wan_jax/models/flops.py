@@ -1,8 +1,8 @@
-"""Floating-point operations of a program: the matrix products and convolutions of its jaxpr, as
-written.
+"""Floating-point operations of a jitted function, counted from its jaxpr: matrix products and
+convolutions.
 
-Element-wise work is not counted; it is a few per cent of a transformer's. Padding of a convolution
-counts as computed.
+Element-wise operations are not counted; in a transformer they are a few per cent. The padding of a
+convolution is counted as computed.
 """
 
 import math
@@ -11,18 +11,20 @@ from collections.abc import Callable, Iterator
 from jax.extend import core
 
 
-def of(jitted: Callable, *args) -> float:
-    """FLOPs of one call with these (abstract) arguments, over all devices."""
-    return of_jaxpr(jitted.trace(*args).jaxpr.jaxpr)
+def count(jitted: Callable, *args) -> float:
+    """Return the FLOPs of one call with these (abstract) arguments, summed over all devices."""
+    return _count_jaxpr(jitted.trace(*args).jaxpr.jaxpr)
 
 
-def of_jaxpr(jaxpr: core.Jaxpr) -> float:
-    return sum(map(of_equation, jaxpr.eqns))
+def _count_jaxpr(jaxpr: core.Jaxpr) -> float:
+    return sum(map(_count_equation, jaxpr.eqns))
 
 
-def of_equation(eqn: core.JaxprEqn) -> float:
-    """A product and a sum are two. A scan's body counts as often as it runs, of a conditional the
-    largest branch, the body of a `while_loop` once, since its count is not known.
+def _count_equation(eqn: core.JaxprEqn) -> float:
+    """Return the FLOPs of one equation; a multiplication and an addition are two.
+
+    The body of a scan counts once per iteration, a conditional as its largest branch, and the body
+    of a `while_loop` once, because its number of iterations is unknown.
     """
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
@@ -34,14 +36,14 @@ def of_equation(eqn: core.JaxprEqn) -> float:
         features = kernel[params["dimension_numbers"].rhs_spec[0]]
         return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / features
     if name == "cond":
-        return max(map(of_jaxpr, inner(params)))
-    return sum(map(of_jaxpr, inner(params))) * params.get("length", 1)
+        return max(map(_count_jaxpr, _inner_jaxprs(params)))
+    return sum(map(_count_jaxpr, _inner_jaxprs(params))) * params.get("length", 1)
 
 
-def inner(params: dict) -> Iterator[core.Jaxpr]:
-    """The jaxprs among an equation's parameters."""
+def _inner_jaxprs(params: dict) -> Iterator[core.Jaxpr]:
+    """Yield the jaxprs among the parameters of an equation."""
     for value in params.values():
-        for x in value if isinstance(value, (tuple, list)) else (value,):
-            x = getattr(x, "jaxpr", x)
-            if isinstance(x, core.Jaxpr):
-                yield x
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            jaxpr = getattr(item, "jaxpr", item)
+            if isinstance(jaxpr, core.Jaxpr):
+                yield jaxpr

@@ -1,8 +1,7 @@
-"""The published models' configurations, for what runs without their weights: planning, benchmarks,
-tests.
+"""The configurations of the published models, for what runs without their weights: planning,
+benchmarks, tests.
 
-A converted model brings its own; these are the same values (Diffusers repositories
-Wan-AI/*-Diffusers).
+They are those of the Diffusers repositories Wan-AI/*-Diffusers; a converted model has its own.
 """
 
 import dataclasses
@@ -10,44 +9,35 @@ import dataclasses
 from wan_jax.models.config import TextEncoderConfig, TransformerConfig, VAEConfig
 from wan_jax.storage.model_dir import ModelDir
 
-VAE_21 = VAEConfig(
-    latents_mean=(
-        -0.7571,
-        -0.7089,
-        -0.9113,
-        0.1075,
-        -0.1745,
-        0.9653,
-        -0.1517,
-        1.5508,
-        0.4134,
-        -0.0715,
-        0.5517,
-        -0.3632,
-        -0.1922,
-        -0.9497,
-        0.2503,
-        -0.2921,
-    ),
-    latents_std=(
-        2.8184,
-        1.4541,
-        2.3275,
-        2.6558,
-        1.2196,
-        1.7708,
-        2.6052,
-        2.0743,
-        3.2687,
-        2.1526,
-        2.8652,
-        1.5579,
-        1.6382,
-        1.1253,
-        2.8251,
-        1.9160,
-    ),
+# Per latent channel. One row is eight channels, which the formatter would put on a line each.
+# fmt: off
+VAE_21_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
 )
+VAE_21_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)
+VAE_22_MEAN = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
+    -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
+    -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
+    -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
+    0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)
+VAE_22_STD = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
+    0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
+    0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
+    0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
+    0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)
+# fmt: on
+
+VAE_21 = VAEConfig(latents_mean=VAE_21_MEAN, latents_std=VAE_21_STD)
 VAE_22 = VAEConfig(
     base_dim=160,
     decoder_base_dim=256,
@@ -57,123 +47,35 @@ VAE_22 = VAEConfig(
     out_channels=12,
     patch_size=2,
     scale_factor_spatial=16,
-    latents_mean=(
-        -0.2289,
-        -0.0052,
-        -0.1323,
-        -0.2339,
-        -0.2799,
-        0.0174,
-        0.1838,
-        0.1557,
-        -0.1382,
-        0.0542,
-        0.2813,
-        0.0891,
-        0.1570,
-        -0.0098,
-        0.0375,
-        -0.1825,
-        -0.2246,
-        -0.1207,
-        -0.0698,
-        0.5109,
-        0.2665,
-        -0.2108,
-        -0.2158,
-        0.2502,
-        -0.2055,
-        -0.0322,
-        0.1109,
-        0.1567,
-        -0.0729,
-        0.0899,
-        -0.2799,
-        -0.1230,
-        -0.0313,
-        -0.1649,
-        0.0117,
-        0.0723,
-        -0.2839,
-        -0.2083,
-        -0.0520,
-        0.3748,
-        0.0152,
-        0.1957,
-        0.1433,
-        -0.2944,
-        0.3573,
-        -0.0548,
-        -0.1681,
-        -0.0667,
-    ),
-    latents_std=(
-        0.4765,
-        1.0364,
-        0.4514,
-        1.1677,
-        0.5313,
-        0.4990,
-        0.4818,
-        0.5013,
-        0.8158,
-        1.0344,
-        0.5894,
-        1.0901,
-        0.6885,
-        0.6165,
-        0.8454,
-        0.4978,
-        0.5759,
-        0.3523,
-        0.7135,
-        0.6804,
-        0.5833,
-        1.4146,
-        0.8986,
-        0.5659,
-        0.7069,
-        0.5338,
-        0.4889,
-        0.4917,
-        0.4069,
-        0.4999,
-        0.6866,
-        0.4093,
-        0.5709,
-        0.6065,
-        0.6415,
-        0.4944,
-        0.5726,
-        1.2042,
-        0.5458,
-        1.6887,
-        0.3971,
-        1.0600,
-        0.3943,
-        0.5537,
-        0.5444,
-        0.4089,
-        0.7468,
-        0.7744,
-    ),
+    latents_mean=VAE_22_MEAN,
+    latents_std=VAE_22_STD,
 )
 UMT5_XXL = TextEncoderConfig()
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
+    """The configurations of one model.
+
+    Attributes:
+        repository: of the weights on Hugging Face, or the folder of a converted model.
+        transformer, vae, text_encoder: of its networks.
+        boundary: of its two experts (`wan_jax.diffusion.experts`); None if it has one transformer.
+        expand_timesteps: in model_index.json: one timestep per token, all equal for text to video.
+        flow_shift: shift of its scheduler.
+    """
+
     repository: str
     transformer: TransformerConfig
     vae: VAEConfig = VAE_21
-    boundary: float | None = None  # two experts, which change at this part of the noise
-    # of model_index.json: one timestep for each token, all equal for text to video
+    boundary: float | None = None
     expand_timesteps: bool = False
     flow_shift: float = 3.0
     text_encoder: TextEncoderConfig = UMT5_XXL
 
     @property
     def experts(self) -> tuple[str, ...]:
+        """Names of the transformers, the one for high noise first."""
         return ("transformer", "transformer_2") if self.boundary else ("transformer",)
 
 
@@ -197,7 +99,7 @@ PRESETS = {
 
 
 def of_folder(model: ModelDir) -> Preset:
-    """Return a converted model's own configuration; the shift is a recipe's to set."""
+    """Return the configuration of a converted model, with the default shift, which recipes set."""
     return Preset(
         str(model.path),
         model.config("transformer"),

@@ -1,19 +1,20 @@
 """UMT5 text encoder of the Wan models (transformers `UMT5EncoderModel`).
 
-Embedding lookup, L pre-norm layers of self-attention and gated-GELU feed-forward, final RMS norm.
-What sets it apart from other encoders, each of which gives plausible wrong hidden states when
-missed:
+Embedding lookup, L pre-norm layers of self-attention and gated-GELU feed-forward network, final RMS
+norm. Differences from other encoders, each of which gives plausible but wrong hidden states when it
+is missed:
 
-* every layer owns its relative position table (T5 shares the first layer's);
+* every layer has its own table of relative positions (T5 shares that of the first layer);
 * attention scores are not divided by sqrt(head_dim), and the embedding is not multiplied by
   sqrt(D);
-* no Linear has a bias, and norms are RMS norms without mean;
+* no dense layer has a bias, and norms are RMS norms without mean;
 * the GELU is the tanh approximation.
 
-Letters: B prompts, S text tokens, D width, N heads, K head size (d_kv), L layers. All L layers are
-stacked on axis 0 of `encoder/block/*` and run by `lax.scan`, so one layer is compiled, not 24.
+Shapes: B prompts, St text tokens, D width, N heads, L layers; d_kv is the size of a head. All L
+layers are stacked on axis 0 of `encoder/block/*` and run by `lax.scan`, so one layer is compiled
+instead of 24.
 
-Numbers: parameters, matrix products and the residual stream are in `dtype`; norms and the softmax
+Precision: parameters, matrix products and the residual stream are in `dtype`; norms and the softmax
 in fp32. Dropout, which Wan never uses, is left out.
 """
 
@@ -21,24 +22,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from wan_jax.models.config import TextEncoderConfig
 from wan_jax.models.layers import Linear, RMSNorm
 
-Array = jax.Array
 
-
-def relative_buckets(length: int, num_buckets: int, max_distance: int) -> np.ndarray:
-    """Bucket of the distance key - query for all pairs: int32 [S queries, S keys].
+def relative_buckets(
+    length: int, num_buckets: int, max_distance: int
+) -> Int32[np.ndarray, "length length"]:
+    """Return the bucket of the distance key - query for all pairs [query, key].
 
     Bidirectional T5 buckets (Raffel et al. 2020, section 2.1): the upper half is for keys to the
-    right. Within a half of h = num_buckets / 2, distances n < h/2 have a bucket each and larger
-    ones share logarithmic ones, h/2 + floor(log(n / (h/2)) / log(max_distance / (h/2)) * h/2), the
-    last taking all from max_distance on. In numpy and fp32, the precision of the original: a floor
-    of a logarithm is no place for another rounding.
+    right. Within a half of h = num_buckets / 2, distances n < h/2 have one bucket each, and larger
+    ones share logarithmic buckets, h/2 + floor(log(n / (h/2)) / log(max_distance / (h/2)) * h/2);
+    the last one has all from max_distance on. In NumPy and fp32, the precision of the original,
+    because a different rounding could change the floor of the logarithm.
     """
     position = np.arange(length, dtype=np.int32)
-    distance = position[None, :] - position[:, None]  # [S, S]
+    distance = position[None, :] - position[:, None]  # [St, St]
     half = num_buckets // 2
     exact = half // 2
     n = np.abs(distance)
@@ -51,9 +53,10 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> np.nda
 class Embedding(nnx.Module):
     """A lookup table [rows, features], initialised normal(0, std).
 
-    A small table is read by a one-hot product: the gradient of a lookup adds every token's row with
-    atomic operations, which collide when a few rows serve them all. On an H200 the one-hot product
-    took the training step of examples/tiny_wan, 110,000 characters, from 190 to 70 ms.
+    A small table is read by a one-hot product, because the gradient of a lookup adds the row of
+    every token with atomic operations, which collide when a few rows are used by all. On an H200
+    the one-hot product took the training step of examples/tiny_wan, 110,000 characters, from 190 to
+    70 ms.
     """
 
     def __init__(self, rows: int, features: int, *, std: float, dtype, rngs: nnx.Rngs):
@@ -61,7 +64,7 @@ class Embedding(nnx.Module):
             (jax.random.normal(rngs.params(), (rows, features)) * std).astype(dtype)
         )
 
-    def __call__(self, ids: Array) -> Array:  # int [...] -> [..., features]
+    def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch features"]:
         table = self.embedding[...]
         if table.shape[0] > 512:
             return table[ids]
@@ -71,10 +74,10 @@ class Embedding(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """softmax(q k^T + bias[bucket(key - query)]) v with scale 1, padded keys masked, softmax in
+    """softmax(q k^T + bias[bucket(key - query)]) v with scale 1; padded keys are masked, softmax in
     fp32.
 
-    The initialisation is T5's: as scores are not scaled, q starts smaller by d_kv^-0.5.
+    The initialisation is T5's: because scores are not scaled, q is smaller by d_kv^-0.5.
     """
 
     def __init__(self, config: TextEncoderConfig, *, dtype, rngs: nnx.Rngs):
@@ -93,17 +96,20 @@ class SelfAttention(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, x: Array, buckets: Array, mask: Array) -> Array:
-        """x [B, S, D], buckets int32 [S, S], mask bool [B, S] -> [B, S, D]."""
-
+    def __call__(
+        self,
+        x: Float[Array, "B St D"],
+        buckets: Int32[Array, "St St"],
+        mask: Bool[Array, "B St"],
+    ) -> Float[Array, "B St D"]:
         def split_heads(y):
-            return y.reshape(*y.shape[:2], self.heads, -1)  # [B, S, N, K]
+            return y.reshape(*y.shape[:2], self.heads, -1)  # [B, St, N, d_kv]
 
         q, k, v = split_heads(self.q(x)), split_heads(self.k(x)), split_heads(self.v(x))
         scores = jnp.einsum("bqnk,btnk->bnqt", q, k, preferred_element_type=jnp.float32)
-        bias = self.relative_attention_bias(buckets).astype(jnp.float32)  # [S, S, N]
-        scores = scores + bias.transpose(2, 0, 1)  # [B, N, S, S]
-        # a finite minimum: a row without any valid key gives numbers that `encode` zeroes, not NaN
+        bias = self.relative_attention_bias(buckets).astype(jnp.float32)  # [St, St, N]
+        scores = scores + bias.transpose(2, 0, 1)  # [B, N, St, St]
+        # finite, so that a row without any valid key gives numbers that `encode` zeroes, not NaN
         scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         y = jnp.einsum("bnqt,btnk->bqnk", weights, v)
@@ -118,7 +124,7 @@ class GatedFeedForward(nnx.Module):
         self.wi_1 = Linear(config.d_model, config.d_ff, bias=False, dtype=dtype, rngs=rngs)
         self.wo = Linear(config.d_ff, config.d_model, bias=False, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:  # [B, S, D] -> [B, S, D]
+    def __call__(self, x: Float[Array, "B St D"]) -> Float[Array, "B St D"]:
         return self.wo(jax.nn.gelu(self.wi_0(x), approximate=True) * self.wi_1(x))
 
 
@@ -129,7 +135,12 @@ class AttentionLayer(nnx.Module):
         self.SelfAttention = SelfAttention(config, dtype=dtype, rngs=rngs)
         self.layer_norm = RMSNorm(config.d_model, eps=config.layer_norm_epsilon, dtype=dtype)
 
-    def __call__(self, x: Array, buckets: Array, mask: Array) -> Array:
+    def __call__(
+        self,
+        x: Float[Array, "B St D"],
+        buckets: Int32[Array, "St St"],
+        mask: Bool[Array, "B St"],
+    ) -> Float[Array, "B St D"]:
         return x + self.SelfAttention(self.layer_norm(x), buckets, mask)
 
 
@@ -140,16 +151,23 @@ class FeedForwardLayer(nnx.Module):
         self.DenseReluDense = GatedFeedForward(config, dtype=dtype, rngs=rngs)
         self.layer_norm = RMSNorm(config.d_model, eps=config.layer_norm_epsilon, dtype=dtype)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B St D"]) -> Float[Array, "B St D"]:
         return x + self.DenseReluDense(self.layer_norm(x))
 
 
 class Block(nnx.Module):
+    """One layer of the encoder."""
+
     def __init__(self, config: TextEncoderConfig, dtype, rngs: nnx.Rngs):
         self.layer_0 = AttentionLayer(config, dtype=dtype, rngs=rngs)
         self.layer_1 = FeedForwardLayer(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Array, buckets: Array, mask: Array) -> Array:
+    def __call__(
+        self,
+        x: Float[Array, "B St D"],
+        buckets: Int32[Array, "St St"],
+        mask: Bool[Array, "B St"],
+    ) -> Float[Array, "B St D"]:
         return self.layer_1(self.layer_0(x, buckets, mask))
 
 
@@ -165,7 +183,12 @@ class Stack(nnx.Module):
         self.block = make_blocks(rngs)
         self.final_layer_norm = RMSNorm(config.d_model, eps=config.layer_norm_epsilon, dtype=dtype)
 
-    def __call__(self, x: Array, buckets: Array, mask: Array) -> Array:
+    def __call__(
+        self,
+        x: Float[Array, "B St D"],
+        buckets: Int32[Array, "St St"],
+        mask: Bool[Array, "B St"],
+    ) -> Float[Array, "B St D"]:
         graph, params = nnx.split(self.block)  # params: every leaf [L, ...]
 
         def layer(x, params):
@@ -176,9 +199,9 @@ class Stack(nnx.Module):
 
 
 class UMT5Encoder(nnx.Module):
-    """Token ids to hidden states. Use `encode` for what the Wan transformer is fed.
+    """Token ids to hidden states. Use `encode` for the input of the Wan transformer.
 
-    `dtype` is that of parameters and compute. The initialisation is T5's, fit for training from
+    `dtype` is that of parameters and computation. The initialisation is T5's, fit for training from
     scratch.
     """
 
@@ -187,11 +210,12 @@ class UMT5Encoder(nnx.Module):
         self.shared = Embedding(config.vocab_size, config.d_model, std=1.0, dtype=dtype, rngs=rngs)
         self.encoder = Stack(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, ids: Array, mask: Array) -> Array:
-        """ids int32 [B, S], mask bool or int [B, S] (nonzero: a token) -> hidden [B, S, D] in
-        `dtype`.
+    def __call__(
+        self, ids: Int[Array, "B St"], mask: Bool[Array, "B St"] | Int[Array, "B St"]
+    ) -> Float[Array, "B St D"]:
+        """Return the hidden states in `dtype`; mask: nonzero for a token.
 
-        Rows past the mask hold numbers without meaning; rows within it do not depend on S.
+        Rows after the mask have no meaning; rows within it do not depend on St.
         """
         config = self.config
         buckets = jnp.asarray(
@@ -204,12 +228,13 @@ class UMT5Encoder(nnx.Module):
         return self.encoder(self.shared(ids), buckets, mask.astype(bool))
 
 
-def encode(model: UMT5Encoder, ids: Array, mask: Array) -> Array:
-    """ids int32 [B, S], mask bool or int [B, S] -> [B, S, D]: hidden states, zero in the rows after
-    the mask.
+def encode(
+    model: UMT5Encoder, ids: Int[Array, "B St"], mask: Bool[Array, "B St"] | Int[Array, "B St"]
+) -> Float[Array, "B St D"]:
+    """Return the hidden states, zero in the rows after the mask, as Diffusers'
+    `WanPipeline._get_t5_prompt_embeds`.
 
-    As Diffusers' `WanPipeline._get_t5_prompt_embeds`. The transformer has no text mask: it attends
-    to the zero rows too, so S is part of the model and has to be the length it was trained with
-    (512 for the published ones).
+    The transformer has no text mask and attends to the zero rows too, so St is part of the model:
+    it must be the length that the model was trained with (512 for the published ones).
     """
     return jnp.where(mask.astype(bool)[..., None], model(ids, mask), 0)

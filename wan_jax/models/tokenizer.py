@@ -1,4 +1,4 @@
-"""Prompt cleaning and tokenisation, as Diffusers' `WanPipeline` does them.
+"""Cleaning and tokenisation of prompts, as in Diffusers' `WanPipeline`.
 
 The tokenizer is the checkpoint's own `tokenizer/` folder, read by the class that `model_index.json`
 names (transformers' `T5TokenizerFast`; 4.51 to 5.x). Nothing is fetched from the network.
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import ftfy
 import numpy as np
+from jaxtyping import Int32
 
 from wan_jax.errors import UserError
 
@@ -22,34 +23,33 @@ class TokenizerError(UserError, ValueError):
 
 
 def clean(prompt: str, *, uncurl_quotes: bool = True) -> str:
-    """The text that is tokenised: `ftfy.fix_text`, HTML unescaped twice, whitespace runs as one
-    space.
+    """Return the text that is tokenised: `ftfy.fix_text`, HTML unescaped twice, runs of whitespace
+    as one space.
 
-    uncurl_quotes: False keeps curly quotes, which say where a quotation begins and ends.
+    uncurl_quotes: False keeps curly quotes, which show where a quotation begins and ends.
 
-    Diffusers skips ftfy without a word where it is not installed, and the token ids change: ftfy
-    makes curly quotes straight (“SALE” to "SALE"), full-width characters ASCII (， to ,) and splits
-    ligatures (ﬁ to fi). Wan's own code always runs it, so here it is a dependency.
+    Diffusers skips ftfy without a warning if it is not installed, and then the token ids differ:
+    ftfy makes curly quotes straight (“SALE” to "SALE"), full-width characters ASCII (， to ,) and
+    splits ligatures (ﬁ to fi). Wan's own code always runs it, so it is a dependency here.
     """
     text = html.unescape(html.unescape(ftfy.fix_text(prompt, uncurl_quotes=uncurl_quotes)))
     return re.sub(r"\s+", " ", text.strip()).strip()
 
 
 class Tokenizer:
-    """Prompts to ids and mask. Cleans the prompts itself: pass them raw."""
+    """Converts raw prompts to ids and masks; it cleans the prompts itself."""
 
     def __init__(self, backend):
         self._backend = backend
 
     @classmethod
     def load(cls, path) -> "Tokenizer":
-        """path: a checkpoint's `tokenizer` folder. `TokenizerError` when it is missing or
-        unreadable.
+        """Read the `tokenizer` folder of a checkpoint. Raises `TokenizerError` when it is missing
+        or unreadable.
         """
         path = pathlib.Path(path)
-        # Checked here because transformers takes a missing folder for a name on the Hub, and from
-        # 5.0 on makes a tokenizer of a few special tokens, without an error, of a folder without a
-        # vocabulary.
+        # Checked here, because transformers treats a missing folder as a name on the Hub, and from
+        # 5.0 on reads a folder without a vocabulary as a tokenizer of a few special tokens.
         if not path.is_dir():
             raise TokenizerError(
                 f"{path} is not a folder: give the 'tokenizer' folder of a Wan checkpoint"
@@ -60,13 +60,13 @@ class Tokenizer:
                 f"{path} has no {' or '.join(vocabularies)}: the download is incomplete, "
                 "fetch the checkpoint's 'tokenizer' folder again"
             )
-        # it would say that PyTorch is missing
+        # else it warns that PyTorch is missing
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        from transformers import T5TokenizerFast  # here: it takes seconds to import
+        from transformers import T5TokenizerFast  # takes seconds to import
 
         try:
             backend = T5TokenizerFast.from_pretrained(str(path), local_files_only=True)
-        # on bad files the readers raise Exception itself, KeyError, OSError, ...
+        # Broad: for damaged files the readers raise KeyError, OSError, `Exception` itself and more.
         except Exception as error:
             raise TokenizerError(
                 f"{path} cannot be read as a T5 tokenizer ({type(error).__name__}: {error}): files "
@@ -86,20 +86,21 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, added tokens included: at most the rows of the text encoder's embedding."""
+        """Number of ids with added tokens; at most the rows of the text encoder's embedding."""
         return len(self._backend)
 
     def lengths(self, prompts: Sequence[str]) -> list[int]:
-        """Number of tokens of each prompt, the end token included, before any truncation."""
+        """Return the number of tokens of each prompt before truncation, with the end token."""
         cleaned = self._clean(prompts)
         return [len(ids) for ids in self._tokens(cleaned).input_ids] if cleaned else []
 
-    def __call__(self, prompts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """B prompts -> ids int32 [B, length], mask int32 [B, length] (1 on tokens, the end token
-        included).
+    def __call__(
+        self, prompts: Sequence[str], length: int
+    ) -> tuple[Int32[np.ndarray, "B length"], Int32[np.ndarray, "B length"]]:
+        """Return ids and mask of B prompts; the mask is 1 on tokens, with the end token.
 
-        Padded on the right with the pad id. A prompt that is too long keeps its beginning and the
-        end token, and is reported by a warning: a text to be rendered may be among what was cut.
+        Padded on the right with the pad id. A prompt that is too long is truncated before its end
+        token, with a warning, because the text to be rendered may be in the part that is lost.
         """
         if length < 1:
             raise ValueError(
@@ -124,7 +125,7 @@ class Tokenizer:
         return [clean(prompt) for prompt in prompts]
 
     def _tokens(self, cleaned: list[str], **options):
-        # padding and truncation are always given: a fast tokenizer keeps those of its previous call
-        # or file
+        # padding and truncation are always given, because a fast tokenizer remembers those of its
+        # previous call or of its file
         options = {"padding": False, "truncation": False, **options}
         return self._backend(cleaned, return_attention_mask=True, verbose=False, **options)

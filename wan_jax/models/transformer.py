@@ -1,36 +1,46 @@
 """The Wan diffusion transformer (Diffusers `WanTransformer3DModel`), for text to video.
 
-Shapes: B videos, F latent frames, H W latent height and width, C channels, S = F*(H/2)*(W/2)
-tokens, D width, N heads, L layers. Layout is channels-last.
+Arrays are channels-last; a video has S = F*(H/2)*(W/2) tokens. Letters: see `wan_jax`; St text
+rows.
 
-Precision (Diffusers' own under `torch_dtype=bfloat16`): weights and matrix products in `dtype`; the
-time embedding, the scale_shift_tables, norms, modulation, softmax and RoPE in fp32; the residual
-stream in `dtype`.
+Precision (that of Diffusers with `torch_dtype=bfloat16`): weights, matrix products and the residual
+stream in `dtype`; the time embedding, the scale_shift_tables, norms, modulation, softmax and RoPE
+in fp32.
 """
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Float32, Int
 
-from wan_jax.distributed.sharding import saved_but_gathers, self_attention
 from wan_jax.models.attention import attention
 from wan_jax.models.config import TransformerConfig
-from wan_jax.models.layers import MATMUL, LayerNorm, Linear, LoRAParam, RMSNorm, joined, layer_norm
+from wan_jax.models.layers import (
+    MATMUL,
+    LayerNorm,
+    Linear,
+    LoRAParam,
+    RMSNorm,
+    fused_dense,
+    layer_norm,
+)
+from wan_jax.models.positions import Positions, apply_rope, rope_table, timestep_features
+from wan_jax.models.sharded_forward import saved_but_gathers, self_attention
 
-Array = jax.Array
-RESIDUAL = "residual"  # a block's input, as rematerialisation knows it
-# What of a block's forward pass the backward pass finds: everything; the block's input; that and
-# the results of all dense layers, so that only norms, activations and attention are computed again;
-# the input, waiting in host memory.
+RESIDUAL = "residual"  # name of the input of a block, for rematerialisation policies
+# What a block saves for the backward pass; the rest is rematerialised (computed again).
 REMAT_POLICIES = {
+    # everything
     "none": None,
+    # only the input of the block
     "block": jax.checkpoint_policies.nothing_saveable,
+    # the input and the results of dense layers: norms, activations and attention are rematerialised
     "save_matmuls": jax.checkpoint_policies.save_only_these_names(MATMUL),
+    # only the input, offloaded to host memory
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[RESIDUAL],
@@ -40,70 +50,9 @@ REMAT_POLICIES = {
 }
 
 
-def rope_table(
-    grid: tuple[int, int, int], head_dim: int, max_len: int = 1024
-) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin [S, head_dim/2] fp32 for a token grid (F, H/2, W/2), tokens row-major.
-
-    head_dim splits into rotation pairs for time, height and width (22+21+21 of 64 for head_dim
-    128); each axis has its own frequencies 10000^(-2i/dim_axis) and positions from 0. Angles in
-    float64, as Diffusers.
-    """
-    if max(grid) > max_len:
-        raise ValueError(
-            f"token grid {grid} exceeds rope_max_seq_len {max_len}; use fewer frames or a smaller "
-            "size"
-        )
-    hw_dim = 2 * (head_dim // 6)
-    dims = (head_dim - 2 * hw_dim, hw_dim, hw_dim)
-    angles = []
-    for axis, (size, dim) in enumerate(zip(grid, dims)):
-        freqs = 10000.0 ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
-        angle = np.arange(size, dtype=np.float64)[:, None] * freqs  # [size, dim/2]
-        shape = [1, 1, 1, dim // 2]
-        shape[axis] = size
-        angles.append(np.broadcast_to(angle.reshape(shape), (*grid, dim // 2)))
-    angle = np.concatenate(angles, axis=-1).reshape(-1, head_dim // 2)
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-
-
-def apply_rope(x: Array, cos: np.ndarray | Array, sin: np.ndarray | Array) -> Array:
-    """Rotates the interleaved pairs (x0, x1), (x2, x3), ... of x [B, S, N, head_dim] in fp32; x's
-    dtype is kept.
-
-    Each value times its cosine plus its neighbour times the signed sine: reads and writes stay in
-    order, where taking the pairs apart and stacking them again makes GPUs write every other value.
-    """
-    # constants of the program, or a device's rows of them
-    xp = np if isinstance(cos, np.ndarray) else jnp
-    c = xp.repeat(cos, 2, axis=-1)[:, None]  # [S, 1, head_dim]
-    s = xp.stack([-sin, sin], axis=-1).reshape(c.shape)
-    y = x.astype(jnp.float32)
-    neighbour = y.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
-    return (y * c + neighbour * s).astype(x.dtype)
-
-
-def timestep_features(timesteps: Array, dim: int) -> Array:
-    """[cos | sin] of t * exp(-ln(10000) i / (dim/2)), fp32 [B, dim]; t is on the 0..1000 scale."""
-    half = dim // 2
-    freqs = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
-    angle = timesteps.astype(jnp.float32)[:, None] * freqs
-    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-
-
-class Positions(NamedTuple):
-    """The rows' places: rotary angles, and where the rows are a device's share of a video's tokens,
-    their number S.
-    """
-
-    cos: Array  # fp32 [S, head_dim/2]
-    sin: Array
-    tokens: int | None = None
-
-
 class Attention(nnx.Module):
-    """Self- or cross-attention: biased q, k, v, o; q and k RMS-normed over the full width before
-    the head split.
+    """Self- or cross-attention with biased q, k, v, o; q and k are RMS-normed over the full width
+    before they are split into heads.
     """
 
     def __init__(self, config: TransformerConfig, *, dtype, backend: str, rngs: nnx.Rngs):
@@ -118,16 +67,22 @@ class Attention(nnx.Module):
         self.backend = backend
 
     def __call__(
-        self, x: Array, context: Array, rope: Positions | None = None, key_counts=None
-    ) -> Array:
-        # [B,S,D], [B,Sk,D] -> [B,S,D]; self-attention where there is a rope
+        self,
+        x: Float[Array, "B S D"],
+        context: Float[Array, "B Sk D"],
+        rope: Positions | None = None,
+        key_counts: Int[np.ndarray, " Sk"] | None = None,
+    ) -> Float[Array, "B S D"]:
+        """Attend from x to `context`; with `rope` it is self-attention, and `context` must be x."""
+
         def split(y):
             return y.reshape(*y.shape[:2], self.heads, -1)
 
         if rope is None:
-            q, (k, v) = self.to_q(x), joined([self.to_k, self.to_v], context)
+            q = self.to_q(x)
+            k, v = fused_dense([self.to_k, self.to_v], context)
         else:
-            q, k, v = joined([self.to_q, self.to_k, self.to_v], x)
+            q, k, v = fused_dense([self.to_q, self.to_k, self.to_v], x)
         q, k, v = split(self.norm_q(q)), split(self.norm_k(k)), split(v)
         if rope is None:
             out = attention(q, k, v, backend=self.backend, key_counts=key_counts)
@@ -138,35 +93,38 @@ class Attention(nnx.Module):
 
 
 class GELUProjection(nnx.Module):
-    """The first half of the feed-forward network: dense, then tanh-approximated GELU (`ffn.net.0`).
+    """The first half of the feed-forward network: a dense layer, then tanh-approximated GELU
+    (`ffn.net.0`).
 
-    saved: the update keeps the dense layer's result, rounded to `dtype`, so that GELU cannot be
-    part of its product, as it may be in a rollout. The rollout then rounds too, or the first
-    update's ratio would be off by 1e-4 in bfloat16.
+    saved: whether the update saves the result of the dense layer. It is then rounded to `dtype`,
+    and GELU cannot be fused into the product. The rollout must round as well, or the importance
+    ratio of the first update would deviate from 1 by 1e-4 in bfloat16.
     """
 
     def __init__(self, d: int, f: int, *, saved: bool, dtype, rngs: nnx.Rngs):
         self.proj = Linear(d, f, dtype=dtype, rngs=rngs)
         self.saved = saved
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S ffn_dim"]:
         y = self.proj(x)
         return jax.nn.gelu(jax.lax.optimization_barrier(y) if self.saved else y, approximate=True)
 
 
 class FeedForward(nnx.Module):
+    """Dense layer, GELU, dense layer."""
+
     def __init__(self, config: TransformerConfig, *, saved: bool, dtype, rngs: nnx.Rngs):
         self.net_0 = GELUProjection(
             config.width, config.ffn_dim, saved=saved, dtype=dtype, rngs=rngs
         )
         self.net_2 = Linear(config.ffn_dim, config.width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         return self.net_2(self.net_0(x))
 
 
 class Block(nnx.Module):
-    """Modulated self-attention, cross-attention to the text, modulated feed-forward."""
+    """Modulated self-attention, cross-attention to the text, modulated feed-forward network."""
 
     def __init__(
         self, config: TransformerConfig, *, dtype, backend: str, saved: bool, rngs: nnx.Rngs
@@ -180,12 +138,16 @@ class Block(nnx.Module):
         self.attn2 = Attention(config, dtype=dtype, backend=backend, rngs=rngs)
         self.ffn = FeedForward(config, saved=saved, dtype=dtype, rngs=rngs)
         self.eps = config.eps
-        self.gather = None  # set by layout.attach
+        self.gather = None  # set by sharded_forward.attach
 
     def __call__(
-        self, x: Array, context: Array, modulation: Array, rope: Positions, key_counts
-    ) -> Array:
-        # x [B,S,D], context [B,St,D], modulation fp32 [B,6,D]
+        self,
+        x: Float[Array, "B S D"],
+        context: Float[Array, "B St D"],
+        modulation: Float32[Array, "B 6 D"],
+        rope: Positions,
+        key_counts: Int[np.ndarray, " St"] | None,
+    ) -> Float[Array, "B S D"]:
         if self.gather is None:
             return self.forward(x, context, modulation, rope, key_counts)
 
@@ -197,11 +159,16 @@ class Block(nnx.Module):
         return gathered(x, context, modulation)
 
     def forward(
-        self, x: Array, context: Array, modulation: Array, rope: Positions, key_counts
-    ) -> Array:
-        """`__call__` with all of the block's parameters whole."""
+        self,
+        x: Float[Array, "B S D"],
+        context: Float[Array, "B St D"],
+        modulation: Float32[Array, "B 6 D"],
+        rope: Positions,
+        key_counts: Int[np.ndarray, " St"] | None,
+    ) -> Float[Array, "B S D"]:
+        """Compute the block with gathered (whole) parameters."""
         m = self.scale_shift_table[...] + modulation
-        # each [B,1,D]
+        # of the attention and of the feed-forward network, each [B,1,D]
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (m[:, i : i + 1] for i in range(6))
         h = (layer_norm(x, self.eps) * (1 + scale_a) + shift_a).astype(x.dtype)
         x = (x + self.attn1(h, h, rope) * gate_a).astype(x.dtype)
@@ -211,27 +178,29 @@ class Block(nnx.Module):
 
 
 class TimestepEmbedding(nnx.Module):
+    """Dense layer, SiLU, dense layer on `timestep_features`, in fp32."""
+
     def __init__(self, freq_dim: int, d: int, *, rngs: nnx.Rngs):
         self.linear_1 = Linear(freq_dim, d, dtype=jnp.float32, rngs=rngs)
         self.linear_2 = Linear(d, d, dtype=jnp.float32, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float32[Array, "B freq_dim"]) -> Float32[Array, "B D"]:
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
 
 
 class TextProjection(nnx.Module):
+    """Dense layer, GELU, dense layer on the text embeddings."""
+
     def __init__(self, text_dim: int, d: int, *, dtype, rngs: nnx.Rngs):
         self.linear_1 = Linear(text_dim, d, dtype=dtype, rngs=rngs)
         self.linear_2 = Linear(d, d, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B St text_dim"]) -> Float[Array, "B St D"]:
         return self.linear_2(jax.nn.gelu(self.linear_1(x), approximate=True))
 
 
 class ConditionEmbedder(nnx.Module):
-    """Timesteps [B] and text [B,St,text_dim] to temb [B,D], modulation [B,6,D] and context
-    [B,St,D], in `dtype`.
-    """
+    """The embeddings of timesteps and text, in `dtype`: temb, modulation of the blocks, context."""
 
     def __init__(self, config: TransformerConfig, *, dtype, rngs: nnx.Rngs):
         d = config.width
@@ -241,19 +210,24 @@ class ConditionEmbedder(nnx.Module):
         self.freq_dim = config.freq_dim
         self.dtype = dtype
 
-    def __call__(self, timesteps: Array, text: Array) -> tuple[Array, Array, Array]:
+    def __call__(
+        self, timesteps: Float[Array, " B"], text: Float[Array, "B St text_dim"]
+    ) -> tuple[Float[Array, "B D"], Float[Array, "B 6 D"], Float[Array, "B St D"]]:
         temb = self.time_embedder(timestep_features(timesteps, self.freq_dim)).astype(self.dtype)
         modulation = self.time_proj(jax.nn.silu(temb))
         return temb, modulation.reshape(temb.shape[0], 6, -1), self.text_embedder(text)
 
 
 class WanTransformer3D(nnx.Module):
-    """velocity = model(latents, timesteps, text).
+    """The transformer: velocity = model(latents, timesteps, text).
 
-    dtype: storage and compute type of the weights (see the module's docstring for what stays fp32).
-    attention: a concrete backend of `attention.choose_backend`. remat: what the backward pass
-    computes again, one of `REMAT_POLICIES`; 'block' takes the activation memory of one block, and
-    one residual stream a layer.
+    Args:
+        config: its sizes.
+        dtype: storage and compute type of the weights (the module's docstring lists what is fp32).
+        attention: a concrete backend, of `attention.choose_backend`.
+        remat: one of `REMAT_POLICIES`. 'block' needs the activation memory of one block, and one
+            residual stream per layer.
+        rngs: for random weights.
     """
 
     def __init__(
@@ -270,7 +244,7 @@ class WanTransformer3D(nnx.Module):
                 f"remat={remat!r} is unknown; choose one of {', '.join(REMAT_POLICIES)}"
             )
         d, patch = config.width, math.prod(config.patch_size)
-        # in fp32 nothing is rounded
+        # see GELUProjection; in fp32 nothing is rounded
         saved = remat in ("none", "save_matmuls") and jnp.dtype(dtype).itemsize == 2
 
         @nnx.split_rngs(splits=config.num_layers)
@@ -288,50 +262,63 @@ class WanTransformer3D(nnx.Module):
         self.config = config
         self.dtype = dtype
         self.remat = remat
-        self.layout = None  # set by layout.attach
+        self.layout = None  # set by sharded_forward.attach
 
     def __call__(
-        self, latents: Array, timesteps: Array, text: Array, *, text_padding: int = 0
-    ) -> Array:
-        """latents [B,F,H,W,C], timesteps [B] on the 0..1000 scale, text [B,St,text_dim] -> velocity
-        fp32 [B,F,H,W,C].
+        self,
+        latents: Float[Array, "B F H W C"],
+        timesteps: Float[Array, " B"],
+        text: Float[Array, "B St text_dim"],
+        *,
+        text_padding: int = 0,
+    ) -> Float32[Array, "B F H W out_channels"]:
+        """Return the velocity.
 
-        text_padding: how many zero rows follow the St given ones. Wan attends to the padding, so St
-        + text_padding must be what the model was trained with (512); the zero rows are computed
-        once and counted.
+        timesteps: on the 0..1000 scale. text_padding: number of zero rows after the St given ones.
+        Wan attends to the padding, so St + text_padding must be the length that the model was
+        trained with (512). The zero rows are computed once and counted.
         """
         if self.layout is None:
             return self.forward(latents, timesteps, text, text_padding)
         return self.layout.run(self, latents, timesteps, text, text_padding)
 
-    def forward(self, latents: Array, timesteps: Array, text: Array, text_padding: int) -> Array:
-        """`__call__` on whole arrays, or inside `layout.run` on a device's own videos and
-        parameters.
+    def forward(
+        self,
+        latents: Float[Array, "B F H W C"],
+        timesteps: Float[Array, " B"],
+        text: Float[Array, "B St text_dim"],
+        text_padding: int,
+    ) -> Float32[Array, "B F H W out_channels"]:
+        """Compute the velocity from whole arrays, or inside `Layout.run` from the videos and
+        parameters of one device.
         """
         config = self.config
         b, f, h, w, _ = latents.shape
         _, ph, pw = config.patch_size
         grid = (f, h // ph, w // pw)
+
+        # Text: one zero row stands for all of the padding.
         key_counts = None
         if text_padding:
             text = jnp.pad(text, ((0, 0), (0, 1), (0, 0)))
             key_counts = np.array([1] * (text.shape[1] - 1) + [text_padding])
 
+        # Patches of the latents as tokens, and their positions.
         x = latents.astype(self.dtype).reshape(b, f, grid[1], ph, grid[2], pw, -1)
         x = x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(b, math.prod(grid), -1)  # [B,S,(ph pw C)]
         rope = Positions(*rope_table(grid, config.attention_head_dim, config.rope_max_seq_len))
-        # from here S is this device's
-        if split := self.layout is not None and self.layout.mesh.shape["context"] > 1:
-            x, *angles = (
-                self.layout.own_tokens(y, axis)
-                for y, axis in ((x, 1), (rope.cos, 0), (rope.sin, 0))
-            )
-            rope = Positions(*angles, math.prod(grid))
+        split = self.layout is not None and self.layout.mesh.shape["context"] > 1
+        if split:  # from here on S counts the rows of this device
+            x = self.layout.own_tokens(x, 1)
+            cos = self.layout.own_tokens(rope.cos, 0)
+            sin = self.layout.own_tokens(rope.sin, 0)
+            rope = Positions(cos, sin, math.prod(grid))
         x = self.patch_embedding(x)  # [B,S,D]
         temb, modulation, context = self.condition_embedder(timesteps, text)
         modulation = modulation.astype(jnp.float32)
+
+        # The blocks; adapters are cast for all blocks at once.
         graphdef, adapters, params = nnx.split(self.blocks, LoRAParam, ...)
-        # of all blocks at once
         adapters = jax.tree.map(lambda factor: factor.astype(self.dtype), adapters)
 
         def run_block(x, block_params):
@@ -344,6 +331,7 @@ class WanTransformer3D(nnx.Module):
             run_block = jax.checkpoint(run_block, prevent_cse=False, policy=policy)
         x, _ = jax.lax.scan(run_block, x, (adapters, params))
 
+        # Modulated output layer, and patches back to latents.
         m = self.scale_shift_table[...] + temb.astype(jnp.float32)[:, None]  # [B,2,D]
         x = (layer_norm(x, config.eps) * (1 + m[:, 1:]) + m[:, :1]).astype(self.dtype)
         x = self.proj_out(x)  # [B,S,(ph pw C)]

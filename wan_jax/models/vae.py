@@ -1,13 +1,15 @@
-"""The causal video VAEs of Wan (Diffusers `AutoencoderKLWan`): 2.1's and TI2V-5B's of 2.2
-(`is_residual`).
+"""The causal video VAEs of Wan (Diffusers `AutoencoderKLWan`): that of 2.1, and that of 2.2's
+TI2V-5B (`is_residual`).
 
-B videos, T pixel frames = 1 + 4 (F - 1), F latent frames, H W pixels, h w latent height and width,
-z latent channels. 2.1: z = 16, 8 x 8 pixels a latent cell. 2.2: z = 48, 16 x 16 pixels, since the
-encoder takes patches of 2 x 2 pixels as channels; every level has a shortcut without weights, and
-parameters are named by level.
+A video has 1 + 4 (F - 1) frames for F latent frames. 2.1: C = 16 latent channels, a latent cell is
+8 x 8 pixels. 2.2: C = 48 and 16 x 16 pixels, because the encoder takes patches of 2 x 2 pixels as
+channels; every level has a shortcut without weights, and parameters are named by level.
 
-A whole clip costs memory: the last level of a 480x832x81 decode is 12.4 GB a tensor in fp32 (2.1).
-`wan_jax.models.vae_chunks` decodes long clips in pieces.
+Letters: see `wan_jax`. Inside the networks T, H and W are frames, height and width of the current
+level, and f, h, w those of the latents.
+
+A whole video needs much memory: the last level of an 81-frame decode at 480x832 is 12.4 GB per
+tensor in fp32 (2.1). `wan_jax.models.vae_chunks` decodes long videos in pieces.
 """
 
 from itertools import pairwise
@@ -15,6 +17,7 @@ from itertools import pairwise
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Float32
 
 from wan_jax.models.config import ConfigError, VAEConfig
 from wan_jax.models.vae_layers import (
@@ -31,13 +34,12 @@ from wan_jax.models.vae_layers import (
     unpatchify,
 )
 
-Array = jax.Array
-
 
 class DownBlock(nnx.Module):
-    """A level of the 2.2 encoder: residual blocks, downsampler, plus `average_down` of the input.
+    """A level of the 2.2 encoder: residual blocks and downsampler, plus `average_down` of the
+    input.
 
-    down: (spatial, temporal).
+    down: whether to downsample (spatially, temporally).
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class DownBlock(nnx.Module):
         self.downsampler = Downsample(n_out, temporal, dtype=dtype, rngs=rngs) if spatial else None
         self.resnets, self.shortcut = resnets, (n_out, 1 + temporal, 1 + spatial)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B T H W _"]) -> Float[Array, "B f h w _"]:
         shortcut = average_down(x, *self.shortcut)
         for i in range(self.resnets):
             x = getattr(self, f"resnets_{i}")(x)
@@ -61,8 +63,9 @@ class DownBlock(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """[B,T,H,W,in] -> [B,F,h,w,2z]; H W in patches. 2.1 lists all levels' blocks flat, 2.2 one
-    block a level.
+    """Pixels to moments of the latents, [B,T,H,W,in_channels] -> [B,f,h,w,2C]; H and W in patches.
+
+    2.1 lists the blocks of all levels in one sequence, 2.2 has one block per level.
     """
 
     def __init__(self, config: VAEConfig, *, dtype, rngs: nnx.Rngs):
@@ -88,7 +91,7 @@ class Encoder(nnx.Module):
         self.norm_out = ChannelNorm(dims[-1], dtype=dtype)
         self.conv_out = CausalConv3d(dims[-1], 2 * config.z_dim, (3, 3, 3), **kw)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B T H W _"]) -> Float[Array, "B f h w _"]:
         x = self.conv_in(x)
         for i in range(self.num_blocks):
             x = getattr(self, f"down_blocks_{i}")(x)
@@ -99,7 +102,8 @@ class UpBlock(nnx.Module):
     """A level of the decoder: residual blocks and upsampler; in 2.2 plus `duplicate_up` of the
     input.
 
-    up: (spatial, temporal). 2.1's upsampler halves the channels, 2.2's keeps them.
+    up: whether to upsample (spatially, temporally). 2.1's upsampler halves the channels, 2.2's does
+    not.
     """
 
     def __init__(
@@ -123,18 +127,22 @@ class UpBlock(nnx.Module):
         )
         self.resnets, self.shortcut = resnets, (n_out, 1 + temporal, 1 + spatial)
 
-    def __call__(self, x: Array, history: History | None = None) -> Array:
+    def __call__(
+        self, x: Float[Array, "B f h w _"], history: History | None = None
+    ) -> Float[Array, "B T H W _"]:
         h = x
         for i in range(self.resnets):
             h = getattr(self, f"resnets_{i}")(h, history)
         if self.upsampler is not None:
-            starts_clip = history is None or history.starts_clip
-            return self.upsampler(h, history) + duplicate_up(x, *self.shortcut, starts_clip)
+            starts_video = history is None or history.starts_video
+            return self.upsampler(h, history) + duplicate_up(x, *self.shortcut, starts_video)
         return h if self.upsamplers_0 is None else self.upsamplers_0(h, history)
 
 
 class Decoder(nnx.Module):
-    """[B,F,h,w,z] -> [B,T,H,W,out], H W in patches; a chunk of a clip where there is a history."""
+    """Latents to pixels, [B,f,h,w,C] -> [B,T,H,W,out_channels]; H and W in patches. With a history,
+    the latents are a chunk of a video.
+    """
 
     def __init__(self, config: VAEConfig, *, dtype, rngs: nnx.Rngs):
         kw = dict(dtype=dtype, rngs=rngs)
@@ -158,7 +166,9 @@ class Decoder(nnx.Module):
         self.norm_out = ChannelNorm(dims[-1], dtype=dtype)
         self.conv_out = CausalConv3d(dims[-1], config.out_channels, (3, 3, 3), **kw)
 
-    def __call__(self, x: Array, history: History | None = None) -> Array:
+    def __call__(
+        self, x: Float[Array, "B f h w _"], history: History | None = None
+    ) -> Float[Array, "B T H W _"]:
         x = self.mid_block(self.conv_in(x, history), history)
         for i in range(self.num_blocks):
             x = getattr(self, f"up_blocks_{i}")(x, history)
@@ -166,12 +176,10 @@ class Decoder(nnx.Module):
 
 
 def _check_config(config: VAEConfig):
-    """Raises `ConfigError` on a VAE that this module would not compute as Diffusers does."""
-    levels, temporal, patch = (
-        len(config.dim_mult),
-        config.temperal_downsample,
-        config.patch_size or 1,
-    )
+    """Raise `ConfigError` on a VAE that this module would not compute as Diffusers does."""
+    levels = len(config.dim_mult)
+    temporal = config.temperal_downsample
+    patch = config.patch_size or 1
     if len(temporal) != levels - 1:
         raise ConfigError(
             f"vae config: temperal_downsample has {len(temporal)} values; dim_mult has "
@@ -198,7 +206,7 @@ def _check_config(config: VAEConfig):
 
 
 def _check_shortcuts(mult: tuple[int, ...], temporal: tuple[bool, ...]):
-    """Raises `ConfigError` where `average_down` or `duplicate_up` would not divide their channels
+    """Raise `ConfigError` when `average_down` or `duplicate_up` cannot divide their channels
     evenly.
     """
     factors = [4 * (1 + t) for t in temporal]
@@ -214,8 +222,9 @@ def _check_shortcuts(mult: tuple[int, ...], temporal: tuple[bool, ...]):
 
 
 class AutoencoderKLWan(nnx.Module):
-    """dtype: storage and compute type; the norms' statistics and the latents' mean and std stay
-    fp32.
+    """The VAE: encoder, decoder, and the normalisation of the latents.
+
+    dtype: storage and compute type; statistics of norms, and mean and std of latents are fp32.
     """
 
     def __init__(self, config: VAEConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
@@ -231,26 +240,29 @@ class AutoencoderKLWan(nnx.Module):
         self.config = config
         self.dtype = dtype
 
-    def encode(self, video: Array) -> tuple[Array, Array]:
-        """video [B,T,H,W,3] in [-1,1], T = 1 + 4k -> posterior mean and logvar, fp32 [B,F,h,w,z].
+    def encode(
+        self, video: Float[Array, "B frames height width 3"]
+    ) -> tuple[Float32[Array, "B F H W C"], Float32[Array, "B F H W C"]]:
+        """Return mean and logvar of the posterior of a video in [-1, 1] with 1 + 4k frames.
 
-        Both as the encoder gives them, not normalised; logvar is clamped to [-30, 20]. Raises
-        ValueError on a frame count, size or channel count that the model cannot code.
+        They are not normalised; logvar is clamped to [-30, 20]. Raises ValueError on a number of
+        frames, a size or a number of channels that the model cannot encode.
         """
         patch = self.config.patch_size or 1
         self._check(video, self.config.in_channels // patch**2, "video")
-        _, t, h, w, _ = video.shape
-        ft, fs = self.config.scale_factor_temporal, self.config.scale_factor_spatial
-        if (t - 1) % ft:
+        _, frames, height, width, _ = video.shape
+        factor = self.config.scale_factor_temporal
+        if (frames - 1) % factor:
             raise ValueError(
-                f"video has {t} frames; the VAE codes 1 + {ft}k frames, "
-                f"use {max(1, t - (t - 1) % ft)}"
+                f"video has {frames} frames; the VAE codes 1 + {factor}k frames, "
+                f"use {max(1, frames - (frames - 1) % factor)}"
             )
-        for name, size in (("height", h), ("width", w)):
-            if size < fs or size % fs:
+        cell = self.config.scale_factor_spatial
+        for name, size in (("height", height), ("width", width)):
+            if size < cell or size % cell:
                 raise ValueError(
-                    f"video has {name} {size}; it must be a multiple of {fs}, "
-                    f"use {max(fs, size - size % fs)}"
+                    f"video has {name} {size}; it must be a multiple of {cell}, "
+                    f"use {max(cell, size - size % cell)}"
                 )
         moments = self.quant_conv(self.encoder(patchify(video.astype(self.dtype), patch))).astype(
             jnp.float32
@@ -258,39 +270,37 @@ class AutoencoderKLWan(nnx.Module):
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
-    def decode(self, z: Array) -> Array:
-        """z [B,F,h,w,z] (denormalised latents) -> video fp32 [B,T,H,W,3] clamped to [-1,1].
-
-        Raises ValueError on another rank or channel count.
+    def decode(self, z: Float[Array, "B F H W C"]) -> Float32[Array, "B frames height width 3"]:
+        """Return the video of denormalised latents, clamped to [-1, 1]. Raises ValueError on
+        another rank or number of channels.
         """
         return self._decode(z, None)
 
     def decode_chunk(
-        self, z: Array, history: tuple[Array, ...] = ()
-    ) -> tuple[Array, tuple[Array, ...]]:
-        """The next f >= 1 latent frames z [B,f,h,w,z] of a clip -> (their video as `decode`'s,
-        history).
+        self, z: Float[Array, "B F H W C"], history: tuple[Array, ...] = ()
+    ) -> tuple[Float32[Array, "B frames height width 3"], tuple[Array, ...]]:
+        """Decode the next F >= 1 latent frames of a video. Returns their frames, as `decode`, and
+        the history for the next chunk.
 
-        history: what the chunk before returned, () at the start of a clip. The first chunk gives 1
-        + 4 (f - 1) frames, each later one 4 f; joined they are `decode` of the whole clip, up to
-        rounding. Raises ValueError as `decode`.
+        history: what the previous chunk returned, () at the start of a video. The first chunk gives
+        1 + 4 (F - 1) frames, later ones 4 F; concatenated they are `decode` of the whole video, up
+        to rounding. Raises ValueError as `decode`.
         """
-        carried = History(history)
-        return self._decode(z, carried), carried.frames
+        updated = History(history)
+        return self._decode(z, updated), updated.frames
 
     def _decode(self, z: Array, history: History | None) -> Array:
         self._check(z, self.config.z_dim, "z")
-        video = self.decoder(self.post_quant_conv(z.astype(self.dtype)), history)
-        return jnp.clip(
-            unpatchify(video.astype(jnp.float32), self.config.patch_size or 1), -1.0, 1.0
-        )
+        patches = self.decoder(self.post_quant_conv(z.astype(self.dtype)), history)
+        video = unpatchify(patches.astype(jnp.float32), self.config.patch_size or 1)
+        return jnp.clip(video, -1.0, 1.0)
 
-    def normalise(self, z: Array) -> Array:
-        """(z - mean) / std per channel, fp32: what the transformer works on."""
+    def normalise(self, z: Float[Array, "B F H W C"]) -> Float32[Array, "B F H W C"]:
+        """Return (z - mean) / std per channel, the input of the transformer."""
         return (z.astype(jnp.float32) - self._mean()) / self._std()
 
-    def denormalise(self, latents: Array) -> Array:
-        """latents * std + mean per channel, fp32."""
+    def denormalise(self, latents: Float[Array, "B F H W C"]) -> Float32[Array, "B F H W C"]:
+        """Return latents * std + mean per channel, the input of `decode`."""
         return latents.astype(jnp.float32) * self._std() + self._mean()
 
     def _mean(self) -> Array:
@@ -301,6 +311,7 @@ class AutoencoderKLWan(nnx.Module):
 
     @staticmethod
     def _check(x: Array, channels: int, name: str):
+        """Raise ValueError unless x is [B, frames, height, width, channels] and not empty."""
         if x.ndim != 5 or x.shape[-1] != channels or 0 in x.shape:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}; it must be [B, frames, height, width, "

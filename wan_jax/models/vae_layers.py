@@ -1,12 +1,13 @@
 """The layers of the Wan VAEs (Diffusers `AutoencoderKLWan`), channels-last.
 
-B videos, T frames, H W height and width, C channels, at whatever level the layer works. Diffusers
-runs chunks of a clip with caches; whole clips give the same when (a) every causal convolution sees
-zero frames on the left, (b) the temporal upsampling leaves the first frame alone and starts its
-history after it, (c) the temporal downsampling copies the first frame and starts its first window
-there, (d) `average_down` pads a zero frame in front and `duplicate_up` drops the first copy. Only
-causal convolutions look back, so their last two input frames (`History`) carry a clip from chunk to
-chunk.
+Shapes: B videos, T frames, H and W height and width, C channels, all at the level of the layer.
+
+Diffusers runs chunks of a video with caches. A whole video gives the same if (a) every causal
+convolution sees zero frames on the left, (b) the temporal upsampling does not change the first
+frame and starts its history after it, (c) the temporal downsampling copies the first frame and
+starts its first window there, (d) `average_down` pads a zero frame in front and `duplicate_up`
+drops the first copy. Only causal convolutions look back, so their last two input frames (`History`)
+are all that a chunk needs of the previous one.
 """
 
 import math
@@ -14,14 +15,13 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from wan_jax.models.layers import Linear
 
-Array = jax.Array
-
 
 def _conv(x: Array, kernel: Array, stride: int, padding) -> Array:
-    """2-D convolution of every frame of x [B,T,H,W,I] with kernel [kh,kw,I,O]."""
+    """Convolve every frame of x [B,T,H,W,in] with kernel [kh,kw,in,out]."""
     frames = x.reshape(-1, *x.shape[2:])
     y = jax.lax.conv_general_dilated(
         frames,
@@ -34,7 +34,9 @@ def _conv(x: Array, kernel: Array, stride: int, padding) -> Array:
 
 
 def _init(rngs: nnx.Rngs, shape: tuple[int, ...], dtype) -> nnx.Param:
-    """normal(0, 1/fan_in), drawn in fp32: keeps the variance of a convolution's input."""
+    """Return a kernel drawn from normal(0, 1/fan_in) in fp32, which preserves the variance of the
+    input.
+    """
     fan_in = math.prod(shape[:-1])
     return nnx.Param(
         (jax.random.normal(rngs.params(), shape, jnp.float32) * fan_in**-0.5).astype(dtype)
@@ -42,44 +44,46 @@ def _init(rngs: nnx.Rngs, shape: tuple[int, ...], dtype) -> nnx.Param:
 
 
 class History:
-    """The two frames before a chunk at every causal convolution, in call order: all that decoding
-    carries along.
+    """The two frames before a chunk at every causal convolution, in the order of their calls: all
+    that decoding needs of the previous chunks.
 
-    frames: what the chunk before left, each [B,2,H,W,C] in the compute dtype; () at the start of a
-    clip. A pass over the chunk replaces them with the frames that the next chunk needs.
+    frames: what the previous chunk left, each [B,2,H,W,C] in the compute dtype; () at the start of
+    a video. Decoding the chunk replaces them by the frames that the next chunk needs.
     """
 
     def __init__(self, frames: tuple[Array, ...] = ()):
-        self.starts_clip = not frames
+        self.starts_video = not frames
         self._before = iter(frames)
         self.frames: tuple[Array, ...] = ()
 
-    def exchange(self, x: Array) -> Array | None:
-        """Keeps the last two frames of x [B,T,H,W,C], T >= 0; returns the two before x, None where
-        the clip starts.
+    def exchange(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B 2 H W C"] | None:
+        """Store the last two frames of x, T >= 0, and return the two before x, None at the start of
+        a video.
         """
-        before, kept = next(self._before, None), x[:, -2:]
-        missing = 2 - kept.shape[1]
+        before = next(self._before, None)
+        last = x[:, -2:]
+        missing = 2 - last.shape[1]
         if missing and before is None:
-            kept = jnp.pad(kept, ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0)))
+            last = jnp.pad(last, ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0)))
         elif missing:
-            kept = jnp.concatenate([before[:, -missing:], kept], axis=1)
-        self.frames += (kept,)
+            last = jnp.concatenate([before[:, -missing:], last], axis=1)
+        self.frames += (last,)
         return before
 
 
 class CausalConv3d(nnx.Module):
-    """kernel [kt,kh,kw,in,out] on x [B,T,H,W,in]; kt-1 frames of history or zeros on the left,
-    frames zero-padded.
+    """A causal 3-D convolution: kernel [kt,kh,kw,in,out] on x [B,T,H,W,in], with kt-1 frames of
+    history or zeros on the left, and zero-padded frames.
 
     Computes y_t = sum_s K_(kt-1-s) * x_(t-s) by 2-D convolutions over the frames that exist: a
-    single frame costs one 2-D convolution with the last tap, and a clip never multiplies the zero
-    frames. This beats XLA's 3-D convolution: [1,9,64,128,32] fp32 on two CPU cores 18 ms against
-    131, with gradients 190 against 458; [32,9,64,128,32] bf16 on an H200 1.0 ms against 1.3, with
-    gradients 3.0 against 3.7. One convolution that gives all taps as channels decodes 33 frames of
-    240x416 faster on an H200 (112 ms against 137) and 5 frames of 480x832 slower (73 ms against
-    70); chunks of 4 latent frames of 480x832 take 1.4 times the memory with it (compiled for the
-    CPU).
+    single frame costs one 2-D convolution with the last tap, and the zero frames of a video are
+    never multiplied. This is faster than XLA's 3-D convolution: [1,9,64,128,32] fp32 on two CPU
+    cores 18 ms instead of 131, with gradients 190 instead of 458; [32,9,64,128,32] bf16 on an H200
+    1.0 ms instead of 1.3, with gradients 3.0 instead of 3.7.
+
+    One convolution that gives all taps as channels decodes 33 frames of 240x416 faster on an H200
+    (112 ms instead of 137) and 5 frames of 480x832 slower (73 ms instead of 70); chunks of 4 latent
+    frames of 480x832 take 1.4 times the memory with it (compiled for the CPU).
     """
 
     def __init__(
@@ -88,8 +92,11 @@ class CausalConv3d(nnx.Module):
         self.kernel = _init(rngs, (*kernel, n_in, n_out), dtype)
         self.bias = nnx.Param(jnp.zeros((n_out,), dtype))
 
-    def __call__(self, x: Array, history: History | None = None) -> Array:
-        kernel, t = self.kernel[...], x.shape[1]
+    def __call__(
+        self, x: Float[Array, "B T H W _"], history: History | None = None
+    ) -> Float[Array, "B _ _ _ _"]:
+        kernel = self.kernel[...]
+        t = x.shape[1]
         kt, kh, kw = kernel.shape[:3]
         space = [(kh // 2, kh // 2), (kw // 2, kw // 2)]
         before = history.exchange(x) if history is not None and kt > 1 else None
@@ -105,31 +112,33 @@ class CausalConv3d(nnx.Module):
 
 
 class Conv2d(nnx.Module):
-    """kernel [kh, kw, in, out], applied to every frame of x [B,T,H,W,in]."""
+    """A 2-D convolution of every frame: kernel [3, 3, in, out] on x [B,T,H,W,in]."""
 
     def __init__(self, n_in: int, n_out: int, *, stride: int = 1, dtype, rngs: nnx.Rngs):
         self.kernel = _init(rngs, (3, 3, n_in, n_out), dtype)
         self.bias = nnx.Param(jnp.zeros((n_out,), dtype))
         self.stride = stride
 
-    def __call__(self, x: Array) -> Array:
-        # stride 2 pads right and bottom only
+    def __call__(self, x: Float[Array, "B T H W _"]) -> Float[Array, "B _ _ _ _"]:
+        # stride 2 pads only on the right and at the bottom
         space = [(1, 1)] * 2 if self.stride == 1 else [(0, 1)] * 2
         return _conv(x, self.kernel[...], self.stride, space) + self.bias[...].astype(x.dtype)
 
 
-def upsampled_conv(x: Array, kernel: Array) -> Array:
-    """Double the height and width of every frame of x [B,T,H,W,I] (nearest) and convolve it with
-    kernel [3,3,I,O].
+def upsampled_conv(
+    x: Float[Array, "B T H W n_in"], kernel: Float[Array, "3 3 n_in n_out"]
+) -> Float[Array, "B T 2*H 2*W n_out"]:
+    """Double the height and width of every frame (nearest) and convolve it with the kernel.
 
     Four neighbouring pixels of the doubled frame have the same value, so each of the result's four
-    phases (even or odd row and column) is a 2x2 convolution of x itself, whose taps are sums of the
-    kernel's: 16 products instead of 36, and the doubled frame is never stored. One convolution
-    gives the four phases as channels. Returns [B,T,2H,2W,O].
+    phases (even or odd row and column) is a 2x2 convolution of x itself with sums of the kernel's
+    taps: 16 products instead of 36, and the doubled frame is never stored. One convolution gives
+    the four phases as channels.
     """
     b, t, h, w, n_in = x.shape
     kernel = kernel.astype(jnp.float32)
-    # [3,...] to [phase, tap, ...]: an even row sees rows y-1, y, y; an odd one y, y, y+1
+    # Sum the taps, [3,...] to [phase, tap, ...]: an even row sees rows y-1, y, y; an odd one y, y,
+    # y+1.
     for axis in (0, 1):
         kernel = jnp.moveaxis(kernel, axis * 2, 0)
         phases = jnp.stack(
@@ -141,9 +150,10 @@ def upsampled_conv(x: Array, kernel: Array) -> Array:
         # [phase, tap, (phase, tap | 3), I, O]
         kernel = jnp.moveaxis(phases, (0, 1), (axis * 2, axis * 2 + 1))
     n_out = kernel.shape[-1]
+    # Convolve with the phases as channels.
     stacked = kernel.transpose(1, 3, 4, 0, 2, 5).reshape(2, 2, n_in, 4 * n_out)
     y = _conv(x, stacked, 1, [(1, 1), (1, 1)]).reshape(b, t, h + 1, w + 1, 2, 2, n_out)
-    # [B,T,h,w,2,O]
+    # Interleave the phases; each row phase is [B,T,H,W,2,n_out].
     rows = [
         jnp.stack([y[:, :, r : r + h, c : c + w, r, c] for c in (0, 1)], axis=4) for r in (0, 1)
     ]
@@ -156,7 +166,7 @@ class ChannelNorm(nnx.Module):
     def __init__(self, channels: int, *, dtype):
         self.scale = nnx.Param(jnp.ones((channels,), dtype))
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B T H W _"]) -> Float[Array, "B _ _ _ _"]:
         y = x.astype(jnp.float32)
         # the clamp acts on the square, so the gradient at x = 0 is finite
         norm = jnp.sqrt(jnp.maximum(jnp.sum(y * y, axis=-1, keepdims=True), 1e-24))
@@ -166,8 +176,8 @@ class ChannelNorm(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))); a 1x1x1 convolution of x where the channels
-    change.
+    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), with a 1x1x1 convolution of x if the number of
+    channels changes.
     """
 
     def __init__(self, n_in: int, n_out: int, *, dtype, rngs: nnx.Rngs):
@@ -178,21 +188,23 @@ class ResidualBlock(nnx.Module):
         self.conv2 = CausalConv3d(n_out, n_out, (3, 3, 3), **kw)
         self.conv_shortcut = CausalConv3d(n_in, n_out, (1, 1, 1), **kw) if n_in != n_out else None
 
-    def __call__(self, x: Array, history: History | None = None) -> Array:
+    def __call__(
+        self, x: Float[Array, "B T H W _"], history: History | None = None
+    ) -> Float[Array, "B _ _ _ _"]:
         h = self.conv1(jax.nn.silu(self.norm1(x)), history)
         h = self.conv2(jax.nn.silu(self.norm2(h)), history)
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class AttentionBlock(nnx.Module):
-    """Single-head attention of each frame over its own H*W positions."""
+    """Single-head attention of each frame over its H*W positions."""
 
     def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
         self.norm = ChannelNorm(channels, dtype=dtype)
         self.to_qkv = Linear(channels, 3 * channels, dtype=dtype, rngs=rngs)
         self.proj = Linear(channels, channels, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B T H W _"]) -> Float[Array, "B _ _ _ _"]:
         b, t, h, w, c = x.shape
         q, k, v = jnp.split(self.to_qkv(self.norm(x)).reshape(b * t, h * w, 3 * c), 3, axis=-1)
         logits = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32) * c**-0.5
@@ -208,12 +220,14 @@ class MidBlock(nnx.Module):
         self.attentions_0 = AttentionBlock(channels, dtype=dtype, rngs=rngs)
         self.resnets_1 = ResidualBlock(channels, channels, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Array, history: History | None = None) -> Array:
+    def __call__(
+        self, x: Float[Array, "B T H W _"], history: History | None = None
+    ) -> Float[Array, "B _ _ _ _"]:
         return self.resnets_1(self.attentions_0(self.resnets_0(x, history)), history)
 
 
 class Downsample(nnx.Module):
-    """Halves height and width, and the frames after the first where `temporal`."""
+    """Halves height and width, and with `temporal` also the number of frames after the first."""
 
     def __init__(self, channels: int, temporal: bool, *, dtype, rngs: nnx.Rngs):
         self.resample_1 = Conv2d(channels, channels, stride=2, dtype=dtype, rngs=rngs)
@@ -221,12 +235,13 @@ class Downsample(nnx.Module):
             self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), dtype=dtype, rngs=rngs)
         self.temporal = temporal
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B T H W _"]) -> Float[Array, "B _ _ _ _"]:
         x = self.resample_1(x)
         if not self.temporal or x.shape[1] == 1:
             return x
+        # windows (0,1,2), (2,3,4), ...: T = 1 + 2k frames give k
         y = self.time_conv.bias[...].astype(x.dtype)
-        for tap in range(3):  # windows (0,1,2), (2,3,4), ...: T = 1 + 2k frames give k
+        for tap in range(3):
             y = y + x[:, tap : x.shape[1] - 2 + tap : 2] @ self.time_conv.kernel[...][
                 tap, 0, 0
             ].astype(x.dtype)
@@ -234,8 +249,8 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Doubles height and width, and the frames after a clip's first where `temporal`; n_in channels
-    to n_out.
+    """Doubles height and width, and with `temporal` also the number of frames after a video's
+    first; n_in channels to n_out.
     """
 
     def __init__(self, n_in: int, n_out: int, temporal: bool, *, dtype, rngs: nnx.Rngs):
@@ -244,17 +259,21 @@ class Upsample(nnx.Module):
             self.time_conv = CausalConv3d(n_in, 2 * n_in, (3, 1, 1), dtype=dtype, rngs=rngs)
         self.temporal = temporal
 
-    def __call__(self, x: Array, history: History | None = None) -> Array:
+    def __call__(
+        self, x: Float[Array, "B T H W _"], history: History | None = None
+    ) -> Float[Array, "B _ _ _ _"]:
         if self.temporal:
-            # the clip's first frame stays one frame
-            single = 1 if history is None or history.starts_clip else 0
+            # the first frame of a video is not doubled
+            single = 1 if history is None or history.starts_video else 0
             x = jnp.concatenate([x[:, :single], self._double(x[:, single:], history)], axis=1)
         return upsampled_conv(x, self.resample_1.kernel[...]) + self.resample_1.bias[...].astype(
             x.dtype
         )
 
-    def _double(self, x: Array, history: History | None) -> Array:
-        """[B,T,H,W,C] -> [B,2T,H,W,C]; T may be 0."""
+    def _double(
+        self, x: Float[Array, "B T H W C"], history: History | None
+    ) -> Float[Array, "B 2*T H W C"]:
+        """Double the number of frames; T may be 0."""
         b, t, h, w, c = x.shape
         if t == 0:
             if history is not None:
@@ -265,11 +284,13 @@ class Upsample(nnx.Module):
         return pairs.transpose(0, 1, 4, 2, 3, 5).reshape(b, 2 * t, h, w, c)
 
 
-def average_down(x: Array, n_out: int, ft: int, fs: int) -> Array:
-    """[B,T,H,W,C] -> [B,ceil(T/ft),H/fs,W/fs,n_out]: each cell's C ft fs fs values, averaged in
-    n_out groups.
+def average_down(
+    x: Float[Array, "B T H W C"], n_out: int, ft: int, fs: int
+) -> Float[Array, "B _ H//{fs} W//{fs} {n_out}"]:
+    """Average cells of ft frames and fs x fs pixels to n_out channels: the C ft fs fs values of a
+    cell are averaged in n_out groups. Returns [B,ceil(T/ft),H/fs,W/fs,n_out].
 
-    Zero frames are put in front until ft divides the frames. Diffusers `AvgDown3D`.
+    Zero frames are put in front until ft divides the number of frames. Diffusers `AvgDown3D`.
     """
     x = jnp.pad(x, ((0, 0), (-x.shape[1] % ft, 0), (0, 0), (0, 0), (0, 0)))
     b, t, h, w, c = x.shape
@@ -277,21 +298,23 @@ def average_down(x: Array, n_out: int, ft: int, fs: int) -> Array:
     return cells.reshape(*cells.shape[:4], n_out, -1).mean(axis=-1)
 
 
-def duplicate_up(x: Array, n_out: int, ft: int, fs: int, starts_clip: bool) -> Array:
-    """[B,T,H,W,C] -> [B,ft T,fs H,fs W,n_out]: channels repeated to n_out ft fs fs, then spread
-    over each cell.
+def duplicate_up(
+    x: Float[Array, "B T H W C"], n_out: int, ft: int, fs: int, starts_video: bool
+) -> Float[Array, "B _ H*{fs} W*{fs} {n_out}"]:
+    """Spread each value over a cell of ft frames and fs x fs pixels: channels are repeated to n_out
+    ft fs fs, then distributed over the cell. Returns [B,ft T,fs H,fs W,n_out].
 
-    At the start of a clip the first ft - 1 frames are dropped. Diffusers `DupUp3D`.
+    At the start of a video the first ft - 1 frames are dropped. Diffusers `DupUp3D`.
     """
     b, t, h, w, c = x.shape
     cells = jnp.repeat(x, n_out * ft * fs * fs // c, axis=-1).reshape(b, t, h, w, n_out, ft, fs, fs)
     out = cells.transpose(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, t * ft, h * fs, w * fs, n_out)
-    return out[:, ft - 1 :] if starts_clip else out
+    return out[:, ft - 1 :] if starts_video else out
 
 
-def patchify(x: Array, p: int) -> Array:
-    """[B,T,H,W,C] -> [B,T,H/p,W/p,C p p]; in the channels C is slowest, then the column, then the
-    row of the patch.
+def patchify(x: Float[Array, "B T H W C"], p: int) -> Float[Array, "B T H//{p} W//{p} C*{p}*{p}"]:
+    """Move patches of p x p pixels into the channels, in which C is slowest, then the column, then
+    the row of the patch.
     """
     b, t, h, w, c = x.shape
     return (
@@ -301,8 +324,8 @@ def patchify(x: Array, p: int) -> Array:
     )
 
 
-def unpatchify(x: Array, p: int) -> Array:
-    """The inverse of `patchify`."""
+def unpatchify(x: Float[Array, "B T H W C"], p: int) -> Float[Array, "B T H*{p} W*{p} C//{p}//{p}"]:
+    """Invert `patchify`."""
     b, t, h, w, c = x.shape
     cells = x.reshape(b, t, h, w, c // (p * p), p, p).transpose(0, 1, 2, 6, 3, 5, 4)
     return cells.reshape(b, t, h * p, w * p, c // (p * p))

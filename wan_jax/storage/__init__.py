@@ -1,1 +1,1 @@
-"""Files: model folders, checkpoints, digests, locks, videos."""
+"""Files: model folders, checkpoints, digests, locks, pictures and videos."""

@@ -1,14 +1,14 @@
 """The arrays of one component as an orbax checkpoint that is written and read one layer at a time.
 
-Orbax saves a tree at once, so the tree must fit in memory. On disk its checkpoint is one Zarr array
-a leaf beside a few small files of metadata: `create` lets orbax save a tree of the same names with
-one value in each, then gives every leaf its true shape through TensorStore, and `ArrayStore.write`
-fills it in any order. Orbax restores the result like any other checkpoint, each device reading its
-part.
+Orbax saves a whole tree, so the tree must fit in memory. On disk its checkpoint is one Zarr array
+per leaf and a few small files of metadata. `create` lets orbax save a tree of the same names with
+one value in each, then gives every leaf its real shape through TensorStore, and `ArrayStore.write`
+fills them in any order. Orbax restores the result like any other checkpoint, each device reading
+its shards.
 
-An array over layers (axis 0 of the modules run by scan) has a chunk, which is one file, for each
-layer; what is larger than `CHUNK` bytes is split further. Chunks are not compressed: trained
-weights hardly get smaller. So a file is read directly, and compared with its digest
+An array with a layer axis (axis 0 of the modules run by scan) has one chunk, which is one file, per
+layer; larger ones than `CHUNK` bytes are split further. Chunks are not compressed, because trained
+weights hardly get smaller. So a file can be read directly, and is compared with its digest
 (`wan_jax.storage.integrity`) while it is read.
 """
 
@@ -31,10 +31,10 @@ from wan_jax.storage.paths import expand
 
 CHUNK = 2**28  # bytes
 CHUNK_FILE = re.compile(r"(.*/)?\d+(\.\d+)*")  # all other files are metadata
-# of orbax: they hold the time of writing, and are not read here
+# Files of orbax that contain the time of writing; they are not read here.
 TIMES = ("_CHECKPOINT_METADATA", "commit_success.txt")
 CONTEXT = {"file_io_concurrency": {"limit": 4}}
-AGAIN = "convert the model again with python -m convert.from_diffusers --overwrite"
+CONVERT_AGAIN = "convert the model again with python -m convert.from_diffusers --overwrite"
 
 
 class StoreError(UserError):
@@ -42,8 +42,8 @@ class StoreError(UserError):
 
 
 def chunk_shape(shape: tuple[int, ...], itemsize: int, stacked: bool) -> tuple[int, ...]:
-    """One layer of a stacked array, the whole of another; above `CHUNK` bytes split evenly, leading
-    axes first.
+    """Return the shape of a chunk: one layer of a stacked array, all of another one. Chunks above
+    `CHUNK` bytes are split evenly, leading axes first.
     """
     chunk = [1, *shape[1:]] if stacked else list(shape)
     for axis, n in enumerate(chunk):
@@ -55,13 +55,14 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int, stacked: bool) -> tuple[i
 def create(
     path: pathlib.Path, arrays: Mapping[str, tuple[tuple[int, ...], np.dtype, bool]]
 ) -> "ArrayStore":
-    """A new checkpoint at `path`, to be filled. arrays: {name: (shape, dtype, stacked over
+    """Create a checkpoint at `path`, to be filled. arrays: {name: (shape, dtype, stacked over
     layers)}.
     """
     tree = {name: np.zeros(1, dtype) for name, (_, dtype, _) in arrays.items()}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
         checkpointer.save(path, args=ocp.args.PyTreeSave(tree), force=True)
-    context, opening = ts.Context(CONTEXT), {}
+    context = ts.Context(CONTEXT)
+    opening = {}
     for name, (shape, dtype, stacked) in arrays.items():
         dtype = np.dtype(dtype)
         metadata = {
@@ -89,7 +90,7 @@ def _spec(path: pathlib.Path, name: str) -> dict:
 
 
 def _write_file(path: pathlib.Path, value: np.ndarray) -> None:
-    """A file that appears whole, when it is on the disk."""
+    """Write a file that appears complete, once it is on disk."""
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "wb", buffering=0) as file:
         rest = memoryview(value.reshape(-1).view(np.uint8))
@@ -102,9 +103,13 @@ def _write_file(path: pathlib.Path, value: np.ndarray) -> None:
 class ArrayStore:
     """The arrays of an existing checkpoint.
 
-    files: size and digest of every file by its path below `path`; the metadata are compared with
-    them now, the values when they are read. None: only sizes are checked. Raises `StoreError` when
-    metadata are missing or damaged.
+    Args:
+        path: folder of the checkpoint.
+        arrays: the open arrays; None opens them.
+        files: size and digest of every file by its path below `path`. Metadata are compared with
+            them at once, values when they are read. None: only sizes are checked.
+
+    Raises `StoreError` when metadata are missing or damaged.
     """
 
     def __init__(
@@ -140,7 +145,7 @@ class ArrayStore:
             ) from None
 
     def chunk_files(self, name: str, layer: int | None = None) -> list[pathlib.Path]:
-        """The files of an array, or of one of its layers."""
+        """Return the files of an array, or of one of its layers."""
         shape, chunk = self.shapes[name], self._chunk(name)
         counts = [range(-(-n // c)) for n, c in zip(shape, chunk)]
         if layer is not None:
@@ -150,14 +155,16 @@ class ArrayStore:
         ]
 
     def is_written(self, name: str, layer: int | None = None) -> bool:
-        """Whether all files of an array, or of one of its layers, are there and of the right size."""
+        """Return whether all files of an array, or of one of its layers, exist and have the right
+        size.
+        """
         size = math.prod(self._chunk(name)) * self.dtypes[name].itemsize
         return all(
             file.is_file() and file.stat().st_size == size for file in self.chunk_files(name, layer)
         )
 
     def check_whole(self) -> None:
-        """Raises `StoreError` when a file of values is missing, which would read as zeros, or
+        """Raise `StoreError` when a file of values is missing, which would read as zeros, or
         truncated.
         """
         if broken := [name for name in self.shapes if not self.is_written(name)]:
@@ -170,12 +177,11 @@ class ArrayStore:
         return tuple(self._arrays[name].chunk_layout.read_chunk.shape)
 
     def write(self, name: str, value: np.ndarray, layer: int | None = None, row: int = 0) -> None:
-        """Writes one layer, or the rows from `row` on of an array without layers; it is on the disk
-        on return.
+        """Write one layer, or rows of an array without layers from `row` on; on disk on return.
 
-        value: contiguous, in the array's dtype. A chunk without compression is its values as they
-        lie in memory; whole ones go to their files directly, where TensorStore would copy them
-        first, which halved the speed.
+        value: contiguous, in the array's dtype. An uncompressed chunk is its values in memory
+        order, so complete chunks are written to their files directly. TensorStore would copy them
+        first, which took twice as long.
         """
         head = () if layer is None else (layer,)
         chunk = self._chunk(name)[len(head) :]
@@ -191,55 +197,59 @@ class ArrayStore:
             target.write(value, can_reference_source_data_indefinitely=True).result()
 
     def read(self, name: str, layer: int | None = None, rows: slice = slice(None)) -> np.ndarray:
-        """An array, one layer of it, or rows of one without layers, as stored. Raises `StoreError`."""
+        """Return an array, one layer of it, or rows of one without layers, as stored. Raises
+        `StoreError`.
+        """
         shape = self.shapes[name]
         first = rows if layer is None else slice(layer, layer + 1)
-        value = self._part(
+        value = self._slice(
             name, (first, *[slice(None)] * (len(shape) - 1))[: len(shape)], self.dtypes[name]
         )
         return value if layer is None else value[0]
 
     def place(self, name: str, dtype, sharding: jax.sharding.Sharding) -> jax.Array:
-        """An array on the devices of `sharding`, in `dtype`. Reads the files of this process's
-        shards only, and makes one copy of each shard. Raises `StoreError`.
+        """Return an array in `dtype` on the devices of `sharding`. Reads only the files of this
+        process's shards, and copies each shard once. Raises `StoreError`.
         """
-        parts = {}
+        shards = {}
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
             key = tuple((s.start, s.stop) for s in index)
-            if key not in parts:
-                parts[key] = self._part(name, index, np.dtype(dtype))
-            return parts[key]
+            if key not in shards:
+                shards[key] = self._slice(name, index, np.dtype(dtype))
+            return shards[key]
 
-        return jax.make_array_from_callback(self.shapes[name], sharding, part)
+        return jax.make_array_from_callback(self.shapes[name], sharding, shard)
 
-    def _part(self, name: str, index: Sequence[slice], dtype: np.dtype) -> np.ndarray:
-        """A part of an array, of step 1. Every file that holds some of it is read once, and whole,
-        to be checked.
+    def _slice(self, name: str, index: Sequence[slice], dtype: np.dtype) -> np.ndarray:
+        """Return a slice of an array, of step 1. Every file with some of it is read once, and
+        completely, because its digest is checked.
         """
         chunk, stored = self._chunk(name), self.dtypes[name]
         spans = [s.indices(n)[:2] for s, n in zip(index, self.shapes[name], strict=True)]
         out = np.empty([stop - start for start, stop in spans], dtype)
 
-        def copy(at: tuple[int, ...]) -> None:
-            inside, outside = [], []  # of the file, and where that belongs in `out`
-            for i, n, (start, stop) in zip(at, chunk, spans):
+        def copy(chunk_index: tuple[int, ...]) -> None:
+            """Copy the values of one file that are in the slice to `out`."""
+            in_file = []
+            in_out = []
+            for i, n, (start, stop) in zip(chunk_index, chunk, spans):
                 low, high = max(start, i * n), min(stop, (i + 1) * n)
-                inside.append(slice(low - i * n, high - i * n))
-                outside.append(slice(low - start, high - start))
-            target = out[tuple(outside)]
+                in_file.append(slice(low - i * n, high - i * n))
+                in_out.append(slice(low - start, high - start))
+            target = out[tuple(in_out)]
             direct = dtype == stored and target.shape == chunk and target.flags.c_contiguous
             values = target if direct else np.empty(chunk, stored)
-            file = ".".join(map(str, at)) or "0"
+            file = ".".join(map(str, chunk_index)) or "0"
             expected = None if self._files is None else self._files.get(f"{name}/{file}", (0, 0))
             try:
                 integrity.read_into(
                     self.path / name / file, memoryview(values.reshape(-1).view(np.uint8)), expected
                 )
             except integrity.Damaged as error:
-                raise StoreError(f"{error}; {AGAIN}") from None
+                raise StoreError(f"{error}; {CONVERT_AGAIN}") from None
             if not direct:
-                target[...] = values[tuple(inside)]
+                target[...] = values[tuple(in_file)]
 
         wanted = list(
             itertools.product(*(range(a // n, -(-b // n)) for n, (a, b) in zip(chunk, spans)))

@@ -1,21 +1,20 @@
-"""Checkpoints of a training run: what the trainer saves and resumes from, and what sampling and
-export read.
+"""Checkpoints of a training run: saving, resuming and checking them.
 
-    RUN/checkpoints/<epoch>/state/        orbax: trainable, optimiser and counter leaves (flat dicts
-                                          of arrays)
-    RUN/checkpoints/<epoch>/trained/      orbax: the weights to sample with, which are the moving
-                                          average; a flat dict
-    RUN/checkpoints/<epoch>/meta/metadata JSON: epoch, model, trained experts, LoRA settings or
-    null, the config, and
-                                          the digests of the model and of the training prompts
-    RUN/checkpoints/<epoch>/digests.json  size and digest of every other file
-    (`wan_jax.storage.integrity`)
+    RUN/checkpoints/<epoch>/state/         orbax: flat dicts of trainable arrays, optimiser state
+                                           and counters
+    RUN/checkpoints/<epoch>/trained/       orbax: flat dict of the weights to sample with, which are
+                                           the moving average
+    RUN/checkpoints/<epoch>/meta/metadata  JSON: epoch, model, trained experts, LoRA settings or
+                                           null, the config, digests of the model and of the prompts
+    RUN/checkpoints/<epoch>/digests.json   size and digest of every other file (`integrity`)
 
-A checkpoint is written under a temporary name, which is changed when every file is on disk, the
-digests last. So a run that is killed during a save finds the previous checkpoint, and a numbered
+A checkpoint is written under a temporary name and renamed when every file is on disk, the digests
+last. So a run that is killed while it saves still finds the previous checkpoint, and a numbered
 folder without digests was copied in part.
 
-Format 1 had no digests, and the moving average in state/ too. It is still read.
+Format 1 had no digests, and also had the moving average in state/. It can still be read.
+
+`wan_jax.storage.trained_weights` reads the weights to sample with.
 """
 
 import contextlib
@@ -31,29 +30,32 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from wan_jax.command_line.cli import UserError, check_space
+from wan_jax.command_line.cli import check_space
 from wan_jax.distributed import multihost
-from wan_jax.models.lora import LoRAConfig
+from wan_jax.errors import UserError
 from wan_jax.storage import integrity
 from wan_jax.storage.paths import expand
 
 FORMAT = 2
 DIGESTS, META = "digests.json", "meta/metadata"
 ITEMS = ("meta", "state", "trained")
-# of every meta
+# Fields of every meta, and their types.
 FIELDS = {"epoch": int, "model": str, "experts": list, "lora": (dict, type(None)), "config": dict}
 LORA_FIELDS = {"rank": int, "alpha": (int, float), "targets": list}
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. `keep` is how many of the newest stay (None: all)."""
+    """The checkpoints of one run folder.
+
+    keep: number of newest checkpoints to keep; None keeps all.
+    """
 
     def __init__(self, folder, keep: int | None = None):
         self.folder = pathlib.Path(folder).absolute() / "checkpoints"
         self.keep = keep
 
     def epochs(self) -> list[int]:
-        """The epochs that have a folder, complete or not, in ascending order."""
+        """Return the epochs that have a folder, complete or not, in ascending order."""
         if not self.folder.is_dir():
             return []
         return sorted(
@@ -63,7 +65,9 @@ class Checkpoints:
         )
 
     def begin(self) -> int | None:
-        """Create the folder, and return the epoch to continue from. Raises `UserError`."""
+        """Create the folder and return the epoch to continue from, None for a new run. Raises
+        `UserError`.
+        """
         if self.folder.is_file():
             raise UserError(
                 f"{self.folder} is a file where a folder is needed; remove it or choose another "
@@ -73,8 +77,8 @@ class Checkpoints:
         return self.latest()
 
     def latest(self) -> int | None:
-        """The newest checkpoint's epoch, or None. Raises `UserError` when its folder is not a
-        complete checkpoint.
+        """Return the epoch of the newest checkpoint, or None. Raises `UserError` when it is not
+        complete.
         """
         epochs = self.epochs()
         if epochs:
@@ -82,10 +86,15 @@ class Checkpoints:
         return epochs[-1] if epochs else None
 
     def save(self, epoch: int, state: dict, trained: dict, meta: dict):
-        """state: {'trainable' | 'opt' | ...: {name: array}}; trained: {path: array}; meta: JSON
-        values.
+        """Write the checkpoint of an epoch. All processes call this together.
 
-        All processes call it together. Raises `UserError` when the disk has no room for it.
+        Args:
+            epoch: the number of its folder.
+            state: {'trainable' | 'opt' | ...: {name: array}}.
+            trained: the weights to sample with, {path: array}.
+            meta: JSON values.
+
+        Raises `UserError` when the disk does not have enough space.
         """
         check_space(
             self.folder, sum(x.nbytes for x in jax.tree.leaves((state, trained))), "the checkpoint"
@@ -100,13 +109,14 @@ class Checkpoints:
         )
 
     def _remove_unfinished(self) -> None:
-        """What a killed process left, also one of format 1."""
+        """Remove what a killed process left, also in format 1."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in [*self.folder.glob(".*.tmp"), *self.folder.glob("*.orbax-checkpoint-tmp*")]:
             shutil.rmtree(path)
 
     def _finish(self, temporary: pathlib.Path, epoch: int, meta: dict) -> None:
-        # orbax makes a folder that was moved away anew, without what it held
+        """Write meta and digests, rename the folder, and remove the oldest checkpoints."""
+        # if the folder was moved away, orbax has created a new one without its earlier content
         for name in ("state", "trained"):
             os.stat(temporary / name)
         (temporary / META).parent.mkdir()
@@ -115,16 +125,15 @@ class Checkpoints:
         temporary.rename(self.path(epoch))
         _flush_folder(self.folder)
         for old in self.epochs()[: -self.keep] if self.keep else ():
-            # at no time is there a numbered folder that lacks files
+            # renamed first, so that a numbered folder never lacks files
             self.path(old).rename(temporary)
             shutil.rmtree(temporary)
 
     def check(self, epoch: int, items: tuple[str, ...] = ITEMS) -> dict:
-        """Read every file of these items and compare it with its digest; return the checkpoint's
-        meta.
+        """Read every file of these items, compare it with its digest, and return the meta.
 
-        All processes call it together, and each reads its share of the files. Raises `UserError`
-        that names the damaged file and a checkpoint that is whole.
+        All processes call this together, and each reads its share of the files. Raises `UserError`
+        that names the damaged file and a checkpoint that is complete.
         """
         meta, files = self.meta(epoch), self._digests(epoch)
         if files is None:
@@ -136,14 +145,14 @@ class Checkpoints:
                 )
             return meta
         names = sorted(name for name in files if name.split("/")[0] in items)
-        mine = {name: files[name] for name in names[jax.process_index() :: jax.process_count()]}
-        found = multihost.gather(integrity.problem(self.path(epoch), mine))
-        if first := next(filter(None, found), None):
+        share = {name: files[name] for name in names[jax.process_index() :: jax.process_count()]}
+        problems = multihost.gather(integrity.problem(self.path(epoch), share))
+        if first := next(filter(None, problems), None):
             raise self._damaged(epoch, first)
         return meta
 
     def meta(self, epoch: int) -> dict:
-        """Raises `UserError` when the folder is not a complete checkpoint."""
+        """Return the meta. Raises `UserError` when the folder is not a complete checkpoint."""
         try:
             files = self._digests(epoch)
             if files is not None and (
@@ -155,8 +164,10 @@ class Checkpoints:
             raise self._damaged(epoch, str(error)) from None
 
     def restore_state(self, epoch: int, like: dict) -> tuple[dict, dict]:
-        """(state, trained) of `save`, onto the shapes, dtypes and shardings of `like`, a state with
-        a part 'ema' for the trained weights.
+        """Return (state, trained) as given to `save`.
+
+        like: arrays with the shapes, dtypes and shardings to restore to, as `state` and with a part
+        'ema' for the trained weights.
         """
         averaged_too = self.meta(epoch)["format"] == 1
         state = (
@@ -175,15 +186,16 @@ class Checkpoints:
             )
 
     def load_trained(self, epoch: int) -> dict[str, np.ndarray]:
-        """The weights of `save` as NumPy arrays."""
+        """Return the trained weights as NumPy arrays."""
         with self._readable(epoch, "trained"):
             return read_numpy(self.path(epoch) / "trained")
 
     def path(self, epoch: int) -> pathlib.Path:
+        """Return the folder of an epoch."""
         return self.folder / str(epoch)
 
     def _digests(self, epoch: int) -> integrity.Files | None:
-        """None for format 1. Raises `Damaged`."""
+        """Return the digests of the files, None in format 1. Raises `Damaged`."""
         path = self.path(epoch)
         if not (path / DIGESTS).exists():
             if path.is_dir() and (path / META).is_file() and self._read_meta(epoch)["format"] == 1:
@@ -200,6 +212,7 @@ class Checkpoints:
         return files
 
     def _read_meta(self, epoch: int) -> dict:
+        """Return the meta without comparing its digest. Raises `Damaged`."""
         path = self.path(epoch) / META
         meta = integrity.read_json(path)
         if meta.get("format") not in (1, FORMAT):
@@ -214,9 +227,11 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _readable(self, epoch: int, item: str) -> Iterator[None]:
-        """Turn whatever orbax raises on a damaged checkpoint (many types, `Exception` itself among
-        them) into one message, and keep Python from printing the errors of arrays that orbax did
-        not wait for.
+        """Convert any error that orbax raises on a damaged checkpoint into one `UserError`.
+
+        Orbax raises many types, `Exception` itself among them. Errors of arrays that orbax did not
+        wait for would be printed by Python's hook for unraisable errors, which is replaced
+        meanwhile.
         """
         hook, message = sys.unraisablehook, None
         sys.unraisablehook = lambda _: None
@@ -224,11 +239,11 @@ class Checkpoints:
             yield
         except UserError:
             raise
-        except Exception as error:  # the message keeps what the error says
+        except Exception as error:  # broad, see above; the text of the error is kept
             message = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         finally:
             if message:
-                gc.collect()  # with the hook above, the errors that nobody waited for
+                gc.collect()  # reports the remaining errors now, to the replaced hook
             sys.unraisablehook = hook
         if message:
             raise self._damaged(
@@ -237,9 +252,10 @@ class Checkpoints:
             )
 
     def _damaged(self, epoch: int, what: str) -> UserError:
+        """Return the error for a damaged checkpoint, which names one that is complete."""
         path = self.path(epoch)
         what = what.replace(f"{path}/", "")
-        # earlier ones first
+        # the nearest earlier one first, then later ones
         others = sorted((e for e in self.epochs() if e != epoch), key=lambda e: (e > epoch, -e))
         whole = next(filter(self._is_whole, others), None)
         if whole is None:
@@ -249,13 +265,13 @@ class Checkpoints:
                 "--config.run_dir"
             )
         newer = " and ".join(str(self.path(e)) for e in self.epochs() if e > whole)
-        seen = (
+        state = (
             "is whole"
             if self._digests(whole)
             else "has all its parts (and no digests to check them by)"
         )
         return UserError(
-            f"{path} is damaged: {what}; {self.path(whole)} {seen}: "
+            f"{path} is damaged: {what}; {self.path(whole)} {state}: "
             + (f"remove {newer} to continue from {whole}, or " if newer else "")
             + f"give --checkpoint={self.path(whole)}"
         )
@@ -277,8 +293,8 @@ def _flush_folder(path: pathlib.Path) -> None:
 
 
 def join_experts(trees: dict[str, dict]) -> dict:
-    """{expert: {path: array}} to the one flat dict that is stored: bare paths for a model's only
-    transformer, and '<expert>/<path>' where there is a `transformer_2`.
+    """Join {expert: {path: array}} to the flat dict that is stored: plain paths if the model has
+    one transformer, and '<expert>/<path>' if it has a `transformer_2`.
     """
     if set(trees) == {"transformer"}:
         return dict(trees["transformer"])
@@ -286,8 +302,9 @@ def join_experts(trees: dict[str, dict]) -> dict:
 
 
 def split_experts(flat: dict, experts: list[str]) -> dict[str, dict]:
-    """The inverse of `join_experts`. experts: the trained ones, as the checkpoint's meta names
-    them.
+    """The inverse of `join_experts`.
+
+    experts: names of the trained experts, as in the meta of the checkpoint.
     """
     if experts == ["transformer"]:
         return {"transformer": dict(flat)}
@@ -298,7 +315,7 @@ def split_experts(flat: dict, experts: list[str]) -> dict[str, dict]:
 
 
 def read_numpy(path) -> dict:
-    """The tree of NumPy arrays in an orbax folder, whichever devices it was written from."""
+    """Read the tree of an orbax folder as NumPy arrays, whichever devices it was written from."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         tree = checkpointer.metadata(path).item_metadata.tree
         plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
@@ -306,9 +323,8 @@ def read_numpy(path) -> dict:
 
 
 def find(path) -> tuple[Checkpoints, int]:
-    """A checkpoint by its run folder (the newest one) or its own folder `checkpoints/<epoch>`.
-
-    Raises `UserError` when there is none.
+    """Return a checkpoint and its epoch, from a run folder (its newest checkpoint) or from a folder
+    `checkpoints/<epoch>`. Raises `UserError` when there is none.
     """
     path = expand(path)
     if not path.is_dir():
@@ -328,22 +344,3 @@ def find(path) -> tuple[Checkpoints, int]:
     if epoch not in checkpoints.epochs():
         raise UserError(f"{path} holds no such checkpoint (it has {checkpoints.epochs()})")
     return checkpoints, epoch
-
-
-def load_trained(path) -> tuple[LoRAConfig | None, dict[str, dict[str, np.ndarray]], dict]:
-    """The weights to sample with, from a run folder (its newest checkpoint) or one
-    `checkpoints/<epoch>` folder.
-
-    Returns (LoRA settings, or None after full fine-tuning; {expert: {path: float32 array}} of the
-    trained experts; the checkpoint's meta). Raises `UserError` when there is no finished
-    checkpoint, or when it is damaged.
-    """
-    checkpoints, epoch = find(path)
-    meta = checkpoints.check(epoch, ("meta", "trained"))
-    trained = checkpoints.load_trained(epoch)
-    lora = meta["lora"] and LoRAConfig(
-        rank=meta["lora"]["rank"],
-        alpha=meta["lora"]["alpha"],
-        targets=tuple(meta["lora"]["targets"]),
-    )
-    return lora, split_experts(trained, meta["experts"]), meta

@@ -1,12 +1,12 @@
-"""Locks that keep a second process out of a folder that one is writing.
+"""Locks that keep a second process from writing to a folder.
 
-The lock is held by `flock` on a small file, so the system releases it when the process ends, by
-SIGKILL too. The file names its holder and holds a random token: processes on other hosts read it to
-check that they see the same folder, and the holder notices when its folder is moved away. A normal
-end removes the file; one that was left is taken over.
+The lock is a `flock` on a small file, so the system releases it when the process ends, even by
+SIGKILL. The file names its owner and contains a random token: processes on other hosts read it to
+check that they see the same folder, and the owner notices when its folder is moved. A normal end
+removes the file; one that was left is taken over.
 
 Linux passes `flock` to the server on NFS, and on Lustre mounted with -o flock, so there it also
-holds between hosts. Where a file system has no locks, a warning is printed and the work goes on
+works between hosts. If a file system has no locks, a warning is printed and the work continues
 without.
 """
 
@@ -25,25 +25,23 @@ from collections.abc import Iterator
 
 from wan_jax.errors import UserError
 
-NAME = ".lock"  # in the folder
+NAME = ".lock"  # of the file in the folder
 
 
 @dataclasses.dataclass(frozen=True)
 class Lock:
-    """A lock that this process holds."""
+    """A lock that this process owns."""
 
     path: pathlib.Path
-    content: str  # of the file: JSON
+    content: str  # of the file, JSON
 
     def check_held(self) -> None:
-        """Raises `UserError` when the folder was moved away, removed or replaced since it was
-        locked.
-        """
+        """Raise `UserError` when the folder was moved, removed or replaced since it was locked."""
         try:
-            held = self.path.read_text(encoding="utf-8") == self.content
+            unchanged = self.path.read_text(encoding="utf-8") == self.content
         except (FileNotFoundError, NotADirectoryError):
-            held = False
-        if not held:
+            unchanged = False
+        if not unchanged:
             raise UserError(
                 f"{self.path.parent} was moved, removed or replaced while this program was writing "
                 "to it; put it back and run the same command again"
@@ -51,8 +49,8 @@ class Lock:
 
 
 def read(path: pathlib.Path) -> str | None:
-    """The content of a lock file; None where it cannot be read. Not from a network file system's
-    cache.
+    """Return the content of a lock file, not from the cache of a network file system; None if it
+    cannot be read.
     """
     try:
         # opening the folder makes an NFS client ask the server what is in it
@@ -64,15 +62,15 @@ def read(path: pathlib.Path) -> str | None:
 
 @contextlib.contextmanager
 def locked(folder, flag: str) -> Iterator[Lock]:
-    """Keeps `folder` for this process, and makes it where it does not exist; one that stays empty
-    is removed again.
+    """Lock `folder` for this process; it is created if it does not exist, and removed again if it
+    stays empty.
 
     flag: the command-line flag that chooses the folder, for messages. Raises `UserError` when
-    another process holds the folder, and instead of an error that comes up after the folder was
-    moved away or removed.
+    another process has locked the folder, and instead of any other error after the folder was moved
+    or removed.
     """
     folder = pathlib.Path(folder).absolute()
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with locked_file(folder / NAME, str(folder), flag) as lock:
@@ -80,21 +78,23 @@ def locked(folder, flag: str) -> Iterator[Lock]:
                 yield lock
             except UserError:
                 raise
+            # Broad, because any error may be the consequence of a moved folder, which is reported
+            # instead; other errors are raised again.
             except Exception:
                 lock.check_held()
                 raise
     finally:
         with contextlib.suppress(OSError):  # not empty
-            for path in made:
+            for path in created:
                 path.rmdir()
 
 
 @contextlib.contextmanager
 def locked_file(path: pathlib.Path, what: str, flag: str) -> Iterator[Lock]:
-    """Holds the lock file `path`.
+    """Lock the file `path`.
 
     what, flag: what it protects and the flag that chooses it, for the `UserError` when another
-    process holds it.
+    process has locked it.
     """
     handle = _open_locked(path, what, flag)
     try:
@@ -112,13 +112,13 @@ def locked_file(path: pathlib.Path, what: str, flag: str) -> Iterator[Lock]:
         yield Lock(path, content)
     finally:
         if _is_at(handle, path):
-            # while it is locked, so that nobody locks a file that has no name any more
+            # still locked, so that nobody can lock a file that has no name any more
             path.unlink(missing_ok=True)
         os.close(handle)
 
 
 def _open_locked(path: pathlib.Path, what: str, flag: str) -> int:
-    """The descriptor of the lock file, locked."""
+    """Open the lock file, lock it, and return its descriptor."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -127,7 +127,7 @@ def _open_locked(path: pathlib.Path, what: str, flag: str) -> int:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 os.close(handle)
                 raise UserError(
-                    f"{what} is in use by {_holder(read(path))}; wait for it to end, or choose "
+                    f"{what} is in use by {_owner(read(path))}; wait for it to end, or choose "
                     f"another {flag}"
                 ) from None
             print(
@@ -138,18 +138,19 @@ def _open_locked(path: pathlib.Path, what: str, flag: str) -> int:
             )
         if _is_at(handle, path):
             return handle
-        os.close(handle)  # its holder removed it between the two calls
+        os.close(handle)  # its owner removed it between the two calls
 
 
 def _is_at(handle: int, path: pathlib.Path) -> bool:
-    """Whether the open file is the one that `path` names."""
+    """Return whether the open file is the one that `path` names."""
     try:
         return os.path.samestat(os.fstat(handle), os.stat(path))
     except OSError:
         return False
 
 
-def _holder(content: str | None) -> str:
+def _owner(content: str | None) -> str:
+    """Return the owner of a lock file as text, for messages."""
     try:
         known = json.loads(content or "")
         return f"process {known['process']} on {known['host']} (since {known['since']})"

@@ -2,12 +2,12 @@
 files are used.
 
 A manifest is a JSON file in the folder it describes, {"files": {path: [bytes, crc32]}, ...,
-"sha256": ...}, where `sha256` covers the manifest itself. It is written last, so its presence means
-that the folder is complete.
+"sha256": ...}, where `sha256` is the digest of the manifest itself. It is written last, so its
+presence means that the folder is complete.
 
-CRC-32 is the fastest digest of the standard library (1 to 2 GB/s on one core) and several threads
-share the files. It finds every change within 32 neighbouring bits, and others with a probability of
-1 - 2^-32. It does not protect against somebody who alters files on purpose.
+CRC-32 is the fastest digest of the standard library (1 to 2 GB/s on one core), and several threads
+share the files. It detects every change within 32 consecutive bits, and others with a probability
+of 1 - 2^-32. It does not protect against deliberate changes.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from wan_jax.errors import UserError
 
-BLOCK = 2**20  # bytes read at once; stays in the processor's cache until its digest is computed
+BLOCK = 2**20  # bytes read at once; remains in the processor's cache while its digest is computed
 WORKERS = min(8, os.cpu_count() or 1)
 Files = Mapping[str, tuple[int, int]]  # {path relative to the folder: (bytes, CRC-32)}
 
@@ -32,10 +32,9 @@ class Damaged(UserError):
 def read_into(
     path: pathlib.Path, buffer: memoryview, expected: tuple[int, int] | None = None
 ) -> None:
-    """Fill `buffer`, the file's exact size, from the file. expected: (bytes, CRC-32); None checks
-    the size alone.
+    """Fill `buffer`, which has the exact size of the file, from the file.
 
-    Raises `Damaged`.
+    expected: (bytes, CRC-32); None checks the size alone. Raises `Damaged`.
     """
     crc, filled = 0, 0
     try:
@@ -58,8 +57,9 @@ def read_into(
 def measure(
     folder: pathlib.Path, exclude: Collection[str] = (), flush: bool = False
 ) -> dict[str, tuple[int, int]]:
-    """The size and the CRC-32 of every file below `folder`, by relative path. flush: also wait
-    until it is on disk.
+    """Return the size and the CRC-32 of every file below `folder`, by relative path.
+
+    flush: also wait until each file is on disk.
     """
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     names = [name for name in names if name not in exclude]
@@ -68,10 +68,10 @@ def measure(
 
 
 def problem(folder: pathlib.Path, files: Files) -> str | None:
-    """The first file that is not as `files` says: 'PATH is missing', and the like; None if there is
-    none.
+    """Return the first file that differs from `files` and how ('PATH is missing' and similar), or
+    None.
     """
-    # the largest first: threads end together
+    # the largest first, so that the threads end at about the same time
     names = sorted(files, key=lambda name: files[name][0], reverse=True)
     with ThreadPoolExecutor(WORKERS) as pool:
         found = pool.map(lambda name: _compare(folder, name, files[name]), names)
@@ -79,7 +79,7 @@ def problem(folder: pathlib.Path, files: Files) -> str | None:
 
 
 def write_manifest(path: pathlib.Path, values: dict, files: Files) -> None:
-    """Write a manifest of `values` and `files`; it appears whole and is on disk on return."""
+    """Write a manifest of `values` and `files`. It appears complete and is on disk on return."""
     content = values | {"files": {name: list(entry) for name, entry in files.items()}}
     text = json.dumps(content | {"sha256": _seal(content)}, indent=1) + "\n"
     partial = path.with_name(f".{path.name}.partial")
@@ -91,9 +91,9 @@ def write_manifest(path: pathlib.Path, values: dict, files: Files) -> None:
 
 
 def read_manifest(path: pathlib.Path) -> dict:
-    """The content of a manifest; one without "files" is of a version that did not write digests.
+    """Return the content of a manifest. Without "files" it is from a version that wrote no digests.
 
-    Raises `Damaged` if it is missing, not JSON, or not what was written.
+    Raises `Damaged` when it is missing, not JSON, or differs from what was written.
     """
     content = read_json(path)
     if "files" in content or "sha256" in content:
@@ -107,7 +107,7 @@ def read_manifest(path: pathlib.Path) -> dict:
 
 
 def read_json(path: pathlib.Path) -> dict:
-    """A JSON object. Raises `Damaged`."""
+    """Return the JSON object in a file. Raises `Damaged`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -120,7 +120,7 @@ def read_json(path: pathlib.Path) -> dict:
 
 
 def combined(entries: Iterable[tuple[str, int, int]]) -> str:
-    """One SHA-256 of (name, bytes, CRC-32) entries, in any order."""
+    """Return one SHA-256 of (name, bytes, CRC-32) entries, in any order."""
     return hashlib.sha256(json.dumps(sorted(map(list, entries))).encode()).hexdigest()
 
 
@@ -129,10 +129,12 @@ def _seal(content: dict) -> str:
 
 
 def _digest(path: pathlib.Path, flush: bool = False) -> tuple[int, int]:
-    buffer, crc, size = memoryview(bytearray(BLOCK)), 0, 0
+    buffer = memoryview(bytearray(BLOCK))
+    crc = size = 0
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
-            crc, size = zlib.crc32(buffer[:count], crc), size + count
+            crc = zlib.crc32(buffer[:count], crc)
+            size += count
         if flush:
             os.fsync(file.fileno())
     return size, crc

@@ -1,5 +1,5 @@
-"""Frames to files and to text: PNG, GIF and H.264 in MP4, from uint8 arrays [T, H, W, 3] or [H, W,
-3].
+"""Pictures and videos as files and as text: PNG, GIF and H.264 in MP4, from uint8 arrays [frames,
+height, width, 3] or [height, width, 3].
 """
 
 import base64
@@ -20,12 +20,12 @@ from wan_jax.command_line.limits import Range
 
 VIDEO_SUFFIXES = (".mp4", ".gif")
 FPS = Range(0.1, 1000)  # frames a second that both formats can hold
-CRF = 18  # x264 quality, 0 best to 51: 18 keeps letters of 10 pixels legible
+CRF = 18  # x264 quality, from 0 (best) to 51: at 18, letters of 10 pixels are legible
 
 
 def check_suffix(path, frames: int) -> str:
-    """The suffix of `path` in lower case. Raises ValueError when a sample of so many frames cannot
-    be written so, or not here.
+    """Return the suffix of `path` in lower case. Raises ValueError when a video of `frames` frames
+    cannot be written in that format, or not on this machine.
     """
     suffix = pathlib.Path(path).suffix.lower()
     choices = VIDEO_SUFFIXES if frames > 1 else (".png", *VIDEO_SUFFIXES)
@@ -40,10 +40,10 @@ def check_suffix(path, frames: int) -> str:
 
 
 def check_ffmpeg() -> None:
-    """Raises ValueError where no MP4 can be written: better before hours of work than at their end."""
+    """Raise ValueError when no MP4 can be written, before hours of work instead of at their end."""
     try:
         found = shutil.which(imageio_ffmpeg.get_ffmpeg_exe())
-    except (RuntimeError, ImportError):  # without one, and without the package's own
+    except (RuntimeError, ImportError):  # neither the package's own ffmpeg nor another one
         found = None
     if found is None:
         raise ValueError(
@@ -53,8 +53,9 @@ def check_ffmpeg() -> None:
 
 
 def check_writable(path, frames: int, height: int, width: int, fps: float) -> None:
-    """Raise ValueError when no video of this size can be written to `path`: a small one is written
-    beside it, so that nothing that takes hours is lost in the end. Its folder is made.
+    """Raise ValueError when no video of this size can be written to `path`, before hours of work.
+
+    A small one is written next to it as a trial. The folder is created.
     """
     path = pathlib.Path(path)
     if os.path.isdir(path):  # False where the name is too long, which is an error below
@@ -71,7 +72,9 @@ def check_writable(path, frames: int, height: int, width: int, fps: float) -> No
 
 
 def write(path, video: np.ndarray, fps: float, scale: int = 1) -> None:
-    """video uint8 [T, H, W, 3] as the suffix says: .png for one frame, .mp4 or .gif for any number."""
+    """Write a video uint8 [frames, height, width, 3] in the format of the suffix: .png for one
+    frame, .mp4 or .gif for any number.
+    """
     _check(video, 4)
     if check_suffix(path, len(video)) == ".png":
         write_image(path, upscale(video[0], scale))
@@ -80,7 +83,7 @@ def write(path, video: np.ndarray, fps: float, scale: int = 1) -> None:
 
 
 def write_image(path, frame: np.ndarray) -> None:
-    """frame uint8 [H, W, 3] as PNG."""
+    """Write a frame uint8 [height, width, 3] as PNG."""
     if (suffix := pathlib.Path(path).suffix.lower()) != ".png":
         raise ValueError(
             f"{path}: an image cannot be written as {suffix or 'a file without suffix'}; choose "
@@ -92,14 +95,15 @@ def write_image(path, frame: np.ndarray) -> None:
 
 
 def write_video(path, video: np.ndarray, fps: float, scale: int = 1, *, crf: int = CRF) -> None:
-    """video uint8 [T, H, W, 3] as .mp4 (H.264, yuv420p, odd sizes padded by a pixel) or .gif.
+    """Write a video uint8 [frames, height, width, 3] as .mp4 (H.264, yuv420p, odd sizes padded by a
+    pixel) or .gif.
 
     scale: nearest-neighbour enlargement. yuv420p halves the resolution of colour, so coloured
-    letters in a tiny video need at least 2. A file that could not be written whole is not left
-    behind.
+    letters in a tiny video need at least 2. If writing fails, no incomplete file is left.
     """
     _check(video, 4)
-    path, suffix = pathlib.Path(path), pathlib.Path(path).suffix.lower()
+    path = pathlib.Path(path)
+    suffix = path.suffix.lower()
     if suffix not in VIDEO_SUFFIXES:
         raise ValueError(
             f"{path}: a video cannot be written as {suffix or 'a file without suffix'}; "
@@ -117,7 +121,7 @@ def write_video(path, video: np.ndarray, fps: float, scale: int = 1, *, crf: int
 
 @contextlib.contextmanager
 def _whole(path) -> Iterator[pathlib.Path]:
-    """Yield a file to write, which takes the place of `path` once it is whole."""
+    """Yield a temporary file to write, which is renamed to `path` once it is complete."""
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
@@ -129,28 +133,30 @@ def _whole(path) -> Iterator[pathlib.Path]:
 
 
 def upscale(frames: np.ndarray, scale: int) -> np.ndarray:
-    """[..., H, W, 3] -> [..., scale H, scale W, 3], every pixel a block of scale x scale."""
+    """[..., height, width, 3] -> [..., scale height, scale width, 3]; every pixel becomes a block."""
     if scale < 1 or scale != int(scale):
         raise ValueError(f"scale={scale} must be a whole number of at least 1")
     return frames if scale == 1 else frames.repeat(int(scale), -3).repeat(int(scale), -2)
 
 
 def shrink(frame: np.ndarray, factor: int) -> np.ndarray:
-    """uint8 [H, W, 3] -> [ceil(H / factor), ceil(W / factor), 3], each pixel the mean of a block."""
+    """Shrink a frame uint8 [height, width, 3] by a whole factor, rounded up; each pixel is the mean
+    of a block.
+    """
     return frame if factor == 1 else np.asarray(Image.fromarray(frame).reduce(factor))
 
 
 def fit_height(frame: np.ndarray, lowest: int, highest: int) -> np.ndarray:
-    """uint8 [H, W, 3] enlarged or shrunk by a whole number, so that it is about lowest to highest
-    pixels high.
+    """Enlarge or shrink a frame uint8 [height, width, 3] by a whole factor, to about `lowest` to
+    `highest` pixels of height.
     """
     h = frame.shape[0]
     return shrink(frame, -(-h // highest)) if h > highest else upscale(frame, -(-lowest // h))
 
 
 def contact_sheet(frames: np.ndarray, columns: int = 4, scale: int = 1, gap: int = 2) -> np.ndarray:
-    """frames uint8 [N, H, W, 3] -> one picture uint8 [rows (scale H + gap) + gap, columns (scale W
-    + gap) + gap, 3].
+    """Arrange frames uint8 [N, height, width, 3] in a grid: [rows (scale height + gap) + gap,
+    columns (scale width + gap) + gap, 3].
 
     Row by row from the top left, on grey; fewer than `columns` frames make one shorter row.
     """
@@ -167,8 +173,8 @@ def contact_sheet(frames: np.ndarray, columns: int = 4, scale: int = 1, gap: int
 
 
 def side_by_side(left: np.ndarray, right: np.ndarray, gap: int = 4) -> np.ndarray:
-    """Two videos uint8 [T, H, W, 3] as one, uint8 [T, H, 2 W + gap, 3], grey between them. Raises
-    ValueError on unlike shapes.
+    """Join two videos uint8 [frames, height, width, 3] to one with a grey gap, [frames, height, 2
+    width + gap, 3]. Raises ValueError on different shapes.
     """
     _check(left, 4)
     _check(right, 4)
@@ -182,7 +188,7 @@ def side_by_side(left: np.ndarray, right: np.ndarray, gap: int = 4) -> np.ndarra
 
 
 def png_bytes(frame: np.ndarray) -> bytes:
-    """frame uint8 [H, W, 3] as a PNG file's bytes."""
+    """Return a frame uint8 [height, width, 3] as the bytes of a PNG file."""
     _check(frame, 3)
     file = io.BytesIO()
     Image.fromarray(frame).save(file, "PNG", optimize=True)
@@ -190,9 +196,10 @@ def png_bytes(frame: np.ndarray) -> bytes:
 
 
 def gif_bytes(video: np.ndarray, fps: float) -> bytes:
-    """video uint8 [T, H, W, 3] as an endless GIF's bytes."""
+    """Return a video uint8 [frames, height, width, 3] as the bytes of an endless GIF."""
     _check(video, 4)
-    file, frames = io.BytesIO(), [Image.fromarray(frame) for frame in video]
+    file = io.BytesIO()
+    frames = [Image.fromarray(frame) for frame in video]
     frames[0].save(
         file, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0
     )
@@ -200,14 +207,16 @@ def gif_bytes(video: np.ndarray, fps: float) -> bytes:
 
 
 def png_data_uri(frame: np.ndarray) -> str:
-    """frame uint8 [H, W, 3] as a `data:` URI, in its own size: enlarge it with CSS
+    """Return a frame uint8 [height, width, 3] as a `data:` URI in its own size. Enlarge it with CSS
     `image-rendering: pixelated`.
     """
     return _data_uri("image/png", png_bytes(frame))
 
 
 def jpeg_data_uri(frame: np.ndarray, quality: int = 90) -> str:
-    """frame uint8 [H, W, 3], for pictures too large as PNG; full colour resolution."""
+    """Return a frame uint8 [height, width, 3] as a `data:` URI, if PNG would be too large; with
+    full colour resolution.
+    """
     _check(frame, 3)
     file = io.BytesIO()
     Image.fromarray(frame).save(file, "JPEG", quality=quality, subsampling=0)
@@ -215,7 +224,7 @@ def jpeg_data_uri(frame: np.ndarray, quality: int = 90) -> str:
 
 
 def mp4_data_uri(video: np.ndarray, fps: float, scale: int = 1, *, crf: int = CRF) -> str:
-    """video uint8 [T, H, W, 3] as the `data:` URI of an H.264 MP4."""
+    """Return a video uint8 [frames, height, width, 3] as the `data:` URI of an H.264 MP4."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "video.mp4")
         write_video(path, video, fps, scale, crf=crf)
@@ -240,7 +249,7 @@ def _write_mp4(path: pathlib.Path, video: np.ndarray, fps: float, crf: int) -> N
         ffmpeg_log_level="error",
         output_params=["-crf", str(crf), "-movflags", "+faststart"],
     )
-    # ffmpeg replaces the forked process at once, which is safe beside JAX's threads
+    # the forked process runs ffmpeg at once, which is safe in spite of JAX's threads
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning
@@ -256,13 +265,12 @@ def _write_mp4(path: pathlib.Path, video: np.ndarray, fps: float, crf: int) -> N
 
 
 def _check(frames: np.ndarray, ndim: int) -> None:
+    """Raise ValueError unless `frames` is a uint8 RGB array of this number of axes."""
     if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8:
         raise ValueError(
             "frames must be a uint8 numpy array, got "
             f"{getattr(frames, 'dtype', type(frames).__name__)}"
         )
     if frames.ndim != ndim or frames.shape[-1] != 3 or 0 in frames.shape:
-        raise ValueError(
-            f"frames must be {'[T, H, W, 3]' if ndim == 4 else '[H, W, 3]'} with no empty axis, "
-            f"got {list(frames.shape)}"
-        )
+        axes = "[frames, height, width, 3]" if ndim == 4 else "[height, width, 3]"
+        raise ValueError(f"frames must be {axes} with no empty axis, got {list(frames.shape)}")

@@ -1,18 +1,17 @@
 """A converted model on disk, as `convert.from_diffusers` writes it.
 
-    MODEL/wan_jax.json                          format, source, dtype, and each file's size and
-                                                digest
-                                                (`wan_jax.storage.integrity`); written last, so its
-                                                presence means whole
-    MODEL/model_index.json, scheduler/, tokenizer/          as published
-    MODEL/{transformer,vae,text_encoder}/config.json        as published
-    MODEL/{transformer,vae,text_encoder}/params/            orbax, flat dict
-                                                            {'blocks/attn1/to_q/kernel': array}
+    MODEL/wan_jax.json                            format, source, dtype, size and digest of each
+                                                  file (`integrity`); written last, so its presence
+                                                  means that the folder is complete
+    MODEL/model_index.json, scheduler/, tokenizer/      as published
+    MODEL/{transformer,vae,text_encoder}/config.json    as published
+    MODEL/{transformer,vae,text_encoder}/params/        orbax, a flat dict
+                                                  {'blocks/attn1/to_q/kernel': array}
 
-Wan 2.2 A14B has a second expert in MODEL/transformer_2/. The arrays lie on disk as `array_store`
-describes. Every file is compared with its digest: small ones when the folder is opened, the arrays'
-when they are read, by the process that reads them. Folders of earlier versions have no digests;
-their files are only checked for presence and size.
+Wan 2.2 A14B has a second expert in MODEL/transformer_2/. `array_store` describes the files of
+arrays. Every file is compared with its digest: small ones when the folder is opened, arrays when
+they are read, by the process that reads them. Folders of earlier versions have no digests; their
+files are only checked for presence and size.
 """
 
 import dataclasses
@@ -21,20 +20,19 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.distributed import multihost
+from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.errors import UserError
 from wan_jax.models import config as config_lib
-from wan_jax.models import params as P
+from wan_jax.models import flat_params
 from wan_jax.models.text_encoder import UMT5Encoder
 from wan_jax.models.transformer import WanTransformer3D
 from wan_jax.models.vae import AutoencoderKLWan
 from wan_jax.storage import integrity
-from wan_jax.storage.array_store import AGAIN, CHUNK_FILE, ArrayStore, StoreError
+from wan_jax.storage.array_store import CHUNK_FILE, CONVERT_AGAIN, ArrayStore, StoreError
 from wan_jax.storage.paths import expand
 
 FORMAT = 1
@@ -49,100 +47,108 @@ COMPONENTS = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelDir:
+    """An open model folder."""
+
     path: pathlib.Path
     manifest: dict
     index: dict  # model_index.json
 
     @property
     def fingerprint(self) -> str | None:
-        """SHA-256 of the digests of weights, configurations, tokenizer and scheduler: the same for
-        a copy or a second conversion of the same model, wherever it is. None: the folder has no
-        digests.
+        """SHA-256 of the digests of weights, configurations, tokenizer and scheduler; None if the
+        folder has no digests.
+
+        A copy and a second conversion of the same model have the same fingerprint.
         """
         files = self.manifest.get("files")
-        return (
-            None
-            if files is None
-            else integrity.combined(
-                (name, *entry)
-                for name, entry in files.items()
-                if "/params/" not in name or CHUNK_FILE.fullmatch(name)
-            )
+        if files is None:
+            return None
+        return integrity.combined(
+            (name, *entry)
+            for name, entry in files.items()
+            if "/params/" not in name or CHUNK_FILE.fullmatch(name)
         )
 
     @property
     def components(self) -> tuple[str, ...]:
+        """Names of the networks that the folder has."""
         return tuple(name for name in COMPONENTS if name in self.manifest["components"])
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """The transformers, the one for high noise first."""
+        """Names of the transformers, the one for high noise first."""
         return tuple(
             name for name in ("transformer", "transformer_2") if name in self.manifest["components"]
         )
 
     @property
     def boundary(self) -> float | None:
-        """Steps with timestep >= boundary x 1000 belong to the first expert, the others to the
-        second; None: one.
+        """Steps with timestep >= boundary x 1000 belong to the first expert, others to the second.
+        None if there is one.
         """
         return self.index.get("boundary_ratio")
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What a safetensors file that was made from this model says of it, besides its tensors."""
+        """Metadata for a safetensors file that is made from this model."""
         return {} if self.fingerprint is None else {"wan_jax_model": self.fingerprint}
 
     def check_same(
         self, digest: str | None, path: str, what: str, setting: str = "the model given"
     ) -> None:
-        """Raises `UserError` when `what`, which was trained on the model `path` with the
-        fingerprint `digest`, belongs to another model; prints a line where that cannot be known.
-        setting: how the user names this model.
+        """Raise `UserError` when something was trained on another model; print a line if that is
+        unknown.
+
+        Args:
+            digest: fingerprint of the model it was trained on; None if unknown.
+            path: where that model was.
+            what: what was trained, for the message.
+            setting: how the user chose this model, for the message.
         """
-        mine = self.fingerprint
-        if digest is None or mine is None:
+        own = self.fingerprint
+        if digest is None or own is None:
             if multihost.first():
                 print(
                     f"{what}: it cannot be checked that it was trained on {self.path}, because the "
-                    f"{'model' if mine is None else 'file'} was written by an earlier version, "
+                    f"{'model' if own is None else 'file'} was written by an earlier version, "
                     "without digests",
                     flush=True,
                 )
-        elif digest != mine:
+        elif digest != own:
             raise UserError(
                 f"{what} was trained on {path} ({digest[:12]}), {setting} is {self.path} "
-                f"({mine[:12]}), which is another model: give the one it was trained on, wherever "
+                f"({own[:12]}), which is another model: give the one it was trained on, wherever "
                 "it is now"
             )
 
     def config(self, component: str):
-        """The component's configuration dataclass. Raises `UserError`."""
+        """Return the configuration of a component. Raises `UserError`."""
         return self._config(COMPONENTS[component][0], f"{component}/config.json")
 
     @property
     def scheduler(self) -> config_lib.Scheduler:
+        """How the model's own scheduler samples. Raises `UserError`."""
         return config_lib.load_scheduler(self.path / "scheduler" / "scheduler_config.json")
 
     def _config(self, kind: type, name: str):
         try:
             return config_lib.load(kind, self.path / name)
         except config_lib.ConfigError as error:
-            raise UserError(f"{error}; {AGAIN}") from None
+            raise UserError(f"{error}; {CONVERT_AGAIN}") from None
 
     @property
     def tokenizer_path(self) -> pathlib.Path:
+        """Folder of the tokenizer."""
         return self.path / "tokenizer"
 
     def load(self, component: str, like: nnx.State, mesh=None) -> nnx.State:
-        """The weights in the structure and dtypes of the abstract state `like`.
+        """Return the weights of a component in the structure and dtypes of the abstract state
+        `like`.
 
-        They are sharded over `mesh`, which all processes do together; None: on this process's first
-        device, and no other process need take part.
-
-        Raises `UserError` when the stored arrays do not fit.
+        mesh: shards them over it, and all processes must call this; None places them on this
+        process's first device. Raises `UserError` when the stored arrays do not fit.
         """
-        wanted, store = P.flatten(like), self.arrays(component)
+        wanted, store = flat_params.flatten(like), self.arrays(component)
         if wrong := sorted(
             k
             for k in wanted.keys() | store.shapes.keys()
@@ -150,28 +156,23 @@ class ModelDir:
         ):
             raise UserError(
                 f"{store.path} does not fit {component}/config.json: {len(wrong)} arrays are "
-                f"missing, unknown or of another shape ({', '.join(wrong[:3])}); {AGAIN}"
+                f"missing, unknown or of another shape ({', '.join(wrong[:3])}); {CONVERT_AGAIN}"
             )
         shardings = (
-            mesh_lib.param_shardings(wanted, mesh)
+            sharding_lib.param_shardings(wanted, mesh)
             if mesh
             else dict.fromkeys(wanted, SingleDeviceSharding(jax.local_devices()[0]))
         )
-        # one array at a time: the host holds this process's shards of the largest
+        # one array at a time: the host needs memory for this process's shards of the largest one
         flat = {
             k: jax.block_until_ready(store.place(k, v.dtype, shardings[k]))
             for k, v in wanted.items()
         }
-        return P.unflatten(like, flat)
-
-    def load_numpy(self, component: str) -> dict[str, np.ndarray]:
-        """The weights as stored, on the host."""
-        store = self.arrays(component)
-        return {k: store.read(k) for k in store.shapes}
+        return flat_params.unflatten(like, flat)
 
     def arrays(self, component: str) -> ArrayStore:
-        """The stored arrays, not read yet. Raises `UserError` when they are missing or damaged, and
-        so does reading.
+        """Return the stored arrays, unread. This and reading them raise `UserError` when they are
+        missing or damaged.
         """
         files, prefix = self.manifest.get("files"), f"{component}/params/"
         if files is not None:
@@ -185,25 +186,27 @@ class ModelDir:
             store.check_whole()
             return store
         except StoreError as error:
-            raise UserError(f"{error}; {AGAIN}") from None
+            raise UserError(f"{error}; {CONVERT_AGAIN}") from None
 
 
 def params_path(model: pathlib.Path, component: str) -> pathlib.Path:
+    """Return the folder of a component's arrays."""
     return expand(model) / component / "params"
 
 
 def previous_folder(path: pathlib.Path) -> pathlib.Path:
-    """Return where a folder that is being replaced waits until the new one has its name."""
+    """Return the temporary name of a folder while it is being replaced."""
     return path.with_name(f".{path.name}.previous")
 
 
 def open_model(path, verify: bool = True) -> ModelDir:
-    """Raises `UserError` when the folder is missing, damaged, no converted model, or one of another
-    format.
+    """Open a converted model. Raises `UserError` when the folder is missing, damaged, not a
+    converted model, or one of another format.
 
     verify: compare all files but the arrays with their digests now, and the arrays when they are
     read.
     """
+    # Is it a converted model?
     path = expand(path)
     advice = (
         f"convert one with: python -m convert.from_diffusers --src DIFFUSERS_FOLDER --dst {path}"
@@ -223,6 +226,7 @@ def open_model(path, verify: bool = True) -> ModelDir:
                 f"{path}-converted"
             )
         raise UserError(f"{path} is no converted model (it has no {MANIFEST}); {advice}")
+    # Are its files complete and undamaged?
     try:
         manifest = integrity.read_manifest(path / MANIFEST)
         if manifest.get("format") != FORMAT:
@@ -248,7 +252,7 @@ def open_model(path, verify: bool = True) -> ModelDir:
             raise integrity.Damaged(f"{path / MANIFEST} names no transformer")
         configs = {model.config(name) for name in model.experts}
     except integrity.Damaged as error:
-        raise UserError(f"{error}; {AGAIN}") from None
+        raise UserError(f"{error}; {CONVERT_AGAIN}") from None
     if len(configs) > 1:
         raise UserError(
             f"{path}: the two transformers have different configurations; no Wan model has that, "
@@ -261,9 +265,10 @@ def open_model(path, verify: bool = True) -> ModelDir:
 def abstract(
     component: str, config, *, dtype=jnp.float32, **kwargs
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    """(graphdef, abstract state) of a component; kwargs go to the transformer (attention, remat).
+    """Return (graphdef, abstract state) of a component; kwargs go to the transformer (attention,
+    remat).
 
-    Equal arguments give the same objects: do not change them.
+    Equal arguments return the same objects, which must not be changed.
     """
     model_class = COMPONENTS[component][1]
     return nnx.split(
@@ -274,8 +279,8 @@ def abstract(
 def build(
     component: str, model: ModelDir, *, dtype=jnp.float32, mesh=None, **kwargs
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    """(graphdef, state) of a component with its stored weights, cast to the dtypes the module keeps
-    them in.
+    """Return (graphdef, state) of a component with its stored weights, cast to the dtypes of the
+    module's parameters.
     """
     graphdef, like = abstract(component, model.config(component), dtype=dtype, **kwargs)
     return graphdef, model.load(component, like, mesh)

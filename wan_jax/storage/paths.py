@@ -1,4 +1,4 @@
-"""Paths as people type them, made absolute, and checks on a pair of them."""
+"""Paths as users type them, made absolute, and checks on a pair of them."""
 
 import pathlib
 
@@ -9,9 +9,9 @@ def expand(path) -> pathlib.Path:
     """Return `path` as an absolute path: `~` becomes the home folder, symlinks and `..` are
     resolved.
 
-    The path need not exist. A shell does not expand `~` after the equals sign of `--dst=~/models`.
-    Raises `UserError` on an empty text, an unknown user after `~`, a loop of symlinks and
-    characters that no path can hold.
+    The path need not exist. (A shell does not expand `~` after the equals sign of
+    `--dst=~/models`.) Raises `UserError` on empty text, an unknown user after `~`, a loop of
+    symlinks, and characters that no path can contain.
     """
     if path == "":
         raise UserError("'' cannot be used as a path: it is empty")
@@ -22,8 +22,8 @@ def expand(path) -> pathlib.Path:
 
 
 def check_apart(source, destination, advice: str = "choose another --dst") -> None:
-    """Raise `UserError` when `destination` is `source`, lies inside it or contains it: writing
-    would destroy it.
+    """Raise `UserError` when `destination` is `source`, is inside it or contains it, so that
+    writing would destroy it.
     """
     source, destination = expand(source), expand(destination)
     if destination == source:

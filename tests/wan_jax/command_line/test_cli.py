@@ -72,7 +72,7 @@ def test_ctrl_c_in_a_callback_that_loses_exceptions_is_raised_after_it():
 SWALLOWS = """
 import atexit, os, signal
 atexit.register(os.abort)  # as XLA may, when it is torn down while it compiles
-from wan_jax import cli
+from wan_jax.command_line import cli
 
 def main(_):
     try:
@@ -164,7 +164,7 @@ def test_a_second_sigterm_ends_at_once():
     Python's runs.
     """
     code = (
-        "import ctypes, time; from wan_jax import cli; cli.end_well_on_sigterm(); print('ready', "
+        "import ctypes, time; from wan_jax.command_line import cli; cli.end_well_on_sigterm(); print('ready', "
         "flush=True)\nwhile not cli.asked_to_end.wait(0.05): pass\nprint('again', flush=True); "
         "library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)\nwhile True: "
         "library.pthread_mutex_lock(mutex)"
@@ -177,28 +177,3 @@ def test_a_second_sigterm_ends_at_once():
             time.sleep(0.5)
             process.terminate()
         assert process.wait(20) == 143 and "a second one ends it at once" in process.stderr.read()
-
-
-def test_the_last_of_several_settings_counts():
-    given = [
-        "x",
-        "--config=a.py",
-        "--config.a=1",
-        "--config.ab=(1,2)",
-        "--config.a=2",
-        "--out=o",
-        "--out=p",
-        "--config.on",
-        "--config.ab=(3,)",
-        "--config.on",
-    ]
-    assert cli.last_of_each(given) == [
-        "x",
-        "--config=a.py",
-        "--config.a=2",
-        "--out=o",
-        "--out=p",
-        "--config.on",
-        "--config.ab=(3,)",
-        "--config.on",
-    ]

@@ -19,10 +19,9 @@ from wan_jax.command_line.cli import UserError
 from wan_jax.diffusion.experts import guidances, per_guidance, segments
 from wan_jax.diffusion.solvers import make_solver
 from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.inference import pipeline
-from wan_jax.inference.transformers import load_transformers
-from wan_jax.models import lora, vae_chunks
-from wan_jax.models import params as P
+from wan_jax.models import flat_params, lora, vae_chunks
 from wan_jax.models.config import TransformerConfig, VAEConfig, load_scheduler
 from wan_jax.models.layers import LoRAParam
 from wan_jax.models.lora import LoRAConfig
@@ -30,6 +29,7 @@ from wan_jax.models.tokenizer import Tokenizer
 from wan_jax.models.transformer import WanTransformer3D
 from wan_jax.storage import integrity, model_dir
 from wan_jax.storage.checkpoint import Checkpoints, join_experts
+from wan_jax.storage.trained_weights import load_transformers
 
 PROMPTS = ('A red sign with the word "open".', "Someone wrote “it's late” on a  wall.")
 
@@ -100,7 +100,7 @@ def sample(
     scales = guidances(guidance, guidance_2, len(model.experts))
     ode_steps = per_guidance(functools.partial(ode_step, graphdef, solver), scales)
     text = embedded(folder, tuple(prompts), negative).batch(
-        np.arange(len(prompts)), mesh_lib.replicated(mesh), mesh_lib.replicated(mesh)
+        np.arange(len(prompts)), sharding_lib.replicated(mesh), sharding_lib.replicated(mesh)
     )
     parts = segments(solver.schedule.timesteps, model.boundary)
     (latents,) = pipeline.sample_ode(
@@ -270,7 +270,7 @@ def test_embeddings_are_cached_by_model_and_prompt(folders, tmp_path, monkeypatc
     assert not loaded  # nothing was missing, so neither encoder nor tokenizer was even read
     assert (
         pipeline.text_rows(model, [*prompts, "b " * 70], "ugly")
-        == pipeline.rounded(len("b " * 70))
+        == pipeline.round_up_rows(len("b " * 70))
         > plain.rows
     )
     assert loaded == ["tokenizer"]
@@ -376,7 +376,7 @@ def write_checkpoint(run, model, names, rank=4, alpha=6.0) -> None:
     settings, trained = LoRAConfig(rank, alpha), {}
     config = model_dir.open_model(model).config("transformer")
     module = WanTransformer3D(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    adapters = P.flatten(
+    adapters = flat_params.flatten(
         nnx.split(lora.attach(module, settings, jax.random.key(0)), LoRAParam, ...)[1]
     )
     for i, name in enumerate(names):
@@ -544,8 +544,8 @@ def test_decoding_in_pieces(folders, monkeypatch):
         and len(sizes) == 1
     )
     mesh = mesh_lib.make_mesh(devices=jax.devices()[:2])
-    sharded = jax.device_put(latents, mesh_lib.batch_sharding(mesh))
-    assert same(in_chunks(mesh_lib.replicate(state, mesh), sharded)) and len(sizes) == 2
+    sharded = jax.device_put(latents, sharding_lib.batch_sharding(mesh))
+    assert same(in_chunks(sharding_lib.replicate(state, mesh), sharded)) and len(sizes) == 2
     tiled = pipeline.make_decoder(graphdef, chunk=2, tile=4, overlap=2)
     assert tiled(state, latents)().frames.shape == whole.shape and len(sizes) == 4
     # one tile

@@ -1,10 +1,5 @@
 """Every attention backend against float64, at awkward lengths; its memory, its sharding and its
 choice.
-
-Tolerances are relative in the 2-norm. fp32: 5e-6, some tens of roundings of 2^-24 (8e-7 seen).
-bf16: 1e-2, a few roundings of 2^-9 in the probabilities, their gradients and the results (2.6e-3
-seen; 7e-3 for `pallas`, which like every flash attention takes rowsum(dO O) from the rounded
-output, where one counted key has most of the weight).
 """
 
 import functools
@@ -18,12 +13,12 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tests.wan_jax.models.attention_cases import TOLERANCE, assert_close, computed, draw, exact
 from wan_jax.distributed import mesh
 from wan_jax.models.attention import attention, choose_backend, pallas, platform_of, repeat_keys
 from wan_jax.models.attention.chunked import chunk_rows, chunked_attention
 from wan_jax.models.attention.pallas import Blocks, Tile, pallas_attention
 
-TOLERANCE = {"float32": 5e-6, "bfloat16": 1e-2}
 # Wan's text: 64 rows and one that stands for the padding to 512
 PADDED = np.array([1] * 64 + [448])
 CASES = {
@@ -38,61 +33,11 @@ PLAIN = {
     "chunked": functools.partial(attention, backend="chunked"),
 }
 DEFAULT = Blocks()
-OPERANDS = ("out", "dq", "dk", "dv")
-
-
-def draw(sq, sk, dtype, *, batch=2, heads=2, head_dim=64):
-    """q, k, v and the gradient of the output, rounded to dtype; logits spread over some +-4."""
-    rng = np.random.default_rng(sq + sk)
-    shapes = (
-        (batch, sq, heads, head_dim),
-        *((batch, sk, heads, head_dim),) * 2,
-        (batch, sq, heads, head_dim),
-    )
-    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
-
-
-def exact(q, k, v, d_out, counts=None):
-    """(out, dq, dk, dv) in float64, every counted key written out as often as it counts."""
-    q, k, v, d_out = (np.asarray(x, np.float64) for x in (q, k, v, d_out))
-    index = np.arange(k.shape[1]) if counts is None else np.repeat(np.arange(k.shape[1]), counts)
-    many_k, many_v = k[:, index], v[:, index]
-    logits = np.einsum("bqnh,bknh->bnqk", q, many_k) / np.sqrt(q.shape[-1])
-    p = np.exp(logits - logits.max(-1, keepdims=True))
-    p /= p.sum(-1, keepdims=True)
-    dp = np.einsum("bqnh,bknh->bnqk", d_out, many_v)
-    ds = p * (dp - (p * dp).sum(-1, keepdims=True)) / np.sqrt(q.shape[-1])
-    dk, dv = np.zeros_like(k), np.zeros_like(v)
-    np.add.at(dk, (slice(None), index), np.einsum("bnqk,bqnh->bknh", ds, q))
-    np.add.at(dv, (slice(None), index), np.einsum("bnqk,bqnh->bknh", p, d_out))
-    return np.einsum("bnqk,bknh->bqnh", p, many_v), np.einsum("bnqk,bknh->bqnh", ds, many_k), dk, dv
-
-
-def computed(function, q, k, v, d_out):
-    @jax.jit
-    def both(q, k, v, d_out):
-        out, pull = jax.vjp(function, q, k, v)
-        return out, *pull(d_out)
-
-    return both(q, k, v, d_out)
 
 
 def interpreted(q, k, v, *, key_counts=None, blocks=DEFAULT):
     bias = None if key_counts is None else jnp.log(jnp.asarray(key_counts, jnp.float32))
     return pallas_attention(q, k, v, bias, blocks=blocks, interpret=True)
-
-
-def relative_error(a, b) -> float:
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
-
-
-def assert_close(results, expected, tolerance):
-    errors = {
-        name: relative_error(*pair)
-        for name, pair in zip(OPERANDS, zip(results, expected, strict=True))
-    }
-    assert all(error < tolerance for error in errors.values()), errors
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

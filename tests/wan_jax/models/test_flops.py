@@ -62,4 +62,4 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_flops(case):
     function, args, expected = CASES[case]
-    assert flops.of(jax.jit(function), *args) == expected
+    assert flops.count(jax.jit(function), *args) == expected

@@ -1,4 +1,4 @@
-"""Dense layers of one input joined into one product are the layers themselves."""
+"""Dense layers of one input, computed as one product, are the layers themselves."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from wan_jax.models.layers import Linear, LoRAParam, joined
+from wan_jax.models.layers import Linear, LoRAParam, fused_dense
 
 SIZES = (6, 4, 5)
 
@@ -34,7 +34,7 @@ def layers(adapted=(), scales=(2.0, 2.0, 2.0)):
         ((0, 1, 2), (2.0, 0.5, 1.0), 9),
     ],
 )
-def test_joined_layers_are_the_layers(adapted, scales, products):
+def test_fused_layers_are_the_layers(adapted, scales, products):
     made, x = layers(adapted, scales), jax.random.normal(jax.random.key(0), (2, 7, 8))
     expected = []
     for i, layer in enumerate(made):
@@ -48,20 +48,20 @@ def test_joined_layers_are_the_layers(adapted, scales, products):
                 @ np.asarray(layer.lora_b[...])
             )
         expected.append(y)
-    for y, alone, wanted in zip(joined(made, x), [layer(x) for layer in made], expected):
+    for y, alone, wanted in zip(fused_dense(made, x), [layer(x) for layer in made], expected):
         np.testing.assert_allclose(y, wanted, rtol=0, atol=1e-5)
         np.testing.assert_allclose(alone, wanted, rtol=0, atol=1e-5)
-    assert str(jax.make_jaxpr(lambda x: joined(made, x))(x)).count("dot_general") == products
+    assert str(jax.make_jaxpr(lambda x: fused_dense(made, x))(x)).count("dot_general") == products
 
 
-def test_gradients_of_joined_adapters_are_their_own():
+def test_gradients_of_fused_adapters_are_their_own():
     made, x = layers((0, 1, 2)), jax.random.normal(jax.random.key(0), (7, 8))
 
     def loss(outputs):
         return sum(jnp.sum(jnp.sin((i + 1) * y)) for i, y in enumerate(outputs))
 
     graph, adapters, rest = nnx.split(made, LoRAParam, ...)
-    together = jax.grad(lambda s: loss(joined(nnx.merge(graph, s, rest), x)))(adapters)
+    together = jax.grad(lambda s: loss(fused_dense(nnx.merge(graph, s, rest), x)))(adapters)
     alone = jax.grad(lambda s: loss([layer(x) for layer in nnx.merge(graph, s, rest)]))(adapters)
     for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone)):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)

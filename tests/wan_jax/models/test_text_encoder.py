@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from convert import key_table
-from wan_jax.models import params
+from wan_jax.models import flat_params
 from wan_jax.models.config import TextEncoderConfig, from_dict
 from wan_jax.models.text_encoder import UMT5Encoder, encode, relative_buckets
 
@@ -34,7 +34,7 @@ golden = load_golden_maker()
 
 def shapes_of(config: TextEncoderConfig) -> dict:
     model = nnx.eval_shape(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0)))
-    return {path: leaf.shape for path, leaf in params.flatten(nnx.state(model)).items()}
+    return {path: leaf.shape for path, leaf in flat_params.flatten(nnx.state(model)).items()}
 
 
 def with_weights(config: TextEncoderConfig, tensors: dict) -> UMT5Encoder:
@@ -42,7 +42,7 @@ def with_weights(config: TextEncoderConfig, tensors: dict) -> UMT5Encoder:
     graphdef, state = nnx.split(nnx.eval_shape(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0))))
     ours = key_table.to_ours("text_encoder", tensors, shapes_of(config))
     return nnx.merge(
-        graphdef, params.unflatten(state, {k: jnp.asarray(v) for k, v in ours.items()})
+        graphdef, flat_params.unflatten(state, {k: jnp.asarray(v) for k, v in ours.items()})
     )
 
 
@@ -168,7 +168,7 @@ def test_initialisation_is_t5s_and_layers_differ():
     config = from_dict(
         TextEncoderConfig, {**golden.CONFIG, "d_model": 128, "d_kv": 64, "d_ff": 320}
     )
-    flat = params.flatten(nnx.state(UMT5Encoder(config, rngs=nnx.Rngs(0))))
+    flat = flat_params.flatten(nnx.state(UMT5Encoder(config, rngs=nnx.Rngs(0))))
     attention, dense = "encoder/block/layer_0/SelfAttention", "encoder/block/layer_1/DenseReluDense"
     wanted = {
         "shared/embedding": 1.0,
@@ -257,7 +257,7 @@ def test_every_parameter_gets_a_gradient():
     ids, mask = golden.random_ids(SMALL.vocab_size, (140, 6), seed=4)
     target = np.random.default_rng(0).standard_normal((2, 140, SMALL.d_model)).astype(np.float32)
     grads = nnx.jit(nnx.grad(lambda m: jnp.mean(encode(m, ids, mask) * target)))(model)
-    for path, grad in params.flatten(grads).items():
+    for path, grad in flat_params.flatten(grads).items():
         assert bool(jnp.isfinite(grad).all()), path
         layers = SMALL.num_layers if "block" in path else 1
         assert bool((jnp.abs(grad).reshape(layers, -1).max(axis=1) > 0).all()), path

@@ -228,7 +228,7 @@ def test_prompt_embeddings_of_the_wan_pipeline(folder, tokenizer, length):
     from flax import nnx
 
     from convert import key_table
-    from wan_jax.models import params
+    from wan_jax.models import flat_params
     from wan_jax.models.config import TextEncoderConfig, from_dict
     from wan_jax.models.text_encoder import UMT5Encoder, encode
 
@@ -261,8 +261,10 @@ def test_prompt_embeddings_of_the_wan_pipeline(folder, tokenizer, length):
     model = UMT5Encoder(from_dict(TextEncoderConfig, values), rngs=nnx.Rngs(0))
     state = nnx.state(model)
     tensors = {k: v.numpy() for k, v in theirs.state_dict().items()}
-    shapes = {k: v.shape for k, v in params.flatten(state).items()}
-    nnx.update(model, params.unflatten(state, key_table.to_ours("text_encoder", tensors, shapes)))
+    shapes = {k: v.shape for k, v in flat_params.flatten(state).items()}
+    nnx.update(
+        model, flat_params.unflatten(state, key_table.to_ours("text_encoder", tensors, shapes))
+    )
     ids, mask = tokenizer(PROMPTS, length)
     got = np.asarray(nnx.jit(encode)(model, ids, mask))
 

@@ -11,8 +11,7 @@ import pytest
 from flax import nnx
 
 from convert import key_table
-from wan_jax.models import lora
-from wan_jax.models import params as P
+from wan_jax.models import flat_params, lora
 from wan_jax.models.config import ConfigError, TransformerConfig, from_dict
 from wan_jax.models.layers import LoRAParam
 from wan_jax.models.transformer import REMAT_POLICIES, WanTransformer3D, rope_table
@@ -31,16 +30,17 @@ def abstract(config: TransformerConfig, **kwargs):
 
 def build(settings: dict, weights: dict, **kwargs) -> WanTransformer3D:
     graphdef, state = abstract(from_dict(TransformerConfig, settings), **kwargs)
-    like = P.flatten(state)
+    like = flat_params.flatten(state)
     flat = key_table.to_ours("transformer", weights, {k: v.shape for k, v in like.items()})
     return nnx.merge(
-        graphdef, P.unflatten(state, {k: jnp.asarray(v, like[k].dtype) for k, v in flat.items()})
+        graphdef,
+        flat_params.unflatten(state, {k: jnp.asarray(v, like[k].dtype) for k, v in flat.items()}),
     )
 
 
 def golden_model(**kwargs) -> WanTransformer3D:
     _, state = abstract(from_dict(TransformerConfig, maker.CONFIG))
-    ours = {k: v.shape for k, v in P.flatten(state).items()}
+    ours = {k: v.shape for k, v in flat_params.flatten(state).items()}
     shapes = {e.key: e.shape for e in key_table.entries("transformer", ours)}
     return build(maker.CONFIG, maker.random_weights(shapes, maker.SEED), **kwargs)
 
@@ -84,7 +84,7 @@ def test_rematerialisation_changes_memory_and_work_but_not_gradients():
         def loss(state):
             return jnp.mean(nnx.merge(graphdef, state)(*inputs) ** 2)  # noqa: B023
 
-        gradients[remat] = P.flatten(jax.jit(jax.grad(loss))(state))
+        gradients[remat] = flat_params.flatten(jax.jit(jax.grad(loss))(state))
         work[remat] = products(jax.make_jaxpr(jax.grad(loss))(state).jaxpr)
         residuals = jax.eval_shape(lambda state: jax.vjp(loss, state)[1], state)
         kept[remat] = sum(np.prod(x.shape) for x in jax.tree.leaves(residuals))
@@ -146,7 +146,7 @@ def test_bfloat16_is_as_close_to_float32_as_diffusers_is(tmp_path):
 
 def test_precision_policy():
     _, state = abstract(from_dict(TransformerConfig, maker.CONFIG), dtype=jnp.bfloat16)
-    kept = {k for k, v in P.flatten(state).items() if v.dtype == jnp.float32}
+    kept = {k for k, v in flat_params.flatten(state).items() if v.dtype == jnp.float32}
     assert kept == {
         "scale_shift_table",
         "blocks/scale_shift_table",
@@ -212,32 +212,34 @@ def test_fresh_adapters_change_nothing_and_trained_ones_act_as_merged_weights():
     graphdef, adapters, rest = nnx.split(model, LoRAParam, ...)
     flat = {
         k: v + 0.1 * jax.random.normal(jax.random.key(i), v.shape)
-        for i, (k, v) in enumerate(P.flatten(adapters).items())
+        for i, (k, v) in enumerate(flat_params.flatten(adapters).items())
     }
-    adapted = run(nnx.merge(graphdef, P.unflatten(adapters, flat), rest), *inputs)
+    adapted = run(nnx.merge(graphdef, flat_params.unflatten(adapters, flat), rest), *inputs)
     assert relative_error(adapted, base) > 1e-2
 
     graphdef, state = nnx.split(golden_model())
-    merged = dict(P.flatten(state))
+    merged = dict(flat_params.flatten(state))
     for path in flat:
         if path.endswith("lora_a"):
             layer = path.removesuffix("/lora_a")
             # alpha / rank = 2
             merged[f"{layer}/kernel"] += 2.0 * flat[path] @ flat[f"{layer}/lora_b"]
     assert (
-        relative_error(run(nnx.merge(graphdef, P.unflatten(state, merged)), *inputs), adapted)
+        relative_error(
+            run(nnx.merge(graphdef, flat_params.unflatten(state, merged)), *inputs), adapted
+        )
         < 1e-5
     )
 
 
 def test_adapter_targets():
-    paths = P.flatten(nnx.split(with_adapters(golden_model()), LoRAParam, ...)[1])
+    paths = flat_params.flatten(nnx.split(with_adapters(golden_model()), LoRAParam, ...)[1])
     assert {p.rsplit("/", 1)[0] for p in paths} == {
         f"blocks/attn{i}/{name}" for i in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out_0")
     }
     assert paths["blocks/attn1/to_q/lora_a"].shape == (3, 48, 4)
     same, other = (
-        P.flatten(nnx.split(with_adapters(golden_model(), seed=s), LoRAParam, ...)[1])
+        flat_params.flatten(nnx.split(with_adapters(golden_model(), seed=s), LoRAParam, ...)[1])
         for s in (0, 1)
     )
     np.testing.assert_array_equal(

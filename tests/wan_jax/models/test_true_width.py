@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from convert import key_table
-from wan_jax.models import params as P
+from wan_jax.models import flat_params
 from wan_jax.models.presets import PRESETS
 from wan_jax.storage import model_dir
 
@@ -28,7 +28,8 @@ def test_presets_have_the_published_number_of_parameters():
 
     def count(component, config):
         return sum(
-            math.prod(v.shape) for v in P.flatten(model_dir.abstract(component, config)[1]).values()
+            math.prod(v.shape)
+            for v in flat_params.flatten(model_dir.abstract(component, config)[1]).values()
         )
 
     assert {name: count("transformer", p.transformer) for name, p in PRESETS.items()} == {
@@ -89,14 +90,16 @@ def test_velocity_at_true_width(name, monkeypatch):
     # our tree shares torch's memory where no transposition is needed; nothing writes to it
     tensors = {k: v.numpy() for k, v in peer.state_dict().items()}
     shapes = {
-        k: v.shape for k, v in P.flatten(model_dir.abstract("transformer", config)[1]).items()
+        k: v.shape
+        for k, v in flat_params.flatten(model_dir.abstract("transformer", config)[1]).items()
     }
     flat = key_table.to_ours("transformer", tensors, shapes)
 
     def ours(dtype):
         graphdef, like = model_dir.abstract("transformer", config, dtype=dtype, attention="xla")
-        state = P.unflatten(
-            like, {k: jnp.asarray(flat[k]).astype(v.dtype) for k, v in P.flatten(like).items()}
+        state = flat_params.unflatten(
+            like,
+            {k: jnp.asarray(flat[k]).astype(v.dtype) for k, v in flat_params.flatten(like).items()},
         )
         run = jax.jit(lambda s, *x: nnx.merge(graphdef, s)(*x, text_padding=24))
         return np.asarray(run(state, latents, jnp.full((1,), timestep), text[:, :24].astype(dtype)))

@@ -25,7 +25,7 @@ from tests.random_vae import (
     random_model,
     relative_error,
 )
-from wan_jax.models import params as P
+from wan_jax.models import flat_params
 from wan_jax.models.config import ConfigError, VAEConfig, from_dict
 from wan_jax.models.vae import AutoencoderKLWan
 from wan_jax.models.vae_layers import CausalConv3d, ChannelNorm, Conv2d, upsampled_conv
@@ -127,7 +127,7 @@ def test_diffusers(settings, height, width, lengths):
 
 
 def test_parameters_of_the_published_vae():
-    shapes = {k: v.shape for k, v in P.flatten(abstract(WAN_21)[1]).items()}
+    shapes = {k: v.shape for k, v in flat_params.flatten(abstract(WAN_21)[1]).items()}
     sizes = {
         part: sum(int(np.prod(s)) for k, s in shapes.items() if k.startswith(part))
         for part in ("", "encoder/", "decoder/")
@@ -143,7 +143,7 @@ def test_parameters_of_the_published_vae():
 
 
 def test_parameters_of_the_published_2_2_vae():
-    shapes = {k: v.shape for k, v in P.flatten(abstract(WAN_22)[1]).items()}
+    shapes = {k: v.shape for k, v in flat_params.flatten(abstract(WAN_22)[1]).items()}
     sizes = {
         part: sum(int(np.prod(s)) for k, s in shapes.items() if k.startswith(part))
         for part in ("", "encoder/", "decoder/")
@@ -162,7 +162,9 @@ def test_parameters_of_the_published_2_2_vae():
 @pytest.mark.parametrize("settings", [maker.CONFIG | TWO_BLOCKS, TWO_BLOCKS_22], ids=["2.1", "2.2"])
 def test_keys_of_diffusers_both_ways(settings):
     model, weights = maker.peer(settings)
-    back = dict(key_table.to_theirs("vae", P.flatten(nnx.state(build(settings, weights)))))
+    back = dict(
+        key_table.to_theirs("vae", flat_params.flatten(nnx.state(build(settings, weights))))
+    )
     assert set(back) == set(model.state_dict())
     for key, value in back.items():
         np.testing.assert_array_equal(value, weights[key])
@@ -231,13 +233,13 @@ def test_the_first_frame_is_coded_as_a_single_frame(settings):
 def test_single_frames_use_the_last_temporal_tap_only(settings):
     model = random_model(settings)
     graphdef, state = nnx.split(model)
-    flat = P.flatten(state)
+    flat = flat_params.flatten(state)
     for path, value in flat.items():
         if "time_conv" in path:
             flat[path] = jnp.full_like(value, jnp.nan)
         elif path.endswith("kernel") and value.ndim == 5:
             flat[path] = value.at[:-1].set(jnp.nan)
-    broken = nnx.merge(graphdef, P.unflatten(state, flat))
+    broken = nnx.merge(graphdef, flat_params.unflatten(state, flat))
     inputs = maker.random_inputs(8, 1, *recorded_size(settings), settings)
     expected = run(model, *inputs)
     for name, value in run(broken, *inputs).items():
@@ -334,7 +336,9 @@ def test_bfloat16_trains():
     )
     inputs = maker.random_inputs(11, 2, 8, 12, settings)
     model = random_model(settings, dtype=jnp.bfloat16)
-    assert {v.dtype for v in P.flatten(nnx.state(model)).values()} == {jnp.dtype(jnp.bfloat16)}
+    assert {v.dtype for v in flat_params.flatten(nnx.state(model)).values()} == {
+        jnp.dtype(jnp.bfloat16)
+    }
     exact = run(random_model(settings), *inputs)
 
     def loss(state, graphdef):
@@ -347,7 +351,7 @@ def test_bfloat16_trains():
     for name, value in out.items():
         assert value.dtype == jnp.float32
         assert 1e-4 < relative_error(value, exact[name]) < 0.05, name
-    for path, grad in P.flatten(grads).items():
+    for path, grad in flat_params.flatten(grads).items():
         assert grad.dtype == jnp.bfloat16, path
         grad = np.asarray(grad, np.float32)
         assert np.isfinite(grad).all() and grad.any(), path

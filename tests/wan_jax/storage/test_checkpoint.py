@@ -9,7 +9,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from wan_jax.command_line.cli import UserError
-from wan_jax.storage.checkpoint import Checkpoints, load_trained
+from wan_jax.storage.checkpoint import Checkpoints
+from wan_jax.storage.trained_weights import load_trained
 
 TRAINED = {"a/kernel": jnp.arange(12.0).reshape(3, 4), "b": jnp.ones(5)}
 STATE = {

@@ -17,7 +17,7 @@ from wan_jax.storage.folder_lock import NAME, locked
 
 HOLD = """
 import sys, time
-from wan_jax.folder_lock import locked
+from wan_jax.storage.folder_lock import locked
 with locked(sys.argv[1], "--config.run_dir"):
     print("held", flush=True)
     time.sleep(600)

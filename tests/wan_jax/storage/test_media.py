@@ -109,9 +109,9 @@ def test_unknown_suffix_names_the_choices(tmp_path, name, frames, choices):
 def test_refuses():
     for bad, message in (
         (clip().astype(np.float32), "uint8"),
-        (clip()[0], r"\[T, H, W, 3\]"),
+        (clip()[0], r"\[frames, height, width, 3\]"),
         (clip()[:0], "no empty axis"),
-        (clip()[..., :1], r"\[T, H, W, 3\]"),
+        (clip()[..., :1], r"\[frames, height, width, 3\]"),
     ):
         with pytest.raises(ValueError, match=message):
             media.write_video("unused.mp4", bad, fps=4)

@@ -1,16 +1,16 @@
-"""The one attention seam: every attention of the transformer goes through `attention`.
+"""The only entry to attention: every attention of the transformer calls `attention`.
 
-The backend is chosen once by `choose_backend`, logged by name, and carried as a static attribute of
-the model; an impossible request is an error, never a silent fallback.
+`choose_backend` chooses the backend once; it is logged by name and is a static attribute of the
+model. An impossible request is an error, never a silent fallback.
 
-- `cudnn`: cuDNN's flash attention; NVIDIA, 16-bit types.
-- `chunked`: queries in chunks, in plain JAX (`attention_chunked.py`); everywhere, memory linear in
-  the tokens.
-- `pallas`: our fused Triton kernels (`attention_pallas.py`); AMD and NVIDIA GPUs, 16-bit types;
-  never run on AMD.
+- `cudnn`: cuDNN's flash attention; NVIDIA GPUs, 16-bit types.
+- `chunked`: queries in chunks, in plain JAX (`chunked.py`); everywhere, memory linear in the
+  tokens.
+- `pallas`: our fused Triton kernels (`pallas.py`); AMD and NVIDIA GPUs, 16-bit types; has never run
+  on AMD.
 - `xla`: logits and softmax as written; everywhere, memory quadratic in the tokens.
 
-`auto` is `cudnn` where that runs and `chunked` elsewhere. All four take any lengths and any
+`auto` is `cudnn` where that runs and `chunked` elsewhere. All four accept any lengths and any
 `key_counts`.
 """
 
@@ -19,26 +19,27 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from wan_jax.choices import BACKENDS
 from wan_jax.models.attention.chunked import chunked_attention
 
 
 def platform_of(device: jax.Device) -> str:
-    """'cpu', 'cuda' or 'rocm': JAX itself calls AMD's and NVIDIA's devices both 'gpu'."""
+    """Return 'cpu', 'cuda' or 'rocm'; JAX's own name for the GPUs of NVIDIA and AMD is 'gpu'."""
     if device.platform != "gpu":
         return device.platform
     return "cuda" if "cuda" in device.client.platform_version.lower() else "rocm"
 
 
 def choose_backend(name: str, platform: str, dtype, head_dim: int) -> str:
-    """'auto' to a concrete backend: cuDNN on NVIDIA GPUs in 16-bit types, chunked attention
-    everywhere else.
+    """Return the concrete backend for a name; 'auto' is cuDNN on NVIDIA GPUs in 16-bit types,
+    chunked attention elsewhere.
 
-    platform: of `platform_of`. 'pallas' is never chosen by 'auto': its kernels have not run on an
-    AMD GPU. Raises ValueError on an unknown name and where 'cudnn' (not NVIDIA, fp32, head_dim over
-    128 or not a multiple of 8) or 'pallas' (no GPU, fp32, head_dim not 16, 32, 64 or 128) cannot
-    run.
+    platform: of `platform_of`. 'auto' never chooses 'pallas', because its kernels have not run on
+    an AMD GPU. Raises ValueError on an unknown name and where 'cudnn' (not NVIDIA, fp32, head_dim
+    over 128 or not a multiple of 8) or 'pallas' (no GPU, fp32, head_dim not 16, 32, 64 or 128)
+    cannot run.
     """
     if name not in BACKENDS:
         raise ValueError(f"attention={name!r} is unknown; choose one of {', '.join(BACKENDS)}")
@@ -73,15 +74,18 @@ def choose_backend(name: str, platform: str, dtype, head_dim: int) -> str:
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, backend: str, key_counts: np.ndarray | None = None
-) -> jax.Array:
-    """softmax(q k^T / sqrt(head_dim)) v, without mask.
+    q: Float[Array, "B Sq N head_dim"],
+    k: Float[Array, "B Sk N head_dim"],
+    v: Float[Array, "B Sk N head_dim"],
+    *,
+    backend: str,
+    key_counts: Int[np.ndarray, " Sk"] | None = None,
+) -> Float[Array, "B Sq N head_dim"]:
+    """Return softmax(q k^T / sqrt(head_dim)) v without a mask, in the dtype of q; softmax in fp32.
 
-    q [B, Sq, N, head_dim], k and v [B, Sk, N, head_dim] -> [B, Sq, N, head_dim] in q's dtype;
-    softmax in fp32. key_counts, static int [Sk]: key j stands for that many identical keys. Wan
-    pads the text to 512 rows whose projections are all alike; counting the row instead of repeating
-    it gives the same softmax for a tenth of the work. Raises ValueError on counts that are not Sk
-    positive integers.
+    key_counts: static; key j stands for key_counts[j] identical keys. Wan pads the text to 512 rows
+    with identical projections; counting that row instead of repeating it gives the same softmax for
+    a tenth of the work. Raises ValueError on counts that are not Sk positive integers.
     """
     key_bias = None
     if key_counts is not None:
@@ -90,18 +94,17 @@ def attention(
             raise ValueError(
                 f"key_counts={key_counts} must be {k.shape[1]} positive integers, one a key"
             )
-        # c equal terms exp(x) sum to exp(x + log c)
+        # count equal terms exp(x) sum to exp(x + log(count))
         key_bias = jnp.asarray(np.log(counts), jnp.float32)
     if backend == "cudnn":
-        return _cudnn(
-            q, *((k, v) if key_counts is None else (repeat_keys(x, counts) for x in (k, v)))
-        )
+        if key_counts is not None:
+            k, v = repeat_keys(k, counts), repeat_keys(v, counts)
+        return _cudnn(q, k, v)
     if backend == "chunked":
         return chunked_attention(q, k, v, key_bias)
     if backend == "pallas":
-        from wan_jax.models.attention.pallas import (
-            pallas_attention,  # Triton's part of Pallas loads only where it is used
-        )
+        # imported here, so that Triton's part of Pallas is loaded only where it is used
+        from wan_jax.models.attention.pallas import pallas_attention
 
         return pallas_attention(q, k, v, key_bias)
     logits = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32) * (
@@ -114,12 +117,12 @@ def attention(
 
 
 def _cudnn(q, k, v):
-    """cuDNN's flash attention; JAX refuses to differentiate it at odd lengths, so these get one row
-    more, masked.
+    """Compute cuDNN's flash attention. JAX refuses to differentiate it at odd lengths, so these are
+    padded by one row, which is masked.
 
-    Counted keys come repeated, not biased: cuDNN takes a bias in the 16-bit type only, where
-    exp(log 448) is 1.1 % short, and JAX always asks for the bias' gradient, which cuDNN gives only
-    for one video and a bias of each head.
+    Counted keys are repeated instead of biased: cuDNN takes a bias only in the 16-bit type, where
+    exp(log 448) is 1.1 % too small, and JAX always requests the gradient of the bias, which cuDNN
+    computes only for one video and a bias per head.
     """
     sq, sk = q.shape[1], k.shape[1]
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
@@ -129,22 +132,24 @@ def _cudnn(q, k, v):
     )[:, :sq]
 
 
-def repeat_keys(x: jax.Array, counts: np.ndarray) -> jax.Array:
-    """x [B, Sk, N, head_dim] with row j repeated counts[j] times.
+def repeat_keys(
+    x: Float[Array, "B Sk N head_dim"], counts: Int[np.ndarray, " Sk"]
+) -> Float[Array, "B repeated N head_dim"]:
+    """Repeat row j of x counts[j] times.
 
-    By slices and broadcasts: the gradient of a gather is a scatter, which took half of a 1.3B
-    update on an H200.
+    With slices and broadcasts, because the gradient of a gather is a scatter, which took half of
+    the time of a 1.3B update on an H200.
     """
-    parts, start = [], 0
+    pieces = []
+    start = 0
     while start < len(counts):
-        single = next((j for j in range(start, len(counts)) if counts[j] != 1), len(counts))
-        if single > start:
-            parts.append(x[:, start:single])
-        if single < len(counts):
-            parts.append(
-                jnp.broadcast_to(
-                    x[:, single : single + 1], (x.shape[0], int(counts[single]), *x.shape[2:])
-                )
-            )
-        start = single + 1
-    return jnp.concatenate(parts, axis=1)
+        # rows that are not repeated, up to the next one that is
+        repeated = next((j for j in range(start, len(counts)) if counts[j] != 1), len(counts))
+        if repeated > start:
+            pieces.append(x[:, start:repeated])
+        if repeated < len(counts):
+            row = x[:, repeated : repeated + 1]
+            shape = (x.shape[0], int(counts[repeated]), *x.shape[2:])
+            pieces.append(jnp.broadcast_to(row, shape))
+        start = repeated + 1
+    return jnp.concatenate(pieces, axis=1)

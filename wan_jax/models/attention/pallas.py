@@ -1,15 +1,16 @@
 """Fused attention as Pallas-Triton kernels, forward and backward: logits never leave the chip.
 
-Online softmax over key blocks, and a backward pass that computes the probabilities again from the
+Online softmax over blocks of keys, and a backward pass that recomputes the probabilities from the
 saved log-sum-exp (Dao 2023, "FlashAttention-2", algorithms 1 and 2). Exponentials are powers of
-two, so logits, bias and log-sum-exp carry a factor log2(e) inside the kernels.
+two, so logits, bias and log-sum-exp have a factor log2(e) inside the kernels.
 
-Shapes: B videos, Sq and Sk tokens padded to whole blocks, N heads, and head_dim.
+Shapes: B videos, Sq and Sk tokens padded to whole blocks, N heads, head_dim.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import triton as plt
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Float32
 
 LOG2E = math.log2(math.e)
 LDS_BYTES = 65536  # local data share of one gfx942 workgroup
@@ -25,8 +27,8 @@ LDS_BYTES = 65536  # local data share of one gfx942 workgroup
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """One kernel's tiling: a program owns `own` rows of its output and streams the other side
-    `step` rows at a time.
+    """The tiling of one kernel. A program computes `own` rows of the output, and streams the other
+    side `step` rows at a time.
     """
 
     own: int
@@ -34,10 +36,10 @@ class Tile:
     warps: int = 4
 
     def lds_bytes(self, head_dim: int, itemsize: int = 2) -> int:
-        """Local memory a workgroup needs at most: the largest single operand, as unpipelined loops
-        stage one at a time.
+        """Return an upper bound of the local memory of a workgroup: the largest single operand,
+        because loops without pipelining stage one at a time.
 
-        XLA's compiler for gfx942 asked for this or less in all 42 tilings of 32 to 128 rows that
+        XLA's compiler for gfx942 requested this or less in all 42 tilings of 32 to 128 rows that
         were tried.
         """
         return itemsize * max(self.own * head_dim, self.step * head_dim, self.own * self.step)
@@ -45,9 +47,11 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """The three kernels' tilings. These compile for gfx942 without spilling registers at head_dim
-    16 to 128, 266 of a thread's 512 being the most; at head_dim 128, 128 by 64 rows with 8 warps
-    would spill 117 of them in `keys`.
+    """The tilings of the three kernels.
+
+    They compile for gfx942 without spilling registers at head_dim 16 to 128, with at most 266 of
+    the 512 registers of a thread; at head_dim 128, 128 by 64 rows with 8 warps would spill 117 of
+    them in `keys`.
     """
 
     forward: Tile = Tile(128, 64)  # own queries, stream keys
@@ -56,22 +60,21 @@ class Blocks:
 
 
 def pallas_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    key_bias: jax.Array | None = None,
+    q: Float[Array, "B Sq N head_dim"],
+    k: Float[Array, "B Sk N head_dim"],
+    v: Float[Array, "B Sk N head_dim"],
+    key_bias: Float32[Array, " Sk"] | None = None,
     *,
     blocks: Blocks = Blocks(),
     interpret: bool = False,
-) -> jax.Array:
-    """softmax(q k^T / sqrt(head_dim) + key_bias) v by the fused kernels.
+) -> Float[Array, "B Sq N head_dim"]:
+    """Return softmax(q k^T / sqrt(head_dim) + key_bias) v by the fused kernels.
 
-    q [B, Sq, N, head_dim], k and v [B, Sk, N, head_dim], head_dim a power of two, key_bias fp32
-    [Sk], not differentiated -> as q. Logits, softmax and accumulation in fp32, matrix products of
-    q's dtype. Lengths that do not fill the blocks are padded: keys with a bias of -inf, queries
-    with rows that are cut off. On several devices each works on its own videos and heads.
-    interpret: run the kernels' arithmetic without a GPU. Raises ValueError where the blocks need
-    more local memory than an MI300X has.
+    head_dim must be a power of two; key_bias is not differentiated. Logits, softmax and
+    accumulation are fp32, matrix products are in the dtype of q. Lengths that do not fill the
+    blocks are padded: keys with a bias of -inf, queries with rows that are cut off. On several
+    devices each computes its own videos and heads. interpret: compute without a GPU, for tests.
+    Raises ValueError when the blocks need more local memory than an MI300X has.
     """
     for field in dataclasses.fields(blocks):
         tile = getattr(blocks, field.name)
@@ -105,12 +108,16 @@ def _dot(a, b, contract_a: int = 1, contract_b: int = 0):  # fp32 accumulation
 
 
 def _rows(i, size: int):
+    """Return the slice of block i."""
     return pl.ds(i * size, size)
 
 
-# ---- kernels: every ref is one video's one head --------------------------------------------------
+# ---- kernels: every ref is one head of one video -------------------------------------------------
 def _forward_kernel(q_ref, k_ref, v_ref, *refs, step: int, scale: float):
-    """refs: optional key_bias [Sk]; out [own, head_dim], log2-sum-exp2 [own]."""
+    """The output of `own` queries.
+
+    refs: optional key_bias [Sk]; out [own, head_dim], log2-sum-exp2 [own].
+    """
     bias_ref, (out_ref, lse_ref) = _optional(refs, 2)
     q = q_ref[...]  # [own, head_dim]
 
@@ -120,7 +127,8 @@ def _forward_kernel(q_ref, k_ref, v_ref, *refs, step: int, scale: float):
         if bias_ref is not None:
             logits = logits + bias_ref[_rows(i, step)][None, :]
         new = jnp.maximum(largest, logits.max(1))
-        shrink, weights = jnp.exp2(largest - new), jnp.exp2(logits - new[:, None])
+        shrink = jnp.exp2(largest - new)
+        weights = jnp.exp2(logits - new[:, None])
         v = v_ref[_rows(i, step), :]
         out = out * shrink[:, None] + _dot(weights.astype(v.dtype), v)
         return out, total * shrink + weights.sum(1), new
@@ -136,8 +144,8 @@ def _forward_kernel(q_ref, k_ref, v_ref, *refs, step: int, scale: float):
 
 
 def _keys_kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, dots_ref, *refs, step: int, scale: float):
-    """dK and dV of `own` keys, from the transposed probabilities so that no product needs one
-    turned around.
+    """dK and dV of `own` keys, from the transposed probabilities, so that no product needs a
+    transposed operand.
     """
     bias_ref, (dk_ref, dv_ref) = _optional(refs, 2)
     k, v = k_ref[...], v_ref[...]  # [own, head_dim]
@@ -179,20 +187,45 @@ def _queries_kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, dots_ref, *refs, step:
 
 
 def _optional(refs, outputs: int):
+    """Split refs into the optional key_bias and the outputs."""
     return (refs[0] if len(refs) > outputs else None), refs[-outputs:]
 
 
 # ---- calls ---------------------------------------------------------------------------------------
-def _call(
-    kernel, name: str, tile: Tile, own: str, interpret: bool, axes: str, inputs, key_bias, dtypes
-) -> tuple:
-    """One kernel over (B, N, blocks of the side it owns), on each device's own share of B and N.
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel and how it is called.
 
-    own: 'q' or 'k', the axis split over programs; of the other one each program sees the whole.
-    axes: of the inputs and outputs, as 'bqnh bknh -> bqnh'; key_bias becomes a last input 'k'
-    unless None. dtypes: of the outputs.
+    Attributes:
+        function: the kernel.
+        name: its name in profiles.
+        own: 'q' or 'k', the axis that is split over programs; each program sees the whole of the
+            other one.
+        axes: axes of inputs and outputs, as 'bqnh bknh -> bqnh'.
     """
-    arguments, results = (side.split() for side in axes.split("->"))
+
+    function: Callable
+    name: str
+    own: str
+    axes: str
+
+
+FORWARD = Kernel(_forward_kernel, "attention", "q", "bqnh bknh bknh -> bqnh bnq")
+BACKWARD_KEYS = Kernel(
+    _keys_kernel, "attention_dkv", "k", "bqnh bknh bknh bqnh bnq bnq -> bknh bknh"
+)
+BACKWARD_QUERIES = Kernel(
+    _queries_kernel, "attention_dq", "q", "bqnh bknh bknh bqnh bnq bnq -> bqnh"
+)
+
+
+def _call(kernel: Kernel, tile: Tile, interpret: bool, inputs, key_bias, dtypes) -> tuple:
+    """Run a kernel over (B, N, blocks of the axis it owns), on each device's share of B and N.
+
+    key_bias becomes a last input 'k' unless it is None. dtypes: of the outputs.
+    """
+    own = kernel.own
+    arguments, results = (side.split() for side in kernel.axes.split("->"))
     if key_bias is not None:
         arguments, inputs = [*arguments, "k"], (*inputs, key_bias)
 
@@ -209,7 +242,7 @@ def _call(
             )
 
         return pl.pallas_call(
-            functools.partial(kernel, step=tile.step, scale=LOG2E / math.sqrt(size["h"])),
+            functools.partial(kernel.function, step=tile.step, scale=LOG2E / math.sqrt(size["h"])),
             grid=(size["b"], size["n"], size[own] // tile.own),
             in_specs=[spec(names) for names in arguments],
             out_specs=tuple(spec(names) for names in results),
@@ -219,45 +252,36 @@ def _call(
             ),
             compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=1),
             interpret=interpret,
-            name=name,
+            name=kernel.name,
         )(*arrays)
 
-    def partition(mesh, given, made):
-        # mesh axes of q's videos and heads; all else whole
-        split = dict(zip(arguments[0], given[0].sharding.spec))
-        ours, theirs = (
-            tuple(
+    def partition(mesh, argument_shapes, result_shapes):
+        # videos and heads are split as those of q, everything else is replicated
+        split = dict(zip(arguments[0], argument_shapes[0].sharding.spec))
+
+        def shardings(side):
+            return tuple(
                 NamedSharding(
                     mesh, P(*(split.get(axis) if axis in "bn" else None for axis in names))
                 )
                 for names in side
             )
-            for side in (arguments, results)
-        )
-        return mesh, run, theirs, ours
+
+        return mesh, run, shardings(results), shardings(arguments)
 
     # The compiler cannot look into a kernel: without this rule it gathers every operand on every
     # device.
-    shared = custom_partitioning(run)
+    partitioned = custom_partitioning(run)
     rule = " -> ".join(
         ", ".join(" ".join(names) for names in side) for side in (arguments, results)
     )
-    shared.def_partition(partition, sharding_rule=rule)
-    return shared(*inputs)
+    partitioned.def_partition(partition, sharding_rule=rule)
+    return partitioned(*inputs)
 
 
 def _forward(blocks, interpret, q, k, v, key_bias):
-    out, lse = _call(
-        _forward_kernel,
-        "attention",
-        blocks.forward,
-        "q",
-        interpret,
-        "bqnh bknh bknh -> bqnh bnq",
-        (q, k, v),
-        key_bias,
-        (q.dtype, jnp.float32),
-    )
+    dtypes = (q.dtype, jnp.float32)
+    out, lse = _call(FORWARD, blocks.forward, interpret, (q, k, v), key_bias, dtypes)
     return out, (q, k, v, key_bias, out, lse)
 
 
@@ -266,29 +290,9 @@ def _backward(blocks, interpret, saved, d_out):
     d_out = d_out.astype(q.dtype)
     # rowsum(dO O) [B,N,Sq]
     dots = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).transpose(0, 2, 1)
-    axes, inputs = "bqnh bknh bknh bqnh bnq bnq -> ", (q, k, v, d_out, lse, dots)
-    dk, dv = _call(
-        _keys_kernel,
-        "attention_dkv",
-        blocks.keys,
-        "k",
-        interpret,
-        axes + "bknh bknh",
-        inputs,
-        key_bias,
-        (k.dtype, v.dtype),
-    )
-    (dq,) = _call(
-        _queries_kernel,
-        "attention_dq",
-        blocks.queries,
-        "q",
-        interpret,
-        axes + "bqnh",
-        inputs,
-        key_bias,
-        (q.dtype,),
-    )
+    inputs = (q, k, v, d_out, lse, dots)
+    dk, dv = _call(BACKWARD_KEYS, blocks.keys, interpret, inputs, key_bias, (k.dtype, v.dtype))
+    (dq,) = _call(BACKWARD_QUERIES, blocks.queries, interpret, inputs, key_bias, (q.dtype,))
     return dq, dk, dv, None
 
 

@@ -1,10 +1,10 @@
-"""What a user is told who mistypes a recipe or a flag."""
+"""What a user sees after a mistake in a recipe or a flag."""
 
 import pytest
 from absl import app, flags
 from ml_collections import config_flags
 
-from wan_jax.command_line import cli
+from wan_jax.command_line import parsing
 
 RECIPE = "from configs.defaults import defaults\n\ndef get_config():\n    c = defaults()\n    {line}\n    return c\n"
 
@@ -27,7 +27,7 @@ def parse(monkeypatch, capsys, tmp_path):
         flags.mark_flag_as_required(required, flag_values=values)
         monkeypatch.setattr(flags, "FLAGS", values)
         try:
-            return cli.parse_flags(argv), values
+            return parsing.parse_flags(argv), values
         except SystemExit as ended:
             return ended.code, capsys.readouterr().err
 
@@ -85,3 +85,28 @@ def test_a_recipe_in_the_home_folder(parse, monkeypatch, tmp_path):
 
 def test_help_is_no_error(parse):
     assert parse("--help")[0] == 0
+
+
+def test_the_last_of_several_settings_counts():
+    given = [
+        "x",
+        "--config=a.py",
+        "--config.a=1",
+        "--config.ab=(1,2)",
+        "--config.a=2",
+        "--out=o",
+        "--out=p",
+        "--config.on",
+        "--config.ab=(3,)",
+        "--config.on",
+    ]
+    assert parsing.last_of_each(given) == [
+        "x",
+        "--config=a.py",
+        "--config.a=2",
+        "--out=o",
+        "--out=p",
+        "--config.on",
+        "--config.ab=(3,)",
+        "--config.on",
+    ]

@@ -1,5 +1,5 @@
-"""A video's tokens split over devices: attention among them, the rows of each, what is sent, what
-kernels see.
+"""The tokens of a video split over devices: attention among them, the rows of each device, what is
+sent, and what kernels see.
 """
 
 import functools
@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tests.wan_jax.test_attention import TOLERANCE, assert_close, computed, draw, exact
 
+from tests.wan_jax.models.attention_cases import TOLERANCE, assert_close, computed, draw, exact
 from wan_jax.distributed import mesh as mesh_lib
-from wan_jax.distributed.sharding import Layout, self_attention
+from wan_jax.models.sharded_forward import Layout, self_attention
 
 TOKENS = P(mesh_lib.BATCH_AXES, "context")
 

@@ -1,0 +1,118 @@
+"""The weights that a training run saved, and the transformers with them.
+
+`load_trained` reads the arrays of a checkpoint; `load_transformers` builds the transformers of a
+model with them, for sampling and evaluation.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from wan_jax.distributed import memory
+from wan_jax.distributed import sharding as sharding_lib
+from wan_jax.distributed.offload import Weights, choose_offload
+from wan_jax.errors import UserError
+from wan_jax.models import flat_params, lora, sharded_forward
+from wan_jax.models.layers import LoRAParam
+from wan_jax.models.lora import LoRAConfig
+from wan_jax.models.transformer import WanTransformer3D
+from wan_jax.storage import checkpoint as checkpoint_lib
+from wan_jax.storage import model_dir
+
+
+def load_trained(path) -> tuple[LoRAConfig | None, dict[str, dict[str, np.ndarray]], dict]:
+    """Read the weights to sample with from a run folder (its newest checkpoint) or from a folder
+    `checkpoints/<epoch>`.
+
+    Returns (LoRA settings, None after full fine-tuning; {expert: {path: float32 array}} of the
+    trained experts; meta of the checkpoint). Raises `UserError` when there is no complete
+    checkpoint, or when it is damaged.
+    """
+    checkpoints, epoch = checkpoint_lib.find(path)
+    meta = checkpoints.check(epoch, ("meta", "trained"))
+    trained = checkpoints.load_trained(epoch)
+    config = None
+    if settings := meta["lora"]:
+        config = LoRAConfig(
+            rank=settings["rank"], alpha=settings["alpha"], targets=tuple(settings["targets"])
+        )
+    return config, checkpoint_lib.split_experts(trained, meta["experts"]), meta
+
+
+def load_transformers(
+    model: model_dir.ModelDir, checkpoint: str | None, dtype, attention: str, mesh, offload: str
+) -> tuple[nnx.GraphDef, Weights]:
+    """Load the transformers of a model, with the trained weights or adapters of a checkpoint.
+
+    Args:
+        model: the converted model.
+        checkpoint: a path for `load_trained`; None for the base model.
+        dtype: storage and compute type of the transformers.
+        attention: a backend of `attention.choose_backend`.
+        mesh: the mesh to shard them on.
+        offload: whether the idle expert of two is in host memory, one of `offload.OFFLOAD`.
+
+    Returns the graph that all experts share, and their weights. Raises `UserError` when the
+    checkpoint belongs to another model.
+    """
+    # The checkpoint, and whether it belongs to this model.
+    lora_config = None
+    trained = {}
+    if checkpoint is not None:
+        lora_config, trained, meta = load_trained(checkpoint)
+        model.check_same(meta.get("model_digest"), meta["model"], str(checkpoint))
+        if extra := sorted(set(trained) - set(model.experts)):
+            raise UserError(
+                f"checkpoint {checkpoint} trained {', '.join(extra)}, which {model.path} has not: "
+                "it was trained from another model; see 'model' in its config.json"
+            )
+
+    # The graph and the abstract arrays of one transformer, with adapters if they were trained.
+    def build():
+        module = WanTransformer3D(
+            model.config("transformer"),
+            dtype=dtype,
+            attention=attention,
+            remat="block",  # there is no backward pass to save activations for
+            rngs=nnx.Rngs(0),
+        )
+        if lora_config:
+            lora.attach(module, lora_config, jax.random.key(0))
+        return sharded_forward.attach(module, mesh)
+
+    graphdef, adapters, base = nnx.split(nnx.eval_shape(build), LoRAParam, ...)
+
+    # The arrays of one expert.
+    def load(expert: str) -> nnx.State:
+        _, state = model_dir.build(expert, model, dtype=dtype, mesh=mesh, attention=attention)
+        target = adapters if lora_config else state
+        flat = flat_params.flatten(target)
+        values = trained.get(expert)
+        if values is None and not lora_config:
+            return state
+        if values is None:  # the run did not train this expert: adapters without effect
+            values = {k: np.zeros(v.shape, np.float32) for k, v in flat.items()}
+        wrong = {
+            k
+            for k in flat.keys() | values.keys()
+            if k not in flat or k not in values or flat[k].shape != values[k].shape
+        }
+        if wrong:
+            raise UserError(
+                f"checkpoint {checkpoint} does not fit this model ({len(wrong)} arrays differ, "
+                f"e.g. {min(wrong)}): it was trained from another one; see 'model' in its "
+                "config.json"
+            )
+        cast = {k: jnp.asarray(v).astype(flat[k].dtype) for k, v in values.items()}
+        placed = flat_params.unflatten(target, sharding_lib.shard_params(cast, mesh))
+        return nnx.merge_state(placed, state) if lora_config else placed
+
+    # On the device or in host memory.
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base)) // mesh.shape["fsdp"]
+    offloaded = choose_offload(
+        offload, len(model.experts), size, memory.limit(mesh.local_devices[0])
+    )
+    return graphdef, Weights([functools.partial(load, name) for name in model.experts], offloaded)
