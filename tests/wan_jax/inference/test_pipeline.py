@@ -1,20 +1,17 @@
-"""The whole way from prompt to pixels against Diffusers' WanPipeline, and the sampling command."""
+"""The whole way from prompt to pixels, against Diffusers' WanPipeline."""
 
 import functools
 import json
-import shutil
-import subprocess
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from PIL import Image
 
 from convert.from_diffusers import convert
 from convert.to_diffusers import export
-from tests import commands, tiny
+from tests import tiny
 from wan_jax.command_line.cli import UserError
 from wan_jax.diffusion.experts import guidances, per_guidance, segments
 from wan_jax.diffusion.solvers import make_solver
@@ -25,21 +22,12 @@ from wan_jax.models import flat_params, lora, vae_chunks
 from wan_jax.models.config import TransformerConfig, VAEConfig, load_scheduler
 from wan_jax.models.layers import LoRAParam
 from wan_jax.models.lora import LoRAConfig
-from wan_jax.models.tokenizer import Tokenizer
 from wan_jax.models.transformer import WanTransformer3D
-from wan_jax.storage import integrity, model_dir
+from wan_jax.storage import model_dir
 from wan_jax.storage.checkpoint import Checkpoints, join_experts
 from wan_jax.storage.trained_weights import load_transformers
 
 PROMPTS = ('A red sign with the word "open".', "Someone wrote “it's late” on a  wall.")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """(Diffusers folder, converted folder) of a random model."""
-    root = tmp_path_factory.mktemp("models")
-    convert(str(tiny.write_pipeline(root / "source", seed=3)), root / "model", "float32")
-    return root / "source", root / "model"
 
 
 def one_device():
@@ -251,77 +239,6 @@ def test_latents_by_the_scheduler_of_the_folder(folders, tmp_path, kind, changes
         pixels=False,
     )
     assert relative_error(latents, wanted) < 1e-4
-
-
-def test_embeddings_are_cached_by_model_and_prompt(folders, tmp_path, monkeypatch):
-    folder = shutil.copytree(folders[1], tmp_path / "model")
-    model, prompts = model_dir.open_model(folder), [*PROMPTS, PROMPTS[0], "a " * 40]
-    plain = pipeline.embed_prompts(model, prompts, "ugly")
-    first = pipeline.embed_prompts(model, prompts, "ugly", cache=True)
-    assert len(list((folder / "text_cache").glob("*.npy"))) == 4
-    load, loaded = model_dir.build, []
-    monkeypatch.setattr(
-        model_dir, "build", lambda *args, **kwargs: loaded.append(args[0]) or load(*args, **kwargs)
-    )
-    read = Tokenizer.load
-    monkeypatch.setattr(Tokenizer, "load", lambda path: loaded.append("tokenizer") or read(path))
-    again = pipeline.embed_prompts(model, prompts, "ugly", cache=True)
-    assert pipeline.text_rows(model, prompts, "ugly") == plain.rows
-    assert not loaded  # nothing was missing, so neither encoder nor tokenizer was even read
-    assert (
-        pipeline.text_rows(model, [*prompts, "b " * 70], "ugly")
-        == pipeline.round_up_rows(len("b " * 70))
-        > plain.rows
-    )
-    assert loaded == ["tokenizer"]
-    loaded.clear()
-    for table in (first, again):
-        np.testing.assert_array_equal(table.padded(table.prompts), plain.padded(plain.prompts))
-        np.testing.assert_array_equal(table.negative, plain.negative)
-        assert table.rows == plain.rows
-    alone = pipeline.embed_prompts(model, PROMPTS[1:2], "other")
-    # other shapes, so compiled otherwise
-    np.testing.assert_allclose(alone.prompts[0], plain.prompts[1], atol=2e-5)
-    assert not plain.padded(plain.prompts)[1, len(alone.prompts[0]) :].any()
-
-    path = next((folder / "text_cache").glob("*.npy"))
-    content = path.read_bytes()
-    # computed again
-    for damaged in (content[:50], content[:200] + bytes([content[200] ^ 1]) + content[201:]):
-        path.write_bytes(damaged)
-        mended = pipeline.embed_prompts(model, prompts, "ugly", cache=True)
-        # one prompt is encoded anew, by a function compiled for another batch
-        np.testing.assert_allclose(
-            mended.padded(mended.prompts), plain.padded(plain.prompts), atol=2e-5
-        )
-        assert path.read_bytes() != damaged
-    manifest = integrity.read_manifest(folder / "wan_jax.json")
-    integrity.write_manifest(
-        folder / "wan_jax.json", manifest | {"source": "another"}, manifest["files"]
-    )
-    loaded.clear()
-    pipeline.embed_prompts(model_dir.open_model(folder), prompts, "ugly", cache=True)
-    assert loaded == ["tokenizer", "text_encoder"]
-
-
-def test_a_cache_that_cannot_be_written_is_no_error(folders, tmp_path):
-    folder = shutil.copytree(folders[1], tmp_path / "model")
-    (folder / "text_cache").write_text("a file where the folder should be")
-    table = pipeline.embed_prompts(model_dir.open_model(folder), PROMPTS, cache=True)
-    assert all(np.isfinite(rows).all() and rows.any() for rows in table.prompts)
-
-
-def test_bfloat16_embeddings_stay_bfloat16(folders, tmp_path):
-    folder = shutil.copytree(folders[1], tmp_path / "model")
-    model = model_dir.open_model(folder)
-    first, again = (
-        pipeline.embed_prompts(model, PROMPTS, dtype=jnp.bfloat16, cache=True) for _ in range(2)
-    )
-    full = pipeline.embed_prompts(model, PROMPTS, cache=True)  # the types do not share files
-    for a, b, c in zip(first.prompts, again.prompts, full.prompts):
-        assert a.dtype == b.dtype == jnp.bfloat16 and c.dtype == np.float32
-        np.testing.assert_array_equal(a, b)
-        assert 0 < relative_error(a.astype(np.float32), c) < 0.05
 
 
 @pytest.fixture(scope="module")
@@ -567,82 +484,7 @@ def test_one_ahead_asks_for_the_next_before_it_gives_the_last():
     assert list(pipeline.one_ahead(iter(()))) == []
 
 
-def test_samples_that_are_not_finite_are_not_written(folders, tmp_path):
-    """Of two samples one: an error that names its prompt, no black picture, and the other one is
-    kept.
-    """
-    noise = np.random.default_rng(0).standard_normal((2, 1, 4, 6, 16)).astype(np.float32)
-    noise[1, 0, 2, 3, 4] = np.nan
-    np.save(tmp_path / "noise.npy", noise)
-    result = run_sample(
-        f"--model={folders[1]}",
-        "--height=32",
-        "--width=48",
-        "--steps=1",
-        "--prompt=sea",
-        "--prompt=sky",
-        f"--noise={tmp_path / 'noise.npy'}",
-        f"--out={tmp_path / 'a.png'}",
-    )
-    assert (
-        result.returncode == 1 and "1 of 2 samples" in result.stderr and "'sky'" in result.stderr
-    ), result.stderr
-    assert "sea" not in result.stderr and "Traceback" not in result.stderr
-    assert [path.name for path in tmp_path.glob("*.png")] == ["a_000.png"]
-
-
 @pytest.mark.parametrize("settings", [{"chunk": -1}, {"tile": -1}, {"tile": 8, "overlap": 8}])
 def test_pieces_that_cannot_be(settings):
     with pytest.raises(ValueError, match=r"chunk=.*tile=.*overlap="):
         pipeline.make_decoder(None, **settings)
-
-
-def run_sample(*flags):
-    return subprocess.run(
-        commands.command("wan_jax.sample", *flags),
-        capture_output=True,
-        text=True,
-        check=False,
-        env=commands.environment(),
-    )
-
-
-def test_sampling_command(folders, tmp_path):
-    _, model = folders
-    common = (f"--model={model}", "--height=32", "--width=48", "--steps=2")
-    result = run_sample(
-        *common, f"--prompt={PROMPTS[0]}", f"--prompt={PROMPTS[1]}", f"--out={tmp_path / 'a.png'}"
-    )
-    assert result.returncode == 0, result.stderr
-    pictures = [np.asarray(Image.open(tmp_path / f"a_00{i}.png")) for i in range(2)]
-    assert pictures[0].shape == (32, 48, 3) and (pictures[0] != pictures[1]).any()
-    result = run_sample(
-        *common, f"--prompt={PROMPTS[0]}", "--frames=5", f"--out={tmp_path / 'b.mp4'}"
-    )
-    assert result.returncode == 0 and (tmp_path / "b.mp4").stat().st_size > 500, result.stderr
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (("--model=nowhere", "--out=x.png"), "nowhere does not exist"),
-        (("--model={source}", "--out=x.png"), "Diffusers folder"),
-        (("--model={model}", "--out=x.png", "--frames=5"), "x.png"),
-        (("--model={model}", "--out=x.bmp"), ".bmp"),
-        (("--model={model}", "--out=x.png", "--height=30"), "height=30"),
-        (("--model={model}", "--out=x.png", "--checkpoint=nowhere"), "nowhere does not exist"),
-        (("--model={model}", "--out=x.png", "--steps=0"), "steps=0"),
-        (("--model={model}", "--out=x.png", "--fps=8"), "--fps has no effect here"),
-        (("--model={model}", "--out=x.png", "--noise=README.md"), "README.md is not a .npy file"),
-        (("--model={model}", "--out=/dev/null/x.png"), "/dev/null/x.png cannot be written"),
-        (("--model={model}", "--out=x.png", "--solver=ddim"), "solver"),
-        (("--model={model}", "--out=x.png", "--colour=red"), "colour"),
-    ],
-)
-def test_sampling_errors_are_one_message(folders, flags, message):
-    source, model = folders
-    flags = [f.format(source=source, model=model) for f in flags]
-    result = run_sample("--prompt=x", "--width=48", "--height=32", *flags)
-    assert (
-        result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
-    ), result.stderr
