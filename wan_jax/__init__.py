@@ -15,10 +15,10 @@ Letters in the shapes of arrays; arrays are channels-last:
     B    videos of a batch                 S  tokens of a video      D  width of a network
     F    latent frames                     St text rows              N  attention heads
     H W  latent height and width           Sq Sk  queries, keys      L  layers
-    C    latent channels                   T  denoising steps        K  group size: videos of a prompt
+    C    latent channels                   T  denoising steps        K  videos of a prompt (group)
 
-Pixels are [B, frames, height, width, 3]. Signatures with `jaxtyping` state shapes and dtypes; they are
-documentation, checked by tests/wan_jax/test_signatures.py and not at run time.
+Pixels are [B, frames, height, width, 3]. Signatures with `jaxtyping` state shapes and dtypes. They
+are documentation: tests/wan_jax/test_signatures.py checks them, at run time nothing does.
 """
 
 import os
@@ -30,7 +30,7 @@ COMMANDS = ("convert", "grpo", "wan_jax")  # packages whose modules are run by `
 
 def _stop(*_):
     """Handle SIGINT before `cli.run` does."""
-    print("\nstopped before anything was begun", file=sys.stderr, flush=True)
+    print("\nstopped before the work began", file=sys.stderr, flush=True)
     os._exit(130)  # an exception could be raised, and lost, in a callback of a library
 
 

@@ -96,7 +96,7 @@ def main(_):
         media.check_suffix(FLAGS.out, FLAGS.frames)
         if not all(map(str.strip, FLAGS.prompt)):
             raise UserError(
-                f"--prompt={min(FLAGS.prompt, key=str.strip)!r} is empty: say what to show"
+                f"--prompt={min(FLAGS.prompt, key=str.strip)!r} is empty: describe what to show"
             )
         if FLAGS.checkpoint and not os.path.isdir(FLAGS.checkpoint):
             raise UserError(

@@ -32,9 +32,9 @@ class AskedToEnd(Exception):
 ADVICE = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again",
     errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
-    errno.EFBIG: "files may not become so large here; choose another disk, or raise `ulimit -f`",
-    errno.ENOTDIR: "a file stands where a folder is needed; choose another folder",
-    errno.EISDIR: "a folder stands where a file is needed; remove it, or choose another folder",
+    errno.EFBIG: "the file is larger than allowed; choose another disk, or raise `ulimit -f`",
+    errno.ENOTDIR: "there is a file where a folder is needed; choose another folder",
+    errno.EISDIR: "there is a folder where a file is needed; remove it, or choose another folder",
     errno.EROFS: "the file system is read-only; choose another folder",
     errno.EACCES: "permission denied; choose a folder you may write to",
     errno.EPERM: "permission denied; choose a folder you may write to",
@@ -202,7 +202,7 @@ def interrupt(signum, frame):
 
 @contextlib.contextmanager
 def user_input():
-    """Convert ValueErrors to `UserError`, for code that checks settings and opens what they name."""
+    """Convert ValueErrors to `UserError` while settings are checked and their files opened."""
     try:
         yield
     except ValueError as error:

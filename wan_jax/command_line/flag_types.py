@@ -10,7 +10,7 @@ from wan_jax.storage.paths import expand
 
 
 class NumberParser(flags.ArgumentParser):
-    """Parse a number of `kind` (int or float) that lies in `limits`."""
+    """Parse a number of `kind` (int or float) in `limits`."""
 
     def __init__(self, kind: type, limits: Range):
         super().__init__()
@@ -48,7 +48,7 @@ def check_used(values: flags.FlagValues, without_effect: Mapping[str, str]) -> N
     for name, needed in without_effect.items():
         if values[name].present:
             raise UserError(
-                f"--{name} has no effect here, it needs {needed}: leave it out, or give that"
+                f"--{name} has no effect here, it needs {needed}: give that, or leave out --{name}"
             )
 
 

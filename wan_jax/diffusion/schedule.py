@@ -11,7 +11,8 @@ used:
 
     flow_sigmas(..., 'diffusers')  UniPCMultistepScheduler of Diffusers >= 0.37 (January 2026); the
                                    default
-    flow_sigmas(..., 'legacy')     Diffusers <= 0.36 and the official Wan code
+    flow_sigmas(..., 'legacy')     Diffusers <= 0.36 and the official Wan code; to compare with
+                                   published numbers
     euler_sigmas(...)              FlowMatchEulerDiscreteScheduler
 """
 

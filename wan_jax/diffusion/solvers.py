@@ -224,27 +224,24 @@ def dpm_step(
     return keep * x + base * clean + old * (last - clean)
 
 
-def make_solver(
-    name: str, num_steps: int, shift: float, *, order: int = 2, version: str = "diffusers"
-):
+def make_solver(name: str, num_steps: int, shift: float, *, order: int = 2):
     """Return a solver by name, with `.schedule`, `.init(x)` and `.step(state, i, velocity)`.
 
         'unipc'             UniPC on flow_sigmas, the sampler that Wan ships with; the only one with
                             an `order`
-        'euler'             Euler on flow_sigmas, Flow-GRPO's deterministic sampler, with the same sigmas
-                            as training
-        'flow_match_euler'  Euler on euler_sigmas, Diffusers' scheduler of that name; `version` has no
-                            effect
+        'euler'             Euler on flow_sigmas, Flow-GRPO's deterministic sampler, with the
+                            sigmas of training
+        'flow_match_euler'  Euler on euler_sigmas, Diffusers' scheduler of that name
         'dpmpp_2m'          DPM-Solver++(2M) on flow_sigmas
 
-    version: one of `schedule.VERSIONS`. Raises ValueError on an unknown name.
+    Raises ValueError on an unknown name.
     """
     if name == "unipc":
-        return UniPC(flow_sigmas(num_steps, shift, version), order)
+        return UniPC(flow_sigmas(num_steps, shift), order)
     if name == "euler":
-        return Euler(flow_sigmas(num_steps, shift, version))
+        return Euler(flow_sigmas(num_steps, shift))
     if name == "dpmpp_2m":
-        return DPMSolverPP2M(flow_sigmas(num_steps, shift, version))
+        return DPMSolverPP2M(flow_sigmas(num_steps, shift))
     if name == "flow_match_euler":
         return Euler(euler_sigmas(num_steps, shift))
     raise ValueError(f"solver={name!r} is unknown; choose one of {', '.join(SOLVERS)}")

@@ -14,7 +14,8 @@ PINNED = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"  # XLA's variable: GiB of the pool 
 PINNED_LIMIT = 64  # XLA's default
 # Share of the host's memory: XLA's pools grow by doubling, and pinned memory cannot be swapped.
 PINNED_SHARE = 0.8
-GPUS = ("nvidia[0-9]*", "dri/renderD*")  # files in /dev, one per GPU
+DEVICES = pathlib.Path("/dev")
+GPUS = ("nvidia[0-9]*", "dri/renderD*")  # files of DEVICES, one per GPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +60,11 @@ def allow_pinned() -> None:
     )
 
 
-def gpus(devices: pathlib.Path = pathlib.Path("/dev")) -> int:
+def gpus() -> int:
     """Return the number of GPUs of this host, whether or not this process uses them. NVIDIA's are
     counted first, because they may have render nodes too.
     """
-    counts = (len(list(devices.glob(pattern))) for pattern in GPUS)
+    counts = (len(list(DEVICES.glob(pattern))) for pattern in GPUS)
     return next(filter(None, counts), 0)
 
 

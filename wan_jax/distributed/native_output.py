@@ -18,7 +18,8 @@ import sys
 
 MESSAGE = b"\x1f"
 LOST = re.compile(
-    rb"Terminating process because the JAX distributed service|Polled an error from coordination service"
+    rb"Terminating process because the JAX distributed service"
+    rb"|Polled an error from coordination service"
     rb"|Use error polling to propagate the following error"
 )
 STATUS = re.compile(rb"absl::Status: ([^\n]*)")
@@ -36,13 +37,14 @@ def divert() -> None:
     """Start this program on file descriptors 1 and 2. Python's own `sys.stdout` and `sys.stderr`
     still write to the original ones.
     """
-    out, real = os.dup(1), os.dup(2)
+    original_out = os.dup(1)
+    original_err = os.dup(2)
     reading, writing = os.pipe()
     subprocess.Popen(
         [sys.executable, "-I", str(pathlib.Path(__file__).resolve())],
         stdin=reading,
-        stdout=real,
-        stderr=real,
+        stdout=original_err,
+        stderr=original_err,
         start_new_session=True,
     )  # its own session: Ctrl-C is for the trainer only
     os.close(reading)
@@ -51,14 +53,14 @@ def divert() -> None:
         os.dup2(writing, number)
     os.close(writing)
     sys.stdout = os.fdopen(
-        out,
+        original_out,
         "w",
-        buffering=1 if os.isatty(out) else -1,
+        buffering=1 if os.isatty(original_out) else -1,
         encoding=sys.stdout.encoding,
         errors=sys.stdout.errors,
     )
     sys.stderr = os.fdopen(
-        real, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace"
+        original_err, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace"
     )
 
 
@@ -71,12 +73,16 @@ def main() -> None:
     """Copy standard input to standard error, without noise and without the trace of an abort."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    message, lost, status = b"error: the run's processes lost each other", False, b""
+    message = b"error: the run's processes lost each other"
+    lost = False
+    status = b""
     for line in sys.stdin.buffer:
         if line.startswith(MESSAGE):
             message = line.removeprefix(MESSAGE).rstrip(b"\n")
         elif lost or LOST.search(line):  # the process aborts: the rest is its stack
-            lost, status = True, status or (found[1] if (found := STATUS.search(line)) else b"")
+            lost = True
+            if not status and (found := STATUS.search(line)):
+                status = found[1]
         elif not NOISE.search(line):
             os.write(2, line)
     if lost:

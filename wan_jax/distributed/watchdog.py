@@ -27,7 +27,7 @@ class Store(Protocol):
 
 @dataclasses.dataclass
 class Peer:
-    """What is known of a process: its last heartbeat, and when it arrived by this process's clock."""
+    """What is known of a process: its last heartbeat, and when that arrived, by our clock."""
 
     number: int = -1  # of the heartbeat
     at: float = 0.0  # arrival, seconds

@@ -35,6 +35,7 @@ NOT_FINITE = (
 # Embeddings have the rows of the longest prompt, rounded up to this multiple. Zero rows after them
 # are counted instead of stored (`TextBatch.padding`).
 ROW_MULTIPLE = 16
+ENCODER_BATCH = 16  # prompts encoded at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,6 @@ def embed_prompts(
     negative: str = "",
     *,
     dtype=jnp.float32,
-    batch: int = 16,
     progress: Callable = lambda x: x,
     cache: bool = False,
 ) -> TextTable:
@@ -79,7 +79,6 @@ def embed_prompts(
         prompts: what to show; equal prompts are encoded once.
         negative: the negative prompt.
         dtype: storage and compute type of the encoder.
-        batch: prompts encoded at a time.
         progress: wraps the iterator over batches, e.g. `tqdm`.
         cache: read embeddings from the model's `PromptCache`, and write new ones to it. Tokenizer
             and encoder are loaded only if some are missing.
@@ -105,7 +104,7 @@ def embed_prompts(
         run = make_encoder(graphdef)
 
     # Batches of prompts of about the same length.
-    size = min(batch, len(texts))
+    size = min(ENCODER_BATCH, len(texts))
     work = []
     for rows in sorted({round_up_rows(n) for n in lengths.values()}):
         group = [text for text in missing if round_up_rows(lengths[text]) == rows]

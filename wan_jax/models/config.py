@@ -241,7 +241,8 @@ def check_fields(config) -> None:
     """Raise `ConfigError` when the value of a field has the wrong type or is out of bounds."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value, limits = getattr(config, field.name), field.metadata
+        value = getattr(config, field.name)
+        limits = field.metadata
         if "only" in limits:
             supported = value == limits["only"]
             wrong = None if supported else f"only {limits['only']!r} is supported"

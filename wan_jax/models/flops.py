@@ -26,7 +26,8 @@ def _count_equation(eqn: core.JaxprEqn) -> float:
     The body of a scan counts once per iteration, a conditional as its largest branch, and the body
     of a `while_loop` once, because its number of iterations is unknown.
     """
-    name, params = eqn.primitive.name, eqn.params
+    name = eqn.primitive.name
+    params = eqn.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         left = eqn.invars[0].aval.shape

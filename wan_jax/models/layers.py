@@ -101,7 +101,7 @@ class RMSNorm(nnx.Module):
 
 
 def layer_norm(x: Float[Array, "*batch D"], eps: float) -> Float32[Array, "*batch D"]:
-    """Return (x - mean) / sqrt(var + eps) over the last axis, without parameters, computed in fp32."""
+    """Return (x - mean) / sqrt(var + eps) over the last axis, computed in fp32."""
     x = x.astype(jnp.float32)
     x = x - jnp.mean(x, axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)

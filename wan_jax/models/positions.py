@@ -59,7 +59,7 @@ def apply_rope(
 
 
 def timestep_features(timesteps: Float[Array, " B"], dim: int) -> Float32[Array, "B dim"]:
-    """Return [cos | sin] of t * exp(-ln(10000) i / (dim/2)) for timesteps t on the 0..1000 scale."""
+    """Return [cos | sin] of t * exp(-ln(10000) i / (dim/2)) for timesteps t, 0..1000."""
     half = dim // 2
     freqs = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
     angle = timesteps.astype(jnp.float32)[:, None] * freqs

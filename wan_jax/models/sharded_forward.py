@@ -94,7 +94,7 @@ class Layout:
         return PartitionSpec(((first,) if first else ()) + single or None, *rest)
 
     def own_tokens(self, x: jax.Array, axis: int) -> jax.Array:
-        """Return this device's rows of an array with all S tokens along `axis`, padded with zeros."""
+        """Return this device's rows of an array with S tokens along `axis`, padded with zeros."""
         devices = self.mesh.shape["context"]
         rows = -(-x.shape[axis] // devices)
         widths = [(0, rows * devices - n if i == axis else 0) for i, n in enumerate(x.shape)]

@@ -81,7 +81,8 @@ class SelfAttention(nnx.Module):
     """
 
     def __init__(self, config: TextEncoderConfig, *, dtype, rngs: nnx.Rngs):
-        d, inner = config.d_model, config.num_heads * config.d_kv
+        d = config.d_model
+        inner = config.num_heads * config.d_kv
         self.heads = config.num_heads
         self.q = Linear(d, inner, bias=False, dtype=dtype, rngs=rngs)
         self.q.kernel = nnx.Param(self.q.kernel[...] * config.d_kv**-0.5)

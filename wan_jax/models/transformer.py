@@ -243,7 +243,8 @@ class WanTransformer3D(nnx.Module):
             raise ValueError(
                 f"remat={remat!r} is unknown; choose one of {', '.join(REMAT_POLICIES)}"
             )
-        d, patch = config.width, math.prod(config.patch_size)
+        d = config.width
+        patch = math.prod(config.patch_size)
         # see GELUProjection; in fp32 nothing is rounded
         saved = remat in ("none", "save_matmuls") and jnp.dtype(dtype).itemsize == 2
 

@@ -146,7 +146,8 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: VAEConfig, *, dtype, rngs: nnx.Rngs):
         kw = dict(dtype=dtype, rngs=rngs)
-        mult, base = config.dim_mult[::-1], config.decoder_base_dim or config.base_dim
+        mult = config.dim_mult[::-1]
+        base = config.decoder_base_dim or config.base_dim
         dims = [base * m for m in (mult[0], *mult)]
         up = [(True, temporal) for temporal in config.temperal_downsample[::-1]] + [(False, False)]
         self.conv_in = CausalConv3d(config.z_dim, dims[0], (3, 3, 3), **kw)

@@ -161,7 +161,7 @@ def upsampled_conv(
 
 
 class ChannelNorm(nnx.Module):
-    """x / max(||x||, 1e-12) * sqrt(C) * scale over the channels, in fp32 (Diffusers `WanRMS_norm`)."""
+    """x / max(||x||, 1e-12) * sqrt(C) * scale over C, in fp32 (Diffusers `WanRMS_norm`)."""
 
     def __init__(self, channels: int, *, dtype):
         self.scale = nnx.Param(jnp.ones((channels,), dtype))

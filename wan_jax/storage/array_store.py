@@ -47,8 +47,8 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int, stacked: bool) -> tuple[i
     """
     chunk = [1, *shape[1:]] if stacked else list(shape)
     for axis, n in enumerate(chunk):
-        parts = -(-math.prod(chunk) * itemsize // CHUNK)
-        chunk[axis] = -(-n // min(n, parts))
+        pieces = -(-math.prod(chunk) * itemsize // CHUNK)
+        chunk[axis] = -(-n // min(n, pieces))
     return tuple(chunk)
 
 
@@ -225,7 +225,8 @@ class ArrayStore:
         """Return a slice of an array, of step 1. Every file with some of it is read once, and
         completely, because its digest is checked.
         """
-        chunk, stored = self._chunk(name), self.dtypes[name]
+        chunk = self._chunk(name)
+        stored = self.dtypes[name]
         spans = [s.indices(n)[:2] for s, n in zip(index, self.shapes[name], strict=True)]
         out = np.empty([stop - start for start, stop in spans], dtype)
 

@@ -135,7 +135,8 @@ class Checkpoints:
         All processes call this together, and each reads its share of the files. Raises `UserError`
         that names the damaged file and a checkpoint that is complete.
         """
-        meta, files = self.meta(epoch), self._digests(epoch)
+        meta = self.meta(epoch)
+        files = self._digests(epoch)
         if files is None:
             if multihost.first():
                 print(
@@ -204,7 +205,7 @@ class Checkpoints:
                 return None
             raise integrity.Damaged(
                 f"{META if not (path / META).exists() else DIGESTS} is missing: the folder was "
-                "not copied whole, or is no checkpoint"
+                "not copied completely, or is not a checkpoint"
             )
         files = integrity.read_manifest(path / DIGESTS).get("files", {})
         if META not in files:
@@ -233,7 +234,8 @@ class Checkpoints:
         wait for would be printed by Python's hook for unraisable errors, which is replaced
         meanwhile.
         """
-        hook, message = sys.unraisablehook, None
+        hook = sys.unraisablehook
+        message = None
         sys.unraisablehook = lambda _: None
         try:
             yield
@@ -268,7 +270,7 @@ class Checkpoints:
         state = (
             "is whole"
             if self._digests(whole)
-            else "has all its parts (and no digests to check them by)"
+            else "has all its files (and no digests to check them)"
         )
         return UserError(
             f"{path} is damaged: {what}; {self.path(whole)} {state}: "
@@ -338,9 +340,9 @@ def find(path) -> tuple[Checkpoints, int]:
         else (path, None)
     )
     if not (run / "checkpoints").is_dir():
-        raise UserError(f"{path} holds no checkpoints folder: give a run folder of grpo.train")
+        raise UserError(f"{path} has no checkpoints folder: give a run folder of grpo.train")
     checkpoints = Checkpoints(run)
     epoch = checkpoints.latest() if epoch is None else epoch
     if epoch not in checkpoints.epochs():
-        raise UserError(f"{path} holds no such checkpoint (it has {checkpoints.epochs()})")
+        raise UserError(f"{path} has no such checkpoint (it has {checkpoints.epochs()})")
     return checkpoints, epoch

@@ -36,7 +36,7 @@ def read_into(
 
     expected: (bytes, CRC-32); None checks the size alone. Raises `Damaged`.
     """
-    crc, filled = 0, 0
+    crc = filled = 0
     try:
         with open(path, "rb", buffering=0) as file:
             if (size := os.fstat(file.fileno()).st_size) != len(buffer):

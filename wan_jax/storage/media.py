@@ -20,6 +20,9 @@ from wan_jax.command_line.limits import Range
 
 VIDEO_SUFFIXES = (".mp4", ".gif")
 FPS = Range(0.1, 1000)  # frames a second that both formats can hold
+GREY = 128  # between pictures
+SHEET_GAP = 2  # pixels between the pictures of a contact sheet
+PAIR_GAP = 4  # pixels between two videos side by side
 CRF = 18  # x264 quality, from 0 (best) to 51: at 18, letters of 10 pixels are legible
 
 
@@ -133,7 +136,7 @@ def _whole(path) -> Iterator[pathlib.Path]:
 
 
 def upscale(frames: np.ndarray, scale: int) -> np.ndarray:
-    """[..., height, width, 3] -> [..., scale height, scale width, 3]; every pixel becomes a block."""
+    """Enlarge [..., height, width, 3] by a whole factor; every pixel becomes a block."""
     if scale < 1 or scale != int(scale):
         raise ValueError(f"scale={scale} must be a whole number of at least 1")
     return frames if scale == 1 else frames.repeat(int(scale), -3).repeat(int(scale), -2)
@@ -154,25 +157,27 @@ def fit_height(frame: np.ndarray, lowest: int, highest: int) -> np.ndarray:
     return shrink(frame, -(-h // highest)) if h > highest else upscale(frame, -(-lowest // h))
 
 
-def contact_sheet(frames: np.ndarray, columns: int = 4, scale: int = 1, gap: int = 2) -> np.ndarray:
-    """Arrange frames uint8 [N, height, width, 3] in a grid: [rows (scale height + gap) + gap,
-    columns (scale width + gap) + gap, 3].
+def contact_sheet(frames: np.ndarray, columns: int = 4) -> np.ndarray:
+    """Arrange frames uint8 [N, height, width, 3] in a grid: [rows (height + gap) + gap, columns
+    (width + gap) + gap, 3].
 
-    Row by row from the top left, on grey; fewer than `columns` frames make one shorter row.
+    Row by row from the top left, with gaps of grey; fewer than `columns` frames make one shorter
+    row.
     """
     _check(frames, 4)
-    frames = upscale(frames, scale)
     n, h, w, _ = frames.shape
     columns = min(columns, n)
     rows = -(-n // columns)
-    sheet = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, 3), 128, np.uint8)
+    gap = SHEET_GAP
+    sheet = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, 3), GREY, np.uint8)
     for i, frame in enumerate(frames):
-        y, x = (i // columns) * (h + gap) + gap, (i % columns) * (w + gap) + gap
+        y = (i // columns) * (h + gap) + gap
+        x = (i % columns) * (w + gap) + gap
         sheet[y : y + h, x : x + w] = frame
     return sheet
 
 
-def side_by_side(left: np.ndarray, right: np.ndarray, gap: int = 4) -> np.ndarray:
+def side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Join two videos uint8 [frames, height, width, 3] to one with a grey gap, [frames, height, 2
     width + gap, 3]. Raises ValueError on different shapes.
     """
@@ -184,7 +189,8 @@ def side_by_side(left: np.ndarray, right: np.ndarray, gap: int = 4) -> np.ndarra
             "the same frames, height and width"
         )
     frames, height, _, _ = left.shape
-    return np.concatenate([left, np.full((frames, height, gap, 3), 128, np.uint8), right], axis=2)
+    grey = np.full((frames, height, PAIR_GAP, 3), GREY, np.uint8)
+    return np.concatenate([left, grey, right], axis=2)
 
 
 def png_bytes(frame: np.ndarray) -> bytes:

@@ -148,7 +148,8 @@ class ModelDir:
         mesh: shards them over it, and all processes must call this; None places them on this
         process's first device. Raises `UserError` when the stored arrays do not fit.
         """
-        wanted, store = flat_params.flatten(like), self.arrays(component)
+        wanted = flat_params.flatten(like)
+        store = self.arrays(component)
         if wrong := sorted(
             k
             for k in wanted.keys() | store.shapes.keys()
@@ -174,7 +175,8 @@ class ModelDir:
         """Return the stored arrays, unread. This and reading them raise `UserError` when they are
         missing or damaged.
         """
-        files, prefix = self.manifest.get("files"), f"{component}/params/"
+        files = self.manifest.get("files")
+        prefix = f"{component}/params/"
         if files is not None:
             files = {
                 name.removeprefix(prefix): entry
@@ -225,7 +227,7 @@ def open_model(path, verify: bool = True) -> ModelDir:
                 f"convert it with: python -m convert.from_diffusers --src {path} --dst "
                 f"{path}-converted"
             )
-        raise UserError(f"{path} is no converted model (it has no {MANIFEST}); {advice}")
+        raise UserError(f"{path} is not a converted model (it has no {MANIFEST}); {advice}")
     # Are its files complete and undamaged?
     try:
         manifest = integrity.read_manifest(path / MANIFEST)

@@ -21,7 +21,7 @@ def expand(path) -> pathlib.Path:
         raise UserError(f"{str(path)!r} cannot be used as a path: {error}") from None
 
 
-def check_apart(source, destination, advice: str = "choose another --dst") -> None:
+def check_apart(source, destination) -> None:
     """Raise `UserError` when `destination` is `source`, is inside it or contains it, so that
     writing would destroy it.
     """
@@ -29,11 +29,12 @@ def check_apart(source, destination, advice: str = "choose another --dst") -> No
     if destination == source:
         relation = "is the source itself"
     elif destination.is_relative_to(source):
-        relation = f"lies inside the source {source}"
+        relation = f"is inside the source {source}"
     elif source.is_relative_to(destination):
         relation = f"contains the source {source}"
     else:
         return
     raise UserError(
-        f"the destination {destination} {relation}, and writing there would destroy it; {advice}"
+        f"the destination {destination} {relation}, and writing there would destroy it; choose "
+        "another --dst"
     )

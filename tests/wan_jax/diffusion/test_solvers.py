@@ -11,7 +11,14 @@ import pytest
 
 from tests import reference
 from wan_jax.diffusion.schedule import euler_sigmas, flow_sigmas
-from wan_jax.diffusion.solvers import Euler, UniPC, euler_step, make_solver, unipc_coefficients
+from wan_jax.diffusion.solvers import (
+    DPMSolverPP2M,
+    Euler,
+    UniPC,
+    euler_step,
+    make_solver,
+    unipc_coefficients,
+)
 
 SHAPE = (2, 4, 3, 5, 6)  # B C F H W
 GRID = [(1, 3.0), (2, 3.0), (3, 5.0), (5, 1.0), (10, 12.0), (20, 3.0), (50, 5.0), (50, 12.0)]
@@ -79,7 +86,7 @@ def test_last_unipc_step_returns_the_predicted_sample():
 
 def test_dpm_solver_equals_reference():
     for (steps, shift), version in zip(GRID, itertools.cycle(("diffusers", "legacy", "legacy"))):
-        solver = make_solver("dpmpp_2m", steps, shift, version=version)
+        solver = DPMSolverPP2M(flow_sigmas(steps, shift, version))
         sigmas, timesteps = solver.schedule.sigmas.astype(np.float64), solver.schedule.timesteps
         theirs = reference.dpm_solver_pp_2m(
             noise().astype(float), lambda x, i, t=timesteps: fake_model(x, t[i], np), sigmas
@@ -153,13 +160,14 @@ def test_bf16_velocity_keeps_an_fp32_state(name):
 
 
 def test_make_solver():
-    for name, version, schedule in (
-        ("euler", "diffusers", flow_sigmas(5, 3.0)),
-        ("euler", "legacy", flow_sigmas(5, 3.0, "legacy")),
-        ("unipc", "legacy", flow_sigmas(5, 3.0, "legacy")),
-        ("flow_match_euler", "diffusers", euler_sigmas(5, 3.0)),
+    for name, kind, schedule in (
+        ("euler", Euler, flow_sigmas(5, 3.0)),
+        ("unipc", UniPC, flow_sigmas(5, 3.0)),
+        ("dpmpp_2m", DPMSolverPP2M, flow_sigmas(5, 3.0)),
+        ("flow_match_euler", Euler, euler_sigmas(5, 3.0)),
     ):
-        ours = make_solver(name, 5, 3.0, version=version)
+        ours = make_solver(name, 5, 3.0)
+        assert type(ours) is kind
         np.testing.assert_array_equal(ours.schedule.sigmas, schedule.sigmas)
     with pytest.raises(ValueError, match=r"'ddim'.*unipc, euler, flow_match_euler"):
         make_solver("ddim", 5, 3.0)
@@ -211,7 +219,7 @@ def test_dpm_solver_is_diffusers():
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
         )
         peer.set_timesteps(steps)
-        solver = make_solver("dpmpp_2m", steps, shift, version="legacy")
+        solver = DPMSolverPP2M(flow_sigmas(steps, shift, "legacy"))
         np.testing.assert_allclose(peer.sigmas, solver.schedule.sigmas, atol=1e-6)
         assert_close_per_step(trajectory(solver, noise()), diffusers_trajectory(peer, steps))
 

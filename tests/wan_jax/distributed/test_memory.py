@@ -15,11 +15,12 @@ from wan_jax.distributed import memory
         (("kfd", "dri/card0", "dri/renderD128", "dri/renderD129"), 2),
     ],
 )
-def test_gpus_of_the_host(tmp_path, files, count):
+def test_gpus_of_the_host(tmp_path, monkeypatch, files, count):
+    monkeypatch.setattr(memory, "DEVICES", tmp_path)
     (tmp_path / "dri").mkdir()
     for name in files:
         (tmp_path / name).touch()
-    assert memory.gpus(tmp_path) == count
+    assert memory.gpus() == count
 
 
 @pytest.mark.parametrize(

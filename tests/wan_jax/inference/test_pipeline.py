@@ -393,9 +393,10 @@ def test_export_of_a_conversion_samples_the_same(folders, tmp_path):
     assert relative_error(first, again) < 1e-5
 
 
-def test_each_prompt_is_encoded_as_if_alone(folders):
+def test_each_prompt_is_encoded_as_if_alone(folders, monkeypatch):
+    monkeypatch.setattr(pipeline, "ENCODER_BATCH", 2)
     model = model_dir.open_model(folders[1])
-    together = pipeline.embed_prompts(model, [PROMPTS[0], "x" * 70, PROMPTS[1]], batch=2)
+    together = pipeline.embed_prompts(model, [PROMPTS[0], "x" * 70, PROMPTS[1]])
     assert together.rows % pipeline.ROW_MULTIPLE == 0
     alone = pipeline.embed_prompts(model, PROMPTS[1:])
     np.testing.assert_allclose(together.prompts[2], alone.prompts[0], atol=1e-5)

@@ -123,14 +123,14 @@ def test_refuses():
 
 def test_contact_sheet():
     frames = clip(5, 6, 8)
-    sheet = media.contact_sheet(frames, columns=3, scale=2, gap=1)
-    assert sheet.shape == (2 * 13 + 1, 3 * 17 + 1, 3)
+    sheet = media.contact_sheet(frames, columns=3)
+    assert sheet.shape == (2 * 8 + 2, 3 * 10 + 2, 3)
     for i in range(5):
         y, x = divmod(i, 3)
-        tile = sheet[y * 13 + 1 : y * 13 + 13, x * 17 + 1 : x * 17 + 17]
-        np.testing.assert_array_equal(tile, media.upscale(frames[i], 2))
-    assert (sheet[0] == 128).all() and (sheet[14:, 35:] == 128).all()
-    assert media.contact_sheet(frames[:2], columns=3, gap=0).shape == (6, 16, 3)
+        picture = sheet[y * 8 + 2 : y * 8 + 8, x * 10 + 2 : x * 10 + 10]
+        np.testing.assert_array_equal(picture, frames[i])
+    assert (sheet[:2] == 128).all() and (sheet[10:, 22:] == 128).all()
+    assert media.contact_sheet(frames[:2], columns=3).shape == (10, 22, 3)
 
 
 def test_fit_height():
@@ -142,12 +142,12 @@ def test_fit_height():
 
 def test_side_by_side():
     left, right = (np.full((3, 4, 6, 3), value, np.uint8) for value in (1, 2))
-    both = media.side_by_side(left, right, gap=2)
-    assert both.shape == (3, 4, 14, 3) and both.dtype == np.uint8
+    both = media.side_by_side(left, right)
+    assert both.shape == (3, 4, 16, 3) and both.dtype == np.uint8
     assert (
         (both[:, :, :6] == 1).all()
-        and (both[:, :, 6:8] == 128).all()
-        and (both[:, :, 8:] == 2).all()
+        and (both[:, :, 6:10] == 128).all()
+        and (both[:, :, 10:] == 2).all()
     )
     with pytest.raises(ValueError, match=r"\[3, 4, 6, 3\] and \[2, 4, 6, 3\]"):
         media.side_by_side(left, right[:2])

@@ -33,17 +33,15 @@ def chunked_attention(
     k: Float[Array, "B Sk N head_dim"],
     v: Float[Array, "B Sk N head_dim"],
     key_bias: Float32[Array, " Sk"] | None = None,
-    *,
-    rows: int | None = None,
 ) -> Float[Array, "B Sq N head_dim"]:
-    """Return softmax(q k^T / sqrt(head_dim) + key_bias) v, which depends on `rows` only by
-    rounding.
+    """Return softmax(q k^T / sqrt(head_dim) + key_bias) v, computed in chunks of `chunk_rows`
+    queries.
 
     key_bias is not differentiated. Logits, softmax and accumulation are fp32, matrix products are
-    in the dtype of q. rows: queries of a chunk; None: `chunk_rows`.
+    in the dtype of q.
     """
     sq, sk = q.shape[1], k.shape[1]
-    rows = rows or chunk_rows(sq, sk)
+    rows = chunk_rows(sq, sk)
     q = jnp.pad(q, ((0, 0), (0, -sq % rows), (0, 0), (0, 0)))  # zero rows, cut off below
     if key_bias is None:
         key_bias = jnp.zeros(sk, jnp.float32)
