@@ -17,14 +17,14 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
+from wan_jax.choices import BACKENDS, DTYPES, OFFLOAD, SOLVERS
 from wan_jax.command_line import cli
 from wan_jax.command_line.flag_types import check_used, define_number, define_path
 from wan_jax.command_line.limits import SEED, Range
 from wan_jax.diffusion import experts
-from wan_jax.diffusion.solvers import SOLVERS, make_solver
+from wan_jax.diffusion.solvers import make_solver
 from wan_jax.distributed import memory
 from wan_jax.distributed import mesh as mesh_lib
-from wan_jax.distributed.offload import OFFLOAD
 from wan_jax.distributed.sharding import replicated
 from wan_jax.errors import UserError
 from wan_jax.inference import pipeline, reward_guidance
@@ -71,11 +71,9 @@ flags.DEFINE_enum(
 define_number("seed", 0, "seed of the initial noise", SEED, int)
 define_number("samples", 1, "samples per prompt", Range(1), int)
 define_number("fps", 16.0, "frames per second of a video", media.FPS)
-flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "weights and matrix products of the transformer"
-)
+flags.DEFINE_enum("dtype", "float32", DTYPES, "weights and matrix products of the transformer")
 flags.DEFINE_enum("offload", "auto", OFFLOAD, "keep the idle expert of two in host memory")
-flags.DEFINE_string("attention", "auto", "backend: auto, xla, chunked, cudnn or pallas")
+flags.DEFINE_string("attention", "auto", f"backend: {', '.join(BACKENDS)}")
 define_path("noise", ".npy file with the initial noise [B, F, H, W, C], instead of the seed's")
 define_number(
     "tile",
@@ -105,7 +103,7 @@ def main(_):
             )
         prompt_of = np.repeat(np.arange(len(FLAGS.prompt)), FLAGS.samples)  # [B]
         outputs = output_files(pathlib.Path(FLAGS.out), len(prompt_of))
-        dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[FLAGS.dtype]
+        dtype = jnp.dtype(FLAGS.dtype)
         model = model_dir.open_model(FLAGS.model)
         config = model.config("transformer")
         check_used(FLAGS, without_effect(FLAGS, len(model.experts)))
