@@ -73,7 +73,7 @@ class History:
 
 class CausalConv3d(nnx.Module):
     """A causal 3-D convolution: kernel [kt,kh,kw,in,out] on x [B,T,H,W,in], with kt-1 frames of
-    history or zeros on the left, and zero-padded frames.
+    history or zeros on the left, and zero padding of height and width.
 
     Computes y_t = sum_s K_(kt-1-s) * x_(t-s) by 2-D convolutions over the frames that exist: a
     single frame costs one 2-D convolution with the last tap, and the zero frames of a video are

@@ -160,7 +160,7 @@ def test_damage_to_the_first_format_is_one_message(tmp_path, item):
                 if path.is_file():
                     path.write_bytes(b"")
         with pytest.raises(
-            UserError, match=r"checkpoints/2 is damaged.*checkpoints/1 has all its parts"
+            UserError, match=r"checkpoints/2 is damaged.*checkpoints/1 has all its files"
         ):
             resume(run)
         shutil.rmtree(run)
