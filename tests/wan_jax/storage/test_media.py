@@ -151,3 +151,33 @@ def test_side_by_side():
     )
     with pytest.raises(ValueError, match=r"\[3, 4, 6, 3\] and \[2, 4, 6, 3\]"):
         media.side_by_side(left, right[:2])
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.png"])
+def test_what_can_be_written_leaves_nothing_but_its_folder(tmp_path, name):
+    media.check_writable(tmp_path / "new" / name, 5 if name != "a.png" else 1, 32, 48, 16.0)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("folder.png", "is a folder"),
+        ("file/a.png", "cannot be written"),
+        ("x" * 300 + ".png", "File name too long"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(tmp_path, name, message):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=message):
+        media.check_writable(tmp_path / name, 1, 32, 48, 16.0)
+
+
+def test_a_picture_takes_the_place_of_one_that_may_not_be_changed(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"old")
+    (tmp_path / "a.png").chmod(0o400)
+    media.write(tmp_path / "a.png", np.full((1, 8, 8, 3), 7, np.uint8), 16)
+    assert (np.asarray(Image.open(tmp_path / "a.png")) == 7).all() and len(
+        list(tmp_path.iterdir())
+    ) == 1
