@@ -106,7 +106,7 @@ def test_zero_noise_level_is_the_ode():
         ({"kind": "sde"}, "'sde'.*flow_grpo_wan, flow_sde"),
         ({"noise_level": -1.0}, "noise_level=-1.0"),
         ({"noise_level": math.nan}, "noise_level=nan"),
-        ({"kind": "cps", "noise_level": 1.1}, "0 .the ODE. to 1"),
+        ({"kind": "cps", "noise_level": 1.1}, "noise_level=1.1"),
         ({"max_step_std": 0.0}, "max_step_std=0.0"),
     ],
 )

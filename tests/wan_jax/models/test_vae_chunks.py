@@ -2,6 +2,7 @@
 bytes holds.
 """
 
+import re
 from functools import partial
 from itertools import pairwise
 
@@ -79,7 +80,7 @@ def test_the_history_matters_and_is_of_two_frames(settings):
 
 @pytest.mark.parametrize("sizes", [[2, 2], [3, 0], [4, -1]])
 def test_chunks_that_do_not_make_up_the_clip(sizes):
-    with pytest.raises(ValueError, match="do not make up 3 frames"):
+    with pytest.raises(ValueError, match=re.escape(str(sizes))):
         list(vae_chunks.decode_chunks(None, jnp.zeros((1, 3, 1, 1, 16)), sizes))
 
 

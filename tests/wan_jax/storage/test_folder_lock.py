@@ -65,7 +65,7 @@ def test_a_folder_that_is_moved_away_is_one_message(tmp_path, replaced):
     """Also where another run has begun in its place, whose lock stays."""
     folder = tmp_path / "run"
     with (
-        pytest.raises(UserError, match=r"run was moved, removed or replaced"),
+        pytest.raises(UserError, match=str(folder)),
         locked(folder, "--out") as lock,
     ):
         folder.rename(tmp_path / "moved")

@@ -1,5 +1,7 @@
 """Paths with `~`, `..` and symlinks, and a destination that is not apart from its source."""
 
+import re
+
 import pytest
 
 from wan_jax.command_line.cli import UserError
@@ -19,23 +21,24 @@ def test_expand(tmp_path, monkeypatch):
     ):
         assert expand(text) == wanted
     for bad in ("", "~nobody-of-this-name/x", "a\0b"):
-        with pytest.raises(UserError, match="cannot be used as a path"):
+        with pytest.raises(UserError, match=re.escape(repr(bad))):
             expand(bad)
 
 
 def test_check_apart(tmp_path):
     (tmp_path / "model" / "inner").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "model")
+    source = tmp_path / "model"
+    for destination in ("model", "model/", "link", "link/../model"):
+        with pytest.raises(UserError, match=f"{source.resolve()} .*--dst"):
+            check_apart(source, f"{tmp_path}/{destination}")
     for destination, relation in (
-        ("model", "is the source"),
-        ("model/", "is the source"),
-        ("link", "is the source"),
-        ("link/../model", "is the source"),
-        ("model/new", "inside the source"),
-        ("link/inner/new", "inside the source"),
-        (".", "contains the source"),
+        ("model/new", "inside"),
+        ("link/inner/new", "inside"),
+        (".", "contains"),
     ):
-        with pytest.raises(UserError, match=rf"{relation}.*another --dst"):
-            check_apart(tmp_path / "model", f"{tmp_path}/{destination}")
+        path = expand(f"{tmp_path}/{destination}")
+        with pytest.raises(UserError, match=f"{path} .*{relation}.*{source.resolve()}.*--dst"):
+            check_apart(source, f"{tmp_path}/{destination}")
     for destination in ("other", "model2", "model/../model-b"):
         check_apart(tmp_path / "model", f"{tmp_path}/{destination}")
