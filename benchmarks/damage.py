@@ -43,17 +43,17 @@ from grpo.settings.budget import Spent
 from rewards.ocr.targets import parse_targets
 from wan_jax.command_line import cli
 from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.inference import reward_guidance
 from wan_jax.inference.prompt_cache import PromptCache
-from wan_jax.inference.transformers import load_transformers
-from wan_jax.models import lora
-from wan_jax.models import params as P
+from wan_jax.models import flat_params, lora
 from wan_jax.models.layers import LoRAParam
 from wan_jax.models.tokenizer import Tokenizer
 from wan_jax.models.transformer import WanTransformer3D
 from wan_jax.storage import model_dir
 from wan_jax.storage.array_store import CHUNK_FILE
 from wan_jax.storage.checkpoint import Checkpoints
+from wan_jax.storage.trained_weights import load_transformers
 
 PROMPT = 'A red sign that says "open".'
 CACHED = (5, 24)  # shape of the cached rows of the prompt
@@ -154,7 +154,7 @@ class Subject:
         state = {}
         for i, name in enumerate(opened.experts):
             module = WanTransformer3D(opened.config(name), dtype=jnp.float32, rngs=nnx.Rngs(0))
-            adapters = P.flatten(
+            adapters = flat_params.flatten(
                 nnx.split(lora.attach(module, s.lora, jax.random.key(i)), LoRAParam, ...)[1]
             )
             rng = np.random.default_rng(i)
@@ -163,7 +163,7 @@ class Subject:
                 for k, v in adapters.items()
             }
             state[name] = init_state(
-                mesh_lib.shard_params(arrays, mesh),
+                sharding_lib.shard_params(arrays, mesh),
                 s.optimiser,
                 s.method.adaptive_kl,
                 s.method.lagged,
@@ -202,7 +202,7 @@ class Subject:
     def sample(self) -> str:
         model = model_dir.open_model(self.model)
         _, weights = load_transformers(model, str(self.run), jnp.float32, "xla", self.mesh, "never")
-        return digest([P.flatten(weights(i)) for i in range(len(model.experts))])
+        return digest([flat_params.flatten(weights(i)) for i in range(len(model.experts))])
 
     def export(self) -> str:
         with tempfile.TemporaryDirectory() as folder:
@@ -210,7 +210,9 @@ class Subject:
             return digest([load_file(path) for path in files.values()])
 
     def load(self, component: str) -> str:
-        return digest(P.flatten(model_dir.build(component, model_dir.open_model(self.model))[1]))
+        return digest(
+            flat_params.flatten(model_dir.build(component, model_dir.open_model(self.model))[1])
+        )
 
     def small_files(self) -> str:
         model = model_dir.open_model(self.model)
@@ -224,7 +226,7 @@ class Subject:
     def load_head(self) -> str:
         model = model_dir.open_model(self.model)
         head = reward_guidance.load_head(self.head, model.config("transformer"), model)
-        return digest(P.flatten(nnx.state(head, nnx.Param)))
+        return digest(flat_params.flatten(nnx.state(head, nnx.Param)))
 
 
 def subjects(

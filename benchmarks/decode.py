@@ -22,7 +22,7 @@ from benchmarks import workload
 from benchmarks.full_size import peak_bytes, software, timed
 from benchmarks.workload import Record, Stage
 from wan_jax.inference import pipeline
-from wan_jax.models import params as P
+from wan_jax.models import flat_params
 from wan_jax.models.config import VAEConfig
 from wan_jax.models.presets import VAE_21
 from wan_jax.storage import model_dir
@@ -46,7 +46,9 @@ def random_vae(size: str, dtype) -> tuple[nnx.GraphDef, nnx.State]:
             value = np.full(x.shape, float(path.endswith("scale")))
         return jnp.asarray(value, x.dtype)
 
-    return graph, P.unflatten(like, {path: draw(path, x) for path, x in P.flatten(like).items()})
+    return graph, flat_params.unflatten(
+        like, {path: draw(path, x) for path, x in flat_params.flatten(like).items()}
+    )
 
 
 def measure(f) -> Record:

@@ -39,7 +39,8 @@ from wan_jax.diffusion.schedule import flow_sigmas
 from wan_jax.diffusion.sde import SDEConfig
 from wan_jax.distributed import memory
 from wan_jax.distributed import mesh as mesh_lib
-from wan_jax.models import params as P
+from wan_jax.distributed import sharding as sharding_lib
+from wan_jax.models import flat_params
 from wan_jax.models.attention import choose_backend, platform_of
 from wan_jax.models.config import TransformerConfig
 from wan_jax.models.lora import LoRAConfig
@@ -82,10 +83,12 @@ class RandomPolicy:
             state = nnx.split(
                 WanTransformer3D(config, dtype=dtype, attention=backend, rngs=nnx.Rngs(0))
             )[1]
-            return P.unflatten(state, {k: random_bias(k, v) for k, v in P.flatten(state).items()})
+            return flat_params.unflatten(
+                state, {k: random_bias(k, v) for k, v in flat_params.flatten(state).items()}
+            )
 
         frozen = jax.jit(
-            weights, out_shardings=mesh_lib.param_shardings(jax.eval_shape(weights), mesh)
+            weights, out_shardings=sharding_lib.param_shardings(jax.eval_shape(weights), mesh)
         )()
         policy, trainable = make_policy(
             config,
@@ -103,7 +106,7 @@ class RandomPolicy:
         """[B, ...] on the mesh as training lays them: elsewhere the second call of a program would
         compile it again.
         """
-        return mesh_lib.place(rows, mesh_lib.batch_sharding(self.mesh))
+        return sharding_lib.place(rows, sharding_lib.batch_sharding(self.mesh))
 
     def random_text(self, batch: int, rows: int = workload.TEXT) -> TextBatch:
         """Embeddings of a batch of prompts and of the negative one, in the weights' type as
@@ -113,7 +116,7 @@ class RandomPolicy:
         text = jax.random.normal(jax.random.key(1), (batch + 1, rows, 4096), dtype)
         return TextBatch(
             self.placed(text[:-1]),
-            mesh_lib.place(text[-1], mesh_lib.replicated(self.mesh)),
+            sharding_lib.place(text[-1], sharding_lib.replicated(self.mesh)),
             workload.TEXT_ROWS - rows,
         )
 

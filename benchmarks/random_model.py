@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from convert import key_table
 from convert.plan import STEMS
 from examples.tiny_wan import sizes, tokenizer
-from wan_jax.models import params as P
+from wan_jax.models import flat_params
 from wan_jax.models.presets import PRESETS, Preset
 from wan_jax.storage import model_dir
 
@@ -67,7 +67,9 @@ def write_component(folder: pathlib.Path, component: str, config, values: Values
     (folder / "config.json").write_text(
         json.dumps(settings | dataclasses.asdict(config), indent=2) + "\n"
     )
-    shapes = {k: v.shape for k, v in P.flatten(model_dir.abstract(component, config)[1]).items()}
+    shapes = {
+        k: v.shape for k, v in flat_params.flatten(model_dir.abstract(component, config)[1]).items()
+    }
     table = sorted(key_table.entries(component, shapes), key=lambda e: e.key)
     shards, filled = [[]], 0
     for entry in table:

@@ -18,8 +18,8 @@ from convert import lora
 from wan_jax.command_line import cli
 from wan_jax.errors import UserError
 from wan_jax.storage import model_dir
-from wan_jax.storage.checkpoint import load_trained
 from wan_jax.storage.paths import expand
+from wan_jax.storage.trained_weights import load_trained
 
 STEMS = {"diffusers": "pytorch_lora_weights", "comfyui": "comfyui_lora"}
 

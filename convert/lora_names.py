@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from convert import key_table
-from wan_jax.models import params as P
+from wan_jax.models import flat_params
 from wan_jax.models.lora import adapted_layers
 from wan_jax.storage import model_dir
 
@@ -43,7 +43,7 @@ def dense_layers(config) -> dict[str, tuple[int, ...]]:
 
     Without the patch embedding, which is a convolution in Diffusers.
     """
-    flat = P.flatten(model_dir.abstract("transformer", config)[1])
+    flat = flat_params.flatten(model_dir.abstract("transformer", config)[1])
     return {
         path.removesuffix("/kernel"): tuple(leaf.shape)
         for path, leaf in flat.items()

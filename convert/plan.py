@@ -16,7 +16,7 @@ from convert import key_table
 from convert.folders import Buffers, Shards, all_finite
 from wan_jax.errors import UserError
 from wan_jax.models import config as config_lib
-from wan_jax.models import params as P
+from wan_jax.models import flat_params
 from wan_jax.storage import array_store, model_dir
 
 STEMS = {
@@ -170,7 +170,7 @@ def plan_component(component: str, src: pathlib.Path, dtype: str) -> Plan:
             model_dir.COMPONENTS[component][0], src / component / "config.json"
         )
         kept = DTYPES["float32" if dtype == "source" else dtype]
-        like = P.flatten(model_dir.abstract(component, config, dtype=kept)[1])
+        like = flat_params.flatten(model_dir.abstract(component, config, dtype=kept)[1])
         table = key_table.entries(
             component,
             {k: v.shape for k, v in like.items()},

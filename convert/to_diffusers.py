@@ -32,8 +32,8 @@ from wan_jax.errors import UserError
 from wan_jax.models.lora import LoRAConfig
 from wan_jax.storage import model_dir
 from wan_jax.storage.array_store import ArrayStore
-from wan_jax.storage.checkpoint import load_trained
 from wan_jax.storage.paths import check_apart, expand
+from wan_jax.storage.trained_weights import load_trained
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 # (path, layer or None) to one layer of an array, or all of it

@@ -35,7 +35,7 @@ from grpo.report import comparison_report
 from grpo.report.comparison_report import Comparison
 from grpo.settings import parse as settings
 from grpo.settings.budget import Budget, Spent
-from wan_jax.command_line import cli
+from wan_jax.command_line import cli, parsing
 from wan_jax.command_line.flag_types import define_number, define_path
 from wan_jax.command_line.limits import Range
 from wan_jax.errors import UserError
@@ -81,11 +81,11 @@ class Method:
         argv, values = ["grpo.train", *self.arguments(*more)], flags.FlagValues()
         config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
         try:
-            values(cli.with_recipe(cli.last_of_each(argv)))
+            values(parsing.with_recipe(parsing.last_of_each(argv)))
             config = values["config"].value
             settings.from_config(config)
-        except (UserError, *cli.FLAG_ERRORS) as error:
-            raise UserError(f"{self.name}: {cli.flag_message(error)}") from None
+        except (UserError, *parsing.FLAG_ERRORS) as error:
+            raise UserError(f"{self.name}: {parsing.flag_message(error)}") from None
         return config
 
     def flat_config(self, *more: str) -> dict:

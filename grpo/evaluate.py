@@ -37,10 +37,10 @@ from wan_jax.diffusion.experts import per_guidance
 from wan_jax.distributed import memory
 from wan_jax.errors import UserError
 from wan_jax.inference import pipeline, reward_guidance
-from wan_jax.inference.transformers import load_transformers
 from wan_jax.models import presets
 from wan_jax.storage import checkpoint as checkpoint_lib
 from wan_jax.storage import folder_lock, model_dir
+from wan_jax.storage.trained_weights import load_transformers
 
 CONFIG = config_flags.DEFINE_config_file("config", None, FLAG_HELP, lock_config=True)
 CHECKPOINT = define_path(
@@ -70,7 +70,7 @@ def main(_):
     if (pathlib.Path(OUT.value) / "checkpoints").exists():
         raise UserError(f"--out {OUT.value} is a training run's folder; give another one")
     epoch = 0
-    cli.keep_compiled_programs()
+    cli.enable_compilation_cache()
     with cli.user_input():
         model = model_dir.open_model(c.model.path)
         if CHECKPOINT.value is not None:

@@ -294,7 +294,7 @@ def main(_):
         ):
             jax.config.update("jax_num_cpu_devices", f.devices)
     start = time.monotonic()
-    cli.keep_compiled_programs()
+    cli.enable_compilation_cache()
     with cli.user_input():
         c = parse.recipe_from_config(c)
         s = parse.settings_of(c)

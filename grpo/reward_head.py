@@ -42,14 +42,14 @@ from wan_jax.command_line.limits import Range
 from wan_jax.diffusion.experts import per_guidance
 from wan_jax.diffusion.guidance import TextBatch
 from wan_jax.diffusion.solvers import per_sample
-from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.errors import UserError
 from wan_jax.inference import pipeline
 from wan_jax.inference.reward_guidance import from_model, head_config, make_head, predict, save_head
-from wan_jax.inference.transformers import load_transformers
 from wan_jax.models import presets
 from wan_jax.models.transformer import WanTransformer3D
 from wan_jax.storage import model_dir
+from wan_jax.storage.trained_weights import load_transformers
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels that are reported
 HELD_OUT = 8  # one video in so many
@@ -175,11 +175,11 @@ def collect(spec: RunSpec, model: model_dir.ModelDir, weights: tuple, count: int
         functools.partial(pipeline.make_ode_step, functools.partial(nnx.merge, graph), solver),
         spec.eval_guidance,
     )
-    replicated, sharded = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
+    replicated, sharded = sharding_lib.replicated(mesh), sharding_lib.batch_sharding(mesh)
     rows = np.arange(count, dtype=np.int32).reshape(-1, c.sample.batch_size)
     batches = [
         (
-            initial_noise(jax.random.key(c.seed), mesh_lib.place(r, sharded), spec.shape),
+            initial_noise(jax.random.key(c.seed), sharding_lib.place(r, sharded), spec.shape),
             table.batch(chosen[r], sharded, replicated),
         )
         for r in rows
@@ -260,7 +260,7 @@ def main(_):
     pathlib.Path(f.out).parent.mkdir(parents=True, exist_ok=True)
     if jax.process_count() > 1:
         raise UserError("grpo.reward_head runs in one process")
-    cli.keep_compiled_programs()
+    cli.enable_compilation_cache()
     with cli.user_input():
         model = model_dir.open_model(c.model.path)
         spec = RunSpec.make(c, s, presets.of_folder(model), training=False)

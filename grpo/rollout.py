@@ -24,7 +24,7 @@ from wan_jax.diffusion.experts import Segment
 from wan_jax.diffusion.guidance import TextBatch, velocity
 from wan_jax.diffusion.schedule import Schedule
 from wan_jax.diffusion.solvers import DPMSolverPP2M, dpm_step, per_sample
-from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.distributed import sharding as sharding_lib
 
 
 @jax.tree_util.register_dataclass
@@ -220,7 +220,7 @@ def rollout(
     step, Trajectory, or None when the window is empty). Everything is dispatched asynchronously.
     """
     kept, own = [], window.ndim == 2
-    place = partial(mesh_lib.place, sharding=samples.sharding) if own else lambda flag: flag
+    place = partial(sharding_lib.place, sharding=samples.sharding) if own else lambda flag: flag
     past = (x, place(np.zeros(window.shape[1], bool) if own else False)) if multistep else ()
     for i in steps:
         rows = window[0] == i if own else i in window
@@ -240,7 +240,7 @@ def rollout(
         inside = np.where(
             (window[0] >= steps.start) & (window[0] < steps.stop), window[0], steps.start
         )
-        index = jnp.stack([mesh_lib.place(inside.astype(np.int32), samples.sharding)])
+        index = jnp.stack([sharding_lib.place(inside.astype(np.int32), samples.sharding)])
     else:
         index = jnp.asarray(window, jnp.int32)
     return x, Trajectory(xs, nexts, log_probs, index, text, means, kls)

@@ -32,8 +32,8 @@ from grpo.run import RunSpec
 from grpo.scoring.scores import PendingBatch, gather_rows, submit
 from grpo.settings import frame_schedule
 from rewards.pool import RewardPool
-from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.distributed import multihost
+from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.inference import pipeline
 
 States = dict[str, TrainState]  # of the trained experts
@@ -62,7 +62,9 @@ class Session:
     def texts(self, prompt_of: np.ndarray) -> pipeline.TextBatch:
         """Return the embeddings of prompts, int [B], as a batch on the mesh."""
         mesh = self.spec.mesh
-        return self.table.batch(prompt_of, mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh))
+        return self.table.batch(
+            prompt_of, sharding_lib.batch_sharding(mesh), sharding_lib.replicated(mesh)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +117,9 @@ def sample_epoch(
     chosen = epoch_prompts(recipe.seed, epoch - 1, len(session.prompts), sample.groups)
     prompt_of = np.repeat(chosen, sample.group_size)
     windows = spec.windows.of_epoch(recipe.seed, epoch)
-    size, sharded = sample.batch_size, mesh_lib.batch_sharding(spec.mesh)
+    size, sharded = sample.batch_size, sharding_lib.batch_sharding(spec.mesh)
     rows = [np.arange(b * size, (b + 1) * size) for b in range(settings.batches)]
-    numbers = [mesh_lib.place(r.astype(np.int32), sharded) for r in rows]
+    numbers = [sharding_lib.place(r.astype(np.int32), sharded) for r in rows]
     steps_done, saved = 0, 0
     if sample.shared_noise:
         steps_done, saved, noise = shared_prefix(
@@ -202,8 +204,8 @@ def blanked(batch: RolloutBatch, finite: np.ndarray, mesh: jax.sharding.Mesh) ->
     if finite.all():
         return batch
     count = max(len(batch.finished), *map(len, batch.trajectories.values()), 0)
-    sharding = mesh_lib.batch_sharding(mesh)
-    rows = [mesh_lib.place(r, sharding) for r in finite.reshape(count, -1)]
+    sharding = sharding_lib.batch_sharding(mesh)
+    rows = [sharding_lib.place(r, sharding) for r in finite.reshape(count, -1)]
 
     def without(trajectory: Trajectory, kept: jax.Array) -> Trajectory:
         arrays = tuple(getattr(trajectory, name) for name in BLANKED)
@@ -252,11 +254,11 @@ def shared_prefix(
     spec, sample = session.spec, session.spec.recipe.sample
     segment = spec.segments[0]
     steps = prefix(segment, window)
-    sharded, replicated = mesh_lib.batch_sharding(spec.mesh), mesh_lib.replicated(spec.mesh)
+    sharded, replicated = sharding_lib.batch_sharding(spec.mesh), sharding_lib.replicated(spec.mesh)
     leaders = group_leaders(sample.groups, sample.group_size, sample.batch_size)
     trunk = []
     for leading in leaders:
-        numbers = mesh_lib.place(leading, sharded)
+        numbers = sharding_lib.place(leading, sharded)
         latents, _ = rollout(
             session.functions.steps[segment.expert],
             *sampling_weights(session, states, segment.expert),
@@ -270,5 +272,5 @@ def shared_prefix(
         )
         trunk.append(latents)
     group_of = (np.arange(len(prompt_of)) // sample.group_size).astype(np.int32)
-    latents = [branch(trunk, mesh_lib.place(group_of[r], replicated), sharded) for r in rows]
+    latents = [branch(trunk, sharding_lib.place(group_of[r], replicated), sharded) for r in rows]
     return len(steps), len(steps) * (len(prompt_of) - leaders.size), latents

@@ -29,9 +29,9 @@ from grpo.settings.budget import Spent
 from grpo.settings.unused import changed_in_vain
 from rewards.pool import RewardPool
 from wan_jax.command_line import cli
-from wan_jax.diffusion.experts import Weights
 from wan_jax.distributed import memory, multihost
-from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.distributed import sharding as sharding_lib
+from wan_jax.distributed.offload import Weights
 from wan_jax.inference import pipeline
 from wan_jax.storage import folder_lock, model_dir
 from wan_jax.storage.checkpoint import Checkpoints
@@ -152,7 +152,7 @@ def prepare(
     )
     multihost.stage("loading the weights")
     vae_graph, vae_state = pipeline.load_vae(model, mesh)
-    decode = pipeline.make_decoder(vae_graph, programs=functions.decoder)
+    decode = pipeline.make_decoder(vae_graph, functions=functions.decoder)
     frozen = load_weights(spec, model, offloaded)
 
     # ---- the policy, the optimiser -----------------------------------------------------------
@@ -287,7 +287,7 @@ def initial_arrays(
         )
         if adapters is not None:
             given = adapters[name]
-            arrays = {k: mesh_lib.place(given[k], v.sharding) for k, v in arrays.items()}
+            arrays = {k: sharding_lib.place(given[k], v.sharding) for k, v in arrays.items()}
         start[name] = arrays
     return start
 

@@ -47,7 +47,7 @@ from grpo.update import NotFinite, update_epoch
 from rewards.ocr.targets import parse_targets
 from rewards.pool import RewardPool
 from wan_jax.command_line import cli
-from wan_jax.distributed import memory, multihost
+from wan_jax.distributed import launchers, memory, multihost
 from wan_jax.errors import UserError
 from wan_jax.models import presets
 from wan_jax.models.tokenizer import clean
@@ -57,7 +57,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, FLAG_HELP, lock_config=
 CLUSTER = flags.DEFINE_enum(
     "cluster",
     "auto",
-    multihost.CLUSTERS,
+    launchers.CLUSTERS,
     "where a run on several hosts learns of its processes: "
     "from srun or mpirun where these started more than one (auto), from an indexed Kubernetes "
     "job (k8s), or nowhere (none); see docs/hosts.md",
@@ -86,7 +86,7 @@ STAGE_TIMEOUT = flags.DEFINE_integer(
 
 
 def main(_):
-    launch = multihost.choose(
+    launch = launchers.choose(
         CLUSTER.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, os.environ
     )
     with multihost.joined(launch, HOST_TIMEOUT.value, STAGE_TIMEOUT.value, JOIN_TIMEOUT.value):
@@ -111,7 +111,7 @@ def train_recipe(config) -> int | None:
         if jax.process_count() > 1:
             sets = {"prompts.train": prompts, "prompts.heldout": heldout}
             agreement.check(recipe, sets)
-        cli.keep_compiled_programs()
+        cli.enable_compilation_cache()
         with cli.user_input():
             model = model_dir.open_model(recipe.model.path)
             spec = RunSpec.make(recipe, settings, presets.of_folder(model))

@@ -15,7 +15,7 @@ from grpo.learning.optimiser import TrainState
 from grpo.settings import parse
 from grpo.settings.budget import Spent
 from rewards.base import PromptRecord
-from wan_jax.distributed import multihost
+from wan_jax.distributed import replicas
 from wan_jax.errors import UserError
 from wan_jax.models.lora import LoRAConfig
 from wan_jax.storage.checkpoint import Checkpoints, join_experts, split_experts
@@ -101,7 +101,7 @@ def save(
     differ.
     """
     tree = state_tree(states)
-    multihost.check_same(tree, f"epoch {epoch}: the trained weights")
+    replicas.check_same(tree, f"epoch {epoch}: the trained weights")
     ema = tree.pop("ema")
     checkpoints.save(
         epoch,

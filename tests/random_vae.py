@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from convert import key_table
-from wan_jax.models import params as P
+from wan_jax.models import flat_params
 from wan_jax.models.config import VAEConfig, from_dict
 from wan_jax.models.vae import AutoencoderKLWan
 
@@ -48,14 +48,16 @@ def abstract(settings: dict, dtype=jnp.float32):
 def build(settings: dict, weights: dict, dtype=jnp.float32) -> AutoencoderKLWan:
     """The VAE with the tensors of a Diffusers state dict (numpy)."""
     graphdef, state = abstract(settings, dtype)
-    flat = key_table.to_ours("vae", weights, {k: v.shape for k, v in P.flatten(state).items()})
+    flat = key_table.to_ours(
+        "vae", weights, {k: v.shape for k, v in flat_params.flatten(state).items()}
+    )
     return nnx.merge(
-        graphdef, P.unflatten(state, {k: jnp.asarray(v, dtype) for k, v in flat.items()})
+        graphdef, flat_params.unflatten(state, {k: jnp.asarray(v, dtype) for k, v in flat.items()})
     )
 
 
 def random_model(settings=maker.CONFIG, seed=maker.SEED, dtype=jnp.float32) -> AutoencoderKLWan:
-    shapes = {k: v.shape for k, v in P.flatten(abstract(settings)[1]).items()}
+    shapes = {k: v.shape for k, v in flat_params.flatten(abstract(settings)[1]).items()}
     table = key_table.entries("vae", shapes)
     return build(settings, maker.random_weights({e.key: e.shape for e in table}, seed), dtype)
 

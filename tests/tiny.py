@@ -13,7 +13,7 @@ from convert.from_diffusers import STEMS
 from examples.tiny_wan import sizes
 from examples.tiny_wan.assemble import assemble
 from wan_jax.models import config as config_lib
-from wan_jax.models import params as P
+from wan_jax.models import flat_params
 from wan_jax.storage import model_dir
 
 SETTINGS = {
@@ -57,7 +57,9 @@ TI2V = {
 def state_dict_shapes(component: str, settings: Mapping) -> dict[str, tuple[int, ...]]:
     """Key to shape of the published layout."""
     config = config_lib.from_dict(model_dir.COMPONENTS[component][0], settings)
-    shapes = {k: v.shape for k, v in P.flatten(model_dir.abstract(component, config)[1]).items()}
+    shapes = {
+        k: v.shape for k, v in flat_params.flatten(model_dir.abstract(component, config)[1]).items()
+    }
     return {e.key: e.shape for e in key_table.entries(component, shapes)}
 
 
@@ -112,3 +114,9 @@ def write_pipeline(
         }
         (path / "model_index.json").write_text(json.dumps(index))
     return path
+
+
+def stored_arrays(model: model_dir.ModelDir, component: str) -> dict[str, np.ndarray]:
+    """Return the arrays of a component as stored, on the host."""
+    store = model.arrays(component)
+    return {name: store.read(name) for name in store.shapes}

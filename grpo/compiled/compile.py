@@ -15,9 +15,9 @@ import jax
 
 from grpo.compiled.functions import Functions, Program
 from grpo.run import RunSpec
-from wan_jax.diffusion.experts import choose_offload
 from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.distributed.memory import GIB, PINNED
+from wan_jax.distributed.offload import choose_offload
 from wan_jax.errors import UserError
 
 # JAX's event, also where the persistent cache had the program

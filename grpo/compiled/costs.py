@@ -127,7 +127,7 @@ def decode_flops(functions: Functions, shape: tuple[int, ...]) -> float:
 
 
 def count(program: Program) -> float:
-    return flops.of(program.jitted, *program.args)
+    return flops.count(program.jitted, *program.args)
 
 
 def seconds(functions: Functions, kind: Kind, efficiency: Efficiency) -> dict[str, float]:

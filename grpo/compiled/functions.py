@@ -23,7 +23,7 @@ from grpo.sde_windows import ONE_PER_GROUP
 from wan_jax.diffusion.experts import per_guidance
 from wan_jax.diffusion.guidance import TextBatch
 from wan_jax.diffusion.solvers import SolverState
-from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.inference import pipeline
 from wan_jax.models import vae_chunks
 from wan_jax.storage import model_dir
@@ -147,7 +147,7 @@ class Functions:
 
     @functools.cached_property
     def decoder(self) -> tuple[Callable, Callable]:
-        return pipeline.decoder_programs(self.vae[0])
+        return pipeline.decoder_functions(self.vae[0])
 
     # ---- the programs ----------------------------------------------------------------------------
     def programs(self) -> list[Program]:
@@ -295,7 +295,7 @@ class Functions:
         return programs
 
     def decode_whole(self, shape: tuple[int, ...]) -> Program:
-        state = lie(self.vae[1], mesh_lib.replicated(self.spec.mesh))
+        state = lie(self.vae[1], sharding_lib.replicated(self.spec.mesh))
         return Program(
             "decode",
             self.decoder[0],
@@ -319,7 +319,7 @@ class Functions:
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             tree,
-            mesh_lib.param_shardings(tree, self.spec.mesh),
+            sharding_lib.param_shardings(tree, self.spec.mesh),
         )
 
     @functools.cached_property
@@ -393,7 +393,7 @@ class Functions:
         self, dtype, *leading: int, shape: tuple[int, ...] = (), batch: int = 0
     ) -> jax.ShapeDtypeStruct:
         """[*leading, B, *shape], split over the mesh by B. batch: another B than the recipe's."""
-        sharding = mesh_lib.batch_sharding(self.spec.mesh, len(leading))
+        sharding = sharding_lib.batch_sharding(self.spec.mesh, len(leading))
         size = batch or self.spec.recipe.sample.batch_size
         return jax.ShapeDtypeStruct((*leading, size, *shape), dtype, sharding=sharding)
 
@@ -411,7 +411,7 @@ class Functions:
             (self.text_rows, self.spec.preset.transformer.text_dim),
         )
         negative = jax.ShapeDtypeStruct(
-            (*leading, *rows), dtype, sharding=mesh_lib.replicated(self.spec.mesh)
+            (*leading, *rows), dtype, sharding=sharding_lib.replicated(self.spec.mesh)
         )
         return TextBatch(
             self.rows(dtype, *leading, shape=rows, batch=batch),

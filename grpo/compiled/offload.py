@@ -27,7 +27,7 @@ from grpo.learning.optimiser import (
     state_shapes,
 )
 from grpo.learning.policy import COMPILER_OPTIONS, Flat, Policy
-from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.distributed import sharding as sharding_lib
 
 KIND = "pinned_host"
 ANY = "array"  # in place of each one's name, so that those of one shape share a program
@@ -85,7 +85,7 @@ def make_update(
     It donates the state.
     """
     shapes = state_shapes(policy, config, adaptive_kl, lagged)
-    shardings = mesh_lib.param_shardings(shapes, mesh)
+    shardings = sharding_lib.param_shardings(shapes, mesh)
 
     @partial(
         jax.jit, out_shardings=(shardings.trainable, None, None), compiler_options=COMPILER_OPTIONS
@@ -99,7 +99,7 @@ def make_update(
     def step(state: TrainState, grads, share_kept):
         new, updates = apply_gradient(adamw(config), config.ema_decay, state, grads, share_kept)
         return jax.tree.map(
-            jax.lax.with_sharding_constraint, new, mesh_lib.param_shardings(new, mesh)
+            jax.lax.with_sharding_constraint, new, sharding_lib.param_shardings(new, mesh)
         ), optax.global_norm(updates)
 
     @partial(jax.jit, out_shardings=shardings.kl)

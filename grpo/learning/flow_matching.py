@@ -32,6 +32,7 @@ from wan_jax.diffusion.guidance import TextBatch, pair, velocity
 from wan_jax.diffusion.schedule import Schedule
 from wan_jax.diffusion.solvers import per_sample
 from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -417,13 +418,13 @@ def gather(latents: Sequence[Array], videos: np.ndarray, mesh: jax.sharding.Mesh
     """Return the latents of videos [M, B], [M, B, ...] fp32. latents: the rollout's batches, in
     order.
     """
-    sharding, size = mesh_lib.batch_sharding(mesh), len(latents[0])
+    sharding, size = sharding_lib.batch_sharding(mesh), len(latents[0])
 
     def batch(row):
         whole = len(row) == size and row[0] % size == 0
         if whole and np.array_equal(row, row[0] + np.arange(size)):
             return latents[row[0] // size]  # as it was sampled
-        numbers = mesh_lib.place(row.astype(np.int32), mesh_lib.replicated(mesh))
+        numbers = sharding_lib.place(row.astype(np.int32), sharding_lib.replicated(mesh))
         return branch(latents, numbers, sharding)
 
     return jnp.stack([batch(row) for row in videos])
@@ -441,11 +442,11 @@ def stack(
 
     selected: one of `Selection.batches`; latents: the rollout's; texts: one a micro-batch.
     """
-    sharding = mesh_lib.batch_sharding(mesh)
+    sharding = sharding_lib.batch_sharding(mesh)
     sigma, timestep = (
         jnp.asarray(np.moveaxis(x[selected.videos], -1, 1)) for x in (levels.sigma, levels.timestep)
     )
-    video = [mesh_lib.place(row.astype(np.int32), sharding) for row in selected.videos]
+    video = [sharding_lib.place(row.astype(np.int32), sharding) for row in selected.videos]
     return FinishedBatch(
         x0=gather(latents, selected.videos, mesh),
         worse=None if selected.worse is None else gather(latents, selected.worse, mesh),

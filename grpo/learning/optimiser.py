@@ -15,7 +15,7 @@ import optax
 
 from grpo.learning.kl import AdaptiveKL, KLControl
 from grpo.learning.policy import COMPILER_OPTIONS, Flat, Policy
-from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.distributed import sharding as sharding_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ def init_state(
         return make_optimiser(config).init(trainable), jnp.zeros((), jnp.int32), kl
 
     mesh = next(iter(trainable.values())).sharding.mesh
-    shardings = mesh_lib.param_shardings(jax.eval_shape(fresh, trainable), mesh)
+    shardings = sharding_lib.param_shardings(jax.eval_shape(fresh, trainable), mesh)
     opt, updates, kl = jax.jit(fresh, out_shardings=shardings)(trainable)
     ema, copies = jax.tree.map(jnp.copy, (trainable, dict.fromkeys(lagged, trainable)))
     return TrainState(trainable, opt, ema, updates, kl, copies)
@@ -189,7 +189,7 @@ def make_update(
     """
     optimiser = make_optimiser(config)
     state = state_shapes(policy, config, adaptive_kl, lagged)
-    shardings = (mesh_lib.param_shardings(state, mesh), None, None) if mesh else None
+    shardings = (sharding_lib.param_shardings(state, mesh), None, None) if mesh else None
 
     @partial(
         jax.jit,

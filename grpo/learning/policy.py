@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from wan_jax.distributed import mesh as mesh_lib
-from wan_jax.distributed import sharding
+from wan_jax.distributed import sharding as sharding_lib
+from wan_jax.models import flat_params, sharded_forward
 from wan_jax.models import lora as lora_lib
-from wan_jax.models import params as P
 from wan_jax.models.config import TransformerConfig
 from wan_jax.models.layers import LoRAParam
 from wan_jax.models.lora import LoRAConfig
@@ -53,17 +52,19 @@ class Policy:
     @property
     def trainable(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the trained arrays, fp32."""
-        arrays = P.flatten(self.base if self.adapters is None else self.adapters)
+        arrays = flat_params.flatten(self.base if self.adapters is None else self.adapters)
         return {path: jax.ShapeDtypeStruct(x.shape, jnp.float32) for path, x in arrays.items()}
 
     def module(self, trainable: Flat, frozen: nnx.State) -> WanTransformer3D:
         """The transformer under training."""
         if self.adapters is not None:
-            return nnx.merge(self.graph, P.unflatten(self.adapters, trainable), frozen)
-        dtypes = {path: leaf.dtype for path, leaf in P.flatten(self.base).items()}
+            return nnx.merge(self.graph, flat_params.unflatten(self.adapters, trainable), frozen)
+        dtypes = {path: leaf.dtype for path, leaf in flat_params.flatten(self.base).items()}
         return nnx.merge(
             self.graph,
-            P.unflatten(self.base, {k: v.astype(dtypes[k]) for k, v in trainable.items()}),
+            flat_params.unflatten(
+                self.base, {k: v.astype(dtypes[k]) for k, v in trainable.items()}
+            ),
         )
 
     def reference(self, frozen: nnx.State) -> WanTransformer3D:
@@ -88,7 +89,7 @@ def make_structure(
 
     def structure(lora):
         return nnx.eval_shape(
-            lambda: sharding.attach(_build(config, lora, key, dtype, attention, remat), mesh)
+            lambda: sharded_forward.attach(_build(config, lora, key, dtype, attention, remat), mesh)
         )
 
     base_graph, base = nnx.split(structure(None))
@@ -116,13 +117,13 @@ def make_policy(
         config, lora=lora, dtype=dtype, attention=attention, remat=remat, mesh=mesh
     )
     if lora is None:
-        trainable = {k: jnp.array(v, jnp.float32) for k, v in P.flatten(frozen).items()}
+        trainable = {k: jnp.array(v, jnp.float32) for k, v in flat_params.flatten(frozen).items()}
     else:
         init = jax.jit(
             lambda: nnx.split(_build(config, lora, key, dtype, attention, remat), LoRAParam, ...)[1]
         )
-        trainable = P.flatten(init())
-    return policy, mesh_lib.shard_params(trainable, mesh)
+        trainable = flat_params.flatten(init())
+    return policy, sharding_lib.shard_params(trainable, mesh)
 
 
 def _build(

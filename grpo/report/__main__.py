@@ -5,7 +5,7 @@ import sys
 from absl import app
 
 from grpo.report.run_report import summary_lines, write_report
-from wan_jax.command_line import cli
+from wan_jax.command_line import parsing
 from wan_jax.command_line.flag_types import define_path
 
 RUN = define_path("run", "run folder of grpo.train", required=True)
@@ -20,4 +20,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=cli.parse_flags)
+    app.run(main, flags_parser=parsing.parse_flags)

@@ -17,8 +17,8 @@ from grpo.scoring.reward_combination import base_statistics
 from grpo.scoring.scores import format_failures, gather_scores, submit
 from rewards.pool import RewardPool
 from wan_jax.diffusion.experts import Segment
-from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.distributed import multihost
+from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.inference.pipeline import TextTable, one_ahead, sample_ode
 
 
@@ -89,14 +89,17 @@ class Evaluator:
         """
         start = time.monotonic()
         total, key = len(self.prompts), jax.random.key(self.seed)
-        replicated, sharded = mesh_lib.replicated(self.mesh), mesh_lib.batch_sharding(self.mesh)
+        replicated, sharded = (
+            sharding_lib.replicated(self.mesh),
+            sharding_lib.batch_sharding(self.mesh),
+        )
 
         # 1. Sample latents, batch by batch. The last batch wraps around, so that all have one shape.
         firsts = range(0, total, self.batch_size)
         rows = [np.arange(first, first + self.batch_size) % total for first in firsts]
         batches = [
             (
-                initial_noise(key, mesh_lib.place(index.astype(np.int32), sharded), self.shape),
+                initial_noise(key, sharding_lib.place(index.astype(np.int32), sharded), self.shape),
                 self.table.batch(index, sharded, replicated),
             )
             for index in rows

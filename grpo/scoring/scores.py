@@ -18,8 +18,8 @@ from rewards.composite import DERIVED, CompositeReward
 from rewards.ocr.rules import OCRReward, make_readable_check
 from rewards.pool import BatchScores, PendingScores, RewardPool
 from rewards.quality import QualityReward
-from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.distributed import multihost
+from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.errors import UserError
 from wan_jax.inference.pipeline import NOT_FINITE, Videos
 
@@ -208,7 +208,10 @@ def gather_rows(batches: Sequence[jax.Array], sharding: jax.sharding.Sharding) -
         (
             index * size + rows,
             np.stack(
-                [multihost.my_part(mesh_lib.place(batch[k], sharding)) for k in range(len(batch))]
+                [
+                    multihost.my_part(sharding_lib.place(batch[k], sharding))
+                    for k in range(len(batch))
+                ]
             ),
         )
         for index, batch in enumerate(batches)

@@ -20,7 +20,7 @@ from rewards.pool import RewardPool
 from wan_jax.diffusion import sde
 from wan_jax.diffusion.guidance import TextBatch, velocity
 from wan_jax.diffusion.schedule import flow_sigmas
-from wan_jax.models import params as P
+from wan_jax.models import flat_params
 from wan_jax.storage import model_dir
 
 pytestmark = pytest.mark.slow
@@ -165,9 +165,9 @@ def test_the_peer_computes_what_ours_does(peer):
     weights = {k: v.numpy() for k, v in transformer.state_dict().items()}
     graph, like = model_dir.abstract("transformer", config, attention="xla")
     flat = key_table.to_ours(
-        "transformer", weights, {k: v.shape for k, v in P.flatten(like).items()}
+        "transformer", weights, {k: v.shape for k, v in flat_params.flatten(like).items()}
     )
-    state = P.unflatten(like, {k: jnp.asarray(v) for k, v in flat.items()})
+    state = flat_params.unflatten(like, {k: jnp.asarray(v) for k, v in flat.items()})
     policy = peer.Policy(transformer, "fp32", schedule, guidance=4.5)
     text, x = peer.random_text(config, 2, "cpu"), torch.randn(2, 16, 1, 2, 4)
     kept = policy.sample(x, i, text)

@@ -17,7 +17,7 @@ from convert.to_diffusers import Merged, export, merge_lora
 from tests import commands, tiny
 from wan_jax.command_line.cli import UserError
 from wan_jax.models import config as config_lib
-from wan_jax.models import params as P
+from wan_jax.models import flat_params
 from wan_jax.storage import model_dir
 
 COMPONENTS = tuple(STEMS)
@@ -113,7 +113,7 @@ def test_float32_and_bfloat16(source, tmp_path):
         assert identical(tensors(tmp_path / "back", component), wanted)
     convert(str(source), tmp_path / "half", "bfloat16")
     model = model_dir.open_model(tmp_path / "half")
-    stored = {c: {k: v.dtype for k, v in model.load_numpy(c).items()} for c in COMPONENTS}
+    stored = {c: {k: v.dtype for k, v in tiny.stored_arrays(model, c).items()} for c in COMPONENTS}
     assert set(stored["vae"].values()) == {np.dtype(np.float32)}
     assert stored["transformer"]["blocks/attn1/to_q/kernel"] == ml_dtypes.bfloat16
     assert {k for k, d in stored["transformer"].items() if d == np.float32} == {
@@ -141,7 +141,7 @@ def test_shards(source, tmp_path):
     convert(str(tmp_path / "back"), tmp_path / "again")
     for component in COMPONENTS:
         a, b = (
-            model_dir.open_model(tmp_path / name).load_numpy(component)
+            tiny.stored_arrays(model_dir.open_model(tmp_path / name), component)
             for name in ("model", "again")
         )
         assert identical(a, b)
@@ -240,7 +240,9 @@ def test_two_experts_are_known_by_their_boundary(source, tmp_path):
     convert(str(source), tmp_path / "model")
     model = model_dir.open_model(tmp_path / "model")
     assert model.experts == ("transformer", "transformer_2") and model.boundary == 0.875
-    high, low = (model.load_numpy(name)["patch_embedding/kernel"] for name in model.experts)
+    high, low = (
+        tiny.stored_arrays(model, name)["patch_embedding/kernel"] for name in model.experts
+    )
     assert not np.array_equal(high, low)
 
 
@@ -251,9 +253,9 @@ def test_existing_destination_survives(source, broken, tmp_path):
     edit(broken, "vae", lambda w: w.pop("quant_conv.bias"))
     with pytest.raises(UserError, match=r"quant_conv\.bias"):
         convert(str(broken), tmp_path / "model", overwrite=True)
-    before = model_dir.open_model(tmp_path / "model").load_numpy("vae")
+    before = tiny.stored_arrays(model_dir.open_model(tmp_path / "model"), "vae")
     convert(str(source), tmp_path / "model", overwrite=True)
-    assert identical(before, model_dir.open_model(tmp_path / "model").load_numpy("vae"))
+    assert identical(before, tiny.stored_arrays(model_dir.open_model(tmp_path / "model"), "vae"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "model"]
 
 
@@ -357,7 +359,8 @@ def test_key_rule_keeps_names_that_end_in_a_number():
     }
     config = config_lib.from_dict(config_lib.TransformerConfig, tiny.SETTINGS["transformer"])
     shapes = {
-        k: v.shape for k, v in P.flatten(model_dir.abstract("transformer", config)[1]).items()
+        k: v.shape
+        for k, v in flat_params.flatten(model_dir.abstract("transformer", config)[1]).items()
     }
     keys = {e.key for e in key_table.entries("transformer", shapes)}
     assert {

@@ -89,7 +89,7 @@ def run(code, *args, **kwargs):
 PEAK = r"""
 import re, sys
 from convert import from_diffusers
-from wan_jax import array_store
+from wan_jax.storage import array_store
 array_store.CHUNK = 2**22
 # not ru_maxrss, which begins at the parent's
 peak = lambda: 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1])
@@ -128,7 +128,7 @@ def test_memory_does_not_grow_with_the_model(source, own, tmp_path):
         if line.count(" ") == 1
     }
     assert grown["convert"] < size / 3 and grown["check"] < size / 3
-    stored = model_dir.open_model(tmp_path / "large").load_numpy("text_encoder")
+    stored = tiny.stored_arrays(model_dir.open_model(tmp_path / "large"), "text_encoder")
     assert all((v == 0.5).all() and v.dtype == ml_dtypes.bfloat16 for v in stored.values())
 
 
@@ -141,7 +141,7 @@ def test_arrays_in_small_pieces_are_the_same(source, converted, tmp_path, monkey
     whole, pieces = (model_dir.open_model(folder) for folder in (converted, tmp_path / "pieces"))
     assert len(list(pieces.path.rglob("*"))) > 2 * len(list(whole.path.rglob("*")))
     for component in whole.components:
-        a, b = whole.load_numpy(component), pieces.load_numpy(component)
+        a, b = tiny.stored_arrays(whole, component), tiny.stored_arrays(pieces, component)
         assert a.keys() == b.keys() and all(np.array_equal(as_bits(a[k]), as_bits(b[k])) for k in a)
     check(str(source), tmp_path / "pieces")
 
@@ -156,7 +156,7 @@ def test_the_store_is_an_orbax_checkpoint(converted):
     import orbax.checkpoint as ocp
 
     path = model_dir.params_path(converted, "transformer")
-    stored = model_dir.open_model(converted).load_numpy("transformer")
+    stored = tiny.stored_arrays(model_dir.open_model(converted), "transformer")
     mesh = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4])
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
     name = "blocks/ffn/net_2/kernel"
@@ -191,7 +191,7 @@ def test_a_store_that_lost_a_file_is_refused(own_model):
         UserError,
         match=r"files of 1 arrays are missing or truncated \(quant_conv/kernel\).*convert",
     ):
-        model.load_numpy("vae")
+        tiny.stored_arrays(model, "vae")
     chunk.unlink()
     with pytest.raises(UserError, match=r"missing or truncated \(quant_conv/kernel\)"):
         model_dir.build("vae", model)
@@ -221,19 +221,20 @@ def test_load_onto_a_mesh_is_what_is_stored(source, tmp_path):
     import jax.numpy as jnp
 
     from wan_jax.distributed import mesh as mesh_lib
-    from wan_jax.models import params as P
+    from wan_jax.distributed import sharding as sharding_lib
+    from wan_jax.models import flat_params
 
     convert(str(source), tmp_path / "model", "float32")
     model = model_dir.open_model(tmp_path / "model")
-    stored = model.load_numpy("text_encoder")
+    stored = tiny.stored_arrays(model, "text_encoder")
     mesh = mesh_lib.make_mesh(fsdp=4)
     for dtype in (jnp.float32, jnp.bfloat16):
         _, like = model_dir.abstract("text_encoder", model.config("text_encoder"), dtype=dtype)
-        for name, value in P.flatten(model.load("text_encoder", like, mesh)).items():
-            assert value.dtype == P.flatten(like)[name].dtype
+        for name, value in flat_params.flatten(model.load("text_encoder", like, mesh)).items():
+            assert value.dtype == flat_params.flatten(like)[name].dtype
             assert np.array_equal(np.asarray(value), stored[name].astype(value.dtype))
             assert value.sharding.is_equivalent_to(
-                mesh_lib.param_shardings({name: value}, mesh)[name], value.ndim
+                sharding_lib.param_shardings({name: value}, mesh)[name], value.ndim
             )
     assert jax.device_count() == 8
 
@@ -451,7 +452,9 @@ def test_dtype_for_each_component(source, tmp_path):
             parse_dtypes(bad)
     convert(str(source), tmp_path / "model", "bfloat16,text_encoder=float32")
     model = model_dir.open_model(tmp_path / "model")
-    found = {c: {str(v.dtype) for v in model.load_numpy(c).values()} for c in model.components}
+    found = {
+        c: {str(v.dtype) for v in tiny.stored_arrays(model, c).values()} for c in model.components
+    }
     assert found == {
         "transformer": {"bfloat16", "float32"},
         "vae": {"float32"},

@@ -18,7 +18,7 @@ from configs import tiny_ocr
 from grpo.data.prompts import PromptSet
 from grpo.settings import agreement
 from wan_jax.command_line.cli import UserError
-from wan_jax.distributed import multihost
+from wan_jax.distributed import launchers, multihost, replicas
 from wan_jax.storage import folder_lock
 
 
@@ -50,7 +50,7 @@ def compare(folder: pathlib.Path, process: int) -> None:
     for wrong in (0, 1):
         value = np.arange(8, dtype=np.float32) + wrong * process
         said(
-            multihost.check_same,
+            replicas.check_same,
             {
                 "a": jax.make_array_from_callback(
                     (8,), NamedSharding(mesh, P("fsdp")), lambda index, value=value: value[index]
@@ -64,7 +64,7 @@ def compare(folder: pathlib.Path, process: int) -> None:
 def main(argv):
     folder, process = pathlib.Path(argv[1]), int(argv[3])
     multihost.FOLDER_SECONDS = 1
-    with multihost.joined(multihost.Launch(argv[2], 2, process), timeout=10, join_timeout=100):
+    with multihost.joined(launchers.Launch(argv[2], 2, process), timeout=10, join_timeout=100):
         if multihost.first():
             with folder_lock.locked(folder / "run", "--config.run_dir"):
                 compare(folder, process)

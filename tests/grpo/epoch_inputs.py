@@ -13,7 +13,7 @@ from grpo.run import RunSpec
 from grpo.sampling import RolloutBatch, Session
 from grpo.scoring.scores import GatheredScores
 from wan_jax.diffusion.guidance import TextBatch
-from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.distributed import sharding as sharding_lib
 
 STEPS = 2  # stochastic steps of every video
 
@@ -47,7 +47,7 @@ def states_of(spec: RunSpec) -> dict:
     method, optimiser = spec.method, spec.settings.optimiser
 
     def fresh():
-        weights = {"w": jax.device_put(jnp.ones(3), mesh_lib.replicated(spec.mesh))}
+        weights = {"w": jax.device_put(jnp.ones(3), sharding_lib.replicated(spec.mesh))}
         return init_state(weights, optimiser, method.adaptive_kl, method.lagged)
 
     return {name: fresh() for name in spec.trained}

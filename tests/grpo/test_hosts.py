@@ -23,7 +23,7 @@ from tests.grpo import hosts_main
 from tests.grpo.here import train_here
 from tests.grpo.tiny_run import newest, write_recipe
 from wan_jax.command_line.cli import UserError
-from wan_jax.distributed import multihost, watchdog
+from wan_jax.distributed import launchers, watchdog
 from wan_jax.storage.checkpoint import read_numpy
 
 TIMEOUT = 5  # --host_timeout
@@ -332,35 +332,35 @@ def test_an_error_of_one_process_ends_both(model, tmp_path):
 )
 def test_half_given_flags_are_one_message(given, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        multihost.choose(*given, {})
+        launchers.choose(*given, {})
 
 
 def test_what_a_launcher_says():
     nothing = ("auto", None, None, None)
-    assert multihost.choose(*nothing, {}) is None
-    assert multihost.choose("auto", "node:1", 1, 0, {}) is None
-    assert multihost.choose("auto", "node:1", 3, 2, slurm(0, "1")[0]) == multihost.Launch(
+    assert launchers.choose(*nothing, {}) is None
+    assert launchers.choose("auto", "node:1", 1, 0, {}) is None
+    assert launchers.choose("auto", "node:1", 3, 2, slurm(0, "1")[0]) == launchers.Launch(
         "node:1", 3, 2
     )
     step = slurm(1, "1")[0]
-    assert multihost.choose(*nothing, step) == multihost.Launch(cluster="slurm", all_devices=False)
-    assert multihost.choose(
+    assert launchers.choose(*nothing, step) == launchers.Launch(cluster="slurm", all_devices=False)
+    assert launchers.choose(
         *nothing, step | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
-    ) == multihost.Launch(cluster="slurm")
-    assert multihost.choose(*nothing, step | {"SLURM_NTASKS": "1"}) is None
-    assert multihost.choose("none", None, None, None, step) is None
+    ) == launchers.Launch(cluster="slurm")
+    assert launchers.choose(*nothing, step | {"SLURM_NTASKS": "1"}) is None
+    assert launchers.choose("none", None, None, None, step) is None
     del step["SLURM_STEP_NODELIST"]  # the batch script itself, not a task of srun
-    assert multihost.choose(*nothing, step) is None
+    assert launchers.choose(*nothing, step) is None
     mpi = open_mpi(1, "1")[0]
-    assert multihost.choose(
+    assert launchers.choose(
         *nothing, mpi | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
-    ) == multihost.Launch(cluster="ompi")
+    ) == launchers.Launch(cluster="ompi")
     del mpi["OMPI_MCA_orte_hnp_uri"]
     with pytest.raises(UserError, match=r"Open MPI 5.*--process_id=\$OMPI_COMM_WORLD_RANK"):
-        multihost.choose(*nothing, mpi)
-    assert multihost.choose(
+        launchers.choose(*nothing, mpi)
+    assert launchers.choose(
         "k8s", None, None, None, {"JOB_COMPLETION_INDEX": "0"}
-    ) == multihost.Launch(cluster="k8s")
+    ) == launchers.Launch(cluster="k8s")
 
 
 def test_verdicts_of_the_watch():

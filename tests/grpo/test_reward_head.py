@@ -15,7 +15,7 @@ from tests.grpo import tiny_policy
 from wan_jax.command_line.cli import UserError
 from wan_jax.diffusion.solvers import make_solver
 from wan_jax.inference import pipeline, reward_guidance
-from wan_jax.models import params as P
+from wan_jax.models import flat_params
 
 pytestmark = pytest.mark.slow
 SHAPE, PADDING = (1, 4, 4, 4), 10
@@ -68,7 +68,7 @@ def test_a_head_of_the_models_first_blocks():
     policy, trainable, frozen = tiny_policy.setup(dtype=jnp.bfloat16)
     adapted = nnx.split(policy.module(trainable, frozen))[1]
     head = reward_guidance.from_model(tiny_policy.CONFIG, adapted, 1)
-    theirs, ours = P.flatten(frozen), P.flatten(nnx.state(head, nnx.Param))
+    theirs, ours = flat_params.flatten(frozen), flat_params.flatten(nnx.state(head, nnx.Param))
     assert (
         head.config.num_layers == 1 < tiny_policy.CONFIG.num_layers
         and head.config.out_channels == 1

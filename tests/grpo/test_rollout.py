@@ -40,7 +40,7 @@ from wan_jax.diffusion import sde
 from wan_jax.diffusion.experts import Segment
 from wan_jax.diffusion.guidance import TextBatch
 from wan_jax.diffusion.schedule import flow_sigmas
-from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.distributed import sharding as sharding_lib
 
 
 @pytest.mark.slow
@@ -109,7 +109,7 @@ def test_branches_of_a_shared_prefix_are_the_rollouts_from_one_noise():
     )
     of = np.array([0, 0, 1, 1, 2, 2])
     wide = TextBatch(text.embeddings[of], text.negative, text.padding)
-    start = branch([trunk], jnp.asarray(of), mesh_lib.batch_sharding(mesh))
+    start = branch([trunk], jnp.asarray(of), sharding_lib.batch_sharding(mesh))
     common = dict(key=key, samples=[jnp.arange(6)], parts=[part], windows=[window])
     arrays = lambda expert: (trainable, frozen)  # noqa: E731
     ((_, _, x, kept),) = rollout_batches(

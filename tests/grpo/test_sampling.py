@@ -13,7 +13,7 @@ from grpo.sampling import averaged_weights, blanked, importance_of, sampling_wei
 from tests import reference
 from tests.grpo.epoch_inputs import rollout_of, session_of, states_of
 from tests.grpo.specs import devices_mesh, tiny_spec
-from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.distributed import sharding as sharding_lib
 
 TWO_EXPERTS = {"train.experts": ("transformer",), "sample.shift": 12.0}
 
@@ -66,7 +66,7 @@ def test_a_step_counts_by_what_it_brought_the_video_nearer_to_its_end():
         ]
         for name in before
     }
-    sharding = mesh_lib.batch_sharding(devices_mesh(1))
+    sharding = sharding_lib.batch_sharding(devices_mesh(1))
     found = importance_of(trajectories, [np.float32(x) for x in final], sharding)
     assert [(name, w.shape) for name, w in found.items()] == [
         ("transformer", (2, 12)),

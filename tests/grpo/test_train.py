@@ -39,7 +39,8 @@ from tests.grpo.tiny_run import (
 from tests.rewards.serving import TOKEN, Command
 from wan_jax.command_line.cli import UserError
 from wan_jax.distributed import multihost
-from wan_jax.storage.checkpoint import Checkpoints, load_trained
+from wan_jax.storage.checkpoint import Checkpoints
+from wan_jax.storage.trained_weights import load_trained
 
 
 def launch(config, *overrides, command=commands.command, **kwargs):

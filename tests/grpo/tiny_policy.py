@@ -15,8 +15,8 @@ from tests.grpo.specs import devices_mesh
 from wan_jax.diffusion import sde
 from wan_jax.diffusion.guidance import TextBatch, velocity
 from wan_jax.diffusion.schedule import flow_sigmas
-from wan_jax.distributed import mesh as mesh_lib
-from wan_jax.models import params as P
+from wan_jax.distributed import sharding as sharding_lib
+from wan_jax.models import flat_params
 from wan_jax.models.config import TransformerConfig
 from wan_jax.models.lora import LoRAConfig
 
@@ -52,13 +52,16 @@ def shared_setup(lora, mesh, dtype, remat, config):
     mesh = mesh or devices_mesh(1)
     policy = make_structure(config, lora=lora, dtype=dtype, attention="xla", remat=remat, mesh=mesh)
     rng = np.random.default_rng(0)
-    base = {path: random_array(rng, path, x) for path, x in sorted(P.flatten(policy.base).items())}
-    frozen = mesh_lib.shard_params(P.unflatten(policy.base, base), mesh)
+    base = {
+        path: random_array(rng, path, x)
+        for path, x in sorted(flat_params.flatten(policy.base).items())
+    }
+    frozen = sharding_lib.shard_params(flat_params.unflatten(policy.base, base), mesh)
     trainable = {}
     for path, x in sorted(policy.trainable.items()):
         start = base[path].astype(np.float32) if lora is None else random_array(rng, path, x)
         trainable[path] = start + 0.05 * rng.standard_normal(x.shape, np.float32)
-    return policy, mesh_lib.shard_params(trainable, mesh), frozen
+    return policy, sharding_lib.shard_params(trainable, mesh), frozen
 
 
 def random_array(rng, path: str, x) -> np.ndarray:
@@ -119,8 +122,8 @@ def text_batch(batch: int, mesh=None) -> TextBatch:
     embeddings, negative = rng.standard_normal((batch, 6, 12)), rng.standard_normal((6, 12))
     mesh = mesh or devices_mesh(1)
     return TextBatch(
-        jax.device_put(embeddings.astype(np.float32), mesh_lib.batch_sharding(mesh)),
-        jax.device_put(negative.astype(np.float32), mesh_lib.replicated(mesh)),
+        jax.device_put(embeddings.astype(np.float32), sharding_lib.batch_sharding(mesh)),
+        jax.device_put(negative.astype(np.float32), sharding_lib.replicated(mesh)),
         10,
     )
 
@@ -129,7 +132,7 @@ def sampled(policy, trainable, frozen, samples, guidance=1.0, text=None, mesh=No
     """Return (final latents, Trajectory) of a rollout with TABLE and WINDOW. samples: numbers."""
     mesh = mesh or devices_mesh(1)
     step = step_of(policy, guidance)
-    samples = jax.device_put(jnp.asarray(samples, jnp.int32), mesh_lib.batch_sharding(mesh))
+    samples = jax.device_put(jnp.asarray(samples, jnp.int32), sharding_lib.batch_sharding(mesh))
     text = text or text_batch(len(samples), mesh)
     key = jax.random.key(3)
     return rollout(

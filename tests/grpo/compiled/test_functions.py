@@ -24,7 +24,7 @@ from grpo.records import run_log
 from tests.grpo.compiled_names import compiled_names
 from tests.grpo.specs import devices_mesh, functions_of, spec_of
 from wan_jax.command_line.cli import UserError
-from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.models.config import TransformerConfig
 from wan_jax.storage import model_dir
 
@@ -172,7 +172,7 @@ def test_what_stays_is_what_lies_on_a_device(rank):
     run = Functions(dataclasses.replace(spec, preset=preset))
     stays = compile.what_stays(run, offload=False)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), run.policy.base)
-    frozen = mesh_lib.shard_params(zeros, mesh)
+    frozen = sharding_lib.shard_params(zeros, mesh)
     _, trainable = make_policy(
         WIDE,
         frozen,
@@ -298,7 +298,7 @@ def test_refused_before_a_weight_is_read(start, monkeypatch):
 
 def test_data_counts_shards_and_repeats():
     sharded = jax.ShapeDtypeStruct(
-        (8, 4), jnp.float32, sharding=mesh_lib.batch_sharding(devices_mesh(8))
+        (8, 4), jnp.float32, sharding=sharding_lib.batch_sharding(devices_mesh(8))
     )
     whole = jax.ShapeDtypeStruct((8, 4), jnp.bfloat16)
     program = types.SimpleNamespace(args=("stays", sharded, whole), stay=1, beside=(whole, [whole]))

@@ -39,6 +39,7 @@ from tests.grpo.tiny_policy import (
 )
 from wan_jax.diffusion.guidance import TextBatch
 from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.models import presets
 from wan_jax.storage.checkpoint import Checkpoints
 
@@ -152,7 +153,7 @@ def abstract(tree, mesh):
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         tree,
-        mesh_lib.param_shardings(tree, mesh),
+        sharding_lib.param_shardings(tree, mesh),
     )
 
 
@@ -185,7 +186,7 @@ def test_weights_are_gathered_block_by_block_and_gradients_scattered(capfd):
     policy = make_structure(
         config, lora=None, dtype=jnp.float32, attention="xla", remat="none", mesh=mesh
     )
-    rows = mesh_lib.batch_sharding(mesh, 2)
+    rows = sharding_lib.batch_sharding(mesh, 2)
     x, log_prob = (
         jax.ShapeDtypeStruct((1, 2, b, *shape), jnp.float32, sharding=rows) for shape in (ODD, ())
     )
@@ -210,7 +211,7 @@ def test_weights_are_gathered_block_by_block_and_gradients_scattered(capfd):
     split = {
         path: x.size
         for path, x in policy.trainable.items()
-        if mesh_lib.param_spec(x.shape, 4) != P()
+        if sharding_lib.param_spec(x.shape, 4) != P()
     }
     of_one_block = [
         size // config.num_layers for path, size in split.items() if path.startswith("blocks/")
@@ -236,10 +237,10 @@ def test_axes_of_the_mesh():
         ((512,), (512,)),
     ):
         assert (
-            mesh_lib.shard_params({"": jnp.zeros(shape)}, mesh)[""].sharding.shard_shape(shape)
+            sharding_lib.shard_params({"": jnp.zeros(shape)}, mesh)[""].sharding.shard_shape(shape)
             == shard
         )
-    assert mesh_lib.batch_sharding(mesh, 1).shard_shape((3, 8, 5)) == (3, 2, 5)
+    assert sharding_lib.batch_sharding(mesh, 1).shard_shape((3, 8, 5)) == (3, 2, 5)
     mesh_lib.check_batch("batch", 4, mesh)
 
 

@@ -17,7 +17,7 @@ from grpo.learning import optimiser
 from grpo.learning.kl import AdaptiveKL
 from grpo.learning.optimiser import OptimiserConfig
 from tests.grpo.specs import devices_mesh
-from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.distributed import sharding as sharding_lib
 
 CONFIG = OptimiserConfig(
     learning_rate=1e-2, warmup_updates=4, weight_decay=0.1, max_grad_norm=1e-3, ema_decay=0.26
@@ -40,7 +40,7 @@ def arrays(seed: int, scale: float = 1.0) -> dict[str, jax.Array]:
     rng = np.random.default_rng(seed)
     shapes = {"a": (3, 4), "b": (5,), "c": (3, 4)}
     values = {k: jnp.asarray(scale * rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
-    return mesh_lib.shard_params(values, devices_mesh(1))
+    return sharding_lib.shard_params(values, devices_mesh(1))
 
 
 def updates(module, count: int = 3):
