@@ -10,7 +10,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from convert import key_table
-from wan_jax.models import params
+from wan_jax.models import flat_params
 from wan_jax.models.config import VAEConfig, from_dict
 from wan_jax.models.vae import AutoencoderKLWan
 
@@ -60,9 +60,9 @@ def load_component(folder, component: str, config_class, module):
     folder = pathlib.Path(folder)
     config = from_dict(config_class, json.loads((folder / "config.json").read_text()))
     graphdef, like = nnx.split(nnx.eval_shape(lambda: module(config)))
-    abstract = params.flatten(like)
+    abstract = flat_params.flatten(like)
     flat = load_flat(folder, component, {k: v.shape for k, v in abstract.items()})
-    state = params.unflatten(
+    state = flat_params.unflatten(
         like, {k: jnp.asarray(v).astype(abstract[k].dtype) for k, v in flat.items()}
     )
     return lambda: nnx.merge(graphdef, state)

@@ -26,7 +26,7 @@ from examples.tiny_wan.folder import load_flat, load_vae, save, subtree
 from examples.tiny_wan.optim import muon_or_adam
 from examples.tiny_wan.tokenizer import EOS as EOS_TOKEN
 from examples.tiny_wan.tokenizer import SPACE, UNK, VOCABULARY
-from wan_jax.models import params
+from wan_jax.models import flat_params
 from wan_jax.models.config import TextEncoderConfig, TransformerConfig, from_dict
 from wan_jax.models.text_encoder import UMT5Encoder, encode
 from wan_jax.models.transformer import WanTransformer3D
@@ -117,7 +117,7 @@ def main(_):
             self.transformer = WanTransformer3D(config, dtype=dtype, rngs=rngs)
             self.head = nnx.Param(jnp.zeros((text_config.d_model, 1 + 2 * LETTERS), dtype))
 
-    flat = params.flatten(nnx.split(Model(jnp.float32, nnx.Rngs(FLAGS.seed)))[1])
+    flat = flat_params.flatten(nnx.split(Model(jnp.float32, nnx.Rngs(FLAGS.seed)))[1])
     flat["transformer/proj_out/kernel"] = flat["transformer/proj_out/kernel"] * 0.01
     if FLAGS.init:
         for name in ("transformer", "text_encoder"):
@@ -125,7 +125,7 @@ def main(_):
             for path, value in load_flat(pathlib.Path(FLAGS.init) / name, name, shapes).items():
                 flat[f"{name}/{path}"] = jnp.asarray(value, jnp.float32)
     graphdef, like = nnx.split(nnx.eval_shape(lambda: Model(jnp.bfloat16, nnx.Rngs(0))))
-    dtypes = {k: v.dtype for k, v in params.flatten(like).items()}
+    dtypes = {k: v.dtype for k, v in flat_params.flatten(like).items()}
     print(
         f"transformer and text encoder: {sum(v.size for v in flat.values()):,} parameters",
         flush=True,
@@ -183,7 +183,7 @@ def main(_):
             def total(flat):
                 model = nnx.merge(
                     graphdef,
-                    params.unflatten(like, {k: v.astype(dtypes[k]) for k, v in flat.items()}),
+                    flat_params.unflatten(like, {k: v.astype(dtypes[k]) for k, v in flat.items()}),
                 )
                 losses = []
                 for i, (pool, batch) in enumerate(((singles, FLAGS.batch), (clips, FLAGS.clips))):

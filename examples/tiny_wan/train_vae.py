@@ -21,7 +21,7 @@ from flax import nnx
 
 from examples.tiny_wan import signs, sizes
 from examples.tiny_wan.folder import save
-from wan_jax.models import params
+from wan_jax.models import flat_params
 from wan_jax.models.config import VAEConfig, from_dict
 from wan_jax.models.vae import AutoencoderKLWan
 
@@ -49,7 +49,7 @@ def temporal_identity(flat: dict) -> dict:
 def loss_fn(flat, graphdef, like, video, key):
     """Return the loss and its reconstruction part, fp32 scalars; video [B, T, H, W, 3] in [-1, 1]."""
     model = nnx.merge(
-        graphdef, params.unflatten(like, {k: v.astype(jnp.bfloat16) for k, v in flat.items()})
+        graphdef, flat_params.unflatten(like, {k: v.astype(jnp.bfloat16) for k, v in flat.items()})
     )
     mean, logvar = model.encode(video.astype(jnp.bfloat16))
     mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
@@ -72,7 +72,7 @@ def main(_):
     start = time.time()
     config = from_dict(VAEConfig, sizes.VAE)
     model = AutoencoderKLWan(config, dtype=jnp.float32, rngs=nnx.Rngs(FLAGS.seed))
-    flat = temporal_identity(params.flatten(nnx.split(model)[1]))
+    flat = temporal_identity(flat_params.flatten(nnx.split(model)[1]))
     graphdef, like = nnx.split(
         nnx.eval_shape(lambda: AutoencoderKLWan(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     )
@@ -140,7 +140,7 @@ def main(_):
     # 4 write the weights, and the latents' mean and deviation, which normalise the transformer's
     flat = {k: v.astype(jnp.bfloat16) for k, v in flat.items()}
     encode = jax.jit(
-        lambda video: nnx.merge(graphdef, params.unflatten(like, flat)).encode(
+        lambda video: nnx.merge(graphdef, flat_params.unflatten(like, flat)).encode(
             video.astype(jnp.bfloat16)
         )[0]
     )

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from examples.tiny_wan import folder, sizes
-from wan_jax.models import params
+from wan_jax.models import flat_params
 from wan_jax.models.config import TextEncoderConfig, from_dict
 from wan_jax.models.text_encoder import UMT5Encoder
 
@@ -20,13 +20,13 @@ def build(config):
 
 
 def test_round_trip(tmp_path):
-    flat = params.flatten(nnx.state(build(from_dict(TextEncoderConfig, SMALL))))
+    flat = flat_params.flatten(nnx.state(build(from_dict(TextEncoderConfig, SMALL))))
     folder.save("text_encoder", flat, SMALL, tmp_path, "model.safetensors")
     assert json.loads((tmp_path / "config.json").read_text()) == SMALL
     shapes = {name: value.shape for name, value in flat.items()}
     stored = folder.load_flat(tmp_path, "text_encoder", shapes)
     loaded = folder.load_component(tmp_path, "text_encoder", TextEncoderConfig, build)()
-    values = params.flatten(nnx.state(loaded))
+    values = flat_params.flatten(nnx.state(loaded))
     assert stored.keys() == values.keys() == flat.keys()
     for name, value in flat.items():
         rounded = np.asarray(value).astype(ml_dtypes.bfloat16)
