@@ -1,1 +1,1 @@
-import wan_jax  # noqa: F401  (what it does about Ctrl-C during imports)
+import wan_jax  # noqa: F401  (it sets how Ctrl-C ends imports)

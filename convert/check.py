@@ -1,4 +1,4 @@
-"""A converted component compared with its source, one tensor at a time."""
+"""Comparison of a converted component with its source, one tensor at a time."""
 
 import numpy as np
 from tqdm import tqdm
@@ -9,40 +9,42 @@ from wan_jax.storage.model_dir import ModelDir
 
 
 def differences(plan: Plan, model: ModelDir) -> list[str]:
-    """One line for each array that is missing, unknown or of another shape or dtype, and for each
-    tensor whose bytes are not those that a conversion would write. Raises `UserError` when the
-    source is damaged.
+    """Return one line for each array or tensor in which `model` differs from the plan.
+
+    An array differs if it is missing, unknown, or of another shape or dtype; a tensor differs if
+    its bytes are not those that a conversion would write. Raises `UserError` when the source is
+    damaged.
     """
     try:
         store = model.arrays(plan.component)
     except UserError as error:
         return [str(error)]
-    wanted = {name: _describe(shape, dtype) for name, (shape, dtype, _) in plan.arrays.items()}
-    there = {name: _describe(shape, store.dtypes[name]) for name, shape in store.shapes.items()}
-    found = [
-        f"{store.path}: {name} is {there.get(name, 'missing')}, expected "
-        f"{wanted.get(name, 'nothing')}"
-        for name in sorted(wanted.keys() | there.keys())
-        if wanted.get(name) != there.get(name)
+    expected = {name: _describe(shape, dtype) for name, (shape, dtype, _) in plan.arrays.items()}
+    stored = {name: _describe(shape, store.dtypes[name]) for name, shape in store.shapes.items()}
+    lines = [
+        f"{store.path}: {name} is {stored.get(name, 'missing')}, expected "
+        f"{expected.get(name, 'nothing')}"
+        for name in sorted(expected.keys() | stored.keys())
+        if expected.get(name) != stored.get(name)
     ]
     with tqdm(
         desc=plan.component, total=plan.size, unit="B", unit_scale=True, leave=False, disable=None
-    ) as bar:
+    ) as progress:
         for entry in plan.table:
-            if wanted[entry.path] != there.get(entry.path):
+            if expected[entry.path] != stored.get(entry.path):
                 continue
             for row, value in plan.pieces(entry):
-                bar.update(value.nbytes)
-                stored = store.read(entry.path, entry.layer, slice(row, row + len(value)))
-                if at := _first_difference(stored, value):
-                    where, number = at
+                progress.update(value.nbytes)
+                read = store.read(entry.path, entry.layer, slice(row, row + len(value)))
+                if difference := _first_difference(read, value):
+                    index, count = difference
                     layer = "" if entry.layer is None else f"[{entry.layer}]"
-                    found.append(
-                        f"{store.path}: {entry.path}{layer} ({entry.key}): {number} values differ, "
-                        f"the first is {stored[where]} and should be {value[where]}"
+                    lines.append(
+                        f"{store.path}: {entry.path}{layer} ({entry.key}): {count} values differ, "
+                        f"the first is {read[index]} and should be {value[index]}"
                     )
                     break
-    return found
+    return lines
 
 
 def _describe(shape: tuple[int, ...], dtype: np.dtype) -> str:
@@ -50,11 +52,10 @@ def _describe(shape: tuple[int, ...], dtype: np.dtype) -> str:
 
 
 def _first_difference(a: np.ndarray, b: np.ndarray) -> tuple[tuple[int, ...], int] | None:
-    """(index of the first value with other bits, how many there are), or None."""
+    """Return (index of the first value whose bits differ, number of such values), or None."""
     unsigned = f"u{a.dtype.itemsize}"
-    other = a.reshape(-1).view(unsigned) != b.reshape(-1).view(unsigned)
-    return (
-        (tuple(map(int, np.unravel_index(int(other.argmax()), a.shape))), int(other.sum()))
-        if other.any()
-        else None
-    )
+    differs = a.reshape(-1).view(unsigned) != b.reshape(-1).view(unsigned)
+    if not differs.any():
+        return None
+    index = np.unravel_index(int(differs.argmax()), a.shape)
+    return tuple(map(int, index)), int(differs.sum())

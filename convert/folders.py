@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and a component's safetensors read one tensor at a time."""
+"""Folders that appear complete or not at all, and safetensors files read one tensor at a time."""
 
 import contextlib
 import glob
@@ -27,12 +27,12 @@ DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
-}  # safetensors' names
-LEFT_OUT = ".conversion.jsonl"  # the journal of a conversion, no part of the finished folder
+}  # by their names in safetensors
+JOURNAL = ".conversion.jsonl"  # the journal of a conversion; not part of the finished folder
 
 
 def partial_folder(destination: pathlib.Path) -> pathlib.Path:
-    """Return where `destination` is made."""
+    """Return the temporary folder in which `destination` is prepared."""
     destination = expand(destination)
     return destination.parent / f".{destination.name}.partial"
 
@@ -41,18 +41,18 @@ def partial_folder(destination: pathlib.Path) -> pathlib.Path:
 def whole_folder(
     destination: pathlib.Path, overwrite: bool, *, resumable: bool = False
 ) -> Iterator[pathlib.Path]:
-    """Yield a partial folder beside `destination`, renamed to it when the block ends without an
-    exception.
+    """Yield a partial folder, which is renamed to `destination` when the block ends normally.
 
-    Not resumable: the partial folder is removed after any failure, and one that a killed process
-    left is emptied by the next call. Resumable: it is yielded with what it holds, and kept after
-    Ctrl-C, a full disk or any other error but a `UserError` of the call that made it.
+    If it is not resumable, the partial folder is removed after any failure, and the next call
+    empties what a killed process left. If it is resumable, it is yielded with its contents and kept
+    after Ctrl-C, a full disk or any other error, except a `UserError` in the call that created it.
 
-    An existing destination raises `UserError` without `overwrite`, and also with it when it is a
-    file or a folder without a model. It stays until the new folder is complete: at every instant a
-    complete one has the destination's name or that of `previous_folder`, from which the next call,
-    or `recover`, takes it back. Another process that is at work on the same destination raises
-    `UserError` as well.
+    An existing destination stays in place until the new folder is complete. At every instant a
+    complete folder has the name of the destination or of `previous_folder`; the next call, or
+    `recover`, renames the latter back.
+
+    Raises `UserError` when the destination exists and `overwrite` is false, when it exists and is
+    not a folder with a model, and when another process writes to the same destination.
     """
     destination = expand(destination)
     partial, previous = partial_folder(destination), previous_folder(destination)
@@ -62,7 +62,7 @@ def whole_folder(
     with folder_lock.locked_file(
         partial.with_name(partial.name + "-lock"), str(destination), "--dst"
     ):
-        kept = resumable and partial.exists()
+        keep = resumable and partial.exists()
         partial.mkdir(exist_ok=True)
         _remove_leftovers(destination)
         if not resumable:
@@ -74,8 +74,8 @@ def whole_folder(
                 if path.is_file():
                     with open(path, "rb") as file:
                         os.fsync(file.fileno())
-            # the work is complete: whatever goes wrong from here on, it is not thrown away
-            kept = resumable
+            # the work is complete: an error from here on does not discard it
+            keep = resumable
             _check_destination(destination, overwrite)
             try:
                 if destination.exists():
@@ -84,16 +84,16 @@ def whole_folder(
             except BaseException:
                 recover(destination)
                 raise
-            (destination / LEFT_OUT).unlink(missing_ok=True)
+            (destination / JOURNAL).unlink(missing_ok=True)
             _remove_leftovers(destination)
         except BaseException as error:
-            if not resumable or (isinstance(error, UserError) and not kept):
+            if not resumable or (isinstance(error, UserError) and not keep):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
 
 def recover(destination: pathlib.Path) -> None:
-    """Give the previous folder its name back when a process was killed while it replaced it."""
+    """Rename the previous folder back if a process was killed while it replaced the folder."""
     previous = previous_folder(destination)
     if previous.exists() and not destination.exists():
         previous.rename(destination)
@@ -111,16 +111,15 @@ def _check_destination(destination: pathlib.Path, overwrite: bool) -> None:
         and not any((destination / name).is_file() for name in (MANIFEST, "model_index.json"))
     ):
         raise UserError(
-            f"{destination} exists and holds no model, so --overwrite does not replace it; choose "
-            "another --dst or remove it yourself"
+            f"{destination} exists and is not a model folder, so --overwrite does not replace it; "
+            "choose another --dst or remove it yourself"
         )
 
 
 def _remove_leftovers(destination: pathlib.Path) -> None:
-    """Remove the previous folder once the destination is there again, and what earlier removals
-    left.
+    """Remove the previous folder once the destination exists, and the rest of earlier removals.
 
-    A folder loses the name of `previous_folder` first, so that one under this name is always
+    The folder is renamed before it is removed, so that a folder named `previous_folder` is always
     complete.
     """
     previous = previous_folder(destination)
@@ -132,15 +131,16 @@ def _remove_leftovers(destination: pathlib.Path) -> None:
 
 
 class Buffers(threading.local):
-    """Memory that a thread uses again and again: getting hundreds of MB anew from the system for
-    every tensor took longer than what was done with it.
+    """Memory that a thread reuses for every tensor.
+
+    Allocating hundreds of MB for every tensor took longer than the work on the tensor.
     """
 
     def __init__(self):
         self.slots: dict[str, np.ndarray] = {}
 
     def take(self, slot: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """An array of the slot's memory, not cleared; the slot's last one is overwritten with it."""
+        """Return an uninitialised array in the slot's memory, which overwrites its last array."""
         size = math.prod(shape) * dtype.itemsize
         if slot not in self.slots or self.slots[slot].size < size:
             self.slots.pop(slot, None)
@@ -149,12 +149,11 @@ class Buffers(threading.local):
 
 
 def weight_files(folder: pathlib.Path, stem: str) -> tuple[list[str], pathlib.Path | None]:
-    """Return (names, None) of a component's single safetensors file, or ([], index) of a sharded
-    one.
+    """Return ([name], None) for a component in one safetensors file, or ([], index) if sharded.
 
     Names are those of Diffusers and transformers: STEM.safetensors or STEM.safetensors.index.json,
-    of a variant STEM.VARIANT.safetensors or STEM.safetensors.index.VARIANT.json. Raises `UserError`
-    when there is none, or several variants and no plain file.
+    for a variant STEM.VARIANT.safetensors or STEM.safetensors.index.VARIANT.json. Raises
+    `UserError` when there is no file, or several variants and no plain file.
     """
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
@@ -172,12 +171,12 @@ def weight_files(folder: pathlib.Path, stem: str) -> tuple[list[str], pathlib.Pa
         return next(iter(found.values()))
     if found:
         raise UserError(
-            f"{folder} has the variants {', '.join(found)} and no {stem}.safetensors: leave only "
-            "the files of the one to convert"
+            f"{folder} has the variants {', '.join(found)} and no {stem}.safetensors: keep only "
+            "the files of the variant to convert"
         )
     if pickled := sorted(path.name for path in folder.glob("*.bin*")):
         raise UserError(
-            f"{folder} holds only {pickled[0]}, a PyTorch file, which is not read: save it as "
+            f"{folder} holds only {pickled[0]}, a PyTorch file, which is not supported: save it as "
             "safetensors (save_pretrained of Diffusers and transformers does)"
         )
     shards = sorted(path.name for path in folder.glob(f"{glob.escape(stem)}*-of-*.safetensors"))
@@ -188,15 +187,19 @@ def weight_files(folder: pathlib.Path, stem: str) -> tuple[list[str], pathlib.Pa
 class Shards:
     """The tensors of one component folder, from one safetensors file or from several with an index.
 
-    Where the folder has no plain file but those of one variant (`.fp16.`), it is read. Raises
-    `UserError` on a missing, truncated or damaged file, a tensor that stands in two files, a type
-    that is not read, and an index that does not agree with the files: a missing shard, or a tensor
-    that is not where it should be.
+    If the folder has no plain file but those of one variant (`.fp16.`), the variant is read.
+
+    Attributes: `files`, all files that are read; `where`, `shapes`, `dtypes` and `offsets`, the
+    file, shape, dtype and byte offset in the file of every tensor, by key.
+
+    Raises `UserError` on a missing, truncated or damaged file, a tensor that is in two files, an
+    unsupported data type, and an index that does not agree with its files.
     """
 
     def __init__(self, folder: pathlib.Path, stem: str, types: Mapping[str, np.dtype] = DTYPES):
         names, index = weight_files(folder, stem)
-        weight_map, total = None, None
+        weight_map: dict[str, str] = {}
+        total: int | None = None
         if index is not None:
             try:
                 content = json.loads(index.read_text(encoding="utf-8"))
@@ -207,7 +210,10 @@ class Shards:
             names = sorted(set(weight_map.values()))
         self.types = types
         self.files = [folder / name for name in names] + ([] if index is None else [index])
-        self.where, self.shapes, self.dtypes, self.offsets = {}, {}, {}, {}
+        self.where: dict[str, pathlib.Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, np.dtype] = {}
+        self.offsets: dict[str, int] = {}
         for name in names:
             if not (folder / name).is_file():
                 raise UserError(f"{folder / name} is missing: the download is not complete")
@@ -217,25 +223,26 @@ class Shards:
 
     def _add(self, path: pathlib.Path) -> None:
         try:
-            # the library checks what we read
+            # the library checks the header that is parsed here
             with safe_open(path, "numpy") as file, open(path, "rb") as header:
                 size = int.from_bytes(header.read(8), "little")
-                places = json.loads(header.read(size))
-                for key in file.offset_keys():  # as they lie in the file
+                positions = json.loads(header.read(size))
+                for key in file.offset_keys():  # in the order of the file
                     if key in self.where:
                         raise UserError(
-                            f"tensor {key} stands in {self.where[key].name} and in {path.name}: "
+                            f"tensor {key} is in {self.where[key].name} and in {path.name}: "
                             f"the folder mixes two checkpoints; {DOWNLOAD}"
                         )
-                    part = file.get_slice(key)
-                    if part.get_dtype() not in self.types:
+                    tensor = file.get_slice(key)
+                    if tensor.get_dtype() not in self.types:
                         raise UserError(
-                            f"{path}: tensor {key} is stored as {part.get_dtype()}, which is not "
-                            f"read ({', '.join(self.types)} are)"
+                            f"{path}: tensor {key} has the type {tensor.get_dtype()}, which is not "
+                            f"supported ({', '.join(self.types)} are)"
                         )
-                    self.where[key], self.shapes[key] = path, tuple(part.get_shape())
-                    self.dtypes[key] = self.types[part.get_dtype()]
-                    self.offsets[key] = 8 + size + places[key]["data_offsets"][0]
+                    self.where[key] = path
+                    self.shapes[key] = tuple(tensor.get_shape())
+                    self.dtypes[key] = self.types[tensor.get_dtype()]
+                    self.offsets[key] = 8 + size + positions[key]["data_offsets"][0]
         except SafetensorError as error:
             raise UserError(f"{path} is truncated or damaged ({error}): {DOWNLOAD}") from None
 
@@ -246,53 +253,52 @@ class Shards:
         for key in sorted(weight_map.keys() | found.keys()):
             if weight_map.get(key) != found.get(key):
                 raise UserError(
-                    f"{index} and its files disagree: tensor {key} is in "
-                    f"{weight_map.get(key, 'no file')} by the index, and in "
-                    f"{found.get(key, 'no file')} in truth; {DOWNLOAD}"
+                    f"{index} and its files disagree: by the index tensor {key} is in "
+                    f"{weight_map.get(key, 'no file')}, but it is in "
+                    f"{found.get(key, 'no file')}; {DOWNLOAD}"
                 )
         size = sum(math.prod(self.shapes[key]) * self.dtypes[key].itemsize for key in found)
         if total is not None and total != size:
             print(
                 f"warning: {index}: total_size is {total}, the tensors of its "
                 f"{len(self.files) - 1} files have {size} bytes; every tensor is where the index "
-                "says, so they are read",
+                "lists it, so they are read anyway",
                 file=sys.stderr,
             )
 
     def read(
         self, key: str, rows: range | None = None, buffers: Buffers | None = None
     ) -> np.ndarray:
-        """One tensor or rows of it, as stored; in the buffers' slot "source" if they are given.
+        """Return one tensor, or rows of it, in the stored dtype.
 
-        Raises `UserError` when it holds NaN or infinity, or the file is shorter than it was.
+        With `buffers` the array lies in their slot "source". Raises `UserError` when the tensor
+        holds NaN or infinity, or the file has become shorter.
         """
-        path, shape, dtype, start = (
-            self.where[key],
-            self.shapes[key],
-            self.dtypes[key],
-            self.offsets[key],
-        )
+        path, shape = self.where[key], self.shapes[key]
+        dtype, start = self.dtypes[key], self.offsets[key]
         if rows is not None:
             start += rows.start * math.prod(shape[1:]) * dtype.itemsize
             shape = (len(rows), *shape[1:])
         value = buffers.take("source", shape, dtype) if buffers else np.empty(shape, dtype)
-        rest = memoryview(value.reshape(-1).view(np.uint8))
+        rest = value.reshape(-1).view(np.uint8).data
         with open(path, "rb", buffering=0) as file:
             file.seek(start)
             while rest:
-                if not (n := file.readinto(rest[: 2**30])):
+                count = file.readinto(rest[: 2**30])
+                if not count:
                     raise UserError(
                         f"{path} is truncated or damaged (it ends inside {key}): {DOWNLOAD}"
                     )
-                rest = rest[n:]
+                rest = rest[count:]
         if not all_finite(value):
             raise UserError(f"{path}: tensor {key} holds NaN or infinity: the file is damaged")
         return value
 
 
 def all_finite(value: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite; in blocks, and bfloat16 by its exponent's bits (NumPy's
-    own is slow).
+    """Return whether no value is NaN or infinite.
+
+    Works in blocks, and for bfloat16 by the exponent's bits, since `np.isfinite` is slow there.
     """
     value = value.reshape(-1)
     for i in range(0, value.size, 2**20):

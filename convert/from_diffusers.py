@@ -1,16 +1,17 @@
 """Converts a Wan checkpoint in Diffusers layout to a model folder that this project reads.
 
     python -m convert.from_diffusers --src Wan-AI/Wan2.1-T2V-1.3B-Diffusers --dst models/wan-1.3b
-    [--dtype bfloat16]
+    python -m convert.from_diffusers --src ... --dst ... --dtype bfloat16,text_encoder=float32
+    python -m convert.from_diffusers --src ... --dst ... --check
 
-`--src` is a local folder or a hub id. bfloat16 keeps in float32 what the models keep so (the
-transformer's time embedder, scale_shift_tables and norm2), and the VAE whole; `--dtype
-bfloat16,text_encoder=float32` names exceptions. Every tensor is accounted for, both ways. `--check`
-compares a converted folder with its source, bit for bit.
+`--src` is a local folder or a hub id. `--dtype bfloat16` leaves in float32 the VAE and what the
+models keep in float32 (the transformer's time embedder, scale_shift_tables and norm2); exceptions
+follow after a comma. A tensor that is missing on either side is an error. `--check` compares a
+converted folder with its source, bit for bit.
 
-Tensors go a few at a time from the source's files to their place in ours, so memory does not grow
-with the model (see benchmarks/convert.py). A conversion that was stopped or killed continues when
-the same command is run again.
+A few tensors at a time are copied from the source's files into the new ones, so the memory needed
+does not grow with the model. A conversion that was stopped or killed continues when the same
+command is run again.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from absl import flags
 from tqdm import tqdm
 
 from convert.check import differences
-from convert.folders import LEFT_OUT, partial_folder, whole_folder
+from convert.folders import JOURNAL, partial_folder, whole_folder
 from convert.journal import Journal
 from convert.plan import DTYPES, STEMS, Plan, parse_dtypes, plan_component
 from convert.source import (
@@ -42,51 +43,54 @@ from wan_jax.storage.paths import expand
 
 __all__ = ["DTYPES", "STEMS", "check", "convert"]
 
-# written between two entries of the journal: what a kill or a power cut costs at most
+# bytes written between two entries of the journal: the most that a kill or a power cut loses
 RECORD_BYTES = 2**30
-WORKERS = 4  # tensors under way at once, each at most a few hundred MB
+WORKERS = 4  # tensors converted at the same time, each at most a few hundred MB
 
 
-def planned(src: pathlib.Path, index: dict, dtypes: dict[str, str]) -> dict[str, Plan]:
-    """The plans of all components: whatever is wrong with the source's headers is found before data
-    is written.
+def plan_components(src: pathlib.Path, index: dict, dtypes: dict[str, str]) -> dict[str, Plan]:
+    """Return the plan of every component of the source folder.
+
+    index: the content of model_index.json. dtypes: {component: 'source', 'float32' or 'bfloat16'}.
+    Raises `UserError` on any error in the source's headers, before data is written.
     """
     check_copied(src)
     return {
-        c: plan_component(c, src, dtypes[c])
-        for c in model_dir.COMPONENTS
-        if c != "transformer_2" or two_experts(index)
+        component: plan_component(component, src, dtypes[component])
+        for component in model_dir.COMPONENTS
+        if component != "transformer_2" or two_experts(index)
     }
 
 
 def fingerprint(src: pathlib.Path, plans: dict[str, Plan]) -> dict[str, list[int]]:
-    """{file: [bytes, time of last change in ns]} of all that is converted."""
+    """Return {file: [bytes, time of last change in ns]} for every file that is converted."""
     files = [src / "model_index.json", *copied_files(src)]
     for plan in plans.values():
         files += [src / plan.component / "config.json", *plan.shards.files]
     return {
-        str(f.relative_to(src)): [f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(files)
+        str(file.relative_to(src)): [file.stat().st_size, file.stat().st_mtime_ns]
+        for file in sorted(files)
     }
 
 
-def reopened(plan: Plan, path: pathlib.Path, done: set[str]) -> array_store.ArrayStore | None:
-    """What a killed conversion left of a component, when it holds what its journal says."""
+def reopen_store(plan: Plan, path: pathlib.Path, done: set[str]) -> array_store.ArrayStore | None:
+    """Return the store of a killed conversion, or None unless it holds the tensors `done`."""
     if not done:
         return None
     try:
         store = array_store.ArrayStore(path)
     except array_store.StoreError:
         return None
-    same = {name: (store.shapes[name], store.dtypes[name]) for name in store.shapes} == {
-        name: (tuple(shape), dtype) for name, (shape, dtype, _) in plan.arrays.items()
-    }
-    written = same and all(store.is_written(e.path, e.layer) for e in plan.table if e.key in done)
-    return store if written else None
+    stored = {name: (store.shapes[name], store.dtypes[name]) for name in store.shapes}
+    if stored != {name: (tuple(shape), dtype) for name, (shape, dtype, _) in plan.arrays.items()}:
+        return None
+    recorded = (entry for entry in plan.table if entry.key in done)
+    return store if all(store.is_written(e.path, e.layer) for e in recorded) else None
 
 
 @contextlib.contextmanager
 def cancelling_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """A thread pool that forgets what is still in the queue when the block ends with an exception."""
+    """Yield a thread pool whose queued tasks are cancelled when the block ends."""
     pool = ThreadPoolExecutor(workers)
     try:
         yield pool
@@ -95,16 +99,16 @@ def cancelling_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def write_component(plan: Plan, dst: pathlib.Path, journal: Journal) -> dict:
-    """Writes one component's folder, without what the journal knows as done; returns its line of
-    the manifest.
+    """Write one component's folder, except the tensors that the journal lists.
 
-    The journal learns of a tensor when its bytes are on the disk, so it can be believed after a
-    power cut too.
+    Returns the component's entry of the manifest. A tensor is added to the journal after its bytes
+    are on the disk, so the journal is correct after a power cut too.
     """
-    start, path = time.monotonic(), model_dir.params_path(dst, plan.component)
+    start = time.monotonic()
+    path = model_dir.params_path(dst, plan.component)
     path.parent.mkdir(exist_ok=True)
     shutil.copyfile(plan.source / plan.component / "config.json", path.parent / "config.json")
-    store = reopened(plan, path, journal.done(plan.component))
+    store = reopen_store(plan, path, journal.done(plan.component))
     if store is None:
         journal.forget(plan.component)
         store = array_store.create(path, plan.arrays)
@@ -114,7 +118,8 @@ def write_component(plan: Plan, dst: pathlib.Path, journal: Journal) -> dict:
         for row, value in plan.pieces(entry):
             store.write(entry.path, value, entry.layer, row)
 
-    written, unrecorded = [], 0
+    written: list[str] = []  # keys and bytes since the last entry of the journal
+    unrecorded = 0
     with (
         tqdm(
             desc=plan.component,
@@ -124,19 +129,20 @@ def write_component(plan: Plan, dst: pathlib.Path, journal: Journal) -> dict:
             leave=False,
             disable=None,
             initial=sum(plan.stored_bytes(e) for e in plan.table if e.key in done),
-        ) as bar,
+        ) as progress,
         cancelling_pool(WORKERS) as pool,
     ):
-        for entry, future in [(e, pool.submit(write, e)) for e in plan.table if e.key not in done]:
-            future.result()
-            bar.update(plan.stored_bytes(entry))
+        tasks = [(e, pool.submit(write, e)) for e in plan.table if e.key not in done]
+        for entry, task in tasks:
+            task.result()
+            progress.update(plan.stored_bytes(entry))
             written.append(entry.key)
             unrecorded += plan.stored_bytes(entry)
             if unrecorded >= RECORD_BYTES:
                 journal.add(plan.component, written)
                 written, unrecorded = [], 0
     journal.add(plan.component, written)
-    earlier = f", {len(done)} tensors of them earlier" if done else ""
+    earlier = f", {len(done)} of them earlier" if done else ""
     print(
         f"{plan.component}: {len(plan.table)} tensors, {plan.parameters:,} parameters, "
         f"{plan.size / 1e9:.3f} GB, {time.monotonic() - start:.1f} s{earlier}",
@@ -154,26 +160,31 @@ def convert(
     *,
     revision: str | None = None,
 ) -> None:
-    """Convert `src` (folder or hub id) into the folder `dst`, or continue where a killed conversion
-    stopped.
+    """Convert `src` (folder or hub id) into the folder `dst`, or continue a killed conversion.
 
-    `restart` throws away what a killed one left. Raises `UserError`; `dst` is whole or not there.
+    dtype: as `parse_dtypes` takes it. overwrite: replace an existing model. restart: discard what a
+    killed conversion left. revision: branch, tag or commit of a hub id. Raises `UserError`; `dst`
+    is complete or does not exist.
     """
+    # Read all headers; nothing is written before they are known to be valid
     dtypes = parse_dtypes(dtype)
     dst, folder = expand(dst), source_folder(src, revision)
     check_destination(folder, dst)
-    plans = planned(folder, check_pipeline(folder), dtypes)
+    plans = plan_components(folder, check_pipeline(folder), dtypes)
     work = {
         "format": model_dir.FORMAT,
-        "dtypes": {c: dtypes[c] for c in plans},
+        "dtypes": {component: dtypes[component] for component in plans},
         "files": fingerprint(folder, plans),
     }
     with whole_folder(dst, overwrite, resumable=True) as partial:
+        # Continue from the journal, and check that the rest fits on the disk
         journal = Journal(partial, work, restart)
-        there = sum(f.stat().st_blocks * 512 for f in partial.glob("*/params/**/*") if f.is_file())
-        cli.check_space(
-            dst.parent, sum(p.size for p in plans.values()) - there, f"the model {dst.name}"
+        earlier = sum(
+            file.stat().st_blocks * 512 for file in partial.glob("*/params/**/*") if file.is_file()
         )
+        needed = sum(plan.size for plan in plans.values()) - earlier
+        cli.check_space(dst.parent, needed, f"the model {dst.name}")
+        # Copy the small files, and convert one component after the other
         shutil.copyfile(folder / "model_index.json", partial / "model_index.json")
         for file in copied_files(folder):
             target = partial / file.relative_to(folder)
@@ -183,26 +194,29 @@ def convert(
         if revision is not None:
             manifest["revision"] = revision
         manifest["components"] = {
-            c: write_component(plan, partial, journal) for c, plan in plans.items()
+            component: write_component(plan, partial, journal) for component, plan in plans.items()
         }
         if fingerprint(folder, plans) != work["files"]:
             raise UserError(f"{folder} changed while it was read; run the same command again")
+        # The manifest with every file's digest completes the folder
         (partial / model_dir.MANIFEST).unlink(missing_ok=True)
-        left_out = {LEFT_OUT, *(f"{c}/params/{name}" for c in plans for name in array_store.TIMES)}
+        excluded = {JOURNAL, *(f"{c}/params/{name}" for c in plans for name in array_store.TIMES)}
         integrity.write_manifest(
-            partial / model_dir.MANIFEST, manifest, integrity.measure(partial, left_out)
+            partial / model_dir.MANIFEST, manifest, integrity.measure(partial, excluded)
         )
     size = sum(f.stat().st_size for f in dst.rglob("*") if f.is_file())
     print(f"{dst}: {size / 1e9:.3f} GB, ready for grpo.train and wan_jax.sample")
 
 
 def check(src: str, dst, *, revision: str | None = None) -> None:
-    """Compare the model folder `dst` with its source, tensor by tensor. Raise `UserError` with the
-    first differences.
+    """Compare the model folder `dst` with its source, tensor by tensor.
+
+    Raises `UserError` with the first five differences.
     """
-    # all bytes are compared here
+    # without the check of digests, since all bytes are compared here
     model, folder = model_dir.open_model(dst, verify=False), source_folder(src, revision)
-    plans = planned(folder, check_pipeline(folder), parse_dtypes(model.manifest["dtype"]))
+    dtypes = parse_dtypes(model.manifest["dtype"])
+    plans = plan_components(folder, check_pipeline(folder), dtypes)
     found = []
     if tuple(plans) != model.components:
         found.append(
@@ -214,7 +228,7 @@ def check(src: str, dst, *, revision: str | None = None) -> None:
         *(str(f.relative_to(folder)) for f in copied_files(folder)),
     ]
     found += [
-        f"{name}: is missing or differs"
+        f"{name} is missing or differs"
         for name in files
         if not (model.path / name).is_file()
         or (model.path / name).read_bytes() != (folder / name).read_bytes()
@@ -249,7 +263,7 @@ def main(_):
     except KeyboardInterrupt:
         if (partial := partial_folder(FLAGS.dst)).exists():
             print(
-                f"\nwhat is done is kept in {partial}; remove it if you do not mean to continue",
+                f"\n{partial} keeps the finished part; remove it unless you want to continue",
                 flush=True,
             )
         raise
@@ -262,12 +276,10 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "dtype",
         "source",
-        f"type of the weights: source (each tensor's own), {' or '.join(DTYPES)}; "
-        "exceptions after a comma: bfloat16,text_encoder=float32",
+        f"data type of the weights: source (each tensor's own), {' or '.join(DTYPES)}; exceptions "
+        "for single components after a comma, as in bfloat16,text_encoder=float32",
     )
     flags.DEFINE_bool("overwrite", False, "replace an existing --dst")
-    flags.DEFINE_bool(
-        "restart", False, "throw away what a killed conversion to the same --dst left"
-    )
+    flags.DEFINE_bool("restart", False, "discard what a killed conversion to the same --dst left")
     flags.DEFINE_bool("check", False, "compare an existing --dst with --src instead of converting")
     cli.run(main)

@@ -1,22 +1,19 @@
-"""One table between Diffusers' state dicts and our parameter trees, read in both directions.
+"""The table between Diffusers' state dicts and our parameter trees, used in both directions.
 
 Our parameters are named after the state dict, so the table is a rule with a few exceptions:
 
 * path `a/b_0/c` is key `a.b.0.c`: an underscore before a final number is a list index, except in
-  the names that end
-  in a number by themselves (`NATIVE`);
-* leaves: `kernel`, `embedding` and `scale` are `weight`, the VAE's `scale` is `gamma`, `bias` and
-  the
-  `scale_shift_table`s keep their names;
+  names that themselves end in a number (`NATIVE`);
+* leaves: `kernel`, `embedding` and `scale` become `weight`, the VAE's `scale` becomes `gamma`;
+  `bias` and the `scale_shift_table`s keep their names;
 * modules run by `lax.scan` (`STACKED`) hold all their layers on axis 0 and become one key a layer.
 
-A key that no entry produces, or an entry whose key is missing, is an error: coverage is 100 % both
-ways.
+A key without an entry and an entry without its key are both errors.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -31,18 +28,18 @@ ALIASES = {"text_encoder": {"encoder.embed_tokens.weight": "shared.weight"}}
 
 
 class KeyTableError(ValueError):
-    """The tensors do not fit the model: missing, extra or mis-shaped."""
+    """Tensors that do not fit the model: missing, unknown or of the wrong shape."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of the state dict and its place in our tree."""
+    """One tensor of the state dict and its position in our tree."""
 
     key: str  # name in the state dict
     path: str  # name in our tree, joined by '/'
     layer: int | None  # index on axis 0 of a stacked parameter
     shape: tuple[int, ...]  # shape in the state dict
-    to_ours: Callable[[np.ndarray], np.ndarray]
+    to_ours: Callable[[np.ndarray], np.ndarray]  # from the state dict's layout to ours
     to_theirs: Callable[[np.ndarray], np.ndarray]
 
     @property
@@ -51,53 +48,68 @@ class Entry:
         return self.to_ours is _same
 
 
-def _same(w: np.ndarray) -> np.ndarray:
-    return w
+Layout = tuple[
+    tuple[int, ...], Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]
+]
+
+
+def _same(value: np.ndarray) -> np.ndarray:
+    return value
 
 
 def _key(component: str, path: str, layer: int | None) -> str:
+    """Return the state dict's key of a parameter, or of one layer of a stacked parameter."""
     parts = path.split("/")
     stacked = STACKED[component]
-    if layer is not None:
-        n = len(stacked.split("/"))
-        parts[n - 1] = f"{parts[n - 1]}.{layer}"
+    if layer is not None and stacked is not None:
+        parts[stacked.count("/")] += f".{layer}"
     *modules, leaf = parts
     if component == "vae" and leaf == "scale":
         leaf = "gamma"
     elif leaf in ("kernel", "embedding", "scale"):
         leaf = "weight"
-    modules = [m if NATIVE.search(m) else re.sub(r"_(\d+)$", r".\1", m) for m in modules]
+    modules = [
+        name if NATIVE.search(name) else re.sub(r"_(\d+)$", r".\1", name) for name in modules
+    ]
     return ".".join([*modules, leaf])
 
 
-def _convert(component: str, path: str, shape: tuple[int, ...], patch: tuple[int, int, int] | None):
-    """(shape in the state dict, to ours, to theirs) for one parameter of our shape `shape` (without
-    the layer axis).
+def _layout(
+    component: str, path: str, shape: tuple[int, ...], patch: tuple[int, int, int]
+) -> Layout:
+    """Return (shape in the state dict, conversion to our layout, conversion back).
+
+    shape: of our parameter, without the layer axis. patch: (p_t, p_h, p_w) of the transformer.
     """
     leaf = path.split("/")[-1]
     if leaf == "kernel" and path.endswith("patch_embedding/kernel"):
-        # ours [(p_t p_h p_w C), D]: the patch convolution as one matrix product; theirs [D, C, p_t,
-        # p_h, p_w]
-        d, (pt, ph, pw) = shape[1], patch
-        c = shape[0] // (pt * ph * pw)
+        # The patch convolution is one matrix product here:
+        # ours [(p_t p_h p_w C), D], theirs [D, C, p_t, p_h, p_w]
+        width = shape[1]
+        channels = shape[0] // (patch[0] * patch[1] * patch[2])
         return (
-            (d, c, pt, ph, pw),
-            lambda w: w.transpose(2, 3, 4, 1, 0).reshape(shape),
-            lambda w: w.reshape(pt, ph, pw, c, d).transpose(4, 3, 0, 1, 2),
+            (width, channels, *patch),
+            lambda value: value.transpose(2, 3, 4, 1, 0).reshape(shape),
+            lambda value: value.reshape(*patch, channels, width).transpose(4, 3, 0, 1, 2),
         )
-    if leaf == "kernel" and component == "vae" and len(shape) == 2:  # attention's 1x1 convolutions
-        i, o = shape
-        return (o, i, 1, 1), lambda w: w[:, :, 0, 0].T, lambda w: w.T[:, :, None, None]
-    if leaf == "kernel":  # [..., in, out] <- [out, in, ...]
-        n = len(shape)
+    if leaf == "kernel" and component == "vae" and len(shape) == 2:
+        # The attention's 1x1 convolutions: ours [in, out], theirs [out, in, 1, 1]
+        return (
+            (shape[1], shape[0], 1, 1),
+            lambda value: value[:, :, 0, 0].T,
+            lambda value: value.T[:, :, None, None],
+        )
+    if leaf == "kernel":
+        # ours [..., in, out], theirs [out, in, ...]
+        ndim = len(shape)
         return (
             (shape[-1], shape[-2], *shape[:-2]),
-            lambda w: w.transpose(*range(2, n), 1, 0),
-            lambda w: w.transpose(n - 1, n - 2, *range(n - 2)),
+            lambda value: value.transpose(*range(2, ndim), 1, 0),
+            lambda value: value.transpose(ndim - 1, ndim - 2, *range(ndim - 2)),
         )
     if leaf == "scale" and component == "vae":
         theirs = (*shape, 1, 1) if "attentions_" in path else (*shape, 1, 1, 1)
-        return theirs, lambda w: w.reshape(shape), lambda w: w.reshape(theirs)
+        return theirs, lambda value: value.reshape(shape), lambda value: value.reshape(theirs)
     return shape, _same, _same
 
 
@@ -106,19 +118,20 @@ def entries(
     shapes: Mapping[str, tuple[int, ...]],
     patch_size: tuple[int, int, int] = (1, 2, 2),
 ) -> list[Entry]:
-    """The table of one component.
+    """Return the table of one component.
 
-    component: 'transformer', 'transformer_2', 'vae' or 'text_encoder'. shapes: our parameters, path
-    joined by '/' to shape (stacked parameters with their layer axis).
+    component: 'transformer', 'transformer_2', 'vae' or 'text_encoder'. shapes: our parameters, from
+    the path joined by '/' to the shape (stacked parameters with their layer axis).
     """
     stacked, table = STACKED[component], []
     for path, shape in shapes.items():
-        layers: list[int | None] = [None]
+        layers: Sequence[int | None] = [None]
         if stacked and path.startswith(stacked + "/"):
-            layers, shape = list(range(shape[0])), shape[1:]
-        theirs, to_ours, to_theirs = _convert(component, path, tuple(shape), patch_size)
+            layers, shape = range(shape[0]), shape[1:]
+        theirs, to_ours, to_theirs = _layout(component, path, tuple(shape), patch_size)
         table += [
-            Entry(_key(component, path, i), path, i, theirs, to_ours, to_theirs) for i in layers
+            Entry(_key(component, path, layer), path, layer, theirs, to_ours, to_theirs)
+            for layer in layers
         ]
     return table
 
@@ -126,25 +139,21 @@ def entries(
 def check_coverage(
     component: str, table: list[Entry], found: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raises `KeyTableError` unless `found` (state-dict key to shape) and the table agree exactly,
-    both ways.
-    """
+    """Raise `KeyTableError` unless `found` (state-dict key to shape) agrees with the table."""
     aliases = ALIASES.get(component, {})
     wanted = {entry.key: entry.shape for entry in table}
-    missing = [k for k in wanted if k not in found]
-    extra = [k for k in found if k not in wanted and aliases.get(k) not in wanted]
+    missing = [key for key in wanted if key not in found]
+    unknown = [key for key in found if key not in wanted and aliases.get(key) not in wanted]
     wrong = [
-        f"{k}: {tuple(found[k])}, the config asks for {s}"
-        for k, s in wanted.items()
-        if k in found and tuple(found[k]) != tuple(s)
+        f"{key}: {tuple(found[key])}, the config asks for {shape}"
+        for key, shape in wanted.items()
+        if key in found and tuple(found[key]) != tuple(shape)
     ]
     problems = []
-    for label, names in (("missing", missing), ("unknown", extra), ("of the wrong shape", wrong)):
+    for label, names in (("missing", missing), ("unknown", unknown), ("of the wrong shape", wrong)):
         if names:
-            shown = "; ".join(names[:5]) + (
-                f"; and {len(names) - 5} more" if len(names) > 5 else ""
-            )
-            problems.append(f"{len(names)} {label} ({shown})")
+            more = f"; and {len(names) - 5} more" if len(names) > 5 else ""
+            problems.append(f"{len(names)} {label} ({'; '.join(names[:5])}{more})")
     if problems:
         raise KeyTableError(
             f"{component}: the tensors do not fit config.json: "
@@ -159,8 +168,9 @@ def to_ours(
     shapes: Mapping[str, tuple[int, ...]],
     patch_size: tuple[int, int, int] = (1, 2, 2),
 ) -> dict[str, np.ndarray]:
-    """A whole state dict to our flat tree {path: array}; stacked parameters are stacked. Checks
-    coverage first.
+    """Convert a whole state dict to our flat tree {path: array}, with layers stacked.
+
+    Raises `KeyTableError` when a tensor is missing, unknown or of the wrong shape.
     """
     table = entries(component, shapes, patch_size)
     check_coverage(component, table, {k: v.shape for k, v in tensors.items()})
@@ -179,7 +189,7 @@ def to_ours(
 def to_theirs(
     component: str, flat: Mapping[str, np.ndarray], patch_size: tuple[int, int, int] = (1, 2, 2)
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Our flat tree {path: array} to (key, tensor) pairs of the state dict."""
+    """Yield the (key, tensor) pairs of the state dict for our flat tree {path: array}."""
     for entry in entries(component, {k: v.shape for k, v in flat.items()}, patch_size):
         value = flat[entry.path] if entry.layer is None else flat[entry.path][entry.layer]
         yield entry.key, np.ascontiguousarray(entry.to_theirs(value))

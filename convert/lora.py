@@ -1,14 +1,15 @@
-"""LoRA files: our adapters in the layouts that Diffusers and ComfyUI read, and the adapters that a
-run starts from.
+"""Writes LoRA files for Diffusers and ComfyUI, and makes the adapters that a run starts from.
 
-diffusers  transformer.blocks.0.attn1.to_q.lora_A.weight (r, in) and .lora_B.weight (out, r), as
-           PEFT names them
-comfyui    diffusion_model.blocks.0.self_attn.q.lora_down.weight and .lora_up.weight, Wan's original
-           names
+Names of a layer's two factors, of shapes (r, in) and (out, r), in each format:
 
-A file written here states no alpha: both programs then take the scale as 1, so alpha / r is
-multiplied into B. Each expert of a model with two has a file of its own, with the same prefix in
-both. `lora_files` reads these and what other programs write.
+    diffusers   transformer.blocks.0.attn1.to_q.lora_A.weight
+                transformer.blocks.0.attn1.to_q.lora_B.weight
+    comfyui     diffusion_model.blocks.0.self_attn.q.lora_down.weight
+                diffusion_model.blocks.0.self_attn.q.lora_up.weight
+
+A file written here states no alpha, so both programs use the scale 1; alpha / r is multiplied into
+B. Each expert of a model with two has a file of its own, with the same prefix. `lora_files` reads
+these files and those of other programs.
 """
 
 import pathlib
@@ -60,17 +61,17 @@ def to_tensors(
     layout: str = "diffusers",
     dtype: str = "float32",
 ) -> Flat:
-    """One transformer's adapters as the tensors of a file: {key: A^T (r, in) or (alpha / r) B^T
-    (out, r)}.
+    """Return one transformer's adapters as the tensors of a file.
 
-    layout: 'diffusers' or 'comfyui'. Raises `UserError` when the adapters are not those of `config`
-    on this model, and when a value is NaN or too large for `dtype`.
+    Returns {key: A^T (r, in) or (alpha / r) B^T (out, r)} in `dtype`. layout: 'diffusers' or
+    'comfyui'. Raises `UserError` when the adapters are not those of `config` on this model, and
+    when a value is NaN or too large for `dtype`.
     """
     layers = sorted({path.rsplit("/", 1)[0] for path in adapters})
     if "patch_embedding" in layers:
         raise UserError(
-            "the adapter of patch_embedding cannot be written to a LoRA file, it is a convolution "
-            "in other programs: write the whole model with python -m convert.to_diffusers"
+            "the adapter of patch_embedding cannot be written to a LoRA file, since other programs "
+            "use a convolution there: write the whole model with python -m convert.to_diffusers"
         )
     wanted = adapted_layers(kernels, config.targets)
     if not layers or set(layers) != wanted or len(adapters) != 2 * len(layers):
@@ -94,12 +95,10 @@ def to_tensors(
                     f"{config.rank} ask for {shape}: it was trained from another model"
                 )
             value = np.asarray(value if index is None else value[index], np.float64).T
+            if factor == "lora_b":
+                value = config.scale * value
             with np.errstate(over="ignore"):
-                value = (
-                    (value if factor == "lora_a" else config.scale * value)
-                    .astype(np.float32)
-                    .astype(DTYPES[dtype])
-                )
+                value = value.astype(np.float32).astype(DTYPES[dtype])
             if not np.isfinite(value.astype(np.float32)).all():
                 raise UserError(
                     f"{module}.{factor} holds NaN, infinity or values beyond {dtype}: nothing was "
@@ -119,9 +118,7 @@ def write(
     kernels: Kernels,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes one file and reads it again. Raises `UserError` unless it says what it should, to the
-    last tensor.
-    """
+    """Write one file and read it back. Raises `UserError` unless every tensor is as it was."""
     save_file(tensors, path, metadata={"format": "pt"} | dict(metadata or {}))
     layout = next(
         name for name, prefix in PREFIXES.items() if next(iter(tensors)).startswith(prefix)
@@ -148,13 +145,12 @@ def write(
 
 
 def fit(file: LoRAFile, recipe: LoRAConfig, kernels: Kernels) -> Flat:
-    """Return the file's adapters under a recipe's settings, with the same effect: recipe.scale * A
-    B is the file's.
+    """Return the file's adapters under a recipe's settings, with an unchanged effect.
 
-    The difference of the scales is multiplied into B. Layers that the recipe adapts and the file
-    does not, and the rank that the recipe has beyond the file's, start as fresh adapters do, with B
-    = 0, so that they have no effect yet. Raises `UserError` when the file adapts other layers than
-    the recipe, or has a higher rank.
+    recipe.scale * A B equals the file's product: the ratio of the scales is multiplied into B.
+    Layers that only the recipe adapts, and the ranks beyond the file's, start like new adapters,
+    with B = 0. Raises `UserError` when the file adapts layers that the recipe does not, or has a
+    higher rank, and when the recipe's scale is 0.
     """
     table, wanted = modules(kernels), adapted_layers(kernels, recipe.targets)
     if other := sorted(module for module in file.factors if table[module][0] not in wanted):
@@ -171,7 +167,7 @@ def fit(file: LoRAFile, recipe: LoRAConfig, kernels: Kernels) -> Flat:
         )
     if not recipe.alpha:
         raise UserError(
-            f"config.lora.alpha={recipe.alpha:g} takes all effect from {file.where}: give another "
+            f"config.lora.alpha={recipe.alpha:g} removes the effect of {file.where}: give another "
             "value"
         )
     flat: Flat = {}
@@ -183,7 +179,8 @@ def fit(file: LoRAFile, recipe: LoRAConfig, kernels: Kernels) -> Flat:
         flat[f"{layer}/lora_b"] = np.zeros((*stack, recipe.rank, n_out), np.float32)
     for module, (a, b) in file.factors.items():
         layer, index = table[module]
-        at, rank = ... if index is None else index, a.shape[1]
+        at = ... if index is None else index
+        rank = a.shape[1]
         flat[f"{layer}/lora_a"][at][:, :rank] = a
         flat[f"{layer}/lora_b"][at][:rank] = b.astype(np.float64) * (
             file.scales[module] / recipe.scale
@@ -192,20 +189,19 @@ def fit(file: LoRAFile, recipe: LoRAConfig, kernels: Kernels) -> Flat:
 
 
 def describe(config: LoRAConfig) -> str:
+    """Return the settings of adapters in words, for messages."""
     return f"rank {config.rank}, alpha {config.alpha:g}, targets {', '.join(config.targets)}"
 
 
 def initial_adapters(paths: str, model: model_dir.ModelDir, recipe: LoRAConfig) -> dict[str, Flat]:
-    """Return what training starts from instead of fresh adapters: {expert: {path: fp32 array}}.
+    """Return the adapters that training starts from: {expert: {path: fp32 array}}.
 
     paths: a file or folder as `lora_files.find` takes it; for a model with two experts one that
     holds both, or two joined by a comma, the one for high noise first. Raises `UserError` as
     `read_experts` and `fit` do.
     """
-    files, kernels = (
-        [path.strip() for path in paths.split(",")],
-        dense_layers(model.config("transformer")),
-    )
+    files = [path.strip() for path in paths.split(",")]
+    kernels = dense_layers(model.config("transformer"))
     found = read_experts(files[0], kernels) if len(files) == 1 else {}
     if len(files) == len(model.experts) > 1:
         found = {expert: read(path, kernels) for expert, path in zip(model.experts, files)}
@@ -217,16 +213,11 @@ def initial_adapters(paths: str, model: model_dir.ModelDir, recipe: LoRAConfig) 
             "noise first"
         )
     for expert, file in found.items():
-        layers = sum(
-            table[0] in adapted_layers(kernels, recipe.targets)
-            for table in modules(kernels).values()
-        )
+        wanted = adapted_layers(kernels, recipe.targets)
+        layers = sum(layer in wanted for layer, _ in modules(kernels).values())
         stated = sorted(set(file.scales.values()))
-        if (len(file.factors), file.ranks, stated) != (
-            layers,
-            [recipe.rank],
-            [recipe.scale],
-        ) and multihost.first():
+        same = (len(file.factors), file.ranks, stated) == (layers, [recipe.rank], [recipe.scale])
+        if not same and multihost.first():
             print(
                 f"{expert}: {file.where} adapts {len(file.factors)} of the recipe's {layers} "
                 f"layers, rank {', '.join(map(str, file.ranks))}, scale "

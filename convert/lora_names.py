@@ -1,4 +1,4 @@
-"""The names of a transformer's dense layers: ours, Diffusers' and Wan's original ones."""
+"""Names of a transformer's dense layers: ours, those of Diffusers and Wan's original ones."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ Flat = dict[str, np.ndarray]
 # a transformer's dense layers: {'blocks/attn1/to_q': (L, in, out)}
 Kernels = Mapping[str, tuple[int, ...]]
 
-# usual targets
+# target names in common use, in the order in which they are listed
 ENDINGS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2", "proj_out")
 ORIGINAL = {  # Diffusers' names, without `blocks.{i}.`, to Wan's original ones
     "attn1.to_q": "self_attn.q",
@@ -38,10 +38,9 @@ ORIGINAL = {  # Diffusers' names, without `blocks.{i}.`, to Wan's original ones
 
 
 def dense_layers(config) -> dict[str, tuple[int, ...]]:
-    """The layers of a `TransformerConfig` that a file can adapt, {'blocks/attn1/to_q': (L, in,
-    out)}.
+    """Return the shapes of the layers that a file can adapt: {'blocks/attn1/to_q': (L, in, out)}.
 
-    Without the patch embedding, which is a convolution in Diffusers.
+    config: a `TransformerConfig`. The patch embedding, a convolution in Diffusers, is left out.
     """
     flat = flat_params.flatten(model_dir.abstract("transformer", config)[1])
     return {
@@ -52,8 +51,9 @@ def dense_layers(config) -> dict[str, tuple[int, ...]]:
 
 
 def modules(kernels: Kernels) -> dict[str, tuple[str, int | None]]:
-    """Diffusers' module names: {'blocks.0.attn1.to_q': ('blocks/attn1/to_q', 0)}; the number is
-    None outside blocks.
+    """Return Diffusers' module names with our layers: {'blocks.0.attn1.to_q': ('blocks/...', 0)}.
+
+    The number is the block's, None outside blocks.
     """
     table = key_table.entries(
         "transformer", {f"{layer}/kernel": shape for layer, shape in kernels.items()}
@@ -62,25 +62,22 @@ def modules(kernels: Kernels) -> dict[str, tuple[str, int | None]]:
 
 
 def original_name(module: str) -> str:
-    """'blocks.0.attn1.to_q' to 'blocks.0.self_attn.q'."""
-    block, name = re.fullmatch(r"(blocks\.\d+\.)?(.+)", module).groups(default="")
-    return block + ORIGINAL[name]
+    """Return Wan's original name of a module: 'blocks.0.self_attn.q' for 'blocks.0.attn1.to_q'."""
+    name = re.sub(r"^blocks\.\d+\.", "", module)
+    return module.removesuffix(name) + ORIGINAL[name]
 
 
 def layer_targets(layers: Iterable[str], kernels: Kernels) -> tuple[str, ...]:
-    """The shortest target names, as PEFT's `target_modules`, that adapt exactly these layers of the
-    model.
-    """
-    layers, targets = set(layers), {}
+    """Return the shortest target names, as in PEFT's `target_modules`, that adapt only `layers`."""
+    wanted, targets = set(layers), set()
     for module, (layer, _) in modules(kernels).items():
-        if layer not in layers:
+        if layer not in wanted:
             continue
         parts = re.sub(r"^blocks\.\d+\.", "", module).split(".")
-        endings = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)] + [
-            layer.replace("/", ".")
-        ]
-        usual = [e for e in endings if e in ENDINGS] + [e for e in endings if not e[0].isdigit()]
-        targets[next(e for e in usual if adapted_layers(kernels, (e,)) <= layers)] = None
-    return tuple(
-        sorted(targets, key=lambda t: (ENDINGS.index(t) if t in ENDINGS else len(ENDINGS), t))
-    )
+        endings = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+        endings.append(layer.replace("/", "."))
+        candidates = [ending for ending in endings if ending in ENDINGS]
+        candidates += [ending for ending in endings if not ending[0].isdigit()]
+        targets.add(next(c for c in candidates if adapted_layers(kernels, (c,)) <= wanted))
+    known = [ending for ending in ENDINGS if ending in targets]
+    return (*known, *sorted(targets.difference(known)))

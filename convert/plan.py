@@ -1,7 +1,7 @@
-"""What a conversion will write, known from the headers alone, before data is read.
+"""Plan of what a conversion will write, made from the files' headers before data is read.
 
-`plan_component` checks a component of the source against its config; `Plan.pieces` then yields one
-tensor as it will be stored, at most a few hundred MB at a time. Writing and `--check` share it.
+`plan_component` checks a component of the source against its config. `Plan.pieces` then yields a
+tensor as it will be stored, at most a few hundred MB at a time; writing and `--check` share it.
 """
 
 import dataclasses
@@ -32,14 +32,20 @@ TILE = 32  # columns transposed at once: 5.8 GB/s on one core, NumPy's own copy 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One component's conversion."""
+    """The conversion of one component.
+
+    Attributes:
+        component: 'transformer', 'transformer_2', 'vae' or 'text_encoder'.
+        source: the folder in Diffusers layout.
+        shards: the component's tensors in the source.
+        table: its key table in the order of the source's files, which are so read in one pass.
+        arrays: what will be written, {path: (shape, dtype, whether layers are stacked)}.
+    """
 
     component: str
     source: pathlib.Path
     shards: Shards
-    # in the order of the source's files, so that they are read in one pass
     table: list[key_table.Entry]
-    # ours: {path: (shape, dtype, stacked over layers)}
     arrays: dict[str, tuple[tuple[int, ...], np.dtype, bool]]
 
     @property
@@ -48,21 +54,20 @@ class Plan:
 
     @property
     def size(self) -> int:
-        """Bytes of our arrays."""
+        """Bytes that will be written."""
         return sum(self.stored_bytes(entry) for entry in self.table)
 
     def stored_bytes(self, entry: key_table.Entry) -> int:
-        """Bytes of one source tensor in our layout."""
+        """Return the bytes of one source tensor as it will be stored."""
         return math.prod(entry.shape) * self.arrays[entry.path][1].itemsize
 
     def pieces(self, entry: key_table.Entry) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, contiguous array as stored) for one tensor of the source: whole, or, where
-        the layout is the same and no layers are stacked (the 4.2 GB embedding), in the parts of
-        `array_store.chunk_shape`.
+        """Yield (first row, contiguous array as it will be stored) for one tensor of the source.
 
-        An array is good until this thread asks for the next one of any plan: it lies in the
-        thread's `Buffers`. Raises `UserError` on NaN, infinity, a value too large for the type to
-        write and a damaged file.
+        A tensor comes in one piece, or in pieces of `array_store.chunk_shape` if its layout does
+        not change and no layers are stacked (the embedding of 4.2 GB). An array is valid until the
+        thread asks any plan for the next one, since it lies in the thread's `Buffers`. Raises
+        `UserError` on NaN, infinity, a value too large for the stored type and a damaged file.
         """
         shape, dtype, stacked = self.arrays[entry.path]
         rows = array_store.chunk_shape(shape, dtype.itemsize, stacked)[0]
@@ -70,31 +75,31 @@ class Plan:
             yield 0, self._as_stored(entry, self.shards.read(entry.key, buffers=BUFFERS), dtype)
             return
         for row in range(0, shape[0], rows):
-            part = self.shards.read(entry.key, range(row, min(row + rows, shape[0])), BUFFERS)
-            yield row, self._as_stored(entry, part, dtype)
+            piece = self.shards.read(entry.key, range(row, min(row + rows, shape[0])), BUFFERS)
+            yield row, self._as_stored(entry, piece, dtype)
 
     def _as_stored(self, entry: key_table.Entry, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """A source tensor, or rows of it, in our layout and dtype (rounded to nearest even),
-        contiguous.
+        """Return a source tensor, or rows of it, contiguous in our layout and dtype.
+
+        Values are rounded to nearest even.
         """
         name = f"{self.shards.where[entry.key]}: tensor {entry.key}"
         if value.dtype == dtype == np.float64:
-            rounded(value, np.dtype(np.float32), name)  # as it will be when the model is loaded
+            rounded(value, np.dtype(np.float32), name)  # a check, since loading rounds to float32
         if value.dtype != dtype:
             value = rounded(value, dtype, name, BUFFERS.take("cast", value.shape, dtype))
         ours = entry.to_ours(value)
-        return (
-            ours
-            if ours.flags.c_contiguous
-            else contiguous(ours, BUFFERS.take("ours", ours.shape, dtype))
-        )
+        if ours.flags.c_contiguous:
+            return ours
+        return contiguous(ours, BUFFERS.take("ours", ours.shape, dtype))
 
 
 def rounded(
     value: np.ndarray, dtype: np.dtype, name: str, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return `value` rounded to `dtype`, in `out` if given. Raise `UserError` when a finite value
-    becomes infinite.
+    """Return `value` rounded to `dtype`, in `out` if given.
+
+    name: the tensor's, for the message. Raises `UserError` when a finite value becomes infinite.
     """
     if value.dtype == dtype:
         return value
@@ -115,52 +120,53 @@ def rounded(
 
 
 def contiguous(value: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """The array in C order, in `out` if given; copies a transposed matrix faster than NumPy: in
-    tiles that stay in the cache.
+    """Return the array in C order, in `out` if given.
+
+    A transposed matrix is copied in tiles that stay in the cache, which is faster than NumPy.
     """
     if out is None and value.flags.c_contiguous:
         return value
     out = np.empty(value.shape, value.dtype) if out is None else out
-    a, b = (x.view(f"u{x.dtype.itemsize}") for x in (out, value))
+    unsigned = f"u{value.dtype.itemsize}"
+    target, source = out.view(unsigned), value.view(unsigned)
     if value.ndim != 2 or value.flags.c_contiguous:
-        a[...] = b
+        target[...] = source
     else:
-        for i in range(0, value.shape[1], TILE):
-            a[:, i : i + TILE] = b[:, i : i + TILE]
+        for column in range(0, value.shape[1], TILE):
+            target[:, column : column + TILE] = source[:, column : column + TILE]
     return out
 
 
 def parse_dtypes(text: str) -> dict[str, str]:
-    """'bfloat16' or 'bfloat16,text_encoder=float32' to {component: 'source' | 'float32' |
-    'bfloat16'}.
+    """Parse --dtype, 'bfloat16' or 'bfloat16,text_encoder=float32', for every component.
 
-    The VAE stays in float32 unless it is named or the type is 'source'. Raises `UserError` on other
-    words.
+    Returns {component: 'source', 'float32' or 'bfloat16'}. The VAE stays in float32 unless it is
+    named or the type is 'source'. Raises `UserError` on an unknown type or component.
     """
     known = ("source", *DTYPES)
     parts = [part.strip() for part in text.split(",")]
     general = [part for part in parts if "=" not in part]
     named = dict(part.split("=", 1) for part in parts if "=" in part)
-    bad = [v for v in (*general, *named.values()) if v not in known] + [
-        k for k in named if k not in STEMS
-    ]
+    bad = [dtype for dtype in (*general, *named.values()) if dtype not in known]
+    bad += [component for component in named if component not in STEMS]
     if bad or len(general) > 1:
         raise UserError(
-            f"--dtype={text}: {bad[0] if bad else 'two general types'!r} is not understood; give "
-            f"one of {', '.join(known)}, and exceptions such as text_encoder=float32 after a comma "
+            f"invalid --dtype={text}: {bad[0] if bad else 'two general types'!r}; expected one of "
+            f"{', '.join(known)}, with exceptions such as text_encoder=float32 after a comma "
             f"(components: {', '.join(STEMS)})"
         )
     default = general[0] if general else "source"
-    return {
-        c: named.get(c, "float32" if c == "vae" and default == "bfloat16" else default)
-        for c in STEMS
-    }
+    dtypes = dict.fromkeys(STEMS, default)
+    if default == "bfloat16":
+        dtypes["vae"] = "float32"
+    return dtypes | named
 
 
 def plan_component(component: str, src: pathlib.Path, dtype: str) -> Plan:
-    """Reads config and headers, not the data. dtype: 'source', 'float32' or 'bfloat16' (what the
-    model keeps in float32 stays so). Raises `UserError` when the source is not complete, damaged,
-    or not the model its config describes.
+    """Return the plan of one component, from its config and the headers of its files.
+
+    dtype: 'source', 'float32' or 'bfloat16'; what the model keeps in float32 stays in it. Raises
+    `UserError` when the source is incomplete, damaged, or not the model its config describes.
     """
     if not (src / component).is_dir():
         raise UserError(f"{src / component} is missing: the download is not complete")
@@ -169,8 +175,8 @@ def plan_component(component: str, src: pathlib.Path, dtype: str) -> Plan:
         config = config_lib.load(
             model_dir.COMPONENTS[component][0], src / component / "config.json"
         )
-        kept = DTYPES["float32" if dtype == "source" else dtype]
-        like = flat_params.flatten(model_dir.abstract(component, config, dtype=kept)[1])
+        model_dtype = DTYPES["float32" if dtype == "source" else dtype]
+        like = flat_params.flatten(model_dir.abstract(component, config, dtype=model_dtype)[1])
         table = key_table.entries(
             component,
             {k: v.shape for k, v in like.items()},
@@ -180,7 +186,7 @@ def plan_component(component: str, src: pathlib.Path, dtype: str) -> Plan:
     except (config_lib.ConfigError, key_table.KeyTableError) as error:
         raise UserError(f"{src}: {error}") from None
     dtypes = {k: np.dtype(v.dtype) for k, v in like.items()}
-    # every tensor in the type it is stored in; layers that differ meet in one that holds both
+    # 'source' keeps each tensor's own type; stacked layers of different types get a common one
     if dtype == "source":
         stored: dict[str, list[np.dtype]] = {}
         for entry in table:

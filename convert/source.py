@@ -1,11 +1,9 @@
-"""The source of a conversion: a local folder or a hub id, checked before its weights are read or
-downloaded.
-"""
+"""The source of a conversion, a local folder or a hub id, checked before its weights are read."""
 
 import pathlib
 import re
 
-from convert.folders import LEFT_OUT
+from convert.folders import JOURNAL
 from wan_jax.command_line import cli
 from wan_jax.errors import UserError
 from wan_jax.models.config import ConfigError, load_scheduler, read_json
@@ -14,7 +12,7 @@ from wan_jax.storage import model_dir
 from wan_jax.storage.paths import check_apart, expand
 
 PIPELINE = "WanPipeline"
-COPIED = ("tokenizer", "scheduler")  # folders taken over as they are
+COPIED = ("tokenizer", "scheduler")  # folders that are copied without change
 DIFFUSERS = "the '-Diffusers' repository of the model, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 FILES = {
     ".safetensors": "a single-file checkpoint (of ComfyUI or in Wan's original layout)",
@@ -28,13 +26,12 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def source_folder(src: str, revision: str | None = None) -> pathlib.Path:
-    """Return the local folder, or the hub's snapshot. Raise `UserError` when neither is to be had."""
+    """Return the local folder or the hub's snapshot. Raises `UserError` if there is neither."""
     path = expand(src)
     if path.is_dir():
         if revision is not None:
             raise UserError(
-                f"--revision={revision} is for hub ids, and --src {src} is a local folder; leave "
-                "it out"
+                f"--revision={revision} is for hub ids, and --src {src} is a local folder; omit it"
             )
         return path
     if path.suffix.lower() in FILES or path.exists():
@@ -45,13 +42,15 @@ def source_folder(src: str, revision: str | None = None) -> pathlib.Path:
             "folder of it"
         )
     if not HUB_ID.fullmatch(src):
-        raise UserError(f"--src {src} is no folder, and no hub id of the form owner/name")
+        raise UserError(f"--src {src} is neither a folder nor a hub id of the form owner/name")
     return _download(src, revision)
 
 
 def _download(src: str, revision: str | None) -> pathlib.Path:
-    """The snapshot of a hub id, model_index.json first: another layout is refused before its
-    weights are downloaded.
+    """Download and return the snapshot of a hub id.
+
+    model_index.json comes first, so that another layout is refused before its weights are
+    downloaded. Raises `UserError`.
     """
     from huggingface_hub import constants, hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
@@ -64,24 +63,24 @@ def _download(src: str, revision: str | None) -> pathlib.Path:
     )
 
     elsewhere = (
-        f"or run `hf download {src} --local-dir FOLDER` where there is a network and give --src "
-        "FOLDER (a local folder with that name was not found either)"
+        f"or run `hf download {src} --local-dir FOLDER` on a machine with a network and give "
+        "--src FOLDER (there is no local folder of that name either)"
     )
     try:
         index = check_pipeline(
             pathlib.Path(hf_hub_download(src, "model_index.json", revision=revision)).parent
         )
-        parts = [
+        components = [
             name for name in model_dir.COMPONENTS if name != "transformer_2" or two_experts(index)
         ]
         patterns = [
             "model_index.json",
             *(f"{name}/*" for name in COPIED),
-            *(f"{name}/*.{kind}" for name in parts for kind in ("json", "safetensors")),
+            *(f"{name}/*.{kind}" for name in components for kind in ("json", "safetensors")),
         ]
         return pathlib.Path(snapshot_download(src, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
-        reason = f"it is no hub id: {str(error).splitlines()[0][:200]}"
+        reason = f"it is not a hub id: {str(error).splitlines()[0][:200]}"
     except RepositoryNotFoundError:
         reason = (
             "the hub knows no such model, or it is private; check the spelling, log in with `hf "
@@ -119,12 +118,12 @@ def _download(src: str, revision: str | None) -> pathlib.Path:
 
 
 def check_pipeline(src: pathlib.Path) -> dict:
-    """Return model_index.json of a Wan text-to-video pipeline. Raise `UserError` on anything else."""
+    """Return model_index.json of a Wan text-to-video pipeline. Raises `UserError` otherwise."""
     path = src / "model_index.json"
     if not path.is_file():
         raise UserError(
-            f"{path} is missing: {src} is no checkpoint in Diffusers layout (the original Wan "
-            f"layout is not read); give --src {DIFFUSERS}"
+            f"{path} is missing: {src} is not a checkpoint in Diffusers layout (Wan's original "
+            f"layout is not supported); give --src {DIFFUSERS}"
         )
     index = read_json(path)
     if index.get("_class_name") != PIPELINE:
@@ -152,13 +151,14 @@ def check_pipeline(src: pathlib.Path) -> dict:
 
 
 def two_experts(index: dict) -> bool:
-    """Whether the pipeline has a second transformer; [null, null] means none, as in TI2V-5B."""
+    """Return whether the pipeline has a second transformer; [null, null] is none, as in TI2V-5B."""
     return any(index.get("transformer_2") or ())
 
 
 def check_copied(src: pathlib.Path) -> None:
-    """Read the tokenizer and the scheduler, which are copied, as sampling will. Raise `UserError`
-    where it could not.
+    """Check the tokenizer and the scheduler, which are copied, by loading them as sampling does.
+
+    Raises `UserError` when they cannot be loaded.
     """
     copied_files(src)
     try:
@@ -169,10 +169,10 @@ def check_copied(src: pathlib.Path) -> None:
 
 
 def copied_files(src: pathlib.Path) -> list[pathlib.Path]:
-    """Return the files in `COPIED`. Raise `UserError` on links that leave the source or lead to a
-    folder.
+    """Return the files in the folders of `COPIED`.
 
-    The hub's cache keeps a snapshot's files as links to its own `blobs` folder, which are followed.
+    Links of a snapshot in the hub's cache to the cache's `blobs` folder are followed. Raises
+    `UserError` on any other link that leaves the source, and on links to folders.
     """
     root, files = expand(src), []
     cache = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
@@ -188,7 +188,7 @@ def copied_files(src: pathlib.Path) -> list[pathlib.Path]:
             ):
                 raise UserError(
                     f"{path} is a link to {target}, which is "
-                    f"{'a folder' if target.is_dir() else 'missing'} or outside the source: it is "
+                    f"{'a folder' if target.is_dir() else 'missing'} or outside the source, and is "
                     "not copied; put the files themselves there"
                 )
             if path.is_file():
@@ -197,11 +197,9 @@ def copied_files(src: pathlib.Path) -> list[pathlib.Path]:
 
 
 def check_destination(src: pathlib.Path, dst) -> None:
-    """Raise `UserError` when writing `dst` would destroy the source, which may be reached through
-    links.
-    """
+    """Raise `UserError` when writing `dst` would destroy the source or a target of its links."""
     check_apart(src, dst)
     for pattern in ("*", "*/*"):
         for path in src.glob(pattern):
-            if path.is_symlink() and path.name != LEFT_OUT:
+            if path.is_symlink() and path.name != JOURNAL:
                 check_apart(path, dst)

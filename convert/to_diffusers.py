@@ -1,13 +1,12 @@
-"""Writes a converted model back in Diffusers layout, with a run's trained weights merged in if
-given.
+"""Writes a converted model in Diffusers layout, optionally with a run's trained weights.
 
-    python -m convert.to_diffusers --src models/wan-1.3b --dst exported [--checkpoint runs/my_run]
-    [--dtype bfloat16]
+    python -m convert.to_diffusers --src models/wan-1.3b --dst exported
+    python -m convert.to_diffusers --src ... --dst ... --checkpoint runs/my_run --dtype bfloat16
 
-The inverse of `convert.from_diffusers`, by the same key table: without a checkpoint and with the
-default --dtype every tensor comes back bit for bit, with one file's tensors in memory at a time
-(and a run's trained weights, which are read whole). Trained weights are merged in float32 and
-rounded once to the type written; what rounding loses of them is printed. Diffusers'
+This is the inverse of `convert.from_diffusers` with the same key table: without a checkpoint and
+with the default `--dtype` every tensor is restored bit for bit. The tensors of one file are in
+memory at a time, and a run's trained weights as a whole. Trained weights are merged in float32 and
+rounded once to the type written; the share lost by rounding is printed. Diffusers'
 `WanPipeline.from_pretrained` loads the result.
 """
 
@@ -17,6 +16,7 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -36,19 +36,19 @@ from wan_jax.storage.paths import check_apart, expand
 from wan_jax.storage.trained_weights import load_trained
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-# (path, layer or None) to one layer of an array, or all of it
+# returns one layer of the array at a path, or all of it for None
 Read = Callable[[str, int | None], np.ndarray]
-# {path: (base array, index of the layer) to fp32}
-Changes = Mapping[str, Callable[[np.ndarray, object], np.ndarray]]
+# {path: function of the base array and the layer (... for all) that returns the new array in fp32}
+Changes = Mapping[str, Callable[[np.ndarray, Any], np.ndarray]]
 
 
 def merge_lora(
     shapes: Mapping[str, tuple[int, ...]], adapters: dict[str, np.ndarray], scale: float
 ) -> Changes:
-    """Return kernel + scale * A B, in float32, for every adapted kernel.
+    """Return the changes kernel + scale * A B, in float32, for every adapted kernel.
 
-    shapes: {'.../kernel': [L, in, out], ...}; adapters: {'.../lora_a': [L, in, r], '.../lora_b':
-    [L, r, out]}. Raises `UserError` when an adapter has no layer, or no partner.
+    shapes: {'.../kernel': [L, in, out], ...}. adapters: {'.../lora_a': [L, in, r], '.../lora_b':
+    [L, r, out]}. Raises `UserError` when an adapter has no layer, or lacks one of its factors.
     """
     changes = {}
     for layer in sorted({path.rsplit("/", 1)[0] for path in adapters}):
@@ -72,8 +72,10 @@ def merge_lora(
 def trained_changes(
     store: ArrayStore, lora: LoRAConfig | None, trained: dict[str, np.ndarray]
 ) -> Changes:
-    """Return what a run changed of a component: adapters merged into the kernels, or all its
-    weights; {}: nothing.
+    """Return what a run changed of a component, or {} if nothing.
+
+    lora: settings of the adapters, or None when all weights were trained. Raises `UserError` when
+    the trained arrays do not fit the component.
     """
     if lora is not None:
         return merge_lora(store.shapes, trained, lora.scale)
@@ -83,24 +85,24 @@ def trained_changes(
 
 
 class Merged:
-    """The base weights with a run's changes, computed in float32 and rounded once to the type to
-    write.
+    """The base weights with a run's changes, computed in float32 and rounded once to `dtypes`.
 
-    Counts how much of the changes rounding loses: the rounded base with the changes is compared
-    with the rounded base.
+    The share of the changes that rounding loses is counted: it compares the change of the rounded
+    weights with the change in float32.
     """
 
     def __init__(self, base: Read, changes: Changes, dtypes: Mapping[str, np.dtype]):
         self.base, self.changes, self.dtypes = base, changes, dtypes
-        self.changed = self.missed = 0.0  # squared norms
+        self.changed = self.missed = 0.0  # squared norms of the changes, and of what rounding lost
         self.rounds = any(dtypes[path] != np.float32 for path in changes)
 
     @property
     def lost(self) -> float:
-        """Relative norm of what rounding lost of the changes so far."""
+        """Relative norm of the part of the changes that rounding lost so far."""
         return math.sqrt(self.missed / self.changed) if self.changed else 0.0
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
+        """Return one layer of a merged array, or all of it for None, in the type to write."""
         base, dtype = self.base(path, layer), self.dtypes[path]
         name = path if layer is None else f"{path}[{layer}]"
         written = rounded(base, dtype, name)
@@ -120,29 +122,31 @@ def write_tensors(
     folder: pathlib.Path,
     stem: str,
     table: list[key_table.Entry],
-    dtypes: dict[str, np.dtype],
+    dtypes: Mapping[str, np.dtype],
     read: Read,
     shard_bytes: int,
     metadata: Mapping[str, str],
 ) -> None:
-    """One safetensors file, or several of at most `shard_bytes` with an index, as Diffusers names
-    them.
+    """Write one safetensors file, or several of at most `shard_bytes` with an index.
 
-    dtypes: {path: dtype that `read` returns}; metadata: of every file. One file's tensors are in
-    memory at a time.
+    stem: Diffusers' name of the files. dtypes: {path: dtype that `read` returns}. metadata: written
+    into every file. The tensors of one file are in memory at a time.
     """
 
-    def size(entry):
+    def size(entry: key_table.Entry) -> int:
         return math.prod(entry.shape) * dtypes[entry.path].itemsize
 
-    shards, filled = [[]], 0
+    # Distribute the tensors over files
+    shards: list[list[key_table.Entry]] = [[]]
+    filled = 0
     for entry in table:
         if shards[-1] and filled + size(entry) > shard_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(entry)
         filled += size(entry)
-    weight_map = {}
+    # Write one file after the other, then the index
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         name = (
             f"{stem}.safetensors"
@@ -170,7 +174,12 @@ def export(
     overwrite: bool = False,
     shard_gb: float = 5.0,
 ) -> None:
-    """Writes the Diffusers folder `dst`. Raises `UserError`; nothing half-written is left."""
+    """Write the Diffusers folder `dst` from the model folder `src`.
+
+    checkpoint: a run folder or one of its checkpoints, whose trained weights are merged. dtype:
+    'stored', 'float32' or 'bfloat16'. overwrite: replace an existing model. shard_gb: size of the
+    largest file. Raises `UserError`; `dst` is complete or does not exist.
+    """
     model, dst = model_dir.open_model(src), expand(dst)
     check_destination(model.path, dst)
     lora, experts = None, {}
@@ -194,13 +203,15 @@ def export(
             store = model.arrays(component)
             patch = getattr(model.config(component), "patch_size", None) or (1, 2, 2)
             table = key_table.entries(component, store.shapes, patch)
-            dtypes = (
-                store.dtypes if dtype == "stored" else dict.fromkeys(store.shapes, DTYPES[dtype])
-            )
+            dtypes: Mapping[str, np.dtype] = store.dtypes
+            if dtype != "stored":
+                dtypes = {path: DTYPES[dtype] for path in store.shapes}
             merged = Merged(
                 store.read, trained_changes(store, lora, experts.get(component, {})), dtypes
             )
-            size = sum(math.prod(shape) * dtypes[k].itemsize for k, shape in store.shapes.items())
+            size = sum(
+                math.prod(shape) * dtypes[path].itemsize for path, shape in store.shapes.items()
+            )
             cli.check_space(partial, size, f"the {component}")
             write_tensors(
                 partial / component,
@@ -219,8 +230,8 @@ def export(
             if merged.rounds:
                 print(
                     f"{component}: rounding to the type written lost {100 * merged.lost:.2g} % of "
-                    "the trained change (relative norm); --dtype float32 keeps it, as does python "
-                    "-m convert.export_lora",
+                    "the trained change (relative norm); --dtype float32 keeps it, as does "
+                    "python -m convert.export_lora",
                     flush=True,
                 )
     print(
@@ -238,11 +249,11 @@ if __name__ == "__main__":
     flags.DEFINE_string("src", None, "folder written by convert.from_diffusers", required=True)
     flags.DEFINE_string("dst", None, "folder to write", required=True)
     flags.DEFINE_string(
-        "checkpoint", None, "run folder of grpo.train, or one of its checkpoints/<epoch>"
+        "checkpoint", None, "run folder of grpo.train, or one of its checkpoints/EPOCH"
     )
     flags.DEFINE_enum(
-        "dtype", "stored", ["stored", *DTYPES], "type to write; stored keeps each tensor's own"
+        "dtype", "stored", ["stored", *DTYPES], "data type to write; stored keeps each tensor's own"
     )
-    flags.DEFINE_float("shard_gb", 5.0, "largest file, GB")
+    flags.DEFINE_float("shard_gb", 5.0, "size of the largest file in GB")
     flags.DEFINE_bool("overwrite", False, "replace an existing --dst")
     cli.run(main)

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,10 +15,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import from_diffusers, plan
-from convert.folders import LEFT_OUT, Shards, partial_folder, whole_folder
+from convert.folders import JOURNAL, Shards, partial_folder, whole_folder
 from convert.from_diffusers import STEMS, check, convert
-from convert.plan import contiguous, parse_dtypes
-from tests import commands, tiny
+from tests import tiny
 from wan_jax.command_line.cli import UserError
 from wan_jax.storage import array_store, model_dir
 
@@ -207,14 +207,6 @@ def test_a_store_that_lost_a_file_is_refused(own_model):
         model_dir.build("vae", model_dir.open_model(own_model, verify=False))
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (64, 32), (70, 97), (1, 40), (2, 3, 4)])
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_contiguous_transpose(shape, dtype):
-    value = np.arange(np.prod(shape)).reshape(shape).astype(dtype).T
-    copy = contiguous(value)
-    assert copy.flags.c_contiguous and copy.dtype == dtype and np.array_equal(copy, value)
-
-
 def test_load_onto_a_mesh_is_what_is_stored(source, tmp_path):
     """Arrays split and replicated over 8 devices, in the file's dtype and in another."""
     import jax
@@ -271,7 +263,7 @@ def killed(source, tmp_path_factory):
         dst = tmp_path_factory.mktemp("killed") / "model"
         done = run(DIE, source, dst, KILLED_AT, how)
         assert done.returncode == -getattr(signal, how), done.stderr
-        assert not dst.exists() and (partial_folder(dst) / LEFT_OUT).is_file()
+        assert not dst.exists() and (partial_folder(dst) / JOURNAL).is_file()
         with pytest.raises(UserError, match=r"no converted model|Diffusers folder"):
             model_dir.open_model(partial_folder(dst))
         return dst
@@ -312,7 +304,7 @@ def test_a_killed_conversion_continues(
         len(everything) - KILLED_AT < len(keys) < len(everything)
         and keys == everything[-len(keys) :]
     )
-    assert "tensors of them earlier" in capsys.readouterr().out
+    assert re.search(r"transformer: 69 tensors, .* \d+ of them earlier", capsys.readouterr().out)
     got, wanted = contents(tmp_path / "model"), contents(converted)
     assert {k for k in got.keys() | wanted.keys() if got.get(k) != wanted.get(k)} <= {
         f"{c}/params/{name}"
@@ -326,7 +318,7 @@ def test_a_killed_conversion_continues(
 def test_a_line_cut_short_and_a_lost_file_are_done_again(source, killed, tmp_path, monkeypatch):
     killed(tmp_path / "model")
     partial = partial_folder(tmp_path / "model")
-    journal = partial / LEFT_OUT
+    journal = partial / JOURNAL
     lines = journal.read_text().splitlines()
     journal.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:-4])
     shutil.rmtree(partial / "transformer/params/proj_out/kernel")
@@ -354,10 +346,9 @@ def test_a_changed_source_is_refused(own, killed, tmp_path, what):
         path.write_text(path.read_text() + "\n")
     else:
         dtype = "float32"
-    named = rf"source has changed since \(1 files, the first {path.relative_to(own)}"
-    named = "dtypes was" if what == "dtype" else named
+    named = "dtypes" if what == "dtype" else f"1 files.*{path.relative_to(own)}"
     before = contents(partial_folder(dst))
-    with pytest.raises(UserError, match=rf"{named}.*Give --restart"):
+    with pytest.raises(UserError, match=rf"{named}.*--restart"):
         convert(str(own), dst, dtype)
     assert contents(partial_folder(dst)) == before and not dst.exists()
     convert(str(own), dst, dtype, restart=True)
@@ -413,12 +404,12 @@ def change_index(path, what):
 @pytest.mark.parametrize(
     "what, message",
     [
-        ("other file", r"proj_out.bias is in .* by the index, and in .* in truth"),
+        ("other file", r"proj_out.bias is in .*safetensors, but it is in .*safetensors"),
         (
             "not in the files",
-            r"blocks.9.norm2.bias is in .*00001-of-00003.safetensors by the index, and in no file",
+            r"blocks.9.norm2.bias is in .*00001-of-00003.safetensors, but it is in no file",
         ),
-        ("not in the index", "proj_out.bias is in no file by the index"),
+        ("not in the index", "proj_out.bias is in no file, but"),
         ("no file", "other.safetensors is missing"),
     ],
 )
@@ -432,9 +423,7 @@ def test_an_index_that_does_not_agree(own, tmp_path, what, message):
 def test_types_that_are_not_read(own, tmp_path):
     path = own / "vae" / "diffusion_pytorch_model.safetensors"
     save_file(load_file(path) | {"quant_conv.bias": np.zeros(32, np.int8)}, path)
-    with pytest.raises(
-        UserError, match=r"quant_conv.bias is stored as I8, which is not read \(F64, F32,"
-    ):
+    with pytest.raises(UserError, match=r"quant_conv.bias has the type I8.*F64, F32"):
         convert(str(own), tmp_path / "model")
 
 
@@ -442,14 +431,6 @@ def test_types_that_are_not_read(own, tmp_path):
 
 
 def test_dtype_for_each_component(source, tmp_path):
-    assert set(parse_dtypes("source").values()) == {"source"}
-    assert (
-        parse_dtypes("bfloat16")["vae"] == "float32"
-        and parse_dtypes("bfloat16,vae=bfloat16")["vae"] == "bfloat16"
-    )
-    for bad in ("int8", "vae=int8", "unet=float32", "float32,bfloat16", ""):
-        with pytest.raises(UserError, match="--dtype="):
-            parse_dtypes(bad)
     convert(str(source), tmp_path / "model", "bfloat16,text_encoder=float32")
     model = model_dir.open_model(tmp_path / "model")
     found = {
@@ -467,81 +448,3 @@ def rewrite(path, change):
     weights = load_file(path)
     change(weights)
     save_file(weights, path)
-
-
-def change_store(path, fault):
-    """Changes a component's stored arrays."""
-    store = array_store.ArrayStore(path)
-    if fault == "flipped bit":
-        (file,) = store.chunk_files("blocks/ffn/net_2/kernel", 1)
-        file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
-    elif fault == "truncated":
-        (file,) = store.chunk_files("proj_out/kernel")
-        file.write_bytes(file.read_bytes()[:-2])
-    else:
-        arrays = {
-            k: (shape, store.dtypes[k], k.startswith("blocks/"))
-            for k, shape in store.shapes.items()
-        }
-        values = {k: store.read(k) for k in arrays}
-        if fault == "missing tensor":
-            del arrays["blocks/ffn/net_2/kernel"]
-        elif fault == "unknown tensor":
-            arrays["extra"], values["extra"] = ((3,), np.float32, False), np.zeros(3, np.float32)
-        elif fault == "other dtype":
-            arrays["proj_out/kernel"] = (store.shapes["proj_out/kernel"], np.float32, False)
-        shutil.rmtree(path)
-        changed = array_store.create(path, arrays)
-        for name, (shape, dtype, stacked) in arrays.items():
-            for layer in range(shape[0]) if stacked else [None]:
-                changed.write(
-                    name, values[name][... if layer is None else layer].astype(dtype), layer
-                )
-
-
-@pytest.mark.parametrize(
-    "fault, message",
-    [
-        (
-            "flipped bit",
-            r"blocks/ffn/net_2/kernel\[1\] \(blocks.1.ffn.net.2.weight\): 1 values differ, the first is",
-        ),
-        ("missing tensor", "blocks/ffn/net_2/kernel is missing, expected bfloat16"),
-        ("unknown tensor", r"extra is float32 \[3\], expected nothing"),
-        ("other dtype", r"proj_out/kernel is float32 .*, expected bfloat16"),
-        ("truncated", r"missing or truncated \(proj_out/kernel\)"),
-        ("config", "vae/config.json: is missing or differs"),
-        ("tokenizer", "tokenizer/.*: is missing or differs"),
-    ],
-)
-def test_check_finds(source, own_model, fault, message):
-    dst = own_model
-    if fault == "config":
-        (dst / "vae/config.json").write_text("{}")
-    elif fault == "tokenizer":
-        next(p for p in (dst / "tokenizer").iterdir()).unlink()
-    else:
-        change_store(model_dir.params_path(dst, "transformer"), fault)
-    with pytest.raises(UserError, match=message) as caught:
-        check(str(source), dst)
-    assert "in 1 places" in str(caught.value)
-
-
-def test_check_finds_what_changed_in_the_source(own, tmp_path):
-    convert(str(own), tmp_path / "model")
-    check(str(own), tmp_path / "model")
-    path = own / "vae" / "diffusion_pytorch_model.safetensors"
-    rewrite(path, lambda w: w["quant_conv.bias"].__setitem__(3, 7.0))
-    command = commands.command(
-        "convert.from_diffusers", f"--src={own}", f"--dst={tmp_path / 'model'}", "--check"
-    )
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=commands.environment()
-    )
-    assert (
-        done.returncode == 1 and "quant_conv/bias (quant_conv.bias): 1 values differ" in done.stderr
-    )
-    assert "should be 7.0" in done.stderr and "Traceback" not in done.stderr
-    rewrite(path, lambda w: w.pop("quant_conv.bias"))
-    with pytest.raises(UserError, match=r"1 missing \(quant_conv.bias\)"):
-        check(str(own), tmp_path / "model")

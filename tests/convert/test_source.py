@@ -3,7 +3,6 @@ downloaded.
 """
 
 import json
-import os
 import shutil
 
 import numpy as np
@@ -12,9 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from convert import source as sources
 from convert import to_diffusers
-from convert.folders import Shards, whole_folder
+from convert.folders import Shards
 from convert.from_diffusers import STEMS, check, convert
-from convert.plan import rounded
 from tests import tiny
 from wan_jax.command_line.cli import UserError
 from wan_jax.models.config import (
@@ -79,18 +77,6 @@ def test_the_way_back_does_not_destroy_its_source(tmp_path, monkeypatch):
         )
 
 
-def test_overwrite_replaces_models_only(tmp_path):
-    (tmp_path / "models" / "mine").mkdir(parents=True)
-    (tmp_path / "file").write_text("")
-    for name in ("models", "file"):
-        with (
-            pytest.raises(UserError, match=rf"{name} exists and holds no model"),
-            whole_folder(tmp_path / name, True),
-        ):
-            pass
-    assert (tmp_path / "models" / "mine").is_dir()
-
-
 def test_dots_a_tilde_and_spaces(source, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -101,88 +87,6 @@ def test_dots_a_tilde_and_spaces(source, tmp_path, monkeypatch):
     to_diffusers.export("~/model", "x/../a c/back")
     assert contents(tmp_path / "a c/back").keys() == contents(source).keys()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a b", "a c", "model", "x"]
-
-
-# ---- a kill while an existing folder is replaced -------------------------------------------------
-
-
-def write(folder, text):
-    for name in ("model_index.json", "part/a", "part/b"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(text)
-
-
-def replace(folder, text, resumable):
-    with whole_folder(folder, True, resumable=resumable) as partial:
-        write(partial, text)
-
-
-def killed_at(step, folder, resumable):
-    """Replace the folder in a child process that dies before its file operation number `step`;
-    return whether it did.
-    """
-    if (child := os.fork()) == 0:
-        count = 0
-
-        def dying(operation):
-            def operate(*args, **kwargs):
-                nonlocal count
-                count += 1
-                if count == step:
-                    os._exit(9)
-                return operation(*args, **kwargs)
-
-            return operate
-
-        for name in ("rename", "unlink", "rmdir", "replace"):
-            setattr(os, name, dying(getattr(os, name)))
-        try:
-            replace(folder, "new", resumable)
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*")
-@pytest.mark.parametrize("resumable", [True, False])
-def test_a_complete_copy_survives_a_kill_at_every_step(tmp_path, resumable):
-    whole = {
-        text: dict.fromkeys(("model_index.json", "part/a", "part/b"), text.encode())
-        for text in ("old", "new")
-    }
-    killed, step, seen = True, 0, set()
-    while killed:
-        step += 1
-        folder = tmp_path / str(step) / "model"
-        folder.mkdir(parents=True)
-        write(folder, "old")
-        killed = killed_at(step, folder, resumable)
-        kept = folder if folder.exists() else model_dir.previous_folder(folder)
-        assert contents(kept) in whole.values()
-        seen.add(kept.name)
-        if kept != folder:
-            with pytest.raises(UserError, match=rf"stopped half-way.*complete in {kept}"):
-                model_dir.open_model(folder)
-        with pytest.raises(UserError, match="exists already"), whole_folder(folder, False):
-            pass
-        assert contents(folder) in whole.values()
-        replace(folder, "new", resumable)
-        assert contents(folder) == whole["new"] and [p.name for p in folder.parent.iterdir()] == [
-            "model"
-        ]
-    assert step > 5 and seen == {"model", ".model.previous"}
-
-
-def test_a_destination_that_appears_meanwhile_is_kept(tmp_path):
-    model = tmp_path / "model"
-    with (
-        pytest.raises(UserError, match="exists already"),
-        whole_folder(model, False, resumable=True) as new,
-    ):
-        write(new, "new")
-        model.mkdir()
-        write(model, "other")
-    assert contents(new)["part/a"] == b"new" and contents(model)["part/a"] == b"other"
 
 
 # ---- what is no folder ---------------------------------------------------------------------------
@@ -210,7 +114,7 @@ def test_files_are_no_hub_ids(tmp_path, monkeypatch, name, kind):
     "src", ["a/b c", "a/b?x", "ä/ö:ü", "a//b", "-/..", "a/b--c", "a/b..c", "a/" + "b" * 120, ""]
 )
 def test_odd_hub_ids(src):
-    with pytest.raises(UserError, match=r"no hub id|no folder|'' cannot"):
+    with pytest.raises(UserError, match=r"hub id|'' cannot"):
         sources._download(src, None) if "--" in src or ".." in src or len(src) > 99 else convert(
             src, "x"
         )
@@ -341,24 +245,6 @@ def test_links_inside_the_source_and_of_a_hub_cache_are_followed(own, tmp_path):
 
 
 # ---- weights -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "dtype, value, wanted",
-    [
-        ("float32", 3.4e38, BF16),
-        ("float64", 1e300, np.dtype(np.float32)),
-        ("float64", 1e39, BF16),
-        ("float32", -3.4e38, BF16),
-    ],
-)
-def test_overflow_by_the_cast(dtype, value, wanted):
-    with pytest.raises(
-        UserError,
-        match=rf"tensor x is {dtype} and has values up to .*beyond the largest of {wanted}",
-    ):
-        rounded(np.array([1, value], dtype), wanted, "tensor x")
-    assert rounded(np.array([1, 3e38], dtype), wanted, "x")[1] == np.array(3e38).astype(wanted)
 
 
 @pytest.mark.parametrize(
