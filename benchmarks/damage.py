@@ -1,18 +1,18 @@
-"""Damages every file of a checkpoint and many of a model folder, one at a time, and counts what
-their readers do.
+"""Damages every file of a checkpoint and many of a model folder, one at a time, and reads them.
 
-    python -m benchmarks.damage [--model models/tiny-wan] [--arrays 8] [--seed 0]
+    python -m benchmarks.damage
+    python -m benchmarks.damage --model models/tiny-wan --arrays 8 --seed 0
 
-Copies the model, gives it a run folder with two checkpoints of random adapters, an exported file
-and a reward head, and applies to each file: removal, a folder in its place, half of it, none of it,
-other bytes, and single flipped bits. Then the functions behind the commands read it: `resume` is
-what grpo.train does before its first epoch, `sample` what sampling and evaluation do, `export` what
-convert.export_lora does, `model` loads a component, tokenizer, scheduler and cached prompts, `head`
-is a reward head. Of a component's arrays `--arrays` files are damaged.
+The model is copied, with a run folder of two checkpoints of random adapters and a reward head. Each
+file is removed, replaced by a folder, halved, emptied, overwritten with other bytes, and has single
+bits flipped. Then the functions of the commands read it: `resume` is what grpo.train does before
+its first epoch, `sample` what sampling and evaluation do, `export` what convert.export_lora does,
+`model` loads a component, tokenizer, scheduler and cached prompts, and `head` loads the reward
+head. `--arrays` files of each component's arrays are damaged.
 
-A reading ends in one clear message (one line that names the file or its folder), in the same values
-as before, in SILENTLY altered values, or in a TRACEBACK. The exit code is 1 when there are any of
-the last two.
+A reading ends in a message (one line that names the file or its folder), in the same values as
+before, in SILENTLY altered values, or in a TRACEBACK. The exit code is 1 when either of the last
+two occurs.
 """
 
 import collections
@@ -44,6 +44,7 @@ from rewards.ocr.targets import parse_targets
 from wan_jax.command_line import cli
 from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.distributed import sharding as sharding_lib
+from wan_jax.errors import UserError
 from wan_jax.inference import reward_guidance
 from wan_jax.inference.prompt_cache import PromptCache
 from wan_jax.models import flat_params, lora
@@ -56,13 +57,14 @@ from wan_jax.storage.checkpoint import Checkpoints
 from wan_jax.storage.trained_weights import load_transformers
 
 PROMPT = 'A red sign that says "open".'
-CACHED = (5, 24)  # shape of the cached rows of the prompt
+CACHED = (5, 24)  # shape of the prompt's cached embedding
 OUTCOMES = ("message", "same values", "SILENT", "TRACEBACK")
 
 
-def damages(path: pathlib.Path, flips: int = 3, seed: int = 0) -> dict[str, Callable[[], None]]:
-    """{name: what does it} of one file; at least `flips` single bits, one more for each 100 kB up
-    to 5 more.
+def damages(path: pathlib.Path, flips: int = 3, seed: int = 0) -> dict[str, Callable[[], object]]:
+    """Return {name: function that damages the file}.
+
+    At least `flips` single bits are flipped, and one more for each 100 kB up to 5.
     """
     content, rng = path.read_bytes(), np.random.default_rng([seed, len(str(path))])
 
@@ -70,12 +72,12 @@ def damages(path: pathlib.Path, flips: int = 3, seed: int = 0) -> dict[str, Call
         path.unlink()
         path.mkdir()
 
-    def flip(at: int) -> Callable[[], None]:
+    def flip(at: int) -> Callable[[], object]:
         changed = bytearray(content)
         changed[at] ^= 1 << int(rng.integers(8))
         return lambda: path.write_bytes(changed)
 
-    places = {
+    positions = {
         0,
         len(content) - 1,
         *rng.integers(0, max(len(content), 1), flips - 2 + min(5, len(content) // 100_000)),
@@ -89,12 +91,12 @@ def damages(path: pathlib.Path, flips: int = 3, seed: int = 0) -> dict[str, Call
     }
     if not content:
         return {name: kinds[name] for name in ("removed", "folder")}
-    return kinds | {f"bit flipped at {at}": flip(int(at)) for at in sorted(places)}
+    return kinds | {f"bit flipped at {at}": flip(int(at)) for at in sorted(positions)}
 
 
 @contextlib.contextmanager
-def damaged(path: pathlib.Path, damage: Callable[[], None]) -> Iterator[None]:
-    """The file is damaged inside the block, and as before after it."""
+def damaged(path: pathlib.Path, damage: Callable[[], object]) -> Iterator[None]:
+    """Damage the file inside the block, and restore it afterwards."""
     content = path.read_bytes()
     damage()
     try:
@@ -105,26 +107,28 @@ def damaged(path: pathlib.Path, damage: Callable[[], None]) -> Iterator[None]:
         path.write_bytes(content)
 
 
-def outcome(read: Callable[[], str], wanted: str, path: pathlib.Path) -> tuple[str, str]:
-    """(one of `OUTCOMES`, what was said). read: returns a digest of what it read."""
+def outcome(read: Callable[[], str], expected: str, path: pathlib.Path) -> tuple[str, str]:
+    """Return (one of `OUTCOMES`, the message) of reading a damaged file.
+
+    read: returns a digest of what it read. expected: the digest of the undamaged file.
+    """
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             found = read()
-    except Exception as error:  # whatever it is, it is counted and shown
+    except Exception as error:  # any exception is an outcome: it is counted and shown
         known = cli.explain(error)
         if known is None:
             return "TRACEBACK", f"{type(error).__name__}: {str(error)[:200]}"
-        names = (
-            any(str(p) in known[0] for p in (path, *path.parents) if len(p.parts) > 3)
-            or path.name in known[0]
+        named = path.name in known[0] or any(
+            str(folder) in known[0] for folder in (path, *path.parents) if len(folder.parts) > 3
         )
-        clear = isinstance(error, cli.UserError) and names and len(known[0].splitlines()) == 1
+        clear = isinstance(error, UserError) and named and len(known[0].splitlines()) == 1
         return ("message" if clear else "TRACEBACK"), known[0]
-    return ("same values" if found == wanted else "SILENT"), ""
+    return ("same values" if found == expected else "SILENT"), ""
 
 
 def digest(tree) -> str:
-    """SHA-256 of a tree of arrays, text and numbers."""
+    """Return the SHA-256 of a tree of arrays, text and numbers."""
     sha = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         value = leaf.encode() if isinstance(leaf, str) else np.asarray(leaf).tobytes()
@@ -134,7 +138,7 @@ def digest(tree) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A model folder, a run of it, and their readers."""
+    """A model folder and a run of it, with methods that read them and return a digest."""
 
     model: pathlib.Path
     run: pathlib.Path
@@ -145,17 +149,18 @@ class Subject:
 
     @classmethod
     def make(cls, folder: pathlib.Path, model: pathlib.Path) -> "Subject":
-        """Copies the model into `folder`, and writes two checkpoints and a reward head there."""
+        """Copy the model into `folder`, and write two checkpoints and a reward head there."""
         path = shutil.copytree(model, folder / "model", ignore=shutil.ignore_patterns("text_cache"))
-        c, mesh = tiny_ocr.get_config(), mesh_lib.make_mesh(devices=jax.devices()[:1])
-        c.model.path = str(path)
-        opened, s = model_dir.open_model(path), parse.from_config(c)
-        prompts = load_prompts(c.prompts.train, parse_targets)
+        config, mesh = tiny_ocr.get_config(), mesh_lib.make_mesh(devices=jax.devices()[:1])
+        config.update_from_flattened_dict({"model.path": str(path)})
+        opened, settings = model_dir.open_model(path), parse.from_config(config)
+        assert settings.lora is not None
+        prompts = load_prompts(config.to_dict()["prompts"]["train"], parse_targets)
         state = {}
         for i, name in enumerate(opened.experts):
             module = WanTransformer3D(opened.config(name), dtype=jnp.float32, rngs=nnx.Rngs(0))
             adapters = flat_params.flatten(
-                nnx.split(lora.attach(module, s.lora, jax.random.key(i)), LoRAParam, ...)[1]
+                nnx.split(lora.attach(module, settings.lora, jax.random.key(i)), LoRAParam, ...)[1]
             )
             rng = np.random.default_rng(i)
             arrays = {
@@ -164,18 +169,19 @@ class Subject:
             }
             state[name] = init_state(
                 sharding_lib.shard_params(arrays, mesh),
-                s.optimiser,
-                s.method.adaptive_kl,
-                s.method.lagged,
+                settings.optimiser,
+                settings.method.adaptive_kl,
+                settings.method.lagged,
             )
-        subject = cls(path, folder / "run", folder / "head.safetensors", c.to_dict(), state, mesh)
+        head_path = folder / "head.safetensors"
+        subject = cls(path, folder / "run", head_path, config.to_dict(), state, mesh)
         for epoch in (1, 2):
             train_state.save(
                 Checkpoints(subject.run),
                 epoch,
                 state,
                 subject.config,
-                s.lora,
+                settings.lora,
                 Spent(epoch, 1.0),
                 train_state.origin(opened, prompts),
             )
@@ -187,8 +193,10 @@ class Subject:
         return subject
 
     def resume(self) -> str:
+        """Read what grpo.train reads before its first epoch."""
         model, checkpoints = model_dir.open_model(self.model), Checkpoints(self.run)
         epoch = checkpoints.latest()
+        assert epoch is not None
         meta = checkpoints.check(epoch)
         prompts = load_prompts(self.config["prompts"]["train"], parse_targets)
         train_state.check_resume(
@@ -200,30 +208,35 @@ class Subject:
         )
 
     def sample(self) -> str:
+        """Load the weights as sampling and evaluation do."""
         model = model_dir.open_model(self.model)
         _, weights = load_transformers(model, str(self.run), jnp.float32, "xla", self.mesh, "never")
         return digest([flat_params.flatten(weights(i)) for i in range(len(model.experts))])
 
     def export(self) -> str:
+        """Export the adapters as a LoRA file."""
         with tempfile.TemporaryDirectory() as folder:
             files = export(self.run, self.model, folder)
             return digest([load_file(path) for path in files.values()])
 
     def load(self, component: str) -> str:
+        """Load one component of the model."""
         return digest(
             flat_params.flatten(model_dir.build(component, model_dir.open_model(self.model))[1])
         )
 
     def small_files(self) -> str:
+        """Load the tokenizer, the scheduler, the configurations and a cached prompt."""
         model = model_dir.open_model(self.model)
         ids, mask = Tokenizer.load(model.tokenizer_path)([PROMPT], 64)
         rows = PromptCache(model, np.float32).get(PROMPT)
-        # None: they would be computed again
+        # None: the damaged embedding would be computed again
         rows = np.ones(CACHED, np.float32) if rows is None else rows
         configs = [dataclasses.asdict(model.config(name)) for name in model.components]
         return digest([ids, mask, rows, str(model.boundary), str(configs), str(model.scheduler)])
 
     def load_head(self) -> str:
+        """Load the reward head."""
         model = model_dir.open_model(self.model)
         head = reward_guidance.load_head(self.head, model.config("transformer"), model)
         return digest(flat_params.flatten(nnx.state(head, nnx.Param)))
@@ -232,11 +245,11 @@ class Subject:
 def subjects(
     subject: Subject, arrays: int, seed: int
 ) -> Iterator[tuple[str, pathlib.Path, str, Callable[[], str]]]:
-    """(kind of file, file, name of the reader, reader) of every pair that is tried."""
+    """Yield (kind of file, file, name of the reader, reader) for every pair that is tried."""
     for path in files_of(subject.run / "checkpoints/2"):
         kind = path.relative_to(subject.run / "checkpoints/2").parts[0]
         readers = {"resume": subject.resume}
-        if kind != "state":  # which sampling and export do not read
+        if kind != "state":  # sampling and export do not read the state
             readers |= {"sample": subject.sample, "export": subject.export}
         for name, read in readers.items():
             yield f"checkpoint {kind}", path, name, read
@@ -261,30 +274,32 @@ def subjects(
 
 
 def files_of(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Return all files in a folder and its subfolders."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def measure(
     subject: Subject, arrays: int, seed: int, show=print
 ) -> dict[tuple[str, str], collections.Counter]:
-    """{(kind of file, reader): how often each of `OUTCOMES`}; every bad one is shown."""
-    counts, wanted = {}, {}
+    """Return {(kind of file, reader): number of each of `OUTCOMES`}; bad ones are shown."""
+    counts, expected = {}, {}
     for kind, path, name, read in subjects(subject, arrays, seed):
-        if (key := (kind, name)) not in wanted:
+        key = (kind, name)
+        if key not in expected:
             with contextlib.redirect_stdout(io.StringIO()):
-                wanted[key] = read()
+                expected[key] = read()
             counts[key] = collections.Counter()
         for how, damage in damages(path, seed=seed).items():
             with damaged(path, damage):
-                found, said = outcome(read, wanted[key], path)
+                found, message = outcome(read, expected[key], path)
             counts[key][found] += 1
             if found in ("SILENT", "TRACEBACK"):
-                show(f"{found}: {path} {how}, read by {name}: {said}")
+                show(f"{found}: {path} {how}, read by {name}: {message}")
     return counts
 
 
 def table(counts: dict[tuple[str, str], collections.Counter]) -> list[str]:
-    """In Markdown."""
+    """Return the lines of a Markdown table."""
     lines = [
         f"| files | read by | damages | {' | '.join(OUTCOMES)} |",
         "|---|---|" + "---|" * (1 + len(OUTCOMES)),
@@ -308,7 +323,9 @@ def main(_):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", "models/tiny-wan", "converted model; it is copied")
-    flags.DEFINE_integer("arrays", 8, "files of values to damage in each component", lower_bound=0)
-    flags.DEFINE_integer("seed", 0, "of the places that are damaged")
+    flags.DEFINE_string("model", "models/tiny-wan", "converted model, which is copied")
+    flags.DEFINE_integer(
+        "arrays", 8, "files of array values to damage in each component", lower_bound=0
+    )
+    flags.DEFINE_integer("seed", 0, "seed of the positions that are damaged")
     cli.run(main)

@@ -1,13 +1,12 @@
-"""Decoding latents to uint8 frames on the host, as training and sampling do: milliseconds and peak
-memory.
+"""Measures milliseconds and peak memory of decoding latents to uint8 frames on the host.
 
-    python -m benchmarks.decode [--height 480 --width 832 --frames 81 --batch 1 --dtype float32
-    --chunk N] [--json FILE]
+    python -m benchmarks.decode --height 480 --width 832 --frames 81 --batch 1
+    python -m benchmarks.decode --dtype bfloat16 --chunk 4 --json FILE
 
-Wan 2.1's VAE with random weights drawn on the device; chunks as `pipeline.make_decoder` chooses
-them, or of --chunk latent frames. Where XLA's search for the fastest convolutions runs in the same
-process its scratch memory is part of the peak: with JAX_COMPILATION_CACHE_DIR set, a second call
-shows what decoding takes.
+The decoder is the one of training and sampling: Wan 2.1's VAE with random weights, in chunks as
+`pipeline.make_decoder` chooses them or of `--chunk` latent frames. The peak contains the scratch
+memory of XLA's search for the fastest convolutions if that runs in the same process. With
+JAX_COMPILATION_CACHE_DIR set, a second call shows what decoding alone takes.
 """
 
 import math
@@ -33,36 +32,36 @@ TINY = VAEConfig(
 
 
 def random_vae(size: str, dtype) -> tuple[nnx.GraphDef, nnx.State]:
-    """Weights drawn on the host, which compiles nothing: kernels that keep the variance, scales 1,
-    biases 0.
+    """Return a VAE with random weights: kernels that preserve the variance, scales 1, biases 0.
+
+    The weights are drawn on the host, so that nothing is compiled for them.
     """
     graph, like = model_dir.abstract("vae", TINY if size == "tiny" else VAE_21, dtype=dtype)
     rng = np.random.default_rng(0)
 
-    def draw(path: str, x: jax.ShapeDtypeStruct) -> jax.Array:
+    def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
         if path.endswith("kernel"):
-            value = rng.standard_normal(x.shape, np.float32) * math.prod(x.shape[:-1]) ** -0.5
-        else:
-            value = np.full(x.shape, float(path.endswith("scale")))
-        return jnp.asarray(value, x.dtype)
+            return rng.standard_normal(shape, np.float32) * math.prod(shape[:-1]) ** -0.5
+        return np.full(shape, float(path.endswith("scale")))
 
-    return graph, flat_params.unflatten(
-        like, {path: draw(path, x) for path, x in flat_params.flatten(like).items()}
-    )
+    weights = {
+        path: jnp.asarray(draw(path, leaf.shape), leaf.dtype)
+        for path, leaf in flat_params.flatten(like).items()
+    }
+    return graph, flat_params.unflatten(like, weights)
 
 
-def measure(f) -> Record:
-    graph, state = random_vae(f.size, jnp.dtype(f.dtype))
-    decode = pipeline.make_decoder(graph, chunk=f.chunk)
-    x = jax.random.normal(
-        jax.random.key(0), (f.batch, *workload.latent_shape(f.frames, f.height, f.width))
+def measure(settings) -> Record:
+    """Return the figures of decoding. settings: the flags."""
+    graph, state = random_vae(settings.size, jnp.dtype(settings.dtype))
+    decode = pipeline.make_decoder(graph, chunk=settings.chunk)
+    latents = jax.random.normal(
+        jax.random.key(0), (settings.batch, *workload.shape_of_latents(settings))
     )
-    stage = Stage.of(timed(lambda: decode(state, x)(), f.repeats), peak_bytes())
-    print(
-        f"decode {f.batch} x {f.frames} x {f.height} x {f.width}, {f.dtype}, "
-        f"{jax.devices()[0].device_kind}: {stage}"
-    )
-    return Record(f"ours {f.dtype}", {"decode": stage}, jax.devices()[0].device_kind, software())
+    stage = Stage.of(timed(lambda: decode(state, latents)(), settings.repeats), peak_bytes())
+    device = jax.devices()[0].device_kind
+    print(f"decode {workload.describe_shape(settings)}, {settings.dtype}, {device}: {stage}")
+    return Record(f"ours {settings.dtype}", {"decode": stage}, device, software())
 
 
 def main(_):
@@ -72,9 +71,9 @@ def main(_):
 if __name__ == "__main__":
     workload.define_flags(guidance=1.0, kl=0.0)
     flags.DEFINE_string(
-        "dtype", "float32", "of weights and convolutions; training decodes in float32"
+        "dtype", "float32", "data type of weights and convolutions; training decodes in float32"
     )
     flags.DEFINE_integer(
-        "chunk", None, "latent frames at a time, 0 for whole clips; None: as training chooses"
+        "chunk", None, "latent frames decoded at a time, 0 for whole videos; None: as training does"
     )
     app.run(main)

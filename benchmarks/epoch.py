@@ -1,18 +1,18 @@
-"""One epoch of training with random weights, by the functions that `grpo.train` calls: seconds of
-every stage.
+"""Measures the stages of one epoch of training with random weights, as `grpo.train` runs it.
 
-    python -m benchmarks.epoch --size 1.3b [--groups 3 --group_size 12 --batch 9 --workers 14]
-    [--json FILE]
+    python -m benchmarks.epoch --size 1.3b --groups 3 --group_size 12 --batch 9 --workers 14
+    python -m benchmarks.epoch --size tiny --json FILE
 
-Counted: sampling with guidance over all steps, --trained of them stochastic; the VAE's decoding to
-frames on the host; OCR in worker processes while the next batch samples; advantages; the update
-over all stochastic steps with the KL to the reference, clipping, AdamW and the moving average. Not
-counted: encoding the prompts, logging, checkpoints. What is scored are drawn signs of the videos'
-size (`workload.signs`), since random weights draw no text. The figures are of the last epoch, the
-ones before compile. `benchmarks.peer --task=epoch` is the same in PyTorch.
+Counted: sampling with guidance over all steps, `--trained` of them stochastic; the VAE's decoding
+to frames on the host; OCR in worker processes while the next batch is sampled; advantages; the
+update over all stochastic steps with the KL to the reference, clipping, AdamW and the moving
+average. Not counted: encoding the prompts, logging, checkpoints. Drawn signs of the videos' size
+are scored (`workload.signs`), since random weights draw no text. The figures are those of the last
+epoch; earlier epochs compile. `benchmarks.peer --task=epoch` measures the same in PyTorch.
 """
 
 import functools
+import math
 import time
 
 import jax
@@ -40,50 +40,61 @@ from wan_jax.models.transformer import REMAT_POLICIES
 
 
 class Clock:
-    """Adds up the seconds of stages; called after each with its name and the arrays to wait for."""
+    """Adds up the seconds of stages. It is called after each stage with the arrays to wait for."""
 
     def __init__(self):
-        self.last, self.seconds = time.perf_counter(), {}
+        self.last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
 
     def __call__(self, stage: str, arrays=None) -> None:
         jax.block_until_ready(arrays)
-        before, self.last = self.last, time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + self.last - before
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.last
+        self.last = now
 
 
 class Epoch:
-    """Everything an epoch needs, on the device; a call runs one and returns the seconds of its
-    stages.
+    """What an epoch needs, on the device. A call runs one epoch and returns its stages' seconds.
 
-    As in training the host is one batch ahead of the device, so some of a batch's sampling lies in
-    another's decoding.
+    As in training the host is one batch ahead of the device, so the decoding of a batch includes
+    part of the sampling of the next one. `ratio` is (least, largest) ratio of the first update.
     """
 
-    def __init__(self, f, pool: RewardPool):
-        self.f, self.pool = f, pool
-        self.policy = RandomPolicy.draw(f.size, f.dtype, f.remat)
-        table = StepTable.make(flow_sigmas(f.steps, workload.SHIFT), SDEConfig("flow_grpo_wan"))
+    def __init__(self, settings, pool: RewardPool):
+        self.settings = settings  # the flags
+        self.pool = pool
+        self.ratio = (math.nan, math.nan)
+        self.policy = RandomPolicy.draw(settings.size, settings.dtype, settings.remat)
+        table = StepTable.make(
+            flow_sigmas(settings.steps, workload.SHIFT), SDEConfig("flow_grpo_wan")
+        )
         optimiser = OptimiserConfig()
-        self.step = make_step(self.policy.policy, table, f.guidance)
-        policy, loss = self.policy.policy, LossConfig(kl_beta=f.kl)
-        gradient = make_gradient(policy, table, f.guidance, loss)
+        self.step = make_step(self.policy.policy, table, settings.guidance)
+        policy, loss = self.policy.policy, LossConfig(kl_beta=settings.kl)
+        gradient = make_gradient(policy, table, settings.guidance, loss)
         self.update = make_update(gradient, policy, optimiser, self.policy.mesh)
         self.state = init_state(self.policy.trainable, optimiser)
-        graph, self.vae = random_vae(f.size, jnp.float32)
+        graph, self.vae = random_vae(settings.size, jnp.float32)
         self.decode = pipeline.make_decoder(graph)
         self.targets = [
-            target for _, target in workload.prompts(f.groups) for _ in range(f.group_size)
+            target
+            for _, target in workload.prompts(settings.groups)
+            for _ in range(settings.group_size)
         ]
-        self.rows = workload.epoch_rows(f.groups, f.group_size, f.batch, f.updates)
-        self.texts = [self.policy.random_text(f.batch) for _ in self.rows]
+        self.rows = workload.epoch_rows(
+            settings.groups, settings.group_size, settings.batch, settings.updates
+        )
+        self.texts = [self.policy.random_text(settings.batch) for _ in self.rows]
         self.pictures = [
-            workload.signs([self.targets[i] for i in r], f.frames, f.height, f.width, b)
+            workload.signs(
+                [self.targets[i] for i in r], settings.frames, settings.height, settings.width, b
+            )
             for b, r in enumerate(self.rows)
         ]
-        self.shape = workload.latent_shape(f.frames, f.height, f.width)
+        self.shape = workload.latent_shape(settings.frames, settings.height, settings.width)
 
     def __call__(self, number: int) -> dict[str, float]:
-        f, key, clock = self.f, jax.random.key(number), Clock()
+        settings, key, clock = self.settings, jax.random.key(number), Clock()
         trajectories, pending = [], []
         samples = [self.policy.placed(jnp.asarray(rows, jnp.int32)) for rows in self.rows]
         noise = [initial_noise(key, numbers, self.shape) for numbers in samples]
@@ -94,8 +105,8 @@ class Epoch:
             self.texts,
             key=key,
             samples=samples,
-            parts=[Segment(0, range(f.steps))],
-            windows=[np.arange(f.trained)],
+            parts=[Segment(0, range(settings.steps))],
+            windows=[np.arange(settings.trained)],
         )
         decoding = ((*batch, self.decode(self.vae, batch[2])) for batch in batches)
         for _, b, x, trajectory, video in pipeline.one_ahead(decoding):
@@ -107,50 +118,51 @@ class Epoch:
                 submit(
                     self.pool,
                     self.rows[b],
-                    pipeline.Videos(self.pictures[b], np.ones(f.batch, bool)),
+                    pipeline.Videos(self.pictures[b], np.ones(settings.batch, bool)),
                     [self.targets[i] for i in self.rows[b]],
                 )
             )
         scores = gather_scores(pending, len(self.targets))
         clock("score wait")
-        groups = np.repeat(np.arange(f.groups), f.group_size)
+        groups = np.repeat(np.arange(settings.groups), settings.group_size)
         advantages = group_advantages(scores.values, groups, scores.valid, std="group", clip=5.0)
-        size = len(self.rows) // f.updates
+        size = len(self.rows) // settings.updates
         for first in range(0, len(self.rows), size):
             part = slice(first, first + size)
             batch = stack_batches(
                 trajectories[part],
-                advantages.reshape(-1, f.batch)[part],
-                scores.valid.reshape(-1, f.batch)[part],
+                advantages.reshape(-1, settings.batch)[part],
+                scores.valid.reshape(-1, settings.batch)[part],
             )
             self.state, metrics, _ = self.update(self.state, self.policy.frozen, batch)
-            if first == 0:
-                self.ratio = metrics.averages()
+            if first == 0 and number == 0:
+                averages = metrics.averages()
+                self.ratio = averages["ratio_min"], averages["ratio_max"]
         clock("update", self.state.trainable)
         return clock.seconds
 
 
-def measure(f) -> Record:
+def measure(settings) -> Record:
+    """Return the figures of the last epoch. settings: the flags."""
     with RewardPool(
-        functools.partial(OCRReward, rule="flow_grpo_video"), workers=f.workers
+        functools.partial(OCRReward, rule="flow_grpo_video"), workers=settings.workers
     ) as pool:
-        epoch, kind = Epoch(f, pool), jax.devices()[0].device_kind
-        for number in range(f.epochs):
+        epoch, kind = Epoch(settings, pool), jax.devices()[0].device_kind
+        seconds: dict[str, float] = {}
+        for number in range(settings.epochs):
             seconds = epoch(number)
             print(
                 f"epoch {number + 1}: " + ", ".join(f"{k} {v:.2f} s" for k, v in seconds.items()),
                 flush=True,
             )
-            if number == 0:
-                ratio = epoch.ratio["ratio_min"], epoch.ratio["ratio_max"]
     seconds = {"epoch": sum(seconds.values())} | seconds
     stages = {
         name: Stage.of(value / len(epoch.targets), peak_bytes()) for name, value in seconds.items()
     }
     for name, stage in stages.items():
         print(f"{name}, per video: {stage}")
-    print(f"first update's ratio: {ratio[0]:.7f} to {ratio[1]:.7f}")
-    return Record("ours", stages, kind, software(), ratio)
+    print(f"ratio of the first update: {epoch.ratio[0]:.7f} to {epoch.ratio[1]:.7f}")
+    return Record("ours", stages, kind, software(), epoch.ratio)
 
 
 def main(_):
@@ -160,10 +172,13 @@ def main(_):
 if __name__ == "__main__":
     workload.define_flags(guidance=4.5, kl=0.004)
     workload.define_epoch_flags()
-    flags.DEFINE_string("dtype", "bfloat16", "of weights and matrix products")
+    flags.DEFINE_string("dtype", "bfloat16", "data type of weights and matrix products")
     flags.DEFINE_enum(
-        "remat", "save_matmuls", list(REMAT_POLICIES), "what the backward pass computes again"
+        "remat",
+        "save_matmuls",
+        list(REMAT_POLICIES),
+        "activations that the backward pass recomputes",
     )
-    flags.DEFINE_integer("epochs", 2, "how many; the last one counts")
+    flags.DEFINE_integer("epochs", 2, "number of epochs; the last one is reported")
     flags.DEFINE_integer("workers", 14, "scoring processes")
     app.run(main)

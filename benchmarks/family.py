@@ -1,18 +1,18 @@
-"""Each model of the family at full size with random weights, by the commands of the README:
-convert, sample, train an epoch with LoRA, save, resume, export. Wall time, peak device memory and
-peak host memory of every command.
+"""Measures the README's commands for each model at full size with random weights.
 
-    python -m benchmarks.family --folder /tmp/family [--models
-    wan2.1-1.3b,wan2.1-14b,wan2.2-a14b,wan2.2-ti2v-5b]
-                                [--stages convert,sample,clip,train,resume,lora]
+    python -m benchmarks.family --folder /tmp/family
+    python -m benchmarks.family --folder /tmp/family --models wan2.1-1.3b,wan2.2-a14b \\
+        --stages convert,sample,clip,train,resume,lora
 
-Every stage is a process of its own; its seconds include starting Python, reading the weights and
-compiling. The epoch is the recipe's with 2 groups of 9 pictures, 4 stochastic steps, and
-evaluations of 9 prompts in 4 steps; the resumed run adds a second one. "cp" is the rate of `cp` and
-a sync, measured on the largest file of the source. --folder needs room for the model twice (28 to
-137 GB in bfloat16); --source is where the source is written, if that is another disk. Everything is
-removed in the end but --folder/results.json, which a second call adds to; the rows of a call that
-was stopped are kept, too.
+Reports wall time, peak device memory and peak host memory of converting, sampling, training an
+epoch with LoRA, resuming and exporting. Every stage is a process of its own; its seconds include
+starting Python, reading the weights and compiling. The epoch is the recipe's with 2 groups of 9
+pictures, 4 stochastic steps, and evaluations of 9 prompts in 4 steps; the resumed run adds a second
+one. "cp" is the rate of `cp` and a sync of the source's largest file.
+
+`--folder` needs space for the model twice (28 to 137 GB in bfloat16); `--source` writes the source
+to another disk. In the end only `--folder`/results.json is left. A second call adds to it, and the
+rows of a call that was stopped are kept.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ GIB = 2**30
 
 @dataclasses.dataclass
 class Stage:
-    """What one command took."""
+    """Time and memory of one command."""
 
     name: str
     seconds: float
@@ -72,9 +72,9 @@ class Stage:
 
 
 def run(name: str, arguments: list[str]) -> tuple[Stage, str]:
-    """Runs a command; its output is shown, too. Stops the benchmark when the command fails.
+    """Run a command and show its output. Ends the benchmark when the command fails.
 
-    A child's peak memory as the system counts it begins at its parent's, so this module imports
+    The system counts a child's peak memory from its parent's at the start, so this module imports
     little.
     """
     print(f"--- {name}: {' '.join(arguments)}", flush=True)
@@ -82,6 +82,7 @@ def run(name: str, arguments: list[str]) -> tuple[Stage, str]:
     process = subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+    assert process.stdout is not None
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     stage = Stage(name, time.time() - start, usage.ru_maxrss * 1024 / GIB)
@@ -94,6 +95,7 @@ def run(name: str, arguments: list[str]) -> tuple[Stage, str]:
 
 
 def python(module: str, **settings) -> list[str]:
+    """Return the command of a module; '__' in the name of a flag stands for '.'."""
     return [
         sys.executable,
         "-m",
@@ -103,15 +105,14 @@ def python(module: str, **settings) -> list[str]:
 
 
 def size(folder: pathlib.Path) -> int:
-    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    """Return the bytes of all files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def copy_rate(source: pathlib.Path, target: pathlib.Path) -> float:
-    """Bytes a second of cp and sync of the source's largest file, its pages dropped from the cache
-    first.
-    """
-    file = max((f for f in source.rglob("*.safetensors")), key=lambda f: f.stat().st_size)
-    forget(file)
+    """Return the bytes a second of `cp` and `sync` for the source's largest file, uncached."""
+    file = max(source.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
+    drop_from_cache(file)
     start = time.time()
     subprocess.run(["cp", str(file), str(target)], check=True)
     subprocess.run(["sync", str(target)], check=True)
@@ -120,7 +121,8 @@ def copy_rate(source: pathlib.Path, target: pathlib.Path) -> float:
     return rate
 
 
-def forget(*files: pathlib.Path) -> None:
+def drop_from_cache(*files: pathlib.Path) -> None:
+    """Drop the pages of files from the system's cache."""
     for file in files:
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
@@ -130,7 +132,7 @@ def forget(*files: pathlib.Path) -> None:
 def measure(
     model: str, folder: pathlib.Path, source: pathlib.Path, dtype: str, stages: list[Stage]
 ) -> None:
-    """All stages of one model; each is added to `stages` when it is done."""
+    """Measure all stages of one model; each is added to `stages` when it is done."""
     converted, run_dir = folder / "model", folder / "run"
     run(
         "random weights",
@@ -140,7 +142,7 @@ def measure(
         ],
     )
     rate = copy_rate(source, folder / "copy")
-    forget(*(f for f in source.rglob("*.safetensors")))
+    drop_from_cache(*source.rglob("*.safetensors"))
     stage, _ = run(
         "convert", python("convert.from_diffusers", src=source, dst=converted, dtype="bfloat16")
     )
@@ -173,7 +175,8 @@ def measure(
                 **shape,
             ),
         )
-        stage.note = re.search(r"sample\(s\) of .*", output)[0].partition(";")[0]
+        if match := re.search(r"sample\(s\) of [^;\n]*", output):
+            stage.note = match[0]
         stages.append(stage)
     settings = {"config.run_dir": run_dir, "config.model.path": converted}
     settings |= {f"config.{k}": v for k, v in EPOCH.items()}
@@ -210,6 +213,7 @@ def measure(
 
 
 def table(results: dict[str, list[dict]]) -> str:
+    """Return the Markdown table of {model: stages}."""
     lines = [
         "| model | command | seconds | device peak, GiB | host peak, GiB | |",
         "|---|---|--:|--:|--:|---|",
@@ -225,20 +229,20 @@ def table(results: dict[str, list[dict]]) -> str:
 
 
 def main(_):
-    f = flags.FLAGS
-    folder = pathlib.Path(f.folder).absolute()
+    settings = flags.FLAGS
+    folder = pathlib.Path(settings.folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
-    for model in f.models:
+    for model in settings.models:
         work = folder / "work"
-        source = pathlib.Path(f.source or folder).absolute() / "source"
+        source = pathlib.Path(settings.source or folder).absolute() / "source"
         for old in (work, source):
             shutil.rmtree(old, ignore_errors=True)
         work.mkdir()
         stages: list[Stage] = []
         try:
-            measure(model, work, source, f.source_dtype, stages)
+            measure(model, work, source, settings.source_dtype, stages)
         finally:
             for old in (work, source):
                 shutil.rmtree(old, ignore_errors=True)
@@ -248,20 +252,22 @@ def main(_):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("models", list(RECIPES), "which models")
-    flags.DEFINE_string("folder", None, "where models and runs are written", required=True)
-    flags.DEFINE_string("source", None, "where the Diffusers folders are written; None: --folder")
+    flags.DEFINE_list("models", list(RECIPES), "models to measure")
+    flags.DEFINE_string("folder", None, "folder for models and runs", required=True)
+    flags.DEFINE_string("source", None, "folder for the Diffusers folders; None: --folder")
     flags.DEFINE_enum(
-        "source_dtype", "bfloat16", ["float32", "bfloat16"], "of the Diffusers folders"
+        "source_dtype", "bfloat16", ["float32", "bfloat16"], "data type of the Diffusers folders"
     )
-    flags.DEFINE_bool("link_expert", False, "A14B: both experts are the same files in the source")
+    flags.DEFINE_bool(
+        "link_expert", False, "use the same files for both experts of A14B in the source"
+    )
     flags.DEFINE_list(
         "stages",
         [s for s in STAGES if s not in ("check", "export")],
-        "which commands; convert always runs, check compares with the source, export writes the "
-        "whole model with the adapters merged in",
+        "commands to measure; convert always runs, check compares with the source, export writes "
+        "the whole model with the adapters merged",
     )
     flags.register_validator(
-        "stages", lambda names: set(names) <= set(STAGES), f"known are {', '.join(STAGES)}"
+        "stages", lambda names: set(names) <= set(STAGES), f"known stages: {', '.join(STAGES)}"
     )
     app.run(main)

@@ -1,16 +1,16 @@
-"""Rollout step and update step of Wan at full size with random weights: seconds, model FLOP/s and
-peak memory.
+"""Measures the rollout step and the update step of Wan at full size with random weights.
 
-    python -m benchmarks.full_size --size 1.3b [--height 512 --width 512 --frames 1 --batch 9
-    --guidance 1 --json FILE] python -m benchmarks.full_size --size 14b --devices 4 --fsdp 4 --batch
-    36 --full
+    python -m benchmarks.full_size --size 1.3b --height 512 --width 512 --frames 1 --batch 9
+    python -m benchmarks.full_size --size 1.3b --guidance 4.5 --kl 0.004 --json FILE
+    python -m benchmarks.full_size --size 14b --devices 4 --fsdp 4 --batch 36 --full
 
-The transformer is the real configuration with weights drawn on the devices, LoRA rank 32 on
-attention, or with --full all weights trained; text is 64 rows of random embeddings (--text_rows)
-padded to 512. Model FLOPs count the matrix products of a forward pass (two for guidance), times
-three in the update; recomputation and the reference of --kl are not counted. TFLOP/s are of one
-device, MFU is of an H200's nominal 989. `benchmarks.peer` measures the same in PyTorch,
-`benchmarks.side_by_side` both, `benchmarks.scaling` several devices beside one.
+Reports seconds, model FLOP/s and peak memory. The transformer has the real configuration, weights
+drawn on the devices, and LoRA of rank 32 on attention, or with `--full` all weights trained. Text
+is 64 rows of random embeddings (`--text_rows`) padded to 512. Model FLOPs are the matrix products
+of a forward pass (two with guidance), three times that in the update; recomputation and the
+reference of `--kl` are not counted. TFLOP/s are per device; MFU is relative to an H200's nominal 989.
+`benchmarks.peer` measures the same in PyTorch, `benchmarks.side_by_side` compares both, and
+`benchmarks.scaling` compares several devices with one.
 """
 
 import dataclasses
@@ -48,8 +48,10 @@ from wan_jax.models.transformer import REMAT_POLICIES, WanTransformer3D
 
 
 def random_bias(name: str, array: jax.Array) -> jax.Array:
-    """The array, or where it is a bias, numbers of about a trained one's size: with zeros, two
-    programs that round before and after a bias would agree.
+    """Return the array, or for a bias random numbers of about the size of a trained one.
+
+    With zeros, one function that rounds before adding a bias and one that rounds after it would
+    agree.
     """
     if not name.endswith("bias"):
         return array
@@ -59,7 +61,7 @@ def random_bias(name: str, array: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class RandomPolicy:
-    """A policy with weights drawn on the devices."""
+    """A policy with random weights that are drawn on the devices."""
 
     config: TransformerConfig
     mesh: jax.sharding.Mesh
@@ -72,7 +74,7 @@ class RandomPolicy:
     def draw(
         cls, size: str, dtype, remat: str, mesh: jax.sharding.Mesh | None = None, full: bool = False
     ) -> "RandomPolicy":
-        """mesh: None for the first device. full: trains all weights, with no reference beside them."""
+        """Draw a policy. mesh: None for the first device. full: train all weights, no reference."""
         config, dtype = workload.transformer_config(size), jnp.dtype(dtype)
         mesh = mesh or mesh_lib.make_mesh(devices=jax.devices()[:1])
         backend = choose_backend(
@@ -103,16 +105,15 @@ class RandomPolicy:
         return cls(config, mesh, backend, policy, trainable, None if full else frozen)
 
     def placed(self, rows: jax.Array) -> jax.Array:
-        """[B, ...] on the mesh as training lays them: elsewhere the second call of a program would
-        compile it again.
-        """
+        """Return rows [B, ...] with training's sharding, or a function would compile twice."""
         return sharding_lib.place(rows, sharding_lib.batch_sharding(self.mesh))
 
     def random_text(self, batch: int, rows: int = workload.TEXT) -> TextBatch:
-        """Embeddings of a batch of prompts and of the negative one, in the weights' type as
-        training has them.
+        """Return random embeddings of a batch of prompts and of the negative prompt.
+
+        They have the weights' data type, as in training.
         """
-        dtype = self.policy.base["proj_out"]["kernel"].dtype
+        dtype = flat_params.flatten(self.policy.base)["proj_out/kernel"].dtype
         text = jax.random.normal(jax.random.key(1), (batch + 1, rows, 4096), dtype)
         return TextBatch(
             self.placed(text[:-1]),
@@ -122,20 +123,22 @@ class RandomPolicy:
 
 
 def step_table() -> StepTable:
+    """Return the stochastic steps of Flow-GRPO for Wan."""
     return StepTable.make(flow_sigmas(workload.STEPS, workload.SHIFT), SDEConfig("flow_grpo_wan"))
 
 
 def peak_bytes() -> int | None:
-    """Of the fullest device so far."""
+    """Return the largest peak memory of any device so far, or None if it is not reported."""
     return memory.peaks().device
 
 
 def software() -> str:
+    """Return the name and version of the framework."""
     return f"JAX {jax.__version__}"
 
 
 def timed(function, repeats: int) -> float:
-    """Median seconds of a call that returns arrays, after one warm-up call."""
+    """Return the median seconds of a call that returns arrays, after one warm-up call."""
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -144,28 +147,30 @@ def timed(function, repeats: int) -> float:
     return statistics.median(seconds[1:])
 
 
-def measure(f) -> Record:
-    mesh = mesh_lib.make_mesh(f.fsdp, jax.devices()[: f.devices], f.context)
-    r = RandomPolicy.draw(f.size, f.dtype, f.remat, mesh, f.full)
-    policy, trainable, frozen = r.policy, r.trainable, r.frozen
+def measure(settings) -> Record:
+    """Return the figures of both steps. settings: the flags."""
+    # Weights, functions and inputs
+    mesh = mesh_lib.make_mesh(settings.fsdp, jax.devices()[: settings.devices], settings.context)
+    drawn = RandomPolicy.draw(settings.size, settings.dtype, settings.remat, mesh, settings.full)
+    policy, trainable, frozen = drawn.policy, drawn.trainable, drawn.frozen
     steps, optimiser = step_table(), OptimiserConfig()
-    step = make_step(policy, steps, f.guidance)
-    where = offload if f.offload_optimiser else update
-    gradient = make_gradient(policy, steps, f.guidance, LossConfig(kl_beta=f.kl))
+    step = make_step(policy, steps, settings.guidance)
+    where = offload if settings.offload_optimiser else update
+    gradient = make_gradient(policy, steps, settings.guidance, LossConfig(kl_beta=settings.kl))
     apply = where.make_update(gradient, policy, optimiser, mesh)
-    shape, text = (
-        workload.latent_shape(f.frames, f.height, f.width),
-        r.random_text(f.batch, f.text_rows),
+    shape = workload.shape_of_latents(settings)
+    text = drawn.random_text(settings.batch, settings.text_rows)
+    flops = (
+        workload.batch_flops(drawn.config, shape, settings.batch, settings.guidance)
+        / settings.devices
     )
-    flops = workload.batch_flops(r.config, shape, f.batch, f.guidance) / f.devices
-    parameters, kind = (
-        sum(x.size for x in jax.tree.leaves(policy.base)),
-        jax.devices()[0].device_kind,
-    )
+    parameters = sum(array.size for array in jax.tree.leaves(policy.base))
+    kind = jax.devices()[0].device_kind
     print(
-        f"{f.size}: {parameters:,} parameters {f.dtype}, {'all' if f.full else 'adapters'} "
-        f"trained, {f.batch} x {f.frames} x {f.height} x {f.width}, guidance {f.guidance}, "
-        f"attention {r.backend}, remat {f.remat}, {f.devices} x {kind}, mesh "
+        f"{settings.size}: {parameters:,} parameters {settings.dtype}, "
+        f"{'all' if settings.full else 'adapters'} "
+        f"trained, {workload.describe_shape(settings)}, guidance {settings.guidance}, "
+        f"attention {drawn.backend}, remat {settings.remat}, {settings.devices} x {kind}, mesh "
         f"{mesh_lib.describe(mesh)}, jax {jax.__version__}",
         flush=True,
     )
@@ -175,59 +180,64 @@ def measure(f) -> Record:
         stages[name] = Stage.of(seconds, peak_bytes(), work)
         print(f"{title}: {stages[name]}", flush=True)
 
-    samples = r.placed(jnp.arange(f.batch, dtype=jnp.int32))
-    x = r.placed(jax.random.normal(jax.random.key(3), (f.batch, *shape)))
+    # The rollout step
+    samples = drawn.placed(jnp.arange(settings.batch, dtype=jnp.int32))
+    x = drawn.placed(jax.random.normal(jax.random.key(3), (settings.batch, *shape)))
     key = jax.random.key(4)
     show(
         "rollout",
         "rollout step",
         timed(
-            functools.partial(step, trainable, frozen, x, 3, True, text, key, samples), f.repeats
+            functools.partial(step, trainable, frozen, x, 3, True, text, key, samples),
+            settings.repeats,
         ),
         flops,
     )
+    # The update step, for every expert in turn
     window = np.array(workload.TRAINED)
-    _, kept = rollout(
+    _, trajectory = rollout(
         step, trainable, frozen, x, text, key=key, samples=samples, steps=range(18), window=window
     )
-    advantages = np.random.default_rng(0).standard_normal((1, f.batch))
+    advantages = np.random.default_rng(0).standard_normal((1, settings.batch))
     batch = stack_batches(
-        [kept] * f.micro, np.repeat(advantages, f.micro, 0), np.ones((f.micro, f.batch), bool)
+        [trajectory] * settings.micro,
+        np.repeat(advantages, settings.micro, 0),
+        np.ones((settings.micro, settings.batch), bool),
     )
     states, firsts = [], []
-    for i in range(f.experts):
-        since, own = time.perf_counter(), jax.tree.map(jnp.copy, trainable) if i else trainable
-        states.append(jax.block_until_ready(where.init_state(own, optimiser)))
-        if f.offload_optimiser:
-            print(
-                f"optimiser's state on the host after {time.perf_counter() - since:.1f} s",
-                flush=True,
-            )
-    del r, trainable, own  # the states' own may be donated
+    while len(states) < settings.experts:
+        start = time.perf_counter()
+        weights = jax.tree.map(jnp.copy, trainable) if states else trainable
+        states.append(jax.block_until_ready(where.init_state(weights, optimiser)))
+        del weights
+        if settings.offload_optimiser:
+            seconds = time.perf_counter() - start
+            print(f"optimiser's state on the host after {seconds:.1f} s", flush=True)
+    del drawn, trainable  # the states' weights may be donated
 
     def one_update():
-        """Of every expert."""
+        """Update every expert once."""
         for i, state in enumerate(states):
             states[i], metrics, _ = apply(state, frozen, batch)
             if not firsts:
                 firsts.append(metrics.averages())
         return states
 
-    seconds = timed(one_update, f.repeats) / f.experts
+    seconds = timed(one_update, settings.repeats) / settings.experts
     show(
         "update",
-        f"update of {f.micro} x {len(window)} steps, each",
-        seconds / len(window) / f.micro,
+        f"update of {settings.micro} x {len(window)} steps, each",
+        seconds / len(window) / settings.micro,
         3 * flops,
     )
     (first,) = firsts
-    if f.profile:
+    if settings.profile:
         kernels.show(
             "rollout step",
             lambda: step(states[0].trainable, frozen, x, 3, True, text, key, samples),
         )
         kernels.show("update", one_update)
-    print(f"first update's ratio: {first['ratio_min']:.7f} to {first['ratio_max']:.7f}")
+    print(f"ratio of the first update: {first['ratio_min']:.7f} to {first['ratio_max']:.7f}")
     return Record("ours", stages, kind, software(), (first["ratio_min"], first["ratio_max"]))
 
 
@@ -238,21 +248,24 @@ def main(_):
 
 if __name__ == "__main__":
     workload.define_flags(guidance=1.0, kl=0.0)
-    flags.DEFINE_integer("micro", 1, "rollout batches in an update")
-    flags.DEFINE_string("dtype", "bfloat16", "of weights and matrix products")
+    flags.DEFINE_integer("micro", 1, "rollout batches of an update")
+    flags.DEFINE_string("dtype", "bfloat16", "data type of weights and matrix products")
     flags.DEFINE_enum(
-        "remat", "save_matmuls", list(REMAT_POLICIES), "what the backward pass computes again"
+        "remat",
+        "save_matmuls",
+        list(REMAT_POLICIES),
+        "activations that the backward pass recomputes",
     )
     flags.DEFINE_integer(
-        "text_rows", workload.TEXT, "of the prompts; FLOPs are counted for the default"
+        "text_rows", workload.TEXT, "rows of a prompt; FLOPs are counted for the default"
     )
-    flags.DEFINE_integer("devices", 1, "how many GPUs: data x fsdp x context", lower_bound=1)
+    flags.DEFINE_integer("devices", 1, "number of GPUs, data x fsdp x context", lower_bound=1)
     flags.DEFINE_integer("fsdp", 1, "GPUs that share the weights")
     flags.DEFINE_integer("context", 1, "GPUs that share a video's tokens")
     flags.DEFINE_bool("full", False, "train all weights, without a reference")
-    flags.DEFINE_integer("experts", 1, "trained in turn, 2 as A14B", lower_bound=1)
+    flags.DEFINE_integer("experts", 1, "experts trained in turn, 2 as in A14B", lower_bound=1)
     flags.DEFINE_bool(
-        "offload_optimiser", False, "moments and average wait in host memory between updates"
+        "offload_optimiser", False, "offload moments and average to host memory between updates"
     )
     flags.DEFINE_bool("profile", False, "list the kernels by time")
     app.run(main)

@@ -10,8 +10,9 @@ import jax
 
 
 def kernel_times(call: Callable) -> tuple[float, list[tuple[str, float, int]]]:
-    """(busy seconds, [(kernel, seconds, launches)] by time) on the first GPU during one call, which
-    returns arrays.
+    """Return (busy seconds, [(kernel, seconds, launches)] by time) of the first GPU during a call.
+
+    call: returns arrays. Raises ValueError when the trace has no GPU.
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -21,7 +22,7 @@ def kernel_times(call: Callable) -> tuple[float, list[tuple[str, float, int]]]:
         )
     plane = next((p for p in data.planes if p.name.startswith("/device:GPU")), None)
     if plane is None:
-        raise ValueError("the trace holds no GPU")
+        raise ValueError("the trace has no GPU")
     total, count, spans = collections.Counter(), collections.Counter(), []
     for line in plane.lines:
         if not line.name.startswith("Stream"):
@@ -39,6 +40,7 @@ def kernel_times(call: Callable) -> tuple[float, list[tuple[str, float, int]]]:
 
 
 def show(title: str, call: Callable, rows: int = 25) -> None:
+    """Print the kernels of one call that take most time."""
     busy, kernels = kernel_times(call)
     print(f"{title}: device busy {1000 * busy:.1f} ms")
     for name, seconds, launches in kernels[:rows]:

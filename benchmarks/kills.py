@@ -1,14 +1,14 @@
-"""Kills a small training run, fills and blocks its disk, and checks that the same command continues
-it bit for bit.
+"""Kills a small training run, fills and blocks its disk, and checks that it continues bit for bit.
 
-    python -m benchmarks.kills [--kills=16] [--disks=8] [--seed=0]
+    python -m benchmarks.kills --kills=16 --disks=8 --seed=0
 
-SIGKILL hits runs of a random tiny model in stages and at random instants; their disk, a small
-tmpfs, fills up or is read-only (skipped without the right to mount); files and folders stand in the
-way of what they write, and their folder is moved away. A fault has SURVIVED if the command named it
-in one message (a killed one cannot) without a traceback, and the run in the end equals an
-undisturbed one: arrays of the last checkpoint, metrics, evaluations, without clocks. LOST counts
-saved epochs that were trained again, SILENT the faults of runs that ended well and differ.
+Runs of a random tiny model are killed in given stages and at random instants. Their disk, a small
+tmpfs, fills up or becomes read-only (skipped without the right to mount), files and folders take
+the names of what they write, and their folder is moved away. A run SURVIVES a fault if the command
+names it in one message without a traceback (a killed one cannot), and the run in the end equals an
+undisturbed one in the arrays of the last checkpoint, the metrics and the evaluations, except for
+times. LOST counts saved epochs that were trained again, SILENT the faults of runs that ended
+normally with other results.
 """
 
 import collections
@@ -36,12 +36,14 @@ from tests import commands, tiny
 from wan_jax.command_line import cli
 from wan_jax.storage.checkpoint import read_numpy
 
-SMALL = """epochs=6 lora.rank=4 save.every=1 sample.height=16 sample.width=32 sample.guidance=1.0 sample.steps=3
-sample.sde_steps=2 sample.sde_range=(0,3) sample.groups=2 sample.group_size=4 sample.batch_size=4 train.method=grpo
-train.updates_per_epoch=2 train.advantage_std=global eval.every=2 eval.num_prompts=4 eval.steps=2 eval.guidance=1.0
-reward.workers=0 reward.weights.sharpness=1.0 reward.weights.exposure=1.0"""  # nobody reads a random model's videos
+# the rewards are not only OCR, which finds no text in noise
+SMALL = """epochs=6 lora.rank=4 save.every=1 sample.height=16 sample.width=32 sample.guidance=1.0
+sample.steps=3 sample.sde_steps=2 sample.sde_range=(0,3) sample.groups=2 sample.group_size=4
+sample.batch_size=4 train.method=grpo train.updates_per_epoch=2 train.advantage_std=global
+eval.every=2 eval.num_prompts=4 eval.steps=2 eval.guidance=1.0 reward.workers=0
+reward.weights.sharpness=1.0 reward.weights.exposure=1.0"""
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-# keys of what differs between runs
+# keys of values that differ between equal runs
 CLOCKS = re.compile(r"(.*/)?(time|peak_memory|idle_share|\w*seconds)(/.*)?")
 TRACEBACK = "Traceback (most recent call last)"
 OBSTACLES = {
@@ -56,9 +58,8 @@ OBSTACLES = {
     "report.html": "folder",
 }
 COLUMNS = ("tried", "survived", "lost", "silent", "tracebacks")
-Watch = Callable[
-    [str, pathlib.Path], bool
-]  # whether the output so far and the run's folder show that it is time
+# returns whether the output so far and the run's folder show that a stage is reached
+Watch = Callable[[str, pathlib.Path], bool]
 
 STAGES: dict[str, Watch] = {  # in the order of a run
     "compiling": lambda out, run: "rematerialisation: " in out,
@@ -76,24 +77,32 @@ STAGES: dict[str, Watch] = {  # in the order of a run
 
 
 def kill(process: int) -> None:
+    """Kill a process by its id."""
     os.kill(process, signal.SIGKILL)
 
 
 @dataclasses.dataclass
 class Chain:
-    """A run that suffers several faults, which are counted in `rows` by their kinds."""
+    """A run with several faults in a row.
+
+    Attributes:
+        recipe: arguments of the command, without the run's folder.
+        run: the run's folder.
+        rows: counts of `COLUMNS` by the kind of fault, shared by all chains.
+        faults: (kind, whether the command handled it well) of each fault so far.
+        saved: the newest checkpoint so far.
+    """
 
     recipe: list[str]
     run: pathlib.Path
     rows: dict[str, collections.Counter]
-    faults: list[tuple[str, bool]] = dataclasses.field(
-        default_factory=list
-    )  # (kind, whether it was taken well)
-    saved: int = 0  # the newest checkpoint so far
+    faults: list[tuple[str, bool]] = dataclasses.field(default_factory=list)
+    saved: int = 0
 
     def start(self, watch: Watch | None = None, act: Callable | None = None) -> tuple[int, str]:
-        """Run the command, and `act` on its process id when `watch` is true. Returns (exit code,
-        standard error).
+        """Run the command, and call `act` with its process id when `watch` is true.
+
+        Returns (exit code, standard error).
         """
         command = commands.command("grpo.train", *self.recipe, f"--config.run_dir={self.run}")
         self.saved = max([self.saved, *saved_epochs(self.run)])
@@ -101,30 +110,29 @@ class Chain:
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             process = subprocess.Popen(command, env=commands.environment(), stdout=out, stderr=err)
             while process.poll() is None:
-                if act and watch(os.pread(out.fileno(), 2**20, 0).decode(), self.run):
-                    while (pid := commands.process_id(process)) == process.pid and commands.SERVER:
-                        time.sleep(0.001)  # until the command server has told its number
-                    act(pid)
+                if act and watch and watch(os.pread(out.fileno(), 2**20, 0).decode(), self.run):
+                    while commands.process_id(process) == process.pid and commands.SERVER:
+                        time.sleep(0.001)  # until the command server has reported the process id
+                    act(commands.process_id(process))
                     act = None
                 if time.monotonic() > deadline:
                     kill(commands.process_id(process))
                 time.sleep(0.0005 if act else 0.02)
-            said, errors = (
+            output, errors = (
                 os.pread(file.fileno(), 2**24, 0).decode(errors="replace") for file in (out, err)
             )
-        continued = re.search(r"(?:continuing .* after epoch (\d+)|trained parameters)", said)
+        continued = re.search(r"(?:continuing .* after epoch (\d+)|trained parameters)", output)
         if continued and self.faults:
             self.rows[self.faults[-1][0]]["lost"] += max(0, self.saved - int(continued[1] or 0))
         return process.returncode, errors
 
     def suffer(self, kind: str, watch: Watch | None = None, act: Callable | None = None) -> None:
-        """Run the command in a fault. One that comes too late is not counted."""
+        """Run the command with a fault. A fault that comes too late is not counted."""
         code, errors = self.start(watch, act)
         if code != 0:
             messages = sum(line.startswith("error: ") for line in errors.splitlines())
-            well = (code, messages) == (
-                (-signal.SIGKILL, 0) if act is kill else (1, 1)
-            ) and TRACEBACK not in errors
+            expected = (-signal.SIGKILL, 0) if act is kill else (1, 1)
+            well = (code, messages) == expected and TRACEBACK not in errors
             self.rows[kind]["tracebacks"] += TRACEBACK in errors
             self.faults.append((kind, well))
             if not well:
@@ -132,10 +140,10 @@ class Chain:
                     f"{kind}: exit code {code}, {messages} messages\n{errors[-5000:]}", flush=True
                 )
 
-    def finish(self, wanted: dict) -> None:
-        """Let the run end, and compare it with the undisturbed one."""
+    def finish(self, expected: dict) -> None:
+        """Run the command to its end, and compare the run with the undisturbed one."""
         code, errors = self.start()
-        wrong = difference(wanted, result(self.run)) if code == 0 else f"exit code {code}"
+        wrong = difference(expected, result(self.run)) if code == 0 else f"exit code {code}"
         good = not wrong and TRACEBACK not in errors
         print(
             f"{self.run.name}, {len(self.faults)} faults:",
@@ -150,12 +158,14 @@ class Chain:
 
 
 def saved_epochs(run: pathlib.Path) -> list[int]:
+    """Return the epochs that have a checkpoint."""
     return [int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdecimal()]
 
 
 def result(run: pathlib.Path) -> dict:
     """Return everything that a run computed: {name: array or value}."""
-    found = {"epoch": (epoch := max(saved_epochs(run)))}
+    epoch = max(saved_epochs(run))
+    found: dict = {"epoch": epoch}
     for item in ("state", "trained"):
         tree = read_numpy(run / "checkpoints" / str(epoch) / item)
         found |= {
@@ -173,22 +183,26 @@ def result(run: pathlib.Path) -> dict:
 
 
 def difference(a: dict, b: dict) -> str:
-    """Name what differs between two results, to the bit; '' if nothing does."""
-    a, b = (
-        {key: (np.asarray(v).dtype, np.shape(v), np.asarray(v).tobytes()) for key, v in x.items()}
-        for x in (a, b)
-    )
+    """Return which values of two results differ in any bit, or ''."""
+
+    def bits(result: dict) -> dict:
+        arrays = {key: np.asarray(value) for key, value in result.items()}
+        return {key: (array.dtype, array.shape, array.tobytes()) for key, array in arrays.items()}
+
+    a, b = bits(a), bits(b)
     names = [key for key in a | b if a.get(key) != b.get(key)]
     return f"{len(names)} differ, first {names[0]}" if names else ""
 
 
 def kill_runs(
-    chain: Callable[[str], Chain], kills: int, seconds: float, seed: int, wanted: dict
+    chain: Callable[[str], Chain], kills: int, seconds: float, seed: int, expected: dict
 ) -> None:
-    """Kill one run in three stages and another one up to three times within its `seconds`, and so
-    on.
+    """Kill runs in turn in three stages and at three random instants, until `kills` are reached.
+
+    seconds: duration of an undisturbed run. expected: its result.
     """
-    rng, stages, tried = random.Random(seed), collections.deque(STAGES), 0
+    rng, stages = random.Random(seed), collections.deque(STAGES)
+    tried = 0
     while tried < kills:
         aimed, other = chain(f"killed {tried}"), chain(f"killed {tried}, at random")
         for stage in list(stages)[:3]:
@@ -202,13 +216,14 @@ def kill_runs(
                 kill,
             )
         for run in (aimed, other):
-            run.finish(wanted)
+            run.finish(expected)
             tried += len(run.faults)
 
 
-def fill_disks(chain: Callable[[str], Chain], disks: int, size: int, wanted: dict) -> None:
-    """Enlarge a run's full disk step by step up to `size`, the bytes of an undisturbed run; then
-    one is read-only.
+def fill_disks(chain: Callable[[str], Chain], disks: int, size: int, expected: dict) -> None:
+    """Enlarge a run's full disk in steps up to `size`, then make another run's disk read-only.
+
+    size: bytes of an undisturbed run. expected: its result.
     """
     full, read_only = chain("disk/full"), chain("disk/read-only")
     disk = full.run.parent
@@ -222,47 +237,50 @@ def fill_disks(chain: Callable[[str], Chain], disks: int, size: int, wanted: dic
     try:
         mount("size=1m")
     except (subprocess.CalledProcessError, FileNotFoundError) as error:
-        return print(
-            f"skipped: full and read-only disks, which need the right to mount ({error})",
-            flush=True,
-        )
+        print(f"skipped full and read-only disks: no right to mount ({error})", flush=True)
+        return
     try:
         for i in range(disks):
             mount(f"remount,size={int(size / 1024 * (i + 0.5) / disks)}k")
             full.suffer("a full disk")
         mount(f"remount,size={size * 8 // 1024}k")
-        full.finish(wanted)
+        full.finish(expected)
         for stage in ("the first evaluation", "an epoch"):
             mount("remount,ro")
             read_only.suffer("a read-only disk")
             mount("remount,rw")
             read_only.suffer(f"SIGKILL in {stage}", STAGES[stage], kill)
-        read_only.finish(wanted)
+        read_only.finish(expected)
     finally:
         subprocess.run(["umount", "-l", disk], check=False)
 
 
-def block(chain: Callable[[str], Chain], wanted: dict) -> None:
-    """Put files and folders in the way of a run, and move another one's folder away."""
+def block(chain: Callable[[str], Chain], expected: dict) -> None:
+    """Put files and folders where a run writes others, and move another run's folder away."""
     blocked, moved = chain("blocked"), chain("moved")
-    for name, kind in OBSTACLES.items():  # each where the run would make it next
+    for name, kind in OBSTACLES.items():  # in the order in which a run creates them
         path = blocked.run / name
         path.parent.mkdir(exist_ok=True)
-        path.touch(exist_ok=False) if kind == "file" else path.mkdir()
+        if kind == "file":
+            path.touch(exist_ok=False)
+        else:
+            path.mkdir()
         blocked.suffer(f"a {kind} in the way of {'the run folder' if name == '.' else name}")
-        path.unlink() if kind == "file" else path.rmdir()
-    blocked.finish(wanted)
+        if kind == "file":
+            path.unlink()
+        else:
+            path.rmdir()
+    blocked.finish(expected)
     elsewhere = moved.run.with_name("elsewhere")
     for stage in ("compiling", "the first evaluation", "a save", "the report"):
         moved.suffer(
             "run folder moved away", STAGES[stage], lambda pid: moved.run.rename(elsewhere)
         )
         if elsewhere.exists():
-            shutil.rmtree(
-                moved.run, ignore_errors=True
-            )  # what the command made of a folder that it found gone
+            # what the command wrote after its folder was gone
+            shutil.rmtree(moved.run, ignore_errors=True)
             elsewhere.rename(moved.run)
-    moved.finish(wanted)
+    moved.finish(expected)
 
 
 def main(_) -> None:
@@ -287,26 +305,29 @@ def main(_) -> None:
         def chain(name: str) -> Chain:
             return Chain(recipe, folder / name, rows)
 
-        first, whole = chain("first"), chain("whole")
-        if (ended := first.start())[0] != 0:  # it fills the cache of compiled functions
-            sys.exit(f"the undisturbed run failed: {ended[1]}")
-        wanted, began = result(first.run), time.monotonic()
-        whole.finish(wanted)
-        seconds = time.monotonic() - began
-        size = sum(path.lstat().st_blocks * 512 for path in whole.run.rglob("*"))
+        # Two undisturbed runs: the first one compiles and gives the expected result, the second
+        # one is timed
+        first, second = chain("first"), chain("second")
+        code, errors = first.start()
+        if code != 0:
+            sys.exit(f"the undisturbed run failed: {errors}")
+        expected, start = result(first.run), time.monotonic()
+        second.finish(expected)
+        seconds = time.monotonic() - start
+        size = sum(path.lstat().st_blocks * 512 for path in second.run.rglob("*"))
         print(
-            f"undisturbed: {seconds:.0f} s, {size / 1e6:.1f} MB, {len(wanted)} arrays and values",
+            f"undisturbed: {seconds:.0f} s, {size / 1e6:.1f} MB, {len(expected)} arrays and values",
             flush=True,
         )
-        kill_runs(chain, flags.FLAGS.kills, seconds, flags.FLAGS.seed, wanted)
-        fill_disks(chain, flags.FLAGS.disks, size, wanted)
-        block(chain, wanted)
+        kill_runs(chain, flags.FLAGS.kills, seconds, flags.FLAGS.seed, expected)
+        fill_disks(chain, flags.FLAGS.disks, size, expected)
+        block(chain, expected)
     print(*table(rows), sep="\n")
     sys.exit(any(row["survived"] < row["tried"] or row["lost"] for row in rows.values()))
 
 
 def table(rows: dict[str, collections.Counter]) -> list[str]:
-    """In Markdown."""
+    """Return the lines of a Markdown table."""
     lines = [
         [kind, *(str(row[column]) for column in COLUMNS)]
         for kind, row in [*rows.items(), ("all", sum(rows.values(), collections.Counter()))]
@@ -318,7 +339,7 @@ def table(rows: dict[str, collections.Counter]) -> list[str]:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("kills", 16, "at least so many kills", lower_bound=0)
-    flags.DEFINE_integer("disks", 8, "sizes of the disk that fills up", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "of the random instants")
+    flags.DEFINE_integer("kills", 16, "smallest number of kills", lower_bound=0)
+    flags.DEFINE_integer("disks", 8, "number of sizes of the disk that fills up", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "seed of the random instants")
     cli.run(main)

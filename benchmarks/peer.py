@@ -1,30 +1,34 @@
-"""The PyTorch peer: Diffusers' Wan transformer and VAE, PEFT LoRA, driven as Flow-GRPO's Wan script
-drives them.
+"""Measures the PyTorch peer: Diffusers' Wan transformer and VAE with PEFT LoRA.
 
-    python -m benchmarks.peer --task=steps --mode=autocast --size=1.3b [--height 512 ... as
-    full_size] [--json FILE] python -m benchmarks.peer --task=decode --mode=autocast|bf16 --height
-    480 --width 832 --frames 81 --batch 1 python -m benchmarks.peer --task=epoch --mode=autocast
-    --guidance 4.5 --kl 0.004 [--groups 3 --group_size 12]
+    python -m benchmarks.peer --task=steps --mode=autocast --size=1.3b --json FILE
+    python -m benchmarks.peer --task=decode --mode=bf16 --height 480 --width 832 --frames 81
+    python -m benchmarks.peer --task=epoch --mode=autocast --guidance 4.5 --kl 0.004
 
-Modes: `autocast`, what that script does: weights in fp32 under bf16 autocast. `bf16`: weights and
-adapters in bf16, but what Diffusers keeps in fp32, without autocast. `bf16-compile`: the same with
-every block through `torch.compile`. `fp32`: without autocast, for checks against ours. All: LoRA
-rank 32 on to_q, to_k, to_v, to_out.0, gradient checkpointing, two forward passes for guidance, the
-reference by switching the adapters off, one SDE step trained at a time with a backward pass each,
-gradient clipping, AdamW. Weights are random and drawn on the device.
+The peer does what Flow-GRPO's Wan script does, in one of four modes:
 
-steps: a rollout step (forward, SDE step, log-prob) and an update over two trained steps, divided by
-two. decode: latents to uint8 frames on the host, VAE in fp32, or in bf16 with cuDNN's search for
-the fastest convolutions. epoch: sample all steps, decode in fp32, score, advantages, update. As in
-the script, a batch's scores are computed by one of 8 threads while the next batch samples, every
-fourth frame, and awaited before the update. Text encoding is left out, and so are its moving
-average and its logging. Medians after a warm-up; the epoch once, after a short one.
+    autocast       as the script: weights in fp32 under bf16 autocast
+    bf16           weights and adapters in bf16, except what Diffusers keeps in fp32; no autocast
+    bf16-compile   the same, with every block compiled by `torch.compile`
+    fp32           no autocast, for tests against our side
+
+All modes have LoRA of rank 32 on to_q, to_k, to_v and to_out.0, gradient checkpointing, two forward
+passes for guidance, the reference by disabling the adapters, a backward pass for every SDE step,
+gradient clipping and AdamW. Weights are random and drawn on the device.
+
+Tasks:
+
+    steps     a rollout step (forward pass, SDE step, log-prob), and an update over two trained
+              steps, divided by two
+    decode    latents to uint8 frames on the host; VAE in fp32, or in bf16 with cuDNN's search for
+              the fastest convolutions
+    epoch     sampling, decoding in fp32, scoring, advantages, update
+
+As in the script, one of 8 threads scores every fourth frame of a batch while the next batch is
+sampled, and the update waits for the scores. Text encoding, the script's moving average and its
+logging are left out. Times are medians after a warm-up; an epoch runs once, after a short one.
 """
 
-import contextlib
-import dataclasses
 import functools
-import math
 import statistics
 import threading
 import time
@@ -33,170 +37,34 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from absl import app, flags
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from peft import LoraConfig, get_peft_model
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 from benchmarks import workload
+from benchmarks.peer_policy import (
+    Policy,
+    Text,
+    Transition,
+    drawn_as,
+    make_transformer,
+    weight_dtype,
+)
 from benchmarks.workload import Record, Stage
-from wan_jax.diffusion.schedule import Schedule, flow_sigmas
+from wan_jax.diffusion.schedule import flow_sigmas
 from wan_jax.models.config import TransformerConfig
 
 MODES = ("autocast", "bf16", "bf16-compile", "fp32")
-CLIP, ADVANTAGE_CLIP, MAX_NORM = 1e-3, 5.0, 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Kept:
-    """One stochastic step of a batch, as the rollout left it: fp32 [B, C, F, H, W] and [B]."""
-
-    step: int
-    x: torch.Tensor
-    x_next: torch.Tensor
-    log_prob: torch.Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """[B, 512, text_dim], rows past the prompt zero."""
-
-    embeddings: torch.Tensor
-    negative: torch.Tensor
-
-
-@contextlib.contextmanager
-def drawn_as(dtype: torch.dtype, device: str):
-    """Parameters made inside lie on the device in this type."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def weight_dtype(mode: str) -> torch.dtype:
-    return torch.bfloat16 if mode.startswith("bf16") else torch.float32
-
-
-def make_transformer(
-    config: TransformerConfig, dtype: torch.dtype, device: str
-) -> WanTransformer3DModel:
-    """Random weights in the types that `from_pretrained(torch_dtype=dtype)` gives them."""
-    with drawn_as(dtype, device):
-        model = WanTransformer3DModel(**dataclasses.asdict(config))
-    for name, parameter in model.named_parameters():
-        if set(name.split(".")) & set(model._keep_in_fp32_modules):
-            parameter.data = parameter.data.float()
-    return model
-
-
-class Policy:
-    """The transformer with adapters in one of the modes, and its steps through the schedule."""
-
-    def __init__(
-        self,
-        transformer: WanTransformer3DModel,
-        mode: str,
-        schedule: Schedule,
-        guidance: float,
-        compiler: str = "inductor",
-    ):
-        transformer.requires_grad_(False)
-        self.model = get_peft_model(
-            transformer,
-            LoraConfig(
-                r=workload.RANK,
-                lora_alpha=workload.ALPHA,
-                init_lora_weights="gaussian",
-                target_modules=["to_q", "to_k", "to_v", "to_out.0"],
-            ),
-            autocast_adapter_dtype=False,
-        )
-        transformer.enable_gradient_checkpointing()
-        if mode == "bf16-compile":
-            for block in transformer.blocks:
-                block.compile(backend=compiler)
-        self.mode, self.guidance, self.device = mode, guidance, transformer.device.type
-        self.dtype = weight_dtype(mode)
-        self.sigmas, self.timesteps = schedule.sigmas.tolist(), schedule.timesteps.tolist()
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=1e-4)
-
-    def velocity(self, x, i: int, text: Text):
-        """fp32; with guidance v_u + guidance (v_c - v_u), a forward pass each."""
-
-        def forward(embeddings):
-            t = torch.full((len(x),), self.timesteps[i], device=x.device).long()
-            return self.model(
-                hidden_states=x.to(self.dtype),
-                timestep=t,
-                encoder_hidden_states=embeddings.to(self.dtype),
-                return_dict=False,
-            )[0].float()
-
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.mode == "autocast"):
-            conditional = forward(text.embeddings)
-            if self.guidance <= 1:
-                return conditional
-            unconditional = forward(text.negative)
-        return unconditional + self.guidance * (conditional - unconditional)
-
-    def gaussian(self, x, v, i: int):
-        """Mean and deviation of step i, with Flow-GRPO's noise for Wan, g = sigma_1 sigma."""
-        s, dt = self.sigmas[i], self.sigmas[i + 1] - self.sigmas[i]
-        g = self.sigmas[1] * s
-        return x + v * dt + g * g / (2 * s) * dt * (x + (1 - s) * v), g * math.sqrt(-dt)
-
-    @torch.no_grad()
-    def sample(self, x, i: int, text: Text) -> Kept:
-        mean, std = self.gaussian(x, self.velocity(x, i, text), i)
-        x_next = mean + std * torch.randn_like(x)
-        return Kept(i, x, x_next, log_prob(x_next, mean, std))
-
-    def loss(self, kept: Kept, text: Text, advantages, kl: float):
-        """The clipped objective plus the KL to the reference, and the ratios [B]."""
-        mean, std = self.gaussian(kept.x, self.velocity(kept.x, kept.step, text), kept.step)
-        ratio = torch.exp(log_prob(kept.x_next, mean, std) - kept.log_prob)
-        clipped = torch.clamp(ratio, 1 - CLIP, 1 + CLIP)
-        loss = torch.maximum(-advantages * ratio, -advantages * clipped).mean()
-        if kl > 0:
-            with torch.no_grad(), self.model.disable_adapter():
-                reference, _ = self.gaussian(
-                    kept.x, self.velocity(kept.x, kept.step, text), kept.step
-                )
-            loss = loss + kl * ((mean - reference) ** 2).mean() / (2 * std**2)
-        return loss, ratio.detach()
-
-    def update(self, batches: list[tuple[list[Kept], Text, torch.Tensor]], kl: float):
-        """One optimiser step over batches of (steps, text, advantages [B]); returns all ratios."""
-        self.model.train()
-        ratios, count = [], sum(len(steps) for steps, _, _ in batches)
-        for steps, text, advantages in batches:
-            for kept in steps:
-                loss, ratio = self.loss(kept, text, advantages, kl)
-                (loss / count).backward()
-                ratios.append(ratio)
-        torch.nn.utils.clip_grad_norm_(self.trained, MAX_NORM)
-        self.optimiser.step()
-        self.optimiser.zero_grad()
-        return torch.cat(ratios)
-
-
-def log_prob(x_next, mean, std: float):
-    """[B], the mean over all other dimensions."""
-    z = ((x_next - mean) / std).flatten(1)
-    return -0.5 * (z * z).mean(1) - math.log(std) - 0.5 * math.log(2 * math.pi)
+ADVANTAGE_CLIP = 5.0
 
 
 # ---- measuring -----------------------------------------------------------------------------------
 def wait(device: str) -> None:
+    """Wait until the device has finished its work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def timed(function, repeats: int, device: str) -> float:
-    """Median seconds of a call until the device is done, after one warm-up call."""
+    """Return the median seconds of a call until the device is done, after one warm-up call."""
     seconds = []
     for _ in range(repeats + 1):
         wait(device)
@@ -208,66 +76,79 @@ def timed(function, repeats: int, device: str) -> float:
 
 
 def peak_bytes(device: str) -> int | None:
+    """Return the peak memory of PyTorch's allocator so far, or None on the CPU."""
     return torch.cuda.max_memory_allocated() if device == "cuda" else None
 
 
 def random_text(config: TransformerConfig, batch: int, device: str) -> Text:
-    """Normal numbers in the prompts' rows, zeros in the padding; the negative prompt is repeated
-    for the batch.
+    """Return normal numbers in the prompts' rows and zeros in the padding.
+
+    The negative prompt is repeated for the batch.
     """
     rows = torch.zeros(batch + 1, workload.TEXT_ROWS, config.text_dim, device=device)
     rows[:, : workload.TEXT] = torch.randn(batch + 1, workload.TEXT, config.text_dim, device=device)
     return Text(rows[:batch], rows[batch:].repeat(batch, 1, 1))
 
 
-def latents(f, device: str) -> torch.Tensor:
-    frames, height, width, channels = workload.latent_shape(f.frames, f.height, f.width)
-    return torch.randn(f.batch, channels, frames, height, width, device=device)
+def latents(settings, device: str) -> torch.Tensor:
+    """Return noise [B, C, F, H, W] for the videos that the flags describe."""
+    frames, height, width, channels = workload.shape_of_latents(settings)
+    return torch.randn(settings.batch, channels, frames, height, width, device=device)
 
 
-def make_policy(f, config: TransformerConfig, device: str, steps: int) -> Policy:
-    transformer = make_transformer(config, weight_dtype(f.mode), device)
-    if f.attention:
-        transformer.set_attention_backend(f.attention)
-    return Policy(transformer, f.mode, flow_sigmas(steps, workload.SHIFT), f.guidance, f.compiler)
+def make_policy(settings, config: TransformerConfig, device: str, steps: int) -> Policy:
+    """Return a policy with random weights in the mode of the flags."""
+    transformer = make_transformer(config, weight_dtype(settings.mode), device)
+    if settings.attention:
+        transformer.set_attention_backend(settings.attention)
+    return Policy(
+        transformer,
+        settings.mode,
+        flow_sigmas(steps, workload.SHIFT),
+        settings.guidance,
+        settings.compiler,
+    )
 
 
-def measure_steps(f, device: str) -> tuple[dict[str, Stage], tuple[float, float]]:
-    """Seconds and peak memory of a rollout step and of a trained step, and the first update's
-    ratio.
-    """
-    config = workload.transformer_config(f.size)
-    policy = make_policy(f, config, device, workload.STEPS)
-    text, x = random_text(config, f.batch, device), latents(f, device)
+def measure_steps(settings, device: str) -> tuple[dict[str, Stage], tuple[float, float]]:
+    """Return the stages of a rollout step and of a trained step, and the first update's ratios."""
+    config = workload.transformer_config(settings.size)
+    policy = make_policy(settings, config, device, workload.STEPS)
+    text, x = random_text(config, settings.batch, device), latents(settings, device)
     flops = workload.batch_flops(
-        config, workload.latent_shape(f.frames, f.height, f.width), f.batch, f.guidance
+        config, workload.shape_of_latents(settings), settings.batch, settings.guidance
     )
     policy.model.eval()
     stages = {
         "rollout": Stage.of(
-            timed(lambda: policy.sample(x, 3, text), f.repeats, device), peak_bytes(device), flops
+            timed(lambda: policy.sample(x, 3, text), settings.repeats, device),
+            peak_bytes(device),
+            flops,
         )
     }
     print(f"rollout step: {stages['rollout']}", flush=True)
-    kept = [policy.sample(x, i, text) for i in workload.TRAINED]
-    batches = [(kept, text, torch.randn(f.batch, device=device))]
+    transitions = [policy.sample(x, i, text) for i in workload.TRAINED]
+    batches = [(transitions, text, torch.randn(settings.batch, device=device))]
     ratios = []
-    seconds = timed(lambda: ratios.append(policy.update(batches, f.kl)), f.repeats, device)
-    stages["update"] = Stage.of(seconds / len(kept), peak_bytes(device), 3 * flops)
-    print(f"update of 1 x {len(kept)} steps, each: {stages['update']}", flush=True)
+    seconds = timed(
+        lambda: ratios.append(policy.update(batches, settings.kl)), settings.repeats, device
+    )
+    stages["update"] = Stage.of(seconds / len(transitions), peak_bytes(device), 3 * flops)
+    print(f"update of 1 x {len(transitions)} steps, each: {stages['update']}", flush=True)
     return stages, (float(ratios[0].min()), float(ratios[0].max()))
 
 
 # ---- decoding ------------------------------------------------------------------------------------
 def make_decoder(dtype: torch.dtype, device: str, **settings):
-    """latents fp32 [B, C, F, H, W] -> uint8 [B, T, H, W, 3] on the host, with random weights;
-    settings of the VAE.
+    """Return a function from latents to uint8 frames on the host, with random weights.
+
+    It maps fp32 [B, C, F, H, W] to uint8 [B, T, H, W, 3]. settings: those of the VAE.
     """
     with drawn_as(dtype, device):
         vae = AutoencoderKLWan(**settings).eval().requires_grad_(False)
     mean, std = (
-        torch.tensor(v, device=device).view(1, -1, 1, 1, 1)
-        for v in (vae.config.latents_mean, vae.config.latents_std)
+        torch.tensor(vae.config[name], device=device).view(1, -1, 1, 1, 1)
+        for name in ("latents_mean", "latents_std")
     )
 
     @torch.no_grad()
@@ -279,23 +160,25 @@ def make_decoder(dtype: torch.dtype, device: str, **settings):
     return decode
 
 
-def measure_decode(f, device: str) -> dict[str, Stage]:
-    dtype = weight_dtype(f.mode)
+def measure_decode(settings, device: str) -> dict[str, Stage]:
+    """Return the stage of decoding."""
+    dtype = weight_dtype(settings.mode)
     torch.backends.cudnn.benchmark = dtype == torch.bfloat16
-    decode = make_decoder(dtype, device, **vae_settings(f.size))
-    x = latents(f, device)
-    stage = Stage.of(timed(lambda: decode(x), f.repeats, device), peak_bytes(device))
+    decode = make_decoder(dtype, device, **vae_settings(settings.size))
+    x = latents(settings, device)
+    stage = Stage.of(timed(lambda: decode(x), settings.repeats, device), peak_bytes(device))
     print(f"decode: {stage}", flush=True)
     return {"decode": stage}
 
 
 def vae_settings(size: str) -> dict:
+    """Return the settings of the VAE that goes with a size of the transformer."""
     return {"base_dim": 8, "num_res_blocks": 1} if size == "tiny" else {}
 
 
 # ---- the epoch -----------------------------------------------------------------------------------
 class Scorer:
-    """Threads, each with a reader of its own; a batch is one thread's task."""
+    """Threads that score, each with its own OCR engine; a batch is the task of one thread."""
 
     def __init__(self, threads: int):
         from rewards.ocr.rules import OCRReward
@@ -304,6 +187,7 @@ class Scorer:
         self.local, self.threads = threading.local(), ThreadPoolExecutor(threads)
 
     def score(self, videos: np.ndarray, targets) -> list[float]:
+        """Return the scores of videos [B, T, H, W, 3] in the calling thread."""
         if not hasattr(self.local, "reward"):
             self.local.reward = self.make()
         return [
@@ -311,52 +195,60 @@ class Scorer:
         ]
 
     def submit(self, videos: np.ndarray, targets):
+        """Return the future of the videos' scores."""
         return self.threads.submit(self.score, videos, targets)
 
 
-def measure_epoch(f, device: str) -> dict[str, Stage]:
-    """One epoch's seconds by stage. Drawn signs are scored in place of the decoded videos
-    (`workload.signs`).
-    """
-    config = workload.transformer_config(f.size)
-    policy, scorer = make_policy(f, config, device, f.steps), Scorer(f.readers)
-    decode = make_decoder(torch.float32, device, **vae_settings(f.size))
-    targets = [target for _, target in workload.prompts(f.groups) for _ in range(f.group_size)]
-    rows = workload.epoch_rows(f.groups, f.group_size, f.batch, f.updates)
+def measure_epoch(settings, device: str) -> dict[str, Stage]:
+    """Return the stages of one epoch, which scores drawn signs instead of the decoded videos."""
+    config = workload.transformer_config(settings.size)
+    policy, scorer = make_policy(settings, config, device, settings.steps), Scorer(settings.readers)
+    decode = make_decoder(torch.float32, device, **vae_settings(settings.size))
+    targets = [
+        target
+        for _, target in workload.prompts(settings.groups)
+        for _ in range(settings.group_size)
+    ]
+    rows = workload.epoch_rows(
+        settings.groups, settings.group_size, settings.batch, settings.updates
+    )
     pictures = [
-        workload.signs([targets[i] for i in r], f.frames, f.height, f.width, b)
+        workload.signs([targets[i] for i in r], settings.frames, settings.height, settings.width, b)
         for b, r in enumerate(rows)
     ]
-    texts = [random_text(config, f.batch, device) for _ in rows]
+    texts = [random_text(config, settings.batch, device) for _ in rows]
 
-    def sample(text, steps: int) -> list[Kept]:
+    def sample(text, steps: int) -> list[Transition]:
         policy.model.eval()
-        kept = [policy.sample(latents(f, device), 0, text)]
+        transitions = [policy.sample(latents(settings, device), 0, text)]
         for i in range(1, steps):
-            kept.append(policy.sample(kept[-1].x_next, i, text))
-        return kept
+            transitions.append(policy.sample(transitions[-1].x_next, i, text))
+        return transitions
 
-    kept = sample(texts[0], 2)  # the warm-up; every thread builds its reader
-    decode(kept[-1].x_next)
+    # Warm-up of every stage; each thread builds its OCR engine
+    warm_up = sample(texts[0], 2)
+    decode(warm_up[-1].x_next)
     list(
         scorer.threads.map(
             lambda _: (scorer.score(pictures[0][:1], targets[:1]), time.sleep(0.5)),
-            range(f.readers),
+            range(settings.readers),
         )
     )
-    policy.update([(kept, texts[0], torch.randn(f.batch, device=device))], f.kl)
+    policy.update([(warm_up, texts[0], torch.randn(settings.batch, device=device))], settings.kl)
     wait(device)
 
+    # Rollout; scores are computed while the next batch is sampled
     clock = Clock(device)
     batches, pending = [], []
     for text, r, picture in zip(texts, rows, pictures):
-        batches.append(sample(text, f.steps))
+        batches.append(sample(text, settings.steps))
         clock("sample")
         decode(batches[-1][-1].x_next)
         clock("decode")
         pending.append(scorer.submit(picture, [targets[i] for i in r]))
+    # Advantages and update
     rewards = np.concatenate([scores.result() for scores in pending]).reshape(
-        f.groups, f.group_size
+        settings.groups, settings.group_size
     )
     clock("score wait")
     advantages = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True) + 1e-4)
@@ -364,29 +256,31 @@ def measure_epoch(f, device: str) -> dict[str, Stage]:
         advantages.clip(-ADVANTAGE_CLIP, ADVANTAGE_CLIP), dtype=torch.float32, device=device
     )
     work = [
-        (kept[: f.trained], text, advantages.flatten()[r.tolist()])
-        for kept, text, r in zip(batches, texts, rows)
+        (transitions[: settings.trained], text, advantages.flatten()[r.tolist()])
+        for transitions, text, r in zip(batches, texts, rows)
     ]
-    size = len(work) // f.updates
+    size = len(work) // settings.updates
     for first in range(0, len(work), size):
-        policy.update(work[first : first + size], f.kl)
+        policy.update(work[first : first + size], settings.kl)
     clock("update")
     return clock.stages(len(targets), peak_bytes(device))
 
 
 class Clock:
-    """Adds up the seconds of stages; called after each with its name."""
+    """Adds up the seconds of stages. It is called after each stage with its name."""
 
     def __init__(self, device: str):
-        self.device, self.last, self.seconds = device, time.perf_counter(), {}
+        self.device, self.last = device, time.perf_counter()
+        self.seconds: dict[str, float] = {}
 
     def __call__(self, stage: str) -> None:
         wait(self.device)
-        before, self.last = self.last, time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + self.last - before
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.last
+        self.last = now
 
     def stages(self, videos: int, peak: int | None) -> dict[str, Stage]:
-        """Of one video each, and of all stages together."""
+        """Return the time of every stage and of the whole epoch, divided by the videos."""
         total = {"epoch": sum(self.seconds.values())} | self.seconds
         stages = {name: Stage.of(seconds / videos, peak) for name, seconds in total.items()}
         for name, stage in stages.items():
@@ -394,23 +288,24 @@ class Clock:
         return stages
 
 
-def measure(f) -> Record:
+def measure(settings) -> Record:
+    """Return the figures of one task. settings: the flags."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = True  # as the script
     kind = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     print(
-        f"peer {f.task}: {f.size}, {f.mode}, {f.batch} x {f.frames} x {f.height} x {f.width}, "
-        f"guidance {f.guidance}, {kind}, torch {torch.__version__}",
+        f"peer {settings.task}: {settings.size}, {settings.mode}, {workload.describe_shape(settings)}, "
+        f"guidance {settings.guidance}, {kind}, torch {torch.__version__}",
         flush=True,
     )
     ratio = None
-    if f.task == "steps":
-        stages, ratio = measure_steps(f, device)
-        print(f"first update's ratio: {ratio[0]:.7f} to {ratio[1]:.7f}")
+    if settings.task == "steps":
+        stages, ratio = measure_steps(settings, device)
+        print(f"ratio of the first update: {ratio[0]:.7f} to {ratio[1]:.7f}")
     else:
-        stages = {"decode": measure_decode, "epoch": measure_epoch}[f.task](f, device)
-    return Record(f"peer {f.mode}", stages, kind, f"torch {torch.__version__}", ratio)
+        stages = {"decode": measure_decode, "epoch": measure_epoch}[settings.task](settings, device)
+    return Record(f"peer {settings.mode}", stages, kind, f"torch {torch.__version__}", ratio)
 
 
 def main(_):
@@ -420,9 +315,9 @@ def main(_):
 if __name__ == "__main__":
     workload.define_flags(guidance=1.0, kl=0.0)
     workload.define_epoch_flags()
-    flags.DEFINE_enum("task", "steps", ["steps", "decode", "epoch"], "what to measure")
-    flags.DEFINE_enum("mode", "autocast", MODES, "weights and compilation")
-    flags.DEFINE_integer("readers", 8, "threads that score; the script has 8")
+    flags.DEFINE_enum("task", "steps", ["steps", "decode", "epoch"], "stages to measure")
+    flags.DEFINE_enum("mode", "autocast", MODES, "data types and compilation")
+    flags.DEFINE_integer("readers", 8, "threads that score; Flow-GRPO's script has 8")
     flags.DEFINE_string(
         "attention",
         None,

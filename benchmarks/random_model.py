@@ -1,14 +1,13 @@
-"""Writes a model of the family with random weights in Diffusers layout, at full size, without
-PyTorch.
+"""Writes a full-size model with random weights in Diffusers layout, without PyTorch.
 
-    python -m benchmarks.random_model --model wan2.1-14b --out /tmp/wan-14b [--dtype bfloat16]
-    [--link_expert]
+    python -m benchmarks.random_model --model wan2.1-14b --out /tmp/wan-14b --dtype bfloat16
+    python -m benchmarks.random_model --model wan2.2-a14b --out /tmp/wan-a14b --link_expert
 
-Sharded safetensors with an index, as published (files of 5 GB); the tokenizer is the small one of
-`assets/tiny-wan`. Matrices keep the variance, norm weights are 1, the rest is small. Values come
-from one block of random numbers read from changing places, for speed: pictures made with it are
-noise. --link_expert: the second expert is a link to the first one, where the disk is too small for
-two.
+Weights are sharded safetensors files of 5 GB with an index, as published; the tokenizer is the
+small one of `assets/tiny-wan`. Matrices preserve the variance, norm weights are 1, all others are
+small. For speed the values are one block of random numbers, read from varying offsets; samples of
+the model are noise. With `--link_expert` the second expert is a link to the first one, for disks
+that cannot hold two.
 """
 
 import dataclasses
@@ -28,16 +27,18 @@ from wan_jax.models import flat_params
 from wan_jax.models.presets import PRESETS, Preset
 from wan_jax.storage import model_dir
 
-SHARD = 5e9
-BLOCK = 2**22  # random numbers drawn
+SHARD_BYTES = 5e9
+BLOCK = 2**22  # number of random values drawn
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 class Values:
-    """Normal numbers of a given deviation, any amount: one block repeated from changing places."""
+    """Normal numbers of any shape and deviation: one block, repeated from varying offsets."""
 
     def __init__(self, dtype: np.dtype, seed: int = 0):
-        self.rng, self.dtype, self.scaled = np.random.default_rng(seed), dtype, {}
+        self.rng = np.random.default_rng(seed)
+        self.dtype = dtype
+        self.scaled: dict[float, np.ndarray] = {}
         self.block = self.rng.standard_normal(BLOCK, np.float32)
 
     def __call__(self, shape: tuple[int, ...], deviation: float) -> np.ndarray:
@@ -50,6 +51,7 @@ class Values:
 
 
 def tensor(entry: key_table.Entry, values: Values) -> np.ndarray:
+    """Return random values for one tensor of the state dict."""
     if "norm" in entry.key and entry.key.endswith(("weight", "gamma")):
         return np.ones(entry.shape, values.dtype)
     matrix = len(entry.shape) > 1 and "table" not in entry.key and entry.key != "shared.weight"
@@ -57,7 +59,7 @@ def tensor(entry: key_table.Entry, values: Values) -> np.ndarray:
 
 
 def write_component(folder: pathlib.Path, component: str, config, values: Values) -> int:
-    """Config, weights and index; returns the tensors' bytes."""
+    """Write config, weights and index of one component. Returns the bytes of its tensors."""
     folder.mkdir(parents=True)
     settings = {
         "transformer": sizes.TRANSFORMER,
@@ -71,15 +73,16 @@ def write_component(folder: pathlib.Path, component: str, config, values: Values
         k: v.shape for k, v in flat_params.flatten(model_dir.abstract(component, config)[1]).items()
     }
     table = sorted(key_table.entries(component, shapes), key=lambda e: e.key)
-    shards, filled = [[]], 0
+    shards: list[list[key_table.Entry]] = [[]]
+    filled = 0
     for entry in table:
         size = math.prod(entry.shape) * values.dtype.itemsize
-        if shards[-1] and filled + size > SHARD:
+        if shards[-1] and filled + size > SHARD_BYTES:
             shards.append([])
             filled = 0
         shards[-1].append(entry)
         filled += size
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         number = f"-{i:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         name = f"{STEMS[component]}{number}.safetensors"
@@ -95,7 +98,7 @@ def write_component(folder: pathlib.Path, component: str, config, values: Values
 
 
 def write(out, preset: Preset, dtype: str = "bfloat16", link_expert: bool = False) -> int:
-    """The whole folder; the VAE is in float32. Returns the bytes of all tensors written."""
+    """Write the whole folder, the VAE in float32. Returns the bytes of all tensors written."""
     out = pathlib.Path(out)
     parts = {"text_encoder": preset.text_encoder, "vae": preset.vae} | dict.fromkeys(
         preset.experts, preset.transformer
@@ -122,14 +125,16 @@ def write(out, preset: Preset, dtype: str = "bfloat16", link_expert: bool = Fals
 
 
 def main(_):
-    f = flags.FLAGS
-    size = write(f.out, PRESETS[f.model], f.dtype, f.link_expert)
-    print(f"{f.out}: {size / 1e9:.2f} GB")
+    settings = flags.FLAGS
+    size = write(settings.out, PRESETS[settings.model], settings.dtype, settings.link_expert)
+    print(f"{settings.out}: {size / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("model", None, list(PRESETS), "which model", required=True)
-    flags.DEFINE_string("out", None, "a new folder", required=True)
-    flags.DEFINE_enum("dtype", "bfloat16", list(DTYPES), "of transformer and text encoder")
-    flags.DEFINE_bool("link_expert", False, "the second expert is a link to the first")
+    flags.DEFINE_enum("model", None, list(PRESETS), "model of the family", required=True)
+    flags.DEFINE_string("out", None, "new folder to write", required=True)
+    flags.DEFINE_enum(
+        "dtype", "bfloat16", list(DTYPES), "data type of transformer and text encoder"
+    )
+    flags.DEFINE_bool("link_expert", False, "make the second expert a link to the first")
     app.run(main)

@@ -1,14 +1,14 @@
-"""Several GPUs beside one: rollout step and update of `benchmarks.full_size`, a process for each
-number of GPUs.
+"""Compares several GPUs with one: rollout step and update step of `benchmarks.full_size`.
 
-    python -m benchmarks.scaling --out build/scaling [--works 1.3b-data,14b-full] [--devices 1,2]
-    [--limit 300]
+    python -m benchmarks.scaling --out build/scaling
+    python -m benchmarks.scaling --out build/scaling --works 1.3b-data,14b-full --devices 1,2
+    python -m benchmarks.scaling --out build/scaling --works=        # print the table again
 
-Works on the axis `data` give every GPU as many videos as one has alone, so that n GPUs at their
-best do n times the videos in the same time; works on `context` have one video on all of them, at
-their best in an n-th of the time. Works on `fsdp` only run on as many as the model needs. Times one
-are in videos a second. OUT/results.json is written after every process, and a second call adds to
-it; `--works=` alone prints the table again.
+Every number of GPUs is measured in a process of its own. Works on the axis `data` give every GPU as
+many videos as a single GPU has, so ideally n GPUs process n times the videos in the same time;
+works on `context` split one video over all GPUs, ideally in 1 / n of the time; works on `fsdp` run
+on as many GPUs as the model needs. Speed-ups compare videos a second. OUT/results.json is written
+after every process, and a second call adds to it.
 """
 
 import dataclasses
@@ -19,26 +19,38 @@ import time
 
 from absl import app, flags
 
-from benchmarks.side_by_side import run, verdict
+from benchmarks.side_by_side import format_ratio, run, verdict
 from benchmarks.workload import Record
 
 IMAGE = "--height=512 --width=512 --frames=1"
-BARS = {2: 1.9, 4: 3.75}  # times one GPU, of data parallel
+TARGETS = {2: 1.9, 4: 3.75}  # speed-up over one GPU on the axis data
 STAGES = ("rollout", "update")
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
+    """One row of the table.
+
+    Attributes:
+        title: name in the table.
+        axis: 'data', 'fsdp' or 'context'.
+        arguments: those of benchmarks.full_size.
+        batch: videos a GPU, or on the axis context all videos.
+        devices: numbers of GPUs to measure.
+    """
+
     title: str
-    axis: str  # data | fsdp | context
-    arguments: str  # of benchmarks.full_size
-    batch: int  # videos a GPU; on the axis context, videos
+    axis: str
+    arguments: str
+    batch: int
     devices: tuple[int, ...] = (1, 2, 4)
 
     def videos(self, devices: int) -> int:
+        """Return the number of videos on all GPUs."""
         return self.batch * (1 if self.axis == "context" else devices)
 
     def command(self, devices: int, *extra: str) -> list[str]:
+        """Return the command that measures this work."""
         split = [] if self.axis == "data" else [f"--{self.axis}={devices}"]
         return [
             sys.executable,
@@ -95,8 +107,8 @@ WORKS = {
 }
 
 
-def times_one(work: Work, records: dict[int, Record], devices: int, stage: str) -> float | None:
-    """Videos a second over those of one GPU; None where one was not measured."""
+def speed_up(work: Work, records: dict[int, Record], devices: int, stage: str) -> float | None:
+    """Return videos a second relative to one GPU, or None if either was not measured."""
     if 1 not in records or devices not in records:
         return None
     rates = [work.videos(n) / records[n].stages[stage].ms for n in (devices, 1)]
@@ -104,17 +116,18 @@ def times_one(work: Work, records: dict[int, Record], devices: int, stage: str) 
 
 
 def row(work: Work, records: dict[int, Record], devices: int) -> str:
+    """Return the row of one number of GPUs."""
     stages = records[devices].stages
     cells, reached = [work.title, f"{work.axis} {devices}"], []
     for stage in STAGES:
-        times = times_one(work, records, devices, stage)
+        times = speed_up(work, records, devices, stage)
         cells += [
             f"{stages[stage].ms:.1f}",
             f"{stages[stage].tflops:.0f}",
             "" if times is None else f"{times:.2f}",
         ]
-        if work.axis == "data" and devices in BARS and times is not None:
-            reached.append(f"{stage} {BARS[devices]:g}: {verdict(times >= BARS[devices])}")
+        if work.axis == "data" and devices in TARGETS and times is not None:
+            reached.append(f"{stage} {TARGETS[devices]:g}: {verdict(times >= TARGETS[devices])}")
     peak = stages["update"].peak_gib
     return (
         "| "
@@ -133,13 +146,14 @@ HEAD = (
     "TFLOP/s a GPU",
     "x one",
     "peak GiB",
-    "bars",
+    "targets",
 )
 
 
 def table(results: dict[str, dict]) -> str:
-    """Markdown: a row for each number of GPUs, then first ratios, devices and software, and what
-    failed.
+    """Return a Markdown table with a row for each number of GPUs.
+
+    Below it are the ratios of the first update, devices and software, and failures.
     """
     lines, notes = ["| " + " | ".join(HEAD) + " |", "|---|---|" + "--:|" * 7 + "---|"], set()
     for name in (name for name in WORKS if name in results):
@@ -152,24 +166,23 @@ def table(results: dict[str, dict]) -> str:
             if "failed" in v
         }
         notes |= {
-            f"- {work.title}, {n} GPUs: first update's ratio {r.ratio[0]:.7f} to {r.ratio[1]:.7f}"
-            for n, r in records.items()
+            f"- {work.title}, {n} GPUs: ratio of the first update {format_ratio(record.ratio)}"
+            for n, record in records.items()
+            if record.ratio
         }
         notes |= {f"- {r.device}, {r.software}" for r in records.values()}
     return "\n".join([*lines, "", *sorted(notes)])
 
 
 def main(_):
-    f = flags.FLAGS
-    folder = pathlib.Path(f.out).absolute()
+    settings = flags.FLAGS
+    folder = pathlib.Path(settings.out).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     path, record = folder / "results.json", folder / "record.json"
-    results, end = (
-        json.loads(path.read_text()) if path.is_file() else {},
-        time.monotonic() + f.limit,
-    )
-    for name in f.works:
-        for devices in (n for n in WORKS[name].devices if str(n) in f.devices):
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    end = time.monotonic() + settings.limit
+    for name in settings.works:
+        for devices in (n for n in WORKS[name].devices if str(n) in settings.devices):
             record.unlink(missing_ok=True)
             failed = run(
                 WORKS[name].command(devices, f"--json={record}"), folder, end - time.monotonic()
@@ -183,10 +196,10 @@ def main(_):
 
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "folder of results.json", required=True)
-    flags.DEFINE_list("works", [name for name in WORKS if name != "tiny-data"], "which works")
+    flags.DEFINE_list("works", [name for name in WORKS if name != "tiny-data"], "works to measure")
     flags.DEFINE_list("devices", ["1", "2", "4"], "numbers of GPUs")
     flags.DEFINE_float("limit", 900, "seconds for all of them")
     flags.register_validator(
-        "works", lambda names: set(names) <= set(WORKS), f"known are {', '.join(WORKS)}"
+        "works", lambda names: set(names) <= set(WORKS), f"known works: {', '.join(WORKS)}"
     )
     app.run(main)

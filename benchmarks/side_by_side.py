@@ -1,23 +1,22 @@
-"""Ours beside the PyTorch peer on the same GPU: a process for each side of each work, one after the
-other.
+"""Compares this project with PyTorch on the same GPU, by a process for each side of each work.
 
-    python -m benchmarks.side_by_side --out build/side_by_side [--works 1.3b-image,14b-image]
-    [--sides ours,autocast]
+    python -m benchmarks.side_by_side --out build/side_by_side
+    python -m benchmarks.side_by_side --out build/side_by_side --works 1.3b-image --sides ours
+    python -m benchmarks.side_by_side --out build/side_by_side --works=      # print the table again
 
-Every process measures alone on the GPU and writes its figures; OUT/results.json is written after
-each, and a second call with other works or sides adds to it. `--works=` alone prints the table
-again. The peer's modes are those of `benchmarks.peer`; `bf16-compile-cudnn` also takes cuDNN's
-attention. The best peer of a stage is its fastest one. A work has --limit seconds for all its
-processes. Before the works that decode, ours runs once for XLA's search for convolutions: its
-scratch memory is not what decoding takes, and the programs found are kept in OUT/compiled.
+The processes run one after the other, each alone on the GPU. OUT/results.json is written after each
+of them, and a second call with other works or sides adds to it. The modes of the peer, the PyTorch
+side, are those of `benchmarks.peer`; `bf16-compile-cudnn` also uses cuDNN's attention. The best
+peer of a stage is the fastest one. All processes of a work together have `--limit` seconds. Works
+that decode run once before they are measured: XLA then searches for the fastest convolutions, whose
+scratch memory does not belong to decoding, and the compiled functions are kept in OUT/compiled.
 
-`ours-block` computes whole blocks again in the backward pass, as the peer does; `ours` keeps the
-dense layers' results, as training does where they fit. Ratios are the peer's time over ours. MFU is
-of the nominal 989 TFLOP/s; the bars' MFU is of the 790 that a large bf16 product reached on an
-H200, as they were set. An epoch's figures are of one video.
+`ours-block` rematerialises (recomputes) whole blocks in the backward pass, as the peer does; `ours`
+keeps the dense layers' results, as training does if they fit. Ratios are the peer's time over ours.
+The table has the MFU of the nominal 989 TFLOP/s, and of the 790 that a large bf16 product reached
+on an H200, which the targets refer to. The figures of an epoch are those of one video.
 """
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -27,129 +26,12 @@ import time
 
 from absl import app, flags
 
+from benchmarks.comparison_works import OURS, PEERS, SIDES, WORKS, Target, Work
 from benchmarks.workload import MEASURED, NOMINAL, Record, Stage
-
-PEERS = {
-    "autocast": "--mode=autocast",
-    "bf16": "--mode=bf16",
-    "bf16-compile": "--mode=bf16-compile",
-    "bf16-compile-cudnn": "--mode=bf16-compile --attention=_native_cudnn",
-}
-OURS = {"ours": "", "ours-block": "--remat=block"}
-SIDES = (*OURS, *PEERS)
-
-
-@dataclasses.dataclass(frozen=True)
-class Bar:
-    """What a stage is to reach: a ratio to a peer ('autocast' or 'best'), an 'mfu', or 'memory', at
-    most the leanest peer's.
-    """
-
-    stage: str
-    kind: str
-    least: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    title: str
-    module: str  # ours
-    task: str  # the peer's
-    shape: str  # arguments of both
-    stages: tuple[str, ...]
-    peers: tuple[str, ...]  # in the order they run in
-    bars: tuple[Bar, ...]
-    ours: str = ""  # arguments of ours alone
-    search: str | None = None  # arguments of a first run of ours, for XLA's search
-    own: tuple[str, ...] = ("ours",)  # of OURS
-
-
-IMAGE = "--height=512 --width=512 --frames=1 --batch=9"
-DECODE = "--height=480 --width=832 --frames=81 --batch=1 --repeats=3"
-STEPS = ("rollout", "update")
-MEMORY = tuple(Bar(stage, "memory") for stage in STEPS)
-UPDATE = Bar("update", "autocast", 2.2), Bar("update", "best", 2.0), Bar("update", "mfu", 0.60)
-WORKS = {
-    "1.3b-image": Work(
-        "1.3B, 9 x 1 x 512 x 512",
-        "full_size",
-        "steps",
-        f"--size=1.3b {IMAGE}",
-        STEPS,
-        tuple(PEERS),
-        (
-            Bar("rollout", "autocast", 2.5),
-            Bar("rollout", "best", 2.0),
-            Bar("rollout", "mfu", 0.65),
-            *UPDATE,
-            *MEMORY,
-        ),
-        own=tuple(OURS),
-    ),
-    "1.3b-clip": Work(
-        "1.3B, 8 x 33 x 240 x 416",
-        "full_size",
-        "steps",
-        "--size=1.3b --height=240 --width=416 --frames=33 --batch=8",
-        STEPS,
-        tuple(PEERS),
-        (*UPDATE, *MEMORY),
-        own=tuple(OURS),
-    ),
-    "14b-image": Work(
-        "14B, 9 x 1 x 512 x 512",
-        "full_size",
-        "steps",
-        f"--size=14b {IMAGE}",
-        STEPS,
-        ("bf16", "bf16-compile", "bf16-compile-cudnn", "autocast"),
-        (
-            Bar("rollout", "best", 1.6),
-            Bar("rollout", "mfu", 0.78),
-            Bar("update", "best", 1.6),
-            Bar("update", "mfu", 0.78),
-            *MEMORY,
-        ),
-        own=tuple(OURS),
-    ),
-    "decode": Work(
-        "VAE in fp32, 1 x 81 x 480 x 832",
-        "decode",
-        "decode",
-        DECODE,
-        ("decode",),
-        ("autocast",),
-        (Bar("decode", "best", 2.0), Bar("decode", "memory")),
-        "--dtype=float32",
-        "--dtype=float32",
-    ),
-    "decode-bf16": Work(
-        "VAE in bf16, 1 x 81 x 480 x 832",
-        "decode",
-        "decode",
-        DECODE,
-        ("decode",),
-        ("bf16",),
-        (Bar("decode", "best", 2.0), Bar("decode", "memory")),
-        "--dtype=bfloat16",
-        "--dtype=bfloat16",
-    ),
-    "epoch": Work(
-        "1.3B, epoch of 3 x 12 x 1 x 512 x 512",
-        "epoch",
-        "epoch",
-        f"--size=1.3b {IMAGE} --guidance=4.5 --kl=0.004 --groups=3 --group_size=12",
-        ("epoch", "sample", "decode", "score wait", "update"),
-        ("autocast", "bf16-compile", "bf16"),
-        (Bar("epoch", "autocast", 3.0), Bar("epoch", "memory")),
-        "",
-        "--group_size=3 --updates=1 --steps=2 --trained=1 --epochs=1",
-    ),
-}
 
 
 def command(work: Work, side: str, *extra: str) -> list[str]:
-    """Of one side of a work; later arguments win."""
+    """Return the command of one side of a work; later arguments take precedence."""
     if side in OURS:
         arguments = [
             f"benchmarks.{work.module}",
@@ -168,9 +50,9 @@ def command(work: Work, side: str, *extra: str) -> list[str]:
 
 
 def run(arguments: list[str], folder: pathlib.Path, seconds: float) -> str | None:
-    """Runs a process of at most so many seconds; its output is shown. Returns what went wrong."""
+    """Run a process for at most `seconds` and show its output. Returns the error, or None."""
     print("---", *arguments[1:], flush=True)
-    kept = {
+    cache = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -180,7 +62,7 @@ def run(arguments: list[str], folder: pathlib.Path, seconds: float) -> str | Non
     try:
         done = subprocess.run(
             arguments,
-            env=os.environ | kept,
+            env=os.environ | cache,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -189,20 +71,18 @@ def run(arguments: list[str], folder: pathlib.Path, seconds: float) -> str | Non
     except subprocess.TimeoutExpired:
         return f"took longer than the {seconds:.0f} s left"
     print(done.stdout[-3000:], flush=True)
+    if done.returncode == 0:
+        return None
     lines = done.stdout.strip().splitlines()
-    return (
-        None
-        if done.returncode == 0
-        else f"exit code {done.returncode}: {lines[-1][:200] if lines else ''}"
-    )
+    return f"exit code {done.returncode}: {lines[-1][:200] if lines else ''}"
 
 
 def measure(
     work: Work, sides: list[str], folder: pathlib.Path, limit: float, found: dict, write
 ) -> None:
-    """Adds {side: record, or {'failed': why}} to `found`, and calls `write` after each."""
+    """Add {side: record or {'failed': error}} to `found`, and call `write` after each side."""
     end, file = time.monotonic() + limit, folder / "record.json"
-    for side in (s for s in (*work.own, *work.peers) if s in sides):
+    for side in (side for side in (*work.own, *work.peers) if side in sides):
         if side == work.own[0] and work.search is not None:
             run(
                 command(work, side, *work.search.split(), "--repeats=1"),
@@ -215,87 +95,103 @@ def measure(
         write()
 
 
-# ---- the table -----------------------------------------------------------------------------------
+# ---- table ---------------------------------------------------------------------------------------
 def best_peer(records: dict[str, Record], stage: str) -> str | None:
-    """The fastest peer's side."""
+    """Return the fastest peer of a stage, or None if no peer was measured."""
     peers = [side for side in records if side not in OURS]
     return min(peers, key=lambda side: records[side].stages[stage].ms, default=None)
 
 
 def ratio(records: dict[str, Record], stage: str, kind: str, own: str = "ours") -> float | None:
-    """The peer's time over ours; None where a side was not measured."""
+    """Return the peer's time over ours, or None if either was not measured."""
     side = best_peer(records, stage) if kind == "best" else kind
-    if own not in records or side not in records:
+    if side is None or own not in records or side not in records:
         return None
     return records[side].stages[stage].ms / records[own].stages[stage].ms
 
 
 def leanest(records: dict[str, Record], stage: str) -> tuple[float, str] | None:
-    """The least peak memory of a peer, and whose."""
-    peaks = [(r.stages[stage].peak_gib, side) for side, r in records.items() if side not in OURS]
-    return min((p for p in peaks if p[0] is not None), default=None)
+    """Return the smallest peak memory of a peer and the peer, or None if none was measured."""
+    peaks = [
+        (record.stages[stage].peak_gib or 0.0, side)
+        for side, record in records.items()
+        if side not in OURS and record.stages[stage].peak_gib is not None
+    ]
+    return min(peaks, default=None)
 
 
-def judge(records: dict[str, Record], bar: Bar, peers: tuple[str, ...], own: str = "ours") -> str:
-    """'2.5x autocast: 2.61, reached'; 'not measured' where a figure is missing.
+def judge(
+    records: dict[str, Record], target: Target, peers: tuple[str, ...], own: str = "ours"
+) -> str:
+    """Return a sentence such as '2.5x autocast: 2.61, reached', or '...: not measured'.
 
-    peers: the work's; 'best' needs one in bf16 where the work has one.
+    peers: those of the work; if it has one in bf16, 'best' needs a measured one in bf16.
     """
-    if bar.kind == "best" and "bf16" in peers and not records.keys() & (set(PEERS) - {"autocast"}):
-        return f"{bar.least:g}x best: no peer in bf16 was measured"
-    ours = records[own].stages[bar.stage] if own in records else None
-    if bar.kind == "memory":
-        limit, value = leanest(records, bar.stage), ours and ours.peak_gib
-        if limit is None or value is None:
+    in_bf16 = records.keys() & (set(PEERS) - {"autocast"})
+    if target.kind == "best" and "bf16" in peers and not in_bf16:
+        return f"{target.least:g}x best: no peer in bf16 was measured"
+    ours = records[own].stages[target.stage] if own in records else None
+    if target.kind == "memory":
+        limit = leanest(records, target.stage)
+        if limit is None or ours is None or ours.peak_gib is None:
             return "memory: not measured"
-        return f"memory at most {limit[0]:.1f} GiB ({limit[1]}): {value:.1f}, {verdict(value <= limit[0])}"
-    name = f"MFU {bar.least:.2f}" if bar.kind == "mfu" else f"{bar.least:g}x {bar.kind}"
-    value = (
-        ours and ours.mfu(MEASURED)
-        if bar.kind == "mfu"
-        else ratio(records, bar.stage, bar.kind, own)
-    )
-    return (
-        f"{name}: not measured"
-        if value is None
-        else f"{name}: {value:.2f}, {verdict(value >= bar.least)}"
-    )
+        reached = verdict(ours.peak_gib <= limit[0])
+        return f"memory at most {limit[0]:.1f} GiB ({limit[1]}): {ours.peak_gib:.1f}, {reached}"
+    if target.kind == "mfu":
+        name, value = f"MFU {target.least:.2f}", ours.mfu(MEASURED) if ours else None
+    else:
+        name = f"{target.least:g}x {target.kind}"
+        value = ratio(records, target.stage, target.kind, own)
+    if value is None:
+        return f"{name}: not measured"
+    return f"{name}: {value:.2f}, {verdict(value >= target.least)}"
 
 
 def verdict(reached: bool) -> str:
+    """Return a target's result in words."""
     return "reached" if reached else "**not reached**"
 
 
+def format_ratio(ratio: tuple[float, float]) -> str:
+    """Return a range of ratios in words."""
+    return f"{ratio[0]:.7f} to {ratio[1]:.7f}"
+
+
 def row(work: Work, stage: str, records: dict[str, Record], own: str) -> str:
+    """Return the row of one stage of one of our variants."""
     best = best_peer(records, stage)
     ours, autocast, fastest = (
-        records[side].stages[stage] if side in records else None for side in (own, "autocast", best)
+        records[side].stages[stage] if side is not None and side in records else None
+        for side in (own, "autocast", best)
     )
 
-    def shown(value: float | None, form: str) -> str:
+    def cell(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
-    def peak(stage: Stage | None) -> str:
-        return shown(stage and stage.peak_gib, ".1f")
+    def milliseconds(measured: Stage | None) -> str:
+        return "" if measured is None else f"{measured.ms:.1f}"
 
-    mfu = [ours.mfu(peak) if ours and ours.tflops else None for peak in (NOMINAL, MEASURED)]
-    bars = "; ".join(
-        judge(records, bar, work.peers, own) for bar in work.bars if bar.stage == stage
+    def peak(measured: Stage | None) -> str:
+        return "" if measured is None else cell(measured.peak_gib, ".1f")
+
+    mfu = [ours.mfu(rate) if ours else None for rate in (NOMINAL, MEASURED)]
+    targets = "; ".join(
+        judge(records, target, work.peers, own) for target in work.targets if target.stage == stage
     )
     name = stage if own == "ours" else f"{stage}, {own}"
     cells = [
         work.title,
         name,
-        shown(ours and ours.ms, ".1f"),
-        shown(autocast and autocast.ms, ".1f"),
+        milliseconds(ours),
+        milliseconds(autocast),
         f"{fastest.ms:.1f} ({best})" if fastest else "",
-        shown(ratio(records, stage, "autocast", own), ".2f"),
-        shown(ratio(records, stage, "best", own), ".2f"),
-        *(shown(x, ".2f") for x in mfu),
+        cell(ratio(records, stage, "autocast", own), ".2f"),
+        cell(ratio(records, stage, "best", own), ".2f"),
+        *(cell(value, ".2f") for value in mfu),
         peak(ours),
         peak(autocast),
         peak(fastest),
-        bars,
+        targets,
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -313,13 +209,14 @@ HEAD = (
     "peak GiB, ours",
     "autocast",
     "best",
-    "bars",
+    "targets",
 )
 
 
 def table(results: dict[str, dict]) -> str:
-    """Markdown: a row for each stage, then each side's device, software, first ratio, or why it
-    failed.
+    """Return a Markdown table with a row for each stage.
+
+    Below it are the ratios of the first update or the errors of each side, devices and software.
     """
     lines, notes = ["| " + " | ".join(HEAD) + " |", "|---|---|" + "--:|" * 10 + "---|"], []
     for name in (name for name in WORKS if name in results):
@@ -336,23 +233,22 @@ def table(results: dict[str, dict]) -> str:
         for side, values in results[name].items():
             if "failed" in values:
                 notes.append(f"- {work.title}, {side}: failed, {values['failed']}")
-            elif records[side].ratio:
-                least, most = records[side].ratio
+            elif first := records[side].ratio:
                 notes.append(
-                    f"- {work.title}, {side}: first update's ratio {least:.7f} to {most:.7f}"
+                    f"- {work.title}, {side}: ratio of the first update {format_ratio(first)}"
                 )
     software = {
-        f"{r['device']}, {r['software']}"
+        f"{record['device']}, {record['software']}"
         for sides in results.values()
-        for r in sides.values()
-        if "device" in r
+        for record in sides.values()
+        if "device" in record
     }
-    return "\n".join([*lines, "", *notes, *(f"- {x}" for x in sorted(software))])
+    return "\n".join([*lines, "", *notes, *(f"- {name}" for name in sorted(software))])
 
 
 def main(_):
-    f = flags.FLAGS
-    folder = pathlib.Path(f.out).absolute()
+    settings = flags.FLAGS
+    folder = pathlib.Path(settings.out).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
@@ -360,20 +256,22 @@ def main(_):
     def write():
         path.write_text(json.dumps(results, indent=2) + "\n")
 
-    for name in f.works:
-        measure(WORKS[name], f.sides, folder, f.limit, results.setdefault(name, {}), write)
+    for name in settings.works:
+        measure(
+            WORKS[name], settings.sides, folder, settings.limit, results.setdefault(name, {}), write
+        )
     print(table(results))
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "folder of results.json", required=True)
-    flags.DEFINE_list("works", list(WORKS), "which works")
-    flags.DEFINE_list("sides", list(SIDES), "ours and the peer's modes")
-    flags.DEFINE_float("limit", 900, "seconds a work")
+    flags.DEFINE_list("works", list(WORKS), "works to measure")
+    flags.DEFINE_list("sides", list(SIDES), "our variants and the modes of the peer")
+    flags.DEFINE_float("limit", 900, "seconds for each work")
     flags.register_validator(
-        "works", lambda names: set(names) <= set(WORKS), f"known are {', '.join(WORKS)}"
+        "works", lambda names: set(names) <= set(WORKS), f"known works: {', '.join(WORKS)}"
     )
     flags.register_validator(
-        "sides", lambda names: set(names) <= set(SIDES), f"known are {', '.join(SIDES)}"
+        "sides", lambda names: set(names) <= set(SIDES), f"known sides: {', '.join(SIDES)}"
     )
     app.run(main)

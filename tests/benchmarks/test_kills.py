@@ -1,6 +1,4 @@
-"""How `benchmarks.kills` counts, with shell scripts in place of the command; the runs themselves
-take minutes.
-"""
+"""Tests how `benchmarks.kills` counts, with shell scripts instead of the command, for speed."""
 
 import collections
 
@@ -13,7 +11,7 @@ from tests import commands
 
 @pytest.fixture
 def chain(tmp_path, monkeypatch):
-    """A function that lets a run's command be a shell script."""
+    """Return a function that replaces the command of a run by a shell script."""
     chain = kills.Chain([], tmp_path / "run", collections.defaultdict(collections.Counter))
     (chain.run / "checkpoints/3").mkdir(parents=True)
     monkeypatch.setattr(commands, "SERVER", False)

@@ -1,13 +1,11 @@
-"""Several devices beside one: the arithmetic on fixed numbers, and that each work says what it runs
-on.
-"""
+"""Tests the arithmetic of `benchmarks.scaling` on fixed numbers, and the commands of its works."""
 
 import json
 
 import pytest
 
 from benchmarks import scaling
-from benchmarks.scaling import WORKS, table, times_one
+from benchmarks.scaling import WORKS, speed_up, table
 from benchmarks.workload import Record, Stage
 
 
@@ -26,14 +24,14 @@ def as_written(found: Record, folder) -> dict:
     return json.loads((folder / "record.json").read_text())
 
 
-def test_times_one_counts_videos():
+def test_speed_up_counts_videos():
     data, context = WORKS["1.3b-data"], WORKS["1.3b-context"]
     found = {1: record(100.0, 200.0), 2: record(100.0, 250.0)}
-    assert times_one(data, found, 2, "rollout") == 2.0  # twice the videos in the same time
-    assert times_one(data, found, 2, "update") == pytest.approx(1.6)
+    assert speed_up(data, found, 2, "rollout") == 2.0  # twice the videos in the same time
+    assert speed_up(data, found, 2, "update") == pytest.approx(1.6)
     # one video, faster
-    assert times_one(context, {1: record(100.0, 1.0), 4: record(40.0, 1.0)}, 4, "rollout") == 2.5
-    assert times_one(data, {2: found[2]}, 2, "rollout") is None
+    assert speed_up(context, {1: record(100.0, 1.0), 4: record(40.0, 1.0)}, 4, "rollout") == 2.5
+    assert speed_up(data, {2: found[2]}, 2, "rollout") is None
 
 
 def test_table_judges_data_parallel_only(tmp_path):

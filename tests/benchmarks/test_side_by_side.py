@@ -1,5 +1,6 @@
-"""The comparison's arithmetic on fixed numbers, its commands, and that neither side loads the
-other's framework.
+"""Tests the comparison's arithmetic on fixed numbers, its commands, and its imports.
+
+Neither side may load the other's framework.
 """
 
 import json
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import side_by_side, workload
-from benchmarks.side_by_side import WORKS, Bar, judge, ratio, table
+from benchmarks.side_by_side import WORKS, Target, judge, ratio, table
 from benchmarks.workload import Record, Stage
 
 PEERS = WORKS["1.3b-image"].peers
@@ -41,29 +42,30 @@ def test_ratios_are_to_the_fastest_peer_of_each_stage():
 
 
 @pytest.mark.parametrize(
-    "bar, verdict",
+    "target, verdict",
     [
-        (Bar("rollout", "autocast", 2.5), "2.5x autocast: 3.00, reached"),
-        (Bar("rollout", "autocast", 3.0), "3x autocast: 3.00, reached"),
-        (Bar("rollout", "best", 2.0), "2x best: 1.80, **not reached**"),
-        (Bar("rollout", "mfu", 0.7), "MFU 0.70: 0.70, reached"),  # 553 of 790
-        (Bar("rollout", "memory"), "memory at most 4.5 GiB (bf16): 5.0, **not reached**"),
+        (Target("rollout", "autocast", 2.5), "2.5x autocast: 3.00, reached"),
+        (Target("rollout", "autocast", 3.0), "3x autocast: 3.00, reached"),
+        (Target("rollout", "best", 2.0), "2x best: 1.80, **not reached**"),
+        (Target("rollout", "mfu", 0.7), "MFU 0.70: 0.70, reached"),  # 553 of 790
+        (Target("rollout", "memory"), "memory at most 4.5 GiB (bf16): 5.0, **not reached**"),
     ],
 )
-def test_bars(bar, verdict):
-    assert judge(RECORDS, bar, PEERS) == verdict
+def test_targets(target, verdict):
+    assert judge(RECORDS, target, PEERS) == verdict
 
 
-def test_bars_need_what_they_compare_with():
+def test_targets_need_what_they_compare_with():
     some = {side: RECORDS[side] for side in ("ours", "autocast")}
     assert (
-        judge(some, Bar("rollout", "best", 2.0), PEERS) == "2x best: no peer in bf16 was measured"
+        judge(some, Target("rollout", "best", 2.0), PEERS)
+        == "2x best: no peer in bf16 was measured"
     )
     assert (
-        judge({"bf16": RECORDS["bf16"]}, Bar("rollout", "mfu", 0.6), PEERS)
+        judge({"bf16": RECORDS["bf16"]}, Target("rollout", "mfu", 0.6), PEERS)
         == "MFU 0.60: not measured"
     )
-    assert judge(some, Bar("rollout", "best", 2.0), ("autocast",)) == "2x best: 3.00, reached"
+    assert judge(some, Target("rollout", "best", 2.0), ("autocast",)) == "2x best: 3.00, reached"
 
 
 def test_table_has_a_row_for_each_stage_and_says_what_failed(tmp_path):
@@ -90,7 +92,7 @@ def test_both_sides_get_the_same_shape():
     for work in WORKS.values():
         commands = [side_by_side.command(work, side) for side in (*work.own, *work.peers)]
         assert all(set(work.shape.split()) <= set(c) for c in commands)
-        assert {bar.stage for bar in work.bars} <= set(work.stages)
+        assert {target.stage for target in work.targets} <= set(work.stages)
 
 
 def test_what_fails_or_takes_too_long_is_told(tmp_path):
