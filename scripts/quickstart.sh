@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a model that spells better than before: installs the project into .venv, converts the small Wan in
-# assets/tiny-wan, trains it on the CPU for about ten minutes, and shows what it learned.
+# Installs the project into .venv, converts the small Wan in assets/tiny-wan, trains it on the CPU for about ten minutes,
+# and prints the held-out reward before and after.
 #   bash scripts/quickstart.sh [--config.KEY=VALUE ...]
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 echo "== installing into $VENV"
