@@ -1,6 +1,4 @@
-"""Conversion both ways: coverage, bit-exact round trips, and every way a source or a destination
-can be broken.
-"""
+"""Tests of the conversion: bit-exact round trips, and broken sources and destinations."""
 
 import json
 import shutil

@@ -1,6 +1,4 @@
-"""LoRA files: their effect in Diffusers equals that of our adapters, they come back as they were,
-and every file that would load nothing or something else is refused.
-"""
+"""Tests of written LoRA files: their effect in Diffusers, the way back, and what is refused."""
 
 import functools
 import json

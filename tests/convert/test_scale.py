@@ -1,4 +1,4 @@
-"""Conversion of what is larger than memory: streaming, going on after a kill, and --check."""
+"""Tests of the conversion in pieces: memory, continuing after a kill, sources in shards."""
 
 import functools
 import json

@@ -1,5 +1,6 @@
-"""What conversion accepts as a source and refuses as a destination, before anything is written or
-downloaded.
+"""Tests of what a conversion accepts as a source and refuses as a destination.
+
+Both are checked before anything is written or downloaded.
 """
 
 import json
