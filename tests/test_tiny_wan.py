@@ -126,10 +126,12 @@ def pictures(trained):
     return made
 
 
+@pytest.mark.slow
 def test_training_shows(pictures):
     assert np.abs(pictures["base"] - pictures["run"]).mean() > 4 / 255
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize("name", ["base", "run"])
 def test_diffusers_samples_the_same_picture(trained, pictures, name):

@@ -103,6 +103,7 @@ print("check", peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(source, own, tmp_path):
     """A text encoder of 260 MB in float32, 31 MB of it one embedding: less than a third of it in
     memory at once.
@@ -132,6 +133,7 @@ def test_memory_does_not_grow_with_the_model(source, own, tmp_path):
     assert all((v == 0.5).all() and v.dtype == ml_dtypes.bfloat16 for v in stored.values())
 
 
+@pytest.mark.slow
 def test_arrays_in_small_pieces_are_the_same(source, converted, tmp_path, monkeypatch):
     """Chunks of a few rows, for the embedding that is read in parts and for the layers, also where
     none divides it.
@@ -288,6 +290,7 @@ def counted(monkeypatch):
     return keys
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
 def test_a_killed_conversion_continues(
     source, converted, killed, tmp_path, monkeypatch, capsys, how
@@ -369,6 +372,7 @@ def test_a_source_that_changes_under_way_is_noticed(own, tmp_path, monkeypatch):
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.slow
 def test_two_conversions_to_one_folder(source, tmp_path):
     with whole_folder(tmp_path / "model", False, resumable=True):
         with pytest.raises(UserError, match=r"model is in use by process \d+ .*--dst"):

@@ -144,6 +144,7 @@ def recipe(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_real_runs_under_one_budget(recipe, tmp_path):
     """One method's run ends with its budget, another's fails; the page shows the one and names the
     other.
@@ -195,6 +196,7 @@ def until_begun(log):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_sigterm_stops_the_runs(recipe, tmp_path):
     command = commands.command(
         "grpo.compare",
@@ -231,6 +233,7 @@ def test_environment_of_a_run(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_stopping_stops_the_runs(recipe, tmp_path):
     """A run that fails at once is reported while another works, which ends with the caller."""
     env = compare.environment(tmp_path, "0", shared=True)

@@ -45,6 +45,7 @@ def test_a_failure_is_tried_again_then_counted_and_shown_once(tmp_path, caplog, 
     assert len(caplog.records) == 1 and name in caplog.text and message in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "reward, message",
     [(pool_rewards.Dies, "died with exit code -9"), (pool_rewards.Hangs, "took longer than 2.0 s")],

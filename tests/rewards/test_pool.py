@@ -16,6 +16,7 @@ from tests.rewards import pool_rewards
 from tests.rewards.drawing import filled, video
 
 
+@pytest.mark.slow
 def test_values_do_not_depend_on_workers_or_mode():
     words = ["HELLO", "HELO", "OPEN", "SALE", "SALES", "."]
     rng = np.random.default_rng(0)

@@ -45,6 +45,7 @@ def test_samples_that_are_not_finite_are_not_written(folders, tmp_path):
     assert [path.name for path in tmp_path.glob("*.png")] == ["a_000.png"]
 
 
+@pytest.mark.slow
 def test_sampling_command(folders, tmp_path):
     _, model = folders
     common = (f"--model={model}", "--height=32", "--width=48", "--steps=2")

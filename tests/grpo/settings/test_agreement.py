@@ -3,6 +3,8 @@
 import socket
 import subprocess
 
+import pytest
+
 from configs import tiny_ocr
 from grpo.data.prompts import PromptSet
 from grpo.settings import agreement
@@ -41,6 +43,7 @@ def test_what_must_be_equal():
         )
 
 
+@pytest.mark.slow
 def test_two_processes_that_differ(tmp_path):
     """All comparisons in one start; the last one ends both with the same message."""
     (tmp_path / "model").mkdir()

@@ -98,6 +98,7 @@ def test_a_video_that_cannot_be_judged_is_masked(tmp_path):
     assert "this video cannot be judged" in scores.errors[1]
 
 
+@pytest.mark.slow
 def test_a_killed_server_leaves_its_work_to_the_other_and_a_restart_costs_a_wait_only():
     slow = ("--reward=tests.rewards.pool_rewards:Slow", "--workers=2")
     with Command(*slow) as one, Command(*slow) as other:
@@ -115,6 +116,7 @@ def test_a_killed_server_leaves_its_work_to_the_other_and_a_restart_costs_a_wait
                 assert pending.result(timeout=30).valid.all()
 
 
+@pytest.mark.slow
 def test_when_all_servers_are_gone_videos_are_masked_until_one_is_back():
     with contextlib.ExitStack() as stack:
         with serving() as url:
@@ -131,6 +133,7 @@ def test_when_all_servers_are_gone_videos_are_masked_until_one_is_back():
             assert again.values.tolist() == local().values.tolist()
 
 
+@pytest.mark.slow
 def test_a_server_with_other_settings_is_refused_also_after_a_restart():
     about = {"name": "ocr", "rule": "spelling"}
     with serving(about=about) as one, serving(about=about | {"rule": "flow_grpo_video"}) as other:

@@ -163,6 +163,7 @@ def relative_error(a, b):
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize(
     "frames, guidance, negative", [(1, 1.0, ""), (1, 4.0, "ugly, blurred"), (5, 4.0, "")]
@@ -190,6 +191,7 @@ def test_latents_and_pixels_of_diffusers(folders, frames, guidance, negative):
     assert np.abs(decode(model, latents) / 255.0 - pixels).mean() < 1 / 255
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize(
     "kind, changes",
@@ -251,6 +253,7 @@ def two_experts(tmp_path_factory):
     return root / "source", root / "model"
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize(
     "guidance, guidance_2, steps, shift",
@@ -316,6 +319,7 @@ def write_checkpoint(run, model, names, rank=4, alpha=6.0) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize("names", [("transformer", "transformer_2"), ("transformer_2",)])
 def test_trained_experts_exported_to_diffusers(two_experts, tmp_path, names):
@@ -343,6 +347,7 @@ def test_trained_experts_exported_to_diffusers(two_experts, tmp_path, names):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_ti2v_as_in_diffusers(tmp_path):
     """The layout of TI2V-5B: 48 channels, the VAE of Wan 2.2. Diffusers feeds a timestep for every
@@ -358,6 +363,7 @@ def test_ti2v_as_in_diffusers(tmp_path):
     assert videos.shape[1:] == (5, 64, 96, 3) and np.abs(videos / 255.0 - pixels).mean() < 1 / 255
 
 
+@pytest.mark.slow
 def test_offloaded_experts_sample_the_same(two_experts):
     noise = np.random.default_rng(0).standard_normal((1, 1, 4, 6, 16)).astype(np.float32)
     first, again = (
@@ -368,6 +374,7 @@ def test_offloaded_experts_sample_the_same(two_experts):
     assert relative_error(first, again) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_guidance_and_prompt_matter_to_the_parity_test(folders):
     """The comparison above would notice a wrong prompt, guidance or shift."""
@@ -383,6 +390,7 @@ def test_guidance_and_prompt_matter_to_the_parity_test(folders):
         assert relative_error(changed, base) > 1e-3
 
 
+@pytest.mark.slow
 def test_export_of_a_conversion_samples_the_same(folders, tmp_path):
     _, model = folders
     export(model, tmp_path / "back")
@@ -423,6 +431,7 @@ def test_sizes_that_wan_cannot_make():
         pipeline.latent_shape(121, 720, 1280, vae, transformer)
 
 
+@pytest.mark.slow
 def test_decoding_in_pieces(folders, monkeypatch):
     """By argument, by the automatic choice, on one device and several: the pixels of the whole
     clip.

@@ -75,6 +75,7 @@ def products(jaxpr) -> int:
     )
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_memory_and_work_but_not_gradients():
     inputs = maker.random_inputs(maker.SEED, *next(iter(GRIDS.values())))
     gradients, work, kept = {}, {}, {}

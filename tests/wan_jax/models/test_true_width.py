@@ -57,6 +57,7 @@ def fill(values, rng, deviation):
         piece[:] = block[: len(piece)]
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize("name", MODELS)
 def test_velocity_at_true_width(name, monkeypatch):

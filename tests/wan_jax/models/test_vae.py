@@ -96,6 +96,7 @@ def test_recorded_outputs(file, case):
         assert np.mean(np.abs(recorded[f"{case}_video"]) == 1) < 0.2  # the clamp hides little
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize(
     "settings, height, width, lengths",
@@ -172,6 +173,7 @@ def test_keys_of_diffusers_both_ways(settings):
 # --- time -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @BOTH
 def test_the_first_frame_is_coded_as_a_single_frame(settings):
     model = random_model(settings)
@@ -181,6 +183,7 @@ def test_the_first_frame_is_coded_as_a_single_frame(settings):
         assert largest_difference(clip[name][:, :1], picture[name]) < 1e-5, name
 
 
+@pytest.mark.slow
 @BOTH
 def test_single_frames_use_the_last_temporal_tap_only(settings):
     model = random_model(settings)
@@ -198,6 +201,7 @@ def test_single_frames_use_the_last_temporal_tap_only(settings):
         np.testing.assert_array_equal(value, expected[name], name)
 
 
+@pytest.mark.slow
 def test_later_frames_do_not_change_earlier_ones_and_earlier_ones_change_later_ones():
     model = random_model()
     video, z = maker.random_inputs(9, 3, 16, 24, maker.CONFIG)
@@ -217,6 +221,7 @@ def test_later_frames_do_not_change_earlier_ones_and_earlier_ones_change_later_o
         assert largest_difference(early[name][:, cut], base[name][:, cut]) > 1e-3
 
 
+@pytest.mark.slow
 def test_videos_of_a_batch_are_independent():
     model = random_model()
     inputs = maker.random_inputs(10, 3, 16, 24, maker.CONFIG)
@@ -253,6 +258,7 @@ def test_normalise():
     assert model.normalise(half).dtype == model.denormalise(half).dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_bfloat16_trains():
     """bf16 weights and compute: outputs near fp32's, fp32 results, and a gradient for every
     parameter.

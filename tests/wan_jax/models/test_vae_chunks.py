@@ -44,6 +44,7 @@ def latents(settings, frames, height=1, width=2, seed=3):
 # --- time -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @BOTH
 def test_chunks_are_the_whole_clip(settings):
     """Chunks of 1 and 2 latent frames, alone and mixed, and one chunk of all."""
@@ -63,6 +64,7 @@ def test_chunks_are_the_whole_clip(settings):
         assert largest_difference(np.concatenate(pieces, axis=1), expected) < 1e-5, sizes
 
 
+@pytest.mark.slow
 @BOTH
 def test_the_history_matters_and_is_of_two_frames(settings):
     """32 causal convolutions look back in both decoders; without what they carry the second chunk
@@ -94,6 +96,7 @@ def test_any_clip_needs_two_sizes(frames):
 # --- bytes ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings, height, width, chunk",
     [
@@ -195,6 +198,7 @@ def test_tiles_blend():
     np.testing.assert_allclose(seam, 1 + (np.arange(16) + 0.5) / 16, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_tiles_of_the_real_decoder_are_near_and_nearer_with_overlap():
     graphdef, state = nnx.split(random_model())
     z = latents(maker.CONFIG, 1, height=4, width=16)

@@ -123,6 +123,7 @@ def damages(path):
     } | flips
 
 
+@pytest.mark.slow
 def test_every_damage_to_every_file_is_one_message_or_harmless(run):
     """All that is in the folder, whatever wrote it."""
     paths = [p for p in sorted((run / "checkpoints/2").rglob("*")) if p.is_file()]
@@ -144,6 +145,7 @@ def test_every_damage_to_every_file_is_one_message_or_harmless(run):
             path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("item", ["state", "trained", "meta"])
 def test_damage_to_the_first_format_is_one_message(tmp_path, item):
     write_format_1(tmp_path / "old", 1)
