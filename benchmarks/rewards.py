@@ -1,7 +1,6 @@
 """Measures the OCR reward's frames per second, in local worker processes and behind a reward server.
 
-    python -m benchmarks.rewards [--workers 1,2,8] [--where local] [--videos 32] [--frames 9]
-        [--height 256 --width 256]
+    python -m benchmarks.rewards [--workers 1,2,8] [--where local] [--videos 32] [--frames 9] [--height 256 --width 256]
 
 The server runs on this machine, so that the network is not the limit and both ways use the same
 cores. So the difference is HTTP, JSON and two copies of the pixels. All pools are built beforehand

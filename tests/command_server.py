@@ -1,10 +1,8 @@
 """Commands in processes that need not import JAX and the rest again: a server imports them once and
 forks.
 
-    python -m tests.command_server DESCRIPTOR        the server, on a socket; it ends with its
-                                                     standard input
-    python -S tests/command_server.py ADDRESS MODULE [ARGUMENT ...]       `python -m MODULE ARGUMENT
-                                                                          ...` by that server
+    python -m tests.command_server DESCRIPTOR        the server, on a socket; it ends with its standard input
+    python -S tests/command_server.py ADDRESS MODULE [ARGUMENT ...]       `python -m MODULE ARGUMENT ...` by that server
 
 The second form passes its environment, folder and standard streams on, forwards SIGINT and SIGTERM,
 and ends as the command ends. When it is killed, so is the command. The command's own process id is

@@ -1,7 +1,6 @@
 """Trains the text encoder and the transformer of tiny-wan by flow matching on the VAE's latents.
 
-    python -m examples.tiny_wan.train_transformer --vae assets/tiny-wan/vae --out assets/tiny-wan
-    --seconds 900
+    python -m examples.tiny_wan.train_transformer --vae assets/tiny-wan/vae --out assets/tiny-wan --seconds 900
 
 The latents of a pool of signs are computed once. Every step then draws single frames and clips from
 the pool, a sigma (logit-normal, shifted by 3 as in sampling) and noise, and regresses velocity =

@@ -129,8 +129,7 @@ def unipc_coefficients(
         Columns 0-3, corrector over the last interval:
             x <- keep x_last + base m1 + old (m2 - m1) + new (m0 - m1)
             order 1:  old = 0,  new = base / 2
-            order 2:  old = base rho0 / rk,  new = base rho1,  where
-                      rho0 + rho1 = b1,  rk rho0 + rho1 = b2,
+            order 2:  old = base rho0 / rk,  new = base rho1,  where  rho0 + rho1 = b1,  rk rho0 + rho1 = b2,
                       b1 = (B/(-h) - 1) / B,  b2 = 2 ((B/(-h) - 1)/(-h) - 1/2) / B
         Columns 4-6, predictor over the next interval:
             x' = keep x + base m0 + old (m1 - m0)
