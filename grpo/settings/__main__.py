@@ -1,4 +1,4 @@
-"""Prints the reference of a recipe's settings, or those that have a word in their key or meaning.
+"""Prints the reference of a recipe's settings, or only of those with a word in their key or meaning.
 
 python -m grpo.settings [WORD]
 """
@@ -12,7 +12,12 @@ from wan_jax.errors import UserError
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m grpo.settings", description=__doc__)
-    parser.add_argument("word", nargs="?", default="", help="e.g. kl, or train.kl; all without it")
+    parser.add_argument(
+        "word",
+        nargs="?",
+        default="",
+        help="e.g. kl or train.kl; without it all settings are printed",
+    )
     try:
         print(markdown(parser.parse_args().word), end="")
     except UserError as error:

@@ -1,5 +1,5 @@
-"""Checks, once the processes of a run on several hosts are connected, that they agree on folders,
-settings, prompts and code.
+"""Checks that the connected processes of a run on several hosts agree on folders, settings, prompts and
+code.
 """
 
 import hashlib
@@ -16,11 +16,12 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def check(recipe, prompts: dict[str, PromptSet]) -> None:
-    """Checks that all processes share their folders and have equal recipes, prompts and code. All
-    processes must call this; process 0 must hold the lock of `run_dir`.
+    """Raises `UserError`, the same on every process, unless all processes share their folders and have
+    equal recipes, prompts and code. All processes must call this together, and process 0 must have
+    locked `run_dir`.
 
     recipe: a `grpo.settings.schema.Recipe`, or a ConfigDict with the same keys. prompts: the prompt
-    sets by the keys of their settings. Raises `UserError`, the same on every process.
+    sets by the keys of their settings.
     """
     run_dir, model = pathlib.Path(recipe.run_dir), pathlib.Path(recipe.model.path)
     multihost.check_same_folder(
@@ -35,21 +36,23 @@ def check(recipe, prompts: dict[str, PromptSet]) -> None:
 
 
 def facts(recipe, prompts: dict[str, PromptSet]) -> dict[str, str]:
-    """Returns what must be equal on all processes, by name; of files, digests of their content."""
-    found = {
+    """Returns the facts that must be equal on all processes, by name; for files, digests of their
+    content. The arguments are those of `check`.
+    """
+    known = {
         f"config.{key}": repr(value)
         for key, value in values_of(recipe).items()
         if not SETTINGS[key].per_process
     }
-    for key, known in prompts.items():
-        digest = _digest(repr((known.prompts, known.targets)).encode())
-        found[key] = f"{len(known)} prompts ({digest})"
+    for key, prompt_set in prompts.items():
+        digest = _digest(repr((prompt_set.prompts, prompt_set.targets)).encode())
+        known[key] = f"{len(prompt_set)} prompts ({digest})"
     root = pathlib.Path(__file__).parents[2]
     files = sorted(path for package in CODE for path in (root / package).rglob("*.py"))
-    found["the code of " + ", ".join(CODE)] = _digest(
+    known["the code of " + ", ".join(CODE)] = _digest(
         b"".join(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() for path in files)
     )
-    return found | {f"the version of {name}": importlib.metadata.version(name) for name in PACKAGES}
+    return known | {f"the version of {name}": importlib.metadata.version(name) for name in PACKAGES}
 
 
 def _digest(data: bytes) -> str:

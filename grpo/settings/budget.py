@@ -1,11 +1,11 @@
-"""The budget of a run, and what a run has spent. Runs that spend the same can be compared
+"""The budget of a run, and the part of it that is spent. Runs with equal budgets can be compared
 (`grpo.compare`).
 
-Evaluations are forward passes of the model while sampling: one for every video and denoising step,
-whether with guidance or without. Where a group shares its first steps, each of those counts once
-for the group. Passes of the update and of held-out evaluations do not count. Seconds are those of
-the epochs by a monotonic clock: sampling, decoding, waiting for scores, update. Start, compilation,
-held-out evaluations and checkpoints do not count.
+Evaluations are forward passes of the model while sampling: one for every video and denoising step, with
+or without guidance. Where a group shares its first steps, each of them counts once for the group. The
+update and held-out evaluations do not count. Seconds are those of the epochs by a monotonic clock:
+sampling, decoding, waiting for scores, update. Start, compilation, held-out evaluations and
+checkpoints do not count.
 """
 
 import dataclasses
@@ -15,7 +15,9 @@ from grpo.settings.setting import POSITIVE, Section, setting
 
 @dataclasses.dataclass(frozen=True)
 class Spent:
-    """What a run has spent since its first epoch. Every checkpoint stores it."""
+    """The evaluations and seconds that a run has spent since its first epoch. Every checkpoint stores
+    them.
+    """
 
     evaluations: int = 0
     seconds: float = 0.0
@@ -41,7 +43,7 @@ class Budget(Section):
     )
 
     def reached(self, spent: Spent) -> bool:
-        """Whether `spent` is at or above one of the limits."""
+        """Returns whether `spent` has reached one of the limits."""
         return any(
             limit is not None and getattr(spent, name) >= limit
             for name, limit in dataclasses.asdict(self).items()

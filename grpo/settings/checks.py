@@ -1,7 +1,7 @@
-"""Checks of settings that must fit together, whatever the method.
+"""Checks of settings that must not contradict each other, for all methods.
 
-`recipe` is a `grpo.settings.schema.Recipe`, or a ConfigDict with the same keys. All raise
-`UserError` naming the keys, the values and what to do.
+`recipe` is a `grpo.settings.schema.Recipe`, or a ConfigDict with the same keys. All checks raise
+`UserError` with the keys, the values and a remedy.
 """
 
 from grpo import methods
@@ -15,7 +15,7 @@ from wan_jax.errors import UserError
 
 
 def check_together(recipe) -> None:
-    """Makes every check of this module, and those of the recipe's method."""
+    """Makes all checks of this module, and those of the recipe's method."""
     check_settings(recipe.reward)
     trackers.check(recipe.log)
     methods.check_variants(recipe)
@@ -78,15 +78,16 @@ def check_rewards(recipe) -> None:
             check_model(path)
         except ValueError as error:
             raise UserError(f"config.reward.{name}_model: {error}") from None
-    if recipe.sample.frame_schedule and (quality := weights.keys() & set(BAD_SIDE)):
+    quality = weights.keys() & set(BAD_SIDE)
+    if recipe.sample.frame_schedule and quality:
         raise UserError(
             f"config.reward.weights has {', '.join(sorted(quality))}, which are judged by the base "
-            "model's videos of one length: leave them or config.sample.frame_schedule out"
+            "model's videos of one length: leave out either them or config.sample.frame_schedule"
         )
 
 
 def check_lora(recipe) -> None:
-    """Checks that adapters have layers, and a file of adapters is not given without them."""
+    """Checks that adapters have layers, and that a file of adapters is only given with adapters."""
     lora = recipe.lora
     if lora.rank and not lora.targets:
         raise UserError(
@@ -101,7 +102,7 @@ def check_lora(recipe) -> None:
 
 
 def check_evaluation(recipe) -> None:
-    """Checks that there is guidance to leave out where evaluations without it are asked for."""
+    """Checks that evaluations without guidance are only made where the others have guidance."""
     if recipe.eval.also_unguided and recipe.eval.guidance <= 1:
         raise UserError(
             f"config.eval.also_unguided=True: with eval.guidance={recipe.eval.guidance} there is no "

@@ -1,5 +1,5 @@
-"""Names that settings of training may have. Imports nothing but names, so that reading a recipe does
-not load JAX.
+"""Values that settings of training may have. Reading a recipe imports this module, so it does not
+import JAX.
 """
 
 from grpo import methods
@@ -17,5 +17,5 @@ KL_REFERENCES = ("base", "average")
 CREDITS = ("none", "longcat", "rectified", "otca")
 STDS = ("group", "global", "max", "none")
 COMBINATIONS = ("rewards", "advantages")
-JUDGE = "judge"  # the engine that is a vision model behind reward servers
+JUDGE = "judge"  # the reward engine that asks a vision model on reward servers
 JUDGE_QUESTIONS = ("transcribe", *QUESTIONS)

@@ -1,4 +1,4 @@
-"""The number of frames of a run's videos: in training by epoch, and in its evaluations."""
+"""The number of frames of a run's videos, by epoch in training, and in evaluations."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,9 +9,10 @@ Schedule = Sequence[tuple[int, int]]  # (first epoch, frames), by epoch
 
 
 def check(recipe) -> None:
-    """Checks `sample.frame_schedule` and that the evaluations have a length of their own with it.
+    """Raises `UserError` where `sample.frame_schedule` is invalid, or `eval.frames` is not set although
+    there is a schedule.
 
-    recipe: a `grpo.settings.schema.Recipe`, or a ConfigDict with the same keys. Raises `UserError`.
+    recipe: a `grpo.settings.schema.Recipe`, or a ConfigDict with the same keys.
     """
     schedule = recipe.sample.frame_schedule
     pairs = [entry for entry in schedule if len(entry) == 2]
@@ -35,15 +36,18 @@ def check(recipe) -> None:
 
 
 def at(epoch: int, frames: int, schedule: Schedule) -> int:
-    """Returns the number of frames of an epoch's videos. frames: those before the schedule begins."""
+    """Returns the number of frames of an epoch's videos. frames: before the schedule begins."""
     return [frames, *(length for first, length in schedule if first <= epoch)][-1]
 
 
 def trained(frames: int, schedule: Schedule) -> tuple[int, ...]:
-    """Returns every number of frames that an epoch has, each once."""
+    """Returns all numbers of frames that epochs have, each once. The arguments are those of `at`."""
     return tuple(dict.fromkeys((frames, *(length for _, length in schedule))))
 
 
 def evaluated(frames: int, eval_frames: int, more_frames: Sequence[int]) -> tuple[int, ...]:
-    """Returns every number of frames of the evaluations, each once. The run is judged by the first."""
+    """Returns all numbers of frames that evaluations have, each once. The run is judged by the first.
+
+    frames, eval_frames, more_frames: sample.frames, eval.frames and eval.more_frames.
+    """
     return tuple(dict.fromkeys((eval_frames or frames, *more_frames)))

@@ -1,4 +1,6 @@
-"""A recipe's ConfigDict, checked, as a typed `Recipe` and as the objects that follow from it."""
+"""Turns the ConfigDict of a recipe into a checked and typed `Recipe`, and that into the objects that
+follow from it.
+"""
 
 import dataclasses
 import operator
@@ -31,16 +33,19 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What follows from a recipe alone.
+    """The objects that follow from a recipe alone, without model and devices.
 
     Attributes:
         dtype: of the transformer's weights and matrix products.
-        lora: None: all weights are trained.
-        method: with its own settings.
+        lora: configuration of the adapters; None: all weights are trained.
+        sde: form of the stochastic steps.
+        method: the training method with its settings.
+        optimiser: configuration of the optimiser.
         videos: number of videos of an epoch.
         batches: number of rollout batches of an epoch.
         train_batches: number of them that are trained.
         weights: of the rewards that are measured, by name.
+        budget: limits of the run.
     """
 
     dtype: type
@@ -55,12 +60,12 @@ class Settings:
     budget: Budget
 
 
-def recipe_from_config(c: ml_collections.ConfigDict) -> Recipe:
-    """Checks everything that can be checked without model and device. Raises `UserError` naming the
-    key, the value and what to do.
+def recipe_from_config(config: ml_collections.ConfigDict) -> Recipe:
+    """Returns the recipe, after all checks that need neither model nor devices. Raises `UserError`
+    with the key, the value and a remedy.
     """
-    validation.check_keys(c)
-    values = validation.normalised(values_of(c))
+    validation.check_keys(config)
+    values = validation.normalised(values_of(config))
     validation.check_values(values)
     recipe = make_recipe(values)
     validation.check_secrets(recipe)
@@ -69,26 +74,28 @@ def recipe_from_config(c: ml_collections.ConfigDict) -> Recipe:
     return recipe
 
 
-def from_config(c: ml_collections.ConfigDict) -> Settings:
-    """Returns `settings_of` the recipe, after `recipe_from_config`; writes paths and empty settings
-    into `c` as they are in the recipe.
+def from_config(config: ml_collections.ConfigDict) -> Settings:
+    """Returns `settings_of` the recipe of a ConfigDict, and writes the recipe's normalised values,
+    e.g. of paths, into the ConfigDict. Raises `UserError` as `recipe_from_config` does.
     """
-    recipe = recipe_from_config(c)
-    before = values_of(c)
+    recipe = recipe_from_config(config)
+    before = values_of(config)
     for key, value in values_of(recipe).items():
         if value != before[key]:
             *sections, name = key.split(".")
-            section = operator.attrgetter(".".join(sections))(c) if sections else c
+            section = operator.attrgetter(".".join(sections))(config) if sections else config
             section[name] = value
     return settings_of(recipe)
 
 
 def settings_of(recipe: Recipe) -> Settings:
-    """Derives the objects that the parts of a run take from a checked recipe. Raises `UserError`."""
+    """Returns the objects that follow from a checked recipe. Raises `UserError` where a setting is
+    out of the range of one of them.
+    """
     sample, train, lora = recipe.sample, recipe.train, recipe.lora
     videos = checks.videos_of(recipe)
     try:
-        flow_sigmas(sample.steps, sample.shift)
+        flow_sigmas(sample.steps, sample.shift)  # raises where they give no schedule
         return Settings(
             dtype=DTYPES[recipe.model.dtype],
             lora=LoRAConfig(lora.rank, lora.alpha, lora.targets) if lora.rank else None,
@@ -108,24 +115,19 @@ def settings_of(recipe: Recipe) -> Settings:
 
 
 def check_resume(saved: dict, now: dict, checkpoint: str) -> None:
-    """Checks that a run's checkpoint was made with the settings that are given now, except those
-    that a continued run may change. Raises `UserError`.
+    """Raises `UserError` where the settings of a run's checkpoint differ from the present ones, except
+    in settings that a continued run may change.
 
-    saved, now: nested dicts, of a recipe's or a ConfigDict's `to_dict`.
+    saved, now: nested dicts, from `to_dict` of a recipe or a ConfigDict. checkpoint: its path.
     """
-    # A setting that is newer than the run had its default, but the method was Flow-GRPO.
-    known = flat(Recipe().to_dict()) | {"train.method": "grpo"}
-    saved, now = (
-        {
-            **values,
-            "train.kl_weight": methods.kl_weight(values["train.method"], values["train.kl_weight"]),
-        }
-        for values in (known | flat(saved), flat(now))
-    )
+    # Settings that are newer than the checkpoint had their defaults, except that the method was
+    # Flow-GRPO.
+    defaults = flat(Recipe().to_dict()) | {"train.method": "grpo"}
+    before, after = _with_kl_weight(defaults | flat(saved)), _with_kl_weight(flat(now))
     changed = [
-        f"{key}: {saved.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted(saved.keys() | now.keys())
-        if not is_marked(key, "resume") and not _same(key, saved.get(key), now.get(key))
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if not is_marked(key, "resume") and not _same(key, before.get(key), after.get(key))
     ]
     if changed:
         raise UserError(
@@ -134,7 +136,15 @@ def check_resume(saved: dict, now: dict, checkpoint: str) -> None:
         )
 
 
+def _with_kl_weight(values: dict) -> dict:
+    """Returns the values of all settings by key, with the default of the method where
+    train.kl_weight is None.
+    """
+    weight = methods.kl_weight(values["train.method"], values["train.kl_weight"])
+    return values | {"train.kl_weight": weight}
+
+
 def _same(key: str, a, b) -> bool:
-    """Whether two values of a setting mean the same; of paths, whether they lead to one place."""
+    """Returns whether two values of a setting are equal; two paths, whether they lead to one place."""
     is_path = key in SETTINGS and SETTINGS[key].path
     return a == b or bool(is_path and a and b and expand(a) == expand(b))

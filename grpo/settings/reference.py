@@ -1,4 +1,4 @@
-"""The reference of all settings as Markdown, docs/settings.md."""
+"""Writes the reference of all settings as Markdown (docs/settings.md)."""
 
 import inspect
 import math
@@ -10,9 +10,9 @@ from wan_jax.errors import UserError
 HEAD = """# Settings of a recipe
 
 Written by `python -m grpo.settings > docs/settings.md`; the settings are declared in `grpo/settings/sections/`.
-`python -m grpo.settings WORD` prints those whose key or meaning has the word. A recipe (`configs/*.py`) begins with
+`python -m grpo.settings WORD` prints those with the word in their key or meaning. A recipe (`configs/*.py`) begins with
 `defaults()` and changes a few of them, and each can be given on the command line: `--config.train.learning_rate=3e-5`.
-Methods and what they were found to do: [algorithms.md](algorithms.md), [results.md](results.md).
+The methods and their measured effects: [algorithms.md](algorithms.md), [results.md](results.md).
 
 *Experimental* marks settings and values for which no gain has been measured: one seed, or a difference within the
 spread of the seeds. *Continuing* marks settings that a run may change when it is continued,
@@ -26,10 +26,9 @@ TYPES = {int: "whole number", float: "number", bool: "True or False", str: "text
 
 
 def markdown(word: str = "") -> str:
-    """Returns a heading and a table for each section, of the settings whose key or meaning contains
-    `word`, whatever its case. With an empty word all settings, below an introduction.
-
-    Raises `UserError` where there is none.
+    """Returns a heading and a table for each section, with the settings that have `word` in their key
+    or meaning; upper and lower case are equal. With an empty word it returns all settings, below an
+    introduction. Raises `UserError` where no setting has the word.
     """
     pages = []
     for prefix, section in sections():
@@ -41,7 +40,7 @@ def markdown(word: str = "") -> str:
         ]
         if entries:
             rows = "\n".join(map(_row, entries))
-            summary = inspect.getdoc(section).partition("\n\n")[0]
+            summary = (inspect.getdoc(section) or "").partition("\n\n")[0]
             pages.append(
                 f"## {prefix.rstrip('.') or 'run'}\n\n{summary}\n\n"
                 f"| key | type | default | allowed | meaning |\n|---|---|---|---|---|\n{rows}\n"
@@ -52,6 +51,7 @@ def markdown(word: str = "") -> str:
 
 
 def _row(entry: Setting) -> str:
+    """Returns the row of a setting in its table."""
     meaning = entry.meaning
     if entry.experimental:
         values = entry.experimental if isinstance(entry.experimental, tuple) else ()
@@ -65,13 +65,14 @@ def _row(entry: Setting) -> str:
 
 
 def _type(entry: Setting) -> str:
-    if entry.kind is not tuple:
+    """Returns the type of a setting as text."""
+    if entry.elements is None:
         return "path" if entry.path else TYPES[entry.kind]
     return f"tuple of {TYPES[entry.elements]}s"
 
 
 def _allowed(entry: Setting) -> str:
-    """Says which values are allowed: choices, range, number of elements, None."""
+    """Returns the allowed values as text: choices, range, form of a tuple, None."""
     parts = []
     if entry.choices:
         parts.append(", ".join(f"`{choice}`" for choice in entry.choices))

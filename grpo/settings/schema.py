@@ -1,8 +1,8 @@
 """All settings of a recipe: `Recipe`, and the table `SETTINGS` that follows from it.
 
-Each setting is declared once, in the sections. Defaults of `configs.defaults`, checks
-(`grpo.settings.validation`), the reference (`docs/settings.md`) and what a continued run may change
-are read from there. Imports no JAX: recipes import this module.
+Each setting is declared once, in the sections. The defaults of `configs.defaults`, the checks
+(`grpo.settings.validation`), the reference (`docs/settings.md`) and the settings that a continued run
+may change follow from the declarations. Recipes import this module, so it does not import JAX.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from wan_jax.command_line.limits import SEED, Range
 class Recipe(Section):
     """The run as a whole.
 
-    A recipe has all settings of a run, under the keys of the ConfigDict of `configs.defaults`.
+    A recipe has all settings of a run, with the keys of the ConfigDict of `configs.defaults`.
     """
 
     run_dir: str = setting(
@@ -67,7 +67,7 @@ class Recipe(Section):
 SETTINGS: Mapping[str, Setting] = {entry.key: entry for entry in declared(Recipe)}
 
 
-def values_of(recipe) -> dict[str, object]:
+def values_of(recipe) -> dict[str, typing.Any]:
     """Returns the value of every setting by key, e.g. 'train.learning_rate'; tuples as tuples.
 
     recipe: a `Recipe`, or a ConfigDict with the same keys.
@@ -76,25 +76,28 @@ def values_of(recipe) -> dict[str, object]:
 
 
 def make_recipe(values: Mapping[str, object]) -> Recipe:
-    """Builds a recipe from the value of every setting by key. Whole numbers become floats where the
-    setting is one. The values are not checked.
+    """Returns the recipe with the value of every setting by key. Whole numbers become floats where the
+    setting is a float. The values are not checked.
     """
     return _make(Recipe, values, "")
 
 
 def _make(kind: type, values: Mapping[str, object], prefix: str):
-    hints, found = typing.get_type_hints(kind), {}
+    """Returns a section with the values of the settings that have the prefix."""
+    hints = typing.get_type_hints(kind)
+    fields = {}
     for name in (f.name for f in dataclasses.fields(kind)):
         key, hint = f"{prefix}{name}", hints[name]
-        found[name] = (
+        fields[name] = (
             _make(hint, values, f"{key}.")
-            if dataclasses.is_dataclass(hint)
+            if isinstance(hint, type) and dataclasses.is_dataclass(hint)
             else _typed(SETTINGS[key], values[key])
         )
-    return kind(**found)
+    return kind(**fields)
 
 
 def _typed(entry: Setting, value):
+    """Returns a value in the type of its setting: lists as tuples, whole numbers as floats."""
     value = as_tuples(value)
     if entry.kind is float and isinstance(value, int):
         return float(value)
@@ -121,12 +124,12 @@ def sections() -> Iterator[tuple[str, type]]:
 def _sections(kind: type, prefix: str) -> Iterator[tuple[str, type]]:
     yield prefix, kind
     for name, hint in typing.get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             yield from _sections(hint, f"{prefix}{name}.")
 
 
 def is_marked(key: str, mark: str) -> bool:
-    """Whether a setting has a mark ('resume' or 'per_process').
+    """Returns whether a setting has a mark ('resume' or 'per_process').
 
     A key that is not a setting, of a run of an earlier version, has the marks of its section.
     """

@@ -1,4 +1,4 @@
-"""How a setting of a recipe is declared: a dataclass field with type, default, range and meaning."""
+"""Declaration of a recipe's settings: a dataclass field with type, default, range and meaning."""
 
 import dataclasses
 import math
@@ -77,7 +77,7 @@ def declared(kind: type, prefix: str = "", **marks) -> Iterator[Setting]:
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         key, hint = f"{prefix}{field.name}", hints[field.name]
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             yield from declared(hint, f"{key}.", **{**marks, **field.metadata})
         else:
             yield Setting(key, field.default, *_type_of(hint), **{**marks, **field.metadata})

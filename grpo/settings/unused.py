@@ -1,8 +1,7 @@
-"""Settings that a run does not read. One line at its start names those that were changed.
+"""Settings that a run does not read. A run prints the changed ones at its start, in one line.
 
-They are not refused, so that a recipe can be given another method, and a run can be continued,
-without removing them. What would mean something else under another method is refused by
-`grpo.methods`.
+They are not refused, so that the method of a recipe can be changed, and a run can be continued,
+without removing them. `grpo.methods` refuses settings that choose a variant of another method.
 """
 
 from grpo import methods
@@ -11,7 +10,8 @@ from grpo.settings.schema import SETTINGS, values_of
 
 
 def unread(recipe) -> dict[str, str]:
-    """Returns every setting that this recipe's run does not read, with the setting that causes it.
+    """Returns {key: reason} of all settings that the run of a recipe does not read. The reason is the
+    value of another setting, as text.
 
     recipe: a `grpo.settings.schema.Recipe`, or a ConfigDict with the same keys.
     """
@@ -80,7 +80,7 @@ def unread(recipe) -> dict[str, str]:
 
 
 def changed_in_vain(recipe) -> list[str]:
-    """Returns a line about settings that differ from their defaults and are not read; [] if none.
+    """Returns a line about settings that differ from their defaults and are not read; [] without any.
 
     recipe: a `grpo.settings.schema.Recipe`, or a ConfigDict with the same keys.
     """

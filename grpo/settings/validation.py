@@ -1,6 +1,6 @@
 """Checks of a recipe's ConfigDict against the declared settings: keys, types, ranges, secrets.
 
-What concerns several settings at once is checked by `grpo.settings.checks`.
+`grpo.settings.checks` has the checks of several settings together.
 """
 
 import difflib
@@ -8,6 +8,7 @@ import os
 import re
 import urllib.parse
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import ml_collections
 
@@ -23,34 +24,35 @@ TYPES = {
     str: "a text",
     tuple: "a pair",
 }
-VARIABLE = re.compile(r"[A-Z]+\d?(_[A-Z]+\d?)*")  # names of variables by custom; no token matches
+# names of environment variables as they usually are; no token matches
+VARIABLE = re.compile(r"[A-Z]+\d?(_[A-Z]+\d?)*")
 
 
 def flat(values: Mapping, prefix: str = "") -> dict[str, object]:
     """Returns nested dicts as {'a.b': value}, with tuples as lists, as after JSON."""
-    found = {}
+    flattened = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
+            flattened |= flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = _as_lists(value)
-    return found
+            flattened[f"{prefix}{key}"] = _as_lists(value)
+    return flattened
 
 
 def _as_lists(value):
     return [_as_lists(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
-def check_keys(c: ml_collections.ConfigDict) -> None:
-    """Checks that a recipe has exactly the declared keys. Raises `UserError` with the nearest ones."""
-    unknown = list(_unknown(c.to_dict(), Recipe().to_dict()))
+def check_keys(config: ml_collections.ConfigDict) -> None:
+    """Raises `UserError` with similar keys where a recipe does not have exactly the declared keys."""
+    unknown = list(_unknown(config.to_dict(), Recipe().to_dict()))
     if unknown:
         guesses = [guess for _, guess in unknown if guess]
         raise UserError(
             f"the recipe sets {', '.join(key for key, _ in unknown)}, which are not settings; "
             + (f"did you mean {', '.join(guesses)}?" if guesses else "see docs/settings.md")
         )
-    missing = sorted(SETTINGS.keys() - flat(c.to_dict()).keys())
+    missing = sorted(SETTINGS.keys() - flat(config.to_dict()).keys())
     if missing:
         raise UserError(
             f"the recipe does not set {', '.join(missing[:6])}: let it begin with c = defaults(), "
@@ -59,9 +61,7 @@ def check_keys(c: ml_collections.ConfigDict) -> None:
 
 
 def _unknown(values: dict, known: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yields each key that is not in `known`, with '.*' after sections, and the most similar key
-    that is, or ''.
-    """
+    """Yields (key, similar key or '') of all keys that are not in `known`, with '.*' after sections."""
     for key, value in values.items():
         if key not in known:
             same_kind = [
@@ -75,11 +75,11 @@ def _unknown(values: dict, known: dict, prefix: str = "") -> Iterator[tuple[str,
 
 
 def normalised(values: Mapping[str, object]) -> dict[str, object]:
-    """Returns the values of all settings in the one form that the rest of the program reads.
+    """Returns the values of all settings in one form.
 
-    'None' for a text that may be empty is the empty text. (None,) and ('',), which the command line
-    makes of 'None' and of nothing, are the empty tuple. Paths are those of
-    `wan_jax.command_line.flag_types.user_path`. Raises `UserError` on what cannot be a path.
+    'None' becomes the empty text where a text may be empty. (None,) and ('',), which the command line
+    makes of 'None' and of an empty value, become the empty tuple. Paths become those of
+    `wan_jax.command_line.flag_types.user_path`. Raises `UserError` on a text that cannot be a path.
     """
     return {key: _normalised(SETTINGS[key], as_tuples(value)) for key, value in values.items()}
 
@@ -93,7 +93,7 @@ def _normalised(entry: Setting, value):
 
 
 def check_values(values: Mapping[str, object]) -> None:
-    """Checks type, range and choice of every setting. Raises `UserError` that names all wrong ones."""
+    """Raises `UserError` with all settings that have a wrong type or a value that is not allowed."""
     problems = [
         f"config.{key}={values[key]!r} {problem}"
         for key, entry in SETTINGS.items()
@@ -104,31 +104,34 @@ def check_values(values: Mapping[str, object]) -> None:
 
 
 def _problem(entry: Setting, value) -> str:
-    """Says what a value must be where it is not; '' where it is."""
+    """Returns the requirement that a value does not meet, as text; '' where it meets all."""
     if value is None and entry.optional:
         return ""
     optional = ", or None" if entry.optional else ""
+    items: tuple[Any, ...]
     if entry.kind is not tuple:
         items, kind, name = (value,), entry.kind, TYPES[entry.kind]
     elif not isinstance(value, tuple):
         return "must be a tuple"
     else:
+        assert entry.elements is not None, entry.key
         items, kind = value, entry.elements
         name = f"a tuple, each of it {TYPES[kind]}"
     if not all(_is(kind, item) for item in items):
         return f"must be {name}{optional}"
     if entry.length and len(items) != entry.length:
         return f"must be {entry.form}"
-    if entry.bounds and (outside := [item for item in items if item not in entry.bounds]):
-        return f"{entry.bounds.requirement(outside[0])}{optional}"
+    for item in items:
+        if entry.bounds and item not in entry.bounds:
+            return f"{entry.bounds.requirement(item)}{optional}"
     if entry.choices and not set(items) <= set(entry.choices):
         return f"must be one of {', '.join(entry.choices)}"
     return ""
 
 
 def _is(kind: type, value) -> bool:
-    """Whether a value may stand for one of `kind`: a whole number for a float, but a truth value for
-    no number.
+    """Returns whether a value has the type `kind`. A whole number is also a float; True and False are
+    no numbers.
     """
     if isinstance(value, bool):
         return kind is bool
@@ -136,7 +139,7 @@ def _is(kind: type, value) -> bool:
 
 
 def check_required(values: Mapping[str, object]) -> None:
-    """Checks that the settings without a usable default are set. Raises `UserError`."""
+    """Raises `UserError` where a setting without a usable default is not set."""
     for key, entry in SETTINGS.items():
         if entry.required and not values[key]:
             raise UserError(
@@ -145,16 +148,16 @@ def check_required(values: Mapping[str, object]) -> None:
 
 
 def check_secrets(recipe) -> None:
-    """Checks that no setting holds what no file of the run may hold. Raises `UserError`, which does
-    not repeat it.
+    """Raises `UserError` where a setting has a secret, which the files of the run would contain. The
+    message does not contain it.
     """
     address = recipe.log.mlflow.uri
     if _has_credentials(address):
         raise UserError(
             "config.log.mlflow.uri has a name or a password in it, which the run's files would "
             "keep: leave it out and set the environment variables MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD; where it is that of a database, give the address of a "
-            "server of MLflow that opens it"
+            "MLFLOW_TRACKING_PASSWORD; for a database, give the address of an MLflow server that "
+            "uses it"
         )
     name = recipe.reward.token_env
     if name not in os.environ and not VARIABLE.fullmatch(name):
@@ -165,7 +168,7 @@ def check_secrets(recipe) -> None:
 
 
 def _has_credentials(url: str) -> bool:
-    """Whether a URL names a user or a password, before its host or as an option."""
+    """Returns whether a URL contains a user or a password, before its host or as an option."""
     try:
         parts = urllib.parse.urlsplit(url)
         options = {key.lower() for key in urllib.parse.parse_qs(parts.query)}

@@ -24,7 +24,7 @@ class Eval(Section):
     )
     more_frames: tuple[int, ...] = setting(
         (),
-        "Further numbers of frames, e.g. (33,). Each has evaluations of its own, logged apart.",
+        "Further numbers of frames, e.g. (33,). Each has separate evaluations with a separate log.",
         bounds=Range(1),
     )
     steps: int = setting(20, "Number of denoising steps.", bounds=Range(1))

@@ -77,7 +77,7 @@ class Reward(Section):
     combine: str = setting(
         "rewards",
         "What is summed by weight. `rewards`: the rewards. `advantages`: each reward's advantages "
-        "(GDPO), so that a weight holds whatever a reward's spread is.",
+        "(GDPO), so that weights do not depend on the spread of the rewards.",
         choices=COMBINATIONS,
         experimental=("advantages",),
     )

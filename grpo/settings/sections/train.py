@@ -50,8 +50,8 @@ class Train(Section):
     )
     dpo_beta: float = setting(
         100.0,
-        "Of `dpo`: beta of its loss, -log sigmoid(-beta / 2 x margin): how sharply it prefers, and "
-        "how near it stays to the reference.",
+        "Of `dpo`: beta of its loss, -log sigmoid(-beta / 2 x margin). It is the strength of the "
+        "preference and of the constraint to the reference.",
         bounds=POSITIVE,
     )
     reference_every: int = setting(
