@@ -1,6 +1,6 @@
-"""From the rewards of an epoch to what training does with each video.
+"""Credit of the videos of an epoch: what training does with each of them, from its rewards.
 
-Host-side NumPy, the same on every process.
+NumPy on the host, the same on every process.
 """
 
 import dataclasses
@@ -18,33 +18,48 @@ from grpo.advantages import (
 from grpo.run import RunSpec
 from grpo.scoring import reward_combination
 from grpo.scoring.scores import GatheredScores
+from grpo.settings.schema import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
 class Credit:
-    """What the rewards of an epoch's N videos say of each of them."""
+    """What follows from the rewards for each of the N videos of an epoch.
 
-    total: np.ndarray  # float64 [N], the weighted sum of the rewards; nan where one is missing
-    valid: np.ndarray  # bool [N], videos with every weighted reward
-    advantages: np.ndarray  # fp32 [N], within the groups
-    value: np.ndarray  # [N], what videos of a group are ranked by: total, or advantages
-    spread: np.ndarray  # bool [N], valid videos of groups whose rewards differ
-    counted: np.ndarray  # bool [N], valid videos that are trained on
-    order: np.ndarray  # int [batches], the rollout batches with such videos first
+    Attributes:
+        total: float64 [N], the weighted sum of the rewards; nan where one is missing.
+        valid: bool [N], whether the video has every weighted reward.
+        advantages: fp32 [N], within the groups.
+        value: [N], the value by which the videos of a group are ranked: `total` or `advantages`.
+        spread: bool [N], whether the video is valid and in a group with different rewards.
+        counted: bool [N], whether the video is valid and trained on.
+        order: int [batches], numbers of the rollout batches, those with selected groups first.
+        groups: statistics of the groups, for the log.
+    """
+
+    total: np.ndarray
+    valid: np.ndarray
+    advantages: np.ndarray
+    value: np.ndarray
+    spread: np.ndarray
+    counted: np.ndarray
+    order: np.ndarray
     groups: GroupStatistics
 
 
 def compute_credit(
     spec: RunSpec, scores: GatheredScores, prompt_of: np.ndarray, base: reward_combination.Base
 ) -> Credit:
-    """Return the credit of an epoch's videos. base: the measures of the starting model, which
-    measures of quality are judged by. Where not one video could be scored, none is valid.
+    """Return the credit of the videos of an epoch. Without any scored video, none is valid.
+
+    prompt_of: int [N], the prompt of each video. base: statistics of the starting model, with which
+    measures of quality are compared.
     """
     recipe, weights = spec.recipe, spec.settings.weights
     rewards = reward_combination.terms(scores.values, scores.parts, weights, base)
     total = reward_combination.weighted_sum(rewards, weights)
     valid = scores.valid & np.isfinite(total)
     options = advantage_options(recipe)
+    # several rewards are combined before or after they become advantages
     if recipe.reward.combine == "rewards":
         advantages = group_advantages(total, prompt_of, valid, **options)
         value, differing = total, [total]
@@ -53,19 +68,20 @@ def compute_credit(
             rewards, weights, prompt_of, valid, **options
         )
         value, differing = advantages, list(rewards.values())
-    kept = largest_spread(total, prompt_of, valid, recipe.train.groups or recipe.sample.groups)
+    # selection of groups (train.groups), then of videos within them (train.best_of)
+    selected = largest_spread(total, prompt_of, valid, recipe.train.groups or recipe.sample.groups)
     return Credit(
         total=total,
         valid=valid,
         advantages=advantages,
         value=value,
         spread=from_groups_with_spread(differing, prompt_of, valid),
-        counted=kept & extremes(total, prompt_of, valid, recipe.train.best_of),
-        order=np.flatnonzero(kept.reshape(spec.settings.batches, -1).any(1)),
+        counted=selected & extremes(total, prompt_of, valid, recipe.train.best_of),
+        order=np.flatnonzero(selected.reshape(spec.settings.batches, -1).any(1)),
         groups=group_statistics(total, prompt_of, valid),
     )
 
 
-def advantage_options(recipe) -> dict:
-    """Return the options of `group_advantages` that a recipe sets."""
+def advantage_options(recipe: Recipe) -> dict:
+    """Return the keyword arguments of `group_advantages` that a recipe sets."""
     return {"std": recipe.train.advantage_std, "clip": recipe.train.advantage_clip}

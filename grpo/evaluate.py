@@ -1,15 +1,16 @@
-"""Held-out evaluation of a model, and of what a run made of it: the same prompts, noise and sampler
-for both.
+"""Evaluates a model, and a checkpoint of a run that trained it, on held-out prompts, with the same
+prompts, noise and sampler for both.
 
-    python -m grpo.evaluate --config=configs/tiny_ocr.py --checkpoint=runs/tiny_ocr
-    --out=runs/tiny_eval python -m grpo.evaluate --config=configs/tiny_ocr.py --out=runs/base
-    --config.prompts.heldout=my_prompts.txt
+    python -m grpo.evaluate --config=configs/tiny_ocr.py --checkpoint=runs/tiny_ocr \\
+        --out=runs/tiny_eval
+    python -m grpo.evaluate --config=configs/tiny_ocr.py --out=runs/base \\
+        --config.prompts.heldout=my_prompts.txt
 
-Everything but the checkpoint comes from the recipe, so figures compare with those of training:
+Everything but the checkpoint comes from the recipe, so the results compare with those of training:
 `eval.*`, `reward.*`, `sample.height`, `sample.width`, `sample.shift`, `sample.batch_size`,
-`model.*`, `prompts.heldout`. OUT gets evals.jsonl (each prompt's reward and what was read), the
-first prompts' videos, report.html, and side_by_side/, where a file has what the model and the
-checkpoint made of one prompt and noise, left and right.
+`model.*`, `prompts.heldout`. The folder OUT gets evals.jsonl (the reward of each prompt and the text
+that was read), videos of the first prompts, report.html, and side_by_side/: files that show the
+videos of the model (left) and of the checkpoint (right) from one prompt and noise.
 """
 
 import functools
@@ -25,7 +26,7 @@ from grpo.data.prompts import load_prompts
 from grpo.records.run_log import RunLog
 from grpo.report import run_report
 from grpo.run import RunSpec
-from grpo.scoring.heldout import Evaluator, format_evaluation
+from grpo.scoring.heldout import Evaluation, Evaluator, format_evaluation
 from grpo.scoring.scores import for_rewards, open_pool, targets_check
 from grpo.settings import parse
 from grpo.settings.reference import FLAG_HELP
@@ -48,82 +49,100 @@ CHECKPOINT = define_path(
     "run folder of grpo.train, or one of its checkpoints/<epoch>; None: only the model itself",
 )
 OUT = define_path("out", "folder to write", required=True)
-HEAD = define_path("reward_head", "file of grpo.reward_head: with guidance towards a higher reward")
-GUIDANCE = define_number("reward_guidance", 10.0, "its weight", Range(0))
+HEAD = define_path(
+    "reward_head", "file of grpo.reward_head: sample with guidance towards a higher reward"
+)
+GUIDANCE = define_number("reward_guidance", 10.0, "weight of that guidance", Range(0))
 BASE = flags.DEFINE_bool(
-    "base", True, "evaluate the model itself, too; a checkpoint of epoch 0 is the model itself"
+    "base",
+    True,
+    "whether the model itself is evaluated, too; a checkpoint of epoch 0 is the model itself",
 )
 
 
 def main(_):
-    CONFIG.value.run_dir = OUT.value
-    c = parse.recipe_from_config(CONFIG.value)
-    s = parse.settings_of(c)
+    # ---- the recipe and the command's own flags ----------------------------------------------
+    config = CONFIG.value
+    assert config is not None, "--config is required"
+    config.run_dir = OUT.value
+    recipe = parse.recipe_from_config(config)
+    settings = parse.settings_of(recipe)
     prompts = load_prompts(
-        c.prompts.heldout, parse_targets, limit=c.eval.num_prompts, check=targets_check(c.reward)
+        recipe.prompts.heldout,
+        parse_targets,
+        limit=recipe.eval.num_prompts,
+        check=targets_check(recipe.reward),
     )
-    prompts = for_rewards(prompts, s.weights)
+    prompts = for_rewards(prompts, settings.weights)
     if HEAD.value is None:
         check_used(flags.FLAGS, {"reward_guidance": "--reward_head"})
     if CHECKPOINT.value is None and not BASE.value:
         raise UserError("--nobase without --checkpoint leaves nothing to evaluate")
-    if (pathlib.Path(OUT.value) / "checkpoints").exists():
+    if (pathlib.Path(recipe.run_dir) / "checkpoints").exists():
         raise UserError(f"--out {OUT.value} is a training run's folder; give another one")
+
+    # ---- the model, the checkpoint, the devices ----------------------------------------------
     epoch = 0
     cli.enable_compilation_cache()
     with cli.user_input():
-        model = model_dir.open_model(c.model.path)
+        model = model_dir.open_model(recipe.model.path)
         if CHECKPOINT.value is not None:
             checkpoints, epoch = checkpoint_lib.find(CHECKPOINT.value)
-            # now, not after the evaluation of the model itself
+            # checked before the model itself is evaluated, which takes long
             meta = checkpoints.check(epoch, ("meta", "trained"))
             model.check_same(
                 meta.get("model_digest"), meta["model"], CHECKPOINT.value, "config.model.path"
             )
-        spec = RunSpec.make(c, s, presets.of_folder(model), training=False)
-        steer = reward_guidance.guidance(HEAD.value, GUIDANCE.value, spec.preset.transformer, model)
+        spec = RunSpec.make(recipe, settings, presets.of_folder(model), training=False)
+        shift = reward_guidance.guidance(HEAD.value, GUIDANCE.value, spec.preset.transformer, model)
     print(spec.placed, flush=True)
     bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
-    with folder_lock.locked(c.run_dir, "--out"), open_pool(c.reward, s.weights) as pool:
+
+    lock = folder_lock.locked(recipe.run_dir, "--out")
+    with lock, open_pool(recipe.reward, settings.weights) as pool:
+        # ---- prompts, decoder, log -----------------------------------------------------------
         table = pipeline.embed_prompts(
             model,
             prompts.prompts,
-            c.prompts.negative,
-            dtype=s.dtype,
+            recipe.prompts.negative,
+            dtype=settings.dtype,
             cache=True,
             progress=functools.partial(bar, desc="prompts"),
         )
         vae_graph, vae_state = pipeline.load_vae(model, spec.mesh)
         decode = pipeline.make_decoder(vae_graph)
-        log, unscored = RunLog(c.run_dir), []
-        log.config(dict(c.to_dict(), command=" ".join(["python -m grpo.evaluate", *sys.argv[1:]])))
+        log = RunLog(recipe.run_dir)
+        command = " ".join(["python -m grpo.evaluate", *sys.argv[1:]])
+        log.config(dict(recipe.to_dict(), command=command))
+        unscored: list[Evaluation] = []
 
         def evaluate(checkpoint: str | None, number: int):
+            """Evaluate the model, or a checkpoint of epoch `number`, and record the results."""
             graph, weights = load_transformers(
-                model, checkpoint, s.dtype, spec.backend, spec.mesh, c.model.offload
+                model, checkpoint, settings.dtype, spec.backend, spec.mesh, recipe.model.offload
             )
             module = functools.partial(nnx.merge, graph)
-            make = functools.partial(pipeline.make_ode_step, module, spec.solver, shift=steer)
+            make = functools.partial(pipeline.make_ode_step, module, spec.solver, shift=shift)
             steps = per_guidance(make, spec.eval_guidance)
             unguided = ()
-            if c.eval.also_unguided:
+            if recipe.eval.also_unguided:
                 unguided = per_guidance(make, (1.0,) * len(model.experts))
             for i, frames in enumerate(spec.evaluated_frames):
                 evaluator = Evaluator(
-                    prompts,
-                    table,
-                    spec.solver,
-                    steps,
-                    spec.eval_segments,
-                    decode,
-                    vae_state,
-                    pool,
-                    spec.mesh,
-                    spec.shape_of(frames),
-                    c.sample.batch_size,
-                    c.eval.seed,
-                    c.eval.previews,
-                    unguided,
+                    prompts=prompts,
+                    table=table,
+                    solver=spec.solver,
+                    steps=steps,
+                    parts=spec.eval_segments,
+                    decode=decode,
+                    vae_state=vae_state,
+                    pool=pool,
+                    mesh=spec.mesh,
+                    shape=spec.shape_of(frames),
+                    batch_size=recipe.sample.batch_size,
+                    seed=recipe.eval.seed,
+                    previews=recipe.eval.previews,
+                    unguided=unguided,
                 )
                 result = evaluator(
                     lambda expert: (weights(expert),),
@@ -131,21 +150,23 @@ def main(_):
                     functools.partial(bar, desc="evaluation"),
                 )
                 log.evaluation(result.record, result.videos, frames if i else None)
+                length = f", {frames} frames" if len(spec.evaluated_frames) > 1 else ""
                 print(
-                    f"{checkpoint or c.model.path}: {format_evaluation(result.record)}"
-                    + (f", {frames} frames" if len(spec.evaluated_frames) > 1 else ""),
+                    f"{checkpoint or recipe.model.path}: {format_evaluation(result.record)}{length}",
                     flush=True,
                 )
                 if result.warning:
                     print(result.warning, flush=True)
                     unscored.append(result)
 
+        # ---- the model itself, then the checkpoint -------------------------------------------
         if BASE.value and (epoch > 0 or CHECKPOINT.value is None):
             evaluate(None, 0)
         if CHECKPOINT.value is not None:
             evaluate(CHECKPOINT.value, epoch)
         log.close()
-        print(memory.peaks(), f"report: {run_report.write_report(c.run_dir)}", sep="\n")
+        report = run_report.write_report(pathlib.Path(recipe.run_dir))
+        print(memory.peaks(), f"report: {report}", sep="\n")
     if unscored:
         raise UserError(
             f"{len(unscored)} evaluation(s) scored fewer than two videos; {unscored[0].why}"

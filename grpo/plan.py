@@ -1,14 +1,15 @@
-"""What a training run will need and cost, before there are weights or the GPU it is for.
+"""Predicts the memory and the time that a training run needs, without its weights or its GPUs.
 
     python -m grpo.plan --config=configs/wan21_14b_ocr.py --device=mi300x --devices=4
     [--config.mesh.fsdp=4 ...]
 
-Prints the memory of a device by XLA's analysis of the compiled programs, seconds of an epoch and of
-an evaluation from FLOPs and a stated share of the peak rate, and the largest clips that fit. The
-device is one that is here (`here`), or one of `costs.KINDS`: MI300X through XLA's ROCm compiler
-where JAX's ROCm plugin is installed (no GPU needed), any other by the programs as XLA compiles them
-for the CPU, which is an estimate and says so. The model is the recipe's converted folder, or a
-published configuration (`--model`) where there is none yet.
+Prints the memory of a device by XLA's analysis of the compiled functions, the seconds of an epoch
+and of an evaluation from FLOPs and an assumed share of the peak rate, and the largest videos that
+fit. The device is one of this machine (`here`) or one of `costs.KINDS`. For MI300X the functions are
+compiled by XLA's ROCm compiler where JAX's ROCm plugin is installed (no GPU is needed). For other
+absent devices they are compiled for the CPU; the memory is then an estimate, which the output says.
+The model is the recipe's converted folder, or a published configuration (`--model`) where there is
+no folder yet.
 """
 
 import dataclasses
@@ -25,9 +26,10 @@ from grpo.compiled import compile, costs, rocm_compiler
 from grpo.compiled.functions import TEXT_ROWS, Functions, Program
 from grpo.compiled.placement import choose_mesh
 from grpo.data.prompts import load_prompts
-from grpo.run import RunSpec, changed, trained_names
+from grpo.run import RunSpec, trained_names
 from grpo.settings import parse
 from grpo.settings.reference import FLAG_HELP
+from grpo.settings.schema import Recipe
 from rewards.ocr.targets import parse_targets
 from wan_jax.command_line import cli
 from wan_jax.command_line.flag_types import define_number
@@ -41,77 +43,77 @@ from wan_jax.models import presets, vae_chunks
 from wan_jax.models.attention import choose_backend, platform_of
 from wan_jax.storage import model_dir
 
-# of the search; a model leaves out what it cannot make
+# Sizes and lengths of the search for the largest videos. Sizes that a model cannot make are skipped.
 SIZES = ((240, 416), (512, 512), (480, 832), (704, 1280))
 FRAMES = (1, 9, 17, 33, 49, 65, 81)
-# JAX's variable: the part of a GPU that a process takes, 0.75 if unset
+# JAX's variable: the share of a GPU's memory that a process takes, 0.75 if unset
 FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-# nothing is tuned for a device that is not there, and untuned Triton products may ask for more than
-# gfx942 has
+# Triton products are tuned on the device. Without one, untuned products may need more shared memory
+# than gfx942 has.
 ABSENT_ROCM = {"xla_gpu_enable_triton_gemm": False}
 # XLA for the CPU computes bfloat16 products in float32 copies of whole weights and activations,
-# which took 2.3 to 3.7 times the ROCm compiler's temporaries; compiled in float32 it was 1.3 to 1.8
-# times for the update of 1.3B and 14B
+# which took 2.3 to 3.7 times the ROCm compiler's temporaries. Compiled in float32 it was 1.3 to 1.8
+# times, for the update of 1.3B and 14B.
 CPU_NOTE = (
-    "no compiler for this device here: an estimate from the programs in float32 as XLA compiles "
-    "them for the CPU; against XLA's ROCm compiler that gave 1.3 to 1.8 times the update's work"
+    "no compiler for this device here: an estimate from the functions in float32 as XLA compiles "
+    "them for the CPU; compared with XLA's ROCm compiler it gave 1.3 to 1.8 times the update's "
+    "temporaries"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What to plan for, and what to compile with."""
+    """The devices to plan for, and how to compile for them.
 
-    kind: costs.Kind | None  # None: its rates are not known
-    devices: list[jax.Device]  # to compile for
-    platform: str  # of `devices`, as `attention.platform_of` names it
-    limit: int | None  # bytes of a device
+    Attributes:
+        kind: the kind of device; None: one with unknown rates.
+        devices: the devices to compile for.
+        platform: their platform, as `attention.platform_of` names it.
+        limit: memory of a device in bytes; None: unknown.
+        compiler: name of the compiler, for the output.
+        notes: further lines of the output.
+        options: compiler options.
+    """
+
+    kind: costs.Kind | None
+    devices: list[jax.Device]
+    platform: str
+    limit: int | None
     compiler: str
     notes: tuple[str, ...] = ()
-    options: dict | None = None  # of the compiler
+    options: dict | None = None
 
     @property
-    def own(self) -> bool:
-        """Whether the compiler is the device's own."""
-        return self.kind is None or self.kind.platform == self.platform
+    def stand_in(self) -> costs.Kind | None:
+        """The kind to plan for where the compiler is that of another platform, else None."""
+        return self.kind if self.kind and self.kind.platform != self.platform else None
 
 
 def choose_target(device: str, count: int) -> Target:
-    """`count` devices of this name; 0: all that are here, or one. Raises `UserError` where there
-    are fewer here.
+    """Return `count` devices with this name; 0: all of this machine, or one of a named kind. Raises
+    `UserError` where this machine has fewer.
     """
     if device == "here":
-        devices = jax.devices()
-        if count > len(devices):
-            raise UserError(
-                f"--devices={count}: {len(devices)} are here; name the device to plan for with "
-                "--device"
-            )
-        chosen = devices[: count or len(devices)]
-        return Target(
-            costs.kind_of(chosen[0]),
-            chosen,
-            platform_of(chosen[0]),
-            memory.limit(chosen[0]),
-            f"XLA for {chosen[0].device_kind}",
-        )
+        return _target_here(count)
     kind = costs.KINDS[device]
+    assert kind.memory is not None, f"{device} has no memory in costs.KINDS"
     fraction = float(os.environ.get(FRACTION, 0.75))
     limit = int(kind.memory * fraction)
     notes = (f"limit: {fraction:g} of {kind.memory / GIB:.0f} GiB ({FRACTION})",)
     if kind.platform == "rocm":
-        if (obstacle := rocm_compiler.why_not()) is None:
+        obstacle = rocm_compiler.why_not()
+        if obstacle is None:
             rocm_compiler.load()
-            # programs for absent devices cannot be read back
+            # the cache cannot read back functions that were compiled for absent devices
             jax.config.update("jax_enable_compilation_cache", False)
             return Target(
                 kind,
                 rocm_compiler.mi300x(count or 1),
-                "rocm",
-                limit,
-                "XLA's ROCm compiler for gfx942",
-                notes,
-                ABSENT_ROCM,
+                platform="rocm",
+                limit=limit,
+                compiler="XLA's ROCm compiler for gfx942",
+                notes=notes,
+                options=ABSENT_ROCM,
             )
         notes += (f"no ROCm compiler: {obstacle}",)
     notes += (CPU_NOTE,)
@@ -124,22 +126,38 @@ def choose_target(device: str, count: int) -> Target:
     return Target(kind, simulated, "cpu", limit, "XLA for the CPU", notes)
 
 
-def choose_model(c, name: str | None) -> tuple[presets.Preset, int, str]:
-    """(the configuration, rows of the prompts, where it is from): --model, else the recipe's
-    folder, else the published one of the folder's name; without its tokenizer the rows are a guess.
+def _target_here(count: int) -> Target:
+    devices = jax.devices()
+    if count > len(devices):
+        raise UserError(
+            f"--devices={count}: this machine has {len(devices)}; name the device to plan for with "
+            "--device"
+        )
+    chosen = devices[: count or len(devices)]
+    return Target(
+        costs.kind_of(chosen[0]),
+        chosen,
+        platform=platform_of(chosen[0]),
+        limit=memory.limit(chosen[0]),
+        compiler=f"XLA for {chosen[0].device_kind}",
+    )
+
+
+def choose_model(recipe: Recipe, name: str | None) -> tuple[presets.Preset, int, str]:
+    """Return (configuration, rows of the prompts' text, its source for the output).
+
+    The configuration is that of `--model` (`name`), else of the recipe's folder, else the published
+    one with the folder's name. Without the folder's tokenizer the rows are assumed.
     """
-    path = c.model.path
+    path = recipe.model.path
     if name is None and pathlib.Path(path).is_dir():
         model = model_dir.open_model(path)
         prompts = (
             load_prompts(file, parse_targets).prompts
-            for file in (c.prompts.train, c.prompts.heldout)
+            for file in (recipe.prompts.train, recipe.prompts.heldout)
         )
-        return (
-            presets.of_folder(model),
-            pipeline.text_rows(model, [*chain(*prompts)], c.prompts.negative),
-            path,
-        )
+        rows = pipeline.text_rows(model, [*chain(*prompts)], recipe.prompts.negative)
+        return presets.of_folder(model), rows, path
     name = name or pathlib.Path(path).name
     if name not in presets.PRESETS:
         raise UserError(
@@ -152,113 +170,120 @@ def choose_model(c, name: str | None) -> tuple[presets.Preset, int, str]:
 def compiled_backend(
     setting: str, target: Target, dtype, head_dim: int
 ) -> tuple[str, tuple[str, ...]]:
-    """(the attention to compile, notes): the target's, or chunked where that cannot be compiled
-    here.
+    """Return (the attention backend to compile, notes): the target's, or chunked attention where
+    the target's cannot be compiled on this machine.
     """
-    if target.own:
+    if target.stand_in is None:
         return choose_backend(setting, target.platform, dtype, head_dim), ()
-    wanted = choose_backend(setting, target.kind.platform, dtype, head_dim)
+    wanted = choose_backend(setting, target.stand_in.platform, dtype, head_dim)
     if wanted in ("xla", "chunked"):
         return wanted, ()
     return "chunked", (
-        f"attention {wanted} cannot be compiled here; chunked attention stands in, memory linear "
-        "in the tokens as well",
+        f"attention {wanted} cannot be compiled here; chunked attention is compiled instead, whose "
+        "memory is linear in the tokens as well",
     )
 
 
 def compile_all(functions: Functions, target: Target, offload: bool) -> compile.Memory:
-    """Do what `compile.compile_all` does with the target's compiler, or its stand-in."""
+    """Compile all functions of a run with the target's compiler, or with its stand-in, and return
+    the memory that they need (`compile.compile_all`).
+    """
     measured = []
-    stand_ins = compiled_as(functions, target).programs()
+    stand_ins = compilable(functions, target).programs()
     for program, stand_in in zip(functions.programs(), stand_ins):
         measured.append(measure(program, stand_in, target))
-        say(f"  compiled: {program.name}, {measured[-1].seconds:.1f} s")
+        print_lines(f"  compiled: {program.name}, {measured[-1].seconds:.1f} s")
     return compile.Memory(
-        compile.what_stays(functions, offload),
+        compile.resident_bytes(functions, offload),
         tuple(measured),
-        compile.what_waits(functions, offload),
+        compile.pinned_bytes(functions, offload),
     )
 
 
 def measure(program: Program, stand_in: Program, target: Target) -> compile.Measured:
-    """Return the stand-in's work beside the program's own data."""
+    """Return the memory of a function: temporaries of the stand-in as compiled, data of `program`."""
     return dataclasses.replace(
         compile.measure(stand_in, target.options), data=compile.data_bytes(program)
     )
 
 
-def compiled_as(functions: Functions, target: Target) -> Functions:
-    """Return what is compiled for what functions need beside their arguments: `CPU_NOTE`."""
-    if target.own:
+def compilable(functions: Functions, target: Target) -> Functions:
+    """Return the functions to compile: `functions`, or in float32 where XLA for the CPU stands in for
+    the target's compiler (`CPU_NOTE`).
+    """
+    if target.stand_in is None:
         return functions
-    recipe = changed(functions.spec.recipe, model={"dtype": "float32"})
-    settings = dataclasses.replace(functions.spec.settings, dtype=parse.DTYPES["float32"])
-    spec = dataclasses.replace(functions.spec, recipe=recipe, settings=settings)
+    spec = functions.spec.changed(model={"dtype": "float32"})
     return dataclasses.replace(functions, spec=spec)
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A compiled update: bytes of temporaries and results for videos of so many tokens."""
+    """A compiled update: bytes of temporaries and results at a number of tokens a video."""
 
     tokens: int
     work: int
 
 
 def resized(functions: Functions, frames: int, height: int, width: int) -> Functions:
-    """Return the run with clips of this size, evaluated at it too. Raises `UserError` on sizes the
-    model cannot make.
+    """Return the functions for videos of this size, in training and evaluation. Raises `UserError`
+    on sizes that the model cannot make.
     """
     spec = functions.spec.changed(
         sample={"frames": frames, "frame_schedule": (), "height": height, "width": width},
         eval={"frames": 0, "more_frames": ()},
     )
-    _ = spec.shape
+    spec.shape_of(frames)  # raises where the model cannot make it
     return dataclasses.replace(functions, spec=spec)
 
 
-def between(points: list[Point], tokens: int) -> float:
-    """The work at `tokens`, on straight lines through the compiled points; beyond them the nearest
-    line goes on.
+def interpolated_work(points: list[Point], tokens: int) -> float:
+    """Return the work in bytes at `tokens`, by linear interpolation between the compiled points and
+    extrapolation beyond them.
     """
-    points = sorted(points, key=lambda p: p.tokens)
-    right = next((i for i, p in enumerate(points) if p.tokens >= tokens and i), len(points) - 1)
+    points = sorted(points, key=lambda point: point.tokens)
+    above = (i for i, point in enumerate(points) if point.tokens >= tokens and i)
+    right = next(above, len(points) - 1)
     a, b = points[right - 1], points[right]
     return a.work + (b.work - a.work) * (tokens - a.tokens) / (b.tokens - a.tokens)
 
 
-def estimated_peak(functions: Functions, base: int, points: list[Point]) -> tuple[float, str]:
-    """Return (bytes, in what) at the run's size: the update's work by the points, the decoder's by
-    `vae_chunks`, the rest counted. The rollout needs less than the update, which holds a forward
-    pass, too.
+def estimated_peak(functions: Functions, resident: int, points: list[Point]) -> tuple[float, str]:
+    """Return (peak memory in bytes, the stage that needs it) at the run's size.
+
+    resident: bytes that are on the device throughout. The update's work is interpolated from
+    `points`, the decoder's is that of `vae_chunks`. The rollout needs less than the update, which
+    contains a forward pass, too.
     """
     spec = functions.spec
     batches = [functions.update_batch(expert) for expert in spec.trained_experts]
-    kept = compile.device_bytes(functions.trajectories)
-    update = kept + max(map(compile.device_bytes, batches)) + between(points, spec.tokens)
+    trajectories = compile.device_bytes(functions.trajectories)
+    update = max(map(compile.device_bytes, batches)) + interpolated_work(points, spec.tokens)
     latents = functions.latents()
-    local = latents.sharding.shard_shape(latents.shape)
-    chunk = vae_chunks.choose_chunk(spec.preset.vae, local)
-    decode = kept + vae_chunks.decode_bytes(spec.preset.vae, local, chunk)
+    local_shape = latents.sharding.shard_shape(latents.shape)
+    chunk = vae_chunks.choose_chunk(spec.preset.vae, local_shape)
+    decode = vae_chunks.decode_bytes(spec.preset.vae, local_shape, chunk)
+    base = resident + trajectories
     return max((base + update, "the update"), (base + decode, "the decoder"))
 
 
-def largest_clips(functions: Functions, base: int, limit: int, points: list[Point]) -> list[str]:
-    """For each of SIZES that the model can make, the most of FRAMES that fit, and what is in the
-    way of more.
+def largest_videos(
+    functions: Functions, resident: int, limit: int, points: list[Point]
+) -> list[str]:
+    """Return a line for each of SIZES that the model can make: the largest of FRAMES that fits into
+    `limit` bytes, and the stage that would not fit with more.
     """
     lines = []
     for height, width in SIZES:
         best, obstacle = "none", ""
         for frames in FRAMES:
             try:
-                needed, place = estimated_peak(
-                    resized(functions, frames, height, width), base, points
-                )
+                candidate = resized(functions, frames, height, width)
             except UserError:  # not a size of this model
                 break
+            needed, stage = estimated_peak(candidate, resident, points)
             if needed > limit:
-                obstacle = f" ({frames} would need {needed / GIB:.0f} GiB in {place})"
+                obstacle = f" ({frames} would need {needed / GIB:.0f} GiB in {stage})"
                 break
             best = f"{frames} frame{'s' * (frames > 1)}"
         if best != "none" or obstacle:
@@ -267,63 +292,62 @@ def largest_clips(functions: Functions, base: int, limit: int, points: list[Poin
 
 
 def search_points(functions: Functions, target: Target) -> list[Point]:
-    """Compile the update at the search's largest size and at one in the middle."""
+    """Compile the update at the search's largest size and at a medium one."""
     points = []
     for size in ((33, 480, 832), (81, 704, 1280)):
-        other = resized(compiled_as(functions, target), *size)
-        found = compile.measure(other.update(other.spec.trained_experts[0]), target.options)
-        say(f"  compiled: update for {' x '.join(map(str, size))}, {found.seconds:.1f} s")
-        points.append(Point(other.spec.tokens, found.work))
+        other = resized(compilable(functions, target), *size)
+        measured = compile.measure(other.update(other.spec.trained_experts[0]), target.options)
+        label = " x ".join(map(str, size))
+        print_lines(f"  compiled: update for {label}, {measured.seconds:.1f} s")
+        points.append(Point(other.spec.tokens, measured.work))
     return points
 
 
-def say(*lines: str):
+def print_lines(*lines: str) -> None:
     print(*lines, sep="\n", flush=True)
 
 
 def main(_):
-    f = flags.FLAGS
-    c = f["config"].value
-    if f.device != "here":
-        # the target's devices are described, not looked for
-        jax.config.update("jax_platforms", "cpu")
-        # else the ROCm plugin says at length that there are none
-        jax.config.update("jax_logging_level", "CRITICAL")
-        if f.devices and "xla_force_host_platform_device_count" not in os.environ.get(
-            "XLA_FLAGS", ""
-        ):
-            jax.config.update("jax_num_cpu_devices", f.devices)
+    options = flags.FLAGS
     start = time.monotonic()
+    prepare_jax(options.device, options.devices)
     cli.enable_compilation_cache()
+
+    # ---- recipe, target, model, mesh -------------------------------------------------------------
     with cli.user_input():
-        c = parse.recipe_from_config(c)
-        s = parse.settings_of(c)
-        target = choose_target(f.device, f.devices)
-        preset, rows, source = choose_model(c, f.model)
-        trained = len(trained_names(preset, c))
+        config = options["config"].value
+        assert config is not None, "--config is required"
+        recipe = parse.recipe_from_config(config)
+        settings = parse.settings_of(recipe)
+        target = choose_target(options.device, options.devices)
+        preset, rows, source = choose_model(recipe, options.model)
+        trained = len(trained_names(preset, recipe))
         mesh, placed = choose_mesh(
-            c,
-            s,
-            preset.transformer,
-            experts=len(preset.experts),
+            recipe,
+            settings,
+            preset,
             trained=trained,
             devices=target.devices,
             memory=target.limit,
         )
         backend, notes = compiled_backend(
-            c.model.attention, target, s.dtype, preset.transformer.attention_head_dim
+            recipe.model.attention,
+            target,
+            settings.dtype,
+            preset.transformer.attention_head_dim,
         )
-        run = RunSpec(c, s, preset, mesh, backend, target.limit, placed)
+        run = RunSpec(recipe, settings, preset, mesh, backend, target.limit, placed)
         run = run.changed(model={"remat": run.remat})  # the same at every size
         functions = Functions(run, rows)
         offload = compile.offloads(functions, target.limit)
     label = target.kind.label if target.kind else target.devices[0].device_kind
-    say(
-        f"{source} on {mesh.size} x {label}: {c.sample.batch_size} clips of {c.sample.frames} x "
-        f"{c.sample.height} x {c.sample.width} a batch ({run.tokens} tokens each), latents "
+    sample = recipe.sample
+    print_lines(
+        f"{source} on {mesh.size} x {label}: {sample.batch_size} videos of {sample.frames} x "
+        f"{sample.height} x {sample.width} a batch ({run.tokens} tokens each), latents "
         f"{' x '.join(map(str, run.shape))}, prompts of {rows} tokens",
         placed,
-        f"compiled by {target.compiler}, attention {backend}, weights {c.model.dtype}, "
+        f"compiled by {target.compiler}, attention {backend}, weights {recipe.model.dtype}, "
         f"rematerialisation {run.remat}",
         *target.notes,
         *notes,
@@ -331,88 +355,113 @@ def main(_):
 
     # ---- memory ----------------------------------------------------------------------------------
     needed = compile_all(functions, target, offload)
-    encoder = measure(functions.encode_text(), compiled_as(functions, target).encode_text(), target)
-    say(
+    stand_in = compilable(functions, target).encode_text()
+    encoder = measure(functions.encode_text(), stand_in, target)
+    print_lines(
         *needed.table(target.limit),
         f"  before that the text encoder, {(encoder.work + encoder.data) / GIB:.2f} GiB",
     )
     try:
         compile.check_fits(needed, run, offload, target.limit)
     except UserError as error:
-        say(f"does not fit: {error}")
+        print_lines(f"does not fit: {error}")
 
     # ---- seconds ---------------------------------------------------------------------------------
     if target.kind is None:
-        say(f"seconds: the rates of {label} are not known here; known are {', '.join(costs.KINDS)}")
+        known = ", ".join(costs.KINDS)
+        print_lines(f"seconds: the rates of {label} are unknown; known are {known}")
     else:
+        default = costs.default_efficiency(run, target.kind)
+        efficiency = override_efficiency(
+            default,
+            rollout=options.rollout_efficiency,
+            update=options.update_efficiency,
+            decode=options.decode_efficiency,
+        )
         for frames in run.trained_frames:
             at_length = functions.with_frames(frames, run.evaluated_frames[0])
             if len(run.trained_frames) > 1:
-                say(f"with {frames} frames:")
-            say(
-                *seconds_lines(
-                    at_length,
-                    target.kind,
-                    given_efficiency(f, costs.default_efficiency(run, target.kind)),
-                )
-            )
+                print_lines(f"with {frames} frames:")
+            print_lines(*seconds_lines(at_length, target.kind, efficiency))
 
-    # ---- the largest clips -----------------------------------------------------------------------
-    if target.limit is None or not f.search:
-        say(
-            "largest clips: not searched, "
-            + ("--nosearch" if target.limit else "the device states no limit")
-        )
+    # ---- the largest videos ----------------------------------------------------------------------
+    if target.limit is None:
+        print_lines("largest videos: not searched, the device states no limit")
+    elif not options.search:
+        print_lines("largest videos: not searched, --nosearch")
     elif backend == "xla":
-        say("largest clips: not searched, dense attention needs memory quadratic in the tokens")
-    else:
-        update = next(p for p in needed.programs if p.name.startswith("update"))
-        # as 'auto' falls back to
-        lean = run.changed(model={"remat": "block"}) if c.model.remat == "auto" else run
-        points = [Point(run.tokens, update.work)] if lean.remat == run.remat else []
-        lean = Functions(lean, rows)
-        points += [
-            p for p in search_points(lean, target) if p.tokens not in {q.tokens for q in points}
-        ]
-        share = c.sample.batch_size // mesh_lib.batch_shards(mesh)
-        say(
-            f"largest clips at {share} videos a device, of {', '.join(map(str, FRAMES))} frames "
-            f"(update compiled at {', '.join(str(p.tokens) for p in points)} tokens, lines "
-            "between; decoder by wan_jax/models/vae_chunks.py):"
+        print_lines(
+            "largest videos: not searched, dense attention needs memory quadratic in the tokens"
         )
-        say(*largest_clips(lean, needed.base, target.limit, points))
-    say(f"planned in {time.monotonic() - start:.0f} s")
+    else:
+        print_lines(*search_lines(functions, needed, target, recipe.model.remat))
+    print_lines(f"planned in {time.monotonic() - start:.0f} s")
 
 
-def given_efficiency(f, default: costs.Efficiency) -> costs.Efficiency:
-    """The flags' shares in place of the default ones."""
-    names = ("rollout", "update", "decode")
-    given = {
-        name: value for name in names if (value := getattr(f, f"{name}_efficiency")) is not None
-    }
-    return dataclasses.replace(
-        default,
-        **given,
-        source=default.source
-        if not given
-        else f"{', '.join(given)} by the flags, the others {default.source}",
-    )
+def prepare_jax(device: str, count: int) -> None:
+    """Set JAX's platform for a target that is not on this machine: the CPU, as `count` devices."""
+    if device == "here":
+        return
+    jax.config.update("jax_platforms", "cpu")
+    # otherwise the ROCm plugin logs that it found no GPU
+    jax.config.update("jax_logging_level", "CRITICAL")
+    simulated = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if count and not simulated:
+        jax.config.update("jax_num_cpu_devices", count)
+
+
+def search_lines(
+    functions: Functions, needed: compile.Memory, target: Target, remat: str
+) -> list[str]:
+    """Search for the largest videos that fit, and return the lines of the result.
+
+    needed: the memory of `functions`. remat: the recipe's `model.remat`; 'auto' is 'block' at the
+    largest sizes, so that is compiled.
+    """
+    run = functions.spec
+    lean = run.changed(model={"remat": "block"}) if remat == "auto" else run
+    update = next(program for program in needed.programs if program.name.startswith("update"))
+    points = [Point(run.tokens, update.work)] if lean.remat == run.remat else []
+    lean_functions = Functions(lean, functions.text_rows)
+    known = {point.tokens for point in points}
+    points += [p for p in search_points(lean_functions, target) if p.tokens not in known]
+    share = run.recipe.sample.batch_size // mesh_lib.batch_shards(run.mesh)
+    assert target.limit is not None
+    return [
+        f"largest videos at {share} a device, of {', '.join(map(str, FRAMES))} frames (update "
+        f"compiled at {', '.join(str(point.tokens) for point in points)} tokens, interpolated "
+        "between; decoder by wan_jax/models/vae_chunks.py):",
+        *largest_videos(lean_functions, needed.resident_total, target.limit, points),
+    ]
+
+
+def override_efficiency(default: costs.Efficiency, **given: float | None) -> costs.Efficiency:
+    """Return the default shares of the peak rate, with those that a flag sets."""
+    known = {name: value for name, value in given.items() if value is not None}
+    if not known:
+        return default
+    source = f"{', '.join(known)} by the flags, the others {default.source}"
+    return dataclasses.replace(default, **known, source=source)
 
 
 def seconds_lines(
     functions: Functions, kind: costs.Kind, efficiency: costs.Efficiency
 ) -> list[str]:
-    run = functions.spec
-    c, stages = run.recipe, costs.seconds(functions, kind, efficiency)
-    parts = {name: stages[name] for name in ("sample", "decode", "update")}
-    epoch, evaluations = sum(parts.values()), c.epochs // c.eval.every + 1
+    """Return the lines about the estimated seconds of an epoch, an evaluation and the run."""
+    recipe, videos = functions.spec.recipe, functions.spec.settings.videos
+    stages = costs.seconds(functions, kind, efficiency)
+    evaluation = stages["evaluation"]
+    epoch_stages = {name: stages[name] for name in ("sample", "decode", "update")}
+    epoch = sum(epoch_stages.values())
+    every = recipe.eval.every
+    evaluations = recipe.epochs // every + 1
+    hours = (recipe.epochs * epoch + evaluations * evaluation) / 3600
     return [
         f"seconds, estimated, without scoring: an epoch {epoch:.1f} ("
-        + ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
-        + f"), {run.settings.videos} videos",
-        f"  an evaluation {stages['evaluation']:.1f}, {c.eval.num_prompts} videos; {c.epochs} "
-        f"epochs with one every {c.eval.every}: "
-        f"{(c.epochs * epoch + evaluations * stages['evaluation']) / 3600:.1f} h",
+        + ", ".join(f"{name} {value:.1f}" for name, value in epoch_stages.items())
+        + f"), {videos} videos",
+        f"  an evaluation {evaluation:.1f}, {recipe.eval.num_prompts} videos; {recipe.epochs} "
+        f"epochs with one every {every}: {hours:.1f} h",
         f"  at {efficiency.rollout:g}, {efficiency.update:g} and {efficiency.decode:g} of "
         f"{kind.label}'s {kind.bf16 / 1e12:.4g} TFLOP/s bf16, {kind.fp32 / 1e12:.4g} fp32 "
         f"(decoder, and a float32 model): {efficiency.source}",
@@ -421,24 +470,29 @@ def seconds_lines(
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, FLAG_HELP, lock_config=True)
-    flags.DEFINE_enum("device", "here", ["here", *costs.KINDS], "what to plan for")
+    flags.DEFINE_enum("device", "here", ["here", *costs.KINDS], "device to plan for")
     flags.DEFINE_integer(
-        "devices", 0, "how many; 0: all that are here, or one of a named kind", lower_bound=0
+        "devices",
+        0,
+        "number of devices; 0: all of this machine, or one of a named kind",
+        lower_bound=0,
     )
     flags.DEFINE_enum(
-        "model", None, list(presets.PRESETS), "a published model in place of config.model.path"
+        "model", None, list(presets.PRESETS), "published model instead of config.model.path"
     )
     share = Range(0, 1, above=True)
     define_number(
         "rollout_efficiency",
         None,
-        "share of the peak rate; None: what docs/results.md measured",
+        "share of the peak rate that the rollout reaches; None: as measured in docs/results.md",
         share,
     )
-    define_number("update_efficiency", None, "the same, of the update", share)
-    define_number("decode_efficiency", None, "the same, of the decoder, of the fp32 rate", share)
+    define_number("update_efficiency", None, "the same of the update", share)
+    define_number("decode_efficiency", None, "the same of the decoder, of the fp32 rate", share)
     flags.DEFINE_bool(
-        "search", True, "look for the largest clips that fit: compiles the update twice more"
+        "search",
+        True,
+        "whether to search for the largest videos that fit, which compiles the update twice more",
     )
     flags.mark_flag_as_required("config")
     cli.run(main)

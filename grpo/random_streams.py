@@ -1,8 +1,8 @@
-"""The random streams of a run: every draw is a function of the seed and of what it is for.
+"""The random streams of a run: every draw is a function of the seed and of its purpose.
 
 Host streams seed NumPy generators with [seed, epoch, number, ...]. Key streams are folded into the
-run's JAX key. The last two are reserved indices inside the key of an epoch, larger than any
-denoising step or video number, so no draw of the rollout coincides with them.
+JAX key of the run. The last two are reserved indices within the key of an epoch. They are larger than
+the number of any denoising step or video, so that no draw of the rollout is equal to theirs.
 """
 
 import enum
@@ -14,7 +14,7 @@ LARGEST = 2**31 - 1
 
 
 class Stream(enum.Enum):
-    """(where the number enters, the number)."""
+    """A stream: (the place where its number is used, its number)."""
 
     PROMPT_ORDER = ("host", 0x960)
     SDE_WINDOW = ("host", 0x5DE)
@@ -26,20 +26,23 @@ class Stream(enum.Enum):
     ROLLOUT = ("key", 1)
     SECOND_ADAPTERS = ("key", 2)  # those of the second expert
 
-    INITIAL_NOISE = ("step", LARGEST)  # x_T of a video, as if it were drawn at this step
+    INITIAL_NOISE = ("step", LARGEST)  # x_T of a video, drawn as the noise of this step
     RENOISING = ("video", LARGEST)  # noise of the methods that train on finished videos
 
     @property
     def index(self) -> int:
+        """The number of the stream."""
         return self.value[1]
 
     def generator(self, seed: int, epoch: int | None = None, *rest: int) -> np.random.Generator:
-        """Return a host stream's generator for an epoch, or for the whole run where it is None."""
+        """Return the generator of a host stream for an epoch, or for the run where `epoch` is None.
+        rest: further numbers that select the draw.
+        """
         assert self.value[0] == "host", self
         epochs = [] if epoch is None else [epoch]
         return np.random.default_rng([seed, *epochs, self.index, *rest])
 
     def key(self, key: jax.Array) -> jax.Array:
-        """Return the stream's key under `key`: the run's, or an epoch's for reserved indices."""
+        """Return the key of the stream. key: of the run, or of an epoch for reserved indices."""
         assert self.value[0] != "host", self
         return jax.random.fold_in(key, self.index)

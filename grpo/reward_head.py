@@ -1,22 +1,23 @@
 """Trains a reward head (`wan_jax.inference.reward_guidance`) on videos that a model makes for its
 training prompts.
 
-    python -m grpo.reward_head --config=configs/tiny_ocr.py [--checkpoint=runs/tiny_ocr]
-    --out=heads/tiny.safetensors python -m wan_jax.sample --model models/tiny-wan --reward_head
-    heads/tiny.safetensors --reward_guidance 10 ...
+    python -m grpo.reward_head --config=configs/tiny_ocr.py [--checkpoint=runs/tiny_ocr] \\
+        --out=heads/tiny.safetensors
+    python -m wan_jax.sample --model models/tiny-wan --reward_head heads/tiny.safetensors \\
+        --reward_guidance 10 ...
 
-Samples as the recipe evaluates (`eval.solver`, `eval.steps`, `eval.guidance`), scores as it trains
-(`reward.*`), and fits the head to the rewards of noised latents by least squares. One video in
-eight is held out; how much better the head foretells its reward than the mean does is printed by
-noise level: guidance is worth trying where it does at all. Measures of quality, which count against
-a first evaluation in training, are left out.
+It samples as the recipe evaluates (`eval.solver`, `eval.steps`, `eval.guidance`), scores as the recipe
+trains (`reward.*`), and fits the head to the rewards of noised latents by least squares. One video in
+eight is held out. For each noise level the command prints how much better than the mean the head
+predicts their rewards; guidance is only worth trying where this is above 0. Measures of quality, which
+training compares with a first evaluation, are left out.
 """
 
 import dataclasses
 import functools
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -52,21 +53,44 @@ from wan_jax.storage import model_dir
 from wan_jax.storage.trained_weights import load_transformers
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels that are reported
-HELD_OUT = 8  # one video in so many
+HELD_OUT = 8  # one of HELD_OUT videos is held out
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """N videos that were sampled and scored, in a random order of their prompts.
+
+    Attributes:
+        latents: fp32 [N, F, H, W, C].
+        text: [N, St, text_dim], embeddings of the prompts.
+        padding: number of zero rows beyond St.
+        rewards: [N].
+    """
+
+    latents: np.ndarray
+    text: np.ndarray
+    padding: int
+    rewards: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rewards)
+
+    def select(self, rows: np.ndarray) -> "Examples":
+        """Return some of the videos; rows: int or bool indices."""
+        return dataclasses.replace(
+            self, latents=self.latents[rows], text=self.text[rows], rewards=self.rewards[rows]
+        )
 
 
 def noised(key, x0: jax.Array, sigma) -> jax.Array:
-    """x_s = (1 - s) x0 + s e; sigma scalar or [B]."""
+    """Return x_s = (1 - s) x0 + s e with e ~ N(0, 1). sigma: s, scalar or [B]."""
     s = per_sample(sigma, x0)
     return (1 - s) * x0 + s * jax.random.normal(key, x0.shape, jnp.float32)
 
 
 def fit(
     head: WanTransformer3D,
-    latents: np.ndarray,
-    text: Sequence[np.ndarray],
-    padding: int,
-    rewards: np.ndarray,
+    examples: Examples,
     *,
     updates: int,
     batch: int,
@@ -74,97 +98,89 @@ def fit(
     seed: int,
     progress=lambda x: x,
 ) -> WanTransformer3D:
-    """The head after `updates` of AdamW on mean((predict(x_s) - r)^2), s uniform, noise fresh.
+    """Return the head after `updates` of AdamW on mean((predict(x_s) - r)^2), with s uniform and new
+    noise in every update. The result is a function of the seed.
 
-    latents fp32 [N,F,H,W,C], text [N,St,text_dim], rewards [N]. A function of the seed.
+    batch: videos of an update. rate: the learning rate, which falls to 0 as a cosine. progress: wraps
+    the range of updates, to show a progress bar.
     """
     graphdef, params = nnx.split(head)
-    # the first update takes them; the head's may be the model's own
+    # copied: the first update donates them, and they may be arrays of the model
     params = jax.tree.map(jnp.copy, params)
     optimiser = optax.adamw(optax.cosine_decay_schedule(rate, updates))
     key, rng = jax.random.key(seed), Stream.REWARD_HEAD.generator(seed)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def update(params, opt, i, x0, words, target):
-        level, noise = jax.random.split(jax.random.fold_in(key, i))
-        sigma = jax.random.uniform(level, target.shape)
+    def update(params, opt, i, x0, text, rewards):
+        level_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
+        sigma = jax.random.uniform(level_key, rewards.shape)
 
         def loss(params):
-            found = predict(
+            predicted = predict(
                 nnx.merge(graphdef, params),
-                noised(noise, x0, sigma),
+                noised(noise_key, x0, sigma),
                 1000 * sigma,
-                TextBatch(words, words[0], padding),
+                TextBatch(text, text[0], examples.padding),
             )
-            return jnp.mean((found - target) ** 2)
+            return jnp.mean((predicted - rewards) ** 2)
 
         changes, opt = optimiser.update(jax.grad(loss)(params), opt, params)
         return optax.apply_updates(params, changes), opt
 
     opt = optimiser.init(params)
     for i in progress(range(updates)):
-        rows = rng.choice(len(rewards), batch, replace=len(rewards) < batch)
-        params, opt = update(
-            params, opt, i, latents[rows], text[rows], rewards[rows].astype(np.float32)
-        )
+        rows = rng.choice(len(examples), batch, replace=len(examples) < batch)
+        chosen = examples.select(rows)
+        rewards = chosen.rewards.astype(np.float32)
+        params, opt = update(params, opt, i, chosen.latents, chosen.text, rewards)
     return nnx.merge(graphdef, params)
 
 
 def explained(
-    head: WanTransformer3D,
-    latents: np.ndarray,
-    text: np.ndarray,
-    padding: int,
-    rewards: np.ndarray,
-    batch: int,
-    mean: float,
+    head: WanTransformer3D, examples: Examples, batch: int, mean: float
 ) -> dict[float, float]:
-    """By noise level, the share of the rewards' spread around `mean` that the head foretells: 1 -
-    its squared error over the mean's. 0: as good as the mean; below 0: worse.
+    """Return by noise level the share of the rewards' spread around `mean` that the head predicts: 1 -
+    its squared error divided by that of the mean. 0: as good as the mean; below 0: worse.
+
+    batch: videos that are predicted at once.
     """
+    rewards, total = examples.rewards, len(examples)
     run = nnx.jit(
-        lambda head, x, t, words: predict(head, x, t, TextBatch(words, words[0], padding))
+        lambda head, x, t, text: predict(head, x, t, TextBatch(text, text[0], examples.padding))
     )
+    # the last batch wraps around, so that all have one shape
+    rows = [np.arange(first, first + batch) % total for first in range(0, total, batch)]
     shares = {}
     for level in LEVELS:
-        x = noised(jax.random.key(1), jnp.asarray(latents), level)
-        rows = [
-            np.arange(first, first + batch) % len(rewards)
-            for first in range(0, len(rewards), batch)
-        ]
-        found = np.concatenate([run(head, x[r], 1000 * level, text[r]) for r in rows])[
-            : len(rewards)
-        ]
-        shares[level] = 1 - float(
-            np.sum((found - rewards) ** 2) / max(np.sum((rewards - mean) ** 2), 1e-12)
-        )
+        x = noised(jax.random.key(1), jnp.asarray(examples.latents), level)
+        batches = [run(head, x[index], 1000 * level, examples.text[index]) for index in rows]
+        predicted = np.concatenate(batches)[:total]
+        error = np.sum((predicted - rewards) ** 2)
+        shares[level] = 1 - float(error / max(np.sum((rewards - mean) ** 2), 1e-12))
     return shares
 
 
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """N videos that were sampled and could be scored, in a random order of their prompts."""
+def collect(
+    spec: RunSpec, model: model_dir.ModelDir, weights: tuple, count: int, bar: Callable
+) -> Examples:
+    """Sample and score `count` videos in whole batches. Raises `UserError` where too few of them have
+    different rewards.
 
-    latents: np.ndarray  # fp32 [N, F, H, W, C]
-    text: np.ndarray  # [N, St, text_dim]
-    padding: int  # zero rows beyond St
-    rewards: np.ndarray  # [N]
-
-
-def collect(spec: RunSpec, model: model_dir.ModelDir, weights: tuple, count: int, bar) -> Examples:
-    """Samples and scores `count` videos, whole batches. weights: of `load_transformers`. Raises
-    `UserError` where too few of them have different rewards.
+    weights: the result of `load_transformers`. bar: (iterable, desc=...) -> the iterable with a
+    progress bar.
     """
-    c, s, mesh, solver = spec.recipe, spec.settings, spec.mesh, spec.solver
-    prompts = load_prompts(c.prompts.train, parse_targets, check=targets_check(c.reward))
-    order = Stream.REWARD_HEAD.generator(c.seed).permutation(len(prompts))
-    chosen = np.resize(order, count)  # every prompt as often as any other
+    recipe, settings, mesh, solver = spec.recipe, spec.settings, spec.mesh, spec.solver
+
+    # ---- prompts, decoder, denoising steps ---------------------------------------------------
+    prompts = load_prompts(recipe.prompts.train, parse_targets, check=targets_check(recipe.reward))
+    order = Stream.REWARD_HEAD.generator(recipe.seed).permutation(len(prompts))
+    chosen = np.resize(order, count)  # all prompts equally often, up to one
     print(f"{count} videos of {min(count, len(prompts))} prompts", flush=True)
     table = pipeline.embed_prompts(
         model,
         prompts.prompts,
-        c.prompts.negative,
-        dtype=s.dtype,
+        recipe.prompts.negative,
+        dtype=settings.dtype,
         cache=True,
         progress=functools.partial(bar, desc="prompts"),
     )
@@ -175,126 +191,124 @@ def collect(spec: RunSpec, model: model_dir.ModelDir, weights: tuple, count: int
         functools.partial(pipeline.make_ode_step, functools.partial(nnx.merge, graph), solver),
         spec.eval_guidance,
     )
+
+    # ---- sample, decode and score, batch by batch --------------------------------------------
     replicated, sharded = sharding_lib.replicated(mesh), sharding_lib.batch_sharding(mesh)
-    rows = np.arange(count, dtype=np.int32).reshape(-1, c.sample.batch_size)
+    key = jax.random.key(recipe.seed)
+    rows = np.arange(count, dtype=np.int32).reshape(-1, recipe.sample.batch_size)
     batches = [
         (
-            initial_noise(jax.random.key(c.seed), sharding_lib.place(r, sharded), spec.shape),
-            table.batch(chosen[r], sharded, replicated),
+            initial_noise(key, sharding_lib.place(numbers, sharded), spec.shape),
+            table.batch(chosen[numbers], sharded, replicated),
         )
-        for r in rows
+        for numbers in rows
     ]
-    kept, pending = [], []
-    with open_pool(c.reward, s.weights) as pool:
-        latents = pipeline.sample_ode(
-            steps,
-            lambda expert: (arrays(expert),),
-            spec.eval_segments,
-            solver,
-            batches,
+    latents, pending = [], []
+    with open_pool(recipe.reward, settings.weights) as pool:
+        sampled = pipeline.sample_ode(
+            steps, lambda expert: (arrays(expert),), spec.eval_segments, solver, batches
         )
-        for r, x in bar(zip(rows, latents), total=len(rows), desc="videos"):
-            kept.append(np.asarray(x))
-            pending.append(
-                submit(pool, r, decode(vae_state, x)(), [prompts.targets[p] for p in chosen[r]])
-            )
+        for numbers, x in bar(zip(rows, sampled), total=len(rows), desc="videos"):
+            latents.append(np.asarray(x))
+            targets = [prompts.targets[prompt] for prompt in chosen[numbers]]
+            pending.append(submit(pool, numbers, decode(vae_state, x)(), targets))
         scores = gather_scores(pending, count)
-    own = {reward_combination.MAIN: scores.values} | {
-        k: v for k, v in scores.parts.items() if k not in reward_combination.BAD_SIDE
+
+    # ---- the videos with a reward ------------------------------------------------------------
+    values = {reward_combination.MAIN: scores.values}
+    for name, measured in scores.parts.items():
+        if name not in reward_combination.BAD_SIDE:
+            values[name] = measured
+    weighted = {
+        name: values[name] for name, weight in settings.weights.items() if weight and name in values
     }
-    rewards = reward_combination.weighted_sum(
-        {k: own[k] for k, w in s.weights.items() if w and k in own}, s.weights
-    )
+    rewards = reward_combination.weighted_sum(weighted, settings.weights)
     good = np.flatnonzero(np.isfinite(rewards))
     if len(good) < 2 * HELD_OUT or np.ptp(rewards[good]) == 0:
+        failures = ""
+        if scores.failures:
+            failures = f". {scores.failures} have no score: {scores.why()}"
         raise UserError(
             f"{len(good)} of {count} videos have a reward, {np.unique(rewards[good]).size} "
-            "different ones: too few to learn from; raise --videos, or use other prompts"
-            + (f". {scores.failures} have no score: {scores.why()}" if scores.failures else "")
+            "different ones: too few to learn from; raise --videos, or use other prompts" + failures
         )
     return Examples(
-        np.concatenate(kept)[good],
-        table.padded([table.prompts[p] for p in chosen[good]]),
+        np.concatenate(latents)[good],
+        table.padded([table.prompts[prompt] for prompt in chosen[good]]),
         pipeline.TEXT_ROWS - table.rows,
         rewards[good],
     )
 
 
 def train(
-    head: WanTransformer3D, data: Examples, batch: int, **kwargs
+    head: WanTransformer3D, examples: Examples, batch: int, **kwargs
 ) -> tuple[WanTransformer3D, dict[float, float]]:
-    """(the head fitted to seven videos in eight, what it foretells of the others by noise level).
-    kwargs: of `fit`.
+    """Return (the head, fitted to seven of eight videos; the share of the others' spread that it
+    predicts, by noise level). batch, kwargs: of `fit`.
     """
-    out = np.arange(len(data.rewards)) % HELD_OUT == 0
-    head = fit(
-        head,
-        data.latents[~out],
-        data.text[~out],
-        data.padding,
-        data.rewards[~out],
-        batch=batch,
-        **kwargs,
-    )
-    return head, explained(
-        head,
-        data.latents[out],
-        data.text[out],
-        data.padding,
-        data.rewards[out],
-        batch,
-        data.rewards[~out].mean(),
-    )
+    held_out = np.arange(len(examples)) % HELD_OUT == 0
+    fitted, others = examples.select(~held_out), examples.select(held_out)
+    head = fit(head, fitted, batch=batch, **kwargs)
+    return head, explained(head, others, batch, float(fitted.rewards.mean()))
 
 
 def main(_):
-    f = flags.FLAGS
-    config = f["config"].value
-    config.run_dir = config.run_dir or str(pathlib.Path(f.out).parent)
-    c = parse.recipe_from_config(config)
-    s = parse.settings_of(c)
-    if pathlib.Path(f.out).suffix != ".safetensors":
-        raise UserError(f"--out {f.out}: the file's name must end in .safetensors")
-    if pathlib.Path(f.out).is_dir():
-        raise UserError(f"--out {f.out} is a folder; give the name of a file in it")
-    pathlib.Path(f.out).parent.mkdir(parents=True, exist_ok=True)
+    # ---- the recipe and the command's own flags ----------------------------------------------
+    options = flags.FLAGS
+    config = options["config"].value
+    assert config is not None, "--config is required"
+    out = pathlib.Path(options.out)
+    config.run_dir = config.run_dir or str(out.parent)
+    recipe = parse.recipe_from_config(config)
+    settings = parse.settings_of(recipe)
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out {out}: the file's name must end in .safetensors")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; give the name of a file in it")
+    out.parent.mkdir(parents=True, exist_ok=True)
     if jax.process_count() > 1:
         raise UserError("grpo.reward_head runs in one process")
+
+    # ---- the model ---------------------------------------------------------------------------
     cli.enable_compilation_cache()
     with cli.user_input():
-        model = model_dir.open_model(c.model.path)
-        spec = RunSpec.make(c, s, presets.of_folder(model), training=False)
-        config, size = spec.preset.transformer, c.sample.batch_size
-        if f.layers > config.num_layers:
+        model = model_dir.open_model(recipe.model.path)
+        spec = RunSpec.make(recipe, settings, presets.of_folder(model), training=False)
+        transformer, size = spec.preset.transformer, recipe.sample.batch_size
+        if options.layers > transformer.num_layers:
             raise ValueError(
-                f"--layers={f.layers}: the model has {config.num_layers} blocks; 0 makes a small "
-                "head of its own"
+                f"--layers={options.layers}: the model has {transformer.num_layers} blocks; 0 makes "
+                "a small head with random weights"
             )
     print(spec.placed, flush=True)
     bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
     weights = load_transformers(
-        model, f.checkpoint, s.dtype, spec.backend, spec.mesh, c.model.offload
+        model, options.checkpoint, settings.dtype, spec.backend, spec.mesh, recipe.model.offload
     )
-    data = collect(spec, model, weights, -(-f.videos // size) * size, bar)
-    if f.layers:  # of two experts that of low noise, where there is most to be seen
-        head = from_model(config, weights[1](len(model.experts) - 1), f.layers, c.seed)
+
+    # ---- examples, training, the file --------------------------------------------------------
+    examples = collect(spec, model, weights, -(-options.videos // size) * size, bar)
+    if options.layers:  # of two experts the one of low noise, where most of a video can be seen
+        last = weights[1](len(model.experts) - 1)
+        head = from_model(transformer, last, options.layers, recipe.seed)
+        del last
     else:
-        head = make_head(head_config(config), c.seed)
+        head = make_head(head_config(transformer), recipe.seed)
     del weights
     head, shares = train(
         head,
-        data,
-        f.batch,
-        updates=f.updates,
-        rate=f.learning_rate,
-        seed=c.seed,
+        examples,
+        options.batch,
+        updates=options.updates,
+        rate=options.learning_rate,
+        seed=recipe.seed,
         progress=functools.partial(bar, desc="updates"),
     )
-    save_head(f.out, head, {"model": c.model.path, **model.metadata})
+    save_head(options.out, head, {"model": recipe.model.path, **model.metadata})
     print(
-        f"mean reward {data.rewards.mean():.3f}; held-out spread explained at noise level "
+        f"mean reward {examples.rewards.mean():.3f}; held-out spread explained at noise level "
         + ", ".join(f"{level:g}: {share:.2f}" for level, share in shares.items()),
-        f.out,
+        options.out,
         sep="\n",
     )
 
@@ -309,19 +323,19 @@ if __name__ == "__main__":
     flags.DEFINE_integer(
         "layers",
         4,
-        "of the model's first blocks, from which the head starts; 0: a small transformer "
-        "with random weights",
+        "number of the model's first blocks from which the head starts; 0: a small transformer with "
+        "random weights",
         lower_bound=0,
     )
     flags.DEFINE_integer(
-        "videos", 512, "videos to sample, rounded up to whole batches", lower_bound=16
+        "videos", 512, "number of videos to sample, rounded up to whole batches", lower_bound=16
     )
-    flags.DEFINE_integer("updates", 2000, "of the head", lower_bound=1)
-    flags.DEFINE_integer("batch", 32, "videos of one update", lower_bound=1)
+    flags.DEFINE_integer("updates", 2000, "number of updates of the head", lower_bound=1)
+    flags.DEFINE_integer("batch", 32, "number of videos of an update", lower_bound=1)
     define_number(
         "learning_rate",
         3e-4,
-        "of AdamW, falling to 0 as a cosine",
+        "learning rate of AdamW, which falls to 0 as a cosine",
         Range(0, 1, above=True, below=True),
     )
     flags.mark_flag_as_required("config")

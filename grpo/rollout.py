@@ -1,10 +1,10 @@
-"""Sampling with the policy, keeping what training needs: x_t, x_next and log-prob of the stochastic
-steps.
+"""Sampling with the policy, which keeps x_t, x_next and the log-prob of the stochastic steps for
+training.
 
-One jitted denoising step serves every step of every batch; the loop over steps runs on the host, so
-the next dispatch overlaps the running one and a step may be stochastic or not without a second
-program. Every random draw is a function of (seed, epoch, sample number, step), so results depend
-neither on the batch nor on the devices.
+One jitted function computes every denoising step of every batch, stochastic or not. The loop over the
+steps runs on the host, so that the next dispatch overlaps the step that is running. Every random draw
+is a function of (seed, epoch, sample number, step), so results depend neither on the batch nor on the
+devices.
 """
 
 import dataclasses
@@ -30,32 +30,46 @@ from wan_jax.distributed import sharding as sharding_lib
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """One rollout batch: the K stochastic steps, everything fp32."""
+    """The K stochastic steps of one rollout batch.
 
-    x: jax.Array  # [K, B, F, H, W, C] latents before the step
-    x_next: jax.Array  # [K, B, F, H, W, C] latents after it, as sampled
-    log_prob: jax.Array  # [K, B]
-    step: jax.Array  # [K] int32, index into the schedule; [1, B] where each video has its own
+    Attributes:
+        x: [K, B, F, H, W, C] fp32, latents before the step.
+        x_next: [K, B, F, H, W, C] fp32, latents after the step, as sampled.
+        log_prob: [K, B] fp32.
+        step: [K] int32, index of the step in the schedule; [1, B] where it differs between videos.
+        text: of the videos.
+        mean: [K, B, F, H, W, C] fp32, mean of the step, where the objective needs it.
+        kl: [K, B] fp32, KL to the reference, where it is part of the reward.
+    """
+
+    x: jax.Array
+    x_next: jax.Array
+    log_prob: jax.Array
+    step: jax.Array
     text: TextBatch
-    # [K, B, F, H, W, C] of the step's Gaussian, where the objective needs it
     mean: jax.Array | None = None
-    kl: jax.Array | None = None  # [K, B] to the reference, where it is part of the reward
+    kl: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class StepTable:
-    """The schedule's values per step: fp32 [T] each. g is the noise coefficient where the step is
-    stochastic.
+    """The values of the schedule for each step.
+
+    Attributes:
+        timestep, sigma, sigma_next: fp32 [T].
+        g: fp32 [T], noise coefficient of the step where it is stochastic.
+        weight: fp32 [T], weight of the step in the loss (`step_credit`); None: 1.
+        preserving: whether the mean of a stochastic step is that of CPS.
+        dpm: fp32 [T, 3], `DPMSolverPP2M.table` where the deterministic steps are that solver's;
+            None: they are Euler's.
     """
 
     timestep: np.ndarray
     sigma: np.ndarray
     sigma_next: np.ndarray
     g: np.ndarray
-    # what the step counts in the loss (`step_credit`); None: as all others
     weight: np.ndarray | None = None
-    preserving: bool = False  # the mean of a stochastic step is CPS'
-    # [T, 3], `DPMSolverPP2M.table`, where the other steps are that solver's; None: Euler
+    preserving: bool = False
     dpm: np.ndarray | None = None
 
     @classmethod
@@ -67,40 +81,51 @@ class StepTable:
         trained: slice = slice(None),
         ode_solver: str = "euler",
     ) -> "StepTable":
-        """trained: the steps that may be stochastic; ode_solver: of the others, `euler` or `dpmpp_2m`."""
+        """Return the table of a schedule.
+
+        config: of the stochastic steps. credit: kind of `step_credit`. trained: the steps that may
+        be stochastic. ode_solver: of the deterministic steps, 'euler' or 'dpmpp_2m'.
+        """
         return cls(
-            np.asarray(schedule.timesteps, np.float32),
-            schedule.sigmas[:-1],
-            schedule.sigmas[1:],
-            sde.diffusion_coefficient(config, schedule),
-            step_credit(credit, schedule, config, trained),
-            config.preserving,
-            DPMSolverPP2M(schedule).table if ode_solver == "dpmpp_2m" else None,
+            timestep=np.asarray(schedule.timesteps, np.float32),
+            sigma=schedule.sigmas[:-1],
+            sigma_next=schedule.sigmas[1:],
+            g=sde.diffusion_coefficient(config, schedule),
+            weight=step_credit(credit, schedule, config, trained),
+            preserving=config.preserving,
+            dpm=DPMSolverPP2M(schedule).table if ode_solver == "dpmpp_2m" else None,
         )
 
-    def at(self, i):
-        """(timestep, sigma, sigma_next, g) of step i, which may be traced, or of steps [B], [B]
-        each.
+    def at(self, i) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Return (timestep, sigma, sigma_next, g) of step i, which may be traced, fp32 [] each; of
+        steps [B], fp32 [B] each.
         """
-        return tuple(
-            jnp.asarray(v)[i] for v in (self.timestep, self.sigma, self.sigma_next, self.g)
+        return (
+            jnp.asarray(self.timestep)[i],
+            jnp.asarray(self.sigma)[i],
+            jnp.asarray(self.sigma_next)[i],
+            jnp.asarray(self.g)[i],
         )
 
 
 def step_credit(
     kind: str, schedule: Schedule, config: sde.SDEConfig, trained: slice
 ) -> np.ndarray | None:
-    """The weight of each step in the loss, fp32 [T]; None for 'none', and for 'otca', which is each
-    video's own (`advantages.step_importance`).
+    """Return the weight of each step in the loss, fp32 [T]. It is None for 'none', and for 'otca',
+    where weights differ between videos (`advantages.step_importance`).
 
-    'longcat': w = sqrt(s / (1 - s)) / sqrt(-dt), which cancels the coefficient sqrt(-dt (1 - s) /
-    s) that the gradient of flow_sde's log-prob has (LongCat-Video). The first step takes s_1 in the
-    divisor, as `sde.diffusion_coefficient`. 'rectified': w = 1 / c over its mean of the `trained`
-    steps, Flash-GRPO's temporal gradient rectification (arXiv 2605.15980). The gradient of a step's
-    log-prob with respect to v is z |d mean / d v| / std with z ~ N(0, 1), so c = |d mean / d v| /
-    std = sqrt(-dt) / g + g sqrt(-dt) (1 - s) / (2 s) for all forms but CPS; on flow_sde, 1 / c is
-    'longcat' up to a factor. The published divisor is the mean over an update's rows; ours does not
-    change between updates, and is the same where the rows are spread evenly over the trained steps.
+    'longcat': w = sqrt(s / (1 - s)) / sqrt(-dt), which cancels the factor sqrt(-dt (1 - s) / s) in
+    the gradient of flow_sde's log-prob (LongCat-Video). In the first step the divisor has s_1, as in
+    `sde.diffusion_coefficient`.
+
+    'rectified': w = 1 / c divided by its mean over the `trained` steps: Flash-GRPO's temporal
+    gradient rectification (arXiv 2605.15980). The gradient of a step's log-prob with respect to v is
+    z |d mean / d v| / std with z ~ N(0, 1), so c = |d mean / d v| / std = sqrt(-dt) / g +
+    g sqrt(-dt) (1 - s) / (2 s) for all forms but CPS. On flow_sde, 1 / c equals 'longcat' up to a
+    factor. The published divisor is the mean over the rows of an update. Ours is constant, and equal
+    to it where the rows are spread evenly over the trained steps.
+
+    Raises ValueError on an unknown kind.
     """
     if kind not in CREDITS:
         raise ValueError(f"credit={kind!r} is unknown; choose one of {', '.join(CREDITS)}")
@@ -119,8 +144,8 @@ def step_credit(
 
 
 def sample_noise(key: jax.Array, samples: jax.Array, step, shape: tuple[int, ...]) -> jax.Array:
-    """N(0, 1) fp32 [B, *shape]; each sample's draw depends on (key, its number, step) only.
-    samples: int32 [B].
+    """Return draws of N(0, 1), fp32 [B, *shape]. The draw of a sample depends only on (key, its
+    number, step). samples: int32 [B], their numbers.
     """
 
     def draw(sample):
@@ -133,7 +158,7 @@ def sample_noise(key: jax.Array, samples: jax.Array, step, shape: tuple[int, ...
 
 @partial(jax.jit, static_argnames=("shape",))
 def initial_noise(key, samples, shape):
-    """x_T, fp32 [B, *shape]."""
+    """Return x_T, fp32 [B, *shape], of samples, int32 [B]."""
     return sample_noise(key, samples, Stream.INITIAL_NOISE.index, shape)
 
 
@@ -144,15 +169,19 @@ def make_step(
     keep_mean: bool = False,
     kl_kind: str | None = None,
 ):
-    """The jitted denoising step: (trainable, frozen, x, i, stochastic, text, key, samples) ->
-    (x_next, log_prob, mean, kl, clean), mean None without keep_mean, kl [B] to the reference
-    (`kl_to_reference`) or None without kl_kind; where no row is stochastic the reference is not
-    run. stochastic: bool, or bool [B].
+    """Return the jitted denoising step (trainable, frozen, x, i, stochastic, text, key, samples) ->
+    (x_next, log_prob, mean, kl, clean).
 
-    With DPM-Solver++ between stochastic steps, it also takes (last, follows): the `clean` sample
-    that the step before predicted, and whether that one was deterministic, as `stochastic`. Where
-    it was not, the solver starts anew with a step of first order: noise has moved x off the path
-    that the prediction was for.
+    The arguments are x fp32 [B, F, H, W, C], the index i of the step, stochastic as bool [] or [B],
+    and samples int32 [B]. The results are x_next as x, log_prob [B], the mean of the step as x or
+    None without keep_mean, the KL to the reference [B] or None without kl_kind (`kl_to_reference`),
+    and the predicted final latents or None with Euler. The reference runs only where a row is
+    stochastic.
+
+    Where deterministic steps are DPM-Solver++(2M), the step has two further arguments: `last`, the
+    final latents that the previous step predicted, and `follows`, as `stochastic`, whether that step
+    was deterministic. Where it was not, the solver starts again with a step of first order, because
+    noise has moved x away from the path of the prediction.
     """
 
     @partial(jax.jit, compiler_options=COMPILER_OPTIONS)
@@ -178,20 +207,20 @@ def make_step(
 
         clean = None
         if table.dpm is not None:
+            assert last is not None and follows is not None, "DPM-Solver++ needs both"
             clean = x - sigma * v
-            keep, base, old = jnp.asarray(table.dpm)[i]
-            ode = dpm_step(x, clean, last, keep, base, jnp.where(follows, old, 0.0))
+            keep, base, previous = jnp.asarray(table.dpm)[i]
+            ode = dpm_step(x, clean, last, keep, base, jnp.where(follows, previous, 0.0))
             x_next = jnp.where(per_sample(stochastic, x) > 0, x_next, ode)
 
-        def distance():
-            v_ref = velocity(policy.reference(frozen), x, t, text, guidance)
-            return step_kl(x, v, v_ref, (sigma, sigma_next, g, table.preserving), kl_kind)
+        kl = None
+        if kl_kind is not None:
 
-        kl = (
-            jax.lax.cond(jnp.any(stochastic), distance, lambda: jnp.zeros(len(x)))
-            if kl_kind
-            else None
-        )
+            def distance(kind=kl_kind):
+                v_ref = velocity(policy.reference(frozen), x, t, text, guidance)
+                return step_kl(x, v, v_ref, (sigma, sigma_next, g, table.preserving), kind)
+
+            kl = jax.lax.cond(jnp.any(stochastic), distance, lambda: jnp.zeros(len(x)))
         return x_next, log_prob, mean if keep_mean else None, kl, clean
 
     return rollout_step
@@ -210,65 +239,113 @@ def rollout(
     window: np.ndarray,
     multistep: bool = False,
 ) -> tuple[jax.Array, Trajectory | None]:
-    """Runs the denoising steps `steps` for one batch from x fp32 [B,F,H,W,C] (`initial_noise`
-    before step 0).
+    """Compute denoising steps of one batch, and return (latents after the last step, Trajectory).
 
-    Steps in `window` [K] are stochastic and kept, the others are ODE steps; a window [1, B] has
-    each row's own, and what a row with a step outside `steps` leaves behind is an ODE step, to be
-    masked. samples: int32 [B], global sample numbers in the epoch, sharded over the mesh.
-    multistep: the step is one that takes `last` and `follows`. Returns (latents after the last
-    step, Trajectory, or None when the window is empty). Everything is dispatched asynchronously.
+    The trajectory is None where no step is stochastic. All work is dispatched asynchronously.
+
+    Args:
+        step: the result of `make_step`.
+        trainable, frozen: arrays of the policy.
+        x: fp32 [B, F, H, W, C], latents before the steps (`initial_noise` before step 0).
+        text: of the batch.
+        key: JAX key of the epoch.
+        samples: int32 [B], numbers of the samples in the epoch, sharded over the mesh.
+        steps: to compute, of the schedule.
+        window: int [K], the stochastic steps, whose values the trajectory has; the others follow the
+            ODE. Or int [1, B], one stochastic step for each row. A row with a step outside of
+            `steps` gets an ODE step in the trajectory, which is to be masked.
+        multistep: whether `step` needs the arguments `last` and `follows`.
     """
-    kept, own = [], window.ndim == 2
-    place = partial(sharding_lib.place, sharding=samples.sharding) if own else lambda flag: flag
-    past = (x, place(np.zeros(window.shape[1], bool) if own else False)) if multistep else ()
-    for i in steps:
-        rows = window[0] == i if own else i in window
-        stochastic = place(rows)
-        x_next, *rest, clean = step(trainable, frozen, x, i, stochastic, text, key, samples, *past)
-        now = x, x_next, *rest
-        past = (clean, place(~rows if own else not rows)) if multistep else ()
-        if own and kept:
-            kept = [choose_rows(stochastic, now, kept[0])] if rows.any() else kept
-        elif own or stochastic:
-            kept.append(now)
-        x = x_next
-    if not kept:
-        return x, None
-    xs, nexts, log_probs, means, kls = jax.tree.map(lambda *rows: jnp.stack(rows), *kept)
-    if own:
-        inside = np.where(
-            (window[0] >= steps.start) & (window[0] < steps.stop), window[0], steps.start
+    if window.ndim == 2:
+        place = partial(sharding_lib.place, sharding=samples.sharding)
+        return _rollout_by_row(
+            partial(step, trainable, frozen),
+            x,
+            text,
+            key=key,
+            samples=samples,
+            steps=steps,
+            window=window[0],
+            place=place,
+            multistep=multistep,
         )
-        index = jnp.stack([sharding_lib.place(inside.astype(np.int32), samples.sharding)])
-    else:
-        index = jnp.asarray(window, jnp.int32)
+    taken = []  # (x, x_next, log_prob, mean, kl) of each stochastic step
+    past = (x, False) if multistep else ()
+    for i in steps:
+        stochastic = i in window
+        x_next, *rest, clean = step(trainable, frozen, x, i, stochastic, text, key, samples, *past)
+        past = (clean, not stochastic) if multistep else ()
+        if stochastic:
+            taken.append((x, x_next, *rest))
+        x = x_next
+    if not taken:
+        return x, None
+    xs, nexts, log_probs, means, kls = jax.tree.map(lambda *rows: jnp.stack(rows), *taken)
+    index = jnp.asarray(window, jnp.int32)
+    return x, Trajectory(xs, nexts, log_probs, index, text, means, kls)
+
+
+def _rollout_by_row(
+    step,
+    x: jax.Array,
+    text: TextBatch,
+    *,
+    key,
+    samples,
+    steps: range,
+    window: np.ndarray,
+    place: Callable,
+    multistep: bool,
+) -> tuple[jax.Array, Trajectory | None]:
+    """Return the result of `rollout` with one stochastic step for each row, int [B].
+
+    step: with the policy's arrays. place: puts an array [B] on the devices of the batch.
+    """
+    taken = None  # (x, x_next, log_prob, mean, kl) of the rows' stochastic steps so far
+    past = (x, place(np.zeros(len(window), bool))) if multistep else ()
+    for i in steps:
+        rows = window == i
+        stochastic = place(rows)
+        x_next, *rest, clean = step(x, i, stochastic, text, key, samples, *past)
+        past = (clean, place(~rows)) if multistep else ()
+        if taken is None:
+            taken = (x, x_next, *rest)
+        elif rows.any():
+            taken = choose_rows(stochastic, (x, x_next, *rest), taken)
+        x = x_next
+    if taken is None:
+        return x, None
+    xs, nexts, log_probs, means, kls = jax.tree.map(lambda rows: jnp.stack([rows]), taken)
+    inside = np.where((window >= steps.start) & (window < steps.stop), window, steps.start)
+    index = jnp.stack([place(inside.astype(np.int32))])
     return x, Trajectory(xs, nexts, log_probs, index, text, means, kls)
 
 
 @jax.jit
 def choose_rows(rows: jax.Array, new, old):
-    """Trees of [B, ...]: the rows of `new` where bool [B] is True, else those of `old`."""
+    """Return trees of [B, ...] with the rows of `new` where rows, bool [B], is True, and else those
+    of `old`.
+    """
     return jax.tree.map(lambda a, b: jnp.where(per_sample(rows, a) > 0, a, b), new, old)
 
 
 @partial(jax.jit, static_argnames=("axis",))
-def zero_rows(x, kept: jax.Array, axis: int):
-    """A tree of arrays, with zeros in those rows along `axis` where kept, bool [B], is False."""
+def zero_rows(x, valid: jax.Array, axis: int):
+    """Return a tree of arrays with zeros in the rows along `axis` where valid, bool [B], is False."""
 
-    def zeroed(a):
-        return jnp.where(
-            kept.reshape((-1,) + (1,) * (a.ndim - axis - 1)), a, jnp.zeros((), a.dtype)
-        )
+    def zeroed(array):
+        mask = valid.reshape((-1,) + (1,) * (array.ndim - axis - 1))
+        return jnp.where(mask, array, jnp.zeros((), array.dtype))
 
     return jax.tree.map(zeroed, x)
 
 
 @jax.jit
 def progress(x: jax.Array, x_next: jax.Array, final: jax.Array) -> jax.Array:
-    """What steps brought videos nearer to their own end, fp32 [K, B]: the cosine of the angle
-    between x_next and the final latents [B, F, H, W, C] less that between x and them, [K, B, F, H,
-    W, C] both.
+    """Return the progress of videos towards their final latents in each step, fp32 [K, B]: the
+    cosine similarity of x_next and the final latents, minus that of x and the final latents.
+
+    x, x_next: [K, B, F, H, W, C]. final: [B, F, H, W, C].
     """
 
     def cosine(y):
@@ -280,16 +357,18 @@ def progress(x: jax.Array, x_next: jax.Array, final: jax.Array) -> jax.Array:
 
 
 def prefix(part: Segment, window: np.ndarray) -> range:
-    """The steps of a part before its first stochastic one, of any video: those with one prompt and
-    one noise are the same there.
+    """Return the steps of a segment before the first stochastic step of any video. There, videos
+    with one prompt and one noise are equal.
+
+    window: int [K], or [1, N], the stochastic steps.
     """
     inside = window[(window >= part.steps.start) & (window < part.steps.stop)]
     return range(part.steps.start, int(inside.min()) if inside.size else part.steps.stop)
 
 
 def group_leaders(groups: int, group_size: int, batch: int) -> np.ndarray:
-    """The number of each group's first video, in batches: int32 [m, batch], where the last wraps
-    around.
+    """Return the numbers of the first videos of all groups in batches, int32 [m, batch]. The last
+    batch wraps around.
     """
     count = -(-groups // batch)
     return np.resize(np.arange(groups) * group_size, (count, batch)).astype(np.int32)
@@ -297,7 +376,7 @@ def group_leaders(groups: int, group_size: int, batch: int) -> np.ndarray:
 
 @partial(jax.jit, static_argnames=("sharding",))
 def branch(latents: Sequence[jax.Array], rows: jax.Array, sharding) -> jax.Array:
-    """Rows of batches [B, ...] laid end to end, int32 [B], as a batch of that sharding."""
+    """Return the rows, int32 [B], of concatenated batches [B, ...], as a batch with a sharding."""
     return jax.lax.with_sharding_constraint(jnp.concatenate(latents)[rows], sharding)
 
 
@@ -314,35 +393,44 @@ def rollout_batches(
     done: int = 0,
     multistep: bool = False,
 ) -> Iterator[tuple[int, int, jax.Array, Trajectory | None]]:
-    """Dispatches `rollout` for every part of the schedule and every batch; yields (part, batch,
-    latents, Trajectory).
+    """Dispatch `rollout` for every segment of the schedule and every batch, and yield (number of the
+    segment, number of the batch, latents, Trajectory or None).
 
-    All batches go through one expert's steps before the next expert's weights are asked for, with
-    nothing under way, since these change places on the device. steps: one `make_step` an expert;
-    arrays(expert): (trainable, frozen); noise, texts, samples: one a batch; windows: one a part,
-    [K] or, of all batches' videos, [1, N]; done: steps of the first part that `noise` has behind
-    it; multistep as of `rollout`, which starts anew with each part and after `done`.
+    All batches are computed with one expert before the next expert's weights are asked for. By then
+    all work has finished, because the experts' weights may be swapped on the device.
+
+    Args:
+        steps: the result of `make_step` for each expert.
+        arrays: expert -> (trainable, frozen).
+        noise, texts, samples: of each batch.
+        key: JAX key of the epoch.
+        parts: segments of the schedule.
+        windows: stochastic steps of each segment, int [K], or int [1, N] of all videos.
+        done: number of steps of the first segment that were computed for `noise` before.
+        multistep: as in `rollout`. The solver starts again in each segment and after `done`.
     """
-    latents = list(noise)
+    latents: list[jax.Array | None] = list(noise)
     for i, (part, window) in enumerate(zip(parts, windows)):
         if i:
             jax.block_until_ready(latents)
         trainable, frozen = arrays(part.expert)
         for b, (text, numbers) in enumerate(zip(texts, samples)):
-            mine = (
-                window if window.ndim == 1 else window[:, b * len(numbers) : (b + 1) * len(numbers)]
-            )
+            size = len(numbers)
+            batch_window = window if window.ndim == 1 else window[:, b * size : (b + 1) * size]
+            start = latents[b]
+            assert start is not None
             x, trajectory = rollout(
                 steps[part.expert],
                 trainable,
                 frozen,
-                latents[b],
+                start,
                 text,
                 key=key,
                 samples=numbers,
                 steps=part.steps if i else part.steps[done:],
-                window=mine,
+                window=batch_window,
                 multistep=multistep,
             )
             latents[b] = x if i < len(parts) - 1 else None
+            del start
             yield i, b, x, trajectory

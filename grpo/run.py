@@ -1,7 +1,8 @@
-"""One description of a run: what follows from recipe, model and devices, before a weight is read.
+"""The description of a run: everything that follows from recipe, model and devices, before a weight is
+read.
 
-`RunSpec.make` builds it once; training, evaluation, planning and the reward head share it. It is
-immutable, and what is expensive is computed once.
+`RunSpec.make` builds it once. Training, evaluation, planning and the reward head share it. It is
+immutable, and expensive values are computed once.
 """
 
 import dataclasses
@@ -29,15 +30,25 @@ from wan_jax.storage import media
 
 @dataclasses.dataclass(frozen=True)
 class RunSpec:
-    """A run without its weights."""
+    """A run without its weights.
+
+    Attributes:
+        recipe: all settings.
+        settings: the objects that follow from the recipe alone.
+        preset: the model's configurations.
+        mesh: the devices.
+        backend: of attention.
+        memory: bytes of a device; None: unknown.
+        placed: one line for the log about the placement on the mesh.
+    """
 
     recipe: Recipe
-    settings: Settings  # what follows from them alone
-    preset: Preset  # the model's configurations
+    settings: Settings
+    preset: Preset
     mesh: jax.sharding.Mesh
-    backend: str  # of attention
-    memory: int | None = None  # bytes of a device; None: not known
-    placed: str = ""  # one line for the log: how the run is placed on the mesh
+    backend: str
+    memory: int | None = None
+    placed: str = ""
 
     @classmethod
     def make(
@@ -50,19 +61,15 @@ class RunSpec:
         devices: list[jax.Device] | None = None,
         memory: int | None = None,
     ) -> "RunSpec":
-        """Return the run on `devices`, all that are here by default, with `memory` bytes each.
+        """Return a run. Raises ValueError or `UserError` where settings, model and devices contradict
+        each other.
 
-        Raises ValueError or `UserError` where settings, model and devices do not fit together.
+        training: whether the run trains, or only evaluates. devices: None for all of this machine.
+        memory: bytes of a device; None: as the backend reports.
         """
         trained = trained_names(preset, recipe) if training else ()
         mesh, placed = placement.choose_mesh(
-            recipe,
-            settings,
-            preset.transformer,
-            experts=len(preset.experts),
-            trained=len(trained),
-            devices=devices,
-            memory=memory,
+            recipe, settings, preset, trained=len(trained), devices=devices, memory=memory
         )
         backend = choose_backend(
             recipe.model.attention,
@@ -77,25 +84,25 @@ class RunSpec:
         return spec
 
     def check(self, training: bool = True) -> None:
-        """Raise ValueError or `UserError` where the model cannot make the videos that are asked
-        for, ffmpeg is missing, or a trained expert would learn nothing.
+        """Raise ValueError or `UserError` where the model cannot make videos of the given sizes,
+        ffmpeg is missing, or a trained expert would have no step.
         """
         if training:
             if not self.trained:
                 raise UserError(
-                    f"config.train.experts={tuple(self.recipe.train.experts)} leaves nothing to "
-                    f"train: {self.recipe.model.path} has {', '.join(self.preset.experts)}"
+                    f"config.train.experts={tuple(self.recipe.train.experts)} has no expert of the "
+                    f"model: {self.recipe.model.path} has {', '.join(self.preset.experts)}"
                 )
-            _ = self.windows
+            _ = self.windows  # raises where an expert has no step
         for frames in (*(self.trained_frames if training else ()), *self.evaluated_frames):
-            self.shape_of(frames)
+            self.shape_of(frames)  # raises where the model cannot make it
         if max(self.evaluated_frames) > 1:
             media.check_ffmpeg()  # for the report
-        _ = self.schedule, self.solver
+        _ = self.schedule, self.solver  # raise where steps and shift are invalid
 
     # ---- videos ------------------------------------------------------------------------------
     def shape_of(self, frames: int) -> tuple[int, ...]:
-        """Return (F, H, W, C) of the latents of a video of this many frames."""
+        """Return (F, H, W, C) of the latents of a video with `frames` frames."""
         sample = self.recipe.sample
         return pipeline.latent_shape(
             frames, sample.height, sample.width, self.preset.vae, self.preset.transformer
@@ -113,13 +120,15 @@ class RunSpec:
 
     @property
     def trained_frames(self) -> tuple[int, ...]:
-        """The lengths of epochs' videos, each once."""
+        """All numbers of frames that videos of epochs have, each once."""
         sample = self.recipe.sample
         return frame_schedule.trained(sample.frames, sample.frame_schedule)
 
     @property
     def evaluated_frames(self) -> tuple[int, ...]:
-        """The lengths of evaluations, each once; the run is judged by the first."""
+        """All numbers of frames that videos of evaluations have, each once. The first is the one by
+        which the run is judged.
+        """
         recipe = self.recipe
         return frame_schedule.evaluated(
             recipe.sample.frames, recipe.eval.frames, recipe.eval.more_frames
@@ -127,51 +136,52 @@ class RunSpec:
 
     @property
     def tokens(self) -> int:
-        """S of one video in training."""
+        """S, the number of tokens of one video in training."""
         return tokens(self.shape)
 
     @property
     def eval_batches(self) -> int:
-        """The batches of an evaluation."""
+        """The number of batches of an evaluation."""
         return -(-self.recipe.eval.num_prompts // self.recipe.sample.batch_size)
 
     # ---- denoising ---------------------------------------------------------------------------
     @functools.cached_property
     def schedule(self) -> Schedule:
-        """The rollout's schedule."""
+        """The schedule of the rollout."""
         return flow_sigmas(self.recipe.sample.steps, self.recipe.sample.shift)
 
     @functools.cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """The rollout's steps by expert."""
+        """The steps of the rollout by expert."""
         return segments(self.schedule.timesteps, self.preset.boundary)
 
     @functools.cached_property
     def solver(self):
-        """The evaluation's solver, with its schedule."""
+        """The solver of the evaluation, with its schedule."""
         evaluation = self.recipe.eval
         return make_solver(evaluation.solver, evaluation.steps, self.recipe.sample.shift)
 
     @functools.cached_property
     def eval_segments(self) -> tuple[Segment, ...]:
-        """The evaluation's steps by expert."""
+        """The steps of the evaluation by expert."""
         return segments(self.solver.schedule.timesteps, self.preset.boundary)
 
     @property
     def sampling_guidance(self) -> tuple[float, ...]:
-        """The rollout's guidance of each expert."""
+        """The guidance of each expert in the rollout."""
         sample = self.recipe.sample
         return guidances(sample.guidance, sample.guidance_2, len(self.preset.experts))
 
     @property
     def eval_guidance(self) -> tuple[float, ...]:
-        """The evaluation's guidance of each expert."""
+        """The guidance of each expert in the evaluation."""
         evaluation = self.recipe.eval
         return guidances(evaluation.guidance, evaluation.guidance_2, len(self.preset.experts))
 
     # ---- training ----------------------------------------------------------------------------
     @property
     def method(self) -> Method:
+        """The training method."""
         return self.settings.method
 
     @property
@@ -186,7 +196,7 @@ class RunSpec:
 
     @functools.cached_property
     def windows(self) -> Windows:
-        """Which steps are stochastic, by epoch."""
+        """The rule by which epochs draw their stochastic steps."""
         return Windows.make(
             self.recipe.sample,
             self.segments,
@@ -196,18 +206,18 @@ class RunSpec:
         )
 
     def trained_steps(self, expert: int) -> int:
-        """Return K: the stochastic steps of an epoch that train an expert, or the noise levels of a
-        video.
+        """Return K: the number of stochastic steps of an epoch that train an expert, or of noise
+        levels of a video.
         """
         pairs = zip(self.segments, self.windows.quotas)
         return sum(quota for segment, quota in pairs if segment.expert == expert)
 
     def update_batches(self, expert: int) -> np.ndarray:
-        """Return the rollout batches that train an expert in each optimiser step of an epoch: int
-        [updates, M].
+        """Return the numbers of the rollout batches that train an expert in each optimiser step of
+        an epoch, int [updates, M]; indices into `Credit.order`.
         """
         settings, updates = self.settings, self.recipe.train.updates_per_epoch
-        if settings.train_batches < settings.batches:  # of those that are chosen by their rewards
+        if settings.train_batches < settings.batches:  # groups are selected by their rewards
             return np.arange(settings.train_batches).reshape(updates, -1)
         i = next(i for i, segment in enumerate(self.segments) if segment.expert == expert)
         return batches_with(
@@ -216,28 +226,27 @@ class RunSpec:
 
     @functools.cached_property
     def remat(self) -> str:
-        """How much of each block the backward pass recomputes, one of `REMAT_POLICIES`, chosen for
+        """The rematerialisation of blocks in the backward pass, one of `REMAT_POLICIES`, chosen for
         the longest videos.
         """
         return placement.choose_remat(
             self.recipe,
             self.settings,
-            self.preset.transformer,
+            self.preset,
             self.mesh,
             tokens=tokens(self.shape_of(max(self.trained_frames))),
-            experts=len(self.preset.experts),
             trained=len(self.trained),
             memory=self.memory,
         )
 
-    # ---- runs like this one ------------------------------------------------------------------
+    # ---- variants of this run ----------------------------------------------------------------
     def changed(self, **sections: dict) -> "RunSpec":
         """Return the run with other settings, {section: {key: value}}, on the same mesh."""
         recipe = changed(self.recipe, **sections)
         return dataclasses.replace(self, recipe=recipe, settings=settings_of(recipe))
 
     def with_frames(self, sample: int, evaluation: int) -> "RunSpec":
-        """Return the run at one length in training and one in evaluation."""
+        """Return the run with `sample` frames in training and `evaluation` frames in evaluations."""
         if (self.trained_frames, self.evaluated_frames) == ((sample,), (evaluation,)):
             return self
         return self.changed(
@@ -248,19 +257,19 @@ class RunSpec:
 
 def changed(recipe: Recipe, **sections: dict) -> Recipe:
     """Return a recipe with other settings, {section: {key: value}}."""
-    parts = {
+    replaced = {
         name: dataclasses.replace(getattr(recipe, name), **values)
         for name, values in sections.items()
     }
-    return dataclasses.replace(recipe, **parts)
+    return dataclasses.replace(recipe, **replaced)
 
 
 def trained_names(preset: Preset, recipe: Recipe) -> tuple[str, ...]:
-    """Return the names of a model's experts that a recipe trains."""
+    """Return the names of the experts of a model that a recipe trains."""
     return tuple(name for name in preset.experts if name in recipe.train.experts)
 
 
 def tokens(shape: tuple[int, ...]) -> int:
-    """Return S of latents (F, H, W, C)."""
+    """Return S, the number of tokens of latents (F, H, W, C)."""
     frames, height, width, _ = shape
     return frames * (height // 2) * (width // 2)

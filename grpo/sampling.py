@@ -1,11 +1,13 @@
-"""Samples an epoch: every prompt's group of videos by the behaviour policy, decoded and scored.
+"""Samples an epoch: the groups of videos of its prompts by the behaviour policy, decoded and submitted
+for scoring.
 
-The host is one batch ahead of the device, which so has work while the host fetches videos and hands
-them to the scoring processes.
+The host dispatches one batch ahead, so that the device has work while the host fetches videos and
+passes them to the scoring processes.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,34 +34,48 @@ from grpo.run import RunSpec
 from grpo.scoring.scores import PendingBatch, gather_rows, submit
 from grpo.settings import frame_schedule
 from rewards.pool import RewardPool
+from wan_jax.diffusion.guidance import TextBatch
 from wan_jax.distributed import multihost
 from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.inference import pipeline
 
-States = dict[str, TrainState]  # of the trained experts
-# of a trajectory: all arrays with an axis of videos, but for the text
-BLANKED = ("x", "x_next", "log_prob", "mean")
+States = dict[str, TrainState]  # by name of the trained expert
+# the arrays of a trajectory with an axis of videos, without the text
+VIDEO_ARRAYS = ("x", "x_next", "log_prob", "mean")
 
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """What stays the same from the first epoch to the last."""
+    """The objects that all epochs of a run share.
+
+    Attributes:
+        functions: the jitted functions.
+        prompts: of training.
+        table: the embeddings of the prompts.
+        decode: latents of a batch -> a function that returns the videos of this process.
+        pool: the processes that score.
+        frozen: number of an expert -> its base weights, on the device.
+        start: the trainable arrays of every expert before the first update.
+        to_device: moving average in host memory -> the same on the device.
+        progress: (iterable, desc=..., total=...) -> the iterable with a progress bar.
+    """
 
     functions: Functions
-    prompts: PromptSet  # of training
-    table: pipeline.TextTable  # their embeddings
-    decode: Callable  # latents of a batch -> a function that returns this process's videos
+    prompts: PromptSet
+    table: pipeline.TextTable
+    decode: Callable
     pool: RewardPool
-    frozen: Callable[[int], object]  # an expert's base weights, brought to the device
-    start: dict[str, Flat]  # the arrays of every expert that training would change, at the start
-    to_device: Callable  # of a moving average that is kept in host memory
-    progress: Callable  # iterable, desc=..., total=... -> the iterable with a progress bar
+    frozen: Callable[[int], Any]
+    start: dict[str, Flat]
+    to_device: Callable
+    progress: Callable
 
     @property
     def spec(self) -> RunSpec:
+        """The description of the run."""
         return self.functions.spec
 
-    def texts(self, prompt_of: np.ndarray) -> pipeline.TextBatch:
+    def texts(self, prompt_of: np.ndarray) -> TextBatch:
         """Return the embeddings of prompts, int [B], as a batch on the mesh."""
         mesh = self.spec.mesh
         return self.table.batch(
@@ -69,23 +85,37 @@ class Session:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutBatch:
-    """An epoch's N videos as training needs them, in rollout batches."""
+    """The N videos of an epoch as training needs them, in rollout batches. Dicts are by the name of
+    the expert.
 
-    key: jax.Array  # of the epoch
+    Attributes:
+        key: JAX key of the epoch.
+        frames: of a video.
+        prompt_of: int [N], the prompt of each video.
+        texts: `Session.texts`.
+        trajectories: the stochastic steps of every batch.
+        finished: [B, F, H, W, C] fp32, final latents of every batch, where the method keeps them.
+        kl: [K, N] of trained experts, where the KL is part of the reward.
+        importance: [K, N] of trained experts, weights of the steps where they differ.
+        evaluations: of the model.
+        evaluations_saved: of the model, because the videos of a group share their first steps.
+    """
+
+    key: jax.Array
     frames: int
-    prompt_of: np.ndarray  # int [N], each video's prompt
-    texts: Callable  # `Session.texts`
-    trajectories: dict[str, list[Trajectory]]  # by expert: the stochastic steps of every batch
-    finished: list[jax.Array]  # final latents of every batch, where the method keeps them
-    kl: dict[str, np.ndarray]  # by trained expert, [K, N], where it is part of the reward
-    importance: dict[str, np.ndarray]  # by trained expert, [K, N], where steps count by their own
-    evaluations: int  # of the model
-    evaluations_saved: int  # by steps that the videos of a group share
+    prompt_of: np.ndarray
+    texts: Callable
+    trajectories: dict[str, list[Trajectory]]
+    finished: list[jax.Array]
+    kl: dict[str, np.ndarray]
+    importance: dict[str, np.ndarray]
+    evaluations: int
+    evaluations_saved: int
 
 
 def sampling_weights(session: Session, states: States, expert: int) -> tuple:
-    """Return (trainable, frozen) of an expert as it samples: the method's lagged copy where it has
-    one for that, else the trained weights.
+    """Return (trainable, frozen) of the behaviour policy of an expert: the lagged copy that the
+    method samples with, else the trained weights.
     """
     name = session.spec.preset.experts[expert]
     if name not in states:
@@ -95,7 +125,7 @@ def sampling_weights(session: Session, states: States, expert: int) -> tuple:
 
 
 def averaged_weights(session: Session, states: States, expert: int) -> tuple:
-    """Return (trainable, frozen) of an expert as it is judged: the moving average."""
+    """Return (trainable, frozen) of an expert for evaluations: the moving average."""
     name = session.spec.preset.experts[expert]
     if name not in states:
         return session.start[name], session.frozen(expert)
@@ -105,13 +135,15 @@ def averaged_weights(session: Session, states: States, expert: int) -> tuple:
 def sample_epoch(
     session: Session, states: States, epoch: int, clock: Stopwatch
 ) -> tuple[RolloutBatch, list[PendingBatch]]:
-    """Return the epoch's videos as training needs them, and their scores while they are computed.
+    """Return the videos of an epoch as training needs them, and their pending scores.
 
-    All batches go through one expert's steps before the next expert's weights are brought.
+    All batches are computed with one expert before the next expert's weights are loaded onto the
+    device.
     """
     spec, recipe, settings = session.spec, session.spec.recipe, session.spec.settings
     method, sample = spec.method, recipe.sample
-    # ---- the epoch's draws: prompts, stochastic steps, noise
+
+    # ---- the draws of the epoch: prompts, stochastic steps, noise ----------------------------
     frames = frame_schedule.at(epoch, sample.frames, sample.frame_schedule)
     key = jax.random.fold_in(Stream.ROLLOUT.key(jax.random.key(recipe.seed)), epoch)
     chosen = epoch_prompts(recipe.seed, epoch - 1, len(session.prompts), sample.groups)
@@ -120,7 +152,7 @@ def sample_epoch(
     size, sharded = sample.batch_size, sharding_lib.batch_sharding(spec.mesh)
     rows = [np.arange(b * size, (b + 1) * size) for b in range(settings.batches)]
     numbers = [sharding_lib.place(r.astype(np.int32), sharded) for r in rows]
-    steps_done, saved = 0, 0
+    steps_done = saved = 0
     if sample.shared_noise:
         steps_done, saved, noise = shared_prefix(
             session, states, key, frames, prompt_of, windows[0], rows
@@ -128,7 +160,7 @@ def sample_epoch(
     else:
         noise = [initial_noise(key, n, spec.shape_of(frames)) for n in numbers]
 
-    # ---- denoise, decode and submit, a batch at a time
+    # ---- denoise, decode and submit, batch by batch ------------------------------------------
     batches = rollout_batches(
         session.functions.steps,
         lambda expert: sampling_weights(session, states, expert),
@@ -152,7 +184,7 @@ def sample_epoch(
     )
     trajectories: dict[str, list[Trajectory]] = {}
     finished, pending = [], []
-    own = multihost.my_rows(sharded, size)  # of each batch, on this process's devices
+    local = multihost.my_rows(sharded, size)  # rows of each batch on the devices of this process
     for i, b, x, trajectory, video in shown:
         name, place = spec.preset.experts[spec.segments[i].expert], f"{b + 1} of {len(rows)}"
         multihost.stage(f"epoch {epoch}: sampling batch {place} with {name}")
@@ -166,40 +198,40 @@ def sample_epoch(
         multihost.stage(f"epoch {epoch}: decoding batch {place}")
         videos = video()
         clock("decode")
-        if len(rows[b][own]):  # none where other processes answer for all that is here
-            targets = [session.prompts.targets[p] for p in prompt_of[rows[b][own]]]
-            pending.append(submit(session.pool, rows[b][own], videos, targets))
+        if len(rows[b][local]):  # none where other processes score all rows on these devices
+            targets = [session.prompts.targets[p] for p in prompt_of[rows[b][local]]]
+            pending.append(submit(session.pool, rows[b][local], videos, targets))
 
-    # ---- what the method needs of the steps, on the host
+    # ---- values of the steps that the method needs on the host -------------------------------
     kl = {}
     if method.sampling_kl:
         for name in spec.trained:
-            kl[name] = gather_rows([t.kl for t in trajectories[name]], sharded)
+            measured = [t.kl for t in trajectories[name] if t.kl is not None]
+            kl[name] = gather_rows(measured, sharded)
     importance = {}
     if method.importance:
         trained = {name: trajectories[name] for name in trajectories if name in spec.trained}
         importance = importance_of(trained, finished, sharded)
-    evaluations = settings.videos * sample.steps - saved
-    return (
-        RolloutBatch(
-            key,
-            frames,
-            prompt_of,
-            session.texts,
-            trajectories,
-            finished,
-            kl,
-            importance,
-            evaluations,
-            saved,
-        ),
-        pending,
+    batch = RolloutBatch(
+        key=key,
+        frames=frames,
+        prompt_of=prompt_of,
+        texts=session.texts,
+        trajectories=trajectories,
+        finished=finished,
+        kl=kl,
+        importance=importance,
+        evaluations=settings.videos * sample.steps - saved,
+        evaluations_saved=saved,
     )
+    return batch, pending
 
 
-def blanked(batch: RolloutBatch, finite: np.ndarray, mesh: jax.sharding.Mesh) -> RolloutBatch:
-    """Return the batch with zeros for what videos that are not `finite` [N] left behind. Their loss
-    is masked, but the gradient of a masked NaN is NaN.
+def zero_nonfinite(
+    batch: RolloutBatch, finite: np.ndarray, mesh: jax.sharding.Mesh
+) -> RolloutBatch:
+    """Return the batch with zeros in the arrays of videos that are not finite. Their loss is masked,
+    but the gradient of a masked NaN is NaN. finite: bool [N].
     """
     if finite.all():
         return batch
@@ -207,17 +239,16 @@ def blanked(batch: RolloutBatch, finite: np.ndarray, mesh: jax.sharding.Mesh) ->
     sharding = sharding_lib.batch_sharding(mesh)
     rows = [sharding_lib.place(r, sharding) for r in finite.reshape(count, -1)]
 
-    def without(trajectory: Trajectory, kept: jax.Array) -> Trajectory:
-        arrays = tuple(getattr(trajectory, name) for name in BLANKED)
-        return dataclasses.replace(
-            trajectory, **dict(zip(BLANKED, zero_rows(arrays, kept, axis=1)))
-        )
+    def zeroed(trajectory: Trajectory, valid: jax.Array) -> Trajectory:
+        arrays = tuple(getattr(trajectory, name) for name in VIDEO_ARRAYS)
+        values = dict(zip(VIDEO_ARRAYS, zero_rows(arrays, valid, axis=1)))
+        return dataclasses.replace(trajectory, **values)
 
     return dataclasses.replace(
         batch,
-        finished=[zero_rows(x, r, axis=0) for x, r in zip(batch.finished, rows)],
+        finished=[zero_rows(x, valid, axis=0) for x, valid in zip(batch.finished, rows)],
         trajectories={
-            name: [without(t, r) for t, r in zip(batches, rows)]
+            name: [zeroed(trajectory, valid) for trajectory, valid in zip(batches, rows)]
             for name, batches in batch.trajectories.items()
         },
     )
@@ -228,7 +259,10 @@ def importance_of(
     finished: Sequence[jax.Array],
     sharding: jax.sharding.Sharding,
 ) -> dict[str, np.ndarray]:
-    """Return `step_importance` among the trained steps of all experts, [K, N] for each."""
+    """Return `step_importance` of the trained steps of all experts together, [K, N] for each expert.
+
+    trajectories: of the trained experts. finished: final latents of every batch. sharding: of B.
+    """
     gains = {}
     for name, batches in trajectories.items():
         steps = [progress(t.x, t.x_next, final) for t, final in zip(batches, finished)]
@@ -247,21 +281,25 @@ def shared_prefix(
     window: np.ndarray,
     rows: Sequence[np.ndarray],
 ) -> tuple[int, int, list[jax.Array]]:
-    """Denoise what a group's videos share, before their first stochastic step, once for the group.
+    """Compute the steps before the first stochastic one, which the videos of a group share, once for
+    each group. Returns (number of these steps, evaluations saved, latents of each batch).
 
-    Returns (steps done, evaluations saved, each batch's latents).
+    prompt_of: int [N]. window: the stochastic steps of the first segment. rows: numbers of the
+    videos of each batch.
     """
     spec, sample = session.spec, session.spec.recipe.sample
     segment = spec.segments[0]
     steps = prefix(segment, window)
     sharded, replicated = sharding_lib.batch_sharding(spec.mesh), sharding_lib.replicated(spec.mesh)
     leaders = group_leaders(sample.groups, sample.group_size, sample.batch_size)
-    trunk = []
+    shared = []  # latents of the groups, in batches
     for leading in leaders:
         numbers = sharding_lib.place(leading, sharded)
+        trainable, frozen = sampling_weights(session, states, segment.expert)
         latents, _ = rollout(
             session.functions.steps[segment.expert],
-            *sampling_weights(session, states, segment.expert),
+            trainable,
+            frozen,
             initial_noise(key, numbers, spec.shape_of(frames)),
             session.texts(prompt_of[leading]),
             key=key,
@@ -270,7 +308,7 @@ def shared_prefix(
             window=np.arange(0),
             multistep=sample.ode_solver != "euler",
         )
-        trunk.append(latents)
+        shared.append(latents)
     group_of = (np.arange(len(prompt_of)) // sample.group_size).astype(np.int32)
-    latents = [branch(trunk, sharding_lib.place(group_of[r], replicated), sharded) for r in rows]
+    latents = [branch(shared, sharding_lib.place(group_of[r], replicated), sharded) for r in rows]
     return len(steps), len(steps) * (len(prompt_of) - leaders.size), latents

@@ -1,4 +1,4 @@
-"""Which steps are stochastic in an epoch: functions of (seed, epoch), the same on every host."""
+"""The stochastic steps of an epoch, as functions of (seed, epoch), which are equal on all hosts."""
 
 import dataclasses
 import math
@@ -8,84 +8,101 @@ import numpy as np
 
 from grpo.random_streams import Stream
 from grpo.settings.choices import ONE_PER_GROUP, WINDOWS
+from grpo.settings.sections.sample import Sample
 from wan_jax.diffusion.experts import Segment
 
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """A run's rule, for each segment of its schedule (`experts.segments`)."""
+    """The rule by which a run draws its stochastic steps. Tuples have a value for each segment of the
+    schedule (`experts.segments`).
 
-    rule: str  # of WINDOWS
-    every: int  # epochs that a sliding window stays
-    # the steps that may be stochastic; none where the expert is not trained
-    rooms: tuple[range, ...]
-    # how many of them are, in an epoch; of each video that has any. Or its noise levels
+    Attributes:
+        rule: one of WINDOWS.
+        every: number of epochs that a sliding window stays at a place.
+        ranges: the steps that may be stochastic; empty where the expert is not trained.
+        quotas: number of stochastic steps of an epoch, of each video that has any there; for
+            methods on finished videos the number of noise levels.
+        groups: number of groups with stochastic steps there: all, unless each group has one step.
+        group_size: number of videos of a group.
+    """
+
+    rule: str
+    every: int
+    ranges: tuple[range, ...]
     quotas: tuple[int, ...]
-    # how many groups have theirs here; all of them, but with one step a group
     groups: tuple[int, ...]
     group_size: int
 
     @classmethod
     def make(
         cls,
-        sample,
+        sample: Sample,
         parts: Sequence[Segment],
         experts: Sequence[str],
         trained: Sequence[str],
         levels: int | None = None,
     ) -> "Windows":
-        """sample: the recipe's section. levels: the noise levels a video of a method that trains on
-        finished videos (`grpo.methods.flow_matching`), shared out as steps would be; no step is
-        stochastic then. Raises ValueError where a trained expert would be left without a step.
+        """Return the rule of a recipe. Raises ValueError where a trained expert would have no step.
+
+        Args:
+            sample: the recipe's section.
+            parts: the segments of the rollout's schedule.
+            experts: names of the model's experts.
+            trained: names of those that are trained.
+            levels: number of noise levels of a video, of a method that trains on finished videos
+                (`grpo.learning.flow_matching`). They are divided among the segments as steps are,
+                and no step is stochastic. None: the method trains on stochastic steps.
         """
+        everywhere = (sample.groups,) * len(parts)
         if levels is not None:
             quotas = step_quotas(
                 parts, experts, trained, levels, 0, sample.steps, "train.timesteps"
             )
-            return cls(
-                "any",
-                1,
-                (range(0),) * len(parts),
-                quotas,
-                (sample.groups,) * len(parts),
-                sample.group_size,
-            )
+            none = (range(0),) * len(parts)
+            return cls("any", 1, none, quotas, everywhere, sample.group_size)
         low, high = sample.sde_range
-        alone = sample.sde_window == ONE_PER_GROUP
-        quotas = step_quotas(
-            parts, experts, trained, len(trained) if alone else sample.sde_steps, low, high
+        one_per_group = sample.sde_window == ONE_PER_GROUP
+        steps = len(trained) if one_per_group else sample.sde_steps
+        quotas = step_quotas(parts, experts, trained, steps, low, high)
+        ranges = tuple(
+            range(max(low, part.steps.start), min(high, part.steps.stop)) if quota else range(0)
+            for part, quota in zip(parts, quotas)
         )
-        rooms = tuple(
-            range(max(low, p.steps.start), min(high, p.steps.stop)) if q else range(0)
-            for p, q in zip(parts, quotas)
-        )
-        groups = (
-            group_quotas([len(room) for room in rooms], sample.groups)
-            if alone
-            else (sample.groups,) * len(parts)
-        )
+        groups = everywhere
+        if one_per_group:
+            groups = group_quotas([len(possible) for possible in ranges], sample.groups)
         return cls(
-            sample.sde_window, sample.sde_window_epochs, rooms, quotas, groups, sample.group_size
+            sample.sde_window, sample.sde_window_epochs, ranges, quotas, groups, sample.group_size
         )
 
     def of_epoch(self, seed: int, epoch: int) -> list[np.ndarray]:
-        """The stochastic steps, an array a segment: [K], or [1, N] where each video has its own,
-        which may be in another segment.
+        """Return the stochastic steps of each segment, int [K]; int [1, N] where each group has one
+        step: that of each video, which may be in another segment.
         """
-        if self.rule != ONE_PER_GROUP:
-            return [
-                sde_window(
-                    seed, epoch, quota, room.start, room.stop, i, rule=self.rule, every=self.every
+        if self.rule == ONE_PER_GROUP:
+            steps = group_steps(seed, epoch, self.groups, self.ranges)
+            by_video = np.repeat(steps, self.group_size)[None]
+            return [by_video if possible else np.arange(0) for possible in self.ranges]
+        windows = []
+        for i, (steps, quota) in enumerate(zip(self.ranges, self.quotas)):
+            window = np.arange(0)
+            if steps:
+                window = sde_window(
+                    seed,
+                    epoch,
+                    quota,
+                    steps.start,
+                    steps.stop,
+                    segment=i,
+                    rule=self.rule,
+                    every=self.every,
                 )
-                if room
-                else np.arange(0)
-                for i, (room, quota) in enumerate(zip(self.rooms, self.quotas))
-            ]
-        own = np.repeat(group_steps(seed, epoch, self.groups, self.rooms), self.group_size)[None]
-        return [own if room else np.arange(0) for room in self.rooms]
+            windows.append(window)
+        return windows
 
     def videos(self, part: int) -> range:
-        """The numbers of the videos that have stochastic steps in a segment."""
+        """Return the numbers of the videos that have stochastic steps in a segment."""
         if self.rule != ONE_PER_GROUP:
             return range(self.groups[part] * self.group_size)
         first = sum(self.groups[:part])
@@ -103,14 +120,14 @@ def sde_window(
     rule: str = "any",
     every: int = 25,
 ) -> np.ndarray:
-    """The stochastic steps of an epoch: `size` of [low, high), ascending, a function of (seed,
-    epoch, segment).
+    """Return the stochastic steps of an epoch, int [size], ascending: `size` of [low, high), as a
+    function of (seed, epoch, segment). Raises ValueError where they do not fit.
 
-    rule: 'any' subset; 'random', a window of neighbours at a random place (Flow-GRPO-Fast;
-    MixGRPO's random strategy); 'progressive', 'decay' and 'exp_decay', MixGRPO's windows that slide
-    from the first steps to the last and start again: `every` epochs at each place, or fewer the
-    later the steps (`window_epochs`). MixGRPO: arXiv 2507.21802; its window is empty at the last
-    place, ours stops where it is whole. Raises ValueError when they do not fit.
+    The rules are 'any': any subset. 'random': neighbouring steps at a random place (Flow-GRPO-Fast;
+    MixGRPO's random strategy). 'progressive', 'decay' and 'exp_decay': neighbouring steps that slide
+    from the first to the last and start again (MixGRPO, arXiv 2507.21802). They stay `every` epochs
+    at each place, or fewer at later steps (`window_epochs`). MixGRPO's window slides out of the
+    range; ours stops at the last place where it is whole.
     """
     if not 0 <= low <= high or not 0 <= size <= high - low:
         raise ValueError(f"{size} stochastic steps do not fit in the steps {low} to {high}")
@@ -129,15 +146,16 @@ def sde_window(
     if rule == "random":
         place = int(rng.integers(places))
     else:
-        stays = [window_epochs(rule, place, high - low, every) for place in range(places)]
-        place = int(np.searchsorted(np.cumsum(stays), (epoch - 1) % sum(stays), side="right"))
+        epochs = [window_epochs(rule, place, high - low, every) for place in range(places)]
+        place = int(np.searchsorted(np.cumsum(epochs), (epoch - 1) % sum(epochs), side="right"))
     return np.arange(low + place, low + place + size)
 
 
 def window_epochs(rule: str, place: int, steps: int, every: int) -> int:
-    """How many epochs MixGRPO's window stays at a place, of `steps` in all: `every`
-    ('progressive'), falling to a fifth along the schedule ('decay'), or as exp(-0.1 (place - 13))
-    from the fourteenth place on ('exp_decay').
+    """Return the number of epochs that MixGRPO's window stays at a place, with `steps` steps in all.
+
+    'progressive': `every`. 'decay': it falls linearly to a fifth of that along the schedule.
+    'exp_decay': it falls as exp(-0.1 (place - 13)) from the fourteenth place on.
     """
     if rule == "decay":
         least = max(1, every // 5)
@@ -148,36 +166,38 @@ def window_epochs(rule: str, place: int, steps: int, every: int) -> int:
 
 
 def step_quotas(
-    parts: tuple[Segment, ...],
-    experts: tuple[str, ...],
-    trained: tuple[str, ...],
+    parts: Sequence[Segment],
+    experts: Sequence[str],
+    trained: Sequence[str],
     size: int,
     low: int,
     high: int,
     setting: str = "sample.sde_steps",
 ) -> tuple[int, ...]:
-    """How many of an epoch's `size` stochastic steps each segment gets: in proportion to its steps
-    in [low, high), and at least one for every trained expert, so that each has a gradient in every
-    epoch. Noise levels are shared out in the same way. setting: what `size` is called, for
-    messages.
+    """Return the number of an epoch's `size` stochastic steps in each segment: in proportion to the
+    segment's steps in [low, high), and at least one for every trained expert, so that each has a
+    gradient in every epoch. Noise levels are divided in the same way.
 
-    Raises ValueError when a trained expert has no step there, or there are fewer steps than experts
-    to train.
+    parts: the segments. experts: names of the model's experts. trained: names of those that are
+    trained. setting: key of `size`, for messages. Raises ValueError where a trained expert has no
+    step in [low, high), or there are fewer steps than trained experts.
     """
     where = f"sample.sde_range=({low}, {high})" if setting == "sample.sde_steps" else "the rollout"
+    # the steps of each segment that may be drawn
     room = [
-        len(range(max(low, p.steps.start), min(high, p.steps.stop)))
-        if experts[p.expert] in trained
+        len(range(max(low, part.steps.start), min(high, part.steps.stop)))
+        if experts[part.expert] in trained
         else 0
-        for p in parts
+        for part in parts
     ]
     for name in trained:
-        if not any(n for p, n in zip(parts, room) if experts[p.expert] == name):
+        if not any(n for part, n in zip(parts, room) if experts[part.expert] == name):
             split = ", ".join(
-                f"{experts[p.expert]} steps {p.steps.start} to {p.steps.stop - 1}" for p in parts
+                f"{experts[part.expert]} steps {part.steps.start} to {part.steps.stop - 1}"
+                for part in parts
             )
             raise ValueError(
-                f"{name} would be trained without a step: {where} holds none of its steps "
+                f"{name} would be trained without a step: {where} has none of its steps "
                 f"({split}); change sample.sde_range, sample.shift or sample.steps, or leave the "
                 "expert out of train.experts"
             )
@@ -190,24 +210,26 @@ def step_quotas(
 
 
 def in_proportion(room: Sequence[int], size: int, most: Sequence[int]) -> tuple[int, ...]:
-    """`size` things dealt out in proportion to `room`, at least one wherever there is room, nowhere
+    """Return `size` divided in proportion to `room`: at least 1 wherever `room` is not 0, and nowhere
     above `most`.
     """
     quotas = [min(n, 1) for n in room]
-    while sum(quotas) < size:  # the next one goes where the share is furthest behind
-        behind = [
-            n / sum(room) - q / size if q < top else -1.0 for n, q, top in zip(room, quotas, most)
+    while sum(quotas) < size:  # the next one goes to the largest deficit
+        deficits = [
+            share / sum(room) - quota / size if quota < bound else -1.0
+            for share, quota, bound in zip(room, quotas, most)
         ]
-        quotas[int(np.argmax(behind))] += 1
+        quotas[int(np.argmax(deficits))] += 1
     return tuple(quotas)
 
 
 def group_quotas(step_room: Sequence[int], groups: int) -> tuple[int, ...]:
-    """With one stochastic step a group: how many of an epoch's groups have theirs in each segment,
-    in proportion to its steps that may be trained, at least one wherever there are any. Raises
-    ValueError with fewer groups than that.
+    """Return the number of an epoch's groups that have their one stochastic step in each segment: in
+    proportion to the segment's steps that may be drawn (`step_room`), and at least one wherever there
+    are any. Raises ValueError where there are fewer groups than that.
     """
-    if groups < (least := sum(n > 0 for n in step_room)):
+    least = sum(n > 0 for n in step_room)
+    if groups < least:
         raise ValueError(
             f"sample.groups={groups} with sample.sde_window={ONE_PER_GROUP}: each trained expert "
             f"needs a group in every epoch; sample at least {least}"
@@ -215,32 +237,37 @@ def group_quotas(step_room: Sequence[int], groups: int) -> tuple[int, ...]:
     return in_proportion(step_room, groups, [groups if n else 0 for n in step_room])
 
 
-def group_steps(seed: int, epoch: int, quotas: Sequence[int], rooms: Sequence[range]) -> np.ndarray:
-    """The stochastic step of each group, int32 [sum(quotas)], a function of (seed, epoch):
+def group_steps(
+    seed: int, epoch: int, quotas: Sequence[int], ranges: Sequence[range]
+) -> np.ndarray:
+    """Return the stochastic step of each group, int32 [sum(quotas)], as a function of (seed, epoch):
     Flash-GRPO's iso-temporal grouping (arXiv 2605.15980), in which the videos of a prompt differ by
-    the noise of one and the same step.
+    the noise of one common step.
 
-    quotas[i] groups take steps of rooms[i], those of the first room before those of the next. In a
-    room they are a systematic sample, shuffled: group j of n is at (j + u) / n of the steps, with
-    one u in [0, 1) for all, so that two steps' counts differ by at most 1.
+    quotas[i] groups have steps of ranges[i]; the groups of the first range come first. The steps of
+    a range are a shuffled systematic sample: group j of n is at (j + u) / n of the steps, with one u
+    in [0, 1) for all, so that the numbers of groups of two steps differ by at most 1.
     """
     rng = Stream.GROUP_STEP.generator(seed, epoch)
 
-    def draw(n: int, room: range) -> np.ndarray:
-        where = (np.arange(n) + rng.random()) * len(room) / n
-        return rng.permutation(room.start + np.minimum(where.astype(np.int32), len(room) - 1))
+    def draw(count: int, steps: range) -> np.ndarray:
+        offset = (np.arange(count) + rng.random()) * len(steps) / count
+        return rng.permutation(steps.start + np.minimum(offset.astype(np.int32), len(steps) - 1))
 
-    return np.concatenate([draw(n, room) for n, room in zip(quotas, rooms) if n]).astype(np.int32)
+    drawn = [draw(count, steps) for count, steps in zip(quotas, ranges) if count]
+    return np.concatenate(drawn).astype(np.int32)
 
 
 def batches_with(videos: range, size: int, count: int, updates: int) -> np.ndarray:
-    """The batches, of `count` of `size` videos, that hold these videos, dealt out to an epoch's
-    optimiser steps: int [updates, M], as many for each one; where they do not divide, neighbours
-    are added, without one of the videos.
+    """Return the numbers of the batches that contain `videos`, divided among an epoch's optimiser
+    steps: int [updates, M].
+
+    The epoch has `count` batches of `size` videos. Where the batches do not divide, neighbouring
+    ones that contain none of the videos are added.
     """
     start, stop = videos.start // size, -(-videos.stop // size)
     if stop - start == count:
         return np.arange(count).reshape(updates, -1)
-    m = -(-(stop - start) // updates)
-    start = min(start, count - m * updates)
-    return np.arange(start, start + m * updates).reshape(m, updates).T
+    each = -(-(stop - start) // updates)
+    start = min(start, count - each * updates)
+    return np.arange(start, start + each * updates).reshape(each, updates).T

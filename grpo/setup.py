@@ -1,14 +1,15 @@
-"""Everything that a run does before its first epoch.
+"""The preparation of a run before its first epoch.
 
-Compiles all functions before any weight is read, so that what cannot fit is refused within minutes;
-encodes the prompts; loads the weights; makes the policy and the optimiser, or restores them from the
-newest checkpoint.
+It compiles all functions before any weight is read, so that a run that does not fit is refused within
+minutes; encodes the prompts; loads the weights; makes the policy and the optimiser, or restores them
+from the newest checkpoint.
 """
 
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -39,12 +40,19 @@ from wan_jax.storage.checkpoint import Checkpoints
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """A run's folder, held by the lock of this run."""
+    """The folder of a run, which is locked by this run.
+
+    Attributes:
+        spec: the description of the run.
+        checkpoints: its checkpoints.
+        origin: digests of the run's model and prompts (`train_state.origin`).
+        lock: of the folder, in process 0; None in the others.
+    """
 
     spec: RunSpec
     checkpoints: Checkpoints
-    origin: dict  # `train_state.origin`: the model and the prompts that the run belongs to
-    lock: folder_lock.Lock | None  # in process 0
+    origin: dict
+    lock: folder_lock.Lock | None
 
     def check_held(self) -> None:
         """Raise `UserError` where the folder was moved away or taken by another run."""
@@ -52,7 +60,9 @@ class RunFolder:
             self.lock.check_held()
 
     def save(self, epoch: int, states: States, spent: Spent) -> None:
-        """Write the checkpoint of an epoch, unless it is the newest one."""
+        """Write the checkpoint of an epoch, unless the newest one is of this epoch. Raises
+        `UserError` as `check_held` does.
+        """
         if self.checkpoints.latest() == epoch:
             return
         self.check_held()
@@ -64,20 +74,34 @@ class RunFolder:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """A run before its first epoch."""
+    """A run before its first epoch, or before the first epoch after a checkpoint.
+
+    Attributes:
+        session: the objects that all epochs share.
+        states: of the trained experts.
+        resumed: epoch of the checkpoint that the run continues after; None: a new run.
+        spent: by the run before this start.
+        unevaluated: numbers of frames at which the weights are to be evaluated before the next
+            epoch.
+        folder: of the run.
+        log: of the run; silent in all processes but the first.
+        evaluators: by number of frames.
+        compiled: counts the functions that are compiled from now on.
+    """
 
     session: Session
     states: States
-    resumed: int | None  # the epoch of the checkpoint that it goes on from
+    resumed: int | None
     spent: Spent
-    unevaluated: tuple[int, ...]  # lengths at which the model is to be evaluated as it is
+    unevaluated: tuple[int, ...]
     folder: RunFolder
     log: run_log.RunLog | run_log.SilentLog
-    evaluators: dict[int, Evaluator]  # by length of the videos
+    evaluators: dict[int, Evaluator]
     compiled: compile.CompileCounter
 
     @property
     def epochs(self) -> range:
+        """The epochs to train."""
         spec, done = self.session.spec, self.resumed or 0
         ended = spec.settings.budget.reached(self.spent)
         return range(done + 1, (done if ended else spec.recipe.epochs) + 1)
@@ -91,12 +115,15 @@ def prepare(
     pool: RewardPool,
     lock: folder_lock.Lock | None = None,
 ) -> Start:
-    """Return the run as it starts or goes on. Raises `UserError` where the newest checkpoint is of
-    another run, or where this one cannot fit.
+    """Return the run as it starts or continues. Raises `UserError` where the newest checkpoint is of
+    another run, or where this run does not fit into memory.
+
+    prompts, heldout: of training and of evaluations. pool: the processes that score. lock: of the
+    run's folder, in process 0.
     """
     recipe, settings, mesh = spec.recipe, spec.settings, spec.mesh
     adapters = None
-    if recipe.lora.init:
+    if recipe.lora.init and settings.lora is not None:
         with cli.user_input():
             adapters = initial_adapters(recipe.lora.init, model, settings.lora)
 
@@ -112,8 +139,8 @@ def prepare(
         )
     done = resumed or 0
     ended = done == recipe.epochs or settings.budget.reached(spent)
-    unevaluated = spec.evaluated_frames  # of a new run: the base model
-    if resumed is not None:  # else what an interrupted run has not evaluated
+    unevaluated = spec.evaluated_frames  # a new run evaluates the base model
+    if resumed is not None:  # a continued run makes evaluations that were interrupted
         unevaluated = multihost.from_first(
             lambda: (
                 not_evaluated(recipe.run_dir, done, spec.evaluated_frames)
@@ -153,16 +180,15 @@ def prepare(
     multihost.stage("loading the weights")
     vae_graph, vae_state = pipeline.load_vae(model, mesh)
     decode = pipeline.make_decoder(vae_graph, functions=functions.decoder)
-    frozen = load_weights(spec, model, offloaded)
+    weights = load_weights(spec, model, offloaded)
 
     # ---- the policy, the optimiser -----------------------------------------------------------
     with cli.user_input():
-        start = initial_arrays(spec, frozen, adapters)
+        start = initial_arrays(spec, weights, adapters)
+    frozen: Callable[[int], Any] = weights
     if settings.lora is None and not spec.method.needs_reference:
-
-        def frozen(expert):  # full fine-tuning without a reference: the fp32 copies are enough
-            return None
-
+        del weights  # full fine-tuning without a reference needs only the fp32 copies
+        frozen = no_weights
     offloads = recipe.train.offload_optimiser
     initial = offload.init_state if offloads else init_state
     states = {
@@ -172,6 +198,7 @@ def prepare(
     if resumed is not None:
         states = train_state.restore(checkpoints, resumed, states)
 
+    # ---- the log, the session, the evaluators ------------------------------------------------
     folder.check_held()
     log = run_log.SilentLog()
     if multihost.first():
@@ -192,20 +219,20 @@ def prepare(
     heldout_table = dataclasses.replace(table, prompts=table.prompts[len(prompts) :])
     evaluators = {
         frames: Evaluator(
-            heldout,
-            heldout_table,
-            spec.solver,
-            functions.eval_steps,
-            spec.eval_segments,
-            decode,
-            vae_state,
-            pool,
-            mesh,
-            spec.shape_of(frames),
-            recipe.sample.batch_size,
-            recipe.eval.seed,
-            recipe.eval.previews,
-            functions.unguided_steps,
+            prompts=heldout,
+            table=heldout_table,
+            solver=spec.solver,
+            steps=functions.eval_steps,
+            parts=spec.eval_segments,
+            decode=decode,
+            vae_state=vae_state,
+            pool=pool,
+            mesh=mesh,
+            shape=spec.shape_of(frames),
+            batch_size=recipe.sample.batch_size,
+            seed=recipe.eval.seed,
+            previews=recipe.eval.previews,
+            unguided=functions.unguided_steps,
         )
         for frames in spec.evaluated_frames
     }
@@ -220,8 +247,8 @@ def evaluation_is_due(spec: RunSpec, epoch: int, spent: Spent) -> bool:
 
 
 def not_evaluated(run_dir: str, epoch: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
-    """Return those of the evaluated lengths of which the run's folder has no evaluation after
-    `epoch`.
+    """Return the numbers of frames with which the run's folder has no evaluation after `epoch`.
+    lengths: all numbers of frames of evaluations, the one by which the run is judged first.
     """
     missing = []
     for i, frames in enumerate(lengths):
@@ -232,10 +259,10 @@ def not_evaluated(run_dir: str, epoch: int, lengths: tuple[int, ...]) -> tuple[i
 
 
 def describe(spec: RunSpec, prompts: PromptSet) -> None:
-    """Print what runs where, settings without effect, and examples of what prompts ask for."""
+    """Print the devices, the placement, settings without effect, and examples of prompts."""
     devices, count = spec.mesh.devices, jax.process_count()
     processes = f" on {count} processes" if count > 1 else ""
-    say(
+    print_once(
         f"{devices.size} x {devices.flat[0].device_kind}{processes}, attention {spec.backend}, "
         f"weights {spec.recipe.model.dtype}",
         spec.placed,
@@ -245,20 +272,24 @@ def describe(spec: RunSpec, prompts: PromptSet) -> None:
 
 
 def compile_functions(functions: Functions, offloaded: bool) -> None:
-    """Compile all functions, and print what they need. Raises `UserError` where that is too much."""
+    """Compile all functions, and print the memory that they need. Raises `UserError` where it does
+    not fit. offloaded: whether the idle one of two experts is in host memory.
+    """
     spec = functions.spec
-    say(f"rematerialisation: {spec.remat}")
+    print_once(f"rematerialisation: {spec.remat}")
     bar = functools.partial(progress_bar, desc="compiling")
     needed = compile.compile_all(functions, offloaded, bar)
-    say(*needed.table(spec.memory))
+    print_once(*needed.table(spec.memory))
     pinned = memory.pinned_limit(spec.mesh.local_devices[0])
     compile.check_fits(needed, spec, offloaded, spec.memory, pinned)
 
 
 def load_weights(spec: RunSpec, model: model_dir.ModelDir, offloaded: bool) -> Weights:
-    """Return the frozen transformers, the idle one of two in host memory where `offloaded`."""
+    """Return the frozen transformers, with the idle one of two offloaded to host memory where
+    `offloaded`.
+    """
     if offloaded:
-        say("two experts: the idle one waits in host memory")
+        print_once("two experts: the idle one is offloaded to host memory")
 
     def load(name: str):
         return model_dir.build(name, model, dtype=spec.settings.dtype, mesh=spec.mesh)[1]
@@ -266,11 +297,17 @@ def load_weights(spec: RunSpec, model: model_dir.ModelDir, offloaded: bool) -> W
     return Weights([functools.partial(load, name) for name in model.experts], offloaded)
 
 
+def no_weights(expert: int) -> None:
+    """Return None as the frozen weights of an expert, for runs that do not need any."""
+    return None
+
+
 def initial_arrays(
-    spec: RunSpec, frozen: Callable, adapters: dict[str, Flat] | None
+    spec: RunSpec, frozen: Callable, adapters: Mapping[str, Mapping[str, Any]] | None
 ) -> dict[str, Flat]:
-    """Return each expert's arrays that training changes, before the first update: adapters drawn
-    from the seed, or those that are given, or all weights.
+    """Return the trainable arrays of each expert before the first update: adapters drawn from the
+    seed, or `adapters` by name of the expert, or all weights. frozen: number of an expert -> its
+    weights.
     """
     start, key = {}, jax.random.key(spec.recipe.seed)
     for i, name in enumerate(spec.preset.experts):
@@ -287,7 +324,8 @@ def initial_arrays(
         )
         if adapters is not None:
             given = adapters[name]
-            arrays = {k: sharding_lib.place(given[k], v.sharding) for k, v in arrays.items()}
+            shardings = sharding_lib.param_shardings(arrays, spec.mesh)
+            arrays = {key: sharding_lib.place(given[key], shardings[key]) for key in arrays}
         start[name] = arrays
     return start
 
@@ -298,7 +336,7 @@ def progress_bar(iterable, **options):
     return tqdm(iterable, leave=False, dynamic_ncols=True, disable=not shown, **options)
 
 
-def say(*lines: object) -> None:
-    """Print lines, in the first process."""
+def print_once(*lines: object) -> None:
+    """Print lines in the first process only."""
     if multihost.first():
         print(*lines, sep="\n", flush=True)

@@ -1,22 +1,22 @@
-"""Trains a Wan model to write what its prompts quote, or whatever else a reward scores.
+"""Trains a Wan model to show the text that its prompts quote, or another property that a reward scores.
 
     python -m grpo.train --config=configs/tiny_ocr.py [--config.train.learning_rate=1e-4 ...]
 
-Flow-GRPO (Liu et al., arXiv 2505.05470), DiffusionNFT and their relatives (`grpo/methods/`). An
-epoch, the same on one device and on many hosts:
+The methods are Flow-GRPO (Liu et al., arXiv 2505.05470), DiffusionNFT and their relatives
+(`grpo/methods/`). An epoch is the same on one device and on many hosts:
 
     1  sample    a group of videos for each of the epoch's prompts, by the behaviour policy
     2  score     every video, by the rewards, while the next ones are sampled
-    3  credit    advantages of the videos within their groups
+    3  credit    compute the advantages of the videos within their groups
     4  update    the policy, by the method's loss
     5  record    the epoch
     6  save      a checkpoint
-    7  evaluate  the moving average on held-out prompts: saved before it is judged
+    7  evaluate  the moving average on held-out prompts, after it was saved
 
-The same command on the same run folder continues after the newest checkpoint, bit for bit: every
-random draw is a function of (seed, epoch, sample, step). On several hosts every process runs this
-program (docs/hosts.md); each decodes and scores the videos on its own devices, and the first one
-writes and prints.
+The same command on the same run folder continues after the newest checkpoint, bit for bit, because
+every random draw is a function of (seed, epoch, sample, step). On several hosts every process runs
+this program (docs/hosts.md). Each decodes and scores the videos on its devices; the first one writes
+and prints.
 """
 
 import contextlib
@@ -35,14 +35,15 @@ from grpo.records import epoch_record, run_log
 from grpo.records.clock import Stopwatch
 from grpo.report import run_report
 from grpo.run import RunSpec
-from grpo.sampling import averaged_weights, blanked, sample_epoch
+from grpo.sampling import States, averaged_weights, sample_epoch, zero_nonfinite
 from grpo.scoring import reward_combination
 from grpo.scoring.heldout import Evaluation, format_evaluation
 from grpo.scoring.scores import for_rewards, gather_scores, open_pool, targets_check
 from grpo.settings import agreement, frame_schedule, parse
 from grpo.settings.budget import Spent
 from grpo.settings.reference import FLAG_HELP
-from grpo.setup import Start, evaluation_is_due, prepare, progress_bar, say
+from grpo.settings.schema import Recipe
+from grpo.setup import Start, evaluation_is_due, prepare, print_once, progress_bar
 from grpo.update import NotFinite, update_epoch
 from rewards.ocr.targets import parse_targets
 from rewards.pool import RewardPool
@@ -58,30 +59,29 @@ CLUSTER = flags.DEFINE_enum(
     "cluster",
     "auto",
     launchers.CLUSTERS,
-    "where a run on several hosts learns of its processes: "
-    "from srun or mpirun where these started more than one (auto), from an indexed Kubernetes "
-    "job (k8s), or nowhere (none); see docs/hosts.md",
+    "source of the list of processes on several hosts: srun or mpirun where these started more than "
+    "one process (auto), an indexed Kubernetes job (k8s), or no source (none); see docs/hosts.md",
 )
 COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "in place of --cluster: host:port of process 0, a free port"
+    "coordinator", None, "instead of --cluster: host:port of process 0, with a free port"
 )
 NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "with --coordinator: how many processes run this command"
+    "num_processes", None, "with --coordinator: number of processes that run this command"
 )
 PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "with --coordinator: this one's number, from 0"
+    "process_id", None, "with --coordinator: number of this process, from 0"
 )
 JOIN_TIMEOUT = flags.DEFINE_integer(
-    "join_timeout", 300, "seconds in which all processes must have started"
+    "join_timeout", 300, "seconds within which all processes must have started"
 )
 HOST_TIMEOUT = flags.DEFINE_integer(
-    "host_timeout", 100, "seconds after which a silent process ends the run on the others"
+    "host_timeout", 100, "seconds without a signal of a process after which the others end the run"
 )
 STAGE_TIMEOUT = flags.DEFINE_integer(
     "stage_timeout",
     7200,
-    "seconds in which some process must get on to another "
-    "batch or stage, or the run ends; 0: no limit",
+    "seconds without progress to another batch or stage in any process after which the run ends; "
+    "0: no limit",
 )
 
 
@@ -94,19 +94,21 @@ def main(_):
     if ended is not None:
         raise cli.AskedToEnd(
             f"ended by SIGTERM after epoch {ended}, which is saved; the same command continues "
-            "from it"
+            "after it"
         )
 
 
 def train_recipe(config) -> int | None:
-    """Check a recipe's ConfigDict and what it names, and train. Returns what `train` does."""
+    """Check a recipe's ConfigDict, its prompts and its model, and train. Returns the last epoch where
+    SIGTERM ended the run early, else None. Raises `UserError`.
+    """
     recipe = parse.recipe_from_config(config)
     settings = parse.settings_of(recipe)
     prompts, heldout = load_prompt_sets(recipe, settings)
-    lock = contextlib.nullcontext()
+    folder = contextlib.nullcontext()
     if multihost.first():
-        lock = folder_lock.locked(recipe.run_dir, "--config.run_dir")
-    with lock as held:
+        folder = folder_lock.locked(recipe.run_dir, "--config.run_dir")
+    with folder as lock:
         multihost.stage("comparing the processes")
         if jax.process_count() > 1:
             sets = {"prompts.train": prompts, "prompts.heldout": heldout}
@@ -118,12 +120,12 @@ def train_recipe(config) -> int | None:
             if recipe.train.offload_optimiser:
                 offload.check_device(spec.mesh.local_devices[0])
         with open_pool(recipe.reward, settings.weights) as pool:
-            return train(spec, model, prompts, heldout, pool, held)
+            return train(spec, model, prompts, heldout, pool, lock)
 
 
-def load_prompt_sets(recipe, settings: parse.Settings) -> tuple[PromptSet, PromptSet]:
-    """Return the prompts of training and of evaluation. Raises `UserError` where they overlap, or
-    cannot be scored.
+def load_prompt_sets(recipe: Recipe, settings: parse.Settings) -> tuple[PromptSet, PromptSet]:
+    """Return the prompts of training and of evaluation. Raises `UserError` where they overlap, are
+    too few, or cannot be scored.
     """
     check = targets_check(recipe.reward)
     prompts = load_prompts(recipe.prompts.train, parse_targets, check=check)
@@ -131,7 +133,8 @@ def load_prompt_sets(recipe, settings: parse.Settings) -> tuple[PromptSet, Promp
         recipe.prompts.heldout, parse_targets, limit=recipe.eval.num_prompts, check=check
     )
     epoch_prompts(recipe.seed, 0, len(prompts), recipe.sample.groups)  # raises where too few
-    if overlap := set(map(clean, prompts.prompts)) & set(map(clean, heldout.prompts)):
+    overlap = set(map(clean, prompts.prompts)) & set(map(clean, heldout.prompts))
+    if overlap:
         raise UserError(
             f"{len(overlap)} held-out prompts are training prompts too, e.g. {min(overlap)!r}"
         )
@@ -146,29 +149,35 @@ def train(
     pool: RewardPool,
     lock: folder_lock.Lock | None = None,
 ) -> int | None:
-    """Train. Returns the last epoch where SIGTERM ends the run early. lock: of the run's folder, in
-    process 0.
+    """Train a run. Returns the last epoch where SIGTERM ended the run early, else None.
+
+    prompts, heldout: of training and of evaluations. pool: the processes that score. lock: of the
+    run's folder, in process 0.
     """
     recipe, settings = spec.recipe, spec.settings
     start = prepare(spec, model, prompts, heldout, pool, lock)
     session, states, spent = start.session, start.states, start.spent
     folder, log, done = start.folder, start.log, start.resumed or 0
 
+    # ---- before the first epoch: a checkpoint, an evaluation ---------------------------------
     cli.end_well_on_sigterm()
     if start.resumed is None:
         count = sum(v.size for state in states.values() for v in jax.tree.leaves(state.trainable))
-        say(f"{count:,} trained parameters, {settings.videos} videos an epoch")
+        print_once(f"{count:,} trained parameters, {settings.videos} videos an epoch")
         multihost.stage("epoch 0: saving")
         folder.save(0, states, spent)
     elif start.epochs or start.unevaluated:
-        say(f"continuing {recipe.run_dir} after epoch {done}")
+        print_once(f"continuing {recipe.run_dir} after epoch {done}")
     if start.unevaluated:
         evaluate(start, states, done, start.unevaluated)
     base = {}
     if start.epochs:
         base = multihost.from_first(lambda: read_base(recipe.run_dir, settings.weights))
 
-    last, warned, save_seconds = False, None, 0.0
+    epoch = done
+    last = False  # whether the epoch is the last one
+    save_seconds = 0.0  # of the previous epoch
+    warning = None  # of the method, printed once
     for epoch in start.epochs:
         start.compiled.clear()
         clock = Stopwatch()
@@ -180,16 +189,16 @@ def train(
         multihost.stage(f"epoch {epoch}: scores")
         scores = gather_scores(pending, settings.videos)
         clock("score_wait")
-        rollout = blanked(rollout, scores.finite, spec.mesh)
+        rollout = zero_nonfinite(rollout, scores.finite, spec.mesh)
 
         # ---- 3 credit ------------------------------------------------------------------------
         credit = compute_credit(spec, scores, rollout.prompt_of, base)
         if not credit.valid.any():
-            folder.save(epoch - 1, states, spent)  # what is finished stays, whatever save.every is
+            folder.save(epoch - 1, states, spent)  # finished epochs are saved despite save.every
             raise UserError(
                 f"epoch {epoch}: not one of {settings.videos} videos could be scored; "
-                f"{scores.why()}. Epoch {epoch - 1} is saved: the same command continues after it, "
-                "once that is mended"
+                f"{scores.why()}. Epoch {epoch - 1} is saved: once this is fixed, the same command "
+                "continues after it"
             )
 
         # ---- 4 update ------------------------------------------------------------------------
@@ -197,19 +206,23 @@ def train(
         try:
             states, losses = update_epoch(session, states, epoch, rollout, credit)
         except NotFinite as error:
-            good = folder.checkpoints.path(folder.checkpoints.latest())
+            newest = folder.checkpoints.latest()
+            checkpoint = "none" if newest is None else folder.checkpoints.path(newest)
             raise UserError(
-                f"{error}. Nothing was saved; the last good checkpoint is {good}. Lower "
+                f"{error}. The epoch was not saved; the last good checkpoint is {checkpoint}. Lower "
                 "--config.train.learning_rate, or raise --config.train.kl_weight, in a new run_dir"
             ) from None
         clock("update", [state.trainable for state in states.values()])
 
         # ---- 5 record ------------------------------------------------------------------------
         if epoch > done + 1 and same_length(recipe, epoch) and not scores.nonfinite:
-            if warning := start.compiled.warning(epoch):
-                say(warning)
-        if not warned and (warned := spec.method.warning(losses)):
-            say(warned)
+            recompiled = start.compiled.warning(epoch)
+            if recompiled:
+                print_once(recompiled)
+        if warning is None:
+            warning = spec.method.warning(losses)
+            if warning is not None:
+                print_once(warning)
         seconds = clock.seconds | {"save": save_seconds, "total": clock.total}
         working = max(0.0, multihost.gather(clock.total - start.compiled.seconds)[0])
         spent += Spent(rollout.evaluations, working)
@@ -218,9 +231,9 @@ def train(
         del rollout
         folder.check_held()
         log.epoch(record)
-        say(epoch_record.line(record, recipe.epochs))
+        print_once(epoch_record.line(record, recipe.epochs))
 
-        # ---- 6 save: before it is judged, so that no evaluation costs an epoch ----------------
+        # ---- 6 save: before the evaluation, so that its failure does not cost the epoch --------
         saving = time.monotonic()
         multihost.stage(f"epoch {epoch}: saving")
         ending = asked_to_end()
@@ -228,23 +241,28 @@ def train(
             folder.save(epoch, states, spent)
         save_seconds = time.monotonic() - saving  # logged with the next epoch
 
-        # ---- 7 evaluate: one that is cut off is made when the run goes on ----------------------
+        # ---- 7 evaluate: an interrupted evaluation is made when the run continues --------------
         if evaluation_is_due(spec, epoch, spent) and (last or not ending):
             evaluate(start, states, epoch, spec.evaluated_frames)
-            if ending := asked_to_end():
+            ending = asked_to_end()
+            if ending:
                 folder.save(epoch, states, spent)
         if last or ending:
             break
+
+    # ---- after the last epoch: the report ----------------------------------------------------
     log.close()
-    say(memory.peaks())
+    print_once(memory.peaks())
     if multihost.first():
         path = run_report.write_report(pathlib.Path(recipe.run_dir))
-        say(*run_report.summary_lines(pathlib.Path(recipe.run_dir)) or [f"report: {path}"])
+        print_once(*run_report.summary_lines(pathlib.Path(recipe.run_dir)) or [f"report: {path}"])
     return epoch if start.epochs and not last else None
 
 
-def evaluate(start: Start, states, epoch: int, lengths: tuple[int, ...]) -> None:
-    """Evaluate the moving average at some lengths of videos, and record it."""
+def evaluate(start: Start, states: States, epoch: int, lengths: tuple[int, ...]) -> None:
+    """Evaluate the moving average after an epoch, and record the results. lengths: numbers of frames
+    of the videos.
+    """
     session, spec = start.session, start.session.spec
     for frames in lengths:
         result = start.evaluators[frames](
@@ -252,54 +270,56 @@ def evaluate(start: Start, states, epoch: int, lengths: tuple[int, ...]) -> None
             epoch,
             lambda batches, **options: progress_bar(batches, desc="evaluation", **options),
         )
-        further = frames != spec.evaluated_frames[0]
+        is_main = frames == spec.evaluated_frames[0]  # the run is judged by this one
         start.folder.check_held()
-        if epoch == 0 and not further:
+        if epoch == 0 and is_main:
             check_base(result, spec.settings.weights)
-        start.log.evaluation(result.record, result.videos, frames if further else None)
-        several = f", {frames} frames" if len(start.evaluators) > 1 else ""
-        say(f"epoch {epoch}: held-out {format_evaluation(result.record)}{several}")
+        start.log.evaluation(result.record, result.videos, None if is_main else frames)
+        length = f", {frames} frames" if len(start.evaluators) > 1 else ""
+        print_once(f"epoch {epoch}: held-out {format_evaluation(result.record)}{length}")
         if result.warning:
-            say(result.warning)
+            print_once(result.warning)
 
 
-def same_length(recipe, epoch: int) -> bool:
-    """Return whether an epoch's videos have the length of those before: nothing is compiled then."""
+def same_length(recipe: Recipe, epoch: int) -> bool:
+    """Return whether the videos of an epoch are as long as those of the epoch before. Nothing is
+    compiled then.
+    """
     sample = recipe.sample
-    before, now = (
-        frame_schedule.at(n, sample.frames, sample.frame_schedule) for n in (epoch - 1, epoch)
-    )
-    return before == now
+    before = frame_schedule.at(epoch - 1, sample.frames, sample.frame_schedule)
+    return before == frame_schedule.at(epoch, sample.frames, sample.frame_schedule)
 
 
 def asked_to_end() -> bool:
-    """Return whether SIGTERM reached any process; all must ask."""
+    """Return whether SIGTERM reached any process. All processes must call this together."""
     return any(multihost.gather(cli.asked_to_end.is_set()))
 
 
 def check_base(result: Evaluation, weights: dict[str, float]) -> None:
-    """Raises `UserError` where the first evaluation could not measure by what later videos are
-    judged. It is not recorded then, so the same command makes it again.
+    """Raise `UserError` where the first evaluation lacks a measure of quality with which later videos
+    are compared. The evaluation is not recorded then, so the same command makes it again.
     """
-    if missing := reward_combination.without_base(weights, result.record.get("measures", {})):
+    missing = reward_combination.without_base(weights, result.record.get("measures", {}))
+    if missing:
         raise UserError(
             f"epoch 0: the evaluation of the starting model measured {', '.join(missing)} for "
-            "fewer than two videos, and the quality of later videos is judged by it; "
+            "fewer than two videos, and the quality of later videos is compared with it; "
             f"{result.why}. The same command measures it again; without "
             f"config.reward.weights.{missing[0]} a new run does not need it"
         )
 
 
 def read_base(run_dir: str, weights: dict[str, float]) -> reward_combination.Base:
-    """The measures of the first evaluation. Raises `UserError` where the run's folder has lost
-    them.
+    """Return the measures of quality of the first evaluation. Raises `UserError` where the run's
+    folder no longer has one that is needed.
     """
     first = run_log.read_evaluations(run_dir)[:1]
     measures = first[0].get("measures", {}) if first and first[0]["epoch"] == 0 else {}
-    if missing := reward_combination.without_base(weights, measures):
+    missing = reward_combination.without_base(weights, measures)
+    if missing:
         raise UserError(
             f"{run_dir}/{run_log.EVALUATIONS} has no evaluation of epoch 0 with "
-            f"{', '.join(missing)}, by which the quality of later videos is judged; start a new "
+            f"{', '.join(missing)}, with which the quality of later videos is compared; start a new "
             "run with another --config.run_dir"
         )
     return measures

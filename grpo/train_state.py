@@ -1,5 +1,5 @@
-"""What a checkpoint holds of a run: each trained expert's weights, optimiser, moving average and
-update count, and the copies of earlier weights that its method keeps.
+"""Checkpoints of a run: the weights, optimiser, moving average and number of updates of each trained
+expert, and the copies of earlier weights that the method keeps.
 """
 
 import dataclasses
@@ -23,33 +23,36 @@ from wan_jax.storage.model_dir import ModelDir
 
 
 def state_tree(states: dict[str, TrainState]) -> dict:
-    """What a checkpoint stores of the experts' states; 'ema' as the weights to sample with, the
-    rest as the state.
+    """Return the arrays of the experts' states as a checkpoint stores them: 'ema' as the weights to
+    sample with, the others as the state.
     """
 
     def joined(part: Callable[[TrainState], dict]) -> dict:
         return join_experts({name: part(state) for name, state in states.items()})
 
+    def optimiser(state: TrainState) -> dict:
+        return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state.opt))}
+
+    def counters(state: TrainState) -> dict:
+        return {"updates": state.updates} | (vars(state.kl) if state.kl else {})
+
     tree = {
         "trainable": joined(lambda state: state.trainable),
         "ema": joined(lambda state: state.ema),
-        "opt": joined(
-            lambda state: {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state.opt))}
-        ),
-        "counters": joined(
-            lambda state: {"updates": state.updates} | (vars(state.kl) if state.kl else {})
-        ),
+        "opt": joined(optimiser),
+        "counters": joined(counters),
     }
-    names = next(iter(states.values())).lagged
-    return tree | {name: joined(lambda state, n=name: state.lagged[n]) for name in names}
+    for name in next(iter(states.values())).lagged:
+        tree[name] = joined(lambda state, name=name: state.lagged[name])
+    return tree
 
 
 def origin(model: ModelDir, prompts: PromptSet) -> dict[str, str | None]:
-    """Digests of what a run must go on with: its model and its training prompts with their targets,
-    wherever the files are. A model folder of an earlier version has none.
+    """Return digests of the model and of the training prompts with their targets, with which a run
+    must continue. They do not depend on paths. The model's is None for folders of earlier versions.
     """
-    asked = [t.targets if isinstance(t, PromptRecord) else t for t in prompts.targets]
-    text = json.dumps([prompts.prompts, asked])
+    targets = [t.targets if isinstance(t, PromptRecord) else t for t in prompts.targets]
+    text = json.dumps([prompts.prompts, targets])
     return {
         "model_digest": model.fingerprint,
         "prompts_digest": hashlib.sha256(text.encode()).hexdigest(),
@@ -57,31 +60,26 @@ def origin(model: ModelDir, prompts: PromptSet) -> dict[str, str | None]:
 
 
 def check_resume(meta: dict, checkpoint, config: dict, model: ModelDir, belongs: dict) -> None:
-    """Raises `UserError` unless a checkpoint's run can go on with these settings, this model and
-    these prompts.
+    """Raise `UserError` where a run cannot continue after its checkpoint with these settings, this
+    model and these prompts.
 
-    meta: the checkpoint's; belongs: `origin` of the model and the prompts that are given now. The
-    content of prompts.train counts, not its name, unless the checkpoint is of an earlier version
-    and knows the name only.
+    meta: of the checkpoint. checkpoint: its path. config: the settings as nested dicts. belongs:
+    `origin` of the model and the prompts. prompts.train is compared by content; by path only where
+    the checkpoint is of an earlier version, which has no digest.
     """
-    saved, now, before, after = (
-        meta["config"],
-        config,
-        meta.get("prompts_digest"),
-        belongs["prompts_digest"],
-    )
+    saved, now = meta["config"], config
+    before, after = meta.get("prompts_digest"), belongs["prompts_digest"]
     if before == after:
         now = _with_training_prompts(now, saved["prompts"]["train"])
     elif before is not None:
-        saved, now = (
-            _with_training_prompts(values, f"{values['prompts']['train']} ({digest[:12]})")
-            for values, digest in ((saved, before), (now, after))
-        )
+        saved = _with_training_prompts(saved, f"{saved['prompts']['train']} ({before[:12]})")
+        now = _with_training_prompts(now, f"{now['prompts']['train']} ({after[:12]})")
     parse.check_resume(saved, now, str(checkpoint))
     model.check_same(meta.get("model_digest"), meta["model"], str(checkpoint), "config.model.path")
 
 
 def _with_training_prompts(config: dict, name: str) -> dict:
+    """Return settings with another name of the training prompts."""
     return config | {"prompts": config["prompts"] | {"train": name}}
 
 
@@ -94,15 +92,19 @@ def save(
     spent: Spent,
     belongs: dict | None = None,
 ):
-    """One checkpoint: the whole state, the weights to sample with (EMA), and what is needed to read
-    them. belongs: the run's `origin`.
+    """Write a checkpoint: the states, the weights to sample with (the moving average), and the
+    settings that are needed to read them. All processes call this together. Raises `UserError`, and
+    writes nothing, where their weights differ.
 
-    All processes write it together. Raises `UserError`, and writes nothing, when their weights
-    differ.
+    config: the settings as nested dicts. lora: None for full fine-tuning. spent: by the run so far.
+    belongs: the run's `origin`.
     """
     tree = state_tree(states)
     replicas.check_same(tree, f"epoch {epoch}: the trained weights")
     ema = tree.pop("ema")
+    adapters = None
+    if lora is not None:
+        adapters = {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}
     checkpoints.save(
         epoch,
         tree,
@@ -112,16 +114,15 @@ def save(
             "model": config["model"]["path"],
             "experts": list(states),
             "spent": dataclasses.asdict(spent),
-            "lora": lora
-            and {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)},
+            "lora": adapters,
             **(belongs or {}),
         },
     )
 
 
 def spent_by(checkpoints: Checkpoints, epoch: int) -> Spent:
-    """What the run had spent; nothing where the checkpoint is older than the count. Raises
-    `UserError`.
+    """Return what the run had spent at a checkpoint; nothing where the checkpoint is of a version that
+    did not count. Raises `UserError` where the checkpoint is damaged.
     """
     try:
         return Spent(**checkpoints.meta(epoch).get("spent", {}))
@@ -134,23 +135,21 @@ def spent_by(checkpoints: Checkpoints, epoch: int) -> Spent:
 def restore(
     checkpoints: Checkpoints, epoch: int, like: dict[str, TrainState]
 ) -> dict[str, TrainState]:
-    """The experts' states, on the shardings of `like`."""
+    """Return the experts' states of a checkpoint, with the structure and the shardings of `like`."""
     tree, ema = checkpoints.restore_state(epoch, state_tree(like))
     tree["ema"] = ema
-    parts = {key: split_experts(value, list(like)) for key, value in tree.items()}
+    by_expert = {key: split_experts(value, list(like)) for key, value in tree.items()}
     states = {}
     for name, state in like.items():
         leaves, structure = jax.tree.flatten(state.opt)
-        opt = jax.tree.unflatten(
-            structure, [parts["opt"][name][str(i)] for i in range(len(leaves))]
-        )
-        counters = dict(parts["counters"][name])
+        opt = by_expert["opt"][name]
+        counters = dict(by_expert["counters"][name])
         states[name] = TrainState(
-            trainable=parts["trainable"][name],
-            opt=opt,
-            ema=parts["ema"][name],
+            trainable=by_expert["trainable"][name],
+            opt=jax.tree.unflatten(structure, [opt[str(i)] for i in range(len(leaves))]),
+            ema=by_expert["ema"][name],
             updates=counters.pop("updates"),
             kl=KLControl(**counters) if counters else None,
-            lagged={copy: parts[copy][name] for copy in state.lagged},
+            lagged={copy: by_expert[copy][name] for copy in state.lagged},
         )
     return states

@@ -2,30 +2,33 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from grpo.credit import Credit
 from grpo.records.run_log import EXPERTS
 from grpo.sampling import RolloutBatch, Session, States
 from wan_jax.errors import UserError
 
-# what an epoch logs of several updates' values, where that is not mean, minimum and maximum
+# The values of several updates that an epoch logs as one bound. Others are logged as mean, minimum and
+# maximum.
 BOUNDS = {"ratio_min": min, "ratio_max": max, "ratio_max_error": max}
 
 
 def update_epoch(
     session: Session, states: States, epoch: int, rollout: RolloutBatch, credit: Credit
 ) -> tuple[States, dict]:
-    """Return the states after an epoch's optimiser steps, and what they measured.
+    """Return the states after the optimiser steps of an epoch, and the record of the steps.
 
-    The record is `summary` of all steps, how many videos they were from (`videos_trained`), and
-    where two experts are trained each one's summary under `EXPERTS`. The expert that is on the
-    device goes first, so that the next epoch finds the first one there. The states that are given
-    are donated. Raises `UserError` where an update is not finite, or where rollout and update
-    disagree.
+    The record has the `summary` of all steps, the number of videos that they trained on
+    (`videos_trained`), and the summary of each expert under `EXPERTS` where two are trained. The
+    given states are donated. Raises `NotFinite` where an update is not finite, and `UserError` where
+    rollout and update disagree.
     """
     spec, method, states = session.spec, session.spec.method, dict(states)
-    measured: dict[str, list[dict[str, float]]] = {}  # by expert, of each of its steps
+    measured: dict[str, list[dict[str, float]]] = {}  # of each optimiser step, by expert
     trained: set[int] = set()  # numbers of videos
+    # The rollout ends with the last expert on the device, so that one is updated first. The update
+    # ends with the first one, with which the next rollout begins.
     for i, segment in reversed(list(enumerate(spec.segments))):
         expert, name = segment.expert, spec.preset.experts[segment.expert]
         if name not in states:
@@ -43,36 +46,36 @@ def update_epoch(
                 values |= method.check_first(values, epoch)
             steps.append(values | sampled)
             trained.update(videos.tolist())
-    everything = [values for steps in measured.values() for values in steps]
-    record = summary(everything) | {"videos_trained": len(trained)}
+    all_steps = [values for steps in measured.values() for values in steps]
+    record: dict[str, Any] = summary(all_steps) | {"videos_trained": len(trained)}
     if len(measured) > 1:
         record[EXPERTS] = {name: summary(steps) for name, steps in measured.items()}
     return states, record
 
 
 def summary(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Return what several updates measured: of each KEY the mean, and KEY_min and KEY_max.
+    """Return the number of updates, and for each KEY of their values the mean, KEY_min and KEY_max;
+    for the keys of BOUNDS the bound.
 
-    The ratio's bounds are those of all updates; its error, which only an expert's first update of
-    an epoch measures, is the largest.
+    `ratio_max_error` is measured only in the first update of an expert in an epoch.
     """
-    record = {"updates": len(updates)}
+    record: dict[str, float] = {"updates": len(updates)}
     for key in dict.fromkeys(key for values in updates for key in values):
-        found = [values[key] for values in updates if key in values]
+        measured = [values[key] for values in updates if key in values]
         if key in BOUNDS:
-            record[key] = BOUNDS[key](found)
+            record[key] = BOUNDS[key](measured)
         else:
-            mean = sum(found) / len(found)
-            record |= {key: mean, f"{key}_min": min(found), f"{key}_max": max(found)}
+            mean = sum(measured) / len(measured)
+            record |= {key: mean, f"{key}_min": min(measured), f"{key}_max": max(measured)}
     return record
 
 
 class NotFinite(UserError):
-    """An update with a NaN or an infinity."""
+    """An update has a NaN or an infinity."""
 
 
 def check_finite(values: dict[str, float], epoch: int) -> None:
-    """Raise `NotFinite` that names the values which are not finite."""
+    """Raise `NotFinite` with the values that are not finite."""
     bad = ", ".join(f"{k}={v}" for k, v in values.items() if not math.isfinite(v))
     if bad:
         raise NotFinite(f"epoch {epoch}: the update is not finite ({bad})")

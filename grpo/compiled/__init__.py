@@ -1,1 +1,1 @@
-"""The jitted functions of a run, compiled ahead, and what they cost in memory and time."""
+"""The jitted functions of a run, compiled ahead of time, with their memory and time."""

@@ -1,15 +1,16 @@
-"""Training's programs compiled before any weight is read: what they need of a device, and whether
-they fit.
+"""Compiles the functions of a run before any weight is read, reports the memory that they need, and
+refuses a run that does not fit.
 
-A jitted function that was lowered and compiled for the very arguments it is called with later does
-not compile again, in this process by JAX's own caches, in the next one by the persistent cache
-(`wan_jax.command_line.cli`). `CompileCounter` watches that it is so.
+A jitted function that was lowered and compiled for abstract arguments is not compiled again when it
+is called with such arguments: JAX's own caches have it in this process, and the persistent cache
+(`wan_jax.command_line.cli`) in the next one. `CompileCounter` checks this in training.
 """
 
+import collections
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 import jax
 
@@ -20,68 +21,84 @@ from wan_jax.distributed.memory import GIB, PINNED
 from wan_jax.distributed.offload import choose_offload
 from wan_jax.errors import UserError
 
-# JAX's event, also where the persistent cache had the program
+# JAX's event of a compilation, or of a function read from the persistent cache
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One compiled program, bytes of a device."""
+    """The time to compile one function, and its memory on one device in bytes.
+
+    Attributes:
+        name: of the function.
+        seconds: to lower and compile it.
+        work: temporaries, and results that do not reuse the memory of a donated argument.
+        data: batches, trajectories and other arrays that are on the device while it runs, but not
+            throughout training.
+    """
 
     name: str
-    seconds: float  # to lower and compile
-    work: int  # temporaries, and results that take no argument's place
-    data: int  # what else lies there while it runs and not throughout: batches, trajectories
+    seconds: float
+    work: int
+    data: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What training needs of the fullest device, and of its host for each device, in bytes."""
+    """The memory that training needs, in bytes.
 
-    stays: dict[str, int]  # there throughout
+    Attributes:
+        resident: on the fullest device throughout training, by content.
+        programs: the compiled functions.
+        host: pinned host memory for each device, by content.
+    """
+
+    resident: dict[str, int]
     programs: tuple[Measured, ...]
-    host: dict[str, int] = dataclasses.field(default_factory=dict)  # pinned
+    host: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
-    def base(self) -> int:
-        return sum(self.stays.values())
+    def resident_total(self) -> int:
+        """Bytes that are on the device throughout training."""
+        return sum(self.resident.values())
 
     def peak(self, program: Measured) -> int:
-        return self.base + program.work + program.data
+        """Return the bytes on the device while a function runs."""
+        return self.resident_total + program.work + program.data
 
     @property
     def largest(self) -> Measured:
+        """The function with the highest peak."""
         return max(self.programs, key=self.peak)
 
     def table(self, limit: int | None) -> list[str]:
-        """Lines of text, in GiB. limit: the device's bytes, None: unknown."""
+        """Return the lines of a table, in GiB. limit: memory of a device in bytes; None: unknown."""
         lines = [
-            "memory of a device, GiB: "
-            + ", ".join(f"{k} {v / GIB:.2f}" for k, v in self.stays.items()),
-            f"  {'program':<32} {'compile s':>9} {'batches':>8} {'work':>8} {'peak':>8}",
+            f"memory of a device, GiB: {format_gib(self.resident, digits=2)}",
+            f"  {'function':<32} {'compile s':>9} {'batches':>8} {'work':>8} {'peak':>8}",
         ]
         lines += [
-            f"  {p.name:<32} {p.seconds:>9.1f} {p.data / GIB:>8.2f} {p.work / GIB:>8.2f} "
-            f"{self.peak(p) / GIB:>8.2f}"
-            for p in self.programs
+            f"  {program.name:<32} {program.seconds:>9.1f} {program.data / GIB:>8.2f} "
+            f"{program.work / GIB:>8.2f} {self.peak(program) / GIB:>8.2f}"
+            for program in self.programs
         ]
-        peak = self.peak(self.largest)
-        known = (
-            f"{limit / GIB:.2f} GiB ({100 * peak / limit:.0f} %)"
-            if limit
-            else "a device that states no limit"
-        )
+        peak, known = self.peak(self.largest), "a device that states no limit"
+        if limit:
+            known = f"{limit / GIB:.2f} GiB ({100 * peak / limit:.0f} %)"
         lines.append(f"  peak {peak / GIB:.2f} GiB in the {self.largest.name}, of {known}")
         if self.host:
-            lines.append(
-                "pinned memory of the host for each device, GiB: "
-                + ", ".join(f"{k} {v / GIB:.2f}" for k, v in self.host.items())
-            )
+            pinned = format_gib(self.host, digits=2)
+            lines.append(f"pinned memory of the host for each device, GiB: {pinned}")
         return lines
 
 
+def format_gib(sizes: Mapping[str, int], digits: int) -> str:
+    """Return sizes in bytes as 'name GiB, name GiB, ...'."""
+    return ", ".join(f"{name} {size / GIB:.{digits}f}" for name, size in sizes.items())
+
+
 def device_bytes(tree) -> int:
-    """Bytes that a tree of abstract arrays takes on one device."""
+    """Return the bytes of a tree of abstract arrays on one device."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
@@ -90,13 +107,13 @@ def device_bytes(tree) -> int:
 
 
 def data_bytes(program: Program) -> int:
-    """What lies on a device while the program runs and not throughout."""
-    return device_bytes(program.args[program.stay :]) + device_bytes(program.beside)
+    """Return the bytes that are on a device while a function runs, but not throughout training."""
+    return device_bytes(program.args[program.resident :]) + device_bytes(program.extra)
 
 
 def offloads(functions: Functions, limit: int | None) -> bool:
-    """Return whether the idle one of two experts is offloaded to host memory, on devices of `limit`
-    bytes.
+    """Return whether the idle one of two experts is offloaded to host memory, on devices with
+    `limit` bytes.
     """
     spec = functions.spec
     return choose_offload(
@@ -107,115 +124,120 @@ def offloads(functions: Functions, limit: int | None) -> bool:
     )
 
 
-def what_stays(functions: Functions, offload: bool) -> dict[str, int]:
-    """Return the bytes that are on a device from the first epoch to the last."""
+def resident_bytes(functions: Functions, offload: bool) -> dict[str, int]:
+    """Return the bytes that are on a device throughout training, by content. offload: whether the
+    idle one of two experts is in host memory.
+    """
     spec, state = functions.spec, functions.state
     experts, trained = len(spec.preset.experts), len(spec.trained)
-    # the optimiser's state and the average are offloaded to host memory
-    alone = spec.recipe.train.offload_optimiser
-    on_device = (functions.trainable, state.lagged) if alone else state
+    state_name, on_device = "trained weights, optimiser, average", state
+    if spec.recipe.train.offload_optimiser:
+        state_name, on_device = "trained weights", (functions.trainable, state.lagged)
+    untrained = device_bytes(functions.trainable) * (experts - trained)
     return {
         "frozen weights": device_bytes(functions.frozen) * (1 if offload else experts),
-        "trained weights" if alone else "trained weights, optimiser, average": (
-            device_bytes(on_device) * trained
-            + device_bytes(functions.trainable) * (experts - trained)
-        ),
+        state_name: device_bytes(on_device) * trained + untrained,
         "VAE": device_bytes(functions.vae[1]),
     }
 
 
-def what_waits(functions: Functions, offload: bool) -> dict[str, int]:
-    """Return the bytes of pinned host memory that a device needs."""
+def pinned_bytes(functions: Functions, offload: bool) -> dict[str, int]:
+    """Return the bytes of pinned host memory for each device, by content. offload: whether the idle
+    one of two experts is in host memory.
+    """
     spec, state = functions.spec, functions.state
     optimiser = device_bytes((state.opt, state.ema)) * len(spec.trained)
     experts = device_bytes(functions.frozen) * len(spec.preset.experts)
-    parts = {
+    sizes = {
         "optimiser, average": optimiser if spec.recipe.train.offload_optimiser else 0,
         "both experts": experts if offload else 0,
     }
-    return {name: size for name, size in parts.items() if size}
+    return {name: size for name, size in sizes.items() if size}
 
 
 def measure(program: Program, compiler_options: dict | None = None) -> Measured:
-    """Compiles the program."""
+    """Compile a function, and return its time and memory."""
     start = time.monotonic()
-    m = program.jitted.lower(*program.args).compile(compiler_options).memory_analysis()
-    work = m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+    memory = program.jitted.lower(*program.args).compile(compiler_options).memory_analysis()
+    work = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Measured(program.name, time.monotonic() - start, work, data_bytes(program))
 
 
 def compile_all(functions: Functions, offload: bool, progress: Callable = lambda x: x) -> Memory:
-    """Compile all of a run's functions for its mesh, and return what they need."""
+    """Compile all functions of a run for its mesh, and return the memory that they need.
+
+    offload: whether the idle one of two experts is in host memory. progress: wraps the list of
+    functions, to show a progress bar.
+    """
     return Memory(
-        what_stays(functions, offload),
+        resident_bytes(functions, offload),
         tuple(measure(program) for program in progress(functions.programs())),
-        what_waits(functions, offload),
+        pinned_bytes(functions, offload),
     )
 
 
 def check_fits(
     memory: Memory, run: RunSpec, offload: bool, limit: int | None, host_limit: int | None = None
-):
-    """Raises `UserError` where training cannot fit, naming need, limit and the settings that would
+) -> None:
+    """Raise `UserError` where training does not fit, with need, limit and the settings that would
     change it.
 
-    limit: bytes of a device, host_limit: of pinned host memory for it; None: not known.
+    offload: whether the idle one of two experts is in host memory. limit: bytes of a device.
+    host_limit: bytes of pinned host memory for each device. None: unknown.
     """
-    if host_limit is not None and (needed := sum(memory.host.values())) > host_limit:
-        parts = ", ".join(f"{k} {v / GIB:.1f}" for k, v in memory.host.items())
-        raise UserError(
-            f"this run keeps {needed / GIB:.1f} GiB for each device in pinned host memory "
-            f"({parts}), and may take {host_limit / GIB:.1f} GiB, its share of this host's; "
-            f"{PINNED} in the environment changes that. Use more devices with "
-            f"--config.mesh.fsdp={run.mesh.shape['fsdp']}, on more hosts, or a host with more "
-            "memory"
-            + (
-                ", or leave the optimiser on the devices: --config.train.offload_optimiser=False"
-                if run.recipe.train.offload_optimiser
-                else ""
-            )
-            + "."
-        )
+    if host_limit is not None:
+        check_host_fits(memory, run, host_limit)
     largest = memory.largest
     if limit is None or memory.peak(largest) <= limit:
         return
-    parts = memory.stays | {"batches": largest.data, "temporaries and results": largest.work}
+    sizes = memory.resident | {"batches": largest.data, "temporaries and results": largest.work}
     raise UserError(
         f"this run needs {memory.peak(largest) / GIB:.1f} GiB on each device, in the "
-        f"{largest.name} ("
-        + ", ".join(f"{k} {v / GIB:.1f}" for k, v in parts.items())
-        + f"), and a device has {limit / GIB:.1f} GiB. "
+        f"{largest.name} ({format_gib(sizes, digits=1)}), and a device has {limit / GIB:.1f} GiB. "
         + " ".join(remedies(run, offload))
     )
 
 
-def remedies(run: RunSpec, offload: bool) -> Sequence[str]:
-    """What would lower the need of memory and is not done yet."""
-    c, devices, shards = run.recipe, run.mesh.size, mesh_lib.batch_shards(run.mesh)
-    found = []
-    if c.sample.batch_size > shards:
-        found.append(
-            f"Lower --config.sample.batch_size={c.sample.batch_size}, which is "
-            f"{c.sample.batch_size // shards} videos a device."
+def check_host_fits(memory: Memory, run: RunSpec, limit: int) -> None:
+    """Raise `UserError` where pinned host memory of `limit` bytes for each device is too little."""
+    needed = sum(memory.host.values())
+    if needed <= limit:
+        return
+    remedy = ""
+    if run.recipe.train.offload_optimiser:
+        remedy = ", or leave the optimiser on the devices: --config.train.offload_optimiser=False"
+    raise UserError(
+        f"this run needs {needed / GIB:.1f} GiB for each device in pinned host memory "
+        f"({format_gib(memory.host, digits=1)}), and may take {limit / GIB:.1f} GiB, its share of "
+        f"this host's; {PINNED} in the environment changes that. Use more devices with "
+        f"--config.mesh.fsdp={run.mesh.shape['fsdp']}, on more hosts, or a host with more "
+        f"memory{remedy}."
+    )
+
+
+def remedies(run: RunSpec, offload: bool) -> list[str]:
+    """Return the sentences about settings that would lower the memory, without those in use."""
+    recipe, devices, shards = run.recipe, run.mesh.size, mesh_lib.batch_shards(run.mesh)
+    batch, fsdp, full = recipe.sample.batch_size, run.mesh.shape["fsdp"], run.settings.lora is None
+    sentences = []
+    if batch > shards:
+        sentences.append(
+            f"Lower --config.sample.batch_size={batch}, which is {batch // shards} videos a device."
         )
-    if run.remat != "offload":
-        found.append(
-            "Set --config.model.remat=offload."
-            if run.remat == "block"
-            else "Set --config.model.remat=block, or offload."
-        )
-    if run.mesh.shape["fsdp"] < devices:
-        found.append(
-            f"Raise --config.mesh.fsdp={run.mesh.shape['fsdp']} up to the {devices} devices."
-        )
-    if not c.train.offload_optimiser and run.settings.lora is None:
-        found.append("Set --config.train.offload_optimiser=True.")
+    if run.remat == "block":
+        sentences.append("Set --config.model.remat=offload.")
+    elif run.remat != "offload":
+        sentences.append("Set --config.model.remat=block, or offload.")
+    if fsdp < devices:
+        sentences.append(f"Raise --config.mesh.fsdp={fsdp} up to the {devices} devices.")
+    if full and not recipe.train.offload_optimiser:
+        sentences.append("Set --config.train.offload_optimiser=True.")
     if len(run.preset.experts) > 1 and not offload:
-        found.append("Set --config.model.offload=always.")
-    if run.settings.lora is None:
-        found.append("Train adapters instead of all weights: --config.lora.rank=32.")
+        sentences.append("Set --config.model.offload=always.")
+    if full:
+        sentences.append("Train adapters instead of all weights: --config.lora.rank=32.")
     return [
-        *found,
+        *sentences,
         "Lower sample.frames, height or width, or use more devices with --config.mesh.fsdp. On a "
         "GPU that runs nothing else, XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 gives JAX more than its "
         "usual three quarters.",
@@ -223,8 +245,11 @@ def remedies(run: RunSpec, offload: bool) -> Sequence[str]:
 
 
 class CompileCounter:
-    """Names of the programs that XLA compiled, or read from the persistent cache, since `clear`,
-    and the seconds.
+    """Records which functions XLA compiled, or read from the persistent cache.
+
+    Attributes:
+        names: of these functions since the last `clear`.
+        seconds: that this took.
     """
 
     def __init__(self):
@@ -232,21 +257,23 @@ class CompileCounter:
         self.seconds = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, event: str, duration: float, fun_name: str = "", **_):
+    def _listen(self, event: str, duration_secs: float, **metadata: str | int) -> None:
         if event == COMPILED:
-            self.names.append(fun_name)
-            # JAX takes it from the clock, which may have been set
-            self.seconds += max(0.0, duration)
+            self.names.append(str(metadata.get("fun_name", "")))
+            # JAX measures it by the system clock, which may have been set back
+            self.seconds += max(0.0, duration_secs)
 
-    def clear(self):
+    def clear(self) -> None:
+        """Forget the functions and the seconds."""
         self.names.clear()
         self.seconds = 0.0
 
     def warning(self, epoch: int) -> str | None:
-        """For an epoch that should have compiled nothing."""
+        """Return a warning about an epoch in which nothing should have been compiled, or None."""
         if not self.names:
             return None
-        names = ", ".join(f"{n} x {self.names.count(n)}" for n in dict.fromkeys(self.names))
+        counts = collections.Counter(self.names)
+        names = ", ".join(f"{name} x {count}" for name, count in counts.items())
         return (
             f"warning: epoch {epoch} compiled again: {names}. Shapes or shardings changed after "
             "the first epoch, which costs time in every such epoch"

@@ -1,22 +1,23 @@
 """The jitted functions of a run, and abstract arguments to lower and compile them with.
 
-`grpo.train` runs the functions made here; `grpo.compiled.compile` compiles them before a weight is
-read, and `grpo.plan` without weights, for any mesh: of devices that exist, or of a topology to
-compile for. Abstract arguments have the types and shardings of training's own, so a function that is
-compiled ahead is the one that the loop runs.
+`grpo.train` calls the functions made here. `grpo.compiled.compile` compiles them before a weight is
+read, and `grpo.plan` without weights, for a mesh of devices that exist or of a topology to compile
+for. Abstract arguments have the types and shardings of those in training, so training calls the
+functions that were compiled ahead.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from grpo.compiled import offload
-from grpo.learning import optimiser as update
+from grpo.learning import abstract, optimiser
 from grpo.learning.optimiser import TrainState, state_shapes
-from grpo.learning.policy import make_structure
+from grpo.learning.policy import Policy, make_structure
 from grpo.rollout import StepTable, Trajectory, initial_noise, make_step
 from grpo.run import RunSpec
 from grpo.sde_windows import ONE_PER_GROUP
@@ -28,10 +29,10 @@ from wan_jax.inference import pipeline
 from wan_jax.models import vae_chunks
 from wan_jax.storage import model_dir
 
-# rows of text taken for the prompts' longest where they have not been encoded, of the 512 that the
-# transformer attends to
+# Rows of text that are assumed where the prompts have not been encoded. The transformer attends to
+# 512.
 TEXT_ROWS = 64
-# what the functions of one run at several lengths of video share
+# attributes of `Functions` that are the same for all lengths of videos
 JITTED = (
     "policy",
     "table",
@@ -46,17 +47,27 @@ JITTED = (
 
 @dataclasses.dataclass(frozen=True)
 class Program:
+    """A jitted function with abstract arguments.
+
+    Attributes:
+        name: for the log.
+        jitted: the function.
+        args: its arguments, abstract up to static ones.
+        resident: number of the first arguments that are on the devices throughout training.
+        extra: abstract trees of further arrays that are on the devices while it runs, but not
+            throughout training.
+    """
+
     name: str
-    jitted: Callable
-    args: tuple  # abstract, up to static ones
-    # how many of the arguments, from the first, lie on the devices throughout training
-    stay: int = 0
-    beside: tuple = ()  # abstract trees of what else lies there while it runs, but not throughout
+    jitted: Any  # jax.stages.Wrapped
+    args: tuple
+    resident: int = 0
+    extra: tuple = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Functions:
-    """The jitted functions of a run, one for each expert; experts with the same guidance share
+    """The jitted functions of a run, one for each expert. Experts with the same guidance share
     them.
     """
 
@@ -64,7 +75,9 @@ class Functions:
     text_rows: int = TEXT_ROWS  # St of every batch
 
     def with_frames(self, sample: int, evaluation: int) -> "Functions":
-        """Return the same jitted functions at one length in training and one in evaluation."""
+        """Return the same jitted functions with arguments for one length in training and one in
+        evaluation.
+        """
         spec = self.spec.with_frames(sample, evaluation)
         if spec is self.spec:
             return self
@@ -72,8 +85,10 @@ class Functions:
         vars(other).update({name: getattr(self, name) for name in JITTED})
         return other
 
+    # ---- jitted functions --------------------------------------------------------------------
     @functools.cached_property
-    def policy(self):
+    def policy(self) -> Policy:
+        """The structure of the policy."""
         spec = self.spec
         return make_structure(
             spec.preset.transformer,
@@ -86,6 +101,7 @@ class Functions:
 
     @functools.cached_property
     def table(self) -> StepTable:
+        """The values of the rollout's schedule for each step."""
         recipe = self.spec.recipe
         return StepTable.make(
             self.spec.schedule,
@@ -97,7 +113,7 @@ class Functions:
 
     @functools.cached_property
     def steps(self) -> tuple[Callable, ...]:
-        """Denoising steps of the rollout."""
+        """The denoising steps of the rollout."""
         method = self.spec.method
         make = functools.partial(
             make_step,
@@ -110,12 +126,12 @@ class Functions:
 
     @functools.cached_property
     def updates(self) -> tuple[Callable, ...]:
-        """Optimiser steps."""
+        """The optimiser steps."""
         spec, method = self.spec, self.spec.method
-        where = offload if spec.recipe.train.offload_optimiser else update
+        module = offload if spec.recipe.train.offload_optimiser else optimiser
 
         def make(key):
-            return where.make_update(
+            return module.make_update(
                 method.make_gradient(self.policy, self.table, key),
                 self.policy,
                 spec.settings.optimiser,
@@ -128,13 +144,13 @@ class Functions:
 
     @functools.cached_property
     def eval_steps(self) -> tuple[Callable, ...]:
-        """Denoising steps of the evaluation: the deployment sampler's."""
+        """The denoising steps of the evaluation."""
         make = functools.partial(pipeline.make_ode_step, self.policy.module, self.spec.solver)
         return per_guidance(make, self.spec.eval_guidance)
 
     @functools.cached_property
     def unguided_steps(self) -> tuple[Callable, ...]:
-        """The same without guidance, where the evaluation is made without it as well."""
+        """The denoising steps of the evaluation without guidance; () where it is not made."""
         if not self.spec.recipe.eval.also_unguided:
             return ()
         make = functools.partial(pipeline.make_ode_step, self.policy.module, self.spec.solver)
@@ -142,71 +158,76 @@ class Functions:
 
     @functools.cached_property
     def vae(self) -> tuple:
-        """(graphdef, abstract state)."""
+        """(graphdef, abstract state) of the VAE."""
         return model_dir.abstract("vae", self.spec.preset.vae)
 
     @functools.cached_property
     def decoder(self) -> tuple[Callable, Callable]:
+        """The functions that decode a whole video, and a chunk of one."""
         return pipeline.decoder_functions(self.vae[0])
 
-    # ---- the programs ----------------------------------------------------------------------------
+    # ---- functions with abstract arguments ---------------------------------------------------
     def programs(self) -> list[Program]:
-        """All that the epochs run over and over, each once, for every length: experts may share
-        theirs, an evaluation has training's decoder where the lengths are the same.
+        """Return all functions that epochs call, each once for every length of videos.
+
+        Experts may share theirs, and an evaluation uses training's decoder at the same length.
         """
         training = {
-            f: self.with_frames(f, self.spec.evaluated_frames[0]) for f in self.spec.trained_frames
+            frames: self.with_frames(frames, self.spec.evaluated_frames[0])
+            for frames in self.spec.trained_frames
         }
         evaluation = {
-            f: self.with_frames(self.spec.trained_frames[0], f) for f in self.spec.evaluated_frames
+            frames: self.with_frames(self.spec.trained_frames[0], frames)
+            for frames in self.spec.evaluated_frames
         }
         distinct = {}
-        for runs, made in (
+        for lengths, make in (
             (training, Functions.training_steps),
             (evaluation, Functions.evaluation_steps),
             (training, Functions.decode),
             (evaluation, Functions.evaluation_decode),
         ):
-            for length, run in runs.items():
-                for program in made(run):
-                    name = f"{program.name}, {length} frames" if len(runs) > 1 else program.name
-                    distinct.setdefault(identity(program), dataclasses.replace(program, name=name))
+            for length, functions_at_length in lengths.items():
+                for program in make(functions_at_length):
+                    suffix = f", {length} frames" if len(lengths) > 1 else ""
+                    named = dataclasses.replace(program, name=program.name + suffix)
+                    distinct.setdefault(identity(program), named)
         return list(distinct.values())
 
     def training_steps(self) -> list[Program]:
+        """Return the denoising and optimiser steps of all experts."""
         experts = range(len(self.spec.preset.experts))
         return shared(
             [*map(self.rollout_step, experts), *map(self.update, self.spec.trained_experts)]
         )
 
     def evaluation_steps(self) -> list[Program]:
+        """Return the denoising steps of the evaluation of all experts."""
         unguided = [self.unguided_step()] if self.unguided_steps else []  # one for all experts
         return shared([*map(self.ode_step, range(len(self.spec.preset.experts))), *unguided])
 
     def evaluation_decode(self) -> list[Program]:
+        """Return the VAE at the evaluation's shape."""
         return [
-            dataclasses.replace(p, name=f"evaluation {p.name}", beside=())
-            for p in self.decode(self.spec.eval_shape)
+            dataclasses.replace(program, name=f"evaluation {program.name}", extra=())
+            for program in self.decode(self.spec.eval_shape)
         ]
 
-    def named(self, name: str, expert: int) -> str:
-        return (
-            f"{name}, {self.spec.preset.experts[expert]}"
-            if len(self.spec.preset.experts) > 1
-            else name
-        )
+    def with_expert(self, name: str, expert: int) -> str:
+        """Return a function's name with that of the expert, where the model has two."""
+        experts = self.spec.preset.experts
+        return f"{name}, {experts[expert]}" if len(experts) > 1 else name
 
     def initial_noise(self) -> Program:
-        return Program(
-            "initial noise",
-            initial_noise,
-            (self.random_key(), self.rows(jnp.int32), self.spec.shape),
-        )
+        """Return the function that draws x_T of a batch."""
+        args = (self.random_key(), self.rows(jnp.int32), self.spec.shape)
+        return Program("initial noise", initial_noise, args)
 
     def rollout_step(self, expert: int = 0) -> Program:
-        past = () if self.table.dpm is None else (self.latents(), self.stochastic)
+        """Return one denoising step of the rollout."""
+        multistep = () if self.table.dpm is None else (self.latents(), self.stochastic)
         return Program(
-            self.named("rollout step", expert),
+            self.with_expert("rollout step", expert),
             self.steps[expert],
             (
                 self.trainable,
@@ -217,10 +238,10 @@ class Functions:
                 self.text(),
                 self.random_key(),
                 self.rows(jnp.int32),
-                *past,
+                *multistep,
             ),
-            stay=2,
-            beside=(
+            resident=2,
+            extra=(
                 *self.trajectories,
                 *[self.latents()] * (self.spec.settings.batches - 1),
                 *self.unstacked,
@@ -228,227 +249,211 @@ class Functions:
         )
 
     def ode_step(self, expert: int = 0) -> Program:
+        """Return one denoising step of the evaluation."""
+        batches = self.spec.eval_batches
+        average = self.trainable if self.spec.recipe.train.offload_optimiser else None
+        noise = self.rows(jnp.float32, shape=self.spec.eval_shape)
         return Program(
-            self.named("evaluation step", expert),
+            self.with_expert("evaluation step", expert),
             self.eval_steps[expert],
             ((self.trainable, self.frozen), self.solver_state(), integer(), self.text()),
-            stay=1,
-            # the average, fetched
-            beside=(self.trainable if self.spec.recipe.train.offload_optimiser else None,)
-            + ((self.solver_state(), self.text()),) * (self.spec.eval_batches - 1)
-            # the noise
-            + (self.rows(jnp.float32, shape=self.spec.eval_shape),) * self.spec.eval_batches,
+            resident=1,
+            # the average that is fetched from host memory, the other batches, the noise of all
+            extra=(average,)
+            + ((self.solver_state(), self.text()),) * (batches - 1)
+            + (noise,) * batches,
         )
 
     def unguided_step(self) -> Program:
+        """Return one denoising step of the evaluation without guidance."""
         return dataclasses.replace(
             self.ode_step(), name="evaluation step without guidance", jitted=self.unguided_steps[0]
         )
 
     def update(self, expert: int = 0) -> Program:
-        """Of one optimiser step: M micro-batches of the recipe's batch, K stochastic steps each.
-        Where the optimiser's state waits in host memory, the gradient, which takes the most.
+        """Return one optimiser step: M micro-batches with K stochastic steps each.
+
+        Where the optimiser's state is offloaded to host memory it is the gradient, the part of the
+        optimiser step that needs the most memory.
         """
-        if self.spec.recipe.train.offload_optimiser:
-            return Program(
-                self.named("update", expert),
-                self.updates[expert].gradient,
-                (self.trainable, self.state.held, self.frozen, self.update_batch(expert)),
-                stay=3,
-                beside=self.trajectories,
-            )
+        name, update = self.with_expert("update", expert), self.updates[expert]
+        batch = self.update_batch(expert)
+        if isinstance(update, offload.OffloadedUpdate):
+            args = (self.trainable, self.state.gradient_inputs, self.frozen, batch)
+            return Program(name, update.gradient, args, resident=3, extra=self.trajectories)
         share_kept = {name: number() for name in self.spec.method.lagged}
-        return Program(
-            self.named("update", expert),
-            self.updates[expert],
-            (self.state, self.frozen, self.update_batch(expert), share_kept),
-            stay=2,
-            beside=self.trajectories,
-        )
+        args = (self.state, self.frozen, batch, share_kept)
+        return Program(name, update, args, resident=2, extra=self.trajectories)
 
     def decode(self, shape: tuple[int, ...] | None = None) -> list[Program]:
-        """The VAE on a batch of latents (F, H, W, C), the rollout's by default: whole clips, or the
-        chunks that `pipeline.make_decoder` chooses, the first one and those after it.
+        """Return the VAE on a batch of latents (F, H, W, C), the rollout's by default: on whole
+        videos, or on the first chunk and a later one, as `pipeline.make_decoder` chooses.
         """
-        whole = self.decode_whole(shape := shape or self.spec.shape)
+        shape = shape or self.spec.shape
+        whole = self.decode_whole(shape)
         state, latents = whole.args
         chunk = vae_chunks.choose_chunk(
             self.spec.preset.vae, latents.sharding.shard_shape(latents.shape)
         )
         if not 0 < chunk < shape[0]:
             return [whole]
-        programs, history, step = [], (), self.decoder[1]
+        decode_chunk, history, programs = self.decoder[1], (), []
         for name, frames in zip(
             ("decode, first chunk", "decode, chunk"), vae_chunks.chunk_sizes(shape[0], chunk)
         ):
-            piece = self.rows(jnp.float32, shape=(frames, *shape[1:]))
-            programs.append(
-                Program(
-                    name,
-                    step,
-                    (state, piece, history),
-                    stay=1,
-                    beside=(*self.trajectories, *self.unstacked, latents),
-                )
-            )
-            history = lie(jax.eval_shape(step, *programs[-1].args)[1], latents.sharding)
+            args = (state, self.rows(jnp.float32, shape=(frames, *shape[1:])), history)
+            extra = (*self.trajectories, *self.unstacked, latents)
+            programs.append(Program(name, decode_chunk, args, resident=1, extra=extra))
+            history = abstract.arrays(jax.eval_shape(decode_chunk, *args)[1], latents.sharding)
         return programs
 
     def decode_whole(self, shape: tuple[int, ...]) -> Program:
-        state = lie(self.vae[1], sharding_lib.replicated(self.spec.mesh))
+        """Return the VAE on a batch of whole videos with latents (F, H, W, C)."""
+        state = abstract.arrays(self.vae[1], sharding_lib.replicated(self.spec.mesh))
         return Program(
             "decode",
             self.decoder[0],
             (state, self.rows(jnp.float32, shape=shape)),
-            stay=1,
-            beside=(*self.trajectories, *self.unstacked),
+            resident=1,
+            extra=(*self.trajectories, *self.unstacked),
         )
 
     def encode_text(self) -> Program:
-        """The text encoder on 16 prompts, on one device; it is gone before the weights come."""
+        """Return the text encoder on 16 prompts, on one device. It is deleted before the
+        transformer's weights are loaded.
+        """
         graph, state = model_dir.abstract(
             "text_encoder", self.spec.preset.text_encoder, dtype=self.spec.settings.dtype
         )
-        here = jax.sharding.SingleDeviceSharding(self.spec.mesh.devices.flat[0])
-        ids = jax.ShapeDtypeStruct((16, self.text_rows), jnp.int32, sharding=here)
-        return Program("text encoder", pipeline.make_encoder(graph), (lie(state, here), ids, ids))
+        device = jax.sharding.SingleDeviceSharding(self.spec.mesh.devices.flat[0])
+        ids = abstract.array((16, self.text_rows), jnp.int32, sharding=device)
+        args = (abstract.arrays(state, device), ids, ids)
+        return Program("text encoder", pipeline.make_encoder(graph), args)
 
-    # ---- arguments -------------------------------------------------------------------------------
+    # ---- abstract arguments ------------------------------------------------------------------
     def params(self, tree):
-        """Abstract parameters, or what has their shapes, as `mesh.shard_params` lays them."""
+        """Return abstract parameters with the shardings of `mesh.shard_params`. tree: parameters, or
+        arrays with their shapes.
+        """
         return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            lambda x, sharding: abstract.array(x.shape, x.dtype, sharding=sharding),
             tree,
             sharding_lib.param_shardings(tree, self.spec.mesh),
         )
 
     @functools.cached_property
     def frozen(self):
-        """One expert's base weights; None in full fine-tuning without a reference, as in
-        `grpo.train`.
-        """
+        """The base weights of one expert; None in full fine-tuning without a reference."""
         needed = self.spec.settings.lora is not None or self.spec.method.needs_reference
         return self.params(self.policy.base) if needed else None
 
     @functools.cached_property
     def trainable(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The trained arrays of one expert."""
         return self.params(self.policy.trainable)
 
     @functools.cached_property
     def state(self) -> TrainState:
-        method = self.spec.method
-        return self.params(
-            state_shapes(
-                self.policy, self.spec.settings.optimiser, method.adaptive_kl, method.lagged
-            )
-        )
+        """The state of one trained expert."""
+        config, method = self.spec.settings.optimiser, self.spec.method
+        return self.params(state_shapes(self.policy, config, method.adaptive_kl, method.lagged))
 
     def solver_state(self) -> SolverState:
+        """Return the state of the evaluation's solver for a batch."""
         x = self.rows(jnp.float32, shape=self.spec.eval_shape)
         return SolverState(x, (x,) * len(jax.eval_shape(self.spec.solver.init, x).history))
 
     def trajectory(self, expert: int, *leading: int) -> Trajectory:
-        """Of a rollout batch; with a leading axis, of several."""
-        k = self.spec.trained_steps(expert)
-        x = self.latents(*leading, k)
-        step = (
-            self.rows(jnp.int32, *leading, k)
-            if self.own_steps
-            else jax.ShapeDtypeStruct((*leading, k), jnp.int32)
-        )
+        """Return the trajectory of a rollout batch; with a leading axis, of several batches."""
+        steps = self.spec.trained_steps(expert)
+        x = self.latents(*leading, steps)
+        index = abstract.array((*leading, steps), jnp.int32)
         return Trajectory(
-            x,
-            x,
-            self.rows(jnp.float32, *leading, k),
-            step,
-            self.text(*leading),
-            x if self.spec.method.keeps_mean else None,
+            x=x,
+            x_next=x,
+            log_prob=self.rows(jnp.float32, *leading, steps),
+            step=self.rows(jnp.int32, *leading, steps) if self.step_per_video else index,
+            text=self.text(*leading),
+            mean=x if self.spec.method.keeps_mean else None,
         )
 
     @functools.cached_property
     def trajectories(self) -> tuple:
-        """What an epoch's rollout leaves on the devices."""
+        """The arrays that the rollout of an epoch leaves on the devices."""
         return self.spec.method.epoch_shapes(self)
 
     @property
-    def unstacked(self) -> list[jax.ShapeDtypeStruct]:
-        """What a batch under way keeps of its steps."""
+    def unstacked(self) -> list:
+        """The arrays that the rollout of a batch keeps of its steps until they are stacked."""
         return self.spec.method.step_shapes(self)
 
     def update_batch(self, expert: int):
-        """The batch of one optimiser step of an expert."""
+        """Return the batch of one optimiser step of an expert."""
         return self.spec.method.batch_shapes(self, expert)
 
     @property
-    def own_steps(self) -> bool:
-        """Whether videos of a batch have stochastic steps of their own."""
+    def step_per_video(self) -> bool:
+        """Whether the videos of a batch have different stochastic steps."""
         return self.spec.windows.rule == ONE_PER_GROUP
 
     @property
-    def stochastic(self) -> jax.ShapeDtypeStruct:
-        """Whether a step is: one for all videos of a batch, or each one's own."""
-        return self.rows(bool) if self.own_steps else jax.ShapeDtypeStruct((), bool)
+    def stochastic(self) -> Any:
+        """The flag of a stochastic step: bool [], or [B] where it differs between videos."""
+        return self.rows(bool) if self.step_per_video else abstract.array((), bool)
 
-    def rows(
-        self, dtype, *leading: int, shape: tuple[int, ...] = (), batch: int = 0
-    ) -> jax.ShapeDtypeStruct:
-        """[*leading, B, *shape], split over the mesh by B. batch: another B than the recipe's."""
+    def rows(self, dtype, *leading: int, shape: tuple[int, ...] = (), batch: int = 0) -> Any:
+        """Return an abstract array [*leading, B, *shape], with B split over the mesh. batch: B; 0:
+        the recipe's.
+        """
         sharding = sharding_lib.batch_sharding(self.spec.mesh, len(leading))
         size = batch or self.spec.recipe.sample.batch_size
-        return jax.ShapeDtypeStruct((*leading, size, *shape), dtype, sharding=sharding)
+        return abstract.array((*leading, size, *shape), dtype, sharding=sharding)
 
     @staticmethod
-    def random_key() -> jax.ShapeDtypeStruct:
+    def random_key() -> Any:
+        """Return an abstract JAX key."""
         return jax.eval_shape(lambda: jax.random.key(0))
 
-    def latents(self, *leading: int) -> jax.ShapeDtypeStruct:
+    def latents(self, *leading: int) -> Any:
+        """Return the latents of a rollout batch, fp32 [*leading, B, F, H, W, C]."""
         return self.rows(jnp.float32, *leading, shape=self.spec.shape)
 
     def text(self, *leading: int, batch: int = 0) -> TextBatch:
-        """In the text encoder's type, which is the model's."""
-        dtype, rows = (
-            self.spec.settings.dtype,
-            (self.text_rows, self.spec.preset.transformer.text_dim),
-        )
-        negative = jax.ShapeDtypeStruct(
-            (*leading, *rows), dtype, sharding=sharding_lib.replicated(self.spec.mesh)
-        )
+        """Return the text of a batch, in the text encoder's dtype, which is the model's."""
+        dtype = self.spec.settings.dtype
+        shape = (self.text_rows, self.spec.preset.transformer.text_dim)
+        replicated = sharding_lib.replicated(self.spec.mesh)
         return TextBatch(
-            self.rows(dtype, *leading, shape=rows, batch=batch),
-            negative,
+            self.rows(dtype, *leading, shape=shape, batch=batch),
+            abstract.array((*leading, *shape), dtype, sharding=replicated),
             pipeline.TEXT_ROWS - self.text_rows,
         )
 
 
 def identity(program: Program) -> tuple:
-    """Equal for programs that are compiled once."""
+    """Return a value that is equal for programs which are compiled once: (function, structure,
+    shapes and dtypes).
+    """
     leaves, treedef = jax.tree.flatten(program.args)
     return program.jitted, treedef, tuple((x.shape, x.dtype) for x in leaves)
 
 
 def shared(programs: Iterable[Program]) -> list[Program]:
-    """Each once: what several experts run loses the expert's name."""
+    """Return each program once. One that several experts share is named without the expert."""
     distinct = {}
     for program in programs:
         key = identity(program)
-        distinct[key] = (
-            program
-            if key not in distinct
-            else dataclasses.replace(program, name=program.name.partition(", ")[0])
-        )
+        if key in distinct:
+            program = dataclasses.replace(program, name=program.name.partition(", ")[0])
+        distinct[key] = program
     return list(distinct.values())
 
 
-def lie(tree, sharding):
-    """The abstract tree, lying so."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+def integer() -> Any:
+    """Return the abstract array of a Python int."""
+    return abstract.array((), jnp.int32, weak_type=True)
 
 
-def integer() -> jax.ShapeDtypeStruct:
-    """A Python int."""
-    return jax.ShapeDtypeStruct((), jnp.int32, weak_type=True)
-
-
-def number() -> jax.ShapeDtypeStruct:
-    """A Python float."""
-    return jax.ShapeDtypeStruct((), jnp.float32, weak_type=True)
+def number() -> Any:
+    """Return the abstract array of a Python float."""
+    return abstract.array((), jnp.float32, weak_type=True)

@@ -1,10 +1,10 @@
-"""The optimiser's moments and the moving average in host memory between updates, and one array at a
-time on the device.
+"""The optimiser step with moments and moving average in host memory between updates, and one array at
+a time on the device.
 
-The gradient of all arrays is one program, as in `update.make_update`, whose peak then lacks 12
-bytes a trained parameter; after it, array by array, the moments and the average come to the device,
-are stepped, and go back. The same functions compute as without it, so results are the same but for
-rounding.
+The gradient of all arrays is one jitted function, as in `optimiser.make_update`; its peak is lower by
+12 bytes a trained parameter. After it, array by array, the moments and the average are copied to the
+device, stepped, and copied back. The step is computed by the same functions as without offloading,
+so results are the same but for rounding.
 """
 
 import dataclasses
@@ -30,11 +30,11 @@ from grpo.learning.policy import COMPILER_OPTIONS, Flat, Policy
 from wan_jax.distributed import sharding as sharding_lib
 
 KIND = "pinned_host"
-ANY = "array"  # in place of each one's name, so that those of one shape share a program
+ANY = "array"  # the name of each array while it is stepped: equal shapes share a compiled function
 
 
-def check_device(device: jax.Device):
-    """Raises ValueError where the backend has no host memory that arrays could lie in."""
+def check_device(device: jax.Device) -> None:
+    """Raise ValueError where the backend has no host memory for arrays."""
     kinds = sorted(memory.kind for memory in device.addressable_memories())
     if KIND not in kinds:
         raise ValueError(
@@ -44,32 +44,80 @@ def check_device(device: jax.Device):
 
 
 def init_state(trainable: Flat, *args, **kwargs) -> TrainState:
-    """`update.init_state` with moments and average in host memory, split over the devices' hosts as
-    the weights are. No more than one array's are on the devices at any time, where all of them may
-    not fit.
+    """Return the state of `optimiser.init_state`, with moments and average in host memory, split
+    over the hosts as the weights are.
+
+    The moments and average of at most one array are on the devices at any time, because all of them
+    may not fit.
     """
-    return joined(
-        {
-            name: jax.block_until_ready(leaving(update_lib.init_state({ANY: x}, *args, **kwargs)))
-            for name, x in trainable.items()
-        }
+    states = {}
+    for name, x in trainable.items():
+        states[name] = jax.block_until_ready(
+            to_host(update_lib.init_state({ANY: x}, *args, **kwargs))
+        )
+    return join_states(states)
+
+
+def to_host(state: TrainState) -> TrainState:
+    """Return a state with moments and average in host memory. The copies are asynchronous."""
+    return dataclasses.replace(
+        state, opt=to_memory(state.opt, KIND), ema=to_memory(state.ema, KIND)
     )
-
-
-def leaving(state: TrainState) -> TrainState:
-    """The state with moments and average on their way to host memory."""
-    return dataclasses.replace(state, opt=moved(state.opt, KIND), ema=moved(state.ema, KIND))
 
 
 def to_device(tree):
-    return moved(tree, "device")
+    """Return a tree with its arrays in device memory."""
+    return to_memory(tree, "device")
 
 
-def moved(tree, kind: str):
-    """The tree with its arrays in memory of `kind`; counters stay where they are."""
+def to_memory(tree, kind: str):
+    """Return a tree with its arrays in memory of a kind. Scalars are not moved."""
     return jax.tree.map(
         lambda x: jax.device_put(x, x.sharding.with_memory_kind(kind)) if x.ndim else x, tree
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class OffloadedUpdate:
+    """The optimiser step for states of `init_state`: a call has the arguments, results and donation
+    of `optimiser.make_update`'s.
+
+    Attributes:
+        gradient: jitted, (trainable, GradientInputs, frozen, batch) -> (clipped gradient, metrics,
+            norm of the gradient). Its peak memory is that of the whole optimiser step.
+        step: jitted, (state of one array, its gradient, share_kept) -> (state, norm of the update).
+        adapt: jitted, (KL control, updates so far, metrics) -> KL control.
+    """
+
+    gradient: Callable
+    step: Callable
+    adapt: Callable
+
+    def __call__(self, state: TrainState, frozen, batch, share_kept=None):
+        # the gradient of all arrays
+        grads, metrics, grad_norm = self.gradient(
+            state.trainable, state.gradient_inputs, frozen, batch
+        )
+        control = self.adapt(state.kl, state.updates, metrics)
+        # the step, array by array
+        clipping_state, adamw_state = state.opt
+        stepped, norms = {}, []
+        for name in sorted(grads):
+            one = only(dataclasses.replace(state, opt=adamw_state, kl=None), name)
+            on_device = jax.block_until_ready(to_device(one))
+            for x in jax.tree.leaves((one.opt, one.ema)):
+                if x.sharding.memory_kind == KIND:
+                    x.delete()  # the host may not have memory for both old and new ones
+            new, norm = self.step(on_device, {ANY: grads.pop(name)}, share_kept or {})
+            if stepped:  # at most two are on the device: one is copied while the next is stepped
+                jax.block_until_ready(list(stepped.values())[-1])
+            stepped[name] = to_host(new)
+            norms.append(norm)
+        new = join_states(stepped)
+        # what `optimiser.make_update` returns
+        norms = {"grad_norm": grad_norm, "update_norm": jnp.sqrt(sum(norm**2 for norm in norms))}
+        norms |= {"kl_weight": state.kl.weight} if state.kl else {}
+        return dataclasses.replace(new, opt=(clipping_state, new.opt), kl=control), metrics, norms
 
 
 def make_update(
@@ -80,18 +128,16 @@ def make_update(
     *,
     adaptive_kl: AdaptiveKL | None = None,
     lagged: Sequence[str] = (),
-) -> Callable:
-    """Return what `update.make_update` does, for states of `init_state`, as the new ones are too.
-    It donates the state.
-    """
+) -> OffloadedUpdate:
+    """Return the update of `optimiser.make_update` for states of `init_state`."""
     shapes = state_shapes(policy, config, adaptive_kl, lagged)
     shardings = sharding_lib.param_shardings(shapes, mesh)
 
     @partial(
         jax.jit, out_shardings=(shardings.trainable, None, None), compiler_options=COMPILER_OPTIONS
     )
-    def gradient(trainable, held, frozen, batch):
-        grads, metrics = mean_gradient(trainable, held, frozen, batch)
+    def gradient(trainable, inputs, frozen, batch):
+        grads, metrics = mean_gradient(trainable, inputs, frozen, batch)
         clipped, _ = clipping(config).update(grads, optax.EmptyState())
         return clipped, metrics, optax.global_norm(grads)
 
@@ -106,48 +152,25 @@ def make_update(
     def adapt(kl, updates, metrics):
         return adapt_kl(kl, updates, metrics, adaptive_kl)
 
-    def update(state: TrainState, frozen, batch, share_kept=None):
-        share_kept = share_kept or {}
-        grads, metrics, grad_norm = gradient(state.trainable, state.held, frozen, batch)
-        control = adapt(state.kl, state.updates, metrics)
-        empty, opt = state.opt  # clipping's, adamw's
-        done, norms = {}, []
-        for name in sorted(grads):
-            part = only(dataclasses.replace(state, opt=opt, kl=None), name)
-            here = jax.block_until_ready(to_device(part))
-            for x in jax.tree.leaves((part.opt, part.ema)):
-                if x.sharding.memory_kind == KIND:
-                    x.delete()  # the new ones take its place, where the host may not hold both
-            new, norm = step(here, {ANY: grads.pop(name)}, share_kept)
-            if done:  # two on the device: one that moves while the other is stepped
-                jax.block_until_ready(list(done.values())[-1])
-            done[name] = leaving(new)
-            norms.append(norm)
-        new = joined(done)
-        norms = {"grad_norm": grad_norm, "update_norm": jnp.sqrt(sum(norm**2 for norm in norms))}
-        norms |= {"kl_weight": state.kl.weight} if state.kl else {}
-        return dataclasses.replace(new, opt=(empty, new.opt), kl=control), metrics, norms
-
-    update.gradient = gradient  # to be compiled ahead: its peak is the whole's
-    return update
+    return OffloadedUpdate(gradient, step, adapt)
 
 
 def only(state: TrainState, name: str) -> TrainState:
-    """The state of one trained array; counters are copied, so that all of it can be donated."""
+    """Return the state of one trained array. Counters are copied, so that all of it can be donated."""
     return jax.tree.map(
         lambda x: {ANY: x[name]} if is_flat(x) else jnp.copy(x), state, is_leaf=is_flat
     )
 
 
-def joined(parts: dict[str, TrainState]) -> TrainState:
-    """The inverse of `only`, of all names."""
+def join_states(states: dict[str, TrainState]) -> TrainState:
+    """Return the state of all arrays from the states of each, the inverse of `only`."""
     return jax.tree.map(
-        lambda *xs: {k: x[ANY] for k, x in zip(parts, xs)} if is_flat(xs[0]) else xs[0],
-        *parts.values(),
+        lambda *xs: {k: x[ANY] for k, x in zip(states, xs)} if is_flat(xs[0]) else xs[0],
+        *states.values(),
         is_leaf=is_flat,
     )
 
 
 def is_flat(x) -> bool:
-    """Whether `x` is a dict of arrays by name, not one of such dicts."""
+    """Return whether `x` is a dict of arrays by name, and not one of such dicts."""
     return isinstance(x, dict) and bool(x) and not any(isinstance(v, dict) for v in x.values())

@@ -1,16 +1,20 @@
-"""How a run is spread over the devices where the recipe leaves that open (`config.mesh`)."""
+"""How a run is placed on the devices where the recipe leaves that open: the mesh (`config.mesh`) and
+rematerialisation (`config.model.remat`).
+"""
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 
 from grpo.learning.policy import Policy, make_structure
 from grpo.settings.parse import Settings
+from grpo.settings.schema import Recipe
 from wan_jax.distributed import mesh as mesh_lib
-from wan_jax.models.config import TransformerConfig
+from wan_jax.models.presets import Preset
 
-# of a device's memory, for weights, states and what `save_matmuls` keeps, where model.remat is
-# 'auto'
+# share of a device's memory for weights, states and the activations that `save_matmuls` keeps,
+# where model.remat is 'auto'
 SHARE = 0.7
 
 
@@ -24,15 +28,24 @@ def state_bytes(
     offload: str,
     offload_optimiser: bool,
 ) -> int:
-    """Bytes that a run holds on its devices beside activations, if it had one: all of them fall
-    with `mesh.fsdp`.
+    """Return the bytes of a run's weights and states on its devices together, without activations.
+    They are split over `mesh.fsdp`.
 
-    For each trained parameter 4 bytes of weight, 8 of moments and 4 of average for every trained
-    expert, 4 of old weights where the method keeps them, and 4 of gradient for the one being
-    updated. Frozen weights of all experts, of one where `offload` (config.model.offload) lets the
-    other wait in host memory, of none in full fine-tuning without a `reference`; full fine-tuning
-    computes with a copy of the weights in their own type. Where nothing is trained, an evaluation,
-    the frozen weights are all.
+    For each trained parameter these are 4 bytes of weight, 8 of moments, 4 of average and 4 of each
+    lagged copy, for every trained expert, and 4 of gradient for the one that is being updated. They
+    include the frozen weights of all experts; of one where `offload` may put the other into host
+    memory; of none in full fine-tuning without a reference. Full fine-tuning also computes with a
+    copy of the weights in the model's type. An evaluation trains nothing and has only the frozen
+    weights.
+
+    Args:
+        policy: the structure of one expert.
+        experts: number of the model's experts.
+        trained: number of them that are trained; 0 in evaluations.
+        reference: whether the method needs the base model's velocity.
+        lagged: number of copies of earlier weights that the method keeps.
+        offload: config.model.offload.
+        offload_optimiser: whether moments and average are in host memory.
     """
     count = sum(x.size for x in policy.trainable.values())
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(policy.base))
@@ -41,93 +54,90 @@ def state_bytes(
         return frozen
     full = policy.adapters is None
     frozen = 0 if full and not reference else frozen
-    held = 4 + (0 if offload_optimiser else 12) + 4 * lagged
-    return frozen + (weights if full else 0) + count * (held * trained + 4)
+    each = 4 + (0 if offload_optimiser else 12) + 4 * lagged
+    return frozen + (weights if full else 0) + count * (each * trained + 4)
 
 
-def state_of(
-    c: ml_collections.ConfigDict, s: Settings, config: TransformerConfig, experts: int, trained: int
-) -> int:
-    """`state_bytes` of a recipe."""
-    policy = make_structure(config, lora=s.lora, dtype=s.dtype, attention="xla", remat="none")
+def state_of(recipe: Recipe, settings: Settings, preset: Preset, trained: int) -> int:
+    """Return the `state_bytes` of a recipe that trains `trained` experts of a model."""
+    policy = make_structure(
+        preset.transformer, lora=settings.lora, dtype=settings.dtype, attention="xla", remat="none"
+    )
     return state_bytes(
         policy,
-        experts=experts,
+        experts=len(preset.experts),
         trained=trained,
-        reference=s.method.needs_reference,
-        lagged=len(s.method.lagged),
-        offload=c.model.offload,
-        offload_optimiser=c.train.offload_optimiser,
+        reference=settings.method.needs_reference,
+        lagged=len(settings.method.lagged),
+        offload=recipe.model.offload,
+        offload_optimiser=recipe.train.offload_optimiser,
     )
 
 
 def choose_mesh(
-    c: ml_collections.ConfigDict,
-    s: Settings,
-    config: TransformerConfig,
+    recipe: Recipe,
+    settings: Settings,
+    preset: Preset,
     *,
-    experts: int,
     trained: int,
-    devices=None,
+    devices: Sequence[jax.Device] | None = None,
     memory: float | None = None,
 ) -> tuple[jax.sharding.Mesh, str]:
-    """The mesh that `c.mesh` asks for, its zeros filled in by `mesh.choose`, and one line about it
-    for the log.
+    """Return the mesh that `config.mesh` asks for, with its zeros chosen by `mesh.choose`, and one
+    line about it for the log.
 
-    memory: bytes of a device; None: as the backend says. Raises ValueError where mesh, devices and
-    batch do not fit.
+    trained: number of trained experts, 0 in evaluations. devices: None for all. memory: bytes of a
+    device; None: as the backend reports. Raises ValueError where mesh, devices and batch do not
+    fit.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = jax.devices() if devices is None else list(devices)
     if memory is None:
-        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    state = state_of(c, s, config, experts, trained)
+        memory = float((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0))
+    state = state_of(recipe, settings, preset, trained)
+    batch, asked = recipe.sample.batch_size, recipe.mesh
     fsdp, context = mesh_lib.choose(
-        len(devices), c.sample.batch_size, state, memory, fsdp=c.mesh.fsdp, context=c.mesh.context
+        len(devices), batch, state, memory, fsdp=asked.fsdp, context=asked.context
     )
     mesh = mesh_lib.make_mesh(fsdp, devices, context)
-    mesh_lib.check_batch("config.sample.batch_size", c.sample.batch_size, mesh)
+    mesh_lib.check_batch("config.sample.batch_size", batch, mesh)
     limit = f" of {memory / 1e9:.0f}" if memory else ""
-    what = "weights, gradients, moments and averages" if trained else "weights"
+    content = "weights, gradients, moments and averages" if trained else "weights"
     return (
         mesh,
-        f"mesh {mesh_lib.describe(mesh)}: {what} take about {state / fsdp / 1e9:.3g}{limit} GB a "
-        "device",
+        f"mesh {mesh_lib.describe(mesh)}: {content} take about {state / fsdp / 1e9:.3g}{limit} GB "
+        "a device",
     )
 
 
 def choose_remat(
-    c: ml_collections.ConfigDict,
-    s: Settings,
-    config: TransformerConfig,
+    recipe: Recipe,
+    settings: Settings,
+    preset: Preset,
     mesh: jax.sharding.Mesh,
     *,
     tokens: int,
-    experts: int,
     trained: int,
     memory: int | None,
 ) -> str:
-    """`c.model.remat`; where that is 'auto', 'save_matmuls' if what it keeps fits into SHARE of a
-    device's memory beside weights and states, else 'block', and 'block' where the device states no
-    memory.
+    """Return how blocks are rematerialised: `config.model.remat`, or the choice for 'auto'.
 
-    Kept of each of a micro-batch's `tokens` a video, in every layer: q, k, v, what follows
-    attention, the query of the text, what follows that, both products of the feed-forward; twice
-    where guidance is trained, with each video twice.
+    That is 'save_matmuls' where weights, states and the activations which it keeps fit into SHARE
+    of a device's memory, else 'block', which is also the choice where the memory is unknown.
+
+    `save_matmuls` keeps, for each of a micro-batch's `tokens` a video and in every layer: q, k, v,
+    the output of self-attention, the query of cross-attention, its output, and both products of the
+    feed-forward; twice where guidance is trained, with each video twice. trained: number of trained
+    experts. memory: bytes of a device; None: unknown.
     """
-    if c.model.remat != "auto":
-        return c.model.remat
+    if recipe.model.remat != "auto":
+        return recipe.model.remat
     if not memory:
         return "block"
-    passes = 2 if c.sample.guidance > 1 and s.method.guided else 1
-    rows = (
-        passes
-        * c.sample.batch_size
-        // mesh_lib.batch_shards(mesh)
-        * tokens
-        // mesh.shape["context"]
-    )
-    kept = (
-        rows * config.num_layers * (7 * config.width + config.ffn_dim) * jnp.dtype(s.dtype).itemsize
-    )
-    state = state_of(c, s, config, experts, trained) / mesh.shape["fsdp"]
-    return "save_matmuls" if kept + state <= SHARE * memory else "block"
+    config = preset.transformer
+    passes = 2 if recipe.sample.guidance > 1 and settings.method.guided else 1
+    videos = passes * recipe.sample.batch_size // mesh_lib.batch_shards(mesh)
+    rows = videos * tokens // mesh.shape["context"]
+    values = rows * config.num_layers * (7 * config.width + config.ffn_dim)
+    activations = values * jnp.dtype(settings.dtype).itemsize
+    state = state_of(recipe, settings, preset, trained) / mesh.shape["fsdp"]
+    return "save_matmuls" if activations + state <= SHARE * memory else "block"

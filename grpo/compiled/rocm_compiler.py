@@ -1,9 +1,10 @@
-"""XLA's ROCm compiler without ROCm or a GPU: stand-ins for the libraries that the plugin links to.
+"""Loads XLA's ROCm compiler without ROCm or a GPU, with stubs of the libraries that the plugin links
+to.
 
-The plugin holds the whole compiler (LLVM, LLD, Triton); what it takes from ROCm's libraries is for
-running. Here every library that the loader does not find is replaced by one of the same name whose
-functions all report failure, so that the plugin loads, and `mi300x` describes the devices to
-compile for. Nothing can be executed this way.
+The plugin contains the whole compiler (LLVM, LLD, Triton) and needs ROCm's libraries only to run
+compiled functions. Every library that the loader does not find is replaced by a stub of the same
+name, in which all functions report failure, so that the plugin loads. `mi300x` describes the devices
+to compile for. Nothing can be executed this way.
 
 Needs `jax[rocm7-local]`, a C compiler and readelf (Debian: gcc, binutils), on Linux with glibc.
 """
@@ -21,9 +22,8 @@ from unittest import mock
 PLUGIN = "jax_plugins.xla_rocm7"
 GLIBC = re.compile(r"(libc|libm|librt|libdl|libpthread|libgcc_s|libstdc\+\+|ld-linux-x86-64)\.so")
 
-# The MI300X as XLA's own description has it (openxla/xla,
-# xla/backends/gpu/target_config/specs/mi300.txtpb), except for the memory, which is AMD's figure of
-# 192 GB.
+# The MI300X in XLA's own description (openxla/xla,
+# xla/backends/gpu/target_config/specs/mi300.txtpb), except for the memory: AMD states 192 GB.
 MEMORY = 192 * 10**9
 MI300X = f"""
 gpu_device_info {{
@@ -42,7 +42,7 @@ dnn_version_info {{}}
 
 
 def why_not() -> str | None:
-    """What is missing to compile for ROCm here; None: nothing."""
+    """Return what is missing on this machine to compile for ROCm; None: nothing."""
     try:
         plugin = importlib.util.find_spec(PLUGIN)
     except ModuleNotFoundError:  # no plugin of any kind
@@ -53,27 +53,25 @@ def why_not() -> str | None:
     return f"{' and '.join(tools)} not found: apt-get install gcc binutils" if tools else None
 
 
-def load():
-    """Registers the ROCm plugin with JAX for compilation. Once a process; raises OSError where it
-    cannot be loaded.
+def load() -> None:
+    """Register the ROCm plugin with JAX, to compile with. Call it once a process. Raises OSError
+    where the plugin cannot be loaded.
     """
-    packages = (PLUGIN, "jax_rocm7_plugin")
-    libraries = [
-        path
-        for name in packages
-        for folder in importlib.util.find_spec(name).submodule_search_locations
-        for path in sorted(pathlib.Path(folder).glob("*.so"))
-    ]
+    libraries = []
+    for name in (PLUGIN, "jax_rocm7_plugin"):
+        spec = importlib.util.find_spec(name)
+        for folder in getattr(spec, "submodule_search_locations", None) or ():
+            libraries += sorted(pathlib.Path(folder).glob("*.so"))
     with tempfile.TemporaryDirectory() as folder:
         load_stubs(libraries, pathlib.Path(folder))
-    # the plugin does not register on a machine without an AMD GPU
+    # without an AMD GPU the plugin does not register
     with mock.patch("jax._src.hardware_utils.num_available_amd_gpus", lambda stop_at=None: 1):
-        # JAX may have tried it without the stubs
+        # reload: JAX may have imported it without the stubs
         importlib.reload(importlib.import_module(PLUGIN)).initialize()
 
 
 def mi300x(count: int = 1) -> list:
-    """`count` MI300X of one host, to compile for."""
+    """Return `count` MI300X of one host, as devices to compile for."""
     from jax.experimental import topologies
 
     return topologies.get_topology_desc(
@@ -81,16 +79,18 @@ def mi300x(count: int = 1) -> list:
     ).devices
 
 
-def load_stubs(libraries: list[pathlib.Path], folder: pathlib.Path):
-    """Builds stand-ins in `folder` for what `libraries` need and the loader lacks, and loads them
-    for the process.
+def load_stubs(libraries: list[pathlib.Path], folder: pathlib.Path) -> None:
+    """Build stubs in `folder` of the libraries that `libraries` need and the loader does not find,
+    and load them into the process.
     """
+    # the names of the missing libraries
     missing = []
     for library in libraries:
         for name in re.findall(r"\(NEEDED\).*\[(.+)\]", readelf("-d", library)):
             if name not in missing and not GLIBC.match(name) and not loads(name):
                 missing.append(name)
-    symbols = {name: {} for name in missing}  # library: {function: its version, '' without}
+    # the functions of each missing library: {library: {function: its version, '' without}}
+    symbols = {name: {} for name in missing}
     system = [ctypes.CDLL(name) for name in (None, "libstdc++.so.6", "libm.so.6", "libgcc_s.so.1")]
     for library in libraries:
         owner = version_owners(library)
@@ -98,8 +98,9 @@ def load_stubs(libraries: list[pathlib.Path], folder: pathlib.Path):
             if owner.get(version) in symbols:
                 symbols[owner[version]][function] = version
             elif not version and missing and not any(hasattr(lib, function) for lib in system):
-                # any library will do: they are all in one namespace
+                # all libraries share one namespace, so any of them can define it
                 symbols[missing[0]][function] = ""
+    # compile and load a stub of each
     for name, functions in symbols.items():
         path = folder / name
         source, script = path.with_suffix(".c"), path.with_suffix(".map")
@@ -129,17 +130,18 @@ def load_stubs(libraries: list[pathlib.Path], folder: pathlib.Path):
 
 
 def stub(function: str) -> str:
-    """C of a function that fails: hipErrorNoDevice from HIP, 1 from the others, a text where a text
-    is wanted.
+    """Return the C source of a function that reports failure: hipErrorNoDevice in HIP, 1 in other
+    libraries, a text where the function returns one.
     """
     if re.search(r"(GetErrorString|GetErrorName|_to_string|status_string)$", function):
         return f'const char* {function}(void) {{ return "no ROCm here"; }}\n'
-    if function == "__hipRegisterFatBinary":  # called while the plugin loads; it wants a handle
+    if function == "__hipRegisterFatBinary":  # called while the plugin loads; returns a handle
         return f"static void* handle; void** {function}(void) {{ return &handle; }}\n"
     return f"int {function}(void) {{ return {100 if function.startswith('hip') else 1}; }}\n"
 
 
 def loads(name: str) -> bool:
+    """Return whether the loader finds a library."""
     try:
         ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
     except OSError:
@@ -148,15 +150,15 @@ def loads(name: str) -> bool:
 
 
 def undefined(library: pathlib.Path) -> list[tuple[str, str]]:
-    """(symbol, version or '') of everything that the library takes from others, weak references
-    left out.
+    """Return (symbol, version or '') of everything that a library needs from others, without weak
+    references.
     """
     table = readelf("--dyn-syms", library)
     return re.findall(r" GLOBAL +DEFAULT +UND +([^@\s]+)@?@?(\S*)", table)
 
 
 def version_owners(library: pathlib.Path) -> dict[str, str]:
-    """Symbol version to the library that the version is of."""
+    """Return {symbol version: name of the library that defines it} of what a library needs."""
     owners, current = {}, None
     for file, version in re.findall(r"Version: 1 +File: (\S+)|Name: (\S+)", readelf("-V", library)):
         current = file or current
@@ -166,6 +168,7 @@ def version_owners(library: pathlib.Path) -> dict[str, str]:
 
 
 def readelf(option: str, library: pathlib.Path) -> str:
+    """Return the output of readelf."""
     return subprocess.run(
         ["readelf", "-W", option, library], capture_output=True, text=True, check=True
     ).stdout

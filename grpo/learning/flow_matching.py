@@ -1,13 +1,13 @@
-"""The family of methods that train on finished videos, noised again: NFT, DPO, RWR, SFT, AWM.
+"""Base of the methods that train on finished videos, noised again: NFT, DPO, RWR, SFT, AWM.
 
-They need no log-prob of the rollout, which is therefore the plain ODE. Its results x0 are noised
-again, x_s = (1 - s) x0 + s e, at noise levels s drawn afresh (papers write t), and the loss compares
-velocities there; the true one is e - x0. Videos are sampled with guidance as configured. What is
-trained is the conditional velocity without guidance, DiffusionNFT's published form, or with
-train.guided the guided one that sampled.
+They need no log-probs, so the rollout is the plain ODE. Its final latents x0 are noised again,
+x_s = (1 - s) x0 + s e, at newly drawn noise levels s (papers write t), and the loss compares
+velocities at x_s; the true velocity is e - x0. The rollout uses guidance as configured. Training
+uses the conditional velocity without guidance, DiffusionNFT's published form, or with train.guided
+the guided velocity of the rollout.
 
-A method derives from `FlowMatching` and states which videos it trains on (`select`), its loss
-(`loss`), and which earlier weights it compares with (`lagged`).
+A method derives from `FlowMatching` and defines the videos that it trains on (`select`), its loss
+(`loss`), and the earlier weights that it compares with (`lagged`).
 """
 
 import abc
@@ -21,15 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo.learning import abstract
 from grpo.learning.kl import kl_to_reference
 from grpo.learning.method import Method, kl_weight
 from grpo.learning.policy import Flat, Policy
 from grpo.learning.selection import Selection, layout
 from grpo.random_streams import Stream
 from grpo.rollout import branch, sample_noise
-from wan_jax.diffusion.experts import Segment
 from wan_jax.diffusion.guidance import TextBatch, pair, velocity
-from wan_jax.diffusion.schedule import Schedule
 from wan_jax.diffusion.solvers import per_sample
 from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.distributed import sharding as sharding_lib
@@ -38,66 +37,120 @@ from wan_jax.errors import UserError
 if TYPE_CHECKING:
     from grpo.compiled.functions import Functions
     from grpo.credit import Credit
-    from grpo.learning.optimiser import Held
+    from grpo.learning.optimiser import GradientInputs
     from grpo.run import RunSpec
     from grpo.sampling import RolloutBatch
+    from grpo.settings.schema import Recipe
 
 Array = jax.Array
-LEAST_LEVEL = 1e-3
+LEAST_LEVEL = 1e-3  # bound of logit-normal noise levels: they are in [1e-3, 1 - 1e-3]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """One micro-batch at one noise level, and the velocities there. For pairs, rows alternate
-    between a better video and a worse one, with one noise and one level for both.
+    """One micro-batch at one noise level, and the velocities there. In methods on pairs, rows
+    alternate between a better video and a worse one, with one noise and one level for both.
+
+    Attributes:
+        x: [B, F, H, W, C] fp32, x_s.
+        x0: [B, F, H, W, C] fp32, final latents.
+        sigma: [B] fp32, s.
+        v: [B, F, H, W, C], velocity of the trained weights.
+        v_lagged: the velocity of each copy of earlier weights, without gradient.
+        v_reference: the velocity of the base model, without gradient, where the method needs it.
+        error: [B] fp32, mean((v - target)^2).
+        target: [B, F, H, W, C], the true velocity e - x0.
+        weight: [B] fp32, weights of `Selection`; [B / 2] for pairs.
     """
 
-    x: Array  # [B, F, H, W, C] fp32, x_s
-    x0: Array  # [B, F, H, W, C] fp32
-    sigma: Array  # [B] fp32, s
-    v: Array  # [B, F, H, W, C], of the trained weights
-    v_lagged: dict[str, Array]  # the same of each copy of earlier weights, constant to the gradient
-    v_reference: Array | None  # the same of the base model, where it is needed
-    error: Array  # [B] fp32, mean((v - (e - x0))^2)
-    target: Array  # [B, F, H, W, C], e - x0
-    weight: Array  # [B] fp32, of `Selection`; [B / 2] for pairs
+    x: Array
+    x0: Array
+    sigma: Array
+    v: Array
+    v_lagged: dict[str, Array]
+    v_reference: Array | None
+    error: Array
+    target: Array
+    weight: Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FinishedBatch:
-    """M micro-batches of one optimiser step, K noise levels a row. A row is a video, or a pair."""
+    """M micro-batches of one optimiser step, with K noise levels a row. A row is a video or a pair.
 
-    x0: Array  # [M, B, F, H, W, C] fp32, latents of the videos; of pairs the better ones
-    worse: Array | None  # [M, B, F, H, W, C] fp32, the worse ones of pairs
-    text: TextBatch  # arrays with a leading axis M
-    video: Array  # [M, B] int32, the video's number in the epoch
-    sigma: Array  # [M, K, B] fp32
-    timestep: Array  # [M, K, B] fp32, 0..1000
-    weight: Array  # [M, B] fp32, of `Selection`
-    valid: Array  # [M, B] bool: False leaves a row out of the mean
-    draw: Array  # [K] int32; noise is a function of (key, video, draw)
-    key: Array  # of the epoch
+    Attributes:
+        x0: [M, B, F, H, W, C] fp32, latents of the videos; of the better ones of pairs.
+        worse: [M, B, F, H, W, C] fp32, latents of the worse ones of pairs.
+        text: arrays with a leading axis M.
+        video: [M, B] int32, number of the video in the epoch.
+        sigma: [M, K, B] fp32, noise levels.
+        timestep: [M, K, B] fp32, 0 to 1000.
+        weight: [M, B] fp32, of `Selection`.
+        valid: [M, B] bool, rows that count.
+        draw: [K] int32, numbers of the draws: noise is a function of (key, video, draw).
+        key: JAX key of the epoch.
+    """
+
+    x0: Array
+    worse: Array | None
+    text: TextBatch
+    video: Array
+    sigma: Array
+    timestep: Array
+    weight: Array
+    valid: Array
+    draw: Array
+    key: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FinishedRows:
+    """One micro-batch of `FinishedBatch` at one draw: its arrays without their first axes, [B] and
+    [B, ...].
+    """
+
+    x0: Array
+    worse: Array | None
+    text: TextBatch
+    video: Array
+    weight: Array
+    valid: Array
+    sigma: Array
+    timestep: Array
+    draw: Array
+    key: Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FlowMetrics:
-    """Sums over the counted rows, one shared count, so micro-batches can be added up exactly."""
+    """Sums over the rows that count, with their number, so that micro-batches can be added exactly.
+    fp32 [] each.
+
+    Attributes:
+        count: number of rows.
+        policy_loss: sum of the loss.
+        flow_error: sum of mean((v - (e - x0))^2), of the better videos of pairs.
+        kl: sum of mean((v - v_reference)^2).
+        more: sums of further values that the method logs.
+    """
 
     count: Array
     policy_loss: Array
-    flow_error: Array  # mean((v - (e - x0))^2), of a pair the better one's
-    kl: Array  # mean((v - v_reference)^2)
-    more: dict[str, Array]  # what the method logs beside
+    flow_error: Array
+    kl: Array
+    more: dict[str, Array]
 
     @classmethod
     def zero(cls, logged: Sequence[str]) -> "FlowMetrics":
+        """Return the metrics of no rows. logged: names of the further values."""
         zero = jnp.zeros((), jnp.float32)
         return cls(zero, zero, zero, zero, dict.fromkeys(logged, zero))
 
     def averages(self) -> dict[str, float]:
-        """Return the means for logging, on the host; 0 with no rows."""
+        """Return the means for the log, on the host; 0 without rows."""
         rows = max(float(self.count), 1.0)
         sums = {"policy_loss": self.policy_loss, "flow_error": self.flow_error, "kl": self.kl}
         return {name: float(value) / rows for name, value in (sums | self.more).items()}
@@ -105,41 +158,55 @@ class FlowMetrics:
 
 @dataclasses.dataclass(frozen=True)
 class Levels:
-    """What each of N videos is noised to for one expert: K draws."""
+    """K noise levels for each of N videos, of one expert.
 
-    sigma: np.ndarray  # [N, K] fp32
-    timestep: np.ndarray  # [N, K] fp32, what the model is fed, 0..1000
-    draw: np.ndarray  # [K] int32, numbers of the draws, distinct between experts
+    Attributes:
+        sigma: [N, K] fp32.
+        timestep: [N, K] fp32, the model's input, 0 to 1000.
+        draw: [K] int32, numbers of the draws, which differ between experts.
+    """
+
+    sigma: np.ndarray
+    timestep: np.ndarray
+    draw: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class FlowMatching(Method):
     """Base of the methods that train on finished videos.
 
-    kl_weight: of mean((v - v_reference)^2), which is added to `loss`.
+    Attributes:
+        kl_weight: weight of mean((v - v_reference)^2), which is added to `loss`.
+        timesteps: number of noise levels of a video in an epoch, shared between the experts.
+        train_guided: train.guided.
+
+    Class attributes:
+        logs: names of the further values that `loss` returns.
+        rollout_levels: whether noise levels are those of the rollout's steps, not logit-normal.
     """
 
     kl_weight: float = 0.0
-    timesteps: int = 4  # noise levels a video and epoch, shared between the experts
-    train_guided: bool = False  # train.guided
+    timesteps: int = 4
+    train_guided: bool = False
 
-    logs: ClassVar[tuple[str, ...]] = ()  # names of the further values that `loss` returns
+    logs: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[tuple[str, ...]] = ("train.timesteps", "train.guided")
-    rollout_levels: ClassVar[bool] = False  # noise levels are the rollout's; else logit-normal
+    rollout_levels: ClassVar[bool] = False
 
     def __post_init__(self):
         check_range(self, "kl_weight", least=0)
 
-    # ---- what a method states ----------------------------------------------------------------
+    # ---- the definition of a method ----------------------------------------------------------
     @classmethod
-    def settings(cls, recipe) -> dict:
-        """Return the method's own fields from a recipe."""
+    def settings(cls, recipe: "Recipe") -> dict:
+        """Return the values of the fields that a subclass adds, from a recipe."""
         return {}
 
     @abc.abstractmethod
     def select(self, credit: "Credit", group_size: int) -> Selection:
         """Return the epoch's videos or pairs with their weights. `credit.spread` marks the videos
-        that may be trained on; groups of `group_size` stand together.
+        that may be trained on. The videos of a group, `group_size` of them, have consecutive
+        numbers.
         """
 
     @abc.abstractmethod
@@ -148,12 +215,12 @@ class FlowMatching(Method):
 
     @property
     def kl_copy(self) -> str | None:
-        """The lagged copy that the KL is to; None: the base model."""
+        """The name of the lagged copy that is the reference of the KL; None: the base model is."""
         return None
 
-    # ---- what follows ------------------------------------------------------------------------
+    # ---- the members of `Method` -------------------------------------------------------------
     @classmethod
-    def check(cls, recipe) -> None:
+    def check(cls, recipe: "Recipe") -> None:
         steps, timesteps = recipe.sample.steps, recipe.train.timesteps
         if timesteps > steps:
             raise UserError(
@@ -173,7 +240,7 @@ class FlowMatching(Method):
             )
 
     @classmethod
-    def from_recipe(cls, recipe) -> "FlowMatching":
+    def from_recipe(cls, recipe: "Recipe") -> "FlowMatching":
         train = recipe.train
         common = {
             "kl_weight": kl_weight(cls, recipe),
@@ -202,18 +269,25 @@ class FlowMatching(Method):
         return spec.sampling_guidance if self.guided else (1.0,) * len(spec.preset.experts)
 
     def make_gradient(self, policy: Policy, table, key: float) -> Callable:
-        """key: the guidance of every velocity in the loss, up to 1 for none."""
+        """Return the gradient of `objective`. key: the guidance of all velocities in the loss; up to
+        1 there is none.
+        """
         grad_fn = jax.grad(partial(objective, self, policy, key), has_aux=True)
 
-        def gradient(trainable: Flat, held: "Held", frozen, batch: FinishedBatch):
-            def one_draw(carry, level, rows):
-                grads, metrics = grad_fn(trainable, held.lagged, frozen, *rows, *level, batch.key)
+        def gradient(trainable: Flat, inputs: "GradientInputs", frozen, batch: FinishedBatch):
+            def one_draw(carry, level, micro):
+                sigma, timestep, draw = level
+                x0, worse, text, video, weight, valid = micro
+                row = FinishedRows(
+                    x0, worse, text, video, weight, valid, sigma, timestep, draw, batch.key
+                )
+                grads, metrics = grad_fn(trainable, inputs.lagged, frozen, row)
                 return jax.tree.map(jnp.add, carry, (grads, metrics)), None
 
             def one_micro_batch(carry, micro):
                 *rows, sigma, timestep = micro
                 levels = (sigma, timestep, batch.draw)
-                return jax.lax.scan(partial(one_draw, rows=rows), carry, levels)[0], None
+                return jax.lax.scan(partial(one_draw, micro=rows), carry, levels)[0], None
 
             carry = (jax.tree.map(jnp.zeros_like, trainable), FlowMetrics.zero(self.logs))
             micro_batches = (
@@ -244,8 +318,7 @@ class FlowMatching(Method):
         m, b = self.selected_layout(spec)
         k = spec.trained_steps(expert)
         latents = functions.rows(jnp.float32, m, shape=spec.shape, batch=b)
-        floats, bools = (jax.ShapeDtypeStruct((m, b), dtype) for dtype in (jnp.float32, bool))
-        levels = jax.ShapeDtypeStruct((m, k, b), jnp.float32)
+        levels = abstract.array((m, k, b), jnp.float32)
         return FinishedBatch(
             x0=latents,
             worse=latents if self.pairs else None,
@@ -253,9 +326,9 @@ class FlowMatching(Method):
             video=functions.rows(jnp.int32, m, batch=b),
             sigma=levels,
             timestep=levels,
-            weight=floats,
-            valid=bools,
-            draw=jax.ShapeDtypeStruct((k,), jnp.int32),
+            weight=abstract.array((m, b), jnp.float32),
+            valid=abstract.array((m, b), bool),
+            draw=abstract.array((k,), jnp.int32),
             key=functions.random_key(),
         )
 
@@ -278,7 +351,9 @@ class FlowMatching(Method):
         credit: "Credit",
         update: int,
     ) -> Iterator[tuple[np.ndarray, FinishedBatch, dict[str, float]]]:
-        """Videos of groups without spread are masked; an update without any other is left out."""
+        """Yield the batches. Videos of groups with equal rewards are masked, and an update in which
+        all are masked is left out.
+        """
         sample, train = spec.recipe.sample, spec.recipe.train
         shards = mesh_lib.batch_shards(spec.mesh)
         selection = self.select(credit, sample.group_size)
@@ -287,52 +362,38 @@ class FlowMatching(Method):
             for selected in selection.batches(train.updates_per_epoch, sample.batch_size, shards)
             if selected.valid.any()
         ]
-        levels = self.noise_levels(
-            seed=spec.recipe.seed,
-            epoch=epoch,
-            videos=spec.settings.videos,
-            expert=spec.segments[segment].expert,
-            segments=spec.segments,
-            quotas=spec.windows.quotas,
-            schedule=spec.schedule,
-            boundary=spec.preset.boundary,
-        )
+        levels = self.noise_levels(spec, epoch, segment)
         for number, selected in enumerate(updates, start=update + 1):
             texts = [rollout.texts(rollout.prompt_of[videos]) for videos in selected.videos]
             batch = stack(selected, rollout.finished, texts, levels, rollout.key, spec.mesh)
             yield selected.numbers, batch, self.share_kept(number, selected is updates[-1])
 
-    def noise_levels(
-        self,
-        *,
-        seed: int,
-        epoch: int,
-        videos: int,
-        expert: int,
-        segments: Sequence[Segment],
-        quotas: Sequence[int],
-        schedule: Schedule,
-        boundary: float | None,
-    ) -> Levels:
-        """Return as many levels as the expert's quota, a function of (seed, epoch, expert, video,
-        draw).
+    def noise_levels(self, spec: "RunSpec", epoch: int, segment: int) -> Levels:
+        """Return the noise levels of the videos of an epoch for the expert of a segment. Their number
+        is the segment's quota. They are a function of (seed, epoch, expert, video, draw).
 
-        The expert answers for timesteps from 1000 boundary up (expert 0) or below (expert 1). Draw
-        j of K is from the j-th of K equal parts of the distribution, so that few draws cover it.
-        With `rollout_levels` these are the rollout's steps, each as likely. Otherwise logit-normal,
-        s = sigmoid(N(0, 1)) (Esser et al., arXiv 2403.03206), restricted to the expert's levels and
-        to [1e-3, 1 - 1e-3].
+        Draw j of K is from the j-th of K equal parts of the distribution, so that few draws cover
+        it. With `rollout_levels` the distribution is uniform over the expert's steps of the rollout.
+        Otherwise it is logit-normal, s = sigmoid(N(0, 1)) (Esser et al., arXiv 2403.03206),
+        restricted to [1e-3, 1 - 1e-3] and to the expert's levels: those from the model's boundary
+        up for expert 0, those below for expert 1.
         """
-        at = next(i for i, segment in enumerate(segments) if segment.expert == expert)
-        steps, count = segments[at].steps, quotas[at]
-        draw = sum(quotas[:at]) + np.arange(count, dtype=np.int32)
-        rng = Stream.NOISE_LEVEL.generator(seed, epoch, expert)
-        share = (np.arange(count) + rng.random((videos, count))) / count  # from 0 to 1
+        expert, steps = spec.segments[segment].expert, spec.segments[segment].steps
+        quotas, schedule = spec.windows.quotas, spec.schedule
+        count = quotas[segment]
+        draw = sum(quotas[:segment]) + np.arange(count, dtype=np.int32)
+        rng = Stream.NOISE_LEVEL.generator(spec.recipe.seed, epoch, expert)
+        uniform = rng.random((spec.settings.videos, count))
+        share = (np.arange(count) + uniform) / count  # from 0 to 1
         if self.rollout_levels:
             step = np.minimum(steps.start + (share * len(steps)).astype(int), steps.stop - 1)
             return Levels(schedule.sigmas[step], schedule.timesteps[step], draw)
-        low, high = (0.0, 1.0) if boundary is None else ((boundary, 1.0), (0.0, boundary))[expert]
-        low, high = max(low, LEAST_LEVEL), min(high, 1 - LEAST_LEVEL)
+        low, high = LEAST_LEVEL, 1 - LEAST_LEVEL
+        boundary = spec.preset.boundary
+        if boundary is not None and expert == 0:
+            low = max(boundary, low)
+        elif boundary is not None:
+            high = min(boundary, high)
         normal = NormalDist()
         first, last = (normal.cdf(np.log(level / (1 - level))) for level in (low, high))
         quantile = np.vectorize(normal.inv_cdf)(first + share * (last - first))
@@ -341,7 +402,9 @@ class FlowMatching(Method):
 
 
 def check_range(config, *names: str, least: float | None = None) -> None:
-    """Raise ValueError where a field is not finite, or not above 0 (not at least `least`)."""
+    """Raise ValueError where a field is not finite, or not above 0; with `least`, not at least
+    that. names: of the fields, which are those of settings in the section `train`.
+    """
     for name in names:
         value = getattr(config, name)
         inside = 0 < value if least is None else least <= value
@@ -351,7 +414,7 @@ def check_range(config, *names: str, least: float | None = None) -> None:
 
 
 def mean_square(x: Array) -> Array:
-    """Return the mean over all axes but B, [B] fp32."""
+    """Return the mean of the squares over all axes but B, [B] fp32."""
     return jnp.mean(jnp.square(x.astype(jnp.float32)), axis=tuple(range(1, x.ndim)))
 
 
@@ -362,29 +425,23 @@ def objective(
     trainable: Flat,
     lagged: dict[str, Flat],
     frozen,
-    x0,
-    worse,
-    text: TextBatch,
-    video,
-    weight,
-    valid,
-    sigma,
-    timestep,
-    draw,
-    key,
+    rows: FinishedRows,
 ) -> tuple[Array, FlowMetrics]:
-    """Return the sum of the loss over the valid rows of one micro-batch at one draw, and metrics.
-
-    The arrays from x0 on are those of `FinishedBatch` without their first axes: [B] and [B, ...].
+    """Return the sum of the loss over the valid rows of one micro-batch at one draw, and its
+    metrics. guidance: of all velocities. lagged: the copies of earlier weights.
     """
-    noise = sample_noise(key, video, draw, x0.shape[1:])
-    if worse is not None:  # one noise and one level for both of a pair
-        x0, noise = pair(x0, worse), pair(noise, noise)
+    # x_s and the true velocity; the two videos of a pair have one noise and one level
+    x0, text, sigma, timestep = rows.x0, rows.text, rows.sigma, rows.timestep
+    noise = sample_noise(rows.key, rows.video, rows.draw, x0.shape[1:])
+    if rows.worse is not None:
+        x0, noise = pair(x0, rows.worse), pair(noise, noise)
         sigma, timestep = pair(sigma, sigma), pair(timestep, timestep)
         text = dataclasses.replace(text, embeddings=pair(text.embeddings, text.embeddings))
     s = per_sample(sigma, x0)
-    x, target = (1 - s) * x0 + s * noise, noise - x0
+    x = (1 - s) * x0 + s * noise
+    target = noise - x0
 
+    # velocities of the policy and of the models that it is compared with
     def velocity_of(module):
         return velocity(module, x, timestep, text, guidance)
 
@@ -400,14 +457,17 @@ def objective(
     v_kl = v_reference if method.kl_copy is None else v_lagged[method.kl_copy]
     kl = jnp.zeros_like(error) if v_kl is None else kl_to_reference(v, v_kl, None, kind="velocity")
 
-    loss, more = method.loss(Rows(x, x0, sigma, v, v_lagged, v_reference, error, target, weight))
-    if worse is not None:
+    # the loss of each row; the KL of a pair is that of the better video
+    loss, more = method.loss(
+        Rows(x, x0, sigma, v, v_lagged, v_reference, error, target, rows.weight)
+    )
+    if rows.worse is not None:
         error, kl = error[::2], kl[::2]
     if method.kl_weight:
         loss = loss + method.kl_weight * kl
 
     def total(values):
-        return jnp.sum(jnp.where(valid, values, 0.0))
+        return jnp.sum(jnp.where(rows.valid, values, 0.0))
 
     more = {name: total(more[name]) for name in method.logs}
     metrics = FlowMetrics(total(1.0), total(loss), total(error), total(kl), more)
@@ -415,15 +475,16 @@ def objective(
 
 
 def gather(latents: Sequence[Array], videos: np.ndarray, mesh: jax.sharding.Mesh) -> Array:
-    """Return the latents of videos [M, B], [M, B, ...] fp32. latents: the rollout's batches, in
-    order.
+    """Return the latents of videos, [M, B, F, H, W, C] fp32.
+
+    latents: [B, F, H, W, C] of each rollout batch, in order. videos: int [M, B], their numbers.
     """
     sharding, size = sharding_lib.batch_sharding(mesh), len(latents[0])
 
-    def batch(row):
+    def batch(row: np.ndarray) -> Array:
         whole = len(row) == size and row[0] % size == 0
         if whole and np.array_equal(row, row[0] + np.arange(size)):
-            return latents[row[0] // size]  # as it was sampled
+            return latents[row[0] // size]  # a rollout batch as it was sampled
         numbers = sharding_lib.place(row.astype(np.int32), sharding_lib.replicated(mesh))
         return branch(latents, numbers, sharding)
 
@@ -438,9 +499,15 @@ def stack(
     epoch_key: Array,
     mesh: jax.sharding.Mesh,
 ) -> FinishedBatch:
-    """Return one optimiser step's batch.
+    """Return the batch of one optimiser step.
 
-    selected: one of `Selection.batches`; latents: the rollout's; texts: one a micro-batch.
+    Args:
+        selected: one of `Selection.batches`.
+        latents: the final latents of each rollout batch.
+        texts: the text of each micro-batch.
+        levels: the noise levels of all videos of the epoch.
+        epoch_key: JAX key of the epoch.
+        mesh: of the arrays.
     """
     sharding = sharding_lib.batch_sharding(mesh)
     sigma, timestep = (

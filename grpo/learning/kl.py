@@ -1,6 +1,6 @@
-"""The KL to a reference model: how it is measured, and how its weight adapts.
+"""The KL to a reference model: its measures, and the adaptation of its weight.
 
-"Reference" is the base model, or an average of the trained weights where a method keeps one.
+The reference is the base model, or an average of the trained weights where a method keeps one.
 """
 
 import dataclasses
@@ -12,35 +12,38 @@ from grpo.settings.choices import KL_KINDS
 from wan_jax.diffusion import sde
 
 Array = jax.Array
-KL_DECAY = 0.9  # of the average that an adaptive weight follows
+KL_DECAY = 0.9  # decay of the average KL that an adaptive weight follows
 
 
 def kl_to_reference(mean: Array, mean_ref: Array, std: Array | None, *, kind: str) -> Array:
-    """How far the policy's step is from the reference model's: a mean over all but B, [B].
+    """Return the distance of the policy's step from the reference model's, fp32 [B]: a mean over
+    all axes but B. `step_kl` passes the arguments that each kind needs.
 
-    kind         first two   third        result
-    'flow_grpo'  means       g sqrt(-dt)  mean((mu - mu_ref)^2) / (2 std^2), the Gaussians' KL per
-                 dimension
-    'sigma'      means       g            the same without dt, as in Flow-GRPO's image recipes
-    'x'          means       unused       mean((mu - mu_ref)^2)
-    'velocity'   velocities  unused       mean((v - v_ref)^2)
+    kind         mean, mean_ref [B, ...]  std [B]      result
+    'flow_grpo'  means of the step        g sqrt(-dt)  mean((mu - mu_ref)^2) / (2 std^2), the KL of
+                                                       the Gaussians per dimension
+    'sigma'      means of the step        g            the same without dt, as in Flow-GRPO's image
+                                                       recipes
+    'x'          means of the step        unused       mean((mu - mu_ref)^2)
+    'velocity'   velocities               unused       mean((v - v_ref)^2)
 
-    Where a divisor is 0 (a deterministic step) the result and its gradient are 0. `step_kl` passes
-    the right arguments for each kind. Raises ValueError on another kind.
+    Where std is 0 (a deterministic step) the result and its gradient are 0. Raises ValueError on an
+    unknown kind.
     """
     check_kind(kind)
     difference = mean.astype(jnp.float32) - mean_ref.astype(jnp.float32)
     squared = jnp.mean(difference * difference, axis=tuple(range(1, difference.ndim)))  # [B]
     if kind in ("x", "velocity"):
         return squared
+    assert std is not None, f"kind={kind!r} needs std"
     std = jnp.broadcast_to(jnp.asarray(std, jnp.float32), squared.shape)
     safe = jnp.where(std > 0, std, 1.0)
     return jnp.where(std > 0, squared / (2.0 * safe * safe), 0.0)
 
 
 def step_kl(x: Array, velocity: Array, velocity_ref: Array, step: tuple, kind: str) -> Array:
-    """`kl_to_reference` of a step from x [B, ...], [B]. step: (sigma, sigma_next, g, preserving) of
-    `sde_mean_std`.
+    """Return `kl_to_reference` of a step from x [B, ...] with the velocities of policy and reference
+    [B, ...], fp32 [B]. step: (sigma, sigma_next, g, preserving) as `sde.sde_mean_std` takes them.
     """
     if kind == "velocity":
         return kl_to_reference(velocity, velocity_ref, None, kind=kind)
@@ -51,20 +54,22 @@ def step_kl(x: Array, velocity: Array, velocity_ref: Array, step: tuple, kind: s
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KLControl:
-    """The state of an adaptive KL weight, fp32 [] both."""
+    """The state of an adaptive KL weight: the weight, and the average of the KL over the updates so
+    far, fp32 [] each.
+    """
 
     weight: Array
-    average: Array  # of the KL over the updates so far
+    average: Array
 
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveKL:
-    """A KL weight that follows the KL: from `first` on, so that the KL stays near `target`.
+    """Adapts the weight of the KL so that the KL approaches `target`. The weight starts at `first`.
 
-    After an update whose mean KL was k, with the average a = 0.9 a + 0.1 k of those so far,
-    weight *= exp((a - target) / target / horizon), within `bounds`: a KL twice the target raises
-    the weight by e in `horizon` updates (Pref-GRPO's code; Ziegler et al., arXiv 1909.08593, have
-    the same with a linear step). Raises ValueError on values that cannot adapt.
+    An update with mean KL k changes the average a = 0.9 a + 0.1 k and then the weight by the factor
+    exp((a - target) / target / horizon), within `bounds`: a KL of twice the target multiplies the
+    weight by e in `horizon` updates (Pref-GRPO's code; Ziegler et al., arXiv 1909.08593, use a
+    linear step). Raises ValueError on values with which the weight cannot adapt.
     """
 
     first: float
@@ -90,14 +95,15 @@ class AdaptiveKL:
         return KLControl(jnp.asarray(self.first, jnp.float32), jnp.zeros((), jnp.float32))
 
     def step(self, control: KLControl, kl: Array, first: Array) -> KLControl:
-        """Return the control after an update whose mean KL was `kl`. first: bool [], whether it was
-        the first update.
+        """Return the control after an update with mean KL `kl`, fp32 []. first: bool [], whether it
+        was the first update.
         """
         average = jnp.where(first, kl, KL_DECAY * control.average + (1 - KL_DECAY) * kl)
         weight = control.weight * jnp.exp((average - self.target) / self.target / self.horizon)
         return KLControl(jnp.clip(weight, *self.bounds), average)
 
 
-def check_kind(kind):
+def check_kind(kind: str) -> None:
+    """Raise ValueError where a kind of KL is unknown."""
     if kind not in KL_KINDS:
         raise ValueError(f"KL kind={kind!r} is unknown; choose one of {', '.join(KL_KINDS)}")

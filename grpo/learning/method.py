@@ -1,15 +1,16 @@
-"""What a training method is: everything in which methods differ, behind one class.
+"""The interface of a training method: everything in which methods differ.
 
-A method is one file in `grpo/methods/`, named as `train.method` names it, with a class `METHOD`.
-Most derive from `grpo.learning.flow_matching.FlowMatching`, which trains on finished videos and asks
-a new method for little more than its loss. Nothing outside of `grpo/methods/` asks which method runs:
+A method is one file in `grpo/methods/`, with the name that `train.method` has and a class `METHOD`.
+Most derive from `grpo.learning.flow_matching.FlowMatching`, which trains on finished videos and
+leaves little more than the loss to a new method. No code outside of `grpo/methods/` depends on the
+name of the method. The main members:
 
-    check           refuses a recipe's settings that do not go together
-    from_recipe     builds the method from a recipe
-    lagged, sampler which copies of earlier weights the run keeps, and whether one of them samples
-    keeps_steps     whether a rollout keeps its stochastic steps, or only the finished latents
-    make_gradient   the gradient of one optimiser step, to be jitted
-    batches         what the optimiser steps of an epoch train on, from its rewards
+    check            refuses settings that contradict each other
+    from_recipe      builds the method from a recipe
+    lagged, sampler  the copies of earlier weights that a run keeps, and the one that samples
+    keeps_steps      whether a rollout keeps its stochastic steps, or only the final latents
+    make_gradient    the gradient of one optimiser step, to be jitted
+    batches          the batches of an epoch's optimiser steps, from the credit of its videos
 """
 
 import abc
@@ -27,63 +28,81 @@ if TYPE_CHECKING:
     from grpo.rollout import StepTable
     from grpo.run import RunSpec
     from grpo.sampling import RolloutBatch
+    from grpo.settings.schema import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
 class Method(abc.ABC):
-    """A training method with its settings. Subclasses add fields, and `METHOD` names the class."""
+    """A training method with its settings, which subclasses declare as fields.
+
+    Class attributes:
+        name: the value of train.method, and the name of the file.
+        default_kl_weight: where train.kl_weight is None.
+        reads: keys of the settings that this method reads, but not every method.
+        variants: keys of the settings that choose a variant of this method.
+        on_advantages: whether it trains on advantages, not on ranks of rewards.
+        keeps_steps: whether the rollout keeps its stochastic steps.
+        pairs: whether a row of a batch is a pair of a better and a worse video.
+        one_per_group: whether it trains on one row of each group.
+    """
 
     name: ClassVar[str]
-    default_kl_weight: ClassVar[float] = 0.0  # where train.kl_weight is None
-    reads: ClassVar[tuple[str, ...]] = ()  # settings that only some methods read, and this one does
-    variants: ClassVar[tuple[str, ...]] = ()  # settings that choose a variant of this method
-    on_advantages: ClassVar[bool] = False  # else it ranks videos by their rewards themselves
+    default_kl_weight: ClassVar[float] = 0.0
+    reads: ClassVar[tuple[str, ...]] = ()
+    variants: ClassVar[tuple[str, ...]] = ()
+    on_advantages: ClassVar[bool] = False
     keeps_steps: ClassVar[bool] = False
-    importance: ClassVar[bool] = False  # whether each step counts by what it brought the video
-    pairs: ClassVar[bool] = False  # whether a row of a batch is a better and a worse video
-    one_per_group: ClassVar[bool] = False  # whether it trains on one row of each group
+    pairs: ClassVar[bool] = False
+    one_per_group: ClassVar[bool] = False
 
     @classmethod
-    def check(cls, recipe) -> None:
-        """Raise `UserError` where settings do not go together under this method."""
+    def check(cls, recipe: "Recipe") -> None:
+        """Raise `UserError` where settings contradict each other under this method."""
         return None
 
     @classmethod
     @abc.abstractmethod
-    def from_recipe(cls, recipe) -> "Method":
-        """Return the method of a checked recipe. Raises ValueError, naming key and value."""
+    def from_recipe(cls, recipe: "Recipe") -> "Method":
+        """Return the method with the settings of a checked recipe. Raises ValueError with the key
+        and the value of a setting that the method cannot have.
+        """
 
     # ---- weights -----------------------------------------------------------------------------
     @property
     def lagged(self) -> tuple[str, ...]:
-        """Names of the copies of earlier weights that the run's state keeps."""
+        """The names of the copies of earlier weights in the run's state."""
         return ()
 
     @property
     def sampler(self) -> str | None:
-        """The copy that samples an epoch's videos; None: the trained weights."""
+        """The name of the copy that samples the videos; None: the trained weights sample."""
         return None
 
     def share_kept(self, update: int, last: bool) -> dict[str, float]:
-        """Return how much of itself each copy keeps in an optimiser step: 1, it stays as it is; 0,
-        it becomes the new weights. update: the run's, from 1; last: of its epoch.
+        """Return the share of itself that each lagged copy keeps in an optimiser step, by name. 1: it
+        does not change. 0: it becomes the new weights.
+
+        update: number of the optimiser step in the run, from 1. last: whether it is the last one of
+        its epoch.
         """
         return {}
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the base model's velocity is computed, beside that of the trained weights."""
+        """Whether training computes the velocity of the base model."""
         return False
 
     @property
     def adaptive_kl(self) -> "AdaptiveKL | None":
-        """How the weight of the KL adapts; None: it stays."""
+        """The rule by which the weight of the KL adapts; None: it is constant."""
         return None
 
     # ---- the rollout -------------------------------------------------------------------------
     @property
     def levels(self) -> int | None:
-        """Noise levels that each video is trained at; None: its stochastic steps are trained."""
+        """Number of noise levels at which each video is trained; None: its stochastic steps are
+        trained.
+        """
         return None
 
     @property
@@ -93,12 +112,19 @@ class Method(abc.ABC):
 
     @property
     def keeps_latents(self) -> bool:
-        """Whether the epoch keeps its finished latents."""
+        """Whether the epoch keeps its final latents."""
         return not self.keeps_steps
 
     @property
+    def importance(self) -> bool:
+        """Whether each step is weighted by the progress of the video in it."""
+        return False
+
+    @property
     def sampling_kl(self) -> str | None:
-        """The kind of KL that is measured while sampling, as part of the reward; None: none."""
+        """The kind of KL that is measured while sampling, as part of the reward; None: no KL is
+        measured then.
+        """
         return None
 
     @property
@@ -110,18 +136,22 @@ class Method(abc.ABC):
     @property
     @abc.abstractmethod
     def passes(self) -> int:
-        """Forward passes that one row of an update is worth: three of the policy, one of each
+        """The cost of one row of an update, in forward passes: three for the policy, one for each
         other model.
         """
 
     @abc.abstractmethod
     def gradient_keys(self, spec: "RunSpec") -> tuple[Any, ...]:
-        """Return, for each expert, what its gradient depends on: equal ones share a function."""
+        """Return the values that the gradient of each expert depends on. Experts with equal values
+        share a function.
+        """
 
     @abc.abstractmethod
     def make_gradient(self, policy: "Policy", table: "StepTable", key: Any) -> Callable:
-        """Return (trainable, `update.Held`, frozen, batch) -> (mean gradient, metrics), where
-        metrics has `count`, `kl` and `averages()`.
+        """Return the function (trainable, `optimiser.GradientInputs`, frozen, batch) -> (mean
+        gradient, metrics). The metrics have `count`, `kl` and `averages()`.
+
+        key: one of `gradient_keys`.
         """
 
     @abc.abstractmethod
@@ -130,16 +160,18 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def epoch_shapes(self, functions: "Functions") -> tuple:
-        """Return what an epoch's rollout leaves on the devices, as abstract arrays."""
+        """Return the arrays that the rollout of an epoch leaves on the devices, abstract."""
 
     def step_shapes(self, functions: "Functions") -> list:
-        """Return what a batch under way keeps of its steps, as abstract arrays."""
+        """Return the arrays that the rollout of a batch keeps of its steps until they are stacked,
+        abstract.
+        """
         return []
 
     @abc.abstractmethod
     def rollout_passes(self, spec: "RunSpec", expert: int) -> float:
-        """Return how many of the rollout's forward passes of a batch one forward of all an epoch's
-        updates is worth, for each of the expert's steps.
+        """Return the cost of one forward pass of all rows of an epoch's updates at one step or noise
+        level of an expert, in the rollout's forward passes of a batch.
         """
 
     @abc.abstractmethod
@@ -152,26 +184,26 @@ class Method(abc.ABC):
         credit: "Credit",
         update: int,
     ) -> Iterator[tuple[np.ndarray, Any, dict[str, float]]]:
-        """Yield, for each optimiser step of the expert of a segment, the numbers of the videos that
-        count, the batch, and `share_kept`. update: how many the expert has made so far.
+        """Yield (numbers of the videos that count, batch, `share_kept`) for each optimiser step of
+        the expert of a segment. update: number of optimiser steps of the expert so far.
         """
 
     def check_first(self, values: dict[str, float], epoch: int) -> dict[str, float]:
         """Return further values to log of an expert's first update of an epoch. Raises `UserError`
-        where they show that rollout and update disagree.
+        where its values show that rollout and update disagree.
         """
         return {}
 
     def log_sampled(self, rollout: "RolloutBatch", expert: str, videos: range) -> dict[str, float]:
-        """Return values to log of every update that were measured while sampling."""
+        """Return values of `videos` that were measured while sampling, to log with every update."""
         return {}
 
     def warning(self, record: dict) -> str | None:
-        """Return what to say of an epoch's record, or None."""
+        """Return a warning about the record of an epoch's updates, or None."""
         return None
 
 
-def kl_weight(method: type[Method], recipe) -> float:
-    """Return `train.kl_weight`, or the method's own default where that is None."""
+def kl_weight(method: type[Method], recipe: "Recipe") -> float:
+    """Return `train.kl_weight`, or the method's default where that is None."""
     weight = recipe.train.kl_weight
     return method.default_kl_weight if weight is None else weight

@@ -1,18 +1,19 @@
-"""The optimiser step and the state that it changes, the same for every method.
+"""The optimiser step and the state that it changes, for all methods.
 
-One jitted function computes a method's gradient over all micro-batches (`Method.make_gradient`) and
-applies AdamW, the moving average and the copies of earlier weights.
+One jitted function computes a method's gradient over all micro-batches (`Method.make_gradient`),
+applies AdamW, and updates the moving average and the copies of earlier weights.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from grpo.learning import abstract
 from grpo.learning.kl import AdaptiveKL, KLControl
 from grpo.learning.policy import COMPILER_OPTIONS, Flat, Policy
 from wan_jax.distributed import sharding as sharding_lib
@@ -20,6 +21,10 @@ from wan_jax.distributed import sharding as sharding_lib
 
 @dataclasses.dataclass(frozen=True)
 class OptimiserConfig:
+    """Settings of the optimiser and of the moving average, as in the section `train` of a recipe.
+    Raises ValueError, with the key and the value, on values that cannot train.
+    """
+
     learning_rate: float = 1e-4
     warmup_updates: int = 0
     adam_b1: float = 0.9
@@ -32,7 +37,7 @@ class OptimiserConfig:
     def __post_init__(self):
         if not 0 < self.learning_rate < 1:
             raise ValueError(
-                f"train.learning_rate={self.learning_rate} must lie between 0 and 1; 1e-4 is usual"
+                f"train.learning_rate={self.learning_rate} must be between 0 and 1; 1e-4 is usual"
             )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(
@@ -47,42 +52,58 @@ class OptimiserConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What training changes; all arrays fp32 but the counters."""
+    """The state that training changes. All arrays but the counters are fp32.
+
+    Attributes:
+        trainable: the trained arrays by name.
+        opt: the state of the optimiser: (clipping's, AdamW's).
+        ema: the moving average of the trained arrays.
+        updates: int32 [], number of optimiser steps so far.
+        kl: state of the KL's weight where it adapts.
+        lagged: the copies of earlier weights by name (`Method.lagged`).
+    """
 
     trainable: Flat
-    opt: optax.OptState
+    opt: Any
     ema: Flat
-    updates: jax.Array  # int32 [], optimiser steps so far
-    kl: KLControl | None = None  # where the weight of the KL adapts
-    # copies of earlier weights by name, where the method keeps any (`Method.lagged`)
+    updates: jax.Array
+    kl: KLControl | None = None
     lagged: dict[str, Flat] = dataclasses.field(default_factory=dict)
 
     @property
-    def held(self) -> "Held":
-        return Held(self.kl.weight if self.kl else None, self.lagged)
+    def gradient_inputs(self) -> "GradientInputs":
+        """The part of the state that a gradient may need besides the trained arrays."""
+        return GradientInputs(self.kl.weight if self.kl else None, self.lagged)
 
 
-class Held(NamedTuple):
-    """What a gradient may need of the state beside the trained weights."""
+class GradientInputs(NamedTuple):
+    """The state that a gradient may need besides the trained arrays.
 
-    kl_weight: jax.Array | None  # fp32 [], instead of the method's
+    Attributes:
+        kl_weight: fp32 [], used instead of the method's; None: the method's.
+        lagged: the copies of earlier weights by name.
+    """
+
+    kl_weight: jax.Array | None
     lagged: dict[str, Flat]
 
 
 def make_optimiser(config: OptimiserConfig) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW (Loshchilov & Hutter, arXiv 1711.05101), with a linear
-    warm-up.
+    """Return clipping of the global norm, followed by AdamW (Loshchilov & Hutter, arXiv 1711.05101)
+    with a linear warm-up.
     """
     return optax.chain(clipping(config), adamw(config))
 
 
 def clipping(config: OptimiserConfig) -> optax.GradientTransformation:
-    """Needs all gradients at once, and has no state."""
+    """Return the clipping of the global norm. It needs the gradients of all arrays and has no
+    state.
+    """
     return optax.clip_by_global_norm(config.max_grad_norm)
 
 
 def adamw(config: OptimiserConfig) -> optax.GradientTransformation:
-    """Works on each array by itself."""
+    """Return AdamW, which treats each array independently."""
     rate = config.learning_rate
     if config.warmup_updates:
         rate = optax.linear_schedule(rate / config.warmup_updates, rate, config.warmup_updates - 1)
@@ -101,16 +122,21 @@ def init_state(
     adaptive_kl: AdaptiveKL | None = None,
     lagged: Sequence[str] = (),
 ) -> TrainState:
-    """Return a fresh state: the average and the lagged copies start as copies of the weights.
+    """Return the state before the first update. The average and the lagged copies start as copies of
+    the weights.
 
-    All of it is placed on the weights' mesh as it is after an update, so the update compiles once.
+    All arrays have the shardings that they have after an update, on the weights' mesh, so that the
+    update is compiled once.
     """
 
     def fresh(trainable):
-        kl = adaptive_kl and adaptive_kl.init()
+        kl = adaptive_kl.init() if adaptive_kl else None
         return make_optimiser(config).init(trainable), jnp.zeros((), jnp.int32), kl
 
-    mesh = next(iter(trainable.values())).sharding.mesh
+    sharding = next(iter(trainable.values())).sharding
+    assert isinstance(sharding, jax.sharding.NamedSharding), sharding
+    mesh = sharding.mesh
+    assert isinstance(mesh, jax.sharding.Mesh), mesh
     shardings = sharding_lib.param_shardings(jax.eval_shape(fresh, trainable), mesh)
     opt, updates, kl = jax.jit(fresh, out_shardings=shardings)(trainable)
     ema, copies = jax.tree.map(jnp.copy, (trainable, dict.fromkeys(lagged, trainable)))
@@ -123,15 +149,15 @@ def state_shapes(
     adaptive_kl: AdaptiveKL | None = None,
     lagged: Sequence[str] = (),
 ) -> TrainState:
-    """Return `init_state` without arrays: a TrainState of `jax.ShapeDtypeStruct`s."""
-    shapes = policy.trainable
+    """Return the state of `init_state` with abstract arrays."""
+    shapes: Any = policy.trainable
     return TrainState(
         trainable=shapes,
         opt=jax.eval_shape(make_optimiser(config).init, shapes),
         ema=shapes,
-        updates=jax.ShapeDtypeStruct((), jnp.int32),
+        updates=abstract.array((), jnp.int32),
         kl=jax.eval_shape(adaptive_kl.init) if adaptive_kl else None,
-        lagged=dict.fromkeys(lagged, shapes),
+        lagged={name: shapes for name in lagged},
     )
 
 
@@ -142,30 +168,33 @@ def apply_gradient(
     grads: Flat,
     share_kept: Mapping[str, jax.Array],
 ) -> tuple[TrainState, Flat]:
-    """Return the state after one optimiser step, and what was added to the weights.
+    """Return the state after one optimiser step, and the changes of the weights.
 
-    The average begins fast: it keeps at most (1 + n) / (10 + n) of itself in update n. A lagged
-    copy keeps `share_kept` of itself, fp32 []; the rest is new.
+    In update n the average keeps min((1 + n) / (10 + n), ema_decay) of itself, and a lagged copy
+    keeps its `share_kept`, fp32 []. The rest is the new weights.
     """
-    updates, opt = optimiser.update(grads, state.opt, state.trainable)
-    trainable = optax.apply_updates(state.trainable, updates)
+    changes: Any
+    changes, opt = optimiser.update(grads, state.opt, state.trainable)
+    trainable: Any = optax.apply_updates(state.trainable, changes)
     count = state.updates + 1
     decay = jnp.minimum((1 + count) / (10 + count), ema_decay)
     ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, trainable)
     lagged = {}
     for name, copy in state.lagged.items():
-        kept = share_kept[name]
-        lagged[name] = jax.tree.map(lambda o, p, k=kept: k * o + (1 - k) * p, copy, trainable)
-    return TrainState(trainable, opt, ema, count, state.kl, lagged), updates
+        share = share_kept[name]
+        lagged[name] = jax.tree.map(
+            lambda old, new, share=share: share * old + (1 - share) * new, copy, trainable
+        )
+    return TrainState(trainable, opt, ema, count, state.kl, lagged), changes
 
 
 def adapt_kl(
     kl: KLControl | None, updates: jax.Array, metrics, adaptive_kl: AdaptiveKL | None
 ) -> KLControl | None:
-    """Return the KL's control after another update than the `updates` so far; None where it does
-    not adapt.
+    """Return the KL's control after one more update than `updates`, int32 []; None where the weight
+    does not adapt. metrics: of that update, with sums `kl` and `count`.
     """
-    if kl is None:
+    if kl is None or adaptive_kl is None:
         return None
     return adaptive_kl.step(kl, metrics.kl / jnp.maximum(metrics.count, 1.0), updates == 0)
 
@@ -179,13 +208,20 @@ def make_update(
     adaptive_kl: AdaptiveKL | None = None,
     lagged: Sequence[str] = (),
 ) -> Callable:
-    """Return the jitted update: (TrainState, frozen, batch, share_kept) -> (TrainState, metrics,
+    """Return the jitted update (TrainState, frozen, batch, share_kept) -> (TrainState, metrics,
     norms). It donates the state.
 
-    gradient: `Method.make_gradient`'s. share_kept: {name: float} of the lagged copies. norms:
-    {'grad_norm', 'update_norm'}, fp32 scalars, the gradient's before clipping; and 'kl_weight', the
-    one it had, where that adapts. mesh: of the state; the new one is then placed as the old one,
-    where XLA would split biases by its own choice and the next call compile again.
+    share_kept: {name: float} of the lagged copies. norms: fp32 scalars 'grad_norm', before clipping,
+    'update_norm', and 'kl_weight', the weight that was used, where it adapts.
+
+    Args:
+        gradient: the result of `Method.make_gradient`.
+        policy: its structure.
+        config: settings of the optimiser.
+        mesh: of the state. The new state then has the shardings of the old one; otherwise XLA may
+            choose others, and the next call is compiled again.
+        adaptive_kl: the rule by which the KL's weight adapts.
+        lagged: names of the copies of earlier weights.
     """
     optimiser = make_optimiser(config)
     state = state_shapes(policy, config, adaptive_kl, lagged)
@@ -198,9 +234,9 @@ def make_update(
         compiler_options=COMPILER_OPTIONS,
     )
     def update(state: TrainState, frozen, batch, share_kept=None):
-        grads, metrics = gradient(state.trainable, state.held, frozen, batch)
-        new, updates = apply_gradient(optimiser, config.ema_decay, state, grads, share_kept or {})
-        norms = {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
+        grads, metrics = gradient(state.trainable, state.gradient_inputs, frozen, batch)
+        new, changes = apply_gradient(optimiser, config.ema_decay, state, grads, share_kept or {})
+        norms = {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(changes)}
         norms |= {"kl_weight": state.kl.weight} if state.kl else {}
         kl = adapt_kl(state.kl, state.updates, metrics, adaptive_kl)
         return dataclasses.replace(new, kl=kl), metrics, norms

@@ -1,8 +1,8 @@
-"""The policy: the transformer, what of it is trained, and the reference it is held near.
+"""The policy: the transformer, its trained arrays, and the reference of the KL.
 
-With LoRA the trained arrays are the adapters, and the reference is the same frozen arrays without
-them. With full fine-tuning the trained arrays are fp32 copies of all weights, cast to the model's
-dtypes where they are used, and the reference is the frozen original.
+With LoRA the trained arrays are the adapters, and the reference is the same frozen weights without
+them. In full fine-tuning the trained arrays are fp32 copies of all weights, which are cast to the
+model's dtypes before use, and the reference is the frozen original.
 """
 
 import dataclasses
@@ -22,13 +22,15 @@ from wan_jax.models.transformer import WanTransformer3D
 
 Flat = dict[str, jax.Array]
 
-# Of rollout and update. XLA may otherwise leave out roundings to bfloat16 inside what it fuses,
-# which differs between the two: without the first option the first update's ratio was off by 6e-4
-# (bfloat16, 2048 latents a video), with it by 2e-5. Large products are the vendor's library's
-# (cuBLASLt, hipBLASLt), where bias, GELU and the adapters' share are part of the product; Triton's
-# would leave them to kernels of their own. Products that share a factor are not merged: the last
-# layers of policy and reference were, their bias then came after the rounding, and the ratio was
-# off by 2e-4.
+# Compiler options of rollout and update, which make both round alike. Deviations are those of the
+# importance ratio from 1 in the first update.
+# - excess precision: XLA otherwise omits roundings to bfloat16 inside fused operations, which differ
+#   between rollout and update (6e-4 in bfloat16 with 2048 latents a video; 2e-5 with the option).
+# - Triton, cublaslt: large products use the vendor's library (cuBLASLt, hipBLASLt), which includes
+#   bias, GELU and the adapters' part in the product. Triton's products need kernels of their own for
+#   them.
+# - dot merger: products with a common factor are not merged. The last layers of policy and reference
+#   were; their bias was then added after the rounding (2e-4).
 COMPILER_OPTIONS = {
     "xla_allow_excess_precision": False,
     "xla_gpu_enable_triton_gemm": False,
@@ -39,37 +41,47 @@ COMPILER_OPTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Static structure only; the arrays travel beside it: `trainable` (flat dict, fp32) and
-    `frozen` (an nnx.State).
+    """The static structure of the policy. Its arrays are separate: `trainable`, fp32 by name, and
+    `frozen`, an nnx.State.
+
+    Attributes:
+        base_graph: graph of the transformer without adapters.
+        graph: graph of the transformer with adapters; equal to base_graph in full fine-tuning.
+        adapters: abstract state of the adapters; None in full fine-tuning.
+        base: abstract state of the transformer without adapters.
+        lora: the adapters' configuration; None in full fine-tuning.
     """
 
     base_graph: nnx.GraphDef
-    graph: nnx.GraphDef  # with adapters; equal to base_graph without LoRA
-    adapters: nnx.State | None  # abstract LoRA state, None for full fine-tuning
-    base: nnx.State  # abstract base state
+    graph: nnx.GraphDef
+    adapters: nnx.State | None
+    base: nnx.State
     lora: LoRAConfig | None
 
     @property
     def trainable(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the trained arrays, fp32."""
+        """The trained arrays, abstract fp32, by name."""
         arrays = flat_params.flatten(self.base if self.adapters is None else self.adapters)
         return {path: jax.ShapeDtypeStruct(x.shape, jnp.float32) for path, x in arrays.items()}
 
     def module(self, trainable: Flat, frozen: nnx.State) -> WanTransformer3D:
-        """The transformer under training."""
+        """Return the transformer with the trained arrays."""
         if self.adapters is not None:
-            return nnx.merge(self.graph, flat_params.unflatten(self.adapters, trainable), frozen)
+            return merge(self.graph, flat_params.unflatten(self.adapters, trainable), frozen)
         dtypes = {path: leaf.dtype for path, leaf in flat_params.flatten(self.base).items()}
-        return nnx.merge(
-            self.graph,
-            flat_params.unflatten(
-                self.base, {k: v.astype(dtypes[k]) for k, v in trainable.items()}
-            ),
-        )
+        cast = {path: x.astype(dtypes[path]) for path, x in trainable.items()}
+        return merge(self.graph, flat_params.unflatten(self.base, cast))
 
     def reference(self, frozen: nnx.State) -> WanTransformer3D:
-        """The transformer before training."""
-        return nnx.merge(self.base_graph, frozen)
+        """Return the transformer before training."""
+        return merge(self.base_graph, frozen)
+
+
+def merge(graph: nnx.GraphDef, *states: nnx.State) -> WanTransformer3D:
+    """Return the transformer of a graph and its states."""
+    module = nnx.merge(graph, *states)
+    assert isinstance(module, WanTransformer3D)
+    return module
 
 
 @functools.cache
@@ -82,10 +94,11 @@ def make_structure(
     remat: str,
     mesh=None,
 ) -> Policy:
-    """The policy without arrays: enough to trace, lower and compile what it takes part in. mesh: as
-    of its arrays.
+    """Return the structure of the policy, to trace, lower and compile functions with.
+
+    lora: None for full fine-tuning. dtype: of weights and products. mesh: of the arrays.
     """
-    key = jax.random.key(0)  # of adapters that are never drawn
+    key = jax.random.key(0)  # unused: no array is drawn
 
     def structure(lora):
         return nnx.eval_shape(
@@ -110,8 +123,10 @@ def make_policy(
     attention: str,
     remat: str,
 ) -> tuple[Policy, Flat]:
-    """The policy and its initial trainable arrays, placed on the mesh. `frozen` is the loaded base
-    state.
+    """Return the policy and its initial trained arrays, placed on the mesh.
+
+    frozen: the loaded state of the transformer. key: of the adapters' initial values. The other
+    arguments are those of `make_structure`.
     """
     policy = make_structure(
         config, lora=lora, dtype=dtype, attention=attention, remat=remat, mesh=mesh
@@ -126,9 +141,8 @@ def make_policy(
     return policy, sharding_lib.shard_params(trainable, mesh)
 
 
-def _build(
-    config, lora: LoRAConfig | None, key, dtype, attention: str, remat: str
-) -> WanTransformer3D:
+def _build(config, lora: LoRAConfig | None, key, dtype, attention: str, remat: str) -> nnx.Module:
+    """Return the transformer, with adapters where `lora` is not None."""
     model = WanTransformer3D(
         config, dtype=dtype, attention=attention, remat=remat, rngs=nnx.Rngs(0)
     )

@@ -1,8 +1,8 @@
-"""The GRPO objective on (sample, timestep) rows, as pure functions.
+"""The GRPO objective on rows, as pure functions.
 
-Every row is one denoising step of one video: the policy is the Gaussian of `wan_jax.diffusion.sde`,
-its action is x_next. All inputs and results are per row, [B]; a mask says which rows count, so
-batches keep their shape.
+A row is one denoising step of one video. The policy is the Gaussian of `wan_jax.diffusion.sde`, its
+action is x_next. All inputs and results have one value or array a row, [B] or [B, ...]. A mask marks
+the rows that count, so that batches have one shape.
 """
 
 import dataclasses
@@ -19,30 +19,38 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Flow-GRPO's published settings for Wan. Advantages are expected to be clipped already.
+    """The configuration of the loss; the defaults are Flow-GRPO's published settings for Wan.
 
-    objective, with d = log-prob - old log-prob, A the advantage, std the step's, D = mean((mu - mu_old)^2) / (2 std^2):
+    The objectives, with log-ratio d = log-prob - log-prob at rollout, advantage A (clipped before),
+    standard deviation std of the step, and D = mean((mu - mu at rollout)^2) / (2 std^2):
+
     'clip'      GRPO's clipped ratio r = exp(d).
-    'unscaled'  the same with r = exp(2 std^2 d), the density without its variance, as the code of
-                CPS has it
-                (arXiv 2509.05952): a step's noise does not change how far a change of the mean
-                moves r.
-    'guard'     GRPO-Guard (arXiv 2510.22319): r = exp(std (d + D)), whose mean stays at 1, and a
-                loss divided by -dt,
-                so that all steps have gradients of one size. D is each sample's own, where the
-                authors' code takes one for the whole batch. Published clip range 2e-6, no KL.
-    'dppo'      Flow-DPPO: no clip; a row is left out once D >= divergence and its ratio has moved
-                the way A asks for.
+    'unscaled'  the same with r = exp(2 std^2 d), the density without its variance (as in the code
+                of CPS, arXiv 2509.05952): the effect of a change of the mean on r does not depend
+                on the step's noise.
+    'guard'     GRPO-Guard (arXiv 2510.22319): r = exp(std (d + D)), which has a mean of 1, and a
+                loss divided by -dt, so that the gradients of all steps have one scale. D is
+                computed for each sample; the authors' code has one D for the batch. Published with
+                a clip range of 2e-6 and without KL.
+    'dppo'      Flow-DPPO: no clip. A row is left out where D >= divergence and its ratio has moved
+                in the direction of A.
 
-    distill_weight: of mean((v - v_teacher)^2), where the teacher is the reference at guidance
-    `distill_guidance` and v the policy's velocity without guidance: guidance distilled into the
-    model (Meng et al., arXiv 2210.03142).
+    Raises ValueError, with the name and the value, on values that cannot train.
 
-    reference_decay: the KL is to an average of the trained weights that keeps so much of itself in
-    every update; None: to the base model.
-
-    kl_target: kl_beta is only the first weight of the KL, and `kl.AdaptiveKL` changes it; None: it
-    stays.
+    Attributes:
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        kl_beta: weight of the KL.
+        kl_kind: measure of the KL (`kl.kl_to_reference`).
+        objective: one of those above.
+        divergence: bound of D, for 'dppo'.
+        kl_target: the KL that its weight is adapted to, from kl_beta on (`kl.AdaptiveKL`); None:
+            the weight is constant.
+        kl_horizon, kl_range: horizon and bounds of `kl.AdaptiveKL`.
+        distill_weight: weight of mean((v - v_teacher)^2), with v the policy's velocity without
+            guidance. It distils guidance into the model (Meng et al., arXiv 2210.03142).
+        distill_guidance: guidance of the teacher, which is the base model.
+        reference_decay: the share of itself that the reference of the KL, an average of the
+            trained weights, keeps in every update; None: the reference is the base model.
     """
 
     clip_low: float = 1e-3
@@ -69,7 +77,7 @@ class LossConfig:
                 f"kl_beta={self.kl_beta}: must be finite and >= 0; 0 switches the reference off"
             )
         check_kind(self.kl_kind)
-        _ = self.adaptive_kl  # raises where it cannot adapt
+        self.make_adaptive_kl()  # raises where the weight cannot adapt
         if not 0 <= self.distill_weight < float("inf"):
             raise ValueError(
                 f"distill_weight={self.distill_weight}: must be finite and >= 0; 0 switches it off"
@@ -88,55 +96,76 @@ class LossConfig:
         if not self.divergence > 0:
             raise ValueError(f"divergence={self.divergence}: must be > 0; 1e-5 is usual")
 
-    @property
-    def adaptive_kl(self) -> AdaptiveKL | None:
-        """How the weight of the KL adapts; None: it stays."""
+    def make_adaptive_kl(self) -> AdaptiveKL | None:
+        """Return the rule by which the weight of the KL adapts; None: it is constant."""
         if self.kl_target is None:
             return None
-        return AdaptiveKL(self.kl_beta, self.kl_target, self.kl_horizon, tuple(self.kl_range))
+        return AdaptiveKL(self.kl_beta, self.kl_target, self.kl_horizon, self.kl_range)
 
     @property
     def needs_old_mean(self) -> bool:
+        """Whether the objective needs the means of the steps at rollout."""
         return self.objective in ("guard", "dppo")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """What the rollout left behind for the update: B steps, possibly of different videos and
-    different i.
+    """B denoising steps as the rollout made them, which may be of different videos and different
+    steps of the schedule.
+
+    Attributes:
+        x: [B, ...] fp32, the latents before the step.
+        x_next: [B, ...] fp32, the latents that were drawn.
+        old_log_prob: [B] fp32, of x_next at rollout.
+        advantages: [B] fp32.
+        sigma, sigma_next: [B] fp32, noise levels before and after the step.
+        g: [B] fp32, `sde.diffusion_coefficient` of the step; above 0 where mask is True.
+        mask: [B] bool, rows that count.
+        old_mean: [B, ...] fp32, the mean of the step at rollout, where the objective needs it.
+        weight: [B] fp32, weight of the step. The policy loss is multiplied by it, the KL by its
+            square. None: 1.
+        preserving: whether the mean of the step is that of CPS.
     """
 
-    x: Array  # [B, ...] fp32, the latent the step started from
-    x_next: Array  # [B, ...] fp32, the latent that was drawn
-    old_log_prob: Array  # [B] fp32, at rollout
-    advantages: Array  # [B] fp32
-    sigma: Array  # [B] fp32
-    sigma_next: Array  # [B] fp32
-    g: Array  # [B] fp32, `sde.diffusion_coefficient` at the step; > 0 where mask is True
-    mask: Array  # [B] bool, rows that count
-    old_mean: Array | None = None  # [B, ...] fp32 at rollout, where the objective needs it
-    # [B] fp32, the step's credit: of the policy loss, and its square of the KL
+    x: Array
+    x_next: Array
+    old_log_prob: Array
+    advantages: Array
+    sigma: Array
+    sigma_next: Array
+    g: Array
+    mask: Array
+    old_mean: Array | None = None
     weight: Array | None = None
-    preserving: bool = dataclasses.field(default=False, metadata={"static": True})  # CPS' mean
+    preserving: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossMetrics:
-    """Sums over the counted rows, one shared count, so micro-batches and devices can be added up
-    exactly.
+    """Sums over the rows that count, with their number, so that micro-batches and devices can be
+    added exactly. fp32 [] each.
+
+    Attributes:
+        count: number of rows.
+        ratio: sum of the ratios.
+        ratio_min, ratio_max: bounds of the ratios.
+        clipped: number of rows with a ratio outside the clip range; for 'dppo' of rows left out.
+        approx_kl: sum of (log-prob - log-prob at rollout)^2 / 2.
+        policy_loss: its sum.
+        kl: sum of the KL without its weight.
+        distillation: sum of mean((v - v_teacher)^2), where guidance is distilled.
     """
 
-    count: Array  # rows
-    ratio: Array  # sum of policy ratios
+    count: Array
+    ratio: Array
     ratio_min: Array
     ratio_max: Array
-    clipped: Array  # rows whose ratio is outside the clip range; of 'dppo' rows left out
-    approx_kl: Array  # sum of (log-prob - old log-prob)^2 / 2
-    policy_loss: Array  # sum
-    kl: Array  # sum of the penalty before beta
-    # sum of the squares before their weight, where guidance is distilled
+    clipped: Array
+    approx_kl: Array
+    policy_loss: Array
+    kl: Array
     distillation: Array | None = None
 
     @classmethod
@@ -156,6 +185,7 @@ class LossMetrics:
         )
 
     def merge(self, other: "LossMetrics") -> "LossMetrics":
+        """Return the metrics of the rows of both."""
         total = jax.tree.map(jnp.add, self, other)
         return dataclasses.replace(
             total,
@@ -164,28 +194,31 @@ class LossMetrics:
         )
 
     def averages(self) -> dict[str, float]:
-        """For logging, on the host. With no rows the averages are 0 and the ratio's bounds
-        infinite.
+        """Return the means for the log, on the host. Without rows the means are 0 and the bounds of
+        the ratio infinite.
         """
-        n = max(float(self.count), 1.0)
-        return {
-            "ratio_mean": float(self.ratio) / n,
+        rows = max(float(self.count), 1.0)
+        means = {
+            "ratio_mean": float(self.ratio) / rows,
             "ratio_min": float(self.ratio_min),
             "ratio_max": float(self.ratio_max),
-            "clip_fraction": float(self.clipped) / n,
-            "approx_kl": float(self.approx_kl) / n,
-            "policy_loss": float(self.policy_loss) / n,
-            "kl": float(self.kl) / n,
-        } | ({} if self.distillation is None else {"distillation": float(self.distillation) / n})
+            "clip_fraction": float(self.clipped) / rows,
+            "approx_kl": float(self.approx_kl) / rows,
+            "policy_loss": float(self.policy_loss) / rows,
+            "kl": float(self.kl) / rows,
+        }
+        if self.distillation is not None:
+            means["distillation"] = float(self.distillation) / rows
+        return means
 
 
 def clipped_loss(
     log_ratio: Array, advantages: Array, clip_low: float, clip_high: float
 ) -> tuple[Array, Array]:
-    """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), [B], and r = exp(log_ratio), [B].
+    """Return (max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), r) with r = exp(log_ratio), [B]
+    each: GRPO's objective (arXiv 2402.03300, eq. 3) for each row, as a loss to minimise.
 
-    GRPO (arXiv 2402.03300, eq. 3), per row and as a loss to minimise. Where the clip binds the
-    gradient is 0.
+    log_ratio [B], advantages A [B]. The gradient is 0 where the clipped term is the maximum.
     """
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
@@ -193,8 +226,8 @@ def clipped_loss(
 
 
 def masked_mean(values: Array, mask: Array) -> Array:
-    """Mean of values [B] where mask [B] is True; 0 when nothing is counted. Other values may be
-    NaN.
+    """Return the mean of values [B] where mask [B] is True, fp32 []; 0 where no row counts. Masked
+    values may be NaN.
     """
     return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
 
@@ -207,14 +240,18 @@ def policy_gradient_terms(
     kl_beta: Array | None = None,
     teacher: Array | None = None,
 ) -> tuple[Array, LossMetrics]:
-    """The loss of each row, clipped policy loss + kl_beta * KL, [B], and the metrics of the counted
-    rows.
+    """Return (policy loss + kl_beta * KL of each row, [B]; metrics of the rows that count).
 
-    kl_beta fp32 []: in place of the configuration's. teacher [B, ...]: the velocity that is
-    distilled. velocity [B, ...] is the policy's, the one to differentiate; velocity_ref the
-    reference model's, None without a KL term. Reduce with `masked_mean(loss, rows.mask)`, or sum
-    and divide by a count that spans micro-batches. Raises ValueError when kl_beta > 0 and
-    velocity_ref is None.
+    Reduce the loss with `masked_mean(loss, rows.mask)`, or sum it and divide by a count that spans
+    micro-batches. Raises ValueError where config.kl_beta > 0 and velocity_ref is None.
+
+    Args:
+        rows: the steps.
+        velocity: [B, ...], the policy's, to be differentiated.
+        velocity_ref: [B, ...], the reference model's; None without a KL.
+        config: the configuration.
+        kl_beta: fp32 [], weight of the KL; None: the configuration's.
+        teacher: [B, ...], the velocity that is distilled; None without distillation.
     """
     if config.kl_beta > 0 and velocity_ref is None:
         raise ValueError(
@@ -223,19 +260,22 @@ def policy_gradient_terms(
     step = rows.sigma, rows.sigma_next, rows.g, rows.preserving
     mean, std = sde.sde_mean_std(rows.x, velocity, *step)
     log_prob = sde.log_prob(rows.x_next, mean, std)  # [B]
-    policy_loss, ratio, bounded = policy_term(rows, log_prob, mean, std, config)
+    # the policy loss, and the KL
+    policy_loss, ratio, clipped = policy_term(rows, log_prob, mean, std, config)
     kl = jnp.zeros_like(policy_loss)
     if velocity_ref is not None:
         kl = step_kl(rows.x, velocity, jax.lax.stop_gradient(velocity_ref), step, config.kl_kind)
     if rows.weight is not None:
-        policy_loss, kl = rows.weight * policy_loss, rows.weight**2 * kl
-    metrics = _metrics(rows, log_prob, ratio, bounded, policy_loss, kl)
+        policy_loss = rows.weight * policy_loss
+        kl = rows.weight**2 * kl
+    metrics = _metrics(rows, log_prob, ratio, clipped, policy_loss, kl)
     loss = policy_loss + (config.kl_beta if kl_beta is None else kl_beta) * kl
+    # distillation of guidance
     if teacher is not None:
-        apart = kl_to_reference(velocity, jax.lax.stop_gradient(teacher), None, kind="velocity")
-        loss += config.distill_weight * apart
+        error = kl_to_reference(velocity, jax.lax.stop_gradient(teacher), None, kind="velocity")
+        loss += config.distill_weight * error
         metrics = dataclasses.replace(
-            metrics, distillation=jnp.sum(jnp.where(rows.mask, apart, 0.0))
+            metrics, distillation=jnp.sum(jnp.where(rows.mask, error, 0.0))
         )
     return loss, jax.lax.stop_gradient(metrics)
 
@@ -243,32 +283,36 @@ def policy_gradient_terms(
 def policy_term(
     rows: Rows, log_prob: Array, mean: Array, std: Array, config: LossConfig
 ) -> tuple[Array, Array, Array]:
-    """The objective's policy loss of each row, its ratio, and whether the ratio is outside the clip
-    range (of 'dppo': whether the row is left out), [B] each: `LossConfig` has the formulas.
+    """Return (policy loss, ratio, whether the ratio is outside the clip range) of each row, [B] each,
+    with the formulas of `LossConfig`. For 'dppo' the third is whether the row is left out.
 
     log_prob [B], mean [B, ...] and std [B] are the current policy's at rows.x.
     """
     log_ratio = log_prob - rows.old_log_prob
-    divergence = None
-    if config.needs_old_mean:
-        # [B], of the two Gaussians
-        divergence = kl_to_reference(mean, rows.old_mean, std, kind="flow_grpo")
     if config.objective == "dppo":
         ratio = jnp.exp(log_ratio)
         moved = ((ratio > 1) & (rows.advantages > 0)) | ((ratio < 1) & (rows.advantages < 0))
-        left_out = moved & (divergence >= config.divergence)
+        left_out = moved & (_divergence(rows, mean, std) >= config.divergence)
         return jnp.where(left_out, 0.0, -rows.advantages * ratio), ratio, left_out
     if config.objective == "unscaled":
         log_ratio = 2.0 * std * std * log_ratio
     elif config.objective == "guard":
-        log_ratio = std * (log_ratio + divergence)
+        log_ratio = std * (log_ratio + _divergence(rows, mean, std))
     loss, ratio = clipped_loss(log_ratio, rows.advantages, config.clip_low, config.clip_high)
     if config.objective == "guard":
         loss = loss / (rows.sigma - rows.sigma_next)
     return loss, ratio, (ratio < 1.0 - config.clip_low) | (ratio > 1.0 + config.clip_high)
 
 
-def _metrics(rows, log_prob, ratio, bounded, policy_loss, kl) -> LossMetrics:
+def _divergence(rows: Rows, mean: Array, std: Array) -> Array:
+    """Return D of `LossConfig`, the KL between the Gaussians of the step now and at rollout, [B]."""
+    assert rows.old_mean is not None, "the objective needs rows.old_mean"
+    return kl_to_reference(mean, rows.old_mean, std, kind="flow_grpo")
+
+
+def _metrics(
+    rows: Rows, log_prob: Array, ratio: Array, clipped: Array, policy_loss: Array, kl: Array
+) -> LossMetrics:
     def total(values):
         return jnp.sum(jnp.where(rows.mask, values, 0.0))
 
@@ -277,7 +321,7 @@ def _metrics(rows, log_prob, ratio, bounded, policy_loss, kl) -> LossMetrics:
         ratio=total(ratio),
         ratio_min=jnp.min(jnp.where(rows.mask, ratio, jnp.inf)),
         ratio_max=jnp.max(jnp.where(rows.mask, ratio, -jnp.inf)),
-        clipped=total(bounded),
+        clipped=total(clipped),
         approx_kl=total(0.5 * (log_prob - rows.old_log_prob) ** 2),
         policy_loss=total(policy_loss),
         kl=total(kl),

@@ -1,7 +1,8 @@
-"""Which videos a method trains on, and with what weight, from the rewards of their groups.
+"""Selection of the videos that a method trains on, with their weights, from the rewards of their
+groups.
 
-Host-side NumPy, the same on every process. Nothing is removed: a video or pair that does not count
-is masked, so that batches keep their shape.
+NumPy on the host, the same on every process. A video or pair that does not count is masked, never
+removed, so that batches have one shape.
 """
 
 import dataclasses
@@ -11,45 +12,55 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """What an epoch trains on: R videos or, with `worse`, pairs; or batches of them, [M, B]."""
+    """R videos, or pairs of videos, that an epoch trains on; or a batch of them, [M, B] each.
 
-    videos: np.ndarray  # [R] int, numbers in the epoch; of a pair the better one
-    worse: np.ndarray | None  # [R] int, the other one of each pair
-    weight: np.ndarray  # [R] float32
-    valid: np.ndarray  # [R] bool
+    Attributes:
+        videos: int [R], numbers in the epoch; in pairs those of the better videos.
+        worse: int [R], the other video of each pair; None: videos, not pairs.
+        weight: float32 [R].
+        valid: bool [R], whether the row counts.
+    """
+
+    videos: np.ndarray
+    worse: np.ndarray | None
+    weight: np.ndarray
+    valid: np.ndarray
 
     @property
     def numbers(self) -> np.ndarray:
-        """The videos that count, in any order."""
+        """The numbers of the videos that count, in any order."""
         videos = self.videos if self.worse is None else np.stack([self.videos, self.worse], -1)
         return videos[self.valid].ravel()
 
     def batches(self, updates: int, batch: int, shards: int) -> list["Selection"]:
-        """One Selection for each of the epoch's updates, arrays [M, B] of `layout`. What fills up
-        the last batch is not valid.
+        """Return a Selection for each of the epoch's updates, with arrays [M, B] of `layout`. Rows
+        that fill up the last micro-batch are not valid.
         """
         each = len(self.videos) // updates
         micro, size = layout(len(self.videos), updates, batch, shards)
         place = np.arange(micro * size)
+        filled = place < each
 
-        def batched(part, values):
-            return None if values is None else values[part].reshape(micro, size)
+        def batched(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+            return values[rows].reshape(micro, size)
 
-        parts = [update * each + place % each for update in range(updates)]
-        return [
-            Selection(
-                batched(part, self.videos),
-                batched(part, self.worse),
-                batched(part, self.weight),
-                batched(part, self.valid) & (place < each).reshape(micro, size),
+        selections = []
+        for update in range(updates):
+            rows = update * each + place % each
+            selections.append(
+                Selection(
+                    videos=batched(self.videos, rows),
+                    worse=None if self.worse is None else batched(self.worse, rows),
+                    weight=batched(self.weight, rows),
+                    valid=batched(self.valid, rows) & filled.reshape(micro, size),
+                )
             )
-            for part in parts
-        ]
+        return selections
 
 
 def layout(rows: int, updates: int, batch: int, shards: int) -> tuple[int, int]:
-    """(M, B): the fewest micro-batches of at most `batch` rows for rows / updates rows, and the
-    smallest size that holds them and divides over `shards`.
+    """Return (M, B) for rows / updates rows: the fewest micro-batches of at most `batch` rows, and
+    the smallest size that contains them and is a multiple of `shards`.
     """
     each = rows // updates
     micro = -(-each // batch)
@@ -59,10 +70,13 @@ def layout(rows: int, updates: int, batch: int, shards: int) -> tuple[int, int]:
 def best_and_worst(
     rewards: np.ndarray, valid: np.ndarray, size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Numbers of each group's best and worst valid video, the first of equals, int [G], and whether
-    they differ, [G].
+    """Return the numbers of each group's best and worst valid videos, int [G] each, and whether their
+    rewards differ, bool [G]. Of equal videos the first one is taken.
+
+    rewards [N] float, valid [N] bool: of groups of `size` videos, one after the other.
     """
-    high, low = (np.where(valid, rewards, end).reshape(-1, size) for end in (-np.inf, np.inf))
+    high = np.where(valid, rewards, -np.inf).reshape(-1, size)
+    low = np.where(valid, rewards, np.inf).reshape(-1, size)
     first = np.arange(len(high)) * size
     return (
         first + high.argmax(axis=1),

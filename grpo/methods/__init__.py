@@ -1,4 +1,6 @@
-"""The training methods, a file each; `train.method` is a file's name. Imports no JAX by itself."""
+"""The training methods, one file each. `train.method` is the name of a file. Importing this module
+does not import JAX.
+"""
 
 import functools
 import importlib
@@ -27,13 +29,15 @@ def all_methods() -> list[type[Method]]:
 
 
 def kl_weight(name: str, weight: float | None) -> float:
-    """Return `train.kl_weight`, or where that is None the default of a method."""
+    """Return `weight`, the value of `train.kl_weight`, or where it is None a method's default."""
     return method_class(name).default_kl_weight if weight is None else weight
 
 
 def check_variants(recipe) -> None:
-    """Raise `UserError` where a setting that chooses a variant of another method is not at its
-    default: the run would not be what its recipe says.
+    """Raise `UserError` where a setting that chooses a variant of another method does not have its
+    default value, because the run would not be of that variant.
+
+    recipe: a `grpo.settings.schema.Recipe`, or a ConfigDict with the same keys.
     """
     from grpo.settings.schema import SETTINGS, values_of
 
@@ -42,7 +46,7 @@ def check_variants(recipe) -> None:
         for key in set(method.variants) - set(method_class(name).variants):
             if values[key] != SETTINGS[key].default:
                 raise UserError(
-                    f"config.{key}={values[key]} is of train.method={method.name}: set "
+                    f"config.{key}={values[key]} belongs to train.method={method.name}: set "
                     f"--config.train.method={method.name}, or with train.method={name} leave it at "
                     f"{SETTINGS[key].default}"
                 )

@@ -1,30 +1,37 @@
-"""Flow-DPO (Liu et al., arXiv 2501.13918): the best video of each group against the worst."""
+"""Flow-DPO (Liu et al., arXiv 2501.13918): the best video of each group is preferred to the worst."""
 
 import dataclasses
 
 import jax
 import numpy as np
 
+from grpo.credit import Credit
 from grpo.learning.flow_matching import FlowMatching, Rows, check_range, mean_square
 from grpo.learning.selection import Selection, best_and_worst
+from grpo.settings.schema import Recipe
 
 Array = jax.Array
+REFERENCE = "old"  # the lagged copy that is the reference, as checkpoints name it
 
 
 @dataclasses.dataclass(frozen=True)
 class DPO(FlowMatching):
-    """The reference is the base model, or with reference_every > 0 the policy as it was copied
-    every so many updates (online DPO).
+    """Trains on pairs with a preference loss. The reference is the base model, or a copy of the
+    policy that is renewed every `reference_every` updates (online DPO).
+
+    Attributes:
+        beta: train.dpo_beta.
+        reference_every: 0: the reference is the base model.
     """
 
-    beta: float = 100.0  # train.dpo_beta
+    beta: float = 100.0
     reference_every: int = 0
 
     name = "dpo"
     reads = (*FlowMatching.reads, "train.dpo_beta", "train.reference_every")
     pairs = True
     one_per_group = True
-    logs = ("preferred",)  # pairs with a negative margin
+    logs = ("preferred",)  # share of the pairs with a negative margin
 
     def __post_init__(self):
         super().__post_init__()
@@ -32,9 +39,9 @@ class DPO(FlowMatching):
         check_range(self, "reference_every", least=0)
 
     @classmethod
-    def settings(cls, recipe) -> dict:
+    def settings(cls, recipe: Recipe) -> dict:
         train = recipe.train
-        # DPO's reference is in its loss: it has no further KL
+        # the reference is part of the loss, so there is no further KL
         return {
             "beta": train.dpo_beta,
             "reference_every": train.reference_every,
@@ -43,7 +50,7 @@ class DPO(FlowMatching):
 
     @property
     def lagged(self) -> tuple[str, ...]:
-        return ("old",) if self.reference_every else ()
+        return (REFERENCE,) if self.reference_every else ()
 
     @property
     def needs_reference(self) -> bool:
@@ -51,23 +58,25 @@ class DPO(FlowMatching):
 
     def share_kept(self, update: int, last: bool) -> dict[str, float]:
         every = self.reference_every
-        return {"old": 1.0 if update % every else 0.0} if every else {}
+        return {REFERENCE: 1.0 if update % every else 0.0} if every else {}
 
-    def select(self, credit, group_size: int) -> Selection:
+    def select(self, credit: Credit, group_size: int) -> Selection:
         best, worst, differ = best_and_worst(credit.value, credit.spread, group_size)
         return Selection(best, worst, np.ones(len(best), np.float32), differ)
 
     def loss(self, rows: Rows) -> tuple[Array, dict[str, Array]]:
-        reference = rows.v_lagged["old"] if self.reference_every else rows.v_reference
+        reference = rows.v_lagged[REFERENCE] if self.reference_every else rows.v_reference
+        assert reference is not None, "needs_reference"
         excess = rows.error - mean_square(reference - rows.target)
         margin = excess[::2] - excess[1::2]
         return dpo_loss(margin, self.beta), {"preferred": margin < 0}
 
 
 def dpo_loss(margin: Array, beta: float) -> Array:
-    """-log sigmoid(-beta / 2 margin), [B] (Flow-DPO, arXiv 2501.13918, with a constant beta).
-    margin [B]: how much more than the reference's the policy's error is on the better video, less
-    the same on the worse.
+    """Return -log sigmoid(-beta / 2 margin), [B] (Flow-DPO, arXiv 2501.13918, with a constant beta).
+
+    margin [B]: the policy's error minus the reference's on the better video, minus the same on the
+    worse one.
     """
     return -jax.nn.log_sigmoid(-0.5 * beta * margin)
 

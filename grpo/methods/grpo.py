@@ -1,9 +1,10 @@
 """Flow-GRPO (Liu et al., arXiv 2505.05470) and its variants: policy gradients of stochastic steps.
 
-A row of the update is one stochastic step of one video: the policy is the Gaussian of
+A row of the update is one stochastic step of one video. The policy is the Gaussian of
 `wan_jax.diffusion.sde`, its action is the latent that was drawn. A micro-batch is a rollout batch:
-the same forward on the same batch layout as when its samples were drawn, so the first update's ratio
-is 1 to float precision. Videos that failed to score are masked, never removed.
+the update computes the same forward pass on the same batch layout as the rollout, so in the first
+update the importance ratio is 1 up to rounding. Videos that failed to score are masked, never
+removed.
 """
 
 import dataclasses
@@ -17,42 +18,86 @@ import numpy as np
 
 from grpo.advantages import step_advantages
 from grpo.credit import Credit, advantage_options
+from grpo.learning import abstract
 from grpo.learning.kl import AdaptiveKL
 from grpo.learning.method import Method, kl_weight
-from grpo.learning.optimiser import Held
+from grpo.learning.optimiser import GradientInputs
 from grpo.learning.policy import Flat, Policy
 from grpo.learning.policy_loss import LossConfig, LossMetrics, Rows, policy_gradient_terms
 from grpo.rollout import StepTable, Trajectory
 from grpo.sde_windows import ONE_PER_GROUP
+from grpo.settings.schema import Recipe
 from wan_jax.diffusion.experts import guidances
-from wan_jax.diffusion.guidance import velocity
+from wan_jax.diffusion.guidance import TextBatch, velocity
 from wan_jax.errors import UserError
 
-AVERAGE = "old"  # the average that the KL is to with train.kl_reference=average
-# |ratio - 1| on policy where train.ratio_tolerance is None. In bfloat16 the two programs may round
-# in other places: 1e-7 to 6e-6 seen on an H200 at full size, 6e-4 where XLA had merged products. A
-# wrong step or text is far above.
+# the lagged copy that is the reference with train.kl_reference=average, as checkpoints name it
+AVERAGE = "old"
+# Bound of the deviation of the importance ratio from 1 in the first update, where
+# train.ratio_tolerance is None. In bfloat16 rollout and update may round differently: 1e-7 to 6e-6
+# was measured on an H200 at full size, 6e-4 where XLA had merged products. A wrong step or text gives
+# far more.
 RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-3}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PolicyBatch:
-    """M micro-batches of one optimiser step."""
+    """M micro-batches of one optimiser step.
 
-    # its arrays with a leading axis M (text embeddings [M, B, St, text_dim], negative [M, ...])
+    Attributes:
+        trajectory: arrays with a leading axis M (text embeddings [M, B, St, text_dim], negative
+            [M, ...]).
+        advantages: [M, B] fp32, or [M, K, B] where they differ between steps.
+        valid: [M, B] bool, videos that count.
+    """
+
     trajectory: Trajectory
-    advantages: jax.Array  # [M, B] fp32, or [M, K, B]: each step's own
-    valid: jax.Array  # [M, B] bool: False leaves a sample out of the mean
+    advantages: jax.Array
+    valid: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """One stochastic step of each video of a micro-batch.
+
+    Attributes:
+        x, x_next: [B, ...] fp32, latents before the step and as drawn.
+        log_prob: [B] fp32, at rollout.
+        index: int32 [], or [B] where it differs between videos: of the step in the schedule.
+        mean: [B, ...] fp32, of the step at rollout, where the objective needs it.
+        text: of the videos.
+        advantages: [B] fp32.
+        valid: [B] bool.
+    """
+
+    x: jax.Array
+    x_next: jax.Array
+    log_prob: jax.Array
+    index: jax.Array
+    mean: jax.Array | None
+    text: TextBatch
+    advantages: jax.Array
+    valid: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class GRPO(Method):
-    """Flow-GRPO: see `LossConfig` for the objectives."""
+    """Flow-GRPO and its variants.
+
+    Attributes:
+        policy_loss: the loss, with its objectives.
+        kl_in_reward: weight of the KL that is subtracted from the reward of each step; 0: the KL is
+            part of the loss.
+        step_importance: whether each step is weighted by the progress of the video in it
+            (train.credit=otca).
+        ratio_tolerance: bound of the deviation of the importance ratio from 1 in the first update.
+    """
 
     policy_loss: LossConfig = dataclasses.field(default_factory=LossConfig)
-    kl_in_reward: float = 0.0  # what the KL of a step takes off its reward, a multiple of it
-    importance: bool = False  # train.credit=otca: each step counts by what it brought the video
+    kl_in_reward: float = 0.0
+    step_importance: bool = False
     ratio_tolerance: float = 1e-4
 
     name = "grpo"
@@ -91,7 +136,7 @@ class GRPO(Method):
     )
 
     @classmethod
-    def check(cls, recipe) -> None:
+    def check(cls, recipe: Recipe) -> None:
         check_steps(recipe)
         check_selection(recipe)
         check_kl(recipe, kl_weight(cls, recipe))
@@ -105,10 +150,13 @@ class GRPO(Method):
             )
 
     @classmethod
-    def from_recipe(cls, recipe) -> "GRPO":
+    def from_recipe(cls, recipe: Recipe) -> "GRPO":
         train, weight = recipe.train, kl_weight(cls, recipe)
-        in_reward, averaged = train.kl_as == "reward", train.kl_reference == "average"
+        in_reward = train.kl_as == "reward"
+        averaged = train.kl_reference == "average"
         tolerance = train.ratio_tolerance
+        if tolerance is None:
+            tolerance = RATIO_TOLERANCE[recipe.model.dtype]
         return cls(
             policy_loss=LossConfig(
                 clip_low=train.clip_low,
@@ -119,13 +167,13 @@ class GRPO(Method):
                 divergence=train.divergence,
                 kl_target=train.kl_target,
                 kl_horizon=train.kl_horizon,
-                kl_range=tuple(train.kl_weight_range),
+                kl_range=train.kl_weight_range,
                 distill_weight=train.cfg_distill_weight,
                 reference_decay=train.kl_reference_decay if averaged else None,
             ),
             kl_in_reward=weight if in_reward else 0.0,
-            importance=train.credit == "otca",
-            ratio_tolerance=RATIO_TOLERANCE[recipe.model.dtype] if tolerance is None else tolerance,
+            step_importance=train.credit == "otca",
+            ratio_tolerance=tolerance,
         )
 
     # ---- weights -----------------------------------------------------------------------------
@@ -134,7 +182,8 @@ class GRPO(Method):
         return () if self.policy_loss.reference_decay is None else (AVERAGE,)
 
     def share_kept(self, update: int, last: bool) -> dict[str, float]:
-        return dict.fromkeys(self.lagged, self.policy_loss.reference_decay)
+        decay = self.policy_loss.reference_decay
+        return {} if decay is None else {AVERAGE: decay}
 
     @property
     def needs_reference(self) -> bool:
@@ -144,7 +193,7 @@ class GRPO(Method):
 
     @property
     def adaptive_kl(self) -> AdaptiveKL | None:
-        return self.policy_loss.adaptive_kl
+        return self.policy_loss.make_adaptive_kl()
 
     # ---- the rollout -------------------------------------------------------------------------
     @property
@@ -156,13 +205,17 @@ class GRPO(Method):
         return self.importance
 
     @property
+    def importance(self) -> bool:
+        return self.step_importance
+
+    @property
     def sampling_kl(self) -> str | None:
         return self.policy_loss.kl_kind if self.kl_in_reward else None
 
     # ---- the update --------------------------------------------------------------------------
     @property
     def passes(self) -> int:
-        """A teacher has guidance, for two; so is the reference that is run while sampling."""
+        """The cost of one row. The teacher has guidance, which makes two forward passes."""
         loss = self.policy_loss
         with_kl = loss.kl_beta > 0 or self.kl_in_reward > 0
         return 3 + with_kl + 2 * (loss.distill_weight > 0)
@@ -178,7 +231,7 @@ class GRPO(Method):
         return tuple(zip(spec.sampling_guidance, losses))
 
     def make_gradient(self, policy: Policy, table: StepTable, key: Any) -> Callable:
-        """key: (guidance of the policy's velocity, LossConfig)."""
+        """Return the gradient. key: (guidance of the policy's velocity, LossConfig)."""
         return make_gradient(policy, table, *key)
 
     # ---- abstract arrays ---------------------------------------------------------------------
@@ -189,19 +242,19 @@ class GRPO(Method):
         steps = (spec.trained_steps(expert),) if by_step else ()
         return PolicyBatch(
             trajectory=functions.trajectory(expert, m),
-            advantages=jax.ShapeDtypeStruct((m, *steps, b), jnp.float32),
-            valid=jax.ShapeDtypeStruct((m, b), bool),
+            advantages=abstract.array((m, *steps, b), jnp.float32),
+            valid=abstract.array((m, b), bool),
         )
 
     def epoch_shapes(self, functions) -> tuple:
         spec, batches = functions.spec, functions.spec.settings.batches
-        finished = (functions.latents(),) * batches if self.importance else ()
-        kept = [functions.trajectory(i) for i in spec.trained_experts for _ in range(batches)]
-        return (*kept, *finished)
+        latents = (functions.latents(),) * batches if self.importance else ()
+        steps = [functions.trajectory(i) for i in spec.trained_experts for _ in range(batches)]
+        return (*steps, *latents)
 
     def step_shapes(self, functions) -> list:
-        """What the batch under way keeps of its steps before they are stacked; the host dispatches
-        one batch ahead, so it may be there while another is decoded.
+        """Return the arrays that the rollout of a batch keeps of its steps until they are stacked.
+        The host dispatches one batch ahead, so they exist while another batch is decoded.
         """
         spec = functions.spec
         most = max(map(spec.trained_steps, range(len(spec.preset.experts))))
@@ -214,12 +267,14 @@ class GRPO(Method):
     def batches(
         self, spec, epoch: int, segment: int, rollout, credit: Credit, update: int
     ) -> Iterator[tuple[np.ndarray, PolicyBatch, dict[str, float]]]:
-        """An update whose videos are all from groups without spread is left out, though its KL
-        would have a gradient.
+        """Yield the batches. An update in which all videos are from groups with equal rewards is
+        left out, although its KL would have a gradient.
         """
         settings, expert = spec.settings, spec.segments[segment].expert
-        name, numbers = spec.preset.experts[expert], np.arange(settings.videos)
+        name = spec.preset.experts[expert]
+        numbers = np.arange(settings.videos)
         in_segment = np.isin(numbers, spec.windows.videos(segment))
+        # advantages of videos, or of their steps
         advantages = credit.advantages
         if self.kl_in_reward:
             advantages = step_advantages(
@@ -232,12 +287,14 @@ class GRPO(Method):
             )
         if self.importance:
             advantages = advantages * rollout.importance[name]
+        # by rollout batch: advantages [batches, (K,) B], the others [batches, B]
         batches = settings.batches
-        # [batches, (K,) B]
         advantages = np.moveaxis(advantages.reshape(*advantages.shape[:-1], batches, -1), -2, 0)
         counted = (in_segment & credit.counted).reshape(batches, -1)
-        spread, numbers = credit.spread.reshape(batches, -1), numbers.reshape(batches, -1)
+        spread = credit.spread.reshape(batches, -1)
+        numbers = numbers.reshape(batches, -1)
         trajectories = rollout.trajectories[name]
+        # the rollout batches of each optimiser step
         for chosen in credit.order[spec.update_batches(expert)]:
             if (counted & spread)[chosen].any():
                 update += 1
@@ -250,9 +307,9 @@ class GRPO(Method):
         error = max(values["ratio_max"] - 1, 1 - values["ratio_min"])
         if error > self.ratio_tolerance:
             raise UserError(
-                f"epoch {epoch}: the first update's ratio differs from 1 by {error:.2e}, more than "
-                f"train.ratio_tolerance={self.ratio_tolerance:g}: rollout and update disagree, "
-                "gradients would be wrong"
+                f"epoch {epoch}: the importance ratio deviates from 1 by {error:.2e} in the first "
+                f"update, more than train.ratio_tolerance={self.ratio_tolerance:g}: rollout and "
+                "update disagree, gradients would be wrong"
             )
         return {"ratio_max_error": error}
 
@@ -262,15 +319,16 @@ class GRPO(Method):
         return {"kl": float(np.nanmean(rollout.kl[expert][:, list(videos)]))}
 
     def warning(self, record: dict) -> str | None:
-        """Where rounding alone moves the ratio as far as the clip range."""
+        """Return a warning where rounding alone moves the ratio out of the clip range."""
         loss, error = self.policy_loss, record.get("ratio_max_error", 0.0)
         clip = min(loss.clip_low, loss.clip_high)
         if loss.objective == "dppo" or error < clip:
             return None
         return (
-            f"warning: the first update's ratio differs from 1 by {error:.1e}, the clip range is "
-            f"{clip:g}: rounding alone is clipped, and learning is slower for it. Raise "
-            "--config.train.clip_low and clip_high, or set --config.model.dtype=float32"
+            f"warning: the importance ratio deviates from 1 by {error:.1e} in the first update, and "
+            f"the clip range is {clip:g}: ratios are clipped because of rounding, which slows "
+            "learning. Raise --config.train.clip_low and clip_high, or set "
+            "--config.model.dtype=float32"
         )
 
 
@@ -278,8 +336,8 @@ METHOD = GRPO
 
 
 # ---- checks of a recipe --------------------------------------------------------------------------
-def check_steps(recipe) -> None:
-    """Raise `UserError` where the stochastic steps do not fit in the schedule, or are too few."""
+def check_steps(recipe: Recipe) -> None:
+    """Raise `UserError` where the stochastic steps do not fit into the schedule, or are too few."""
     sample = recipe.sample
     low, high = sample.sde_range
     if not (0 <= low < high <= sample.steps and 1 <= sample.sde_steps <= high - low):
@@ -294,31 +352,31 @@ def check_steps(recipe) -> None:
         )
     if recipe.train.credit == "otca" and sample.sde_steps < 2:
         raise UserError(
-            "config.train.credit=otca shares a video's advantage among its trained steps, and "
+            "config.train.credit=otca divides a video's advantage among its trained steps, and "
             f"sample.sde_steps={sample.sde_steps} leaves one: raise it, or choose another credit"
         )
 
 
-def check_kl(recipe, weight: float) -> None:
-    """Raise `UserError` where the place of the KL and its reference do not go with the rest."""
+def check_kl(recipe: Recipe, weight: float) -> None:
+    """Raise `UserError` where train.kl_as contradicts the other settings. weight: of the KL."""
     train = recipe.train
     if train.kl_as != "reward":
         return
     if not (weight > 0 and train.kl_target is None and recipe.reward.combine == "rewards"):
         raise UserError(
-            "config.train.kl_as=reward takes kl_weight times the KL off a fixed sum of rewards: it "
-            f"needs train.kl_weight={weight} above 0, train.kl_target={train.kl_target} None and "
+            "config.train.kl_as=reward subtracts kl_weight times the KL from a fixed sum of rewards: "
+            f"it needs train.kl_weight={weight} above 0, train.kl_target={train.kl_target} None and "
             f"reward.combine={recipe.reward.combine} to be rewards"
         )
     if train.kl_reference == "average":
         raise UserError(
-            "config.train.kl_reference=average is of the KL in the loss: set train.kl_as=loss, or "
-            "train.kl_reference=base"
+            "config.train.kl_reference=average is the reference of the KL in the loss: set "
+            "train.kl_as=loss, or train.kl_reference=base"
         )
 
 
-def check_selection(recipe) -> None:
-    """Raise `UserError` where groups or videos cannot be chosen by their rewards as asked."""
+def check_selection(recipe: Recipe) -> None:
+    """Raise `UserError` where train.groups or train.best_of contradict the other settings."""
     sample, groups, best_of = recipe.sample, recipe.train.groups, recipe.train.best_of
     size, batch = sample.group_size, sample.batch_size
     if 2 * best_of > size:
@@ -340,7 +398,7 @@ def check_selection(recipe) -> None:
     if sample.sde_window == ONE_PER_GROUP:
         raise UserError(
             f"config.train.groups={groups} does not go with sample.sde_window={ONE_PER_GROUP}: the "
-            "groups left out would be missing at their steps; use another window, or "
+            "steps of the groups that are left out would not be trained; use another window, or "
             "train.groups=0"
         )
 
@@ -352,60 +410,66 @@ def objective(
     guidance: float,
     config: LossConfig,
     trainable: Flat,
+    inputs: GradientInputs,
     frozen,
-    x,
-    x_next,
-    old_log_prob,
-    i,
-    old_mean,
-    text,
-    advantages,
-    valid,
-    held: Held,
+    steps: Steps,
 ) -> tuple[jax.Array, LossMetrics]:
-    """Return the sum of the loss over the valid rows of one micro-batch at step i, and its metrics.
+    """Return the sum of the loss over the valid rows of one micro-batch at one step of each video,
+    and its metrics.
 
-    The KL is to the average of the trained weights where the state has one.
+    guidance: of the policy's and the reference's velocity. The reference of the KL is the average of
+    the trained weights where the state has one.
     """
-    t, *step = table.at(i)
-    shape, weight = advantages.shape, None
+    # the rows, with the schedule's values of their steps
+    t, sigma, sigma_next, g = table.at(steps.index)
+    shape, weight = steps.advantages.shape, None
     if table.weight is not None:
-        weight = jnp.broadcast_to(jnp.asarray(table.weight)[i], shape)
+        weight = jnp.broadcast_to(jnp.asarray(table.weight)[steps.index], shape)
     rows = Rows(
-        x,
-        x_next,
-        old_log_prob,
-        advantages,
-        *(jnp.broadcast_to(s, shape) for s in step),
-        mask=valid,
-        old_mean=old_mean,
+        steps.x,
+        steps.x_next,
+        steps.log_prob,
+        steps.advantages,
+        sigma=jnp.broadcast_to(sigma, shape),
+        sigma_next=jnp.broadcast_to(sigma_next, shape),
+        g=jnp.broadcast_to(g, shape),
+        mask=steps.valid,
+        old_mean=steps.mean,
         weight=weight,
         preserving=table.preserving,
     )
-    v = velocity(policy.module(trainable, frozen), x, t, text, guidance)
+
+    # velocities of the policy, the reference and the teacher
+    def velocity_of(module, scale: float) -> jax.Array:
+        return velocity(module, steps.x, t, steps.text, scale)
+
+    v = velocity_of(policy.module(trainable, frozen), guidance)
     v_reference = teacher = None
     if config.kl_beta > 0:
-        average = held.lagged.get(AVERAGE)
+        average = inputs.lagged.get(AVERAGE)
         model = policy.reference(frozen) if average is None else policy.module(average, frozen)
-        v_reference = velocity(model, x, t, text, guidance)
+        v_reference = velocity_of(model, guidance)
     if config.distill_weight > 0:
-        teacher = velocity(policy.reference(frozen), x, t, text, config.distill_guidance)
-    loss, metrics = policy_gradient_terms(rows, v, v_reference, config, held.kl_weight, teacher)
-    return jnp.sum(jnp.where(valid, loss, 0.0)), metrics
+        teacher = velocity_of(policy.reference(frozen), config.distill_guidance)
+
+    # the loss
+    loss, metrics = policy_gradient_terms(rows, v, v_reference, config, inputs.kl_weight, teacher)
+    return jnp.sum(jnp.where(steps.valid, loss, 0.0)), metrics
 
 
 def make_gradient(
     policy: Policy, table: StepTable, guidance: float, config: LossConfig
 ) -> Callable:
-    """Return (trainable, Held, frozen, PolicyBatch) -> (mean gradient of the objective over the
-    valid rows, LossMetrics).
+    """Return the function (trainable, GradientInputs, frozen, PolicyBatch) -> (mean gradient of the
+    objective over the valid rows, LossMetrics).
     """
     grad_fn = jax.grad(partial(objective, policy, table, guidance, config), has_aux=True)
 
-    def gradient(trainable: Flat, held: Held, frozen, batch: PolicyBatch):
+    def gradient(trainable: Flat, inputs: GradientInputs, frozen, batch: PolicyBatch):
         def one_step(carry, row, text, valid):
-            *row, advantages = row
-            grads, metrics = grad_fn(trainable, frozen, *row, text, advantages, valid, held)
+            x, x_next, log_prob, index, mean, advantages = row
+            steps = Steps(x, x_next, log_prob, index, mean, text, advantages, valid)
+            grads, metrics = grad_fn(trainable, inputs, frozen, steps)
             return (jax.tree.map(jnp.add, carry[0], grads), carry[1].merge(metrics)), None
 
         def one_micro_batch(carry, micro):
@@ -426,8 +490,10 @@ def make_gradient(
 def stack_batches(
     trajectories: Sequence[Trajectory], advantages: np.ndarray, valid: np.ndarray
 ) -> PolicyBatch:
-    """Return rollout batches [K, B, ...] as one `PolicyBatch`, without the KL, which is in the
-    advantages. advantages [M, B] or [M, K, B], valid [M, B].
+    """Return M rollout batches [K, B, ...] as one `PolicyBatch`. The KL of the trajectories is left
+    out; the advantages contain it.
+
+    advantages: [M, B] or [M, K, B]. valid: bool [M, B].
     """
     trajectories = [dataclasses.replace(t, kl=None) for t in trajectories]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trajectories)

@@ -1,4 +1,4 @@
-"""DiffusionNFT (Zheng et al., arXiv 2509.16117): a positive and a negative policy, no log-probs."""
+"""DiffusionNFT (Zheng et al., arXiv 2509.16117): a positive and a negative policy, without log-probs."""
 
 import dataclasses
 
@@ -6,23 +6,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo.credit import Credit
 from grpo.learning.flow_matching import FlowMatching, Rows, check_range, mean_square
 from grpo.learning.selection import Selection
+from grpo.settings.schema import Recipe
 from wan_jax.diffusion.solvers import per_sample
 
 Array = jax.Array
+BEHAVIOUR = "old"  # the lagged copy that is the behaviour policy, as checkpoints name it
 
 
 @dataclasses.dataclass(frozen=True)
 class NFT(FlowMatching):
     """Trains on all videos, weighted by `optimality`, at the rollout's noise levels.
 
-    Videos are sampled by the old policy, which after an epoch, and n updates in all, becomes
-    d old + (1 - d) new with d = min(old_rate n, old_most).
+    The behaviour policy samples the videos. At the end of an epoch, after n updates in all, it
+    becomes d behaviour + (1 - d) policy with d = min(old_rate n, old_most).
+
+    Attributes:
+        beta: train.nft_beta.
+        advantage_clip: the advantage at which `optimality` is 1. It also scales the loss, as
+            published.
+        old_rate, old_most: see above.
     """
 
-    beta: float = 0.1  # train.nft_beta
-    advantage_clip: float = 5.0  # of a surely good video; scales the loss too, as published
+    beta: float = 0.1
+    advantage_clip: float = 5.0
     old_rate: float = 1e-3
     old_most: float = 0.5
 
@@ -37,8 +46,14 @@ class NFT(FlowMatching):
     )
     on_advantages = True
     rollout_levels = True
-    lagged = ("old",)
-    sampler = "old"
+
+    @property
+    def lagged(self) -> tuple[str, ...]:
+        return (BEHAVIOUR,)
+
+    @property
+    def sampler(self) -> str | None:
+        return BEHAVIOUR
 
     def __post_init__(self):
         super().__post_init__()
@@ -46,12 +61,12 @@ class NFT(FlowMatching):
         if not (0 <= self.old_rate and 0 <= self.old_most < 1):
             raise ValueError(
                 f"train.old_rate={self.old_rate}, train.old_most={self.old_most}: need 0 <= "
-                "old_rate and 0 <= old_most < 1; 0.001 and 0.5 are usual, and at 1 the old policy "
-                "would never move"
+                "old_rate and 0 <= old_most < 1; 0.001 and 0.5 are usual, and at 1 the behaviour "
+                "policy would never change"
             )
 
     @classmethod
-    def settings(cls, recipe) -> dict:
+    def settings(cls, recipe: Recipe) -> dict:
         train = recipe.train
         return {
             "beta": train.nft_beta,
@@ -61,45 +76,49 @@ class NFT(FlowMatching):
         }
 
     def share_kept(self, update: int, last: bool) -> dict[str, float]:
-        return {"old": float(min(self.old_rate * update, self.old_most)) if last else 1.0}
+        return {BEHAVIOUR: float(min(self.old_rate * update, self.old_most)) if last else 1.0}
 
-    def select(self, credit, group_size: int) -> Selection:
+    def select(self, credit: Credit, group_size: int) -> Selection:
         weight = optimality(credit.advantages, self.advantage_clip)
         return Selection(np.arange(len(weight)), None, weight, credit.spread)
 
     def loss(self, rows: Rows) -> tuple[Array, dict[str, Array]]:
-        old = rows.v_lagged["old"]
-        loss = nft_loss(rows.x, rows.x0, rows.sigma, rows.v, old, rows.weight, self.beta)
+        v_behaviour = rows.v_lagged[BEHAVIOUR]
+        loss = nft_loss(rows.x, rows.x0, rows.sigma, rows.v, v_behaviour, rows.weight, self.beta)
         return self.advantage_clip * loss, {}
 
 
 def optimality(advantages: np.ndarray, clip: float) -> np.ndarray:
-    """Return r = clip(A / clip, -1, 1) / 2 + 1/2, float32: how surely a video is a good one."""
+    """Return r = clip(A / clip, -1, 1) / 2 + 1/2, float32 [N]: the probability that a video is a good
+    one, from the advantages A [N].
+    """
     return (np.clip(advantages / clip, -1.0, 1.0) / 2 + 0.5).astype(np.float32)
 
 
 def nft_loss(
     x: Array, x0: Array, sigma: Array, v: Array, v_old: Array, optimality: Array, beta: float
 ) -> Array:
-    """DiffusionNFT (arXiv 2509.16117) with its adaptive weighting, [B]: with r the optimality,
+    """Return the loss of DiffusionNFT (arXiv 2509.16117) with its adaptive weighting, [B]:
 
-        r l(v+) / beta + (1 - r) l(v-) / beta,   v+ = (1 - beta) v_old + beta v,   v- = (1 + beta)
-                                                 v_old - beta v,
-        l(v) = mean((x - s v - x0)^2) / w,       w = max(mean |x - s v - x0|, 1e-5), a constant to
-                                                 the gradient.
+        r l(v+) / beta + (1 - r) l(v-) / beta    with r the optimality,
+        v+ = (1 - beta) v_old + beta v,          v- = (1 + beta) v_old - beta v,
+        l(v) = mean((x - s v - x0)^2) / w,       w = max(mean |x - s v - x0|, 1e-5) without gradient.
 
-    x, x0, v, v_old [B, ...]; sigma, optimality [B]. At v = v_old the gradient is that of (2 r - 1)
-    l(v): a video of r = 1/2 leaves the policy where it is.
+    x, x0, v and v_old (the behaviour policy's velocity) are [B, ...]; sigma and optimality are [B].
+    At v = v_old the gradient is that of (2 r - 1) l(v), so that a video with r = 1/2 does not
+    change the policy.
     """
     s = per_sample(sigma, x)
 
-    def error(v):  # of the predicted clean sample
+    def error(v):
+        """Return l(v), from the error of the predicted clean sample."""
         difference = x - s * v - x0
         size = jnp.mean(jnp.abs(difference), axis=tuple(range(1, x.ndim)))
         return mean_square(difference) / jax.lax.stop_gradient(jnp.maximum(size, 1e-5))
 
-    better, worse = (1 - beta) * v_old + beta * v, (1 + beta) * v_old - beta * v
-    return (optimality * error(better) + (1 - optimality) * error(worse)) / beta
+    positive = (1 - beta) * v_old + beta * v
+    negative = (1 + beta) * v_old - beta * v
+    return (optimality * error(positive) + (1 - optimality) * error(negative)) / beta
 
 
 METHOD = NFT

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from grpo.credit import Credit
 from grpo.learning.flow_matching import FlowMatching, Rows
 from grpo.learning.selection import Selection, best_and_worst
 
@@ -13,13 +14,15 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class SFT(FlowMatching):
-    """Imitates its own best samples. A group without two different valid rewards has no best."""
+    """Trains on the best video of each group. Groups in which all valid rewards are equal are left
+    out.
+    """
 
     name = "sft"
     reads = (*FlowMatching.reads, "train.kl_weight")
     one_per_group = True
 
-    def select(self, credit, group_size: int) -> Selection:
+    def select(self, credit: Credit, group_size: int) -> Selection:
         best, _, differ = best_and_worst(credit.value, credit.spread, group_size)
         return Selection(best, None, np.ones(len(best), np.float32), differ)
 
