@@ -1,7 +1,6 @@
 """Predicts the memory and the time that a training run needs, without its weights or its GPUs.
 
-    python -m grpo.plan --config=configs/wan21_14b_ocr.py --device=mi300x --devices=4
-    [--config.mesh.fsdp=4 ...]
+    python -m grpo.plan --config=configs/wan21_14b_ocr.py --device=mi300x --devices=4 [--config.mesh.fsdp=4 ...]
 
 Prints the memory of a device by XLA's analysis of the compiled functions, the seconds of an epoch
 and of an evaluation from FLOPs and an assumed share of the peak rate, and the largest videos that

@@ -89,7 +89,7 @@ def test_what_seconds_depend_on():
 
 def test_lines_between_compiled_points():
     points = [plan.Point(100, 40), plan.Point(10, 4), plan.Point(200, 240)]
-    found = [plan.between(points, tokens) for tokens in (5, 10, 55, 100, 150, 200, 300)]
+    found = [plan.interpolated_work(points, tokens) for tokens in (5, 10, 55, 100, 150, 200, 300)]
     assert found == [2, 4, 22, 40, 140, 240, 440]
 
 
@@ -97,7 +97,7 @@ def test_largest_clips():
     run = functions_of(wan21_1_3b_ocr, "wan2.1-1.3b", **FEW)
     points = [plan.Point(1000, GIB), plan.Point(80000, 80 * GIB)]
     small, middle, large = (
-        dict(line.strip().split(": ") for line in plan.largest_clips(run, GIB, limit, points))
+        dict(line.strip().split(": ") for line in plan.largest_videos(run, GIB, limit, points))
         for limit in (2 * GIB, 17 * GIB, 1000 * GIB)
     )
     assert list(middle) == [f"{h} x {w}" for h, w in plan.SIZES]
@@ -106,7 +106,7 @@ def test_largest_clips():
     assert re.fullmatch(r"none \(1 would need \d+ GiB in the \w+\)", small["704 x 1280"])
     ti2v = functions_of(wan22_ti2v_5b_ocr, "wan2.2-ti2v-5b")
     assert [
-        line.split(":")[0].strip() for line in plan.largest_clips(ti2v, GIB, 1000 * GIB, points)
+        line.split(":")[0].strip() for line in plan.largest_videos(ti2v, GIB, 1000 * GIB, points)
     ] == ["512 x 512", "480 x 832", "704 x 1280"]  # 240 is no multiple of 32
 
 
@@ -142,12 +142,12 @@ def test_models_and_devices_are_chosen():
         UserError, match=r"models/mine does not exist.*--model, one of wan2\.1-1\.3b"
     ):
         plan.choose_model(recipe, None)
-    with pytest.raises(UserError, match="--devices=99: 8 are here"):
+    with pytest.raises(UserError, match="--devices=99: this machine has 8"):
         plan.choose_target("here", 99)
     with pytest.raises(UserError, match="--devices=99: XLA_FLAGS allows 8"):
         plan.choose_target("h200", 99)
     target = plan.choose_target("h100", 2)
-    assert not target.own and len(target.devices) == 2 and target.limit == int(0.75 * 79 * GIB)
+    assert target.stand_in and len(target.devices) == 2 and target.limit == int(0.75 * 79 * GIB)
     backend, notes = plan.compiled_backend("auto", target, "bfloat16", 128)
     assert backend == "chunked" and "cudnn cannot be compiled here" in notes[0]
     assert plan.compiled_backend("auto", plan.choose_target("here", 1), "float32", 128) == (
@@ -168,9 +168,9 @@ def test_command_line_without_weights(model, tmp_path):
     result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     out = result.stdout
-    assert "on 1 x H200: 4 clips of 1 x 16 x 32 a batch (2 tokens each)" in out
+    assert "on 1 x H200: 4 videos of 1 x 16 x 32 a batch (2 tokens each)" in out
     assert "prompts of 32 tokens" in out  # by the tokenizer
-    assert "an estimate from the programs in float32" in out and "limit: 0.75 of 139 GiB" in out
+    assert "an estimate from the functions in float32" in out and "limit: 0.75 of 139 GiB" in out
     for name in ("rollout step", "update", "evaluation step", "decode"):
         assert re.search(rf"^  {name} +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+$", out, re.M), out
     assert (

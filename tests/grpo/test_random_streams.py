@@ -1,6 +1,7 @@
 """Random streams: distinct, and the draws of earlier versions, by which runs resume."""
 
 import itertools
+import types
 
 import jax
 import numpy as np
@@ -63,16 +64,14 @@ def test_host_draws_are_those_of_earlier_versions():
     )
 
     schedule = flow_sigmas(20, 3.0)
-    levels = NFT().noise_levels(
-        seed=SEED,
-        epoch=EPOCH,
-        videos=5,
-        expert=0,
+    spec = types.SimpleNamespace(
+        recipe=types.SimpleNamespace(seed=SEED),
+        settings=types.SimpleNamespace(videos=5),
+        windows=types.SimpleNamespace(quotas=(4,)),
         segments=(Segment(0, range(20)),),
-        quotas=(4,),
         schedule=schedule,
-        boundary=None,
     )
+    levels = NFT().noise_levels(spec, EPOCH, 0)
     share = (np.arange(4) + generator(EPOCH, 0xF0A, 0).random((5, 4))) / 4
     np.testing.assert_array_equal(levels.sigma, schedule.sigmas[(share * 20).astype(int)])
     assert LEAST_LEVEL == 1e-3

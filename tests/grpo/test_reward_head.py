@@ -34,13 +34,15 @@ def head():
     text = np.zeros((64, 6, 12), np.float32)
     config = reward_guidance.head_config(tiny_policy.CONFIG, heads=1, layers=1)
     fresh = reward_guidance.make_head(config)
-    trained = fit(fresh, latents, text, PADDING, rewards, updates=300, batch=32, rate=3e-3, seed=0)
+    trained = fit(
+        fresh, Examples(latents, text, PADDING, rewards), updates=300, batch=32, rate=3e-3, seed=0
+    )
     return trained, latents, text, rewards
 
 
 def test_what_latents_show_is_learnt(head):
     trained, latents, text, rewards = head
-    shares = explained(trained, latents, text, PADDING, rewards, 24, rewards.mean())
+    shares = explained(trained, Examples(latents, text, PADDING, rewards), 24, rewards.mean())
     assert (
         list(shares) == list(LEVELS)
         and shares[0.1] > 0.8

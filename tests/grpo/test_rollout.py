@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo.learning.optimiser import Held
+from grpo.learning.optimiser import GradientInputs
 from grpo.learning.policy_loss import LossConfig
 from grpo.methods.grpo import make_gradient, stack_batches
 from grpo.rollout import (
@@ -160,7 +160,7 @@ def test_every_row_its_own_stochastic_step():
         """(latents, Trajectory, the sum of the rows' gradients)."""
         final, kept = sample(window)
         batch = stack_batches([kept], np.array([[1.0, -2.0, 1.5]]), np.array([valid]))
-        grads, metrics = gradient(trainable, Held(None, {}), frozen, batch)
+        grads, metrics = gradient(trainable, GradientInputs(None, {}), frozen, batch)
         values = metrics.averages()
         assert max(values["ratio_max"] - 1, 1 - values["ratio_min"]) < 2e-6, values
         return final, kept, flat_vector(grads) * np.sum(valid)
@@ -215,7 +215,7 @@ def test_kl_at_sampling_and_advantages_of_each_step():
 
     def of(advantages):
         batch = stack_batches([kept], np.array([advantages]), np.ones((1, 3), bool))
-        return flat_vector(gradient(trainable, Held(None, {}), frozen, batch)[0])
+        return flat_vector(gradient(trainable, GradientInputs(None, {}), frozen, batch)[0])
 
     first, second, zero = [1.0, -2.0, 1.5], [0.5, 1.0, -1.0], [0.0] * 3
     both = of([first, second])

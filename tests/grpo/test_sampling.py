@@ -9,7 +9,7 @@ import numpy as np
 
 from grpo.advantages import LEAST_PROGRESS, step_importance
 from grpo.rollout import Trajectory
-from grpo.sampling import averaged_weights, blanked, importance_of, sampling_weights
+from grpo.sampling import averaged_weights, importance_of, sampling_weights, zero_nonfinite
 from tests import reference
 from tests.grpo.epoch_inputs import rollout_of, session_of, states_of
 from tests.grpo.specs import devices_mesh, tiny_spec
@@ -110,8 +110,8 @@ def test_masked_rows_are_blanked_everywhere():
     rollout = dataclasses.replace(
         rollout_of(tiny_spec()), finished=latents, trajectories={"transformer": trajectories}
     )
-    assert blanked(rollout, np.ones(6, bool), devices_mesh(1)) is rollout
-    batch = blanked(rollout, finite.ravel(), devices_mesh(1))
+    assert zero_nonfinite(rollout, np.ones(6, bool), devices_mesh(1)) is rollout
+    batch = zero_nonfinite(rollout, finite.ravel(), devices_mesh(1))
     for t, x, kept in zip(batch.trajectories["transformer"], batch.finished, finite):
         np.testing.assert_array_equal(x[:, 0, 0, 0, 0], kept.astype(float))
         for name in ("x", "x_next", "log_prob"):
@@ -121,5 +121,7 @@ def test_masked_rows_are_blanked_everywhere():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(batch.finished))
     # a method that keeps only one of the two
     for changes in ({"finished": []}, {"trajectories": {}}):
-        one = blanked(dataclasses.replace(rollout, **changes), finite.ravel(), devices_mesh(1))
+        one = zero_nonfinite(
+            dataclasses.replace(rollout, **changes), finite.ravel(), devices_mesh(1)
+        )
         assert len(one.finished or one.trajectories["transformer"]) == 2

@@ -359,7 +359,7 @@ def test_two_experts_resume_bit_for_bit_with_the_idle_one_offloaded(
         here(config, *SPLIT, "model.offload=always")
     assert newest(run) == 1
     here(config, *SPLIT, "model.offload=always")
-    assert "waits in host memory" in (out := capsys.readouterr().out) and "continuing" in out
+    assert "is offloaded to host memory" in (out := capsys.readouterr().out) and "continuing" in out
     assert_same(result(run), result(two_experts_run))
 
 

@@ -145,7 +145,7 @@ def test_all_weights_without_a_reference_need_no_frozen_ones():
     assert run.frozen is not None and run.rollout_step().args[1] is run.frozen
     alone = functions_of(wan21_1_3b_ocr, "wan2.1-1.3b", **{"lora.rank": 0, "train.kl_weight": 0.0})
     assert alone.update().args[1] is None
-    assert compile.what_stays(alone, False)["frozen weights"] == 0
+    assert compile.resident_bytes(alone, False)["frozen weights"] == 0
 
 
 def test_what_compiles_again_is_named():
@@ -170,7 +170,7 @@ def test_what_stays_is_what_lies_on_a_device(rank):
     mesh, settings = spec.mesh, spec.settings
     preset = dataclasses.replace(spec.preset, transformer=WIDE)
     run = Functions(dataclasses.replace(spec, preset=preset))
-    stays = compile.what_stays(run, offload=False)
+    stays = compile.resident_bytes(run, offload=False)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), run.policy.base)
     frozen = sharding_lib.shard_params(zeros, mesh)
     _, trainable = make_policy(
@@ -222,7 +222,9 @@ def test_two_experts():
         "evaluation step",
         "decode",
     ]
-    one, both = (compile.what_stays(run, offload)["frozen weights"] for offload in (True, False))
+    one, both = (
+        compile.resident_bytes(run, offload)["frozen weights"] for offload in (True, False)
+    )
     assert both == 2 * one == 2 * compile.device_bytes(run.params(run.policy.base))
     assert compile.offloads(run, 80 * GIB)
     assert not compile.offloads(run, 139 * GIB) and not compile.offloads(run, None)
@@ -301,7 +303,9 @@ def test_data_counts_shards_and_repeats():
         (8, 4), jnp.float32, sharding=sharding_lib.batch_sharding(devices_mesh(8))
     )
     whole = jax.ShapeDtypeStruct((8, 4), jnp.bfloat16)
-    program = types.SimpleNamespace(args=("stays", sharded, whole), stay=1, beside=(whole, [whole]))
+    program = types.SimpleNamespace(
+        args=("stays", sharded, whole), resident=1, extra=(whole, [whole])
+    )
     assert compile.data_bytes(program) == 16 + 64 + 2 * 64
 
 
@@ -310,7 +314,7 @@ def test_what_the_host_holds_is_counted_and_refused_where_it_cannot():
     for devices, fsdp in ((1, 1), (8, 8)):
         settings = {"lora.rank": 0, "train.kl_weight": 0.0, "train.offload_optimiser": True}
         run = functions_of(wan21_14b_ocr, "wan2.1-14b", devices=devices, fsdp=fsdp, **settings)
-        waits = compile.what_waits(run, offload=False)
+        waits = compile.pinned_bytes(run, offload=False)
         count = sum(math.prod(x.shape) for x in run.trainable.values())
         assert waits == {"optimiser, average": pytest.approx(12 * count / fsdp, rel=0.01)}
     needed = compile.Memory({}, (compile.Measured("update", 1.0, GIB, 0),), waits)
@@ -324,8 +328,10 @@ def test_what_the_host_holds_is_counted_and_refused_where_it_cannot():
     ):
         compile.check_fits(needed, run.spec, False, None, 10 * GIB)
     both = functions_of(wan22_a14b_ocr, "wan2.2-a14b")
-    assert compile.what_waits(both, True) == {"both experts": 2 * compile.device_bytes(both.frozen)}
-    assert compile.what_waits(both, False) == {}
+    assert compile.pinned_bytes(both, True) == {
+        "both experts": 2 * compile.device_bytes(both.frozen)
+    }
+    assert compile.pinned_bytes(both, False) == {}
 
 
 def test_what_is_planned():

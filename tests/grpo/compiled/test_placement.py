@@ -305,8 +305,7 @@ def test_published_models_over_four_devices(model, rank, expected):
         _, line = placement.choose_mesh(
             recipe,
             settings,
-            presets.PRESETS[model].transformer,
-            experts=1,
+            presets.PRESETS[model],
             trained=1,
             devices=devices,
             memory=memory,
@@ -354,7 +353,7 @@ def test_what_is_recomputed_follows_the_memory():
     """1.3B, 8 pictures of 512x512: 7 x 1536 + 8960 values of 30 layers for 1,024 tokens, twice with
     guidance.
     """
-    transformer = presets.PRESETS["wan2.1-1.3b"].transformer
+    preset = presets.PRESETS["wan2.1-1.3b"]
     kept = 2 * 8 * 1024 * 30 * (7 * 1536 + 8960) * 2
 
     def parsed(**values):
@@ -365,15 +364,14 @@ def test_what_is_recomputed_follows_the_memory():
         return recipe, parse.settings_of(recipe)
 
     def state_of(**values):
-        return placement.state_of(*parsed(**values), transformer, 1, 1)
+        return placement.state_of(*parsed(**values), preset, 1)
 
     def chosen(memory, **values):
         return placement.choose_remat(
             *parsed(**values),
-            transformer,
+            preset,
             devices_mesh(1),
             tokens=1024,
-            experts=1,
             trained=1,
             memory=memory,
         )

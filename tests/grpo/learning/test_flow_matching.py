@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 from statistics import NormalDist
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from grpo.learning import flow_matching
-from grpo.learning.optimiser import Held
+from grpo.learning.optimiser import GradientInputs
 from grpo.learning.selection import Selection
 from grpo.methods.awm import AWM
 from grpo.methods.dpo import DPO
@@ -32,16 +33,20 @@ def levels_of(
     method, expert=0, *, seed=7, epoch=3, videos=4000, boundary=None, quotas=(4,), steps=20
 ):
     """Return a method's noise levels on a schedule with shift 12."""
-    schedule = flow_sigmas(steps, 12.0)
-    return method.noise_levels(
-        seed=seed,
-        epoch=epoch,
-        videos=videos,
-        expert=expert,
+    spec = run_spec(flow_sigmas(steps, 12.0), quotas, videos, seed=seed, boundary=boundary)
+    segment = next(i for i, part in enumerate(spec.segments) if part.expert == expert)
+    return method.noise_levels(spec, epoch, segment)
+
+
+def run_spec(schedule, quotas, videos, *, seed=0, boundary=None):
+    """Return the part of a `RunSpec` that noise levels follow from."""
+    return types.SimpleNamespace(
+        recipe=types.SimpleNamespace(seed=seed),
+        settings=types.SimpleNamespace(videos=videos),
+        preset=types.SimpleNamespace(boundary=boundary),
+        windows=types.SimpleNamespace(quotas=quotas),
         segments=segments(schedule.timesteps, boundary),
-        quotas=quotas,
         schedule=schedule,
-        boundary=boundary,
     )
 
 
@@ -103,17 +108,7 @@ def batch_of(method, weight, valid):
     if method.pairs:
         selection = Selection(numbers[::2], numbers[1::2], weight[::2], valid[::2])
     (selected,) = selection.batches(1, 4, 1)
-    schedule = flow_sigmas(4, 3.0)
-    levels = method.noise_levels(
-        seed=0,
-        epoch=1,
-        videos=8,
-        expert=0,
-        segments=segments(schedule.timesteps, None),
-        quotas=(2,),
-        schedule=schedule,
-        boundary=None,
-    )
+    levels = method.noise_levels(run_spec(flow_sigmas(4, 3.0), (2,), videos=8), 1, 0)
     texts = [tiny_policy.text_batch(selected.videos.shape[1])] * len(selected.videos)
     key, mesh = jax.random.key(5), devices_mesh(1)
     batch = flow_matching.stack(selected, latents, texts, levels, key, mesh)
@@ -135,7 +130,7 @@ def test_loss_and_gradient_of_an_update(weights, method):
     policy, new, old, frozen = weights
     guidance = 3.0 if method.guided else 1.0
     weight, valid = np.linspace(0, 1, 8, dtype=np.float32), np.array([1, 1, 1, 1, 0, 1, 1, 1], bool)
-    held = Held(None, dict.fromkeys(method.lagged, old))
+    held = GradientInputs(None, dict.fromkeys(method.lagged, old))
     batch, x0 = batch_of(method, weight, valid)
     gradient = jax.jit(method.make_gradient(policy, None, guidance))
     grads, metrics = gradient(new, held, frozen, batch)
@@ -207,6 +202,6 @@ def test_loss_and_gradient_of_an_update(weights, method):
     if method.name == "nft":
         bases = {k: v * (0 if k.endswith("lora_b") else 1) for k, v in old.items()}
         half = dataclasses.replace(batch, weight=jnp.full_like(batch.weight, 0.5))
-        still, _ = gradient(bases, Held(None, {"old": bases}), frozen, half)
+        still, _ = gradient(bases, GradientInputs(None, {"old": bases}), frozen, half)
         assert max(float(jnp.abs(g).max()) for g in still.values()) < 1e-5
         assert max(float(jnp.abs(g).max()) for g in grads.values()) > 1e-3

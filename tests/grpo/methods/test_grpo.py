@@ -11,7 +11,7 @@ import pytest
 
 from configs.defaults import defaults
 from grpo import train_state
-from grpo.learning.optimiser import Held, init_state, make_update
+from grpo.learning.optimiser import GradientInputs, init_state, make_update
 from grpo.learning.policy_loss import LossConfig
 from grpo.methods.grpo import GRPO, make_gradient, stack_batches
 from grpo.rollout import StepTable, initial_noise, make_step, rollout
@@ -55,7 +55,7 @@ def test_loss_and_gradient_against_float64(lora, kl_kind):
     config = LossConfig(clip_low=2e-3, clip_high=3e-3, kl_beta=0.5, kl_kind=kl_kind)
     advantages, valid = np.array([1.5, -0.7, 0.4, -2.0]), np.array([True, True, False, True])
     batch = stack_batches([kept], advantages[None], valid[None])
-    grads, metrics = gradient_of(policy, config)(later, Held(None, {}), frozen, batch)
+    grads, metrics = gradient_of(policy, config)(later, GradientInputs(None, {}), frozen, batch)
 
     @jax.jit
     def velocity_and_pulled_back(w, x, timestep, cotangent):
