@@ -35,8 +35,8 @@ from safetensors.numpy import load_file
 
 from configs import tiny_ocr
 from convert.export_lora import export
-from grpo import train_state
 from grpo.data.prompts import load_prompts
+from grpo.learning import train_state
 from grpo.learning.optimiser import init_state
 from grpo.settings import parse
 from grpo.settings.budget import Spent

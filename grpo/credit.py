@@ -7,7 +7,9 @@ import dataclasses
 
 import numpy as np
 
-from grpo.advantages import (
+from grpo.run import RunSpec
+from grpo.scoring import reward_combination
+from grpo.scoring.advantages import (
     GroupStatistics,
     extremes,
     from_groups_with_spread,
@@ -15,8 +17,6 @@ from grpo.advantages import (
     group_statistics,
     largest_spread,
 )
-from grpo.run import RunSpec
-from grpo.scoring import reward_combination
 from grpo.scoring.scores import GatheredScores
 from grpo.settings.schema import Recipe
 

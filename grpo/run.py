@@ -13,7 +13,7 @@ import numpy as np
 
 from grpo.compiled import placement
 from grpo.learning.method import Method
-from grpo.sde_windows import Windows, batches_with
+from grpo.learning.sde_windows import Windows, batches_with
 from grpo.settings import frame_schedule
 from grpo.settings.parse import Settings, settings_of
 from grpo.settings.schema import Recipe

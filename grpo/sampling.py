@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from grpo.advantages import step_importance
 from grpo.compiled.functions import Functions
 from grpo.data.prompts import PromptSet, epoch_prompts
 from grpo.learning.optimiser import TrainState
@@ -31,6 +30,7 @@ from grpo.rollout import (
     zero_rows,
 )
 from grpo.run import RunSpec
+from grpo.scoring.advantages import step_importance
 from grpo.scoring.scores import PendingBatch, gather_rows, submit
 from grpo.settings import frame_schedule
 from rewards.pool import RewardPool

@@ -15,10 +15,10 @@ import jax
 from tqdm import tqdm
 
 from convert.lora import initial_adapters
-from grpo import train_state
 from grpo.compiled import compile, offload
 from grpo.compiled.functions import Functions
 from grpo.data.prompts import PromptSet, examples
+from grpo.learning import train_state
 from grpo.learning.optimiser import init_state
 from grpo.learning.policy import Flat, make_policy
 from grpo.random_streams import Stream

@@ -18,9 +18,9 @@ from grpo.compiled import offload
 from grpo.learning import abstract, optimiser
 from grpo.learning.optimiser import TrainState, state_shapes
 from grpo.learning.policy import Policy, make_structure
+from grpo.learning.sde_windows import ONE_PER_GROUP
 from grpo.rollout import StepTable, Trajectory, initial_noise, make_step
 from grpo.run import RunSpec
-from grpo.sde_windows import ONE_PER_GROUP
 from wan_jax.diffusion.experts import per_guidance
 from wan_jax.diffusion.guidance import TextBatch
 from wan_jax.diffusion.solvers import SolverState

@@ -23,20 +23,30 @@ class AWM(FlowMatching):
     """Trains on all videos, at the rollout's noise levels.
 
     Two copies of the weights are kept: the behaviour policy, which sampled the epoch, and an
-    average, to which the KL mean((v - v_average)^2) is.
+    average. The KL is mean((v - v_average)^2).
+
+    Attributes:
+        clip: range of the ratio around 1, as published.
+        average_decay: share of itself that the average keeps in an update.
     """
 
-    clip: float = 1e-5  # range of the ratio, as published
-    average_decay: float = 0.9  # the average keeps so much of itself in every update
+    clip: float = 1e-5
+    average_decay: float = 0.9
 
     name = "awm"
     default_kl_weight = 0.1
     reads = (*FlowMatching.reads, "train.kl_weight")
     on_advantages = True
     rollout_levels = True
-    lagged = ("behaviour", "average")
-    kl_copy = "average"
     logs = ("ratio_mean", "clip_fraction")
+
+    @property
+    def lagged(self) -> tuple[str, ...]:
+        return ("behaviour", "average")
+
+    @property
+    def kl_copy(self) -> str | None:
+        return "average"
 
     def share_kept(self, update: int, last: bool) -> dict[str, float]:
         return {"behaviour": 0.0 if last else 1.0, "average": self.average_decay}

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo.advantages import step_advantages
 from grpo.credit import Credit, advantage_options
 from grpo.learning import abstract
 from grpo.learning.kl import AdaptiveKL
@@ -24,8 +23,9 @@ from grpo.learning.method import Method, kl_weight
 from grpo.learning.optimiser import GradientInputs
 from grpo.learning.policy import Flat, Policy
 from grpo.learning.policy_loss import LossConfig, LossMetrics, Rows, policy_gradient_terms
+from grpo.learning.sde_windows import ONE_PER_GROUP
 from grpo.rollout import StepTable, Trajectory
-from grpo.sde_windows import ONE_PER_GROUP
+from grpo.scoring.advantages import step_advantages
 from grpo.settings.schema import Recipe
 from wan_jax.diffusion.experts import guidances
 from wan_jax.diffusion.guidance import TextBatch, velocity

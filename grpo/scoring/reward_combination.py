@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from grpo.advantages import group_advantages
+from grpo.scoring.advantages import group_advantages
 
 MAIN = "ocr"  # the main reward, the spelling
 # the bad side of each measure: above the base model's mean (+1), below it (-1), both (0)
@@ -111,7 +111,7 @@ def combined_advantages(
     vary, and where a video is not valid, the advantage is 0.
 
     rewards: [N] each. groups: int [N], the group of each video. valid: bool [N]. std: as in
-    `grpo.advantages.group_advantages`. clip: largest magnitude; None does not clip.
+    `grpo.scoring.advantages.group_advantages`. clip: largest magnitude; None does not clip.
     """
 
     def advantages(values: np.ndarray) -> np.ndarray:

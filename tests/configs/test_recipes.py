@@ -13,7 +13,7 @@ from ml_collections import config_flags
 from configs.defaults import defaults
 from examples import ocr_prompts
 from grpo.data.prompts import epoch_prompts, load_prompts
-from grpo.sde_windows import step_quotas
+from grpo.learning.sde_windows import step_quotas
 from grpo.settings import parse
 from rewards.ocr.targets import parse_targets
 from wan_jax.diffusion.experts import segments

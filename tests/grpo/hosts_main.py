@@ -14,7 +14,8 @@ import sys
 import jax
 import numpy as np
 
-from grpo import credit, train, train_state
+from grpo import credit, train
+from grpo.learning import train_state
 from rewards.pool import RewardPool
 from tests.rewards.pool_rewards import Brightness
 from wan_jax.command_line import cli

@@ -8,10 +8,10 @@ import numpy as np
 
 from grpo.data.prompts import epoch_prompts
 from grpo.learning.flow_matching import LEAST_LEVEL
+from grpo.learning.sde_windows import group_steps, sde_window
 from grpo.methods.nft import NFT
 from grpo.random_streams import LARGEST, Stream
 from grpo.rollout import initial_noise
-from grpo.sde_windows import group_steps, sde_window
 from wan_jax.diffusion.experts import Segment
 from wan_jax.diffusion.schedule import flow_sigmas
 

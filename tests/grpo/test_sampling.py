@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo.advantages import LEAST_PROGRESS, step_importance
 from grpo.rollout import Trajectory
 from grpo.sampling import averaged_weights, importance_of, sampling_weights, zero_nonfinite
+from grpo.scoring.advantages import LEAST_PROGRESS, step_importance
 from tests import reference
 from tests.grpo.epoch_inputs import rollout_of, session_of, states_of
 from tests.grpo.specs import devices_mesh, tiny_spec

@@ -21,7 +21,7 @@ import pytest
 
 from convert.export_lora import export
 from grpo import train as training
-from grpo import train_state
+from grpo.learning import train_state
 from grpo.records import run_log
 from grpo.settings.budget import Budget, Spent
 from tests import commands

@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from configs import wan21_1_3b_ocr
 from configs.defaults import defaults
-from grpo import train_state
 from grpo.compiled import offload, placement
 from grpo.learning import optimiser as optimiser_step
+from grpo.learning import train_state
 from grpo.learning.optimiser import make_update, state_shapes
 from grpo.learning.policy import make_structure
 from grpo.learning.policy_loss import LossConfig

@@ -12,6 +12,7 @@ import pytest
 
 from grpo.learning import flow_matching
 from grpo.learning.optimiser import GradientInputs
+from grpo.learning.sde_windows import step_quotas
 from grpo.learning.selection import Selection
 from grpo.methods.awm import AWM
 from grpo.methods.dpo import DPO
@@ -19,7 +20,6 @@ from grpo.methods.nft import NFT
 from grpo.methods.rwr import RWR
 from grpo.random_streams import Stream
 from grpo.rollout import sample_noise
-from grpo.sde_windows import step_quotas
 from tests import reference
 from tests.grpo import tiny_policy
 from tests.grpo.specs import devices_mesh

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs.defaults import defaults
-from grpo import train_state
+from grpo.learning import train_state
 from grpo.learning.optimiser import GradientInputs, init_state, make_update
 from grpo.learning.policy_loss import LossConfig
 from grpo.methods.grpo import GRPO, make_gradient, stack_batches

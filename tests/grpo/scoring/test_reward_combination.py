@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from grpo.advantages import group_advantages
+from grpo.scoring.advantages import group_advantages
 from grpo.scoring.reward_combination import (
     BAD_SIDE,
     MAIN,

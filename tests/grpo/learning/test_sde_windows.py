@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from grpo.sde_windows import (
+from grpo.learning.sde_windows import (
     ONE_PER_GROUP,
     WINDOWS,
     Windows,

@@ -5,8 +5,8 @@ import pathlib
 import pytest
 
 from configs.defaults import defaults
-from grpo import train_state
 from grpo.data.prompts import load_prompts
+from grpo.learning import train_state
 from rewards.base import PromptRecord
 from rewards.ocr.targets import parse_targets
 from wan_jax.command_line.cli import UserError

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from grpo.advantages import (
+from grpo.scoring.advantages import (
     STDS,
     GroupStatistics,
     extremes,
