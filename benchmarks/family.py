@@ -192,7 +192,7 @@ def measure(
                 **{"config.epochs": epochs},
             ),
         )
-        record = [json.loads(line) for line in open(run_dir / "metrics.jsonl")][-1]
+        record = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
         stage.note = ", ".join(
             f"{k} {v:.1f} s" for k, v in record["seconds"].items() if k != "save"
         )

@@ -114,7 +114,7 @@ def write(out, preset: Preset, dtype: str = "bfloat16", link_expert: bool = Fals
             )
     index = sizes.MODEL_INDEX | (
         {"boundary_ratio": preset.boundary, "expand_timesteps": preset.expand_timesteps}
-        | {name: sizes.MODEL_INDEX["transformer"] for name in preset.experts}
+        | dict.fromkeys(preset.experts, sizes.MODEL_INDEX["transformer"])
     )
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     (out / "scheduler").mkdir()

@@ -205,7 +205,7 @@ def export(
             table = key_table.entries(component, store.shapes, patch)
             dtypes: Mapping[str, np.dtype] = store.dtypes
             if dtype != "stored":
-                dtypes = {path: DTYPES[dtype] for path in store.shapes}
+                dtypes = dict.fromkeys(store.shapes, DTYPES[dtype])
             merged = Merged(
                 store.read, trained_changes(store, lora, experts.get(component, {})), dtypes
             )

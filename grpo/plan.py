@@ -96,7 +96,7 @@ def choose_target(device: str, count: int) -> Target:
         return _target_here(count)
     kind = costs.KINDS[device]
     assert kind.memory is not None, f"{device} has no memory in costs.KINDS"
-    fraction = float(os.environ.get(FRACTION, 0.75))
+    fraction = float(os.environ.get(FRACTION, "0.75"))
     limit = int(kind.memory * fraction)
     notes = (f"limit: {fraction:g} of {kind.memory / GIB:.0f} GiB ({FRACTION})",)
     if kind.platform == "rocm":

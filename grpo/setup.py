@@ -299,7 +299,7 @@ def load_weights(spec: RunSpec, model: model_dir.ModelDir, offloaded: bool) -> W
 
 def no_weights(expert: int) -> None:
     """Return None as the frozen weights of an expert, for runs that do not need any."""
-    return None
+    return
 
 
 def initial_arrays(

@@ -22,7 +22,7 @@ import numpy as np
 from rewards.base import CompositeScore, Reward, RewardError, Score
 
 _START_TIMEOUT = 300.0  # seconds to import and to load the models, also from a slow network disk
-_ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
 class Scorer(Protocol):

@@ -58,7 +58,7 @@ class Method(abc.ABC):
     @classmethod
     def check(cls, recipe: "Recipe") -> None:
         """Raise `UserError` where settings contradict each other under this method."""
-        return None
+        return
 
     @classmethod
     @abc.abstractmethod

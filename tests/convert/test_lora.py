@@ -390,7 +390,7 @@ def test_export_says_what_is_wrong(single, kernels, tmp_path):
     run = write_run(tmp_path / "run", flat, CONFIG)
     with pytest.raises(UserError, match=r"all weights.*convert\.to_diffusers"):
         export(write_run(tmp_path / "full", flat, None), single.path, tmp_path / "lora")
-    both = write_run(tmp_path / "both", {e: flat for e in files.EXPERTS}, CONFIG)
+    both = write_run(tmp_path / "both", dict.fromkeys(files.EXPERTS, flat), CONFIG)
     with pytest.raises(UserError, match="trained transformer, transformer_2, the model"):
         export(both, single.path, tmp_path / "lora")
     (tmp_path / "file").write_text("")

@@ -172,7 +172,7 @@ def test_command_line_without_weights(model, tmp_path):
     assert "prompts of 32 tokens" in out  # by the tokenizer
     assert "an estimate from the functions in float32" in out and "limit: 0.75 of 139 GiB" in out
     for name in ("rollout step", "update", "evaluation step", "decode"):
-        assert re.search(rf"^  {name} +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+$", out, re.M), out
+        assert re.search(rf"^  {name} +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+$", out, re.MULTILINE), out
     assert (
         re.search(r"peak \d+\.\d\d GiB in the \w+, of 104\.25 GiB", out)
         and "before that the text encoder" in out

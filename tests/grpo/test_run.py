@@ -28,7 +28,7 @@ def make(model="wan2.1-1.3b", *, training=True, devices=1, **values) -> RunSpec:
 def test_what_follows_from_the_tiny_recipe():
     spec = make()
     assert spec.shape == spec.eval_shape == (1, 2, 4, 16) and spec.tokens == 2
-    assert [segment.steps for segment in spec.segments] == [range(0, 3)]
+    assert [segment.steps for segment in spec.segments] == [range(3)]
     assert spec.trained == ("transformer",) and spec.trained_steps(0) == 2
     assert spec.update_batches(0).tolist() == [[0], [1]] and spec.eval_batches == 1
     assert spec.sampling_guidance == spec.eval_guidance == (1.0,)

@@ -142,7 +142,7 @@ def load_head(path, config: TransformerConfig, model: ModelDir | None = None) ->
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = dict(file.metadata() or {})
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         digest = metadata.pop("digest", None)
         if digest is not None and digest != _digest(arrays, metadata):
             raise UserError(

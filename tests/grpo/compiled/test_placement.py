@@ -142,7 +142,7 @@ def test_eight_devices_equal_one_with_all_weights(tmp_path):
 
 
 def test_no_memory_to_offload_to_is_an_error():
-    device = types.SimpleNamespace(platform="toaster", addressable_memories=lambda: [])
+    device = types.SimpleNamespace(platform="toaster", addressable_memories=list)
     with pytest.raises(
         ValueError, match=r"offload_optimiser=True needs memory of kind pinned_host, toaster.*fsdp"
     ):

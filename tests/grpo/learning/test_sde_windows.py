@@ -62,7 +62,7 @@ def test_windows_of_neighbours():
         sde_window(0, 0, 2, 0, 4, rule="left")
 
 
-PARTS = (Segment(0, range(0, 7)), Segment(1, range(7, 20)))
+PARTS = (Segment(0, range(7)), Segment(1, range(7, 20)))
 BOTH = ("transformer", "transformer_2")
 
 
@@ -105,7 +105,7 @@ def test_a_schedule_that_leaves_a_trained_expert_without_a_step_is_refused(
 
 @pytest.mark.parametrize("groups", [2, 5, 24, 48])
 def test_one_step_a_group_spread_evenly_over_steps_and_experts(groups):
-    rooms, seen = (range(0, 7), range(7, 15)), []
+    rooms, seen = (range(7), range(7, 15)), []
     quotas = group_quotas([len(room) for room in rooms], groups)
     assert sum(quotas) == groups and min(quotas) >= 1 and abs(quotas[0] - groups * 7 / 15) < 1
     for epoch in range(60):
@@ -158,7 +158,7 @@ def test_windows_of_an_epoch():
 def test_batches_of_some_videos_are_dealt_to_the_updates():
     np.testing.assert_array_equal(batches_with(range(24), 4, 6, 2), [[0, 1, 2], [3, 4, 5]])
     # the third is partly theirs
-    np.testing.assert_array_equal(batches_with(range(0, 10), 4, 6, 1), [[0, 1, 2]])
+    np.testing.assert_array_equal(batches_with(range(10), 4, 6, 1), [[0, 1, 2]])
     # 3 is a neighbour
-    np.testing.assert_array_equal(batches_with(range(0, 12), 4, 6, 2), [[0, 2], [1, 3]])
+    np.testing.assert_array_equal(batches_with(range(12), 4, 6, 2), [[0, 2], [1, 3]])
     np.testing.assert_array_equal(batches_with(range(12, 24), 4, 6, 2), [[2, 4], [3, 5]])

@@ -166,7 +166,7 @@ def test_page_and_tables(tmp_path):
         for i in range(8)
     }
     result = Comparison(
-        {name: "r.py <script>" for name in runs} | {"gone": "r.py"},
+        dict.fromkeys(runs, "r.py <script>") | {"gone": "r.py"},
         runs | {"gone": {}},
         ("evaluations", 200),
         0.15,
