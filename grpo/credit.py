@@ -32,7 +32,7 @@ class Credit:
         value: [N], the value by which the videos of a group are ranked: `total` or `advantages`.
         spread: bool [N], whether the video is valid and in a group with different rewards.
         counted: bool [N], whether the video is valid and trained on.
-        order: int [batches], numbers of the rollout batches, those with selected groups first.
+        order: int [at most batches], numbers of the rollout batches that hold a selected group.
         groups: statistics of the groups, for the log.
     """
 

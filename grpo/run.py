@@ -213,8 +213,8 @@ class RunSpec:
         return sum(quota for segment, quota in pairs if segment.expert == expert)
 
     def update_batches(self, expert: int) -> np.ndarray:
-        """Return the numbers of the rollout batches that train an expert in each optimiser step of
-        an epoch, int [updates, M]; indices into `Credit.order`.
+        """Return which rollout batches train an expert in each optimiser step of an epoch, as
+        indices into `Credit.order`: int [updates, M].
         """
         settings, updates = self.settings, self.recipe.train.updates_per_epoch
         if settings.train_batches < settings.batches:  # groups are selected by their rewards
