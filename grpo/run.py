@@ -206,8 +206,8 @@ class RunSpec:
         )
 
     def trained_steps(self, expert: int) -> int:
-        """Return K: the number of stochastic steps of an epoch that train an expert, or of noise
-        levels of a video.
+        """Return K. Of Flow-GRPO it is the number of stochastic steps of an epoch that train an
+        expert; of methods on finished videos it is the number of noise levels of a video.
         """
         pairs = zip(self.segments, self.windows.quotas)
         return sum(quota for segment, quota in pairs if segment.expert == expert)

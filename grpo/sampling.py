@@ -56,7 +56,8 @@ class Session:
         pool: the processes that score.
         frozen: number of an expert -> its base weights, on the device.
         start: the trainable arrays of every expert before the first update.
-        to_device: moving average in host memory -> the same on the device.
+        to_device: copies a moving average from host memory to the device; the identity where it
+            is not offloaded.
         progress: (iterable, desc=..., total=...) -> the iterable with a progress bar.
     """
 
@@ -96,7 +97,8 @@ class RolloutBatch:
         trajectories: the stochastic steps of every batch.
         finished: [B, F, H, W, C] fp32, final latents of every batch, where the method keeps them.
         kl: [K, N] of trained experts, where the KL is part of the reward.
-        importance: [K, N] of trained experts, weights of the steps where they differ.
+        importance: [K, N] of trained experts, weights of the steps; empty unless they differ
+            between videos (train.credit=otca).
         evaluations: of the model.
         evaluations_saved: of the model, because the videos of a group share their first steps.
     """
@@ -198,7 +200,7 @@ def sample_epoch(
         multihost.stage(f"epoch {epoch}: decoding batch {place}")
         videos = video()
         clock("decode")
-        if len(rows[b][local]):  # none where other processes score all rows on these devices
+        if len(rows[b][local]):  # else this process scores no row of the batch
             targets = [session.prompts.targets[p] for p in prompt_of[rows[b][local]]]
             pending.append(submit(session.pool, rows[b][local], videos, targets))
 

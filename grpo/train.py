@@ -11,7 +11,7 @@ The methods are Flow-GRPO (Liu et al., arXiv 2505.05470), DiffusionNFT and their
     4  update    the policy, by the method's loss
     5  record    the epoch
     6  save      a checkpoint
-    7  evaluate  the moving average on held-out prompts, after it was saved
+    7  evaluate  the moving average on held-out prompts; the checkpoint was written before
 
 The same command on the same run folder continues after the newest checkpoint, bit for bit, because
 every random draw is a function of (seed, epoch, sample, step). On several hosts every process runs
@@ -99,8 +99,8 @@ def main(_):
 
 
 def train_recipe(config) -> int | None:
-    """Check a recipe's ConfigDict, its prompts and its model, and train. Returns the last epoch where
-    SIGTERM ended the run early, else None. Raises `UserError`.
+    """Check a recipe's ConfigDict, its prompts and its model, and train. Returns the number of the
+    last finished epoch if SIGTERM ended the run early, else None. Raises `UserError`.
     """
     recipe = parse.recipe_from_config(config)
     settings = parse.settings_of(recipe)
@@ -149,7 +149,8 @@ def train(
     pool: RewardPool,
     lock: folder_lock.Lock | None = None,
 ) -> int | None:
-    """Train a run. Returns the last epoch where SIGTERM ended the run early, else None.
+    """Train a run. Returns the number of the last finished epoch if SIGTERM ended it early, else
+    None.
 
     prompts, heldout: of training and of evaluations. pool: the processes that score. lock: of the
     run's folder, in process 0.
@@ -224,6 +225,7 @@ def train(
             if warning is not None:
                 print_once(warning)
         seconds = clock.seconds | {"save": save_seconds, "total": clock.total}
+        # of process 0, without compilation
         working = max(0.0, multihost.gather(clock.total - start.compiled.seconds)[0])
         spent += Spent(rollout.evaluations, working)
         last = epoch == recipe.epochs or settings.budget.reached(spent)
@@ -282,8 +284,8 @@ def evaluate(start: Start, states: States, epoch: int, lengths: tuple[int, ...])
 
 
 def same_length(recipe: Recipe, epoch: int) -> bool:
-    """Return whether the videos of an epoch are as long as those of the epoch before. Nothing is
-    compiled then.
+    """Return whether the videos of an epoch are as long as those of the epoch before, so that it
+    should compile nothing.
     """
     sample = recipe.sample
     before = frame_schedule.at(epoch - 1, sample.frames, sample.frame_schedule)

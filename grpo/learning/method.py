@@ -136,8 +136,8 @@ class Method(abc.ABC):
     @property
     @abc.abstractmethod
     def passes(self) -> int:
-        """The cost of one row of an update, in forward passes: three for the policy, one for each
-        other model.
+        """The cost of one row of an update, in forward passes: three for the policy, forward and
+        backward, and one for each other model.
         """
 
     @abc.abstractmethod

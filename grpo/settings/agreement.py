@@ -1,4 +1,4 @@
-"""Checks that the connected processes of a run on several hosts agree on folders, settings, prompts and
+"""Check that the connected processes of a run on several hosts agree on folders, settings, prompts and
 code.
 """
 
@@ -36,7 +36,7 @@ def check(recipe, prompts: dict[str, PromptSet]) -> None:
 
 
 def facts(recipe, prompts: dict[str, PromptSet]) -> dict[str, str]:
-    """Returns the facts that must be equal on all processes, by name; for files, digests of their
+    """Return the facts that must be equal on all processes, by name; for files, digests of their
     content. The arguments are those of `check`.
     """
     known = {

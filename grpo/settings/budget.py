@@ -43,7 +43,7 @@ class Budget(Section):
     )
 
     def reached(self, spent: Spent) -> bool:
-        """Returns whether `spent` has reached one of the limits."""
+        """Return whether `spent` has reached one of the limits."""
         return any(
             limit is not None and getattr(spent, name) >= limit
             for name, limit in dataclasses.asdict(self).items()

@@ -1,4 +1,4 @@
-"""Checks of settings that must not contradict each other, for all methods.
+"""Check of settings that must not contradict each other, for all methods.
 
 `recipe` is a `grpo.settings.schema.Recipe`, or a ConfigDict with the same keys. All checks raise
 `UserError` with the keys, the values and a remedy.
@@ -29,12 +29,12 @@ def check_together(recipe) -> None:
 
 
 def videos_of(recipe) -> int:
-    """Returns the number of videos of an epoch."""
+    """Return the number of videos of an epoch."""
     return recipe.sample.groups * recipe.sample.group_size
 
 
 def trained_batches(recipe) -> int:
-    """Returns the number of rollout batches of an epoch that are trained."""
+    """Return the number of rollout batches of an epoch that are trained."""
     return (
         (recipe.train.groups or recipe.sample.groups)
         * recipe.sample.group_size
@@ -43,7 +43,7 @@ def trained_batches(recipe) -> int:
 
 
 def check_batches(recipe) -> None:
-    """Checks that the videos of an epoch fill its rollout batches."""
+    """Check that the videos of an epoch fill its rollout batches."""
     videos, batch = videos_of(recipe), recipe.sample.batch_size
     if videos % batch:
         raise UserError(
@@ -53,7 +53,7 @@ def check_batches(recipe) -> None:
 
 
 def check_updates(recipe) -> None:
-    """Checks that the trained batches of an epoch can be divided among its updates."""
+    """Check that the trained batches of an epoch can be divided among its updates."""
     batches, updates = trained_batches(recipe), recipe.train.updates_per_epoch
     if batches % updates:
         raise UserError(
@@ -62,7 +62,7 @@ def check_updates(recipe) -> None:
 
 
 def check_rewards(recipe) -> None:
-    """Checks that a reward has a weight, and that each one can be measured."""
+    """Check that a reward has a weight, and that each one can be measured."""
     weights = measured_rewards(recipe)
     if not any(weights.values()):
         raise UserError(f"config.reward.weights={weights}: one weight must be above 0")
@@ -87,7 +87,7 @@ def check_rewards(recipe) -> None:
 
 
 def check_lora(recipe) -> None:
-    """Checks that adapters have layers, and that a file of adapters is only given with adapters."""
+    """Check that adapters have layers, and that a file of adapters is only given with adapters."""
     lora = recipe.lora
     if lora.rank and not lora.targets:
         raise UserError(
@@ -102,7 +102,7 @@ def check_lora(recipe) -> None:
 
 
 def check_evaluation(recipe) -> None:
-    """Checks that evaluations without guidance are only made where the others have guidance."""
+    """Check that evaluations without guidance are only made where the others have guidance."""
     if recipe.eval.also_unguided and recipe.eval.guidance <= 1:
         raise UserError(
             f"config.eval.also_unguided=True: with eval.guidance={recipe.eval.guidance} there is no "

@@ -36,17 +36,17 @@ def check(recipe) -> None:
 
 
 def at(epoch: int, frames: int, schedule: Schedule) -> int:
-    """Returns the number of frames of an epoch's videos. frames: before the schedule begins."""
+    """Return the number of frames of an epoch's videos. frames: before the schedule begins."""
     return [frames, *(length for first, length in schedule if first <= epoch)][-1]
 
 
 def trained(frames: int, schedule: Schedule) -> tuple[int, ...]:
-    """Returns all numbers of frames that epochs have, each once. The arguments are those of `at`."""
+    """Return all numbers of frames that epochs have, each once. The arguments are those of `at`."""
     return tuple(dict.fromkeys((frames, *(length for _, length in schedule))))
 
 
 def evaluated(frames: int, eval_frames: int, more_frames: Sequence[int]) -> tuple[int, ...]:
-    """Returns all numbers of frames that evaluations have, each once. The run is judged by the first.
+    """Return all numbers of frames that evaluations have, each once. The run is judged by the first.
 
     frames, eval_frames, more_frames: sample.frames, eval.frames and eval.more_frames.
     """

@@ -61,7 +61,7 @@ class Settings:
 
 
 def recipe_from_config(config: ml_collections.ConfigDict) -> Recipe:
-    """Returns the recipe, after all checks that need neither model nor devices. Raises `UserError`
+    """Return the recipe, after all checks that need neither model nor devices. Raises `UserError`
     with the key, the value and a remedy.
     """
     validation.check_keys(config)
@@ -75,7 +75,7 @@ def recipe_from_config(config: ml_collections.ConfigDict) -> Recipe:
 
 
 def from_config(config: ml_collections.ConfigDict) -> Settings:
-    """Returns `settings_of` the recipe of a ConfigDict, and writes the recipe's normalised values,
+    """Return `settings_of` the recipe of a ConfigDict, and writes the recipe's normalised values,
     e.g. of paths, into the ConfigDict. Raises `UserError` as `recipe_from_config` does.
     """
     recipe = recipe_from_config(config)
@@ -89,7 +89,7 @@ def from_config(config: ml_collections.ConfigDict) -> Settings:
 
 
 def settings_of(recipe: Recipe) -> Settings:
-    """Returns the objects that follow from a checked recipe. Raises `UserError` where a setting is
+    """Return the objects that follow from a checked recipe. Raises `UserError` where a setting is
     out of the range of one of them.
     """
     sample, train, lora = recipe.sample, recipe.train, recipe.lora
@@ -137,7 +137,7 @@ def check_resume(saved: dict, now: dict, checkpoint: str) -> None:
 
 
 def _with_kl_weight(values: dict) -> dict:
-    """Returns the values of all settings by key, with the default of the method where
+    """Return the values of all settings by key, with the default of the method where
     train.kl_weight is None.
     """
     weight = methods.kl_weight(values["train.method"], values["train.kl_weight"])
@@ -145,6 +145,6 @@ def _with_kl_weight(values: dict) -> dict:
 
 
 def _same(key: str, a, b) -> bool:
-    """Returns whether two values of a setting are equal; two paths, whether they lead to one place."""
+    """Return whether two values of a setting are equal; two paths, whether they lead to one place."""
     is_path = key in SETTINGS and SETTINGS[key].path
     return a == b or bool(is_path and a and b and expand(a) == expand(b))

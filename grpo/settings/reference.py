@@ -26,7 +26,7 @@ TYPES = {int: "whole number", float: "number", bool: "True or False", str: "text
 
 
 def markdown(word: str = "") -> str:
-    """Returns a heading and a table for each section, with the settings that have `word` in their key
+    """Return a heading and a table for each section, with the settings that have `word` in their key
     or meaning; upper and lower case are equal. With an empty word it returns all settings, below an
     introduction. Raises `UserError` where no setting has the word.
     """
@@ -51,7 +51,7 @@ def markdown(word: str = "") -> str:
 
 
 def _row(entry: Setting) -> str:
-    """Returns the row of a setting in its table."""
+    """Return the row of a setting in its table."""
     meaning = entry.meaning
     if entry.experimental:
         values = entry.experimental if isinstance(entry.experimental, tuple) else ()
@@ -65,14 +65,14 @@ def _row(entry: Setting) -> str:
 
 
 def _type(entry: Setting) -> str:
-    """Returns the type of a setting as text."""
+    """Return the type of a setting as text."""
     if entry.elements is None:
         return "path" if entry.path else TYPES[entry.kind]
     return f"tuple of {TYPES[entry.elements]}s"
 
 
 def _allowed(entry: Setting) -> str:
-    """Returns the allowed values as text: choices, range, form of a tuple, None."""
+    """Return the allowed values as text: choices, range, form of a tuple, None."""
     parts = []
     if entry.choices:
         parts.append(", ".join(f"`{choice}`" for choice in entry.choices))

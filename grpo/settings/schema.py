@@ -60,7 +60,7 @@ class Recipe(Section):
     save: Save = field(default_factory=Save, metadata=RESUME)
 
     def to_dict(self) -> dict:
-        """Returns nested dicts with sorted keys, as the recipe's ConfigDict does."""
+        """Return nested dicts with sorted keys, as the recipe's ConfigDict does."""
         return _sorted(dataclasses.asdict(self))
 
 
@@ -68,7 +68,7 @@ SETTINGS: Mapping[str, Setting] = {entry.key: entry for entry in declared(Recipe
 
 
 def values_of(recipe) -> dict[str, typing.Any]:
-    """Returns the value of every setting by key, e.g. 'train.learning_rate'; tuples as tuples.
+    """Return the value of every setting by key, e.g. 'train.learning_rate'; tuples as tuples.
 
     recipe: a `Recipe`, or a ConfigDict with the same keys.
     """
@@ -76,14 +76,14 @@ def values_of(recipe) -> dict[str, typing.Any]:
 
 
 def make_recipe(values: Mapping[str, object]) -> Recipe:
-    """Returns the recipe with the value of every setting by key. Whole numbers become floats where the
+    """Return the recipe with the value of every setting by key. Whole numbers become floats where the
     setting is a float. The values are not checked.
     """
     return _make(Recipe, values, "")
 
 
 def _make(kind: type, values: Mapping[str, object], prefix: str):
-    """Returns a section with the values of the settings that have the prefix."""
+    """Return a section with the values of the settings that have the prefix."""
     hints = typing.get_type_hints(kind)
     fields = {}
     for name in (f.name for f in dataclasses.fields(kind)):
@@ -97,7 +97,7 @@ def _make(kind: type, values: Mapping[str, object], prefix: str):
 
 
 def _typed(entry: Setting, value):
-    """Returns a value in the type of its setting: lists as tuples, whole numbers as floats."""
+    """Return a value in the type of its setting: lists as tuples, whole numbers as floats."""
     value = as_tuples(value)
     if entry.kind is float and isinstance(value, int):
         return float(value)
@@ -105,7 +105,7 @@ def _typed(entry: Setting, value):
 
 
 def as_tuples(value):
-    """Returns a value with its lists as tuples, at any depth."""
+    """Return a value with its lists as tuples, at any depth."""
     return tuple(map(as_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
@@ -129,7 +129,7 @@ def _sections(kind: type, prefix: str) -> Iterator[tuple[str, type]]:
 
 
 def is_marked(key: str, mark: str) -> bool:
-    """Returns whether a setting has a mark ('resume' or 'per_process').
+    """Return whether a setting has a mark ('resume' or 'per_process').
 
     A key that is not a setting, of a run of an earlier version, has the marks of its section.
     """
@@ -140,7 +140,7 @@ def is_marked(key: str, mark: str) -> bool:
 
 
 def measured_rewards(recipe) -> dict[str, float]:
-    """Returns the weights of the rewards that are measured, by name, sorted.
+    """Return the weights of the rewards that are measured, by name, sorted.
 
     recipe: a `Recipe`, or a ConfigDict with the same keys.
     """

@@ -84,7 +84,7 @@ def declared(kind: type, prefix: str = "", **marks) -> Iterator[Setting]:
 
 
 def _type_of(hint) -> tuple[type, bool, type | None, int | None]:
-    """Returns (kind, optional, elements, length) of `Setting` for a field's annotation."""
+    """Return (kind, optional, elements, length) of `Setting` for a field's annotation."""
     optional = isinstance(hint, types.UnionType)
     if optional:
         (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)

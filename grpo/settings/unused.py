@@ -80,7 +80,7 @@ def unread(recipe) -> dict[str, str]:
 
 
 def changed_in_vain(recipe) -> list[str]:
-    """Returns a line about settings that differ from their defaults and are not read; [] without any.
+    """Return a line about settings that differ from their defaults and are not read; [] without any.
 
     recipe: a `grpo.settings.schema.Recipe`, or a ConfigDict with the same keys.
     """

@@ -1,4 +1,4 @@
-"""Checks of a recipe's ConfigDict against the declared settings: keys, types, ranges, secrets.
+"""Check of a recipe's ConfigDict against the declared settings: keys, types, ranges, secrets.
 
 `grpo.settings.checks` has the checks of several settings together.
 """
@@ -29,7 +29,7 @@ VARIABLE = re.compile(r"[A-Z]+\d?(_[A-Z]+\d?)*")
 
 
 def flat(values: Mapping, prefix: str = "") -> dict[str, object]:
-    """Returns nested dicts as {'a.b': value}, with tuples as lists, as after JSON."""
+    """Return nested dicts as {'a.b': value}, with tuples as lists, as after JSON."""
     flattened = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -75,7 +75,7 @@ def _unknown(values: dict, known: dict, prefix: str = "") -> Iterator[tuple[str,
 
 
 def normalised(values: Mapping[str, object]) -> dict[str, object]:
-    """Returns the values of all settings in one form.
+    """Return the values of all settings in one form.
 
     'None' becomes the empty text where a text may be empty. (None,) and ('',), which the command line
     makes of 'None' and of an empty value, become the empty tuple. Paths become those of
@@ -104,7 +104,7 @@ def check_values(values: Mapping[str, object]) -> None:
 
 
 def _problem(entry: Setting, value) -> str:
-    """Returns the requirement that a value does not meet, as text; '' where it meets all."""
+    """Return the requirement that a value does not meet, as text; '' where it meets all."""
     if value is None and entry.optional:
         return ""
     optional = ", or None" if entry.optional else ""
@@ -130,7 +130,7 @@ def _problem(entry: Setting, value) -> str:
 
 
 def _is(kind: type, value) -> bool:
-    """Returns whether a value has the type `kind`. A whole number is also a float; True and False are
+    """Return whether a value has the type `kind`. A whole number is also a float; True and False are
     no numbers.
     """
     if isinstance(value, bool):
@@ -168,7 +168,7 @@ def check_secrets(recipe) -> None:
 
 
 def _has_credentials(url: str) -> bool:
-    """Returns whether a URL contains a user or a password, before its host or as an option."""
+    """Return whether a URL contains a user or a password, before its host or as an option."""
     try:
         parts = urllib.parse.urlsplit(url)
         options = {key.lower() for key in urllib.parse.parse_qs(parts.query)}
