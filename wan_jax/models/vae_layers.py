@@ -157,7 +157,12 @@ def upsampled_conv(
     rows = [
         jnp.stack([y[:, :, r : r + h, c : c + w, r, c] for c in (0, 1)], axis=4) for r in (0, 1)
     ]
-    return jnp.stack(rows, axis=3).reshape(b, t, 2 * h, 2 * w, n_out)
+    doubled = jnp.stack(rows, axis=3).reshape(b, t, 2 * h, 2 * w, n_out)
+    # XLA for ROCm fuses this with the norm that follows, and that kernel would take 128 KiB of the
+    # 64 KiB of local memory.
+    return jax.lax.platform_dependent(
+        doubled, rocm=jax.lax.optimization_barrier, default=lambda y: y
+    )
 
 
 class ChannelNorm(nnx.Module):
