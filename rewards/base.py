@@ -70,7 +70,7 @@ class Reward(Protocol):
         scores()        yields partial scores, as `rewards.composite.CompositeReward.scores`
     """
 
-    def score(self, frames: np.ndarray, record: Any) -> Score:
+    def score(self, frames: np.ndarray, record: Any, /) -> Score:
         """Judge the video `frames`, uint8 [T, H, W, 3] RGB. `record` describes its prompt."""
         ...
 

@@ -55,7 +55,7 @@ class ClipReward:
         torch.set_num_threads(1)
         transformers.utils.logging.disable_progress_bar()
         self.torch, self.kind, self.max_frames = torch, kind, max_frames
-        self.model = (
+        self.model: Any = (
             transformers.CLIPModel.from_pretrained(path, local_files_only=True).float().eval()
         )
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)

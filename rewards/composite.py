@@ -52,7 +52,9 @@ class CompositeReward:
     """
 
     def __init__(self, factories: Mapping[str, Callable[[], Reward] | None]):
-        self.rewards = {name: factory and factory() for name, factory in factories.items()}
+        self.rewards = {
+            name: None if factory is None else factory() for name, factory in factories.items()
+        }
 
     def close(self) -> None:
         """Close the rewards that wait for other machines, which ends the waiting."""
@@ -72,6 +74,7 @@ class CompositeReward:
         """
         (main, main_reward), *secondary = self.rewards.items()
         targets = record.targets if isinstance(record, PromptRecord) else record
+        assert main_reward is not None  # the main reward is none of DERIVED
         main_score = main_reward.score(frames, targets)
         check_score(main_score)
         values = dict.fromkeys(self.rewards, math.nan) | {main: main_score.value}

@@ -177,9 +177,11 @@ class RewardPool:
         self._executor = (
             concurrent.futures.ThreadPoolExecutor(workers, "reward") if workers else None
         )
-        if mode == "process" and workers:
+        if mode == "process" and self._executor is not None:
             factory = self._pickle(make_reward)
-            self._scorers = self._build([lambda: ProcessScorer(factory, timeout)] * workers)
+            self._scorers = self._build(
+                self._executor, [lambda: ProcessScorer(factory, timeout)] * workers
+            )
         else:
             self._scorers = [LocalScorer(make_reward) for _ in range(max(workers, 1))]
         for scorer in self._scorers:
@@ -202,17 +204,21 @@ class RewardPool:
             )
         return factory
 
-    def _build(self, builders: list[Callable[[], Scorer]]) -> list[Scorer]:
+    @staticmethod
+    def _build(
+        executor: concurrent.futures.Executor, builders: list[Callable[[], Scorer]]
+    ) -> list[Scorer]:
         """Start all workers at the same time. If one fails, stop the others and raise its error."""
-        futures = [self._executor.submit(builder) for builder in builders]
+        futures = [executor.submit(builder) for builder in builders]
         concurrent.futures.wait(futures)
-        failed = [future.exception() for future in futures if future.exception()]
-        if failed:
-            for future in futures:
-                if not future.exception():
+        errors = [future.exception() for future in futures]
+        failed = next(filter(None, errors), None)
+        if failed is not None:
+            for future, error in zip(futures, errors):
+                if error is None:
                     future.result().close()
-            self._executor.shutdown()
-            raise failed[0]
+            executor.shutdown()
+            raise failed
         return [future.result() for future in futures]
 
     def submit(self, videos: np.ndarray, records: Sequence[Any]) -> PendingScores:

@@ -72,9 +72,10 @@ def motion(frames: np.ndarray) -> float:
         cv2.resize(y, size, interpolation=cv2.INTER_AREA).round().astype(np.uint8)
         for y in luma(frames)
     ]
+    new: Any = None  # OpenCV allocates the flow, which its stubs do not allow
     lengths = [
         np.linalg.norm(
-            cv2.calcOpticalFlowFarneback(before, after, None, 0.5, 3, 15, 3, 5, 1.2, 0), axis=-1
+            cv2.calcOpticalFlowFarneback(before, after, new, 0.5, 3, 15, 3, 5, 1.2, 0), axis=-1
         ).mean()
         for before, after in itertools.pairwise(small)
     ]

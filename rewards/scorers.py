@@ -28,7 +28,7 @@ _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM
 class Scorer(Protocol):
     """Scores one video at a time."""
 
-    def score(self, frames: np.ndarray, record: Any) -> Score:
+    def score(self, frames: np.ndarray, record: Any, /) -> Score:
         """Score one video, as `Reward.score`."""
         ...
 
@@ -73,6 +73,7 @@ class ProcessScorer:
 
     def score(self, frames: np.ndarray, record: Any) -> Score:
         """Score one video. Raises `RewardError`, or `WorkerLost` when the subprocess ended."""
+        assert self._process is not None  # `_start` set it
         if self._process.poll() is not None:
             self._start()
         return self._request((frames, record), self._timeout, "score one video")
@@ -118,6 +119,7 @@ class ProcessScorer:
         cause. purpose: completes "could not ..." in messages.
         """
         process, expired, partial = self._process, threading.Event(), None
+        assert process is not None  # `_start` set it
 
         def expire():
             expired.set()

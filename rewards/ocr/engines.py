@@ -198,7 +198,7 @@ class PaddleOCREngine:
                 f"PaddleOCR would download what is not given: add {missing}, or give none"
             )
         try:
-            import paddleocr
+            import paddleocr  # pyright: ignore[reportMissingImports]  (of an extra)
         except ImportError as error:
             raise ImportError(
                 import_problem(
@@ -244,7 +244,7 @@ def readable_characters(engine: str) -> frozenset[str] | None:
     """
     name, pattern = CHARACTER_LISTS[engine]
     package = importlib.util.find_spec(name)
-    if package is None:
+    if package is None or not package.submodule_search_locations:
         return None
     files = sorted(pathlib.Path(package.submodule_search_locations[0]).glob(pattern))
     if len(files) != 1:

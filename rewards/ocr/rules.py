@@ -68,7 +68,7 @@ def spelling(lines: Sequence[TextLine], targets: Sequence[str]) -> float:
     text = "".join(line_texts)
     windows = _assign(goals, line_texts)
     values = []
-    for i, goal in enumerate(goals):
+    for i, (goal, own) in enumerate(zip(goals, windows)):
         taken = {
             at
             for j, window in enumerate(windows)
@@ -76,7 +76,7 @@ def spelling(lines: Sequence[TextLine], targets: Sequence[str]) -> float:
             for at in range(window.start, window.end)
         }
         alone = similarity(goal, "".join(char for at, char in enumerate(text) if at not in taken))
-        within = windows[i].similarity if windows[i] else 0.0
+        within = own.similarity if own else 0.0
         values.append(alone + CREDIT_AMONG_OTHER_TEXT * max(0.0, (2 * within - 1) - alone))
     return float(np.mean(values))
 
@@ -126,7 +126,8 @@ def _assign(goals: list[str], lines: list[str]) -> list[Window | None]:
     on the lines SALE and SALES, the goal SALES could take "SALE" and the next S.) Then the best pair
     of a goal and a free part is taken, again and again.
     """
-    text, windows = "".join(lines), [None] * len(goals)
+    text = "".join(lines)
+    windows: list[Window | None] = [None] * len(goals)
     free: list[tuple[int, int]] = []  # spans (start, end) of the text that no goal has taken
     position = 0
     for line in lines:

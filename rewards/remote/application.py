@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
@@ -211,7 +211,7 @@ def make_server(
     """
     config = uvicorn.Config(
         api,
-        http=functools.partial(Connection, admission),
+        http=cast(type[asyncio.Protocol], functools.partial(Connection, admission)),
         loop="asyncio",
         ws="none",
         lifespan="off",
@@ -219,7 +219,7 @@ def make_server(
         access_log=False,
         log_level="error",  # a warning per malformed request would let anyone fill the log
         backlog=accepted,
-        timeout_keep_alive=admission.keep_alive,
+        timeout_keep_alive=cast(int, admission.keep_alive),  # a float works as well
         timeout_graceful_shutdown=grace,
     )
     return _Server(config)

@@ -76,7 +76,7 @@ class RemoteReward:
         frames = None if self._select is None else [int(i) for i in self._select(videos.shape[1])]
         sent = videos if frames is None else videos[:, frames]
         answer = self._endpoints.post(SCORE_PATH, encode_request(sent, records), CONTENT_TYPE)
-        scores = decode_scores(answer, *sent.shape[:2], self._bounds)
+        scores = decode_scores(answer, sent.shape[0], sent.shape[1], self._bounds)
         return scores if frames is None else [_renumber(score, frames) for score in scores]
 
     def close(self) -> None:

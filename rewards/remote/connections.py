@@ -16,6 +16,7 @@ import ssl
 import threading
 import urllib.parse
 from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import cast
 
 import httpx2
 
@@ -93,7 +94,7 @@ class Connections:
             method,
             f"{self._url}{path}",
             headers={"Accept-Encoding": "identity", **headers, **size},
-            content=_pieces(body) if body else None,
+            content=cast(AsyncIterator[bytes], _pieces(body)) if body else None,
             extensions={"timeout": {"connect": CONNECT_TIMEOUT}},
         )
         future = asyncio.run_coroutine_threadsafe(self._exchange(request, timeout), self._loop)
@@ -112,6 +113,7 @@ class Connections:
         if self._closed:
             raise ConnectionAbortedError("the connections are closed")
         task, body = asyncio.current_task(), bytearray()
+        assert task is not None  # a coroutine runs in a task
         self._tasks.add(task)
         try:
             async with asyncio.timeout(timeout):
@@ -158,7 +160,7 @@ def _reason(error: httpx2.TransportError) -> str:
     while cause is not None:
         if isinstance(cause, ExceptionGroup):  # one error per address of the host
             cause = cause.exceptions[-1]
-        if isinstance(cause, OSError) and (cause.errno or 0) > 0:
+        if isinstance(cause, OSError) and cause.errno is not None and cause.errno > 0:
             return os.strerror(cause.errno)
         cause = cause.__cause__ or cause.__context__
     return str(error) or type(error).__name__

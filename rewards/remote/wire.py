@@ -105,7 +105,7 @@ def encode_request(videos: np.ndarray, records: Sequence[Any]) -> list[bytes | m
     return [
         _PREFIX.pack(MAGIC, len(header)),
         header,
-        memoryview(np.ascontiguousarray(videos)).cast("B"),
+        np.ascontiguousarray(videos).data.cast("B"),
     ]
 
 
@@ -277,7 +277,9 @@ def _decode_score(record: Any, frames: int, bounds: tuple[float, float]) -> Scor
             f"[name, number from {-MAX_VALUE:g} to {MAX_VALUE:g} or null] each",
         ),
     }
-    fields = {"value": None} | {name: record[name] for name in expected if name in record}
+    fields: dict[str, Any] = {"value": None} | {
+        name: record[name] for name in expected if name in record
+    }
     for name, value in fields.items():
         is_valid, description = expected[name]
         if not is_valid(value):
