@@ -164,7 +164,8 @@ def enable_compilation_cache() -> None:
     The folder is JAX_COMPILATION_CACHE_DIR if that is set, else ~/.cache/wan_jax. Not on the CPU,
     where compilation is fast and its result only fits the machine that compiled it.
     """
-    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
+    folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if jax.default_backend() != "cpu" and not folder:
         jax.config.update(
             "jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "wan_jax")
         )
@@ -183,6 +184,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, AskedToEnd):
         return str(error), TERMINATED
     if (cause := disk_error(error)) is not None:  # it may be wrapped, for example by orbax
+        assert cause.errno is not None  # it is in ADVICE
         path = cause.filename2 or cause.filename
         where = f"{path}: " if path else ""
         return f"error: {where}{ADVICE[cause.errno]} ({cause.strerror})", 1

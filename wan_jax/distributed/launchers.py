@@ -63,7 +63,7 @@ def choose(
     missing = [name for name, value in given.items() if value is None]
     if cluster not in CLUSTERS:
         raise UserError(f"--cluster={cluster}: choose one of {', '.join(CLUSTERS)}")
-    if not missing:
+    if coordinator is not None and processes is not None and process is not None:
         return _from_flags(cluster, coordinator, processes, process)
     if len(missing) < 3:
         raise UserError(f"{', '.join(given)} belong together: {' and '.join(missing)} not given")

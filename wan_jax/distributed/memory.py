@@ -34,7 +34,7 @@ class Peaks:
         return f"peak memory: device {device}, host {self.host / GIB:.2f} GiB"
 
 
-def limit(device: jax.Device) -> int | None:
+def limit(device: jax.Device) -> int | None:  # pyright: ignore[reportInvalidTypeForm]
     """Return the bytes that this process may use on the device; None where the backend sets no
     limit (CPU).
     """
@@ -68,7 +68,7 @@ def gpus() -> int:
     return next(filter(None, counts), 0)
 
 
-def pinned_limit(device: jax.Device) -> int | None:
+def pinned_limit(device: jax.Device) -> int | None:  # pyright: ignore[reportInvalidTypeForm]
     """Return the bytes of pinned host memory for the arrays of a device; None where there is no
     such limit (CPU).
     """

@@ -70,8 +70,10 @@ def joined(
     name = f"process {process} on {socket.gethostname()}"
     from jax._src import distributed  # the key-value store has no public name
 
+    store = distributed.global_state.client
+    assert store is not None  # `_join` set it
     _watch = Watch(
-        distributed.global_state.client,
+        store,
         process,
         jax.process_count(),
         timeout=timeout,

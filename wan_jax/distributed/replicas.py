@@ -42,7 +42,7 @@ def replica_digests(tree) -> dict[tuple[int, ...], dict[int, str]]:
 
     with concurrent.futures.ThreadPoolExecutor(max(1, len(by_device))) as threads:
         found = dict(zip(by_device, threads.map(of_device, by_device.values())))
-    digests = {(): {jax.process_index(): own.hexdigest()}}
+    digests: dict[tuple[int, ...], dict[int, str]] = {(): {jax.process_index(): own.hexdigest()}}
     for device, groups in found.items():
         for devices, digest in groups.items():
             digests.setdefault(devices, {})[device] = digest

@@ -90,9 +90,10 @@ def embed_prompts(
     texts = list(dict.fromkeys([*prompts, negative]))
     stored = PromptCache(model, dtype) if cache else None
     known = {}
-    for text in texts if stored else ():
-        if (rows := stored.get(text)) is not None:
-            known[text] = rows
+    if stored is not None:
+        for text in texts:
+            if (rows := stored.get(text)) is not None:
+                known[text] = rows
 
     # Tokenizer and encoder for the rest.
     missing = [text for text in texts if text not in known]
@@ -114,7 +115,7 @@ def embed_prompts(
         ids, mask = tokenizer((group * size)[:size], rows)
         for text, row in zip(group, np.asarray(run(state, ids, mask))):
             known[text] = row[: lengths[text]].copy()
-            if stored:
+            if stored is not None:
                 stored.put(text, known[text])
     return TextTable(
         tuple(known[prompt] for prompt in prompts),
@@ -295,7 +296,7 @@ def make_decoder(
             lambda x: fetch(decode_in_time(state, x)).frames, latents, tile, overlap
         )
         # non-finite values of a tile stay in the blended pixels
-        finite = np.isfinite(video).all(axis=(1, 2, 3, 4))
+        finite = np.all(np.isfinite(video), axis=(1, 2, 3, 4))
         video = np.where(finite[:, None, None, None, None], video, -1)
         return Videos(np.round((video + 1) * 127.5).astype(np.uint8), finite)
 

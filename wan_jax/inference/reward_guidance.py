@@ -16,6 +16,7 @@ import dataclasses
 import json
 import zlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -150,9 +151,10 @@ def load_head(path, config: TransformerConfig, model: ModelDir | None = None) ->
                 "with python -m grpo.reward_head"
             )
         values = json.loads(metadata["config"])
-        saved_config = TransformerConfig(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        )
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
+        saved_config = TransformerConfig(**fields)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not a reward head ({error}): make one with python -m grpo.reward_head"
@@ -185,8 +187,9 @@ def load_head(path, config: TransformerConfig, model: ModelDir | None = None) ->
 
 
 def _digest(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
-    contents = {
-        f"array {k}": np.ascontiguousarray(v).reshape(-1).view(np.uint8) for k, v in arrays.items()
+    contents: dict[str, memoryview | bytes] = {
+        f"array {k}": np.ascontiguousarray(v).reshape(-1).view(np.uint8).data
+        for k, v in arrays.items()
     }
     contents |= {f"metadata {k}": v.encode() for k, v in metadata.items()}
     return integrity.combined(

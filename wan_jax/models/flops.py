@@ -7,7 +7,9 @@ convolution is counted as computed.
 
 import math
 from collections.abc import Callable, Iterator
+from typing import cast
 
+from jax.core import ShapedArray
 from jax.extend import core
 
 
@@ -30,15 +32,20 @@ def _count_equation(eqn: core.JaxprEqn) -> float:
     params = eqn.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        left = eqn.invars[0].aval.shape
-        return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+        left = _shape(eqn.invars[0])
+        return 2.0 * math.prod(_shape(eqn.outvars[0])) * math.prod(left[i] for i in contracted)
     if name == "conv_general_dilated":
-        kernel = eqn.invars[1].aval.shape
+        kernel = _shape(eqn.invars[1])
         features = kernel[params["dimension_numbers"].rhs_spec[0]]
-        return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / features
+        return 2.0 * math.prod(_shape(eqn.outvars[0])) * math.prod(kernel) / features
     if name == "cond":
         return max(map(_count_jaxpr, _inner_jaxprs(params)))
     return sum(map(_count_jaxpr, _inner_jaxprs(params))) * params.get("length", 1)
+
+
+def _shape(operand: core.Var | core.Literal) -> tuple[int, ...]:
+    """Return the shape of an operand or a result of a product."""
+    return cast(ShapedArray, operand.aval).shape
 
 
 def _inner_jaxprs(params: dict) -> Iterator[core.Jaxpr]:

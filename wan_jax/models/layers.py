@@ -47,8 +47,8 @@ class Linear(nnx.Module):
         )
         self.kernel = nnx.Param(kernel.astype(dtype))
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if bias else None
-        self.lora_a = nnx.data(None)  # set by lora.attach
-        self.lora_b = nnx.data(None)
+        self.lora_a: LoRAParam | None = nnx.data(None)  # set by lora.attach
+        self.lora_b: LoRAParam | None = nnx.data(None)
         self.lora_scale = 0.0
         self.dtype = dtype
 
@@ -70,11 +70,12 @@ def fused_dense(
         return [fused_dense([layer], x)[0] for layer in layers]
     x = x.astype(first.dtype)
     y = x @ concatenate([layer.kernel[...] for layer in layers])
+    # Either all of these layers have a bias, or none; and so for adapters.
     if first.bias is not None:
-        y = y + concatenate([layer.bias[...] for layer in layers])
+        y = y + concatenate([layer.bias[...] for layer in layers if layer.bias is not None])
     if first.lora_a is not None:
-        a = [layer.lora_a[...].astype(first.dtype) for layer in layers]
-        b = [layer.lora_b[...].astype(first.dtype) for layer in layers]
+        a = [layer.lora_a[...].astype(first.dtype) for layer in layers if layer.lora_a is not None]
+        b = [layer.lora_b[...].astype(first.dtype) for layer in layers if layer.lora_b is not None]
         y = y + ((x @ concatenate(a)) * first.lora_scale) @ jax.scipy.linalg.block_diag(*b)
     y = checkpoint_name(y, MATMUL)
     return jnp.split(y, np.cumsum([layer.kernel.shape[-1] for layer in layers])[:-1], axis=-1)

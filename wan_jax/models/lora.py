@@ -8,6 +8,7 @@ block.
 import dataclasses
 import zlib
 from collections.abc import Iterable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from flax import nnx
 
 from wan_jax.models.layers import Linear, LoRAParam
 
+Model = TypeVar("Model", bound=nnx.Module)
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -32,7 +34,7 @@ class LoRAConfig:
         return self.alpha / self.rank
 
 
-def attach(model: nnx.Module, config: LoRAConfig, key: jax.Array) -> nnx.Module:
+def attach(model: Model, config: LoRAConfig, key: jax.Array) -> Model:
     """Add adapters to `model` in place and return it: A ~ normal(1/rank) (PEFT's "gaussian"), B =
     0, both fp32.
 

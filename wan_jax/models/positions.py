@@ -71,6 +71,6 @@ class Positions(NamedTuple):
     are the share of one device (None otherwise).
     """
 
-    cos: Float32[Array, "S half_head"]
-    sin: Float32[Array, "S half_head"]
+    cos: Float32[np.ndarray, "S half_head"] | Float32[Array, "S half_head"]
+    sin: Float32[np.ndarray, "S half_head"] | Float32[Array, "S half_head"]
     tokens: int | None = None

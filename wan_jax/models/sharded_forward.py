@@ -24,9 +24,11 @@ Shapes: B videos, S tokens, s token rows of a device, N heads.
 """
 
 import dataclasses
+from typing import Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
@@ -37,6 +39,34 @@ from wan_jax.models.attention import attention
 BLOCKS = "blocks" + flat_params.SEPARATOR
 
 
+class ShardedBlocks(Protocol):
+    """Blocks that gather their parameters before they run."""
+
+    gather: "Gather | None"
+
+
+class ShardedModel(Protocol):
+    """A model whose forward pass can run by `Layout.run`."""
+
+    layout: "Layout | None"
+    remat: str
+
+    @property
+    def blocks(self) -> ShardedBlocks:
+        """The blocks that the scan runs over."""
+        ...
+
+    def forward(
+        self, latents: jax.Array, timesteps: jax.Array, text: jax.Array, text_padding: int, /
+    ) -> jax.Array:
+        """Compute the velocity from the arrays of one device."""
+        ...
+
+
+Model = TypeVar("Model", bound=ShardedModel)
+Blocks = TypeVar("Blocks", bound=ShardedBlocks)
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Runs the forward pass of a model on `mesh`; a static attribute of the model."""
@@ -45,7 +75,7 @@ class Layout:
 
     def run(
         self,
-        model: nnx.Module,
+        model: ShardedModel,
         latents: jax.Array,
         timesteps: jax.Array,
         text: jax.Array,
@@ -93,7 +123,7 @@ class Layout:
         first, *rest = tuple(param_spec(x.shape, self.mesh.shape["fsdp"])) or (None,)
         return PartitionSpec(((first,) if first else ()) + single or None, *rest)
 
-    def own_tokens(self, x: jax.Array, axis: int) -> jax.Array:
+    def own_tokens(self, x: jax.Array | np.ndarray, axis: int) -> jax.Array:
         """Return this device's rows of an array with S tokens along `axis`, padded with zeros."""
         devices = self.mesh.shape["context"]
         rows = -(-x.shape[axis] // devices)
@@ -129,7 +159,7 @@ class Gather:
         }
         return flat_params.unflatten(state, flat | gathered)
 
-    def module(self, module: nnx.Module) -> nnx.Module:
+    def module(self, module: Blocks) -> Blocks:
         """Return the module with these parameters gathered."""
         graphdef, state = nnx.split(module)
         whole = nnx.merge(graphdef, self.state(state))
@@ -137,7 +167,7 @@ class Gather:
         return whole
 
 
-def attach(model: nnx.Module, mesh: Mesh | None) -> nnx.Module:
+def attach(model: Model, mesh: Mesh | None) -> Model:
     """Make `model`, including its adapters, run on `mesh` if that shares weights or tokens. Changes
     it in place and returns it.
 

@@ -62,7 +62,8 @@ class Tokenizer:
             )
         # else it warns that PyTorch is missing
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        from transformers import T5TokenizerFast  # takes seconds to import
+        # takes seconds to import; its lazy module is opaque to pyright
+        from transformers import T5TokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
         try:
             backend = T5TokenizerFast.from_pretrained(str(path), local_files_only=True)

@@ -29,7 +29,7 @@ from wan_jax.models.layers import (
     layer_norm,
 )
 from wan_jax.models.positions import Positions, apply_rope, rope_table, timestep_features
-from wan_jax.models.sharded_forward import saved_but_gathers, self_attention
+from wan_jax.models.sharded_forward import Gather, Layout, saved_but_gathers, self_attention
 
 RESIDUAL = "residual"  # name of the input of a block, for rematerialisation policies
 # What a block saves for the backward pass; the rest is rematerialised (computed again).
@@ -138,7 +138,7 @@ class Block(nnx.Module):
         self.attn2 = Attention(config, dtype=dtype, backend=backend, rngs=rngs)
         self.ffn = FeedForward(config, saved=saved, dtype=dtype, rngs=rngs)
         self.eps = config.eps
-        self.gather = None  # set by sharded_forward.attach
+        self.gather: Gather | None = None  # set by sharded_forward.attach
 
     def __call__(
         self,
@@ -148,13 +148,14 @@ class Block(nnx.Module):
         rope: Positions,
         key_counts: Int[np.ndarray, " St"] | None,
     ) -> Float[Array, "B S D"]:
-        if self.gather is None:
+        gather = self.gather
+        if gather is None:
             return self.forward(x, context, modulation, rope, key_counts)
 
         def gathered(x, context, modulation):
-            return self.gather.module(self).forward(x, context, modulation, rope, key_counts)
+            return gather.module(self).forward(x, context, modulation, rope, key_counts)
 
-        if self.gather.again:
+        if gather.again:
             gathered = jax.checkpoint(gathered, prevent_cse=False, policy=saved_but_gathers)
         return gathered(x, context, modulation)
 
@@ -263,7 +264,7 @@ class WanTransformer3D(nnx.Module):
         self.config = config
         self.dtype = dtype
         self.remat = remat
-        self.layout = None  # set by sharded_forward.attach
+        self.layout: Layout | None = None  # set by sharded_forward.attach
 
     def __call__(
         self,
@@ -308,11 +309,13 @@ class WanTransformer3D(nnx.Module):
         x = latents.astype(self.dtype).reshape(b, f, grid[1], ph, grid[2], pw, -1)
         x = x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(b, math.prod(grid), -1)  # [B,S,(ph pw C)]
         rope = Positions(*rope_table(grid, config.attention_head_dim, config.rope_max_seq_len))
-        split = self.layout is not None and self.layout.mesh.shape["context"] > 1
-        if split:  # from here on S counts the rows of this device
-            x = self.layout.own_tokens(x, 1)
-            cos = self.layout.own_tokens(rope.cos, 0)
-            sin = self.layout.own_tokens(rope.sin, 0)
+        layout = self.layout
+        if layout is not None and layout.mesh.shape["context"] == 1:
+            layout = None  # the tokens are not split
+        if layout is not None:  # from here on S counts the rows of this device
+            x = layout.own_tokens(x, 1)
+            cos = layout.own_tokens(rope.cos, 0)
+            sin = layout.own_tokens(rope.sin, 0)
             rope = Positions(cos, sin, math.prod(grid))
         x = self.patch_embedding(x)  # [B,S,D]
         temb, modulation, context = self.condition_embedder(timesteps, text)
@@ -336,7 +339,7 @@ class WanTransformer3D(nnx.Module):
         m = self.scale_shift_table[...] + temb.astype(jnp.float32)[:, None]  # [B,2,D]
         x = (layer_norm(x, config.eps) * (1 + m[:, 1:]) + m[:, :1]).astype(self.dtype)
         x = self.proj_out(x)  # [B,S,(ph pw C)]
-        if split:
-            x = self.layout.all_tokens(x, math.prod(grid))
+        if layout is not None:
+            x = layout.all_tokens(x, math.prod(grid))
         x = x.reshape(b, f, grid[1], grid[2], ph, pw, -1).transpose(0, 1, 2, 4, 3, 5, 6)
         return x.reshape(b, f, h, w, -1).astype(jnp.float32)

@@ -31,7 +31,7 @@ FRAME_22 = 4.4
 HISTORY = 24
 
 
-def decode_bytes(config: VAEConfig, shape: tuple[int, ...], chunk: int, itemsize: int = 4) -> int:
+def decode_bytes(config: VAEConfig, shape: tuple[int, ...], chunk: int, itemsize: int = 4) -> float:
     """Return an upper estimate of the device bytes to decode latents of `shape` [B,F,H,W,C],
     without the weights.
 
@@ -138,12 +138,13 @@ def decode_tiles(
             "latent cells"
         )
     _, _, h, w, _ = latents.shape
-    total = weight = None
+    total: np.ndarray | None = None
+    weight: np.ndarray | None = None
     for y in tile_starts(h, tile, overlap):
         for x in tile_starts(w, tile, overlap):
             piece = decode(latents[:, :, y : y + tile, x : x + tile])
             factor = piece.shape[2] // min(h, tile)  # pixels of a cell
-            if total is None:
+            if total is None or weight is None:
                 total = np.zeros(
                     (*piece.shape[:2], h * factor, w * factor, piece.shape[-1]), np.float32
                 )
@@ -155,4 +156,5 @@ def decode_tiles(
             share = share[..., None]  # [height,width,1]
             total[:, :, rows, columns] += share * piece
             weight[rows, columns] += share
+    assert total is not None and weight is not None  # there is at least one tile
     return total / weight

@@ -65,7 +65,7 @@ class History:
         missing = 2 - last.shape[1]
         if missing and before is None:
             last = jnp.pad(last, ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0)))
-        elif missing:
+        elif missing and before is not None:
             last = jnp.concatenate([before[:, -missing:], last], axis=1)
         self.frames += (last,)
         return before

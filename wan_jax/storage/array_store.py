@@ -19,6 +19,7 @@ import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -93,7 +94,7 @@ def _write_file(path: pathlib.Path, value: np.ndarray) -> None:
     """Write a file that appears complete, once it is on disk."""
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "wb", buffering=0) as file:
-        rest = memoryview(value.reshape(-1).view(np.uint8))
+        rest = value.reshape(-1).view(np.uint8).data
         while rest:
             rest = rest[file.write(rest[: 2**30]) :]
         os.fsync(file.fileno())
@@ -133,7 +134,8 @@ class ArrayStore:
 
     def _open(self) -> dict[str, ts.TensorStore]:
         try:
-            names = ocp.PyTreeCheckpointHandler().metadata(self.path).tree.keys()
+            # orbax takes any path, although its annotation names epath.Path
+            names = ocp.PyTreeCheckpointHandler().metadata(cast(Any, self.path)).tree.keys()
             context = ts.Context(CONTEXT)
             opening = {
                 name: ts.open(_spec(self.path, name), open=True, context=context) for name in names
@@ -174,7 +176,7 @@ class ArrayStore:
             )
 
     def _chunk(self, name: str) -> tuple[int, ...]:
-        return tuple(self._arrays[name].chunk_layout.read_chunk.shape)
+        return tuple(cast(Sequence[int], self._arrays[name].chunk_layout.read_chunk.shape))
 
     def write(self, name: str, value: np.ndarray, layer: int | None = None, row: int = 0) -> None:
         """Write one layer, or rows of an array without layers from `row` on; on disk on return.
@@ -213,7 +215,8 @@ class ArrayStore:
         """
         shards = {}
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # as JAX asserts
             key = tuple((s.start, s.stop) for s in index)
             if key not in shards:
                 shards[key] = self._slice(name, index, np.dtype(dtype))
@@ -245,7 +248,7 @@ class ArrayStore:
             expected = None if self._files is None else self._files.get(f"{name}/{file}", (0, 0))
             try:
                 integrity.read_into(
-                    self.path / name / file, memoryview(values.reshape(-1).view(np.uint8)), expected
+                    self.path / name / file, values.reshape(-1).view(np.uint8).data, expected
                 )
             except integrity.Damaged as error:
                 raise StoreError(f"{error}; {CONVERT_AGAIN}") from None

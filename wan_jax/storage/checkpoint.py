@@ -221,7 +221,9 @@ class Checkpoints:
                 f"{META} has format {meta.get('format')}, this version reads 1 and {FORMAT}"
             )
         for fields, values in ((FIELDS, meta), (LORA_FIELDS, meta.get("lora"))):
-            for name, kind in fields.items() if values is not None else ():
+            if values is None:
+                continue
+            for name, kind in fields.items():
                 if not isinstance(values.get(name, ...), kind):
                     raise integrity.Damaged(f"{META} has no valid {name!r}")
         return meta

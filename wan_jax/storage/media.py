@@ -248,9 +248,9 @@ def _write_mp4(path: pathlib.Path, video: np.ndarray, fps: float, crf: int) -> N
     writer = imageio_ffmpeg.write_frames(
         str(path),
         (w + w % 2, h + h % 2),
-        fps=fps,
+        fps=fps,  # pyright: ignore[reportArgumentType]  (a float works as well)
         codec="libx264",
-        quality=None,
+        quality=None,  # pyright: ignore[reportArgumentType]  (no -qscale)
         macro_block_size=1,
         ffmpeg_log_level="error",
         output_params=["-crf", str(crf), "-movflags", "+faststart"],

@@ -25,7 +25,7 @@ from wan_jax.choices import BACKENDS
 from wan_jax.models.attention.chunked import chunked_attention
 
 
-def platform_of(device: jax.Device) -> str:
+def platform_of(device: jax.Device) -> str:  # pyright: ignore[reportInvalidTypeForm]
     """Return 'cpu', 'cuda' or 'rocm'; JAX's own name for the GPUs of NVIDIA and AMD is 'gpu'."""
     if device.platform != "gpu":
         return device.platform
@@ -87,9 +87,9 @@ def attention(
     with identical projections; counting that row instead of repeating it gives the same softmax for
     a tenth of the work. Raises ValueError on counts that are not Sk positive integers.
     """
+    counts = None if key_counts is None else np.asarray(key_counts)
     key_bias = None
-    if key_counts is not None:
-        counts = np.asarray(key_counts)
+    if counts is not None:
         if counts.shape != k.shape[1:2] or counts.dtype.kind not in "iu" or counts.min() < 1:
             raise ValueError(
                 f"key_counts={key_counts} must be {k.shape[1]} positive integers, one a key"
@@ -97,7 +97,7 @@ def attention(
         # count equal terms exp(x) sum to exp(x + log(count))
         key_bias = jnp.asarray(np.log(counts), jnp.float32)
     if backend == "cudnn":
-        if key_counts is not None:
+        if counts is not None:
             k, v = repeat_keys(k, counts), repeat_keys(v, counts)
         return _cudnn(q, k, v)
     if backend == "chunked":

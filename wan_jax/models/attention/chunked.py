@@ -11,6 +11,7 @@ Shapes: B videos, Sq and Sk tokens, N heads, `rows` queries of a chunk, head_dim
 
 import functools
 import math
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,8 @@ def chunked_attention(
     q = jnp.pad(q, ((0, 0), (0, -sq % rows), (0, 0), (0, 0)))  # zero rows, cut off below
     if key_bias is None:
         key_bias = jnp.zeros(sk, jnp.float32)
-    out = _attend(rows, *(x.transpose(0, 2, 1, 3) for x in (q, k, v)), key_bias)
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    out = cast(Array, _attend(rows, q, k, v, key_bias))
     return out.transpose(0, 2, 1, 3)[:, :sq]
 
 

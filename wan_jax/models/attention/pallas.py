@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +94,7 @@ def pallas_attention(
         key_bias = jnp.pad(key_bias * LOG2E, (0, pad_k), constant_values=-jnp.inf)
     q = jnp.pad(q, ((0, 0), (0, pad_q), (0, 0), (0, 0)))
     k, v = (jnp.pad(x, ((0, 0), (0, pad_k), (0, 0), (0, 0))) for x in (k, v))
-    return _attend(blocks, interpret, q, k, v, key_bias)[:, :sq]
+    return cast(Array, _attend(blocks, interpret, q, k, v, key_bias))[:, :sq]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
