@@ -6,16 +6,15 @@ the small Wan (docs/results.md, "Methods under one budget"). With train.method=g
 Flow-GRPO's published settings for Wan 2.1 (`general_ocr_wan2_1`).
 """
 
-import ml_collections
+from typing import Any
+
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_dict, config_flags
 
 from grpo.settings.schema import SETTINGS
 
-ConfigDict = ml_collections.ConfigDict
 
-
-class _OrNone:
+class _OrNone(flags.ArgumentParser):
     """Parses 'None' and nothing, on the command line, as None. `grpo.settings.validation` refuses it
     where it is not a value.
     """
@@ -36,17 +35,18 @@ config_flags.register_flag_parser_for_type(float, _FloatOrNone())
 config_flags.register_flag_parser_for_type(int, _IntegerOrNone())
 
 
-def defaults() -> ConfigDict:
-    """Returns a new ConfigDict of all settings. Optional ones are None and keep their type."""
-    c = ConfigDict()
+def defaults() -> Any:
+    """Returns a new ConfigDict of all settings. Optional ones are None and keep their type.
+
+    Any, because the annotations of ConfigDict allow no `config.section.name = value`.
+    """
+    config = ConfigDict()
     for key, entry in SETTINGS.items():
         *sections, name = key.split(".")
-        place = c
+        place: Any = config
         for section in sections:
             if section not in place:
                 place[section] = ConfigDict()
             place = place[section]
-        place[name] = (
-            ml_collections.config_dict.placeholder(entry.kind) if entry.optional else entry.default
-        )
-    return c
+        place[name] = config_dict.placeholder(entry.kind) if entry.optional else entry.default
+    return config
