@@ -71,6 +71,7 @@ def serving(
             text=True,
             env=os.environ | {"REWARD_TOKEN": TOKEN},
         )
+        assert process.stdout is not None  # it is a pipe
         lines: list[str] = []
         try:
             url = urllib.parse.urlsplit(process.stdout.readline().split()[3])

@@ -60,6 +60,7 @@ def server(workers: int, max_frames: int):
     ]
     environment = os.environ | {"REWARD_TOKEN": TOKEN}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None  # it is a pipe
         try:
             yield process.stdout.readline().split()[3]
         finally:

@@ -6,13 +6,14 @@ Texts have one to four words; the words of held-out texts occur in no training t
 """
 
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 from absl import app, flags
 
 from grpo.data.prompt_generator import TextStyle, Vocabulary, draw_prompts
 
-WORDS = """
+WORDS: Sequence[str] = """
 open closed welcome coffee bakery market garden library museum station harbour bridge island summer winter morning
 evening midnight silver golden crystal thunder river mountain forest valley meadow orchard lantern compass anchor
 voyage journey ticket platform express local fresh daily special menu today tomorrow never always together hello
@@ -24,7 +25,7 @@ eclipse horizon dream believe create imagine explore discover wonder future hist
 fire earth wind quality service trust value sale offer discount bargain price cash credit bank office tower castle
 palace temple
 """.split()
-CARRIERS = (
+CARRIERS: tuple[str, ...] = (
     "a neon sign that says {text}",
     "a wooden sign with the words {text} carved into it",
     "a chalkboard on which {text} is written",
@@ -42,7 +43,7 @@ CARRIERS = (
     "a screen that displays {text}",
     "a flag with {text} on it",
 )
-SCENES = (
+SCENES: tuple[str, ...] = (
     "on a rainy city street at night",
     "in a sunny village square",
     "inside a small cafe",
@@ -60,7 +61,7 @@ SCENES = (
     "in a bright modern office",
     "at dusk beside a country road",
 )
-MOVES = (
+MOVES: tuple[str, ...] = (
     "The camera moves slowly closer.",
     "The camera stays still.",
     "The camera pans to the right.",

@@ -8,6 +8,7 @@ prints the mean reward, the spread within groups and the histogram of the reward
 """
 
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from wan_jax.models.config import TextEncoderConfig, TransformerConfig
 from wan_jax.models.text_encoder import UMT5Encoder, encode
 from wan_jax.models.transformer import WanTransformer3D
 
-CHECKS = (  # arguments of `check_model`
+CHECKS: tuple[dict[str, Any], ...] = (  # arguments of `check_model`
     dict(steps=10),
     dict(steps=10, noise_level=0.7),
     dict(steps=20, frames=sizes.CLIP_FRAMES),

@@ -32,15 +32,15 @@ def scale_by_muon(momentum: float = 0.95) -> optax.GradientTransformation:
     def init(params):
         return jax.tree.map(jnp.zeros_like, params)
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         del params
-        state = jax.tree.map(lambda m, g: momentum * m + g, state, grads)
+        state = jax.tree.map(lambda m, g: momentum * m + g, state, updates)
 
         def direction(m, g):
             n_in, n_out = g.shape[-2:]
             return orthogonalise(momentum * m + g) * max(1.0, n_out / n_in) ** 0.5
 
-        return jax.tree.map(direction, state, grads), state
+        return jax.tree.map(direction, state, updates), state
 
     return optax.GradientTransformation(init, update)
 

@@ -292,7 +292,9 @@ def draw_content(
         moving = len(TEMPLATES) + (u * len(MOTION_TEMPLATES)).astype(jnp.int32)
         template = jnp.where(jax.random.bernoulli(k_moves, 0.5, (batch,)), moving, template)
     motion = jax.random.randint(k_motion, (batch,), 0, len(MOTIONS))
-    return Content(draw_letters(k_words, batch, split_heldout, mix), *colours.T, motion, template)
+    letters = draw_letters(k_words, batch, split_heldout, mix)
+    sign, letter, ground = colours.T
+    return Content(letters, sign, letter, ground, motion, template)
 
 
 def sentences(content: Content) -> list[str]:
@@ -352,7 +354,7 @@ def unique_prompts(
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--split", choices=("train", "heldout"), default="train")
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)

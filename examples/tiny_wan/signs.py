@@ -59,8 +59,8 @@ class Atlas:
     """Letter shapes as signed distances to the outline, positive inside."""
 
     # uint32 [fonts, letters, rows, columns]: a texel and three neighbours, 8 bits each
-    texels: jax.Array
-    advances: jax.Array  # float32 [fonts, letters], em
+    texels: jax.Array | np.ndarray
+    advances: jax.Array | np.ndarray  # float32 [fonts, letters], em
 
 
 @jax.tree_util.register_dataclass
@@ -124,7 +124,8 @@ def build_atlas(fonts: tuple[str, ...] = FONTS, alphabet: str = ALPHABET) -> Atl
                 (-left, round(ABOVE * EM * big)), letter, 255, font, anchor="ls"
             )
             ink = np.asarray(image) > 127
-            signed = (distance_transform_edt(ink) - distance_transform_edt(~ink)) / big
+            inside, outside = (np.asarray(distance_transform_edt(x)) for x in (ink, ~ink))
+            signed = (inside - outside) / big
             distance[f, a] = signed.reshape(rows, big, columns, big)[:, 1:3, :, 1:3].mean((1, 3))
             advances[f, a] = (right - left) / (EM * big)
     if advances.max() * EM > columns - 1:

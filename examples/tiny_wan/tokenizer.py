@@ -85,7 +85,7 @@ def write(folder) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", required=True, help="folder to write")
     arguments = parser.parse_args()
     write(arguments.out)
