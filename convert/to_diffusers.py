@@ -35,7 +35,10 @@ from wan_jax.storage.array_store import ArrayStore
 from wan_jax.storage.paths import check_apart, expand
 from wan_jax.storage.trained_weights import load_trained
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES: dict[str, np.dtype] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
 # returns one layer of the array at a path, or all of it for None
 Read = Callable[[str, int | None], np.ndarray]
 # {path: function of the base array and the layer (... for all) that returns the new array in fp32}
