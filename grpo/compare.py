@@ -24,7 +24,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -82,7 +83,7 @@ class Method:
         config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
         try:
             values(parsing.with_recipe(parsing.last_of_each(argv)))
-            config = values["config"].value
+            config: Any = values["config"].value
             settings.from_config(config)
         except (UserError, *parsing.FLAG_ERRORS) as error:
             raise UserError(f"{self.name}: {parsing.flag_message(error)}") from None
@@ -179,8 +180,10 @@ def check_not_beyond(folder: pathlib.Path, unit: str, amount: float) -> None:
         if unit == "epochs":
             beyond = record["epoch"] >= amount
         else:
-            spent = Spent(*(run_log.number(record, f"spent_{name}") or 0 for name in UNITS[:2]))
-            beyond = Budget(**{unit: amount}).reached(spent)
+            evaluations, seconds = (run_log.number(record, f"spent_{name}") for name in UNITS[:2])
+            spent = Spent(int(evaluations or 0), seconds or 0.0)
+            limit: dict[str, Any] = {unit: amount}
+            beyond = Budget(**limit).reached(spent)
         if beyond:
             raise UserError(
                 f"{folder} has spent more than {unit}:{amount:g} already; give a larger --budget "
@@ -207,7 +210,7 @@ def environment(out: pathlib.Path, device: str | None, shared: bool) -> dict[str
 
 def run_all(
     jobs: Sequence[Job], environments: Sequence[dict[str, str]]
-) -> Iterator[tuple[Job, int, float]]:
+) -> Generator[tuple[Job, int, float], None, None]:
     """Run the jobs, one at a time in each environment.
 
     Yields (job, exit code, seconds) as they end. Those still running are stopped when the caller

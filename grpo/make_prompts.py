@@ -47,13 +47,14 @@ def write(path: pathlib.Path, lines: Sequence[dict]) -> None:
 def main(_):
     args = flags.FLAGS
     try:
-        limits = {name: tuple(map(int, getattr(args, name))) for name in ("words", "characters")}
+        (fewest, most), (shortest, longest) = (map(int, x) for x in (args.words, args.characters))
     except ValueError as error:
         raise UserError(
             f"--words={','.join(args.words)} --characters={','.join(args.characters)}: {error}"
         ) from None
     style = TextStyle(
-        **limits,
+        words=(fewest, most),
+        characters=(shortest, longest),
         cases=tuple(args.cases),
         numbers=args.numbers,
         punctuation=args.punctuation,

@@ -75,7 +75,7 @@ class Target:
     """
 
     kind: costs.Kind | None
-    devices: list[jax.Device]
+    devices: list[jax.Device]  # pyright: ignore[reportInvalidTypeForm]
     platform: str
     limit: int | None
     compiler: str

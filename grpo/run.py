@@ -58,7 +58,7 @@ class RunSpec:
         preset: Preset,
         *,
         training: bool = True,
-        devices: list[jax.Device] | None = None,
+        devices: list[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
         memory: int | None = None,
     ) -> "RunSpec":
         """Return a run. Raises ValueError or `UserError` where settings, model and devices contradict

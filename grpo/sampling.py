@@ -259,7 +259,7 @@ def zero_nonfinite(
 def importance_of(
     trajectories: dict[str, list[Trajectory]],
     finished: Sequence[jax.Array],
-    sharding: jax.sharding.Sharding,
+    sharding: jax.sharding.NamedSharding,
 ) -> dict[str, np.ndarray]:
     """Return `step_importance` of the trained steps of all experts together, [K, N] for each expert.
 

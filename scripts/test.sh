@@ -6,4 +6,6 @@ CONSTRAINTS=${CONSTRAINTS-constraints.txt}
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 make_env "parity,server,test"
 "$VENV/bin/ruff" check .
+"$VENV/bin/ruff" format --check --quiet .
+"$VENV/bin/pyright" --pythonpath "$VENV/bin/python"
 exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -37,5 +37,5 @@ def test_a_clock_that_is_set_changes_no_stage(monkeypatch):
 
 def test_what_jax_measured_over_a_jump_backwards_counts_as_nothing():
     counter = types.SimpleNamespace(names=[], seconds=1.0)
-    CompileCounter._listen(counter, COMPILED, -86400.0, "update")
+    CompileCounter._listen(counter, COMPILED, -86400.0, fun_name="update")
     assert counter.seconds == 1.0 and counter.names == ["update"]

@@ -80,7 +80,7 @@ DECODE = 0.4
 ON_CPU = Efficiency(1.0, 0.85, 0.7, "measured with the quickstart on 2 cores")
 
 
-def kind_of(device: jax.Device) -> Kind | None:
+def kind_of(device: jax.Device) -> Kind | None:  # pyright: ignore[reportInvalidTypeForm]
     """Return the kind of a device; None where its rates are unknown."""
     if device.platform == "cpu":
         cores = os.cpu_count() or 1

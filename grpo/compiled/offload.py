@@ -33,7 +33,7 @@ KIND = "pinned_host"
 ANY = "array"  # the name of each array while it is stepped: equal shapes share a compiled function
 
 
-def check_device(device: jax.Device) -> None:
+def check_device(device: jax.Device) -> None:  # pyright: ignore[reportInvalidTypeForm]
     """Raise ValueError where the backend has no host memory for arrays."""
     kinds = sorted(memory.kind for memory in device.addressable_memories())
     if KIND not in kinds:

@@ -80,7 +80,7 @@ def choose_mesh(
     preset: Preset,
     *,
     trained: int,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
     memory: float | None = None,
 ) -> tuple[jax.sharding.Mesh, str]:
     """Return the mesh that `config.mesh` asks for, with its zeros chosen by `mesh.choose`, and one

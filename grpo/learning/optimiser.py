@@ -157,7 +157,7 @@ def state_shapes(
         ema=shapes,
         updates=abstract.array((), jnp.int32),
         kl=jax.eval_shape(adaptive_kl.init) if adaptive_kl else None,
-        lagged=dict.fromkeys(lagged, shapes),
+        lagged={name: shapes for name in lagged},  # noqa: C420
     )
 
 

@@ -141,7 +141,9 @@ def make_policy(
     return policy, sharding_lib.shard_params(trainable, mesh)
 
 
-def _build(config, lora: LoRAConfig | None, key, dtype, attention: str, remat: str) -> nnx.Module:
+def _build(
+    config, lora: LoRAConfig | None, key, dtype, attention: str, remat: str
+) -> WanTransformer3D:
     """Return the transformer, with adapters where `lora` is not None."""
     model = WanTransformer3D(
         config, dtype=dtype, attention=attention, remat=remat, rngs=nnx.Rngs(0)

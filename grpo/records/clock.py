@@ -15,7 +15,7 @@ class Stopwatch:
 
     def __init__(self):
         self.first = self.last = time.monotonic()
-        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
 
     def __call__(self, stage: str, wait_for=None) -> None:
         jax.block_until_ready(wait_for)

@@ -26,6 +26,7 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
@@ -84,11 +85,10 @@ class RunLog:
 
     def config(self, values: dict) -> None:
         """Write every setting, nested; values that JSON cannot hold are written as text."""
-        values = plain(values)
-        write_atomically(
-            self.folder / CONFIG, json.dumps(values, indent=2, allow_nan=False).encode() + b"\n"
-        )
-        flat = {key.replace("/", "."): value for key, value in flatten(values).items()}
+        settings: Any = plain(values)
+        text = json.dumps(settings, indent=2, allow_nan=False)
+        write_atomically(self.folder / CONFIG, text.encode() + b"\n")
+        flat = {key.replace("/", "."): value for key, value in flatten(settings).items()}
         for tracker in self._trackers:
             tracker.config(flat)
 
@@ -271,7 +271,8 @@ def append_line(path: pathlib.Path, record: dict) -> None:
 def number(record: dict, key: str) -> float | None:
     """Return record[key] if it is a number or NaN, else None."""
     value = record.get(key)
-    return value if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number else None
 
 
 def check_evaluation(record: dict) -> None:

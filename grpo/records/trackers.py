@@ -17,7 +17,7 @@ import re
 import tempfile
 import time
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from grpo.records.run_files import read_json, write_atomically
 from rewards.base import import_problem
@@ -72,13 +72,18 @@ class TensorBoard:
         self.writer.flush()
 
     def previews(self, tag: str, sheet: Sheet, epoch: int) -> None:
-        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.proto import summary_pb2
+
+        # generated code, which has no annotations
+        Summary: Any = summary_pb2.Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         image = Summary.Image(
             height=sheet.height, width=sheet.width, colorspace=3, encoded_image_string=sheet.data
         )
         summary = Summary(value=[Summary.Value(tag=tag, image=image)])
-        self.writer.file_writer.add_summary(summary, epoch)
+        file_writer = self.writer.file_writer
+        assert file_writer is not None, "the writer is open"
+        file_writer.add_summary(summary, epoch)
 
     def close(self) -> None:
         self.writer.close()
@@ -148,7 +153,10 @@ class MLflow:
         for name, value in MLFLOW_LIMITS.items():
             os.environ.setdefault(name, value)
         mlflow = import_tracker("mlflow")
-        from mlflow.entities import Metric, Param
+        from mlflow.entities import (  # pyright: ignore[reportMissingImports], an extra
+            Metric,
+            Param,
+        )
 
         self.metric, self.param = Metric, Param
         self.errors = (mlflow.exceptions.MlflowException, OSError)

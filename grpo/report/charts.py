@@ -4,6 +4,7 @@ import dataclasses
 import io
 import re
 from collections.abc import Callable
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -60,8 +61,9 @@ def _svg(draw: Callable[[Axes], None], size: str, label: str, columns: int) -> s
 
     # 1 draw
     width, height = SIZES[size]
-    style = {"svg.fonttype": "none", "svg.hashsalt": size}
-    with rc_context(style | {"font.family": "sans-serif", "font.size": 10}):
+    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": size}
+    style |= {"font.family": "sans-serif", "font.size": 10}
+    with rc_context(style):
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.add_subplot()
         draw(axes)

@@ -72,11 +72,11 @@ def read_curve(folder) -> Curve:
         which give the gain, has no result.
     """
     # 1 read what was spent by each epoch
-    spent = {0: (0, 0.0)}
+    spent: dict[int, tuple[float, float]] = {0: (0, 0.0)}
     for record in run_log.read_metrics(folder):
-        amounts = tuple(run_log.number(record, f"spent_{axis}") for axis in AXES)
-        if None not in amounts:
-            spent[record["epoch"]] = amounts
+        evaluations, seconds = (run_log.number(record, f"spent_{axis}") for axis in AXES)
+        if evaluations is not None and seconds is not None:
+            spent[record["epoch"]] = (evaluations, seconds)
     # 2 read the evaluations and check that they make a curve
     records = run_log.read_evaluations(folder)
     if not records:
@@ -209,20 +209,21 @@ def _cells(name: str, result: Comparison, row: dict) -> list[str]:
     to_reach = ["not reached"] * len(AXES)
     if reached:
         some = f" ({reached} of {seeds})" if reached < seeds else ""
-        to_reach = [_figure(*row[f"{axis}_to_reach"], ".3g") + some for axis in AXES]
+        to_reach = [_figure(row[f"{axis}_to_reach"], ".3g") + some for axis in AXES]
     return [
         name,
         str(seeds),
-        _figure(*row["start"], ".3f"),
-        _figure(*row["end"], ".3f"),
-        _figure(*row["gain"], "+.3f"),
+        _figure(row["start"], ".3f"),
+        _figure(row["end"], ".3f"),
+        _figure(row["gain"], "+.3f"),
         *to_reach,
-        *(_figure(row[key][0], math.nan, ",.0f") for key in ("epochs", *AXES)),
+        *(_figure((row[key][0], math.nan), ",.0f") for key in ("epochs", *AXES)),
     ]
 
 
-def _figure(mean: float, half: float, form: str) -> str:
+def _figure(interval: Sequence[float], form: str) -> str:
     """Format "mean ± half-width", without the latter if it is NaN."""
+    mean, half = interval
     if form.endswith("g"):  # three digits, without an exponent
         form = ",.0f" if abs(mean) >= 100 else ".1f"
     text = f"{mean:{form}}"
@@ -294,7 +295,7 @@ def _headline(result: Comparison, rows: dict) -> tuple[str, str]:
     # 2 how high
     seeds = len(result.runs[first])
     text = (
-        f"{who}: held-out OCR reward {rows[first]['start'][0]:.2f} → {_figure(highest, half, '.2f')} "
+        f"{who}: held-out OCR reward {rows[first]['start'][0]:.2f} → {_figure((highest, half), '.2f')} "
         f"over {seeds} seed{'s' if seeds > 1 else ''}."
     )
     # 3 whose intervals overlap with the highest one's

@@ -69,7 +69,7 @@ class Evaluator:
     solver: object
     steps: tuple  # `pipeline.make_ode_step` of each expert
     parts: tuple[Segment, ...]  # the schedule's steps of each expert
-    decode: object  # `pipeline.make_decoder`
+    decode: Callable  # `pipeline.make_decoder`
     vae_state: object
     pool: RewardPool
     mesh: jax.sharding.Mesh

@@ -7,7 +7,8 @@ falling linearly to -1 at four, on the bad side. Weight 0 means that a reward is
 but not trained.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -90,7 +91,12 @@ def terms(
 
 def weighted_sum(rewards: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
     """Return the weighted sum of the rewards, [N] float64; nan where one of them is nan."""
-    return sum(weights[name] * values for name, values in rewards.items())
+    return _total([weights[name] * values for name, values in rewards.items()])
+
+
+def _total(terms: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the sum of at least one term, added in order."""
+    return functools.reduce(np.add, terms)
 
 
 def combined_advantages(
@@ -118,7 +124,7 @@ def combined_advantages(
         values = np.where(valid, values, 0.0)
         return group_advantages(values, groups, valid, std=std).astype(np.float64)
 
-    total = sum(weights[name] * advantages(values) for name, values in rewards.items())
+    total = _total([weights[name] * advantages(values) for name, values in rewards.items()])
     total[valid] -= total[valid].mean() if valid.any() else 0.0
     spread = total[valid].std() if valid.any() else 0.0
     if not spread > 0:

@@ -5,6 +5,7 @@ processes.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -97,7 +98,7 @@ def submit(
     finite = np.flatnonzero(videos.finite)
     scores = None
     if len(finite):
-        scores = pool.submit(videos.frames[finite], [records[i] for i in finite])
+        scores = pool.submit(videos.frames[finite], [records[int(i)] for i in finite])
     return PendingBatch(numbers, videos.finite, scores)
 
 
@@ -162,7 +163,10 @@ class GatheredScores:
         """Return the counts of failures and retries that a record of the run log contains, next to
         `failed_scores`.
         """
-        counts = {"nonfinite_videos": self.nonfinite, "retried_scores": self.retries}
+        counts: dict[str, Any] = {
+            "nonfinite_videos": self.nonfinite,
+            "retried_scores": self.retries,
+        }
         if self.parts:
             counts["failed_rewards"] = self.part_failures
             counts["retried_rewards"] = {
@@ -196,7 +200,7 @@ def format_failures(failed: int, counts: dict) -> str:
     return ", ".join(texts)
 
 
-def gather_rows(batches: Sequence[jax.Array], sharding: jax.sharding.Sharding) -> np.ndarray:
+def gather_rows(batches: Sequence[jax.Array], sharding: jax.sharding.NamedSharding) -> np.ndarray:
     """Concatenate batches [K, B] on the devices along B: [K, N] on every process.
 
     sharding: of the axis B; each process contributes the rows that are its own under it. All

@@ -280,15 +280,15 @@ def test_servers_score_the_same_and_one_may_die(alike, recipe, monkeypatch, caps
     pytest.importorskip("fastapi")
     config, run = recipe
     monkeypatch.setenv("REWARD_TOKEN", TOKEN)
-    say = training.say
+    print_once = training.print_once
     with Command("--workers=1") as one, Command("--workers=1") as other:
 
         def kill_one(*lines, **kwargs):
             if str(lines[0]).startswith("epoch 1/"):
                 one.kill()
-            say(*lines, **kwargs)
+            print_once(*lines, **kwargs)
 
-        monkeypatch.setattr(training, "say", kill_one)
+        monkeypatch.setattr(training, "print_once", kill_one)
         here(config, f"reward.servers={(one.url(), other.url())!r}", "reward.workers=2", "epochs=2")
         assert one.process.poll() is not None and other.process.poll() is None
     assert "is not used for now" in caplog.text
