@@ -1,8 +1,11 @@
 """The attacks on the client that need no waiting."""
 
+import pytest
+
 from benchmarks import attack_inputs, client_attacks
 
 
+@pytest.mark.slow
 def test_the_client_takes_no_bad_answer_for_a_score(monkeypatch):
     # tests/rewards/remote/test_wire.py has the malformed fields.
     fields = [f"{name}={value!r:.30}" for name, value in attack_inputs.BAD_FIELDS]

@@ -118,6 +118,7 @@ def test_what_is_refused(model, tmp_path, monkeypatch):
         check_model(str(model))
 
 
+@pytest.mark.slow
 def test_in_a_composite_only_clip_gets_the_prompt(model):
     record = PromptRecord(("open",), PROMPT)
     factories = {"ocr": Targets, "clip": functools.partial(ClipReward, str(model), "clip", 3)}

@@ -60,6 +60,7 @@ def test_an_error_of_the_user_is_one_line(flags, code, text, capfd):
     assert line.startswith("error: ") and text in line
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_the_server_is_ready_is_one_line():
     with Command("--reward=tests.rewards.pool_rewards:SlowToBuild", "--workers=1") as command:
         assert command.process.stderr.readline() == "building\n"

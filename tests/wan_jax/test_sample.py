@@ -21,6 +21,7 @@ def run_sample(*flags):
     )
 
 
+@pytest.mark.slow
 def test_samples_that_are_not_finite_are_not_written(folders, tmp_path):
     """Of two samples one: an error that names its prompt, no black picture, and the other one is
     kept.
@@ -89,6 +90,7 @@ def test_sampling_errors_are_one_message(folders, flags, message):
     ), result.stderr
 
 
+@pytest.mark.slow
 def test_decoding_in_tiles(folders, tmp_path):
     """A tile that covers the frame changes nothing; smaller ones change pixels, but not the picture."""
     common = (f"--model={folders[1]}", "--height=64", "--width=96", "--steps=2", "--prompt=sea")

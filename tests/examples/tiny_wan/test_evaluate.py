@@ -5,6 +5,7 @@ import types
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from PIL import Image
 
 from examples.tiny_wan import evaluate
@@ -39,6 +40,7 @@ class Pool:
         return types.SimpleNamespace(result=lambda: types.SimpleNamespace(values=values))
 
 
+@pytest.mark.slow
 def test_model_is_sampled_in_groups_of_one_prompt(capsys):
     pool = Pool()
     rewards, videos = evaluate.check_model(TINY_WAN, pool, groups=2, size=2, steps=1)

@@ -6,6 +6,7 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
 from examples.tiny_wan import prompts, tokenizer
@@ -30,6 +31,7 @@ def test_letter_classes():
     assert classes == [0, 0, 0, 0, 1, 2, 0, 1 + LETTERS, 2 + LETTERS, 3 + LETTERS, 0, 0, 0, 0, 0, 0]
 
 
+@pytest.mark.slow
 def test_a_run_of_a_few_steps(tmp_path):
     options = dict(
         vae=TINY_WAN / "vae", init=TINY_WAN, out=tmp_path, pool=4, pool_clips=2, batch=2, clips=1

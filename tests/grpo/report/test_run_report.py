@@ -86,6 +86,7 @@ def test_clips_are_videos(tmp_path):
     Page(text)
 
 
+@pytest.mark.slow
 def test_large_previews_stay_in_budget(tmp_path):
     """Noise cannot be compressed: 10 pictures of 600 x 800 would be 19 MB of text as PNG."""
     text = report_of_run(tmp_path, size=(600, 800), previews=5)

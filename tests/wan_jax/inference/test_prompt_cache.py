@@ -4,6 +4,7 @@ import shutil
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from wan_jax.inference import pipeline
 from wan_jax.models.tokenizer import Tokenizer
@@ -12,6 +13,7 @@ from wan_jax.storage import integrity, model_dir
 PROMPTS = ('A red sign with the word "open".', "Someone wrote “it's late” on a  wall.")
 
 
+@pytest.mark.slow
 def test_embeddings_are_cached_by_model_and_prompt(folders, tmp_path, monkeypatch):
     folder = shutil.copytree(folders[1], tmp_path / "model")
     model, prompts = model_dir.open_model(folder), [*PROMPTS, PROMPTS[0], "a " * 40]

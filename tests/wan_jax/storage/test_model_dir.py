@@ -24,6 +24,7 @@ def test_properties(model):
     assert model.config("transformer").num_layers == 2
 
 
+@pytest.mark.slow
 def test_weights_have_the_structure_and_dtypes_of_the_module(model):
     _, like = model_dir.abstract("vae", model.config("vae"))
     _, state = model_dir.build("vae", model)
