@@ -148,8 +148,9 @@ def _from_json(line: str) -> tuple[str, tuple[str, ...], dict] | None:
 def epoch_prompts(seed: int, epoch: int, total: int, groups: int) -> np.ndarray:
     """Return the indices [groups] of an epoch's prompts.
 
-    They are different and determined by (seed, epoch). Each pass over the prompts is shuffled, so
-    that every prompt is used equally often.
+    They are different and determined by (seed, epoch). Epochs draw without replacement from a
+    shuffled pass over the prompts; where `groups` does not divide `total`, a pass leaves out the
+    remainder.
 
     Raises:
       UserError: there are fewer prompts than groups.
