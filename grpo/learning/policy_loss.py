@@ -225,13 +225,6 @@ def clipped_loss(
     return jnp.maximum(-advantages * ratio, -advantages * clipped), ratio
 
 
-def masked_mean(values: Array, mask: Array) -> Array:
-    """Return the mean of values [B] where mask [B] is True, fp32 []; 0 where no row counts. Masked
-    values may be NaN.
-    """
-    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
-
-
 def policy_gradient_terms(
     rows: Rows,
     velocity: Array,
@@ -242,8 +235,8 @@ def policy_gradient_terms(
 ) -> tuple[Array, LossMetrics]:
     """Return (policy loss + kl_beta * KL of each row, [B]; metrics of the rows that count).
 
-    Reduce the loss with `masked_mean(loss, rows.mask)`, or sum it and divide by a count that spans
-    micro-batches. Raises ValueError where config.kl_beta > 0 and velocity_ref is None.
+    Sum the loss over the counted rows, and divide by a count that spans micro-batches. Raises
+    ValueError where config.kl_beta > 0 and velocity_ref is None.
 
     Args:
         rows: the steps.

@@ -22,17 +22,15 @@ class TokenizerError(UserError, ValueError):
     """A tokenizer folder that cannot be used."""
 
 
-def clean(prompt: str, *, uncurl_quotes: bool = True) -> str:
+def clean(prompt: str) -> str:
     """Return the text that is tokenised: `ftfy.fix_text`, HTML unescaped twice, runs of whitespace
     as one space.
-
-    uncurl_quotes: False keeps curly quotes, which show where a quotation begins and ends.
 
     Diffusers skips ftfy without a warning if it is not installed, and then the token ids differ:
     ftfy makes curly quotes straight (“SALE” to "SALE"), full-width characters ASCII (， to ,) and
     splits ligatures (ﬁ to fi). Wan's own code always runs it, so it is a dependency here.
     """
-    text = html.unescape(html.unescape(ftfy.fix_text(prompt, uncurl_quotes=uncurl_quotes)))
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     return re.sub(r"\s+", " ", text.strip()).strip()
 
 

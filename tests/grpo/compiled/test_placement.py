@@ -263,28 +263,6 @@ def test_what_does_not_divide_is_refused(fsdp, context, why):
         mesh_lib.check_batch("batch", 6, mesh_lib.make_mesh(fsdp, context=context))
 
 
-@pytest.mark.parametrize(
-    "devices, batch, state, memory, given, chosen",
-    [
-        (8, 72, 30e9, 200e9, {}, (1, 1)),  # fits in half of a device: data parallel
-        (8, 72, 340e9, 200e9, {}, (4, 1)),  # the fewest devices over which it does
-        (4, 36, 340e9, 100e9, {}, (4, 1)),  # fits nowhere: all
-        (8, 72, 340e9, 0, {}, (1, 1)),  # memory not known
-        (8, 2, 30e9, 200e9, {}, (1, 4)),
-        (8, 6, 30e9, 200e9, {}, (1, 4)),
-        (8, 2, 150e9, 200e9, {}, (2, 4)),
-        (8, 9, 30e9, 200e9, {}, (1, 1)),  # check_batch refuses it
-        (8, 72, 30e9, 200e9, {"context": 2}, (1, 2)),
-        (8, 72, 340e9, 200e9, {"context": 4}, (2, 4)),
-        (8, 72, 30e9, 200e9, {"fsdp": 8}, (8, 1)),
-        (8, 4, 30e9, 200e9, {"fsdp": 8}, (8, 1)),
-        (1, 1, 9e9, 1e9, {}, (1, 1)),
-    ],
-)
-def test_the_chosen_mesh(devices, batch, state, memory, given, chosen):
-    assert mesh_lib.choose(devices, batch, state, memory, **given) == chosen
-
-
 # bytes a parameter; MI300X, H200 at JAX's default fraction
 @pytest.mark.parametrize(
     "model, rank, expected",
