@@ -20,12 +20,11 @@ import numpy as np
 from absl import app, flags
 from safetensors.numpy import save_file
 
-from convert import key_table
 from convert.plan import STEMS
 from examples.tiny_wan import sizes, tokenizer
 from wan_jax.models import flat_params
 from wan_jax.models.presets import PRESETS, Preset
-from wan_jax.storage import model_dir
+from wan_jax.storage import key_table, model_dir
 
 SHARD_BYTES = 5e9
 BLOCK = 2**22  # number of random values drawn

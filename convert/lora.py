@@ -20,12 +20,19 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from convert.lora_files import LoRAFile, read, read_experts
-from convert.lora_names import Flat, Kernels, dense_layers, layer_targets, modules, original_name
 from wan_jax.distributed import multihost
 from wan_jax.errors import UserError
 from wan_jax.models.lora import LoRAConfig, adapted_layers
 from wan_jax.storage import model_dir
+from wan_jax.storage.lora_files import LoRAFile, read, read_experts
+from wan_jax.storage.lora_names import (
+    Flat,
+    Kernels,
+    dense_layers,
+    layer_targets,
+    modules,
+    original_name,
+)
 
 __all__ = [
     "Flat",

@@ -12,12 +12,11 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 import numpy as np
 
-from convert import key_table
-from convert.folders import Buffers, Shards, all_finite
 from wan_jax.errors import UserError
 from wan_jax.models import config as config_lib
 from wan_jax.models import flat_params
-from wan_jax.storage import array_store, model_dir
+from wan_jax.storage import array_store, key_table, model_dir
+from wan_jax.storage.tensor_files import Buffers, Shards, all_finite
 
 STEMS = {
     "transformer": "diffusion_pytorch_model",

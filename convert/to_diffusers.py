@@ -23,14 +23,13 @@ import numpy as np
 from absl import flags
 from safetensors.numpy import save_file
 
-from convert import key_table
 from convert.folders import whole_folder
 from convert.plan import STEMS, contiguous, rounded
 from convert.source import check_destination, copied_files
 from wan_jax.command_line import cli
 from wan_jax.errors import UserError
 from wan_jax.models.lora import LoRAConfig
-from wan_jax.storage import model_dir
+from wan_jax.storage import key_table, model_dir
 from wan_jax.storage.array_store import ArrayStore
 from wan_jax.storage.paths import check_apart, expand
 from wan_jax.storage.trained_weights import load_trained

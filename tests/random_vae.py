@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert import key_table
 from wan_jax.models import flat_params
 from wan_jax.models.config import VAEConfig, from_dict
 from wan_jax.models.vae import AutoencoderKLWan
+from wan_jax.storage import key_table
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 spec = importlib.util.spec_from_file_location("make_vae", GOLDEN / "make_vae.py")

@@ -8,13 +8,12 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from convert import key_table
 from convert.from_diffusers import STEMS
 from examples.tiny_wan import sizes
 from examples.tiny_wan.assemble import assemble
 from wan_jax.models import config as config_lib
 from wan_jax.models import flat_params
-from wan_jax.storage import model_dir
+from wan_jax.storage import key_table, model_dir
 
 SETTINGS = {
     "transformer": sizes.TRANSFORMER

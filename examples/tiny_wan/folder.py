@@ -9,10 +9,10 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from convert import key_table
 from wan_jax.models import flat_params
 from wan_jax.models.config import VAEConfig, from_dict
 from wan_jax.models.vae import AutoencoderKLWan
+from wan_jax.storage import key_table
 
 
 def save(

@@ -12,7 +12,6 @@ import pytest
 from flax import nnx
 
 from benchmarks import decode, epoch, full_size, scaling, workload
-from convert import key_table
 from grpo.learning.policy import COMPILER_OPTIONS
 from grpo.learning.policy_loss import LossConfig, Rows, policy_gradient_terms
 from rewards.ocr.rules import OCRReward
@@ -21,7 +20,7 @@ from wan_jax.diffusion import sde
 from wan_jax.diffusion.guidance import TextBatch, velocity
 from wan_jax.diffusion.schedule import flow_sigmas
 from wan_jax.models import flat_params
-from wan_jax.storage import model_dir
+from wan_jax.storage import key_table, model_dir
 
 pytestmark = pytest.mark.slow
 TINY = dict(

@@ -3,7 +3,7 @@
 import numpy as np
 
 from benchmarks import random_model
-from convert.key_table import Entry
+from wan_jax.storage.key_table import Entry
 
 
 def entry(key: str, shape: tuple[int, ...]) -> Entry:

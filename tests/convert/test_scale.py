@@ -15,11 +15,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import from_diffusers, plan
-from convert.folders import JOURNAL, Shards, partial_folder, whole_folder
+from convert.folders import JOURNAL, partial_folder, whole_folder
 from convert.from_diffusers import STEMS, check, convert
 from tests import tiny
 from wan_jax.command_line.cli import UserError
 from wan_jax.storage import array_store, model_dir
+from wan_jax.storage.tensor_files import Shards
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 

@@ -12,7 +12,6 @@ from safetensors.numpy import load_file, save_file
 
 from convert import source as sources
 from convert import to_diffusers
-from convert.folders import Shards
 from convert.from_diffusers import STEMS, check, convert
 from tests import tiny
 from wan_jax.command_line.cli import UserError
@@ -24,6 +23,7 @@ from wan_jax.models.config import (
     load_scheduler,
 )
 from wan_jax.storage import model_dir
+from wan_jax.storage.tensor_files import Shards
 
 BF16 = np.dtype(model_dir.jnp.bfloat16)
 

@@ -1,5 +1,5 @@
 """Parameter trees as flat dicts {'blocks/attn1/to_q/kernel': array}: the form of the files on disk
-and of the key table in `convert`.
+and of `wan_jax.storage.key_table`.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """The layers that the transformer and the text encoder share: dense layers, RMS norm, layer norm.
 
 Parameters are named as in the published state dict, with Flax's names for the last part (`weight`
-is `kernel`, `scale` or `embedding`): see `convert/key_table.py`.
+is `kernel`, `scale` or `embedding`): see `wan_jax/storage/key_table.py`.
 """
 
 from collections.abc import Sequence

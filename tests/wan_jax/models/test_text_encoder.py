@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert import key_table
 from wan_jax.models import flat_params
 from wan_jax.models.config import TextEncoderConfig, from_dict
 from wan_jax.models.text_encoder import UMT5Encoder, encode, relative_buckets
+from wan_jax.storage import key_table
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
 

@@ -227,10 +227,10 @@ def test_prompt_embeddings_of_the_wan_pipeline(folder, tokenizer, length):
     from diffusers import UniPCMultistepScheduler, WanPipeline
     from flax import nnx
 
-    from convert import key_table
     from wan_jax.models import flat_params
     from wan_jax.models.config import TextEncoderConfig, from_dict
     from wan_jax.models.text_encoder import UMT5Encoder, encode
+    from wan_jax.storage import key_table
 
     values = dict(
         vocab_size=tokenizer.vocab_size,

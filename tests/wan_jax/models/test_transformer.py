@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert import key_table
 from wan_jax.models import flat_params, lora
 from wan_jax.models.config import TransformerConfig, from_dict
 from wan_jax.models.layers import LoRAParam
 from wan_jax.models.transformer import REMAT_POLICIES, WanTransformer3D
+from wan_jax.storage import key_table
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
 spec = importlib.util.spec_from_file_location("make_transformer", GOLDEN / "make_transformer.py")

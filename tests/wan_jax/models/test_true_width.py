@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert import key_table
 from wan_jax.models import flat_params
 from wan_jax.models.presets import PRESETS
-from wan_jax.storage import model_dir
+from wan_jax.storage import key_table, model_dir
 
 # blocks; A14B's experts are configured as 14B
 MODELS = {"wan2.1-1.3b": 2, "wan2.1-14b": 1, "wan2.2-ti2v-5b": 1}

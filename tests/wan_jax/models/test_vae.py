@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert import key_table
 from tests.random_vae import (
     BOTH,
     GOLDEN,
@@ -28,6 +27,7 @@ from tests.random_vae import (
 from wan_jax.models import flat_params
 from wan_jax.models.config import ConfigError, VAEConfig, from_dict
 from wan_jax.models.vae import AutoencoderKLWan
+from wan_jax.storage import key_table
 
 TWO_BLOCKS = {"base_dim": 8, "num_res_blocks": 2}
 OTHER_SHAPE = {

@@ -21,12 +21,12 @@ import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 
-from convert.folders import DTYPES, Shards
-from convert.lora_names import Kernels, layer_targets, modules, original_name
 from wan_jax.errors import UserError
 from wan_jax.models import config as config_lib
 from wan_jax.models.lora import LoRAConfig
+from wan_jax.storage.lora_names import Kernels, layer_targets, modules, original_name
 from wan_jax.storage.paths import expand
+from wan_jax.storage.tensor_files import DTYPES, Shards
 
 TYPES = DTYPES | {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
-from convert import key_table
 from tests import tiny
 from wan_jax.models import config as config_lib
 from wan_jax.models import flat_params
-from wan_jax.storage import model_dir
+from wan_jax.storage import key_table, model_dir
 
 WAN_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from convert import lora_names
 from tests import tiny
 from wan_jax.models import config as config_lib
 from wan_jax.models import lora
+from wan_jax.storage import lora_names
 
 ATTENTION = lora.ATTENTION_TARGETS
 FFN = (*ATTENTION, "ffn.net.0.proj", "ffn.net.2")

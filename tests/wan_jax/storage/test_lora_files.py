@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from convert import lora, lora_files
+from convert import lora
 from tests import tiny
 from wan_jax.command_line.cli import UserError
 from wan_jax.models import config as config_lib
 from wan_jax.models.lora import LoRAConfig
+from wan_jax.storage import lora_files
 
 FFN = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 ALPHA = 6.0

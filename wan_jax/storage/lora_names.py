@@ -5,10 +5,9 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from convert import key_table
 from wan_jax.models import flat_params
 from wan_jax.models.lora import adapted_layers
-from wan_jax.storage import model_dir
+from wan_jax.storage import key_table, model_dir
 
 # our adapters: {'blocks/attn1/to_q/lora_a': [L, in, r], '.../lora_b': [L, r, out]}, fp32
 Flat = dict[str, np.ndarray]
