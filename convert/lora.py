@@ -24,7 +24,7 @@ from wan_jax.distributed import multihost
 from wan_jax.errors import UserError
 from wan_jax.models.lora import LoRAConfig, adapted_layers
 from wan_jax.storage import model_dir
-from wan_jax.storage.lora_files import LoRAFile, read, read_experts
+from wan_jax.storage.lora_files import LoRAFile, read, read_experts, read_for
 from wan_jax.storage.lora_names import (
     Flat,
     Kernels,
@@ -207,17 +207,16 @@ def initial_adapters(paths: str, model: model_dir.ModelDir, recipe: LoRAConfig) 
     holds both, or two joined by a comma, the one for high noise first. Raises `UserError` as
     `read_experts` and `fit` do.
     """
-    files = [path.strip() for path in paths.split(",")]
     kernels = dense_layers(model.config("transformer"))
-    found = read_experts(files[0], kernels) if len(files) == 1 else {}
-    if len(files) == len(model.experts) > 1:
-        found = {expert: read(path, kernels) for expert, path in zip(model.experts, files)}
-    if set(found) != set(model.experts):
-        named = f"names {len(files)} files" if len(files) > 1 else f"is for {' and '.join(found)}"
+    found = read_for(
+        [path.strip() for path in paths.split(",")],
+        model.experts,
+        f"config.lora.init={paths}",
+        lambda path: read_experts(path, kernels),
+    )
+    if missing := set(model.experts) - set(found):
         raise UserError(
-            f"config.lora.init={paths} {named}, the model has {' and '.join(model.experts)}: give "
-            "one file with adapters for all, or one for each, joined by a comma, the one for high "
-            "noise first"
+            f"config.lora.init={paths} names no file for {' and '.join(sorted(missing))}"
         )
     for expert, file in found.items():
         wanted = adapted_layers(kernels, recipe.targets)

@@ -40,7 +40,7 @@ from wan_jax.errors import UserError
 from wan_jax.inference import pipeline, reward_guidance
 from wan_jax.models import presets
 from wan_jax.storage import checkpoint as checkpoint_lib
-from wan_jax.storage import folder_lock, model_dir
+from wan_jax.storage import folder_lock, merged_loras, model_dir
 from wan_jax.storage.trained_weights import load_transformers
 
 CONFIG = config_flags.DEFINE_config_file("config", None, FLAG_HELP, lock_config=True)
@@ -85,7 +85,7 @@ def main(_):
     epoch = 0
     cli.enable_compilation_cache()
     with cli.user_input():
-        model = model_dir.open_model(recipe.model.path)
+        model = merged_loras.merge(model_dir.open_model(recipe.model.path), recipe.model.loras)
         if CHECKPOINT.value is not None:
             checkpoints, epoch = checkpoint_lib.find(CHECKPOINT.value)
             # checked before the model itself is evaluated, which takes long
@@ -93,6 +93,7 @@ def main(_):
             model.check_same(
                 meta.get("model_digest"), meta["model"], CHECKPOINT.value, "config.model.path"
             )
+            merged_loras.check(model, meta, CHECKPOINT.value)
         spec = RunSpec.make(recipe, settings, presets.of_folder(model), training=False)
         shift = reward_guidance.guidance(HEAD.value, GUIDANCE.value, spec.preset.transformer, model)
     print(spec.placed, flush=True)

@@ -40,7 +40,7 @@ from wan_jax.errors import UserError
 from wan_jax.inference import pipeline
 from wan_jax.models import presets, vae_chunks
 from wan_jax.models.attention import choose_backend, platform_of
-from wan_jax.storage import model_dir
+from wan_jax.storage import merged_loras, model_dir
 
 # Sizes and lengths of the search for the largest videos. Sizes that a model cannot make are skipped.
 SIZES = ((240, 416), (512, 512), (480, 832), (704, 1280))
@@ -150,7 +150,7 @@ def choose_model(recipe: Recipe, name: str | None) -> tuple[presets.Preset, int,
     """
     path = recipe.model.path
     if name is None and pathlib.Path(path).is_dir():
-        model = model_dir.open_model(path)
+        model = merged_loras.merge(model_dir.open_model(path), recipe.model.loras)
         prompts = (
             load_prompts(file, parse_targets).prompts
             for file in (recipe.prompts.train, recipe.prompts.heldout)

@@ -49,7 +49,7 @@ from wan_jax.inference import pipeline
 from wan_jax.inference.reward_guidance import from_model, head_config, make_head, predict, save_head
 from wan_jax.models import presets
 from wan_jax.models.transformer import WanTransformer3D
-from wan_jax.storage import model_dir
+from wan_jax.storage import merged_loras, model_dir
 from wan_jax.storage.trained_weights import load_transformers
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels that are reported
@@ -272,7 +272,7 @@ def main(_):
     # ---- the model ---------------------------------------------------------------------------
     cli.enable_compilation_cache()
     with cli.user_input():
-        model = model_dir.open_model(recipe.model.path)
+        model = merged_loras.merge(model_dir.open_model(recipe.model.path), recipe.model.loras)
         spec = RunSpec.make(recipe, settings, presets.of_folder(model), training=False)
         transformer, size = spec.preset.transformer, recipe.sample.batch_size
         if options.layers > transformer.num_layers:

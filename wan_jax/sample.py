@@ -29,13 +29,20 @@ from wan_jax.distributed.sharding import replicated
 from wan_jax.errors import UserError
 from wan_jax.inference import pipeline, reward_guidance
 from wan_jax.models.attention import choose_backend, platform_of
-from wan_jax.storage import media, model_dir
+from wan_jax.storage import media, merged_loras, model_dir
 from wan_jax.storage.trained_weights import load_transformers
 
 define_path("model", "folder written by convert.from_diffusers", required=True)
 define_path(
     "checkpoint",
     "run folder of grpo.train, or one of its checkpoints/<epoch>; not given: the base model",
+)
+flags.DEFINE_multi_string(
+    "lora",
+    None,
+    "LoRA file to merge, FILE[:SCALE], for two experts HIGH,LOW[:SCALE]; repeat the flag for "
+    "several. Those that a checkpoint's base had are merged anyway; the flag says where such a file "
+    "is now",
 )
 flags.DEFINE_multi_string(
     "prompt", None, "what to show; repeat the flag for several prompts", required=True
@@ -104,7 +111,9 @@ def main(_):
         prompt_of = np.repeat(np.arange(len(FLAGS.prompt)), FLAGS.samples)  # [B]
         outputs = output_files(pathlib.Path(FLAGS.out), len(prompt_of))
         dtype = jnp.dtype(FLAGS.dtype)
-        model = model_dir.open_model(FLAGS.model)
+        model = merged_loras.merge_with_checkpoint(
+            model_dir.open_model(FLAGS.model), FLAGS.checkpoint, FLAGS.lora
+        )
         config = model.config("transformer")
         check_used(FLAGS, without_effect(FLAGS, len(model.experts)))
         shape = pipeline.latent_shape(

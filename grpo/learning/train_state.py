@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -47,15 +48,17 @@ def state_tree(states: dict[str, TrainState]) -> dict:
     return tree
 
 
-def origin(model: ModelDir, prompts: PromptSet) -> dict[str, str | None]:
-    """Return digests of the model and of the training prompts with their targets, with which a run
-    must continue. They do not depend on paths. The model's is None for folders of earlier versions.
+def origin(model: ModelDir, prompts: PromptSet) -> dict[str, Any]:
+    """Return digests of the model and of the training prompts with their targets, and the LoRAs
+    merged into the model, with which a run must continue. Digests do not depend on paths. The
+    model's is None for folders of earlier versions.
     """
     targets = [t.targets if isinstance(t, PromptRecord) else t for t in prompts.targets]
     text = json.dumps([prompts.prompts, targets])
     return {
         "model_digest": model.fingerprint,
         "prompts_digest": hashlib.sha256(text.encode()).hexdigest(),
+        "loras": [lora.record for lora in model.loras],
     }
 
 
@@ -65,9 +68,10 @@ def check_resume(meta: dict, checkpoint, config: dict, model: ModelDir, belongs:
 
     meta: of the checkpoint. checkpoint: its path. config: the settings as nested dicts. belongs:
     `origin` of the model and the prompts. prompts.train is compared by content; by path only where
-    the checkpoint is of an earlier version, which has no digest.
+    the checkpoint is of an earlier version, which has no digest. model.loras is compared by content
+    and scale.
     """
-    saved, now = meta["config"], config
+    saved, now = _with_loras(meta["config"], meta), _with_loras(config, belongs)
     before, after = meta.get("prompts_digest"), belongs["prompts_digest"]
     if before == after:
         now = _with_training_prompts(now, saved["prompts"]["train"])
@@ -76,6 +80,12 @@ def check_resume(meta: dict, checkpoint, config: dict, model: ModelDir, belongs:
         now = _with_training_prompts(now, f"{now['prompts']['train']} ({after[:12]})")
     parse.check_resume(saved, now, str(checkpoint))
     model.check_same(meta.get("model_digest"), meta["model"], str(checkpoint), "config.model.path")
+
+
+def _with_loras(config: dict, belongs: dict) -> dict:
+    """Return settings with digests and scales instead of the files in model.loras."""
+    loras = [f"{lora['digest'][:12]}:{lora['scale']:g}" for lora in belongs.get("loras") or ()]
+    return config | {"model": config["model"] | {"loras": loras}}
 
 
 def _with_training_prompts(config: dict, name: str) -> dict:

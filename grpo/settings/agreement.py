@@ -9,7 +9,7 @@ import pathlib
 from grpo.data.prompts import PromptSet
 from grpo.settings.schema import SETTINGS, values_of
 from wan_jax.distributed import multihost
-from wan_jax.storage import folder_lock, model_dir
+from wan_jax.storage import folder_lock, merged_loras, model_dir
 
 CODE = ("wan_jax", "grpo", "rewards", "convert")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -44,6 +44,8 @@ def facts(recipe, prompts: dict[str, PromptSet]) -> dict[str, str]:
         for key, value in values_of(recipe).items()
         if not SETTINGS[key].per_process
     }
+    for lora in merged_loras.find(recipe.model.loras, "config.model.loras"):
+        known[f"config.model.loras: {lora}"] = f"SHA-256 {lora.digest[:16]}"
     for key, prompt_set in prompts.items():
         digest = _digest(repr((prompt_set.prompts, prompt_set.targets)).encode())
         known[key] = f"{len(prompt_set)} prompts ({digest})"

@@ -16,7 +16,11 @@ from wan_jax.storage import model_dir
 
 # of a recipe: what the jitted functions follow from
 SECTIONS = ("model", "lora", "sample", "train", "eval", "mesh")
-UNRELATED = {"model": ("path", "offload"), "lora": ("init",), "eval": ("every", "seed", "previews")}
+UNRELATED = {
+    "model": ("path", "offload", "loras"),
+    "lora": ("init",),
+    "eval": ("every", "seed", "previews"),
+}
 decoder = functools.cache(lambda vae: pipeline.decoder_functions(model_dir.abstract("vae", vae)[0]))
 choose_mesh = placement.choose_mesh
 shared: dict[str, Functions] = {}

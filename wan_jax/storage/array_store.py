@@ -29,6 +29,7 @@ import tensorstore as ts
 from wan_jax.errors import UserError
 from wan_jax.storage import integrity
 from wan_jax.storage.paths import expand
+from wan_jax.storage.weight_changes import WeightChanges
 
 CHUNK = 2**28  # bytes
 CHUNK_FILE = re.compile(r"(.*/)?\d+(\.\d+)*")  # all other files are metadata
@@ -209,16 +210,33 @@ class ArrayStore:
         )
         return value if layer is None else value[0]
 
-    def place(self, name: str, dtype, sharding: jax.sharding.Sharding) -> jax.Array:
+    def place(
+        self,
+        name: str,
+        dtype,
+        sharding: jax.sharding.Sharding,
+        changes: WeightChanges | None = None,
+    ) -> jax.Array:
         """Return an array in `dtype` on the devices of `sharding`. Reads only the files of this
         process's shards, and copies each shard once. Raises `StoreError`.
+
+        changes: what is added in fp32 before the values are rounded to `dtype`.
         """
+        changed = changes is not None and name in changes.terms
         shards = {}
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None  # as JAX asserts
             key = tuple((s.start, s.stop) for s in index)
-            if key not in shards:
+            if key not in shards and changes is not None and changed:
+                shards[key] = changes.merge_slice(
+                    name,
+                    self.shapes[name],
+                    np.dtype(dtype),
+                    index,
+                    lambda index: self._slice(name, index, np.dtype(np.float32)),
+                )
+            elif key not in shards:
                 shards[key] = self._slice(name, index, np.dtype(dtype))
             return shards[key]
 

@@ -7,24 +7,34 @@ or lora_down and lora_up, optionally followed by an adapter's name. The scale of
 alpha / rank (with use_rslora alpha / sqrt(rank)). Alpha comes from `.alpha` tensors, the
 safetensors metadata of Diffusers or PEFT's adapter_config.json; without any of them the scale is 1.
 
+Files of distilled models also have differences, which are added to weights (`.diff`: layers, norms,
+modulation) and to biases (`.diff_b`, or PEFT's `lora_B.bias`, which the layer's scale multiplies).
+They can be merged into a model, but are no adapters that a run could train.
+
 A file with a key that is not understood is refused.
 """
 
 import dataclasses
-import json
-import math
+import hashlib
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 
 from wan_jax.errors import UserError
-from wan_jax.models import config as config_lib
 from wan_jax.models.lora import LoRAConfig
-from wan_jax.storage.lora_names import Kernels, layer_targets, modules, original_name
+from wan_jax.storage import lora_scales
+from wan_jax.storage.lora_names import (
+    PATCH,
+    Kernels,
+    Parameters,
+    layer_targets,
+    modules,
+    original_name,
+)
 from wan_jax.storage.paths import expand
 from wan_jax.storage.tensor_files import DTYPES, Shards
 
@@ -43,10 +53,9 @@ PREFIX = re.compile(
 FACTOR = re.compile(
     r"(?P<module>.+?)\.(?:(?P<a>lora_A|lora_down)|lora_B|lora_up)(?:\.(?!weight$)[\w-]+)?\.weight"
 )
+BIAS = re.compile(r"(?P<module>.+?)\.(?:lora_B|lora_up)(?:\.[\w-]+)?\.bias")
 DIFFERENCES = (".diff", ".diff_b")  # of a weight and of a bias
 NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # preferred in a folder
-# PEFT initialisations that change the base weights too
-CHANGED_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +67,8 @@ class LoRAFile:
     factors: dict[str, tuple[np.ndarray, np.ndarray]]
     scales: dict[str, float]
     targets: tuple[str, ...]
+    # {(our path, layer or None): what is added to the parameter}, fp32, in our layout
+    differences: dict[tuple[str, int | None], np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def ranks(self) -> list[int]:
@@ -114,11 +125,14 @@ def read(path, kernels: Kernels) -> LoRAFile:
     return experts["transformer"]
 
 
-def read_experts(path, kernels: Kernels) -> dict[str, LoRAFile]:
+def read_experts(
+    path, kernels: Kernels, parameters: Parameters | None = None
+) -> dict[str, LoRAFile]:
     """Return a file's adapters by transformer, 'transformer' or 'transformer_2' or both.
 
+    parameters: of the transformer, for a file that is merged into it; None refuses differences.
     Raises `UserError` when the file is missing, damaged or empty, belongs to another model, or
-    holds anything but factors of dense layers and their alphas.
+    holds anything but factors of dense layers, their alphas and differences.
     """
     path = find(path)
     shards = Shards(path.parent, path.stem, TYPES)
@@ -127,9 +141,9 @@ def read_experts(path, kernels: Kernels) -> dict[str, LoRAFile]:
     tensors = {key: shards.read(key) for key in shards.shapes}
     settings = {}
     if any(key.startswith(PEFT_PREFIX) for key in tensors):
-        settings = {"": _read_peft_config(path)}
+        settings = {"": lora_scales.read_peft_config(path)}
     elif "lora_adapter_metadata" in metadata:
-        settings = _split_metadata(metadata["lora_adapter_metadata"], path)
+        settings = lora_scales.split_metadata(metadata["lora_adapter_metadata"], path)
     grouped: dict[str, dict[str, np.ndarray]] = {}
     for key, value in tensors.items():
         expert = _split_key(key)[0]
@@ -138,32 +152,77 @@ def read_experts(path, kernels: Kernels) -> dict[str, LoRAFile]:
         raise UserError(f"{path} is empty: it holds no tensor")
     return {
         expert: from_tensors(
-            grouped[expert], settings.get(expert, settings.get("")), kernels, str(path)
+            grouped[expert],
+            settings.get(expert, settings.get("")),
+            kernels if parameters is None else parameters,
+            str(path),
         )
         for expert in sorted(grouped)
     }
 
 
+def read_for(
+    files: Sequence[str], experts: Sequence[str], what: str, read_one: Callable
+) -> dict[str, LoRAFile]:
+    """Return the adapters of a model's experts from one file for all of them or a file for each.
+
+    files: paths, the one for high noise first; of several an empty one leaves its expert out.
+    experts: names. what: the setting with its value, for messages. read_one: path -> `read_experts`
+    of it. Raises `UserError` as `read_experts` does, and when files and experts do not agree.
+    """
+    if len(files) == 1:
+        found = read_one(files[0])
+        problem = f"is for {' and '.join(found)}"
+    else:
+        found, problem = {}, f"names {len(files)} files"
+    if len(files) == len(experts) > 1:
+        for expert, path in zip(experts, files):
+            if path:
+                of_file = read_one(path)
+                if list(of_file) != ["transformer"]:
+                    raise UserError(
+                        f"{path} holds adapters for {' and '.join(of_file)}; expected a file for a "
+                        "single transformer"
+                    )
+                found[expert] = of_file["transformer"]
+    elif set(found) != set(experts):
+        raise UserError(
+            f"{what} {problem}, the model has {' and '.join(experts)}: give one file with adapters "
+            "for all, or one for each, joined by a comma, the one for high noise first"
+        )
+    return found
+
+
 def from_tensors(
-    tensors: Mapping[str, np.ndarray], settings: Mapping | None, kernels: Kernels, where: str
+    tensors: Mapping[str, np.ndarray],
+    settings: Mapping | None,
+    layers: Kernels | Parameters,
+    where: str,
 ) -> LoRAFile:
     """Return the adapters of one transformer from the tensors of its file.
 
-    settings: PEFT's, or None if the file has none. where: the file's name, for messages. Raises
-    `UserError` as `read_experts` does.
+    settings: PEFT's, or None if the file has none. layers: of the transformer; `Parameters` for a
+    file that is merged into it. where: the file's name, for messages. Raises `UserError` as
+    `read_experts` does.
     """
-    # Sort the tensors into alphas, factors and changes of whole weights
+    # Sort the tensors into alphas, factors and differences
+    merging = isinstance(layers, Parameters)
+    kernels = layers.kernels if isinstance(layers, Parameters) else layers
     table = modules(kernels)
-    names = {name: module for module in table for name in (module, original_name(module))}
-    names |= {KOHYA_PREFIX + name.replace(".", "_"): module for name, module in names.items()}
+    names = _all_names(table)
     alphas: dict[str, float] = {}  # by module
     factors: dict[str, dict[str, np.ndarray]] = {}  # by module, then 'A' or 'B' as in `LoRAFile`
-    differences: list[str] = []  # keys
+    differences: dict[str, np.ndarray] = {}  # by key
+    biases: dict[str, np.ndarray] = {}  # of lora_B, by key
+    unknown: list[str] = []
     for key, value in tensors.items():
         name = _split_key(key)[1]
         if name.endswith(DIFFERENCES):
             if np.any(value):
-                differences.append(key)
+                differences[key] = value
+            continue
+        if merging and BIAS.fullmatch(name):
+            biases[key] = value
             continue
         match = FACTOR.fullmatch(name)
         if not match and not (name.endswith(".alpha") and value.size == 1):
@@ -173,7 +232,8 @@ def from_tensors(
             )
         module = names.get(match["module"] if match else name.removesuffix(".alpha"))
         if module is None:
-            raise UserError(f"{where} does not fit this model, which has no layer for {key!r}")
+            unknown.append(key)
+            continue
         if not match:
             alphas[module] = float(value.reshape(()))
             continue
@@ -181,6 +241,9 @@ def from_tensors(
         pair = factors.setdefault(module, {})
         if factor in pair:
             raise UserError(f"{where} has {key!r} twice, under two names")
+        if module == PATCH and value.ndim == 5:
+            # a convolution's [r, C, p_t, p_h, p_w] or [D, r, 1, 1, 1], ours [(p_t p_h p_w C), r]
+            value = value.transpose(0, 2, 3, 4, 1).reshape(len(value), -1)
         if value.ndim != 2:
             raise UserError(
                 f"{where}: {key!r} is not a LoRA factor of a dense layer: its shape is "
@@ -188,12 +251,19 @@ def from_tensors(
             )
         pair[factor] = np.ascontiguousarray(np.asarray(value, np.float32).T)
     # Check that every adapter is complete and fits the model
-    if differences:
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise UserError(
+            f"{where} does not fit this model, which has no layer for "
+            f"{', '.join(map(repr, unknown[:5]))}{more}"
+        )
+    if differences and not merging:
         raise UserError(
             f"{where}: {len(differences)} tensors change whole weights and biases, the first "
-            f"{differences[0]!r}: they are not adapters, and a run cannot start from them"
+            f"{min(differences)!r}: they are not adapters, and a run cannot start from them; "
+            "config.model.loras merges such a file into the model that is trained"
         )
-    if not factors:
+    if not factors and not differences:
         raise UserError(
             f"{where} holds no LoRA factor, only tensors such as {next(iter(tensors))!r}"
         )
@@ -204,12 +274,54 @@ def from_tensors(
         for module in table
         if module in factors
     }
-    scales = _scales(
+    scales = lora_scales.scales(
         {module: a.shape[1] for module, (a, _) in pairs.items()}, alphas, settings, where
     )
+    found: dict[tuple[str, int | None], np.ndarray] = {}
+    if isinstance(layers, Parameters):
+        found = _differences(differences, layers, where)
+        for key, value in biases.items():
+            match = BIAS.fullmatch(_split_key(key)[1])
+            module = names.get(match["module"]) if match else None
+            entry = layers.differences.get((module or "", "diff_b"))
+            if entry is None or module not in scales or value.shape != entry.shape:
+                raise UserError(f"{where} does not fit this model, which has no layer for {key!r}")
+            at = entry.path, entry.layer
+            found[at] = found.get(at, 0) + np.float32(scales[module]) * value.astype(np.float32)
     return LoRAFile(
-        where, pairs, scales, layer_targets({table[module][0] for module in pairs}, kernels)
+        where, pairs, scales, layer_targets({table[module][0] for module in pairs}, kernels), found
     )
+
+
+def _all_names(names: Iterable[str]) -> dict[str, str]:
+    """Return Diffusers' name of a layer by each of its names: Diffusers', the original, kohya's."""
+    known = {name: module for module in names for name in (module, original_name(module))}
+    return known | {KOHYA_PREFIX + name.replace(".", "_"): module for name, module in known.items()}
+
+
+def _differences(
+    tensors: Mapping[str, np.ndarray], layers: Parameters, where: str
+) -> dict[tuple[str, int | None], np.ndarray]:
+    """Return `LoRAFile.differences` of the tensors whose keys end in `.diff` and `.diff_b`.
+
+    Raises `UserError` when a tensor has no parameter, or another shape.
+    """
+    known = dict(layers.differences)
+    known |= {
+        (KOHYA_PREFIX + name.replace(".", "_"), kind): entry
+        for (name, kind), entry in known.items()
+    }
+    found = {}
+    for key, value in tensors.items():
+        name, _, kind = _split_key(key)[1].rpartition(".")
+        entry = known.get((name, kind))
+        if entry is None or value.shape != entry.shape:
+            expected = "which has no such parameter" if entry is None else f"expected {entry.shape}"
+            raise UserError(f"{where} does not fit this model: {key!r} {value.shape}, {expected}")
+        if (entry.path, entry.layer) in found:
+            raise UserError(f"{where} has {key!r} twice, under two names")
+        found[entry.path, entry.layer] = entry.to_ours(value.astype(np.float32))
+    return found
 
 
 def _check_pair(
@@ -228,92 +340,15 @@ def _check_pair(
         )
 
 
-# ---- scales --------------------------------------------------------------------------------------
-
-
-def _scales(
-    ranks: Mapping[str, int], alphas: Mapping[str, float], settings: Mapping | None, where: str
-) -> dict[str, float]:
-    """Return each layer's scale, from its alpha tensor or PEFT's settings, or 1 without them."""
-    scales = {module: alphas.get(module, rank) / rank for module, rank in ranks.items()}
-    if settings is None:
-        return scales
-    stated = {module: _peft_scale(settings, module, rank, where) for module, rank in ranks.items()}
-    for module in alphas:
-        if not math.isclose(scales[module], stated[module], rel_tol=1e-6):
-            raise UserError(
-                f"{where} states two scales of {module}: {scales[module]:g} by its alpha tensor "
-                f"and {stated[module]:g} by PEFT's settings"
-            )
-    return stated
-
-
-def _peft_scale(settings: Mapping, module: str, rank: int, where: str) -> float:
-    """Return alpha / r of one layer as PEFT computes it.
-
-    Raises `UserError` when the settings are damaged, not supported, or state another rank.
-    """
-
-    def of_module(patterns, default):
-        """Return the value of the first pattern that ends the module's name, as PEFT does."""
-        for pattern, value in (patterns or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        return default
-
-    try:
-        stated = int(of_module(settings.get("rank_pattern"), settings["r"]))
-        alpha = float(of_module(settings.get("alpha_pattern"), settings["lora_alpha"]))
-        method = str(settings.get("peft_type") or "LORA")
-        initial = str(settings.get("init_lora_weights"))
-    except (ValueError, KeyError, TypeError, AttributeError, re.error):
-        raise UserError(
-            f"{where}: PEFT's settings are damaged: r={settings.get('r')!r}, "
-            f"lora_alpha={settings.get('lora_alpha')!r}"
-        ) from None
-    unsupported = [
-        f"{name}={settings[name]!r}"
-        for name in ("use_dora", "lora_bias", "modules_to_save", "layer_replication")
-        if settings.get(name)
-    ]
-    if method != "LORA":
-        unsupported.append(f"peft_type={method}")
-    if initial.lower().startswith(CHANGED_BASE):
-        unsupported.append(f"init_lora_weights={initial}")
-    if unsupported:
-        raise UserError(f"{where}: PEFT's {unsupported[0]} is not supported")
-    if stated != rank:
-        raise UserError(
-            f"{where}: PEFT's settings state rank {stated} of {module}, its tensors have {rank}: "
-            "the file is damaged, or the settings belong to another file"
-        )
-    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-
-
-def _read_peft_config(path: pathlib.Path) -> dict:
-    file = path.with_name("adapter_config.json")
-    if not file.is_file():
-        raise UserError(
-            f"{path} was written by PEFT, and {file.name}, which states its scale, is missing: put "
-            "it into the same folder"
-        )
-    return config_lib.read_json(file)
-
-
-def _split_metadata(text: str, path: pathlib.Path) -> dict[str, dict]:
-    """Return Diffusers' metadata by transformer; keys without a prefix are under ''."""
-    try:
-        values = dict(json.loads(text).items())
-    except (ValueError, AttributeError, RecursionError):
-        raise UserError(f"{path}: its metadata 'lora_adapter_metadata' is damaged") from None
-    found: dict[str, dict] = {}
-    for key, value in values.items():
-        expert, _, name = key.partition(".")
-        if name and expert in ("transformer", "transformer_2"):
-            found.setdefault(expert, {})[name] = value
-        else:
-            found.setdefault("", {})[key] = value
-    return found
+def digest(path) -> str:
+    """Return the SHA-256 of a LoRA file, with PEFT's settings beside it. Raises `UserError`."""
+    path = find(path)
+    with open(path, "rb") as file:
+        sha = hashlib.file_digest(file, "sha256")
+    settings = path.with_name("adapter_config.json")
+    if path.name == NAMES[0] and settings.is_file():
+        sha.update(settings.read_bytes())
+    return sha.hexdigest()
 
 
 def _split_key(key: str) -> tuple[str, str]:

@@ -1,5 +1,6 @@
-"""Names of a transformer's dense layers: ours, those of Diffusers and Wan's original ones."""
+"""Names of a transformer's layers: ours, those of Diffusers and Wan's original ones."""
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 
@@ -16,6 +17,7 @@ Kernels = Mapping[str, tuple[int, ...]]
 
 # target names in common use, in the order in which they are listed
 ENDINGS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2", "proj_out")
+PATCH = "patch_embedding"  # a convolution in Diffusers, a dense layer here
 ORIGINAL = {  # Diffusers' names, without `blocks.{i}.`, to Wan's original ones
     "attn1.to_q": "self_attn.q",
     "attn1.to_k": "self_attn.k",
@@ -33,7 +35,29 @@ ORIGINAL = {  # Diffusers' names, without `blocks.{i}.`, to Wan's original ones
     "condition_embedder.time_embedder.linear_2": "time_embedding.2",
     "condition_embedder.text_embedder.linear_1": "text_embedding.0",
     "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    # what only differences change, not adapters
+    "attn1.norm_q": "self_attn.norm_q",
+    "attn1.norm_k": "self_attn.norm_k",
+    "attn2.norm_q": "cross_attn.norm_q",
+    "attn2.norm_k": "cross_attn.norm_k",
+    "norm2": "norm3",
+    "scale_shift_table": "modulation",
+    PATCH: PATCH,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """All that a LoRA file can change of a transformer when it is merged.
+
+    Attributes:
+        kernels: the dense layers, the patch embedding included.
+        differences: the entry of the key table that `.diff` (of a weight) or `.diff_b` (of a bias)
+            changes, by (Diffusers' or the original name of the layer, 'diff' or 'diff_b').
+    """
+
+    kernels: Kernels
+    differences: Mapping[tuple[str, str], key_table.Entry]
 
 
 def dense_layers(config) -> dict[str, tuple[int, ...]]:
@@ -41,11 +65,30 @@ def dense_layers(config) -> dict[str, tuple[int, ...]]:
 
     config: a `TransformerConfig`. The patch embedding, a convolution in Diffusers, is left out.
     """
+    return {layer: shape for layer, shape in _kernels(_shapes(config)).items() if layer != PATCH}
+
+
+def parameters(config) -> Parameters:
+    """Return what a LoRA file can change of a transformer. config: a `TransformerConfig`."""
+    shapes = _shapes(config)
+    differences = {}
+    for entry in key_table.entries("transformer", shapes, config.patch_size):
+        kind = "diff_b" if entry.key.endswith(".bias") else "diff"
+        name = entry.key.removesuffix(".bias").removesuffix(".weight")
+        differences |= {(name, kind): entry, (original_name(name), kind): entry}
+    return Parameters(_kernels(shapes), differences)
+
+
+def _shapes(config) -> dict[str, tuple[int, ...]]:
     flat = flat_params.flatten(model_dir.abstract("transformer", config)[1])
+    return {path: tuple(leaf.shape) for path, leaf in flat.items()}
+
+
+def _kernels(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     return {
-        path.removesuffix("/kernel"): tuple(leaf.shape)
-        for path, leaf in flat.items()
-        if path.endswith("/kernel") and path != "patch_embedding/kernel"
+        path.removesuffix("/kernel"): shape
+        for path, shape in shapes.items()
+        if path.endswith("/kernel")
     }
 
 
@@ -62,6 +105,8 @@ def modules(kernels: Kernels) -> dict[str, tuple[str, int | None]]:
 
 def original_name(module: str) -> str:
     """Return Wan's original name of a module: 'blocks.0.self_attn.q' for 'blocks.0.attn1.to_q'."""
+    if module == "scale_shift_table":  # outside of the blocks
+        return "head.modulation"
     name = re.sub(r"^blocks\.\d+\.", "", module)
     return module.removesuffix(name) + ORIGINAL[name]
 

@@ -17,6 +17,7 @@ files are only checked for presence and size.
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,7 @@ from wan_jax.models.vae import AutoencoderKLWan
 from wan_jax.storage import integrity
 from wan_jax.storage.array_store import CHUNK_FILE, CONVERT_AGAIN, ArrayStore, StoreError
 from wan_jax.storage.paths import expand
+from wan_jax.storage.weight_changes import WeightChanges
 
 FORMAT = 1
 MANIFEST = "wan_jax.json"
@@ -52,6 +54,10 @@ class ModelDir:
     path: pathlib.Path
     manifest: dict
     index: dict  # model_index.json
+    # LoRAs that are merged into the transformers, and what they change of one by its name; by
+    # `merged_loras.merge`
+    loras: tuple = ()
+    changes: Callable[[str], WeightChanges] | None = None
 
     @property
     def fingerprint(self) -> str | None:
@@ -164,11 +170,14 @@ class ModelDir:
             if mesh
             else dict.fromkeys(wanted, SingleDeviceSharding(jax.local_devices()[0]))
         )
+        changes = self.changes(component) if self.changes and component in self.experts else None
         # one array at a time: the host needs memory for this process's shards of the largest one
         flat = {
-            k: jax.block_until_ready(store.place(k, v.dtype, shardings[k]))
+            k: jax.block_until_ready(store.place(k, v.dtype, shardings[k], changes))
             for k, v in wanted.items()
         }
+        if changes is not None:
+            changes.report(component, ", ".join(map(str, self.loras)))
         return flat_params.unflatten(like, flat)
 
     def arrays(self, component: str) -> ArrayStore:

@@ -4,6 +4,7 @@
 model with them, for sampling and evaluation.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -20,7 +21,7 @@ from wan_jax.models.layers import LoRAParam
 from wan_jax.models.lora import LoRAConfig
 from wan_jax.models.transformer import WanTransformer3D
 from wan_jax.storage import checkpoint as checkpoint_lib
-from wan_jax.storage import model_dir
+from wan_jax.storage import merged_loras, model_dir
 
 
 def load_trained(path) -> tuple[LoRAConfig | None, dict[str, dict[str, np.ndarray]], dict]:
@@ -48,7 +49,7 @@ def load_transformers(
     """Load the transformers of a model, with the trained weights or adapters of a checkpoint.
 
     Args:
-        model: the converted model.
+        model: the converted model, with LoRAs to merge (`merged_loras`).
         checkpoint: a path for `load_trained`; None for the base model.
         dtype: storage and compute type of the transformers.
         attention: a backend of `attention.choose_backend`.
@@ -56,14 +57,17 @@ def load_transformers(
         offload: whether the idle expert of two is in host memory, one of `offload.OFFLOAD`.
 
     Returns the graph that all experts share, and their weights. Raises `UserError` when the
-    checkpoint belongs to another model.
+    checkpoint belongs to another model, or needs a LoRA merged that the model has not.
     """
     # The checkpoint, and whether it belongs to this model.
     lora_config = None
     trained = {}
+    beyond: tuple[merged_loras.MergedLoRA, ...] = ()
     if checkpoint is not None:
         lora_config, trained, meta = load_trained(checkpoint)
         model.check_same(meta.get("model_digest"), meta["model"], str(checkpoint))
+        merged_loras.check(model, meta, checkpoint)
+        beyond = merged_loras.beyond(model, meta)
         if extra := sorted(set(trained) - set(model.experts)):
             raise UserError(
                 f"checkpoint {checkpoint} trained {', '.join(extra)}, which {model.path} has not: "
@@ -87,10 +91,13 @@ def load_transformers(
 
     # The arrays of one expert.
     def load(expert: str) -> nnx.State:
-        _, state = model_dir.build(expert, model, dtype=dtype, mesh=mesh, attention=attention)
+        values = trained.get(expert)
+        # trained weights, unlike adapters, replace the model's, with what was merged into these
+        replaced = values is not None and not lora_config
+        source = dataclasses.replace(model, changes=None) if replaced else model
+        _, state = model_dir.build(expert, source, dtype=dtype, mesh=mesh, attention=attention)
         target = adapters if lora_config else state
         flat = flat_params.flatten(target)
-        values = trained.get(expert)
         if values is None and not lora_config:
             return state
         if values is None:  # the run did not train this expert: adapters without effect
@@ -106,6 +113,10 @@ def load_transformers(
                 f"e.g. {min(wrong)}): it was trained from another one; see 'model' in its "
                 "config.json"
             )
+        if replaced and beyond:
+            changes = merged_loras.changes_of(model, beyond, expert)
+            values = changes.applied(values)
+            changes.report(expert, ", ".join(map(str, beyond)))
         cast = {k: jnp.asarray(v).astype(flat[k].dtype) for k, v in values.items()}
         placed = flat_params.unflatten(target, sharding_lib.shard_params(cast, mesh))
         return nnx.merge_state(placed, state) if lora_config else placed

@@ -18,6 +18,14 @@ class Model(Section):
         required=True,
         **PER_PROCESS,
     )
+    loras: tuple[str, ...] = setting(
+        (),
+        "LoRA files that are merged into the model when it is loaded, before training: FILE or "
+        "FILE:SCALE each, of any form that `lora.init` reads, and also with changes of norms and "
+        "biases. For two experts a file for both, or HIGH,LOW or HIGH,LOW:SCALE; an empty one "
+        "leaves its expert as it is. The merged model is the base of everything: sampling, the KL, "
+        "evaluations. Checkpoints name the files with their digests.",
+    )
     dtype: str = setting(
         "bfloat16",
         "Type of the transformer's weights and matrix products. Trained weights, norms, the "
