@@ -1,4 +1,4 @@
-"""Writes LoRA files for Diffusers and ComfyUI, and makes the adapters that a run starts from.
+"""Writes LoRA files for Diffusers, ComfyUI and PEFT, and makes the adapters that a run starts from.
 
 Names of a layer's two factors, of shapes (r, in) and (out, r), in each format:
 
@@ -6,10 +6,13 @@ Names of a layer's two factors, of shapes (r, in) and (out, r), in each format:
                 transformer.blocks.0.attn1.to_q.lora_B.weight
     comfyui     diffusion_model.blocks.0.self_attn.q.lora_down.weight
                 diffusion_model.blocks.0.self_attn.q.lora_up.weight
+    peft        base_model.model.blocks.0.attn1.to_q.lora_A.weight
+                base_model.model.blocks.0.attn1.to_q.lora_B.weight
 
-A file written here states no alpha, so both programs use the scale 1; alpha / r is multiplied into
-B. Each expert of a model with two has a file of its own, with the same prefix. `lora_files` reads
-these files and those of other programs.
+The first two state no alpha, so programs use the scale 1; alpha / r is multiplied into B. PEFT's
+settings (`peft_settings`) state alpha, and the factors are as they were trained. Each expert of a
+model with two has a file of its own, with the same prefix. `lora_files` reads these files and those
+of other programs.
 """
 
 import pathlib
@@ -23,7 +26,7 @@ from safetensors.numpy import save_file
 from wan_jax.distributed import multihost
 from wan_jax.errors import UserError
 from wan_jax.models.lora import LoRAConfig, adapted_layers
-from wan_jax.storage import model_dir
+from wan_jax.storage import lora_files, model_dir
 from wan_jax.storage.lora_files import LoRAFile, read, read_experts, read_for
 from wan_jax.storage.lora_names import (
     Flat,
@@ -51,10 +54,15 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-PREFIXES = {"diffusers": "transformer.", "comfyui": "diffusion_model."}
+PREFIXES = {
+    "diffusers": "transformer.",
+    "comfyui": "diffusion_model.",
+    "peft": lora_files.PEFT_PREFIX,
+}
 SUFFIXES = {
     "diffusers": {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"},
     "comfyui": {"lora_a": "lora_down.weight", "lora_b": "lora_up.weight"},
+    "peft": {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"},
 }
 
 
@@ -70,8 +78,8 @@ def to_tensors(
 ) -> Flat:
     """Return one transformer's adapters as the tensors of a file.
 
-    Returns {key: A^T (r, in) or (alpha / r) B^T (out, r)} in `dtype`. layout: 'diffusers' or
-    'comfyui'. Raises `UserError` when the adapters are not those of `config` on this model, and
+    Returns {key: A^T (r, in) or (alpha / r) B^T (out, r), for PEFT B^T} in `dtype`. layout:
+    'diffusers', 'comfyui' or 'peft'. Raises `UserError` when the adapters are not those of `config` on this model, and
     when a value is NaN or too large for `dtype`.
     """
     layers = sorted({path.rsplit("/", 1)[0] for path in adapters})
@@ -102,7 +110,7 @@ def to_tensors(
                     f"{config.rank} ask for {shape}: it was trained from another model"
                 )
             value = np.asarray(value if index is None else value[index], np.float64).T
-            if factor == "lora_b":
+            if factor == "lora_b" and layout != "peft":
                 value = config.scale * value
             with np.errstate(over="ignore"):
                 value = value.astype(np.float32).astype(DTYPES[dtype])
@@ -111,11 +119,37 @@ def to_tensors(
                     f"{module}.{factor} holds NaN, infinity or values beyond {dtype}: nothing was "
                     "written"
                 )
-            name = module if layout == "diffusers" else original_name(module)
+            name = original_name(module) if layout == "comfyui" else module
             tensors[f"{PREFIXES[layout]}{name}.{SUFFIXES[layout][factor]}"] = np.ascontiguousarray(
                 value
             )
     return tensors
+
+
+def peft_settings(config: LoRAConfig, kernels: Kernels) -> dict:
+    """Return the content of PEFT's adapter_config.json for adapters of `config`.
+
+    target_modules are those of `config` where PEFT's rule (the name is a target, or ends in a dot
+    and a target) gives the same layers, else the full names.
+    """
+    wanted = adapted_layers(kernels, config.targets)
+    table = modules(kernels)
+    names = {module for module, (layer, _) in table.items() if layer in wanted}
+    same = {m for m in table if any(m == t or m.endswith(f".{t}") for t in config.targets)}
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "target_modules": list(config.targets) if same == names else sorted(names),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+    }
 
 
 def write(
@@ -132,13 +166,13 @@ def write(
     )
     found, values = read(path, kernels), {}
     for module, pair in found.factors.items():
-        name = module if layout == "diffusers" else original_name(module)
+        name = original_name(module) if layout == "comfyui" else module
         for factor, value in zip(("lora_a", "lora_b"), pair):
             values[f"{PREFIXES[layout]}{name}.{SUFFIXES[layout][factor]}"] = value.T
     layers = adapted_layers(kernels, config.targets)
     count = 2 * sum(layer in layers for layer, _ in modules(kernels).values())
     if (
-        set(found.scales.values()) != {1.0}
+        set(found.scales.values()) != {config.scale if layout == "peft" else 1.0}
         or len(tensors) != count
         or values.keys() != tensors.keys()
         or any(not np.array_equal(values[k], np.float32(v)) for k, v in tensors.items())

@@ -12,6 +12,8 @@ from convert.export_lora import lora_file
     [
         ("out", "diffusers", "transformer", False, "out/pytorch_lora_weights.safetensors"),
         ("out", "comfyui", "transformer_2", True, "out/comfyui_lora_low_noise.safetensors"),
+        ("out", "peft", "transformer", False, "out/adapter_model.safetensors"),
+        ("out", "peft", "transformer_2", True, "out/low_noise/adapter_model.safetensors"),
         ("a/b.safetensors", "diffusers", "transformer", False, "a/b.safetensors"),
         ("a/b.safetensors", "diffusers", "transformer", True, "a/b_high_noise.safetensors"),
     ],

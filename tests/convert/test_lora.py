@@ -274,6 +274,32 @@ def test_a_file_that_peft_wrote(source, tmp_path):
     assert relative_error(base, ours) > 0.01
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize("targets", [ATTENTION, (*ATTENTION, "proj", "proj_out")])
+def test_peft_reads_its_folder(source, tmp_path, targets):
+    """`PeftModel.from_pretrained` of each expert's folder: fp32, 1e-5 relative, alpha as it is."""
+    import peft
+
+    folder, model = source
+    config = LoRAConfig(rank=3, alpha=5.0, targets=targets)
+    kernels = files.dense_layers(model.config("transformer"))
+    trained = {e: random_adapters(kernels, config, i) for i, e in enumerate(model.experts)}
+    written = export(
+        write_run(tmp_path / "run", trained, config), model.path, tmp_path / "x", "peft"
+    )
+    assert sorted(str(p.relative_to(tmp_path / "x")) for p in (tmp_path / "x").rglob("*.*")) == [
+        f"{name}/adapter_{file}"
+        for name in ("high_noise", "low_noise")
+        for file in ("config.json", "model.safetensors")
+    ]
+    pipe = peer(folder)
+    for expert, path in written.items():
+        theirs = peft.PeftModel.from_pretrained(getattr(pipe, expert), str(path.parent))
+        ours, base = our_velocities(model, expert, config, trained[expert])
+        assert relative_error(their_velocity(theirs), ours) < 1e-5
+        assert relative_error(base, ours) > 0.05
+
+
 # ---- there and back ------------------------------------------------------------------------------
 
 
@@ -307,6 +333,21 @@ def test_round_trip(single, kernels, tmp_path, layout, alpha, exact):
         np.float32
     )
     assert any(np.array_equal(value, scaled) for value in stored.values())
+
+
+def test_a_peft_folder_comes_back(single, kernels, tmp_path):
+    """To the bit, with its alpha."""
+    config = LoRAConfig(rank=4, alpha=5.0, targets=FFN)
+    flat = random_adapters(kernels, config)
+    (path,) = export(
+        write_run(tmp_path / "run", flat, config), single.path, tmp_path / "lora", "peft"
+    ).values()
+    settings = json.loads(path.with_name("adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"]) == (4, 5.0)
+    assert settings["target_modules"] == list(FFN)
+    assert files.read(path.parent, kernels).config == config
+    back = files.initial_adapters(str(path.parent), single, config)["transformer"]
+    assert all(np.array_equal(back[name], value) for name, value in flat.items())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -399,6 +440,8 @@ def test_export_says_what_is_wrong(single, kernels, tmp_path):
     export(run, single.path, tmp_path / "lora")
     with pytest.raises(UserError, match="--overwrite"):
         export(run, single.path, tmp_path / "lora")
+    with pytest.raises(UserError, match=r"x\.safetensors must be a folder for --format=peft"):
+        export(run, single.path, tmp_path / "x.safetensors", "peft")
     export(run, single.path, tmp_path / "lora", overwrite=True)
     assert [p.name for p in (tmp_path / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
 
