@@ -6,8 +6,10 @@
 This is the inverse of `convert.from_diffusers` with the same key table: without a checkpoint and
 with the default `--dtype` every tensor is restored bit for bit. The tensors of one file are in
 memory at a time, and a run's trained weights as a whole. Trained weights are merged in float32 and
-rounded once to the type written; the share lost by rounding is printed. Diffusers'
-`WanPipeline.from_pretrained` loads the result.
+rounded once to the type written; the share lost by rounding is printed. LoRAs that the run's base
+had (`config.model.loras`) are merged first and rounded as the run did, so that the trained change
+is added to the weights that it was trained with. `--lora` merges others, with or without a run.
+Diffusers' `WanPipeline.from_pretrained` loads the result.
 """
 
 import json
@@ -15,9 +17,10 @@ import math
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from absl import flags
@@ -28,11 +31,13 @@ from convert.plan import STEMS, contiguous, rounded
 from convert.source import check_destination, copied_files
 from wan_jax.command_line import cli
 from wan_jax.errors import UserError
+from wan_jax.models import flat_params
 from wan_jax.models.lora import LoRAConfig
-from wan_jax.storage import key_table, model_dir
+from wan_jax.storage import key_table, merged_loras, model_dir
 from wan_jax.storage.array_store import ArrayStore
 from wan_jax.storage.paths import check_apart, expand
 from wan_jax.storage.trained_weights import load_trained
+from wan_jax.storage.weight_changes import Rounding, WeightChanges
 
 DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
@@ -86,6 +91,30 @@ def trained_changes(
     return {path: lambda base, at, value=value: value[at] for path, value in trained.items()}
 
 
+def merged_base(
+    model: model_dir.ModelDir, component: str, store: ArrayStore, dtypes: Mapping[str, np.dtype]
+) -> tuple[Read, WeightChanges | None]:
+    """Return how to read a component with the model's LoRAs, and their changes, None without any.
+
+    dtypes: {path: type to which merged arrays are rounded}.
+    """
+    changes = model.changes(component) if model.changes and component in model.experts else None
+    if changes is None:
+        return store.read, None
+
+    def read(path: str, layer: int | None) -> np.ndarray:
+        return changes.merge(store.read(path, layer), path, layer, dtypes[path])
+
+    return read, changes
+
+
+def run_dtypes(model: model_dir.ModelDir, component: str, meta: dict) -> dict[str, np.dtype]:
+    """Return the types in which a run kept the parameters of a transformer, by path."""
+    dtype = jnp.dtype(meta["config"]["model"]["dtype"])
+    _, like = model_dir.abstract(component, model.config(component), dtype=dtype)
+    return {path: np.dtype(leaf.dtype) for path, leaf in flat_params.flatten(like).items()}
+
+
 class Merged:
     """The base weights with a run's changes, computed in float32 and rounded once to `dtypes`.
 
@@ -95,13 +124,13 @@ class Merged:
 
     def __init__(self, base: Read, changes: Changes, dtypes: Mapping[str, np.dtype]):
         self.base, self.changes, self.dtypes = base, changes, dtypes
-        self.changed = self.missed = 0.0  # squared norms of the changes, and of what rounding lost
+        self.rounding = Rounding()
         self.rounds = any(dtypes[path] != np.float32 for path in changes)
 
     @property
     def lost(self) -> float:
         """Relative norm of the part of the changes that rounding lost so far."""
-        return math.sqrt(self.missed / self.changed) if self.changed else 0.0
+        return self.rounding.lost
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
         """Return one layer of a merged array, or all of it for None, in the type to write."""
@@ -113,10 +142,10 @@ class Merged:
         merged = self.changes[path](base, ... if layer is None else layer)
         result = rounded(merged, dtype, name)
         if dtype != np.float32:
-            change = merged - base.astype(np.float32)
-            missed = change - (result.astype(np.float32) - written.astype(np.float32))
-            self.changed += float(np.vdot(change, change))
-            self.missed += float(np.vdot(missed, missed))
+            self.rounding.add(
+                merged - base.astype(np.float32),
+                result.astype(np.float32) - written.astype(np.float32),
+            )
         return result
 
 
@@ -175,21 +204,29 @@ def export(
     dtype: str = "stored",
     overwrite: bool = False,
     shard_gb: float = 5.0,
+    loras: Sequence[str] = (),
 ) -> None:
     """Write the Diffusers folder `dst` from the model folder `src`.
 
     checkpoint: a run folder or one of its checkpoints, whose trained weights are merged. dtype:
     'stored', 'float32' or 'bfloat16'. overwrite: replace an existing model. shard_gb: size of the
-    largest file. Raises `UserError`; `dst` is complete or does not exist.
+    largest file. loras: FILE[:SCALE] each, merged in addition to those that the run's base had, or
+    the place where one of these is now. Raises `UserError`; `dst` is complete or does not exist.
     """
     model, dst = model_dir.open_model(src), expand(dst)
     check_destination(model.path, dst)
-    lora, experts = None, {}
+    lora, experts, meta = None, {}, None
     if checkpoint:
         run = expand(checkpoint)
         check_apart(run if run.parent.name == "checkpoints" else run / "checkpoints", dst)
+    model = merged_loras.merge_with_checkpoint(model, checkpoint, loras)
+    if checkpoint:
         lora, experts, meta = load_trained(checkpoint)
         model.check_same(meta.get("model_digest"), meta["model"], str(checkpoint), "--src")
+        beyond = merged_loras.beyond(model, meta)
+        if lora is None and beyond:  # trained weights replace those of the base
+            for name, trained in experts.items():
+                experts[name] = merged_loras.changes_of(model, beyond, name).applied(trained)
     with whole_folder(dst, overwrite) as partial:
         shutil.copyfile(model.path / "model_index.json", partial / "model_index.json")
         for file in copied_files(model.path):
@@ -208,9 +245,11 @@ def export(
             dtypes: Mapping[str, np.dtype] = store.dtypes
             if dtype != "stored":
                 dtypes = dict.fromkeys(store.shapes, DTYPES[dtype])
-            merged = Merged(
-                store.read, trained_changes(store, lora, experts.get(component, {})), dtypes
-            )
+            kept = dtypes  # types of the base that the trained change is added to
+            if meta is not None and model.changes and component in model.experts:
+                kept = run_dtypes(model, component, meta)
+            read, changes = merged_base(model, component, store, kept)
+            merged = Merged(read, trained_changes(store, lora, experts.get(component, {})), dtypes)
             size = sum(
                 math.prod(shape) * dtypes[path].itemsize for path, shape in store.shapes.items()
             )
@@ -229,6 +268,8 @@ def export(
                 f"{time.monotonic() - start:.1f} s",
                 flush=True,
             )
+            if changes is not None and (lora is not None or component not in experts):
+                changes.report(component, ", ".join(map(str, model.loras)))
             if merged.rounds:
                 print(
                     f"{component}: rounding to the type written lost {100 * merged.lost:.2g} % of "
@@ -239,12 +280,21 @@ def export(
     print(
         f"{dst}: ready for WanPipeline.from_pretrained"
         + (f", with {checkpoint} merged in" if checkpoint else "")
+        + (f", with {', '.join(map(str, model.loras))} merged in" if model.loras else "")
     )
 
 
 def main(_):
     FLAGS = flags.FLAGS
-    export(FLAGS.src, FLAGS.dst, FLAGS.checkpoint, FLAGS.dtype, FLAGS.overwrite, FLAGS.shard_gb)
+    export(
+        FLAGS.src,
+        FLAGS.dst,
+        FLAGS.checkpoint,
+        FLAGS.dtype,
+        FLAGS.overwrite,
+        FLAGS.shard_gb,
+        FLAGS.lora or (),
+    )
 
 
 if __name__ == "__main__":
@@ -255,6 +305,13 @@ if __name__ == "__main__":
     )
     flags.DEFINE_enum(
         "dtype", "stored", ["stored", *DTYPES], "data type to write; stored keeps each tensor's own"
+    )
+    flags.DEFINE_multi_string(
+        "lora",
+        None,
+        "LoRA file to merge, FILE[:SCALE], for two experts HIGH,LOW[:SCALE]; repeat the flag for "
+        "several. Those that the run's base had are merged anyway; the flag says where such a file "
+        "is now",
     )
     flags.DEFINE_float("shard_gb", 5.0, "size of the largest file in GB")
     flags.DEFINE_bool("overwrite", False, "replace an existing --dst")

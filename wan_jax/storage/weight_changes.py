@@ -37,18 +37,11 @@ class Rounding:
     changed: float = 0.0
     missed: float = 0.0
 
-    def count(self, base: np.ndarray, merged: np.ndarray, dtype) -> np.ndarray:
-        """Return merged weights rounded to `dtype`, and count what that lost.
-
-        base, merged: fp32.
-        """
-        result = merged.astype(dtype)
-        change = merged - base
+    def add(self, change: np.ndarray, kept: np.ndarray) -> None:
+        """Count one change, fp32. kept: the difference of the rounded weights."""
+        missed = change - kept
         self.changed += float(np.vdot(change, change))
-        if dtype != np.float32:
-            missed = change - (result.astype(np.float32) - base.astype(dtype).astype(np.float32))
-            self.missed += float(np.vdot(missed, missed))
-        return result
+        self.missed += float(np.vdot(missed, missed))
 
     @property
     def lost(self) -> float:
@@ -68,7 +61,9 @@ class WeightChanges:
         self.terms = terms
         self.rounding = Rounding()
 
-    def merge(self, base: np.ndarray, path: str, layer: int | None, dtype, index: Index = ()):
+    def merge(
+        self, base: np.ndarray, path: str, layer: int | None, dtype, index: Index = ()
+    ) -> np.ndarray:
         """Return a layer of a parameter, or a slice of it, with its changes, in `dtype`.
 
         base: as stored; its layer and slice are `layer` and `index` (empty: all of it). A parameter
@@ -80,7 +75,12 @@ class WeightChanges:
         index = index or (slice(None),) * base.ndim
         base = base.astype(np.float32)
         merged = base + sum(term(index) for term in terms)
-        return self.rounding.count(base, merged, np.dtype(dtype))
+        result, change = merged.astype(dtype), merged - base
+        kept = change
+        if result.dtype != np.float32:
+            kept = result.astype(np.float32) - base.astype(dtype).astype(np.float32)
+        self.rounding.add(change, kept)
+        return result
 
     def merge_slice(self, path: str, shape: tuple[int, ...], dtype, index: Index, read: Callable):
         """Return a slice of a parameter with its changes, in `dtype`, one layer after the other.
@@ -111,7 +111,7 @@ class WeightChanges:
             count = sum(map(len, self.terms.values()))
             print(
                 f"{component}: merged {names} into {count} tensors; rounding lost "
-                f"{100 * self.rounding.lost:.2g} % of the change (relative norm)",
+                f"{100 * min(1, self.rounding.lost):.2g} % of the change (relative norm)",
                 flush=True,
             )
 
