@@ -251,17 +251,17 @@ def from_tensors(
             )
         pair[factor] = np.ascontiguousarray(np.asarray(value, np.float32).T)
     # Check that every adapter is complete and fits the model
-    if unknown:
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        raise UserError(
-            f"{where} does not fit this model, which has no layer for "
-            f"{', '.join(map(repr, unknown[:5]))}{more}"
-        )
     if differences and not merging:
         raise UserError(
             f"{where}: {len(differences)} tensors change whole weights and biases, the first "
             f"{min(differences)!r}: they are not adapters, and a run cannot start from them; "
             "config.model.loras merges such a file into the model that is trained"
+        )
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise UserError(
+            f"{where} does not fit this model, which has no layer for "
+            f"{', '.join(map(repr, unknown[:5]))}{more}"
         )
     if not factors and not differences:
         raise UserError(
