@@ -216,17 +216,16 @@ def export(
     model, dst = model_dir.open_model(src), expand(dst)
     check_destination(model.path, dst)
     lora, experts, meta = None, {}, None
-    if checkpoint:
+    if checkpoint is not None:
         run = expand(checkpoint)
         check_apart(run if run.parent.name == "checkpoints" else run / "checkpoints", dst)
-    model = merged_loras.merge_with_checkpoint(model, checkpoint, loras)
-    if checkpoint:
         lora, experts, meta = load_trained(checkpoint)
         model.check_same(meta.get("model_digest"), meta["model"], str(checkpoint), "--src")
-        beyond = merged_loras.beyond(model, meta)
-        if lora is None and beyond:  # trained weights replace those of the base
-            for name, trained in experts.items():
-                experts[name] = merged_loras.changes_of(model, beyond, name).applied(trained)
+    model = merged_loras.merge_with_checkpoint(model, checkpoint, loras)
+    if meta is not None and lora is None:  # trained weights replace those of the base
+        for name, trained in experts.items():
+            changes = merged_loras.changes_of(model, merged_loras.beyond(model, meta), name)
+            experts[name] = changes.applied(trained)
     with whole_folder(dst, overwrite) as partial:
         shutil.copyfile(model.path / "model_index.json", partial / "model_index.json")
         for file in copied_files(model.path):
