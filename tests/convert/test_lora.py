@@ -383,6 +383,8 @@ def test_two_experts_come_back_under_their_names(source, tmp_path):
         UserError, match=r"is for transformer, the model has transformer and transformer_2"
     ):
         files.initial_adapters(str(high), model, config)
+    with pytest.raises(UserError, match=r"names no file for transformer_2"):
+        files.initial_adapters(f"{high},", model, config)
 
 
 CONFIG = LoRAConfig(rank=4, alpha=8.0)

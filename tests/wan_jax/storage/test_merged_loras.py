@@ -1,5 +1,7 @@
 """LoRA files merged into a model while it is loaded, and those that a checkpoint's base had."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -45,6 +47,20 @@ def write(path, kernels, **how):
     tensors, added = lora_forms.distilled(kernels, **how)
     save_file(tensors, path)
     return path, added
+
+
+def write_biases(folder, kernels):
+    """Write PEFT's folder of an adapter with `lora_bias`, whose bias the scale multiplies."""
+    pairs = lora_forms.factors(kernels)
+    tensors = lora_forms.tensors_of(pairs, prefix="base_model.model.")
+    rng = np.random.default_rng(3)
+    for key in [key for key in tensors if "lora_B" in key]:
+        bias = rng.standard_normal(len(tensors[key])).astype(np.float32)
+        tensors[key.replace("weight", "bias")] = bias
+    settings = lora_forms.SETTINGS | {"peft_type": "LORA", "lora_bias": True}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
 
 
 def weights_of(model, expert="transformer", **how):
@@ -146,7 +162,7 @@ def test_the_sum_is_rounded_once_and_the_loss_is_printed(model, base, file, caps
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("form", ["PEFT", "kohya", "distilled"])
+@pytest.mark.parametrize("form", ["PEFT", "PEFT with biases", "kohya", "distilled"])
 def test_the_model_is_that_of_diffusers_and_peft(folders, model, kernels, tmp_path, form):
     """The output of the transformer, to 1e-5; all other forms have equal kernels."""
     import diffusers
@@ -155,11 +171,13 @@ def test_the_model_is_that_of_diffusers_and_peft(folders, model, kernels, tmp_pa
 
     if form == "distilled":
         path, _ = write(tmp_path / "x.safetensors", kernels, norms=False)
+    elif form == "PEFT with biases":
+        path = write_biases(tmp_path, kernels)
     else:
         path, _ = lora_forms.write_form(tmp_path, kernels, form)
     pipe = diffusers.WanPipeline.from_pretrained(folders[0])
     theirs = pipe.transformer
-    if form == "PEFT":
+    if form.startswith("PEFT"):
         theirs = peft.PeftModel.from_pretrained(theirs, str(path))
     else:
         pipe.load_lora_weights(str(path))
@@ -331,6 +349,21 @@ def test_trained_weights_hold_what_their_base_had(model, base, file, kernels, tm
     other, added_too = write(tmp_path / "other.safetensors", kernels, seed=5)
     more = merged_loras.merge_with_checkpoint(model, run, [f"{other}:0.5"])
     assert_close(loaded(more, str(run)), sum_of(trained, (added_too, 0.5)))
+
+
+def test_an_expert_that_was_not_trained_needs_its_lora(pair, kernels, tmp_path):
+    """All weights of the other one were trained."""
+    path, added = write(tmp_path / "low.safetensors", kernels)
+    merged = merged_loras.merge(pair, [f",{path}"])
+    trained = {k: v + 1 for k, v in weights_of(pair).items()}
+    run = save_run(tmp_path / "run", merged, trained)
+    again = merged_loras.merge_with_checkpoint(pair, run, None)
+    assert_close(
+        loaded(again, str(run), expert=1), sum_of(weights_of(pair, "transformer_2"), (added, 1))
+    )
+    path.unlink()
+    with pytest.raises(UserError, match=r"low\.safetensors does not exist"):
+        merged_loras.merge_with_checkpoint(pair, run, None)
 
 
 def test_a_digest_follows_the_content(kernels, tmp_path):
