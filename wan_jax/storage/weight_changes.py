@@ -89,13 +89,12 @@ class WeightChanges:
         """
         if None in self.terms[path]:
             return self.merge(read(index), path, None, dtype, index)
-        start, stop, _ = index[0].indices(shape[0])
-        layers = []
-        for layer in range(start, stop):
+        layers, *others = (range(*s.indices(n)) for s, n in zip(index, shape, strict=True))
+        out = np.empty([len(layers), *map(len, others)], dtype)
+        for i, layer in enumerate(layers):
             (base,) = read((slice(layer, layer + 1), *index[1:]))
-            merged = self.merge(base, path, layer, dtype, index[1:])
-            layers.append(merged.astype(dtype))
-        return np.stack(layers)
+            out[i] = self.merge(base, path, layer, dtype, index[1:])
+        return out
 
     def report(self, component: str, names: str) -> None:
         """Print what was merged into a component, and how much of it rounding lost. Raises
