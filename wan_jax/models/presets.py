@@ -52,6 +52,44 @@ VAE_22 = VAEConfig(
 )
 UMT5_XXL = TextEncoderConfig()
 
+# Wan's own negative prompt, `sample_neg_prompt` of its wan/configs/shared_config.py.
+WAN_NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，"
+    "低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，"
+    "毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """The settings that a model is published with.
+
+    Attributes:
+        steps: of denoising.
+        guidance: of each expert, the one for high noise first.
+        shift: of the schedule; None: that of the model's scheduler.
+        shift_small: of the schedule for videos below `SMALL_PIXELS`; None: `shift`.
+        fps: frames per second.
+        source: where the values are published.
+    """
+
+    steps: int = 50
+    guidance: tuple[float, ...] = (5.0,)
+    shift: float | None = None
+    shift_small: float | None = None
+    fps: float = 16.0
+    source: str = "general values"
+
+    def shift_for(self, height: int, width: int) -> float | None:
+        """Return the shift for a size in pixels; None: that of the model's scheduler."""
+        small = height * width < SMALL_PIXELS
+        return self.shift_small if small and self.shift_small is not None else self.shift
+
+
+# Between 480 x 832 and 704 x 1280, the sizes that Wan is published with.
+SMALL_PIXELS = 640 * 1024
+GENERAL = Sampling()  # of models that are no published one
+
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
@@ -63,6 +101,7 @@ class Preset:
         boundary: of its two experts (`wan_jax.diffusion.experts`); None if it has one transformer.
         expand_timesteps: in model_index.json: one timestep per token, all equal for text to video.
         flow_shift: shift of its scheduler.
+        sampling: the settings that it is published with.
     """
 
     repository: str
@@ -72,6 +111,7 @@ class Preset:
     expand_timesteps: bool = False
     flow_shift: float = 3.0
     text_encoder: TextEncoderConfig = UMT5_XXL
+    sampling: Sampling = GENERAL
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -83,9 +123,30 @@ PRESETS = {
     "wan2.1-1.3b": Preset(
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         TransformerConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30),
+        # The note on this model in the README: guidance 6, shift 8 to 12. The defaults of
+        # generate.py, which are for both sizes of 2.1, are 5 and 5, and Diffusers' examples have 5
+        # and 3.
+        sampling=Sampling(guidance=(6.0,), shift=8.0, source="README of Wan2.1"),
     ),
-    "wan2.1-14b": Preset("Wan-AI/Wan2.1-T2V-14B-Diffusers", TransformerConfig()),
-    "wan2.2-a14b": Preset("Wan-AI/Wan2.2-T2V-A14B-Diffusers", TransformerConfig(), boundary=0.875),
+    "wan2.1-14b": Preset(
+        "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        TransformerConfig(),
+        # generate.py has shift 5 for all sizes, and Diffusers' documentation 5 at 720p and 3 at 480p
+        sampling=Sampling(
+            shift=5.0, shift_small=3.0, source="generate.py of Wan2.1, shift of Diffusers' examples"
+        ),
+    ),
+    "wan2.2-a14b": Preset(
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+        TransformerConfig(),
+        boundary=0.875,
+        sampling=Sampling(
+            steps=40,
+            guidance=(4.0, 3.0),  # the file has (low noise, high noise)
+            shift=12.0,
+            source="wan/configs/wan_t2v_A14B.py of Wan2.2",
+        ),
+    ),
     "wan2.2-ti2v-5b": Preset(
         "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
         expand_timesteps=True,
@@ -94,8 +155,24 @@ PRESETS = {
         transformer=TransformerConfig(
             num_attention_heads=24, ffn_dim=14336, num_layers=30, in_channels=48, out_channels=48
         ),
+        sampling=Sampling(shift=5.0, fps=24.0, source="wan/configs/wan_ti2v_5B.py of Wan2.2"),
     ),
 }
+
+
+def published(model: ModelDir) -> str | None:
+    """Return the name of the preset with the networks of a converted model, also where its weights
+    were trained further; None for other models.
+    """
+    own = of_folder(model)
+    for name, preset in PRESETS.items():
+        if (own.transformer, own.vae, own.experts) == (
+            preset.transformer,
+            preset.vae,
+            preset.experts,
+        ):
+            return name
+    return None
 
 
 def of_folder(model: ModelDir) -> Preset:
