@@ -4,7 +4,8 @@
                                 the encoder's dtype (bfloat16 as its bits in uint16, because NumPy
                                 has no name for it), followed by the CRC-32 of all that, 4 bytes
 
-The key is a hash of the model's manifest, the encoder's dtype and the prompt. The cache is in the
+The key is a hash of the model's manifest, the version of the tokenisation, the encoder's dtype and
+the prompt. The cache is in the
 model's folder, so it is deleted with it. If the folder cannot be written, the next run computes the
 embeddings again.
 """
@@ -18,6 +19,7 @@ import zlib
 
 import numpy as np
 
+from wan_jax.models import tokenizer
 from wan_jax.storage.model_dir import MANIFEST, ModelDir
 
 FOLDER = "text_cache"
@@ -33,7 +35,8 @@ class PromptCache:
             self.dtype if self.dtype.isbuiltin == 1 else np.dtype(f"u{self.dtype.itemsize}")
         )
         self.salt = hashlib.sha256(
-            (model.path / MANIFEST).read_bytes() + f"{self.dtype} rows, crc32".encode()
+            (model.path / MANIFEST).read_bytes()
+            + f"{self.dtype} rows, crc32, tokens {tokenizer.VERSION}".encode()
         ).digest()
         self.writable = True
 

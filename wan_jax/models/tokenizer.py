@@ -1,10 +1,13 @@
-"""Cleaning and tokenisation of prompts, as in Diffusers' `WanPipeline`.
+"""Cleaning and tokenisation of prompts, as in Wan's own code and Diffusers' `WanPipeline`.
 
-The tokenizer is the checkpoint's own `tokenizer/` folder, read by the class that `model_index.json`
-names (transformers' `T5TokenizerFast`; 4.51 to 5.x). Nothing is fetched from the network.
+The tokenizer is the checkpoint's own `tokenizer/` folder. Its tokenizer.json is read as it is by the
+`tokenizers` library, so ids do not depend on the version of transformers: transformers 5 rebuilds
+the tokenizer with 2 as the id of unknown characters, where UMT5's is 3. Nothing is fetched from the
+network.
 """
 
 import html
+import json
 import os
 import pathlib
 import re
@@ -13,9 +16,15 @@ from collections.abc import Sequence
 
 import ftfy
 import numpy as np
+import tokenizers
 from jaxtyping import Int32
 
 from wan_jax.errors import UserError
+
+VERSION = 2  # of the ids of a text: what was computed from them by another version is out of date
+# T5's names, which apply where the folder's configuration gives no others.
+SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+SPECIAL_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 class TokenizerError(UserError, ValueError):
@@ -37,61 +46,63 @@ def clean(prompt: str) -> str:
 class Tokenizer:
     """Converts raw prompts to ids and masks; it cleans the prompts itself."""
 
-    def __init__(self, backend):
+    def __init__(self, backend: tokenizers.Tokenizer, pad: int, end: int):
+        """backend: without padding and truncation; pad, end: ids of these tokens."""
         self._backend = backend
+        self.pad = pad
+        self.end = end
 
     @classmethod
     def load(cls, path) -> "Tokenizer":
-        """Read the `tokenizer` folder of a checkpoint. Raises `TokenizerError` when it is missing
-        or unreadable.
+        """Read the `tokenizer` folder of a checkpoint: tokenizer.json, or spiece.model where there is
+        none. Raises `TokenizerError` when it is missing or unreadable.
         """
         path = pathlib.Path(path)
-        # Checked here, because transformers treats a missing folder as a name on the Hub, and from
-        # 5.0 on reads a folder without a vocabulary as a tokenizer of a few special tokens.
         if not path.is_dir():
             raise TokenizerError(
                 f"{path} is not a folder: give the 'tokenizer' folder of a Wan checkpoint"
             )
-        vocabularies = ("tokenizer.json", "spiece.model")
-        if not any((path / name).is_file() for name in vocabularies):
+        readers = {"tokenizer.json": tokenizers.Tokenizer.from_file, "spiece.model": _from_pieces}
+        found = next((name for name in readers if (path / name).is_file()), None)
+        if found is None:
             raise TokenizerError(
-                f"{path} has no {' or '.join(vocabularies)}: the download is incomplete, "
+                f"{path} has no {' or '.join(readers)}: the download is incomplete, "
                 "fetch the checkpoint's 'tokenizer' folder again"
             )
-        # else it warns that PyTorch is missing
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        # takes seconds to import; its lazy module is opaque to pyright
-        from transformers import T5TokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
-
         try:
-            backend = T5TokenizerFast.from_pretrained(str(path), local_files_only=True)
+            names = _special_tokens(path)
+            backend = readers[found](str(path / found))
         # Broad: for damaged files the readers raise KeyError, OSError, `Exception` itself and more.
         except Exception as error:
             raise TokenizerError(
                 f"{path} cannot be read as a T5 tokenizer ({type(error).__name__}: {error}): files "
                 "may be truncated, or Git LFS pointers without their content"
             ) from error
-        for name in ("pad_token_id", "eos_token_id"):
-            if getattr(backend, name) is None:
+        # the file may have settings of its own
+        backend.no_padding()
+        backend.no_truncation()
+        ids = {name: backend.token_to_id(token) for name, token in names.items()}
+        for name, number in ids.items():
+            if number is None:
                 raise TokenizerError(
-                    f"{path}: tokenizer has no {name}, tokenizer_config.json may be damaged"
+                    f"{path}: {found} has no {names[name]!r}, which is its {name}: "
+                    f"{' or '.join(SPECIAL_FILES)} may be damaged"
                 )
-        if (end := backend("").input_ids) != [backend.eos_token_id]:
+        if (end := backend.encode("").ids) != [ids["eos_token"]]:
             raise TokenizerError(
                 f"{path}: an empty prompt gives the ids {end}, expected only the end token "
-                f"[{backend.eos_token_id}]: not a UMT5 tokenizer"
+                f"[{ids['eos_token']}]: not a UMT5 tokenizer"
             )
-        return cls(backend)
+        return cls(backend, ids["pad_token"], ids["eos_token"])
 
     @property
     def vocab_size(self) -> int:
         """Number of ids with added tokens; at most the rows of the text encoder's embedding."""
-        return len(self._backend)
+        return self._backend.get_vocab_size(with_added_tokens=True)
 
     def lengths(self, prompts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each prompt before truncation, with the end token."""
-        cleaned = self._clean(prompts)
-        return [len(ids) for ids in self._tokens(cleaned).input_ids] if cleaned else []
+        return [len(ids) for ids in self._tokens(self._clean(prompts))]
 
     def __call__(
         self, prompts: Sequence[str], length: int
@@ -106,25 +117,54 @@ class Tokenizer:
                 f"length={length}: at least 1 token is needed, for the end token (Wan uses 512)"
             )
         cleaned = self._clean(prompts)
-        if not cleaned:
-            return np.zeros((0, length), np.int32), np.zeros((0, length), np.int32)
-        for prompt, tokens in zip(cleaned, self._tokens(cleaned).input_ids):
+        ids = np.full((len(cleaned), length), self.pad, np.int32)
+        mask = np.zeros((len(cleaned), length), np.int32)
+        for row, (prompt, tokens) in enumerate(zip(cleaned, self._tokens(cleaned))):
             if len(tokens) > length:
                 warnings.warn(
                     f"prompt of {len(tokens)} tokens cut to {length}, the rest is lost, text to be "
                     f"rendered included; shorten it or raise the length: {prompt!r}",
                     stacklevel=2,
                 )
-        out = self._tokens(cleaned, padding="max_length", truncation=True, max_length=length)
-        return np.asarray(out.input_ids, np.int32), np.asarray(out.attention_mask, np.int32)
+                tokens = [*tokens[: length - 1], self.end]
+            ids[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = 1
+        return ids, mask
 
     def _clean(self, prompts: Sequence[str]) -> list[str]:
         if isinstance(prompts, str):
             raise TypeError(f"prompts is one string ({prompts!r}): give a list of prompts")
         return [clean(prompt) for prompt in prompts]
 
-    def _tokens(self, cleaned: list[str], **options):
-        # padding and truncation are always given, because a fast tokenizer remembers those of its
-        # previous call or of its file
-        options = {"padding": False, "truncation": False, **options}
-        return self._backend(cleaned, return_attention_mask=True, verbose=False, **options)
+    def _tokens(self, cleaned: list[str]) -> list[list[int]]:
+        """Return the ids of each text, with the end token."""
+        return [encoding.ids for encoding in self._backend.encode_batch(cleaned)]
+
+
+def _special_tokens(path: pathlib.Path) -> dict[str, str]:
+    """Return the names of the special tokens of a tokenizer folder. Raises ValueError."""
+    names = dict(SPECIAL_TOKENS)
+    for file in reversed(SPECIAL_FILES):  # the first one decides
+        if not (path / file).is_file():
+            continue
+        values = json.loads((path / file).read_text(encoding="utf-8"))
+        for name in names:
+            value = values.get(name)
+            value = value.get("content") if isinstance(value, dict) else value
+            names[name] = names[name] if value is None else value
+    return names
+
+
+def _from_pieces(path: str) -> tokenizers.Tokenizer:
+    """Read a spiece.model by transformers' conversion, and repair its id of unknown characters."""
+    # else it warns that PyTorch is missing
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # takes seconds to import; its lazy module is opaque to pyright
+    from transformers import T5TokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
+
+    folder = os.path.dirname(path)
+    converted = T5TokenizerFast.from_pretrained(folder, local_files_only=True)
+    content = json.loads(converted.backend_tokenizer.to_str())
+    pieces = [piece for piece, _ in content["model"]["vocab"]]
+    content["model"]["unk_id"] = pieces.index(converted.unk_token)
+    return tokenizers.Tokenizer.from_str(json.dumps(content))

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from wan_jax.inference import pipeline
+from wan_jax.inference.prompt_cache import PromptCache
+from wan_jax.models import tokenizer
 from wan_jax.models.tokenizer import Tokenizer
 from wan_jax.storage import integrity, model_dir
 
@@ -63,6 +65,15 @@ def test_embeddings_are_cached_by_model_and_prompt(folders, tmp_path, monkeypatc
     loaded.clear()
     pipeline.embed_prompts(model_dir.open_model(folder), prompts, "ugly", cache=True)
     assert loaded == ["tokenizer", "text_encoder"]
+
+
+def test_embeddings_of_another_tokenisation_are_not_read(folders, tmp_path, monkeypatch):
+    model = model_dir.open_model(shutil.copytree(folders[1], tmp_path / "model"))
+    rows = np.ones((3, 24), np.float32)
+    PromptCache(model, np.float32).put("sea", rows)
+    np.testing.assert_array_equal(PromptCache(model, np.float32).get("sea"), rows)
+    monkeypatch.setattr(tokenizer, "VERSION", tokenizer.VERSION + 1)
+    assert PromptCache(model, np.float32).get("sea") is None
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(folders, tmp_path):

