@@ -38,7 +38,7 @@ from wan_jax.diffusion.experts import per_guidance
 from wan_jax.distributed import memory
 from wan_jax.errors import UserError
 from wan_jax.inference import pipeline, reward_guidance
-from wan_jax.models import presets
+from wan_jax.models import precision, presets
 from wan_jax.storage import checkpoint as checkpoint_lib
 from wan_jax.storage import folder_lock, merged_loras, model_dir
 from wan_jax.storage.trained_weights import load_transformers
@@ -84,6 +84,7 @@ def main(_):
     # ---- the model, the checkpoint, the devices ----------------------------------------------
     epoch = 0
     cli.enable_compilation_cache()
+    precision.use(recipe.model.matmul_precision)
     with cli.user_input():
         model = merged_loras.merge(model_dir.open_model(recipe.model.path), recipe.model.loras)
         if CHECKPOINT.value is not None:

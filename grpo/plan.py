@@ -38,7 +38,7 @@ from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.distributed.memory import GIB
 from wan_jax.errors import UserError
 from wan_jax.inference import pipeline
-from wan_jax.models import presets, vae_chunks
+from wan_jax.models import precision, presets, vae_chunks
 from wan_jax.models.attention import choose_backend, platform_of
 from wan_jax.storage import merged_loras, model_dir
 
@@ -318,6 +318,7 @@ def main(_):
         assert config is not None, "--config is required"
         recipe = parse.recipe_from_config(config)
         settings = parse.settings_of(recipe)
+        precision.use(recipe.model.matmul_precision)
         target = choose_target(options.device, options.devices)
         preset, rows, source = choose_model(recipe, options.model)
         trained = len(trained_names(preset, recipe))

@@ -47,7 +47,7 @@ from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.errors import UserError
 from wan_jax.inference import pipeline
 from wan_jax.inference.reward_guidance import from_model, head_config, make_head, predict, save_head
-from wan_jax.models import presets
+from wan_jax.models import precision, presets
 from wan_jax.models.transformer import WanTransformer3D
 from wan_jax.storage import merged_loras, model_dir
 from wan_jax.storage.trained_weights import load_transformers
@@ -271,6 +271,7 @@ def main(_):
 
     # ---- the model ---------------------------------------------------------------------------
     cli.enable_compilation_cache()
+    precision.use(recipe.model.matmul_precision)
     with cli.user_input():
         model = merged_loras.merge(model_dir.open_model(recipe.model.path), recipe.model.loras)
         spec = RunSpec.make(recipe, settings, presets.of_folder(model), training=False)

@@ -24,6 +24,7 @@ from wan_jax.distributed import memory as device_memory
 from wan_jax.errors import UserError
 from wan_jax.inference import pipeline
 from wan_jax.models.attention import choose_backend, platform_of
+from wan_jax.models.precision import describe
 from wan_jax.models.presets import Preset
 from wan_jax.storage import media
 
@@ -71,12 +72,15 @@ class RunSpec:
         mesh, placed = placement.choose_mesh(
             recipe, settings, preset, trained=len(trained), devices=devices, memory=memory
         )
+        platform = platform_of(mesh.devices.flat[0])
         backend = choose_backend(
             recipe.model.attention,
-            platform_of(mesh.devices.flat[0]),
+            platform,
             settings.dtype,
             preset.transformer.attention_head_dim,
         )
+        if platform != "cpu" and recipe.model.dtype == "float32":
+            placed += f"\nfloat32 products in {describe(recipe.model.matmul_precision, platform)}"
         if memory is None:
             memory = device_memory.limit(mesh.local_devices[0])
         spec = cls(recipe, settings, preset, mesh, backend, memory, placed)

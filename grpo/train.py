@@ -50,7 +50,7 @@ from rewards.pool import RewardPool
 from wan_jax.command_line import cli
 from wan_jax.distributed import launchers, memory, multihost
 from wan_jax.errors import UserError
-from wan_jax.models import presets
+from wan_jax.models import precision, presets
 from wan_jax.models.tokenizer import clean
 from wan_jax.storage import folder_lock, model_dir
 
@@ -114,6 +114,7 @@ def train_recipe(config) -> int | None:
             sets = {"prompts.train": prompts, "prompts.heldout": heldout}
             agreement.check(recipe, sets)
         cli.enable_compilation_cache()
+        precision.use(recipe.model.matmul_precision)
         with cli.user_input():
             model = model_dir.open_model(recipe.model.path)
             spec = RunSpec.make(recipe, settings, presets.of_folder(model))

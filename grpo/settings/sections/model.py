@@ -3,7 +3,7 @@
 import dataclasses
 
 from grpo.settings.setting import PER_PROCESS, Section, setting
-from wan_jax.choices import BACKENDS, DTYPES, OFFLOAD, REMAT_POLICIES
+from wan_jax.choices import BACKENDS, DTYPES, MATMUL_PRECISIONS, OFFLOAD, REMAT_POLICIES
 from wan_jax.command_line.limits import Range
 
 
@@ -31,6 +31,14 @@ class Model(Section):
         "Type of the transformer's weights and matrix products. Trained weights, norms, the "
         "schedule and log-probs are always in float32.",
         choices=DTYPES,
+    )
+    matmul_precision: str = setting(
+        "default",
+        "How products and convolutions of float32 values are computed, including those of the VAE "
+        "and of a transformer in `model.dtype=float32`. `default` is the backend's: TF32 on NVIDIA, "
+        "float32 on the CPU. `float32` is exact on all, and slower. Products in bfloat16 stay as "
+        "they are.",
+        choices=MATMUL_PRECISIONS,
     )
     attention: str = setting(
         "auto",
