@@ -8,5 +8,6 @@ BACKENDS = ("auto", "xla", "chunked", "cudnn", "pallas")  # of attention
 REMAT_POLICIES = ("none", "block", "save_matmuls", "offload")
 OFFLOAD = ("auto", "never", "always")  # of the idle expert
 SOLVERS = ("unipc", "euler", "flow_match_euler", "dpmpp_2m")
+SCHEDULES = ("diffusers", "legacy")  # of flow sigmas
 SDE_KINDS = ("flow_grpo_wan", "flow_sde", "dance", "cps")
 EXPERTS = ("transformer", "transformer_2")

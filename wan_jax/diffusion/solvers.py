@@ -223,7 +223,9 @@ def dpm_step(
     return keep * x + base * clean + old * (last - clean)
 
 
-def make_solver(name: str, num_steps: int, shift: float, *, order: int = 2):
+def make_solver(
+    name: str, num_steps: int, shift: float, *, order: int = 2, version: str = "diffusers"
+):
     """Return a solver by name, with `.schedule`, `.init(x)` and `.step(state, i, velocity)`.
 
         'unipc'             UniPC on flow_sigmas, the sampler that Wan ships with; the only one with
@@ -233,14 +235,14 @@ def make_solver(name: str, num_steps: int, shift: float, *, order: int = 2):
         'flow_match_euler'  Euler on euler_sigmas, Diffusers' scheduler of that name
         'dpmpp_2m'          DPM-Solver++(2M) on flow_sigmas
 
-    Raises ValueError on an unknown name.
+    version: of `flow_sigmas`. Raises ValueError on an unknown name.
     """
     if name == "unipc":
-        return UniPC(flow_sigmas(num_steps, shift), order)
+        return UniPC(flow_sigmas(num_steps, shift, version), order)
     if name == "euler":
-        return Euler(flow_sigmas(num_steps, shift))
+        return Euler(flow_sigmas(num_steps, shift, version))
     if name == "dpmpp_2m":
-        return DPMSolverPP2M(flow_sigmas(num_steps, shift))
+        return DPMSolverPP2M(flow_sigmas(num_steps, shift, version))
     if name == "flow_match_euler":
         return Euler(euler_sigmas(num_steps, shift))
     raise ValueError(f"solver={name!r} is unknown; choose one of {', '.join(SOLVERS)}")
