@@ -10,11 +10,11 @@ import pathlib
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import imageio_ffmpeg
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from wan_jax.command_line.limits import Range
 
@@ -23,6 +23,8 @@ FPS = Range(0.1, 1000)  # frames a second that both formats can hold
 GREY = 128  # between pictures
 SHEET_GAP = 2  # pixels between the pictures of a contact sheet
 PAIR_GAP = 4  # pixels between two videos side by side
+CAPTION_SIZE = 12  # pixels of the letters over a row of a grid
+CAPTION_LINES = 3
 CRF = 18  # x264 quality, from 0 (best) to 51: at 18, letters of 10 pixels are legible
 
 
@@ -61,8 +63,7 @@ def check_writable(path, frames: int, height: int, width: int, fps: float) -> No
     A small one is written next to it as a trial. The folder is created.
     """
     path = pathlib.Path(path)
-    if os.path.isdir(path):  # False where the name is too long, which is an error below
-        raise ValueError(f"{path} is a folder; give the name of a file in it")
+    check_no_folder(path)
     trial = path.with_name(f".{path.stem}.trial{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +73,12 @@ def check_writable(path, frames: int, height: int, width: int, fps: float) -> No
         raise ValueError(
             f"{path} cannot be written ({error.strerror or error}); choose another file"
         ) from None
+
+
+def check_no_folder(path) -> None:
+    """Raise ValueError when `path` is a folder."""
+    if os.path.isdir(path):  # False where the name is too long, which is an error when writing
+        raise ValueError(f"{path} is a folder; give the name of a file in it")
 
 
 def write(path, video: np.ndarray, fps: float, scale: int = 1) -> None:
@@ -191,6 +198,59 @@ def side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     frames, height, _, _ = left.shape
     grey = np.full((frames, height, PAIR_GAP, 3), GREY, np.uint8)
     return np.concatenate([left, grey, right], axis=2)
+
+
+def grid(videos: Sequence[Sequence[np.ndarray | None]], captions: Sequence[str]) -> np.ndarray:
+    """Arrange videos uint8 [frames, height, width, 3] of one shape in rows with a caption above each:
+    [frames, rows (text + height + gap) + gap, columns (width + gap) + gap, 3].
+
+    videos: row by row; None leaves the place grey. captions: of each row, broken into lines. Raises
+    ValueError on rows of different lengths or videos of different shapes.
+    """
+    shapes = {video.shape for row in videos for video in row if video is not None}
+    if len(shapes) != 1 or len({len(row) for row in videos}) != 1 or len(captions) != len(videos):
+        raise ValueError(
+            f"a grid needs videos of one shape, rows of one length and a caption for each, got the "
+            f"shapes {sorted(shapes)}, rows of {[len(row) for row in videos]} and {len(captions)} "
+            "captions"
+        )
+    (shape,) = shapes
+    frames, height, width, _ = shape
+    gap = PAIR_GAP
+    total = len(videos[0]) * (width + gap) + gap
+    rows = []
+    for row, caption in zip(videos, captions):
+        band = np.full((frames, gap + height, total, 3), GREY, np.uint8)
+        for column, video in enumerate(row):
+            if video is not None:
+                x = gap + column * (width + gap)
+                band[:, :height, x : x + width] = video
+        text = caption_band(caption, total)
+        rows += [np.broadcast_to(text, (frames, *text.shape)), band]
+    return np.concatenate(rows, axis=1)
+
+
+def caption_band(text: str, width: int) -> np.ndarray:
+    """Return text as a picture uint8 [lines x line height, width, 3], dark on light, broken into at
+    most `CAPTION_LINES` lines.
+    """
+    font = ImageFont.load_default(CAPTION_SIZE)
+    margin = PAIR_GAP
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width - 2 * margin:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    if len(lines) > CAPTION_LINES:
+        lines = [*lines[: CAPTION_LINES - 1], lines[CAPTION_LINES - 1] + " ..."]
+    step = CAPTION_SIZE * 4 // 3
+    picture = Image.new("RGB", (width, step * len(lines) + margin), (245, 245, 245))
+    draw = ImageDraw.Draw(picture)
+    for number, line in enumerate(lines):
+        draw.text((margin, margin // 2 + number * step), line, fill=(20, 20, 20), font=font)
+    return np.asarray(picture)
 
 
 def png_bytes(frame: np.ndarray) -> bytes:

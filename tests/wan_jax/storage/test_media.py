@@ -181,3 +181,42 @@ def test_a_picture_takes_the_place_of_one_that_may_not_be_changed(tmp_path):
     assert (np.asarray(Image.open(tmp_path / "a.png")) == 7).all() and len(
         list(tmp_path.iterdir())
     ) == 1
+
+
+# --- grids ----------------------------------------------------------------------------------------
+
+
+def test_grid_has_every_video_in_its_place_under_its_caption():
+    rng = np.random.default_rng(0)
+    videos = rng.integers(0, 255, (2, 3, 5, 20, 30, 3), np.uint8)  # rows, columns, frames
+    rows = [list(videos[0]), [videos[1, 0], None, videos[1, 2]]]
+    grid = media.grid(rows, ["short", "a long caption that is broken into two lines"])
+    gap = media.PAIR_GAP
+    first = media.caption_band("short", 3 * (30 + gap) + gap)
+    second = media.caption_band(
+        "a long caption that is broken into two lines", 3 * (30 + gap) + gap
+    )
+    assert len(second) > len(first) and second.min() < 100 < second.max()
+    assert grid.shape == (5, len(first) + len(second) + 2 * (20 + gap), 3 * (30 + gap) + gap, 3)
+    np.testing.assert_array_equal(grid[3, : len(first)], first)
+    tops = len(first), len(first) + 20 + gap + len(second)
+    for row, top in enumerate(tops):
+        for column in range(3):
+            left = gap + column * (30 + gap)
+            cell = grid[:, top : top + 20, left : left + 30]
+            if (row, column) == (1, 1):
+                assert (cell == media.GREY).all()
+            else:
+                np.testing.assert_array_equal(cell, videos[row, column])
+
+
+def test_a_long_caption_is_cut():
+    band = media.caption_band("word " * 500, 200)
+    assert band.shape == media.caption_band("word " * 5000, 200).shape
+    assert len(band) < 100
+
+
+@pytest.mark.parametrize("shapes", [[(1, 4, 4, 3), (1, 4, 6, 3)], []])
+def test_a_grid_of_different_videos_is_refused(shapes):
+    with pytest.raises(ValueError, match="one shape"):
+        media.grid([[np.zeros(shape, np.uint8) for shape in shapes]], ["x"])
