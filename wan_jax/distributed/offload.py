@@ -38,6 +38,13 @@ class Weights:
             self.current = expert, jax.device_put(self.states[expert], self.shardings)
         return self.current[1]
 
+    def free(self) -> None:
+        """Delete all arrays, on the device and in host memory."""
+        for x in jax.tree.leaves((self.current, self.states)):
+            if isinstance(x, jax.Array):
+                x.delete()
+        self.current, self.states = None, []
+
 
 def to_host(tree):
     """Copy a tree of arrays to host memory: pinned and with the same sharding where the backend has

@@ -4,7 +4,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -70,6 +70,7 @@ def embed_prompts(
     dtype=jnp.float32,
     progress: Callable = lambda x: x,
     cache: bool = False,
+    device=None,
 ) -> TextTable:
     """Encode each prompt once with the model's own tokenizer and text encoder, which is freed
     afterwards.
@@ -82,6 +83,7 @@ def embed_prompts(
         progress: wraps the iterator over batches, e.g. `tqdm`.
         cache: read embeddings from the model's `PromptCache`, and write new ones to it. Tokenizer
             and encoder are loaded only if some are missing.
+        device: that the encoder runs on; None: this process's first one.
 
     A prompt is encoded with the rows it needs, rounded up, so its embedding does not depend on the
     other prompts, up to rounding.
@@ -101,7 +103,7 @@ def embed_prompts(
     if missing:
         tokenizer = Tokenizer.load(model.tokenizer_path)
         lengths = dict(zip(missing, np.minimum(tokenizer.lengths(missing), TEXT_ROWS)))
-        graphdef, state = model_dir.build("text_encoder", model, dtype=dtype)
+        graphdef, state = model_dir.build("text_encoder", model, dtype=dtype, device=device)
         run = make_encoder(graphdef)
 
     # Batches of prompts of about the same length.
@@ -356,7 +358,7 @@ def sample_ode(
     arrays: Callable,
     segments: Sequence[Segment],
     solver,
-    batches: Sequence[tuple[jax.Array, TextBatch]],
+    batches: Iterable[tuple[jax.Array, TextBatch]],
 ) -> Iterator[jax.Array]:
     """Yield the final latents fp32 [B,F,H,W,C] of each batch, in order.
 
@@ -365,23 +367,24 @@ def sample_ode(
         arrays: expert -> the first argument of its step.
         segments: `experts.segments` of the schedule.
         solver: the solver of the steps.
-        batches: (noise [B,F,H,W,C], text) of each batch.
+        batches: (noise [B,F,H,W,C], text) of each batch; iterated over once for each segment.
 
     All batches go through the steps of one expert before the weights of the next are requested,
     after the device has finished. Batches are yielded during the last segment, as they are
     completed.
     """
-    states = [solver.init(jnp.copy(noise)) for noise, _ in batches]
+    states: dict[int, SolverState] = {}  # of batches between two segments
     for segment in segments:
-        if segment is not segments[0]:
-            jax.block_until_ready(states)
+        jax.block_until_ready(states)
         weights = arrays(segment.expert)
-        for b, (_, text) in enumerate(batches):
+        for b, (noise, text) in enumerate(batches):
+            state = states.pop(b) if b in states else solver.init(jnp.copy(noise))
             for i in segment.steps:
-                states[b] = steps[segment.expert](weights, states[b], i, text)
+                state = steps[segment.expert](weights, state, i, text)
             if segment is segments[-1]:
-                yield states[b].x
-                states[b] = None
+                yield state.x
+            else:
+                states[b] = state
 
 
 def load_vae(model: model_dir.ModelDir, mesh):

@@ -147,12 +147,12 @@ class ModelDir:
         """Folder of the tokenizer."""
         return self.path / "tokenizer"
 
-    def load(self, component: str, like: nnx.State, mesh=None) -> nnx.State:
+    def load(self, component: str, like: nnx.State, mesh=None, device=None) -> nnx.State:
         """Return the weights of a component in the structure and dtypes of the abstract state
         `like`.
 
-        mesh: shards them over it, and all processes must call this; None places them on this
-        process's first device. Raises `UserError` when the stored arrays do not fit.
+        mesh: shards them over it, and all processes must call this; None places them on `device`,
+        which is this process's first one if not given. Raises `UserError` when the stored arrays do not fit.
         """
         wanted = flat_params.flatten(like)
         store = self.arrays(component)
@@ -168,7 +168,7 @@ class ModelDir:
         shardings = (
             sharding_lib.param_shardings(wanted, mesh)
             if mesh
-            else dict.fromkeys(wanted, SingleDeviceSharding(jax.local_devices()[0]))
+            else dict.fromkeys(wanted, SingleDeviceSharding(device or jax.local_devices()[0]))
         )
         changes = self.changes(component) if self.changes and component in self.experts else None
         # one array at a time: the host needs memory for this process's shards of the largest one
@@ -287,11 +287,17 @@ def abstract(
     )
 
 
+def component_bytes(component: str, model: ModelDir, dtype) -> int:
+    """Return the bytes of the weights of a component as `build` makes them."""
+    _, state = abstract(component, model.config(component), dtype=dtype)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+
 def build(
-    component: str, model: ModelDir, *, dtype=jnp.float32, mesh=None, **kwargs
+    component: str, model: ModelDir, *, dtype=jnp.float32, mesh=None, device=None, **kwargs
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """Return (graphdef, state) of a component with its stored weights, cast to the dtypes of the
-    module's parameters.
+    module's parameters; mesh, device: as in `ModelDir.load`.
     """
     graphdef, like = abstract(component, model.config(component), dtype=dtype, **kwargs)
-    return graphdef, model.load(component, like, mesh)
+    return graphdef, model.load(component, like, mesh, device)
