@@ -81,13 +81,14 @@ class Tokenizer:
         # the file may have settings of its own
         backend.no_padding()
         backend.no_truncation()
-        ids = {name: backend.token_to_id(token) for name, token in names.items()}
-        for name, number in ids.items():
-            if number is None:
+        ids: dict[str, int] = {}
+        for name, token in names.items():
+            if (number := backend.token_to_id(token)) is None:
                 raise TokenizerError(
-                    f"{path}: {found} has no {names[name]!r}, which is its {name}: "
+                    f"{path}: {found} has no {token!r}, which is its {name}: "
                     f"{' or '.join(SPECIAL_FILES)} may be damaged"
                 )
+            ids[name] = number
         if (end := backend.encode("").ids) != [ids["eos_token"]]:
             raise TokenizerError(
                 f"{path}: an empty prompt gives the ids {end}, expected only the end token "
