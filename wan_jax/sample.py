@@ -3,34 +3,37 @@
     python -m wan_jax.sample --model models/tiny-wan \
         --prompt 'A red sign with the word "open".' --out open.png
     python -m wan_jax.sample --model models/tiny-wan --checkpoint runs/tiny_ocr \
-        --prompt '...' --out open.mp4 --frames 33
+        --prompts prompts.txt --samples 4 --grid --out signs.png
+
+Steps, guidance, shift and frames per second that are not given are those that the model is
+published with; the command prints the values in force and where they come from. docs/sampling.md
+has a command for each model.
 """
 
+import dataclasses
 import functools
 import os
 import pathlib
+import sys
 import time
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from flax import nnx
+from tqdm import tqdm
 
-from wan_jax.choices import BACKENDS, DTYPES, OFFLOAD, SOLVERS
+from wan_jax.choices import BACKENDS, DTYPES, MATMUL_PRECISIONS, OFFLOAD, SCHEDULES, SOLVERS
 from wan_jax.command_line import cli
 from wan_jax.command_line.flag_types import check_used, define_number, define_path
 from wan_jax.command_line.limits import SEED, Range
-from wan_jax.diffusion import experts
-from wan_jax.diffusion.solvers import make_solver
 from wan_jax.distributed import memory
-from wan_jax.distributed import mesh as mesh_lib
-from wan_jax.distributed.sharding import replicated
 from wan_jax.errors import UserError
-from wan_jax.inference import pipeline, reward_guidance
-from wan_jax.models.attention import choose_backend, platform_of
+from wan_jax.inference import pipeline, reward_guidance, sampling
+from wan_jax.inference.outputs import Outputs
+from wan_jax.inference.placement import TEXT_ENCODER, choose_placement
+from wan_jax.inference.prompt_files import read_prompts
+from wan_jax.inference.settings import WAN, Given, choose_settings, negative_prompt
+from wan_jax.models import precision
 from wan_jax.storage import media, merged_loras, model_dir
-from wan_jax.storage.trained_weights import load_transformers
 
 define_path("model", "folder written by convert.from_diffusers", required=True)
 define_path(
@@ -44,44 +47,74 @@ flags.DEFINE_multi_string(
     "several. Those that a checkpoint's base had are merged anyway; the flag says where such a file "
     "is now",
 )
-flags.DEFINE_multi_string(
-    "prompt", None, "what to show; repeat the flag for several prompts", required=True
+flags.DEFINE_multi_string("prompt", [], "what to show; repeat the flag for several prompts")
+define_path("prompts", 'file of prompts: text, one a line, or .jsonl with {"prompt": ...} a line')
+flags.DEFINE_string(
+    "negative_prompt",
+    "",
+    f"what to steer away from, with guidance above 1; {WAN}: the one of Wan's own code",
 )
-flags.DEFINE_string("negative_prompt", "", "what to steer away from, with guidance above 1")
 define_path(
     "out",
     "file to write: .png, .mp4 or .gif; with several prompts or samples a number is added",
     required=True,
 )
+flags.DEFINE_bool("grid", False, "also write one file with all: a row for each prompt")
 define_number("frames", 1, "pixel frames, 1 + 4k", Range(1), int)
 define_number("height", 480, "pixels, a multiple of 16", Range(1), int)
 define_number("width", 832, "pixels, a multiple of 16", Range(1), int)
-define_number("steps", 50, "denoising steps", Range(1), int)
-define_number("guidance", 5.0, "classifier-free guidance; up to 1 means none", Range(0))
+define_number("samples", 1, "samples per prompt", Range(1), int)
+define_number("seed", 0, "seed of the initial noise", SEED, int)
+define_path("noise", ".npy file with the initial noise [B, F, H, W, C], instead of the seed's")
+
+# ---- settings of the sampler: not given, those that the model is published with
+define_number("steps", None, "denoising steps", Range(1), int)
+define_number("guidance", None, "classifier-free guidance; up to 1 means none", Range(0))
 define_number(
     "guidance_2",
     None,
-    "guidance of the second expert (Wan 2.2 A14B); not given: --guidance",
+    "guidance of the second expert (Wan 2.2 A14B); not given: --guidance if that is given",
     Range(0),
 )
-define_path("reward_head", "file of grpo.reward_head: guidance towards a higher reward (Flow-NRG)")
-define_number("reward_guidance", 10.0, "weight of the reward head", Range(0))
-define_number(
-    "shift",
-    None,
-    "shift of the sigma schedule; not given: the model's own",
-    Range(0, above=True),
-)
+define_number("shift", None, "shift of the sigma schedule", Range(0, above=True))
 flags.DEFINE_enum(
     "solver", "auto", ["auto", *SOLVERS], "ODE solver; auto: the one of the model's scheduler"
 )
-define_number("seed", 0, "seed of the initial noise", SEED, int)
-define_number("samples", 1, "samples per prompt", Range(1), int)
-define_number("fps", 16.0, "frames per second of a video", media.FPS)
-flags.DEFINE_enum("dtype", "float32", DTYPES, "weights and matrix products of the transformer")
+flags.DEFINE_enum(
+    "schedule",
+    None,
+    SCHEDULES,
+    "timesteps: of Diffusers 0.37 and later, which is the default, or of earlier ones and Wan's code",
+)
+define_number("fps", None, "frames per second of a video", media.FPS)
+define_path("reward_head", "file of grpo.reward_head: guidance towards a higher reward (Flow-NRG)")
+define_number("reward_guidance", 10.0, "weight of the reward head", Range(0))
+
+# ---- speed and memory
+flags.DEFINE_enum(
+    "dtype",
+    "auto",
+    ["auto", *DTYPES],
+    "weights and matrix products of transformer and text encoder; auto: bfloat16, but float32 on "
+    "the CPU",
+)
+flags.DEFINE_enum(
+    "matmul_precision",
+    "auto",
+    ["auto", *MATMUL_PRECISIONS],
+    "how products of float32 values are computed, the VAE's included; default: as the backend does, "
+    "which is TF32 on NVIDIA; auto: float32 if --dtype is float32, else default",
+)
+define_number("batch_size", 0, "videos sampled at a time; 0: chosen", Range(0), int)
+define_number("devices", 0, "number of devices; 0: all of this machine", Range(0), int)
+flags.DEFINE_enum(
+    "text_encoder",
+    "auto",
+    TEXT_ENCODER,
+    "where it runs; auto: on the CPU if the device is too small",
+)
 flags.DEFINE_enum("offload", "auto", OFFLOAD, "keep the idle expert of two in host memory")
 flags.DEFINE_string("attention", "auto", f"backend: {', '.join(BACKENDS)}")
-define_path("noise", ".npy file with the initial noise [B, F, H, W, C], instead of the seed's")
 define_number(
     "tile",
     0,
@@ -96,123 +129,155 @@ FLAGS = flags.FLAGS
 
 def main(_):
     cli.enable_compilation_cache()
-    # Check every setting before hours of work.
+
+    # ---- 1. check every setting before hours of work -------------------------------------------
     with cli.user_input():
-        media.check_suffix(FLAGS.out, FLAGS.frames)
-        if not all(map(str.strip, FLAGS.prompt)):
-            raise UserError(
-                f"--prompt={min(FLAGS.prompt, key=str.strip)!r} is empty: describe what to show"
-            )
-        if FLAGS.checkpoint and not os.path.isdir(FLAGS.checkpoint):
-            raise UserError(
-                f"--checkpoint={FLAGS.checkpoint} does not exist: give a run folder of grpo.train "
-                "or one of its checkpoints/<epoch>"
-            )
-        prompt_of = np.repeat(np.arange(len(FLAGS.prompt)), FLAGS.samples)  # [B]
-        outputs = output_files(pathlib.Path(FLAGS.out), len(prompt_of))
-        dtype = jnp.dtype(FLAGS.dtype)
-        model = merged_loras.merge_with_checkpoint(
-            model_dir.open_model(FLAGS.model), FLAGS.checkpoint, FLAGS.lora
-        )
-        config = model.config("transformer")
-        check_used(FLAGS, without_effect(FLAGS, len(model.experts)))
-        shape = pipeline.latent_shape(
-            FLAGS.frames, FLAGS.height, FLAGS.width, model.config("vae"), config
-        )
-        tile = tile_cells(FLAGS.tile, model.config("vae").scale_factor_spatial)
-        scheduler = model.scheduler
-        solver = make_solver(
-            scheduler.solver if FLAGS.solver == "auto" else FLAGS.solver,
-            FLAGS.steps,
-            scheduler.shift if FLAGS.shift is None else FLAGS.shift,
-            order=scheduler.order,
-        )
-        reward_shift = reward_guidance.guidance(
-            FLAGS.reward_head, FLAGS.reward_guidance, config, model
-        )
-        mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
-        backend = choose_backend(
-            FLAGS.attention, platform_of(jax.devices()[0]), dtype, config.attention_head_dim
-        )
-        noise_shape = (len(prompt_of), *shape)
-        given_noise = load_noise(FLAGS.noise, noise_shape) if FLAGS.noise else None
-        for path in outputs:
-            media.check_writable(path, FLAGS.frames, FLAGS.height, FLAGS.width, FLAGS.fps)
+        request = checked_request()
+        outputs = Outputs(pathlib.Path(FLAGS.out), request, grid=FLAGS.grid)
+        outputs.check_writable()
+    precision.use(request.place.precision)
+    print(describe(request), flush=True)
 
-    # Load the networks; the text encoder is freed again.
-    table = pipeline.embed_prompts(model, FLAGS.prompt, FLAGS.negative_prompt, dtype=dtype)
-    graphdef, weights = load_transformers(
-        model, FLAGS.checkpoint, dtype, backend, mesh, FLAGS.offload
+    # ---- 2. encode the prompts; the text encoder is freed again --------------------------------
+    bar = functools.partial(
+        tqdm, desc="prompts", leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty()
     )
-    vae_graph, vae_state = pipeline.load_vae(model, mesh)
+    table = sampling.encode(request, bar)
 
-    # Draw the noise of each video from a key of its own.
-    keys = jax.random.split(jax.random.key(FLAGS.seed), len(prompt_of))
-    noise = (
-        jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
-        if given_noise is None
-        else jnp.asarray(given_noise)
-    )
+    # ---- 3. load the transformers and the VAE --------------------------------------------------
+    networks = sampling.load(request)
 
-    # Denoise.
+    # ---- 4. denoise, decode and write, batch by batch ------------------------------------------
     start = time.monotonic()
-    scales = experts.guidances(FLAGS.guidance, FLAGS.guidance_2, len(model.experts))
-    steps = experts.per_guidance(
-        functools.partial(
-            pipeline.make_ode_step,
-            lambda state: nnx.merge(graphdef, state),
-            solver,
-            shift=reward_shift,
-        ),
-        scales,
-    )
-    segments = experts.segments(solver.schedule.timesteps, model.boundary)
-    text = table.batch(prompt_of, replicated(mesh), replicated(mesh))
-    (latents,) = pipeline.sample_ode(
-        steps, lambda expert: (weights(expert),), segments, solver, [(noise, text)]
-    )
+    for batch in sampling.sample(request, table, networks):
+        denoising, decoding = batch.seconds
+        print(
+            f"batch {batch.number + 1} of {len(request.batches)}: denoised in {denoising:.1f} s, "
+            f"decoded in {decoding:.1f} s",
+            flush=True,
+        )
+        outputs.write(batch)
+    outputs.write_grid()
 
-    # Decode, and write the videos without non-finite values; the others would be black.
-    decode = pipeline.make_decoder(vae_graph, tile=tile, overlap=tile // 4)
-    videos = decode(vae_state, latents)()
-    for i in np.flatnonzero(videos.finite):
-        media.write(outputs[i], videos.frames[i], FLAGS.fps)
-        print(f"{outputs[i]}  {FLAGS.prompt[prompt_of[i]]}")
-    broken = np.flatnonzero(~videos.finite)
+    # ---- 5. report; videos with non-finite values would be black and are not written -----------
+    count = len(request.prompt_of)
     print(
-        f"{len(videos) - len(broken)} sample(s) of {FLAGS.frames} x {FLAGS.height} x {FLAGS.width} "
-        f"in {time.monotonic() - start:.1f} s, compilation included; {memory.peaks()}"
+        f"{count - len(outputs.broken)} sample(s) of {FLAGS.frames} x {FLAGS.height} x "
+        f"{FLAGS.width} in {time.monotonic() - start:.1f} s, compilation included; "
+        f"{memory.peaks()}"
     )
-    if len(broken):
-        prompts = ", ".join(repr(FLAGS.prompt[p]) for p in dict.fromkeys(prompt_of[broken]))
+    if outputs.broken:
+        broken = dict.fromkeys(request.prompts[request.prompt_of[i]] for i in outputs.broken)
         raise UserError(
-            f"{len(broken)} of {len(videos)} samples are not finite numbers (NaN or infinite) and "
-            f"were not written, of the prompt {prompts}. {pipeline.NOT_FINITE}"
+            f"{len(outputs.broken)} of {count} samples are not finite numbers (NaN or infinite) and "
+            f"were not written, of the prompt {', '.join(map(repr, broken))}. {pipeline.NOT_FINITE}"
         )
 
 
-def without_effect(values: flags.FlagValues, num_experts: int) -> dict[str, str]:
-    """Return the flags that have no effect with the other ones, each with what it needs."""
-    guided = values.guidance > 1
+def checked_request() -> sampling.SampleRequest:
+    """Return what the flags ask for. Raises `UserError` or ValueError where they contradict each
+    other, the model or the devices.
+    """
+    media.check_suffix(FLAGS.out, FLAGS.frames)
+    prompts = checked_prompts()
+    if FLAGS.checkpoint and not os.path.isdir(FLAGS.checkpoint):
+        raise UserError(
+            f"--checkpoint={FLAGS.checkpoint} does not exist: give a run folder of grpo.train "
+            "or one of its checkpoints/<epoch>"
+        )
+    model = merged_loras.merge_with_checkpoint(
+        model_dir.open_model(FLAGS.model), FLAGS.checkpoint, FLAGS.lora
+    )
+    config = model.config("transformer")
+    solver = None if FLAGS.solver == "auto" else FLAGS.solver
+    names = ("steps", "guidance", "guidance_2", "shift", "schedule", "fps")
+    given = Given(solver=solver, **{name: FLAGS[name].value for name in names})
+    settings = choose_settings(model, FLAGS.height, FLAGS.width, given)
+    check_used(FLAGS, without_effect(settings, len(model.experts)))
+    settings.make_solver()
+    request = sampling.SampleRequest(
+        model=model,
+        checkpoint=FLAGS.checkpoint,
+        prompts=prompts,
+        negative=negative_prompt(FLAGS.negative_prompt),
+        samples=FLAGS.samples,
+        frames=FLAGS.frames,
+        height=FLAGS.height,
+        width=FLAGS.width,
+        settings=settings,
+        place=choose_placement(
+            model,
+            len(prompts) * FLAGS.samples,
+            FLAGS.frames,
+            devices=FLAGS.devices,
+            batch_size=FLAGS.batch_size,
+            dtype=FLAGS.dtype,
+            precision=FLAGS.matmul_precision,
+            attention=FLAGS.attention,
+            text_encoder=FLAGS.text_encoder,
+        ),
+        seed=FLAGS.seed,
+        reward_shift=reward_guidance.guidance(
+            FLAGS.reward_head, FLAGS.reward_guidance, config, model
+        ),
+        offload=FLAGS.offload,
+        tile=tile_cells(FLAGS.tile, model.config("vae").scale_factor_spatial),
+    )
+    return with_noise(request, FLAGS.noise)
+
+
+def checked_prompts() -> tuple[str, ...]:
+    """Return the prompts of both flags. Raises `UserError` where there is none, or an empty one."""
+    prompts = tuple(FLAGS.prompt) + (read_prompts(FLAGS.prompts) if FLAGS.prompts else ())
+    if not prompts:
+        raise UserError("--prompt is missing: give it, or a file of prompts with --prompts")
+    if not all(map(str.strip, prompts)):
+        raise UserError(f"--prompt={min(prompts, key=str.strip)!r} is empty: describe what to show")
+    return prompts
+
+
+def without_effect(settings, num_experts: int) -> dict[str, str]:
+    """Return the flags that have no effect with the other ones, each with what it needs.
+
+    settings: of `choose_settings`.
+    """
+    guided = settings.guidance[0] > 1
     needs = (
-        ("reward_guidance", "--reward_head", values.reward_head is not None),
+        ("reward_guidance", "--reward_head", FLAGS.reward_head is not None),
         ("negative_prompt", "--guidance above 1", guided),
         (
             "guidance_2",
             "--guidance above 1 and a model with two experts",
             guided and num_experts > 1,
         ),
-        ("seed", "to be without --noise", values.noise is None),
-        ("fps", "a video as --out", pathlib.Path(values.out).suffix.lower() != ".png"),
+        ("seed", "to be without --noise", FLAGS.noise is None),
+        ("fps", "a video as --out", pathlib.Path(FLAGS.out).suffix.lower() != ".png"),
+        ("schedule", "another --solver", settings.solver != "flow_match_euler"),
     )
     return {name: needed for name, needed, has_effect in needs if not has_effect}
 
 
-def output_files(out: pathlib.Path, count: int) -> list[pathlib.Path]:
-    """Return the file of each of `count` samples."""
-    if count == 1:
-        return [out]
-    return [out.with_name(f"{out.stem}_{i:03d}{out.suffix}") for i in range(count)]
+def describe(request: sampling.SampleRequest) -> str:
+    """Return the values in force and where they come from, as a table."""
+    name = request.settings.name
+    wan = f"--negative_prompt={WAN} is the one of Wan's own code"
+    negative = FLAGS.negative_prompt or "none"
+    rows = [
+        ("model", str(request.model.path), f"has the networks of {name}" if name else "no preset"),
+        *request.settings.rows(),
+        ("negative prompt", negative, "" if FLAGS.negative_prompt else wan),
+        *request.place.rows(),
+    ]
+    return "\n".join(f"  {name:16}  {value:18}  {source}".rstrip() for name, value, source in rows)
+
+
+def with_noise(request: sampling.SampleRequest, path: str | None) -> sampling.SampleRequest:
+    """Return the request with the noise of a .npy file, if one is given."""
+    if path is None:
+        _ = request.shape  # raises on sizes that Wan cannot make
+        return request
+    noise = load_noise(path, (len(request.prompt_of), *request.shape))
+    return dataclasses.replace(request, noise=noise)
 
 
 def tile_cells(pixels: int, cell: int) -> int:

@@ -1,5 +1,6 @@
 """The command `python -m wan_jax.sample`."""
 
+import json
 import subprocess
 
 import numpy as np
@@ -62,6 +63,52 @@ def test_sampling_command(folders, tmp_path):
     assert result.returncode == 0 and (tmp_path / "b.mp4").stat().st_size > 500, result.stderr
 
 
+@pytest.mark.slow
+def test_prompts_of_a_file_in_batches_and_as_a_grid(folders, tmp_path):
+    """Values in force, a line for each batch, a file for each sample, and all in one."""
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": PROMPTS[1], "id": 7}) + "\n")
+    result = run_sample(
+        f"--model={folders[1]}",
+        "--height=32",
+        "--width=48",
+        "--steps=2",
+        f"--prompt={PROMPTS[0]}",
+        f"--prompts={tmp_path / 'prompts.jsonl'}",
+        "--samples=2",
+        "--batch_size=3",
+        "--grid",
+        "--schedule=legacy",
+        "--negative_prompt=wan",
+        f"--out={tmp_path / 'a.png'}",
+    )
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    for name, value, source in (
+        ("steps", "2", "--steps"),
+        ("shift", "3", "the model's scheduler"),
+        ("guidance", "5", "general values"),
+        ("schedule", "legacy", "--schedule"),
+    ):
+        assert [name, value, source] in [line.split(maxsplit=2) for line in lines]
+    assert [line.split(":")[0] for line in lines if line.startswith("batch ")] == [
+        "batch 1 of 2",
+        "batch 2 of 2",
+    ]
+    names = ["a_000.png", "a_001.png", "a_002.png", "a_003.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [*names, "a_grid.png"]
+    grid = np.asarray(Image.open(tmp_path / "a_grid.png"))
+    for i, name in enumerate(names):
+        picture = np.asarray(Image.open(tmp_path / name))
+        assert contains(grid, picture) and not contains(grid, 255 - picture), i
+    assert (folders[1] / "text_cache").is_dir()
+
+
+def contains(grid, picture):
+    """Whether a picture is somewhere in a larger one."""
+    windows = np.lib.stride_tricks.sliding_window_view(grid, picture.shape)[:, :, 0]
+    return bool((windows == picture).all(axis=(2, 3, 4)).any())
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -79,6 +126,14 @@ def test_sampling_command(folders, tmp_path):
         (("--model={model}", "--out=x.png", "--colour=red"), "colour"),
         (("--model={model}", "--out=x.png", "--tile=40"), "--tile=40 must be a multiple of 32"),
         (("--model={model}", "--out=x.png", "--tile=-32"), "--tile=-32"),
+        (("--model={model}", "--out=x.png", "--prompts=nowhere.txt"), "nowhere.txt does not exist"),
+        (("--model={model}", "--out=x.png", "--devices=99"), "devices=99"),
+        (("--model={model}", "--out=x.png", "--schedule=old"), "schedule"),
+        (
+            ("--model={model}", "--out=x.png", "--solver=flow_match_euler", "--schedule=legacy"),
+            "--schedule has no effect here",
+        ),
+        (("--model={model}", "--out=x.png", "--matmul_precision=tf19"), "matmul_precision"),
     ],
 )
 def test_sampling_errors_are_one_message(folders, flags, message):
