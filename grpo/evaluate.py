@@ -18,7 +18,6 @@ import pathlib
 import sys
 
 from absl import flags
-from flax import nnx
 from ml_collections import config_flags
 from tqdm import tqdm
 
@@ -34,7 +33,6 @@ from rewards.ocr.targets import parse_targets
 from wan_jax.command_line import cli
 from wan_jax.command_line.flag_types import check_used, define_number, define_path
 from wan_jax.command_line.limits import Range
-from wan_jax.diffusion.experts import per_guidance
 from wan_jax.distributed import memory
 from wan_jax.errors import UserError
 from wan_jax.inference import pipeline, reward_guidance
@@ -123,12 +121,11 @@ def main(_):
             graph, weights = load_transformers(
                 model, checkpoint, settings.dtype, spec.backend, spec.mesh, recipe.model.offload
             )
-            module = functools.partial(nnx.merge, graph)
-            make = functools.partial(pipeline.make_ode_step, module, spec.solver, shift=shift)
-            steps = per_guidance(make, spec.eval_guidance)
+            make = functools.partial(pipeline.make_ode_steps, graph, spec.solver, shift=shift)
+            steps = make(spec.eval_guidance)
             unguided = ()
             if recipe.eval.also_unguided:
-                unguided = per_guidance(make, (1.0,) * len(model.experts))
+                unguided = make((1.0,) * len(model.experts))
             for i, frames in enumerate(spec.evaluated_frames):
                 evaluator = Evaluator(
                     prompts=prompts,

@@ -40,7 +40,6 @@ from rewards.ocr.targets import parse_targets
 from wan_jax.command_line import cli
 from wan_jax.command_line.flag_types import define_number, define_path
 from wan_jax.command_line.limits import Range
-from wan_jax.diffusion.experts import per_guidance
 from wan_jax.diffusion.guidance import TextBatch
 from wan_jax.diffusion.solvers import per_sample
 from wan_jax.distributed import sharding as sharding_lib
@@ -187,10 +186,7 @@ def collect(
     vae_graph, vae_state = pipeline.load_vae(model, mesh)
     decode = pipeline.make_decoder(vae_graph)
     graph, arrays = weights
-    steps = per_guidance(
-        functools.partial(pipeline.make_ode_step, functools.partial(nnx.merge, graph), solver),
-        spec.eval_guidance,
-    )
+    steps = pipeline.make_ode_steps(graph, solver, spec.eval_guidance)
 
     # ---- sample, decode and score, batch by batch --------------------------------------------
     replicated, sharded = sharding_lib.replicated(mesh), sharding_lib.batch_sharding(mesh)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from wan_jax.diffusion.experts import Segment
+from wan_jax.diffusion.experts import Segment, per_guidance
 from wan_jax.diffusion.guidance import TextBatch, velocity
 from wan_jax.diffusion.solvers import SolverState
 from wan_jax.distributed.multihost import my_part
@@ -351,6 +351,12 @@ def make_ode_step(
         return solver.step(state, i, v)
 
     return ode_step
+
+
+def make_ode_steps(graphdef, solver, scales: Sequence[float], shift=None) -> tuple[Callable, ...]:
+    """Return `make_ode_step` of each expert by its guidance; graphdef: of all transformers."""
+    make = partial(make_ode_step, partial(nnx.merge, graphdef), solver, shift=shift)
+    return per_guidance(make, scales)
 
 
 def sample_ode(

@@ -130,23 +130,32 @@ def _encoder_device(setting: str, model: ModelDir, dtype, device, limit: int | N
         ) from None
 
 
-def decodes_beside(
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How videos are decoded: latent frames of a chunk (0: whole videos), and whether the
+    transformers may stay on the device meanwhile.
+    """
+
+    chunk: int
+    beside: bool
+
+
+def plan_decoding(
     model: ModelDir, place: Placement, shape: tuple[int, ...], tile: int, transformers: int
-) -> bool:
-    """Return whether the VAE can decode a batch while the transformers are on the device, by
-    estimate.
+) -> Decoding:
+    """Return how the batches of a placement are decoded, by estimate of the memory.
 
     shape: (F, H, W, C) of the latents of a video. tile: side of a tile in latent cells, 0 for none.
     transformers: bytes of their weights on one device.
     """
-    if place.limit is None:
-        return True
     f, h, w, c = shape
     videos = place.batch_size // mesh_lib.batch_shards(place.mesh)
     side = tile or max(h, w)
     piece = (videos, f, min(h, side), min(w, side), c)
     config = model.config("vae")
-    chunk = vae_chunks.choose_chunk(config, piece)
+    if place.limit is None:
+        return Decoding(vae_chunks.choose_chunk(config, piece), beside=True)
+    free = USABLE * place.limit - component_bytes("vae", model, np.float32)
+    chunk = vae_chunks.choose_chunk(config, piece, min(free, vae_chunks.BUDGET))
     needed = vae_chunks.decode_bytes(config, piece, chunk)
-    needed += component_bytes("vae", model, np.float32) + transformers
-    return needed <= USABLE * place.limit
+    return Decoding(chunk, beside=needed + transformers <= free)

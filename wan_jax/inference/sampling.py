@@ -19,7 +19,7 @@ from wan_jax.diffusion.guidance import TextBatch
 from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.distributed.offload import Weights
 from wan_jax.inference import out_of_memory, pipeline
-from wan_jax.inference.placement import Placement, decodes_beside
+from wan_jax.inference.placement import Placement, plan_decoding
 from wan_jax.inference.settings import SamplingSettings
 from wan_jax.storage import model_dir
 from wan_jax.storage.trained_weights import load_transformers
@@ -182,14 +182,15 @@ def sample(
     held = 1 if networks.weights.offload else len(request.model.experts)
     size = model_dir.component_bytes("transformer", request.model, jnp.dtype(place.dtype))
     size = held * size // place.mesh.shape["fsdp"]
+    plan = plan_decoding(request.model, place, request.shape, request.tile, size)
     finished = denoise(request, table, networks)
-    if len(request.batches) == 1 or not decodes_beside(
-        request.model, place, request.shape, request.tile, size
-    ):
+    if len(request.batches) == 1 or not plan.beside:
         finished = [(np.asarray(latents), seconds) for latents, seconds in finished]
         networks.weights.free()
     vae_state = sharding_lib.replicate(networks.vae_state, place.mesh)
-    decode = pipeline.make_decoder(networks.vae, tile=request.tile, overlap=request.tile // 4)
+    decode = pipeline.make_decoder(
+        networks.vae, chunk=plan.chunk, tile=request.tile, overlap=request.tile // 4
+    )
     sharding = sharding_lib.batch_sharding(place.mesh)
     with out_of_memory.explained("decoding", place.limit, decoding_remedies(request)):
         for number, (latents, seconds) in enumerate(finished):
@@ -205,14 +206,8 @@ def denoise(
     """Yield the final latents fp32 [B, F, H, W, C] of each batch, and the seconds that they took."""
     place, settings = request.place, request.settings
     solver = settings.make_solver()
-    steps = experts.per_guidance(
-        functools.partial(
-            pipeline.make_ode_step,
-            functools.partial(nnx.merge, networks.transformer),
-            solver,
-            shift=request.reward_shift,
-        ),
-        settings.guidance,
+    steps = pipeline.make_ode_steps(
+        networks.transformer, solver, settings.guidance, request.reward_shift
     )
     batches = _Inputs(request, table)
     segments = experts.segments(solver.schedule.timesteps, request.model.boundary)

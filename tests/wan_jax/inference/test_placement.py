@@ -7,7 +7,7 @@ import pytest
 
 from wan_jax.errors import UserError
 from wan_jax.inference import placement
-from wan_jax.inference.placement import choose_placement, decodes_beside
+from wan_jax.inference.placement import choose_placement, plan_decoding
 from wan_jax.storage import model_dir
 
 
@@ -62,13 +62,17 @@ def test_memory_decides_where_the_text_encoder_runs(model, monkeypatch):
         assert (found == device) == there
 
 
-def test_memory_decides_whether_decoding_waits(model):
+def test_memory_decides_how_videos_are_decoded(model):
+    """Chunks that fit, and beside the transformers only where both fit."""
     place = choose_placement(model, 100, 5, devices=1)
-    shape = (2, 8, 12, 16)
-    assert decodes_beside(model, place, shape, 0, 10**15)  # no limit is known
+    shape, large = (9, 8, 12, 16), (9, 400, 600, 16)
+    assert plan_decoding(model, place, shape, 0, 10**15).beside  # no limit is known
     small = dataclasses.replace(place, limit=10**9)
-    assert decodes_beside(model, small, shape, 0, 10**6)
-    assert not decodes_beside(model, small, shape, 0, 10**9)
-    # a large video that fits only in tiles
-    assert not decodes_beside(model, small, (2, 400, 600, 16), 0, 10**6)
-    assert decodes_beside(model, small, (2, 400, 600, 16), 8, 10**6)
+    plan = plan_decoding(model, small, shape, 0, 10**6)
+    assert plan.beside and plan.chunk == 0
+    assert not plan_decoding(model, small, shape, 0, 10**9).beside
+    plan = plan_decoding(model, small, large, 0, 10**6)
+    assert not plan.beside and plan.chunk == 1
+    assert plan_decoding(model, small, large, 8, 10**6).beside  # in tiles
+    medium = dataclasses.replace(place, limit=16 * 10**9)
+    assert 1 <= plan_decoding(model, medium, large, 0, 10**6).chunk < 9

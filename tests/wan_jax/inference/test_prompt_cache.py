@@ -2,6 +2,7 @@
 
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -74,6 +75,16 @@ def test_embeddings_of_another_tokenisation_are_not_read(folders, tmp_path, monk
     np.testing.assert_array_equal(PromptCache(model, np.float32).get("sea"), rows)
     monkeypatch.setattr(tokenizer, "VERSION", tokenizer.VERSION + 1)
     assert PromptCache(model, np.float32).get("sea") is None
+
+
+def test_the_encoder_runs_on_the_device_that_is_given(folders):
+    model, device = model_dir.open_model(folders[1]), jax.devices()[2]
+    _, state = model_dir.build("text_encoder", model, device=device)
+    assert {place for x in jax.tree.leaves(state) for place in x.devices()} == {device}
+    there = pipeline.embed_prompts(model, PROMPTS, device=device)
+    first = pipeline.embed_prompts(model, PROMPTS)
+    for rows, expected in zip(there.prompts, first.prompts):
+        np.testing.assert_array_equal(rows, expected)
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(folders, tmp_path):
