@@ -4,7 +4,7 @@ Packages:
 
     models        networks, their configurations, attention backends, adapters
     diffusion     schedules, solvers, the SDE step, guidance: pure functions
-    inference     prompt embeddings, sampling, decoding, reward guidance
+    inference     prompts, embeddings, sampling, decoding, reward guidance
     distributed   mesh, sharding, several processes, memory
     storage       model folders, checkpoints, pictures and videos
     command_line  what all commands share

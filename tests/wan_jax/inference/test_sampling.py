@@ -6,6 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from convert.from_diffusers import convert
+from tests import tiny
 from wan_jax.inference import sampling
 from wan_jax.inference.placement import choose_placement
 from wan_jax.inference.settings import Given, choose_settings
@@ -99,6 +101,35 @@ def test_decoding_waits_where_memory_is_short(request_of):
     after, networks = videos_of(short)
     assert not networks.weights.states
     np.testing.assert_array_equal(after, beside)
+
+
+@pytest.mark.slow
+def test_two_experts_in_batches(tmp_path):
+    """All batches go through the first expert, then through the second, each with its guidance."""
+    source = tiny.write_pipeline(tmp_path / "source", seed=5, boundary=0.875)
+    convert(str(source), tmp_path / "model", "float32")
+    model = model_dir.open_model(tmp_path / "model")
+    given = Given(steps=3, shift=5.0, guidance=4.0, guidance_2=3.0)
+    found = {}
+    for batch_size in (1, 4):
+        request = sampling.SampleRequest(
+            model=model,
+            checkpoint=None,
+            prompts=PROMPTS,
+            negative="",
+            samples=2,
+            frames=1,
+            height=32,
+            width=48,
+            settings=choose_settings(model, 32, 48, given),
+            place=choose_placement(model, 4, 1, devices=1, batch_size=batch_size),
+            offload="always",
+        )
+        assert request.settings.guidance == (4.0, 3.0)
+        found[batch_size], networks = videos_of(request)
+        assert (not networks.weights.states) == (batch_size == 4)
+    # differently compiled functions: a value near .5 is rounded to a neighbour
+    assert np.abs(found[1].astype(int) - found[4]).max() <= 1
 
 
 def test_remedies_name_flags_that_would_help(request_of):
