@@ -128,6 +128,10 @@ def contains(grid, picture):
         (("--model={model}", "--out=x.png", "--tile=-32"), "--tile=-32"),
         (("--model={model}", "--out=x.png", "--prompts=nowhere.txt"), "nowhere.txt does not exist"),
         (("--model={model}", "--out=x.png", "--devices=99"), "devices=99"),
+        (
+            ("--model={model}", "--out=x.png", "--height=16000000", "--width=16000000"),
+            "16000000 x 16000000",
+        ),
         (("--model={model}", "--out=x.png", "--schedule=old"), "schedule"),
         (
             ("--model={model}", "--out=x.png", "--solver=flow_match_euler", "--schedule=legacy"),

@@ -246,7 +246,7 @@ def denoising_remedies(request: SampleRequest) -> list[str]:
         remedies.append("--offload=always")
     if request.frames > 1:
         remedies.append(f"--frames={1 + (request.frames - 1) // 8 * 4}")
-    return [*remedies, f"a smaller size than {request.height} x {request.width}", "more devices"]
+    return [*remedies, smaller_size(request), "more devices"]
 
 
 def decoding_remedies(request: SampleRequest) -> list[str]:
@@ -255,11 +255,18 @@ def decoding_remedies(request: SampleRequest) -> list[str]:
     side = request.tile * cell or min(request.height, request.width)
     smaller = side // 2 // (4 * cell) * 4 * cell
     tiles = [f"--tile={smaller}"] if smaller else []
-    return [
-        *smaller_batch(request),
-        *tiles,
-        f"a smaller size than {request.height} x {request.width}",
-    ]
+    return [*smaller_batch(request), *tiles, smaller_size(request)]
+
+
+def smaller_size(request: SampleRequest) -> str:
+    """Return the flags of a size with about half of the pixels."""
+    model = request.model
+    multiple = model.config("vae").scale_factor_spatial * model.config("transformer").patch_size[1]
+    height, width = (
+        max(1, round(pixels / 2**0.5 / multiple)) * multiple
+        for pixels in (request.height, request.width)
+    )
+    return f"--height={height} --width={width}"
 
 
 def smaller_batch(request: SampleRequest) -> list[str]:

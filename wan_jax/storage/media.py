@@ -69,6 +69,11 @@ def check_writable(path, frames: int, height: int, width: int, fps: float) -> No
         path.parent.mkdir(parents=True, exist_ok=True)
         write(trial, np.zeros((min(frames, 2), height, width, 3), np.uint8), fps)
         trial.unlink()
+    except MemoryError:
+        raise ValueError(
+            f"{path}: this machine has no memory for frames of {height} x {width}; choose a smaller "
+            "size"
+        ) from None
     except OSError as error:
         raise ValueError(
             f"{path} cannot be written ({error.strerror or error}); choose another file"

@@ -139,3 +139,4 @@ def test_remedies_name_flags_that_would_help(request_of):
     assert "--dtype=bfloat16" in sampling.denoising_remedies(request)
     large = dataclasses.replace(request, height=480, width=832)
     assert "--tile=224" in sampling.decoding_remedies(large)
+    assert "--height=336 --width=592" in sampling.decoding_remedies(large)
