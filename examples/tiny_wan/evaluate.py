@@ -62,15 +62,16 @@ def read(pool, videos: np.ndarray, texts: list[str]) -> np.ndarray:
 
 def check_vae(folder, pool, frames: int, count: int = 64) -> np.ndarray:
     """Print how well reconstructions read; return frames uint8 [16, H, W, 3] of 8 signs and theirs."""
-    vae, atlas = load_vae(folder, jnp.float32), signs.build_atlas()
+    (graph, weights), atlas = load_vae(folder, jnp.float32), signs.build_atlas()
 
     @jax.jit
-    def reconstruct(key):
+    def reconstruct(weights, key):
+        vae = nnx.merge(graph, weights)
         content, sign = signs.sample(key, atlas, count, heldout=True, frames=frames)
         video = signs.render(atlas, sign, frames).astype(jnp.float32)
-        return content.letters, video, vae().decode(vae().encode(video)[0])
+        return content.letters, video, vae.decode(vae.encode(video)[0])
 
-    letters, video, out = reconstruct(jax.random.key(5))
+    letters, video, out = reconstruct(weights, jax.random.key(5))
     texts = prompts.words(letters)
     real, back = (read(pool, to_uint8(v), texts) for v in (video, out))
     psnr = -10 * np.log10(np.mean((np.asarray(video - out) / 2) ** 2))
@@ -86,19 +87,20 @@ class Sampler:
 
     def __init__(self, folder, dtype=jnp.float32):
         folder = pathlib.Path(folder)
-        self.vae = load_vae(folder / "vae", dtype)
-        self.text = load_component(
+        vae = load_vae(folder / "vae", dtype)
+        text = load_component(
             folder / "text_encoder",
             "text_encoder",
             TextEncoderConfig,
             lambda c: UMT5Encoder(c, dtype=dtype, rngs=nnx.Rngs(0)),
         )
-        self.dit = load_component(
+        transformer = load_component(
             folder / "transformer",
             "transformer",
             TransformerConfig,
             lambda c: WanTransformer3D(c, dtype=dtype, rngs=nnx.Rngs(0)),
         )
+        self.graphs, self.weights = zip(vae, text, transformer, strict=True)
 
     def sample(self, chars, key, *, frames=1, steps=10, noise_level=None, guidance=1.0):
         """Return videos uint8 [B, T, H, W, 3] for prompts as ASCII codes [B, R].
@@ -113,10 +115,11 @@ class Sampler:
             diffusion = sde.diffusion_coefficient(config, schedule)
 
         @jax.jit
-        def run(chars, key):
-            text = encode(self.text(), *tokenise(chars))
-            empty = encode(self.text(), *tokenise(jnp.zeros_like(chars)))
-            model, pad = self.dit(), sizes.TEXT_ROWS - text.shape[1]
+        def run(weights, chars, key):
+            vae, encoder, model = map(nnx.merge, self.graphs, weights)
+            text = encode(encoder, *tokenise(chars))
+            empty = encode(encoder, *tokenise(jnp.zeros_like(chars)))
+            pad = sizes.TEXT_ROWS - text.shape[1]
             shape = (chars.shape[0], (frames - 1) // 4 + 1, sizes.HEIGHT // 8, sizes.WIDTH // 8, 16)
 
             def velocity(x, t):
@@ -137,9 +140,9 @@ class Sampler:
             x, _ = jax.lax.scan(
                 step, jax.random.normal(jax.random.fold_in(key, 99), shape), jnp.arange(steps)
             )
-            return self.vae().decode(self.vae().denormalise(x))
+            return vae.decode(vae.denormalise(x))
 
-        return to_uint8(run(chars, key))
+        return to_uint8(run(self.weights, chars, key))
 
 
 def check_model(folder, pool, *, groups=32, size=8, frames=1, **kwargs):

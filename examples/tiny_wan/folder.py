@@ -49,7 +49,9 @@ def load_flat(folder: pathlib.Path, component: str, shapes: dict) -> dict[str, n
 
 
 def load_component(folder, component: str, config_class, module):
-    """Return a function that returns the module with the weights of a component folder.
+    """Return the graph and the weights of a component folder's module, for `nnx.merge`.
+
+    A jitted function takes the weights as an argument: constants would be copied into its code.
 
     Args:
       folder: of the component.
@@ -65,11 +67,11 @@ def load_component(folder, component: str, config_class, module):
     state = flat_params.unflatten(
         like, {k: jnp.asarray(v).astype(abstract[k].dtype) for k, v in flat.items()}
     )
-    return lambda: nnx.merge(graphdef, state)
+    return graphdef, state
 
 
 def load_vae(folder, dtype):
-    """Return a function that returns the VAE of a component folder."""
+    """Return the graph and the weights of a component folder's VAE."""
     return load_component(
         folder, "vae", VAEConfig, lambda c: AutoencoderKLWan(c, dtype=dtype, rngs=nnx.Rngs(0))
     )

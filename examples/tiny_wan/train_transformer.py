@@ -89,16 +89,17 @@ def make_pool(vae_dir: str, atlas, key, count: int, batch: int, frames: int):
       Normalised latents bf16 [count, F, H, W, C], and the prompts' ASCII codes uint8
       [count, LONGEST].
     """
-    vae = load_vae(vae_dir, jnp.bfloat16)
+    graph, weights = load_vae(vae_dir, jnp.bfloat16)
 
     @jax.jit
-    def chunk(_, key):
+    def chunk(weights, key):
+        vae = nnx.merge(graph, weights)
         content, sign = signs.sample(key, atlas, batch, frames=frames, noise=signs.NoiseMix())
         video = signs.render(atlas, sign, frames).astype(jnp.bfloat16)
-        latents = vae().normalise(vae().encode(video)[0]).astype(jnp.bfloat16)
-        return None, (latents, content)
+        latents = vae.normalise(vae.encode(video)[0]).astype(jnp.bfloat16)
+        return weights, (latents, content)
 
-    _, (latents, content) = jax.lax.scan(chunk, None, jax.random.split(key, count // batch))
+    _, (latents, content) = jax.lax.scan(chunk, weights, jax.random.split(key, count // batch))
     latents, content = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (latents, content))
     chars = prompts.ascii_codes(prompts.sentences(content), LONGEST)
     return latents, jnp.asarray(chars)

@@ -99,9 +99,8 @@ def test_our_steps(quick):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"devices": 2, "fsdp": 2, "full": True},
         {"devices": 2, "context": 2, "batch": 1},
-        {"devices": 2, "full": True, "offload_optimiser": True, "experts": 2},
+        {"devices": 2, "fsdp": 2, "full": True, "offload_optimiser": True, "experts": 2},
     ],
     ids=lambda c: "-".join(c),
 )

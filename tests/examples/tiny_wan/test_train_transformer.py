@@ -2,7 +2,6 @@
 
 import pathlib
 import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -11,6 +10,7 @@ from safetensors.numpy import load_file
 
 from examples.tiny_wan import prompts, tokenizer
 from examples.tiny_wan.train_transformer import LETTERS, LONGEST, letter_classes, tokenise
+from tests import commands
 
 TINY_WAN = pathlib.Path(__file__).parents[3] / "assets/tiny-wan"
 
@@ -37,9 +37,9 @@ def test_a_run_of_a_few_steps(tmp_path):
         vae=TINY_WAN / "vae", init=TINY_WAN, out=tmp_path, pool=4, pool_clips=2, batch=2, clips=1
     )
     options |= dict(inner=1, seconds=1)
-    command = [sys.executable, "-m", "examples.tiny_wan.train_transformer"]
     arguments = [f"--{key}={value}" for key, value in options.items()]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    command = commands.command("examples.tiny_wan.train_transformer", *arguments)
+    done = subprocess.run(command, env=commands.environment(), capture_output=True, text=True)
     assert done.returncode == 0 and "pool of 4 frames and 2 clips" in done.stdout, done.stderr
     for name, file in (
         ("transformer", "diffusion_pytorch_model.safetensors"),
