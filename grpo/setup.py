@@ -25,6 +25,7 @@ from grpo.random_streams import Stream
 from grpo.records import run_log
 from grpo.run import RunSpec
 from grpo.sampling import Session, States
+from grpo.scoring import guard
 from grpo.scoring.heldout import Evaluator
 from grpo.settings.budget import Spent
 from grpo.settings.unused import changed_in_vain
@@ -58,6 +59,27 @@ class RunFolder:
         """Raise `UserError` where the folder was moved away or taken by another run."""
         if self.lock:
             self.lock.check_held()
+
+    def verdicts(self) -> list[guard.Verdict]:
+        """Return what the guard says of the run's evaluations, oldest first."""
+        recipe = self.spec.recipe
+        return guard.judge(
+            run_log.read_evaluations(recipe.run_dir),
+            recipe.reward.panel,
+            recipe.train.alarm_tolerance,
+        )
+
+    def mark_best(self) -> None:
+        """Mark the checkpoint that the guard finds best, so that it is kept."""
+        recipe, verdicts = self.spec.recipe, self.verdicts()
+        chosen = guard.best(verdicts)
+        if recipe.save.best and chosen and chosen.epoch in self.checkpoints.epochs():
+            why = guard.explain(verdicts, run_log.read_evaluations(recipe.run_dir))
+            self.checkpoints.mark_best(chosen.epoch, why)
+
+    def alarm(self, epoch: int) -> str:
+        """Return the guard's alarm on the evaluation after an epoch, "" without one."""
+        return next((verdict.alarm for verdict in self.verdicts() if verdict.epoch == epoch), "")
 
     def save(self, epoch: int, states: States, spent: Spent) -> None:
         """Write the checkpoint of an epoch, unless the newest one is of this epoch. Raises

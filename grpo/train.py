@@ -174,6 +174,7 @@ def train(
         evaluate(start, states, done, start.unevaluated)
     base = {}
     if start.epochs:
+        stop_on_alarm(start, states, done, spent)
         base = multihost.from_first(lambda: read_base(recipe.run_dir, settings.weights))
 
     epoch = done
@@ -240,13 +241,16 @@ def train(
         saving = time.monotonic()
         multihost.stage(f"epoch {epoch}: saving")
         ending = asked_to_end()
-        if epoch % recipe.save.every == 0 or last or ending:
+        due = evaluation_is_due(spec, epoch, spent)
+        if epoch % recipe.save.every == 0 or last or ending or (due and recipe.save.best):
             folder.save(epoch, states, spent)
         save_seconds = time.monotonic() - saving  # logged with the next epoch
 
         # ---- 7 evaluate: an interrupted evaluation is made when the run continues --------------
-        if evaluation_is_due(spec, epoch, spent) and (last or not ending):
+        if due and (last or not ending):
             evaluate(start, states, epoch, spec.evaluated_frames)
+            if not last:
+                stop_on_alarm(start, states, epoch, spent)
             ending = asked_to_end()
             if ending:
                 folder.save(epoch, states, spent)
@@ -282,6 +286,28 @@ def evaluate(start: Start, states: States, epoch: int, lengths: tuple[int, ...])
         print_once(f"epoch {epoch}: held-out {format_evaluation(result.record)}{length}")
         if result.warning:
             print_once(result.warning)
+        if is_main and multihost.first():
+            start.folder.mark_best()
+            if alarm := start.folder.alarm(epoch):
+                print_once(f"alarm: {alarm}")
+
+
+def stop_on_alarm(start: Start, states: States, epoch: int, spent: Spent) -> None:
+    """Raise `UserError` where the last evaluation, after this epoch, raised an alarm on which the run
+    is to stop. Everything is saved before.
+    """
+    recipe, folder = start.session.spec.recipe, start.folder
+    if recipe.train.on_alarm != "stop":
+        return
+    alarm = multihost.from_first(lambda: folder.alarm(epoch))
+    if alarm:
+        folder.save(epoch, states, spent)
+        best = multihost.from_first(folder.checkpoints.best)
+        found = "" if best is None else f"The best checkpoint is {folder.checkpoints.path(best)}. "
+        raise UserError(
+            f"epoch {epoch}: {alarm}, so the run stops, as train.on_alarm=stop asks. Epoch {epoch} is "
+            f"saved. {found}To go on all the same: --config.train.on_alarm=log"
+        )
 
 
 def same_length(recipe: Recipe, epoch: int) -> bool:

@@ -10,6 +10,9 @@ the model learns to spell.
                       luma in time
     motion            mean length of the optical flow between frames,    frozen videos
                       in % of the frame's diagonal
+    dark              share of pixels with a luma below 0.15 x 255       black frames
+    edges             share of pixels on an edge, by Canny's detector    clutter; blur
+    colours           entropy of the colours in 8 x 8 x 8 cells, bits    posterised or grey frames
 
 The values are plain measurements, neither good nor bad. `grpo.scoring.reward_combination` compares
 them with those of the model that training started from. Luma is Rec. 601, 0 to 255. For videos of
@@ -26,6 +29,9 @@ import numpy as np
 from rewards.base import Score, check_frames
 
 FLOW_HEIGHT = 128  # pixels; frames are scaled to it before the optical flow
+DARK = 0.15 * 255  # luma below which a pixel is dark
+CANNY = 100, 200  # thresholds of the gradient where an edge goes on, and where it begins
+COLOUR_CELLS = 8  # per channel
 
 
 def luma(frames: np.ndarray) -> np.ndarray:
@@ -82,9 +88,40 @@ def motion(frames: np.ndarray) -> float:
     return float(100 * np.mean(lengths) / np.hypot(*size))
 
 
+def dark(frames: np.ndarray) -> float:
+    """Return the share of pixels with a luma below `DARK`, 0 to 1."""
+    return float((luma(frames) < DARK).mean())
+
+
+def edges(frames: np.ndarray) -> float:
+    """Return the share of pixels that Canny's detector marks as edges, 0 to 1."""
+    grey = luma(frames).round().astype(np.uint8)
+    return float(np.mean([(cv2.Canny(frame, *CANNY) > 0).mean() for frame in grey]))
+
+
+def colours(frames: np.ndarray) -> float:
+    """Return the entropy in bits of the histogram of all pixels over `COLOUR_CELLS` cells a channel,
+    0 for one colour to 9.
+    """
+    red, green, blue = np.moveaxis(frames // (256 // COLOUR_CELLS), -1, 0).astype(np.int64)
+    counts = np.bincount(((red * COLOUR_CELLS + green) * COLOUR_CELLS + blue).ravel())
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log2(shares)).sum() + 0.0)
+
+
 MEASURES: dict[str, Callable[[np.ndarray], float]] = {
     measure.__name__: measure
-    for measure in (sharpness, exposure, contrast, compressibility, flicker, motion)
+    for measure in (
+        sharpness,
+        exposure,
+        contrast,
+        compressibility,
+        flicker,
+        motion,
+        dark,
+        edges,
+        colours,
+    )
 }
 
 

@@ -20,6 +20,7 @@ from grpo.report.page import CONFIDENCE, render
 from grpo.report.run_records import RunRecords, without_result
 from grpo.report.samples import format_reward, samples, write_pairs
 from grpo.report.training_tables import health_rows, timings
+from grpo.scoring import guard
 from grpo.settings.budget import Budget, Spent
 
 SHOWN_PROMPTS = 1000  # rows of the prompt table
@@ -42,9 +43,10 @@ def write_report(folder) -> pathlib.Path:
         title=f"{name}: GRPO report",
         heading=name,
         sentence=_sentence(run),
-        remarks=_remarks(run),
+        remarks=[*_guard_lines(run), *_remarks(run)],
         tiles=_tiles(run),
         reward=_reward_chart(run),
+        panel=_panel(run),
         evaluated=len(run.evaluations),
         samples=samples(run),
         prompts=_prompt_table(run),
@@ -84,7 +86,7 @@ def summary_lines(folder) -> list[str]:
         )
     missing = without_result(run.recorded)
     warnings = [f"warning: {missing}"] if missing else []
-    return [result, *warnings, f"report: {run.folder / 'report.html'}"]
+    return [result, *_guard_lines(run), *warnings, f"report: {run.folder / 'report.html'}"]
 
 
 def _interval(evaluation: dict) -> str:
@@ -114,6 +116,43 @@ def _sentence(run: RunRecords) -> str:
         f"prompts. The {CONFIDENCE} confidence intervals {_interval(first)} and {_interval(last)} "
         f"{_overlap(first, last)}."
     )
+
+
+def _guard_lines(run: RunRecords) -> list[str]:
+    """Return which checkpoint is best and why, and the last evaluation's alarm; [] with fewer than two
+    evaluations.
+    """
+    if len(run.verdicts) < 2:
+        return []
+    last = run.verdicts[-1]
+    alarm = [f"Alarm after epoch {last.epoch}: {last.alarm}."] if last.alarm else []
+    return [guard.explain(run.verdicts, run.recorded), *alarm]
+
+
+def _panel(run: RunRecords) -> dict:
+    """Return the head and the rows of the table of the guard's panel, and its tolerance."""
+    records = {e["epoch"]: e for e in run.recorded}
+    moved = {
+        v.epoch: guard.movements(records[run.verdicts[0].epoch], records[v.epoch], run.panel)
+        for v in run.verdicts
+    }
+    names = [name for name in run.panel if any(name in row for row in moved.values())]
+    chosen = guard.best(run.verdicts)
+    rows = []
+    for verdict in run.verdicts:
+        cells = [
+            f"{moved[verdict.epoch].get(name, math.nan):+.2f}"
+            + (" !" if name in verdict.outside else "")
+            for name in names
+        ]
+        mark = " (best)" if chosen is not None and verdict.epoch == chosen.epoch else ""
+        mark += f" (fallen below epoch {verdict.fallen})" if verdict.fallen is not None else ""
+        rows.append([f"{verdict.epoch}{mark}", f"{records[verdict.epoch]['reward']:.2f}", *cells])
+    return {
+        "head": ["after epoch", "reward", *names],
+        "rows": rows if names and len(rows) > 1 else [],
+        "tolerance": run.tolerance,
+    }
 
 
 def _remarks(run: RunRecords) -> list[str]:

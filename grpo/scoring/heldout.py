@@ -13,6 +13,7 @@ import numpy as np
 from grpo.data.prompts import PromptSet
 from grpo.records.statistics import LEAST_VALUES, bootstrap_interval
 from grpo.rollout import initial_noise
+from grpo.scoring import guard
 from grpo.scoring.reward_combination import base_statistics
 from grpo.scoring.scores import format_failures, gather_scores, submit
 from rewards.pool import RewardPool
@@ -137,6 +138,7 @@ class Evaluator:
             "low": low,
             "high": high,
             "num": num,
+            **guard.halves(rewards, self.seed),
             "failed_scores": scores.failures,
             **scores.counts(),
             "rewards": [float(reward) for reward in rewards],

@@ -23,6 +23,9 @@ BAD_SIDE = {
     "compressibility": 0,
     "flicker": 1,
     "motion": -1,
+    "dark": 1,
+    "edges": 0,
+    "colours": 0,
 }
 FREE, WORST = 1.0, 4.0  # standard deviations where the penalty starts, and where it is -1
 

@@ -13,6 +13,7 @@ import numpy as np
 from grpo.data.prompts import PromptSet
 from grpo.scoring import reward_servers
 from grpo.scoring.reward_combination import MAIN
+from grpo.settings.schema import SECOND_READER
 from rewards.base import PromptRecord, Reward, RewardError, last_line
 from rewards.clip import KINDS, ClipReward
 from rewards.composite import DERIVED, CompositeReward
@@ -53,6 +54,10 @@ def _secondary_factory(config, name: str) -> Callable[[], Reward] | None:
         return None
     if name in KINDS:
         return functools.partial(ClipReward, config[f"{name}_model"], name, config.max_frames)
+    if name == SECOND_READER:
+        return functools.partial(
+            OCRReward, rule=config.rule, engine=config.second_engine, max_frames=config.max_frames
+        )
     return functools.partial(QualityReward, name)
 
 

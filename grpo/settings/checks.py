@@ -65,7 +65,8 @@ def check_rewards(recipe) -> None:
     """Check that a reward has a weight, and that each one can be measured."""
     weights = measured_rewards(recipe)
     if not any(weights.values()):
-        raise UserError(f"config.reward.weights={weights}: one weight must be above 0")
+        explicit = {name: weights[name] for name in weights if name not in recipe.reward.panel}
+        raise UserError(f"config.reward.weights={explicit}: one weight must be above 0")
     for name in (kind for kind in KINDS if kind in weights):
         path = recipe.reward[f"{name}_model"]
         if not path or recipe.reward.servers:
@@ -78,7 +79,7 @@ def check_rewards(recipe) -> None:
             check_model(path)
         except ValueError as error:
             raise UserError(f"config.reward.{name}_model: {error}") from None
-    quality = weights.keys() & set(BAD_SIDE)
+    quality = {name for name in BAD_SIDE if recipe.reward.weights[name] is not None}
     if recipe.sample.frame_schedule and quality:
         raise UserError(
             f"config.reward.weights has {', '.join(sorted(quality))}, which are judged by the base "

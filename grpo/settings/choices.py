@@ -17,5 +17,6 @@ KL_REFERENCES = ("base", "average")
 CREDITS = ("none", "longcat", "rectified", "otca")
 STDS = ("group", "global", "max", "none")
 COMBINATIONS = ("rewards", "advantages")
+ALARMS = ("log", "stop")  # what the guard does on an alarm
 JUDGE = "judge"  # the reward engine that asks a vision model on reward servers
 JUDGE_QUESTIONS = ("transcribe", *QUESTIONS)

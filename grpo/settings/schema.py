@@ -64,6 +64,7 @@ class Recipe(Section):
         return _sorted(dataclasses.asdict(self))
 
 
+SECOND_READER = "second_reader"  # the reward of `reward.second_engine`
 SETTINGS: Mapping[str, Setting] = {entry.key: entry for entry in declared(Recipe)}
 
 
@@ -140,13 +141,18 @@ def is_marked(key: str, mark: str) -> bool:
 
 
 def measured_rewards(recipe) -> dict[str, float]:
-    """Return the weights of the rewards that are measured, by name, sorted.
+    """Return the weights of the rewards that are measured, by name, sorted: those of
+    `reward.weights`, and 0 for the others of the guard.
 
     recipe: a `Recipe`, or a ConfigDict with the same keys.
     """
     prefix = "reward.weights."
-    return {
+    watched = dict.fromkeys(recipe.reward.panel, 0.0)
+    if recipe.reward.second_engine:
+        watched[SECOND_READER] = 0.0
+    weighted = {
         key.removeprefix(prefix): value
         for key, value in sorted(values_of(recipe).items())
         if key.startswith(prefix) and value is not None
     }
+    return dict(sorted((watched | weighted).items()))

@@ -59,6 +59,19 @@ def test_flicker_is_what_changes_back_and_motion_what_moves():
         assert measure(name, still[:1]) == 0
 
 
+def test_dark_edges_and_colours_on_frames_with_known_shares():
+    quarter = np.full((2, 40, 40, 3), 255, np.uint8)
+    quarter[:, :20, :20] = 20
+    assert measure("dark", quarter) == 0.25
+    assert measure("dark", np.full((1, 8, 8, 3), 39, np.uint8)) == 0  # 0.15 x 255 = 38.25
+    assert measure("edges", quarter) == pytest.approx(40 / 1600, rel=0.1)  # two sides of 20 pixels
+    assert measure("edges", np.full((1, 40, 40, 3), 90, np.uint8)) == 0
+    four = np.zeros((1, 8, 8, 3), np.uint8)
+    four[:, 4:, :, 0], four[:, :, 4:, 1] = 128, 128
+    assert measure("colours", four) == 2
+    assert measure("colours", np.full((1, 8, 8, 3), 7, np.uint8)) == 0
+
+
 @pytest.mark.parametrize("name", MEASURES)
 def test_measures_are_deterministic_and_leave_the_frames_alone(name):
     frames = texture(shift=2)

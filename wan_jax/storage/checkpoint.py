@@ -7,6 +7,7 @@
     RUN/checkpoints/<epoch>/meta/metadata  JSON: epoch, model, trained experts, LoRA settings or
                                            null, the config, digests of the model and of the prompts
     RUN/checkpoints/<epoch>/digests.json   size and digest of every other file (`integrity`)
+    RUN/best.json                          JSON: the epoch of the best checkpoint, and why it is best
 
 A checkpoint is written under a temporary name and renamed when every file is on disk, the digests
 last. So a run that is killed while it saves still finds the previous checkpoint, and a numbered
@@ -37,7 +38,7 @@ from wan_jax.storage import integrity
 from wan_jax.storage.paths import expand
 
 FORMAT = 2
-DIGESTS, META = "digests.json", "meta/metadata"
+DIGESTS, META, BEST = "digests.json", "meta/metadata", "best.json"
 ITEMS = ("meta", "state", "trained")
 # Fields of every meta, and their types.
 FIELDS = {"epoch": int, "model": str, "experts": list, "lora": (dict, type(None)), "config": dict}
@@ -124,10 +125,28 @@ class Checkpoints:
         integrity.write_manifest(temporary / DIGESTS, {}, integrity.measure(temporary, flush=True))
         temporary.rename(self.path(epoch))
         _flush_folder(self.folder)
+        kept = self.best()
         for old in self.epochs()[: -self.keep] if self.keep else ():
+            if old == kept:
+                continue
             # renamed first, so that a numbered folder never lacks files
             self.path(old).rename(temporary)
             shutil.rmtree(temporary)
+
+    def best(self) -> int | None:
+        """Return the epoch of the best checkpoint, None where none is marked or it is not there."""
+        try:
+            epoch = json.loads((self.folder.parent / BEST).read_text())["epoch"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+        return epoch if epoch in self.epochs() else None
+
+    def mark_best(self, epoch: int, why: str) -> None:
+        """Mark a checkpoint as the best one, which is then kept. why: for its reader."""
+        path = self.folder.parent / BEST
+        temporary = path.with_name(f".{BEST}.part")
+        temporary.write_text(json.dumps({"epoch": epoch, "why": why}, indent=2) + "\n")
+        temporary.replace(path)
 
     def check(self, epoch: int, items: tuple[str, ...] = ITEMS) -> dict:
         """Read every file of these items, compare it with its digest, and return the meta.
@@ -327,10 +346,20 @@ def read_numpy(path) -> dict:
 
 
 def find(path) -> tuple[Checkpoints, int]:
-    """Return a checkpoint and its epoch, from a run folder (its newest checkpoint) or from a folder
-    `checkpoints/<epoch>`. Raises `UserError` when there is none.
+    """Return a checkpoint and its epoch, from a run folder (its newest checkpoint), from
+    `<run folder>/best` or from a folder `checkpoints/<epoch>`. Raises `UserError` when there is none.
     """
     path = expand(path)
+    if path.name == "best" and not path.exists() and path.parent.is_dir():
+        checkpoints = Checkpoints(path.parent)
+        best = checkpoints.best()
+        if best is None:
+            raise UserError(
+                f"{path}: {path.parent / BEST} names no checkpoint that is there (there are "
+                f"{checkpoints.epochs()}); a run with --config.save.best=True writes it when it "
+                "evaluates"
+            )
+        return checkpoints, best
     if not path.is_dir():
         raise UserError(
             f"{path} does not exist: give a run folder of grpo.train or one of its "

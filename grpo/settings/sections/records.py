@@ -98,3 +98,9 @@ class Save(Section):
         10, "Epochs between checkpoints. The last epoch is always saved.", bounds=Range(1)
     )
     keep: int = setting(3, "Number of newest checkpoints that are kept.", bounds=Range(1))
+    best: bool = setting(
+        True,
+        "Whether the checkpoint that the guard finds best is kept too, as RUN/best: the highest "
+        "lower bound of the held-out main reward, with a panel within `train.alarm_tolerance`. Every "
+        "evaluated epoch is then saved.",
+    )

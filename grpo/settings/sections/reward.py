@@ -4,7 +4,7 @@ import dataclasses
 
 from grpo.settings.choices import COMBINATIONS, JUDGE, JUDGE_QUESTIONS
 from grpo.settings.setting import PER_PROCESS, POSITIVE, Section, setting
-from rewards.choices import ENGINES, RULES
+from rewards.choices import ENGINES, MEASURES, PANEL, RULES
 from wan_jax.command_line.limits import Range
 
 
@@ -38,6 +38,11 @@ class Weights(Section):
     motion: float | None = _weight(
         None, "The same for the length of the optical flow; only less of it counts."
     )
+    dark: float | None = _weight(
+        None, "The same for the share of dark pixels; only more of them counts."
+    )
+    edges: float | None = _weight(None, "The same for the share of pixels on an edge.")
+    colours: float | None = _weight(None, "The same for the entropy of the colours.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +59,21 @@ class Reward(Section):
         "rapidocr",
         "What reads the frames: an OCR engine, or `judge`, the vision model at `reward.servers`.",
         choices=(*ENGINES, JUDGE),
+    )
+    panel: tuple[str, ...] = setting(
+        PANEL,
+        "Measures of quality, names as in `reward.weights`, that are measured without a weight, in "
+        "training and in evaluations. The guard compares them with those of the base model's "
+        "videos (docs/hacking.md).",
+        choices=MEASURES,
+        resume=True,
+    )
+    second_engine: str = setting(
+        "",
+        "OCR engine that also reads the videos, by the same rule and without a weight, logged as "
+        "`second_reader`: a reader that training does not see. Empty: none.",
+        choices=("", *ENGINES),
+        resume=True,
     )
     max_frames: int = setting(
         9,

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from grpo.settings.choices import (
+    ALARMS,
     CREDITS,
     KL_KINDS,
     KL_PLACES,
@@ -235,6 +236,21 @@ class Train(Section):
         5.0,
         "Largest absolute value of an advantage. `nft` also divides advantages by it. inf: no bound.",
         bounds=POSITIVE_OR_INF,
+    )
+    on_alarm: str = setting(
+        "log",
+        "What the guard does where an evaluation shows a measure of `reward.panel` outside the "
+        "tolerance, or a fallen reward. `log`: it prints and records the alarm. `stop`: it ends the "
+        "run too, with everything saved.",
+        choices=ALARMS,
+        resume=True,
+    )
+    alarm_tolerance: float = setting(
+        1.0,
+        "How far the mean of a measure of `reward.panel` may move from the base model's on the "
+        "held-out prompts, in standard deviations of the base model's videos. inf: any distance.",
+        bounds=POSITIVE_OR_INF,
+        resume=True,
     )
     ratio_tolerance: float | None = setting(
         None,

@@ -30,6 +30,8 @@ def test_names_of_the_rewards():
     weights = {key.removeprefix(prefix) for key in SETTINGS if key.startswith(prefix)}
     assert weights == {MAIN, *DERIVED, *clip.KINDS, *quality.MEASURES}
     assert {*BAD_SIDE} == {*quality.MEASURES}
+    assert reward_choices.MEASURES == tuple(quality.MEASURES)
+    assert {*reward_choices.PANEL} < {*quality.MEASURES}
 
 
 def test_names_of_the_methods():

@@ -7,6 +7,7 @@ import pytest
 from configs import tiny_ocr
 from grpo.settings import parse
 from grpo.settings.schema import Recipe, make_recipe, values_of
+from rewards.choices import PANEL
 from wan_jax.command_line.cli import UserError
 
 
@@ -39,7 +40,7 @@ def test_settings_of_flow_grpo(small):
     assert found.method.name == "grpo" and found.method.levels is None and found.lora is None
     assert found.method.kl_in_reward == 0.5 and found.method.policy_loss.kl_beta == 0.0
     assert found.method.ratio_tolerance == 2e-3 and not found.method.importance
-    assert found.weights == {"motion": 0.0, "ocr": 1.0}
+    assert found.weights == dict.fromkeys(sorted({*PANEL, "ocr"}), 0.0) | {"ocr": 1.0}
 
 
 @pytest.mark.parametrize(("method", "kl_weight"), [("nft", 1e-4), ("dpo", 0.0), ("rwr", 0.0)])

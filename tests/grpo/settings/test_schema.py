@@ -73,10 +73,13 @@ def test_whole_numbers_become_floats_where_the_setting_is_one():
 
 def test_rewards_that_are_measured_are_sorted_by_name(c):
     c.reward.weights.stability, c.reward.weights.clip = 0.0, 0.5
+    c.reward.panel, c.reward.second_engine = ("dark",), "paddleocr"
     for recipe in (c, make_recipe(values_of(c))):
         assert list(schema.measured_rewards(recipe).items()) == [
             ("clip", 0.5),
+            ("dark", 0.0),
             ("ocr", 1.0),
+            ("second_reader", 0.0),
             ("stability", 0.0),
         ]
 

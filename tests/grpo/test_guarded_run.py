@@ -1,0 +1,71 @@
+"""A run under the guard: the best checkpoint is kept, and an alarm can end the run."""
+
+import functools
+import json
+
+import pytest
+
+from grpo import train
+from grpo.scoring.reward_combination import MAIN
+from rewards.composite import CompositeReward
+from rewards.pool import RewardPool
+from rewards.quality import QualityReward
+from tests.rewards.pool_rewards import Brightness
+from wan_jax.errors import UserError
+from wan_jax.storage import checkpoint
+
+SETTINGS = {
+    "reward.panel": ("exposure",),
+    "train.learning_rate": 1e-2,
+    "train.alarm_tolerance": 1e-9,  # every change of the pictures is an alarm
+    "eval.every": 1,
+    "save.every": 9,
+    "save.keep": 1,
+    "epochs": 3,
+}
+
+
+@pytest.fixture
+def run(start):
+    """A function: run(**values) trains by the settings above, and returns the run's folder."""
+    factories = {MAIN: Brightness, "exposure": functools.partial(QualityReward, "exposure")}
+
+    def train_by(**values):
+        spec, *others, _ = start(1, **SETTINGS | values)
+        pool = RewardPool(lambda: CompositeReward(factories), workers=0)
+        train.train(spec, *others, pool)
+        return spec.recipe.run_dir
+
+    return train_by
+
+
+@pytest.mark.slow
+def test_an_alarm_stops_the_run_and_is_no_obstacle_to_going_on(run, capsys):
+    with pytest.raises(UserError, match=r"epoch 1: exposure moved.*on_alarm=log") as error:
+        run(**{"train.on_alarm": "stop"})
+    assert "checkpoints/0" in str(error.value)  # the base is the best
+    with pytest.raises(UserError, match="epoch 1: exposure moved"):  # the same command again
+        run(**{"train.on_alarm": "stop"})
+    capsys.readouterr()
+    folder = run()
+    output = capsys.readouterr().out
+    assert "after epoch 1" in output and output.count("alarm: exposure moved") == 2
+    assert "The best checkpoint is epoch 0" in output
+
+    # the best checkpoint stays beside the newest one
+    checkpoints = checkpoint.Checkpoints(folder)
+    assert checkpoints.epochs() == [0, 3] and checkpoints.best() == 0
+    found, epoch = checkpoint.find(f"{folder}/best")
+    assert (found.folder, epoch) == (checkpoints.folder, 0)
+    assert checkpoint.find(folder)[1] == 3
+    assert "epoch 0" in json.loads((checkpoints.folder.parent / "best.json").read_text())["why"]
+
+
+@pytest.mark.slow
+def test_without_an_alarm_the_best_is_the_highest(run, capsys):
+    folder = run(**{"train.alarm_tolerance": float("inf"), "save.keep": 9, "save.best": False})
+    assert "alarm" not in capsys.readouterr().out
+    checkpoints = checkpoint.Checkpoints(folder)
+    assert checkpoints.epochs() == [0, 3] and checkpoints.best() is None
+    with pytest.raises(UserError, match=r"save\.best=True"):
+        checkpoint.find(f"{folder}/best")
