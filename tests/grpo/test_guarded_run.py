@@ -64,7 +64,7 @@ def test_an_alarm_stops_the_run_and_is_no_obstacle_to_going_on(run, capsys):
 @pytest.mark.slow
 def test_without_an_alarm_the_best_is_the_highest(run, capsys):
     folder = run(**{"train.alarm_tolerance": float("inf"), "save.keep": 9, "save.best": False})
-    assert "alarm" not in capsys.readouterr().out
+    assert "alarm: " not in capsys.readouterr().out
     checkpoints = checkpoint.Checkpoints(folder)
     assert checkpoints.epochs() == [0, 3] and checkpoints.best() is None
     with pytest.raises(UserError, match=r"save\.best=True"):
