@@ -76,7 +76,6 @@ def judge(evaluations: Sequence[Mapping], panel: Sequence[str], tolerance: float
     usable = [e for e in evaluations if math.isfinite(e.get(CHOOSE, {}).get("low", math.nan))]
     usable = [e for e in usable if e["prompts"] == usable[-1]["prompts"]]
     verdicts: list[Verdict] = []
-    high: dict[int, float] = {}
     for evaluation in usable:
         epoch, chosen = evaluation["epoch"], evaluation[CHOOSE]
         outside = {
@@ -85,9 +84,8 @@ def judge(evaluations: Sequence[Mapping], panel: Sequence[str], tolerance: float
             if abs(moved) > tolerance
         }
         before = best(verdicts)
-        fallen = before is not None and chosen["high"] < before.low
-        verdicts.append(Verdict(epoch, chosen["low"], outside, before.epoch if fallen else None))
-        high[epoch] = chosen["high"]
+        fallen = before.epoch if before is not None and chosen["high"] < before.low else None
+        verdicts.append(Verdict(epoch, chosen["low"], outside, fallen))
     return verdicts
 
 
