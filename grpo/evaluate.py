@@ -70,6 +70,7 @@ def main(_):
         parse_targets,
         limit=recipe.eval.num_prompts,
         check=targets_check(recipe.reward),
+        skip_invalid=recipe.prompts.skip_invalid,
     )
     prompts = for_rewards(prompts, settings.weights)
     if HEAD.value is None:

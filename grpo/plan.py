@@ -152,7 +152,7 @@ def choose_model(recipe: Recipe, name: str | None) -> tuple[presets.Preset, int,
     if name is None and pathlib.Path(path).is_dir():
         model = merged_loras.merge(model_dir.open_model(path), recipe.model.loras)
         prompts = (
-            load_prompts(file, parse_targets).prompts
+            load_prompts(file, parse_targets, skip_invalid=recipe.prompts.skip_invalid).prompts
             for file in (recipe.prompts.train, recipe.prompts.heldout)
         )
         rows = pipeline.text_rows(model, [*chain(*prompts)], recipe.prompts.negative)

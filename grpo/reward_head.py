@@ -171,7 +171,12 @@ def collect(
     recipe, settings, mesh, solver = spec.recipe, spec.settings, spec.mesh, spec.solver
 
     # ---- prompts, decoder, denoising steps ---------------------------------------------------
-    prompts = load_prompts(recipe.prompts.train, parse_targets, check=targets_check(recipe.reward))
+    prompts = load_prompts(
+        recipe.prompts.train,
+        parse_targets,
+        check=targets_check(recipe.reward),
+        skip_invalid=recipe.prompts.skip_invalid,
+    )
     order = Stream.REWARD_HEAD.generator(recipe.seed).permutation(len(prompts))
     chosen = np.resize(order, count)  # all prompts equally often, up to one
     print(f"{count} videos of {min(count, len(prompts))} prompts", flush=True)

@@ -25,12 +25,13 @@ import pathlib
 import time
 
 import jax
+import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
 from grpo.compiled import offload
 from grpo.credit import compute_credit
-from grpo.data.prompts import PromptSet, epoch_prompts, load_prompts
+from grpo.data.prompts import PromptSet, epoch_prompts, load_prompts, without_shared
 from grpo.records import epoch_record, run_log
 from grpo.records.clock import Stopwatch
 from grpo.report import run_report
@@ -51,7 +52,6 @@ from wan_jax.command_line import cli
 from wan_jax.distributed import launchers, memory, multihost
 from wan_jax.errors import UserError
 from wan_jax.models import precision, presets
-from wan_jax.models.tokenizer import clean
 from wan_jax.storage import folder_lock, model_dir
 
 CONFIG = config_flags.DEFINE_config_file("config", None, FLAG_HELP, lock_config=True)
@@ -128,17 +128,21 @@ def load_prompt_sets(recipe: Recipe, settings: parse.Settings) -> tuple[PromptSe
     """Return the prompts of training and of evaluation. Raises `UserError` where they overlap, are
     too few, or cannot be scored.
     """
-    check = targets_check(recipe.reward)
-    prompts = load_prompts(recipe.prompts.train, parse_targets, check=check)
-    heldout = load_prompts(
-        recipe.prompts.heldout, parse_targets, limit=recipe.eval.num_prompts, check=check
+    skip, check = recipe.prompts.skip_invalid, targets_check(recipe.reward)
+    prompts, everything = (
+        load_prompts(path, parse_targets, check=check, skip_invalid=skip)
+        for path in (recipe.prompts.train, recipe.prompts.heldout)
     )
+    heldout = everything.select(np.arange(len(everything)) < recipe.eval.num_prompts)
+    # apart from the whole file, so that training prompts do not depend on eval.num_prompts
+    prompts = without_shared(prompts, everything if skip else heldout, skip)
+    for key, found in (("train", prompts), ("heldout", everything)):
+        if found.left_out:
+            print_once(
+                f"config.prompts.{key}: {len(found.left_out)} lines are left out, e.g. "
+                f"{found.left_out[0].strip()}"
+            )
     epoch_prompts(recipe.seed, 0, len(prompts), recipe.sample.groups)  # raises where too few
-    overlap = set(map(clean, prompts.prompts)) & set(map(clean, heldout.prompts))
-    if overlap:
-        raise UserError(
-            f"{len(overlap)} held-out prompts are training prompts too, e.g. {min(overlap)!r}"
-        )
     return for_rewards(prompts, settings.weights), for_rewards(heldout, settings.weights)
 
 

@@ -5,7 +5,8 @@ without them, they are the texts in the prompt's quotes. Its other fields are me
 """
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -24,14 +25,24 @@ class PromptSet:
       prompts: different texts.
       targets: per prompt the texts to write, tuple[str, ...]; or what else its rewards ask for.
       metadata: per prompt the other fields of its line.
+      left_out: what is wrong with the lines that were left out.
     """
 
     prompts: tuple[str, ...]
     targets: tuple
     metadata: tuple[dict, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def __len__(self):
         return len(self.prompts)
+
+    def select(self, keep: Iterable[bool]) -> "PromptSet":
+        """Return the prompts for which `keep`, one value each, is true."""
+        keep = [*keep]
+        prompts = tuple(itertools.compress(self.prompts, keep))
+        targets = tuple(itertools.compress(self.targets, keep))
+        metadata = tuple(itertools.compress(self.metadata, keep))
+        return PromptSet(prompts, targets, metadata, self.left_out)
 
 
 def load_prompts(
@@ -39,6 +50,7 @@ def load_prompts(
     parse: Callable[[str], tuple[str, ...]],
     limit: int | None = None,
     check: Callable[[tuple[str, ...]], None] | None = None,
+    skip_invalid: bool = False,
 ) -> PromptSet:
     """Read a prompt file in the format of its suffix; repeated prompts are dropped.
 
@@ -48,10 +60,11 @@ def load_prompts(
         (`rewards.ocr.targets.parse_targets`).
       limit: number of prompts to take; None: all.
       check: raises ValueError on targets that cannot be scored.
+      skip_invalid: leave out lines that cannot be scored.
 
     Raises:
-      UserError: the file cannot be read, has no prompt, or has lines that cannot be scored, which
-        are reported together.
+      UserError: the file cannot be read, has no prompt, or, without `skip_invalid`, has lines that
+        cannot be scored, which are reported together.
     """
     lines, read = prompt_files.open_lines(path)
     found, problems = {}, []
@@ -61,22 +74,43 @@ def load_prompts(
             if entry is None or entry[0] in found:
                 continue
             prompt, metadata = entry
-            targets = _targets(metadata)
-            found[prompt] = (targets or tuple(parse(prompt)), metadata)
+            targets = _targets(metadata) or tuple(parse(prompt))
             if check is not None:
-                check(found[prompt][0])
+                check(targets)
+            found[prompt] = (targets, metadata)
         except ValueError as error:
             problems.append(f"  line {number}: {error}")
-    if problems:
+    if problems and not skip_invalid:
         shown = "\n".join(problems[:5])
         if len(problems) > 5:
             shown += f"\n  and {len(problems) - 5} more"
-        raise UserError(f"{path}: {len(problems)} of {len(lines)} lines cannot be scored:\n{shown}")
+        raise UserError(
+            f"{path}: {len(problems)} of {len(lines)} lines cannot be scored:\n{shown}\n"
+            "--config.prompts.skip_invalid=True leaves them out"
+        )
     if not found:
         raise UserError(f"{path} holds no prompt")
     prompts = tuple(found)[:limit]
     targets, metadata = zip(*(found[prompt] for prompt in prompts))
-    return PromptSet(prompts, targets, metadata)
+    return PromptSet(prompts, targets, metadata, tuple(problems))
+
+
+def without_shared(prompts: PromptSet, heldout: PromptSet, skip_invalid: bool) -> PromptSet:
+    """Return the training prompts that are not held out. Raises `UserError` where some are, without
+    `skip_invalid`.
+    """
+    known = set(map(clean, heldout.prompts))
+    shared = [clean(prompt) in known for prompt in prompts.prompts]
+    found = [*itertools.compress(prompts.prompts, shared)]
+    if found and not skip_invalid:
+        raise UserError(
+            f"{len(found)} held-out prompts are training prompts too, e.g. {min(found)!r}; remove "
+            "them from one of the files, or leave them out of training with "
+            "--config.prompts.skip_invalid=True"
+        )
+    apart = prompts.select([not held_out for held_out in shared])
+    reasons = (f"held out too: {prompt!r}" for prompt in found)
+    return dataclasses.replace(apart, left_out=(*apart.left_out, *reasons))
 
 
 def examples(prompts: PromptSet, count: int = 2) -> list[str]:

@@ -28,6 +28,11 @@ class Prompts(Section):
         required=True,
         **PER_PROCESS,
     )
+    skip_invalid: bool = setting(
+        False,
+        "Whether lines of both files that cannot be scored are left out, and training prompts that "
+        "are in the other file too; the run prints their number. False: they end the run.",
+    )
     negative: str = setting("", "Negative prompt of the guidance, in training and evaluation.")
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from grpo.compare import read_methods
-from grpo.data.prompts import epoch_prompts, examples, load_prompts
+from grpo.data.prompts import epoch_prompts, examples, load_prompts, without_shared
 from rewards.ocr.targets import parse_targets
 from wan_jax.command_line.cli import UserError
 
@@ -137,6 +137,41 @@ def test_targets_are_cleaned_like_prompts(tmp_path):
         )
     with pytest.raises(UserError, match="line 2: a backslash before the quote"):
         load_prompts(write(tmp_path / "a.txt", 'A "B"', r"A \"B\""), parse_targets)
+
+
+def test_lines_that_cannot_be_scored_are_left_out_on_demand(tmp_path):
+    path = write(tmp_path / "a.txt", 'A "B"', "nothing", 'A 12" sign', 'A "C"')
+    found = load_prompts(path, parse_targets, skip_invalid=True)
+    assert found.prompts == ('A "B"', 'A "C"') and found.targets == (("B",), ("C",))
+    assert [line.split(":")[0].strip() for line in found.left_out] == ["line 2", "line 3"]
+    with pytest.raises(UserError, match="2 of 4 lines") as error:
+        load_prompts(path, parse_targets)
+    assert "prompts.skip_invalid" in str(error.value)
+    with pytest.raises(UserError, match="holds no prompt"):
+        load_prompts(write(tmp_path / "b.txt", "nothing"), parse_targets, skip_invalid=True)
+
+    def check(targets):
+        if targets == ("B",):
+            raise ValueError("unreadable")
+
+    kept = load_prompts(path, parse_targets, check=check, skip_invalid=True)
+    assert kept.prompts == ('A "C"',) and len(kept.left_out) == 3
+
+
+def test_held_out_prompts_are_not_trained(tmp_path):
+    """As cleaned: curly and straight apostrophes are alike."""
+    train = load_prompts(
+        write(tmp_path / "a.txt", 'Joe’s "A"', 'B "B"', 'C "C"'),
+        parse_targets,
+    )
+    heldout = load_prompts(write(tmp_path / "b.txt", 'Joe\'s "A"', 'D "D"'), parse_targets)
+    apart = without_shared(train, heldout, skip_invalid=True)
+    assert apart.prompts == ('B "B"', 'C "C"') and apart.targets == (("B",), ("C",))
+    assert len(apart.metadata) == 2 and len(apart.left_out) == 1
+    with pytest.raises(UserError, match=r"^1 held-out prompts") as error:
+        without_shared(train, heldout, skip_invalid=False)
+    assert "prompts.skip_invalid" in str(error.value)
+    assert without_shared(apart, heldout, skip_invalid=False).prompts == apart.prompts
 
 
 def test_examples_show_prompts_and_targets(tmp_path):
