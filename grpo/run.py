@@ -152,7 +152,8 @@ class RunSpec:
     @functools.cached_property
     def schedule(self) -> Schedule:
         """The schedule of the rollout."""
-        return flow_sigmas(self.recipe.sample.steps, self.recipe.sample.shift)
+        sample = self.recipe.sample
+        return flow_sigmas(sample.steps, sample.shift, sample.schedule)
 
     @functools.cached_property
     def segments(self) -> tuple[Segment, ...]:
@@ -162,8 +163,9 @@ class RunSpec:
     @functools.cached_property
     def solver(self):
         """The solver of the evaluation, with its schedule."""
-        evaluation = self.recipe.eval
-        return make_solver(evaluation.solver, evaluation.steps, self.recipe.sample.shift)
+        evaluation, sample = self.recipe.eval, self.recipe.sample
+        version = sample.schedule if evaluation.schedule == "sample" else evaluation.schedule
+        return make_solver(evaluation.solver, evaluation.steps, sample.shift, version=version)
 
     @functools.cached_property
     def eval_segments(self) -> tuple[Segment, ...]:

@@ -95,7 +95,8 @@ def settings_of(recipe: Recipe) -> Settings:
     sample, train, lora = recipe.sample, recipe.train, recipe.lora
     videos = checks.videos_of(recipe)
     try:
-        flow_sigmas(sample.steps, sample.shift)  # raises where they give no schedule
+        # raises where they give no schedule
+        flow_sigmas(sample.steps, sample.shift, sample.schedule)
         return Settings(
             dtype=DTYPES[recipe.model.dtype],
             lora=LoRAConfig(lora.rank, lora.alpha, lora.targets) if lora.rank else None,

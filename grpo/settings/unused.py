@@ -45,6 +45,21 @@ def unread(recipe) -> dict[str, str]:
             f"sample.guidance={recipe.sample.guidance}",
             ("sample.guidance_2", "train.guided"),
         ),
+        (
+            recipe.model.single_expert,
+            "model.single_expert=True",
+            ("model.offload", "sample.guidance_2", "eval.guidance_2"),
+        ),
+        (
+            recipe.sample.untrained_noise and method.keeps_steps,
+            "sample.untrained_noise=True",
+            ("sample.ode_solver",),
+        ),
+        (
+            recipe.eval.solver == "flow_match_euler",
+            "eval.solver=flow_match_euler",
+            ("eval.schedule",),
+        ),
         (recipe.eval.guidance <= 1, f"eval.guidance={recipe.eval.guidance}", ("eval.guidance_2",)),
         (
             max(recipe.sample.guidance, recipe.eval.guidance) <= 1 and not train.cfg_distill_weight,

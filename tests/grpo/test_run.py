@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 
 from configs import wan22_a14b_ocr
@@ -74,6 +75,22 @@ def test_two_experts_share_the_steps():
     assert first.steps.stop == second.steps.start and second.steps.stop == spec.recipe.sample.steps
     assert sum(map(spec.trained_steps, (0, 1))) == sum(spec.windows.quotas)
     assert len(spec.sampling_guidance) == len(spec.eval_guidance) == 2
+
+
+def test_the_schedule_is_that_of_the_recipe():
+    """Legacy: sigma_0 of 20 steps with shift 3 is 2.997 / 2.998. Rollout, split between experts, and
+    evaluation, which may have another one.
+    """
+    values = {"sample.steps": 20, "sample.schedule": "legacy", "eval.solver": "euler"}
+    spec = tiny_spec("wan2.2-a14b", **values)
+    first = np.float32(2.997 / 2.998)
+    assert spec.schedule.sigmas[0] == spec.solver.schedule.sigmas[0] == first
+    # of the newer list 7 timesteps are 875 or more
+    assert [segment.steps for segment in spec.segments] == [range(6), range(6, 20)]
+    assert tiny_spec("wan2.2-a14b", **{"sample.steps": 20}).segments[0].steps == range(7)
+    other = spec.changed(eval={"schedule": "diffusers"})
+    assert other.schedule.sigmas[0] == first
+    assert other.solver.schedule.sigmas[0] == np.float32(1 - 1e-6)
 
 
 def test_other_settings_make_another_run():

@@ -22,8 +22,9 @@ import math
 import numpy as np
 from jaxtyping import Float32
 
+from wan_jax.choices import SCHEDULES
+
 TRAIN_TIMESTEPS = 1000
-VERSIONS = ("diffusers", "legacy")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,8 +55,8 @@ def flow_sigmas(num_steps: int, shift: float, version: str = "diffusers") -> Sch
     finite, or an unknown version.
     """
     _check(num_steps, shift)
-    if version not in VERSIONS:
-        raise ValueError(f"version={version!r} is unknown; choose one of {', '.join(VERSIONS)}")
+    if version not in SCHEDULES:
+        raise ValueError(f"version={version!r} is unknown; choose one of {', '.join(SCHEDULES)}")
     u = np.linspace(1.0, 1.0 / TRAIN_TIMESTEPS, num_steps + 1)  # [T+1]
     if version == "legacy":
         u = (1.0 - u)[::-1]

@@ -235,7 +235,7 @@ def make_solver(
         'flow_match_euler'  Euler on euler_sigmas, Diffusers' scheduler of that name
         'dpmpp_2m'          DPM-Solver++(2M) on flow_sigmas
 
-    version: of `flow_sigmas`. Raises ValueError on an unknown name.
+    version: of flow_sigmas; euler_sigmas has one. Raises ValueError on an unknown name or version.
     """
     if name == "unipc":
         return UniPC(flow_sigmas(num_steps, shift, version), order)

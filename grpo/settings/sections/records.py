@@ -3,7 +3,7 @@
 import dataclasses
 
 from grpo.settings.setting import GUIDANCE, Section, setting
-from wan_jax.choices import SOLVERS
+from wan_jax.choices import SCHEDULES, SOLVERS
 from wan_jax.command_line.limits import SEED, Range
 
 
@@ -47,6 +47,12 @@ class Eval(Section):
         "ODE solver. `euler` is the solver of training, `flow_match_euler` and `unipc` are those "
         "of Diffusers' schedulers, `dpmpp_2m` is DPM-Solver++(2M).",
         choices=SOLVERS,
+    )
+    schedule: str = setting(
+        "sample",
+        "List of noise levels and timesteps. `sample`: that of `sample.schedule`. The solver "
+        "`flow_match_euler` has its own.",
+        choices=("sample", *SCHEDULES),
     )
     seed: int = setting(
         1234,

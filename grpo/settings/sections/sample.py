@@ -4,7 +4,7 @@ import dataclasses
 
 from grpo.settings.choices import ODE_SOLVERS, WINDOWS
 from grpo.settings.setting import GUIDANCE, PER_PROCESS, POSITIVE, POSITIVE_OR_INF, Section, setting
-from wan_jax.choices import SDE_KINDS
+from wan_jax.choices import SCHEDULES, SDE_KINDS
 from wan_jax.command_line.limits import Range
 
 
@@ -59,6 +59,13 @@ class Sample(Section):
         3.0,
         "Shift of the noise schedule. A larger one spends more of the steps at high noise.",
         bounds=POSITIVE,
+    )
+    schedule: str = setting(
+        "diffusers",
+        "List of noise levels and timesteps. `diffusers`: that of Diffusers 0.37 and later. "
+        "`legacy`: that of earlier versions and of Wan's own code, with which Flow-GRPO's runs of "
+        "Wan were made.",
+        choices=SCHEDULES,
     )
     guidance: float = setting(
         4.5,

@@ -137,8 +137,9 @@ class Train(Section):
     )
     credit: str = setting(
         "none",
-        "Weight of each trained step in the loss. `none`: all are equal. `longcat` and `rectified` "
-        "(Flash-GRPO) follow from the schedule; `otca` depends on the progress of each video.",
+        "Weight of each trained step in the loss. `none`: all are equal. `longcat`, `rectified` "
+        "(Flash-GRPO) and `noise_over_step` (a revision of Flow-GRPO's code for Wan) follow from the "
+        "schedule; `otca` depends on the progress of each video.",
         choices=CREDITS,
         experimental=("longcat", "rectified", "otca"),
     )

@@ -169,6 +169,11 @@ def test_make_solver():
         ours = make_solver(name, 5, 3.0)
         assert type(ours) is kind
         np.testing.assert_array_equal(ours.schedule.sigmas, schedule.sigmas)
+        legacy = make_solver(name, 5, 3.0, version="legacy").schedule
+        if name != "flow_match_euler":
+            schedule = flow_sigmas(5, 3.0, "legacy")
+        np.testing.assert_array_equal(legacy.sigmas, schedule.sigmas)
+        np.testing.assert_array_equal(legacy.timesteps, schedule.timesteps)
     with pytest.raises(ValueError, match=r"'ddim'.*unipc, euler, flow_match_euler"):
         make_solver("ddim", 5, 3.0)
 
