@@ -1,8 +1,11 @@
 """The random streams of a run: every draw is a function of the seed and of its purpose.
 
 Host streams seed NumPy generators with [seed, epoch, number, ...]. Key streams are folded into the
-JAX key of the run. The last two are reserved indices within the key of an epoch. They are larger than
-the number of any denoising step or video, so that no draw of the rollout is equal to theirs.
+JAX key of the run. Within the key of an epoch, which is that of ROLLOUT with the epoch folded in, the
+noise of a denoising step has the key (number of the video, number of the step), whether the step is
+trained or not (`grpo.rollout.sample_noise`). The last two streams are reserved indices there. They are
+larger than the number of any denoising step or video, so that no draw of the rollout is equal to
+theirs.
 """
 
 import enum

@@ -131,16 +131,15 @@ def step_credit(
         raise ValueError(f"credit={kind!r} is unknown; choose one of {', '.join(CREDITS)}")
     if kind in ("none", "otca"):
         return None
-    if kind == "rectified":
-        std = sde.diffusion_coefficient(config, schedule) * np.sqrt(
-            -np.diff(schedule.sigmas.astype(np.float64))
-        )
-        weight = std / sde.mean_slope(config, schedule)
-        return (weight / np.mean(weight[trained])).astype(np.float32)
     s = schedule.sigmas.astype(np.float64)
-    return (np.sqrt(s[:-1] / (1.0 - np.append(s[1], s[1:-1]))) / np.sqrt(-np.diff(s))).astype(
-        np.float32
-    )
+    root = np.sqrt(-np.diff(s))  # [T]
+    if kind == "longcat":
+        return (np.sqrt(s[:-1] / (1.0 - np.append(s[1], s[1:-1]))) / root).astype(np.float32)
+    g = sde.diffusion_coefficient(config, schedule)
+    if kind == "noise_over_step":
+        return (g / root).astype(np.float32)
+    weight = g * root / sde.mean_slope(config, schedule)
+    return (weight / np.mean(weight[trained])).astype(np.float32)
 
 
 def sample_noise(key: jax.Array, samples: jax.Array, step, shape: tuple[int, ...]) -> jax.Array:
@@ -238,6 +237,7 @@ def rollout(
     steps: range,
     window: np.ndarray,
     multistep: bool = False,
+    untrained_noise: bool = False,
 ) -> tuple[jax.Array, Trajectory | None]:
     """Compute denoising steps of one batch, and return (latents after the last step, Trajectory).
 
@@ -251,10 +251,11 @@ def rollout(
         key: JAX key of the epoch.
         samples: int32 [B], numbers of the samples in the epoch, sharded over the mesh.
         steps: to compute, of the schedule.
-        window: int [K], the stochastic steps, whose values the trajectory has; the others follow the
-            ODE. Or int [1, B], one stochastic step for each row. A row with a step outside of
-            `steps` gets an ODE step in the trajectory, which is to be masked.
+        window: int [K], the steps whose values the trajectory has, which are stochastic. Or
+            int [1, B], one such step for each row. A row with a step outside of `steps` gets another
+            step in the trajectory, which is to be masked.
         multistep: whether `step` needs the arguments `last` and `follows`.
+        untrained_noise: whether the other steps are stochastic too; else they follow the ODE.
     """
     if window.ndim == 2:
         place = partial(sharding_lib.place, sharding=samples.sharding)
@@ -268,14 +269,16 @@ def rollout(
             window=window[0],
             place=place,
             multistep=multistep,
+            untrained_noise=untrained_noise,
         )
-    taken = []  # (x, x_next, log_prob, mean, kl) of each stochastic step
+    taken = []  # (x, x_next, log_prob, mean, kl) of each step of the window
     past = (x, False) if multistep else ()
     for i in steps:
-        stochastic = i in window
+        trained = i in window
+        stochastic = trained or untrained_noise
         x_next, *rest, clean = step(trainable, frozen, x, i, stochastic, text, key, samples, *past)
         past = (clean, not stochastic) if multistep else ()
-        if stochastic:
+        if trained:
             taken.append((x, x_next, *rest))
         x = x_next
     if not taken:
@@ -296,22 +299,23 @@ def _rollout_by_row(
     window: np.ndarray,
     place: Callable,
     multistep: bool,
+    untrained_noise: bool,
 ) -> tuple[jax.Array, Trajectory | None]:
-    """Return the result of `rollout` with one stochastic step for each row, int [B].
+    """Return the result of `rollout` with one step of the trajectory for each row, int [B].
 
     step: with the policy's arrays. place: puts an array [B] on the devices of the batch.
     """
-    taken = None  # (x, x_next, log_prob, mean, kl) of the rows' stochastic steps so far
+    taken = None  # (x, x_next, log_prob, mean, kl) of the rows' steps in the window so far
     past = (x, place(np.zeros(len(window), bool))) if multistep else ()
     for i in steps:
-        rows = window == i
-        stochastic = place(rows)
-        x_next, *rest, clean = step(x, i, stochastic, text, key, samples, *past)
-        past = (clean, place(~rows)) if multistep else ()
+        trained = window == i
+        stochastic = trained | untrained_noise
+        x_next, *rest, clean = step(x, i, place(stochastic), text, key, samples, *past)
+        past = (clean, place(~stochastic)) if multistep else ()
         if taken is None:
             taken = (x, x_next, *rest)
-        elif rows.any():
-            taken = choose_rows(stochastic, (x, x_next, *rest), taken)
+        elif trained.any():
+            taken = choose_rows(place(trained), (x, x_next, *rest), taken)
         x = x_next
     if taken is None:
         return x, None
@@ -392,6 +396,7 @@ def rollout_batches(
     windows: Sequence[np.ndarray],
     done: int = 0,
     multistep: bool = False,
+    untrained_noise: bool = False,
 ) -> Iterator[tuple[int, int, jax.Array, Trajectory | None]]:
     """Dispatch `rollout` for every segment of the schedule and every batch, and yield (number of the
     segment, number of the batch, latents, Trajectory or None).
@@ -405,9 +410,10 @@ def rollout_batches(
         noise, texts, samples: of each batch.
         key: JAX key of the epoch.
         parts: segments of the schedule.
-        windows: stochastic steps of each segment, int [K], or int [1, N] of all videos.
+        windows: of each segment, as in `rollout`: int [K], or int [1, N] of all videos.
         done: number of steps of the first segment that were computed for `noise` before.
-        multistep: as in `rollout`. The solver starts again in each segment and after `done`.
+        multistep, untrained_noise: as in `rollout`. The solver starts again in each segment and
+            after `done`.
     """
     latents: list[jax.Array | None] = list(noise)
     for i, (part, window) in enumerate(zip(parts, windows)):
@@ -430,6 +436,7 @@ def rollout_batches(
                 steps=part.steps if i else part.steps[done:],
                 window=batch_window,
                 multistep=multistep,
+                untrained_noise=untrained_noise,
             )
             latents[b] = x if i < len(parts) - 1 else None
             del start

@@ -151,13 +151,15 @@ def sample_epoch(
     chosen = epoch_prompts(recipe.seed, epoch - 1, len(session.prompts), sample.groups)
     prompt_of = np.repeat(chosen, sample.group_size)
     windows = spec.windows.of_epoch(recipe.seed, epoch)
+    noisy = sample.untrained_noise and method.keeps_steps
     size, sharded = sample.batch_size, sharding_lib.batch_sharding(spec.mesh)
     rows = [np.arange(b * size, (b + 1) * size) for b in range(settings.batches)]
     numbers = [sharding_lib.place(r.astype(np.int32), sharded) for r in rows]
     steps_done = saved = 0
     if sample.shared_noise:
+        first = np.array(spec.segments[0].steps) if noisy else windows[0]
         steps_done, saved, noise = shared_prefix(
-            session, states, key, frames, prompt_of, windows[0], rows
+            session, states, key, frames, prompt_of, first, rows
         )
     else:
         noise = [initial_noise(key, n, spec.shape_of(frames)) for n in numbers]
@@ -174,6 +176,7 @@ def sample_epoch(
         windows=windows,
         done=steps_done,
         multistep=sample.ode_solver != "euler",
+        untrained_noise=noisy,
     )
     last = len(spec.segments) - 1
     decoding = (

@@ -122,6 +122,7 @@ class GRPO(Method):
         "sample.sde_window_epochs",
         "sample.noise_level",
         "sample.max_step_std",
+        "sample.untrained_noise",
         "train.clip_low",
         "train.clip_high",
         "train.divergence",

@@ -225,6 +225,37 @@ def test_kl_at_sampling_and_advantages_of_each_step():
     assert np.linalg.norm(of([first, zero])) > 0 < np.linalg.norm(of([zero, second]))
 
 
+def test_untrained_steps_are_stochastic_on_demand():
+    """The noise of every step, of one window or of a step for each video, and the trajectory of the
+    trained ones alone.
+    """
+    mesh_rows = np.arange(2, dtype=np.int32)
+    noisy = []
+
+    def step(trainable, frozen, x, i, stochastic, text, key, samples):
+        noisy.append(np.broadcast_to(stochastic, 2).tolist())
+        return x + 1, x[:, 0], None, None, None
+
+    def run(window, **options):
+        noisy.clear()
+        samples = jax.device_put(mesh_rows)
+        arguments = {"key": None, "samples": samples, "steps": range(4), "window": window}
+        x = jnp.zeros((2, 1))
+        return rollout(step, {}, None, x, text_batch(2), **arguments, **options)
+
+    both, neither = [True, True], [False, False]
+    final, kept = run(WINDOW, untrained_noise=True)
+    assert noisy == [both] * 4 and final[0, 0] == 4
+    assert kept.step.tolist() == WINDOW.tolist() and kept.x[:, 0, 0].tolist() == [0, 2]
+    run(WINDOW)
+    assert noisy == [both, neither, both, neither]
+    own = np.array([[2, 9]])
+    _, kept = run(own, untrained_noise=True)
+    assert noisy == [both] * 4 and kept.x[0, :, 0].tolist() == [2, 0]
+    run(own)
+    assert noisy == [neither, neither, [True, False], neither]
+
+
 @pytest.mark.slow
 def test_dpm_solver_between_stochastic_steps():
     """Without a stochastic step the rollout is the solver's own trajectory; after one it starts

@@ -123,7 +123,7 @@ class Sample(Section):
     sde_steps: int = setting(
         19,
         "Number of steps of an epoch that are stochastic, and so trained. The other steps follow "
-        "the ODE.",
+        "the ODE, but see `sample.untrained_noise`.",
         bounds=Range(1),
     )
     sde_range: tuple[int, int] = setting(
@@ -132,6 +132,11 @@ class Sample(Section):
         "is not included.",
         bounds=Range(0),
         form="(first, last + 1)",
+    )
+    untrained_noise: bool = setting(
+        False,
+        "Of `grpo`: whether the steps that are not trained are stochastic too. In Flow-GRPO's code "
+        "for Wan all 20 steps are, and the last is not trained. False: they follow the ODE.",
     )
     sde_window: str = setting(
         "any",
