@@ -125,6 +125,11 @@ def step_credit(
     factor. The published divisor is the mean over the rows of an update. Ours is constant, and equal
     to it where the rows are spread evenly over the trained steps.
 
+    'noise_over_step': w = g / sqrt(-dt), of the policy loss alone, as in scripts/train_wan2_1.py of
+    Flow-GRPO at 32b48fd (`* sigma_t / dt`, where its dt is a root). It is the first term of 1 / c:
+    w c = 1 + g^2 (1 - s) / (2 s). The KL has no weight there (`LossConfig.kl_weighted`). The
+    revision 74db691 has no such factor.
+
     Raises ValueError on an unknown kind.
     """
     if kind not in CREDITS:

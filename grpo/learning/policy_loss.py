@@ -41,6 +41,7 @@ class LossConfig:
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         kl_beta: weight of the KL.
         kl_kind: measure of the KL (`kl.kl_to_reference`).
+        kl_weighted: whether the KL of a step is multiplied by the square of the step's weight.
         objective: one of those above.
         divergence: bound of D, for 'dppo'.
         kl_target: the KL that its weight is adapted to, from kl_beta on (`kl.AdaptiveKL`); None:
@@ -57,6 +58,7 @@ class LossConfig:
     clip_high: float = 1e-3
     kl_beta: float = 0.004
     kl_kind: str = "flow_grpo"
+    kl_weighted: bool = True
     objective: str = "clip"
     divergence: float = 1e-5
     kl_target: float | None = None
@@ -124,7 +126,7 @@ class Rows:
         mask: [B] bool, rows that count.
         old_mean: [B, ...] fp32, the mean of the step at rollout, where the objective needs it.
         weight: [B] fp32, weight of the step. The policy loss is multiplied by it, the KL by its
-            square. None: 1.
+            square (`LossConfig.kl_weighted`). None: 1.
         preserving: whether the mean of the step is that of CPS.
     """
 
@@ -260,7 +262,7 @@ def policy_gradient_terms(
         kl = step_kl(rows.x, velocity, jax.lax.stop_gradient(velocity_ref), step, config.kl_kind)
     if rows.weight is not None:
         policy_loss = rows.weight * policy_loss
-        kl = rows.weight**2 * kl
+        kl = rows.weight**2 * kl if config.kl_weighted else kl
     metrics = _metrics(rows, log_prob, ratio, clipped, policy_loss, kl)
     loss = policy_loss + (config.kl_beta if kl_beta is None else kl_beta) * kl
     # distillation of guidance

@@ -164,6 +164,7 @@ class GRPO(Method):
                 clip_high=train.clip_high,
                 kl_beta=0.0 if in_reward else weight,
                 kl_kind=train.kl_kind,
+                kl_weighted=train.credit != "noise_over_step",
                 objective=train.objective,
                 divergence=train.divergence,
                 kl_target=train.kl_target,

@@ -2,6 +2,8 @@
 their own, the solver between stochastic steps, and the weights of steps.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -328,6 +330,16 @@ def test_rectified_credit_gives_every_step_a_gradient_of_one_size(kind):
         np.testing.assert_allclose(
             table.weight[1:] / longcat[1:], table.weight[1] / longcat[1], rtol=1e-5
         )
+
+
+def test_credit_of_the_noise_over_the_step():
+    """g / sqrt(-dt), step by step, in float64; the KL has no weight (`test_policy_loss`)."""
+    schedule = flow_sigmas(20, 3.0, "legacy")
+    weight = StepTable.make(schedule, sde.SDEConfig(), "noise_over_step").weight
+    sigmas, _ = reference.flow_sigmas(20, 3.0, "legacy")
+    wanted = [sigmas[1] * s / (s - s_next) ** 0.5 for s, s_next in itertools.pairwise(sigmas)]
+    # sigmas are rounded to fp32, which changes -dt, at least 0.017, by 2^-24 / 0.017 = 4e-6 at most
+    np.testing.assert_allclose(weight, wanted, rtol=4e-6)
 
 
 def test_rectified_credit_of_wans_published_schedule():

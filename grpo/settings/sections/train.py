@@ -141,7 +141,7 @@ class Train(Section):
         "(Flash-GRPO) and `noise_over_step` (a revision of Flow-GRPO's code for Wan) follow from the "
         "schedule; `otca` depends on the progress of each video.",
         choices=CREDITS,
-        experimental=("longcat", "rectified", "otca"),
+        experimental=("longcat", "rectified", "noise_over_step", "otca"),
     )
     clip_low: float = setting(
         1e-3,

@@ -380,6 +380,12 @@ def test_weights_scale_the_loss_and_their_squares_the_penalty():
     )[1]
     assert float(thrice.policy_loss) == pytest.approx(3 * float(plain.policy_loss), rel=1e-6)
     assert float(thrice.kl) == pytest.approx(9 * float(plain.kl), rel=1e-6)
+    unweighted = dataclasses.replace(config, kl_weighted=False)
+    policy_alone = compiled_terms(
+        weighted, jnp.asarray(args["v_new"]), jnp.asarray(args["v_ref"]), unweighted
+    )[1]
+    assert float(policy_alone.policy_loss) == pytest.approx(float(thrice.policy_loss), rel=1e-6)
+    assert float(policy_alone.kl) == pytest.approx(float(plain.kl), rel=1e-6)
 
 
 def test_a_weight_in_place_of_the_configured_one():
