@@ -92,12 +92,14 @@ class GRPO(Method):
             part of the loss.
         step_importance: whether each step is weighted by the progress of the video in it
             (train.credit=otca).
+        drop_zero_advantages: whether videos whose advantages are all 0 do not count.
         ratio_tolerance: bound of the deviation of the importance ratio from 1 in the first update.
     """
 
     policy_loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     kl_in_reward: float = 0.0
     step_importance: bool = False
+    drop_zero_advantages: bool = False
     ratio_tolerance: float = 1e-4
 
     name = "grpo"
@@ -133,6 +135,7 @@ class GRPO(Method):
         "train.kl_reference_decay",
         "train.cfg_distill_guidance",
         "train.cfg_distill_guidance_2",
+        "train.zero_advantages",
         "train.ratio_tolerance",
     )
 
@@ -175,6 +178,7 @@ class GRPO(Method):
             ),
             kl_in_reward=weight if in_reward else 0.0,
             step_importance=train.credit == "otca",
+            drop_zero_advantages=train.zero_advantages == "drop",
             ratio_tolerance=tolerance,
         )
 
@@ -289,10 +293,13 @@ class GRPO(Method):
             )
         if self.importance:
             advantages = advantages * rollout.importance[name]
+        counted = in_segment & credit.counted
+        if self.drop_zero_advantages:
+            counted &= (np.atleast_2d(advantages) != 0).any(0)
         # by rollout batch: advantages [batches, (K,) B], the others [batches, B]
         batches = settings.batches
         advantages = np.moveaxis(advantages.reshape(*advantages.shape[:-1], batches, -1), -2, 0)
-        counted = (in_segment & credit.counted).reshape(batches, -1)
+        counted = counted.reshape(batches, -1)
         spread = credit.spread.reshape(batches, -1)
         numbers = numbers.reshape(batches, -1)
         trajectories = rollout.trajectories[name]

@@ -89,6 +89,24 @@ def test_one_group_without_spread_is_masked(method, counted):
     assert record["videos_trained"] == (2 if method == "dpo" else counted)
 
 
+def test_videos_with_advantage_0_are_dropped_on_demand():
+    """Those of a group without spread, and one at its group's mean. With a KL in the reward all
+    have advantages. An update of such videos only is left out.
+    """
+    drop = {"train.zero_advantages": "drop"}
+    rewards = np.array([0.5, 0.5, 0.5, 0.5, 0.2, 0.4, 0.9, 0.5])
+    for values, updates, kept in (
+        ({"train.updates_per_epoch": 1}, 1, [4, 5, 6]),
+        ({}, 1, [4, 5, 6]),
+        ({"train.kl_as": "reward", "train.kl_weight": 0.1}, 1, [4, 5, 6, 7]),
+    ):
+        learn, _, made = epoch_of("grpo", **drop | values)
+        record = learn(rewards)
+        assert (record["updates"], record["videos_trained"]) == (updates, len(kept))
+        valid = np.concatenate([batch.valid.ravel() for batch, _ in made])
+        np.testing.assert_array_equal(np.flatnonzero(valid) + 8 - len(valid), kept)
+
+
 def test_old_weights_follow_in_the_last_update_that_is_made():
     """The first update of the epoch has the group with spread; after the second, left out, the old
     policy samples. The shares follow the number of updates made.

@@ -12,6 +12,7 @@ from grpo.settings.choices import (
     METHODS,
     OBJECTIVES,
     STDS,
+    ZERO_ADVANTAGES,
 )
 from grpo.settings.setting import FRACTION, GUIDANCE, POSITIVE, POSITIVE_OR_INF, Section, setting
 from wan_jax.choices import EXPERTS
@@ -252,6 +253,12 @@ class Train(Section):
         "held-out prompts, in standard deviations of the base model's videos. inf: any distance.",
         bounds=POSITIVE_OR_INF,
         resume=True,
+    )
+    zero_advantages: str = setting(
+        "keep",
+        "Of `grpo`: what becomes of videos whose advantages are all 0, as in groups of equal rewards. "
+        "`keep`: they count in the means of loss and KL. `drop`: they do not, as in Flow-GRPO's code.",
+        choices=ZERO_ADVANTAGES,
     )
     ratio_tolerance: float | None = setting(
         None,
