@@ -24,7 +24,7 @@ from tqdm import tqdm
 from grpo.data.prompts import load_prompts
 from grpo.records.run_log import RunLog
 from grpo.report import run_report
-from grpo.run import RunSpec
+from grpo.run import RunSpec, open_model
 from grpo.scoring.heldout import Evaluation, Evaluator, format_evaluation
 from grpo.scoring.scores import for_rewards, open_pool, targets_check
 from grpo.settings import parse
@@ -38,7 +38,7 @@ from wan_jax.errors import UserError
 from wan_jax.inference import pipeline, reward_guidance
 from wan_jax.models import precision, presets
 from wan_jax.storage import checkpoint as checkpoint_lib
-from wan_jax.storage import folder_lock, merged_loras, model_dir
+from wan_jax.storage import folder_lock, merged_loras
 from wan_jax.storage.trained_weights import load_transformers
 
 CONFIG = config_flags.DEFINE_config_file("config", None, FLAG_HELP, lock_config=True)
@@ -85,7 +85,7 @@ def main(_):
     cli.enable_compilation_cache()
     precision.use(recipe.model.matmul_precision)
     with cli.user_input():
-        model = merged_loras.merge(model_dir.open_model(recipe.model.path), recipe.model.loras)
+        model = open_model(recipe)
         if CHECKPOINT.value is not None:
             checkpoints, epoch = checkpoint_lib.find(CHECKPOINT.value)
             # checked before the model itself is evaluated, which takes long

@@ -25,7 +25,7 @@ from grpo.compiled import compile, costs, rocm_compiler
 from grpo.compiled.functions import TEXT_ROWS, Functions, Program
 from grpo.compiled.placement import choose_mesh
 from grpo.data.prompts import load_prompts
-from grpo.run import RunSpec, trained_names
+from grpo.run import RunSpec, open_model, trained_names
 from grpo.settings import parse
 from grpo.settings.reference import FLAG_HELP
 from grpo.settings.schema import Recipe
@@ -40,7 +40,6 @@ from wan_jax.errors import UserError
 from wan_jax.inference import pipeline
 from wan_jax.models import precision, presets, vae_chunks
 from wan_jax.models.attention import choose_backend, platform_of
-from wan_jax.storage import merged_loras, model_dir
 
 # Sizes and lengths of the search for the largest videos. Sizes that a model cannot make are skipped.
 SIZES = ((240, 416), (512, 512), (480, 832), (704, 1280))
@@ -150,7 +149,7 @@ def choose_model(recipe: Recipe, name: str | None) -> tuple[presets.Preset, int,
     """
     path = recipe.model.path
     if name is None and pathlib.Path(path).is_dir():
-        model = merged_loras.merge(model_dir.open_model(path), recipe.model.loras)
+        model = open_model(recipe)
         prompts = (
             load_prompts(file, parse_targets, skip_invalid=recipe.prompts.skip_invalid).prompts
             for file in (recipe.prompts.train, recipe.prompts.heldout)
@@ -163,7 +162,10 @@ def choose_model(recipe: Recipe, name: str | None) -> tuple[presets.Preset, int,
             f"config.model.path={path} does not exist; convert the model first (python -m "
             f"convert.from_diffusers), or give --model, one of {', '.join(presets.PRESETS)}"
         )
-    return presets.PRESETS[name], TEXT_ROWS, f"{name} as published"
+    preset = presets.PRESETS[name]
+    if recipe.model.single_expert:
+        preset = dataclasses.replace(preset, boundary=None)
+    return preset, TEXT_ROWS, f"{name} as published"
 
 
 def compiled_backend(

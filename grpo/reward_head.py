@@ -31,7 +31,7 @@ from tqdm import tqdm
 from grpo.data.prompts import load_prompts
 from grpo.random_streams import Stream
 from grpo.rollout import initial_noise
-from grpo.run import RunSpec
+from grpo.run import RunSpec, open_model
 from grpo.scoring import reward_combination
 from grpo.scoring.scores import gather_scores, open_pool, submit, targets_check
 from grpo.settings import parse
@@ -48,7 +48,7 @@ from wan_jax.inference import pipeline
 from wan_jax.inference.reward_guidance import from_model, head_config, make_head, predict, save_head
 from wan_jax.models import precision, presets
 from wan_jax.models.transformer import WanTransformer3D
-from wan_jax.storage import merged_loras, model_dir
+from wan_jax.storage import model_dir
 from wan_jax.storage.trained_weights import load_transformers
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels that are reported
@@ -274,7 +274,7 @@ def main(_):
     cli.enable_compilation_cache()
     precision.use(recipe.model.matmul_precision)
     with cli.user_input():
-        model = merged_loras.merge(model_dir.open_model(recipe.model.path), recipe.model.loras)
+        model = open_model(recipe)
         spec = RunSpec.make(recipe, settings, presets.of_folder(model), training=False)
         transformer, size = spec.preset.transformer, recipe.sample.batch_size
         if options.layers > transformer.num_layers:

@@ -26,7 +26,16 @@ from wan_jax.inference import pipeline
 from wan_jax.models.attention import choose_backend, platform_of
 from wan_jax.models.precision import describe
 from wan_jax.models.presets import Preset
-from wan_jax.storage import media
+from wan_jax.storage import media, merged_loras, model_dir
+
+
+def open_model(recipe: Recipe) -> model_dir.ModelDir:
+    """Return a recipe's model, with its LoRAs merged, and with one expert where the recipe asks for
+    it. Raises `UserError` where the folder or a LoRA file cannot be used.
+    """
+    settings = recipe.model
+    model = model_dir.open_model(settings.path, single_expert=settings.single_expert)
+    return merged_loras.merge(model, settings.loras)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ from wan_jax.distributed import memory, multihost
 from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.distributed.offload import Weights
 from wan_jax.inference import pipeline
-from wan_jax.storage import folder_lock, merged_loras, model_dir
+from wan_jax.storage import folder_lock, model_dir
 from wan_jax.storage.checkpoint import Checkpoints
 
 
@@ -144,8 +144,6 @@ def prepare(
     run's folder, in process 0.
     """
     recipe, settings, mesh = spec.recipe, spec.settings, spec.mesh
-    with cli.user_input():
-        model = merged_loras.merge(model, recipe.model.loras)
     adapters = None
     if recipe.lora.init and settings.lora is not None:
         with cli.user_input():

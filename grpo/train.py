@@ -35,7 +35,7 @@ from grpo.data.prompts import PromptSet, epoch_prompts, load_prompts, without_sh
 from grpo.records import epoch_record, run_log
 from grpo.records.clock import Stopwatch
 from grpo.report import run_report
-from grpo.run import RunSpec
+from grpo.run import RunSpec, open_model
 from grpo.sampling import States, averaged_weights, sample_epoch, zero_nonfinite
 from grpo.scoring import reward_combination
 from grpo.scoring.heldout import Evaluation, format_evaluation
@@ -116,7 +116,7 @@ def train_recipe(config) -> int | None:
         cli.enable_compilation_cache()
         precision.use(recipe.model.matmul_precision)
         with cli.user_input():
-            model = model_dir.open_model(recipe.model.path)
+            model = open_model(recipe)
             spec = RunSpec.make(recipe, settings, presets.of_folder(model))
             if recipe.train.offload_optimiser:
                 offload.check_device(spec.mesh.local_devices[0])

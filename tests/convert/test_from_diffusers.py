@@ -193,6 +193,9 @@ def test_two_experts_are_known_by_their_boundary(source, tmp_path):
         tiny.stored_arrays(model, name)["patch_embedding/kernel"] for name in model.experts
     )
     assert not np.array_equal(high, low)
+    alone = model_dir.open_model(tmp_path / "model", single_expert=True)
+    assert alone.experts == ("transformer",) and alone.boundary is None
+    assert alone.fingerprint == model.fingerprint and "transformer_2" in alone.components
 
 
 def test_existing_destination_survives(source, broken, tmp_path):

@@ -3,14 +3,13 @@
 import pytest
 
 from grpo.data.prompts import load_prompts
-from grpo.run import RunSpec
+from grpo.run import RunSpec, open_model
 from grpo.settings import parse
 from rewards.ocr.targets import parse_targets
 from rewards.pool import RewardPool
 from tests.grpo import here, tiny_run
 from tests.rewards.pool_rewards import Brightness
 from wan_jax.models import presets
-from wan_jax.storage import model_dir
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +43,7 @@ def start(request, tmp_path, monkeypatch):
         here.share(monkeypatch, devices)
         config = tiny_run.config_of(path.read_text(), **{"epochs": 2} | values)
         checked = parse.recipe_from_config(config)
-        opened = model_dir.open_model(folder)
+        opened = open_model(checked)
         spec = RunSpec.make(checked, parse.settings_of(checked), presets.of_folder(opened))
         sets = checked.prompts.train, checked.prompts.heldout
         prompts, heldout = (load_prompts(path, parse_targets) for path in sets)

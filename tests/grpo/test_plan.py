@@ -18,6 +18,7 @@ from tests.grpo.specs import functions_of, spec_of
 from tests.grpo.tiny_run import write_recipe
 from wan_jax.command_line.cli import UserError
 from wan_jax.models import flops, presets
+from wan_jax.models.config import TransformerConfig
 
 GIB = 2**30
 PICTURES = {
@@ -137,6 +138,9 @@ def test_models_and_devices_are_chosen():
     assert plan.choose_model(recipe, "wan2.2-a14b")[0] == presets.PRESETS["wan2.2-a14b"]
     for module, model, *_ in MEASURED:
         assert plan.choose_model(module.get_config(), None)[0] == presets.PRESETS[model]
+    recipe.model.single_expert = True
+    alone = plan.choose_model(recipe, "wan2.2-a14b")[0]
+    assert alone.experts == ("transformer",) and alone.transformer == TransformerConfig()
     recipe.model.path = "models/mine"
     with pytest.raises(
         UserError, match=r"models/mine does not exist.*--model, one of wan2\.1-1\.3b"

@@ -54,6 +54,7 @@ class ModelDir:
     path: pathlib.Path
     manifest: dict
     index: dict  # model_index.json
+    single_expert: bool = False  # of two experts, whether the first one is used for all steps
     # LoRAs that are merged into the transformers, and what they change of one by its name; by
     # `merged_loras.merge`
     loras: tuple = ()
@@ -83,16 +84,15 @@ class ModelDir:
     @property
     def experts(self) -> tuple[str, ...]:
         """Names of the transformers, the one for high noise first."""
-        return tuple(
-            name for name in ("transformer", "transformer_2") if name in self.manifest["components"]
-        )
+        names = ("transformer",) if self.single_expert else ("transformer", "transformer_2")
+        return tuple(name for name in names if name in self.manifest["components"])
 
     @property
     def boundary(self) -> float | None:
         """Steps with timestep >= boundary x 1000 belong to the first expert, others to the second.
         None if there is one.
         """
-        return self.index.get("boundary_ratio")
+        return None if self.single_expert else self.index.get("boundary_ratio")
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -210,12 +210,12 @@ def previous_folder(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f".{path.name}.previous")
 
 
-def open_model(path, verify: bool = True) -> ModelDir:
+def open_model(path, verify: bool = True, single_expert: bool = False) -> ModelDir:
     """Open a converted model. Raises `UserError` when the folder is missing, damaged, not a
     converted model, or one of another format.
 
     verify: compare all files but the arrays with their digests now, and the arrays when they are
-    read.
+    read. single_expert: of two experts, use the first one for all steps.
     """
     # Is it a converted model?
     path = expand(path)
@@ -258,7 +258,8 @@ def open_model(path, verify: bool = True) -> ModelDir:
             path, {k: v for k, v in files.items() if "/params/" not in k}
         ):
             raise integrity.Damaged(f"model folder {path} is damaged: {found}")
-        model = ModelDir(path, manifest, integrity.read_json(path / "model_index.json"))
+        index = integrity.read_json(path / "model_index.json")
+        model = ModelDir(path, manifest, index, single_expert)
         if "transformer" not in manifest.get("components", ()):
             raise integrity.Damaged(f"{path / MANIFEST} names no transformer")
         configs = {model.config(name) for name in model.experts}

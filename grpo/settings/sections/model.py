@@ -47,6 +47,12 @@ class Model(Section):
         "linear. `pallas` needs a GPU and has not run on one of AMD's.",
         choices=BACKENDS,
     )
+    single_expert: bool = setting(
+        False,
+        "Of models with two experts: whether the first one computes all steps, and the second is "
+        "neither loaded nor trained. So does Diffusers up to 0.34, with which Flow-GRPO trained "
+        "Wan 2.2 A14B.",
+    )
     offload: str = setting(
         "auto",
         "Whether the expert that is not in use is offloaded to host memory, for models with two "
