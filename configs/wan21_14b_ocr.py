@@ -3,10 +3,12 @@
     python -m convert.from_diffusers --src Wan-AI/Wan2.1-T2V-14B-Diffusers --dst models/wan2.1-14b --dtype bfloat16
     python -m grpo.train --config=configs/wan21_14b_ocr.py
 
-The settings are those of AMD's published run on 4 MI300X: 48 groups of 12 pictures, the rest as
-Flow-GRPO's `general_ocr_wan2_1`. Published: 200 epochs raise the OCR reward on training prompts from
-0.55 to 0.79. That curve has not been reproduced here. `--config.train.method=nft` is DiffusionNFT,
-which learnt faster on the small Wan and updates in a fraction of the time.
+Size, groups and optimiser are those of AMD's published run on 4 MI300X: 48 groups of 12 pictures, the
+rest as Flow-GRPO's `general_ocr_wan2_1`. Reward, prompts, noise levels and evaluation are ours: the
+rule `spelling`, to which other text in the picture costs at most half, RapidOCR, and made sentences. So
+rewards cannot be compared with the published ones; `configs/published/amd_wan21_14b.py` is that run.
+`--config.train.method=nft` is DiffusionNFT, which learnt faster on the small Wan and updates in a
+fraction of the time.
 
 Memory: a trained step of 9 pictures without guidance takes at most 35 GiB on one H200, with random
 weights (docs/results.md). Several GPUs share a batch, so sample.batch_size is a multiple of their

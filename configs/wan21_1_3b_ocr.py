@@ -3,12 +3,12 @@
     python -m convert.from_diffusers --src Wan-AI/Wan2.1-T2V-1.3B-Diffusers --dst models/wan2.1-1.3b --dtype bfloat16
     python -m grpo.train --config=configs/wan21_1_3b_ocr.py
 
-The settings are those of Flow-GRPO's `general_ocr_wan2_1`: 20 steps of which 19 are stochastic,
-guidance 4.5, shift 3, LoRA of rank 32 on attention, clip range 1e-3, KL weight 0.004, advantages by
-the standard deviation of the group. Groups have 8 videos instead of 4, since the authors call 8 or
-more steadier. Flow-GRPO publishes no curve for this size, and none has been run here with the
-published weights. `--config.train.method=nft` is DiffusionNFT, which learnt faster on the small Wan
-and updates in a fraction of the time.
+Size, guidance 4.5, shift 3, LoRA of rank 32 on attention, clip range 1e-3, KL weight 0.004 and
+advantages by the standard deviation of the group are those of Flow-GRPO's `general_ocr_wan2_1`. Groups
+have 8 videos instead of 4, since the authors call 8 or more steadier. Reward, prompts, noise levels
+and evaluation are ours; `configs/published/flow_grpo_wan21_1_3b.py` is the published run. None has
+been run here with the published weights. `--config.train.method=nft` is DiffusionNFT, which learnt
+faster on the small Wan and updates in a fraction of the time.
 
 Memory: one GPU. A trained step of 9 such videos without guidance takes at most 9 GiB on one H200
 (docs/results.md).

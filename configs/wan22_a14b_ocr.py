@@ -4,10 +4,10 @@
     python -m grpo.train --config=configs/wan22_a14b_ocr.py
 
 As `wan21_14b_ocr`, with guidance 4 for the first expert and 3 for the second, and with Wan's own
-shift 12, at which the first expert has 13 of the 20 steps (7 at the shift 3 of the published
-scheduler file). Every epoch trains both experts: the stochastic steps are divided in proportion. The
-published run of this model never trained its second expert, and improved less than 14B. It has not
-been run here with the published weights.
+shift 12, at which the first expert has 13 of the 20 steps (7 at the shift 3 of the scheduler's file).
+Every epoch trains both experts: the stochastic steps are divided in proportion. All of this is ours:
+AMD's run had guidance 4.5, shift 3 and the first expert alone (`configs/published/amd_wan22_a14b.py`).
+It has not been run here with the published weights.
 
 Memory: an expert takes 28.6 GB in bfloat16. `model.offload` keeps the idle one in host memory where
 both do not fit.

@@ -1,26 +1,41 @@
 """Every recipe in configs/ is sound: settings agree, prompts can be scored, the experts it trains
-have steps.
+have steps. Recipes of published runs have the published settings.
 """
 
 import importlib
 import pathlib
 import sys
 
+import numpy as np
 import pytest
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
 from configs.defaults import defaults
 from examples import ocr_prompts
+from grpo import plan, train
 from grpo.data.prompts import epoch_prompts, load_prompts
 from grpo.learning.sde_windows import step_quotas
+from grpo.run import RunSpec
 from grpo.settings import parse
+from grpo.settings.unused import changed_in_vain
 from rewards.ocr.targets import parse_targets
+from tests.grpo import specs
 from wan_jax.diffusion.experts import segments
 from wan_jax.diffusion.schedule import flow_sigmas
+from wan_jax.diffusion.solvers import Euler
+from wan_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
 RECIPES = sorted(p.stem for p in (ROOT / "configs").glob("*_*.py") if p.stem != "__init__")
+# {recipe of a published run: model, devices, (frames, height, width), (guidances, shift)}
+PUBLISHED = {
+    "flow_grpo_wan21_1_3b": ("wan2.1-1.3b", 1, (33, 240, 416), (4.5, None, 3.0)),
+    "amd_wan21_14b": ("wan2.1-14b", 4, (1, 512, 512), (4.5, None, 3.0)),
+    "amd_wan22_a14b": ("wan2.2-a14b", 4, (1, 512, 512), (4.5, None, 3.0)),
+    "amd_wan22_a14b_both_experts": ("wan2.2-a14b", 4, (1, 512, 512), (4.0, 3.0, 12.0)),
+    "amd_wan22_ti2v_5b": ("wan2.2-ti2v-5b", 4, (1, 512, 512), (4.5, None, 5.0)),
+}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -47,6 +62,56 @@ def test_recipe(name):
     assert sum(step_quotas(parts, experts, experts, *quotas)) == quotas[0]
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_run(name):
+    """The recipe makes its run, with Flow-GRPO's settings."""
+    model, devices, size, (guidance, guidance_2, shift) = PUBLISHED[name]
+    module = importlib.import_module(f"configs.published.{name}")
+    c = module.get_config()
+    assert c.run_dir == f"runs/{name}" and f"configs/published/{name}.py" in module.__doc__
+    assert pathlib.Path(c.model.path).name == model and changed_in_vain(c) == []
+    recipe = parse.recipe_from_config(c)
+    preset = plan.choose_model(recipe, None)[0]
+    mesh = specs.devices_mesh(devices)
+    spec = RunSpec(recipe, parse.settings_of(recipe), preset, mesh, "chunked")
+    spec.check()
+    sample, train, evaluation = c.sample, c.train, c.eval
+    assert (sample.frames, sample.height, sample.width) == size
+    assert (sample.guidance, sample.guidance_2, sample.shift) == (guidance, guidance_2, shift)
+    assert (evaluation.guidance, evaluation.guidance_2) == (guidance, guidance_2)
+    # 20 steps from the list of Diffusers 0.33 are noisy, the first 19 are trained
+    start = 0.999 * shift / (1 + 0.999 * (shift - 1))
+    for schedule, steps in ((spec.schedule, 20), (spec.solver.schedule, 50)):
+        assert schedule.num_steps == steps and schedule.sigmas[0] == np.float32(start)
+    trained = np.concatenate(spec.windows.of_epoch(c.seed, 1))
+    np.testing.assert_array_equal(trained, np.arange(19))
+    assert sample.untrained_noise and train.zero_advantages == "drop" and train.credit == "none"
+    assert isinstance(spec.solver, Euler) and evaluation.num_prompts == 1018
+    assert (c.reward.rule, c.reward.engine) == ("flow_grpo_video", "paddleocr")
+    # two updates an epoch; AMD's of 24 groups of 12
+    assert spec.update_batches(0).shape == ((2, 8) if devices == 4 else (2, 1))
+    assert spec.settings.videos == (576 if devices == 4 else 16)
+    experts = (
+        ("transformer", "transformer_2") if name.endswith("both_experts") else ("transformer",)
+    )
+    assert spec.preset.experts == spec.trained == experts
+    loss, optimiser = spec.method.policy_loss, spec.settings.optimiser
+    assert (loss.clip_low, loss.clip_high, loss.kl_beta) == (1e-3, 1e-3, 0.004)
+    assert (loss.objective, loss.kl_kind) == ("clip", "flow_grpo")
+    assert (optimiser.learning_rate, optimiser.weight_decay) == (1e-4, 1e-4)
+    assert (optimiser.max_grad_norm, train.advantage_clip) == (1.0, 5.0)
+    assert (c.lora.rank, c.lora.alpha, train.advantage_std) == (32, 64.0, "group")
+
+
+def test_prompts_of_published_runs_are_not_shipped():
+    """A run without them ends in one error, which names the file."""
+    c = importlib.import_module("configs.published.amd_wan21_14b").get_config()
+    c.reward.engine = "rapidocr"
+    recipe = parse.recipe_from_config(c)
+    with pytest.raises(UserError, match=r"flow_grpo/dataset/ocr/train\.txt"):
+        train.load_prompt_sets(recipe, parse.settings_of(recipe))
+
+
 def test_every_setting_can_be_given_on_the_command_line(monkeypatch):
     """Also those that are None until then."""
     for key, default in parse.flat(defaults().to_dict()).items():
@@ -69,6 +134,8 @@ def test_every_size_has_a_recipe():
         "wan22_a14b_ocr",
         "wan22_ti2v_5b_ocr",
     }
+    published = (ROOT / "configs/published").glob("*_*.py")
+    assert {p.stem for p in published} - {"__init__"} == PUBLISHED.keys()
 
 
 def test_prompt_files_are_what_their_code_writes(tmp_path):

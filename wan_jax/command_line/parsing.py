@@ -85,9 +85,9 @@ def recipe_path(recipe: str) -> str:
         return recipe
     similar = [
         path
-        for folder in (file.parent, pathlib.Path("configs"))
+        for folder in (file.parent, pathlib.Path("configs"), pathlib.Path("configs/published"))
         for path in sorted(folder.glob("*.py"))
-        if path.stem not in ("__init__", "defaults")
+        if path.stem not in ("__init__", "defaults", "common")
         and difflib.get_close_matches(file.stem, [path.stem])
     ]
     similar.sort(

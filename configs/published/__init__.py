@@ -1,0 +1,1 @@
+"""Recipes of published runs of Flow-GRPO on Wan, as they were run (docs/published.md)."""
