@@ -11,12 +11,12 @@ RECIPE = "from configs.defaults import defaults\n\ndef get_config():\n    c = de
 
 @pytest.fixture
 def parse(monkeypatch, capsys, tmp_path):
-    """Parses a command line in a folder with two recipes: (exit code, standard error), or what is
+    """Parses a command line in a folder with recipes: (exit code, standard error), or what is
     left of it.
     """
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "configs").mkdir()
-    for name in ("tiny_ocr", "tiny_grpo", "defaults"):
+    (tmp_path / "configs/published").mkdir(parents=True)
+    for name in ("tiny_ocr", "tiny_grpo", "defaults", "published/amd_14b", "published/common"):
         (tmp_path / f"configs/{name}.py").write_text(RECIPE.format(line="c.seed = 7"))
 
     def run(*arguments, required="config"):
@@ -46,6 +46,7 @@ def parse(monkeypatch, capsys, tmp_path):
             ["--config", "zebra"],
             "--config=zebra does not exist; give a Python file with get_config()",
         ),
+        (["--config=configs/amd_14.py"], "did you mean configs/published/amd_14b.py?"),
         (["--config=configs"], "--config=configs is a folder"),
         (["configs/tiny_ocr.py"], "recipes are given as --config=configs/tiny_ocr.py"),
         ([], "--config is missing"),
