@@ -2,8 +2,9 @@
 
 docs/settings.md explains every setting (`python -m grpo.settings` prints it, `python -m
 grpo.settings kl` the settings of a word). The method is DiffusionNFT, which learnt fastest of all on
-the small Wan (docs/results.md, "Methods under one budget"). With train.method=grpo the defaults are
-Flow-GRPO's published settings for Wan 2.1 (`general_ocr_wan2_1`).
+the small Wan (docs/results.md, "Methods under one budget"). With train.method=grpo the defaults of
+the optimiser and the loss are Flow-GRPO's for Wan 2.1 (`general_ocr_wan2_1`); configs/published has
+whole published runs.
 """
 
 from typing import Any
