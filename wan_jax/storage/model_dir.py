@@ -259,7 +259,7 @@ def open_model(path, verify: bool = True, single_expert: bool = False) -> ModelD
         ):
             raise integrity.Damaged(f"model folder {path} is damaged: {found}")
         index = integrity.read_json(path / "model_index.json")
-        model = ModelDir(path, manifest, index, single_expert)
+        model = ModelDir(path, manifest, index, single_expert=single_expert)
         if "transformer" not in manifest.get("components", ()):
             raise integrity.Damaged(f"{path / MANIFEST} names no transformer")
         configs = {model.config(name) for name in model.experts}
