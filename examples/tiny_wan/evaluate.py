@@ -100,7 +100,8 @@ class Sampler:
             TransformerConfig,
             lambda c: WanTransformer3D(c, dtype=dtype, rngs=nnx.Rngs(0)),
         )
-        self.graphs, self.weights = zip(vae, text, transformer, strict=True)
+        modules = tuple(nnx.merge(*parts) for parts in (vae, text, transformer))
+        self.graph, self.weights = nnx.split(modules)
 
     def sample(self, chars, key, *, frames=1, steps=10, noise_level=None, guidance=1.0):
         """Return videos uint8 [B, T, H, W, 3] for prompts as ASCII codes [B, R].
@@ -116,7 +117,7 @@ class Sampler:
 
         @jax.jit
         def run(weights, chars, key):
-            vae, encoder, model = map(nnx.merge, self.graphs, weights)
+            vae, encoder, model = nnx.merge(self.graph, weights)
             text = encode(encoder, *tokenise(chars))
             empty = encode(encoder, *tokenise(jnp.zeros_like(chars)))
             pad = sizes.TEXT_ROWS - text.shape[1]
