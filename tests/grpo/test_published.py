@@ -1,10 +1,10 @@
-"""One epoch of a published recipe against Flow-GRPO's formulas in PyTorch: the list of noise levels, 20
-stochastic steps with guidance, rewards, advantages, the videos that are dropped, the loss with its KL,
-clipping and AdamW.
+"""The settings of published runs: one epoch of a recipe against Flow-GRPO's formulas in PyTorch, and a
+run that is continued.
 
-The model is tiny, with AMD's recipe for Wan 2.1 14B. The reference shares the model's weights, the
-texts' embeddings and the random numbers with the product, and no code: the forward pass is Diffusers'
-with PEFT's adapters.
+The formulas are the list of noise levels, 20 stochastic steps with guidance, rewards, advantages, the
+videos that are dropped, the loss with its KL, clipping and AdamW. The model is tiny, with AMD's recipe
+for Wan 2.1 14B. The reference shares the model's weights, the texts' embeddings and the random numbers
+with the product, and no code: the forward pass is Diffusers' with PEFT's adapters.
 """
 
 import math
@@ -31,10 +31,13 @@ from grpo.update import update_epoch
 from rewards.ocr.engines import TextLine
 from rewards.ocr.rules import OCRReward
 from rewards.pool import RewardPool
+from tests.grpo import tiny_run
+from tests.grpo.here import train_here
 from tests.grpo.specs import devices_mesh
 from wan_jax.inference.pipeline import TextTable, Videos
 from wan_jax.models import presets
 from wan_jax.storage import model_dir
+from wan_jax.storage.trained_weights import load_trained
 
 STEPS, TRAINED, SHIFT, GUIDANCE = 20, 19, 3.0, 4.5
 VIDEOS, GROUP, BATCH, RANK, ALPHA = 16, 4, 4, 4, 8.0
@@ -346,3 +349,33 @@ def test_an_epoch_is_that_of_flow_grpo(model, quick):
     assert np.linalg.norm(moment - wanted_moment) < 3e-4 * np.linalg.norm(wanted_moment)
     # AdamW divides by the gradient's own size, so elements of any size have that error.
     assert np.linalg.norm(found - wanted) < 3e-3 * np.linalg.norm(wanted)
+
+
+@pytest.mark.slow
+def test_a_run_of_the_first_expert_alone(two_experts, tmp_path, capsys):
+    """With the settings of published runs, and a file with a line that cannot be scored and a held-out
+    prompt. A continued run is equal to the bit.
+    """
+    options = (
+        *("model.single_expert=True", "sample.schedule=legacy", "sample.untrained_noise=True"),
+        *("sample.sde_range=(0,2)", "train.zero_advantages=drop", "prompts.skip_invalid=True"),
+    )
+    results = []
+    for stops in ((2,), (1, 2)):
+        folder = tmp_path / str(len(stops))
+        folder.mkdir()
+        config, run = tiny_run.write_recipe(two_experts, folder)
+        heldout = (folder / "heldout.txt").read_text().splitlines()
+        with open(folder / "train.txt", "a") as file:
+            file.write(f"nothing to write\n{heldout[0]}\n")
+        for epochs in stops:
+            train_here(config, *tiny_run.MEASURES, *tiny_run.PICTURE, *options, f"epochs={epochs}")
+        assert "prompts.train: 2 lines are left out" in capsys.readouterr().out
+        _, trained, _ = load_trained(run)
+        assert list(trained) == ["transformer"]
+        results.append((tiny_run.arrays_of(run), tiny_run.records_of(run)[0]))
+    (arrays, metrics), (again, metrics_again) = results
+    assert metrics == metrics_again and [record["updates"] for record in metrics] == [2, 2]
+    assert arrays.keys() == again.keys() and len(arrays) > 20
+    for name in arrays:
+        np.testing.assert_array_equal(arrays[name], again[name], err_msg=name)
