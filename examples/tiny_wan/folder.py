@@ -48,7 +48,7 @@ def load_flat(folder: pathlib.Path, component: str, shapes: dict) -> dict[str, n
     return key_table.to_ours(component, load_file(next(folder.glob("*.safetensors"))), shapes)
 
 
-def load_component(folder, component: str, config_class, module):
+def load_component(folder, component: str, config_class, module) -> tuple[nnx.GraphDef, nnx.State]:
     """Return the graph and the weights of a component folder's module, for `nnx.merge`.
 
     A jitted function takes the weights as an argument: constants would be copied into its code.
