@@ -49,5 +49,10 @@ def defaults() -> Any:
             if section not in place:
                 place[section] = ConfigDict()
             place = place[section]
-        place[name] = config_dict.placeholder(entry.kind) if entry.optional else entry.default
+        if entry.named:  # a dict in a recipe, a text on the command line
+            place[name] = config_dict.FieldReference(entry.default, field_type=object)
+        elif entry.optional:
+            place[name] = config_dict.FieldReference(entry.default, field_type=entry.kind)
+        else:
+            place[name] = entry.default
     return config

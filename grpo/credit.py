@@ -55,7 +55,7 @@ def compute_credit(
     measures of quality are compared.
     """
     recipe, weights = spec.recipe, spec.settings.weights
-    rewards = reward_combination.terms(scores.values, scores.parts, weights, base)
+    rewards = reward_combination.terms(scores.values, scores.parts, weights, base, scores.main)
     total = reward_combination.weighted_sum(rewards, weights)
     valid = scores.valid & np.isfinite(total)
     options = advantage_options(recipe)

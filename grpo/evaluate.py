@@ -21,15 +21,13 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from grpo.data.prompts import load_prompts
 from grpo.records.run_log import RunLog
 from grpo.report import run_report
 from grpo.run import RunSpec, open_model
 from grpo.scoring.heldout import Evaluation, Evaluator, format_evaluation
-from grpo.scoring.scores import for_rewards, open_pool, targets_check
+from grpo.scoring.reward_pool import for_rewards, fps_of, load_scored_prompts, open_pool
 from grpo.settings import parse
 from grpo.settings.reference import FLAG_HELP
-from rewards.ocr.targets import parse_targets
 from wan_jax.command_line import cli
 from wan_jax.command_line.flag_types import check_used, define_number, define_path
 from wan_jax.command_line.limits import Range
@@ -65,14 +63,13 @@ def main(_):
     config.run_dir = OUT.value
     recipe = parse.recipe_from_config(config)
     settings = parse.settings_of(recipe)
-    prompts = load_prompts(
+    prompts = load_scored_prompts(
         recipe.prompts.heldout,
-        parse_targets,
+        recipe.reward,
+        settings.weights,
         limit=recipe.eval.num_prompts,
-        check=targets_check(recipe.reward),
         skip_invalid=recipe.prompts.skip_invalid,
     )
-    prompts = for_rewards(prompts, settings.weights)
     if HEAD.value is None:
         check_used(flags.FLAGS, {"reward_guidance": "--reward_head"})
     if CHECKPOINT.value is None and not BASE.value:
@@ -96,6 +93,7 @@ def main(_):
             merged_loras.check(model, meta, CHECKPOINT.value)
         spec = RunSpec.make(recipe, settings, presets.of_folder(model), training=False)
         shift = reward_guidance.guidance(HEAD.value, GUIDANCE.value, spec.preset.transformer, model)
+    prompts = for_rewards(prompts, settings.weights, fps_of(spec.preset))
     print(spec.placed, flush=True)
     bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
 
@@ -143,6 +141,7 @@ def main(_):
                     seed=recipe.eval.seed,
                     previews=recipe.eval.previews,
                     unguided=unguided,
+                    main=settings.main,
                 )
                 result = evaluator(
                     lambda expert: (weights(expert),),

@@ -24,12 +24,11 @@ from ml_collections import config_flags
 from grpo.compiled import compile, costs, rocm_compiler
 from grpo.compiled.functions import TEXT_ROWS, Functions, Program
 from grpo.compiled.placement import choose_mesh
-from grpo.data.prompts import load_prompts
 from grpo.run import RunSpec, open_model, trained_names
+from grpo.scoring.reward_pool import load_scored_prompts
 from grpo.settings import parse
 from grpo.settings.reference import FLAG_HELP
-from grpo.settings.schema import Recipe
-from rewards.ocr.targets import parse_targets
+from grpo.settings.schema import Recipe, measured_rewards
 from wan_jax.command_line import cli
 from wan_jax.command_line.flag_types import define_number
 from wan_jax.command_line.limits import Range
@@ -151,7 +150,12 @@ def choose_model(recipe: Recipe, name: str | None) -> tuple[presets.Preset, int,
     if name is None and pathlib.Path(path).is_dir():
         model = open_model(recipe)
         prompts = (
-            load_prompts(file, parse_targets, skip_invalid=recipe.prompts.skip_invalid).prompts
+            load_scored_prompts(
+                file,
+                recipe.reward,
+                measured_rewards(recipe),
+                skip_invalid=recipe.prompts.skip_invalid,
+            ).prompts
             for file in (recipe.prompts.train, recipe.prompts.heldout)
         )
         rows = pipeline.text_rows(model, [*chain(*prompts)], recipe.prompts.negative)

@@ -28,15 +28,14 @@ from flax import nnx
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from grpo.data.prompts import load_prompts
 from grpo.random_streams import Stream
 from grpo.rollout import initial_noise
 from grpo.run import RunSpec, open_model
 from grpo.scoring import reward_combination
-from grpo.scoring.scores import gather_scores, open_pool, submit, targets_check
+from grpo.scoring.reward_pool import for_rewards, fps_of, load_scored_prompts, open_pool
+from grpo.scoring.scores import gather_scores, submit
 from grpo.settings import parse
 from grpo.settings.reference import FLAG_HELP
-from rewards.ocr.targets import parse_targets
 from wan_jax.command_line import cli
 from wan_jax.command_line.flag_types import define_number, define_path
 from wan_jax.command_line.limits import Range
@@ -171,12 +170,13 @@ def collect(
     recipe, settings, mesh, solver = spec.recipe, spec.settings, spec.mesh, spec.solver
 
     # ---- prompts, decoder, denoising steps ---------------------------------------------------
-    prompts = load_prompts(
+    prompts = load_scored_prompts(
         recipe.prompts.train,
-        parse_targets,
-        check=targets_check(recipe.reward),
+        recipe.reward,
+        settings.weights,
         skip_invalid=recipe.prompts.skip_invalid,
     )
+    prompts = for_rewards(prompts, settings.weights, fps_of(spec.preset))
     order = Stream.REWARD_HEAD.generator(recipe.seed).permutation(len(prompts))
     chosen = np.resize(order, count)  # all prompts equally often, up to one
     print(f"{count} videos of {min(count, len(prompts))} prompts", flush=True)
@@ -213,10 +213,10 @@ def collect(
             latents.append(np.asarray(x))
             targets = [prompts.targets[prompt] for prompt in chosen[numbers]]
             pending.append(submit(pool, numbers, decode(vae_state, x)(), targets))
-        scores = gather_scores(pending, count)
+        scores = gather_scores(pending, count, settings.main)
 
     # ---- the videos with a reward ------------------------------------------------------------
-    values = {reward_combination.MAIN: scores.values}
+    values = {scores.main: scores.values}
     for name, measured in scores.parts.items():
         if name not in reward_combination.BAD_SIDE:
             values[name] = measured

@@ -33,7 +33,7 @@ from grpo.run import RunSpec
 from grpo.scoring.advantages import step_importance
 from grpo.scoring.scores import PendingBatch, gather_rows, submit
 from grpo.settings import frame_schedule
-from rewards.pool import RewardPool
+from rewards.pool_set import Pool
 from wan_jax.diffusion.guidance import TextBatch
 from wan_jax.distributed import multihost
 from wan_jax.distributed import sharding as sharding_lib
@@ -65,7 +65,7 @@ class Session:
     prompts: PromptSet
     table: pipeline.TextTable
     decode: Callable
-    pool: RewardPool
+    pool: Pool
     frozen: Callable[[int], Any]
     start: dict[str, Flat]
     to_device: Callable
@@ -205,7 +205,7 @@ def sample_epoch(
         clock("decode")
         if len(rows[b][local]):  # else this process scores no row of the batch
             targets = [session.prompts.targets[p] for p in prompt_of[rows[b][local]]]
-            pending.append(submit(session.pool, rows[b][local], videos, targets))
+            pending.append(submit(session.pool, rows[b][local], videos, targets, sample.group_size))
 
     # ---- values of the steps that the method needs on the host -------------------------------
     kl = {}

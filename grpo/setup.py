@@ -29,7 +29,7 @@ from grpo.scoring import guard
 from grpo.scoring.heldout import Evaluator
 from grpo.settings.budget import Spent
 from grpo.settings.unused import changed_in_vain
-from rewards.pool import RewardPool
+from rewards.pool_set import Pool
 from wan_jax.command_line import cli
 from wan_jax.distributed import memory, multihost
 from wan_jax.distributed import sharding as sharding_lib
@@ -134,7 +134,7 @@ def prepare(
     model: model_dir.ModelDir,
     prompts: PromptSet,
     heldout: PromptSet,
-    pool: RewardPool,
+    pool: Pool,
     lock: folder_lock.Lock | None = None,
 ) -> Start:
     """Return the run as it starts or continues. Raises `UserError` where the newest checkpoint is of
@@ -255,6 +255,7 @@ def prepare(
             seed=recipe.eval.seed,
             previews=recipe.eval.previews,
             unguided=functions.unguided_steps,
+            main=settings.main,
         )
         for frames in spec.evaluated_frames
     }

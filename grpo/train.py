@@ -31,7 +31,7 @@ from ml_collections import config_flags
 
 from grpo.compiled import offload
 from grpo.credit import compute_credit
-from grpo.data.prompts import PromptSet, epoch_prompts, load_prompts, without_shared
+from grpo.data.prompts import PromptSet, epoch_prompts, without_shared
 from grpo.records import epoch_record, run_log
 from grpo.records.clock import Stopwatch
 from grpo.report import run_report
@@ -39,15 +39,21 @@ from grpo.run import RunSpec, open_model
 from grpo.sampling import States, averaged_weights, sample_epoch, zero_nonfinite
 from grpo.scoring import reward_combination
 from grpo.scoring.heldout import Evaluation, format_evaluation
-from grpo.scoring.scores import for_rewards, gather_scores, open_pool, targets_check
+from grpo.scoring.reward_pool import (
+    check_groups,
+    for_rewards,
+    fps_of,
+    load_scored_prompts,
+    open_pool,
+)
+from grpo.scoring.scores import gather_scores
 from grpo.settings import agreement, frame_schedule, parse
 from grpo.settings.budget import Spent
 from grpo.settings.reference import FLAG_HELP
 from grpo.settings.schema import Recipe
 from grpo.setup import Start, evaluation_is_due, prepare, print_once, progress_bar
 from grpo.update import NotFinite, update_epoch
-from rewards.ocr.targets import parse_targets
-from rewards.pool import RewardPool
+from rewards.pool_set import Pool
 from wan_jax.command_line import cli
 from wan_jax.distributed import launchers, memory, multihost
 from wan_jax.errors import UserError
@@ -120,7 +126,11 @@ def train_recipe(config) -> int | None:
             spec = RunSpec.make(recipe, settings, presets.of_folder(model))
             if recipe.train.offload_optimiser:
                 offload.check_device(spec.mesh.local_devices[0])
+        prompts, heldout = (
+            for_rewards(each, settings.weights, fps_of(spec.preset)) for each in (prompts, heldout)
+        )
         with open_pool(recipe.reward, settings.weights) as pool:
+            check_groups(pool, recipe, jax.process_count())
             return train(spec, model, prompts, heldout, pool, lock)
 
 
@@ -128,9 +138,9 @@ def load_prompt_sets(recipe: Recipe, settings: parse.Settings) -> tuple[PromptSe
     """Return the prompts of training and of evaluation. Raises `UserError` where they overlap, are
     too few, or cannot be scored.
     """
-    skip, check = recipe.prompts.skip_invalid, targets_check(recipe.reward)
+    skip = recipe.prompts.skip_invalid
     prompts, everything = (
-        load_prompts(path, parse_targets, check=check, skip_invalid=skip)
+        load_scored_prompts(path, recipe.reward, settings.weights, skip_invalid=skip)
         for path in (recipe.prompts.train, recipe.prompts.heldout)
     )
     heldout = everything.select(np.arange(len(everything)) < recipe.eval.num_prompts)
@@ -143,7 +153,7 @@ def load_prompt_sets(recipe: Recipe, settings: parse.Settings) -> tuple[PromptSe
                 f"{found.left_out[0].strip()}"
             )
     epoch_prompts(recipe.seed, 0, len(prompts), recipe.sample.groups)  # raises where too few
-    return for_rewards(prompts, settings.weights), for_rewards(heldout, settings.weights)
+    return prompts, heldout
 
 
 def train(
@@ -151,7 +161,7 @@ def train(
     model: model_dir.ModelDir,
     prompts: PromptSet,
     heldout: PromptSet,
-    pool: RewardPool,
+    pool: Pool,
     lock: folder_lock.Lock | None = None,
 ) -> int | None:
     """Train a run. Returns the number of the last finished epoch if SIGTERM ended it early, else
@@ -194,7 +204,7 @@ def train(
 
         # ---- 2 score -------------------------------------------------------------------------
         multihost.stage(f"epoch {epoch}: scores")
-        scores = gather_scores(pending, settings.videos)
+        scores = gather_scores(pending, settings.videos, settings.main)
         clock("score_wait")
         rollout = zero_nonfinite(rollout, scores.finite, spec.mesh)
 

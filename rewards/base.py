@@ -12,6 +12,7 @@ import math
 import numbers
 import re
 import traceback
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,10 +55,31 @@ class CompositeScore(Score):
 
 @dataclasses.dataclass(frozen=True)
 class PromptRecord:
-    """A record for rewards that need the prompt as well as the texts to be shown."""
+    """A record for rewards that need more than the texts to be shown; a user's reward gets it as
+    `request`.
+    """
 
-    targets: tuple[str, ...]
+    targets: tuple[str, ...]  # texts to be shown; () where the prompt has none
     prompt: str
+    # the other fields of the prompt's line in a .jsonl file
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fps: float = 16.0  # frames per second of the video; Wan's videos have 16, TI2V-5B's 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Traits:
+    """What a reward can do besides `score`, from its attributes of the same names."""
+
+    groupwise: bool = False  # score_group(videos, record): the videos of one prompt together
+    batched: bool = False  # score_batch(videos, records): videos of any prompts in one call
+    needs_prompt: bool = False  # its record is a `PromptRecord`, not only the targets
+
+    @classmethod
+    def of(cls, reward: Any) -> "Traits":
+        """Return the traits of a reward."""
+        return cls(
+            **{f.name: bool(getattr(reward, f.name, False)) for f in dataclasses.fields(cls)}
+        )
 
 
 class Reward(Protocol):
@@ -66,8 +88,8 @@ class Reward(Protocol):
 
     A reward may also have:
         close()         ends its waiting for other machines; the pool calls it
-        needs_prompt    True: in a composite, its record is the `PromptRecord`, not only the targets
         scores()        yields partial scores, as `rewards.composite.CompositeReward.scores`
+        groupwise, batched, needs_prompt    see `Traits`
     """
 
     def score(self, frames: np.ndarray, record: Any, /) -> Score:
@@ -106,11 +128,13 @@ def import_problem(user: str, error: ImportError, fix: str) -> str:
 
 def check_score(score: Any) -> None:
     """Raise `RewardError` unless `score` is a `Score` with a finite value. The values of `parts`
-    may be nan.
+    may be nan, and where some but not all of them are, so may the value.
     """
     if not isinstance(score, Score):
         raise RewardError(f"the reward returned {type(score).__name__} instead of a Score")
-    if not isinstance(score.value, numbers.Real) or not math.isfinite(score.value):
+    if not isinstance(score.value, numbers.Real) or not (
+        math.isfinite(score.value) or (math.isnan(score.value) and _failed_in_part(score.parts))
+    ):
         raise RewardError(f"the reward is not finite: {score}")
     try:
         well_formed = isinstance(score.text, str) and all(
@@ -120,6 +144,15 @@ def check_score(score: Any) -> None:
         well_formed = False
     if not well_formed:
         raise RewardError(f"the reward returned a malformed Score: {str(score)[:200]}")
+
+
+def _failed_in_part(parts: Sequence) -> bool:
+    """Return whether some but not all of the parts are nan."""
+    try:
+        failed = [math.isnan(value) for _, value in parts]
+    except (TypeError, ValueError):
+        return False
+    return any(failed) and not all(failed)
 
 
 def check_frames(frames: np.ndarray) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,9 @@ from rewards.base import (
     CompositeScore,
     PromptRecord,
     Reward,
+    RewardError,
     Score,
+    Traits,
     check_score,
     describe,
 )
@@ -27,6 +29,8 @@ def stability(score: Score) -> float:
     counts as 0. An image gets 1 where any text was read, else 0.
     """
     texts = [normalise(text) for text in score.frame_texts]
+    if not texts:
+        raise RewardError("no frames were read")
     if len(texts) == 1:
         return float(bool(texts[0]))
     return float(
@@ -34,7 +38,8 @@ def stability(score: Score) -> float:
     )
 
 
-# values that are computed from the main reward's score instead of the frames
+READER = "ocr"  # the reward whose texts are logged, and from which `DERIVED` values are computed
+# values that are computed from the score of `READER` instead of the frames
 DERIVED: dict[str, Callable[[Score], float]] = {"stability": stability}
 
 
@@ -44,17 +49,27 @@ class CompositeReward:
     When the main reward fails, the whole score fails. A secondary reward that fails is tried once
     more; if it fails again, its part is nan and its error is in `CompositeScore.failed`.
 
-    factories: {name: factory of the reward}. The first is the main reward; None stands for a
-        value of `DERIVED`.
+    factories: {name: factory of the reward}. The first is that of the main reward; None stands for
+        a value of `DERIVED`.
+    main: the name of the main value: the first reward's own name, or NAME.PART for one of its
+        parts. None: no reward is the main one, so none fails the score, and its value is 0.
 
-    The record of a video may be a `PromptRecord`. Rewards with the attribute `needs_prompt` get it
-    whole, the others get its targets.
+    A reward with parts of its own (`rewards.own`) adds NAME.PART for each to `Score.parts`. The texts
+    are those of the reward `READER`, or else of the first one. The record of a video may be a
+    `PromptRecord`. Rewards with the attribute `needs_prompt` get it whole, the others get its
+    targets. With a groupwise reward the videos of a prompt are scored by `score_group`.
     """
 
-    def __init__(self, factories: Mapping[str, Callable[[], Reward] | None]):
+    def __init__(self, factories: Mapping[str, Callable[[], Reward] | None], main: str | None = ""):
         self.rewards = {
             name: None if factory is None else factory() for name, factory in factories.items()
         }
+        first = next(iter(self.rewards))
+        self.main = first if main == "" else main
+        self.required = None if self.main is None else first
+        self.reader = READER if READER in self.rewards else first
+        self.groupwise = any(Traits.of(reward).groupwise for reward in self.rewards.values())
+        self.needs_prompt = True
 
     def close(self) -> None:
         """Close the rewards that wait for other machines, which ends the waiting."""
@@ -72,37 +87,122 @@ class CompositeReward:
         In the others, rewards that were not reached count as failed. So the values that exist
         survive when a reward ends the process.
         """
-        (main, main_reward), *secondary = self.rewards.items()
-        targets = record.targets if isinstance(record, PromptRecord) else record
-        assert main_reward is not None  # the main reward is none of DERIVED
-        main_score = main_reward.score(frames, targets)
-        check_score(main_score)
-        values = dict.fromkeys(self.rewards, math.nan) | {main: main_score.value}
-        failed, retried = {name: NOT_REACHED for name, _ in secondary}, []
+        video = _Video(self, frames)
+        for name in self.rewards:
+            if name != self.required:
+                yield video.score()
+            self._measure(name, [video], record)
+            if name == self.required and video.error is not None:
+                raise video.error
+        yield video.score()
 
-        def current() -> CompositeScore:
-            fields = {
-                field.name: getattr(main_score, field.name) for field in dataclasses.fields(Score)
-            }
-            fields["parts"] = tuple(values.items())
-            return CompositeScore(**fields, failed=tuple(failed.items()), retried=tuple(retried))
+    def score_group(
+        self, videos: Sequence[np.ndarray], record: Any
+    ) -> list[CompositeScore | Exception]:
+        """Score the videos of one prompt; the error of the main reward where that failed."""
+        group = [_Video(self, frames) for frames in videos]
+        for name in self.rewards:
+            self._measure(name, group, record)
+        # a `RewardError`, which can be sent to another process
+        return [
+            video.score() if video.error is None else RewardError(describe(video.error))
+            for video in group
+        ]
 
-        for name, reward in secondary:
-            yield current()
-            reward_record = record if getattr(reward, "needs_prompt", False) else targets
-            for attempt in (0, 1):
-                try:
-                    if reward is None:
-                        score = Score(DERIVED[name](main_score))
-                    else:
-                        score = reward.score(frames, reward_record)
-                    check_score(score)
-                    values[name] = score.value
-                    del failed[name]
-                    break
-                # Any error concerns this reward alone: the other rewards keep their values.
-                except Exception as error:
-                    failed[name] = describe(error)
-                    if attempt == 0:
-                        retried.append(name)
-        yield current()
+    def _measure(self, name: str, videos: "list[_Video]", record: Any) -> None:
+        """Compute one reward of the videos of one prompt."""
+        reward = self.rewards[name]
+        if not Traits.of(reward).needs_prompt and isinstance(record, PromptRecord):
+            record = record.targets
+        for attempt in (0, 1):
+            tried = [video for video in videos if video.lacks(name)]
+            if not tried:
+                break
+            results: Sequence[Score | Exception]
+            try:
+                if reward is None:
+                    results = [Score(DERIVED[name](video.reading)) for video in tried]
+                elif Traits.of(reward).groupwise:
+                    tried = videos  # a group is compared as a whole
+                    results = reward.score_group([v.frames for v in videos], record)  # type: ignore
+                else:
+                    results = [_attempt(reward, video.frames, record) for video in tried]
+            # Any error concerns this reward alone: the other rewards keep their values.
+            except Exception as error:
+                results = [error] * len(tried)
+            for video, result in zip(tried, results):
+                video.take(name, result, again=attempt == 0)
+            if name == self.required:
+                break  # the caller repeats it
+
+
+def _attempt(reward: Reward, frames: np.ndarray, record: Any) -> Score | Exception:
+    """Return the reward's score of a video, or its error."""
+    try:
+        return reward.score(frames, record)
+    except Exception as error:  # it concerns this video and this reward alone
+        return error
+
+
+class _Video:
+    """The values of one video so far. error: of the required reward, which fails the score."""
+
+    def __init__(self, composite: CompositeReward, frames: np.ndarray):
+        self.frames, self._composite = frames, composite
+        self.error: Exception | None = None
+        self.reading = Score(0.0)
+        self._values = dict.fromkeys(composite.rewards, math.nan)
+        self._failed = {
+            name: NOT_REACHED for name in composite.rewards if name != composite.required
+        }
+        self._retried: list[str] = []
+        self._missing = set(composite.rewards)
+
+    def lacks(self, name: str) -> bool:
+        """Return whether the reward has to be computed, for the first time or once more."""
+        return name in self._missing
+
+    def take(self, name: str, result: Score | Exception, again: bool) -> None:
+        """Add a reward's result. again: whether a reward that failed will be computed once more."""
+        required = name == self._composite.required
+        try:
+            if isinstance(result, Exception):
+                raise result
+            check_score(result)
+            values = {f"{name}.{part}": value for part, value in result.parts}
+            if required:
+                main = self._composite.main
+                value = ({name: result.value} | values).get(main or "", math.nan)
+                if not math.isfinite(value):
+                    raise RewardError(
+                        f"the main reward {main} has no finite value; reward {name} returned "
+                        f"{ {name: result.value} | dict(result.parts) }"
+                    )
+        except Exception as error:
+            if required:
+                self.error = error
+                return
+            self._failed[name] = describe(error)
+            if again:
+                self._retried.append(name)
+            return
+        self._missing.discard(name)
+        self._failed.pop(name, None)
+        self._values |= {name: result.value} | values
+        for part, value in ({name: result.value} | values).items():
+            if not math.isfinite(value):
+                self._failed[part] = f"reward {part} is not finite"
+        if name == self._composite.reader:
+            self.reading = result
+
+    def score(self) -> CompositeScore:
+        """Return the score as it stands."""
+        fields = {
+            field.name: getattr(self.reading, field.name) for field in dataclasses.fields(Score)
+        }
+        main = self._composite.main
+        fields["value"] = 0.0 if main is None else self._values[main]
+        fields["parts"] = tuple(self._values.items())
+        return CompositeScore(
+            **fields, failed=tuple(self._failed.items()), retried=tuple(self._retried)
+        )

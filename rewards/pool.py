@@ -9,21 +9,22 @@
 `rewards.scorers`.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 import logging
 import pickle
 import queue
 import re
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
 
 from rewards.base import (
     NOT_REACHED,
-    CompositeScore,
     Reward,
     RewardError,
     Score,
@@ -32,6 +33,7 @@ from rewards.base import (
     describe,
     last_line,
 )
+from rewards.batch_scores import Outcome, PendingScores
 from rewards.scorers import LocalScorer, ProcessScorer, Scorer
 
 log = logging.getLogger("rewards.pool")
@@ -40,100 +42,12 @@ _MAX_LOGGED_KINDS = 20  # kinds of failures that a pool logs
 
 
 @dataclasses.dataclass(frozen=True)
-class BatchScores:
-    """Scores of B videos. A video that could not be scored is masked: a value of 0 would teach the
-    model that the video was bad.
-    """
+class _Video:
+    """A video that waits for its score."""
 
-    values: np.ndarray  # float64 [B], nan where not valid
-    valid: np.ndarray  # bool [B]
-    texts: list[str]  # B texts that were read; "" where not valid
-    # values of each reward of a composite, float64 [B]; nan where that reward failed
-    parts: dict[str, np.ndarray]
-    scores: list[Score | None]  # B complete scores; None where not valid
-    errors: list[str]  # B texts, `base.describe` of the last attempt; "" where valid
-    failures: int  # number of videos that are not valid
-    retries: int  # number of second attempts, successful or not
-    seconds: float  # from submit until the last score
-    # of each secondary reward of a composite: its errors, and how often it was computed again
-    part_errors: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-    part_retries: dict[str, int] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Outcome:
-    """The result of one video: a score or an error text."""
-
-    score: Score | None
-    error: str
-    retries: int
-    finished: float  # time.monotonic()
-
-
-class PendingScores:
-    """The future of one submitted batch.
-
-    futures: one per video, for other ways of waiting, or to cancel videos that are still queued.
-    """
-
-    def __init__(self, futures: list[concurrent.futures.Future], submitted: float):
-        self.futures, self._submitted = futures, submitted
-
-    def done(self) -> bool:
-        """Return whether every video of the batch is scored."""
-        return all(future.done() for future in self.futures)
-
-    def result(self, timeout: float | None = None) -> BatchScores:
-        """Wait for the batch. Raises `TimeoutError` after `timeout` seconds, `RewardError` if the
-        pool was closed first.
-        """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        try:
-            # Not concurrent.futures.wait: it waits for ever for a future that a shutdown cancelled.
-            outcomes: list[_Outcome] = [
-                future.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
-                for future in self.futures
-            ]
-        except concurrent.futures.CancelledError:
-            raise RewardError(
-                "the reward pool was closed before this batch was scored: take the result first"
-            ) from None
-        except TimeoutError:
-            late = sum(not future.done() for future in self.futures)
-            raise TimeoutError(
-                f"{late} of {len(self.futures)} videos not scored within {timeout} s; "
-                f"use more workers, fewer frames, or wait longer"
-            ) from None
-        return self._collect(outcomes)
-
-    def _collect(self, outcomes: list[_Outcome]) -> BatchScores:
-        scores = [outcome.score for outcome in outcomes]
-        valid = np.array([score is not None for score in scores], bool)
-        parts = [dict(score.parts) if score else {} for score in scores]
-        part_errors: dict[str, list[str]] = {}
-        part_retries: dict[str, int] = {}
-        for score in scores:
-            if isinstance(score, CompositeScore):
-                for name, error in score.failed:
-                    part_errors.setdefault(name, []).append(error)
-                for name in score.retried:
-                    part_retries[name] = part_retries.get(name, 0) + 1
-        return BatchScores(
-            values=np.array([score.value if score else np.nan for score in scores], np.float64),
-            valid=valid,
-            texts=[score.text if score else "" for score in scores],
-            parts={
-                name: np.array([part.get(name, np.nan) for part in parts], np.float64)
-                for name in dict.fromkeys(name for part in parts for name in part)
-            },
-            scores=scores,
-            errors=[outcome.error for outcome in outcomes],
-            failures=int((~valid).sum()),
-            retries=sum(outcome.retries for outcome in outcomes),
-            seconds=max(outcome.finished for outcome in outcomes) - self._submitted,
-            part_errors=part_errors,
-            part_retries=part_retries,
-        )
+    frames: np.ndarray
+    record: Any
+    future: concurrent.futures.Future
 
 
 class RewardPool:
@@ -149,6 +63,7 @@ class RewardPool:
     mode: "process" (next to a trainer) or "thread" (as fast for OCR, which releases the interpreter
         lock, and without processes; for tests, CPU runs and rewards of other machines).
     timeout: seconds for one video, after which its worker is killed; mode "process" only.
+    batch: largest number of videos that a worker scores together, where the reward is batched.
 
     A score that raises, is not finite, takes too long or kills its worker is tried once more, on a
     new worker if the worker died. Then the video is masked and counted. If a secondary reward of a
@@ -156,6 +71,11 @@ class RewardPool:
     it kills its worker. The first failure of each kind is logged. A reward that cannot be built
     raises `RewardError` here, at once. Values do not depend on the mode or on the number of
     workers, as long as the reward itself is deterministic.
+
+    With a groupwise reward the videos of a group are scored by one worker, in `group_size` times the
+    timeout; a worker that dies twice masks its group.
+
+    Attribute `traits`: those of the reward.
     """
 
     def __init__(
@@ -164,6 +84,7 @@ class RewardPool:
         workers: int = 0,
         mode: str = "process",
         timeout: float = 120.0,
+        batch: int = 1,
     ):
         if mode not in MODES:
             raise ValueError(
@@ -171,7 +92,10 @@ class RewardPool:
             )
         if workers < 0:
             raise ValueError(f"workers={workers}: must be 0 or more")
-        self.workers, self._closed = workers, False
+        self.workers, self._closed, self._batch = workers, False, batch
+        self._jobs: collections.deque[list[_Video]] = collections.deque()
+        self._groups: dict[Hashable, list[_Video]] = {}  # that wait for further videos
+        self._lock = threading.Lock()  # of a worker that takes a job
         self._idle: queue.SimpleQueue[Scorer] = queue.SimpleQueue()
         self._logged_kinds: set[tuple[str, ...]] = set()
         self._executor = (
@@ -184,6 +108,8 @@ class RewardPool:
             )
         else:
             self._scorers = [LocalScorer(make_reward) for _ in range(max(workers, 1))]
+        self.traits = self._scorers[0].traits
+        self._batches = batch > 1 and self.traits.batched and not self.traits.groupwise
         for scorer in self._scorers:
             self._idle.put(scorer)
 
@@ -221,11 +147,20 @@ class RewardPool:
             raise failed
         return [future.result() for future in futures]
 
-    def submit(self, videos: np.ndarray, records: Sequence[Any]) -> PendingScores:
+    def submit(
+        self,
+        videos: np.ndarray,
+        records: Sequence[Any],
+        groups: Sequence[Hashable] | None = None,
+        group_size: int = 1,
+    ) -> PendingScores:
         """Queue a batch for scoring and return its future.
 
         videos: uint8 [B, T, H, W, 3] RGB; do not write to it before the result is there. records: B
-        records of the reward, for `OCRReward` the targets of each prompt: [("OPEN",), ...]. Raises
+        records of the reward, for `OCRReward` the targets of each prompt: [("OPEN",), ...].
+        groups: B names of the groups of the videos, which one worker scores together if the reward
+        is groupwise: once `group_size` videos of a group were submitted, also in several batches, or
+        else when the first result is asked for. Without it, each video is a group. Raises
         `RewardError` if the pool is closed, `ValueError` for malformed arguments.
         """
         if self._closed:
@@ -242,42 +177,130 @@ class RewardPool:
             )
         submitted = time.monotonic()
         futures = []
-        for frames, record in zip(videos, records):
-            if self._executor:
-                futures.append(self._executor.submit(self._score, frames, record))
-            else:
-                futures.append(concurrent.futures.Future())
-                futures[-1].set_result(self._score(frames, record))
-        return PendingScores(futures, submitted)
+        for i, (frames, record) in enumerate(zip(videos, records)):
+            futures.append(concurrent.futures.Future())
+            video = _Video(frames, record, futures[-1])
+            if not self.traits.groupwise:
+                self._start([video])
+                continue
+            key = object() if groups is None else groups[i]
+            group = self._groups.setdefault(key, [])
+            group.append(video)
+            if len(group) >= (1 if groups is None else group_size):
+                self._start(self._groups.pop(key))
+        return PendingScores(futures, submitted, self._start_groups)
 
-    def _score(self, frames: np.ndarray, record: Any) -> _Outcome:
-        """Score one video, in at most two attempts."""
+    def _start_groups(self) -> None:
+        """Score the groups that wait for further videos."""
+        while self._groups:
+            self._start(self._groups.popitem()[1])
+
+    def _start(self, job: "list[_Video]") -> None:
+        """Queue videos that one worker scores together."""
+        self._jobs.append(job)
+        if self._executor:
+            self._executor.submit(self._work)
+        else:
+            self._work()
+
+    def _next_job(self) -> "list[_Video]":
+        """Take the first job from the queue; with a batched reward also the next ones, as long as
+        their videos have the same shape and there are at most `batch` videos. [] without any.
+        """
+        with self._lock:
+            job = self._jobs.popleft() if self._jobs else []
+            while (
+                self._batches
+                and self._jobs
+                and len(job) + len(self._jobs[0]) <= self._batch
+                and self._jobs[0][0].frames.shape == job[0].frames.shape
+            ):
+                job = job + self._jobs.popleft()
+        return [video for video in job if video.future.set_running_or_notify_cancel()]
+
+    def _work(self) -> None:
+        """Score the next job, in at most two attempts, and set its futures."""
+        job = self._next_job()
+        if not job:
+            return
         scorer = self._idle.get()  # never waits: there are as many scorers as threads
-        error, partial = "", None
         try:
-            for retries in (0, 1):
-                try:
-                    score = scorer.score(frames, record)
-                    check_score(score)
-                    for name, failure in getattr(score, "failed", ()):
-                        self._log_once(f"reward {name}", failure)
-                    return _Outcome(score, "", retries, time.monotonic())
-                # Any error concerns this video alone: the batch goes on.
-                except (Exception, SystemExit) as failure:
-                    error = describe(failure)
-                    if self._closed:
-                        raise concurrent.futures.CancelledError from None
-                    self._log_once("the reward", error)
-                    partial = getattr(failure, "partial", None) or partial
-            # The main reward has a score: a secondary reward ended the worker twice.
-            if partial is not None:
-                failed = tuple(
-                    (name, error if text == NOT_REACHED else text) for name, text in partial.failed
-                )
-                partial = dataclasses.replace(partial, failed=failed)
-            return _Outcome(partial, "" if partial else error, 1, time.monotonic())
+            if self.traits.groupwise or (self._batches and len(job) > 1):
+                outcomes = self._score_together(scorer, job)
+            else:
+                outcomes = [self._score(scorer, job[0].frames, job[0].record)]
+            for video, outcome in zip(job, outcomes):
+                video.future.set_result(outcome)
+        except BaseException as error:  # also CancelledError: whoever waits has to learn of it
+            for video in job:
+                if not video.future.done():
+                    video.future.set_exception(error)
         finally:
             self._idle.put(scorer)
+
+    def _score(self, scorer: Scorer, frames: np.ndarray, record: Any) -> Outcome:
+        """Score one video, in at most two attempts."""
+        error, partial = "", None
+        for retries in (0, 1):
+            try:
+                score = scorer.score(frames, record)
+                check_score(score)
+                self._log_failed_parts(score)
+                return Outcome(score, "", retries, time.monotonic())
+            # Any error concerns this video alone: the batch goes on.
+            except (Exception, SystemExit) as failure:
+                error = self._describe(failure)
+                partial = getattr(failure, "partial", None) or partial
+        # The main reward has a score: a secondary reward ended the worker twice.
+        if partial is not None:
+            failed = tuple(
+                (name, error if text == NOT_REACHED else text) for name, text in partial.failed
+            )
+            partial = dataclasses.replace(partial, failed=failed)
+        return Outcome(partial, "" if partial else error, 1, time.monotonic())
+
+    def _score_together(self, scorer: Scorer, job: "list[_Video]") -> list[Outcome]:
+        """Score a group or a batch of videos. If any of them fails, all are scored once more, since
+        the scores of a group depend on each other.
+        """
+        videos, records = [video.frames for video in job], [video.record for video in job]
+        outcomes: list[Outcome] = []
+        for retries in (0, 1):
+            results: Sequence[Score | Exception]
+            try:
+                if self.traits.groupwise:
+                    results = scorer.score_group(videos, records[0])
+                else:
+                    results = scorer.score_batch(videos, records)
+            except (Exception, SystemExit) as failure:  # it concerns these videos alone
+                results = [RewardError(self._describe(failure))] * len(job)
+            outcomes = []
+            for result in results:
+                try:
+                    if isinstance(result, Exception):
+                        raise result
+                    check_score(result)
+                    self._log_failed_parts(result)
+                    outcomes.append(Outcome(result, "", retries, time.monotonic()))
+                except Exception as failure:  # of this video
+                    outcomes.append(Outcome(None, self._describe(failure), 1, time.monotonic()))
+            if all(outcome.score is not None for outcome in outcomes):
+                break
+        return outcomes
+
+    def _describe(self, failure: BaseException) -> str:
+        """Return the error text of a failed score, and log it. Raises `CancelledError` if the pool
+        was closed, which is why the score failed.
+        """
+        if self._closed:
+            raise concurrent.futures.CancelledError from None
+        error = describe(failure)
+        self._log_once("the reward", error)
+        return error
+
+    def _log_failed_parts(self, score: Score) -> None:
+        for name, failure in getattr(score, "failed", ()):
+            self._log_once(f"reward {name}", failure)
 
     def _log_once(self, name: str, error: str) -> None:
         """Log the first failure of each kind. Failures are of one kind if they have the reward and
@@ -304,6 +327,13 @@ class RewardPool:
         self._closed = True
         if self._executor:
             self._executor.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            waiting = [*self._jobs, *self._groups.values()]
+            self._jobs.clear()
+            self._groups.clear()
+        for job in waiting:
+            for video in job:
+                video.future.cancel()
         for scorer in self._scorers:
             scorer.close()
         if self._executor:

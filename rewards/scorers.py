@@ -13,23 +13,35 @@ import pathlib
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import Pipe
 from typing import Any, Protocol
 
 import numpy as np
 
-from rewards.base import CompositeScore, Reward, RewardError, Score
+from rewards.base import CompositeScore, Reward, RewardError, Score, Traits
 
 _START_TIMEOUT = 300.0  # seconds to import and to load the models, also from a slow network disk
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
 class Scorer(Protocol):
-    """Scores one video at a time."""
+    """Scores one video at a time, or several where the reward's traits allow it."""
+
+    traits: Traits
 
     def score(self, frames: np.ndarray, record: Any, /) -> Score:
         """Score one video, as `Reward.score`."""
+        ...
+
+    def score_group(self, videos: Sequence[np.ndarray], record: Any, /) -> list[Score | Exception]:
+        """Score the videos of one prompt: a score or an error for each."""
+        ...
+
+    def score_batch(
+        self, videos: Sequence[np.ndarray], records: Sequence[Any], /
+    ) -> list[Score | Exception]:
+        """Score videos of any prompts: a score or an error for each."""
         ...
 
     def close(self) -> None:
@@ -54,8 +66,13 @@ class LocalScorer:
     """
 
     def __init__(self, make_reward: Callable[[], Reward]):
-        reward = make_reward()
+        reward: Any = make_reward()
+        self.traits = Traits.of(reward)
         self.score, self.close = reward.score, getattr(reward, "close", lambda: None)
+        if self.traits.groupwise:
+            self.score_group = reward.score_group
+        if self.traits.batched:
+            self.score_batch = reward.score_batch
 
 
 class ProcessScorer:
@@ -69,14 +86,29 @@ class ProcessScorer:
         self._factory, self._timeout, self._closed = factory, timeout, False
         self._process: subprocess.Popen | None = None
         self._lock = threading.Lock()  # starting and closing exclude each other
+        self.traits = Traits()
         self._start()
 
     def score(self, frames: np.ndarray, record: Any) -> Score:
         """Score one video. Raises `RewardError`, or `WorkerLost` when the subprocess ended."""
+        return self._score("score", frames, record, 1)
+
+    def score_group(self, videos: Sequence[np.ndarray], record: Any) -> list[Score | Exception]:
+        """Score the videos of one prompt, in as many times the timeout. Raises as `score` does."""
+        return self._score("score_group", videos, record, len(videos))
+
+    def score_batch(
+        self, videos: Sequence[np.ndarray], records: Sequence[Any]
+    ) -> list[Score | Exception]:
+        """Score videos of any prompts, in as many times the timeout. Raises as `score` does."""
+        return self._score("score_batch", videos, records, len(videos))
+
+    def _score(self, method: str, videos: Any, record: Any, count: int) -> Any:
         assert self._process is not None  # `_start` set it
         if self._process.poll() is not None:
             self._start()
-        return self._request((frames, record), self._timeout, "score one video")
+        purpose = "score one video" if method == "score" else f"score {count} videos"
+        return self._request((method, videos, record), count * self._timeout, purpose)
 
     def close(self) -> None:
         """Kill the subprocess. A `score` in another thread raises at once."""
@@ -103,7 +135,7 @@ class ProcessScorer:
             child_socket.close()
         paths = [os.path.abspath(entry) for entry in sys.path]
         try:
-            self._request((paths, self._factory), _START_TIMEOUT, "start")
+            self.traits = self._request((paths, self._factory), _START_TIMEOUT, "start")
         except RewardError:
             self._kill()  # useless without a reward; the next video starts a new one
             raise

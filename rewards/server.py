@@ -23,6 +23,7 @@ from absl import app, flags
 from rewards.base import RewardError, import_problem, last_line
 from rewards.ocr.engines import ENGINES
 from rewards.ocr.rules import RULES, OCRReward
+from rewards.own import OwnReward
 from rewards.pool import RewardPool
 from rewards.remote.wire import MAX_MEMORY, MAX_QUEUE, UPLOAD_TIMEOUT, Limits
 
@@ -43,6 +44,15 @@ WORKERS = flags.DEFINE_integer(
     "workers", max(1, (os.cpu_count() or 2) - 1), "scoring processes", lower_bound=1
 )
 REWARD = flags.DEFINE_string("reward", "ocr", "ocr, or your own as module:factory")
+NAME = flags.DEFINE_string(
+    "name", None, "name of your own reward, by which config.reward.servers refers to it"
+)
+BATCH = flags.DEFINE_integer(
+    "batch",
+    1,
+    "largest number of waiting videos that a process scores together, by score_batch of your own reward",
+    lower_bound=1,
+)
 OPTIONS = flags.DEFINE_string(
     "options", "{}", "JSON object with the keyword arguments of your own reward"
 )
@@ -167,6 +177,11 @@ def main(_: Sequence[str]) -> None:
             raise UsageError(
                 f'--options={OPTIONS.value} is not a JSON object: write {{"name": value, ...}}'
             )
+    if name == "ocr" and (NAME.value not in (None, "ocr") or BATCH.value > 1):
+        raise UsageError(
+            f"--name={NAME.value} and --batch={BATCH.value} are of your own reward: give it as "
+            "--reward=module:factory, or leave them out"
+        )
     if MAX_MEMORY_MIB.value < MAX_MIB.value:
         raise UsageError(
             f"--max_memory_mib={MAX_MEMORY_MIB.value} is less than --max_mib={MAX_MIB.value}: "
@@ -174,6 +189,9 @@ def main(_: Sequence[str]) -> None:
         )
     token = read_token(TOKEN_FILE.value, TOKEN_ENV.value, HOST.value, ALLOW_ALL.value)
     factory, about = make_factory(name, options)
+    if name != "ocr":
+        factory = functools.partial(OwnReward.of, NAME.value or name, factory)
+        about["name"] = NAME.value or name
 
     # 2. The address, before seconds are spent on building the reward.
     sock = bind(HOST.value, PORT.value)
@@ -184,9 +202,15 @@ def main(_: Sequence[str]) -> None:
 
     # 3. The reward.
     try:
-        pool = RewardPool(factory, WORKERS.value, timeout=TIMEOUT.value)
+        pool = RewardPool(factory, WORKERS.value, timeout=TIMEOUT.value, batch=BATCH.value)
     except RewardError as error:
         raise UsageError(f"the reward cannot be built: {last_line(str(error))}") from None
+    if BATCH.value > 1 and not pool.traits.batched:
+        pool.close()
+        raise UsageError(
+            f"--batch={BATCH.value} needs a reward with score_batch(videos, requests), which "
+            f"--reward={name} has not: write it, or leave --batch out"
+        )
 
     # 4. Serving.
     with pool:

@@ -4,10 +4,14 @@
 one request and its replies at a time:
 
     request                                      replies
-    first: (the parent's sys.path, factory)      ("ready", None) or ("failed", traceback)
-    then:  (frames, record)                      ("score", Score) or ("failed", traceback);
+    first: (the parent's sys.path, factory)      ("ready", Traits) or ("failed", error)
+    then:  ("score", frames, record)             ("score", Score) or ("failed", error);
                                                  before it, ("partial", Score) after each part of a
                                                  composite reward
+           ("score_group", videos, record)       ("score", a Score or an error for each video) or
+           ("score_batch", videos, records)      ("failed", error)
+
+An error is the message of a `RewardError`, or else a traceback.
 
 The process ends when the parent closes its end of the pair.
 """
@@ -17,10 +21,11 @@ import os
 import pickle
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
+
+from rewards.base import Traits, describe
 
 
 def build_reward(paths: list[str], factory: bytes) -> Any:
@@ -37,20 +42,22 @@ def build_reward(paths: list[str], factory: bytes) -> Any:
     return pickle.loads(factory)()
 
 
-def score_video(parent: Connection, reward: Any, frames: Any, record: Any) -> Any:
-    """Return the reward's score of a video. A composite reward also sends the parent a partial
-    score after each of its parts.
+def score_videos(parent: Connection, reward: Any, method: str, videos: Any, record: Any) -> Any:
+    """Return what a method of the reward returns. A composite reward that scores one video also
+    sends the parent a partial score after each of its parts.
     """
-    if not hasattr(reward, "scores"):
-        return reward.score(frames, record)
-    for score in reward.scores(frames, record):
+    if method != "score" or not hasattr(reward, "scores"):
+        return getattr(reward, method)(videos, record)
+    for score in reward.scores(videos, record):
         parent.send(("partial", score))
     return score
 
 
-def answer(parent: Connection, work: Callable, reply: str, send_result: bool) -> Any:
-    """Receive one request, run `work(*request)`, send the reply and return the result; None if
-    `work` raised an error.
+def answer(
+    parent: Connection, work: Callable, reply: str, result_of: Callable = lambda result: result
+) -> Any:
+    """Receive one request, run `work(*request)`, send (reply, result_of(result)) and return the
+    result; None if `work` raised an error.
     """
     try:
         request = parent.recv()
@@ -61,11 +68,11 @@ def answer(parent: Connection, work: Callable, reply: str, send_result: bool) ->
         os._exit(0)
     try:
         result = work(*request)
-        parent.send((reply, result if send_result else None))
+        parent.send((reply, result_of(result)))
     except (BrokenPipeError, ConnectionResetError):
         os._exit(0)
-    except Exception:  # of the reward, or of pickling its score; the parent reports the traceback
-        parent.send(("failed", traceback.format_exc()))
+    except Exception as error:  # of the reward, or of pickling its score; the parent reports it
+        parent.send(("failed", describe(error)))
         return None
     return result
 
@@ -76,9 +83,9 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     parent = Connection(int(sys.argv[1]))
-    reward = answer(parent, build_reward, "ready", send_result=False)
+    reward = answer(parent, build_reward, "ready", Traits.of)
     while reward is not None:
-        answer(parent, functools.partial(score_video, parent, reward), "score", send_result=True)
+        answer(parent, functools.partial(score_videos, parent, reward), "score")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ def load_prompts(
     limit: int | None = None,
     check: Callable[[tuple[str, ...]], None] | None = None,
     skip_invalid: bool = False,
+    hint: str = "",
 ) -> PromptSet:
     """Read a prompt file in the format of its suffix; repeated prompts are dropped.
 
@@ -61,6 +62,7 @@ def load_prompts(
       limit: number of prompts to take; None: all.
       check: raises ValueError on targets that cannot be scored.
       skip_invalid: leave out lines that cannot be scored.
+      hint: ends the message about lines that cannot be scored.
 
     Raises:
       UserError: the file cannot be read, has no prompt, or, without `skip_invalid`, has lines that
@@ -85,7 +87,7 @@ def load_prompts(
         if len(problems) > 5:
             shown += f"\n  and {len(problems) - 5} more"
         raise UserError(
-            f"{path}: {len(problems)} of {len(lines)} lines cannot be scored:\n{shown}\n"
+            f"{path}: {len(problems)} of {len(lines)} lines cannot be scored:\n{shown}{hint}\n"
             "--config.prompts.skip_invalid=True leaves them out"
         )
     if not found:
@@ -118,7 +120,7 @@ def examples(prompts: PromptSet, count: int = 2) -> list[str]:
     lines = []
     for prompt, targets in zip(prompts.prompts[:count], prompts.targets):
         texts = getattr(targets, "targets", targets)
-        lines.append(f"prompt: {prompt} -> {', '.join(map(repr, texts))}")
+        lines.append(f"prompt: {prompt}" + (f" -> {', '.join(map(repr, texts))}" if texts else ""))
     return lines
 
 

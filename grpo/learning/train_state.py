@@ -53,7 +53,10 @@ def origin(model: ModelDir, prompts: PromptSet) -> dict[str, Any]:
     merged into the model, with which a run must continue. Digests do not depend on paths. The
     model's is None for folders of earlier versions.
     """
-    targets = [t.targets if isinstance(t, PromptRecord) else t for t in prompts.targets]
+    targets = [
+        ([t.targets, t.metadata] if t.metadata else t.targets) if isinstance(t, PromptRecord) else t
+        for t in prompts.targets
+    ]
     text = json.dumps([prompts.prompts, targets])
     return {
         "model_digest": model.fingerprint,

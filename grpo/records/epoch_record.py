@@ -4,7 +4,6 @@ from grpo.credit import Credit
 from grpo.run import RunSpec
 from grpo.sampling import RolloutBatch
 from grpo.scoring import reward_combination
-from grpo.scoring.reward_combination import MAIN
 from grpo.scoring.scores import GatheredScores, format_failures
 from grpo.settings.budget import Spent
 from wan_jax.distributed import memory
@@ -36,7 +35,7 @@ def make(
         "reward_std": groups.std_reward,
         "group_std": groups.mean_group_std,
         "zero_std_fraction": groups.zero_std_fraction,
-        "rewards": reward_combination.means({MAIN: scores.values} | scores.parts),
+        "rewards": reward_combination.means({scores.main: scores.values} | scores.parts),
         "failed_scores": int((~credit.valid).sum()),
         **scores.counts(),
         "videos": spec.settings.videos,

@@ -14,9 +14,9 @@ from grpo.data.prompts import PromptSet
 from grpo.records.statistics import LEAST_VALUES, bootstrap_interval
 from grpo.rollout import initial_noise
 from grpo.scoring import guard
-from grpo.scoring.reward_combination import base_statistics
+from grpo.scoring.reward_combination import MAIN, base_statistics
 from grpo.scoring.scores import format_failures, gather_scores, submit
-from rewards.pool import RewardPool
+from rewards.pool_set import Pool
 from wan_jax.diffusion.experts import Segment
 from wan_jax.distributed import multihost
 from wan_jax.distributed import sharding as sharding_lib
@@ -54,9 +54,14 @@ def format_evaluation(record: dict) -> str:
         result = f"{record['reward']:.3f} [{record['low']:.3f}, {record['high']:.3f}]"
     failures = format_failures(record["failed_scores"], record)
     return (
-        f"OCR reward {result} on {record['num']} prompts{f' ({failures})' if failures else ''}, "
+        f"{reward_name(record)} {result} on {record['num']} prompts{f' ({failures})' if failures else ''}, "
         f"{record['seconds']:.1f} s{unguided}"
     )
+
+
+def reward_name(record: dict) -> str:
+    """Return the name of an evaluation's main reward for messages: "OCR reward", "red reward"."""
+    return f"{record['main']} reward" if "main" in record else "OCR reward"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +77,14 @@ class Evaluator:
     parts: tuple[Segment, ...]  # the schedule's steps of each expert
     decode: Callable  # `pipeline.make_decoder`
     vae_state: object
-    pool: RewardPool
+    pool: Pool
     mesh: jax.sharding.Mesh
     shape: tuple[int, ...]  # of the latents of one video
     batch_size: int
     seed: int  # of the initial noise and of the interval's bootstrap samples
     previews: int  # number of videos to return
     unguided: tuple = ()  # as `steps` but without guidance, which is then evaluated as well
+    main: str = MAIN  # the name of the main reward
 
     def __call__(self, arrays: Callable, epoch: int, progress=lambda x, **_: x) -> Evaluation:
         """Sample one video per prompt, score it, and return the evaluation after `epoch`.
@@ -125,7 +131,7 @@ class Evaluator:
 
         # 3. Gather the scores and the previews of all processes.
         multihost.stage(f"evaluation after epoch {epoch}: scores")
-        scores = gather_scores(pending, total)
+        scores = gather_scores(pending, total, self.main)
         shown = dict(video for process in multihost.gather(previews) for video in process)
         rewards = scores.values
         num = int(scores.valid.sum())
@@ -146,8 +152,10 @@ class Evaluator:
             "texts": scores.texts,
             "seconds": time.monotonic() - start,
         }
+        if self.main != MAIN:
+            record["main"] = self.main
         if scores.parts:
-            record["measures"] = base_statistics(scores.parts)
+            record["measures"] = base_statistics(scores.parts, self.main)
         if self.unguided:
             unguided = dataclasses.replace(self, steps=self.unguided, unguided=(), previews=0)
             record["unguided"] = unguided(arrays, epoch, progress).record

@@ -14,7 +14,7 @@ import numpy as np
 
 from grpo.scoring.advantages import group_advantages
 
-MAIN = "ocr"  # the main reward, the spelling
+MAIN = "ocr"  # the main reward of most runs, the spelling (`grpo.settings.schema.main_reward`)
 # the bad side of each measure: above the base model's mean (+1), below it (-1), both (0)
 BAD_SIDE = {
     "sharpness": 0,
@@ -32,11 +32,17 @@ FREE, WORST = 1.0, 4.0  # standard deviations where the penalty starts, and wher
 Base = Mapping[str, tuple[float, float]]  # (mean, standard deviation) by measure
 
 
-def base_statistics(parts: Mapping[str, np.ndarray]) -> dict[str, tuple[float, float]]:
-    """Return the mean and the population standard deviation of each measure over the videos that
-    have it; nan with fewer than two, which have no spread.
+def base_statistics(
+    parts: Mapping[str, np.ndarray], main: str = MAIN
+) -> dict[str, tuple[float, float]]:
+    """Return the mean and the population standard deviation of each measure but the main reward over
+    the videos that have it; nan with fewer than two, which have no spread.
     """
-    finite = {name: values[np.isfinite(values)] for name, values in parts.items() if name != MAIN}
+    finite = {
+        name: values[np.isfinite(values)]
+        for name, values in parts.items()
+        if name != main or name in BAD_SIDE
+    }
     return {
         name: (float(values.mean()), float(values.std())) if len(values) > 1 else (np.nan, np.nan)
         for name, values in finite.items()
@@ -75,15 +81,19 @@ def means(measured: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def terms(
-    values: np.ndarray, parts: Mapping[str, np.ndarray], weights: Mapping[str, float], base: Base
+    values: np.ndarray,
+    parts: Mapping[str, np.ndarray],
+    weights: Mapping[str, float],
+    base: Base,
+    main: str = MAIN,
 ) -> dict[str, np.ndarray]:
     """Return the rewards with a weight by name, [N] float64 each; nan where a video has none.
 
-    values: the spelling, [N]. parts: the other rewards, [N] each; a reward that no video has may be
-    absent. base: statistics of the weighted measures of quality.
+    values: the main reward, [N]. parts: the other rewards, [N] each; a reward that no video has may
+    be absent. base: statistics of the weighted measures of quality. main: the main reward's name.
     """
-    raw = {MAIN: np.asarray(values, np.float64)}
-    for name in weights.keys() - {MAIN}:
+    raw = {main: np.asarray(values, np.float64)}
+    for name in weights.keys() - {main}:
         raw[name] = parts.get(name, np.full(len(values), np.nan))
     return {
         name: against_base(name, raw[name], *base[name]) if name in BAD_SIDE else raw[name]

@@ -1,5 +1,5 @@
-"""The main reward of a run whose videos are scored on other machines: by reward servers, or by a
-vision model as the judge.
+"""The rewards of a run that are computed on other machines: by reward servers, or by a vision model
+as the judge.
 """
 
 import functools
@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 
 from grpo.settings.choices import JUDGE, JUDGE_QUESTIONS
+from grpo.settings.named import TEXT, servers_by_name
 from rewards.base import Reward
 from rewards.judge import JudgeReward, Transcriber, VisionEndpoint
 from rewards.ocr.rules import OCRReward, even_frames
@@ -20,12 +21,13 @@ def check_settings(config) -> None:
     """Check the settings of servers. config: `config.reward`. Raises `UserError` that names the
     key, the value and the fix.
     """
+    if config.engine == JUDGE and TEXT not in servers_by_name(config.servers):
+        raise UserError(
+            f"config.reward.engine='judge' asks a vision model, but config.reward.servers="
+            f"{tuple(config.servers)} names none: give its URLs, "
+            "--config.reward.servers=http://host:8000"
+        )
     if not config.servers:
-        if config.engine == JUDGE:
-            raise UserError(
-                "config.reward.engine='judge' asks a vision model, but config.reward.servers=() "
-                "names none: give its URLs, --config.reward.servers=http://host:8000"
-            )
         return
     if (
         config.engine == JUDGE
@@ -37,11 +39,12 @@ def check_settings(config) -> None:
             f"which config.reward.judge_question={config.judge_question!r} does not read: use "
             "'transcribe', or None"
         )
-    for url in config.servers:
-        try:
-            check_url(url)
-        except ValueError as error:
-            raise UserError(f"config.reward.servers: {error}") from None
+    for urls in servers_by_name(config.servers).values():
+        for url in urls:
+            try:
+                check_url(url)
+            except ValueError as error:
+                raise UserError(f"config.reward.servers: {error}") from None
     if config.workers < 1:
         raise UserError(
             f"config.reward.workers={config.workers} with config.reward.servers: it is the number of "
@@ -56,9 +59,9 @@ def check_settings(config) -> None:
         )
 
 
-def connect(config) -> Callable[[], Reward]:
-    """Connect to the servers, and return a factory that gives every thread of a pool the same
-    reward, a client of all servers.
+def connect(config, name: str = TEXT) -> Callable[[], Reward]:
+    """Connect to the servers of a reward, and return a factory that gives every thread of a pool the
+    same reward, a client of all of them.
 
     config: `config.reward`, checked. Raises `RewardError` or `ValueError` if no server can be used.
     """
@@ -68,8 +71,12 @@ def connect(config) -> Callable[[], Reward]:
         "retries": config.retries,
         "patience": config.patience,
     }
-    if config.engine == JUDGE:
-        judge = VisionEndpoint(config.servers, config.judge_model, **options)
+    urls = servers_by_name(config.servers)[name]
+    if name != TEXT:
+        reward = RemoteReward(urls, expect={"name": name}, **options)
+        _warn_of_idle(reward, config)
+    elif config.engine == JUDGE:
+        judge = VisionEndpoint(urls, config.judge_model, **options)
         if config.judge_question == "transcribe":
             reward = OCRReward(config.rule, Transcriber(judge), max_frames=config.max_frames)
         else:
@@ -82,7 +89,7 @@ def connect(config) -> Callable[[], Reward]:
             else None
         )
         reward = RemoteReward(
-            config.servers,
+            urls,
             select=select,
             bounds=(0.0, 1.0),
             expect={
@@ -93,11 +100,15 @@ def connect(config) -> Callable[[], Reward]:
             },
             **options,
         )
-        if reward.workers > config.workers:
-            log.warning(
-                "the reward servers have %d workers, but config.reward.workers=%d videos in "
-                "flight keep at most as many busy: raise it",
-                reward.workers,
-                config.workers,
-            )
+        _warn_of_idle(reward, config)
     return lambda: reward
+
+
+def _warn_of_idle(reward: RemoteReward, config) -> None:
+    if reward.workers > config.workers:
+        log.warning(
+            "the reward servers have %d workers, but config.reward.workers=%d videos in "
+            "flight keep at most as many busy: raise it",
+            reward.workers,
+            config.workers,
+        )

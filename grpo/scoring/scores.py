@@ -1,88 +1,19 @@
-"""The reward pool of a recipe, and the scores of an epoch or of an evaluation, gathered from all
-processes.
-"""
+"""The scores of an epoch or of an evaluation, gathered from all processes."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from grpo.data.prompts import PromptSet
-from grpo.scoring import reward_servers
 from grpo.scoring.reward_combination import MAIN
-from grpo.settings.schema import SECOND_READER
-from rewards.base import PromptRecord, Reward, RewardError, last_line
-from rewards.clip import KINDS, ClipReward
-from rewards.composite import DERIVED, CompositeReward
-from rewards.ocr.rules import OCRReward, make_readable_check
-from rewards.pool import BatchScores, PendingScores, RewardPool
-from rewards.quality import QualityReward
+from rewards.base import last_line
+from rewards.batch_scores import BatchScores, PendingScores
+from rewards.pool_set import PendingSet, Pool
 from wan_jax.distributed import multihost
 from wan_jax.distributed import sharding as sharding_lib
-from wan_jax.errors import UserError
 from wan_jax.inference.pipeline import NOT_FINITE, Videos
-
-
-def open_pool(config, weights: dict[str, float]) -> RewardPool:
-    """Build the pool that scores videos: worker processes, or threads that send requests to
-    servers.
-
-    config: `config.reward`. weights: of the rewards by name, measured ones included. Raises
-    `UserError` when a reward cannot be built, e.g. because of a missing package.
-    """
-    factories = {name: _secondary_factory(config, name) for name in weights if name != MAIN}
-    try:
-        if config.servers:
-            main = reward_servers.connect(config)
-        else:
-            main = functools.partial(
-                OCRReward, rule=config.rule, engine=config.engine, max_frames=config.max_frames
-            )
-        reward = functools.partial(CompositeReward, {MAIN: main} | factories) if factories else main
-        mode = "thread" if config.servers else "process"
-        return RewardPool(reward, workers=config.workers, mode=mode)
-    except (RewardError, ImportError, ValueError) as error:
-        raise UserError(f"the reward cannot be built: {last_line(str(error))}") from error
-
-
-def _secondary_factory(config, name: str) -> Callable[[], Reward] | None:
-    """Return the factory of a reward other than the main one; None for a derived value."""
-    if name in DERIVED:
-        return None
-    if name in KINDS:
-        return functools.partial(ClipReward, config[f"{name}_model"], name, config.max_frames)
-    if name == SECOND_READER:
-        return functools.partial(
-            OCRReward, rule=config.rule, engine=config.second_engine, max_frames=config.max_frames
-        )
-    return functools.partial(QualityReward, name)
-
-
-def targets_check(config) -> Callable[[Sequence[str]], None] | None:
-    """Return the check of targets for `grpo.data.prompts.load_prompts`: can the OCR engine read
-    their characters?
-
-    config: `config.reward`. None where servers or a judge read the text, or where the spelling has
-    no weight.
-    """
-    return (
-        None if config.servers or not config.weights[MAIN] else make_readable_check(config.engine)
-    )
-
-
-def for_rewards(prompts: PromptSet, weights: dict[str, float]) -> PromptSet:
-    """Return the prompts with `PromptRecord`s as targets if a reward needs the prompt, else as they
-    are.
-    """
-    if not set(weights) & set(KINDS):
-        return prompts
-    return dataclasses.replace(
-        prompts, targets=tuple(map(PromptRecord, prompts.targets, prompts.prompts))
-    )
-
 
 # --- Scores of one process ------------------------------------------------------------------------
 
@@ -93,17 +24,28 @@ class PendingBatch:
 
     numbers: np.ndarray  # int [n], of the videos among those of all processes
     finite: np.ndarray  # bool [n]; the other videos have no pixels to score
-    scores: PendingScores | None  # of the finite videos; None if there are none
+    scores: PendingScores | PendingSet | None  # of the finite videos; None if there are none
 
 
 def submit(
-    pool: RewardPool, numbers: np.ndarray, videos: Videos, records: Sequence
+    pool: Pool,
+    numbers: np.ndarray,
+    videos: Videos,
+    records: Sequence,
+    group_size: int = 1,
 ) -> PendingBatch:
-    """Start to score the finite ones of n videos. numbers, records: one per video."""
+    """Start to score the finite ones of n videos. numbers, records: one per video. group_size: the
+    videos with the numbers 0 to group_size - 1 are a group, and so on.
+    """
     finite = np.flatnonzero(videos.finite)
     scores = None
     if len(finite):
-        scores = pool.submit(videos.frames[finite], [records[int(i)] for i in finite])
+        scores = pool.submit(
+            videos.frames[finite],
+            [records[int(i)] for i in finite],
+            (np.asarray(numbers)[finite] // group_size).tolist(),
+            group_size,
+        )
     return PendingBatch(numbers, videos.finite, scores)
 
 
@@ -149,6 +91,7 @@ class GatheredScores:
     parts: dict[str, np.ndarray]
     finite: np.ndarray  # bool [N]; the other videos were not scored, and are not valid
     part_retries: dict[str, int]  # number of second attempts of each reward but the main one
+    main: str = MAIN  # the name of the main reward
 
     @property
     def nonfinite(self) -> int:
@@ -161,7 +104,7 @@ class GatheredScores:
         return {
             name: int((self.valid & np.isnan(values)).sum())
             for name, values in self.parts.items()
-            if name != MAIN
+            if name != self.main
         }
 
     def counts(self) -> dict:
@@ -232,11 +175,12 @@ def gather_rows(batches: Sequence[jax.Array], sharding: jax.sharding.NamedShardi
     return gathered
 
 
-def gather_scores(pending: Sequence[PendingBatch], total: int) -> GatheredScores:
+def gather_scores(pending: Sequence[PendingBatch], total: int, main: str = MAIN) -> GatheredScores:
     """Wait for this process's batches and exchange their scores with the other processes.
 
     All processes must call this at the same point. pending: batches of this process; total: number
-    of videos of all processes. Raises `ValueError` when a video is in no batch of any process.
+    of videos of all processes; main: the name of the main reward. Raises `ValueError` when a video is
+    in no batch of any process.
     """
     own = [ScoredBatch.of(batch) for batch in pending]
     batches = [batch for process in multihost.gather(own) for batch in process]
@@ -273,4 +217,5 @@ def gather_scores(pending: Sequence[PendingBatch], total: int) -> GatheredScores
         parts=parts,
         finite=finite,
         part_retries=part_retries,
+        main=main,
     )

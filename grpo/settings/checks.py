@@ -4,13 +4,18 @@
 `UserError` with the keys, the values and a remedy.
 """
 
+import math
+import re
+
 from grpo import methods
 from grpo.records import trackers
 from grpo.scoring.reward_combination import BAD_SIDE
 from grpo.scoring.reward_servers import check_settings
 from grpo.settings import frame_schedule
-from grpo.settings.schema import measured_rewards
+from grpo.settings.named import TEXT, own_names, pairs, servers_by_name
+from grpo.settings.schema import BUILT_IN, measured_rewards
 from rewards.clip import KINDS, check_model
+from rewards.own import TARGET
 from wan_jax.errors import UserError
 
 
@@ -63,17 +68,28 @@ def check_updates(recipe) -> None:
 
 def check_rewards(recipe) -> None:
     """Check that a reward has a weight, and that each one can be measured."""
+    check_own_rewards(recipe)
     weights = measured_rewards(recipe)
     if not any(weights.values()):
         explicit = {name: weights[name] for name in weights if name not in recipe.reward.panel}
         raise UserError(f"config.reward.weights={explicit}: one weight must be above 0")
+    text_servers = servers_by_name(recipe.reward.servers).get(TEXT, ())
+    if "ocr" not in weights:
+        reads = f"config.reward.servers={text_servers}" if text_servers else None
+        if recipe.reward.weights.stability is not None:
+            reads = f"config.reward.weights.stability={recipe.reward.weights.stability}"
+        if reads:
+            raise UserError(
+                f"{reads} needs the text that is read, but config.reward.weights.ocr=None: set it "
+                "to 0 to read without training on it"
+            )
     for name in (kind for kind in KINDS if kind in weights):
         path = recipe.reward[f"{name}_model"]
-        if not path or recipe.reward.servers:
+        if not path or text_servers:
             raise UserError(
                 f"config.reward.weights.{name} is scored by the workers here: set "
                 f"config.reward.{name}_model={path!r} to the model's folder, and give no "
-                f"config.reward.servers={tuple(recipe.reward.servers)}"
+                f"config.reward.servers={tuple(text_servers)} of the text"
             )
         try:
             check_model(path)
@@ -84,6 +100,39 @@ def check_rewards(recipe) -> None:
         raise UserError(
             f"config.reward.weights has {', '.join(sorted(quality))}, which are judged by the base "
             "model's videos of one length: leave out either them or config.sample.frame_schedule"
+        )
+
+
+def check_own_rewards(recipe) -> None:
+    """Check the names, modules and weights of the user's own rewards and of named servers."""
+    reward = recipe.reward
+    own, weights = dict(pairs(reward.own, str)), dict(pairs(reward.own_weights, float))
+    names = own_names(reward.own, reward.servers)
+    for name in names:
+        if name in BUILT_IN or names.count(name) > 1 or not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise UserError(
+                f"config.reward.own={own} and config.reward.servers={tuple(reward.servers)} name a "
+                f"reward {name!r}: a name has letters, digits and _, is given once, and is none of "
+                f"{', '.join(BUILT_IN)}"
+            )
+    for name, target in own.items():
+        if not TARGET.fullmatch(target):
+            raise UserError(
+                f"config.reward.own has {name}={target!r}: give MODULE:FACTORY, such as "
+                "redness:Redness for the class Redness in redness.py"
+            )
+    for name, weight in weights.items():
+        known, _, part = name.partition(".")
+        if known not in names or (part and not part.isidentifier()) or not 0 <= weight < math.inf:
+            raise UserError(
+                f"config.reward.own_weights has {name}={weight}: give a number of at least 0 for a "
+                f"reward of config.reward.own or config.reward.servers, or for a part of one, "
+                f"NAME.PART; they are {', '.join(names) or 'none'}"
+            )
+    if own and reward.workers < 1:
+        raise UserError(
+            f"config.reward.own={own} with config.reward.workers={reward.workers}: your own rewards "
+            "run in scoring processes, never in the training process; set workers to 1 or more"
         )
 
 

@@ -17,6 +17,7 @@ from grpo.settings.schema import (
     SETTINGS,
     Recipe,
     is_marked,
+    main_reward,
     make_recipe,
     measured_rewards,
     values_of,
@@ -59,6 +60,11 @@ class Settings:
     weights: dict[str, float]
     budget: Budget
 
+    @property
+    def main(self) -> str:
+        """The name of the main reward, by whose value runs are judged."""
+        return main_reward(self.weights)
+
 
 def recipe_from_config(config: ml_collections.ConfigDict) -> Recipe:
     """Return the recipe, after all checks that need neither model nor devices. Raises `UserError`
@@ -66,6 +72,7 @@ def recipe_from_config(config: ml_collections.ConfigDict) -> Recipe:
     """
     validation.check_keys(config)
     values = validation.normalised(values_of(config))
+    values = validation.with_own_weights(values, config.to_dict())
     validation.check_values(values)
     recipe = make_recipe(values)
     validation.check_secrets(recipe)

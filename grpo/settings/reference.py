@@ -66,6 +66,8 @@ def _row(entry: Setting) -> str:
 
 def _type(entry: Setting) -> str:
     """Return the type of a setting as text."""
+    if entry.named:
+        return f"{TYPES[entry.named]}s by name"
     if entry.elements is None:
         return "path" if entry.path else TYPES[entry.kind]
     return f"tuple of {TYPES[entry.elements]}s"

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import field
 
 from grpo.settings.budget import Budget
+from grpo.settings.named import own_names, pairs
 from grpo.settings.sections.model import LoRA, Mesh, Model
 from grpo.settings.sections.records import Eval, Log, Save
-from grpo.settings.sections.reward import Reward
+from grpo.settings.sections.reward import Reward, Weights
 from grpo.settings.sections.sample import Prompts, Sample
 from grpo.settings.sections.train import Train
 from grpo.settings.setting import PER_PROCESS, RESUME, Section, Setting, declared, setting
@@ -65,6 +66,7 @@ class Recipe(Section):
 
 
 SECOND_READER = "second_reader"  # the reward of `reward.second_engine`
+BUILT_IN = (*(f.name for f in dataclasses.fields(Weights)), SECOND_READER)  # names of rewards
 SETTINGS: Mapping[str, Setting] = {entry.key: entry for entry in declared(Recipe)}
 
 
@@ -142,17 +144,36 @@ def is_marked(key: str, mark: str) -> bool:
 
 def measured_rewards(recipe) -> dict[str, float]:
     """Return the weights of the rewards that are measured, by name, sorted: those of
-    `reward.weights`, and 0 for the others of the guard.
+    `reward.weights`, and 0 for the others of the guard; then those of the user's own and of named
+    servers, each followed by its weighted parts, NAME.PART.
 
     recipe: a `Recipe`, or a ConfigDict with the same keys.
     """
     prefix = "reward.weights."
-    watched = dict.fromkeys(recipe.reward.panel, 0.0)
-    if recipe.reward.second_engine:
+    values = values_of(recipe)
+    watched = dict.fromkeys(values["reward.panel"], 0.0)
+    if values["reward.second_engine"]:
         watched[SECOND_READER] = 0.0
     weighted = {
         key.removeprefix(prefix): value
-        for key, value in sorted(values_of(recipe).items())
+        for key, value in values.items()
         if key.startswith(prefix) and value is not None
     }
-    return dict(sorted((watched | weighted).items()))
+    measured: dict[str, float] = dict(sorted((watched | weighted).items()))
+    weights = dict(pairs(values["reward.own_weights"], float))
+    for name in own_names(values["reward.own"], as_tuples(values["reward.servers"])):
+        measured[name] = weights.get(name, 0.0)
+        measured |= {k: weight for k, weight in weights.items() if k.startswith(f"{name}.")}
+    return measured
+
+
+def main_reward(weights: Mapping[str, float]) -> str:
+    """Return the name of the main reward: by its value runs are judged, and a video without it is
+    masked. It is the first with a weight among the spelling, the CLIP rewards and the user's own; if
+    there is none, the first that is measured.
+
+    weights: of the rewards that are measured.
+    """
+    others = [name for name in weights if name not in BUILT_IN]
+    order = [name for name in ("ocr", "clip", "pickscore", *others) if name in weights]
+    return next((name for name in order if weights[name]), [*order, *weights][0])

@@ -39,6 +39,8 @@ class Setting:
         choices: of a text or a tuple of texts, the values that are allowed; empty: any.
         bounds: of a number or a tuple of numbers, the range of each; None: any.
         form: of a tuple of fixed length, what the elements are, e.g. '(lowest, highest)'.
+        named: of values by name, the type of each value, str or float; None: not by name. Recipes
+            and the command line may give them in every form that `grpo.settings.named` reads.
         path: whether it is a path, which may begin with `~`.
         required: whether a recipe must set it.
         resume: whether a run that is continued may change it, because it does not change what an
@@ -57,6 +59,7 @@ class Setting:
     choices: tuple[str, ...] = ()
     bounds: Range | None = None
     form: str = ""
+    named: type | None = None
     path: bool = False
     required: bool = False
     resume: bool = False

@@ -72,6 +72,7 @@ def unread(recipe) -> dict[str, str]:
             "reward.servers=()",
             ("reward.token_env", "reward.timeout", "reward.retries", "reward.patience"),
         ),
+        (reward.weights.ocr is None, "reward.weights.ocr=None", ("reward.rule", "reward.engine")),
         (
             reward.engine != JUDGE,
             f"reward.engine={reward.engine}",

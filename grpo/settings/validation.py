@@ -12,7 +12,8 @@ from typing import Any
 
 import ml_collections
 
-from grpo.settings.schema import SETTINGS, Recipe, as_tuples
+from grpo.settings.named import own_names, pairs
+from grpo.settings.schema import BUILT_IN, SETTINGS, Recipe, as_tuples
 from grpo.settings.setting import Setting
 from wan_jax.command_line.flag_types import user_path
 from wan_jax.errors import UserError
@@ -44,8 +45,12 @@ def _as_lists(value):
 
 
 def check_keys(config: ml_collections.ConfigDict) -> None:
-    """Raises `UserError` with similar keys where a recipe does not have exactly the declared keys."""
-    unknown = list(_unknown(config.to_dict(), Recipe().to_dict()))
+    """Raises `UserError` with similar keys where a recipe does not have exactly the declared keys.
+    Weights of the user's own rewards are allowed too (`own_weights`).
+    """
+    values = config.to_dict()
+    own_weights(values)  # removes them
+    unknown = list(_unknown(values, Recipe().to_dict()))
     if unknown:
         guesses = [guess for _, guess in unknown if guess]
         raise UserError(
@@ -58,6 +63,37 @@ def check_keys(config: ml_collections.ConfigDict) -> None:
             f"the recipe does not set {', '.join(missing[:6])}: let it begin with c = defaults(), "
             "of configs/defaults.py"
         )
+
+
+def own_weights(values: dict[str, Any]) -> dict[str, Any]:
+    """Remove the weights of the user's own rewards from nested settings and return them by name.
+
+    values: of a recipe's ConfigDict, from `to_dict`.
+    """
+    reward = values.get("reward", {})
+    weights = reward.get("weights") if isinstance(reward, dict) else None
+    if not isinstance(weights, dict):
+        return {}
+    try:
+        names = own_names(reward.get("own"), as_tuples(reward.get("servers") or ()))
+    except ValueError:  # reported by `normalised`
+        names = list(weights)
+    return {name: weights.pop(name) for name in names if name in weights and name not in BUILT_IN}
+
+
+def with_own_weights(values: dict[str, Any], nested: dict[str, Any]) -> dict[str, Any]:
+    """Return normalised values with the weights of the user's own rewards that a recipe sets as
+    reward.weights.NAME. Those of reward.own_weights, which the command line gives, win.
+
+    nested: the settings of the recipe, from `to_dict` of its ConfigDict. Raises `UserError`.
+    """
+    key = "reward.own_weights"
+    added = own_weights(nested)
+    try:
+        merged = dict(pairs(added, float)) | dict(values[key])
+    except ValueError as error:
+        raise UserError(f"config.reward.weights={added} {error}") from None
+    return values | {key: tuple(merged.items())}
 
 
 def _unknown(values: dict, known: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -79,12 +115,18 @@ def normalised(values: Mapping[str, object]) -> dict[str, object]:
 
     'None' becomes the empty text where a text may be empty. (None,) and ('',), which the command line
     makes of 'None' and of an empty value, become the empty tuple. Paths become those of
-    `wan_jax.command_line.flag_types.user_path`. Raises `UserError` on a text that cannot be a path.
+    `wan_jax.command_line.flag_types.user_path`. Values by name become pairs. Raises `UserError` on a
+    text that cannot be a path, and on values by name in another form.
     """
     return {key: _normalised(SETTINGS[key], as_tuples(value)) for key, value in values.items()}
 
 
 def _normalised(entry: Setting, value):
+    if entry.named is not None:
+        try:
+            return pairs(value, entry.named)
+        except ValueError as error:
+            raise UserError(f"config.{entry.key}={value!r} {error}") from None
     if entry.default == "" and value == "None":
         return ""
     if entry.kind is tuple and value in ((None,), ("",)):

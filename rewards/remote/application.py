@@ -21,8 +21,9 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from starlette.requests import ClientDisconnect
 
-from rewards.base import RewardError
-from rewards.pool import BatchScores, PendingScores, RewardPool
+from rewards.base import PromptRecord, RewardError
+from rewards.batch_scores import BatchScores, PendingScores
+from rewards.pool import RewardPool
 from rewards.remote.admission import MAX_ACCEPTED, Admission, Connection, Quota
 from rewards.remote.wire import (
     CONTENT_TYPE,
@@ -32,6 +33,7 @@ from rewards.remote.wire import (
     MAX_QUEUE,
     SCORE_PATH,
     UPLOAD_TIMEOUT,
+    VERSIONS,
     Limits,
     WireError,
     decode_request,
@@ -92,6 +94,8 @@ def make_app(
         authorise(request)
         return {
             "reward": about,
+            "groupwise": pool.traits.groupwise,
+            "wire": VERSIONS,
             "versions": versions,
             "workers": pool.workers,
             "queue": queue.used,
@@ -106,12 +110,18 @@ def make_app(
             claim_videos(1)  # at least one; the body will tell how many
             try:
                 body = await _read_body(request, limits.body, upload_timeout, claim_bytes)
-                videos, records = decode_request(body, limits)
+                asked = decode_request(body, limits)
             except WireError as error:
                 raise HTTPException(error.status, str(error)) from None
-            claim_videos(len(videos) - 1)
-            scores = await _wait_for(pool.submit(videos, records), request)
-        return Response(encode_scores(scores), media_type="application/json")
+            count = len(asked.videos)
+            claim_videos(count - 1)
+            records = asked.records
+            if not pool.traits.needs_prompt:
+                records = [r.targets if isinstance(r, PromptRecord) else r for r in records]
+            groups = [object()] * count if asked.group else None  # equal to no other request's
+            pending = pool.submit(asked.videos, records, groups, count)
+            scores = await _wait_for(pending, request)
+        return Response(encode_scores(scores, asked.version), media_type="application/json")
 
     return api
 

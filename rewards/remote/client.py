@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from rewards.base import RewardError, Score, check_frames
+from rewards.base import PromptRecord, RewardError, Score, check_frames
 from rewards.remote.endpoints import Endpoints, log
 from rewards.remote.wire import (
     CONTENT_TYPE,
     HEALTH_PATH,
     MAX_VALUE,
     SCORE_PATH,
+    VERSIONS,
     decode_scores,
     encode_request,
 )
@@ -41,7 +42,11 @@ class RemoteReward:
     bounds: lowest and highest value of the reward; a score outside is an error of its video.
     options: of `Endpoints`: token, timeout, retries, patience, first_pause, seed.
 
-    Attribute `workers`: sum of the workers of the servers that answered at the start. Raises
+    Records are sent in version 2 of the wire format if they are `PromptRecord`s and all servers that
+    answered at the start know it, else in version 1.
+
+    Attributes `workers`: sum of the workers of the servers that answered at the start; `groupwise`:
+    whether they score the videos of a prompt together. Raises
     `ValueError` or `RewardError` as `Endpoints` does.
     """
 
@@ -58,6 +63,8 @@ class RemoteReward:
         self._versions: dict[str, str] | None = None
         self._select, self._bounds, self._starting = select, bounds, True
         self.workers = 0
+        self._version = max(VERSIONS)
+        self.groupwise: bool | None = None  # not known before the first server answers
         self._endpoints = Endpoints(urls, HEALTH_PATH, self._check, **options)
         self._starting = False
 
@@ -69,14 +76,22 @@ class RemoteReward:
             raise score
         return score
 
-    def score_batch(self, videos: np.ndarray, records: Sequence[Any]) -> list[Score | RewardError]:
-        """Score videos uint8 [B, T, H, W, 3] in one request: B scores or errors. Raises
-        `RewardError` when no server answers.
+    def score_group(self, videos: Sequence[np.ndarray], record: Any) -> list[Score | RewardError]:
+        """Score the videos of one prompt together. Raises `RewardError` when no server can."""
+        return self.score_batch(np.stack(videos), [record] * len(videos), group=True)
+
+    def score_batch(
+        self, videos: np.ndarray, records: Sequence[Any], group: bool = False
+    ) -> list[Score | RewardError]:
+        """Score videos uint8 [B, T, H, W, 3] in one request: B scores or errors. group: whether they
+        are one group. Raises `RewardError` when no server answers.
         """
         frames = None if self._select is None else [int(i) for i in self._select(videos.shape[1])]
         sent = videos if frames is None else videos[:, frames]
-        answer = self._endpoints.post(SCORE_PATH, encode_request(sent, records), CONTENT_TYPE)
-        scores = decode_scores(answer, sent.shape[0], sent.shape[1], self._bounds)
+        version = self._version if isinstance(records[0], PromptRecord) else 1
+        body = encode_request(sent, records, version, group)
+        answer = self._endpoints.post(SCORE_PATH, body, CONTENT_TYPE)
+        scores = decode_scores(answer, *sent.shape[:2], self._bounds, version)
         return scores if frames is None else [_renumber(score, frames) for score in scores]
 
     def close(self) -> None:
@@ -104,6 +119,17 @@ class RemoteReward:
         if differences:
             raise RewardError(
                 f"scores with {', '.join(differences)}: start it with the same settings"
+            )
+        wire = health.get("wire", [1])
+        groupwise = health.get("groupwise") is True
+        self.groupwise = groupwise if self.groupwise is None else self.groupwise
+        if groupwise != self.groupwise:
+            raise RewardError("is groupwise where other servers are not, or the reverse")
+        if self._starting and (not isinstance(wire, list) or 2 not in wire):
+            self._version = 1
+        elif not isinstance(wire, list) or self._version not in wire:
+            raise RewardError(
+                f"knows versions {wire!r:.100} of the wire format, not {self._version}: update it"
             )
         self.workers += workers if self._starting else 0
         self._versions = versions if self._versions is None else self._versions

@@ -3,6 +3,9 @@
 A request is a short header and the pixels as they are in memory; an answer is JSON
 (docs/rewards_server.md). Nothing is unpickled, and no memory is allocated for a size that the
 sender only claims.
+
+Version 1 has any JSON as the record of a video. In version 2 a record is a `PromptRecord`, a request
+may be a group, whose videos are scored together, and a value may be null where a part is.
 """
 
 import dataclasses
@@ -11,16 +14,17 @@ import math
 import struct
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from rewards.base import RewardError, Score, check_frames, last_line
-from rewards.pool import BatchScores
+from rewards.base import PromptRecord, RewardError, Score, check_frames, last_line
+from rewards.batch_scores import BatchScores
 
 SCORE_PATH, HEALTH_PATH = "/v1/score", "/v1/health"
 CONTENT_TYPE = "application/x-wan-rewards"
-MAGIC = b"WANRWD1\n"
+VERSIONS = (1, 2)
+MAGIC, MAGIC_2 = b"WANRWD1\n", b"WANRWD2\n"
 _PREFIX = struct.Struct("<8sI")  # magic, bytes of the JSON header
 # largest magnitude of a value: far above any reward, and sums of squares fit into float32
 MAX_VALUE = 1e6
@@ -44,6 +48,16 @@ class Limits:
     videos: int = 64  # B
     frames: int = 1024  # T
     side: int = 4096  # H and W, pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreRequest:
+    """A decoded request. videos: uint8 [B, T, H, W, 3]. group: whether they are one group."""
+
+    videos: np.ndarray
+    records: list[Any]
+    version: int = 1
+    group: bool = False
 
 
 DEFAULT_LIMITS = Limits()
@@ -86,41 +100,49 @@ def printable(text: str, length: int = 500) -> str:
 # --- Requests -------------------------------------------------------------------------------------
 
 
-def encode_request(videos: np.ndarray, records: Sequence[Any]) -> list[bytes | memoryview]:
+def encode_request(
+    videos: np.ndarray, records: Sequence[Any], version: int = 1, group: bool = False
+) -> list[bytes | memoryview]:
     """Return the parts of a request's body: prefix, header and pixels, the latter without a copy.
 
-    videos: uint8 [B, T, H, W, 3]. records: B values that JSON can represent. Raises `RewardError`
-    for other records.
+    videos: uint8 [B, T, H, W, 3]. records: B values that JSON can represent; in version 2,
+    `PromptRecord`s. group: whether the videos are scored together, which needs version 2. Raises
+    `RewardError` for other records.
     """
     check_frames(videos[0])
+    fields: dict[str, Any] = {"shape": videos.shape, "dtype": "uint8"}
+    if group and version > 1:
+        fields["group"] = True
     try:
-        header = json.dumps(
-            {"shape": videos.shape, "dtype": "uint8", "records": list(records)}
-        ).encode()
+        fields["records"] = [
+            vars(record) if isinstance(record, PromptRecord) else record for record in records
+        ]
+        header = json.dumps(fields).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise RewardError(
             f"a record cannot be sent to a reward server ({error}): use strings, numbers, None, "
             "and lists, tuples and dicts of them"
         ) from error
     return [
-        _PREFIX.pack(MAGIC, len(header)),
+        _PREFIX.pack(MAGIC if version == 1 else MAGIC_2, len(header)),
         header,
         np.ascontiguousarray(videos).data.cast("B"),
     ]
 
 
-def decode_request(body: bytes | bytearray, limits: Limits) -> tuple[np.ndarray, list[Any]]:
-    """Decode what `encode_request` encodes: (videos uint8 [B, T, H, W, 3] without a copy, B
-    records with tuples in place of JSON's arrays).
+def decode_request(body: bytes | bytearray, limits: Limits) -> ScoreRequest:
+    """Decode what `encode_request` encodes: the videos without a copy, the records with tuples in
+    place of JSON's arrays.
 
     Raises `WireError` that names the value, the limit and the fix.
     """
-    if len(body) < _PREFIX.size or not body.startswith(MAGIC):
+    if len(body) < _PREFIX.size or not body.startswith((MAGIC, MAGIC_2)):
         raise WireError(
-            f"the body begins with {bytes(body[:8])!r}, not with {MAGIC!r}: send the format of "
-            f"docs/rewards_server.md, version 1",
+            f"the body begins with {bytes(body[:8])!r}, not with {MAGIC!r} or {MAGIC_2!r}: send the "
+            "format of docs/rewards_server.md, version 1 or 2",
             415,
         )
+    version = 1 if body.startswith(MAGIC) else 2
     size = _PREFIX.unpack_from(body)[1]
     if size > limits.header:
         raise WireError(
@@ -144,7 +166,35 @@ def decode_request(body: bytes | bytearray, limits: Limits) -> tuple[np.ndarray,
             f"the header's shape {list(shape)} means {math.prod(shape)} bytes of pixels, but "
             f"{len(body) - start} follow it: send uint8 in C order, nothing before or after"
         )
-    return np.frombuffer(body, np.uint8, offset=start).reshape(shape), records
+    videos = np.frombuffer(body, np.uint8, offset=start).reshape(shape)
+    if version == 1:
+        return ScoreRequest(videos, records)
+    group = header.get("group", False)
+    if not isinstance(group, bool):
+        raise WireError(f"group {_short(group)} is neither true nor false", 422)
+    return ScoreRequest(videos, [_prompt_record(record) for record in records], version, group)
+
+
+def _prompt_record(record: Any) -> PromptRecord:
+    """Return a record of version 2. Raises `WireError`."""
+    fields = dict(record) if isinstance(record, dict) else {}
+    targets = fields.setdefault("targets", ())
+    fields.setdefault("metadata", {})
+    fields.setdefault("fps", PromptRecord((), "").fps)
+    if (
+        fields.keys() != {"prompt", "targets", "metadata", "fps"}
+        or not isinstance(fields["prompt"], str)
+        or not isinstance(targets, tuple)
+        or not all(map(_is_text, targets))
+        or not isinstance(fields["metadata"], dict)
+        or not _is_number(fields["fps"], sys.float_info.min)
+    ):
+        raise WireError(
+            f'record {_short(record)} is not {{"prompt": "...", "targets": ["..."], "metadata": '
+            '{...}, "fps": 16.0}, of which all but the prompt may be left out',
+            422,
+        )
+    return PromptRecord(**fields)
 
 
 def _check_header(header: Any, limits: Limits) -> tuple[tuple[int, ...], list[Any]]:
@@ -203,9 +253,10 @@ def _tuples(value: Any) -> Any:
 # --- Answers --------------------------------------------------------------------------------------
 
 
-def encode_scores(batch: BatchScores) -> bytes:
+def encode_scores(batch: BatchScores, version: int = 1) -> bytes:
     """Encode scores as JSON, in the order of the request:
-    {"scores": [{"valid": ..., "error": ..., and the fields of `Score`}, ...]}.
+    {"scores": [{"valid": ..., "error": ..., and the fields of `Score`}, ...]}. A value that is nan
+    because a part is becomes null in version 2; version 1 cannot represent it.
 
     Python writes each double with enough digits to read back the same double, so values arrive bit
     for bit. A score that JSON cannot represent is sent as not valid.
@@ -213,7 +264,7 @@ def encode_scores(batch: BatchScores) -> bytes:
     scores = []
     for score, error in zip(batch.scores, batch.errors):
         try:
-            scores.append(_encode_score(score, last_line(error) if error else ""))
+            scores.append(_encode_score(score, last_line(error) if error else "", version))
         except (TypeError, ValueError, AttributeError, RecursionError) as reason:
             scores.append(
                 _encode_score(None, f"the reward gave a score that cannot be sent: {reason}")
@@ -221,9 +272,9 @@ def encode_scores(batch: BatchScores) -> bytes:
     return f'{{"scores": [{", ".join(scores)}]}}'.encode()
 
 
-def _encode_score(score: Score | None, error: str) -> str:
+def _encode_score(score: Score | None, error: str, version: int = 1) -> str:
     fields = dataclasses.asdict(score or Score(0.0))
-    if score is None:
+    if score is None or (version > 1 and math.isnan(score.value)):
         fields["value"] = None
     fields["parts"] = [
         [name, None if math.isnan(value) else value] for name, value in fields["parts"]
@@ -236,21 +287,27 @@ def _encode_score(score: Score | None, error: str) -> str:
 
 
 def decode_scores(
-    answer: Any, count: int, frames: int, bounds: tuple[float, float] = (-MAX_VALUE, MAX_VALUE)
+    answer: Any,
+    count: int,
+    frames: int,
+    bounds: tuple[float, float] = (-MAX_VALUE, MAX_VALUE),
+    version: int = 1,
 ) -> list[Score | RewardError]:
     """Decode what `encode_scores` encodes: for each of `count` videos its score, or an error.
 
     A score that violates the wire format, or has a value outside `bounds`, becomes an error of that
-    video. frames: number of frames of each video that were sent. Raises `RewardError` where the
-    answer does not have `count` scores.
+    video. frames: number of frames of each video that were sent. version: of the request. Raises
+    `RewardError` where the answer does not have `count` scores.
     """
     records = answer.get("scores") if isinstance(answer, dict) else None
     if not isinstance(records, list) or len(records) != count:
         raise RewardError(f"not the scores of {count} videos: {_short(answer)}")
-    return [_decode_score(record, frames, bounds) for record in records]
+    return [_decode_score(record, frames, bounds, version) for record in records]
 
 
-def _decode_score(record: Any, frames: int, bounds: tuple[float, float]) -> Score | RewardError:
+def _decode_score(
+    record: Any, frames: int, bounds: tuple[float, float], version: int
+) -> Score | RewardError:
     if not isinstance(record, dict) or not isinstance(record.get("valid"), bool):
         return RewardError(
             f"the server's score is malformed, expected an object with a boolean 'valid': "
@@ -262,7 +319,7 @@ def _decode_score(record: Any, frames: int, bounds: tuple[float, float]) -> Scor
         )
     expected: dict[str, tuple[Callable[[Any], bool], str]] = {
         "value": (
-            lambda value: _is_number(value, *bounds),
+            lambda value: _is_number(value, *bounds) or (value is None and _has_null(record)),
             f"a number from {bounds[0]:g} to {bounds[1]:g}",
         ),
         "text": (_is_text, "a string"),
@@ -289,7 +346,17 @@ def _decode_score(record: Any, frames: int, bounds: tuple[float, float]) -> Scor
     fields["parts"] = [
         (name, math.nan if value is None else value) for name, value in fields.get("parts", ())
     ]
+    fields["value"] = math.nan if fields["value"] is None else fields["value"]
     return Score(**{name: _tuples(value) for name, value in fields.items()})
+
+
+def _has_null(record: dict) -> bool:
+    """Return whether some but not all parts of a score are null, so that its value may be."""
+    parts = record.get("parts")
+    if not _is_list(parts, _is_part):
+        return False
+    failed = [value is None for _, value in cast(list, parts)]
+    return any(failed) and not all(failed)
 
 
 def _short(value: Any) -> str:

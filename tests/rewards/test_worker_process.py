@@ -10,7 +10,7 @@ from multiprocessing import Pipe
 
 import numpy as np
 
-from rewards.base import Score
+from rewards.base import Score, Traits
 from rewards.composite import CompositeReward
 from tests.rewards import pool_rewards
 
@@ -38,25 +38,25 @@ def worker(factory):
 
 def test_a_video_gets_one_reply():
     with worker(pool_rewards.Mean) as (parent, ready):
-        assert ready == ("ready", None)
+        assert ready == ("ready", Traits())
         for _ in range(2):
-            parent.send((FRAMES, "a"))
+            parent.send(("score", FRAMES, "a"))
             assert parent.recv() == ("score", Score(7.0, "record a"))
 
 
 def test_an_error_is_a_reply_and_the_worker_goes_on():
     with worker(pool_rewards.Mean) as (parent, _):
-        parent.send((FRAMES // 7, "a"))
+        parent.send(("score", FRAMES // 7, "a"))
         kind, text = parent.recv()
         assert kind == "failed" and "Traceback" in text and "cannot be judged" in text
-        parent.send((FRAMES, "a"))
+        parent.send(("score", FRAMES, "a"))
         assert parent.recv()[0] == "score"
 
 
 def test_a_composite_sends_what_it_has():
     factories = {"main": pool_rewards.Mean, "other": pool_rewards.Mean}
     with worker(functools.partial(CompositeReward, factories)) as (parent, _):
-        parent.send((FRAMES, "a"))
+        parent.send(("score", FRAMES, "a"))
         replies = [parent.recv() for _ in range(3)]
     assert [kind for kind, _ in replies] == ["partial", "partial", "score"]
     partial, complete, score = (reply for _, reply in replies)

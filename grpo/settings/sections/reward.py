@@ -14,9 +14,11 @@ def _weight(default: float | None, meaning: str):
 
 @dataclasses.dataclass(frozen=True)
 class Weights(Section):
-    """Weight of each reward. 0: it is measured and logged, but not trained. None: not measured."""
+    """Weight of each reward. 0: it is measured and logged, but not trained. None: not measured. A
+    reward of `reward.own` or of named servers has a weight here too, `c.reward.weights.NAME`.
+    """
 
-    ocr: float = _weight(1.0, "Spelling, by `reward.rule`, 0 to 1.")
+    ocr: float | None = _weight(1.0, "Spelling, by `reward.rule`, 0 to 1.")
     stability: float | None = _weight(
         None, "Similarity of the texts that are read in neighbouring frames, 0 to 1."
     )
@@ -82,6 +84,20 @@ class Reward(Section):
         bounds=Range(2),
     )
     weights: Weights = dataclasses.field(default_factory=Weights)
+    own: tuple[tuple[str, str], ...] = setting(
+        (),
+        "Your own rewards by name, `module:factory` each (docs/own_rewards.md). In a recipe "
+        '`c.reward.own = {"red": "redness:Redness"}`, on the command line '
+        "`--config.reward.own=red=redness:Redness,NAME=MODULE:FACTORY`.",
+        named=str,
+    )
+    own_weights: tuple[tuple[str, float], ...] = setting(
+        (),
+        "Weights of your own rewards and of rewards of named servers, or of their parts, by name: "
+        "on the command line `--config.reward.own_weights=red=1.0,NAME.PART=0.5`. In a recipe, "
+        "`c.reward.weights.red = 1.0` is the same. Without one it is 0: measured, but not trained.",
+        named=float,
+    )
     clip_model: str = setting(
         "",
         "Folder of a CLIP model as `transformers` writes it, for `reward.weights.clip`.",
@@ -110,7 +126,8 @@ class Reward(Section):
     )
     servers: tuple[str, ...] = setting(
         (),
-        "URLs of reward servers (docs/rewards_server.md). Empty: videos are scored on this machine.",
+        "URLs of reward servers (docs/rewards_server.md): URL for those that compute `ocr`, NAME=URL "
+        "for those of another reward. Empty: videos are scored on this machine.",
         **PER_PROCESS,
     )
     token_env: str = setting(

@@ -4,8 +4,8 @@ import pytest
 
 from configs.defaults import defaults
 from grpo.scoring.reward_combination import MAIN
+from grpo.scoring.reward_pool import open_pool
 from grpo.scoring.reward_servers import check_settings
-from grpo.scoring.scores import open_pool
 from rewards.judge import TRANSCRIBE
 from tests.rewards.drawing import video
 from tests.rewards.serving import TOKEN, Command, scripted

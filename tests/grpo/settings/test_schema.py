@@ -23,8 +23,8 @@ def test_a_recipe_has_the_keys_types_and_defaults_of_the_config():
         *sections, name = key.split(".")
         for part in sections:
             section = section[part]
-        assert section.get_type(name) is entry.kind, key
-        assert entry.optional == (entry.default is None), key
+        assert section.get_type(name) is (object if entry.named else entry.kind), key
+        assert entry.optional or entry.default is not None, key
 
 
 def test_every_number_has_a_range_and_every_tuple_a_type():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rewards.base import RewardError, Score
-from rewards.pool import BatchScores
+from rewards.batch_scores import BatchScores
 from rewards.remote.wire import (
     MAGIC,
     Limits,
@@ -49,14 +49,14 @@ def nested(name, depth):
 
 def test_a_request_arrives_as_it_was_sent():
     for videos in (VIDEOS, VIDEOS[:, :, ::-1, 1:4]):  # also without a contiguous memory
-        decoded, records = decode_request(b"".join(encode_request(videos, RECORDS)), Limits())
-        assert decoded.dtype == np.uint8 and np.array_equal(decoded, videos)
-        assert records == RECORDS
+        decoded = decode_request(b"".join(encode_request(videos, RECORDS)), Limits())
+        assert decoded.videos.dtype == np.uint8 and np.array_equal(decoded.videos, videos)
+        assert decoded.records == RECORDS and (decoded.version, decoded.group) == (1, False)
 
 
 def test_pixels_are_not_copied():
     body = b"".join(encode_request(VIDEOS, RECORDS))
-    assert np.shares_memory(decode_request(body, Limits())[0], np.frombuffer(body, np.uint8))
+    assert np.shares_memory(decode_request(body, Limits()).videos, np.frombuffer(body, np.uint8))
     assert np.shares_memory(np.frombuffer(encode_request(VIDEOS, RECORDS)[2], np.uint8), VIDEOS)
 
 

@@ -1,0 +1,195 @@
+"""The reward pool of a recipe, and its prompts with what the rewards need to know of them."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+
+from absl import flags
+from ml_collections import config_flags
+
+from grpo.data.prompts import PromptSet, load_prompts
+from grpo.scoring import reward_servers
+from grpo.scoring.reward_combination import MAIN
+from grpo.settings.named import TEXT, pairs, servers_by_name
+from grpo.settings.schema import BUILT_IN, SECOND_READER, main_reward
+from rewards.base import PromptRecord, Reward, RewardError, last_line
+from rewards.clip import KINDS, ClipReward
+from rewards.composite import DERIVED, CompositeReward
+from rewards.ocr.rules import OCRReward, make_readable_check
+from rewards.ocr.targets import TargetError, parse_targets
+from rewards.own import OwnReward
+from rewards.pool import RewardPool
+from rewards.pool_set import BUILT_IN_POOL, OWN_POOL, Pool, PoolSet
+from rewards.quality import QualityReward
+from wan_jax.errors import UserError
+from wan_jax.models.presets import Preset
+
+Factory = Callable[[], Reward]
+FPS, TI2V_FPS = 16.0, 24.0  # frames per second of the published models' videos
+
+
+def open_pool(config, weights: dict[str, float]) -> Pool:
+    """Build the pools that score videos: worker processes on this machine, and threads that send
+    requests to servers.
+
+    config: `config.reward`. weights: of the rewards by name, measured ones included. Raises
+    `UserError` when a reward cannot be built, e.g. because of a missing package.
+    """
+    servers, main = servers_by_name(config.servers), main_reward(weights)
+    folders = module_folders()
+    own = {
+        name: functools.partial(OwnReward, name, target, folders)
+        for name, target in pairs(config.own, str)
+    }
+    try:
+        with contextlib.ExitStack() as opened:
+            # 1. Rewards of this package, with the users' own unless they are in threads.
+            built_in = {name: _factory(config, name) for name in weights if name in BUILT_IN}
+            composites: dict[str, tuple[dict[str, Factory | None], str]] = {}
+            if TEXT in servers and own:
+                composites = {BUILT_IN_POOL: (built_in, "thread"), OWN_POOL: (own, "process")}
+            elif built_in or own:
+                mode = "thread" if TEXT in servers else "process"
+                composites = {BUILT_IN_POOL: (built_in | own, mode)}
+            pools, owner = {}, main.partition(".")[0]
+            named = [name for name in servers if name != TEXT]
+            for pool, (factories, mode) in composites.items():
+                required = None
+                if owner in factories:
+                    factories, required = {owner: factories[owner]} | factories, main
+                if len(factories) == 1 and MAIN in factories and not named and not own:
+                    reward = factories[MAIN]  # the spelling alone has no parts
+                else:
+                    reward = functools.partial(CompositeReward, factories, required)
+                assert reward is not None  # none of `DERIVED` is alone
+                pools[pool] = opened.enter_context(
+                    RewardPool(reward, workers=config.workers, mode=mode)
+                )
+                owner = pool if required else owner
+            # 2. Rewards of named servers.
+            for name in named:
+                make = reward_servers.connect(config, name)
+                pools[name] = opened.enter_context(RewardPool(make, config.workers, "thread"))
+            opened.pop_all()
+        return pools[owner] if len(pools) == 1 and composites else PoolSet(pools, main, owner)
+    except (RewardError, ImportError, ValueError) as error:
+        raise UserError(f"the reward cannot be built: {last_line(str(error))}") from error
+
+
+def _factory(config, name: str) -> Factory | None:
+    """Return the factory of a reward of this package; None for a derived value."""
+    if name == MAIN:
+        if TEXT in servers_by_name(config.servers):
+            return reward_servers.connect(config)
+        return functools.partial(
+            OCRReward, rule=config.rule, engine=config.engine, max_frames=config.max_frames
+        )
+    if name in DERIVED:
+        return None
+    if name in KINDS:
+        return functools.partial(ClipReward, config[f"{name}_model"], name, config.max_frames)
+    if name == SECOND_READER:
+        return functools.partial(
+            OCRReward, rule=config.rule, engine=config.second_engine, max_frames=config.max_frames
+        )
+    return functools.partial(QualityReward, name)
+
+
+def module_folders() -> tuple[str, ...]:
+    """Return the folders in which the modules of `reward.own` are looked for first: that of the
+    recipe which the command was given as --config, and the working directory.
+    """
+    folders = [os.getcwd()]
+    if "config" in flags.FLAGS and flags.FLAGS.is_parsed():
+        with contextlib.suppress(TypeError, config_flags.UnparsedFlagError):  # no recipe
+            recipe = config_flags.get_config_filename(flags.FLAGS["config"])
+            folders.insert(0, str(pathlib.Path(recipe.partition(":")[0]).resolve().parent))
+    return tuple(dict.fromkeys(folders))
+
+
+def check_groups(pool: Pool, recipe, processes: int) -> None:
+    """Raise `UserError` where the groups of a groupwise reward would be split over processes.
+
+    processes: number of processes that each score a part of every batch.
+    """
+    sample = recipe.sample
+    if (
+        pool.traits.groupwise
+        and processes > 1
+        and sample.batch_size // processes % sample.group_size
+    ):
+        raise UserError(
+            f"a reward compares the videos of a group, but {processes} processes each score "
+            f"{sample.batch_size // processes} videos of a batch, which are not whole groups: make "
+            f"config.sample.batch_size={sample.batch_size} a multiple of {processes} x "
+            f"config.sample.group_size={sample.group_size}"
+        )
+
+
+# --- Prompts --------------------------------------------------------------------------------------
+
+
+def load_scored_prompts(
+    path,
+    config,
+    weights: dict[str, float],
+    limit: int | None = None,
+    skip_invalid: bool = False,
+) -> PromptSet:
+    """Read the prompts of a file. They need quoted text or targets if a reward that reads text is
+    measured.
+
+    config: `config.reward`. The other arguments and the errors are those of `open_pool` and
+    `grpo.data.prompts.load_prompts`.
+    """
+    if MAIN not in weights:
+        return load_prompts(path, _targets_if_any, limit=limit, skip_invalid=skip_invalid)
+    hint = ""
+    if not config.weights[MAIN]:
+        hint = (
+            f"; config.reward.weights.ocr={config.weights[MAIN]} reads text: without text in the "
+            "prompts set it to None"
+        )
+    check = targets_check(config)
+    return load_prompts(path, parse_targets, limit, check, skip_invalid, hint)
+
+
+def _targets_if_any(prompt: str) -> tuple[str, ...]:
+    try:
+        return parse_targets(prompt)
+    except TargetError:
+        return ()
+
+
+def targets_check(config) -> Callable[[Sequence[str]], None] | None:
+    """Return the check of targets for `grpo.data.prompts.load_prompts`: can the OCR engine read
+    their characters?
+
+    config: `config.reward`. None where servers or a judge read the text, or where the spelling has
+    no weight.
+    """
+    if TEXT in servers_by_name(config.servers) or not config.weights[MAIN]:
+        return None
+    return make_readable_check(config.engine)
+
+
+def for_rewards(prompts: PromptSet, weights: dict[str, float], fps: float = FPS) -> PromptSet:
+    """Return the prompts with `PromptRecord`s as targets if a reward needs the prompt, else as they
+    are. fps: frames per second of the videos.
+    """
+    added = [name for name in weights if name not in BUILT_IN]
+    if not added and not set(weights) & set(KINDS):
+        return prompts
+    metadata = prompts.metadata if added and prompts.metadata else ({},) * len(prompts)
+    records = map(PromptRecord, prompts.targets, prompts.prompts, metadata)
+    return dataclasses.replace(
+        prompts, targets=tuple(dataclasses.replace(record, fps=fps) for record in records)
+    )
+
+
+def fps_of(preset: Preset) -> float:
+    """Return the frames per second of a model's videos."""
+    return TI2V_FPS if preset.expand_timesteps else FPS
