@@ -104,7 +104,7 @@ def module_folders() -> tuple[str, ...]:
     """
     folders = [os.getcwd()]
     if "config" in flags.FLAGS and flags.FLAGS.is_parsed():
-        with contextlib.suppress(TypeError, config_flags.UnparsedFlagError):  # no recipe
+        with contextlib.suppress(TypeError, flags.Error):  # no recipe
             recipe = config_flags.get_config_filename(flags.FLAGS["config"])
             folders.insert(0, str(pathlib.Path(recipe.partition(":")[0]).resolve().parent))
     return tuple(dict.fromkeys(folders))

@@ -57,12 +57,21 @@ def check_keys(config: ml_collections.ConfigDict) -> None:
             f"the recipe sets {', '.join(key for key, _ in unknown)}, which are not settings; "
             + (f"did you mean {', '.join(guesses)}?" if guesses else "see docs/settings.md")
         )
-    missing = sorted(SETTINGS.keys() - flat(config.to_dict()).keys())
+    missing = sorted(key for key in SETTINGS if not _has(values, key))
     if missing:
         raise UserError(
             f"the recipe does not set {', '.join(missing[:6])}: let it begin with c = defaults(), "
             "of configs/defaults.py"
         )
+
+
+def _has(values: Any, key: str) -> bool:
+    """Return whether nested settings have a key, e.g. 'train.learning_rate'."""
+    for name in key.split("."):
+        if not isinstance(values, dict) or name not in values:
+            return False
+        values = values[name]
+    return True
 
 
 def own_weights(values: dict[str, Any]) -> dict[str, Any]:

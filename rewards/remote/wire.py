@@ -319,7 +319,10 @@ def _decode_score(
         )
     expected: dict[str, tuple[Callable[[Any], bool], str]] = {
         "value": (
-            lambda value: _is_number(value, *bounds) or (value is None and _has_null(record)),
+            lambda value: (
+                _is_number(value, *bounds)
+                or (version > 1 and value is None and _has_null(record))
+            ),
             f"a number from {bounds[0]:g} to {bounds[1]:g}",
         ),
         "text": (_is_text, "a string"),

@@ -5,8 +5,9 @@ import functools
 import numpy as np
 import pytest
 
-from rewards.base import Score, last_line
+from rewards.base import PromptRecord, Score, last_line
 from rewards.composite import CompositeReward, stability
+from rewards.own import OwnReward
 from rewards.pool import RewardPool
 from rewards.quality import QualityReward
 from tests.rewards import pool_rewards
@@ -117,3 +118,66 @@ def test_without_the_main_reward_there_is_no_score():
     with RewardPool(functools.partial(CompositeReward, factories)) as pool:
         scores = pool.submit(texture()[None], ["a"]).result()
     assert not scores.valid.any() and scores.parts == {}
+
+
+# --- Rewards with parts, and groups ---------------------------------------------------------------
+
+RECORD = PromptRecord((), "sign", fps=24.0)
+PARTS = functools.partial(OwnReward, "va", "tests.rewards.own_rewards:Parts")
+RANK = functools.partial(OwnReward, "rank", "tests.rewards.own_rewards:Rank")
+
+
+def test_parts_are_rewards_of_their_own():
+    """Video 1 lacks one part: it keeps the others, and the value of the reward, a sum, has failed."""
+    factories = {"main": pool_rewards.Brightness, "va": PARTS}
+    with RewardPool(functools.partial(CompositeReward, factories)) as scoring:
+        scores = scoring.submit(filled(3, 1), [RECORD] * 2).result()
+    assert scores.valid.all() and scores.part_retries == {}
+    assert list(scores.parts) == ["main", "va", "va.mean", "va.length", "va.fps"]
+    np.testing.assert_array_equal(scores.parts["va"], [3 + 4 + 24, np.nan])
+    np.testing.assert_array_equal(scores.parts["va.length"], [4, np.nan])
+    np.testing.assert_array_equal(scores.parts["va.mean"], [3, 1])
+    assert {name: len(errors) for name, errors in scores.part_errors.items()} == {
+        "va": 1,
+        "va.length": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    "main, values",
+    [
+        ("va.mean", [3, 1]),
+        ("va", [31, np.nan]),
+        ("va.length", [4, np.nan]),
+        ("va.no", [np.nan] * 2),
+    ],
+)
+def test_a_part_may_be_the_main_value(main, values):
+    factories = {"va": PARTS, "other": pool_rewards.Brightness}
+    with RewardPool(functools.partial(CompositeReward, factories, main)) as scoring:
+        scores = scoring.submit(filled(3, 1), [RECORD] * 2).result()
+    np.testing.assert_array_equal(scores.values, values)
+    assert scores.valid.tolist() == np.isfinite(values).tolist()
+    assert all(main in error for error in scores.errors if error)
+
+
+def test_without_a_main_reward_none_fails_the_score():
+    factories = {"broken": pool_rewards.Broken, "sound": pool_rewards.Brightness}
+    with RewardPool(functools.partial(CompositeReward, factories, None)) as scoring:
+        scores = scoring.submit(filled(3), ["a"]).result()
+    assert scores.valid.all() and scores.part_retries == {"broken": 1}
+    assert np.isnan(scores.parts["broken"][0]) and np.isfinite(scores.parts["sound"][0])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_composite_with_a_groupwise_reward(workers):
+    """The others are computed for each video; a video without the main value is masked alone."""
+    factories = {"mean": pool_rewards.Mean, "rank": RANK}
+    make = functools.partial(CompositeReward, factories, "mean")
+    with RewardPool(make, workers) as scoring:
+        assert scoring.traits.groupwise
+        records = [PromptRecord(("always",), "sign")] * 3
+        scores = scoring.submit(filled(5, 1, 9), records, [0, 0, 0], 3).result()
+    np.testing.assert_array_equal(scores.values, [5, np.nan, 9])
+    np.testing.assert_array_equal(scores.parts["rank"], [1, np.nan, 2])
+    assert scores.retries == 3 and "cannot be judged" in scores.errors[1]

@@ -8,6 +8,7 @@ COMMANDS = {
     "wan-evaluate": "grpo.evaluate",
     "wan-compare": "grpo.compare",
     "wan-plan": "grpo.plan",
+    "wan-check-rewards": "grpo.check_rewards",
     "wan-make-prompts": "grpo.make_prompts",
     "wan-reward-head": "grpo.reward_head",
     "wan-report": "grpo.report",

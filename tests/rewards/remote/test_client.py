@@ -2,18 +2,20 @@
 
 import contextlib
 import functools
+import math
 import time
 
 import numpy as np
 import pytest
 
-from tests.rewards import pool_rewards
+from tests.rewards import own_rewards, pool_rewards
 from tests.rewards.serving import TOKEN, Command, scripted, serving
 
 pytest.importorskip("fastapi")
 
-from rewards.base import RewardError, Score
+from rewards.base import PromptRecord, RewardError, Score
 from rewards.ocr.rules import even_frames
+from rewards.own import OwnReward
 from rewards.pool import RewardPool
 from rewards.remote.client import RemoteReward
 
@@ -169,3 +171,55 @@ def test_closing_the_pool_does_not_wait_for_a_server():
         assert time.monotonic() - start < 0.3
         with pytest.raises(RewardError, match="closed before this batch"):
             pending.result()
+
+
+# --- Rewards of users, by version 2 ---------------------------------------------------------------
+
+RECORD = PromptRecord((), "sign", {"id": 7}, 24.0)
+
+
+def test_a_server_gets_the_request_and_answers_with_parts():
+    parts = functools.partial(OwnReward.of, "va", own_rewards.Parts)
+    with serving(parts, about={"name": "va"}) as url:
+        reward = RemoteReward([url], expect={"name": "va"}, **QUICK)
+        scores = [reward.score(np.full((2, 2, 2, 3), n, np.uint8), RECORD) for n in (3, 1)]
+        with pytest.raises(RewardError, match="name='va' instead of 'other'"):
+            RemoteReward([url], expect={"name": "other"}, **QUICK)
+    assert scores[0].value == 3 + 4 + 24 and dict(scores[0].parts)["fps"] == 24
+    assert math.isnan(scores[1].value) and dict(scores[1].parts)["mean"] == 1
+    assert math.isnan(dict(scores[1].parts)["length"])
+    with serving(functools.partial(OwnReward.of, "x", own_rewards.Asks)) as url:
+        text = RemoteReward([url], **QUICK).score(VIDEOS[0], RECORD).text
+    assert text == repr(("sign", (), {"id": 7}, 24.0))
+
+
+def test_a_group_is_scored_together_by_a_server():
+    with serving(functools.partial(OwnReward.of, "x", own_rewards.Rank)) as url:
+        with pool_of([url]) as pool:
+            assert pool.traits.groupwise
+            scores = pool.submit(VIDEOS, [RECORD] * 12, [n % 3 for n in range(12)], 4).result()
+    means = VIDEOS.mean(axis=(1, 2, 3, 4))
+    assert scores.texts == ["of 4"] * 12
+    assert scores.values.tolist() == [
+        sum(means[j] < means[i] for j in range(i % 3, 12, 3)) for i in range(12)
+    ]
+
+
+def test_a_server_of_version_1_gets_version_1():
+    bodies = []
+
+    def old(method, path, headers, body):
+        if method == "GET":
+            return 200, {"reward": {"name": "va"}, "workers": 1}
+        bodies.append(bytes(body))
+        return 200, {"scores": [{"valid": True, "value": 0.5}]}
+
+    with scripted(old) as url:
+        assert RemoteReward([url], **QUICK).score(VIDEOS[0], RECORD).value == 0.5
+    assert bodies[0].startswith(b"WANRWD1\n") and b'"prompt": "sign"' in bodies[0]
+
+
+def test_a_reward_that_reads_targets_gets_them_from_version_2():
+    with serving(pool_rewards.Targets) as url:
+        record = PromptRecord(("OPEN", "NOW"), "a sign")
+        assert RemoteReward([url], **QUICK).score(VIDEOS[0], record).text == "OPEN NOW"

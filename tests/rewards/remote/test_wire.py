@@ -9,10 +9,11 @@ import sys
 import numpy as np
 import pytest
 
-from rewards.base import RewardError, Score
+from rewards.base import PromptRecord, RewardError, Score
 from rewards.batch_scores import BatchScores
 from rewards.remote.wire import (
     MAGIC,
+    MAGIC_2,
     Limits,
     WireError,
     decode_request,
@@ -230,3 +231,66 @@ def test_malformed_requests(body, status, message):
     with pytest.raises(WireError, match=message.replace("(", r"\(")) as error:
         decode_request(body, Limits())
     assert error.value.status == status and len(str(error.value)) < 400
+
+
+# --- Version 2 ------------------------------------------------------------------------------------
+
+ASKED = [
+    PromptRecord(("OPEN", "早安"), "a sign", {"id": 7, "list": (1, None)}, 24.0),
+    PromptRecord((), "nothing to read"),
+]
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_a_request_of_version_2_has_the_whole_record(group):
+    decoded = decode_request(b"".join(encode_request(VIDEOS, ASKED, 2, group)), Limits())
+    assert decoded.records == ASKED and (decoded.version, decoded.group) == (2, group)
+    assert np.array_equal(decoded.videos, VIDEOS)
+    old = decode_request(b"".join(encode_request(VIDEOS, ASKED, 1, group)), Limits())
+    assert (old.version, old.group, old.records[0]) == (1, False, vars(ASKED[0]))
+
+
+def body_of_2(**changes):
+    fields = {"shape": [2, 3, 4, 5, 3], "dtype": "uint8", "records": [{"prompt": "a"}] * 2}
+    header = json.dumps(fields | changes).encode()
+    return struct.pack("<8sI", MAGIC_2, len(header)) + header + VIDEOS.tobytes()
+
+
+def test_all_but_the_prompt_may_be_left_out():
+    assert decode_request(body_of_2(), Limits()).records == [PromptRecord((), "a")] * 2
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        ["OPEN"],
+        {},
+        {"prompt": 1},
+        {"prompt": "a", "targets": "OPEN"},
+        {"prompt": "a", "targets": [1]},
+        {"prompt": "a", "metadata": []},
+        {"prompt": "a", "fps": 0},
+        {"prompt": "a", "fps": None},
+        {"prompt": "a", "other": 1},
+    ],
+)
+def test_malformed_records_of_version_2_are_refused(record):
+    with pytest.raises(WireError) as error:
+        decode_request(body_of_2(records=[record, {"prompt": "a"}]), Limits())
+    assert error.value.status == 422 and len(str(error.value)) < 500
+    with pytest.raises(WireError, match="group"):
+        decode_request(body_of_2(group=1), Limits())
+
+
+def test_a_value_may_be_missing_with_a_part_in_version_2():
+    score = Score(math.nan, parts=(("a", math.nan), ("b", 1.0)))
+    batch = BatchScores(np.array([math.nan]), np.array([False]), [""], {}, [score], [""], 1, 0, 0.0)
+    sent = {version: json.loads(encode_scores(batch, version)) for version in (1, 2)}
+    (got,) = decode_scores(sent[2], 1, 9, version=2)
+    assert math.isnan(got.value) and dict(got.parts)["b"] == 1.0
+    assert math.isnan(dict(got.parts)["a"])
+    assert isinstance(decode_scores(sent[2], 1, 9)[0], RewardError)  # not in version 1
+    assert sent[1]["scores"][0]["valid"] is False
+    for parts in ([], [["a", None]], [["a", 1]]):
+        answer = {"scores": [{"valid": True, "value": None, "parts": parts}]}
+        assert isinstance(decode_scores(answer, 1, 9, version=2)[0], RewardError)
