@@ -37,7 +37,7 @@ from grpo.scoring.reward_pool import for_rewards, fps_of, load_scored_prompts, o
 from grpo.settings import parse
 from grpo.settings.named import TEXT, servers_by_name
 from grpo.settings.reference import FLAG_HELP
-from grpo.settings.schema import main_reward
+from grpo.settings.schema import Recipe, main_reward
 from rewards.base import last_line
 from rewards.batch_scores import BatchScores
 from rewards.clip import KINDS
@@ -51,10 +51,6 @@ from wan_jax.inference import pipeline
 from wan_jax.models import presets
 from wan_jax.storage import model_dir
 from wan_jax.storage.trained_weights import load_transformers
-
-CONFIG = config_flags.DEFINE_config_file("config", None, FLAG_HELP, lock_config=True)
-GROUPS = flags.DEFINE_integer("groups", 2, "prompts to sample videos for", lower_bound=1)
-VIDEOS = flags.DEFINE_integer("videos", 4, "videos of each prompt", lower_bound=2)
 
 SYNTHETIC = ("black", "noise", "shuffled")
 RANDOM = (
@@ -236,10 +232,13 @@ def problems_of(row: Row, error: str) -> str:
     return ""
 
 
-def main(_):
-    recipe = parse.recipe_from_config(CONFIG.value)
+def check(recipe: Recipe, groups: int, size: int) -> None:
+    """Try the rewards of a checked recipe, and print what was measured. Raises `UserError` where one
+    cannot be trained on.
+
+    groups: number of prompts. size: number of videos of each.
+    """
     settings = parse.settings_of(recipe)
-    groups, size = GROUPS.value, VIDEOS.value
     prompts = load_scored_prompts(
         recipe.prompts.train, recipe.reward, settings.weights, limit=groups
     )
@@ -296,6 +295,14 @@ def main(_):
         raise UserError("; ".join(dict.fromkeys(problems)))
 
 
+def main(_):
+    options = flags.FLAGS
+    check(parse.recipe_from_config(options.config), options.groups, options.videos)
+
+
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, FLAG_HELP, lock_config=True)
+    flags.DEFINE_integer("groups", 2, "prompts to sample videos for", lower_bound=1)
+    flags.DEFINE_integer("videos", 4, "videos of each prompt", lower_bound=2)
     flags.mark_flag_as_required("config")
     cli.run(main)

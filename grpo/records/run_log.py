@@ -289,6 +289,11 @@ def check_evaluation(record: dict) -> None:
             raise ValueError(f"no list of one entry per prompt under {key}")
 
 
+def reward_name(record: dict) -> str:
+    """Return the name of an evaluation's main reward for texts: "OCR reward", or "red reward"."""
+    return f"{record['main']} reward" if "main" in record else "OCR reward"
+
+
 def _epoch_of(record: dict) -> int:
     epoch = record.get("epoch")
     if isinstance(epoch, bool) or not isinstance(epoch, numbers.Integral):

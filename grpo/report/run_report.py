@@ -13,7 +13,7 @@ import pathlib
 import numpy as np
 
 from grpo.records import run_log
-from grpo.records.run_log import number
+from grpo.records.run_log import number, reward_name
 from grpo.records.statistics import paired_difference
 from grpo.report.charts import COLORS, Chart, chart
 from grpo.report.page import CONFIDENCE, render
@@ -74,13 +74,13 @@ def summary_lines(folder) -> list[str]:
     elif len(run.evaluations) == 1:
         (last,) = run.evaluations
         result = (
-            f"OCR reward {last['reward']:.2f} (95 % CI {_interval(last)}, {last['num']} held-out "
+            f"{reward_name(last)} {last['reward']:.2f} (95 % CI {_interval(last)}, {last['num']} held-out "
             "prompts; one evaluation so far)"
         )
     else:
         first, last = run.ends
         result = (
-            f"OCR reward {first['reward']:.2f} -> {last['reward']:.2f} (95 % CI {_interval(first)} "
+            f"{reward_name(first)} {first['reward']:.2f} -> {last['reward']:.2f} (95 % CI {_interval(first)} "
             f"-> {_interval(last)}, {last['num']} held-out prompts; intervals "
             f"{_overlap(first, last)})"
         )
@@ -107,12 +107,12 @@ def _sentence(run: RunRecords) -> str:
     if len(run.evaluations) == 1:
         (last,) = run.evaluations
         return (
-            f"OCR reward {last['reward']:.2f} on {last['num']} held-out prompts, {CONFIDENCE} "
+            f"{reward_name(last)} {last['reward']:.2f} on {last['num']} held-out prompts, {CONFIDENCE} "
             f"confidence interval {_interval(last)}."
         )
     first, last = run.ends
     return (
-        f"OCR reward {first['reward']:.2f} → {last['reward']:.2f} on {last['num']} held-out "
+        f"{reward_name(first)} {first['reward']:.2f} → {last['reward']:.2f} on {last['num']} held-out "
         f"prompts. The {CONFIDENCE} confidence intervals {_interval(first)} and {_interval(last)} "
         f"{_overlap(first, last)}."
     )
@@ -233,6 +233,7 @@ def _reward_chart(run: RunRecords) -> Chart | None:
         return None
     # without training in between, as in grpo.evaluate, evaluations are points and no curve
     joined = bool(training) and len(run.evaluations) > 1
+    name = reward_name(run.evaluations[-1] if run.evaluations else {})
 
     def draw(axes):
         if training:
@@ -248,7 +249,7 @@ def _reward_chart(run: RunRecords) -> Chart | None:
             line = dict(color=COLORS["heldout"], lw=2.2, marker="o", ms=5)
             axes.plot(epochs, heldout, "-" if joined else "", label="held-out prompts", **line)
         axes.set_xlabel("epoch")
-        axes.set_ylabel("OCR reward")
+        axes.set_ylabel(name)
         axes.xaxis.get_major_locator().set_params(integer=True)
 
     caption = (
@@ -261,7 +262,7 @@ def _reward_chart(run: RunRecords) -> Chart | None:
             " Training: the mean over an epoch's samples, drawn as training draws them, which for "
             "GRPO is with noise: the levels may differ."
         )
-    return chart(draw, caption, "OCR reward by epoch")
+    return chart(draw, caption, f"{name} by epoch")
 
 
 def _prompt_table(run: RunRecords) -> dict[str, list]:

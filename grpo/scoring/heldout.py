@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from grpo.data.prompts import PromptSet
+from grpo.records.run_log import reward_name
 from grpo.records.statistics import LEAST_VALUES, bootstrap_interval
 from grpo.rollout import initial_noise
 from grpo.scoring import guard
@@ -57,11 +58,6 @@ def format_evaluation(record: dict) -> str:
         f"{reward_name(record)} {result} on {record['num']} prompts{f' ({failures})' if failures else ''}, "
         f"{record['seconds']:.1f} s{unguided}"
     )
-
-
-def reward_name(record: dict) -> str:
-    """Return the name of an evaluation's main reward for messages: "OCR reward", "red reward"."""
-    return f"{record['main']} reward" if "main" in record else "OCR reward"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Rewards as users write them."""
 
-import itertools
 import math
 
 import numpy as np
@@ -67,14 +66,18 @@ class RandomHead:
         return video.mean(axis=(0, 1, 2)) @ self.weights
 
 
-class NanOnSome:
-    """Every second video has no value."""
-
-    def __init__(self):
-        self.count = itertools.count()
+class NanOnBlack:
+    """The mean, nan for a black video."""
 
     def score(self, video, request):
-        return 1.0 + video.mean() if video.mean() % 2 < 1 else math.nan
+        return video.mean() or math.nan
+
+
+class OneIsNan:
+    """Three parts, of which one is always nan."""
+
+    def score(self, video, request):
+        return {"mean": video.mean() / 255, "contrast": video.std() / 255, "broken": math.nan}
 
 
 class Nothing:

@@ -1,0 +1,121 @@
+"""The pools of a recipe, the folders of users' modules, and prompts with and without text."""
+
+import dataclasses
+import types
+
+import numpy as np
+import pytest
+from absl import flags
+
+from configs.defaults import defaults
+from grpo.data.prompts import examples
+from grpo.scoring.reward_pool import (
+    check_groups,
+    for_rewards,
+    fps_of,
+    load_scored_prompts,
+    module_folders,
+    open_pool,
+)
+from rewards.base import PromptRecord, Traits
+from tests.rewards import own_rewards, pool_rewards
+from tests.rewards.drawing import filled
+from tests.rewards.serving import TOKEN, serving
+from wan_jax.command_line.cli import UserError
+from wan_jax.models import presets
+
+RECORD = PromptRecord((), "sign", {}, 24.0)
+
+
+def reward_of(**changes):
+    c = defaults().reward
+    c.workers = 1
+    c.update(changes)
+    return c
+
+
+@pytest.fixture
+def red(tmp_path, monkeypatch):
+    """A module in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cwd_red.py").write_text(
+        "class Red:\n    def score(self, video, request):\n"
+        "        return {'first': video[0].mean(), 'fps': request.fps}\n"
+    )
+    return {"red": "cwd_red:Red"}
+
+
+def test_a_reward_of_the_user_alone(red):
+    with open_pool(reward_of(own=red), {"red": 1.0}) as pool:
+        scores = pool.submit(filled(3, 5), [RECORD] * 2).result()
+    assert scores.values.tolist() == [27, 29] and scores.parts["red.first"].tolist() == [3, 5]
+    with pytest.raises(UserError, match=r"cwd_red.*'Blue'") as error:
+        open_pool(reward_of(own={"red": "cwd_red:Blue"}), {"red": 1.0})
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_with_a_named_server_and_text_servers(red, monkeypatch):
+    """Three pools: text on a server, the user's reward in a process, a reward on another server."""
+    pytest.importorskip("fastapi")
+    monkeypatch.setenv("REWARD_TOKEN", TOKEN)
+    about = {"name": "ocr", "rule": "spelling", "engine": "rapidocr", "max_frames": 9}
+    weights = {"motion": 0.0, "ocr": 0.0, "red": 1.0, "va": 0.0}
+    with (
+        serving(pool_rewards.Targets, about=about) as text,
+        serving(lambda: own_rewards.Fixed({"a": 1.0, "b": 2.0}), about={"name": "va"}) as broken,
+    ):
+        config = reward_of(own=red, servers=(text, f"va={broken}"), patience=2.0, retries=0)
+        with open_pool(config, weights) as pool:
+            scores = pool.submit(filled(3, 5), [RECORD] * 2).result()
+    assert scores.values.tolist() == [27, 29] and scores.parts["ocr"].tolist() == [1, 1]
+    # a dict is not a `Score`: this server does not adapt it
+    assert (
+        np.isnan(scores.parts["va"]).all() and "instead of a Score" in scores.part_errors["va"][0]
+    )
+    assert set(scores.parts) == {"motion", "ocr", "red", "red.first", "red.fps", "va"}
+
+
+def test_modules_are_looked_for_next_to_the_recipe_and_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert module_folders() == (str(tmp_path),)
+    values = flags.FlagValues()
+    from ml_collections import config_flags
+
+    recipe = tmp_path / "recipes" / "a.py"
+    recipe.parent.mkdir()
+    recipe.write_text("from configs.defaults import defaults as get_config\n")
+    argv = ["x", f"--config={recipe}"]
+    config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
+    values(argv)
+    monkeypatch.setattr(flags, "FLAGS", values)
+    assert module_folders() == (str(recipe.parent), str(tmp_path))
+
+
+def test_prompts_need_text_only_where_text_is_read(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a red sign", "id": 3}\n{"prompt": "a sign \\"OPEN\\""}\n')
+    config = reward_of()
+    prompts = load_scored_prompts(path, config, {"red": 1.0})
+    assert prompts.targets == ((), ("OPEN",)) and examples(prompts)[0] == "prompt: a red sign"
+    asked = for_rewards(prompts, {"red": 1.0}, 24.0)
+    assert asked.targets[0] == PromptRecord((), "a red sign", {"id": 3}, 24.0)
+    config.weights.ocr = 0.0
+    with pytest.raises(UserError, match=r"line 1.*\n.*weights\.ocr=0\.0|weights\.ocr=0\.0"):
+        load_scored_prompts(path, config, {"ocr": 0.0, "red": 1.0})
+
+
+def test_frame_rates_of_the_models():
+    assert fps_of(presets.PRESETS["wan2.2-ti2v-5b"]) == 24
+    assert fps_of(presets.PRESETS["wan2.1-1.3b"]) == 16
+
+
+def test_groups_that_processes_would_split_are_refused():
+    pool = types.SimpleNamespace(traits=Traits(groupwise=True))
+    sample = types.SimpleNamespace(batch_size=12, group_size=4)
+    recipe = types.SimpleNamespace(sample=sample)
+    check_groups(pool, recipe, 1)
+    check_groups(pool, recipe, 3)
+    with pytest.raises(UserError, match="batch_size=12"):
+        check_groups(pool, recipe, 2)
+    pool.traits = dataclasses.replace(pool.traits, groupwise=False)
+    check_groups(pool, recipe, 2)
