@@ -26,12 +26,9 @@ class WinRate:
 
     def score_group(self, videos, request) -> list[float]:
         """Score the K videos of a prompt together. A video alone, as in evaluations, gets 0.5."""
-        redness = [Redness().score(video, request) for video in videos]
-        return [
-            (
-                np.mean([(a > b) + (a == b) / 2 for j, b in enumerate(redness) if i != j])
-                if len(redness) > 1
-                else 0.5
-            )
-            for i, a in enumerate(redness)
-        ]
+        if len(videos) == 1:
+            return [0.5]
+        redness = np.array([Redness().score(video, request) for video in videos])
+        differences = redness[:, None] - redness
+        wins = (np.sign(differences) + 1) / 2  # [K, K]: 1 for redder than, 0.5 for as red as
+        return [float(share) for share in (wins.sum(axis=1) - 0.5) / (len(videos) - 1)]

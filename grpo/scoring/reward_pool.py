@@ -40,7 +40,7 @@ def open_pool(config, weights: dict[str, float]) -> Pool:
     """
     servers, main = servers_by_name(config.servers), main_reward(weights)
     folders = module_folders()
-    own = {
+    own: dict[str, Factory | None] = {
         name: functools.partial(OwnReward, name, target, folders)
         for name, target in pairs(config.own, str)
     }

@@ -5,14 +5,14 @@ line, as the text NAME=VALUE,NAME=VALUE. A checked recipe has them as a tuple of
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 TEXT = "ocr"  # the reward of servers without a name
 _NAMED_URL = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 
 
-def servers_by_name(servers: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def servers_by_name(servers: Any) -> dict[str, tuple[str, ...]]:
     """Return the URLs of `reward.servers` by the name of their reward, in the order given."""
     found: dict[str, list[str]] = {}
     for server in servers:
@@ -22,7 +22,7 @@ def servers_by_name(servers: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return {name: tuple(urls) for name, urls in found.items()}
 
 
-def own_names(own: Any, servers: Sequence[str]) -> list[str]:
+def own_names(own: Any, servers: Any) -> list[str]:
     """Return the names of the rewards that a recipe adds: of `reward.own`, then of named servers."""
     named = [name for name in servers_by_name(servers) if name != TEXT]
     return [*(name for name, _ in pairs(own, str)), *named]

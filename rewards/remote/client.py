@@ -91,7 +91,7 @@ class RemoteReward:
         version = self._version if isinstance(records[0], PromptRecord) else 1
         body = encode_request(sent, records, version, group)
         answer = self._endpoints.post(SCORE_PATH, body, CONTENT_TYPE)
-        scores = decode_scores(answer, *sent.shape[:2], self._bounds, version)
+        scores = decode_scores(answer, sent.shape[0], sent.shape[1], self._bounds, version)
         return scores if frames is None else [_renumber(score, frames) for score in scores]
 
     def close(self) -> None:

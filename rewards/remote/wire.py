@@ -320,8 +320,7 @@ def _decode_score(
     expected: dict[str, tuple[Callable[[Any], bool], str]] = {
         "value": (
             lambda value: (
-                _is_number(value, *bounds)
-                or (version > 1 and value is None and _has_null(record))
+                _is_number(value, *bounds) or (version > 1 and value is None and _has_null(record))
             ),
             f"a number from {bounds[0]:g} to {bounds[1]:g}",
         ),
