@@ -177,7 +177,7 @@ def malformed_bodies() -> list[tuple[str, bytes]]:
         ("magic alone", MAGIC),
         ("pickle", b"\x80\x04\x95" + bytes(50)),
         ("npz", b"PK\x03\x04" + bytes(50)),
-        ("another version", b"WANRWD2\n" + BODY[8:]),
+        ("another version", b"WANRWD3\n" + BODY[8:]),
         ("cut in the header", BODY[:30]),
         ("a byte less", BODY[:-1]),
         ("a byte more", BODY + b"x"),

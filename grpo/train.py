@@ -56,6 +56,7 @@ from grpo.update import NotFinite, update_epoch
 from rewards.pool_set import Pool
 from wan_jax.command_line import cli
 from wan_jax.distributed import launchers, memory, multihost
+from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.errors import UserError
 from wan_jax.models import precision, presets
 from wan_jax.storage import folder_lock, model_dir
@@ -130,7 +131,8 @@ def train_recipe(config) -> int | None:
             for_rewards(each, settings.weights, fps_of(spec.preset)) for each in (prompts, heldout)
         )
         with open_pool(recipe.reward, settings.weights) as pool:
-            check_groups(pool, recipe, jax.process_count())
+            sharding = sharding_lib.batch_sharding(spec.mesh)
+            check_groups(pool, recipe, multihost.my_rows(sharding, recipe.sample.batch_size))
             return train(spec, model, prompts, heldout, pool, lock)
 
 

@@ -5,8 +5,10 @@ project, so that worker processes and reward servers start quickly and need no a
 
     base                            the interface of a reward, scores, errors
     ocr/, clip, quality, judge      the rewards
+    own                             rewards that users write
     composite                       several rewards of one video
     pool, scorers, worker_process   scoring in worker processes, while the accelerator works
+    batch_scores, pool_set          the scores of a batch; several pools that score the same videos
     server, remote/                 scoring on other machines
     choices                         names that settings may have
 

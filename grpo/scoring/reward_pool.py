@@ -7,6 +7,7 @@ import os
 import pathlib
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
@@ -14,7 +15,7 @@ from grpo.data.prompts import PromptSet, load_prompts
 from grpo.scoring import reward_servers
 from grpo.scoring.reward_combination import MAIN
 from grpo.settings.named import TEXT, pairs, servers_by_name
-from grpo.settings.schema import BUILT_IN, SECOND_READER, main_reward
+from grpo.settings.schema import BUILT_IN, SECOND_READER, Recipe, main_reward
 from rewards.base import PromptRecord, Reward, RewardError, last_line
 from rewards.clip import KINDS, ClipReward
 from rewards.composite import DERIVED, CompositeReward
@@ -24,6 +25,7 @@ from rewards.own import OwnReward
 from rewards.pool import RewardPool
 from rewards.pool_set import BUILT_IN_POOL, OWN_POOL, Pool, PoolSet
 from rewards.quality import QualityReward
+from wan_jax.distributed import multihost
 from wan_jax.errors import UserError
 from wan_jax.models.presets import Preset
 
@@ -110,22 +112,21 @@ def module_folders() -> tuple[str, ...]:
     return tuple(dict.fromkeys(folders))
 
 
-def check_groups(pool: Pool, recipe, processes: int) -> None:
-    """Raise `UserError` where the groups of a groupwise reward would be split over processes.
+def check_groups(pool: Pool, recipe: Recipe, rows: np.ndarray) -> None:
+    """Raise `UserError`, the same on every process, where the groups of a groupwise reward would be
+    split over processes. All processes must call this together.
 
-    processes: number of processes that each score a part of every batch.
+    rows: int, the videos of each rollout batch that this process scores, from 0.
     """
-    sample = recipe.sample
-    if (
-        pool.traits.groupwise
-        and processes > 1
-        and sample.batch_size // processes % sample.group_size
-    ):
+    size, batch = recipe.sample.group_size, recipe.sample.batch_size
+    numbers = np.add.outer(np.arange(0, recipe.sample.groups * size, batch), rows)
+    _, counts = np.unique(numbers // size, return_counts=True)
+    split = pool.traits.groupwise and bool((counts % size).any())
+    if any(multihost.gather(split)):
         raise UserError(
-            f"a reward compares the videos of a group, but {processes} processes each score "
-            f"{sample.batch_size // processes} videos of a batch, which are not whole groups: make "
-            f"config.sample.batch_size={sample.batch_size} a multiple of {processes} x "
-            f"config.sample.group_size={sample.group_size}"
+            f"a reward compares the videos of a group, but groups of config.sample.group_size={size} "
+            f"would be split over processes with config.sample.batch_size={batch}: make it a "
+            "multiple of the number of processes times the group's size"
         )
 
 

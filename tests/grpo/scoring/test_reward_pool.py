@@ -1,11 +1,11 @@
 """The pools of a recipe, the folders of users' modules, and prompts with and without text."""
 
-import dataclasses
 import types
 
 import numpy as np
 import pytest
 from absl import flags
+from ml_collections import config_flags
 
 from configs.defaults import defaults
 from grpo.data.prompts import examples
@@ -79,8 +79,6 @@ def test_modules_are_looked_for_next_to_the_recipe_and_here(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert module_folders() == (str(tmp_path),)
     values = flags.FlagValues()
-    from ml_collections import config_flags
-
     recipe = tmp_path / "recipes" / "a.py"
     recipe.parent.mkdir()
     recipe.write_text("from configs.defaults import defaults as get_config\n")
@@ -110,12 +108,18 @@ def test_frame_rates_of_the_models():
 
 
 def test_groups_that_processes_would_split_are_refused():
-    pool = types.SimpleNamespace(traits=Traits(groupwise=True))
-    sample = types.SimpleNamespace(batch_size=12, group_size=4)
-    recipe = types.SimpleNamespace(sample=sample)
-    check_groups(pool, recipe, 1)
-    check_groups(pool, recipe, 3)
-    with pytest.raises(UserError, match="batch_size=12"):
-        check_groups(pool, recipe, 2)
-    pool.traits = dataclasses.replace(pool.traits, groupwise=False)
-    check_groups(pool, recipe, 2)
+    """Four groups of four videos, in batches of eight or two."""
+
+    def check(rows, batch=8, groupwise=True):
+        pool = types.SimpleNamespace(traits=Traits(groupwise=groupwise))
+        sample = types.SimpleNamespace(batch_size=batch, group_size=4, groups=4)
+        check_groups(pool, types.SimpleNamespace(sample=sample), np.array(rows, int))
+
+    check(range(8))
+    check(range(4, 8))
+    check(range(2), batch=2)  # a group from two batches
+    check([])  # a process that scores nothing
+    check([0, 1], groupwise=False)
+    for rows, batch in (([0, 1], 8), ([0, 1, 2, 3, 4, 5], 8), ([1], 2)):
+        with pytest.raises(UserError, match=f"batch_size={batch}"):
+            check(rows, batch)
