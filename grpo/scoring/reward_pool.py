@@ -149,7 +149,7 @@ def load_scored_prompts(
     if MAIN not in weights:
         return load_prompts(path, _targets_if_any, limit=limit, skip_invalid=skip_invalid)
     hint = ""
-    if not config.weights[MAIN]:
+    if not config.weights[MAIN] or any(name not in BUILT_IN for name in weights):
         hint = (
             f"; config.reward.weights.ocr={config.weights[MAIN]} reads text: without text in the "
             "prompts set it to None"
