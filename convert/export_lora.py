@@ -144,7 +144,7 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "checkpoint",
         None,
-        "run folder of grpo.train, or one of its checkpoints/EPOCH",
+        "run folder of grpo.train, RUN/best or RUN/checkpoints/EPOCH",
         required=True,
     )
     flags.DEFINE_string("dst", None, ".safetensors file or folder to write", required=True)

@@ -300,7 +300,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("src", None, "folder written by convert.from_diffusers", required=True)
     flags.DEFINE_string("dst", None, "folder to write", required=True)
     flags.DEFINE_string(
-        "checkpoint", None, "run folder of grpo.train, or one of its checkpoints/EPOCH"
+        "checkpoint", None, "run folder of grpo.train, RUN/best or RUN/checkpoints/EPOCH"
     )
     flags.DEFINE_enum(
         "dtype", "stored", ["stored", *DTYPES], "data type to write; stored keeps each tensor's own"

@@ -42,7 +42,7 @@ from wan_jax.storage.trained_weights import load_transformers
 CONFIG = config_flags.DEFINE_config_file("config", None, FLAG_HELP, lock_config=True)
 CHECKPOINT = define_path(
     "checkpoint",
-    "run folder of grpo.train, or one of its checkpoints/<epoch>; None: only the model itself",
+    "run folder of grpo.train, RUN/best or RUN/checkpoints/<epoch>; None: only the model itself",
 )
 OUT = define_path("out", "folder to write", required=True)
 HEAD = define_path(

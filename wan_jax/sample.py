@@ -12,7 +12,6 @@ has a command for each model.
 
 import dataclasses
 import functools
-import os
 import pathlib
 import sys
 import time
@@ -33,12 +32,12 @@ from wan_jax.inference.placement import TEXT_ENCODER, choose_placement
 from wan_jax.inference.prompt_files import read_prompts
 from wan_jax.inference.settings import WAN, Given, choose_settings, negative_prompt
 from wan_jax.models import precision
-from wan_jax.storage import media, merged_loras, model_dir
+from wan_jax.storage import media, merged_loras, model_dir, trained_weights
 
 define_path("model", "folder written by convert.from_diffusers", required=True)
 define_path(
     "checkpoint",
-    "run folder of grpo.train, or one of its checkpoints/<epoch>; not given: the base model",
+    "run folder of grpo.train, RUN/best or RUN/checkpoints/<epoch>; not given: the base model",
 )
 flags.DEFINE_multi_string(
     "lora",
@@ -180,13 +179,9 @@ def checked_request() -> sampling.SampleRequest:
     """
     media.check_suffix(FLAGS.out, FLAGS.frames)
     prompts = checked_prompts()
-    if FLAGS.checkpoint and not os.path.isdir(FLAGS.checkpoint):
-        raise UserError(
-            f"--checkpoint={FLAGS.checkpoint} does not exist: give a run folder of grpo.train "
-            "or one of its checkpoints/<epoch>"
-        )
+    single = FLAGS.checkpoint is not None and trained_weights.used_single_expert(FLAGS.checkpoint)
     model = merged_loras.merge_with_checkpoint(
-        model_dir.open_model(FLAGS.model), FLAGS.checkpoint, FLAGS.lora
+        model_dir.open_model(FLAGS.model, single_expert=single), FLAGS.checkpoint, FLAGS.lora
     )
     config = model.config("transformer")
     solver = None if FLAGS.solver == "auto" else FLAGS.solver

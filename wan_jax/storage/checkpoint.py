@@ -362,8 +362,8 @@ def find(path) -> tuple[Checkpoints, int]:
         return checkpoints, best
     if not path.is_dir():
         raise UserError(
-            f"{path} does not exist: give a run folder of grpo.train or one of its "
-            "checkpoints/<epoch>"
+            f"{path} does not exist: give a run folder of grpo.train, RUN/best or "
+            "RUN/checkpoints/<epoch>"
         )
     run, epoch = (
         (path.parent.parent, int(path.name))

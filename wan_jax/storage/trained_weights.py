@@ -43,6 +43,14 @@ def load_trained(path) -> tuple[LoRAConfig | None, dict[str, dict[str, np.ndarra
     return config, checkpoint_lib.split_experts(trained, meta["experts"]), meta
 
 
+def used_single_expert(path) -> bool:
+    """Return whether a checkpoint's run used the first of two experts alone (`model.single_expert`).
+    Raises `UserError` as `load_trained` does.
+    """
+    checkpoints, epoch = checkpoint_lib.find(path)
+    return bool(checkpoints.meta(epoch)["config"].get("model", {}).get("single_expert"))
+
+
 def load_transformers(
     model: model_dir.ModelDir, checkpoint: str | None, dtype, attention: str, mesh, offload: str
 ) -> tuple[nnx.GraphDef, Weights]:

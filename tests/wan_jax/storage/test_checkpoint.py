@@ -9,8 +9,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from wan_jax.command_line.cli import UserError
-from wan_jax.storage.checkpoint import Checkpoints
-from wan_jax.storage.trained_weights import load_trained
+from wan_jax.storage.checkpoint import Checkpoints, find
+from wan_jax.storage.trained_weights import load_trained, used_single_expert
 
 TRAINED = {"a/kernel": jnp.arange(12.0).reshape(3, 4), "b": jnp.ones(5)}
 STATE = {
@@ -224,3 +224,18 @@ def test_only_the_newest_stay_and_nothing_unfinished(run):
     (run / "checkpoints/7.orbax-checkpoint-tmp-12").mkdir()
     Checkpoints(run, keep=2).save(4, STATE, TRAINED, META)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["2", "4"]
+
+
+def test_the_best_stays_and_is_found(run):
+    with pytest.raises(UserError, match=r"best\.json names no checkpoint"):
+        find(run / "best")
+    single = META | {"config": {"model": {"single_expert": True}}}
+    Checkpoints(run).mark_best(1, "why")
+    for epoch in (4, 5):
+        Checkpoints(run, keep=1).save(epoch, STATE, TRAINED, single)
+    checkpoints = Checkpoints(run)
+    assert checkpoints.epochs() == [1, 5] and checkpoints.best() == 1
+    assert find(run / "best")[1] == 1 and find(run)[1] == 5
+    assert used_single_expert(run) and not used_single_expert(run / "best")
+    (run / "best.json").write_text("[]")  # damaged
+    assert checkpoints.best() is None
