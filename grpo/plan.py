@@ -1,14 +1,15 @@
 """Predicts the memory and the time that a training run needs, without its weights or its GPUs.
 
-    python -m grpo.plan --config=configs/wan21_14b_ocr.py --device=mi300x --devices=4 [--config.mesh.fsdp=4 ...]
+    python -m grpo.plan --config=configs/wan21_14b_ocr.py --device=mi300x --devices=4 \\
+        [--config.mesh.fsdp=4 ...]
 
 Prints the memory of a device by XLA's analysis of the compiled functions, the seconds of an epoch
 and of an evaluation from FLOPs and an assumed share of the peak rate, and the largest videos that
-fit. The device is one of this machine (`here`) or one of `costs.KINDS`. For MI300X the functions are
-compiled by XLA's ROCm compiler where JAX's ROCm plugin is installed (no GPU is needed). For other
-absent devices they are compiled for the CPU; the memory is then an estimate, which the output says.
-The model is the recipe's converted folder, or a published configuration (`--model`) where there is
-no folder yet.
+fit. The device is one of this machine (`here`), one of `device_kinds.KINDS`, or a memory such as
+`24GiB`. For MI300X and MI325X the functions are compiled by XLA's ROCm compiler where JAX's ROCm
+plugin is installed (no GPU is needed). For other absent devices they are compiled for the CPU; the
+memory is then an estimate, which the output says. The model is the recipe's converted folder, or a
+published configuration (`--model`) where there is no folder yet.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from grpo.compiled import compile, costs, rocm_compiler
+from grpo.compiled import compile, costs, device_kinds, rocm_compiler
 from grpo.compiled.functions import TEXT_ROWS, Functions, Program
 from grpo.compiled.placement import choose_mesh
 from grpo.run import RunSpec, open_model, trained_names
@@ -72,7 +73,7 @@ class Target:
         options: compiler options.
     """
 
-    kind: costs.Kind | None
+    kind: device_kinds.Kind | None
     devices: list[jax.Device]  # pyright: ignore[reportInvalidTypeForm]
     platform: str
     limit: int | None
@@ -81,7 +82,7 @@ class Target:
     options: dict | None = None
 
     @property
-    def stand_in(self) -> costs.Kind | None:
+    def stand_in(self) -> device_kinds.Kind | None:
         """The kind to plan for where the compiler is that of another platform, else None."""
         return self.kind if self.kind and self.kind.platform != self.platform else None
 
@@ -92,11 +93,15 @@ def choose_target(device: str, count: int) -> Target:
     """
     if device == "here":
         return _target_here(count)
-    kind = costs.KINDS[device]
-    assert kind.memory is not None, f"{device} has no memory in costs.KINDS"
+    kind = device_kinds.named(device)
+    assert kind.memory is not None, f"{device} has no memory in device_kinds.KINDS"
     fraction = float(os.environ.get(FRACTION, "0.75"))
     limit = int(kind.memory * fraction)
     notes = (f"limit: {fraction:g} of {kind.memory / GIB:.0f} GiB ({FRACTION})",)
+    if not kind.bf16:
+        notes += (f"assumed: {kind.label} of NVIDIA, with unknown rates",)
+    elif kind != device_kinds.KINDS["h200"]:
+        notes += (f"assumed, not measured: the {kind.label} as in its vendor's data sheet",)
     if kind.platform == "rocm":
         obstacle = rocm_compiler.why_not()
         if obstacle is None:
@@ -373,8 +378,8 @@ def main(_):
         print_lines(f"does not fit: {error}")
 
     # ---- seconds ---------------------------------------------------------------------------------
-    if target.kind is None:
-        known = ", ".join(costs.KINDS)
+    if target.kind is None or not target.kind.bf16:
+        known = ", ".join(device_kinds.KINDS)
         print_lines(f"seconds: the rates of {label} are unknown; known are {known}")
     else:
         default = costs.default_efficiency(run, target.kind)
@@ -451,7 +456,7 @@ def override_efficiency(default: costs.Efficiency, **given: float | None) -> cos
 
 
 def seconds_lines(
-    functions: Functions, kind: costs.Kind, efficiency: costs.Efficiency
+    functions: Functions, kind: device_kinds.Kind, efficiency: costs.Efficiency
 ) -> list[str]:
     """Return the lines about the estimated seconds of an epoch, an evaluation and the run."""
     recipe, videos = functions.spec.recipe, functions.spec.settings.videos
@@ -476,7 +481,7 @@ def seconds_lines(
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, FLAG_HELP, lock_config=True)
-    flags.DEFINE_enum("device", "here", ["here", *costs.KINDS], "device to plan for")
+    flags.DEFINE_string("device", "here", f"device to plan for: here, {device_kinds.NAMES}")
     flags.DEFINE_integer(
         "devices",
         0,

@@ -11,38 +11,12 @@ import os
 import jax
 import jax.numpy as jnp
 
+from grpo.compiled import device_kinds
+from grpo.compiled.device_kinds import Kind
 from grpo.compiled.functions import Functions, Program
-from grpo.compiled.rocm_compiler import MEMORY as MI300X_MEMORY
 from grpo.run import RunSpec
-from wan_jax.distributed.memory import GIB
 from wan_jax.models import flops
 
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """A kind of device.
-
-    Attributes:
-        label: as part of JAX's `device_kind`.
-        platform: as `attention.platform_of` names it.
-        memory: bytes; None: of the CPU, which has no memory of its own.
-        bf16: dense peak rate of bf16 products without sparsity, FLOP/s.
-        fp32: the same of fp32 products as XLA runs them by default: TF32 on NVIDIA, fp32 matrix
-            cores on AMD.
-    """
-
-    label: str
-    platform: str
-    memory: int | None
-    bf16: float
-    fp32: float
-
-
-KINDS = {
-    "h100": Kind("H100", "cuda", 79 * GIB, 989e12, 495e12),
-    "h200": Kind("H200", "cuda", 139 * GIB, 989e12, 495e12),
-    "mi300x": Kind("MI300X", "rocm", MI300X_MEMORY, 1307e12, 163e12),
-}
 # Of one core, from docs/results.md: 64 pictures of the quickstart on 2 cores, 0.85 TFLOP of sampling
 # in 3.5 s.
 CPU = Kind("CPU", "cpu", None, 0.12e12, 0.12e12)
@@ -87,7 +61,7 @@ def kind_of(device: jax.Device) -> Kind | None:  # pyright: ignore[reportInvalid
         if hasattr(os, "sched_getaffinity"):
             cores = len(os.sched_getaffinity(0))
         return dataclasses.replace(CPU, bf16=CPU.bf16 * cores, fp32=CPU.fp32 * cores)
-    return next((kind for kind in KINDS.values() if kind.label in device.device_kind.upper()), None)
+    return device_kinds.matching(device.device_kind)
 
 
 def default_efficiency(run: RunSpec, kind: Kind) -> Efficiency:

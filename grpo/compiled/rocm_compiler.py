@@ -19,12 +19,14 @@ import subprocess
 import tempfile
 from unittest import mock
 
+from grpo.compiled.device_kinds import MI300X_MEMORY
+
 PLUGIN = "jax_plugins.xla_rocm7"
 GLIBC = re.compile(r"(libc|libm|librt|libdl|libpthread|libgcc_s|libstdc\+\+|ld-linux-x86-64)\.so")
 
 # The MI300X in XLA's own description (openxla/xla,
-# xla/backends/gpu/target_config/specs/mi300.txtpb), except for the memory: AMD states 192 GB.
-MEMORY = 192 * 10**9
+# xla/backends/gpu/target_config/specs/mi300.txtpb), except for the memory, which is AMD's.
+MEMORY = MI300X_MEMORY
 MI300X = f"""
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 64 threads_per_core_limit: 2048

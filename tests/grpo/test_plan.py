@@ -11,7 +11,7 @@ import pytest
 
 from configs import wan21_1_3b_ocr, wan21_14b_ocr, wan22_a14b_ocr, wan22_ti2v_5b_ocr
 from grpo import plan
-from grpo.compiled import compile, costs
+from grpo.compiled import compile, costs, device_kinds
 from grpo.compiled.functions import Functions
 from tests import commands
 from tests.grpo.specs import functions_of, spec_of
@@ -64,7 +64,7 @@ MEASURED = [
 @pytest.mark.parametrize("module, model, sample, update", MEASURED, ids=[m[1] for m in MEASURED])
 def test_seconds_are_near_what_was_measured(module, model, sample, update):
     run = functions_of(module, model, **PICTURES, **{"train.updates_per_epoch": 1})
-    kind = costs.KINDS["h200"]
+    kind = device_kinds.KINDS["h200"]
     found = costs.seconds(run, kind, costs.default_efficiency(run.spec, kind))
     assert found["sample"] == pytest.approx(sample, rel=0.25)
     assert found["update"] == pytest.approx(update, rel=0.3)
@@ -72,7 +72,7 @@ def test_seconds_are_near_what_was_measured(module, model, sample, update):
 
 
 def test_what_seconds_depend_on():
-    kind, efficiency = costs.KINDS["mi300x"], costs.Efficiency(0.5, 0.25, 1.0, "")
+    kind, efficiency = device_kinds.KINDS["mi300x"], costs.Efficiency(0.5, 0.25, 1.0, "")
 
     def seconds(devices=1, **values):
         found = spec_of(wan21_1_3b_ocr, "wan2.1-1.3b", devices=devices, **PICTURES | values)
@@ -121,7 +121,7 @@ def test_search_compiles_the_update_at_other_sizes(monkeypatch):
             compiled.append(program) or compile.Measured(program.name, 0.0, 5, 0)
         ),
     )
-    target = plan.Target(costs.KINDS["h200"], jax.devices()[:1], "cpu", GIB, "")
+    target = plan.Target(device_kinds.KINDS["h200"], jax.devices()[:1], "cpu", GIB, "")
     points = plan.search_points(run, target)
     assert [p.tokens for p in points] == [9 * 30 * 52, 21 * 44 * 80]
     assert all(
@@ -158,6 +158,21 @@ def test_models_and_devices_are_chosen():
         "chunked",
         (),
     )
+
+
+def test_a_device_may_be_a_memory_alone(monkeypatch):
+    monkeypatch.delenv(plan.FRACTION, raising=False)
+    target = plan.choose_target("24GiB", 0)
+    assert target.limit == int(0.75 * 24 * GIB) and target.stand_in and not target.kind.bf16
+    assert any("24 GiB" in note and "assumed" in note for note in target.notes)
+    noted = {
+        name: any("not measured" in note for note in plan.choose_target(name, 0).notes)
+        for name in ("h200", "h100", "rtx4090")
+    }
+    assert noted == {"h200": False, "h100": True, "rtx4090": True}
+    for wrong in ("h300", "24", "0GiB", "-1GiB", "24GB"):
+        with pytest.raises(UserError, match=f"--device={wrong} .*mi325x.*24GiB"):
+            plan.choose_target(wrong, 0)
 
 
 @pytest.mark.slow
