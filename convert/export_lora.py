@@ -22,6 +22,7 @@ import shutil
 from absl import flags
 
 from convert import lora
+from convert.choices import LORA_DTYPES, LORA_FORMATS
 from wan_jax.command_line import cli
 from wan_jax.errors import UserError
 from wan_jax.storage import merged_loras, model_dir
@@ -148,7 +149,7 @@ if __name__ == "__main__":
         required=True,
     )
     flags.DEFINE_string("dst", None, ".safetensors file or folder to write", required=True)
-    flags.DEFINE_enum("format", "diffusers", list(lora.PREFIXES), "program that will read the file")
-    flags.DEFINE_enum("dtype", "float32", list(lora.DTYPES), "data type to write")
+    flags.DEFINE_enum("format", "diffusers", LORA_FORMATS, "program that will read the file")
+    flags.DEFINE_enum("dtype", "float32", LORA_DTYPES, "data type to write")
     flags.DEFINE_bool("overwrite", False, "replace existing files")
     cli.run(main)

@@ -36,6 +36,7 @@ from convert.source import (
     source_folder,
     two_experts,
 )
+from wan_jax.choices import DTYPES as DTYPE_NAMES
 from wan_jax.command_line import cli
 from wan_jax.errors import UserError
 from wan_jax.storage import array_store, integrity, model_dir
@@ -276,7 +277,7 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "dtype",
         "source",
-        f"data type of the weights: source (each tensor's own), {' or '.join(DTYPES)}; exceptions "
+        f"data type of the weights: source (each tensor's own), {' or '.join(DTYPE_NAMES)}; exceptions "
         "for single components after a comma, as in bfloat16,text_encoder=float32",
     )
     flags.DEFINE_bool("overwrite", False, "replace an existing --dst")

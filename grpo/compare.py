@@ -1,6 +1,6 @@
 """Compares methods under equal budgets: runs them on several seeds and draws their held-out rewards.
 
-    python -m grpo.compare --configs=a.py,b.py --seeds=0,1,2 --budget=evaluations:20000 --out=runs/ab
+    python -m grpo.compare --configs=a.py,b.py --seeds=0,1,2 --budget=evaluations:20000 --out=runs/a
     python -m grpo.compare --methods=configs/compare_tiny.txt --budget=seconds:300 --out=runs/all
     python -m grpo.compare --method='cps: configs/tiny_grpo.py sample.sde=cps' --budget=epochs:9 ...
 

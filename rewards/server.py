@@ -266,4 +266,7 @@ def run() -> None:
 
 
 if __name__ == "__main__":
+    from wan_jax.command_line import early  # --help as that of all commands; it imports no JAX
+
+    early.answer("rewards.server", sys.argv[1:])
     run()

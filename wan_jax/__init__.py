@@ -34,17 +34,20 @@ def _stop(*_):
     os._exit(130)  # an exception could be raised, and lost, in a callback of a library
 
 
-def _is_command() -> bool:
-    """Return whether Python imports this package to run one of the project's commands by `python
-    -m`.
+def _command() -> str:
+    """Return the name of the module if Python imports this package to run one of the project's
+    commands by `python -m`, else ''.
     """
     if sys.argv[:1] != ["-m"]:  # its value until Python has found the module
-        return False
+        return ""
     module = sys.orig_argv[-len(sys.argv)].removeprefix("-m")
-    return module.partition(".")[0] in COMMANDS
+    return module if module.partition(".")[0] in COMMANDS else ""
 
 
-# Ctrl-C during the imports of a command prints one line without a traceback. Other programs that
-# import this package are not changed.
-if _is_command():
+# Ctrl-C during the imports of a command prints one line without a traceback, and --help needs no
+# imports. Other programs that import this package are not changed.
+if _command():
     signal.signal(signal.SIGINT, _stop)
+    from wan_jax.command_line import early
+
+    early.answer(_command(), sys.argv[1:])

@@ -11,3 +11,5 @@ SOLVERS = ("unipc", "euler", "flow_match_euler", "dpmpp_2m")
 SCHEDULES = ("diffusers", "legacy")  # of flow sigmas
 SDE_KINDS = ("flow_grpo_wan", "flow_sde", "dance", "cps")
 EXPERTS = ("transformer", "transformer_2")
+TEXT_ENCODER = ("auto", "device", "cpu")  # where it runs when sampling
+WAN = "wan"  # as a negative prompt: that of Wan's own code

@@ -1,8 +1,8 @@
 """Samples videos or pictures from a converted model, or from a checkpoint of a training run.
 
-    python -m wan_jax.sample --model models/tiny-wan \
+    python -m wan_jax.sample --model models/tiny-wan \\
         --prompt 'A red sign with the word "open".' --out open.png
-    python -m wan_jax.sample --model models/tiny-wan --checkpoint runs/tiny_ocr \
+    python -m wan_jax.sample --model models/tiny-wan --checkpoint runs/tiny_ocr \\
         --prompts prompts.txt --samples 4 --grid --out signs.png
 
 Steps, guidance, shift and frames per second that are not given are those that the model is
@@ -20,7 +20,16 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from wan_jax.choices import BACKENDS, DTYPES, MATMUL_PRECISIONS, OFFLOAD, SCHEDULES, SOLVERS
+from wan_jax.choices import (
+    BACKENDS,
+    DTYPES,
+    MATMUL_PRECISIONS,
+    OFFLOAD,
+    SCHEDULES,
+    SOLVERS,
+    TEXT_ENCODER,
+    WAN,
+)
 from wan_jax.command_line import cli
 from wan_jax.command_line.flag_types import check_used, define_number, define_path
 from wan_jax.command_line.limits import SEED, Range
@@ -28,23 +37,22 @@ from wan_jax.distributed import memory
 from wan_jax.errors import UserError
 from wan_jax.inference import pipeline, reward_guidance, sampling
 from wan_jax.inference.outputs import Outputs
-from wan_jax.inference.placement import TEXT_ENCODER, choose_placement
+from wan_jax.inference.placement import choose_placement
 from wan_jax.inference.prompt_files import read_prompts
-from wan_jax.inference.settings import WAN, Given, choose_settings, negative_prompt
+from wan_jax.inference.settings import Given, choose_settings, negative_prompt
 from wan_jax.models import precision
 from wan_jax.storage import media, merged_loras, model_dir, trained_weights
 
 define_path("model", "folder written by convert.from_diffusers", required=True)
 define_path(
     "checkpoint",
-    "run folder of grpo.train, RUN/best or RUN/checkpoints/<epoch>; not given: the base model",
+    "run folder of grpo.train, RUN/best or RUN/checkpoints/<epoch>; not given: the base",
 )
 flags.DEFINE_multi_string(
     "lora",
     None,
     "LoRA file to merge, FILE[:SCALE], for two experts HIGH,LOW[:SCALE]; repeat the flag for "
-    "several. Those that a checkpoint's base had are merged anyway; the flag says where such a file "
-    "is now",
+    "several. Of those that a checkpoint's base had: where it is now",
 )
 flags.DEFINE_multi_string("prompt", [], "what to show; repeat the flag for several prompts")
 define_path("prompts", 'file of prompts: text, one a line, or .jsonl with {"prompt": ...} a line')
@@ -55,7 +63,7 @@ flags.DEFINE_string(
 )
 define_path(
     "out",
-    "file to write: .png, .mp4 or .gif; with several prompts or samples a number is added",
+    ".png, .mp4 or .gif to write; a number is added if there are several",
     required=True,
 )
 flags.DEFINE_bool("grid", False, "also write one file with all: a row for each prompt")
@@ -72,7 +80,7 @@ define_number("guidance", None, "classifier-free guidance; up to 1 means none", 
 define_number(
     "guidance_2",
     None,
-    "guidance of the second expert (Wan 2.2 A14B); not given: --guidance if that is given",
+    "of the second expert (Wan 2.2 A14B); not given: --guidance if that is given",
     Range(0),
 )
 define_number("shift", None, "shift of the sigma schedule", Range(0, above=True))
@@ -101,8 +109,8 @@ flags.DEFINE_enum(
     "matmul_precision",
     "auto",
     ["auto", *MATMUL_PRECISIONS],
-    "how products of float32 values are computed, the VAE's included; default: as the backend does, "
-    "which is TF32 on NVIDIA; auto: float32 if --dtype is float32, else default",
+    "of float32 products, the VAE's included; default: the backend's, TF32 on NVIDIA; auto: "
+    "float32 if --dtype is float32, else default",
 )
 define_number("batch_size", 0, "videos sampled at a time; 0: chosen", Range(0), int)
 define_number("devices", 0, "number of devices; 0: all of this machine", Range(0), int)
@@ -110,16 +118,15 @@ flags.DEFINE_enum(
     "text_encoder",
     "auto",
     TEXT_ENCODER,
-    "where it runs; auto: on the CPU if the device is too small",
+    "where it runs; auto: the CPU if the device is too small",
 )
 flags.DEFINE_enum("offload", "auto", OFFLOAD, "keep the idle expert of two in host memory")
 flags.DEFINE_string("attention", "auto", f"backend: {', '.join(BACKENDS)}")
 define_number(
     "tile",
     0,
-    "decode in tiles of this many pixels, which overlap by a quarter and are blended: for sizes "
-    "that do not fit the device's memory otherwise; an approximation, colours can differ between "
-    "tiles; 0: whole frames, exact",
+    "decode in blended tiles of this many pixels, for sizes beyond the device's memory; colours "
+    "can differ between tiles; 0: whole frames, exact",
     Range(0),
     int,
 )

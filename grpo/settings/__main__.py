@@ -1,12 +1,13 @@
 """Prints the reference of a recipe's settings, or only of those with a word in their key or meaning.
 
-python -m grpo.settings [WORD]
+python -m grpo.settings [--plain] [WORD]
 """
 
 import argparse
+import os
 import sys
 
-from grpo.settings.reference import markdown
+from grpo.settings.reference import listing, markdown
 from wan_jax.errors import UserError
 
 
@@ -18,10 +19,14 @@ def main() -> None:
         default="",
         help="e.g. kl or train.kl; without it all settings are printed",
     )
+    parser.add_argument("--plain", action="store_true", help="for the terminal, not Markdown")
+    given = parser.parse_args()
     try:
-        print(markdown(parser.parse_args().word), end="")
+        print(listing(given.word) if given.plain else markdown(given.word), end="", flush=True)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:  # of `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

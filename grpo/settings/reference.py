@@ -1,7 +1,8 @@
-"""Writes the reference of all settings as Markdown (docs/settings.md)."""
+"""Writes the reference of all settings: Markdown (docs/settings.md), or text for a terminal."""
 
 import inspect
 import math
+import textwrap
 
 from grpo.settings.schema import SETTINGS, sections
 from grpo.settings.setting import Setting
@@ -20,7 +21,7 @@ spread of the seeds. *Continuing* marks settings that a run may change when it i
 """
 FLAG_HELP = (  # of --config
     "recipe, e.g. configs/tiny_ocr.py; each of its settings can be given as --config.KEY=VALUE. All "
-    "settings: docs/settings.md, or python -m grpo.settings [WORD]"
+    "settings: --settings [WORD], docs/settings.md, or python -m grpo.settings [WORD]"
 )
 TYPES = {int: "whole number", float: "number", bool: "True or False", str: "text", tuple: "pair"}
 
@@ -32,26 +33,45 @@ def markdown(word: str = "") -> str:
     """
     pages = []
     for prefix, section in sections():
-        entries = [
-            entry
-            for key, entry in SETTINGS.items()
-            if key.rpartition(".")[0] == prefix.rstrip(".")
-            and word.lower() in f"{key} {entry.meaning}".lower()
-        ]
-        if entries:
+        if entries := [
+            e for e in _matching(word) if e.key.rpartition(".")[0] == prefix.rstrip(".")
+        ]:
             rows = "\n".join(map(_row, entries))
             summary = (inspect.getdoc(section) or "").partition("\n\n")[0]
             pages.append(
                 f"## {prefix.rstrip('.') or 'run'}\n\n{summary}\n\n"
                 f"| key | type | default | allowed | meaning |\n|---|---|---|---|---|\n{rows}\n"
             )
-    if not pages:
-        raise UserError(f"no setting has {word!r} in its key or meaning")
     return "\n".join(pages if word else [HEAD, *pages])
 
 
-def _row(entry: Setting) -> str:
-    """Return the row of a setting in its table."""
+def listing(word: str = "") -> str:
+    """Return the settings that `markdown` returns, as text of at most 100 columns: key, default,
+    type and allowed values, and below that the meaning.
+    """
+    lines = []
+    for entry in _matching(word):
+        details = "; ".join(filter(None, (_type(entry), _allowed(entry).replace("`", ""))))
+        for text, indent in (
+            (f"{entry.key}={entry.default!r}  ({details})", ""),
+            (_meaning(entry), "    "),
+        ):
+            lines += textwrap.wrap(
+                text.replace("*", ""), 100, initial_indent=indent, subsequent_indent="    "
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _matching(word: str) -> list[Setting]:
+    """Return the settings with the word in their key or meaning. Raises `UserError` if none has."""
+    found = [e for e in SETTINGS.values() if word.lower() in f"{e.key} {e.meaning}".lower()]
+    if not found:
+        raise UserError(f"no setting has {word!r} in its key or meaning")
+    return found
+
+
+def _meaning(entry: Setting) -> str:
+    """Return the meaning of a setting with its marks."""
     meaning = entry.meaning
     if entry.experimental:
         values = entry.experimental if isinstance(entry.experimental, tuple) else ()
@@ -60,6 +80,12 @@ def _row(entry: Setting) -> str:
         meaning += " *Continuing.*"
     if entry.per_process:
         meaning += " *Per process.*"
+    return meaning
+
+
+def _row(entry: Setting) -> str:
+    """Return the row of a setting in its table."""
+    meaning = _meaning(entry)
     cells = (f"`{entry.key}`", _type(entry), f"`{entry.default!r}`", _allowed(entry), meaning)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

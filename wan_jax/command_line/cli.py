@@ -20,6 +20,7 @@ import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
+from wan_jax.command_line import installed
 from wan_jax.command_line.parsing import fail, parse_flags, stray_argument
 from wan_jax.distributed import memory
 from wan_jax.errors import UserError
@@ -235,12 +236,13 @@ def disk_error(error: BaseException | None) -> OSError | None:
 
 
 def read_text(path, what: str, advice: str) -> str:
-    """Return the text of a file that a user wrote: UTF-8, with or without a byte order mark.
+    """Return the text of a file that a user wrote: UTF-8, with or without a byte order mark. Where
+    there is none, a file of that name that is installed (`installed.data_file`) is read.
 
     what, advice: for the message. Raises `UserError` when the file does not exist or is something
     else.
     """
-    path = pathlib.Path(path)
+    path = installed.data_file(path)
     if not path.is_file():
         raise UserError(
             f"{what} {path} {'is a folder' if path.is_dir() else 'does not exist'}; {advice}"

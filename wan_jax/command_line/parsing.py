@@ -1,8 +1,5 @@
 """Parsing of a command line: recipes and flags, with every mistake reported in one line."""
 
-import difflib
-import os
-import pathlib
 import re
 import sys
 import traceback
@@ -11,7 +8,11 @@ from typing import NoReturn
 
 from absl import flags
 
+from wan_jax.command_line import early, installed
+from wan_jax.command_line.recipe_files import stray_argument, with_recipe
 from wan_jax.errors import UserError
+
+__all__ = ["fail", "parse_flags", "stray_argument", "with_recipe"]
 
 # Errors of flags, and of recipes, which are Python.
 FLAG_ERRORS = (
@@ -35,8 +36,11 @@ def parse_flags(argv):
     """Parse the command line as absl does. Mistakes in flags and recipes are printed in one line
     with exit code 1; --help exits with 0.
     """
+    main = sys.modules["__main__"].__spec__
+    early.answer(main.name if main else "", argv[1:])
     try:
         argv = with_recipe(last_of_each(argv))
+        installed.import_configs()
         return flags.FLAGS(argv)
     except (UserError, *FLAG_ERRORS) as error:
         positional = next(
@@ -53,54 +57,6 @@ def parse_flags(argv):
         if any(HELP.fullmatch(a) for a in argv[1:]):
             sys.exit(0)  # absl has printed the help, and exits with 1
         raise
-
-
-def stray_argument(argument: str) -> str:
-    """Return what is wrong with an argument that is not a flag."""
-    if argument.endswith(".py"):
-        return f"{argument} is not given as a flag; recipes are given as --config={argument}"
-    return f"unexpected argument {argument!r}; settings are given as --name=value, see --help"
-
-
-def with_recipe(argv: Sequence[str]) -> list[str]:
-    """Return argv with `~` expanded in --config=RECIPE. Raise `UserError` when that recipe does not
-    exist.
-    """
-    expanded = list(argv)
-    for i, argument in enumerate(argv):
-        if argument == "--config" and i + 1 < len(argv):
-            expanded[i + 1] = recipe_path(argv[i + 1])
-        elif argument.startswith("--config="):
-            expanded[i] = f"--config={recipe_path(argument.removeprefix('--config='))}"
-    return expanded
-
-
-def recipe_path(recipe: str) -> str:
-    """Return the path of the recipe with `~` expanded. Raise `UserError` with the most similar name
-    when it does not exist.
-    """
-    recipe = os.path.expanduser(recipe)
-    file = pathlib.Path(recipe.partition(":")[0])  # after the colon: the argument of get_config
-    if file.is_file():
-        return recipe
-    similar = [
-        path
-        for folder in (file.parent, pathlib.Path("configs"), pathlib.Path("configs/published"))
-        for path in sorted(folder.glob("*.py"))
-        if path.stem not in ("__init__", "defaults", "common")
-        and difflib.get_close_matches(file.stem, [path.stem])
-    ]
-    similar.sort(
-        key=lambda path: difflib.SequenceMatcher(None, file.stem, path.stem).ratio(), reverse=True
-    )
-    hint = (
-        f"did you mean {similar[0]}?"
-        if similar
-        else "give a Python file with get_config(), e.g. configs/tiny_ocr.py"
-    )
-    raise UserError(
-        f"recipe --config={recipe} {'is a folder' if file.is_dir() else 'does not exist'}; {hint}"
-    )
 
 
 def last_of_each(argv: Sequence[str]) -> list[str]:

@@ -24,4 +24,7 @@ COMMANDS = {
 def main() -> None:
     """Run the module of the script that was called."""
     name = sys.argv[0].replace("\\", "/").rpartition("/")[2].removesuffix(".exe")
+    from wan_jax.command_line import early  # which imports COMMANDS
+
+    early.answer(COMMANDS[name], sys.argv[1:])
     runpy.run_module(COMMANDS[name], run_name="__main__", alter_sys=True)

@@ -15,7 +15,6 @@ from wan_jax.models import vae_chunks
 from wan_jax.models.attention import choose_backend, platform_of
 from wan_jax.storage.model_dir import ModelDir, component_bytes
 
-TEXT_ENCODER = ("auto", "device", "cpu")
 PICTURES = 8  # of a batch on each device, if not given; of longer videos it is one
 USABLE = 0.8  # share of a device's memory that weights may take where nothing else is known
 
@@ -82,7 +81,7 @@ def choose_placement(
         dtype: one of `DTYPES`; auto: bfloat16, but float32 on the CPU.
         precision: of `choices.MATMUL_PRECISIONS`, or auto (`precision.for_dtype`).
         attention: a backend or auto.
-        text_encoder: one of `TEXT_ENCODER`; auto: the CPU where its weights do not fit the device.
+        text_encoder: one of `choices.TEXT_ENCODER`; auto: the CPU where its weights do not fit the device.
 
     Raises `UserError` or ValueError where there are fewer devices, or a backend cannot run.
     """

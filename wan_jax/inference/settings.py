@@ -2,13 +2,13 @@
 
 import dataclasses
 
+from wan_jax.choices import WAN
 from wan_jax.diffusion import experts
 from wan_jax.diffusion.solvers import make_solver
 from wan_jax.models.presets import GENERAL, PRESETS, WAN_NEGATIVE, published
 from wan_jax.storage.model_dir import ModelDir
 
 SCHEDULER = "the model's scheduler"
-WAN = "wan"  # as a negative prompt: that of Wan's own code
 
 
 @dataclasses.dataclass(frozen=True)

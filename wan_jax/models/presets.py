@@ -5,9 +5,12 @@ They are those of the Diffusers repositories Wan-AI/*-Diffusers; a converted mod
 """
 
 import dataclasses
+import typing
 
 from wan_jax.models.config import TextEncoderConfig, TransformerConfig, VAEConfig
-from wan_jax.storage.model_dir import ModelDir
+
+if typing.TYPE_CHECKING:  # it imports JAX, which `grpo.plan --help` does without
+    from wan_jax.storage.model_dir import ModelDir
 
 # Per latent channel. One row is eight channels, which the formatter would put on a line each.
 # fmt: off
@@ -160,7 +163,7 @@ PRESETS = {
 }
 
 
-def published(model: ModelDir) -> str | None:
+def published(model: "ModelDir") -> str | None:
     """Return the name of the preset with the networks of a converted model, also where its weights
     were trained further; None for other models.
     """
@@ -175,7 +178,7 @@ def published(model: ModelDir) -> str | None:
     return None
 
 
-def of_folder(model: ModelDir) -> Preset:
+def of_folder(model: "ModelDir") -> Preset:
     """Return the configuration of a converted model, with the default shift, which recipes set."""
     return Preset(
         str(model.path),
