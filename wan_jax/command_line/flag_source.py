@@ -35,7 +35,7 @@ class Source:
         """Names of the flags that are defined, in the order of the source."""
         calls = [call for node in self.statements if (call := _definition(node))]
         return tuple(
-            call.args[0].value
+            str(call.args[0].value)
             for call in calls
             if isinstance(call.args[0], ast.Constant) and _name(call) != "mark_flag_as_required"
         )
