@@ -1,6 +1,6 @@
 """Writes the adapters that a run trained as a LoRA file for Diffusers or ComfyUI, or as PEFT's folder.
 
-    python -m convert.export_lora --src models/wan-1.3b --checkpoint runs/my_run --dst lora
+    python -m convert.export_lora --src models/wan2.1-1.3b --checkpoint runs/my_run --dst lora
     python -m convert.export_lora ... --format comfyui
     python -m convert.export_lora ... --format peft
 

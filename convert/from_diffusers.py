@@ -1,6 +1,6 @@
 """Converts a Wan checkpoint in Diffusers layout to a model folder that this project reads.
 
-    python -m convert.from_diffusers --src Wan-AI/Wan2.1-T2V-1.3B-Diffusers --dst models/wan-1.3b
+    python -m convert.from_diffusers --src Wan-AI/Wan2.1-T2V-1.3B-Diffusers --dst models/wan2.1-1.3b
     python -m convert.from_diffusers --src ... --dst ... --dtype bfloat16,text_encoder=float32
     python -m convert.from_diffusers --src ... --dst ... --check
 

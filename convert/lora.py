@@ -21,7 +21,6 @@ from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
 
 from wan_jax.distributed import multihost
 from wan_jax.errors import UserError
@@ -36,6 +35,7 @@ from wan_jax.storage.lora_names import (
     modules,
     original_name,
 )
+from wan_jax.storage.tensor_files import save_tensors
 
 __all__ = [
     "Flat",
@@ -160,7 +160,7 @@ def write(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write one file and read it back. Raises `UserError` unless every tensor is as it was."""
-    save_file(tensors, path, metadata={"format": "pt"} | dict(metadata or {}))
+    save_tensors(tensors, path, metadata={"format": "pt"} | dict(metadata or {}))
     layout = next(
         name for name, prefix in PREFIXES.items() if next(iter(tensors)).startswith(prefix)
     )

@@ -1,6 +1,6 @@
 """Writes a converted model in Diffusers layout, optionally with a run's trained weights.
 
-    python -m convert.to_diffusers --src models/wan-1.3b --dst exported
+    python -m convert.to_diffusers --src models/wan2.1-1.3b --dst exported
     python -m convert.to_diffusers --src ... --dst ... --checkpoint runs/my_run --dtype bfloat16
 
 This is the inverse of `convert.from_diffusers` with the same key table: without a checkpoint and
@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from absl import flags
-from safetensors.numpy import save_file
 
 from convert.folders import whole_folder
 from convert.plan import STEMS, contiguous, rounded
@@ -36,6 +35,7 @@ from wan_jax.models.lora import LoRAConfig
 from wan_jax.storage import key_table, merged_loras, model_dir
 from wan_jax.storage.array_store import ArrayStore
 from wan_jax.storage.paths import check_apart, expand
+from wan_jax.storage.tensor_files import save_tensors
 from wan_jax.storage.trained_weights import load_trained
 from wan_jax.storage.weight_changes import Rounding, WeightChanges
 
@@ -184,7 +184,7 @@ def write_tensors(
             if len(shards) == 1
             else f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
         )
-        save_file(
+        save_tensors(
             {e.key: contiguous(e.to_theirs(read(e.path, e.layer))) for e in shard},
             folder / name,
             metadata={"format": "pt"} | dict(metadata),

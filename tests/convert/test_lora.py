@@ -455,7 +455,7 @@ def test_a_write_that_went_wrong_is_noticed_and_leaves_nothing(
         save_file(tensors | {FIRST: tensors[FIRST] + 1}, path, metadata)
 
     run = write_run(tmp_path / "run", random_adapters(kernels, CONFIG), CONFIG)
-    monkeypatch.setattr(files, "save_file", save)
+    monkeypatch.setattr(files, "save_tensors", save)
     with pytest.raises(UserError, match="does not hold what was written"):
         export(run, single.path, tmp_path / "lora")
     assert not any((tmp_path / "lora").iterdir())

@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from wan_jax.diffusion.guidance import TextBatch
 from wan_jax.diffusion.solvers import per_sample
@@ -33,6 +32,7 @@ from wan_jax.models.config import TransformerConfig
 from wan_jax.models.transformer import WanTransformer3D
 from wan_jax.storage import integrity
 from wan_jax.storage.model_dir import ModelDir
+from wan_jax.storage.tensor_files import save_tensors
 
 Array = jax.Array
 # Upper bound of s / (1 - s), which is 1e6 in the first step, where the noise has no information on
@@ -130,7 +130,7 @@ def save_head(path, head: WanTransformer3D, metadata: Mapping[str, str] | None =
     """
     arrays = {k: np.asarray(v) for k, v in flat_params.flatten(nnx.state(head, nnx.Param)).items()}
     values = {"config": json.dumps(dataclasses.asdict(head.config)), **(metadata or {})}
-    save_file(arrays, path, metadata=values | {"digest": _digest(arrays, values)})
+    save_tensors(arrays, path, metadata=values | {"digest": _digest(arrays, values)})
 
 
 def load_head(path, config: TransformerConfig, model: ModelDir | None = None) -> WanTransformer3D:

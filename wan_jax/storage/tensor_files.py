@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from wan_jax.errors import UserError
 
@@ -40,6 +41,18 @@ class Buffers(threading.local):
             self.slots.pop(slot, None)
             self.slots[slot] = np.empty(size, np.uint8)
         return self.slots[slot][:size].view(dtype).reshape(shape)
+
+
+def save_tensors(tensors: Mapping[str, np.ndarray], path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file that has the permissions of any new file, by the process's umask.
+
+    The library's own function makes files that their owner alone can read.
+    """
+    path = pathlib.Path(path)
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata=dict(metadata))
+    path.chmod(mode)
 
 
 def weight_files(folder: pathlib.Path, stem: str) -> tuple[list[str], pathlib.Path | None]:
