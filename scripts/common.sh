@@ -11,7 +11,9 @@ make_env() {  # make_env EXTRAS: makes the environment once, and installs again 
   if [ ! -e "$stamp" ]; then
     [ -x "$VENV/bin/python" ] || "$python" -m venv "$VENV"
     "$VENV/bin/python" -m pip install --quiet --upgrade pip
-    "$VENV/bin/python" -m pip install --quiet -e ".${1:+[$1]}" ${CONSTRAINTS:+-c "$CONSTRAINTS"}
+    # setuptools warns of every editable installation, pip --quiet or not
+    PYTHONWARNINGS="ignore:Editable installation${PYTHONWARNINGS:+,$PYTHONWARNINGS}" \
+      "$VENV/bin/python" -m pip install --quiet -e ".${1:+[$1]}" ${CONSTRAINTS:+-c "$CONSTRAINTS"}
     touch "$stamp"
   fi
 }
