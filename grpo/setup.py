@@ -8,7 +8,7 @@ from the newest checkpoint.
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from grpo.sampling import Session, States
 from grpo.scoring import guard
 from grpo.scoring.heldout import Evaluator
 from grpo.settings.budget import Spent
+from grpo.settings.schema import Recipe
 from grpo.settings.unused import changed_in_vain
 from rewards.pool_set import Pool
 from wan_jax.command_line import cli
@@ -129,6 +130,19 @@ class Start:
         return range(done + 1, (done if ended else spec.recipe.epochs) + 1)
 
 
+def all_changes(recipe: Recipe, resumed: int | None, changed: Sequence[str]) -> dict[str, Any]:
+    """Return {'changes': {epoch: changed settings}} of a continued run, {} if there are none: those
+    in config.json that were made before the epoch `resumed`, and the present ones.
+    """
+    if resumed is None:
+        return {}
+    earlier = run_log.read_config(recipe.run_dir).get("changes") or {}
+    changes = {epoch: keys for epoch, keys in earlier.items() if int(epoch) < resumed}
+    if changed:
+        changes[str(resumed)] = list(changed)
+    return {"changes": changes} if changes else {}
+
+
 def prepare(
     spec: RunSpec,
     model: model_dir.ModelDir,
@@ -153,12 +167,15 @@ def prepare(
     checkpoints = Checkpoints(recipe.run_dir, keep=recipe.save.keep)
     folder = RunFolder(spec, checkpoints, train_state.origin(model, prompts), lock)
     resumed, spent = multihost.from_first(checkpoints.begin), Spent()
+    changed = ()
     if resumed is not None:
         meta = checkpoints.check(resumed)
         spent = train_state.spent_by(checkpoints, resumed)
-        train_state.check_resume(
+        changed = train_state.check_resume(
             meta, checkpoints.path(resumed), recipe.to_dict(), model, folder.origin
         )
+        if changed:
+            print_once(f"changed since epoch {resumed}: {'; '.join(changed)}")
     done = resumed or 0
     ended = done == recipe.epochs or settings.budget.reached(spent)
     unevaluated = spec.evaluated_frames  # a new run evaluates the base model
@@ -226,7 +243,7 @@ def prepare(
     if multihost.first():
         log = run_log.RunLog(recipe.run_dir, resumed, recipe.log)
     command = " ".join(["python -m grpo.train", *sys.argv[1:]])
-    log.config(dict(recipe.to_dict(), command=command))
+    log.config(dict(recipe.to_dict(), command=command) | all_changes(recipe, resumed, changed))
     session = Session(
         functions=functions,
         prompts=prompts,

@@ -65,9 +65,12 @@ def origin(model: ModelDir, prompts: PromptSet) -> dict[str, Any]:
     }
 
 
-def check_resume(meta: dict, checkpoint, config: dict, model: ModelDir, belongs: dict) -> None:
-    """Raise `UserError` where a run cannot continue after its checkpoint with these settings, this
-    model and these prompts.
+def check_resume(
+    meta: dict, checkpoint, config: dict, model: ModelDir, belongs: dict
+) -> tuple[str, ...]:
+    """Return the settings that the run changes when it continues, as `parse.check_resume` does. Raise
+    `UserError` where a run cannot continue after its checkpoint with these settings, this model and
+    these prompts.
 
     meta: of the checkpoint. checkpoint: its path. config: the settings as nested dicts. belongs:
     `origin` of the model and the prompts. prompts.train is compared by content; by path only where
@@ -81,8 +84,9 @@ def check_resume(meta: dict, checkpoint, config: dict, model: ModelDir, belongs:
     elif before is not None:
         saved = _with_training_prompts(saved, f"{saved['prompts']['train']} ({before[:12]})")
         now = _with_training_prompts(now, f"{now['prompts']['train']} ({after[:12]})")
-    parse.check_resume(saved, now, str(checkpoint))
+    changed = parse.check_resume(saved, now, str(checkpoint))
     model.check_same(meta.get("model_digest"), meta["model"], str(checkpoint), "config.model.path")
+    return changed
 
 
 def _with_loras(config: dict, belongs: dict) -> dict:

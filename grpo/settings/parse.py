@@ -122,9 +122,10 @@ def settings_of(recipe: Recipe) -> Settings:
         raise UserError(f"config: {error}") from None
 
 
-def check_resume(saved: dict, now: dict, checkpoint: str) -> None:
-    """Raises `UserError` where the settings of a run's checkpoint differ from the present ones, except
-    in settings that a continued run may change.
+def check_resume(saved: dict, now: dict, checkpoint: str) -> tuple[str, ...]:
+    """Return the settings that differ from those of a run's checkpoint, as 'KEY OLD -> NEW'; those
+    that belong to a process, as paths, are left out. Raises `UserError` where a setting differs that
+    a continued run may not change.
 
     saved, now: nested dicts, from `to_dict` of a recipe or a ConfigDict. checkpoint: its path.
     """
@@ -132,16 +133,38 @@ def check_resume(saved: dict, now: dict, checkpoint: str) -> None:
     # Flow-GRPO.
     defaults = flat(Recipe().to_dict()) | {"train.method": "grpo"}
     before, after = _with_kl_weight(defaults | flat(saved)), _with_kl_weight(flat(now))
-    changed = [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+    changed = {
+        key: f"{before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
-        if not is_marked(key, "resume") and not _same(key, before.get(key), after.get(key))
-    ]
-    if changed:
+        if not _same(key, before.get(key), after.get(key))
+    }
+    refused = [f"{key}: {x}" for key, x in changed.items() if not is_marked(key, "resume")]
+    if refused:
         raise UserError(
-            f"{checkpoint} was made with other settings ({'; '.join(changed[:6])}); continue with "
-            "the same ones, or start a new run with another --config.run_dir"
+            f"{checkpoint} was made with other settings ({'; '.join(refused[:6])}); continue with "
+            f"the same ones, or go on from its weights: {_new_run(before, checkpoint)}"
         )
+    return tuple(
+        f"{key} {x}"
+        for key, x in changed.items()
+        if key in SETTINGS and not SETTINGS[key].per_process and not SETTINGS[key].path
+    )
+
+
+def _new_run(saved: dict, checkpoint: str) -> str:
+    """Return how to start a new run from the weights of a checkpoint.
+
+    saved: its settings by key.
+    """
+    source = f"--src {saved['model.path']} --checkpoint {checkpoint}"
+    if saved["lora.rank"]:
+        steps = f"python -m convert.export_lora {source} --dst FILE.safetensors"
+        return f"{steps}, then a new run with another --config.run_dir and --config.lora.init=FILE.safetensors"
+    steps = f"python -m convert.to_diffusers {source} --dst FOLDER"
+    return (
+        f"{steps} and python -m convert.from_diffusers --src FOLDER --dst MODEL, then a new run with "
+        "another --config.run_dir and --config.model.path=MODEL"
+    )
 
 
 def _with_kl_weight(values: dict) -> dict:

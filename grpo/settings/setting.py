@@ -44,7 +44,7 @@ class Setting:
         path: whether it is a path, which may begin with `~`.
         required: whether a recipe must set it.
         resume: whether a run that is continued may change it, because it does not change what an
-            epoch computes.
+            epoch computes, or only the size of its updates. The change is printed and recorded.
         per_process: whether the processes of a run on several hosts may differ in it.
         experimental: whether no gain by it has been measured; or the values for which that holds.
     """

@@ -161,6 +161,30 @@ def test_same_command_again_changes_nothing(whole, capsys):
 
 
 @pytest.mark.slow
+def test_a_continued_run_may_change_its_learning_rate(alike, tmp_path, capsys):
+    """The change is printed and recorded, also those of earlier starts; the way back leaves none."""
+    run = tmp_path / "run"
+    shutil.copytree(alike, run)
+    config = alike.parent / "recipe.py"
+
+    def changes(epochs, rate):
+        here(config, f"run_dir={run}", f"epochs={epochs}", f"train.learning_rate={rate}")
+        printed = re.findall(
+            r"^changed since epoch (\d+): (.*)$", capsys.readouterr().out, re.MULTILINE
+        )
+        return printed, json.loads((run / "config.json").read_text()).get("changes")
+
+    before = json.loads((run / "config.json").read_text())["train"]["learning_rate"]
+    ((epoch, printed),), recorded = changes(3, 1e-5)
+    rate = f"train.learning_rate {before} -> 1e-05"
+    assert epoch == "2" and rate in printed and "epochs 2 -> 3" in printed
+    assert recorded == {"2": ["epochs 2 -> 3", rate]}
+    assert [r["epoch"] for r in run_log.read_metrics(run)] == [1, 2, 3]
+    assert changes(3, 1e-5) == ([], recorded)
+    assert changes(3, before)[1] == recorded | {"3": [f"train.learning_rate 1e-05 -> {before}"]}
+
+
+@pytest.mark.slow
 def test_killed_again_and_again_continues_bit_for_bit(whole, recipe):
     """Before the first epoch is saved, and in the save of a later one, whose figures are logged
     already; then the run ends as if nothing had been.

@@ -99,6 +99,7 @@ class Train(Section):
         1e-4,
         "Learning rate of AdamW.",
         bounds=Range(0, 1, above=True, below=True, note="1e-4 is usual"),
+        resume=True,
     )
     warmup_updates: int = setting(
         0, "Updates in which the learning rate rises linearly to its value.", bounds=Range(0)
@@ -106,11 +107,12 @@ class Train(Section):
     adam_b1: float = setting(0.9, "Decay of AdamW's first moment.", bounds=FRACTION)
     adam_b2: float = setting(0.999, "Decay of AdamW's second moment.", bounds=FRACTION)
     adam_eps: float = setting(1e-8, "Term that AdamW adds to its divisor.", bounds=POSITIVE)
-    weight_decay: float = setting(1e-4, "Weight decay of AdamW.", bounds=Range(0))
+    weight_decay: float = setting(1e-4, "Weight decay of AdamW.", bounds=Range(0), resume=True)
     max_grad_norm: float = setting(
         1.0,
         "Norm above which gradients are scaled down to it. inf: never.",
         bounds=POSITIVE_OR_INF,
+        resume=True,
     )
     ema_decay: float = setting(
         0.9,
@@ -266,4 +268,5 @@ class Train(Section):
         "as that update is on-policy. inf: it is not checked. None: 1e-4 in float32, 2e-3 in "
         "bfloat16.",
         bounds=Range(0, math.inf, below=False),
+        resume=True,
     )

@@ -59,11 +59,11 @@ def test_the_content_of_the_training_prompts_counts(prompts):
             train_state.check_resume(
                 meta(before), "R/1", config(name), model(), train_state.origin(model(), other)
             )
-    with pytest.raises(UserError, match=r"train\.learning_rate"):
+    with pytest.raises(UserError, match=r"train\.adam_b1"):
         train_state.check_resume(
             meta(before),
             "R/1",
-            config("a.txt", learning_rate=0.5),
+            config("a.txt", adam_b1=0.5),
             model(),
             train_state.origin(model(), before),
         )

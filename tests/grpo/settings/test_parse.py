@@ -194,10 +194,39 @@ def test_what_does_not_change_an_epoch_may_change_when_a_run_is_continued(small)
     small.epochs, small.eval.every, small.model.path, small.mesh.fsdp = 9, 7, "elsewhere", 2
     small.reward.servers, small.log.mlflow.uri = ("http://host:1",), "http://host:2"
     parse.check_resume(saved, small.to_dict(), "run")
-    parse.check_resume(saved, make_recipe(values_of(small)).to_dict(), "run")
+    changed = parse.check_resume(saved, make_recipe(values_of(small)).to_dict(), "run")
+    assert [text.partition(" ")[0] for text in changed] == ["epochs", "eval.every", "mesh.fsdp"]
     small.seed = 1
     with pytest.raises(UserError, match=r"\(seed: 0 -> 1\)"):
         parse.check_resume(saved, small.to_dict(), "run")
+
+
+def test_the_size_of_updates_may_change_and_is_reported(small):
+    saved = small.to_dict()
+    assert parse.check_resume(saved, small.to_dict(), "run") == ()
+    small.train.learning_rate, small.train.weight_decay, small.train.max_grad_norm = 5e-5, 0.0, 2.0
+    rate, decay, norm = (
+        saved["train"][key] for key in ("learning_rate", "weight_decay", "max_grad_norm")
+    )
+    assert parse.check_resume(saved, small.to_dict(), "run") == (
+        f"train.learning_rate {rate!r} -> 5e-05",
+        f"train.max_grad_norm {norm!r} -> 2.0",
+        f"train.weight_decay {decay!r} -> 0.0",
+    )
+
+
+@pytest.mark.parametrize(("rank", "command"), [(4, "export_lora"), (0, "to_diffusers")])
+def test_a_refusal_names_the_way_to_a_new_run(small, rank, command):
+    small.lora.rank = rank
+    saved = small.to_dict()
+    small.train.warmup_updates = 3  # another form of the optimiser's state
+    with pytest.raises(UserError) as refused:
+        parse.check_resume(saved, small.to_dict(), "runs/one/checkpoints/4")
+    text = str(refused.value)
+    assert "train.warmup_updates: 0 -> 3" in text and "--config.run_dir" in text
+    source = f"--src {saved['model']['path']} --checkpoint runs/one/checkpoints/4"
+    assert f"convert.{command} {source} --dst" in text
+    assert ("--config.lora.init" in text) == bool(rank) != ("--config.model.path" in text)
 
 
 def test_another_name_of_the_same_file_does_not_end_a_run(small, tmp_path):

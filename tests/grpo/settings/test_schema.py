@@ -102,6 +102,7 @@ def test_rewards_that_are_measured_are_sorted_by_name(c):
                 "prompts.heldout",
                 "mesh.fsdp",
                 "train.offload_optimiser",
+                "train.learning_rate",
                 "log.wandb.project",
                 "reward.clip_model",
             ),
