@@ -46,7 +46,7 @@ from wan_jax.storage import media, merged_loras, model_dir, trained_weights
 define_path("model", "folder written by convert.from_diffusers", required=True)
 define_path(
     "checkpoint",
-    "run folder of grpo.train, RUN/best or RUN/checkpoints/<epoch>; not given: the base",
+    "RUN, RUN/best or RUN/checkpoints/<epoch> of grpo.train; not given: the base",
 )
 flags.DEFINE_multi_string(
     "lora",

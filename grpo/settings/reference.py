@@ -20,8 +20,8 @@ spread of the seeds. *Continuing* marks settings that a run may change when it i
 *per process* those in which the processes of a run on several hosts may differ.
 """
 FLAG_HELP = (  # of --config
-    "recipe, e.g. configs/tiny_ocr.py; each of its settings can be given as --config.KEY=VALUE. All "
-    "settings: --settings [WORD], docs/settings.md, or python -m grpo.settings [WORD]"
+    "recipe, e.g. configs/tiny_ocr.py; each of its settings can be given as --config.KEY=VALUE "
+    "(docs/settings.md, or python -m grpo.settings)"
 )
 TYPES = {int: "whole number", float: "number", bool: "True or False", str: "text", tuple: "pair"}
 

@@ -1,6 +1,7 @@
 """Console scripts are the commands that `python -m` runs."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 import tomllib
@@ -14,6 +15,10 @@ from wan_jax.command_line.scripts import COMMANDS
 def test_every_command_has_its_script():
     scripts = tomllib.loads((commands.ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == dict.fromkeys(COMMANDS, "wan_jax.command_line.scripts:main")
+    table = (commands.ROOT / "docs/command_line.md").read_text()
+    assert re.findall(r"^\| `(wan-\S+)` \| `python -m (\S+)`", table, re.MULTILINE) == [
+        *COMMANDS.items()
+    ]
     for module in COMMANDS.values():
         assert importlib.util.find_spec(module), module
 
