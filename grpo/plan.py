@@ -99,7 +99,7 @@ def choose_target(device: str, count: int) -> Target:
     limit = int(kind.memory * fraction)
     notes = (f"limit: {fraction:g} of {kind.memory / GIB:.0f} GiB ({FRACTION})",)
     if not kind.bf16:
-        notes += (f"assumed: {kind.label} of NVIDIA, with unknown rates",)
+        notes += (f"assumed: a {kind.label} of NVIDIA, whose rates are unknown",)
     elif kind != device_kinds.KINDS["h200"]:
         notes += (f"assumed, not measured: the {kind.label} as in its vendor's data sheet",)
     if kind.platform == "rocm":
@@ -380,7 +380,7 @@ def main(_):
     # ---- seconds ---------------------------------------------------------------------------------
     if target.kind is None or not target.kind.bf16:
         known = ", ".join(device_kinds.KINDS)
-        print_lines(f"seconds: the rates of {label} are unknown; known are {known}")
+        print_lines(f"seconds: the rates of a {label} are unknown; known are {known}")
     else:
         default = costs.default_efficiency(run, target.kind)
         efficiency = override_efficiency(

@@ -64,7 +64,7 @@ def named(device: str) -> Kind:
     size = SIZE.fullmatch(device)
     if size is None or not float(size[1]):
         raise UserError(f"--device={device} is unknown: give here, {NAMES}")
-    return Kind(f"a device of {size[1]} GiB", "cuda", int(float(size[1]) * GIB), 0.0, 0.0)
+    return Kind(f"GPU of {size[1]} GiB", "cuda", int(float(size[1]) * GIB), 0.0, 0.0)
 
 
 def matching(device_kind: str) -> Kind | None:
