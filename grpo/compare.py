@@ -45,7 +45,8 @@ from wan_jax.storage import folder_lock
 UNITS = ("evaluations", "seconds", "epochs")
 ENDLESS = 1_000_000  # epochs of a run that its budget ends
 FINISHED = "finished.json"  # in a run's folder: the settings with which it was finished
-STOP_SECONDS = 60  # before a run that was told to stop is killed
+EPOCH_SECONDS = 10  # for the epoch of a run that was told to stop, which it finishes and saves
+STOP_SECONDS = 60  # before a run that was told to stop at once is killed
 EXPECTED = "expected NAME: RECIPE KEY=VALUE ..., the name of letters, digits and . _ + -"
 
 
@@ -231,13 +232,20 @@ def run_all(
                     del running[slot]
                     yield job, process.returncode, time.monotonic() - begun
     finally:
-        for _, process, _ in running.values():
-            process.send_signal(signal.SIGINT)
-        for _, process, _ in running.values():
-            try:
-                process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        stop([process for _, process, _ in running.values()])
+
+
+def stop(processes: Sequence[subprocess.Popen]) -> None:
+    """Stop runs: after their epoch if that ends soon, else at once."""
+    for seconds in (EPOCH_SECONDS, STOP_SECONDS):
+        deadline = time.monotonic() + seconds
+        for process in processes:
+            process.send_signal(signal.SIGINT)  # does nothing to one that has ended
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+    for process in processes:
+        process.kill()
 
 
 def start(job: Job, env: dict[str, str]) -> subprocess.Popen:

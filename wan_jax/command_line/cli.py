@@ -27,7 +27,7 @@ from wan_jax.errors import UserError
 
 
 class AskedToEnd(Exception):
-    """The program ends because of SIGTERM; the message states what is saved."""
+    """The program ends because of Ctrl-C or SIGTERM; the message states what is saved."""
 
 
 ADVICE = {
@@ -41,9 +41,11 @@ ADVICE = {
     errno.EPERM: "permission denied; choose a folder you may write to",
 }
 interrupted = threading.Event()  # Ctrl-C was pressed
-asked_to_end = threading.Event()  # SIGTERM was received, and the program is finishing its work
+asked_to_end = threading.Event()  # by a signal, and the program is finishing its work
+received: list[int] = []  # the signals that asked it to
 INTERRUPTED = 130  # exit code after Ctrl-C
 TERMINATED = 143  # exit code after SIGTERM
+STOPPED = "stopped; everything saved so far is whole, the same command continues from it"
 OS_ERROR = re.compile(r"os[_ ]error(?:_code)?[= ]'?(\d+)")
 LOCAL_FILE = re.compile(r'local file "([^"]+)"')  # in tensorstore's errors
 # What orbax and tensorstore print about an error in one of their threads. They also raise it in the
@@ -57,7 +59,7 @@ def run(main: Callable) -> None:
     """Run `absl.app.run(main)`. User errors, full or read-only disks and Ctrl-C are reported in one
     line.
 
-    Exit codes: 1 for errors, 130 for Ctrl-C, 143 if `AskedToEnd` is raised.
+    Exit codes: 1 for errors, 130 for Ctrl-C, 143 for SIGTERM.
     """
 
     def guarded(argv):
@@ -114,34 +116,48 @@ def stop_if_interrupted() -> None:
         raise KeyboardInterrupt
 
 
-def end_well_on_sigterm() -> None:
-    """From now on SIGTERM sets `asked_to_end`, and a second one ends the process at once.
+def end_well_on_signals() -> None:
+    """From now on Ctrl-C and SIGTERM set `asked_to_end`, and a second one ends the process at once.
 
     A thread reads the signals, because Python's handlers wait for the main thread, which may hang
-    inside a library.
+    inside a library. Ctrl-C is left alone where `run` does not handle it.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
+    names = {signal.SIGTERM: "SIGTERM"}
+    if signal.getsignal(signal.SIGINT) is interrupt:
+        names[signal.SIGINT] = "Ctrl-C"
 
-    def await_sigterm():
-        while os.read(reading, 1)[0] != signal.SIGTERM:
+    def await_signal() -> signal.Signals:
+        while (number := os.read(reading, 1)[0]) not in names:
             pass
+        return signal.Signals(number)
 
     def listen():
-        await_sigterm()
+        first = await_signal()
+        received.append(first)
         asked_to_end.set()
-        os.write(
-            2,
-            b"\nSIGTERM: the run ends once its epoch is finished and saved; "
-            b"a second one ends it at once\n",
+        message = (
+            f"\n{names[first]}: the run ends once its epoch is finished and saved; "
+            "a second one ends it at once\n"
         )
-        await_sigterm()
+        os.write(2, message.encode())
+        if await_signal() == signal.SIGINT:
+            os.write(2, f"\n{STOPPED}\n".encode())
+            os._exit(INTERRUPTED)
         os._exit(TERMINATED)
 
+    received.clear()
     asked_to_end.clear()
     threading.Thread(target=listen, name="signals", daemon=True).start()
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, lambda signum, frame: asked_to_end.set())
+    for number in names:
+        signal.signal(number, lambda signum, frame: None)
+
+
+def asked_by() -> str:
+    """Return the name of the signal that asked this process, or another one of its run, to end."""
+    return "Ctrl-C" if received[:1] == [signal.SIGINT] else "SIGTERM"
 
 
 def leave() -> None:
@@ -176,14 +192,11 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     """Return the message for an error and the exit code; None if only a traceback helps."""
     # the error is the KeyboardInterrupt, or what an extension module raised because of it
     if interrupted.is_set():
-        return (
-            "\nstopped; everything saved so far is whole, the same command continues from it",
-            INTERRUPTED,
-        )
+        return f"\n{STOPPED}", INTERRUPTED
     if isinstance(error, UserError):
         return f"error: {error}", 1
     if isinstance(error, AskedToEnd):
-        return str(error), TERMINATED
+        return str(error), INTERRUPTED if asked_by() == "Ctrl-C" else TERMINATED
     if (cause := disk_error(error)) is not None:  # it may be wrapped, for example by orbax
         assert cause.errno is not None  # it is in ADVICE
         path = cause.filename2 or cause.filename

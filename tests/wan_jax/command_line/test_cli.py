@@ -158,22 +158,30 @@ def test_too_little_space_is_an_error_before_the_first_byte(tmp_path, monkeypatc
     assert checkpoints.latest() is None
 
 
-def test_a_second_sigterm_ends_at_once():
+@pytest.mark.parametrize(
+    "number, code, word", [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")]
+)
+def test_a_second_signal_ends_at_once(number, code, word):
     """The first one only leaves a note; 'again' shows that the program went on. The second one
     comes while it hangs inside a library, on a lock that it holds already, where no handler of
     Python's runs.
     """
-    code = (
-        "import ctypes, time; from wan_jax.command_line import cli; cli.end_well_on_sigterm(); print('ready', "
-        "flush=True)\nwhile not cli.asked_to_end.wait(0.05): pass\nprint('again', flush=True); "
+    program = (
+        "import ctypes, signal; from wan_jax.command_line import cli; "
+        "signal.signal(signal.SIGINT, cli.interrupt); cli.end_well_on_signals(); "
+        "print('ready', flush=True)\nwhile not cli.asked_to_end.wait(0.05): pass\n"
+        "print('again', cli.asked_by(), flush=True); "
         "library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)\nwhile True: "
         "library.pthread_mutex_lock(mutex)"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", code], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", program], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
-        for word in ("ready", "again"):
-            assert process.stdout.readline() == f"{word}\n"
+        for line in ("ready", f"again {word}"):
+            assert process.stdout.readline() == f"{line}\n"
             time.sleep(0.5)
-            process.terminate()
-        assert process.wait(20) == 143 and "a second one ends it at once" in process.stderr.read()
+            process.send_signal(number)
+        assert process.wait(20) == code
+        error = process.stderr.read()
+    assert f"{word}: the run ends" in error and "a second one ends it at once" in error
+    assert (cli.STOPPED in error) == (number == signal.SIGINT)
