@@ -21,6 +21,8 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
+from grpo.records import provenance
+from grpo.records.clock import timestamp
 from grpo.records.run_log import RunLog
 from grpo.report import run_report
 from grpo.run import RunSpec, open_model
@@ -113,6 +115,7 @@ def main(_):
         log = RunLog(recipe.run_dir)
         command = " ".join(["python -m grpo.evaluate", *sys.argv[1:]])
         log.config(dict(recipe.to_dict(), command=command))
+        log.provenance(provenance.entry(spec, command, epoch))
         unscored: list[Evaluation] = []
 
         def evaluate(checkpoint: str | None, number: int):
@@ -148,7 +151,9 @@ def main(_):
                     number,
                     functools.partial(bar, desc="evaluation"),
                 )
-                log.evaluation(result.record, result.videos, frames if i else None)
+                log.evaluation(
+                    result.record | {"time": timestamp()}, result.videos, frames if i else None
+                )
                 length = f", {frames} frames" if len(spec.evaluated_frames) > 1 else ""
                 print(
                     f"{checkpoint or recipe.model.path}: {format_evaluation(result.record)}{length}",

@@ -22,7 +22,7 @@ from grpo.learning import train_state
 from grpo.learning.optimiser import init_state
 from grpo.learning.policy import Flat, make_policy
 from grpo.random_streams import Stream
-from grpo.records import run_log
+from grpo.records import provenance, run_log
 from grpo.run import RunSpec
 from grpo.sampling import Session, States
 from grpo.scoring import guard
@@ -244,6 +244,7 @@ def prepare(
         log = run_log.RunLog(recipe.run_dir, resumed, recipe.log)
     command = " ".join(["python -m grpo.train", *sys.argv[1:]])
     log.config(dict(recipe.to_dict(), command=command) | all_changes(recipe, resumed, changed))
+    log.provenance(provenance.entry(spec, command, done))
     session = Session(
         functions=functions,
         prompts=prompts,

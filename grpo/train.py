@@ -23,6 +23,7 @@ import contextlib
 import os
 import pathlib
 import time
+import traceback
 
 import jax
 import numpy as np
@@ -32,8 +33,9 @@ from ml_collections import config_flags
 from grpo.compiled import offload
 from grpo.credit import compute_credit
 from grpo.data.prompts import PromptSet, epoch_prompts, without_shared
-from grpo.records import epoch_record, run_log
-from grpo.records.clock import Stopwatch
+from grpo.records import epoch_record, run_log, run_output
+from grpo.records.clock import Stopwatch, timestamp
+from grpo.records.progress import estimate
 from grpo.report import run_report
 from grpo.run import RunSpec, open_model
 from grpo.sampling import States, averaged_weights, sample_epoch, zero_nonfinite
@@ -90,6 +92,11 @@ STAGE_TIMEOUT = flags.DEFINE_integer(
     "seconds without progress to another batch or stage in any process after which the run ends; "
     "0: no limit",
 )
+# the first line that a run prints
+SIGNALS = (
+    "Ctrl-C once: the run ends after its epoch, which is saved; twice, or before the first epoch: "
+    "at once"
+)
 
 
 def main(_):
@@ -100,22 +107,24 @@ def main(_):
         ended = train_recipe(CONFIG.value)
     if ended is not None:
         raise cli.AskedToEnd(
-            f"ended by SIGTERM after epoch {ended}, which is saved; the same command continues "
+            f"ended by {cli.asked_by()} after epoch {ended}, which is saved; the same command continues "
             "after it"
         )
 
 
 def train_recipe(config) -> int | None:
     """Check a recipe's ConfigDict, its prompts and its model, and train. Returns the number of the
-    last finished epoch if SIGTERM ended the run early, else None. Raises `UserError`.
+    last finished epoch if Ctrl-C or SIGTERM ended the run early, else None. Raises `UserError`.
     """
     recipe = parse.recipe_from_config(config)
     settings = parse.settings_of(recipe)
     prompts, heldout = load_prompt_sets(recipe, settings)
-    folder = contextlib.nullcontext()
+    folder = copied = contextlib.nullcontext()
     if multihost.first():
         folder = folder_lock.locked(recipe.run_dir, "--config.run_dir")
-    with folder as lock:
+        copied = run_output.recorded(pathlib.Path(recipe.run_dir, run_log.CONFIG))
+    with folder as lock, copied:
+        print_once(SIGNALS)
         multihost.stage("comparing the processes")
         if jax.process_count() > 1:
             sets = {"prompts.train": prompts, "prompts.heldout": heldout}
@@ -166,8 +175,8 @@ def train(
     pool: Pool,
     lock: folder_lock.Lock | None = None,
 ) -> int | None:
-    """Train a run. Returns the number of the last finished epoch if SIGTERM ended it early, else
-    None.
+    """Train a run. Returns the number of the last finished epoch if Ctrl-C or SIGTERM ended it early,
+    else None.
 
     prompts, heldout: of training and of evaluations. pool: the processes that score. lock: of the
     run's folder, in process 0.
@@ -178,7 +187,7 @@ def train(
     folder, log, done = start.folder, start.log, start.resumed or 0
 
     # ---- before the first epoch: a checkpoint, an evaluation ---------------------------------
-    cli.end_well_on_sigterm()
+    cli.end_well_on_signals()
     if start.resumed is None:
         count = sum(v.size for state in states.values() for v in jax.tree.leaves(state.trainable))
         print_once(f"{count:,} trained parameters, {settings.videos} videos an epoch")
@@ -188,6 +197,7 @@ def train(
         print_once(f"continuing {recipe.run_dir} after epoch {done}")
     if start.unevaluated:
         evaluate(start, states, done, start.unevaluated)
+        write_report(recipe.run_dir)
     base = {}
     if start.epochs:
         stop_on_alarm(start, states, done, spent)
@@ -251,7 +261,8 @@ def train(
         del rollout
         folder.check_held()
         log.epoch(record)
-        print_once(epoch_record.line(record, recipe.epochs))
+        progress = estimate([*log.epochs], [*log.evaluations], recipe.to_dict())
+        print_once(epoch_record.line(record, recipe.epochs, progress))
 
         # ---- 6 save: before the evaluation, so that its failure does not cost the epoch --------
         saving = time.monotonic()
@@ -266,6 +277,7 @@ def train(
         if due and (last or not ending):
             evaluate(start, states, epoch, spec.evaluated_frames)
             if not last:
+                write_report(recipe.run_dir)
                 stop_on_alarm(start, states, epoch, spent)
             ending = asked_to_end()
             if ending:
@@ -276,10 +288,24 @@ def train(
     # ---- after the last epoch: the report ----------------------------------------------------
     log.close()
     print_once(memory.peaks())
+    write_report(recipe.run_dir)
     if multihost.first():
-        path = run_report.write_report(pathlib.Path(recipe.run_dir))
-        print_once(*run_report.summary_lines(pathlib.Path(recipe.run_dir)) or [f"report: {path}"])
-    return epoch if start.epochs and not last else None
+        print_once(*run_report.summary_lines(pathlib.Path(recipe.run_dir)))
+    if not start.epochs or last:
+        return None
+    print_once(f"the run ends after epoch {epoch}, as {cli.asked_by()} asked")
+    return epoch
+
+
+def write_report(run_dir: str) -> None:
+    """Write report.html from what is recorded so far, in the first process."""
+    if not multihost.first():
+        return
+    try:
+        run_report.write_report(pathlib.Path(run_dir))
+    # Broad, because a page must not cost the training of a run, whatever is wrong with it.
+    except Exception:
+        print_once(f"warning: the report was not written:\n{traceback.format_exc()}")
 
 
 def evaluate(start: Start, states: States, epoch: int, lengths: tuple[int, ...]) -> None:
@@ -297,7 +323,8 @@ def evaluate(start: Start, states: States, epoch: int, lengths: tuple[int, ...])
         start.folder.check_held()
         if epoch == 0 and is_main:
             check_base(result, spec.settings.weights)
-        start.log.evaluation(result.record, result.videos, None if is_main else frames)
+        record = result.record | {"time": timestamp()}
+        start.log.evaluation(record, result.videos, None if is_main else frames)
         length = f", {frames} frames" if len(start.evaluators) > 1 else ""
         print_once(f"epoch {epoch}: held-out {format_evaluation(result.record)}{length}")
         if result.warning:
@@ -336,7 +363,7 @@ def same_length(recipe: Recipe, epoch: int) -> bool:
 
 
 def asked_to_end() -> bool:
-    """Return whether SIGTERM reached any process. All processes must call this together."""
+    """Return whether Ctrl-C or SIGTERM reached any process. All processes must call this together."""
     return any(multihost.gather(cli.asked_to_end.is_set()))
 
 

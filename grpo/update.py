@@ -1,17 +1,19 @@
 """The optimiser steps of an epoch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grpo.credit import Credit
+from grpo.learning.method import Method, kl_weight
+from grpo.learning.optimiser import learning_rate
 from grpo.records.run_log import EXPERTS
 from grpo.sampling import RolloutBatch, Session, States
 from wan_jax.errors import UserError
 
 # The values of several updates that an epoch logs as one bound. Others are logged as mean, minimum and
 # maximum.
-BOUNDS = {"ratio_min": min, "ratio_max": max, "ratio_max_error": max}
+BOUNDS = {"ratio_min": min, "ratio_max": max, "ratio_max_error": max, "learning_rate": max}
 
 
 def update_epoch(
@@ -42,6 +44,8 @@ def update_epoch(
             )
             values = metrics.averages() | {key: float(value) for key, value in norms.items()}
             check_finite(values, epoch)
+            values |= kl_share(values, method, kl_weight(type(method), spec.recipe))
+            values["learning_rate"] = learning_rate(spec.settings.optimiser, made + len(steps))
             if not steps:
                 values |= method.check_first(values, epoch)
             steps.append(values | sampled)
@@ -51,6 +55,23 @@ def update_epoch(
     if len(measured) > 1:
         record[EXPERTS] = {name: summary(steps) for name, steps in measured.items()}
     return states, record
+
+
+def kl_share(values: Mapping[str, float], method: Method, weight: float) -> dict[str, float]:
+    """Return {"kl_share": |w KL| / (|policy term| + |w KL|)} of an update's loss; {} where the KL is
+    no term of it.
+
+    values: of the update, with its own weight w as `kl_weight` where that adapts. weight: w where it
+    does not. A clipped policy term is about 0 in the first update after sampling, where its
+    advantages are centred and all ratios are 1; the share is then about 1.
+    """
+    weight = values.get("kl_weight", weight)
+    if not weight or method.sampling_kl is not None or not {"kl", "policy_loss"} <= values.keys():
+        return {}
+    term = weight * values["kl"]
+    policy = values["policy_loss"] - (term if method.loss_has_kl else 0.0)
+    total = abs(policy) + abs(term)
+    return {"kl_share": abs(term) / total if total else 0.0}
 
 
 def summary(updates: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -190,6 +190,7 @@ class FlowMatching(Method):
     train_guided: bool = False
 
     logs: ClassVar[tuple[str, ...]] = ()
+    loss_has_kl = True
     reads: ClassVar[tuple[str, ...]] = ("train.timesteps", "train.guided")
     rollout_levels: ClassVar[bool] = False
 

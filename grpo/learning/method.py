@@ -38,6 +38,7 @@ class Method(abc.ABC):
     Class attributes:
         name: the value of train.method, and the name of the file.
         default_kl_weight: where train.kl_weight is None.
+        loss_has_kl: whether the logged `policy_loss` includes the weighted KL.
         reads: keys of the settings that this method reads, but not every method.
         variants: keys of the settings that choose a variant of this method.
         on_advantages: whether it trains on advantages, not on ranks of rewards.
@@ -48,6 +49,7 @@ class Method(abc.ABC):
 
     name: ClassVar[str]
     default_kl_weight: ClassVar[float] = 0.0
+    loss_has_kl: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ()
     variants: ClassVar[tuple[str, ...]] = ()
     on_advantages: ClassVar[bool] = False

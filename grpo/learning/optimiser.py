@@ -102,6 +102,14 @@ def clipping(config: OptimiserConfig) -> optax.GradientTransformation:
     return optax.clip_by_global_norm(config.max_grad_norm)
 
 
+def learning_rate(config: OptimiserConfig, update: int) -> float:
+    """Return the learning rate of an update, counted from 0: W updates of a linear warm-up, then
+    the full rate.
+    """
+    warmup = config.warmup_updates
+    return config.learning_rate * (min(1.0, (update + 1) / warmup) if warmup else 1.0)
+
+
 def adamw(config: OptimiserConfig) -> optax.GradientTransformation:
     """Return AdamW, which treats each array independently."""
     rate = config.learning_rate

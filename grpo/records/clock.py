@@ -1,10 +1,27 @@
-"""The seconds of an epoch's stages."""
+"""The time of day, and the seconds of an epoch's stages."""
 
+import datetime
 import time
 
 import jax
 
 STAGES = ("sample", "decode", "score_wait", "update")
+
+
+def timestamp() -> str:
+    """Return the time now in UTC, as in 2026-03-31T18:05:59+00:00."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def duration(seconds: float) -> str:
+    """Format a duration: '12 s', '3 min', '5 h 04 min', '2 d 3 h'."""
+    minutes = round(seconds / 60)
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    if minutes < 120:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 class Stopwatch:

@@ -1,12 +1,16 @@
 """What is recorded of an epoch, and its line on the terminal."""
 
 from grpo.credit import Credit
+from grpo.records.clock import timestamp
+from grpo.records.progress import Progress
 from grpo.run import RunSpec
 from grpo.sampling import RolloutBatch
 from grpo.scoring import reward_combination
 from grpo.scoring.scores import GatheredScores, format_failures
 from grpo.settings.budget import Spent
 from wan_jax.distributed import memory
+
+COLUMNS = 100  # of the terminal
 
 
 def make(
@@ -24,6 +28,7 @@ def make(
     working = seconds["sample"] + seconds["decode"] + seconds["update"]
     sampled = {
         "epoch": epoch,
+        "time": timestamp(),
         "frames": rollout.frames,
         "evaluations": rollout.evaluations,
         "evaluations_saved": rollout.evaluations_saved,
@@ -46,17 +51,27 @@ def make(
     return sampled | losses | scored
 
 
-def line(record: dict, epochs: int) -> str:
-    """Return an epoch's record in one line."""
+def line(record: dict, epochs: int, progress: Progress) -> str:
+    """Return an epoch's record in a line of at most `COLUMNS` characters; scores that failed are
+    named in a second one.
+    """
     parts = [
         f"epoch {record['epoch']}/{epochs}: reward {record['reward_mean']:.3f}",
-        f"spread in groups {record['group_std']:.3f}",
+        f"spread {record['group_std']:.3f}",
     ]
-    if "ratio_max_error" in record:
-        parts.append(f"ratio error {record['ratio_max_error']:.1e}")
     gradient = record.get("grad_norm")
-    parts.append("nothing to learn from" if gradient is None else f"grad {gradient:.2e}")
-    if failures := format_failures(record["failed_scores"], record):
-        parts.append(failures)
-    stages = " ".join(f"{k} {v:.1f}" for k, v in record["seconds"].items() if v >= 0.05)
-    return f"{', '.join(parts)} | {stages} s"
+    parts.append("nothing to learn from" if gradient is None else f"grad {gradient:.1e}")
+    if "ratio_max_error" in record:
+        parts.append(f"ratio {record['ratio_max_error']:.0e}")
+    seconds = {k: v for k, v in record["seconds"].items() if v >= 0.05 and k != "total"}
+    stages = [f"{k} {seconds[k]:.1f}" for k in sorted(seconds, key=lambda k: -seconds[k])]
+
+    def text() -> str:
+        longest = f" ({' '.join(stages)})" if stages else ""
+        eta = f", ETA {progress.eta}" if progress.eta else ""
+        return f"{', '.join(parts)} | {record['seconds']['total']:.1f} s{longest}{eta}"
+
+    while len(text()) > COLUMNS:  # leave out the shortest stages, then the last measures
+        (stages or parts).pop()
+    failures = format_failures(record["failed_scores"], record)
+    return f"{text()}\n  {failures}" if failures else text()

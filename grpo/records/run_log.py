@@ -1,11 +1,16 @@
 """Writes and reads the records of a training run.
 
     runs/NAME/config.json               every setting, and the command line
+    runs/NAME/provenance.json           of each start: time, hardware, versions, commit, values in
+                                        force (`grpo.records.provenance`)
+    runs/NAME/run.log                   every line that the run printed (`grpo.records.run_output`)
     runs/NAME/metrics.jsonl             one line per epoch
     runs/NAME/evals.jsonl               one line per held-out evaluation
     runs/NAME/evals_33_frames.jsonl     the same for videos of another length
     runs/NAME/previews/eval_000012.npz  videos of an evaluation's first prompts,
                                         uint8 [n, T, H, W, 3]
+    runs/NAME/previews/000/epoch_000012.png or .mp4: the first prompt's video with prompt and reward,
+                                        at the trackers eval/previews/000
     runs/NAME/tensorboard/              the same numbers and pictures
     runs/NAME/trackers.json             ids of the run at Weights & Biases and MLflow, if used
 
@@ -25,21 +30,23 @@ import re
 import shutil
 import zipfile
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
+from grpo.records import previews
+from grpo.records.progress import RECENT
 from grpo.records.run_files import read_json, warn, write_atomically
-from grpo.records.trackers import Sheet, TensorBoard, open_trackers
-from wan_jax.storage import media
+from grpo.records.trackers import TensorBoard, open_trackers
 
 METRICS, EVALUATIONS, CONFIG = "metrics.jsonl", "evals.jsonl", "config.json"
+PROVENANCE, STARTS = "provenance.json", "starts"  # its file, and the only key in it
 EXPERTS = "experts"  # key of an epoch's record: metrics of each expert by name, if two are trained
-PREVIEW = re.compile(r"eval_(\d+)\.npz")
+PREVIEW = re.compile(r"(?:eval|epoch)_(\d+)\.(?:npz|png|mp4)")
 # raised on a truncated or damaged .npz
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
-GIF_FRAMES, GIF_FPS = 16, 8  # of animated previews
 
 
 class RunLog:
@@ -57,7 +64,9 @@ class RunLog:
     def __init__(self, folder, resume_epoch: int | None = None, settings=None):
         self.folder = pathlib.Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        resumed = resume_epoch is not None
+        self.epochs: deque[dict] = deque(maxlen=RECENT)  # the newest records
+        self.evaluations: deque[dict] = deque(maxlen=RECENT)
+        self.resumed = resumed = resume_epoch is not None
         last = resume_epoch if resumed else -1  # the last epoch whose records stay
         # 1 drop the records after it
         other_lengths = self.folder.glob("evals_*_frames.jsonl")
@@ -74,8 +83,11 @@ class RunLog:
             write_atomically(path, b"".join(_line(r) for r in records if r["epoch"] <= last))
         if resumed:
             warn_of_missing(self.folder, resume_epoch)
+            self.epochs.extend(read_metrics(self.folder))
+            self.evaluations.extend(read_evaluations(self.folder))
         # 2 drop the previews after it
-        for path in (self.folder / "previews").glob("eval_*.npz"):
+        folder = self.folder / "previews"
+        for path in (*folder.glob("eval_*"), *folder.glob("[0-9][0-9][0-9]/epoch_*")):
             if (named := PREVIEW.fullmatch(path.name)) and int(named[1]) > last:
                 path.unlink()
         # 3 open the trackers
@@ -92,9 +104,17 @@ class RunLog:
         for tracker in self._trackers:
             tracker.config(flat)
 
+    def provenance(self, entry: dict) -> None:
+        """Add the entry of this start to provenance.json."""
+        path = self.folder / PROVENANCE
+        starts = read_starts(self.folder) if self.resumed else []
+        text = json.dumps(plain({STARTS: [*starts, entry]}), indent=1, allow_nan=False)
+        write_atomically(path, text.encode() + b"\n")
+
     def epoch(self, record: dict) -> None:
         """Write one epoch's numbers, which may be nested; record["epoch"] is the epoch."""
         self._write(METRICS, "train", record)
+        self.epochs.append(record)
 
     def evaluation(
         self, record: dict, videos: np.ndarray | None = None, frames: int | None = None
@@ -116,8 +136,10 @@ class RunLog:
                 file = io.BytesIO()
                 np.savez_compressed(file, videos=videos)
                 write_atomically(path, file.getvalue())
-            self._show(f"{tag}/previews", videos, record["epoch"])
+            self._show(f"{tag}/previews", videos, record, frames is None)
         self._write(evaluations_name(frames), tag, record)
+        if frames is None:
+            self.evaluations.append(record)
 
     def close(self) -> None:
         for tracker in self._trackers:
@@ -134,33 +156,28 @@ class RunLog:
         for tracker in self._trackers:
             tracker.numbers(values, epoch)
 
-    def _show(self, tag: str, videos: np.ndarray, epoch: int) -> None:
-        """Send the videos to the trackers as one sheet: a PNG, or a GIF of some of their frames."""
-        length = videos.shape[1]
-        times = np.unique(np.linspace(0, length - 1, min(length, GIF_FRAMES)).round().astype(int))
-        lowest, highest = (128, 256) if len(times) == 1 else (64, 128)
-        sheets = np.stack(
-            [
-                media.contact_sheet(
-                    np.stack(
-                        [media.fit_height(frame, lowest, highest) for frame in videos[:, time]]
-                    )
-                )
-                for time in times
-            ]
-        )  # [times, sheet height, sheet width, 3]
-        if len(sheets) == 1:
-            sheet = Sheet(media.png_bytes(sheets[0]), ".png", *sheets.shape[1:3])
-        else:
-            sheet = Sheet(media.gif_bytes(sheets, GIF_FPS), ".gif", *sheets.shape[1:3])
+    def _show(self, tag: str, videos: np.ndarray, record: dict, on_disk: bool) -> None:
+        """Send the videos to the trackers: as one captioned sheet, and each by itself if they are
+        written to disk too.
+        """
+        epoch, texts = record["epoch"], previews.captions(record, len(videos))
+        lowest, highest = (128, 256) if videos.shape[1] == 1 else (64, 128)
+        sheet = previews.sheet(videos, texts, lowest, highest)
         for tracker in self._trackers:
             tracker.previews(tag, sheet, epoch)
+        if on_disk:
+            for shown in previews.write(self.folder / "previews", videos, texts, epoch):
+                for tracker in self._trackers:
+                    tracker.preview(f"{tag}/{shown.name}", shown, epoch)
 
 
 class SilentLog:
     """Replaces `RunLog` in the processes that write nothing."""
 
+    epochs = evaluations = ()
+
     def config(self, values: dict) -> None: ...
+    def provenance(self, entry: dict) -> None: ...
     def epoch(self, record: dict) -> None: ...
     def evaluation(
         self, record: dict, videos: np.ndarray | None = None, frames: int | None = None
@@ -216,6 +233,13 @@ def evaluations_name(frames: int | None) -> str:
 def read_config(folder) -> dict:
     """Return config.json; {} if it cannot be read."""
     return read_json(pathlib.Path(folder, CONFIG))
+
+
+def read_starts(folder) -> list[dict]:
+    """Return the entries of provenance.json, oldest first; [] if it cannot be read."""
+    starts = read_json(pathlib.Path(folder, PROVENANCE)).get(STARTS)
+    starts = starts if isinstance(starts, list) else []
+    return [entry for entry in starts if isinstance(entry, dict)]
 
 
 def read_previews(folder, epoch: int) -> np.ndarray | None:

@@ -1,12 +1,11 @@
 """Sends a run's numbers and previews to TensorBoard, Weights & Biases and MLflow.
 
-A tracker takes numbers by tag ('train/loss'), a sheet of previews and the settings. The packages
+A tracker takes numbers by tag ('train/loss'), a sheet of previews, each preview and the settings. The packages
 of Weights & Biases and MLflow are imported only if they are used. A resumed run continues there
 under its earlier id, which is stored in `TRACKERS` in the run's folder. Epochs that it computes
 again have the same numbers: Weights & Biases keeps the first ones, MLflow has them twice.
 """
 
-import dataclasses
 import importlib
 import importlib.util
 import json
@@ -19,6 +18,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from grpo.records.previews import Preview, Sheet
 from grpo.records.run_files import read_json, write_atomically
 from rewards.base import import_problem
 from wan_jax.errors import UserError
@@ -35,23 +35,20 @@ SECRET = re.compile(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Sheet:
-    """Several previews side by side, as a picture or an animation."""
-
-    data: bytes  # the encoded file
-    suffix: str  # .png or .gif
-    height: int  # in pixels
-    width: int
-
-
 class Tracker(Protocol):
     def config(self, values: dict) -> None:
         """Send the settings, flat: {'train.learning_rate': 1e-4}."""
         ...
 
     def numbers(self, values: Mapping[str, float], epoch: int) -> None: ...
-    def previews(self, tag: str, sheet: Sheet, epoch: int) -> None: ...
+    def previews(self, tag: str, sheet: Sheet, epoch: int) -> None:
+        """Send several previews in one picture or animation."""
+        ...
+
+    def preview(self, tag: str, preview: Preview, epoch: int) -> None:
+        """Send one preview in full size, or as large as the tracker can show it."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -84,6 +81,9 @@ class TensorBoard:
         file_writer = self.writer.file_writer
         assert file_writer is not None, "the writer is open"
         file_writer.add_summary(summary, epoch)
+
+    def preview(self, tag: str, preview: Preview, epoch: int) -> None:
+        self.previews(tag, preview.small, epoch)  # it plays no videos
 
     def close(self) -> None:
         self.writer.close()
@@ -134,6 +134,14 @@ class WandB:
             else:
                 shown = self.wandb.Image(str(path))
             self.numbers({tag: shown}, epoch)
+
+    def preview(self, tag: str, preview: Preview, epoch: int) -> None:
+        path, caption = str(preview.path), preview.caption
+        if preview.path.suffix == ".mp4":
+            shown = self.wandb.Video(path, caption=caption, format="mp4")
+        else:
+            shown = self.wandb.Image(path, caption=caption)
+        self.numbers({tag: shown}, epoch)
 
     def close(self) -> None:
         self.run.finish()
@@ -196,6 +204,9 @@ class MLflow:
             path = pathlib.Path(folder, f"epoch_{epoch:06d}{sheet.suffix}")
             path.write_bytes(sheet.data)
             self._send(self.client.log_artifact, str(path), tag)
+
+    def preview(self, tag: str, preview: Preview, epoch: int) -> None:
+        self._send(self.client.log_artifact, str(preview.path), tag)
 
     def close(self) -> None:
         self._send(self.client.set_terminated)

@@ -7,6 +7,7 @@ kind are equal to the bit.
 """
 
 import contextlib
+import datetime
 import json
 import os
 import pathlib
@@ -145,6 +146,14 @@ def test_whole_run(whole):
         assert record["grad_norm"] > 0
     adapters = {k: v for k, v in arrays.items() if k.startswith("trained") and "lora_b" in k}
     assert adapters and all(np.abs(v).max() > 0 for v in adapters.values())
+    lines = (run / "run.log").read_text().splitlines()
+    assert [line.split(" ", 1)[1] for line in lines] == out.splitlines()
+    assert all(datetime.datetime.fromisoformat(line.split(" ", 1)[0]).tzinfo for line in lines)
+    assert lines[0].endswith("at once") and "Ctrl-C once" in lines[0]
+    assert all(len(line) <= 100 for line in out.splitlines() if line.startswith("epoch"))
+    assert "ETA" in out
+    (entry,) = run_log.read_starts(run)
+    assert entry["epoch"] == 0 and entry["in_force"]["train.kl_weight"] == 0.004
     saved = json.loads((run / "config.json").read_text())
     assert saved["lora"]["rank"] == 4 and saved["command"].startswith("python -m grpo.train")
     html = (run / "report.html").read_text()
@@ -209,40 +218,46 @@ def test_killed_again_and_again_continues_bit_for_bit(whole, recipe):
     assert not temporary()
 
 
-def signalled(config, number, after, *overrides):
+def signalled(config, number, after, *overrides, times=1):
     """(exit code, standard output, standard error) of a run that gets the signal `number` after a
-    line's beginning.
+    line's beginning, so many times.
     """
     process = launch(config, *overrides)
     for line in process.stdout:
         if line.startswith(after):
             break
-    process.send_signal(number)
+    for _ in range(times):
+        process.send_signal(number)
+        time.sleep(0.05)  # two signals at once are one
     out, err = process.communicate(timeout=60)
     return process.returncode, out, err
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_with_one_line(recipe):
+def test_ctrl_c_twice_stops_with_one_line(recipe):
     config, run = recipe
-    code, _, err = signalled(config, signal.SIGINT, "epoch 2/", "epochs=1000")
+    code, _, err = signalled(config, signal.SIGINT, "epoch 2/", "epochs=1000", times=2)
     assert code == 130, err
     assert "the same command continues" in err and "Traceback" not in err
     assert newest(run) >= 1
 
 
 @pytest.mark.slow
-def test_sigterm_saves_the_epoch_first(recipe):
+@pytest.mark.parametrize(
+    "number, code, name", [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")]
+)
+def test_a_signal_saves_the_epoch_first(recipe, number, code, name):
     """Of a run that would have saved at its end only; how such runs continue:
     tests/grpo/test_hosts.py.
     """
     config, run = recipe
-    code, out, err = signalled(config, signal.SIGTERM, "epoch 0:", "epochs=1000", "save.every=1000")
-    assert code == 143 and "report" in out and "Traceback" not in err, out + err
+    ended, out, err = signalled(config, number, "epoch 0:", "epochs=1000", "save.every=1000")
+    assert ended == code and "report" in out and "Traceback" not in err, out + err
     assert (
         1 <= newest(run) < 1000
-        and f"ended by SIGTERM after epoch {newest(run)}, which is saved" in err
+        and f"ended by {name} after epoch {newest(run)}, which is saved" in err
     )
+    assert f"as {name} asked" in (run / "run.log").read_text().splitlines()[-1]
 
 
 @pytest.mark.slow

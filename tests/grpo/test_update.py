@@ -7,7 +7,7 @@ import pytest
 
 from grpo.credit import compute_credit
 from grpo.records.run_log import EXPERTS
-from grpo.update import NotFinite, check_finite, summary, update_epoch
+from grpo.update import NotFinite, check_finite, kl_share, summary, update_epoch
 from tests.grpo.epoch_inputs import rollout_of, scores_of, session_of, states_of
 from tests.grpo.specs import tiny_spec
 
@@ -101,3 +101,26 @@ def test_an_epoch_keeps_the_mean_and_the_extremes_of_its_updates():
     assert summary([first]).keys() == record.keys()
     assert summary([first])["kl"] == summary([first])["kl_max"] == 0.1
     assert summary([]) == {"updates": 0}
+
+
+@pytest.mark.parametrize("method, share", [("grpo", 0.02 / 0.12), ("nft", 0.02 / 0.10)])
+def test_share_of_the_kl_in_the_loss(method, share):
+    """A policy loss of 0.1, which in flow matching includes the KL 0.2 of weight 0.1."""
+    spec = tiny_spec(**{"train.method": method, "train.timesteps": 3})
+    values = {"policy_loss": 0.1, "kl": 0.2}
+    chosen = spec.settings.method
+    assert kl_share(values, chosen, 0.1) == {"kl_share": pytest.approx(share)}
+    assert kl_share(values | {"kl_weight": 0.1}, chosen, 7.0)["kl_share"] == pytest.approx(share)
+    assert kl_share(dict.fromkeys(values, 0.0), chosen, 0.1) == {"kl_share": 0.0}
+    assert kl_share(values, chosen, 0.0) == kl_share({"kl": 0.2}, chosen, 0.1) == {}
+
+
+def test_no_share_of_a_kl_in_the_reward():
+    spec = tiny_spec(**{"train.kl_as": "reward"})
+    assert kl_share({"policy_loss": 0.1, "kl": 0.2}, spec.settings.method, 0.1) == {}
+
+
+def test_the_learning_rate_of_an_epoch_is_recorded():
+    spec = tiny_spec(**{"train.updates_per_epoch": 2, "train.warmup_updates": 4})
+    *_, record, _ = epoch(spec)
+    assert record["learning_rate"] == pytest.approx(spec.recipe.train.learning_rate * 2 / 4)

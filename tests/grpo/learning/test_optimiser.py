@@ -130,3 +130,16 @@ def test_abstract_states_are_those_of_init_state():
 def test_bad_configuration(key, value):
     with pytest.raises(ValueError, match=re.escape(f"train.{key}={value}")):
         dataclasses.replace(CONFIG, **{key: value})
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 5])
+def test_learning_rate_is_that_of_adamw(warmup):
+    """The first update of AdamW moves every weight by the rate; so does each of a constant gradient."""
+    config = OptimiserConfig(
+        learning_rate=0.01, warmup_updates=warmup, weight_decay=0.0, adam_eps=1e-30
+    )
+    rule, weights, gradient = optimiser.adamw(config), jnp.zeros(1), jnp.ones(1)
+    state = rule.init(weights)
+    for update in range(7):
+        change, state = rule.update(gradient, state, weights)
+        assert float(-change[0]) == pytest.approx(optimiser.learning_rate(config, update), rel=1e-4)

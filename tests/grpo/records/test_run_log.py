@@ -93,6 +93,8 @@ def test_tensorboard_mirrors(tmp_path):
         and images[4].encoded_image_string[:3] == b"GIF"
     )
     assert images[2].height >= 128
+    single = {step: v for step, tag, v in found if tag == "eval/previews/001"}
+    assert single[4].encoded_image_string[:3] == b"GIF" and 192 < single[2].height < 256
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,9 @@ def test_resume(tmp_path, cut):
     assert [r["epoch"] for r in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert [r["epoch"] for r in read_evaluations(tmp_path)] == [2, 6]
     assert all(json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
-    assert sorted(p.name for p in (tmp_path / "previews").iterdir()) == [
+    folder = tmp_path / "previews"
+    assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*.*")) == [
+        *(f"{i}/epoch_00000{epoch}.png" for i in ("000", "001") for epoch in (2, 6)),
         "eval_000002.npz",
         "eval_000006.npz",
     ]

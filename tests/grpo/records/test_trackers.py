@@ -82,7 +82,10 @@ def test_mlflow(tmp_path, monkeypatch, capsys):
         "eval/reward": {1: 0.2, 2: 0.4, 3: 0.6},
     }
     files = {f.path for f in client.list_artifacts(run.info.run_id, "eval/previews")}
-    assert files == {f"eval/previews/epoch_00000{n}" for n in ("1.png", "2.gif", "3.gif")}
+    names = {f"eval/previews/epoch_00000{n}" for n in ("1.png", "2.gif", "3.gif")}
+    assert files == names | {"eval/previews/000", "eval/previews/001"}
+    files = {f.path for f in client.list_artifacts(run.info.run_id, "eval/previews/001")}
+    assert files == {f"eval/previews/001/epoch_00000{n}" for n in ("1.png", "2.mp4", "3.mp4")}
     kept = mlflow.artifacts.download_artifacts(
         run_id=run.info.run_id, artifact_path="config.json", tracking_uri=uri
     )
@@ -122,3 +125,9 @@ def test_wandb_offline(tmp_path, monkeypatch):
         p.name.split("_")[1] + p.suffix for folder in runs for p in folder.rglob("eval/previews_*")
     }
     assert names == {"1.png", "2.gif", "3.gif"}
+    names = {
+        p.name.split("_")[1] + p.suffix
+        for folder in runs
+        for p in folder.rglob("eval/previews/001_*")
+    }
+    assert names == {"1.png", "2.mp4", "3.mp4"} and b"reward" in stored

@@ -1,0 +1,45 @@
+"""How far a run is: the estimate of its rest."""
+
+import pytest
+
+from grpo.records.clock import duration
+from grpo.records.progress import estimate
+
+
+def epoch(number, total=10.0, **values):
+    return {"epoch": number, "seconds": {"save": 1.0, "total": total}} | values
+
+
+CONFIG = {"epochs": 10, "eval": {"every": 4}}
+
+
+def test_the_rest_is_epochs_and_evaluations():
+    """Epochs 4 to 10 take 10 s and 1 s to save, the evaluations after 4, 8 and 10 take 7 s."""
+    records = [epoch(1, total=99.0), epoch(2), epoch(3)]
+    evaluations = [{"seconds": 5.0, "unguided": {"seconds": 2.0}}]
+    progress = estimate(records, evaluations, CONFIG)
+    assert (progress.epoch, progress.last, progress.finished) == (3, 10, False)
+    assert progress.seconds == pytest.approx(7 * 11 + 3 * 7) and progress.eta == "98 s"
+
+
+def test_a_budget_ends_the_run_before_its_last_epoch():
+    records = [epoch(n, spent_evaluations=24 * n, spent_seconds=8.0 * n) for n in (1, 2)]
+    budget = {"evaluations": 100, "seconds": None}
+    assert estimate(records, [], CONFIG | {"budget": budget}).last == 5
+    assert estimate(records, [], CONFIG | {"budget": {"seconds": 16.0}}).finished
+    assert estimate(records[:1], [], CONFIG | {"budget": {"seconds": 15.0}}).last == 2
+
+
+def test_what_is_unknown_is_not_estimated():
+    assert estimate([], [], {}).finished
+    assert estimate([{"epoch": 3}], [], CONFIG).seconds is None
+    assert estimate([{"epoch": 3}], [], CONFIG).eta == ""
+    assert estimate([epoch(10)], [], CONFIG).eta == ""
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0.4, "0 s"), (99, "99 s"), (150, "2 min"), (7500, "2 h 05 min"), (200_000, "2 d 7 h")],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
