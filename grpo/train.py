@@ -288,7 +288,7 @@ def train(
     # ---- after the last epoch: the report ----------------------------------------------------
     log.close()
     print_once(memory.peaks())
-    write_report(recipe.run_dir)
+    write_report(recipe.run_dir, last=True)
     if multihost.first():
         print_once(*run_report.summary_lines(pathlib.Path(recipe.run_dir)))
     if not start.epochs or last:
@@ -297,12 +297,14 @@ def train(
     return epoch
 
 
-def write_report(run_dir: str) -> None:
-    """Write report.html from what is recorded so far, in the first process."""
+def write_report(run_dir: str, last: bool = False) -> None:
+    """Write report.html from what is recorded so far, in the first process. last: with the files that
+    show both ends of the run side by side.
+    """
     if not multihost.first():
         return
     try:
-        run_report.write_report(pathlib.Path(run_dir))
+        run_report.write_report(pathlib.Path(run_dir), pairs=last)
     # Broad, because a page must not cost the training of a run, whatever is wrong with it.
     except Exception:
         print_once(f"warning: the report was not written:\n{traceback.format_exc()}")

@@ -19,6 +19,11 @@ def _environment():
     )
 
 
+def plural(count: int, noun: str) -> str:
+    """'1 epoch', '2 epochs'."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def render(template: str, **values) -> str:
     """Render a template of `grpo/report/templates` into a whole HTML document.
 

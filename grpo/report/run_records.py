@@ -8,7 +8,10 @@ import pathlib
 import numpy as np
 
 from grpo.records import run_log
+from grpo.records.progress import Progress, estimate
 from grpo.scoring import guard
+
+BETWEEN = 3  # evaluations between the first and the last one that the report shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +22,7 @@ class RunRecords:
     config: dict  # {} if it cannot be read
     metrics: list[dict]  # one record per epoch, oldest first
     recorded: list[dict]  # every held-out evaluation, oldest first
+    starts: list[dict]  # entries of provenance.json, oldest first
 
     @classmethod
     def read(cls, folder: pathlib.Path) -> "RunRecords":
@@ -27,6 +31,7 @@ class RunRecords:
             run_log.read_config(folder),
             run_log.read_metrics(folder),
             run_log.read_evaluations(folder),
+            run_log.read_starts(folder),
         )
 
     @functools.cached_property
@@ -56,9 +61,28 @@ class RunRecords:
         return self.evaluations[:1] + self.evaluations[1:][-1:]
 
     @functools.cached_property
+    def progress(self) -> Progress:
+        """How far the run is."""
+        return estimate(self.metrics, self.recorded, self.config)
+
+    @functools.cached_property
+    def between(self) -> list[tuple[dict, np.ndarray]]:
+        """Some evaluations between `ends` that have previews: the best one, and others evenly."""
+        inner = self.evaluations[1:-1]
+        even = np.linspace(-1, len(inner), BETWEEN + 2).round()[1:-1].astype(int).tolist()
+        best = guard.best(self.verdicts)
+        chosen = {inner[i]["epoch"] for i in even if 0 <= i < len(inner)}
+        if best is not None and best.epoch in [e["epoch"] for e in inner]:
+            chosen.add(best.epoch)
+        return self._with_previews([e for e in inner if e["epoch"] in chosen])
+
+    @functools.cached_property
     def previews(self) -> list[tuple[dict, np.ndarray]]:
         """Those of `ends` that have previews, each with its videos uint8 [n, T, H, W, 3]."""
-        read = [(e, run_log.read_previews(self.folder, e["epoch"])) for e in self.ends]
+        return self._with_previews(self.ends)
+
+    def _with_previews(self, evaluations: list[dict]) -> list[tuple[dict, np.ndarray]]:
+        read = [(e, run_log.read_previews(self.folder, e["epoch"])) for e in evaluations]
         return [(evaluation, videos) for evaluation, videos in read if videos is not None]
 
     @property
@@ -81,7 +105,8 @@ def without_result(evaluations: list[dict]) -> str:
     epochs = [str(e["epoch"]) for e in evaluations if not math.isfinite(e["reward"])]
     if not epochs:
         return ""
+    plural = "s" if len(epochs) > 1 else ""
     return (
-        f"no result of the evaluation after epoch {', '.join(epochs)}: fewer than two videos could "
-        "be scored"
+        f"no result of the evaluation{plural} after epoch{plural} {', '.join(epochs)}: fewer than "
+        "two videos could be scored"
     )

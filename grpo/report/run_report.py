@@ -13,10 +13,13 @@ import pathlib
 import numpy as np
 
 from grpo.records import run_log
+from grpo.records.clock import timestamp
 from grpo.records.run_log import number, reward_name
 from grpo.records.statistics import paired_difference
 from grpo.report.charts import COLORS, Chart, chart
-from grpo.report.page import CONFIDENCE, render
+from grpo.report.curves import small_curves
+from grpo.report.page import CONFIDENCE, plural, render
+from grpo.report.provenance_tables import provenance_rows, setting_rows
 from grpo.report.run_records import RunRecords, without_result
 from grpo.report.samples import format_reward, samples, write_pairs
 from grpo.report.training_tables import health_rows, timings
@@ -26,8 +29,8 @@ from grpo.settings.budget import Budget, Spent
 SHOWN_PROMPTS = 1000  # rows of the prompt table
 
 
-def write_report(folder) -> pathlib.Path:
-    """Write `folder`/report.html and the folder side_by_side; return the page's path.
+def write_report(folder, pairs: bool = True) -> pathlib.Path:
+    """Write `folder`/report.html, and the folder side_by_side if `pairs`; return the page's path.
 
     Raises:
       FileNotFoundError: there is no run folder.
@@ -36,32 +39,45 @@ def write_report(folder) -> pathlib.Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"run folder {folder} does not exist")
     run = RunRecords.read(folder)
-    write_pairs(run)
+    if pairs:
+        write_pairs(run)
     name = folder.resolve().name
     text = render(
         "run_report.html",
         title=f"{name}: GRPO report",
         heading=name,
+        written=_written(run),
+        progress=run.progress if run.metrics or run.progress.last else None,
         sentence=_sentence(run),
         remarks=[*_guard_lines(run), *_remarks(run)],
         tiles=_tiles(run),
         reward=_reward_chart(run),
+        curves=small_curves(run),
+        pairs=pairs,
+        provenance=provenance_rows(run),
         panel=_panel(run),
         evaluated=len(run.evaluations),
         samples=samples(run),
         prompts=_prompt_table(run),
         timings=timings(run.metrics, run.evaluations),
         health=health_rows(run.metrics),
-        settings=[
-            (key.replace("/", "."), value)
-            for key, value in run_log.flatten(run.config).items()
-            if key != "command"
-        ],
+        settings=setting_rows(run),
         command=run.config.get("command"),
     )
     path = folder / "report.html"
     run_log.write_atomically(path, text.encode(errors="replace"))
     return path
+
+
+def _written(run: RunRecords) -> str:
+    """Return when the page was written, and after which epoch."""
+    now = f"Written at {timestamp().replace('T', ' ').removesuffix('+00:00')} UTC"
+    if not run.metrics and not run.progress.last:
+        return f"{now}."
+    if run.progress.finished:
+        return f"{now}, after {plural(run.last_epoch, 'epoch')}: the run is finished."
+    eta = f"; about {run.progress.eta} left" if run.progress.eta else ""
+    return f"{now}, epoch {run.last_epoch} of {run.progress.last}{eta}."
 
 
 def summary_lines(folder) -> list[str]:
@@ -165,21 +181,24 @@ def _remarks(run: RunRecords) -> list[str]:
             f"There is one evaluation so far, after epoch {last['epoch']}: nothing to compare it "
             "with."
         )
-    if last.get("failed_scores", 0):
+    if lost := last.get("failed_scores", 0):
         remarks.append(
-            f"{last['failed_scores']} of {len(last['prompts'])} samples of the last evaluation "
-            "could not be scored and are left out."
+            f"{lost} of {len(last['prompts'])} samples of the last evaluation could not be scored and "
+            f"{'is' if lost == 1 else 'are'} left out."
         )
     if missing := without_result(run.recorded):
         remarks.append(f"There is {missing}.")
     others = sum(math.isfinite(e["reward"]) for e in run.recorded) - len(run.evaluations)
     if others:
-        remarks.append(f"{others} earlier evaluation(s) on other prompts are left out.")
+        verb = "is" if others == 1 else "are"
+        remarks.append(f"{plural(others, 'earlier evaluation')} on other prompts {verb} left out.")
     # 2 rewards of training
     failed = [m.get("failed_rewards", {}) for m in run.metrics]
     for name in dict.fromkeys(name for counts in failed for name in counts):
         if count := sum(counts.get(name, 0) for counts in failed):
-            remarks.append(f"{name} could not be measured for {count:,} videos of the training.")
+            remarks.append(
+                f"{name} could not be measured for {plural(count, 'video')} of the training."
+            )
     # 3 epochs
     if _is_unfinished(run):
         remarks.append(
@@ -217,11 +236,12 @@ def _tiles(run: RunRecords) -> list[tuple[str, str]]:
                 (f"{mean:+.2f}", f"per prompt and seed, {CONFIDENCE} CI [{low:+.2f}, {high:+.2f}]")
             )
         counts = f"{(after > before).sum()} : {(after < before).sum()}"
-        tiles.append((counts, f"prompts better : worse, {(after == before).sum()} equal"))
+        tiles.append((counts, f"prompts better : worse; {(after == before).sum()} equal"))
     if run.metrics:
         videos = [number(m, "videos") or 0 for m in run.metrics]
-        label = f"epochs, {sum(videos):,} videos sampled" if videos[-1] else "epochs"
-        tiles.append((f"{run.last_epoch}", label))
+        label = "epoch" if run.last_epoch == 1 else "epochs"
+        sampled = f", {plural(int(sum(videos)), 'video')} sampled" if videos[-1] else ""
+        tiles.append((f"{run.last_epoch}", label + sampled))
     return tiles
 
 
@@ -250,7 +270,11 @@ def _reward_chart(run: RunRecords) -> Chart | None:
             axes.plot(epochs, heldout, "-" if joined else "", label="held-out prompts", **line)
         axes.set_xlabel("epoch")
         axes.set_ylabel(name)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        if training:
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        else:  # only the epochs that were evaluated
+            axes.set_xticks([e["epoch"] for e in run.evaluations])
+            axes.margins(x=0.2)
 
     caption = (
         "Held-out: the averaged (EMA) weights with the deployment sampler, the same prompts and "

@@ -1,11 +1,12 @@
 """Prepares the pictures of a report: the first prompts' samples, before and after training."""
 
 import dataclasses
+import hashlib
 import math
 
 import numpy as np
 
-from grpo.report.run_records import RunRecords
+from grpo.report.run_records import BETWEEN, RunRecords
 from rewards.ocr.targets import TargetError, parse_targets
 from wan_jax.storage import media
 
@@ -25,6 +26,9 @@ class Embedded:
     width: int  # pixels on the page
     enlarged: bool  # whether each of its pixels is shown as several
     uri: str = ""
+
+
+_encoded: dict[tuple, Embedded] = {}
 
 
 def write_pairs(run: RunRecords) -> None:
@@ -49,25 +53,31 @@ def write_pairs(run: RunRecords) -> None:
 
 
 def samples(run: RunRecords) -> list[dict]:
-    """Return the first prompts with their samples in the first and the last evaluation."""
+    """Return the first prompts with their samples: `sides` of the first and the last evaluation, and
+    `between` of some between them.
+    """
     if not run.previews:
         return []
     prompts = run.previews[0][0]["prompts"]
-    count = min([len(prompts), *(len(videos) for _, videos in run.previews)])
-    budget = MEDIA_BYTES // (count * len(run.previews))
+    everything = [*run.previews, *run.between]
+    count = min([len(prompts), *(len(videos) for _, videos in everything)])
+    # few values, so that the pages of a run share what is encoded
+    budget = MEDIA_BYTES // (count * (2 if len(everything) <= 2 else 2 + BETWEEN + 1))
+
+    def side(i: int, evaluation: dict, videos: np.ndarray) -> dict:
+        return {
+            "epoch": evaluation["epoch"],
+            "reward": format_reward(evaluation["rewards"][i]),
+            "text": evaluation["texts"][i],
+            "picture": embed(videos[i], budget),
+        }
+
     return [
         {
             "prompt": prompt,
             "target": _target(prompt),
-            "sides": [
-                {
-                    "epoch": evaluation["epoch"],
-                    "reward": format_reward(evaluation["rewards"][i]),
-                    "text": evaluation["texts"][i],
-                    "picture": embed(videos[i], budget),
-                }
-                for evaluation, videos in run.previews
-            ],
+            "sides": [side(i, *shown) for shown in run.previews],
+            "between": [side(i, *shown) for shown in run.between],
         }
         for i, prompt in enumerate(prompts[:count])
     ]
@@ -85,6 +95,16 @@ def _target(prompt: str) -> str:
 
 
 def embed(video: np.ndarray, budget: int) -> Embedded:
+    """Return `encode` of a sample, which is made once for all pages of this process."""
+    key = hashlib.sha256(np.ascontiguousarray(video)).digest(), video.shape, budget
+    if key not in _encoded:
+        if len(_encoded) >= 256:
+            _encoded.clear()
+        _encoded[key] = encode(video, budget)
+    return _encoded[key]
+
+
+def encode(video: np.ndarray, budget: int) -> Embedded:
     """Encode a sample in the best quality that fits.
 
     Args:

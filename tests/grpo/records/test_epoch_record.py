@@ -29,7 +29,7 @@ def test_the_longest_line_fits(seconds):
     assert len(text) <= COLUMNS and text.startswith("epoch 999998/1000000: reward -10.123, ")
     assert ("ETA 2 h 05 min" in text) == (seconds is not None)
     assert "grad" in text and "save" not in text, "what matters most, as much as fits"
-    usual = line(RECORD | {"epoch": 2}, 40, Progress(2, 40, seconds))
+    usual = line(RECORD | {"epoch": 2}, 40, Progress(2, 40, None))
     assert "ratio 1e-07 | 19110.4 s (sample 10000.1" in usual and "score_wait" not in usual
     assert len(usual) <= COLUMNS
 

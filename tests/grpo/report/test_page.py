@@ -23,7 +23,7 @@ def test_text_is_escaped():
     text = render("comparison.html", **COMPARISON)
     assert text.startswith("<!DOCTYPE html>") and "<h1>a &lt; b</h1>" in text
     assert '<p class="note">&lt;i&gt;</p>' in text and "<pre>&lt;x&gt;</pre>" in text
-    assert "<td>m</td><td>&#39;r&#39;.py</td>" in text
+    assert '<th scope="row">m</th><td>&#39;r&#39;.py</td>' in text
     assert "--heldout: #2368c4" in text, "the style sheet is part of the page"
 
 
@@ -47,5 +47,5 @@ def test_dots_are_in_the_rows_first_cells():
             charts=dict(evaluations=empty, seconds=empty),
         ),
     )
-    assert '<tr><td><i class="dot s4"></i>b</td><td>2</td></tr>' in text
-    assert "<tr><td>c</td><td>3</td></tr>" in text
+    assert '<tr><th scope="row"><i class="dot s4"></i>b</th><td>2</td></tr>' in text
+    assert '<tr><th scope="row">c</th><td>3</td></tr>' in text

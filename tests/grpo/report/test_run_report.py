@@ -29,7 +29,15 @@ def test_whole_report(tmp_path):
         "the first epoch compiles and is not in the mean"
     )
     assert "sample.steps" in words and "python -m grpo.train --a='<x>'" in words
-    assert text.count("<svg") == 2 and "held-out prompts</text>" in text and "epoch</text>" in text
+    small = ["reward", "gradient norm", "first update's |ratio − 1|"]
+    assert [
+        html.unescape(t) for t in re.findall("<figcaption>([^<]*)</figcaption>\n<b>", text)
+    ] == small
+    assert (
+        text.count("<svg") == 2 + len(small)
+        and "held-out prompts</text>" in text
+        and "epoch</text>" in text
+    )
     assert not re.search("#[0-9a-f]{6}", text[text.index("<svg") : text.index("<figcaption")]), (
         "colours are the page's"
     )

@@ -50,11 +50,11 @@ def test_every_metric_of_one_expert_is_shown_for_two(tmp_path, experts):
         record[EXPERTS] = {"transformer": summary([ONE]), "transformer_2": summary([OTHER])}
     text = report(tmp_path, record)
     for key in {*ONE, *GROUPS} & HEALTH.keys():
-        assert f"<td>{HEALTH[key].label}</td>" in html.unescape(text), key
+        assert f'<th scope="row">{HEALTH[key].label}</th>' in html.unescape(text), key
     assert "<td>0.5</td><td>0.5</td><td>0.75 (epoch 1)</td>" in text, (
         "the clip fraction: mean, mean, largest"
     )
-    own = "KL to the reference model, transformer_2</td><td>0.03</td>"
+    own = "KL to the reference model, transformer_2</th><td>0.03</td>"
     assert (own in text) == (experts == 2)
 
 
@@ -66,7 +66,7 @@ def test_records_in_the_former_format_are_drawn(tmp_path):
     )
     text = report(tmp_path, OLD, new)
     assert "8 (epoch 1)" in text and "0.02</td><td>0.02</td><td>0.03 (epoch 2)" in text
-    assert "gradient norm</td><td>8</td>" in report(tmp_path, OLD, OLD)
+    assert "gradient norm</th><td>8</td>" in report(tmp_path, OLD, OLD)
 
 
 @pytest.mark.parametrize("trained", [True, False])
