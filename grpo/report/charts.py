@@ -27,6 +27,7 @@ COLORS = {
 }
 SERIES = 6  # colours s0 to s5, for stages and methods
 SIZES = {"wide": (8.6, 3.6), "narrow": (3.9, 3.2)}  # inches, on wide and on narrow screens
+KEY_INCHES, LETTER_INCHES = 0.5, 0.08  # of an entry of the legend
 METADATA = ("Date", "Creator", "Format", "Type")  # left out, so that equal data give equal bytes
 
 
@@ -66,6 +67,8 @@ def _svg(draw: Callable[[Axes], None], size: str, label: str, columns: int) -> s
     with rc_context(style):
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.add_subplot()
+        if size == "narrow":
+            axes.locator_params(axis="x", nbins=4)
         draw(axes)
         axes.grid(axis="y", color=COLORS["grid"], lw=0.8)
         axes.set_axisbelow(True)
@@ -75,7 +78,10 @@ def _svg(draw: Callable[[Axes], None], size: str, label: str, columns: int) -> s
         axes.xaxis.label.set_color(COLORS["muted"])
         axes.yaxis.label.set_color(COLORS["muted"])
         # 2 put the legend above, and make room for its rows after the first
-        rows = -(-len(axes.get_legend_handles_labels()[0]) // columns)
+        labels = axes.get_legend_handles_labels()[1]
+        longest = max(map(len, labels), default=0)
+        columns = max(1, min(columns, int(width / (KEY_INCHES + LETTER_INCHES * longest))))
+        rows = -(-len(labels) // columns)
         figure.set_figheight(height + 0.2 * max(0, rows - 1))
         figure.legend(
             loc="outside upper left", ncols=columns, frameon=False, labelcolor=COLORS["text"]

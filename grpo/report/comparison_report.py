@@ -275,40 +275,38 @@ def _markdown(result: Comparison, rows: dict) -> list[str]:
 
 
 def _headline(result: Comparison, rows: dict) -> tuple[str, str]:
-    """Return who ended highest or equal, and the same as a sentence with figures."""
+    """Return who ended highest, and the same as a sentence with figures. Where means are equal or
+    intervals overlap with the highest one's, nobody did.
+    """
     if not rows:
         return "no run was finished", "No run was finished."
     ends = {name: row["end"] for name, row in rows.items()}  # (mean, half-width)
     ranked = sorted(ends, key=lambda name: -ends[name][0])
     first = ranked[0]
     highest, half = ends[first]
-    # 1 who ended highest
+    seeds = len(result.runs[first])
+    figures = (
+        f"held-out OCR reward {rows[first]['start'][0]:.2f} → {_figure((highest, half), '.2f')} over "
+        f"{seeds} seed{'s' if seeds > 1 else ''}"
+    )
     equal = [name for name in ranked if math.isclose(ends[name][0], highest, abs_tol=1e-9)]
+    close = [name for name in ranked if name in equal or sum(ends[name]) >= highest - half]
     if len(rows) == 1:
         who = f"{first} alone was run"
-    elif len(equal) == len(rows):
-        who = f"{_listed(equal)} ended equal"
+    elif len(close) > len(equal):
+        intervals = _listed([f"{name} ({_figure(ends[name], '.2f')})" for name in close])
+        return "no winner, intervals overlap", (
+            f"No winner: the {CONFIDENCE} intervals of {intervals} overlap, so these seeds do not tell "
+            f"them apart. {first}: {figures}."
+        )
     elif len(equal) > 1:
-        who = f"{_listed(equal)} ended equal and highest of {len(rows)}"
+        above = "" if len(equal) == len(rows) else ", above the others"
+        return f"no winner, {_listed(equal)} are equal", (
+            f"No winner: {_listed(equal)} ended equal{above}: {figures}."
+        )
     else:
         who = f"{first} ended highest of {len(rows)}"
-    # 2 how high
-    seeds = len(result.runs[first])
-    text = (
-        f"{who}: held-out OCR reward {rows[first]['start'][0]:.2f} → {_figure((highest, half), '.2f')} "
-        f"over {seeds} seed{'s' if seeds > 1 else ''}."
-    )
-    # 3 whose intervals overlap with the highest one's
-    overlapping = [
-        name for name in ranked if name not in equal and sum(ends[name]) >= highest - half
-    ]
-    if not overlapping:
-        return who, text
-    return f"{who}, intervals overlap", (
-        f"{text} The {CONFIDENCE} interval of {first} overlaps with "
-        f"{'that' if len(overlapping) == 1 else 'those'} of {_listed(overlapping)}: these seeds do "
-        "not tell them apart."
-    )
+    return who, f"{who}: {figures}."
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -329,6 +327,7 @@ def _chart(result: Comparison, axis: str, names: Sequence[str]) -> Chart:
         rewards = np.concatenate([c.rewards for name in names for c in result.runs[name].values()])
         margin = np.ptp(rewards) / 2 + 0.01  # intervals of few seeds are wider than all rewards
         axes.set_ylim(rewards.min() - margin, rewards.max() + margin)
+        axes.xaxis.set_major_formatter("{x:,g}")
         axes.set_xlabel(AXES[axis])
         axes.set_ylabel("held-out OCR reward")
 

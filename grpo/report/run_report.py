@@ -157,7 +157,7 @@ def _panel(run: RunRecords) -> dict:
     rows = []
     for verdict in run.verdicts:
         cells = [
-            f"{moved[verdict.epoch].get(name, math.nan):+.2f}"
+            f"{moved[verdict.epoch].get(name, math.nan):+z.2f}"
             + (" !" if name in verdict.outside else "")
             for name in names
         ]
