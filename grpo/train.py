@@ -305,6 +305,8 @@ def write_report(run_dir: str, last: bool = False) -> None:
         return
     try:
         run_report.write_report(pathlib.Path(run_dir), pairs=last)
+    except OSError as error:
+        print_once(f"warning: the report was not written: {error}")
     # Broad, because a page must not cost the training of a run, whatever is wrong with it.
     except Exception:
         print_once(f"warning: the report was not written:\n{traceback.format_exc()}")

@@ -70,8 +70,9 @@ def estimate(
 
 def _total(record: Mapping) -> float | None:
     seconds = record.get("seconds")
-    total = seconds.get("total") if isinstance(seconds, Mapping) else None
-    return None if total is None else total + seconds.get("save", 0.0)
+    if not isinstance(seconds, Mapping) or "total" not in seconds:
+        return None
+    return seconds["total"] + seconds.get("save", 0.0)
 
 
 def _evaluation(record: Mapping) -> float:

@@ -66,7 +66,8 @@ class RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.epochs: deque[dict] = deque(maxlen=RECENT)  # the newest records
         self.evaluations: deque[dict] = deque(maxlen=RECENT)
-        self.resumed = resumed = resume_epoch is not None
+        resumed = resume_epoch is not None
+        self.resumed = resumed
         last = resume_epoch if resumed else -1  # the last epoch whose records stay
         # 1 drop the records after it
         other_lengths = self.folder.glob("evals_*_frames.jsonl")

@@ -17,7 +17,7 @@ COUNTS = """
 epoch frames evaluations evaluations_saved updates videos_trained videos spent_evaluations spent_seconds
 retried_scores reward_std peak_memory
 """.split()
-LABELS = {
+LABELS: dict[str, str] = {
     "reward_mean": "reward",
     "kl_share": "KL's share of the loss",
     "kl_weight": "weight of the KL",
@@ -57,15 +57,15 @@ def small_curves(run: RunRecords) -> dict[str, list[SmallCurve]]:
     reward and measure. Those that are 0 throughout are left out.
     """
     last = max([run.last_epoch, *(e["epoch"] for e in run.evaluations)], default=0)
-    keys = [key for record in run.metrics for key in record if number(record, key) is not None]
+    keys: list[str] = [k for record in run.metrics for k in record if number(record, k) is not None]
     keys = [k for k in dict.fromkeys(keys) if k not in COUNTS and not k.endswith(("_min", "_max"))]
     keys = [*(k for k in FIRST if k in keys), *(k for k in keys if k not in FIRST)]
     training = [
         _curve(LABELS.get(key, key), _points(run.metrics, key), _heldout(run, key), last)
         for key in keys
     ]
-    means = [{"epoch": m["epoch"]} | _dict(m, "rewards") for m in run.metrics]
-    measured = [
+    means: list[dict] = [{"epoch": m["epoch"]} | _dict(m, "rewards") for m in run.metrics]
+    measured: list[dict] = [
         {"epoch": e["epoch"]} | {k: v[0] for k, v in _dict(e, "measures").items() if v}
         for e in run.evaluations
     ]
@@ -136,4 +136,4 @@ def _thinned(points: Points) -> Points:
     if len(points) <= POINTS:
         return points
     parts = np.array_split(np.asarray(points, float), POINTS)
-    return [tuple(map(float, part.mean(0))) for part in parts]
+    return [(float(part[:, 0].mean()), float(part[:, 1].mean())) for part in parts]

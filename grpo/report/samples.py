@@ -96,7 +96,7 @@ def _target(prompt: str) -> str:
 
 def embed(video: np.ndarray, budget: int) -> Embedded:
     """Return `encode` of a sample, which is made once for all pages of this process."""
-    key = hashlib.sha256(np.ascontiguousarray(video)).digest(), video.shape, budget
+    key = hashlib.sha256(video.tobytes()).digest(), video.shape, budget
     if key not in _encoded:
         if len(_encoded) >= 256:
             _encoded.clear()

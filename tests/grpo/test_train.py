@@ -273,6 +273,25 @@ def test_ctrl_c_while_starting(recipe, seconds):
 
 
 @pytest.mark.slow
+def test_a_report_at_every_evaluation_whose_failure_is_a_warning(recipe, monkeypatch, capsys):
+    config, run = recipe
+    write, found = training.run_report.write_report, []
+
+    def fail_once(folder, pairs):
+        found.append((pairs, [r["epoch"] for r in run_log.read_evaluations(folder)]))
+        if len(found) == 1:
+            raise ZeroDivisionError
+        return write(folder, pairs)
+
+    monkeypatch.setattr(training.run_report, "write_report", fail_once)
+    here(config, "epochs=2", "eval.every=1")
+    assert found == [(False, [0]), (False, [0, 1]), (True, [0, 1, 2])] and newest(run) == 2
+    assert capsys.readouterr().out.count("warning: the report was not written") == 1
+    assert "after 2 epochs: the run is finished" in (run / "report.html").read_text()
+    assert "ZeroDivisionError" in (run / "run.log").read_text()
+
+
+@pytest.mark.slow
 def test_full_fine_tuning(recipe):
     config, run = recipe
     here(config, "lora.rank=0", "epochs=2", "train.learning_rate=1e-5")

@@ -41,3 +41,13 @@ def test_a_legend_of_more_rows_makes_the_chart_higher():
     one_row, two_rows = (chart(draw, "", "", columns=columns) for columns in (4, 2))
     assert height(one_row.wide) == 72 * SIZES["wide"][1]
     assert height(two_rows.wide) > height(one_row.wide)
+
+
+def test_long_names_of_a_legend_have_rows_of_their_own():
+    def long(axes):
+        for i in range(2):
+            axes.plot([0, 1], [i, i], label=f"a name of many letters {i}")
+
+    made = chart(long, "", "", columns=4)
+    assert made.narrow == chart(long, "", "", columns=1).narrow
+    assert made.wide != chart(long, "", "", columns=1).wide

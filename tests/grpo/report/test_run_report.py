@@ -127,6 +127,39 @@ def test_one_evaluation_and_a_run_cut_short(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "epochs, written",
+    [
+        (2, "epoch 2 of 4; about 18 s left."),
+        (4, "after 4 epochs: the run is finished."),
+    ],
+)
+def test_when_it_was_written(tmp_path, epochs, written):
+    """Two epochs that are left take 8 s each, and the last evaluation 2 s."""
+    text = report_of_run(tmp_path, evals=((0, 0.46),), epochs=epochs)
+    words = Page(text).text
+    assert re.search(r"Written at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC, ", words)
+    assert written in words
+    assert f'<progress max="4" value="{epochs}"' in text
+
+
+def test_pages_can_be_read_by_ear(tmp_path):
+    """Pictures, curves and tables say what they show; heads of rows and columns are marked."""
+    text = html.unescape(report_of_run(tmp_path))
+    assert f'alt="sample after epoch 4 for the prompt: {EVIL}"' in text
+    assert text.count("<svg") == text.count('role="img" aria-label="')
+    assert text.count("<table") == text.count("<caption>") >= 4
+    assert not re.search("<th>", text) and '<th scope="col">reward after 4</th>' in text
+    assert '<th scope="row">gradient norm</th>' in text
+
+
+def test_a_page_without_pairs_leaves_them(tmp_path):
+    report_of_run(tmp_path)
+    (tmp_path / "side_by_side" / "000.png").unlink()
+    write_report(tmp_path, pairs=False)
+    assert not (tmp_path / "side_by_side" / "000.png").exists()
+
+
 @pytest.mark.parametrize("missing", ["config.json", "metrics.jsonl", "evals.jsonl", "previews"])
 def test_missing_parts(tmp_path, missing):
     report_of_run(tmp_path)

@@ -54,5 +54,29 @@ def test_samples_of_both_ends(tmp_path):
     assert first["sides"][0]["reward"] == "0.46" and first["sides"][0]["text"] == "<b>OPEM</b>"
 
 
+def test_some_evaluations_between_the_ends_are_shown(tmp_path):
+    """The best one among them, which is not one of those at even distances."""
+    log = RunLog(tmp_path)
+    log.config({"reward": {"panel": []}})
+    for epoch in range(10):
+        low = 0.9 if epoch == 1 else 0.1
+        half = {"choose": {"reward": low, "low": low, "high": low}}
+        log.evaluation(
+            evaluation(epoch, 0.5) | half | {"report": half["choose"]}, noise(1, 16, 32)[None]
+        )
+    log.close()
+    (sample,) = samples(RunRecords.read(tmp_path))
+    assert [side["epoch"] for side in sample["sides"]] == [0, 9]
+    assert [side["epoch"] for side in sample["between"]] == [1, 2, 5, 7]
+
+
+def test_an_encoded_sample_is_not_encoded_again(monkeypatch):
+    first = embed(noise(1, 9, 9), 10**6)
+    monkeypatch.setattr("grpo.report.samples.encode", None)
+    assert embed(noise(1, 9, 9), 10**6) is first
+    with pytest.raises(TypeError):
+        embed(noise(1, 9, 9), 10**6 - 1)
+
+
 def test_no_previews(tmp_path):
     assert samples(RunRecords.read(tmp_path)) == []
