@@ -106,10 +106,15 @@ def main(_):
     with multihost.joined(launch, HOST_TIMEOUT.value, STAGE_TIMEOUT.value, JOIN_TIMEOUT.value):
         ended = train_recipe(CONFIG.value)
     if ended is not None:
-        raise cli.AskedToEnd(
-            f"ended by {cli.asked_by()} after epoch {ended}, which is saved; the same command continues "
-            "after it"
-        )
+        raise cli.AskedToEnd(format_end(ended))
+
+
+def format_end(epoch: int) -> str:
+    """Return the last line of a run that a signal ended after an epoch."""
+    return (
+        f"ended by {cli.asked_by()} after epoch {epoch}, which is saved; the same command continues "
+        "after it"
+    )
 
 
 def train_recipe(config) -> int | None:
@@ -123,7 +128,7 @@ def train_recipe(config) -> int | None:
     if multihost.first():
         folder = folder_lock.locked(recipe.run_dir, "--config.run_dir")
         copied = run_output.recorded(pathlib.Path(recipe.run_dir, run_log.CONFIG))
-    with folder as lock, copied:
+    with folder as lock, copied as output:
         print_once(SIGNALS)
         multihost.stage("comparing the processes")
         if jax.process_count() > 1:
@@ -142,7 +147,10 @@ def train_recipe(config) -> int | None:
         with open_pool(recipe.reward, settings.weights) as pool:
             sharding = sharding_lib.batch_sharding(spec.mesh)
             check_groups(pool, recipe, multihost.my_rows(sharding, recipe.sample.batch_size))
-            return train(spec, model, prompts, heldout, pool, lock)
+            ended = train(spec, model, prompts, heldout, pool, lock)
+        if output is not None and ended is not None:
+            output.add(format_end(ended))
+        return ended
 
 
 def load_prompt_sets(recipe: Recipe, settings: parse.Settings) -> tuple[PromptSet, PromptSet]:
@@ -291,10 +299,7 @@ def train(
     write_report(recipe.run_dir, last=True)
     if multihost.first():
         print_once(*run_report.summary_lines(pathlib.Path(recipe.run_dir)))
-    if not start.epochs or last:
-        return None
-    print_once(f"the run ends after epoch {epoch}, as {cli.asked_by()} asked")
-    return epoch
+    return epoch if start.epochs and not last else None
 
 
 def write_report(run_dir: str, last: bool = False) -> None:

@@ -74,7 +74,7 @@ class LogLines(logging.Handler):
 
 
 @contextlib.contextmanager
-def recorded(begins: pathlib.Path) -> Iterator[None]:
+def recorded(begins: pathlib.Path) -> Iterator[RunOutput]:
     """Copy what is printed and logged, and the error that ends the run, into the file `OUTPUT`
     beside the file `begins`, once that exists.
     """
@@ -85,7 +85,7 @@ def recorded(begins: pathlib.Path) -> Iterator[None]:
     sys.stdout, sys.stderr = tees
     logging.root.addHandler(handler)
     try:
-        yield
+        yield output
     # Broad, because every end of a run belongs into its log; it is raised again.
     except BaseException as error:
         known = cli.explain(error)

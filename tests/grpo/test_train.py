@@ -257,7 +257,7 @@ def test_a_signal_saves_the_epoch_first(recipe, number, code, name):
         1 <= newest(run) < 1000
         and f"ended by {name} after epoch {newest(run)}, which is saved" in err
     )
-    assert f"as {name} asked" in (run / "run.log").read_text().splitlines()[-1]
+    assert f"ended by {name} after" in (run / "run.log").read_text().splitlines()[-1]
 
 
 @pytest.mark.slow
