@@ -60,6 +60,11 @@ class RunRecords:
         """The first and the last of `evaluations`; fewer if there are not two."""
         return self.evaluations[:1] + self.evaluations[1:][-1:]
 
+    @property
+    def trained(self) -> bool:
+        """Whether this is a run of training, maybe before its first epoch, and no evaluation alone."""
+        return bool(self.metrics) or (self.folder / "checkpoints").is_dir()
+
     @functools.cached_property
     def progress(self) -> Progress:
         """How far the run is."""

@@ -47,7 +47,7 @@ def write_report(folder, pairs: bool = True) -> pathlib.Path:
         title=f"{name}: GRPO report",
         heading=name,
         written=_written(run),
-        progress=run.progress if run.metrics or run.progress.last else None,
+        progress=run.progress if run.trained and run.progress.last else None,
         sentence=_sentence(run),
         remarks=[*_guard_lines(run), *_remarks(run)],
         tiles=_tiles(run),
@@ -72,7 +72,7 @@ def write_report(folder, pairs: bool = True) -> pathlib.Path:
 def _written(run: RunRecords) -> str:
     """Return when the page was written, and after which epoch."""
     now = f"Written at {timestamp().replace('T', ' ').removesuffix('+00:00')} UTC"
-    if not run.metrics and not run.progress.last:
+    if not run.trained:
         return f"{now}."
     if run.progress.finished:
         return f"{now}, after {plural(run.last_epoch, 'epoch')}: the run is finished."
@@ -267,7 +267,9 @@ def _reward_chart(run: RunRecords) -> Chart | None:
             else:
                 axes.vlines(epochs, low, high, color=COLORS["heldout"], alpha=0.4, lw=6)
             line = dict(color=COLORS["heldout"], lw=2.2, marker="o", ms=5)
-            axes.plot(epochs, heldout, "-" if joined else "", label="held-out prompts", **line)
+            axes.plot(
+                epochs, heldout, ls="-" if joined else "none", label="held-out prompts", **line
+            )
         axes.set_xlabel("epoch")
         axes.set_ylabel(name)
         if training:

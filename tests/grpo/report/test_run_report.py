@@ -143,6 +143,16 @@ def test_when_it_was_written(tmp_path, epochs, written):
     assert f'<progress max="4" value="{epochs}"' in text
 
 
+def test_an_evaluation_alone_has_no_progress(tmp_path):
+    """As `grpo.evaluate` leaves it; a run of training that has not trained yet is at epoch 0."""
+    report_of_run(tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    text = write_report(tmp_path).read_text()
+    assert "<progress" not in text and re.search(r"Written at [-\d]+ [:\d]+ UTC\.<", text)
+    (tmp_path / "checkpoints").mkdir()
+    assert " UTC, epoch 0 of 4.<" in write_report(tmp_path).read_text()
+
+
 def test_pages_can_be_read_by_ear(tmp_path):
     """Pictures, curves and tables say what they show; heads of rows and columns are marked."""
     text = html.unescape(report_of_run(tmp_path))

@@ -83,6 +83,7 @@ def test_evaluations_without_training_are_points(tmp_path, trained):
     assert (f"the {'band' if trained else 'bar'} is the" in text) and (
         "FillBetween" in drawn
     ) == trained
+    assert ("stroke-width: 2.2" in drawn) == trained, "a line between the points"
     if not trained:
         ticks = re.findall(r"<text[^>]*>([\d.]+)</text>", drawn)
         assert [tick for tick in ticks if "." not in tick] == ["0", "40"], "no epochs in between"
