@@ -1,7 +1,6 @@
 """How far a run is, and how long it will still take."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -42,21 +41,23 @@ def estimate(
 ) -> Progress:
     """Estimate the rest of a run from its newest records.
 
-    An epoch takes the median of the last ones, with the time to save it; an evaluation, also at
-    other lengths and without guidance, that of the evaluations.
+    An epoch takes the median of the last ones, with the time to save it; so does an evaluation.
+    Evaluations at further lengths are not counted.
 
     epochs, evaluations: records of metrics.jsonl and evals.jsonl, oldest first. config: nested, of
     the recipe. What it lacks is not counted.
     """
-    newest = [record for record in epochs[-RECENT:] if _total(record) is not None]
+    newest = [record for record in epochs[-RECENT:] if _total(record) > 0]
     epoch = epochs[-1]["epoch"] if epochs else 0
     last = config.get("epochs") or epoch
     # 1 a budget may end the run before its last epoch
     if newest:
         for name, limit in (config.get("budget") or {}).items():
-            spent = newest[-1].get(f"spent_{name}", 0)
-            if limit is not None and spent > 0:
-                each = _median([b - a for a, b in _pairs(newest, f"spent_{name}")]) or spent / epoch
+            values = [_number(record, f"spent_{name}") for record in newest]
+            values = [value for value in values if value > 0]
+            if limit is not None and values:
+                spent = values[-1]
+                each = _median(np.diff(values)) or spent / epoch
                 last = min(last, epoch + max(0, math.ceil((limit - spent) / each)))
     if not newest:
         return Progress(epoch, last, None)
@@ -68,21 +69,23 @@ def estimate(
     return Progress(epoch, last, max(0.0, seconds))
 
 
-def _total(record: Mapping) -> float | None:
+def _number(record: object, key: str) -> float:
+    """Return record[key] if it is a finite number, else 0: lines may be damaged."""
+    value = record.get(key) if isinstance(record, Mapping) else None
+    if isinstance(value, int | float) and math.isfinite(value):
+        return float(value)
+    return 0.0
+
+
+def _total(record: Mapping) -> float:
     seconds = record.get("seconds")
-    if not isinstance(seconds, Mapping) or "total" not in seconds:
-        return None
-    return seconds["total"] + seconds.get("save", 0.0)
+    total = _number(seconds, "total")
+    return total + _number(seconds, "save") if total > 0 else 0.0
 
 
 def _evaluation(record: Mapping) -> float:
-    return record.get("seconds", 0.0) + record.get("unguided", {}).get("seconds", 0.0)
+    return _number(record, "seconds") + _number(record.get("unguided"), "seconds")
 
 
-def _pairs(records: Sequence[Mapping], key: str) -> list[tuple[float, float]]:
-    values = [record[key] for record in records if key in record]
-    return list(itertools.pairwise(values))
-
-
-def _median(values: Sequence) -> float:
+def _median(values) -> float:
     return float(np.median(values)) if len(values) else 0.0

@@ -37,6 +37,16 @@ def test_what_is_unknown_is_not_estimated():
     assert estimate([epoch(10)], [], CONFIG).eta == ""
 
 
+def test_damaged_records_do_no_harm():
+    nan = float("nan")
+    damaged = [{"epoch": 1, "seconds": "x"}, epoch(2, total=nan), epoch(3, total="x")]
+    budget = {"budget": {"seconds": 100.0, "evaluations": 9}}
+    assert estimate(damaged, [{"seconds": "x"}], CONFIG | budget).seconds is None
+    spent = epoch(4, spent_seconds="x", spent_evaluations=nan)
+    evaluations = [{"seconds": nan, "unguided": 3}]
+    assert estimate([*damaged, spent], evaluations, CONFIG | budget).seconds == 66.0
+
+
 @pytest.mark.parametrize(
     "seconds, text",
     [(0.4, "0 s"), (99, "99 s"), (150, "2 min"), (7500, "2 h 05 min"), (200_000, "2 d 7 h")],
