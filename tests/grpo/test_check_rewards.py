@@ -41,6 +41,7 @@ def test_every_reward_is_built_alone():
     c.reward.own_weights = "red=1,va.x=2"
     c.reward.servers = ("http://t:1", "va=http://a:1", "va=http://b:1")
     c.reward.weights.stability = c.reward.weights.motion = 0.0
+    c.reward.panel = ()
     recipe = parse.recipe_from_config(c)
     found = sources(recipe.reward, measured_rewards(recipe))
     assert [(s.name, tuple(s.weights), s.config.own, s.config.servers) for s in found] == [

@@ -24,6 +24,7 @@ class Wins:
 SETTINGS = (
     "reward.workers=1",
     "reward.weights.ocr=None",
+    "reward.panel=()",
     "reward.own=red=red_outside:Redness,wins=red_outside:Wins",
     "reward.own_weights=red=1.0,wins=0.5",
 )
@@ -73,6 +74,7 @@ def test_a_server_with_a_failing_part_may_die_and_come_back(unquoted, monkeypatc
     flags = ("--reward=tests.rewards.own_rewards:OneIsNan", "--name=va", "--workers=1")
     settings = (
         "reward.weights.ocr=None",
+        "reward.panel=()",
         "reward.workers=2",
         "reward.own_weights=va.mean=1.0,va.contrast=0.5",
         "epochs=2",
