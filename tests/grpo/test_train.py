@@ -442,9 +442,9 @@ def test_other_settings_are_refused(whole):
     config, run, _ = whole
     before = result(run)
     with pytest.raises(
-        UserError, match=r"(?s)train\.learning_rate: 0\.0001 -> 0\.5.*--config\.run_dir"
+        UserError, match=r"(?s)train\.adam_b1: 0\.9 -> 0\.5.*--config\.run_dir"
     ):
-        here(config, "train.learning_rate=0.5", "epochs=6")
+        here(config, "train.adam_b1=0.5", "epochs=6")
     assert_same(result(run), before)
 
 
