@@ -27,7 +27,7 @@ from wan_jax.diffusion.solvers import Euler
 from wan_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
-RECIPES = sorted(p.stem for p in (ROOT / "configs").glob("*_*.py") if p.stem != "__init__")
+RECIPES = sorted({p.stem for p in (ROOT / "configs").glob("*.py")} - {"__init__", "defaults"})
 # {recipe of a published run: model, devices, (frames, height, width), (guidances, shift)}
 PUBLISHED = {
     "flow_grpo_wan21_1_3b": ("wan2.1-1.3b", 1, (33, 240, 416), (4.5, None, 3.0)),
@@ -127,6 +127,7 @@ def test_every_setting_can_be_given_on_the_command_line(monkeypatch):
 
 def test_every_size_has_a_recipe():
     assert set(RECIPES) == {
+        "quickstart",
         "tiny_ocr",
         "tiny_grpo",
         "wan21_1_3b_ocr",

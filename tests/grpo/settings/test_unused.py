@@ -10,6 +10,7 @@ from grpo.settings.schema import SETTINGS, make_recipe, values_of
 from grpo.settings.unused import changed_in_vain, unread
 
 RECIPES = (
+    "quickstart",
     "tiny_grpo",
     "tiny_ocr",
     "wan21_14b_ocr",
