@@ -441,9 +441,7 @@ def test_a_schedule_without_a_step_for_a_trained_expert_is_refused(two_experts, 
 def test_other_settings_are_refused(whole):
     config, run, _ = whole
     before = result(run)
-    with pytest.raises(
-        UserError, match=r"(?s)train\.adam_b1: 0\.9 -> 0\.5.*--config\.run_dir"
-    ):
+    with pytest.raises(UserError, match=r"(?s)train\.adam_b1: 0\.9 -> 0\.5.*--config\.run_dir"):
         here(config, "train.adam_b1=0.5", "epochs=6")
     assert_same(result(run), before)
 

@@ -30,6 +30,9 @@ from wan_jax.models.lora import LoRAConfig
 from wan_jax.models.tokenizer import Tokenizer
 from wan_jax.models.transformer import WanTransformer3D
 from wan_jax.models.vae import AutoencoderKLWan
+from wan_jax.storage.model_dir import ModelDir
+
+FOR_TYPES = {"ModelDir": ModelDir}  # what modules import for type checkers alone
 
 
 def modules() -> list[types.ModuleType]:
@@ -59,7 +62,8 @@ def annotated() -> dict[str, tuple[object, str, typing.Callable]]:
                     continue
                 if name == "__init__":  # of a dataclass, which transformations fill with non-arrays
                     continue
-                if any(map(has_shapes, typing.get_type_hints(function).values())):
+                hints = typing.get_type_hints(function, localns=FOR_TYPES)
+                if any(map(has_shapes, hints.values())):
                     found[f"{module.__name__}.{function.__qualname__}"] = owner, name, function
     return found
 

@@ -37,7 +37,8 @@ def parse_flags(argv):
     with exit code 1; --help exits with 0.
     """
     main = sys.modules["__main__"].__spec__
-    early.answer(main.name if main else "", argv[1:])
+    if main:
+        early.answer(main.name, argv[1:])
     try:
         argv = with_recipe(last_of_each(argv))
         installed.import_configs()
