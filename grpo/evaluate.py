@@ -16,6 +16,8 @@ videos of the model (left) and of the checkpoint (right) from one prompt and noi
 import functools
 import pathlib
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -41,28 +43,42 @@ from wan_jax.storage import checkpoint as checkpoint_lib
 from wan_jax.storage import folder_lock, merged_loras
 from wan_jax.storage.trained_weights import load_transformers
 
-CONFIG = config_flags.DEFINE_config_file("config", None, FLAG_HELP, lock_config=True)
-CHECKPOINT = define_path(
-    "checkpoint",
-    "run folder of grpo.train, RUN/best or RUN/checkpoints/<epoch>; None: only the model itself",
-)
-OUT = define_path("out", "folder to write", required=True)
-HEAD = define_path(
-    "reward_head", "file of grpo.reward_head: sample with guidance towards a higher reward"
-)
-GUIDANCE = define_number("reward_guidance", 10.0, "weight of that guidance", Range(0))
-BASE = flags.DEFINE_bool(
-    "base",
-    True,
-    "whether the model itself is evaluated, too; a checkpoint of epoch 0 is the model itself",
-)
-
 
 def main(_):
-    # ---- the recipe and the command's own flags ----------------------------------------------
-    config = CONFIG.value
-    assert config is not None, "--config is required"
-    config.run_dir = OUT.value
+    FLAGS = flags.FLAGS
+    assert FLAGS.config is not None, "--config is required"
+    if FLAGS.reward_head is None:
+        check_used(FLAGS, {"reward_guidance": "--reward_head"})
+    if FLAGS.checkpoint is None and not FLAGS.base:
+        raise UserError("--nobase without --checkpoint leaves nothing to evaluate")
+    evaluate_recipe(
+        FLAGS.config,
+        FLAGS.out,
+        FLAGS.checkpoint,
+        base=FLAGS.base,
+        head=FLAGS.reward_head,
+        guidance=FLAGS.reward_guidance,
+    )
+
+
+def evaluate_recipe(
+    config,
+    out: str,
+    checkpoint: str | None = None,
+    *,
+    base: bool = True,
+    head: str | None = None,
+    guidance: float = 0.0,
+    own: Mapping[str, Any] | None = None,
+) -> list[dict]:
+    """Evaluate by a recipe's ConfigDict, write the results into the folder `out`, and return their
+    records: the model's, then the checkpoint's. Raises `UserError`.
+
+    config: its run_dir becomes `out`. base: whether the model itself is evaluated, unless only it is.
+    head, guidance: file and weight of a reward head. own: as in `open_pool`.
+    """
+    # ---- the recipe --------------------------------------------------------------------------
+    config.run_dir = out
     recipe = parse.recipe_from_config(config)
     settings = parse.settings_of(recipe)
     prompts = load_scored_prompts(
@@ -72,12 +88,8 @@ def main(_):
         limit=recipe.eval.num_prompts,
         skip_invalid=recipe.prompts.skip_invalid,
     )
-    if HEAD.value is None:
-        check_used(flags.FLAGS, {"reward_guidance": "--reward_head"})
-    if CHECKPOINT.value is None and not BASE.value:
-        raise UserError("--nobase without --checkpoint leaves nothing to evaluate")
     if (pathlib.Path(recipe.run_dir) / "checkpoints").exists():
-        raise UserError(f"--out {OUT.value} is a training run's folder; give another one")
+        raise UserError(f"--out {out} is a training run's folder; give another one")
 
     # ---- the model, the checkpoint, the devices ----------------------------------------------
     epoch = 0
@@ -85,22 +97,22 @@ def main(_):
     precision.use(recipe.model.matmul_precision)
     with cli.user_input():
         model = open_model(recipe)
-        if CHECKPOINT.value is not None:
-            checkpoints, epoch = checkpoint_lib.find(CHECKPOINT.value)
+        if checkpoint is not None:
+            checkpoints, epoch = checkpoint_lib.find(checkpoint)
             # checked before the model itself is evaluated, which takes long
             meta = checkpoints.check(epoch, ("meta", "trained"))
             model.check_same(
-                meta.get("model_digest"), meta["model"], CHECKPOINT.value, "config.model.path"
+                meta.get("model_digest"), meta["model"], checkpoint, "config.model.path"
             )
-            merged_loras.check(model, meta, CHECKPOINT.value)
+            merged_loras.check(model, meta, checkpoint)
         spec = RunSpec.make(recipe, settings, presets.of_folder(model), training=False)
-        shift = reward_guidance.guidance(HEAD.value, GUIDANCE.value, spec.preset.transformer, model)
+        shift = reward_guidance.guidance(head, guidance, spec.preset.transformer, model)
     prompts = for_rewards(prompts, settings.weights, fps_of(spec.preset))
     print(spec.placed, flush=True)
     bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
 
     lock = folder_lock.locked(recipe.run_dir, "--out")
-    with lock, open_pool(recipe.reward, settings.weights) as pool:
+    with lock, open_pool(recipe.reward, settings.weights, own) as pool:
         # ---- prompts, decoder, log -----------------------------------------------------------
         table = pipeline.embed_prompts(
             model,
@@ -113,15 +125,16 @@ def main(_):
         vae_graph, vae_state = pipeline.load_vae(model, spec.mesh)
         decode = pipeline.make_decoder(vae_graph)
         log = RunLog(recipe.run_dir)
-        command = " ".join(["python -m grpo.evaluate", *sys.argv[1:]])
+        command = provenance.command_line("grpo.evaluate")
         log.config(dict(recipe.to_dict(), command=command))
         log.provenance(provenance.entry(spec, command, epoch))
+        records: list[dict] = []
         unscored: list[Evaluation] = []
 
-        def evaluate(checkpoint: str | None, number: int):
+        def evaluate(trained: str | None, number: int):
             """Evaluate the model, or a checkpoint of epoch `number`, and record the results."""
             graph, weights = load_transformers(
-                model, checkpoint, settings.dtype, spec.backend, spec.mesh, recipe.model.offload
+                model, trained, settings.dtype, spec.backend, spec.mesh, recipe.model.offload
             )
             make = functools.partial(pipeline.make_ode_steps, graph, spec.solver, shift=shift)
             steps = make(spec.eval_guidance)
@@ -154,9 +167,10 @@ def main(_):
                 log.evaluation(
                     result.record | {"time": timestamp()}, result.videos, frames if i else None
                 )
+                records.append(result.record)
                 length = f", {frames} frames" if len(spec.evaluated_frames) > 1 else ""
                 print(
-                    f"{checkpoint or recipe.model.path}: {format_evaluation(result.record)}{length}",
+                    f"{trained or recipe.model.path}: {format_evaluation(result.record)}{length}",
                     flush=True,
                 )
                 if result.warning:
@@ -164,10 +178,10 @@ def main(_):
                     unscored.append(result)
 
         # ---- the model itself, then the checkpoint -------------------------------------------
-        if BASE.value and (epoch > 0 or CHECKPOINT.value is None):
+        if checkpoint is None or (base and epoch > 0):
             evaluate(None, 0)
-        if CHECKPOINT.value is not None:
-            evaluate(CHECKPOINT.value, epoch)
+        if checkpoint is not None:
+            evaluate(checkpoint, epoch)
         log.close()
         report = run_report.write_report(pathlib.Path(recipe.run_dir))
         print(memory.peaks(), f"report: {report}", sep="\n")
@@ -175,8 +189,24 @@ def main(_):
         raise UserError(
             f"{len(unscored)} evaluation(s) scored fewer than two videos; {unscored[0].why}"
         )
+    return records
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, FLAG_HELP, lock_config=True)
+    define_path(
+        "checkpoint",
+        "run folder of grpo.train, RUN/best or RUN/checkpoints/<epoch>; None: only the model itself",
+    )
+    define_path("out", "folder to write", required=True)
+    define_path(
+        "reward_head", "file of grpo.reward_head: sample with guidance towards a higher reward"
+    )
+    define_number("reward_guidance", 10.0, "weight of that guidance", Range(0))
+    flags.DEFINE_bool(
+        "base",
+        True,
+        "whether the model itself is evaluated, too; a checkpoint of epoch 0 is the model itself",
+    )
     flags.mark_flag_as_required("config")
     cli.run(main)

@@ -242,7 +242,7 @@ def prepare(
     log = run_log.SilentLog()
     if multihost.first():
         log = run_log.RunLog(recipe.run_dir, resumed, recipe.log)
-    command = " ".join(["python -m grpo.train", *sys.argv[1:]])
+    command = provenance.command_line("grpo.train")
     log.config(dict(recipe.to_dict(), command=command) | all_changes(recipe, resumed, changed))
     log.provenance(provenance.entry(spec, command, done))
     session = Session(

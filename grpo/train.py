@@ -22,8 +22,11 @@ and prints.
 import contextlib
 import os
 import pathlib
+import signal
 import time
 import traceback
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -63,35 +66,6 @@ from wan_jax.errors import UserError
 from wan_jax.models import precision, presets
 from wan_jax.storage import folder_lock, model_dir
 
-CONFIG = config_flags.DEFINE_config_file("config", None, FLAG_HELP, lock_config=True)
-CLUSTER = flags.DEFINE_enum(
-    "cluster",
-    "auto",
-    launchers.CLUSTERS,
-    "source of the list of processes on several hosts: srun or mpirun where these started more than "
-    "one process (auto), an indexed Kubernetes job (k8s), or no source (none); see docs/hosts.md",
-)
-COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "instead of --cluster: host:port of process 0, with a free port"
-)
-NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "with --coordinator: number of processes that run this command"
-)
-PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "with --coordinator: number of this process, from 0"
-)
-JOIN_TIMEOUT = flags.DEFINE_integer(
-    "join_timeout", 300, "seconds within which all processes must have started"
-)
-HOST_TIMEOUT = flags.DEFINE_integer(
-    "host_timeout", 100, "seconds without a signal of a process after which the others end the run"
-)
-STAGE_TIMEOUT = flags.DEFINE_integer(
-    "stage_timeout",
-    7200,
-    "seconds without progress to another batch or stage in any process after which the run ends; "
-    "0: no limit",
-)
 # the first line that a run prints
 SIGNALS = (
     "Ctrl-C once: the run ends after its epoch, which is saved; twice, or before the first epoch: "
@@ -100,11 +74,12 @@ SIGNALS = (
 
 
 def main(_):
+    FLAGS = flags.FLAGS
     launch = launchers.choose(
-        CLUSTER.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, os.environ
+        FLAGS.cluster, FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, os.environ
     )
-    with multihost.joined(launch, HOST_TIMEOUT.value, STAGE_TIMEOUT.value, JOIN_TIMEOUT.value):
-        ended = train_recipe(CONFIG.value)
+    with multihost.joined(launch, FLAGS.host_timeout, FLAGS.stage_timeout, FLAGS.join_timeout):
+        ended = train_recipe(FLAGS.config)
     if ended is not None:
         raise cli.AskedToEnd(format_end(ended))
 
@@ -117,9 +92,11 @@ def format_end(epoch: int) -> str:
     )
 
 
-def train_recipe(config) -> int | None:
+def train_recipe(config, own: Mapping[str, Any] | None = None) -> int | None:
     """Check a recipe's ConfigDict, its prompts and its model, and train. Returns the number of the
     last finished epoch if Ctrl-C or SIGTERM ended the run early, else None. Raises `UserError`.
+
+    own: as in `grpo.scoring.reward_pool.open_pool`.
     """
     recipe = parse.recipe_from_config(config)
     settings = parse.settings_of(recipe)
@@ -129,7 +106,8 @@ def train_recipe(config) -> int | None:
         folder = folder_lock.locked(recipe.run_dir, "--config.run_dir")
         copied = run_output.recorded(pathlib.Path(recipe.run_dir, run_log.CONFIG))
     with folder as lock, copied as output:
-        print_once(SIGNALS)
+        if signal.getsignal(signal.SIGINT) is cli.interrupt:  # not in a program of the user's
+            print_once(SIGNALS)
         multihost.stage("comparing the processes")
         if jax.process_count() > 1:
             sets = {"prompts.train": prompts, "prompts.heldout": heldout}
@@ -144,7 +122,7 @@ def train_recipe(config) -> int | None:
         prompts, heldout = (
             for_rewards(each, settings.weights, fps_of(spec.preset)) for each in (prompts, heldout)
         )
-        with open_pool(recipe.reward, settings.weights) as pool:
+        with open_pool(recipe.reward, settings.weights, own) as pool:
             sharding = sharding_lib.batch_sharding(spec.mesh)
             check_groups(pool, recipe, multihost.my_rows(sharding, recipe.sample.batch_size))
             ended = train(spec, model, prompts, heldout, pool, lock)
@@ -407,5 +385,34 @@ def read_base(run_dir: str, weights: dict[str, float]) -> reward_combination.Bas
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, FLAG_HELP, lock_config=True)
+    flags.DEFINE_enum(
+        "cluster",
+        "auto",
+        launchers.CLUSTERS,
+        "source of the list of processes on several hosts: srun or mpirun where these started more than "
+        "one process (auto), an indexed Kubernetes job (k8s), or no source (none); see docs/hosts.md",
+    )
+    flags.DEFINE_string(
+        "coordinator", None, "instead of --cluster: host:port of process 0, with a free port"
+    )
+    flags.DEFINE_integer(
+        "num_processes", None, "with --coordinator: number of processes that run this command"
+    )
+    flags.DEFINE_integer("process_id", None, "with --coordinator: number of this process, from 0")
+    flags.DEFINE_integer(
+        "join_timeout", 300, "seconds within which all processes must have started"
+    )
+    flags.DEFINE_integer(
+        "host_timeout",
+        100,
+        "seconds without a signal of a process after which the others end the run",
+    )
+    flags.DEFINE_integer(
+        "stage_timeout",
+        7200,
+        "seconds without progress to another batch or stage in any process after which the run ends; "
+        "0: no limit",
+    )
     flags.mark_flag_as_required("config")
     cli.run(main)

@@ -11,7 +11,9 @@ The factory, called without arguments, returns an object with at least one of
 video: uint8 [T, H, W, 3] RGB, a copy; videos: a list of them. request: a `PromptRecord` with
 `prompt`, `targets`, `metadata` and `fps`. A score is a number, a dict of parts by name (their sum is
 then the value; a part that is nan has failed for this video) or a `rewards.base.Score`.
-docs/own_rewards.md has examples. The factory runs in the scoring processes, never in the trainer.
+docs/own_rewards.md has examples. The factory runs in the scoring processes, never in the trainer;
+a function or an object that is given in Python (`grpo.api`) scores in the process that has it
+(`adapted`).
 """
 
 import importlib
@@ -20,6 +22,7 @@ import os
 import re
 import sys
 import traceback
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -101,6 +104,17 @@ class OwnReward:
     def close(self) -> None:
         """Close the user's object, where it has a `close`."""
         getattr(self._reward, "close", lambda: None)()
+
+
+def adapted(name: str, reward: Any) -> OwnReward:
+    """Return a reward that exists in this process as an `OwnReward`: a function (video, request) ->
+    score, an object with one of `METHODS`, or the class of one. Raises `RewardError`.
+    """
+    if isinstance(reward, type):
+        reward = reward()
+    if not any(hasattr(reward, method) for method in METHODS) and callable(reward):
+        reward = types.SimpleNamespace(score=reward)
+    return OwnReward.of(name, lambda: reward)
 
 
 def build(what: str, target: str, folders: Sequence[str], options: Mapping[str, Any]) -> Any:

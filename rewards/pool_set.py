@@ -14,7 +14,7 @@ from rewards.batch_scores import BatchScores, PendingScores
 from rewards.pool import RewardPool
 
 # names of pools of composites, whose parts are named as they are; no rewards have such names
-BUILT_IN_POOL, OWN_POOL = "*built-in", "*own"
+BUILT_IN_POOL, OWN_POOL, IN_PROCESS_POOL = "*built-in", "*own", "*in this process"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class PendingSet:
 
 def is_composite(pool: str) -> bool:
     """Return whether the name is that of a pool of a composite."""
-    return pool in (BUILT_IN_POOL, OWN_POOL)
+    return pool in (BUILT_IN_POOL, OWN_POOL, IN_PROCESS_POOL)
 
 
 def parts_of(pool: str, batch: BatchScores) -> dict[str, np.ndarray]:
@@ -85,7 +85,8 @@ def parts_of(pool: str, batch: BatchScores) -> dict[str, np.ndarray]:
 class PoolSet:
     """Several pools that are used as one `RewardPool`.
 
-    pools: by name: `BUILT_IN_POOL` or `OWN_POOL`, or the name of the reward of its servers. main: the
+    pools: by name: `BUILT_IN_POOL`, `OWN_POOL` or `IN_PROCESS_POOL`, or the name of the reward of
+        its servers. main: the
         name of the main value. owner: the name of its pool. Attribute `traits`: groupwise if one of
         the pools is.
     """

@@ -9,6 +9,7 @@ Packages:
     storage       model folders, checkpoints, pictures and videos
     command_line  what all commands share
     sample        the command `python -m wan_jax.sample`
+    api           the same from Python: `wan_jax.load(folder).sample(prompts)`
 
 Letters in the shapes of arrays; arrays are channels-last:
 
@@ -24,8 +25,23 @@ are documentation: tests/wan_jax/test_signatures.py checks them, at run time not
 import os
 import signal
 import sys
+import typing
+
+if typing.TYPE_CHECKING:
+    from wan_jax.api import Model, Videos, load
+
+__all__ = ["Model", "Videos", "load"]
 
 COMMANDS = ("convert", "grpo", "wan_jax")  # packages whose modules are run by `python -m`
+
+
+def __getattr__(name: str) -> typing.Any:
+    """Return what `wan_jax.api` has, which imports JAX: commands answer --help without it."""
+    if name in __all__:
+        from wan_jax import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _stop(*_):

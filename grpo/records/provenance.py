@@ -6,6 +6,7 @@ import os
 import pathlib
 import platform
 import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -41,6 +42,14 @@ def entry(spec: RunSpec, command: str, epoch: int) -> dict[str, Any]:
         "commit": commit(),
         "in_force": in_force(spec),
     }
+
+
+def command_line(module: str) -> str:
+    """Return the command line of the command `module`, or the program that calls its functions."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.name == module:
+        return " ".join([f"python -m {module}", *sys.argv[1:]])
+    return f"{module}, called by {sys.argv[0] or 'a Python session'}"
 
 
 def in_force(spec: RunSpec) -> dict[str, Any]:

@@ -5,7 +5,8 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -21,9 +22,9 @@ from rewards.clip import KINDS, ClipReward
 from rewards.composite import DERIVED, CompositeReward
 from rewards.ocr.rules import OCRReward, make_readable_check
 from rewards.ocr.targets import TargetError, parse_targets
-from rewards.own import OwnReward
+from rewards.own import OwnReward, adapted
 from rewards.pool import RewardPool
-from rewards.pool_set import BUILT_IN_POOL, OWN_POOL, Pool, PoolSet
+from rewards.pool_set import BUILT_IN_POOL, IN_PROCESS_POOL, OWN_POOL, Pool, PoolSet
 from rewards.quality import QualityReward
 from wan_jax.distributed import multihost
 from wan_jax.errors import UserError
@@ -33,18 +34,24 @@ Factory = Callable[[], Reward]
 FPS, TI2V_FPS = 16.0, 24.0  # frames per second of the published models' videos
 
 
-def open_pool(config, weights: dict[str, float]) -> Pool:
+def open_pool(config, weights: dict[str, float], objects: Mapping[str, Any] | None = None) -> Pool:
     """Build the pools that score videos: worker processes on this machine, and threads that send
     requests to servers.
 
-    config: `config.reward`. weights: of the rewards by name, measured ones included. Raises
-    `UserError` when a reward cannot be built, e.g. because of a missing package.
+    config: `config.reward`. weights: of the rewards by name, measured ones included. objects: those
+    of `config.own` that are objects of this process, by name (`rewards.own.adapted`); one thread of
+    it scores by them. Raises `UserError` when a reward cannot be built, e.g. because of a missing
+    package.
     """
     servers, main = servers_by_name(config.servers), main_reward(weights)
     folders = module_folders()
+    here: dict[str, Factory | None] = {
+        name: functools.partial(adapted, name, reward) for name, reward in (objects or {}).items()
+    }
     own: dict[str, Factory | None] = {
         name: functools.partial(OwnReward, name, target, folders)
         for name, target in pairs(config.own, str)
+        if name not in here
     }
     try:
         with contextlib.ExitStack() as opened:
@@ -56,20 +63,21 @@ def open_pool(config, weights: dict[str, float]) -> Pool:
             elif built_in or own:
                 mode = "thread" if TEXT in servers else "process"
                 composites = {BUILT_IN_POOL: (built_in | own, mode)}
+            if here:
+                composites[IN_PROCESS_POOL] = here, "thread"
             pools, owner = {}, main.partition(".")[0]
             named = [name for name in servers if name != TEXT]
             for pool, (factories, mode) in composites.items():
                 required = None
                 if owner in factories:
                     factories, required = {owner: factories[owner]} | factories, main
-                if len(factories) == 1 and MAIN in factories and not named and not own:
+                if len(factories) == 1 and MAIN in factories and not (named or own or here):
                     reward = factories[MAIN]  # the spelling alone has no parts
                 else:
                     reward = functools.partial(CompositeReward, factories, required)
                 assert reward is not None  # none of `DERIVED` is alone
-                pools[pool] = opened.enter_context(
-                    RewardPool(reward, workers=config.workers, mode=mode)
-                )
+                workers = min(config.workers, 1) if pool == IN_PROCESS_POOL else config.workers
+                pools[pool] = opened.enter_context(RewardPool(reward, workers=workers, mode=mode))
                 owner = pool if required else owner
             # 2. Rewards of named servers.
             for name in named:

@@ -18,7 +18,7 @@ from grpo import credit, train
 from grpo.learning import train_state
 from rewards.pool import RewardPool
 from tests.rewards.pool_rewards import Brightness
-from wan_jax.command_line import cli
+from wan_jax.command_line import cli, flag_source
 from wan_jax.distributed import multihost
 
 group_advantages, write = credit.group_advantages, train_state.save
@@ -42,10 +42,11 @@ def record(folder: pathlib.Path, replace=setattr) -> None:
 
     replace(credit, "group_advantages", advantages)
     replace(train_state, "save", save)
-    replace(train, "open_pool", lambda c, _: RewardPool(Brightness, workers=c.workers))
+    replace(train, "open_pool", lambda c, *_: RewardPool(Brightness, workers=c.workers))
     replace(multihost, "CHUNK", 2**12)  # so that the prompts' embeddings come in several pieces
 
 
 if __name__ == "__main__":
     record(pathlib.Path(sys.argv.pop(1)))
+    flag_source.read("grpo.train").define()
     cli.run(train.main)
