@@ -204,6 +204,8 @@ def export(
 def _with_reward(config: Any, reward: Any) -> tuple[Any, dict[str, Any]]:
     """Return a copy of a recipe with a reward of this process, and the reward by its name."""
     changed = copy.deepcopy(config)
+    for key in ("own", "own_weights"):  # a copied ConfigDict makes ConfigDicts of them
+        changed.reward[key] = copy.copy(config.reward[key])
     if reward is None:
         return changed, {}
     name, target = _names(reward)
@@ -214,6 +216,7 @@ def _with_reward(config: Any, reward: Any) -> tuple[Any, dict[str, Any]]:
                 weights[other] = 0.0
         with changed.unlocked():
             weights[name] = 1.0
+    changed.reward.workers = max(1, changed.reward.workers)  # none means this process for all
     changed.reward.own = {**dict(changed.reward.own or {}), name: target}
     return changed, {name: reward}
 
