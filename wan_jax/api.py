@@ -161,7 +161,7 @@ class Model:
         numbers = {"samples": samples, "frames": frames, "height": height, "width": width}
         with cli.user_input():
             given = {name: value for name, value in options.items() if value is not None}
-            request = self.request(texts, numbers | given)
+            request = self._request(texts, numbers | given)
         cli.enable_compilation_cache()
         precision.use(request.place.precision)
         table = sampling.encode(request)
@@ -180,7 +180,7 @@ class Model:
             request.settings.fps,
         )
 
-    def request(self, prompts: Sequence[str], options: dict[str, Any]) -> sampling.SampleRequest:
+    def _request(self, prompts: Sequence[str], options: dict[str, Any]) -> sampling.SampleRequest:
         """Return the checked request of `sample`. options: the other arguments by name. Raises
         `UserError` or ValueError.
         """
