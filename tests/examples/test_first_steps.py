@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from tests.commands import ROOT
-from tests.grpo import here
+from tests.grpo import here, tiny_run
 
 NOTEBOOK = json.loads((ROOT / "examples/first_steps.ipynb").read_text())
 CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
@@ -21,8 +21,10 @@ def test_no_outputs_are_stored():
 
 @pytest.mark.slow
 def test_the_cells_run(tmp_path, monkeypatch, capsys):
-    """From the folder of the notebook, with fewer epochs, groups and prompts."""
+    """From the folder of the notebook, with fewer epochs and prompts, and a smaller, random model."""
     (tmp_path / "examples").mkdir()
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/tiny-wan").symlink_to(tiny_run.make_model(tmp_path))
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     monkeypatch.chdir(tmp_path / "examples")
     here.share(monkeypatch)
