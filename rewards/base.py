@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+# left, top, right and bottom of a rectangle, in shares of the frame's width and height, 0 to 1
+Box = tuple[float, float, float, float]
 NOT_REACHED = "not measured yet"  # an error text in `CompositeScore.failed`
 # Messages of the dynamic linker and the kernel. A full static TLS block is another fault, which
 # more memory does not remedy.
@@ -40,6 +42,8 @@ class Score:
     frame_texts: tuple[str, ...] = ()  # one text per judged frame
     # (name, value) of each reward of a composite; nan where that reward failed
     parts: tuple[tuple[str, float], ...] = ()
+    # the boxes of the text read in each judged frame; () where the reward does not keep them
+    boxes: tuple[tuple[Box, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +144,8 @@ def check_score(score: Any) -> None:
         well_formed = isinstance(score.text, str) and all(
             isinstance(name, str) and isinstance(value, numbers.Real) for name, value in score.parts
         )
+        well_formed = well_formed and len(score.boxes) in (0, len(score.frames))
+        well_formed = well_formed and all(len(box) == 4 for found in score.boxes for box in found)
     except (TypeError, ValueError):
         well_formed = False
     if not well_formed:

@@ -3,11 +3,11 @@
 import concurrent.futures
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from rewards.base import CompositeScore, RewardError, Score
+from rewards.base import Box, CompositeScore, RewardError, Score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,8 @@ class BatchScores:
     # of each secondary reward of a composite: its errors, and how often it was computed again
     part_errors: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     part_retries: dict[str, int] = dataclasses.field(default_factory=dict)
+    # of each of B videos {judged frame: boxes of its text}; {} where the reward keeps none
+    boxes: list[Mapping[int, tuple[Box, ...]]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,4 +112,5 @@ class PendingScores:
             seconds=max(outcome.finished for outcome in outcomes) - self._submitted,
             part_errors=part_errors,
             part_retries=part_retries,
+            boxes=[dict(zip(score.frames, score.boxes)) if score else {} for score in scores],
         )

@@ -15,5 +15,6 @@ MEASURES = (  # of quality, `rewards.quality`
     "edges",
     "colours",
 )
-PANEL = ("dark", "edges", "colours", "flicker", "motion")  # of them, measured by default
+READ_MEASURES = ("text_area",)  # of the text that is read, `rewards.composite`
+PANEL = ("dark", "edges", "colours", "flicker", "motion")  # measured by default
 QUESTIONS = ("yes_no", "rate")  # that a vision model is asked about a whole video

@@ -19,6 +19,7 @@ from rewards.base import (
     check_score,
     describe,
 )
+from rewards.boxes import union_area
 from rewards.ocr.text_match import normalise, similarity
 
 
@@ -38,9 +39,18 @@ def stability(score: Score) -> float:
     )
 
 
+def text_area(score: Score) -> float:
+    """Return the share of the frame that the boxes of the text cover, in [0, 1]: the area of their
+    union, as a mean over the judged frames. 0 where no text was read.
+    """
+    if not score.frames or len(score.boxes) != len(score.frames):
+        raise RewardError("the boxes of the text were not kept")
+    return float(np.mean([union_area(boxes) for boxes in score.boxes]))
+
+
 READER = "ocr"  # the reward whose texts are logged, and from which `DERIVED` values are computed
 # values that are computed from the score of `READER` instead of the frames
-DERIVED: dict[str, Callable[[Score], float]] = {"stability": stability}
+DERIVED: dict[str, Callable[[Score], float]] = {"stability": stability, "text_area": text_area}
 
 
 class CompositeReward:

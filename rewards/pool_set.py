@@ -47,13 +47,11 @@ class PendingSet:
                     part_errors[part] = errors or [f"reward {part} is not finite"] * failed
         values = parts.get(self.main, np.full(len(scores[owner].values), np.nan))
         valid = np.isfinite(values)
+        reading = scores.get(BUILT_IN_POOL, scores[owner])
         return BatchScores(
             values=values,
             valid=valid,
-            texts=[
-                text if ok else ""
-                for ok, text in zip(valid, scores.get(BUILT_IN_POOL, scores[owner]).texts)
-            ],
+            texts=[text if ok else "" for ok, text in zip(valid, reading.texts)],
             parts=parts,
             scores=[Score(float(v)) if ok else None for ok, v in zip(valid, values)],
             errors=[
@@ -65,6 +63,7 @@ class PendingSet:
             seconds=max(batch.seconds for batch in scores.values()),
             part_errors=part_errors,
             part_retries=part_retries,
+            boxes=[found if ok else {} for ok, found in zip(valid, reading.boxes)],
         )
 
 

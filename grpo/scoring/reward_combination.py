@@ -26,6 +26,7 @@ BAD_SIDE = {
     "dark": 1,
     "edges": 0,
     "colours": 0,
+    "text_area": 1,
 }
 FREE, WORST = 1.0, 4.0  # standard deviations where the penalty starts, and where it is -1
 

@@ -16,7 +16,7 @@ from grpo.data.prompts import PromptSet, load_prompts
 from grpo.scoring import reward_servers
 from grpo.scoring.reward_combination import MAIN
 from grpo.settings.named import TEXT, pairs, servers_by_name
-from grpo.settings.schema import BUILT_IN, SECOND_READER, Recipe, main_reward
+from grpo.settings.schema import BUILT_IN, SECOND_READER, TEXT_AREA, Recipe, main_reward
 from rewards.base import PromptRecord, Reward, RewardError, last_line
 from rewards.clip import KINDS, ClipReward
 from rewards.composite import DERIVED, CompositeReward
@@ -34,16 +34,24 @@ Factory = Callable[[], Reward]
 FPS, TI2V_FPS = 16.0, 24.0  # frames per second of the published models' videos
 
 
-def open_pool(config, weights: dict[str, float], objects: Mapping[str, Any] | None = None) -> Pool:
+def open_pool(
+    config,
+    weights: dict[str, float],
+    objects: Mapping[str, Any] | None = None,
+    *,
+    boxes: bool = False,
+) -> Pool:
     """Build the pools that score videos: worker processes on this machine, and threads that send
     requests to servers.
 
     config: `config.reward`. weights: of the rewards by name, measured ones included. objects: those
     of `config.own` that are objects of this process, by name (`rewards.own.adapted`); one thread of
-    it scores by them. Raises `UserError` when a reward cannot be built, e.g. because of a missing
-    package.
+    it scores by them. boxes: whether the scores have the boxes of the text, which the measure
+    `text_area` also needs. Raises `UserError` when a reward cannot be built, e.g. because of a
+    missing package.
     """
     servers, main = servers_by_name(config.servers), main_reward(weights)
+    boxes = boxes or TEXT_AREA in weights
     folders = module_folders()
     here: dict[str, Factory | None] = {
         name: functools.partial(adapted, name, reward) for name, reward in (objects or {}).items()
@@ -56,7 +64,7 @@ def open_pool(config, weights: dict[str, float], objects: Mapping[str, Any] | No
     try:
         with contextlib.ExitStack() as opened:
             # 1. Rewards of this package, with the users' own unless they are in threads.
-            built_in = {name: _factory(config, name) for name in weights if name in BUILT_IN}
+            built_in = {n: _factory(config, n, boxes) for n in weights if n in BUILT_IN}
             composites: dict[str, tuple[dict[str, Factory | None], str]] = {}
             if TEXT in servers and own:
                 composites = {BUILT_IN_POOL: (built_in, "thread"), OWN_POOL: (own, "process")}
@@ -89,13 +97,19 @@ def open_pool(config, weights: dict[str, float], objects: Mapping[str, Any] | No
         raise UserError(f"the reward cannot be built: {last_line(str(error))}") from error
 
 
-def _factory(config, name: str) -> Factory | None:
-    """Return the factory of a reward of this package; None for a derived value."""
+def _factory(config, name: str, boxes: bool) -> Factory | None:
+    """Return the factory of a reward of this package; None for a derived value. boxes: whether the
+    reader keeps those of the text.
+    """
     if name == MAIN:
         if TEXT in servers_by_name(config.servers):
             return reward_servers.connect(config)
         return functools.partial(
-            OCRReward, rule=config.rule, engine=config.engine, max_frames=config.max_frames
+            OCRReward,
+            rule=config.rule,
+            engine=config.engine,
+            max_frames=config.max_frames,
+            boxes=boxes,
         )
     if name in DERIVED:
         return None

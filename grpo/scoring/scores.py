@@ -1,14 +1,14 @@
 """The scores of an epoch or of an evaluation, gathered from all processes."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from grpo.scoring.reward_combination import MAIN
-from rewards.base import last_line
+from rewards.base import Box, last_line
 from rewards.batch_scores import BatchScores, PendingScores
 from rewards.pool_set import PendingSet, Pool
 from wan_jax.distributed import multihost
@@ -92,6 +92,8 @@ class GatheredScores:
     finite: np.ndarray  # bool [N]; the other videos were not scored, and are not valid
     part_retries: dict[str, int]  # number of second attempts of each reward but the main one
     main: str = MAIN  # the name of the main reward
+    # of each of N videos {judged frame: boxes of its text}, {} without; [] where none are kept
+    boxes: list[Mapping[int, tuple[Box, ...]]] = dataclasses.field(default_factory=list)
 
     @property
     def nonfinite(self) -> int:
@@ -186,6 +188,7 @@ def gather_scores(pending: Sequence[PendingBatch], total: int, main: str = MAIN)
     batches = [batch for process in multihost.gather(own) for batch in process]
     values, valid, texts = np.full(total, np.nan), np.zeros(total, bool), [""] * total
     present, finite = np.zeros(total, bool), np.zeros(total, bool)
+    boxes: list[Mapping[int, tuple[Box, ...]]] = [{}] * total
     parts: dict[str, np.ndarray] = {}
     part_retries: dict[str, int] = {}
     retries, error = 0, ""
@@ -200,6 +203,8 @@ def gather_scores(pending: Sequence[PendingBatch], total: int, main: str = MAIN)
         valid[scored] = scores.valid
         for number, text in zip(scored, scores.texts):
             texts[number] = text
+        for number, found in zip(scored, scores.boxes):
+            boxes[number] = found
         for name, part in scores.parts.items():
             parts.setdefault(name, np.full(total, np.nan))[scored] = part
         retries += scores.retries
@@ -218,4 +223,5 @@ def gather_scores(pending: Sequence[PendingBatch], total: int, main: str = MAIN)
         finite=finite,
         part_retries=part_retries,
         main=main,
+        boxes=boxes,
     )

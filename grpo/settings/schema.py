@@ -66,6 +66,7 @@ class Recipe(Section):
 
 
 SECOND_READER = "second_reader"  # the reward of `reward.second_engine`
+TEXT_AREA = "text_area"  # the measure that needs the boxes of the text
 BUILT_IN = (*(f.name for f in dataclasses.fields(Weights)), SECOND_READER)  # names of rewards
 SETTINGS: Mapping[str, Setting] = {entry.key: entry for entry in declared(Recipe)}
 

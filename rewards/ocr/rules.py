@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from rewards.base import Score, check_frames
+from rewards.boxes import around
 from rewards.ocr.engines import Engine, TextLine, make_engine, readable_characters
 from rewards.ocr.text_match import (
     Window,
@@ -254,6 +255,7 @@ class OCRReward:
     engine_options: options for `make_engine`.
     max_frames: largest number of frames that are read; 17 means every second of 33 frames and every
         fifth of 81.
+    boxes: whether scores have the boxes of the text (`Score.boxes`).
     """
 
     def __init__(
@@ -262,6 +264,7 @@ class OCRReward:
         engine: str | Engine = "rapidocr",
         engine_options: dict[str, Any] | None = None,
         max_frames: int = 17,
+        boxes: bool = False,
     ):
         if rule not in RULES:
             raise ValueError(f"unknown OCR rule {rule!r}: choose one of {', '.join(sorted(RULES))}")
@@ -269,7 +272,7 @@ class OCRReward:
             raise ValueError(
                 f"max_frames={max_frames}: must be 2 or more, as first and last are always read"
             )
-        self.rule, self.max_frames = RULES[rule], max_frames
+        self.rule, self.max_frames, self.boxes = RULES[rule], max_frames, boxes
         self.engine = (
             make_engine(engine, **(engine_options or {})) if isinstance(engine, str) else engine
         )
@@ -291,4 +294,9 @@ class OCRReward:
         changes = [
             text for at, text in enumerate(texts) if text and text != (texts[at - 1] if at else "")
         ]
-        return Score(self.rule.combine(values), " | ".join(changes), indices, values, texts)
+        score = Score(self.rule.combine(values), " | ".join(changes), indices, values, texts)
+        if not self.boxes:
+            return score
+        size = frames.shape[1:3]
+        boxes = tuple(tuple(around(line.box, *size) for line in lines) for lines in frame_lines)
+        return dataclasses.replace(score, boxes=boxes)

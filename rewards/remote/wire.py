@@ -274,6 +274,7 @@ def encode_scores(batch: BatchScores, version: int = 1) -> bytes:
 
 def _encode_score(score: Score | None, error: str, version: int = 1) -> str:
     fields = dataclasses.asdict(score or Score(0.0))
+    del fields["boxes"]  # not part of the format
     if score is None or (version > 1 and math.isnan(score.value)):
         fields["value"] = None
     fields["parts"] = [

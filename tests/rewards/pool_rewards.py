@@ -2,6 +2,7 @@
 misbehave in a way of their own.
 """
 
+import dataclasses
 import os
 import pathlib
 import signal
@@ -46,6 +47,24 @@ class Mean:
 class Broken(Mean):
     def score(self, frames, record):
         return self.misbehave()
+
+
+class Brightness:
+    """A sum in which every pixel counts, so that equal values mean equal videos."""
+
+    def score(self, frames, record):
+        weights = 1 + np.arange(frames.size).reshape(frames.shape) % 251
+        return Score(float((frames * weights).sum() / (255 * weights.sum())), str(frames.flat[0]))
+
+
+class Boxed(Brightness):
+    """Its boxes grow with the brightness; every third frame has none."""
+
+    def score(self, frames, record):
+        score, judged = super().score(frames, record), tuple(range(0, len(frames), 2))
+        side = 0.25 + score.value / 2
+        boxes = tuple(() if i % 3 == 2 else ((0.0, 0.0, side, 0.5),) for i in judged)
+        return dataclasses.replace(score, frames=judged, boxes=boxes)
 
 
 class Reader:
@@ -110,11 +129,3 @@ class Environment:
 
 def broken_factory():
     raise OSError("the model file is missing")
-
-
-class Brightness:
-    """A sum in which every pixel counts, so that equal values mean equal videos."""
-
-    def score(self, frames, record):
-        weights = 1 + np.arange(frames.size).reshape(frames.shape) % 251
-        return Score(float((frames * weights).sum() / (255 * weights.sum())), str(frames.flat[0]))

@@ -4,7 +4,7 @@ import dataclasses
 
 from grpo.settings.choices import COMBINATIONS, JUDGE, JUDGE_QUESTIONS
 from grpo.settings.setting import PER_PROCESS, POSITIVE, Section, setting
-from rewards.choices import ENGINES, MEASURES, PANEL, RULES
+from rewards.choices import ENGINES, MEASURES, PANEL, READ_MEASURES, RULES
 from wan_jax.command_line.limits import Range
 
 
@@ -45,6 +45,11 @@ class Weights(Section):
     )
     edges: float | None = _weight(None, "The same for the share of pixels on an edge.")
     colours: float | None = _weight(None, "The same for the entropy of the colours.")
+    text_area: float | None = _weight(
+        None,
+        "The same for the share of the frame that the boxes of the text cover; only more of it "
+        "counts. It needs an OCR engine on this machine.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Reward(Section):
         "Measures of quality, names as in `reward.weights`, that are measured without a weight, in "
         "training and in evaluations. The guard compares them with those of the base model's "
         "videos (docs/hacking.md).",
-        choices=MEASURES,
+        choices=(*MEASURES, *READ_MEASURES),
         resume=True,
     )
     second_engine: str = setting(

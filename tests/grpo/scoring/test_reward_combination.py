@@ -15,6 +15,7 @@ from grpo.scoring.reward_combination import (
     weighted_sum,
     without_base,
 )
+from rewards.choices import READ_MEASURES
 from rewards.quality import MEASURES
 
 GROUPS, VALID = np.repeat(np.arange(4), 5), np.ones(20, bool)
@@ -25,7 +26,7 @@ def random(seed):
 
 
 def test_every_measure_has_a_bad_side():
-    assert set(BAD_SIDE) == set(MEASURES)
+    assert set(BAD_SIDE) == {*MEASURES, *READ_MEASURES}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from rewards.base import PromptRecord
 from rewards.ocr.targets import parse_targets
 from rewards.pool import RewardPool
 from tests.rewards.drawing import filled
-from tests.rewards.pool_rewards import Mean
+from tests.rewards.pool_rewards import Boxed, Mean
 from wan_jax.command_line.cli import UserError
 from wan_jax.inference.pipeline import Videos
 
@@ -41,6 +41,17 @@ def test_scores_are_in_the_order_of_their_numbers():
     assert scores.counts() == {"nonfinite_videos": 1, "retried_scores": 1}
     for text in ("1 of 4 videos are not finite", "this video cannot be judged"):
         assert text in scores.why()
+
+
+def test_boxes_are_in_the_order_of_their_numbers():
+    with RewardPool(Boxed) as pool:
+        pending = [
+            submit(pool, np.array([3, 0]), videos([255, 0], [True, True]), ["a", "b"]),
+            submit(pool, np.array([1, 2]), videos([9, 255], [False, True]), ["c", "d"]),
+        ]
+        scores = gather_scores(pending, 4)
+    dark, bright = ({0: ((0.0, 0.0, side, 0.5),)} for side in (0.25, 0.75))
+    assert scores.boxes == [dark, {}, bright, bright]
 
 
 def test_a_video_without_a_number_is_an_error():

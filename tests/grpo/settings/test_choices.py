@@ -29,7 +29,8 @@ def test_names_of_the_rewards():
     prefix = "reward.weights."
     weights = {key.removeprefix(prefix) for key in SETTINGS if key.startswith(prefix)}
     assert weights == {MAIN, *DERIVED, *clip.KINDS, *quality.MEASURES}
-    assert {*BAD_SIDE} == {*quality.MEASURES}
+    assert {*BAD_SIDE} == {*quality.MEASURES, *reward_choices.READ_MEASURES}
+    assert {*reward_choices.READ_MEASURES} < {*DERIVED}
     assert reward_choices.MEASURES == tuple(quality.MEASURES)
     assert {*reward_choices.PANEL} < {*quality.MEASURES}
 
