@@ -4,6 +4,7 @@ NumPy on the host, the same on every process.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from grpo.scoring.advantages import (
     group_statistics,
     largest_spread,
 )
+from grpo.scoring.box_credit import Boxes, cell_weights
 from grpo.scoring.scores import GatheredScores
 from grpo.settings.schema import Recipe
 
@@ -34,6 +36,7 @@ class Credit:
         counted: bool [N], whether the video is valid and trained on.
         order: int [at most batches], numbers of the rollout batches that hold a selected group.
         groups: statistics of the groups, for the log.
+        boxes: of the text read in each video (`GatheredScores.boxes`), for `cell_weights`.
     """
 
     total: np.ndarray
@@ -44,6 +47,17 @@ class Credit:
     counted: np.ndarray
     order: np.ndarray
     groups: GroupStatistics
+    boxes: Sequence[Boxes] = ()
+
+    def cell_weights(self, spec: RunSpec, frames: int) -> np.ndarray | None:
+        """Return the weights of the cells of the latents of every video, float32 [N, F, H, W, 1]
+        (train.box_credit); None where all count alike. frames: of each video.
+        """
+        strength = spec.recipe.train.box_credit
+        if not strength:
+            return None
+        depth, height, width, _ = spec.shape_of(frames)
+        return cell_weights(self.boxes, frames, (depth, height, width), strength)[..., None]
 
 
 def compute_credit(
@@ -79,6 +93,7 @@ def compute_credit(
         counted=selected & extremes(total, prompt_of, valid, recipe.train.best_of),
         order=np.flatnonzero(selected.reshape(spec.settings.batches, -1).any(1)),
         groups=group_statistics(total, prompt_of, valid),
+        boxes=scores.boxes,
     )
 
 

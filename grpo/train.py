@@ -122,7 +122,8 @@ def train_recipe(config, own: Mapping[str, Any] | None = None) -> int | None:
         prompts, heldout = (
             for_rewards(each, settings.weights, fps_of(spec.preset)) for each in (prompts, heldout)
         )
-        with open_pool(recipe.reward, settings.weights, own) as pool:
+        boxes = recipe.train.box_credit > 0
+        with open_pool(recipe.reward, settings.weights, own, boxes=boxes) as pool:
             sharding = sharding_lib.batch_sharding(spec.mesh)
             check_groups(pool, recipe, multihost.my_rows(sharding, recipe.sample.batch_size))
             ended = train(spec, model, prompts, heldout, pool, lock)

@@ -199,13 +199,15 @@ def clipped_loss(ratio, advantage, low, high):
     return -min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)
 
 
-def policy_loss(objective, x_next, mean, mean_old, std, dt, advantage, low, high, divergence):
+def policy_loss(
+    objective, x_next, mean, mean_old, std, dt, advantage, low, high, divergence, cells=1.0
+):
     """(loss, ratio) of one row: GRPO, GRPO-Guard (arXiv 2510.22319), Flow-DPPO, CPS' unscaled
-    density.
+    density. cells: weights of the values, with a mean of 1.
     """
 
     def squares(a):  # the mean of squares
-        return float(np.mean(a**2))
+        return float(np.mean(cells * a**2))
 
     if objective == "unscaled":  # -|x_next - mean|^2 as log-density
         ratio = math.exp(squares(x_next - mean_old) - squares(x_next - mean))
@@ -291,23 +293,24 @@ def grpo_objective(
 
 
 # Methods on finished videos -----------------------------------------------------------------------
-def nft_loss(x0, noise, s, v, v_old, r, beta):
+def nft_loss(x0, noise, s, v, v_old, r, beta, cells=1.0):
     """One video: DiffusionNFT (arXiv 2509.16117) with its adaptive weight, before any scale."""
     x = (1 - s) * x0 + s * noise
 
     def error(velocity):
         residual = x - s * velocity - x0
-        return np.mean(residual**2) / max(np.mean(np.abs(residual)), 1e-5)
+        return np.mean(cells * residual**2) / max(np.mean(cells * np.abs(residual)), 1e-5)
 
     positive, negative = (1 - beta) * v_old + beta * v, (1 + beta) * v_old - beta * v
     return r * error(positive) / beta + (1 - r) * error(negative) / beta
 
 
 def dpo_loss(better, worse, beta):
-    """One pair, each (x0, noise, v, v_ref): Flow-DPO (arXiv 2501.13918)."""
+    """One pair, each (x0, noise, v, v_ref, weights of the values): Flow-DPO (arXiv 2501.13918)."""
 
-    def excess(x0, noise, v, v_ref):
-        return np.mean((v - (noise - x0)) ** 2) - np.mean((v_ref - (noise - x0)) ** 2)
+    def excess(x0, noise, v, v_ref, cells=1.0):
+        error, of_reference = (v - (noise - x0)) ** 2, (v_ref - (noise - x0)) ** 2
+        return np.mean(cells * error) - np.mean(cells * of_reference)
 
     margin = excess(*better) - excess(*worse)
     return math.log1p(math.exp(beta / 2 * margin))
@@ -321,3 +324,24 @@ def regression_weights(rewards, valid, size, temperature):
         kept = [math.exp(rewards[j] / temperature) for j in group if valid[j]]
         result.append(math.exp(r / temperature) / (sum(kept) / len(kept)) if ok else 0.0)
     return np.array(result)
+
+
+def cell_weights(boxes, frames, shape, strength, grown=1):
+    """One video: 1 - strength outside of the boxes, 1 + strength (1 / share - 1) inside; cell by cell.
+
+    boxes: {frame: [(left, top, right, bottom)]}. A box lies over the cells that it overlaps, and their
+    neighbours.
+    """
+    depth, height, width = shape
+    stride = (frames - 1) // (depth - 1) if depth > 1 else 1
+    found = np.zeros(shape)
+    for f, h, w in np.ndindex(*shape):
+        of_cell = [0] if f == 0 else range((f - 1) * stride + 1, f * stride + 1)
+        for frame in of_cell:
+            judged = min(boxes, key=lambda j: (abs(j - frame), j), default=None)
+            for left, top, right, bottom in boxes.get(judged, ()):
+                beside = left * width - grown - 1 < w < right * width + grown
+                level = top * height - grown - 1 < h < bottom * height + grown
+                found[f, h, w] = found[f, h, w] or (beside and level)
+    share = found.mean()
+    return np.where(found, 1 + strength * (1 / share - 1), 1 - strength) if share else 1 + found

@@ -58,9 +58,11 @@ class Rows:
         v: [B, F, H, W, C], velocity of the trained weights.
         v_lagged: the velocity of each copy of earlier weights, without gradient.
         v_reference: the velocity of the base model, without gradient, where the method needs it.
-        error: [B] fp32, mean((v - target)^2).
+        error: [B] fp32, mean((v - target)^2), weighted by `cells`.
         target: [B, F, H, W, C], the true velocity e - x0.
         weight: [B] fp32, weights of `Selection`; [B / 2] for pairs.
+        cells: [B, F, H, W, 1] fp32, weights of the cells of the latents, with a mean of 1, in all
+            means over a video but the KL; None: all are 1.
     """
 
     x: Array
@@ -72,6 +74,7 @@ class Rows:
     error: Array
     target: Array
     weight: Array
+    cells: Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -90,6 +93,8 @@ class FinishedBatch:
         valid: [M, B] bool, rows that count.
         draw: [K] int32, numbers of the draws: noise is a function of (key, video, draw).
         key: JAX key of the epoch.
+        cells: [M, B, F, H, W, 1] fp32, `Credit.cell_weights` of `x0`; None: all count alike.
+        worse_cells: the same of `worse`.
     """
 
     x0: Array
@@ -102,6 +107,8 @@ class FinishedBatch:
     valid: Array
     draw: Array
     key: Array
+    cells: Array | None = None
+    worse_cells: Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -121,6 +128,8 @@ class FinishedRows:
     timestep: Array
     draw: Array
     key: Array
+    cells: Array | None
+    worse_cells: Array | None
 
 
 @jax.tree_util.register_dataclass
@@ -278,10 +287,9 @@ class FlowMatching(Method):
         def gradient(trainable: Flat, inputs: "GradientInputs", frozen, batch: FinishedBatch):
             def one_draw(carry, level, micro):
                 sigma, timestep, draw = level
-                x0, worse, text, video, weight, valid = micro
-                row = FinishedRows(
-                    x0, worse, text, video, weight, valid, sigma, timestep, draw, batch.key
-                )
+                x0, worse, text, video, weight, valid, *cells = micro
+                rows = x0, worse, text, video, weight, valid
+                row = FinishedRows(*rows, sigma, timestep, draw, batch.key, *cells)
                 grads, metrics = grad_fn(trainable, inputs.lagged, frozen, row)
                 return jax.tree.map(jnp.add, carry, (grads, metrics)), None
 
@@ -298,6 +306,8 @@ class FlowMatching(Method):
                 batch.video,
                 batch.weight,
                 batch.valid,
+                batch.cells,
+                batch.worse_cells,
                 batch.sigma,
                 batch.timestep,
             )
@@ -320,6 +330,9 @@ class FlowMatching(Method):
         k = spec.trained_steps(expert)
         latents = functions.rows(jnp.float32, m, shape=spec.shape, batch=b)
         levels = abstract.array((m, k, b), jnp.float32)
+        cells = None
+        if spec.recipe.train.box_credit:
+            cells = functions.rows(jnp.float32, m, shape=(*spec.shape[:-1], 1), batch=b)
         return FinishedBatch(
             x0=latents,
             worse=latents if self.pairs else None,
@@ -331,6 +344,8 @@ class FlowMatching(Method):
             valid=abstract.array((m, b), bool),
             draw=abstract.array((k,), jnp.int32),
             key=functions.random_key(),
+            cells=cells,
+            worse_cells=cells if self.pairs else None,
         )
 
     def epoch_shapes(self, functions: "Functions") -> tuple:
@@ -364,9 +379,12 @@ class FlowMatching(Method):
             if selected.valid.any()
         ]
         levels = self.noise_levels(spec, epoch, segment)
+        cells = credit.cell_weights(spec, rollout.frames)
         for number, selected in enumerate(updates, start=update + 1):
             texts = [rollout.texts(rollout.prompt_of[videos]) for videos in selected.videos]
-            batch = stack(selected, rollout.finished, texts, levels, rollout.key, spec.mesh)
+            batch = stack(
+                selected, rollout.finished, texts, levels, rollout.key, spec.mesh, cells=cells
+            )
             yield selected.numbers, batch, self.share_kept(number, selected is updates[-1])
 
     def noise_levels(self, spec: "RunSpec", epoch: int, segment: int) -> Levels:
@@ -414,9 +432,16 @@ def check_range(config, *names: str, least: float | None = None) -> None:
             raise ValueError(f"train.{name}={value} must be finite and {bound}")
 
 
-def mean_square(x: Array) -> Array:
-    """Return the mean of the squares over all axes but B, [B] fp32."""
-    return jnp.mean(jnp.square(x.astype(jnp.float32)), axis=tuple(range(1, x.ndim)))
+def mean_square(x: Array, cells: Array | None = None) -> Array:
+    """Return `video_mean` of the squares, [B] fp32."""
+    return video_mean(jnp.square(x.astype(jnp.float32)), cells)
+
+
+def video_mean(x: Array, cells: Array | None = None) -> Array:
+    """Return the mean of x, [B, ...], over all axes but B, [B]. cells: weights of the values, with a
+    mean of 1, which broadcast against x; None: all are 1.
+    """
+    return jnp.mean(x if cells is None else cells * x, axis=tuple(range(1, x.ndim)))
 
 
 def objective(
@@ -433,11 +458,14 @@ def objective(
     """
     # x_s and the true velocity; the two videos of a pair have one noise and one level
     x0, text, sigma, timestep = rows.x0, rows.text, rows.sigma, rows.timestep
+    cells = rows.cells
     noise = sample_noise(rows.key, rows.video, rows.draw, x0.shape[1:])
     if rows.worse is not None:
         x0, noise = pair(x0, rows.worse), pair(noise, noise)
         sigma, timestep = pair(sigma, sigma), pair(timestep, timestep)
         text = dataclasses.replace(text, embeddings=pair(text.embeddings, text.embeddings))
+        if cells is not None and rows.worse_cells is not None:
+            cells = pair(cells, rows.worse_cells)
     s = per_sample(sigma, x0)
     x = (1 - s) * x0 + s * noise
     target = noise - x0
@@ -454,13 +482,13 @@ def objective(
     v_reference = None
     if method.needs_reference:
         v_reference = jax.lax.stop_gradient(velocity_of(policy.reference(frozen)))
-    error = mean_square(v - target)
+    error = mean_square(v - target, cells)
     v_kl = v_reference if method.kl_copy is None else v_lagged[method.kl_copy]
     kl = jnp.zeros_like(error) if v_kl is None else kl_to_reference(v, v_kl, None, kind="velocity")
 
     # the loss of each row; the KL of a pair is that of the better video
     loss, more = method.loss(
-        Rows(x, x0, sigma, v, v_lagged, v_reference, error, target, rows.weight)
+        Rows(x, x0, sigma, v, v_lagged, v_reference, error, target, rows.weight, cells)
     )
     if rows.worse is not None:
         error, kl = error[::2], kl[::2]
@@ -499,6 +527,8 @@ def stack(
     levels: Levels,
     epoch_key: Array,
     mesh: jax.sharding.Mesh,
+    *,
+    cells: np.ndarray | None = None,
 ) -> FinishedBatch:
     """Return the batch of one optimiser step.
 
@@ -509,12 +539,19 @@ def stack(
         levels: the noise levels of all videos of the epoch.
         epoch_key: JAX key of the epoch.
         mesh: of the arrays.
+        cells: `Credit.cell_weights`, of all videos of the epoch.
     """
     sharding = sharding_lib.batch_sharding(mesh)
     sigma, timestep = (
         jnp.asarray(np.moveaxis(x[selected.videos], -1, 1)) for x in (levels.sigma, levels.timestep)
     )
     video = [sharding_lib.place(row.astype(np.int32), sharding) for row in selected.videos]
+
+    def cells_of(videos: np.ndarray | None) -> Array | None:
+        if cells is None or videos is None:
+            return None
+        return jnp.stack([sharding_lib.place(cells[row], sharding) for row in videos])
+
     return FinishedBatch(
         x0=gather(latents, selected.videos, mesh),
         worse=None if selected.worse is None else gather(latents, selected.worse, mesh),
@@ -526,4 +563,6 @@ def stack(
         valid=jnp.asarray(selected.valid),
         draw=jnp.asarray(levels.draw),
         key=Stream.RENOISING.key(epoch_key),
+        cells=cells_of(selected.videos),
+        worse_cells=cells_of(selected.worse),
     )

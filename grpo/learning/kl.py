@@ -15,7 +15,9 @@ Array = jax.Array
 KL_DECAY = 0.9  # decay of the average KL that an adaptive weight follows
 
 
-def kl_to_reference(mean: Array, mean_ref: Array, std: Array | None, *, kind: str) -> Array:
+def kl_to_reference(
+    mean: Array, mean_ref: Array, std: Array | None, *, kind: str, cells: Array | None = None
+) -> Array:
     """Return the distance of the policy's step from the reference model's, fp32 [B]: a mean over
     all axes but B. `step_kl` passes the arguments that each kind needs.
 
@@ -27,12 +29,15 @@ def kl_to_reference(mean: Array, mean_ref: Array, std: Array | None, *, kind: st
     'x'          means of the step        unused       mean((mu - mu_ref)^2)
     'velocity'   velocities               unused       mean((v - v_ref)^2)
 
+    cells: weights of the values, with a mean of 1, which broadcast against mean; None: all are 1.
     Where std is 0 (a deterministic step) the result and its gradient are 0. Raises ValueError on an
     unknown kind.
     """
     check_kind(kind)
     difference = mean.astype(jnp.float32) - mean_ref.astype(jnp.float32)
-    squared = jnp.mean(difference * difference, axis=tuple(range(1, difference.ndim)))  # [B]
+    squares = difference * difference
+    squares = squares if cells is None else cells * squares
+    squared = jnp.mean(squares, axis=tuple(range(1, difference.ndim)))  # [B]
     if kind in ("x", "velocity"):
         return squared
     assert std is not None, f"kind={kind!r} needs std"

@@ -127,6 +127,10 @@ class Rows:
         old_mean: [B, ...] fp32, the mean of the step at rollout, where the objective needs it.
         weight: [B] fp32, weight of the step. The policy loss is multiplied by it, the KL by its
             square (`LossConfig.kl_weighted`). None: 1.
+        cells: fp32, broadcasts against x: weights of the values of each video, with a mean of 1.
+            Log-probs and D of `LossConfig` are then means with these weights, and the log-prob at
+            rollout follows from old_mean, which is needed. The KL to the reference has no such
+            weights. None: all are 1.
         preserving: whether the mean of the step is that of CPS.
     """
 
@@ -140,6 +144,7 @@ class Rows:
     mask: Array
     old_mean: Array | None = None
     weight: Array | None = None
+    cells: Array | None = None
     preserving: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
@@ -254,7 +259,11 @@ def policy_gradient_terms(
         )
     step = rows.sigma, rows.sigma_next, rows.g, rows.preserving
     mean, std = sde.sde_mean_std(rows.x, velocity, *step)
-    log_prob = sde.log_prob(rows.x_next, mean, std)  # [B]
+    log_prob = sde.log_prob(rows.x_next, mean, std, rows.cells)  # [B]
+    if rows.cells is not None:
+        assert rows.old_mean is not None, "weights of cells need rows.old_mean"
+        before = sde.log_prob(rows.x_next, rows.old_mean, std, rows.cells)
+        rows = dataclasses.replace(rows, old_log_prob=before)
     # the policy loss, and the KL
     policy_loss, ratio, clipped = policy_term(rows, log_prob, mean, std, config)
     kl = jnp.zeros_like(policy_loss)
@@ -302,7 +311,7 @@ def policy_term(
 def _divergence(rows: Rows, mean: Array, std: Array) -> Array:
     """Return D of `LossConfig`, the KL between the Gaussians of the step now and at rollout, [B]."""
     assert rows.old_mean is not None, "the objective needs rows.old_mean"
-    return kl_to_reference(mean, rows.old_mean, std, kind="flow_grpo")
+    return kl_to_reference(mean, rows.old_mean, std, kind="flow_grpo", cells=rows.cells)
 
 
 def _metrics(

@@ -56,7 +56,7 @@ class AWM(FlowMatching):
         return Selection(np.arange(len(weight)), None, weight, credit.spread)
 
     def loss(self, rows: Rows) -> tuple[Array, dict[str, Array]]:
-        behaviour_error = mean_square(rows.v_lagged["behaviour"] - rows.target)
+        behaviour_error = mean_square(rows.v_lagged["behaviour"] - rows.target, rows.cells)
         log_ratio = behaviour_error - rows.error  # lp - lp_b
         loss, ratio = clipped_loss(log_ratio, rows.weight, self.clip, self.clip)
         return loss, {"ratio_mean": ratio, "clip_fraction": jnp.abs(ratio - 1) > self.clip}

@@ -67,7 +67,7 @@ class DPO(FlowMatching):
     def loss(self, rows: Rows) -> tuple[Array, dict[str, Array]]:
         reference = rows.v_lagged[REFERENCE] if self.reference_every else rows.v_reference
         assert reference is not None, "needs_reference"
-        excess = rows.error - mean_square(reference - rows.target)
+        excess = rows.error - mean_square(reference - rows.target, rows.cells)
         margin = excess[::2] - excess[1::2]
         return dpo_loss(margin, self.beta), {"preferred": margin < 0}
 

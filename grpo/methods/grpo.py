@@ -29,6 +29,7 @@ from grpo.scoring.advantages import step_advantages
 from grpo.settings.schema import Recipe
 from wan_jax.diffusion.experts import guidances
 from wan_jax.diffusion.guidance import TextBatch, velocity
+from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.errors import UserError
 
 # the lagged copy that is the reference with train.kl_reference=average, as checkpoints name it
@@ -50,11 +51,13 @@ class PolicyBatch:
             [M, ...]).
         advantages: [M, B] fp32, or [M, K, B] where they differ between steps.
         valid: [M, B] bool, videos that count.
+        cells: [M, B, F, H, W, 1] fp32, `Credit.cell_weights`; None: all count alike.
     """
 
     trajectory: Trajectory
     advantages: jax.Array
     valid: jax.Array
+    cells: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -70,6 +73,7 @@ class Steps:
         text: of the videos.
         advantages: [B] fp32.
         valid: [B] bool.
+        cells: [B, F, H, W, 1] fp32, weights of the cells of the latents.
     """
 
     x: jax.Array
@@ -80,6 +84,7 @@ class Steps:
     text: TextBatch
     advantages: jax.Array
     valid: jax.Array
+    cells: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +99,7 @@ class GRPO(Method):
             (train.credit=otca).
         drop_zero_advantages: whether videos whose advantages are all 0 do not count.
         ratio_tolerance: bound of the deviation of the importance ratio from 1 in the first update.
+        by_cell: whether log-probs are weighted by cell (train.box_credit).
     """
 
     policy_loss: LossConfig = dataclasses.field(default_factory=LossConfig)
@@ -101,6 +107,7 @@ class GRPO(Method):
     step_importance: bool = False
     drop_zero_advantages: bool = False
     ratio_tolerance: float = 1e-4
+    by_cell: bool = False
 
     name = "grpo"
     default_kl_weight = 0.004
@@ -180,6 +187,7 @@ class GRPO(Method):
             step_importance=train.credit == "otca",
             drop_zero_advantages=train.zero_advantages == "drop",
             ratio_tolerance=tolerance,
+            by_cell=train.box_credit > 0,
         )
 
     # ---- weights -----------------------------------------------------------------------------
@@ -204,7 +212,7 @@ class GRPO(Method):
     # ---- the rollout -------------------------------------------------------------------------
     @property
     def keeps_mean(self) -> bool:
-        return self.policy_loss.needs_old_mean
+        return self.policy_loss.needs_old_mean or self.by_cell
 
     @property
     def keeps_latents(self) -> bool:
@@ -250,6 +258,9 @@ class GRPO(Method):
             trajectory=functions.trajectory(expert, m),
             advantages=abstract.array((m, *steps, b), jnp.float32),
             valid=abstract.array((m, b), bool),
+            cells=functions.rows(jnp.float32, m, shape=(*spec.shape[:-1], 1))
+            if self.by_cell
+            else None,
         )
 
     def epoch_shapes(self, functions) -> tuple:
@@ -303,6 +314,8 @@ class GRPO(Method):
         spread = credit.spread.reshape(batches, -1)
         numbers = numbers.reshape(batches, -1)
         trajectories = rollout.trajectories[name]
+        cells = credit.cell_weights(spec, rollout.frames)
+        sharding = sharding_lib.batch_sharding(spec.mesh)
         # the rollout batches of each optimiser step
         for chosen in credit.order[spec.update_batches(expert)]:
             if (counted & spread)[chosen].any():
@@ -310,6 +323,9 @@ class GRPO(Method):
                 batch = stack_batches(
                     [trajectories[b] for b in chosen], advantages[chosen], counted[chosen]
                 )
+                if cells is not None:
+                    rows = [sharding_lib.place(cells[numbers[b]], sharding) for b in chosen]
+                    batch = dataclasses.replace(batch, cells=jnp.stack(rows))
                 yield numbers[chosen][counted[chosen]], batch, self.share_kept(update, False)
 
     def check_first(self, values: dict[str, float], epoch: int) -> dict[str, float]:
@@ -445,6 +461,7 @@ def objective(
         mask=steps.valid,
         old_mean=steps.mean,
         weight=weight,
+        cells=steps.cells,
         preserving=table.preserving,
     )
 
@@ -475,21 +492,21 @@ def make_gradient(
     grad_fn = jax.grad(partial(objective, policy, table, guidance, config), has_aux=True)
 
     def gradient(trainable: Flat, inputs: GradientInputs, frozen, batch: PolicyBatch):
-        def one_step(carry, row, text, valid):
+        def one_step(carry, row, text, valid, cells):
             x, x_next, log_prob, index, mean, advantages = row
-            steps = Steps(x, x_next, log_prob, index, mean, text, advantages, valid)
+            steps = Steps(x, x_next, log_prob, index, mean, text, advantages, valid, cells)
             grads, metrics = grad_fn(trainable, inputs, frozen, steps)
             return (jax.tree.map(jnp.add, carry[0], grads), carry[1].merge(metrics)), None
 
         def one_micro_batch(carry, micro):
-            t, advantages, valid = micro
+            t, advantages, valid, cells = micro
             advantages = jnp.broadcast_to(advantages, t.log_prob.shape)
             rows = (t.x, t.x_next, t.log_prob, t.step, t.mean, advantages)  # each [K, ...]
-            body = partial(one_step, text=t.text, valid=valid)
+            body = partial(one_step, text=t.text, valid=valid, cells=cells)
             return jax.lax.scan(body, carry, rows)[0], None
 
         carry = (jax.tree.map(jnp.zeros_like, trainable), LossMetrics.zero(config))
-        micro_batches = (batch.trajectory, batch.advantages, batch.valid)
+        micro_batches = (batch.trajectory, batch.advantages, batch.valid, batch.cells)
         (grads, metrics), _ = jax.lax.scan(one_micro_batch, carry, micro_batches)
         return jax.tree.map(lambda g: g / jnp.maximum(metrics.count, 1.0), grads), metrics
 

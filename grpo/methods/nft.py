@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo.credit import Credit
-from grpo.learning.flow_matching import FlowMatching, Rows, check_range, mean_square
+from grpo.learning.flow_matching import FlowMatching, Rows, check_range, mean_square, video_mean
 from grpo.learning.selection import Selection
 from grpo.settings.schema import Recipe
 from wan_jax.diffusion.solvers import per_sample
@@ -84,7 +84,10 @@ class NFT(FlowMatching):
 
     def loss(self, rows: Rows) -> tuple[Array, dict[str, Array]]:
         v_behaviour = rows.v_lagged[BEHAVIOUR]
-        loss = nft_loss(rows.x, rows.x0, rows.sigma, rows.v, v_behaviour, rows.weight, self.beta)
+        optimality, cells = rows.weight, rows.cells
+        loss = nft_loss(
+            rows.x, rows.x0, rows.sigma, rows.v, v_behaviour, optimality, self.beta, cells=cells
+        )
         return self.advantage_clip * loss, {}
 
 
@@ -96,7 +99,15 @@ def optimality(advantages: np.ndarray, clip: float) -> np.ndarray:
 
 
 def nft_loss(
-    x: Array, x0: Array, sigma: Array, v: Array, v_old: Array, optimality: Array, beta: float
+    x: Array,
+    x0: Array,
+    sigma: Array,
+    v: Array,
+    v_old: Array,
+    optimality: Array,
+    beta: float,
+    *,
+    cells: Array | None = None,
 ) -> Array:
     """Return the loss of DiffusionNFT (arXiv 2509.16117) with its adaptive weighting, [B]:
 
@@ -105,6 +116,7 @@ def nft_loss(
         l(v) = mean((x - s v - x0)^2) / w,       w = max(mean |x - s v - x0|, 1e-5) without gradient.
 
     x, x0, v and v_old (the behaviour policy's velocity) are [B, ...]; sigma and optimality are [B].
+    cells: weights of the values in both means, as in `video_mean`.
     At v = v_old the gradient is that of (2 r - 1) l(v), so that a video with r = 1/2 does not
     change the policy.
     """
@@ -113,8 +125,8 @@ def nft_loss(
     def error(v):
         """Return l(v), from the error of the predicted clean sample."""
         difference = x - s * v - x0
-        size = jnp.mean(jnp.abs(difference), axis=tuple(range(1, x.ndim)))
-        return mean_square(difference) / jax.lax.stop_gradient(jnp.maximum(size, 1e-5))
+        size = video_mean(jnp.abs(difference), cells)
+        return mean_square(difference, cells) / jax.lax.stop_gradient(jnp.maximum(size, 1e-5))
 
     positive = (1 - beta) * v_old + beta * v
     negative = (1 + beta) * v_old - beta * v

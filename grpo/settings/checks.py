@@ -13,7 +13,7 @@ from grpo.scoring.reward_combination import BAD_SIDE
 from grpo.scoring.reward_servers import check_settings
 from grpo.settings import frame_schedule
 from grpo.settings.named import TEXT, own_names, pairs, servers_by_name
-from grpo.settings.schema import BUILT_IN, measured_rewards
+from grpo.settings.schema import BUILT_IN, TEXT_AREA, measured_rewards
 from rewards.clip import KINDS, check_model
 from rewards.own import TARGET
 from wan_jax.errors import UserError
@@ -74,8 +74,14 @@ def check_rewards(recipe) -> None:
         explicit = {name: weights[name] for name in weights if name not in recipe.reward.panel}
         raise UserError(f"config.reward.weights={explicit}: one weight must be above 0")
     text_servers = servers_by_name(recipe.reward.servers).get(TEXT, ())
+    boxes = boxes_needed(recipe)
+    if boxes and text_servers:
+        raise UserError(
+            f"{boxes} needs the boxes of the text, which config.reward.servers={text_servers} do not "
+            "send: read the text on this machine, without these servers, or leave it out"
+        )
     if "ocr" not in weights:
-        reads = f"config.reward.servers={text_servers}" if text_servers else None
+        reads = boxes or (f"config.reward.servers={text_servers}" if text_servers else None)
         if recipe.reward.weights.stability is not None:
             reads = f"config.reward.weights.stability={recipe.reward.weights.stability}"
         if reads:
@@ -101,6 +107,19 @@ def check_rewards(recipe) -> None:
             f"config.reward.weights has {', '.join(sorted(quality))}, which are judged by the base "
             "model's videos of one length: leave out either them or config.sample.frame_schedule"
         )
+
+
+def boxes_needed(recipe) -> str | None:
+    """Return the first setting that needs the boxes of the text that is read, with its value; None
+    without any.
+    """
+    if recipe.train.box_credit:
+        return f"config.train.box_credit={recipe.train.box_credit}"
+    if (weight := recipe.reward.weights[TEXT_AREA]) is not None:
+        return f"config.reward.weights.{TEXT_AREA}={weight}"
+    if TEXT_AREA in recipe.reward.panel:
+        return f"config.reward.panel={tuple(recipe.reward.panel)}"
+    return None
 
 
 def check_own_rewards(recipe) -> None:

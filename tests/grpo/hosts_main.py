@@ -17,7 +17,7 @@ import numpy as np
 from grpo import credit, train
 from grpo.learning import train_state
 from rewards.pool import RewardPool
-from tests.rewards.pool_rewards import Brightness
+from tests.rewards.pool_rewards import Boxed
 from wan_jax.command_line import cli, flag_source
 from wan_jax.distributed import multihost
 
@@ -42,7 +42,7 @@ def record(folder: pathlib.Path, replace=setattr) -> None:
 
     replace(credit, "group_advantages", advantages)
     replace(train_state, "save", save)
-    replace(train, "open_pool", lambda c, *_: RewardPool(Brightness, workers=c.workers))
+    replace(train, "open_pool", lambda c, *_, **boxes: RewardPool(Boxed, workers=c.workers))
     replace(multihost, "CHUNK", 2**12)  # so that the prompts' embeddings come in several pieces
 
 

@@ -31,6 +31,7 @@ SETTINGS = (
     "sample.batch_size=8",
     "sample.group_size=8",
     "train.updates_per_epoch=1",
+    "train.box_credit=0.5",
     "reward.workers=1",
     "train.learning_rate=1e-3",
     "save.keep=9",

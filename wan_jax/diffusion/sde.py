@@ -159,7 +159,10 @@ def mean_slope(config: SDEConfig, schedule: Schedule) -> Float64[np.ndarray, " T
 
 
 def log_prob(
-    x_next: Float[Array, " B *latent"], mean: Float[Array, " B *latent"], std: PerVideo
+    x_next: Float[Array, " B *latent"],
+    mean: Float[Array, " B *latent"],
+    std: PerVideo,
+    cells: Float[Array, " B ..."] | None = None,
 ) -> Float32[Array, " B"]:
     """Return log N(x_next; mean, std^2 I) of each video, as the MEAN over all other dimensions.
 
@@ -167,11 +170,15 @@ def log_prob(
     video, which is why clip ranges are so small; one unit in the last place is about 2e-7. A
     deterministic step (std = 0) has no density: its log-prob is defined as 0, and so are its
     gradients.
+
+    cells: weights of the values of a video, with a mean of 1, in a shape that broadcasts against
+    x_next; the mean is then weighted. None: all are 1.
     """
     std = jnp.broadcast_to(jnp.asarray(std, jnp.float32), x_next.shape[:1])  # [B]
     safe = jnp.where(std > 0, std, 1.0)
     z = (x_next.astype(jnp.float32) - mean.astype(jnp.float32)) / per_sample(safe, x_next)
-    value = -0.5 * jnp.mean(z * z, axis=tuple(range(1, z.ndim))) - jnp.log(safe) - HALF_LOG_2PI
+    squares = z * z if cells is None else cells * (z * z)
+    value = -0.5 * jnp.mean(squares, axis=tuple(range(1, z.ndim))) - jnp.log(safe) - HALF_LOG_2PI
     return jnp.where(std > 0, value, 0.0)
 
 

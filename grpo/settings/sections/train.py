@@ -146,6 +146,14 @@ class Train(Section):
         choices=CREDITS,
         experimental=("longcat", "rectified", "noise_over_step", "otca"),
     )
+    box_credit: float = setting(
+        0.0,
+        "How much more the cells of a video's latents count in the loss where the OCR engine read "
+        "text, from 0, all alike, to below 1, hardly any others (docs/algorithms.md). It needs an OCR "
+        "engine on this machine.",
+        bounds=FRACTION,
+        experimental=True,
+    )
     clip_low: float = setting(
         1e-3,
         "Lower clip range: the ratio is clipped at 1 - clip_low. Log-probs are means over a video's "

@@ -100,7 +100,7 @@ def weights():
     return policy, moved(old), old, frozen
 
 
-def batch_of(method, weight, valid):
+def batch_of(method, weight, valid, cells=None):
     """Return (batch, latents) of four groups of two in batches of four, two noise levels each."""
     latents = [jax.random.normal(jax.random.key(i), (4, *SHAPE)) for i in range(2)]
     numbers = np.arange(8)
@@ -111,7 +111,7 @@ def batch_of(method, weight, valid):
     levels = method.noise_levels(run_spec(flow_sigmas(4, 3.0), (2,), videos=8), 1, 0)
     texts = [tiny_policy.text_batch(selected.videos.shape[1])] * len(selected.videos)
     key, mesh = jax.random.key(5), devices_mesh(1)
-    batch = flow_matching.stack(selected, latents, texts, levels, key, mesh)
+    batch = flow_matching.stack(selected, latents, texts, levels, key, mesh, cells=cells)
     return batch, np.concatenate(latents)
 
 
@@ -124,14 +124,26 @@ METHODS = {
 }
 
 
+def random_cells():
+    """Weights of the cells of eight videos, with a mean of 1, float32 [8, F, H, W, 1]."""
+    cells = np.random.default_rng(4).uniform(0.2, 1.8, (8, *SHAPE[:-1], 1))
+    return (cells / cells.mean(axis=(1, 2, 3, 4), keepdims=True)).astype(np.float32)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_loss_and_gradient_of_an_update(weights, method):
+@pytest.mark.parametrize(
+    ("method", "by_cell"),
+    [(method, name in ("nft", "dpo", "awm")) for name, method in METHODS.items()],
+    ids=METHODS,
+)
+def test_loss_and_gradient_of_an_update(weights, method, by_cell):
     policy, new, old, frozen = weights
     guidance = 3.0 if method.guided else 1.0
     weight, valid = np.linspace(0, 1, 8, dtype=np.float32), np.array([1, 1, 1, 1, 0, 1, 1, 1], bool)
     held = GradientInputs(None, dict.fromkeys(method.lagged, old))
-    batch, x0 = batch_of(method, weight, valid)
+    cells = random_cells() if by_cell else None
+    batch, x0 = batch_of(method, weight, valid, cells)
+    cells = np.ones(8) if cells is None else cells
     gradient = jax.jit(method.make_gradient(policy, None, guidance))
     grads, metrics = gradient(new, held, frozen, batch)
 
@@ -160,13 +172,16 @@ def test_loss_and_gradient_of_an_update(weights, method):
             for b in np.flatnonzero(batch.valid[m]):
                 n, e, s = numbers[b], np.asarray(noise[b], np.float64), float(sigma[b, 0, 0, 0, 0])
                 if method.pairs:
-                    pairs = (x0[n], e, v[b], v_ref[b]), (x0[n + 1], e, v_worse[0][b], v_worse[1][b])
+                    better = x0[n], e, v[b], v_ref[b], cells[n]
+                    pairs = better, (x0[n + 1], e, v_worse[0][b], v_worse[1][b], cells[n + 1])
                     losses.append(reference.dpo_loss(*pairs, 30.0))
                     continue
                 if method.name == "nft":
-                    loss = 5.0 * reference.nft_loss(x0[n], e, s, v[b], v_old[b], weight[n], 0.3)
+                    args = x0[n], e, s, v[b], v_old[b], weight[n], 0.3, cells[n]
+                    loss = 5.0 * reference.nft_loss(*args)
                 else:
-                    error, old_error = (np.mean((u[b] - (e - x0[n])) ** 2) for u in (v, v_old))
+                    errors = [cells[n] * (u[b] - (e - x0[n])) ** 2 for u in (v, v_old)]
+                    error, old_error = map(np.mean, errors)
                     loss = weight[n] * error
                     if method.name == "awm":
                         loss = -weight[n] * np.exp(old_error - error)

@@ -260,7 +260,7 @@ def test_bad_configuration(arguments, message):
         LossConfig(**arguments)
 
 
-def variant(args, objective_name, preserving, distance=1.0):
+def variant(args, objective_name, preserving, distance=1.0, cells=None):
     """(rows with the old mean, velocities, clip range, the reference's (loss, ratio) of row b at
     velocity v).
     """
@@ -279,6 +279,7 @@ def variant(args, objective_name, preserving, distance=1.0):
     rows = dataclasses.replace(
         rows_of(args, sde.log_prob(jnp.asarray(args["x_next"]), old_mean, std)),
         old_mean=old_mean,
+        cells=None if cells is None else jnp.asarray(cells, jnp.float32),
         preserving=preserving,
     )
     mean_std = reference.cps_mean_std if preserving else reference.mean_std
@@ -298,16 +299,27 @@ def variant(args, objective_name, preserving, distance=1.0):
             clip["clip_low"],
             clip["clip_high"],
             1e-3,
+            1.0 if cells is None else cells[b],
         )
 
     return rows, args["v_new"], clip, of_row
 
 
+def random_cells(seed=7):
+    """Weights of the cells of every row, with a mean of 1; a third of them 0."""
+    cells = np.random.default_rng(seed).uniform(0.5, 1.5, (SHAPE[0], 1, *SHAPE[2:]))
+    cells[..., ::3] = 0
+    return cells / cells.mean(axis=(1, 2, 3, 4), keepdims=True)
+
+
+@pytest.mark.parametrize("cells", [None, random_cells()], ids=["alike", "by_cell"])
 @pytest.mark.parametrize("preserving", [False, True])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_objectives_equal_their_formulas(name, preserving):
-    """Losses, ratios, and gradients against central differences, on both sides of every clip."""
-    rows, v, clip, of_row = variant(batch(), name, preserving)
+def test_objectives_equal_their_formulas(name, preserving, cells):
+    """Losses, ratios, and gradients against central differences, on both sides of every clip; with
+    weights of the cells too, of which those of 0 get no gradient.
+    """
+    rows, v, clip, of_row = variant(batch(), name, preserving, cells=cells)
     config = LossConfig(**clip, kl_beta=0.0, objective=name, divergence=1e-3)
     loss, gradient, metrics = objective(rows, v, None, config)
     want, ratios = zip(*(of_row(b, v[b].astype(np.float64)) for b in range(8)))
@@ -328,12 +340,30 @@ def test_objectives_equal_their_formulas(name, preserving):
         found.append(float(np.sum(np.asarray(gradient[b], np.float64) * direction)))
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-5 * np.abs(expected).max())
     assert 0 < np.count_nonzero(found) < 8  # some rows are clipped or left out
+    if cells is not None:
+        assert not np.any(np.asarray(gradient)[np.broadcast_to(cells, SHAPE) == 0])
 
 
+def test_masked_rows_equal_removed_ones_by_cell():
+    rows, v, clip, _ = variant(batch(), "guard", False, cells=random_cells())
+    config = LossConfig(**clip, kl_beta=0.0, objective="guard")
+    counted = jnp.arange(8) < 6
+    masked = dataclasses.replace(
+        rows, mask=counted, cells=jnp.where(counted[:, None, None, None, None], rows.cells, 1e3)
+    )
+    loss, gradient, metrics = objective(masked, v, None, config)
+    first = jax.tree.map(lambda x: x[:6], rows)
+    want, want_gradient, want_metrics = objective(first, v[:6], None, config)
+    assert float(loss) == pytest.approx(float(want), rel=1e-6)  # sums in another order
+    np.testing.assert_allclose(gradient[:6], want_gradient, rtol=1e-5)
+    assert not np.any(gradient[6:]) and float(metrics.count) == float(want_metrics.count) == 6
+
+
+@pytest.mark.parametrize("cells", [None, random_cells()], ids=["alike", "by_cell"])
 @pytest.mark.parametrize("preserving", [False, True])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_on_policy_the_ratio_is_one_and_the_gradient_is_not_zero(name, preserving):
-    rows, v, *_ = variant(batch(), name, preserving, distance=0.0)
+def test_on_policy_the_ratio_is_one_and_the_gradient_is_not_zero(name, preserving, cells):
+    rows, v, *_ = variant(batch(), name, preserving, distance=0.0, cells=cells)
     _, gradient, metrics = objective(rows, v, None, LossConfig(kl_beta=0.0, objective=name))
     assert max(float(metrics.ratio_max) - 1, 1 - float(metrics.ratio_min)) < 2e-6
     assert all(np.abs(np.asarray(gradient)).reshape(8, -1).max(1) > 0)

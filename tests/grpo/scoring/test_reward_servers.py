@@ -2,10 +2,12 @@ import ml_collections
 import numpy as np
 import pytest
 
+from configs import tiny_ocr
 from configs.defaults import defaults
 from grpo.scoring.reward_combination import MAIN
 from grpo.scoring.reward_pool import open_pool
 from grpo.scoring.reward_servers import check_settings
+from grpo.settings import parse
 from rewards.judge import TRANSCRIBE
 from tests.rewards.drawing import video
 from tests.rewards.serving import TOKEN, Command, scripted
@@ -131,6 +133,29 @@ def test_settings_that_cannot_be_meant(changes, message):
     with pytest.raises(UserError, match=message) as error:
         check_settings(reward_of(**changes))
     assert "hush" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"train.box_credit": 0.5}, "train.box_credit=0.5"),
+        ({"reward.weights.text_area": 0.0}, "reward.weights.text_area=0.0"),
+        ({"reward.panel": ("text_area",)}, "reward.panel=('text_area',)"),
+    ],
+)
+@pytest.mark.parametrize(
+    "without, lacking",
+    [
+        ({"reward.servers": ("http://a:1",)}, "reward.servers=('http://a:1',)"),
+        ({"reward.weights.ocr": None, "reward.weights.motion": 1.0}, "reward.weights.ocr=None"),
+    ],
+)
+def test_boxes_need_a_reader_on_this_machine(changes, named, without, lacking):
+    config = tiny_ocr.get_config()
+    config.update_from_flattened_dict(changes | without)
+    with pytest.raises(UserError) as error:
+        parse.from_config(config)
+    assert named in str(error.value) and lacking in str(error.value)
 
 
 def test_settings_without_servers_are_as_before():
