@@ -19,6 +19,7 @@ from grpo.scoring.advantages import (
     largest_spread,
 )
 from grpo.scoring.box_credit import Boxes, cell_weights
+from grpo.scoring.kl_gate import auxiliary_rewards, kl_gate
 from grpo.scoring.scores import GatheredScores
 from grpo.settings.schema import Recipe
 
@@ -36,6 +37,7 @@ class Credit:
         counted: bool [N], whether the video is valid and trained on.
         order: int [at most batches], numbers of the rollout batches that hold a selected group.
         groups: statistics of the groups, for the log.
+        kl_gate: fp32 [N], weight of the KL of each video (train.kl_gate); None: all are 1.
         boxes: of the text read in each video (`GatheredScores.boxes`), for `cell_weights`.
     """
 
@@ -47,6 +49,7 @@ class Credit:
     counted: np.ndarray
     order: np.ndarray
     groups: GroupStatistics
+    kl_gate: np.ndarray | None = None
     boxes: Sequence[Boxes] = ()
 
     def cell_weights(self, spec: RunSpec, frames: int) -> np.ndarray | None:
@@ -82,6 +85,10 @@ def compute_credit(
             rewards, weights, prompt_of, valid, **options
         )
         value, differing = advantages, list(rewards.values())
+    gate, share = None, recipe.train.kl_gate
+    if share is not None:
+        others = auxiliary_rewards(scores.parts, weights, base, scores.main)
+        gate = kl_gate(scores.values, others, valid, share)
     # selection of groups (train.groups), then of videos within them (train.best_of)
     selected = largest_spread(total, prompt_of, valid, recipe.train.groups or recipe.sample.groups)
     return Credit(
@@ -93,6 +100,7 @@ def compute_credit(
         counted=selected & extremes(total, prompt_of, valid, recipe.train.best_of),
         order=np.flatnonzero(selected.reshape(spec.settings.batches, -1).any(1)),
         groups=group_statistics(total, prompt_of, valid),
+        kl_gate=gate,
         boxes=scores.boxes,
     )
 

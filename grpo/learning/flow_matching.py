@@ -95,6 +95,7 @@ class FinishedBatch:
         key: JAX key of the epoch.
         cells: [M, B, F, H, W, 1] fp32, `Credit.cell_weights` of `x0`; None: all count alike.
         worse_cells: the same of `worse`.
+        kl_gate: [M, B] fp32, `Credit.kl_gate`; None: the KL counts for all videos.
     """
 
     x0: Array
@@ -109,6 +110,7 @@ class FinishedBatch:
     key: Array
     cells: Array | None = None
     worse_cells: Array | None = None
+    kl_gate: Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -130,6 +132,7 @@ class FinishedRows:
     key: Array
     cells: Array | None
     worse_cells: Array | None
+    kl_gate: Array | None
 
 
 @jax.tree_util.register_dataclass
@@ -287,9 +290,9 @@ class FlowMatching(Method):
         def gradient(trainable: Flat, inputs: "GradientInputs", frozen, batch: FinishedBatch):
             def one_draw(carry, level, micro):
                 sigma, timestep, draw = level
-                x0, worse, text, video, weight, valid, *cells = micro
+                x0, worse, text, video, weight, valid, *factors = micro
                 rows = x0, worse, text, video, weight, valid
-                row = FinishedRows(*rows, sigma, timestep, draw, batch.key, *cells)
+                row = FinishedRows(*rows, sigma, timestep, draw, batch.key, *factors)
                 grads, metrics = grad_fn(trainable, inputs.lagged, frozen, row)
                 return jax.tree.map(jnp.add, carry, (grads, metrics)), None
 
@@ -308,6 +311,7 @@ class FlowMatching(Method):
                 batch.valid,
                 batch.cells,
                 batch.worse_cells,
+                batch.kl_gate,
                 batch.sigma,
                 batch.timestep,
             )
@@ -346,6 +350,9 @@ class FlowMatching(Method):
             key=functions.random_key(),
             cells=cells,
             worse_cells=cells if self.pairs else None,
+            kl_gate=None
+            if spec.recipe.train.kl_gate is None
+            else abstract.array((m, b), jnp.float32),
         )
 
     def epoch_shapes(self, functions: "Functions") -> tuple:
@@ -385,6 +392,9 @@ class FlowMatching(Method):
             batch = stack(
                 selected, rollout.finished, texts, levels, rollout.key, spec.mesh, cells=cells
             )
+            if credit.kl_gate is not None:
+                gate = jnp.asarray(credit.kl_gate[selected.videos])
+                batch = dataclasses.replace(batch, kl_gate=gate)
             yield selected.numbers, batch, self.share_kept(number, selected is updates[-1])
 
     def noise_levels(self, spec: "RunSpec", epoch: int, segment: int) -> Levels:
@@ -492,6 +502,8 @@ def objective(
     )
     if rows.worse is not None:
         error, kl = error[::2], kl[::2]
+    if rows.kl_gate is not None:
+        kl = rows.kl_gate * kl
     if method.kl_weight:
         loss = loss + method.kl_weight * kl
 

@@ -131,6 +131,7 @@ class Rows:
             Log-probs and D of `LossConfig` are then means with these weights, and the log-prob at
             rollout follows from old_mean, which is needed. The KL to the reference has no such
             weights. None: all are 1.
+        kl_gate: [B] fp32, weight of the KL to the reference of each row (train.kl_gate). None: 1.
         preserving: whether the mean of the step is that of CPS.
     """
 
@@ -145,6 +146,7 @@ class Rows:
     old_mean: Array | None = None
     weight: Array | None = None
     cells: Array | None = None
+    kl_gate: Array | None = None
     preserving: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
@@ -272,6 +274,8 @@ def policy_gradient_terms(
     if rows.weight is not None:
         policy_loss = rows.weight * policy_loss
         kl = rows.weight**2 * kl if config.kl_weighted else kl
+    if rows.kl_gate is not None:
+        kl = rows.kl_gate * kl
     metrics = _metrics(rows, log_prob, ratio, clipped, policy_loss, kl)
     loss = policy_loss + (config.kl_beta if kl_beta is None else kl_beta) * kl
     # distillation of guidance

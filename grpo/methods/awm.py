@@ -35,7 +35,7 @@ class AWM(FlowMatching):
 
     name = "awm"
     default_kl_weight = 0.1
-    reads = (*FlowMatching.reads, "train.kl_weight")
+    reads = (*FlowMatching.reads, "train.kl_weight", "train.kl_gate")
     on_advantages = True
     rollout_levels = True
     logs = ("ratio_mean", "clip_fraction")

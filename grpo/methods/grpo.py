@@ -52,12 +52,14 @@ class PolicyBatch:
         advantages: [M, B] fp32, or [M, K, B] where they differ between steps.
         valid: [M, B] bool, videos that count.
         cells: [M, B, F, H, W, 1] fp32, `Credit.cell_weights`; None: all count alike.
+        kl_gate: [M, B] fp32, `Credit.kl_gate`; None: the KL counts for all videos.
     """
 
     trajectory: Trajectory
     advantages: jax.Array
     valid: jax.Array
     cells: jax.Array | None = None
+    kl_gate: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -74,6 +76,7 @@ class Steps:
         advantages: [B] fp32.
         valid: [B] bool.
         cells: [B, F, H, W, 1] fp32, weights of the cells of the latents.
+        kl_gate: [B] fp32, weights of the KL.
     """
 
     x: jax.Array
@@ -85,6 +88,7 @@ class Steps:
     advantages: jax.Array
     valid: jax.Array
     cells: jax.Array | None = None
+    kl_gate: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +141,7 @@ class GRPO(Method):
         "train.divergence",
         "train.kl_weight",
         "train.kl_kind",
+        "train.kl_gate",
         "train.kl_horizon",
         "train.kl_weight_range",
         "train.kl_reference_decay",
@@ -261,6 +266,9 @@ class GRPO(Method):
             cells=functions.rows(jnp.float32, m, shape=(*spec.shape[:-1], 1))
             if self.by_cell
             else None,
+            kl_gate=None
+            if spec.recipe.train.kl_gate is None
+            else abstract.array((m, b), jnp.float32),
         )
 
     def epoch_shapes(self, functions) -> tuple:
@@ -326,6 +334,9 @@ class GRPO(Method):
                 if cells is not None:
                     rows = [sharding_lib.place(cells[numbers[b]], sharding) for b in chosen]
                     batch = dataclasses.replace(batch, cells=jnp.stack(rows))
+                if credit.kl_gate is not None:
+                    gate = jnp.asarray(credit.kl_gate[numbers[chosen]])
+                    batch = dataclasses.replace(batch, kl_gate=gate)
                 yield numbers[chosen][counted[chosen]], batch, self.share_kept(update, False)
 
     def check_first(self, values: dict[str, float], epoch: int) -> dict[str, float]:
@@ -462,6 +473,7 @@ def objective(
         old_mean=steps.mean,
         weight=weight,
         cells=steps.cells,
+        kl_gate=steps.kl_gate,
         preserving=table.preserving,
     )
 
@@ -492,21 +504,23 @@ def make_gradient(
     grad_fn = jax.grad(partial(objective, policy, table, guidance, config), has_aux=True)
 
     def gradient(trainable: Flat, inputs: GradientInputs, frozen, batch: PolicyBatch):
-        def one_step(carry, row, text, valid, cells):
+        def one_step(carry, row, text, valid, cells, kl_gate):
             x, x_next, log_prob, index, mean, advantages = row
-            steps = Steps(x, x_next, log_prob, index, mean, text, advantages, valid, cells)
+            by_video = text, advantages, valid, cells, kl_gate
+            steps = Steps(x, x_next, log_prob, index, mean, *by_video)
             grads, metrics = grad_fn(trainable, inputs, frozen, steps)
             return (jax.tree.map(jnp.add, carry[0], grads), carry[1].merge(metrics)), None
 
         def one_micro_batch(carry, micro):
-            t, advantages, valid, cells = micro
+            t, advantages, valid, cells, gate = micro
             advantages = jnp.broadcast_to(advantages, t.log_prob.shape)
             rows = (t.x, t.x_next, t.log_prob, t.step, t.mean, advantages)  # each [K, ...]
-            body = partial(one_step, text=t.text, valid=valid, cells=cells)
+            body = partial(one_step, text=t.text, valid=valid, cells=cells, kl_gate=gate)
             return jax.lax.scan(body, carry, rows)[0], None
 
         carry = (jax.tree.map(jnp.zeros_like, trainable), LossMetrics.zero(config))
-        micro_batches = (batch.trajectory, batch.advantages, batch.valid, batch.cells)
+        of_videos = (batch.advantages, batch.valid, batch.cells, batch.kl_gate)
+        micro_batches = (batch.trajectory, *of_videos)
         (grads, metrics), _ = jax.lax.scan(one_micro_batch, carry, micro_batches)
         return jax.tree.map(lambda g: g / jnp.maximum(metrics.count, 1.0), grads), metrics
 

@@ -40,6 +40,7 @@ class NFT(FlowMatching):
     reads = (
         *FlowMatching.reads,
         "train.kl_weight",
+        "train.kl_gate",
         "train.nft_beta",
         "train.old_rate",
         "train.old_most",

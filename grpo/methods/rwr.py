@@ -22,7 +22,7 @@ class RWR(FlowMatching):
     temperature: float = 1.0
 
     name = "rwr"
-    reads = (*FlowMatching.reads, "train.kl_weight", "train.temperature")
+    reads = (*FlowMatching.reads, "train.kl_weight", "train.kl_gate", "train.temperature")
 
     def __post_init__(self):
         super().__post_init__()

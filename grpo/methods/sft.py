@@ -19,7 +19,7 @@ class SFT(FlowMatching):
     """
 
     name = "sft"
-    reads = (*FlowMatching.reads, "train.kl_weight")
+    reads = (*FlowMatching.reads, "train.kl_weight", "train.kl_gate")
     one_per_group = True
 
     def select(self, credit: Credit, group_size: int) -> Selection:

@@ -8,12 +8,13 @@ import math
 import re
 
 from grpo import methods
+from grpo.learning.method import kl_weight
 from grpo.records import trackers
 from grpo.scoring.reward_combination import BAD_SIDE
 from grpo.scoring.reward_servers import check_settings
 from grpo.settings import frame_schedule
 from grpo.settings.named import TEXT, own_names, pairs, servers_by_name
-from grpo.settings.schema import BUILT_IN, TEXT_AREA, measured_rewards
+from grpo.settings.schema import BUILT_IN, TEXT_AREA, main_reward, measured_rewards
 from rewards.clip import KINDS, check_model
 from rewards.own import TARGET
 from wan_jax.errors import UserError
@@ -28,6 +29,7 @@ def check_together(recipe) -> None:
     methods.method_class(recipe.train.method).check(recipe)
     check_updates(recipe)
     check_rewards(recipe)
+    check_kl_gate(recipe)
     check_lora(recipe)
     check_evaluation(recipe)
     frame_schedule.check(recipe)
@@ -120,6 +122,26 @@ def boxes_needed(recipe) -> str | None:
     if TEXT_AREA in recipe.reward.panel:
         return f"config.reward.panel={tuple(recipe.reward.panel)}"
     return None
+
+
+def check_kl_gate(recipe) -> None:
+    """Check that train.kl_gate has a KL in the loss, and rewards to compare the main one with."""
+    train, method = recipe.train, methods.method_class(recipe.train.method)
+    if train.kl_gate is None or "train.kl_gate" not in method.reads:
+        return
+    weight, measured = kl_weight(method, recipe), measured_rewards(recipe)
+    main = main_reward(measured)
+    if not weight or train.kl_as != "loss":
+        raise UserError(
+            f"config.train.kl_gate={train.kl_gate} chooses the videos of the KL in the loss: it needs "
+            f"train.kl_weight={weight} above 0 and train.kl_as={train.kl_as} to be loss"
+        )
+    if not any(not value and name != main for name, value in measured.items()):
+        raise UserError(
+            f"config.train.kl_gate={train.kl_gate} compares {main} with rewards that are measured "
+            "without a weight, and there are none: give a weight of 0, or measures in "
+            f"config.reward.panel={tuple(recipe.reward.panel)}"
+        )
 
 
 def check_own_rewards(recipe) -> None:

@@ -1,5 +1,6 @@
 """The optimiser steps of an epoch: their order, what they are given, and what is recorded of them."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -37,6 +38,34 @@ def test_every_video_is_trained_on_once():
     advantages = np.concatenate([batch.advantages.ravel() for batch, _ in made])
     np.testing.assert_allclose(advantages, credit.advantages)
     assert all(batch.valid.all() for batch, _ in made)
+
+
+@pytest.mark.parametrize("method", ["grpo", "nft", "dpo"])
+def test_weights_of_cells_and_the_gate_of_the_kl_go_with_their_videos(method):
+    """On 8 x 8 cells; the boxes of the videos differ in width."""
+    values = {"train.method": method, "train.timesteps": 2, "train.updates_per_epoch": 1}
+    values |= {"sample.height": 64, "sample.width": 64, "reward.panel": ("dark",)}
+    spec = tiny_spec(**values | {"train.box_credit": 0.5, "train.kl_gate": 0.25})
+    session, made = session_of(spec)
+    parts = {"dark": np.array([0.5, 0.5, 0.9, 0.5, 0.5, 0.9, 0.5, 0.5])}
+    boxes = [{0: ((0.0, 0.0, number / 8, 0.2),)} for number in range(8)]
+    scores = dataclasses.replace(scores_of(REWARDS, parts), boxes=boxes)
+    rollout = rollout_of(spec)
+    credit = compute_credit(spec, scores, rollout.prompt_of, {"dark": (0.5, 0.1)})
+    update_epoch(session, states_of(spec), 1, rollout, credit)
+    ((batch, _),) = made
+    cells, gate = credit.cell_weights(spec, rollout.frames), credit.kl_gate
+    assert cells.shape == (8, 1, 8, 8, 1) and np.ptp(cells) > 0.5 and 0 < gate.sum() < 8
+    videos = np.array([[3, 7]]) if method == "dpo" else np.arange(8).reshape(2, 4)
+    np.testing.assert_array_equal(batch.cells, cells[videos])
+    np.testing.assert_array_equal(batch.kl_gate, gate[videos])
+    if method == "dpo":
+        np.testing.assert_array_equal(batch.worse_cells, cells[[[0, 4]]])
+    abstract = spec.method.batch_shapes(session.functions, 0)
+    for name in ("cells", "worse_cells", "kl_gate"):
+        found, wanted = getattr(batch, name, None), getattr(abstract, name, None)
+        assert (found is None) == (wanted is None)
+        assert found is None or (found.shape, found.dtype) == (wanted.shape, wanted.dtype), name
 
 
 def test_the_expert_on_the_device_goes_first():

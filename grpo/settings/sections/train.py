@@ -190,6 +190,13 @@ class Train(Section):
         bounds=FRACTION,
         experimental=True,
     )
+    kl_gate: float | None = setting(
+        None,
+        "Share of an epoch's videos that the KL holds: those whose main reward ranks furthest above "
+        "their other measured rewards (docs/algorithms.md). None: all videos.",
+        bounds=Range(0, 1, above=True, below=True),
+        experimental=True,
+    )
     kl_target: float | None = setting(
         None,
         "KL that the weight is adapted to; kl_weight is then the first weight. None: the weight is "

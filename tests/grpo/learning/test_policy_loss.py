@@ -344,6 +344,23 @@ def test_objectives_equal_their_formulas(name, preserving, cells):
         assert not np.any(np.asarray(gradient)[np.broadcast_to(cells, SHAPE) == 0])
 
 
+def test_the_gate_of_the_kl_leaves_the_policy_loss():
+    """The loss and the logged KL have the KL of the rows that are held."""
+    args, config = batch(), LossConfig(**CONFIG)
+    rows, v, v_ref = rows_of(args, old_log_prob(args)), args["v_new"], jnp.asarray(args["v_ref"])
+    whole, metrics = compiled_terms(rows, v, v_ref, config=config)
+    held = np.array([1, 0, 0, 1, 0, 1, 0, 0], np.float32)
+    gated = dataclasses.replace(rows, kl_gate=jnp.asarray(held))
+    terms, found = compiled_terms(gated, v, v_ref, config=config)
+    want = reference.grpo_objective(**args, **CONFIG)
+    np.testing.assert_allclose(
+        terms, want["policy_loss"] + CONFIG["kl_beta"] * held * want["kl"], rtol=1e-5, atol=1e-6
+    )
+    assert float(found.kl) == pytest.approx((held * want["kl"]).sum(), rel=1e-4)
+    assert float(found.policy_loss) == pytest.approx(float(metrics.policy_loss), rel=1e-6)
+    assert np.any(np.abs(whole - terms) > 1e-4)
+
+
 def test_masked_rows_equal_removed_ones_by_cell():
     rows, v, clip, _ = variant(batch(), "guard", False, cells=random_cells())
     config = LossConfig(**clip, kl_beta=0.0, objective="guard")
