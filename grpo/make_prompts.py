@@ -1,6 +1,7 @@
 """Writes prompts for training a video model to spell.
 
     python -m grpo.make_prompts --count=20000 --heldout=1000 --out=prompts --seed=0
+    python -m grpo.make_prompts --out=prompts --styles=short,long,two_texts,chinese
 
 A prompt names something that carries a text, where it is, and how the camera moves. OUT gets train
 and heldout, each as .txt (one prompt per line) and .jsonl, whose lines have the prompt, its targets,
@@ -8,21 +9,29 @@ text, surface, scene, light and camera. Everything is ASCII; the text is in stra
 Words of held-out texts, random ones too, occur in no training text. The seed determines both sets,
 and a larger set begins with the smaller one. Before the command ends, it reads the files back as
 `grpo.train` does.
+
+With `--styles` the prompts are written as people write them, each style in turn: `short` (a few words),
+`long` (60 to 100 words), `two_texts`, `chinese`, and `standard`, the sentence of this command without
+`--styles`. Lines have their style too, and each style has a file heldout_STYLE of its own, for
+`eval.more_prompts`. The Chinese words of held-out texts occur in no training text; their characters may.
 """
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from absl import flags
 
 from grpo.data.prompt_generator import CASES, TextStyle, generate, words_of
+from grpo.data.prompt_styles import STYLES, generate_styles
 from grpo.data.prompts import load_prompts
 from grpo.records.run_files import write_atomically
+from rewards.choices import ENGINES
+from rewards.ocr.rules import make_readable_check
 from rewards.ocr.targets import parse_targets
 from wan_jax.command_line import cli
-from wan_jax.command_line.flag_types import define_path
+from wan_jax.command_line.flag_types import check_used, define_path
 from wan_jax.errors import UserError
 
 
@@ -36,12 +45,31 @@ def write(path: pathlib.Path, lines: Sequence[dict]) -> None:
     """
     prompts = tuple(line["prompt"] for line in lines)
     targets = tuple(tuple(line["targets"]) for line in lines)
-    for suffix, rows in ((".txt", prompts), (".jsonl", map(json.dumps, lines))):
+    json_lines = [json.dumps(line, ensure_ascii=False) for line in lines]
+    for suffix, rows in ((".txt", prompts), (".jsonl", json_lines)):
         file = path.with_name(path.name + suffix)
-        write_atomically(file, ("\n".join(rows) + "\n").encode("ascii"))
+        write_atomically(file, ("\n".join(rows) + "\n").encode())
         read = load_prompts(file, parse_targets)
         if (read.prompts, read.targets) != (prompts, targets):
             raise UserError(f"{file} is not read back as it was written")
+
+
+def check_readable(sets: Mapping[str, Sequence[dict]], engine: str) -> None:
+    """Raise `UserError` where the OCR engine cannot read a text; print a note where its characters are
+    not known.
+    """
+    check = make_readable_check(engine)
+    if check is None:
+        print(f"note: the characters that --engine={engine} can read are not known: not checked")
+        return
+    for line in (line for lines in sets.values() for line in lines):
+        try:
+            check(line["targets"])
+        except ValueError as error:
+            raise UserError(
+                f"--styles={line['style']} with --engine={engine}: {error}; leave out this style, or "
+                "give an engine that reads it"
+            ) from None
 
 
 def main(_):
@@ -61,7 +89,12 @@ def main(_):
         random=args.random,
     )
     out = pathlib.Path(args.out)
-    sets = generate(args.count, args.heldout, args.seed, style)
+    if args.styles:
+        sets = generate_styles(args.count, args.heldout, args.seed, style, args.styles)
+        check_readable(sets, args.engine)
+    else:
+        check_used(args, {"engine": "--styles"})
+        sets = generate(args.count, args.heldout, args.seed, style)
     out.mkdir(parents=True, exist_ok=True)
     for name, lines in sets.items():
         write(out / name, lines)
@@ -69,7 +102,8 @@ def main(_):
         print(
             f"{out / name}.jsonl, .txt: {len(lines)} prompts, "
             f"{len({line['text'] for line in lines})} texts of {min(lengths)} to {max(lengths)} "
-            f"characters, median {np.median(lengths):.0f}, {len(words_of(lines))} words"
+            f"characters, median {np.median(lengths):.0f}"
+            + (f", {words} words" if (words := len(words_of(lines))) else "")
         )
 
 
@@ -79,6 +113,10 @@ if __name__ == "__main__":
     flags.DEFINE_integer("heldout", 1000, "number of held-out prompts", lower_bound=1)
     define_path("out", "folder to write", required=True)
     flags.DEFINE_integer("seed", 0, "determines both sets", lower_bound=0)
+    flags.DEFINE_list("styles", [], f"what the prompts look like: {', '.join(STYLES)}")
+    flags.DEFINE_enum(
+        "engine", ENGINES[0], ENGINES, "OCR engine that must be able to read the texts"
+    )
     flags.DEFINE_list("words", [str(n) for n in default.words], "least and most words of a text")
     flags.DEFINE_list(
         "characters",

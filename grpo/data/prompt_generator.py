@@ -136,30 +136,53 @@ def draw_prompts(
       UserError: `TRIES` texts in a row did not meet `style.characters`.
     """
     lines: dict[str, dict] = {}
-    low, high = style.characters
     while len(lines) < count:
         # 1 the text
-        for _ in range(TRIES):
-            text = draw_text(rng, parts.words, style, endings)
-            if low <= len(text.replace(" ", "")) <= high:
-                break
-        else:
-            raise UserError(
-                f"no text of {low} to {high} characters and {style.words[0]} to {style.words[1]} "
-                f"words in {TRIES} tries: change --characters or --words"
-            )
+        text = draw_limited_text(rng, parts.words, style, endings)
         # 2 what carries it, and where
-        surface, scene, light, camera = (
-            str(rng.choice(list(names)))
-            for names in (parts.surfaces, parts.scenes, parts.lights, parts.cameras)
-        )
+        surface, scene, light, camera = draw_looks(rng, parts)
         # 3 the sentence
         carrier = parts.surfaces[surface].format(text=f'"{text}"')
-        place = f"{parts.scenes[scene]} {parts.lights[light]}".strip()
-        prompt = f"{carrier[0].upper()}{carrier[1:]}, {place}. {parts.cameras[camera]}".strip()
+        prompt = f"{capitalised(carrier)}, {place_of(parts, scene, light)}. {parts.cameras[camera]}".strip()
         line = {"prompt": prompt, "targets": [text], "text": text, "surface": surface}
         lines.setdefault(prompt, line | {"scene": scene, "light": light, "camera": camera})
     return list(lines.values())
+
+
+def draw_looks(rng: np.random.Generator, parts: Vocabulary) -> tuple[str, str, str, str]:
+    """Draw the names of a surface, a scene, a light and a camera."""
+    surface, scene, light, camera = (
+        str(rng.choice(list(names)))
+        for names in (parts.surfaces, parts.scenes, parts.lights, parts.cameras)
+    )
+    return surface, scene, light, camera
+
+
+def place_of(parts: Vocabulary, scene: str, light: str) -> str:
+    """Return the phrases of a scene and a light by their names."""
+    return f"{parts.scenes[scene]} {parts.lights[light]}".strip()
+
+
+def capitalised(phrase: str) -> str:
+    """Return a phrase with its first letter in upper case."""
+    return f"{phrase[0].upper()}{phrase[1:]}"
+
+
+def draw_limited_text(
+    rng: np.random.Generator, words: Sequence[str], style: TextStyle, endings: str
+) -> str:
+    """Draw one text of as many characters as the style allows. Raises `UserError` where `TRIES` in a
+    row have too few or too many.
+    """
+    low, high = style.characters
+    for _ in range(TRIES):
+        text = draw_text(rng, words, style, endings)
+        if low <= len(text.replace(" ", "")) <= high:
+            return text
+    raise UserError(
+        f"no text of {low} to {high} characters and {style.words[0]} to {style.words[1]} "
+        f"words in {TRIES} tries: change --characters or --words"
+    )
 
 
 def draw_text(

@@ -52,6 +52,7 @@ def load_prompts(
     check: Callable[[tuple[str, ...]], None] | None = None,
     skip_invalid: bool = False,
     hint: str = "",
+    remedy: str = "--config.prompts.skip_invalid=True leaves them out",
 ) -> PromptSet:
     """Read a prompt file in the format of its suffix; repeated prompts are dropped.
 
@@ -62,7 +63,7 @@ def load_prompts(
       limit: number of prompts to take; None: all.
       check: raises ValueError on targets that cannot be scored.
       skip_invalid: leave out lines that cannot be scored.
-      hint: ends the message about lines that cannot be scored.
+      hint, remedy: end the message about lines that cannot be scored.
 
     Raises:
       UserError: the file cannot be read, has no prompt, or, without `skip_invalid`, has lines that
@@ -87,8 +88,7 @@ def load_prompts(
         if len(problems) > 5:
             shown += f"\n  and {len(problems) - 5} more"
         raise UserError(
-            f"{path}: {len(problems)} of {len(lines)} lines cannot be scored:\n{shown}{hint}\n"
-            "--config.prompts.skip_invalid=True leaves them out"
+            f"{path}: {len(problems)} of {len(lines)} lines cannot be scored:\n{shown}{hint}\n{remedy}"
         )
     if not found:
         raise UserError(f"{path} holds no prompt")

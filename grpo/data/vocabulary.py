@@ -179,3 +179,36 @@ CAMERAS = {
     "handheld": "The camera is held by hand and sways a little.",
     "zoom": "The camera zooms in on the letters.",
 }
+# sentences of long prompts (`grpo.data.prompt_styles.long`)
+LETTERS = (
+    "The letters are large, evenly spaced and easy to read, with crisp edges and a clear contrast to their ground.",
+    "Each letter was made with care; the strokes are thick and even, and nothing covers them.",
+    "The writing fills the middle of the picture, in plain upright letters that catch the light.",
+    "The characters are a little worn at the edges, yet every one of them can be read from afar.",
+    "The text stands out in a warm colour, set in one tidy line without any ornament around it.",
+    "The lettering is neat and slightly raised, so that thin shadows follow the outline of every letter.",
+)
+SURROUNDINGS = (
+    "Behind it the background blurs into soft shapes and muted colours.",
+    "A few people walk past in the distance without looking up, and their shadows slide over the ground.",
+    "Around it lie small everyday things that somebody has left there, slightly out of focus.",
+    "The surface has fine scratches and specks of dust, which make it look used and real.",
+    "To both sides the scene is calm and nearly empty, with long reflections on the floor.",
+    "Old walls and a few plants frame the view, and a bicycle leans at the edge of the picture.",
+)
+MOVEMENTS = (
+    "A light breeze moves everything that hangs loose, while the text itself keeps still.",
+    "Tiny particles drift slowly through the air and glow where the light falls on them.",
+    "Now and then a shadow passes over the scene, as if a cloud went by.",
+    "Steam rises slowly at one side and dissolves in the air.",
+    "In the background something turns slowly, steadily and without a sound.",
+    "Drops of water run down and leave thin bright traces.",
+)
+LOOKS = (
+    "Realistic film look, shallow depth of field, natural colours and fine grain.",
+    "The picture is sharp and detailed, with balanced exposure and gentle contrast.",
+    "It looks like a documentary filmed with a fifty millimetre lens, quiet and precise.",
+    "Cinematic light with deep but open shadows and a restrained palette of three colours.",
+    "Soft, even light without harsh reflections; the mood is friendly and unhurried.",
+    "High resolution, steady focus on the text, smooth motion without flicker.",
+)
