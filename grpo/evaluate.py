@@ -5,12 +5,16 @@ prompts, noise and sampler for both.
         --out=runs/tiny_eval
     python -m grpo.evaluate --config=configs/tiny_ocr.py --out=runs/base \\
         --config.prompts.heldout=my_prompts.txt
+    python -m grpo.evaluate --config=configs/tiny_ocr.py --out=runs/best_of_8 --best_of=8
 
 Everything but the checkpoint comes from the recipe, so the results compare with those of training:
 `eval.*`, `reward.*`, `sample.height`, `sample.width`, `sample.shift`, `sample.batch_size`,
 `model.*`, `prompts.heldout`. The folder OUT gets evals.jsonl (the reward of each prompt and the text
 that was read), videos of the first prompts, report.html, and side_by_side/: files that show the
-videos of the model (left) and of the checkpoint (right) from one prompt and noise.
+videos of the model (left) and of the checkpoint (right) from one prompt and noise. With `--best_of` N
+each prompt has N videos, of which the one with the best main reward counts; the first of them is that
+of an evaluation without it. The number is that of `reward.second_engine`, which does not choose.
+Prompts of `eval.more_prompts` are evaluated apart.
 """
 
 import functools
@@ -28,7 +32,7 @@ from grpo.records.clock import timestamp
 from grpo.records.run_log import RunLog
 from grpo.report import run_report
 from grpo.run import RunSpec, open_model
-from grpo.scoring.heldout import Evaluation, Evaluator, format_evaluation
+from grpo.scoring.heldout import Evaluation, Evaluator, format_evaluation, load_more_prompts
 from grpo.scoring.reward_pool import for_rewards, fps_of, load_scored_prompts, open_pool
 from grpo.settings import parse
 from grpo.settings.reference import FLAG_HELP
@@ -58,6 +62,7 @@ def main(_):
         base=FLAGS.base,
         head=FLAGS.reward_head,
         guidance=FLAGS.reward_guidance,
+        best_of=FLAGS.best_of,
     )
 
 
@@ -69,13 +74,15 @@ def evaluate_recipe(
     base: bool = True,
     head: str | None = None,
     guidance: float = 0.0,
+    best_of: int = 1,
     own: Mapping[str, Any] | None = None,
 ) -> list[dict]:
     """Evaluate by a recipe's ConfigDict, write the results into the folder `out`, and return their
     records: the model's, then the checkpoint's. Raises `UserError`.
 
     config: its run_dir becomes `out`. base: whether the model itself is evaluated, unless only it is.
-    head, guidance: file and weight of a reward head. own: as in `open_pool`.
+    head, guidance: file and weight of a reward head. best_of: videos of each prompt, of which the best
+    one counts. own: as in `open_pool`.
     """
     # ---- the recipe --------------------------------------------------------------------------
     config.run_dir = out
@@ -88,6 +95,7 @@ def evaluate_recipe(
         limit=recipe.eval.num_prompts,
         skip_invalid=recipe.prompts.skip_invalid,
     )
+    more = load_more_prompts(recipe, settings.weights)
     if (pathlib.Path(recipe.run_dir) / "checkpoints").exists():
         raise UserError(f"--out {out} is a training run's folder; give another one")
 
@@ -107,21 +115,27 @@ def evaluate_recipe(
             merged_loras.check(model, meta, checkpoint)
         spec = RunSpec.make(recipe, settings, presets.of_folder(model), training=False)
         shift = reward_guidance.guidance(head, guidance, spec.preset.transformer, model)
-    prompts = for_rewards(prompts, settings.weights, fps_of(spec.preset))
+    prompt_sets = {
+        name: for_rewards(each, settings.weights, fps_of(spec.preset))
+        for name, each in {"": prompts, **more}.items()
+    }
     print(spec.placed, flush=True)
     bar = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
 
     lock = folder_lock.locked(recipe.run_dir, "--out")
     with lock, open_pool(recipe.reward, settings.weights, own) as pool:
         # ---- prompts, decoder, log -----------------------------------------------------------
-        table = pipeline.embed_prompts(
-            model,
-            prompts.prompts,
-            recipe.prompts.negative,
-            dtype=settings.dtype,
-            cache=True,
-            progress=functools.partial(bar, desc="prompts"),
-        )
+        tables = {
+            name: pipeline.embed_prompts(
+                model,
+                each.prompts,
+                recipe.prompts.negative,
+                dtype=settings.dtype,
+                cache=True,
+                progress=functools.partial(bar, desc="prompts"),
+            )
+            for name, each in prompt_sets.items()
+        }
         vae_graph, vae_state = pipeline.load_vae(model, spec.mesh)
         decode = pipeline.make_decoder(vae_graph)
         log = RunLog(recipe.run_dir)
@@ -141,10 +155,13 @@ def evaluate_recipe(
             unguided = ()
             if recipe.eval.also_unguided:
                 unguided = make((1.0,) * len(model.experts))
-            for i, frames in enumerate(spec.evaluated_frames):
+            for i, series in enumerate(spec.evaluations):
+                name, frames = "", series
+                if isinstance(series, str):
+                    name, frames = series, spec.evaluated_frames[0]
                 evaluator = Evaluator(
-                    prompts=prompts,
-                    table=table,
+                    prompts=prompt_sets[name],
+                    table=tables[name],
                     solver=spec.solver,
                     steps=steps,
                     parts=spec.eval_segments,
@@ -158,6 +175,7 @@ def evaluate_recipe(
                     previews=recipe.eval.previews,
                     unguided=unguided,
                     main=settings.main,
+                    best_of=best_of,
                 )
                 result = evaluator(
                     lambda expert: (weights(expert),),
@@ -165,12 +183,13 @@ def evaluate_recipe(
                     functools.partial(bar, desc="evaluation"),
                 )
                 log.evaluation(
-                    result.record | {"time": timestamp()}, result.videos, frames if i else None
+                    result.record | {"time": timestamp()}, result.videos, series if i else None
                 )
-                records.append(result.record)
-                length = f", {frames} frames" if len(spec.evaluated_frames) > 1 else ""
+                if not i:
+                    records.append(result.record)
+                label = spec.label(series)
                 print(
-                    f"{trained or recipe.model.path}: {format_evaluation(result.record)}{length}",
+                    f"{trained or recipe.model.path}: {format_evaluation(result.record)}{label}",
                     flush=True,
                 )
                 if result.warning:
@@ -203,6 +222,9 @@ if __name__ == "__main__":
         "reward_head", "file of grpo.reward_head: sample with guidance towards a higher reward"
     )
     define_number("reward_guidance", 10.0, "weight of that guidance", Range(0))
+    define_number(
+        "best_of", 1, "videos of each prompt, of which the best one counts", Range(1), int
+    )
     flags.DEFINE_bool(
         "base",
         True,

@@ -31,7 +31,7 @@ from grpo.settings import parse
 from grpo.settings.reference import FLAG_HELP
 from grpo.settings.schema import Recipe, measured_rewards
 from wan_jax.command_line import cli
-from wan_jax.command_line.flag_types import define_number
+from wan_jax.command_line.flag_types import define_number, user_path
 from wan_jax.command_line.limits import Range
 from wan_jax.distributed import memory
 from wan_jax.distributed import mesh as mesh_lib
@@ -161,7 +161,11 @@ def choose_model(recipe: Recipe, name: str | None) -> tuple[presets.Preset, int,
                 measured_rewards(recipe),
                 skip_invalid=recipe.prompts.skip_invalid,
             ).prompts
-            for file in (recipe.prompts.train, recipe.prompts.heldout)
+            for file in (
+                recipe.prompts.train,
+                recipe.prompts.heldout,
+                *(user_path(path) for _, path in recipe.eval.more_prompts),
+            )
         )
         rows = pipeline.text_rows(model, [*chain(*prompts)], recipe.prompts.negative)
         return presets.of_folder(model), rows, path

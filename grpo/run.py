@@ -148,6 +148,21 @@ class RunSpec:
         )
 
     @property
+    def evaluations(self) -> tuple[int | str, ...]:
+        """All series of evaluations: numbers of frames, then names of further prompts. The first is the
+        one by which the run is judged.
+        """
+        return (*self.evaluated_frames, *(name for name, _ in self.recipe.eval.more_prompts))
+
+    def label(self, series: int | str) -> str:
+        """Return the end of a printed line about an evaluation that names its series; "" where there is
+        only one.
+        """
+        if isinstance(series, str):
+            return f", prompts {series}"
+        return f", {series} frames" if len(self.evaluated_frames) > 1 else ""
+
+    @property
     def tokens(self) -> int:
         """S, the number of tokens of one video in training."""
         return tokens(self.shape)

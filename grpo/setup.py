@@ -104,11 +104,10 @@ class Start:
         states: of the trained experts.
         resumed: epoch of the checkpoint that the run continues after; None: a new run.
         spent: by the run before this start.
-        unevaluated: numbers of frames at which the weights are to be evaluated before the next
-            epoch.
+        unevaluated: series of evaluations that are to be made before the next epoch.
         folder: of the run.
         log: of the run; silent in all processes but the first.
-        evaluators: by number of frames.
+        evaluators: by series (`RunSpec.evaluations`).
         compiled: counts the functions that are compiled from now on.
     """
 
@@ -116,10 +115,10 @@ class Start:
     states: States
     resumed: int | None
     spent: Spent
-    unevaluated: tuple[int, ...]
+    unevaluated: tuple[int | str, ...]
     folder: RunFolder
     log: run_log.RunLog | run_log.SilentLog
-    evaluators: dict[int, Evaluator]
+    evaluators: dict[int | str, Evaluator]
     compiled: compile.CompileCounter
 
     @property
@@ -150,12 +149,13 @@ def prepare(
     heldout: PromptSet,
     pool: Pool,
     lock: folder_lock.Lock | None = None,
+    more: Mapping[str, PromptSet] | None = None,
 ) -> Start:
     """Return the run as it starts or continues. Raises `UserError` where the newest checkpoint is of
     another run, or where this run does not fit into memory.
 
     prompts, heldout: of training and of evaluations. pool: the processes that score. lock: of the
-    run's folder, in process 0.
+    run's folder, in process 0. more: prompts of further evaluations by name.
     """
     recipe, settings, mesh = spec.recipe, spec.settings, spec.mesh
     adapters = None
@@ -178,11 +178,11 @@ def prepare(
             print_once(f"changed since epoch {resumed}: {'; '.join(changed)}")
     done = resumed or 0
     ended = done == recipe.epochs or settings.budget.reached(spent)
-    unevaluated = spec.evaluated_frames  # a new run evaluates the base model
+    unevaluated = spec.evaluations  # a new run evaluates the base model
     if resumed is not None:  # a continued run makes evaluations that were interrupted
         unevaluated = multihost.from_first(
             lambda: (
-                not_evaluated(recipe.run_dir, done, spec.evaluated_frames)
+                not_evaluated(recipe.run_dir, done, spec.evaluations)
                 if evaluation_is_due(spec, done, spent)
                 else ()
             )
@@ -190,13 +190,12 @@ def prepare(
     describe(spec, prompts)
 
     # ---- compiled functions: refused where they do not fit, before any weight is read --------
-    everything = PromptSet(prompts.prompts + heldout.prompts, prompts.targets + heldout.targets)
+    evaluated = {"": heldout, **(more or {})}
+    texts = [text for each in (prompts, *evaluated.values()) for text in each.prompts]
     multihost.stage("compiling")
     with cli.user_input():
         text_rows = multihost.from_first(
-            lambda: pipeline.text_rows(
-                model, everything.prompts, recipe.prompts.negative, dtype=settings.dtype
-            )
+            lambda: pipeline.text_rows(model, texts, recipe.prompts.negative, dtype=settings.dtype)
         )
         functions = Functions(spec, text_rows)
         offloaded = compile.offloads(functions, spec.memory)
@@ -209,7 +208,7 @@ def prepare(
     table = multihost.from_first(
         lambda: pipeline.embed_prompts(
             model,
-            everything.prompts,
+            texts,
             recipe.prompts.negative,
             dtype=settings.dtype,
             progress=functools.partial(progress_bar, desc="prompts"),
@@ -256,11 +255,16 @@ def prepare(
         to_device=offload.to_device if offloads else lambda arrays: arrays,
         progress=progress_bar,
     )
-    heldout_table = dataclasses.replace(table, prompts=table.prompts[len(prompts) :])
-    evaluators = {
-        frames: Evaluator(
-            prompts=heldout,
-            table=heldout_table,
+    tables, first = {}, len(prompts)
+    for name, each in evaluated.items():
+        rows = table.prompts[first : first + len(each)]
+        tables[name] = dataclasses.replace(table, prompts=rows)
+        first += len(each)
+
+    def evaluator(frames: int, name: str) -> Evaluator:
+        return Evaluator(
+            prompts=evaluated[name],
+            table=tables[name],
             solver=spec.solver,
             steps=functions.eval_steps,
             parts=spec.eval_segments,
@@ -275,7 +279,11 @@ def prepare(
             unguided=functions.unguided_steps,
             main=settings.main,
         )
-        for frames in spec.evaluated_frames
+
+    judged = spec.evaluated_frames[0]
+    evaluators: dict[int | str, Evaluator] = {
+        series: evaluator(judged, series) if isinstance(series, str) else evaluator(series, "")
+        for series in spec.evaluations
     }
     return Start(session, states, resumed, spent, unevaluated, folder, log, evaluators, compiled)
 
@@ -287,15 +295,15 @@ def evaluation_is_due(spec: RunSpec, epoch: int, spent: Spent) -> bool:
     return last or epoch % recipe.eval.every == 0
 
 
-def not_evaluated(run_dir: str, epoch: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the numbers of frames with which the run's folder has no evaluation after `epoch`.
-    lengths: all numbers of frames of evaluations, the one by which the run is judged first.
+def not_evaluated(run_dir: str, epoch: int, every: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Return the series of which the run's folder has no evaluation after `epoch`. every: all series
+    (`RunSpec.evaluations`).
     """
     missing = []
-    for i, frames in enumerate(lengths):
-        known = run_log.read_evaluations(run_dir, frames if i else None)
+    for i, series in enumerate(every):
+        known = run_log.read_evaluations(run_dir, series if i else None)
         if epoch not in [record["epoch"] for record in known]:
-            missing.append(frames)
+            missing.append(series)
     return tuple(missing)
 
 

@@ -43,7 +43,7 @@ from grpo.report import run_report
 from grpo.run import RunSpec, open_model
 from grpo.sampling import States, averaged_weights, sample_epoch, zero_nonfinite
 from grpo.scoring import reward_combination
-from grpo.scoring.heldout import Evaluation, format_evaluation
+from grpo.scoring.heldout import Evaluation, format_evaluation, load_more_prompts
 from grpo.scoring.reward_pool import (
     check_groups,
     for_rewards,
@@ -100,7 +100,7 @@ def train_recipe(config, own: Mapping[str, Any] | None = None) -> int | None:
     """
     recipe = parse.recipe_from_config(config)
     settings = parse.settings_of(recipe)
-    prompts, heldout = load_prompt_sets(recipe, settings)
+    prompts, heldout, more = load_prompt_sets(recipe, settings)
     folder = copied = contextlib.nullcontext()
     if multihost.first():
         folder = folder_lock.locked(recipe.run_dir, "--config.run_dir")
@@ -111,6 +111,7 @@ def train_recipe(config, own: Mapping[str, Any] | None = None) -> int | None:
         multihost.stage("comparing the processes")
         if jax.process_count() > 1:
             sets = {"prompts.train": prompts, "prompts.heldout": heldout}
+            sets |= {f"eval.more_prompts {name}": each for name, each in more.items()}
             agreement.check(recipe, sets)
         cli.enable_compilation_cache()
         precision.use(recipe.model.matmul_precision)
@@ -122,19 +123,25 @@ def train_recipe(config, own: Mapping[str, Any] | None = None) -> int | None:
         prompts, heldout = (
             for_rewards(each, settings.weights, fps_of(spec.preset)) for each in (prompts, heldout)
         )
+        more = {
+            name: for_rewards(each, settings.weights, fps_of(spec.preset))
+            for name, each in more.items()
+        }
         boxes = recipe.train.box_credit > 0
         with open_pool(recipe.reward, settings.weights, own, boxes=boxes) as pool:
             sharding = sharding_lib.batch_sharding(spec.mesh)
             check_groups(pool, recipe, multihost.my_rows(sharding, recipe.sample.batch_size))
-            ended = train(spec, model, prompts, heldout, pool, lock)
+            ended = train(spec, model, prompts, heldout, pool, lock, more)
         if output is not None and ended is not None:
             output.add(format_end(ended))
         return ended
 
 
-def load_prompt_sets(recipe: Recipe, settings: parse.Settings) -> tuple[PromptSet, PromptSet]:
-    """Return the prompts of training and of evaluation. Raises `UserError` where they overlap, are
-    too few, or cannot be scored.
+def load_prompt_sets(
+    recipe: Recipe, settings: parse.Settings
+) -> tuple[PromptSet, PromptSet, dict[str, PromptSet]]:
+    """Return the prompts of training, of evaluation, and the further ones of evaluations by name.
+    Raises `UserError` where they overlap, are too few, or cannot be scored.
     """
     skip = recipe.prompts.skip_invalid
     prompts, everything = (
@@ -144,6 +151,9 @@ def load_prompt_sets(recipe: Recipe, settings: parse.Settings) -> tuple[PromptSe
     heldout = everything.select(np.arange(len(everything)) < recipe.eval.num_prompts)
     # apart from the whole file, so that training prompts do not depend on eval.num_prompts
     prompts = without_shared(prompts, everything if skip else heldout, skip)
+    more = load_more_prompts(recipe, settings.weights)
+    for each in more.values():
+        prompts = without_shared(prompts, each, skip)
     for key, found in (("train", prompts), ("heldout", everything)):
         if found.left_out:
             print_once(
@@ -151,7 +161,7 @@ def load_prompt_sets(recipe: Recipe, settings: parse.Settings) -> tuple[PromptSe
                 f"{found.left_out[0].strip()}"
             )
     epoch_prompts(recipe.seed, 0, len(prompts), recipe.sample.groups)  # raises where too few
-    return prompts, heldout
+    return prompts, heldout, more
 
 
 def train(
@@ -161,15 +171,16 @@ def train(
     heldout: PromptSet,
     pool: Pool,
     lock: folder_lock.Lock | None = None,
+    more: Mapping[str, PromptSet] | None = None,
 ) -> int | None:
     """Train a run. Returns the number of the last finished epoch if Ctrl-C or SIGTERM ended it early,
     else None.
 
     prompts, heldout: of training and of evaluations. pool: the processes that score. lock: of the
-    run's folder, in process 0.
+    run's folder, in process 0. more: prompts of further evaluations by name.
     """
     recipe, settings = spec.recipe, spec.settings
-    start = prepare(spec, model, prompts, heldout, pool, lock)
+    start = prepare(spec, model, prompts, heldout, pool, lock, more)
     session, states, spent = start.session, start.states, start.spent
     folder, log, done = start.folder, start.log, start.resumed or 0
 
@@ -262,7 +273,7 @@ def train(
 
         # ---- 7 evaluate: an interrupted evaluation is made when the run continues --------------
         if due and (last or not ending):
-            evaluate(start, states, epoch, spec.evaluated_frames)
+            evaluate(start, states, epoch, spec.evaluations)
             if not last:
                 write_report(recipe.run_dir)
                 stop_on_alarm(start, states, epoch, spent)
@@ -296,25 +307,25 @@ def write_report(run_dir: str, last: bool = False) -> None:
         print_once(f"warning: the report was not written:\n{traceback.format_exc()}")
 
 
-def evaluate(start: Start, states: States, epoch: int, lengths: tuple[int, ...]) -> None:
-    """Evaluate the moving average after an epoch, and record the results. lengths: numbers of frames
-    of the videos.
+def evaluate(start: Start, states: States, epoch: int, due: tuple[int | str, ...]) -> None:
+    """Evaluate the moving average after an epoch, and record the results. due: of
+    `RunSpec.evaluations`.
     """
     session, spec = start.session, start.session.spec
-    for frames in lengths:
-        result = start.evaluators[frames](
+    for series in due:
+        result = start.evaluators[series](
             lambda expert: averaged_weights(session, states, expert),
             epoch,
             lambda batches, **options: progress_bar(batches, desc="evaluation", **options),
         )
-        is_main = frames == spec.evaluated_frames[0]  # the run is judged by this one
+        is_main = series == spec.evaluations[0]  # the run is judged by this one
         start.folder.check_held()
         if epoch == 0 and is_main:
             check_base(result, spec.settings.weights)
         record = result.record | {"time": timestamp()}
-        start.log.evaluation(record, result.videos, None if is_main else frames)
-        length = f", {frames} frames" if len(start.evaluators) > 1 else ""
-        print_once(f"epoch {epoch}: held-out {format_evaluation(result.record)}{length}")
+        start.log.evaluation(record, result.videos, None if is_main else series)
+        label = spec.label(series)
+        print_once(f"epoch {epoch}: held-out {format_evaluation(result.record)}{label}")
         if result.warning:
             print_once(result.warning)
         if is_main and multihost.first():

@@ -7,6 +7,7 @@
     runs/NAME/metrics.jsonl             one line per epoch
     runs/NAME/evals.jsonl               one line per held-out evaluation
     runs/NAME/evals_33_frames.jsonl     the same for videos of another length
+    runs/NAME/evals_long.jsonl          the same for other prompts, `eval.more_prompts` "long"
     runs/NAME/previews/eval_000012.npz  videos of an evaluation's first prompts,
                                         uint8 [n, T, H, W, 3]
     runs/NAME/previews/000/epoch_000012.png or .mp4: the first prompt's video with prompt and reward,
@@ -70,8 +71,8 @@ class RunLog:
         self.resumed = resumed
         last = resume_epoch if resumed else -1  # the last epoch whose records stay
         # 1 drop the records after it
-        other_lengths = self.folder.glob("evals_*_frames.jsonl")
-        for name in (METRICS, EVALUATIONS, *(path.name for path in other_lengths)):
+        others = map(evaluations_name, other_series(self.folder))
+        for name in (METRICS, EVALUATIONS, *others):
             path = self.folder / name
             if not path.exists():
                 continue
@@ -118,7 +119,7 @@ class RunLog:
         self.epochs.append(record)
 
     def evaluation(
-        self, record: dict, videos: np.ndarray | None = None, frames: int | None = None
+        self, record: dict, videos: np.ndarray | None = None, series: int | str | None = None
     ) -> None:
         """Write one held-out evaluation.
 
@@ -126,20 +127,20 @@ class RunLog:
           record: see `check_evaluation` for the keys that readers need.
           videos: previews, uint8 [n, T, H, W, 3] of the first n prompts. They are written first, so
             that every line of evals.jsonl has its previews.
-          frames: length of the videos if it is not the run's own; such an evaluation has a file and
-            tags of its own, and no previews on disk.
+          series: length of the videos, or name of the prompts, if they are not the run's own; such an
+            evaluation has a file and tags of its own, and no previews on disk.
         """
-        tag = "eval" if frames is None else f"eval_{frames}_frames"
+        tag = evaluations_name(series).removesuffix(".jsonl").replace("evals", "eval", 1)
         if videos is not None and len(videos):
-            if frames is None:
+            if series is None:
                 path = preview_path(self.folder, _epoch_of(record))
                 path.parent.mkdir(exist_ok=True)
                 file = io.BytesIO()
                 np.savez_compressed(file, videos=videos)
                 write_atomically(path, file.getvalue())
-            self._show(f"{tag}/previews", videos, record, frames is None)
-        self._write(evaluations_name(frames), tag, record)
-        if frames is None:
+            self._show(f"{tag}/previews", videos, record, series is None)
+        self._write(evaluations_name(series), tag, record)
+        if series is None:
             self.evaluations.append(record)
 
     def close(self) -> None:
@@ -181,7 +182,7 @@ class SilentLog:
     def provenance(self, entry: dict) -> None: ...
     def epoch(self, record: dict) -> None: ...
     def evaluation(
-        self, record: dict, videos: np.ndarray | None = None, frames: int | None = None
+        self, record: dict, videos: np.ndarray | None = None, series: int | str | None = None
     ) -> None: ...
     def close(self) -> None: ...
 
@@ -218,17 +219,27 @@ def read_metrics(folder) -> list[dict]:
     return _read_lines(pathlib.Path(folder, METRICS))
 
 
-def read_evaluations(folder, frames: int | None = None) -> list[dict]:
+def read_evaluations(folder, series: int | str | None = None) -> list[dict]:
     """Return the records of evals.jsonl, oldest first; [] if there are none.
 
-    frames: length of the videos if it is not the run's own.
+    series: length of the videos, or name of the prompts, if they are not the run's own.
     """
-    return _read_lines(pathlib.Path(folder, evaluations_name(frames)))
+    return _read_lines(pathlib.Path(folder, evaluations_name(series)))
 
 
-def evaluations_name(frames: int | None) -> str:
-    """Return the file name of the evaluations of videos of a length; None: the run's own."""
-    return EVALUATIONS if frames is None else f"evals_{frames}_frames.jsonl"
+def evaluations_name(series: int | str | None) -> str:
+    """Return the file name of the evaluations of videos of a length, or of named prompts; None: the
+    run's own.
+    """
+    if series is None:
+        return EVALUATIONS
+    return f"evals_{series}.jsonl" if isinstance(series, str) else f"evals_{series}_frames.jsonl"
+
+
+def other_series(folder) -> list[str]:
+    """Return the names of a run's evaluations besides its own, e.g. "33_frames" or "long", sorted."""
+    found = pathlib.Path(folder).glob("evals_*.jsonl")
+    return sorted(path.stem.removeprefix("evals_") for path in found)
 
 
 def read_config(folder) -> dict:

@@ -20,7 +20,7 @@ from grpo.report.charts import COLORS, Chart, chart
 from grpo.report.curves import small_curves
 from grpo.report.page import CONFIDENCE, plural, render
 from grpo.report.provenance_tables import provenance_rows, setting_rows
-from grpo.report.run_records import RunRecords, without_result
+from grpo.report.run_records import RunRecords, comparable, without_result
 from grpo.report.samples import format_reward, samples, write_pairs
 from grpo.report.training_tables import health_rows, timings
 from grpo.scoring import guard
@@ -56,6 +56,7 @@ def write_report(folder, pairs: bool = True) -> pathlib.Path:
         pairs=pairs,
         provenance=provenance_rows(run),
         panel=_panel(run),
+        others=_others(run.folder),
         evaluated=len(run.evaluations),
         samples=samples(run),
         prompts=_prompt_table(run),
@@ -169,6 +170,20 @@ def _panel(run: RunRecords) -> dict:
         "rows": rows if names and len(rows) > 1 else [],
         "tolerance": run.tolerance,
     }
+
+
+def _others(folder: pathlib.Path) -> list[list[str]]:
+    """Return the rows of the table of evaluations of other lengths and other prompts: the series, the
+    number of its prompts, and the first and the last result on the prompts of the newest one.
+    """
+    rows = []
+    for series in run_log.other_series(folder):
+        found = comparable(run_log.read_evaluations(folder, series))
+        if found:
+            ends = [f"{e['reward']:.2f} {_interval(e)}, epoch {e['epoch']}" for e in found]
+            name = series.replace("_frames", " frames") if series[0].isdigit() else series
+            rows.append([name, str(found[-1]["num"]), ends[0], ends[-1]])
+    return rows
 
 
 def _remarks(run: RunRecords) -> list[str]:

@@ -15,13 +15,28 @@ from grpo.records.run_log import reward_name
 from grpo.records.statistics import LEAST_VALUES, bootstrap_interval
 from grpo.rollout import initial_noise
 from grpo.scoring import guard
+from grpo.scoring.best_of import format_best, report_best
 from grpo.scoring.reward_combination import MAIN, base_statistics
+from grpo.scoring.reward_pool import load_scored_prompts
 from grpo.scoring.scores import format_failures, gather_scores, submit
+from grpo.settings.schema import Recipe
 from rewards.pool_set import Pool
+from wan_jax.command_line.flag_types import user_path
 from wan_jax.diffusion.experts import Segment
 from wan_jax.distributed import multihost
 from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.inference.pipeline import TextTable, one_ahead, sample_ode
+
+
+def load_more_prompts(recipe: Recipe, weights: dict[str, float]) -> dict[str, PromptSet]:
+    """Return the prompts of `eval.more_prompts` by name. weights: of the measured rewards. Raises
+    `UserError` as `load_scored_prompts` does.
+    """
+    limit, skip = recipe.eval.num_prompts, recipe.prompts.skip_invalid
+    return {
+        name: load_scored_prompts(user_path(path), recipe.reward, weights, limit, skip)
+        for name, path in recipe.eval.more_prompts
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +65,14 @@ def format_evaluation(record: dict) -> str:
     unguided = ""
     if "unguided" in record:
         unguided = f"; without guidance: {format_evaluation(record['unguided'])}"
+    best = format_best(record["best_of"]) if "best_of" in record else ""
     result = "unknown"
     if math.isfinite(record["reward"]):
         result = f"{record['reward']:.3f} [{record['low']:.3f}, {record['high']:.3f}]"
     failures = format_failures(record["failed_scores"], record)
     return (
         f"{reward_name(record)} {result} on {record['num']} prompts{f' ({failures})' if failures else ''}, "
-        f"{record['seconds']:.1f} s{unguided}"
+        f"{record['seconds']:.1f} s{best}{unguided}"
     )
 
 
@@ -81,9 +97,11 @@ class Evaluator:
     previews: int  # number of videos to return
     unguided: tuple = ()  # as `steps` but without guidance, which is then evaluated as well
     main: str = MAIN  # the name of the main reward
+    best_of: int = 1  # videos of each prompt, of which the one with the best main reward counts
 
     def __call__(self, arrays: Callable, epoch: int, progress=lambda x, **_: x) -> Evaluation:
-        """Sample one video per prompt, score it, and return the evaluation after `epoch`.
+        """Sample one video per prompt, or `best_of`, score them, and return the evaluation after
+        `epoch`.
 
         arrays(expert): the first arguments of the expert's step, i.e. its weights. progress: wraps
         an iterable to show how far it is. The noise of a video is a function of (seed, number of
@@ -91,7 +109,8 @@ class Evaluator:
         all processes.
         """
         start = time.monotonic()
-        total, key = len(self.prompts), jax.random.key(self.seed)
+        count, key = len(self.prompts), jax.random.key(self.seed)
+        total = count * self.best_of  # video n is of prompt n % count
         replicated, sharded = (
             sharding_lib.replicated(self.mesh),
             sharding_lib.batch_sharding(self.mesh),
@@ -103,7 +122,7 @@ class Evaluator:
         batches = [
             (
                 initial_noise(key, sharding_lib.place(index.astype(np.int32), sharded), self.shape),
-                self.table.batch(index, sharded, replicated),
+                self.table.batch(index % count, sharded, replicated),
             )
             for index in rows
         ]
@@ -121,15 +140,29 @@ class Evaluator:
             videos, numbers = video()[in_range], first + own_rows[in_range]
             if len(numbers):
                 pending.append(
-                    submit(self.pool, numbers, videos, [self.prompts.targets[i] for i in numbers])
+                    submit(
+                        self.pool,
+                        numbers,
+                        videos,
+                        [self.prompts.targets[i % count] for i in numbers],
+                    )
                 )
-            previews += zip(numbers[numbers < self.previews].tolist(), videos.frames)
+            previews += [
+                (number, frames)
+                for number, frames in zip(numbers.tolist(), videos.frames)
+                if number % count < self.previews
+            ]
 
         # 3. Gather the scores and the previews of all processes.
         multihost.stage(f"evaluation after epoch {epoch}: scores")
         scores = gather_scores(pending, total, self.main)
         shown = dict(video for process in multihost.gather(previews) for video in process)
-        rewards = scores.values
+        best = None
+        if self.best_of > 1:
+            scores, best, rows = report_best(scores, count)
+            shown = {number: shown[number] for number in rows.tolist() if number in shown}
+            shown = {number % count: frames for number, frames in shown.items()}
+        rewards, main = scores.values, scores.main
         num = int(scores.valid.sum())
         mean, low, high = (
             bootstrap_interval(rewards, seed=self.seed) if num >= LEAST_VALUES else [math.nan] * 3
@@ -148,10 +181,12 @@ class Evaluator:
             "texts": scores.texts,
             "seconds": time.monotonic() - start,
         }
-        if self.main != MAIN:
-            record["main"] = self.main
+        if best is not None:
+            record["best_of"] = best
+        if main != MAIN:
+            record["main"] = main
         if scores.parts:
-            record["measures"] = base_statistics(scores.parts, self.main)
+            record["measures"] = base_statistics(scores.parts, main)
         if self.unguided:
             unguided = dataclasses.replace(self, steps=self.unguided, unguided=(), previews=0)
             record["unguided"] = unguided(arrays, epoch, progress).record

@@ -193,7 +193,15 @@ def check_lora(recipe) -> None:
 
 
 def check_evaluation(recipe) -> None:
-    """Check that evaluations without guidance are only made where the others have guidance."""
+    """Check the names of further prompts, and that evaluations without guidance are only made where
+    the others have guidance.
+    """
+    for name, path in pairs(recipe.eval.more_prompts, str):
+        if not re.fullmatch(r"[A-Za-z]\w*", name) or not path:
+            raise UserError(
+                f"config.eval.more_prompts has {name}={path!r}: give NAME=FILE, where the name begins "
+                "with a letter and has letters, digits and _"
+            )
     if recipe.eval.also_unguided and recipe.eval.guidance <= 1:
         raise UserError(
             f"config.eval.also_unguided=True: with eval.guidance={recipe.eval.guidance} there is no "

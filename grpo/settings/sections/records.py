@@ -27,6 +27,15 @@ class Eval(Section):
         "Further numbers of frames, e.g. (33,). Each has separate evaluations with a separate log.",
         bounds=Range(1),
     )
+    more_prompts: tuple[tuple[str, str], ...] = setting(
+        (),
+        "Further files of held-out prompts by name, e.g. "
+        '`c.eval.more_prompts = {"long": "prompts/heldout_long.jsonl"}`, on the command line '
+        "`--config.eval.more_prompts=long=FILE,short=FILE`. Each has separate evaluations of its first "
+        "`eval.num_prompts` prompts with a separate log, evals_NAME.jsonl. They do not choose the best "
+        "checkpoint.",
+        named=str,
+    )
     steps: int = setting(20, "Number of denoising steps.", bounds=Range(1))
     guidance: float = setting(
         4.5,

@@ -220,3 +220,20 @@ def test_evaluations_without_a_result_are_left_out_and_named(tmp_path):
     assert (
         "motion could not be measured for 3 videos" in text and "videos that are not finite" in text
     )
+
+
+def test_other_evaluations_are_listed(tmp_path):
+    log = RunLog(tmp_path)
+    for when, reward in ((0, 0.25), (4, 0.75)):
+        log.evaluation(evaluation(when, 0.5))
+        log.evaluation(evaluation(when, reward), series=33)
+        log.evaluation(evaluation(when, 1 - reward, n=4), series="long")
+    log.close()
+    text = write_report(tmp_path).read_text()
+    rows = re.findall(r"<th[^>]*>(33 frames|long)</th>(.*?)</tr>", text, re.DOTALL)
+    cells = [[name, *re.findall(r"<td>(.*?)</td>", rest)] for name, rest in rows]
+    assert cells == [
+        ["33 frames", "8", "0.25 [0.21, 0.29], epoch 0", "0.75 [0.71, 0.79], epoch 4"],
+        ["long", "4", "0.75 [0.71, 0.79], epoch 0", "0.25 [0.21, 0.29], epoch 4"],
+    ]
+    assert "Other evaluations" not in report_of_run(tmp_path / "without")
