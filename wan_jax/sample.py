@@ -180,10 +180,11 @@ def main(_):
         )
 
 
-def checked_request() -> sampling.SampleRequest:
-    """Return what the flags ask for. Raises `UserError` or ValueError where they contradict each
-    other, the model or the devices.
+def checked_request(samples: int | None = None) -> sampling.SampleRequest:
+    """Return what the flags ask for. samples: of each prompt, instead of --samples. Raises `UserError`
+    or ValueError where they contradict each other, the model or the devices.
     """
+    samples = samples or FLAGS.samples
     media.check_suffix(FLAGS.out, FLAGS.frames)
     prompts = checked_prompts()
     single = FLAGS.checkpoint is not None and trained_weights.used_single_expert(FLAGS.checkpoint)
@@ -202,14 +203,14 @@ def checked_request() -> sampling.SampleRequest:
         checkpoint=FLAGS.checkpoint,
         prompts=prompts,
         negative=negative_prompt(FLAGS.negative_prompt),
-        samples=FLAGS.samples,
+        samples=samples,
         frames=FLAGS.frames,
         height=FLAGS.height,
         width=FLAGS.width,
         settings=settings,
         place=choose_placement(
             model,
-            len(prompts) * FLAGS.samples,
+            len(prompts) * samples,
             FLAGS.frames,
             devices=FLAGS.devices,
             batch_size=FLAGS.batch_size,

@@ -14,6 +14,7 @@ COMMANDS = {
     "wan-report": "grpo.report",
     "wan-settings": "grpo.settings",
     "wan-sample": "wan_jax.sample",
+    "wan-best-of": "grpo.best_of",
     "wan-convert": "convert.from_diffusers",
     "wan-to-diffusers": "convert.to_diffusers",
     "wan-export-lora": "convert.export_lora",

@@ -379,16 +379,35 @@ def sample_ode(
     after the device has finished. Batches are yielded during the last segment, as they are
     completed.
     """
+    for state in advance(steps, arrays, segments, solver, batches):
+        yield state.x
+
+
+def advance(
+    steps: Sequence[Callable],
+    arrays: Callable,
+    segments: Sequence[Segment],
+    solver,
+    batches: Iterable[tuple[jax.Array | SolverState, TextBatch]],
+) -> Iterator[SolverState]:
+    """Yield the solver state of each batch after the segments, as `sample_ode`, whose arguments these
+    are. A batch may begin with a state instead of noise, for segments that are not the first; steps
+    take its buffers.
+    """
     states: dict[int, SolverState] = {}  # of batches between two segments
     for segment in segments:
         jax.block_until_ready(states)
         weights = arrays(segment.expert)
-        for b, (noise, text) in enumerate(batches):
-            state = states.pop(b) if b in states else solver.init(jnp.copy(noise))
+        for b, (start, text) in enumerate(batches):
+            if b in states:
+                state = states.pop(b)
+            else:
+                begun = isinstance(start, SolverState)
+                state = start if begun else solver.init(jnp.copy(start))
             for i in segment.steps:
                 state = steps[segment.expert](weights, state, i, text)
             if segment is segments[-1]:
-                yield state.x
+                yield state
             else:
                 states[b] = state
 

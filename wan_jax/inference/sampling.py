@@ -7,7 +7,7 @@ the networks, and `sample` yields the videos.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,12 @@ from flax import nnx
 
 from wan_jax.diffusion import experts
 from wan_jax.diffusion.guidance import TextBatch
+from wan_jax.diffusion.solvers import SolverState
 from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.distributed.offload import Weights
 from wan_jax.inference import out_of_memory, pipeline
 from wan_jax.inference.placement import Placement, plan_decoding
+from wan_jax.inference.pruning import Pruning, before_and_after, collect, survivors
 from wan_jax.inference.settings import SamplingSettings
 from wan_jax.storage import model_dir
 from wan_jax.storage.trained_weights import load_transformers
@@ -43,6 +45,7 @@ class SampleRequest:
         reward_shift: what is subtracted from the velocity (`reward_guidance.guidance`), or None.
         offload: of the idle expert, one of `choices.OFFLOAD`.
         tile: side of a tile in latent cells for decoding; 0: whole frames.
+        pruning: which samples of a prompt are denoised to the end; None: all.
     """
 
     model: model_dir.ModelDir
@@ -60,6 +63,7 @@ class SampleRequest:
     reward_shift: Callable | None = None
     offload: str = "auto"
     tile: int = 0
+    pruning: Pruning | None = None
 
     @functools.cached_property
     def shape(self) -> tuple[int, ...]:
@@ -80,8 +84,16 @@ class SampleRequest:
     @property
     def batches(self) -> list[np.ndarray]:
         """The numbers of the videos of each batch."""
-        numbers = np.arange(len(self.prompt_of))
-        return np.split(numbers, numbers[:: self.place.batch_size][1:])
+        return self.batched(np.arange(len(self.prompt_of)))
+
+    @property
+    def finished_per_prompt(self) -> int:
+        """The number of videos of a prompt that are denoised to the end."""
+        return self.pruning.keep if self.pruning else self.samples
+
+    def batched(self, numbers: np.ndarray) -> list[np.ndarray]:
+        """Return numbers of videos, int [n], in batches."""
+        return np.split(numbers, range(self.place.batch_size, len(numbers), self.place.batch_size))
 
     def padded(self, rows: np.ndarray) -> np.ndarray:
         """Return the numbers of a batch in its full size: the last one repeats its videos."""
@@ -173,7 +185,7 @@ def load(request: SampleRequest) -> Networks:
 def sample(
     request: SampleRequest, table: pipeline.TextTable, networks: Networks
 ) -> Iterator[Batch]:
-    """Yield the videos of each batch, in order.
+    """Yield the videos of each batch, in order; with `pruning` those that are left.
 
     One batch is decoded after the other is denoised if the device has memory for both networks;
     else, and if there is only one, all are denoised first and the transformers deleted.
@@ -184,8 +196,9 @@ def sample(
     size = held * size // place.mesh.shape["fsdp"]
     plan = plan_decoding(request.model, place, request.shape, request.tile, size)
     finished = denoise(request, table, networks)
-    if len(request.batches) == 1 or not plan.beside:
-        finished = [(np.asarray(latents), seconds) for latents, seconds in finished]
+    videos = len(request.prompts) * request.finished_per_prompt
+    if videos <= place.batch_size or not plan.beside:
+        finished = [(rows, np.asarray(latents), seconds) for rows, latents, seconds in finished]
         networks.weights.free()
     vae_state = sharding_lib.replicate(networks.vae_state, place.mesh)
     decode = pipeline.make_decoder(
@@ -193,48 +206,73 @@ def sample(
     )
     sharding = sharding_lib.batch_sharding(place.mesh)
     with out_of_memory.explained("decoding", place.limit, decoding_remedies(request)):
-        for number, (latents, seconds) in enumerate(finished):
+        for number, (rows, latents, seconds) in enumerate(finished):
             start = time.monotonic()
             videos = decode(vae_state, sharding_lib.place(latents, sharding))()
-            rows = request.batches[number]
             yield Batch(number, rows, videos[: len(rows)], (seconds, time.monotonic() - start))
 
 
 def denoise(
     request: SampleRequest, table: pipeline.TextTable, networks: Networks
-) -> Iterator[tuple[jax.Array, float]]:
-    """Yield the final latents fp32 [B, F, H, W, C] of each batch, and the seconds that they took."""
+) -> Iterator[tuple[np.ndarray, jax.Array, float]]:
+    """Yield the numbers of the videos of each batch, their final latents fp32 [B, F, H, W, C], and the
+    seconds that they took. With `pruning` these are the videos that are left, and the first batch's
+    seconds include the ranking of all.
+    """
     place, settings = request.place, request.settings
     solver = settings.make_solver()
     steps = pipeline.make_ode_steps(
         networks.transformer, solver, settings.guidance, request.reward_shift
     )
-    batches = _Inputs(request, table)
     segments = experts.segments(solver.schedule.timesteps, request.model.boundary)
+    inputs = _Inputs(request, table, request.batches, request.initial_noise)
+
+    def advance(segments: Sequence[experts.Segment], inputs: _Inputs) -> Iterator[SolverState]:
+        return pipeline.advance(
+            steps, lambda expert: (networks.weights(expert),), segments, solver, inputs
+        )
+
     start = time.monotonic()
     with out_of_memory.explained("denoising", place.limit, denoising_remedies(request)):
-        for latents in pipeline.sample_ode(
-            steps, lambda expert: (networks.weights(expert),), segments, solver, batches
-        ):
-            jax.block_until_ready(latents)
+        if request.pruning is not None:
+            first, segments = before_and_after(segments, request.pruning.step)
+            texts = (text for _, text in inputs)
+            timestep = solver.schedule.timesteps[request.pruning.step]
+            states, predicted = collect(
+                request.pruning, advance(first, inputs), texts, timestep, request.batches
+            )
+            left = request.batched(survivors(predicted, request.samples, request.pruning.keep))
+            inputs = _Inputs(
+                request, table, left, lambda rows: jax.tree.map(lambda x: x[rows], states)
+            )
+        for rows, state in zip(inputs.batches, advance(segments, inputs)):
+            jax.block_until_ready(state)
             now = time.monotonic()
-            yield latents, now - start
+            yield rows, state.x, now - start
             start = time.monotonic()
 
 
+@dataclasses.dataclass(frozen=True)
 class _Inputs:
-    """Noise and text of each batch, made when they are needed."""
+    """What each batch begins with, and its text, made when they are needed.
 
-    def __init__(self, request: SampleRequest, table: pipeline.TextTable):
-        self.request, self.table = request, table
+    Attributes:
+        batches: the numbers of the videos of each batch.
+        begin: numbers int [B] -> noise or a solver state.
+    """
 
-    def __iter__(self) -> Iterator[tuple[jax.Array, TextBatch]]:
+    request: SampleRequest
+    table: pipeline.TextTable
+    batches: list[np.ndarray]
+    begin: Callable
+
+    def __iter__(self) -> Iterator[tuple[jax.Array | SolverState, TextBatch]]:
         request, mesh = self.request, self.request.place.mesh
         sharded = sharding_lib.batch_sharding(mesh)
-        for rows in map(request.padded, request.batches):
-            noise = sharding_lib.place(request.initial_noise(rows), sharded)
+        for rows in map(request.padded, self.batches):
+            start = jax.tree.map(lambda x: sharding_lib.place(x, sharded), self.begin(rows))
             text = self.table.batch(request.prompt_of[rows], sharded, sharding_lib.replicated(mesh))
-            yield noise, text
+            yield start, text
 
 
 def denoising_remedies(request: SampleRequest) -> list[str]:
