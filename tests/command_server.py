@@ -22,7 +22,6 @@ MODULES = (
     "grpo.compare",
     "grpo.plan",
     "wan_jax.sample",
-    "grpo.best_of",
     "convert.from_diffusers",
     "convert.to_diffusers",
     "convert.export_lora",

@@ -108,6 +108,7 @@ def test_the_best_of_n_begins_with_the_evaluation_of_one(with_more, tmp_path):
                 f"--config.{more}",
                 "--config.reward.weights.ocr=None",
                 "--config.reward.weights.edges=1.0",
+                "--config.reward.panel=()",
                 f"--best_of={best_of}",
                 f"--out={tmp_path / str(best_of)}",
             ),
