@@ -156,9 +156,8 @@ def evaluate_recipe(
             if recipe.eval.also_unguided:
                 unguided = make((1.0,) * len(model.experts))
             for i, series in enumerate(spec.evaluations):
-                name, frames = "", series
-                if isinstance(series, str):
-                    name, frames = series, spec.evaluated_frames[0]
+                named = isinstance(series, str)
+                name, frames = (series, spec.evaluated_frames[0]) if named else ("", series)
                 evaluator = Evaluator(
                     prompts=prompt_sets[name],
                     table=tables[name],

@@ -184,7 +184,7 @@ def checked_request(samples: int | None = None) -> sampling.SampleRequest:
     """Return what the flags ask for. samples: of each prompt, instead of --samples. Raises `UserError`
     or ValueError where they contradict each other, the model or the devices.
     """
-    samples = samples or FLAGS.samples
+    count = FLAGS.samples if samples is None else samples
     media.check_suffix(FLAGS.out, FLAGS.frames)
     prompts = checked_prompts()
     single = FLAGS.checkpoint is not None and trained_weights.used_single_expert(FLAGS.checkpoint)
@@ -203,14 +203,14 @@ def checked_request(samples: int | None = None) -> sampling.SampleRequest:
         checkpoint=FLAGS.checkpoint,
         prompts=prompts,
         negative=negative_prompt(FLAGS.negative_prompt),
-        samples=samples,
+        samples=count,
         frames=FLAGS.frames,
         height=FLAGS.height,
         width=FLAGS.width,
         settings=settings,
         place=choose_placement(
             model,
-            len(prompts) * samples,
+            len(prompts) * count,
             FLAGS.frames,
             devices=FLAGS.devices,
             batch_size=FLAGS.batch_size,

@@ -18,6 +18,7 @@ from wan_jax.diffusion.solvers import SolverState
 from wan_jax.distributed.multihost import my_part
 from wan_jax.distributed.sharding import place, replicate
 from wan_jax.errors import UserError
+from wan_jax.inference.denoising import advance
 from wan_jax.inference.prompt_cache import PromptCache
 from wan_jax.models import vae_chunks
 from wan_jax.models.config import TransformerConfig, VAEConfig
@@ -381,35 +382,6 @@ def sample_ode(
     """
     for state in advance(steps, arrays, segments, solver, batches):
         yield state.x
-
-
-def advance(
-    steps: Sequence[Callable],
-    arrays: Callable,
-    segments: Sequence[Segment],
-    solver,
-    batches: Iterable[tuple[jax.Array | SolverState, TextBatch]],
-) -> Iterator[SolverState]:
-    """Yield the solver state of each batch after the segments, as `sample_ode`, whose arguments these
-    are. A batch may begin with a state instead of noise, for segments that are not the first; steps
-    take its buffers.
-    """
-    states: dict[int, SolverState] = {}  # of batches between two segments
-    for segment in segments:
-        jax.block_until_ready(states)
-        weights = arrays(segment.expert)
-        for b, (start, text) in enumerate(batches):
-            if b in states:
-                state = states.pop(b)
-            else:
-                begun = isinstance(start, SolverState)
-                state = start if begun else solver.init(jnp.copy(start))
-            for i in segment.steps:
-                state = steps[segment.expert](weights, state, i, text)
-            if segment is segments[-1]:
-                yield state
-            else:
-                states[b] = state
 
 
 def load_vae(model: model_dir.ModelDir, mesh):

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -69,7 +70,8 @@ def collect(
     which they are ranked. batches: the numbers of the videos of each batch.
     """
     graph, weights = nnx.split(pruning.head)
-    ranked = jax.jit(lambda w, x, text: predict(nnx.merge(graph, w), x, timestep, text))
+    level = jnp.asarray(timestep, jnp.float32)
+    ranked = jax.jit(lambda w, x, text: predict(nnx.merge(graph, w), x, level, text))
     kept, predicted = [], []
     for rows, state, text in zip(batches, every, texts):
         predicted.append(np.asarray(ranked(weights, state.x, text))[: len(rows)])

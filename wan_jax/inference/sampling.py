@@ -19,7 +19,7 @@ from wan_jax.diffusion.guidance import TextBatch
 from wan_jax.diffusion.solvers import SolverState
 from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.distributed.offload import Weights
-from wan_jax.inference import out_of_memory, pipeline
+from wan_jax.inference import denoising, out_of_memory, pipeline
 from wan_jax.inference.placement import Placement, plan_decoding
 from wan_jax.inference.pruning import Pruning, before_and_after, collect, survivors
 from wan_jax.inference.settings import SamplingSettings
@@ -228,7 +228,7 @@ def denoise(
     inputs = _Inputs(request, table, request.batches, request.initial_noise)
 
     def advance(segments: Sequence[experts.Segment], inputs: _Inputs) -> Iterator[SolverState]:
-        return pipeline.advance(
+        return denoising.advance(
             steps, lambda expert: (networks.weights(expert),), segments, solver, inputs
         )
 
