@@ -49,12 +49,20 @@ class VisionEndpoint:
     """One or more servers of the same vision model.
 
     urls: of the servers, with or without /v1 at the end. model: the model's name on the servers; ""
-    takes the only one that they serve. options: of `Endpoints`: token, timeout, retries, patience,
-    first_pause, seed. Raises `ValueError` or `RewardError` as `Endpoints` does.
+    takes the only one that they serve. setting: gives that name, for messages. options: of
+    `Endpoints`: token, timeout, retries, patience, first_pause, seed. Raises `ValueError` or
+    `RewardError` as `Endpoints` does.
     """
 
-    def __init__(self, urls: Sequence[str], model: str = "", **options):
-        self.model = model
+    def __init__(
+        self,
+        urls: Sequence[str],
+        model: str = "",
+        *,
+        setting: str = "config.reward.judge_model",
+        **options,
+    ):
+        self.model, self._setting = model, setting
         roots = (
             urls if isinstance(urls, str) else [url.rstrip("/").removesuffix("/v1") for url in urls]
         )
@@ -107,8 +115,7 @@ class VisionEndpoint:
         if self.model not in names:
             served = printable(", ".join(names)) or "no model"
             raise RewardError(
-                f"serves {served}, not {self.model!r}: give the name of one as "
-                "config.reward.judge_model"
+                f"serves {served}, not {self.model!r}: give the name of one as {self._setting}"
             )
 
 
