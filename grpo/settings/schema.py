@@ -171,10 +171,12 @@ def measured_rewards(recipe) -> dict[str, float]:
 def main_reward(weights: Mapping[str, float]) -> str:
     """Return the name of the main reward: by its value runs are judged, and a video without it is
     masked. It is the first with a weight among the spelling, the CLIP rewards and the user's own; if
-    there is none, the first that is measured.
+    there is none, the first of these that is measured; without any of these, the first measure of
+    quality with a weight.
 
     weights: of the rewards that are measured.
     """
     others = [name for name in weights if name not in BUILT_IN]
     order = [name for name in ("ocr", "clip", "pickscore", *others) if name in weights]
-    return next((name for name in order if weights[name]), [*order, *weights][0])
+    candidates = order or list(weights)
+    return next((name for name in candidates if weights[name]), candidates[0])

@@ -83,6 +83,7 @@ def test_weights_of_a_recipe():
         ({"motion": 1.0, "ocr": 0.0}, "ocr"),
         ({"motion": 1.0, "red": 0.0}, "red"),
         ({"motion": 1.0}, "motion"),
+        ({"colours": 0.0, "motion": 1.0}, "motion"),
     ],
 )
 def test_the_main_reward_is_the_first_with_a_weight(weights, main):
