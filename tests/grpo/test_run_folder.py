@@ -4,7 +4,6 @@ import contextlib
 import types
 
 import pytest
-from absl import flags
 
 from configs import tiny_ocr
 from grpo import train
@@ -17,8 +16,17 @@ def c(tmp_path, monkeypatch):
     """The recipe of `train.main`, of a run with a model that does not exist."""
     c = tiny_ocr.get_config()
     c.run_dir, c.model.path = str(tmp_path / "run"), str(tmp_path / "none")
-    monkeypatch.setattr(train, "CONFIG", types.SimpleNamespace(value=c))
-    flags.FLAGS.mark_as_parsed()
+    given = types.SimpleNamespace(
+        config=c,
+        cluster="none",
+        coordinator=None,
+        num_processes=None,
+        process_id=None,
+        host_timeout=100,
+        stage_timeout=0,
+        join_timeout=300,
+    )
+    monkeypatch.setattr(train, "flags", types.SimpleNamespace(FLAGS=given))
     return c
 
 
