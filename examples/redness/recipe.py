@@ -27,5 +27,6 @@ def get_config():
     c.reward.own = {"red": "redness:Redness"}
     c.reward.weights.red = 1.0
     c.reward.weights.ocr = None  # the prompts have no text to read
+    c.reward.panel = ("dark",)  # colours and edges are meant to change
     c.eval.every = 15
     return c

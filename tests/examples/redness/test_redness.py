@@ -9,7 +9,6 @@ from grpo.data.prompts import epoch_prompts
 from grpo.scoring.reward_pool import load_scored_prompts
 from grpo.settings import parse
 from rewards.base import PromptRecord
-from rewards.choices import PANEL
 
 RECORD = PromptRecord((), "a sign")
 
@@ -36,7 +35,7 @@ def test_win_rate():
 def test_the_recipe_needs_no_text_in_its_prompts():
     checked = parse.recipe_from_config(recipe.get_config())
     settings = parse.settings_of(checked)
-    assert settings.weights == dict.fromkeys(PANEL, 0.0) | {"red": 1.0}
+    assert settings.weights == {"dark": 0.0, "red": 1.0}
     assert settings.main == "red"
     assert defaults().reward.weights.ocr == 1.0
     sets = [
