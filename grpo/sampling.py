@@ -31,6 +31,7 @@ from grpo.rollout import (
 )
 from grpo.run import RunSpec
 from grpo.scoring.advantages import step_importance
+from grpo.scoring.group_spread import group_spread, sampled_values
 from grpo.scoring.scores import PendingBatch, gather_rows, submit
 from grpo.settings import frame_schedule
 from rewards.pool_set import Pool
@@ -101,6 +102,7 @@ class RolloutBatch:
             between videos (train.credit=otca).
         evaluations: of the model.
         evaluations_saved: of the model, because the videos of a group share their first steps.
+        group_spread: `group_spread` of the final latents.
     """
 
     key: jax.Array
@@ -113,6 +115,7 @@ class RolloutBatch:
     importance: dict[str, np.ndarray]
     evaluations: int
     evaluations_saved: int
+    group_spread: float
 
 
 def sampling_weights(session: Session, states: States, expert: int) -> tuple:
@@ -188,7 +191,7 @@ def sample_epoch(
         total=len(spec.segments) * settings.batches,
     )
     trajectories: dict[str, list[Trajectory]] = {}
-    finished, pending = [], []
+    finished, pending, values = [], [], []
     local = multihost.my_rows(sharded, size)  # rows of each batch on the devices of this process
     for i, b, x, trajectory, video in shown:
         name, place = spec.preset.experts[spec.segments[i].expert], f"{b + 1} of {len(rows)}"
@@ -198,6 +201,7 @@ def sample_epoch(
         clock("sample", x)
         if video is None:
             continue
+        values.append(sampled_values(x))
         if method.keeps_latents:
             finished.append(x)
         multihost.stage(f"epoch {epoch}: decoding batch {place}")
@@ -228,6 +232,7 @@ def sample_epoch(
         importance=importance,
         evaluations=settings.videos * sample.steps - saved,
         evaluations_saved=saved,
+        group_spread=group_spread(gather_rows(values, sharded), sample.group_size),
     )
     return batch, pending
 

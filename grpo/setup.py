@@ -19,6 +19,7 @@ from grpo.compiled import compile, offload
 from grpo.compiled.functions import Functions
 from grpo.data.prompts import PromptSet, examples
 from grpo.learning import train_state
+from grpo.learning.method import kl_weight
 from grpo.learning.optimiser import init_state
 from grpo.learning.policy import Flat, make_policy
 from grpo.random_streams import Stream
@@ -66,8 +67,8 @@ class RunFolder:
         recipe = self.spec.recipe
         return guard.judge(
             run_log.read_evaluations(recipe.run_dir),
-            recipe.reward.panel,
-            recipe.train.alarm_tolerance,
+            guard.Limits.of(recipe.to_dict()),
+            run_log.read_metrics(recipe.run_dir),
         )
 
     def mark_best(self) -> None:
@@ -81,6 +82,17 @@ class RunFolder:
     def alarm(self, epoch: int) -> str:
         """Return the guard's alarm on the evaluation after an epoch, "" without one."""
         return next((verdict.alarm for verdict in self.verdicts() if verdict.epoch == epoch), "")
+
+    def kl_weight(self) -> float | None:
+        """Return the weight of the KL in the next epoch, where the guard sets it
+        (train.on_alarm=kl), else None.
+        """
+        recipe = self.spec.recipe
+        if recipe.train.on_alarm != "kl":
+            return None
+        if guard.kl_is_raised(self.verdicts(), recipe.train.alarm_calm):
+            return recipe.train.alarm_kl
+        return kl_weight(type(self.spec.method), recipe)
 
     def save(self, epoch: int, states: States, spent: Spent) -> None:
         """Write the checkpoint of an epoch, unless the newest one is of this epoch. Raises

@@ -196,9 +196,10 @@ def train(
     if start.unevaluated:
         evaluate(start, states, done, start.unevaluated)
         write_report(recipe.run_dir)
-    base = {}
+    base, kl_weight = {}, None
     if start.epochs:
         stop_on_alarm(start, states, done, spent)
+        kl_weight = weight_of_kl(start, done, None)
         base = multihost.from_first(lambda: read_base(recipe.run_dir, settings.weights))
 
     epoch = done
@@ -231,7 +232,7 @@ def train(
         # ---- 4 update ------------------------------------------------------------------------
         multihost.stage(f"epoch {epoch}: update")
         try:
-            states, losses = update_epoch(session, states, epoch, rollout, credit)
+            states, losses = update_epoch(session, states, epoch, rollout, credit, kl_weight)
         except NotFinite as error:
             newest = folder.checkpoints.latest()
             checkpoint = "none" if newest is None else folder.checkpoints.path(newest)
@@ -277,6 +278,7 @@ def train(
             if not last:
                 write_report(recipe.run_dir)
                 stop_on_alarm(start, states, epoch, spent)
+                kl_weight = weight_of_kl(start, epoch, kl_weight)
             ending = asked_to_end()
             if ending:
                 folder.save(epoch, states, spent)
@@ -350,6 +352,18 @@ def stop_on_alarm(start: Start, states: States, epoch: int, spent: Spent) -> Non
             f"epoch {epoch}: {alarm}, so the run stops, as train.on_alarm=stop asks. Epoch {epoch} is "
             f"saved. {found}To go on all the same: --config.train.on_alarm=log"
         )
+
+
+def weight_of_kl(start: Start, epoch: int, before: float | None) -> float | None:
+    """Return the weight of the KL after an epoch, where the guard sets it (train.on_alarm=kl), else
+    None. A change is printed. before: the weight so far; None: of a run that starts or continues.
+    """
+    weight = multihost.from_first(start.folder.kl_weight)
+    raised = weight == start.session.spec.recipe.train.alarm_kl
+    if weight != before and (raised or before is not None):
+        why = "raised by the alarm" if raised else "the alarm is over"
+        print_once(f"epoch {epoch}: the weight of the KL is {weight:g} from now on, {why}")
+    return weight
 
 
 def same_length(recipe: Recipe, epoch: int) -> bool:

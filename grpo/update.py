@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grpo.credit import Credit
-from grpo.learning.method import Method, kl_weight
+from grpo.learning.method import Method
+from grpo.learning.method import kl_weight as constant_kl_weight
 from grpo.learning.optimiser import learning_rate
 from grpo.records.run_log import EXPERTS
 from grpo.sampling import RolloutBatch, Session, States
@@ -17,9 +18,15 @@ BOUNDS = {"ratio_min": min, "ratio_max": max, "ratio_max_error": max, "learning_
 
 
 def update_epoch(
-    session: Session, states: States, epoch: int, rollout: RolloutBatch, credit: Credit
+    session: Session,
+    states: States,
+    epoch: int,
+    rollout: RolloutBatch,
+    credit: Credit,
+    kl_weight: float | None = None,
 ) -> tuple[States, dict]:
-    """Return the states after the optimiser steps of an epoch, and the record of the steps.
+    """Return the states after the optimiser steps of an epoch, and the record of the steps. kl_weight:
+    of the KL, where the guard sets it (train.on_alarm=kl).
 
     The record has the `summary` of all steps, the number of videos that they trained on
     (`videos_trained`), and the summary of each expert under `EXPERTS` where two are trained. The
@@ -40,11 +47,12 @@ def update_epoch(
         made = int(states[name].updates)
         for videos, batch, share_kept in method.batches(spec, epoch, i, rollout, credit, made):
             states[name], metrics, norms = session.functions.updates[expert](
-                states[name], session.frozen(expert), batch, share_kept
+                states[name], session.frozen(expert), batch, share_kept, kl_weight
             )
             values = metrics.averages() | {key: float(value) for key, value in norms.items()}
             check_finite(values, epoch)
-            values |= kl_share(values, method, kl_weight(type(method), spec.recipe))
+            values |= {} if kl_weight is None else {"kl_weight": kl_weight}
+            values |= kl_share(values, method, constant_kl_weight(type(method), spec.recipe))
             values["learning_rate"] = learning_rate(spec.settings.optimiser, made + len(steps))
             if not steps:
                 values |= method.check_first(values, epoch)

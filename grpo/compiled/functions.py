@@ -278,11 +278,13 @@ class Functions:
         """
         name, update = self.with_expert("update", expert), self.updates[expert]
         batch = self.update_batch(expert)
+        kl_weight = number() if self.spec.recipe.train.on_alarm == "kl" else None
         if isinstance(update, offload.OffloadedUpdate):
-            args = (self.trainable, self.state.gradient_inputs, self.frozen, batch)
+            inputs = self.state.gradient_inputs(kl_weight)
+            args = (self.trainable, inputs, self.frozen, batch)
             return Program(name, update.gradient, args, resident=3, extra=self.trajectories)
         share_kept = {name: number() for name in self.spec.method.lagged}
-        args = (self.state, self.frozen, batch, share_kept)
+        args = (self.state, self.frozen, batch, share_kept, kl_weight)
         return Program(name, update, args, resident=2, extra=self.trajectories)
 
     def decode(self, shape: tuple[int, ...] | None = None) -> list[Program]:

@@ -93,10 +93,10 @@ class OffloadedUpdate:
     step: Callable
     adapt: Callable
 
-    def __call__(self, state: TrainState, frozen, batch, share_kept=None):
+    def __call__(self, state: TrainState, frozen, batch, share_kept=None, kl_weight=None):
         # the gradient of all arrays
         grads, metrics, grad_norm = self.gradient(
-            state.trainable, state.gradient_inputs, frozen, batch
+            state.trainable, state.gradient_inputs(kl_weight), frozen, batch
         )
         control = self.adapt(state.kl, state.updates, metrics)
         # the step, array by array

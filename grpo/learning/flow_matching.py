@@ -23,7 +23,7 @@ import numpy as np
 
 from grpo.learning import abstract
 from grpo.learning.kl import kl_to_reference
-from grpo.learning.method import Method, kl_weight
+from grpo.learning.method import Method, largest_kl_weight
 from grpo.learning.policy import Flat, Policy
 from grpo.learning.selection import Selection, layout
 from grpo.random_streams import Stream
@@ -188,7 +188,8 @@ class FlowMatching(Method):
     """Base of the methods that train on finished videos.
 
     Attributes:
-        kl_weight: weight of mean((v - v_reference)^2), which is added to `loss`.
+        kl_weight: weight of mean((v - v_reference)^2), which is added to `loss`; the largest one
+            where it changes (`GradientInputs.kl_weight`).
         timesteps: number of noise levels of a video in an epoch, shared between the experts.
         train_guided: train.guided.
 
@@ -256,7 +257,7 @@ class FlowMatching(Method):
     def from_recipe(cls, recipe: "Recipe") -> "FlowMatching":
         train = recipe.train
         common = {
-            "kl_weight": kl_weight(cls, recipe),
+            "kl_weight": largest_kl_weight(cls, recipe),
             "timesteps": train.timesteps,
             "train_guided": train.guided,
         }
@@ -293,7 +294,7 @@ class FlowMatching(Method):
                 x0, worse, text, video, weight, valid, *factors = micro
                 rows = x0, worse, text, video, weight, valid
                 row = FinishedRows(*rows, sigma, timestep, draw, batch.key, *factors)
-                grads, metrics = grad_fn(trainable, inputs.lagged, frozen, row)
+                grads, metrics = grad_fn(trainable, inputs, frozen, row)
                 return jax.tree.map(jnp.add, carry, (grads, metrics)), None
 
             def one_micro_batch(carry, micro):
@@ -459,12 +460,12 @@ def objective(
     policy: Policy,
     guidance: float,
     trainable: Flat,
-    lagged: dict[str, Flat],
+    inputs: "GradientInputs",
     frozen,
     rows: FinishedRows,
 ) -> tuple[Array, FlowMetrics]:
     """Return the sum of the loss over the valid rows of one micro-batch at one draw, and its
-    metrics. guidance: of all velocities. lagged: the copies of earlier weights.
+    metrics. guidance: of all velocities.
     """
     # x_s and the true velocity; the two videos of a pair have one noise and one level
     x0, text, sigma, timestep = rows.x0, rows.text, rows.sigma, rows.timestep
@@ -487,7 +488,7 @@ def objective(
     v = velocity_of(policy.module(trainable, frozen))
     v_lagged = {
         name: jax.lax.stop_gradient(velocity_of(policy.module(weights, frozen)))
-        for name, weights in lagged.items()
+        for name, weights in inputs.lagged.items()
     }
     v_reference = None
     if method.needs_reference:
@@ -505,7 +506,8 @@ def objective(
     if rows.kl_gate is not None:
         kl = rows.kl_gate * kl
     if method.kl_weight:
-        loss = loss + method.kl_weight * kl
+        weight = method.kl_weight if inputs.kl_weight is None else inputs.kl_weight
+        loss = loss + weight * kl
 
     def total(values):
         return jnp.sum(jnp.where(rows.valid, values, 0.0))

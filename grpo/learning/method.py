@@ -209,3 +209,11 @@ def kl_weight(method: type[Method], recipe: "Recipe") -> float:
     """Return `train.kl_weight`, or the method's default where that is None."""
     weight = recipe.train.kl_weight
     return method.default_kl_weight if weight is None else weight
+
+
+def largest_kl_weight(method: type[Method], recipe: "Recipe") -> float:
+    """Return the largest weight that the KL may have in a run: the one of an alarm, where that raises
+    it, else `kl_weight`. If it is 0, the loss has no KL.
+    """
+    train = recipe.train
+    return train.alarm_kl if train.on_alarm == "kl" else kl_weight(method, recipe)

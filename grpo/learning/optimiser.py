@@ -70,10 +70,11 @@ class TrainState:
     kl: KLControl | None = None
     lagged: dict[str, Flat] = dataclasses.field(default_factory=dict)
 
-    @property
-    def gradient_inputs(self) -> "GradientInputs":
-        """The part of the state that a gradient may need besides the trained arrays."""
-        return GradientInputs(self.kl.weight if self.kl else None, self.lagged)
+    def gradient_inputs(self, kl_weight: jax.Array | None = None) -> "GradientInputs":
+        """Return what a gradient may need besides the trained arrays. kl_weight: fp32 [], where the
+        guard sets it.
+        """
+        return GradientInputs(self.kl.weight if self.kl else kl_weight, self.lagged)
 
 
 class GradientInputs(NamedTuple):
@@ -216,11 +217,13 @@ def make_update(
     adaptive_kl: AdaptiveKL | None = None,
     lagged: Sequence[str] = (),
 ) -> Callable:
-    """Return the jitted update (TrainState, frozen, batch, share_kept) -> (TrainState, metrics,
-    norms). It donates the state.
+    """Return the jitted update (TrainState, frozen, batch, share_kept, kl_weight) -> (TrainState,
+    metrics, norms). It donates the state.
 
-    share_kept: {name: float} of the lagged copies. norms: fp32 scalars 'grad_norm', before clipping,
-    'update_norm', and 'kl_weight', the weight that was used, where it adapts.
+    share_kept: {name: float} of the lagged copies. kl_weight: float, weight of the KL where the guard
+    sets it (train.on_alarm=kl), else None; another value compiles nothing. norms: fp32 scalars
+    'grad_norm', before clipping, 'update_norm', and 'kl_weight', the weight that was used, where it
+    adapts.
 
     Args:
         gradient: the result of `Method.make_gradient`.
@@ -241,8 +244,9 @@ def make_update(
         out_shardings=shardings,
         compiler_options=COMPILER_OPTIONS,
     )
-    def update(state: TrainState, frozen, batch, share_kept=None):
-        grads, metrics = gradient(state.trainable, state.gradient_inputs, frozen, batch)
+    def update(state: TrainState, frozen, batch, share_kept=None, kl_weight=None):
+        inputs = state.gradient_inputs(kl_weight)
+        grads, metrics = gradient(state.trainable, inputs, frozen, batch)
         new, changes = apply_gradient(optimiser, config.ema_decay, state, grads, share_kept or {})
         norms = {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(changes)}
         norms |= {"kl_weight": state.kl.weight} if state.kl else {}

@@ -39,7 +39,7 @@ class LossConfig:
 
     Attributes:
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
-        kl_beta: weight of the KL.
+        kl_beta: weight of the KL; the largest one where it changes.
         kl_kind: measure of the KL (`kl.kl_to_reference`).
         kl_weighted: whether the KL of a step is multiplied by the square of the step's weight.
         objective: one of those above.

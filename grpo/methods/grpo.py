@@ -19,7 +19,7 @@ import numpy as np
 from grpo.credit import Credit, advantage_options
 from grpo.learning import abstract
 from grpo.learning.kl import AdaptiveKL
-from grpo.learning.method import Method, kl_weight
+from grpo.learning.method import Method, kl_weight, largest_kl_weight
 from grpo.learning.optimiser import GradientInputs
 from grpo.learning.policy import Flat, Policy
 from grpo.learning.policy_loss import LossConfig, LossMetrics, Rows, policy_gradient_terms
@@ -167,7 +167,7 @@ class GRPO(Method):
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> "GRPO":
-        train, weight = recipe.train, kl_weight(cls, recipe)
+        train, weight = recipe.train, largest_kl_weight(cls, recipe)
         in_reward = train.kl_as == "reward"
         averaged = train.kl_reference == "average"
         tolerance = train.ratio_tolerance

@@ -39,6 +39,7 @@ def make(
         "reward_mean": groups.mean_reward,
         "reward_std": groups.std_reward,
         "group_std": groups.mean_group_std,
+        "group_spread": rollout.group_spread,
         "zero_std_fraction": groups.zero_std_fraction,
         "rewards": reward_combination.means({scores.main: scores.values} | scores.parts),
         "failed_scores": int((~credit.valid).sum()),

@@ -39,21 +39,15 @@ class RunRecords:
         """The evaluations that the report compares."""
         return comparable(self.recorded)
 
-    @property
-    def panel(self) -> list[str]:
-        """The measures that the guard watches."""
-        return list(self.config.get("reward", {}).get("panel", ()))
-
-    @property
-    def tolerance(self) -> float:
-        """How far they may move, in standard deviations; infinite where it is not recorded."""
-        value = self.config.get("train", {}).get("alarm_tolerance")
-        return math.inf if value is None else value
+    @functools.cached_property
+    def limits(self) -> guard.Limits:
+        """What the guard watches."""
+        return guard.Limits.of(self.config)
 
     @functools.cached_property
     def verdicts(self) -> list[guard.Verdict]:
         """What the guard says of the evaluations."""
-        return guard.judge(self.recorded, self.panel, self.tolerance)
+        return guard.judge(self.recorded, self.limits, self.metrics)
 
     @property
     def ends(self) -> list[dict]:

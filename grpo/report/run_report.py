@@ -148,12 +148,12 @@ def _guard_lines(run: RunRecords) -> list[str]:
 
 def _panel(run: RunRecords) -> dict:
     """Return the head and the rows of the table of the guard's panel, and its tolerance."""
-    records = {e["epoch"]: e for e in run.recorded}
+    records, panel = {e["epoch"]: e for e in run.recorded}, run.limits.panel
     moved = {
-        v.epoch: guard.movements(records[run.verdicts[0].epoch], records[v.epoch], run.panel)
+        v.epoch: guard.movements(records[run.verdicts[0].epoch], records[v.epoch], panel)
         for v in run.verdicts
     }
-    names = [name for name in run.panel if any(name in row for row in moved.values())]
+    names = [name for name in panel if any(name in row for row in moved.values())]
     chosen = guard.best(run.verdicts)
     rows = []
     for verdict in run.verdicts:
@@ -168,7 +168,7 @@ def _panel(run: RunRecords) -> dict:
     return {
         "head": ["after epoch", "reward", *names],
         "rows": rows if names and len(rows) > 1 else [],
-        "tolerance": run.tolerance,
+        "tolerance": run.limits.tolerance,
     }
 
 

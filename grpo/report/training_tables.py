@@ -44,6 +44,9 @@ HEALTH = {  # key in an epoch's record: metric
     "group_std": HealthMetric(
         "reward spread within groups", min, "the learning signal; 0 teaches nothing"
     ),
+    "group_spread": HealthMetric(
+        "difference of a group's latents", min, "no fall to a part of the first value"
+    ),
     "zero_std_fraction": HealthMetric(
         "groups without spread", max, "a share of 0 to 1; near 1 nothing is learnt"
     ),

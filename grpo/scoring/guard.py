@@ -1,16 +1,20 @@
 """The guard against reward hacking: judges every evaluation of a run, and names the best checkpoint.
 
-A reward is a proxy of what the user wants, and training finds its gaps. Two things are watched in the
-held-out evaluations, which all have the same prompts and the same noise:
+A reward is a proxy of what the user wants, and training finds its gaps. Three things are watched in
+the held-out evaluations, which all have the same prompts and the same noise, and one in the epochs:
 
     panel   measures of quality that training does not optimise (`reward.panel`). One of them is
             outside where its mean m differs from the base model's m_0 by more than `tolerance`
             standard deviations s_0 of the base model's videos: |m - m_0| > tolerance s_0.
+    judges  rewards without a weight, such as a second reader. One of them has fallen where its
+            interval lies below that of its best evaluation.
+    spread  how different the videos of a group are (`group_spread`), relative to the first epoch,
+            which the starting model samples. It is too small below a floor.
     fall    the main reward has fallen where its interval lies below that of the best evaluation.
 
-The best checkpoint has the highest lower bound of the main reward among those whose panel is inside;
-the base model counts. An evaluation chooses by the prompts of even number and reports by the others
-(`halves`), since a mean that was chosen for its height is too high.
+Each is an alarm. The best checkpoint has the highest lower bound of the main reward among those without
+one of the first three; the base model counts. An evaluation chooses by the prompts of even number and
+reports by the others (`halves`), since a mean that was chosen for its height is too high.
 """
 
 import dataclasses
@@ -20,7 +24,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from grpo.records.statistics import LEAST_VALUES, bootstrap_interval
+from grpo.scoring.reward_combination import BAD_SIDE
+from grpo.settings.named import pairs
 
+CONFIDENCE = 1.96  # standard errors on each side of a mean, 95 %
 CHOOSE, REPORT = "choose", "report"  # keys of an evaluation's record, and names of the halves
 
 
@@ -33,12 +40,21 @@ class Verdict:
         low: lower bound of the main reward's interval on the prompts that choose.
         outside: of each measure outside, how many standard deviations it moved, with sign.
         fallen: epoch of the best evaluation before, if the reward has fallen since; else None.
+        judges: of each reward without a weight that has fallen, the epoch of its best evaluation.
+        spread: the spread of the groups as a share of the first epoch's, if it is too small.
     """
 
     epoch: int
     low: float
     outside: Mapping[str, float]
     fallen: int | None
+    judges: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    spread: float | None = None
+
+    @property
+    def inside(self) -> bool:
+        """Whether the checkpoint may be the best one."""
+        return not self.outside and not self.judges and self.spread is None
 
     @property
     def alarm(self) -> str:
@@ -47,6 +63,12 @@ class Verdict:
             f"{name} moved by {moved:+.1f} standard deviations of the base model's videos"
             for name, moved in sorted(self.outside.items())
         ]
+        reasons += [
+            f"{name} has fallen below that of epoch {epoch}"
+            for name, epoch in sorted(self.judges.items())
+        ]
+        if self.spread is not None:
+            reasons.append(f"the videos of a group differ by {self.spread:.0%} of what they did")
         if self.fallen is not None:
             reasons.append(f"the held-out reward has fallen below that of epoch {self.fallen}")
         return "; ".join(reasons)
@@ -66,27 +88,120 @@ def halves(rewards: np.ndarray, seed: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def judge(evaluations: Sequence[Mapping], panel: Sequence[str], tolerance: float) -> list[Verdict]:
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the guard watches, and where it rings the alarm.
+
+    Attributes:
+        panel: names of measures of quality.
+        tolerance: of the panel, in standard deviations.
+        spread: floor of the relative spread of the groups; 0: none.
+        trained: names of the rewards with a weight. The others are judges, but measures of quality.
+    """
+
+    panel: Sequence[str]
+    tolerance: float
+    spread: float = 0.0
+    trained: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, config: Mapping) -> "Limits":
+        """Return the limits of a run's settings, nested. Those that a run of an earlier version did
+        not have are off.
+        """
+        train, reward = (config.get(section, {}) for section in ("train", "reward"))
+        tolerance = train.get("alarm_tolerance")
+        weights = reward.get("weights", {}) | dict(pairs(reward.get("own_weights"), float))
+        return cls(
+            panel=tuple(reward.get("panel", ())),
+            tolerance=math.inf if tolerance is None else tolerance,
+            spread=train.get("alarm_spread", 0.0),
+            trained=[name for name, weight in weights.items() if weight],
+        )
+
+
+def judge(
+    evaluations: Sequence[Mapping], limits: Limits, epochs: Sequence[Mapping] = ()
+) -> list[Verdict]:
     """Return the verdict on each evaluation that has a result, oldest first.
 
     evaluations: records of evals.jsonl, oldest first. The first one with a result is the base.
     Evaluations on other prompts than the newest one's are left out, and so are records without
-    halves, of earlier versions. panel: names of measures. tolerance: in standard deviations.
+    halves, of earlier versions. epochs: records of metrics.jsonl, oldest first.
     """
     usable = [e for e in evaluations if math.isfinite(e.get(CHOOSE, {}).get("low", math.nan))]
     usable = [e for e in usable if e["prompts"] == usable[-1]["prompts"]]
+    shares = relative_spreads(epochs)
     verdicts: list[Verdict] = []
-    for evaluation in usable:
+    for number, evaluation in enumerate(usable):
         epoch, chosen = evaluation["epoch"], evaluation[CHOOSE]
         outside = {
             name: moved
-            for name, moved in movements(usable[0], evaluation, panel).items()
-            if abs(moved) > tolerance
+            for name, moved in movements(usable[0], evaluation, limits.panel).items()
+            if abs(moved) > limits.tolerance
         }
         before = best(verdicts)
         fallen = before.epoch if before is not None and chosen["high"] < before.low else None
-        verdicts.append(Verdict(epoch, chosen["low"], outside, fallen))
+        since = usable[number - 1]["epoch"] if number else epoch
+        newest = [share for at, share in shares.items() if since < at <= epoch]
+        spread = float(np.mean(newest)) if newest else math.inf
+        verdicts.append(
+            Verdict(
+                epoch,
+                chosen["low"],
+                outside,
+                fallen,
+                judges=fallen_judges(usable[: number + 1], limits.trained),
+                spread=spread if spread < limits.spread else None,
+            )
+        )
     return verdicts
+
+
+def relative_spreads(epochs: Sequence[Mapping]) -> dict[int, float]:
+    """Return the spread of the groups of each epoch as a share of the first epoch's; {} where that one
+    is not known. epochs: records of metrics.jsonl, oldest first.
+    """
+    spreads = {record["epoch"]: record.get("group_spread", math.nan) for record in epochs}
+    first = spreads.get(1, math.nan)
+    if not first > 0:
+        return {}
+    return {epoch: spread / first for epoch, spread in spreads.items() if math.isfinite(spread)}
+
+
+def fallen_judges(evaluations: Sequence[Mapping], trained: Sequence[str]) -> dict[str, int]:
+    """Return the rewards without a weight whose interval in the last evaluation lies below that of
+    their best one, with the epoch of that one. The best one has the highest lower bound. trained:
+    names of the rewards with a weight, which are left out with their parts.
+
+    Intervals are mean +- 1.96 standard errors. They ignore that all evaluations have the same prompts
+    and noise, so they are too wide, and a small fall is no alarm.
+    """
+    fallen = {}
+    for name in evaluations[-1].get("measures", {}):
+        if name in BAD_SIDE or name.partition(".")[0] in trained:
+            continue
+        bounds = {}
+        for evaluation in evaluations:
+            mean, deviation = evaluation.get("measures", {}).get(name) or (math.nan,) * 2
+            half = CONFIDENCE * deviation / math.sqrt(max(evaluation["num"], 1))
+            if math.isfinite(mean):
+                bounds[evaluation["epoch"]] = mean - half, mean + half
+        last = evaluations[-1]["epoch"]
+        if last in bounds:
+            best_epoch = max(bounds, key=lambda epoch: bounds[epoch][0])
+            if bounds[last][1] < bounds[best_epoch][0]:
+                fallen[name] = best_epoch
+    return fallen
+
+
+def kl_is_raised(verdicts: Sequence[Verdict], calm: int) -> bool:
+    """Return whether the weight of the KL is raised after the last verdict (train.on_alarm=kl): from an
+    alarm on, until `calm` evaluations in a row have none.
+
+    It is a function of the evaluations alone, so a run that continues has the weight that it had.
+    """
+    return any(verdict.alarm for verdict in verdicts[-calm:])
 
 
 def movements(base: Mapping, evaluation: Mapping, panel: Sequence[str]) -> dict[str, float]:
@@ -106,10 +221,10 @@ def movements(base: Mapping, evaluation: Mapping, panel: Sequence[str]) -> dict[
 
 
 def best(verdicts: Sequence[Verdict]) -> Verdict | None:
-    """Return the verdict with the highest lower bound among those whose panel is inside, the earliest
-    of equal ones; None without any verdict.
+    """Return the verdict with the highest lower bound among those that are `inside`, the earliest of
+    equal ones; None without any verdict.
     """
-    inside = [verdict for verdict in verdicts if not verdict.outside]
+    inside = [verdict for verdict in verdicts if verdict.inside]
     return max(inside, key=lambda verdict: verdict.low, default=None)
 
 
@@ -129,7 +244,7 @@ def explain(verdicts: Sequence[Verdict], evaluations: Sequence[Mapping]) -> str:
     last = verdicts[-1]
     if last.epoch == chosen.epoch:
         return f"{sentence}; it is the newest evaluation."
-    higher = [v for v in verdicts if v.outside and v.low > chosen.low]
+    higher = [v for v in verdicts if not v.inside and v.low > chosen.low]
     if higher:
         top = max(higher, key=lambda verdict: verdict.low)
         return f"{sentence}. Epoch {top.epoch} has a higher reward, but {top.alarm}."

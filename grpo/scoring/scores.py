@@ -159,15 +159,7 @@ def gather_rows(batches: Sequence[jax.Array], sharding: jax.sharding.NamedShardi
     size = batches[0].shape[1]
     rows = multihost.my_rows(sharding, size)
     own = [
-        (
-            index * size + rows,
-            np.stack(
-                [
-                    multihost.my_part(sharding_lib.place(batch[k], sharding))
-                    for k in range(len(batch))
-                ]
-            ),
-        )
+        (index * size + rows, multihost.my_part(sharding_lib.place(batch.T, sharding)).T)
         for index, batch in enumerate(batches)
     ]
     gathered = np.full((len(batches[0]), len(batches) * size), np.nan)

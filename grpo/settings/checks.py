@@ -30,6 +30,7 @@ def check_together(recipe) -> None:
     check_updates(recipe)
     check_rewards(recipe)
     check_kl_gate(recipe)
+    check_alarm_kl(recipe)
     check_lora(recipe)
     check_evaluation(recipe)
     frame_schedule.check(recipe)
@@ -141,6 +142,29 @@ def check_kl_gate(recipe) -> None:
             f"config.train.kl_gate={train.kl_gate} compares {main} with rewards that are measured "
             "without a weight, and there are none: give a weight of 0, or measures in "
             f"config.reward.panel={tuple(recipe.reward.panel)}"
+        )
+
+
+def check_alarm_kl(recipe) -> None:
+    """Check that with train.on_alarm=kl there is a KL in the loss whose weight the guard can raise."""
+    train, method = recipe.train, methods.method_class(recipe.train.method)
+    if train.on_alarm != "kl":
+        return
+    if "train.kl_weight" not in method.reads:
+        raise UserError(
+            f"config.train.on_alarm=kl raises the weight of the KL, and train.method={train.method} has "
+            "none: set train.on_alarm to log or stop, or choose another method"
+        )
+    if train.kl_as != "loss" or train.kl_target is not None:
+        raise UserError(
+            "config.train.on_alarm=kl raises the constant weight of a KL in the loss: it needs "
+            f"train.kl_as={train.kl_as} to be loss, and train.kl_target={train.kl_target} to be None"
+        )
+    weight = kl_weight(method, recipe)
+    if not weight < train.alarm_kl < math.inf:
+        raise UserError(
+            f"config.train.alarm_kl={train.alarm_kl} is the raised weight of the KL: it must be finite "
+            f"and above train.kl_weight={weight}"
         )
 
 

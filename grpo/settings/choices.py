@@ -18,6 +18,6 @@ CREDITS = ("none", "longcat", "rectified", "noise_over_step", "otca")
 ZERO_ADVANTAGES = ("keep", "drop")
 STDS = ("group", "global", "max", "none")
 COMBINATIONS = ("rewards", "advantages")
-ALARMS = ("log", "stop")  # what the guard does on an alarm
+ALARMS = ("log", "stop", "kl")  # what the guard does on an alarm
 JUDGE = "judge"  # the reward engine that asks a vision model on reward servers
 JUDGE_QUESTIONS = ("transcribe", *QUESTIONS)

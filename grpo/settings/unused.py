@@ -29,6 +29,11 @@ def unread(recipe) -> dict[str, str]:
             "train.kl_target=None",
             ("train.kl_horizon", "train.kl_weight_range"),
         ),
+        (
+            train.on_alarm != "kl",
+            f"train.on_alarm={train.on_alarm}",
+            ("train.alarm_kl", "train.alarm_calm"),
+        ),
         (train.kl_reference == "base", "train.kl_reference=base", ("train.kl_reference_decay",)),
         (
             not train.cfg_distill_weight,

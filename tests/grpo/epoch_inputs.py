@@ -25,7 +25,7 @@ def session_of(spec: RunSpec, **changes) -> tuple[Session, list[tuple]]:
     """
     made = []
 
-    def update(state, frozen, batch, share_kept):
+    def update(state, frozen, batch, share_kept, kl_weight):
         made.append((batch, share_kept))
         metrics = types.SimpleNamespace(averages=lambda: {"ratio_min": 1.0, "ratio_max": 1.0})
         return jax.tree.map(lambda x: x + jnp.ones((), x.dtype), state), metrics, {"grad_norm": 1.0}
@@ -75,6 +75,7 @@ def rollout_of(spec: RunSpec, **changes) -> RolloutBatch:
         "importance": {},
         "evaluations": 0,
         "evaluations_saved": 0,
+        "group_spread": 1.0,
     }
     return RolloutBatch(**values | changes)
 

@@ -259,8 +259,9 @@ class Train(Section):
     on_alarm: str = setting(
         "log",
         "What the guard does where an evaluation shows a measure of `reward.panel` outside the "
-        "tolerance, or a fallen reward. `log`: it prints and records the alarm. `stop`: it ends the "
-        "run too, with everything saved.",
+        "tolerance, a fallen reward, or groups that have become too alike. `log`: it prints and "
+        "records the alarm. `stop`: it ends the run too, with everything saved. `kl`: while the "
+        "alarm lasts, the weight of the KL is `train.alarm_kl`.",
         choices=ALARMS,
         resume=True,
     )
@@ -270,6 +271,28 @@ class Train(Section):
         "held-out prompts, in standard deviations of the base model's videos. inf: any distance.",
         bounds=POSITIVE_OR_INF,
         resume=True,
+    )
+    alarm_spread: float = setting(
+        0.5,
+        "How different the videos of a group must stay, as a share of the starting model's spread: "
+        "the alarm rings where the mean since the last evaluation is below it. 0: never.",
+        bounds=FRACTION,
+        resume=True,
+    )
+    alarm_kl: float = setting(
+        1.0,
+        "Weight of the KL while the alarm lasts, with train.on_alarm=kl; above train.kl_weight, "
+        "which may be 0.",
+        bounds=POSITIVE,
+        resume=True,
+        experimental=True,
+    )
+    alarm_calm: int = setting(
+        2,
+        "Evaluations in a row without an alarm after which the KL has its own weight again.",
+        bounds=Range(1),
+        resume=True,
+        experimental=True,
     )
     zero_advantages: str = setting(
         "keep",

@@ -120,7 +120,7 @@ def test_abstract_states_are_those_of_init_state():
         assert jax.tree.structure(shapes) == jax.tree.structure(state)
         for a, b in zip(jax.tree.leaves(shapes), jax.tree.leaves(state)):
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        assert state.gradient_inputs.lagged.keys() == set(options.get("lagged", ()))
+        assert state.gradient_inputs().lagged.keys() == set(options.get("lagged", ()))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,23 @@
+"""Rewards of the runs of `benchmarks.hacking`: a judge that is not trained, and a flaw to exploit."""
+
+import numpy as np
+
+from rewards.ocr.rules import OCRReward
+from rewards.quality import dark
+
+
+class Spelling:
+    """The rule `spelling`, as a judge of runs that are trained by another rule."""
+
+    def __init__(self):
+        self.reader = OCRReward("spelling", max_frames=9)
+
+    def score(self, video: np.ndarray, request) -> float:
+        return self.reader.score(video, request.targets).value
+
+
+class Darkness:
+    """The share of dark pixels, 0 to 1, which nobody wants."""
+
+    def score(self, video: np.ndarray, request) -> float:
+        return dark(video)
