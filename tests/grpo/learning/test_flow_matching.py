@@ -131,6 +131,24 @@ def random_cells():
 
 
 @pytest.mark.slow
+def test_a_given_weight_of_the_kl_replaces_the_methods(weights):
+    """The loss is linear in it, and the gradient changes; nothing compiles again."""
+    policy, new, _, frozen = weights
+    method = RWR(kl_weight=5.0)
+    batch, _ = batch_of(method, np.linspace(0, 1, 8, dtype=np.float32), np.ones(8, bool))
+    gradient = jax.jit(method.make_gradient(policy, None, 1.0))
+    (low, at), (high, above) = (
+        gradient(new, GradientInputs(jnp.asarray(given), {}), frozen, batch)
+        for given in (1.0, 30.0)
+    )
+    assert gradient._cache_size() == 1
+    low, high = tiny_policy.flat_vector(low), tiny_policy.flat_vector(high)
+    assert np.abs(high - low).max() > 1e-3 * np.abs(low).max()
+    at, above = at.averages(), above.averages()
+    assert above["policy_loss"] - at["policy_loss"] == pytest.approx(29 * at["kl"], rel=1e-3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "by_cell"),
     [(method, name in ("nft", "dpo", "awm")) for name, method in METHODS.items()],

@@ -111,6 +111,25 @@ def test_a_state_in_host_memory_is_the_same():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("module", [optimiser, offload])
+def test_a_given_weight_of_the_kl_is_an_argument(module):
+    """Another weight reaches the gradient, and compiles nothing."""
+    trainable = arrays(0)
+    policy = types.SimpleNamespace(trainable=jax.eval_shape(lambda: trainable))
+
+    def weighted(trainable, held, frozen, batch):
+        grads, metrics = given(trainable, held, frozen, batch)
+        return jax.tree.map(lambda g: held.kl_weight * g, grads), metrics
+
+    update = module.make_update(weighted, policy, CONFIG, devices_mesh(1))
+    state, norms = module.init_state(trainable, CONFIG), []
+    for weight in (0.5, 2.0):
+        state, _, measured = update(state, None, (arrays(1), jnp.zeros(())), {}, weight)
+        norms.append(float(measured["grad_norm"]))
+    assert norms[1] == pytest.approx(4 * norms[0], rel=1e-5)
+    assert getattr(update, "gradient", update)._cache_size() == 1
+
+
 def test_abstract_states_are_those_of_init_state():
     trainable = arrays(0)
     policy = types.SimpleNamespace(trainable=jax.eval_shape(lambda: trainable))

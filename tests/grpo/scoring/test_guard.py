@@ -1,29 +1,34 @@
-"""The guard: panel, fall, halves, and the choice of the best checkpoint."""
+"""The guard: panel, judges, spread, fall, halves, the choice of the best checkpoint, and the KL."""
 
 import math
 
 import numpy as np
 import pytest
 
+from configs import tiny_grpo, tiny_ocr
 from grpo.scoring import guard
+from grpo.settings import parse
+from wan_jax.errors import UserError
 
 
-def evaluation(epoch, low, high, dark=0.1, prompts=("a", "b")):
+def evaluation(epoch, low, high, dark=0.1, prompts=("a", "b"), **measures):
     half = {"reward": (low + high) / 2, "low": low, "high": high}
     return {
         "epoch": epoch,
         "prompts": list(prompts),
         "choose": half,
         "report": half,
-        "measures": {"dark": [dark, 0.05], "motion": [0.0, 0.0]},
+        "measures": {"dark": [dark, 0.05], "motion": [0.0, 0.0]} | measures,
+        "num": 100,
     }
 
 
+STEPS = {"sample.sde_steps": 2, "sample.sde_range": (0, 6)}
 PANEL = ("dark", "motion", "colours")
 
 
 def judge(*evaluations, tolerance=1.0):
-    return guard.judge(evaluations, PANEL, tolerance)
+    return guard.judge(evaluations, guard.Limits(PANEL, tolerance))
 
 
 def test_halves_are_of_even_and_odd_prompts():
@@ -74,3 +79,93 @@ def test_what_cannot_be_compared_is_left_out():
     still = evaluation(5, 0.4, 0.5)
     still["measures"] = {"motion": [0.1, 0.0], "colours": [3.0, 1.0]}
     assert guard.movements(evaluation(0, 0, 1), still, PANEL) == {"motion": pytest.approx(1e5)}
+
+
+def test_a_judge_that_falls_excludes_a_checkpoint():
+    """Rewards without a weight, not those with one; against their best evaluation, not the first."""
+    values = (0.4, 0.8, 0.76, 0.6)
+    records = [
+        evaluation(n, 0.4 + 0.1 * n, 0.5 + 0.1 * n, gold=[v, 0.2], silver=[0.9 - 0.3 * n, 0.2])
+        for n, v in enumerate(values)
+    ]
+    limits = guard.Limits(PANEL, 1.0, trained=("silver",))
+    verdicts = guard.judge(records, limits)
+    assert [v.judges for v in verdicts] == [
+        {},
+        {},
+        {},
+        {"gold": 1},
+    ]  # the third's intervals overlap
+    assert "gold has fallen below that of epoch 1" in verdicts[3].alarm
+    assert guard.best(verdicts).epoch == 2
+    assert "Epoch 3 has a higher reward" in guard.explain(verdicts, records)
+    both = guard.judge(records, guard.Limits(PANEL, 1.0))[3]
+    assert both.judges == {"gold": 1, "silver": 0}
+
+
+def test_groups_that_become_alike_raise_the_alarm():
+    """By the mean since the evaluation before, relative to the first epoch."""
+    records = [evaluation(n, 0.4, 0.5) for n in (0, 2, 4)]
+    epochs = [{"epoch": n, "group_spread": s} for n, s in enumerate((0.8, 0.6, 0.5, 0.1), start=1)]
+    spreads = [v.spread for v in guard.judge(records, guard.Limits(PANEL, 1.0, 0.5), epochs)]
+    assert spreads == [None, None, pytest.approx((0.5 + 0.1) / 2 / 0.8)]
+    last = guard.judge(records, guard.Limits(PANEL, 1.0, 0.5), epochs)[-1]
+    assert "38%" in last.alarm and not last.inside
+    # a floor of 0, and a run of an earlier version
+    for floor, known in ((0.0, epochs), (0.5, epochs[1:]), (0.5, [{"epoch": 1}, *epochs[1:]])):
+        verdicts = guard.judge(records, guard.Limits(PANEL, 1.0, floor), known)
+        assert not any(v.alarm for v in verdicts)
+
+
+def test_limits_follow_from_the_settings():
+    config = tiny_ocr.get_config()
+    config.reward.own = {"gold": "a:B", "part": "a:C"}
+    config.reward.weights.part = {"x": 0.5}
+    config.reward.weights.edges = 0.0
+    limits = guard.Limits.of(parse.recipe_from_config(config).to_dict())
+    assert (limits.tolerance, limits.spread) == (1.0, 0.5) and "dark" in limits.panel
+    assert {name.partition(".")[0] for name in limits.trained} == {"ocr", "part"}
+    earlier = guard.Limits.of({"train": {}, "reward": {}})  # of a version without a guard
+    assert earlier == guard.Limits((), math.inf, 0.0, [])
+
+
+def test_the_kl_is_raised_until_enough_evaluations_are_calm():
+    calm, alarm = guard.Verdict(1, 0.5, {}, None), guard.Verdict(1, 0.5, {"dark": 2.0}, None)
+    for series, raised in (
+        ([], False),
+        ([calm], False),
+        ([calm, alarm], True),
+        ([alarm, calm], True),
+        ([alarm, calm, calm], False),
+        ([alarm, calm, calm, alarm], True),
+    ):
+        assert guard.kl_is_raised(series, 2) == raised
+    assert not guard.kl_is_raised([alarm, calm], 1)
+
+
+@pytest.mark.parametrize(
+    "values, named",
+    [
+        ({"train.method": "dpo"}, "train.method=dpo"),
+        ({"train.kl_weight": 1.0}, "train.alarm_kl=1.0 .*train.kl_weight=1.0"),
+        ({"train.alarm_kl": math.inf}, "train.alarm_kl=inf"),
+        ({"train.method": "grpo", "train.kl_as": "reward", **STEPS}, "train.kl_as=reward"),
+        ({"train.method": "grpo", "train.kl_target": 0.1, **STEPS}, "train.kl_target=0.1"),
+    ],
+    ids=str,
+)
+def test_a_kl_that_cannot_be_raised_is_refused(values, named):
+    config = tiny_ocr.get_config()
+    config.train.on_alarm = "kl"
+    config.update_from_flattened_dict(values)
+    with pytest.raises(UserError, match=named):
+        parse.from_config(config)
+
+
+def test_a_kl_of_weight_0_has_a_reference_where_it_may_be_raised():
+    for module in (tiny_ocr, tiny_grpo):
+        config = module.get_config()
+        config.train.kl_weight = 0.0
+        assert not parse.from_config(config).method.needs_reference
+        config.train.on_alarm = "kl"
+        assert parse.from_config(config).method.needs_reference
