@@ -2,14 +2,18 @@
 
 import functools
 import json
+import pathlib
+import shutil
 
 import pytest
 
 from grpo import train
+from grpo.records.run_log import read_metrics
 from grpo.scoring.reward_combination import MAIN
 from rewards.composite import CompositeReward
 from rewards.pool import RewardPool
 from rewards.quality import QualityReward
+from tests.grpo.tiny_run import assert_same, result
 from tests.rewards.pool_rewards import Brightness
 from wan_jax.errors import UserError
 from wan_jax.storage import checkpoint
@@ -69,3 +73,24 @@ def test_without_an_alarm_the_best_is_the_highest(run, capsys):
     assert checkpoints.epochs() == [0, 3] and checkpoints.best() is None
     with pytest.raises(UserError, match=r"save\.best=True"):
         checkpoint.find(f"{folder}/best")
+
+
+@pytest.mark.slow
+def test_an_alarm_raises_the_kl_and_a_continued_run_has_the_same_one(run, capsys):
+    """Bit for bit, without another compilation; once there is no alarm, the weight is the recipe's."""
+    settings = {"train.on_alarm": "kl", "train.alarm_kl": 0.5, "train.alarm_calm": 1, "save.keep": 9}
+    folder = pathlib.Path(run(**settings))
+    output = capsys.readouterr().out
+    weights = [record["kl_weight"] for record in read_metrics(folder)]
+    assert weights == [0.004, 0.5, 0.5] and "compiled again" not in output
+    assert output.count("the weight of the KL is 0.5 from now on") == 1
+    whole = result(folder)
+    shutil.rmtree(folder / "checkpoints" / "3")  # as if killed before it was saved
+    run(**settings)
+    assert_same(result(folder), whole)
+    output = capsys.readouterr().out
+    assert "after epoch 2" in output and "the weight of the KL is 0.5 from now on" in output
+
+    run(**settings | {"train.alarm_tolerance": float("inf"), "epochs": 4})
+    last = read_metrics(folder)[-1]
+    assert last["epoch"] == 4 and last["kl_weight"] == 0.004
