@@ -37,8 +37,10 @@ PICTURES, STEPS = "configs/tiny_ocr.py", "configs/tiny_grpo.py"
 MODEL = pathlib.Path("models/tiny-wan")
 GOLD = "reward.own=gold=benchmarks.hacking_rewards:Spelling"
 DARKNESS = "reward.own=darkness=benchmarks.hacking_rewards:Darkness"
-RWR = ("train.method=rwr", "train.temperature=0.1", "train.kl_weight=0.3")
-CLIPS = ("sample.frames=9",)
+RWR = ("train.method=rwr", "train.temperature=0.1", "train.kl_weight=0.5")
+RAISED = ("train.on_alarm=kl",)
+CLIPS = ("reward.rule=flow_grpo_video", "sample.frames=9")
+PROXY = ("reward.rule=flow_grpo_image",)
 LEVELS = 0.7, 0.5  # noise levels at which candidates are ranked
 POLL, GRACE = 0.5, 15.0  # seconds between looks at the runs, and before one is killed
 
@@ -61,44 +63,30 @@ def box_credit(method: str, recipe: str, strength: float) -> Case:
     return Case("e", f"{method}_{strength:g}", 20, 10, recipe, settings)
 
 
+def variants(name: str, epochs: int, every: int, *settings: str) -> tuple[Case, ...]:
+    """Return a case that is only logged, one that stops at an alarm, and two with a raised KL."""
+    return (
+        Case("c" if DARKNESS in settings else "b", name, epochs, every, settings=settings),
+        Case(
+            "d", f"{name}_kl1", epochs, every, settings=(*settings, *RAISED, "train.alarm_kl=1.0")
+        ),
+        Case(
+            "d", f"{name}_kl10", epochs, every, settings=(*settings, *RAISED, "train.alarm_kl=10.0")
+        ),
+        Case(
+            "d", f"{name}_stop", epochs, every, settings=(*settings, "train.on_alarm=stop"), seeds=1
+        ),
+    )
+
+
 CASES = (
-    Case("c", "dark_1", 16, 2, settings=(DARKNESS, "reward.own_weights=darkness=1.0")),
+    *variants("dark_1", 16, 2, DARKNESS, "reward.own_weights=darkness=1.0"),
     Case("c", "dark_0.3", 16, 2, settings=(DARKNESS, "reward.own_weights=darkness=0.3")),
-    Case(
-        "d",
-        "dark_1_kl",
-        16,
-        2,
-        settings=(DARKNESS, "reward.own_weights=darkness=1.0", "train.on_alarm=kl"),
-    ),
-    Case(
-        "d",
-        "dark_1_stop",
-        16,
-        2,
-        settings=(DARKNESS, "reward.own_weights=darkness=1.0", "train.on_alarm=stop"),
-        seeds=1,
-    ),
     *(box_credit("nft", PICTURES, strength) for strength in (0.0, 0.5, 0.9)),
     *(box_credit("grpo", STEPS, strength) for strength in (0.0, 0.5, 0.9)),
-    Case("b", "fall", 45, 5, settings=(*RWR, "train.learning_rate=5e-4")),
-    Case("d", "fall_kl", 45, 5, settings=(*RWR, "train.learning_rate=5e-4", "train.on_alarm=kl")),
-    Case(
-        "d",
-        "fall_stop",
-        45,
-        5,
-        settings=(*RWR, "train.learning_rate=5e-4", "train.on_alarm=stop"),
-        seeds=1,
-    ),
-    Case(
-        "a",
-        "proxy_pictures",
-        60,
-        5,
-        settings=("reward.rule=flow_grpo_image", GOLD, "train.learning_rate=1e-3"),
-    ),
-    Case("a", "proxy_clips", 30, 5, settings=("reward.rule=flow_grpo_video", GOLD, *CLIPS)),
+    *variants("fall", 45, 5, *RWR, "train.learning_rate=5e-4"),
+    Case("a", "proxy_clips", 40, 5, settings=(*CLIPS, GOLD, "train.learning_rate=1e-3")),
+    Case("a", "proxy_pictures", 50, 5, settings=(*PROXY, GOLD, "train.learning_rate=1e-3")),
     Case("b", "long", 220, 20, STEPS, seeds=1),
 )
 
@@ -307,7 +295,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("jobs", 6, "runs at a time", lower_bound=1)
     flags.DEFINE_integer("workers", 2, "scoring processes of each run", lower_bound=1)
     flags.DEFINE_float("seconds", 480, "after which no run goes on")
-    flags.DEFINE_float("limit", 300, "seconds of one run")
+    flags.DEFINE_float("limit", 400, "seconds of one run")
     flags.DEFINE_integer("seeds", 3, "runs of each case, at most", lower_bound=1)
     flags.DEFINE_integer("epochs", 0, "of each run, at most; 0: those of its case", lower_bound=0)
     flags.DEFINE_integer("prompts", 128, "held-out prompts of each evaluation", lower_bound=2)

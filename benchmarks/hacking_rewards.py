@@ -8,10 +8,12 @@ from rewards.quality import dark
 
 
 class Spelling:
-    """The rule `spelling`, as a judge of runs that are trained by another rule."""
+    """The rule `spelling`, as a judge of runs that are trained by another rule. Of nine frames it reads
+    those that `flow_grpo_video` reads.
+    """
 
     def __init__(self):
-        self.reader = OCRReward("spelling", max_frames=9)
+        self.reader = OCRReward("spelling", max_frames=3)
 
     def score(self, video: np.ndarray, request) -> float:
         return self.reader.score(video, request.targets).value

@@ -167,8 +167,8 @@ def pair(run: Run, epoch: int | None) -> str:
 
 
 def remedies(runs: Sequence[Run], name: str) -> str:
-    """Return the table of the cases NAME, NAME_stop and NAME_kl, a row for each run."""
-    chosen = [r for r in runs if r["case"] in (name, f"{name}_stop", f"{name}_kl")]
+    """Return the table of the cases NAME, NAME_stop and NAME_kl<weight>, a row for each run."""
+    chosen = [r for r in runs if re.fullmatch(rf"{name}(_stop|_kl\d+)?", r["case"])]
     columns: Columns = {
         "run": lambda r: f"{r['case']}, seed {r['seed']}",
         "epochs": lambda r: r["epochs"],
