@@ -8,7 +8,8 @@ tiny-wan is trained on one device, several runs at a time. The questions:
     a  proxy and gold   trained by Flow-GRPO's rules for pictures and for clips, judged by `spelling`
                         without a weight: which epoch does the guard choose?
     b  a fall           runs whose reward rises and falls: is the best before the fall?
-    c  a flaw           darkness is rewarded too: how soon is there an alarm?
+    c  a flaw           darkness is rewarded too, as much as the text (`reward.combine=advantages`), or
+                        added to it (`dark_sum`): how soon is there an alarm?
     d  remedies         train.on_alarm=log, stop, kl for b and c
     e  box credit       train.box_credit 0, 0.5, 0.9: the reward, and how much the picture outside of
                         the text has changed
@@ -37,6 +38,7 @@ PICTURES, STEPS = "configs/tiny_ocr.py", "configs/tiny_grpo.py"
 MODEL = pathlib.Path("models/tiny-wan")
 GOLD = "reward.own=gold=benchmarks.hacking_rewards:Spelling"
 DARKNESS = "reward.own=darkness=benchmarks.hacking_rewards:Darkness"
+DARK_WEIGHT = "reward.own_weights=darkness=1.0"
 RWR = ("train.method=rwr", "train.temperature=0.1", "train.kl_weight=0.5")
 RAISED = ("train.on_alarm=kl",)
 CLIPS = ("reward.rule=flow_grpo_video", "sample.frames=9")
@@ -80,8 +82,8 @@ def variants(name: str, epochs: int, every: int, *settings: str) -> tuple[Case, 
 
 
 CASES = (
-    *variants("dark_1", 16, 2, DARKNESS, "reward.own_weights=darkness=1.0"),
-    Case("c", "dark_0.3", 16, 2, settings=(DARKNESS, "reward.own_weights=darkness=0.3")),
+    *variants("dark", 16, 2, DARKNESS, DARK_WEIGHT, "reward.combine=advantages"),
+    Case("c", "dark_sum", 16, 2, settings=(DARKNESS, DARK_WEIGHT)),
     *(box_credit("nft", PICTURES, strength) for strength in (0.0, 0.5, 0.9)),
     *(box_credit("grpo", STEPS, strength) for strength in (0.0, 0.5, 0.9)),
     *variants("fall", 45, 5, *RWR, "train.learning_rate=5e-4"),

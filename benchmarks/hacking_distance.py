@@ -28,7 +28,7 @@ def text_mask(video: np.ndarray, reader: OCRReward) -> np.ndarray:
     """
     score = reader.score(video, ("text",))
     mask = np.zeros(video.shape[:3], bool)
-    height, width = mask.shape[1:]
+    height, width = video.shape[1], video.shape[2]
     ends = (*score.frames[1:], len(video))
     for first, end, boxes in zip(score.frames, ends, score.boxes):
         for left, top, right, bottom in boxes:

@@ -96,7 +96,7 @@ def write(out: pathlib.Path) -> None:
     tables = [
         table("Runs", RUNS, runs),
         table("a. Proxy and gold", PROXY, [r for r in runs if r["case"].startswith("proxy")]),
-        *(remedies(runs, name) for name in ("dark_1", "dark_0.3", "fall", "long")),
+        *(remedies(runs, name) for name in ("dark", "dark_sum", "fall", "long")),
         tolerances(runs),
         spreads(runs),
         boxes(runs),
@@ -157,7 +157,7 @@ BEST_OF: Columns = {
     "candidates": lambda r: r["name"],
     "evaluations saved": lambda r: r["saved"],
     "second reader, best of 8": lambda r: r["best"],
-    "all candidates": lambda r: r["all"],
+    "all that were finished": lambda r: r["all"],
 }
 
 

@@ -164,6 +164,8 @@ def _panel(run: RunRecords) -> dict:
         ]
         mark = " (best)" if chosen is not None and verdict.epoch == chosen.epoch else ""
         mark += f" (fallen below epoch {verdict.fallen})" if verdict.fallen is not None else ""
+        mark += "".join(f" ({judge} fallen)" for judge in sorted(verdict.judges))
+        mark += "" if verdict.spread is None else f" (spread {verdict.spread:.0%})"
         rows.append([f"{verdict.epoch}{mark}", f"{records[verdict.epoch]['reward']:.2f}", *cells])
     return {
         "head": ["after epoch", "reward", *names],

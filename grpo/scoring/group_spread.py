@@ -29,8 +29,6 @@ def group_spread(values: np.ndarray, group_size: int) -> float:
     not finite do not count.
     """
     groups = values.T.reshape(-1, group_size, len(values)).astype(np.float64)
-    finite = np.isfinite(groups).all(axis=2)  # [groups, group_size]
-    spreads = [
-        group[valid].std(axis=0).mean() for group, valid in zip(groups, finite) if valid.sum() > 1
-    ]
+    finite = [group[np.isfinite(group).all(axis=1)] for group in groups]
+    spreads = [group.std(axis=0).mean() for group in finite if len(group) > 1]
     return float(np.mean(spreads)) if spreads else float("nan")

@@ -78,7 +78,12 @@ def test_without_an_alarm_the_best_is_the_highest(run, capsys):
 @pytest.mark.slow
 def test_an_alarm_raises_the_kl_and_a_continued_run_has_the_same_one(run, capsys):
     """Bit for bit, without another compilation; once there is no alarm, the weight is the recipe's."""
-    settings = {"train.on_alarm": "kl", "train.alarm_kl": 0.5, "train.alarm_calm": 1, "save.keep": 9}
+    settings = {
+        "train.on_alarm": "kl",
+        "train.alarm_kl": 0.5,
+        "train.alarm_calm": 1,
+        "save.keep": 9,
+    }
     folder = pathlib.Path(run(**settings))
     output = capsys.readouterr().out
     weights = [record["kl_weight"] for record in read_metrics(folder)]

@@ -73,7 +73,7 @@ def test_the_expert_on_the_device_goes_first():
     settings = {"sample.steps": 4, "sample.sde_range": (0, 4), "sample.sde_steps": 2}
     spec, order = tiny_spec("wan2.2-a14b", **settings), []
 
-    def update(state, frozen, batch, share_kept):
+    def update(state, frozen, batch, share_kept, kl_weight):
         order.append(frozen)
         value = 1.0 if frozen == "frozen 0" else 3.0
         values = {"ratio_min": 1.0, "ratio_max": 1.0, "policy_loss": value}
@@ -89,7 +89,7 @@ def test_the_expert_on_the_device_goes_first():
 
 @pytest.mark.parametrize("key", ["grad_norm", "policy_loss"])
 def test_an_update_that_is_not_finite_is_named(key):
-    def update(state, frozen, batch, share_kept):
+    def update(state, frozen, batch, share_kept, kl_weight):
         values = {"ratio_min": 1.0, "ratio_max": 1.0, "policy_loss": 0.5} | {key: np.nan}
         norms = {"grad_norm": values.pop("grad_norm", 0.5)}
         return state, types.SimpleNamespace(averages=lambda: values), norms
