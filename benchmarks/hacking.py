@@ -8,8 +8,8 @@ tiny-wan is trained on one device, several runs at a time. The questions:
     a  proxy and gold   trained by Flow-GRPO's rules for pictures and for clips, judged by `spelling`
                         without a weight: which epoch does the guard choose?
     b  a fall           runs whose reward rises and falls: is the best before the fall?
-    c  a flaw           darkness is rewarded too, as much as the text (`reward.combine=advantages`), or
-                        added to it (`dark_sum`): how soon is there an alarm?
+    c  a flaw           darkness is rewarded too, three times as much as the text, or only added to it
+                        (`dark_sum`): how soon is there an alarm?
     d  remedies         train.on_alarm=log, stop, kl for b and c
     e  box credit       train.box_credit 0, 0.5, 0.9: the reward, and how much the picture outside of
                         the text has changed
@@ -37,8 +37,9 @@ from grpo.records import run_log
 PICTURES, STEPS = "configs/tiny_ocr.py", "configs/tiny_grpo.py"
 MODEL = pathlib.Path("models/tiny-wan")
 GOLD = "reward.own=gold=benchmarks.hacking_rewards:Spelling"
+FAST = "train.learning_rate=1e-3"
 DARKNESS = "reward.own=darkness=benchmarks.hacking_rewards:Darkness"
-DARK_WEIGHT = "reward.own_weights=darkness=1.0"
+DARKER = ("reward.own_weights=darkness=3.0", "reward.combine=advantages", FAST)
 RWR = ("train.method=rwr", "train.temperature=0.1", "train.kl_weight=0.5")
 RAISED = ("train.on_alarm=kl",)
 CLIPS = ("reward.rule=flow_grpo_video", "sample.frames=9")
@@ -82,13 +83,13 @@ def variants(name: str, epochs: int, every: int, *settings: str) -> tuple[Case, 
 
 
 CASES = (
-    *variants("dark", 16, 2, DARKNESS, DARK_WEIGHT, "reward.combine=advantages"),
-    Case("c", "dark_sum", 16, 2, settings=(DARKNESS, DARK_WEIGHT)),
+    *variants("dark", 16, 2, DARKNESS, *DARKER),
+    Case("c", "dark_sum", 16, 2, settings=(DARKNESS, "reward.own_weights=darkness=1.0")),
     *(box_credit("nft", PICTURES, strength) for strength in (0.0, 0.5, 0.9)),
     *(box_credit("grpo", STEPS, strength) for strength in (0.0, 0.5, 0.9)),
     *variants("fall", 45, 5, *RWR, "train.learning_rate=5e-4"),
-    Case("a", "proxy_clips", 40, 5, settings=(*CLIPS, GOLD, "train.learning_rate=1e-3")),
-    Case("a", "proxy_pictures", 50, 5, settings=(*PROXY, GOLD, "train.learning_rate=1e-3")),
+    Case("a", "proxy_clips", 40, 5, settings=(*CLIPS, GOLD, FAST)),
+    Case("a", "proxy_pictures", 50, 5, settings=(*PROXY, GOLD, FAST)),
     Case("b", "long", 220, 20, STEPS, seeds=1),
 )
 
