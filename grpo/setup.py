@@ -65,11 +65,9 @@ class RunFolder:
     def verdicts(self) -> list[guard.Verdict]:
         """Return what the guard says of the run's evaluations, oldest first."""
         recipe = self.spec.recipe
-        return guard.judge(
-            run_log.read_evaluations(recipe.run_dir),
-            guard.Limits.of(recipe.to_dict()),
-            run_log.read_metrics(recipe.run_dir),
-        )
+        evaluations = run_log.read_evaluations(recipe.run_dir)
+        epochs = run_log.read_metrics(recipe.run_dir)
+        return guard.judge(evaluations, guard.Limits.of(recipe.to_dict()), epochs)
 
     def mark_best(self) -> None:
         """Mark the checkpoint that the guard finds best, so that it is kept."""
@@ -84,9 +82,7 @@ class RunFolder:
         return next((verdict.alarm for verdict in self.verdicts() if verdict.epoch == epoch), "")
 
     def kl_weight(self) -> float | None:
-        """Return the weight of the KL in the next epoch, where the guard sets it
-        (train.on_alarm=kl), else None.
-        """
+        """Return the next epoch's weight of the KL, where the guard sets it, else None."""
         recipe = self.spec.recipe
         if recipe.train.on_alarm != "kl":
             return None

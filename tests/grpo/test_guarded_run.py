@@ -87,6 +87,7 @@ def test_an_alarm_raises_the_kl_and_a_continued_run_has_the_same_one(run, capsys
     folder = pathlib.Path(run(**settings))
     output = capsys.readouterr().out
     weights = [record["kl_weight"] for record in read_metrics(folder)]
+    assert all(record["group_spread"] > 0 for record in read_metrics(folder))
     assert weights == [0.004, 0.5, 0.5] and "compiled again" not in output
     assert output.count("the weight of the KL is 0.5 from now on") == 1
     whole = result(folder)
