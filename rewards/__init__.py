@@ -5,6 +5,7 @@ project, so that worker processes and reward servers start quickly and need no a
 
     base                            the interface of a reward, scores, errors
     ocr/, clip, quality, judge      the rewards
+    learned/                        published reward models in PyTorch, and questions to models
     own                             rewards that users write
     composite                       several rewards of one video
     pool, scorers, worker_process   scoring in worker processes, while the accelerator works
