@@ -8,7 +8,10 @@ of the prompt and of the frames.
 
 The model is a folder as `transformers` writes it. `transformers` no longer has CLIP in JAX, so the
 model runs in PyTorch on the CPU, in the worker processes alone: `pip install -e '.[clip]'`. Every
-worker has a copy.
+worker has a copy. On a GPU, or for several models, it runs in a server of its own:
+
+    python -m rewards.server --name=pick --reward=rewards.clip:ClipReward \\
+      --options='{"path": "PickScore_v1", "kind": "pickscore", "device": "cuda"}'
 """
 
 import importlib.util
@@ -18,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from rewards.base import PromptRecord, RewardError, Score, check_frames
+from rewards.learned.loading import check_loaded
 from rewards.ocr.rules import even_frames
 
 KINDS = ("clip", "pickscore")
@@ -39,12 +43,13 @@ class ClipReward:
     """The similarity of a video to its prompt. The record must be a `PromptRecord`.
 
     path: the model's folder; nothing is downloaded. kind: one of `KINDS`. max_frames: number of
-    frames that are judged, spread evenly.
+    frames that are judged, spread evenly. device: of PyTorch. Raises `RewardError` where the folder
+    lacks weights of the model, which transformers would make random.
     """
 
     needs_prompt = True
 
-    def __init__(self, path: str, kind: str = "clip", max_frames: int = 9):
+    def __init__(self, path: str, kind: str = "clip", max_frames: int = 9, device: str = "cpu"):
         if kind not in KINDS:
             raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}")
         check_model(path)
@@ -54,10 +59,13 @@ class ClipReward:
         # Workers run in parallel; and with one thread, sums are the same on every machine.
         torch.set_num_threads(1)
         transformers.utils.logging.disable_progress_bar()
-        self.torch, self.kind, self.max_frames = torch, kind, max_frames
-        self.model: Any = (
-            transformers.CLIPModel.from_pretrained(path, local_files_only=True).float().eval()
+        self.torch, self.kind, self.max_frames, self.device = torch, kind, max_frames, device
+        loaded: Any = transformers.CLIPModel.from_pretrained(
+            path, local_files_only=True, output_loading_info=True
         )
+        model, info = loaded
+        check_loaded(f"the CLIP model in {path!r}", info)
+        self.model: Any = model.float().to(device).eval()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
         # Where transformers has two processors, take the one that uses Pillow, so that machines
         # with and without torchvision agree.
@@ -85,12 +93,12 @@ class ClipReward:
                 "pixel_values"
             ]
             output = self.model(
-                input_ids=tokens["input_ids"],
-                attention_mask=tokens["attention_mask"],
-                pixel_values=pixels,
+                input_ids=tokens["input_ids"].to(self.device),
+                attention_mask=tokens["attention_mask"].to(self.device),
+                pixel_values=pixels.to(self.device),
             )
             image, text = (
-                self.torch.nn.functional.normalize(embedding, dim=-1).double().numpy()
+                self.torch.nn.functional.normalize(embedding, dim=-1).double().cpu().numpy()
                 for embedding in (output.image_embeds, output.text_embeds)
             )  # [frames, D], [1, D]
             scale = 1.0

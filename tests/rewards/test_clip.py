@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -116,6 +117,18 @@ def test_what_is_refused(model, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ValueError, match="PyTorch"):
         check_model(str(model))
+
+
+def test_weights_that_are_missing_are_refused(model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["text_projection.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RewardError, match=r"text_projection\.weight") as error:
+        ClipReward(str(tmp_path))
+    assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.slow
