@@ -2,8 +2,8 @@
 an engine.
 """
 
-RULES = ("spelling", "flow_grpo_image", "flow_grpo_video")
-ENGINES = ("rapidocr", "paddleocr")
+RULES = ("spelling", "confident", "flow_grpo_image", "flow_grpo_video")
+ENGINES = ("rapidocr", "rapidocr_v4", "paddleocr")
 MEASURES = (  # of quality, `rewards.quality`
     "sharpness",
     "exposure",
@@ -17,4 +17,4 @@ MEASURES = (  # of quality, `rewards.quality`
 )
 READ_MEASURES = ("text_area",)  # of the text that is read, `rewards.composite`
 PANEL = ("dark", "edges", "colours", "flicker", "motion")  # measured by default
-QUESTIONS = ("yes_no", "rate")  # that a vision model is asked about a whole video
+QUESTIONS = ("yes_no", "rate", "letters")  # that a vision model is asked about a whole video

@@ -3,8 +3,9 @@ POST {url}/v1/chat/completions.
 
 There are two uses. `Transcriber` is an OCR engine: it asks for the text on a frame, and `OCRReward`
 scores the transcript by the same rules as any other engine's. `JudgeReward` shows the model all
-chosen frames at once and asks one question about the video; its value in [0, 1] is the answer, yes
-or no or 0 to 10.
+chosen frames at once and asks one question about the video; its value in [0, 1] is the answer: yes
+or no, 0 to 10, or the letters that are missing, added and wrong. `rewards.learned.question` asks any
+other question.
 
     judge = VisionEndpoint(["http://gpu1:8000"], model="Qwen/Qwen2.5-VL-7B-Instruct")
     reward = OCRReward(rule="spelling", engine=Transcriber(judge), max_frames=5)
@@ -28,6 +29,7 @@ from PIL import Image
 from rewards.base import RewardError, Score, check_frames
 from rewards.ocr.engines import TextLine
 from rewards.ocr.rules import even_frames
+from rewards.ocr.text_match import normalise
 from rewards.remote.endpoints import Endpoints
 from rewards.remote.wire import printable
 
@@ -179,14 +181,14 @@ def parse_transcript(answer: str) -> list[str]:
 # --- Questions about a video ----------------------------------------------------------------------
 
 
-def parse_yes_no(answer: str) -> float:
+def parse_yes_no(answer: str, targets: Sequence[str] = ()) -> float:
     """Return 1 for yes and 0 for no, whichever word comes first. Raises `RewardError` for neither."""
     if match := re.search(r"\b(yes|no)\b", answer, re.IGNORECASE):
         return float(match[1].lower() == "yes")
     raise RewardError(f"the judge answered neither yes nor no: {answer[:200]!r}")
 
 
-def parse_rating(answer: str) -> float:
+def parse_rating(answer: str, targets: Sequence[str] = ()) -> float:
     """Return the last number of an answer (in "8/10" the 8), divided by 10. Raises `RewardError`
     unless it is in [0, 10].
     """
@@ -198,9 +200,26 @@ def parse_rating(answer: str) -> float:
     raise RewardError(f"the judge gave no number from 0 to 10: {answer[:200]!r}")
 
 
+def parse_letters(answer: str, targets: Sequence[str]) -> float:
+    """Return 1 - (missing + extra + wrong) / N for the last "missing=A extra=B wrong=C" of an answer,
+    at least 0. N is the number of letters of the targets. Raises `RewardError` without one.
+
+    The shape of TextPecker's score of structure, which is 1 - f (number of bad letters) / N.
+    """
+    counts = _LETTERS.findall(answer)
+    if not counts:
+        raise RewardError(f"the judge counted no letters: {answer[:200]!r}")
+    letters = sum(len(normalise(target)) for target in targets)
+    return max(0.0, 1.0 - sum(map(int, counts[-1])) / max(1, letters))
+
+
+_COUNT = r"[\s:=*]*(\d+)"
+_LETTERS = re.compile(
+    rf"missing{_COUNT}[\s,;*]*extra{_COUNT}[\s,;*]*(?:and\s+)?wrong{_COUNT}", re.IGNORECASE
+)
 _ONE_VIDEO = "These pictures are frames of one video, in order. "
-# {name: (question, function from the answer to a value in [0, 1])}
-QUESTIONS: dict[str, tuple[str, Callable[[str], float]]] = {
+# {name: (question, function from the answer and the targets to a value in [0, 1])}
+QUESTIONS: dict[str, tuple[str, Callable[[str, Sequence[str]], float]]] = {
     "yes_no": (
         _ONE_VIDEO
         + "Does the video show the text {targets}, spelled exactly so and legible throughout? "
@@ -212,6 +231,14 @@ QUESTIONS: dict[str, tuple[str, Callable[[str], float]]] = {
         + "It was to show the text {targets}. Rate from 0 (no such text) to 10 (spelled exactly "
         "so, legible and steady throughout) how well it does. Answer with the number only.",
         parse_rating,
+    ),
+    "letters": (
+        _ONE_VIDEO
+        + "It was to show the text {targets}. Look at the shape of every letter in the frame where "
+        "the text is worst, and do not read it as the word that was meant. Count the letters that "
+        "are missing, those that are extra, and those that are wrong: another letter, or a shape "
+        "with strokes missing, added or merged. End with one line: missing=A extra=B wrong=C",
+        parse_letters,
     ),
 }
 
@@ -250,7 +277,7 @@ class JudgeReward:
         indices = even_frames(len(frames), self._max_frames)
         quoted = " and ".join(json.dumps(target, ensure_ascii=False) for target in targets)
         answer = self.judge.ask(self._template.replace("{targets}", quoted), frames[list(indices)])
-        return Score(self._parse(answer), answer, indices)
+        return Score(self._parse(answer, targets), answer, indices)
 
     def close(self) -> None:
         """Close the judge's endpoint."""

@@ -23,6 +23,7 @@ from absl import app, flags
 from rewards.base import RewardError, import_problem, last_line
 from rewards.ocr.engines import ENGINES
 from rewards.ocr.rules import RULES, OCRReward
+from rewards.ocr.two_readers import TwoReaderReward
 from rewards.own import OwnReward
 from rewards.pool import RewardPool
 from rewards.remote.wire import MAX_MEMORY, MAX_QUEUE, UPLOAD_TIMEOUT, Limits
@@ -62,6 +63,12 @@ RULE = flags.DEFINE_enum(
 ENGINE = flags.DEFINE_enum(
     "engine", "rapidocr", tuple(ENGINES), "engine of reward ocr, as config.reward.engine"
 )
+READER_TWO = flags.DEFINE_enum(
+    "reader_two",
+    "",
+    ("", *ENGINES),
+    "second engine of reward ocr, as config.reward.reader_two",
+)
 MAX_FRAMES = flags.DEFINE_integer(
     "max_frames", 9, "frames that reward ocr reads, as config.reward.max_frames", lower_bound=2
 )
@@ -98,7 +105,8 @@ def make_factory(name: str, options: dict[str, Any]) -> tuple[Callable[[], Any],
     `UsageError`.
     """
     if name == "ocr":
-        return functools.partial(OCRReward, **options), {"name": "ocr", **options}
+        reward = TwoReaderReward if "reader_two" in options else OCRReward
+        return functools.partial(reward, **options), {"name": "ocr", **options}
     module, _, attribute = name.partition(":")
     try:
         factory = getattr(importlib.import_module(module), attribute)
@@ -168,6 +176,8 @@ def main(_: Sequence[str]) -> None:
     # 1. The flags.
     name = REWARD.value
     options = {"rule": RULE.value, "engine": ENGINE.value, "max_frames": MAX_FRAMES.value}
+    if READER_TWO.value:
+        options["reader_two"] = READER_TWO.value
     if name != "ocr":
         try:
             options = json.loads(OPTIONS.value)

@@ -22,6 +22,7 @@ from rewards.clip import KINDS, ClipReward
 from rewards.composite import DERIVED, CompositeReward
 from rewards.ocr.rules import OCRReward, make_readable_check
 from rewards.ocr.targets import TargetError, parse_targets
+from rewards.ocr.two_readers import TwoReaderReward
 from rewards.own import OwnReward, adapted
 from rewards.pool import RewardPool
 from rewards.pool_set import BUILT_IN_POOL, IN_PROCESS_POOL, OWN_POOL, Pool, PoolSet
@@ -51,6 +52,8 @@ def open_pool(
     missing package.
     """
     servers, main = servers_by_name(config.servers), main_reward(weights)
+    if weights.get(MAIN):
+        reward_servers.warn_of_readers(config)
     boxes = boxes or TEXT_AREA in weights
     folders = module_folders()
     here: dict[str, Factory | None] = {
@@ -79,7 +82,8 @@ def open_pool(
                 required = None
                 if owner in factories:
                     factories, required = {owner: factories[owner]} | factories, main
-                if len(factories) == 1 and MAIN in factories and not (named or own or here):
+                alone = len(factories) == 1 and MAIN in factories and not config.reader_two
+                if alone and not (named or own or here):
                     reward = factories[MAIN]  # the spelling alone has no parts
                 else:
                     reward = functools.partial(CompositeReward, factories, required)
@@ -104,13 +108,11 @@ def _factory(config, name: str, boxes: bool) -> Factory | None:
     if name == MAIN:
         if TEXT in servers_by_name(config.servers):
             return reward_servers.connect(config)
-        return functools.partial(
-            OCRReward,
-            rule=config.rule,
-            engine=config.engine,
-            max_frames=config.max_frames,
-            boxes=boxes,
-        )
+        options = {"rule": config.rule, "engine": config.engine, "max_frames": config.max_frames}
+        if config.reader_two:
+            options["reader_two"] = config.reader_two
+        reader = TwoReaderReward if config.reader_two else OCRReward
+        return functools.partial(reader, boxes=boxes, **options)
     if name in DERIVED:
         return None
     if name in KINDS:
@@ -196,7 +198,14 @@ def targets_check(config) -> Callable[[Sequence[str]], None] | None:
     """
     if TEXT in servers_by_name(config.servers) or not config.weights[MAIN]:
         return None
-    return make_readable_check(config.engine)
+    engines = [engine for engine in (config.engine, config.reader_two) if engine]
+    checks = [check for check in map(make_readable_check, engines) if check is not None]
+
+    def check_all(targets: Sequence[str]) -> None:
+        for check in checks:
+            check(targets)
+
+    return check_all if checks else None
 
 
 def for_rewards(prompts: PromptSet, weights: dict[str, float], fps: float = FPS) -> PromptSet:

@@ -10,7 +10,7 @@ from grpo.settings.choices import JUDGE, JUDGE_QUESTIONS
 from grpo.settings.named import TEXT, servers_by_name
 from rewards.base import Reward
 from rewards.judge import JudgeReward, Transcriber, VisionEndpoint
-from rewards.ocr.rules import OCRReward, even_frames
+from rewards.ocr.rules import RULES, OCRReward, even_frames
 from rewards.remote.client import RemoteReward
 from rewards.remote.connections import check_url
 from rewards.remote.endpoints import log
@@ -26,6 +26,16 @@ def check_settings(config) -> None:
             f"config.reward.engine='judge' asks a vision model, but config.reward.servers="
             f"{tuple(config.servers)} names none: give its URLs, "
             "--config.reward.servers=http://host:8000"
+        )
+    if config.reader_two and config.reader_two == config.engine:
+        raise UserError(
+            f"config.reward.reader_two={config.reader_two!r} is also config.reward.engine: choose "
+            "another engine, or leave it empty"
+        )
+    if config.reader_two and config.engine == JUDGE:
+        raise UserError(
+            f"config.reward.reader_two={config.reader_two!r} is for two OCR engines, but "
+            "config.reward.engine='judge': leave one of them out"
         )
     if not config.servers:
         return
@@ -82,10 +92,10 @@ def connect(config, name: str = TEXT) -> Callable[[], Reward]:
         else:
             reward = JudgeReward(judge, config.judge_question, max_frames=config.max_frames)
     else:
-        # `spelling` chooses the same frames among those that are sent: no others need to be
+        # `even_frames` chooses the same frames among those that are sent: no others need to be
         select = (
             functools.partial(even_frames, max_frames=config.max_frames)
-            if config.rule == "spelling"
+            if RULES[config.rule].choose_frames is even_frames
             else None
         )
         reward = RemoteReward(
@@ -97,11 +107,32 @@ def connect(config, name: str = TEXT) -> Callable[[], Reward]:
                 "rule": config.rule,
                 "engine": config.engine,
                 "max_frames": config.max_frames,
+                "reader_two": config.reader_two or None,
             },
             **options,
         )
         _warn_of_idle(reward, config)
     return lambda: reward
+
+
+def warn_of_readers(config) -> None:
+    """Warn where the reader that judges is one that training learns to please.
+
+    config: `config.reward` of a recipe that trains the spelling.
+    """
+    trained = [engine for engine in (config.engine, config.reader_two) if engine]
+    if config.second_engine in trained:
+        log.warning(
+            "config.reward.second_engine=%s also scores in training: it cannot show that the reward "
+            "is fooled; choose another engine",
+            config.second_engine,
+        )
+    elif config.reader_two and not config.second_engine:
+        log.warning(
+            "training sees both readers, %s: letters that fool both look right in all values; "
+            "choose a third one as config.reward.second_engine",
+            " and ".join(trained),
+        )
 
 
 def _warn_of_idle(reward: RemoteReward, config) -> None:

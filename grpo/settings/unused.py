@@ -77,7 +77,11 @@ def unread(recipe) -> dict[str, str]:
             "reward.servers=()",
             ("reward.token_env", "reward.timeout", "reward.retries", "reward.patience"),
         ),
-        (reward.weights.ocr is None, "reward.weights.ocr=None", ("reward.rule", "reward.engine")),
+        (
+            reward.weights.ocr is None,
+            "reward.weights.ocr=None",
+            ("reward.rule", "reward.engine", "reward.reader_two"),
+        ),
         (
             reward.engine != JUDGE,
             f"reward.engine={reward.engine}",

@@ -1,5 +1,8 @@
 """OCR engines, which read the text in an image: `engine(rgb) -> list[TextLine]`, for two packages.
 
+`rapidocr_v4` reads with the networks of an earlier release, PP-OCRv4, and so makes other mistakes
+than `rapidocr`: a second reader without a second package.
+
 Both packages find text boxes with a detector network and read each box with a recogniser network,
 on the CPU. An engine is not thread-safe: build one per thread or process. Milliseconds per frame
 with one line of text, on one thread of an AMD EPYC:
@@ -15,12 +18,10 @@ Two or more ONNX threads per engine made 64 varied frames 33 % slower: use more 
 
 import dataclasses
 import importlib.util
-import io
 import logging
-import os
 import pathlib
 from collections.abc import Callable, Iterable
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -34,9 +35,11 @@ class TextLine:
     """One piece of text as the detector found it: usually a line, sometimes a word."""
 
     text: str
-    confidence: float  # of the recogniser, in [0, 1]
+    confidence: float  # of the recogniser, in [0, 1]; its mean over the characters
     # four corners (x, y) in pixels of the frame, clockwise from the top left
     box: tuple[Point, ...]
+    # the recogniser's confidence of each character of `text`; () where the engine was not asked
+    confidences: tuple[float, ...] = ()
 
 
 Engine = Callable[[np.ndarray], list[TextLine]]
@@ -107,6 +110,7 @@ class RapidOCREngine:
         side has this many pixels. Letters of 10 pixels on 32x96 frames are read exactly in 85 % of
         cases at their own size, in 98 % with 128 or 192.
     params: further RapidOCR settings, e.g. {"Det.box_thresh": 0.4}, which override those set here.
+    characters: give `TextLine.confidences`; the texts and boxes are the same.
 
     Raises `ImportError`, with the command that installs the package, where it is missing.
     """
@@ -116,11 +120,14 @@ class RapidOCREngine:
         min_confidence: float = 0.5,
         small_side: int = 160,
         params: dict[str, Any] | None = None,
+        characters: bool = False,
     ):
+        self._characters = characters
         self._params = {
             "Global.use_cls": False,  # do not look for upside-down text
             "Global.log_level": "critical",  # else it warns of each frame without text
             "Global.text_score": min_confidence,
+            "Global.return_word_box": characters,
             "EngineConfig.onnxruntime.intra_op_num_threads": 1,
             "EngineConfig.onnxruntime.inter_op_num_threads": 1,
             "EngineConfig.onnxruntime.enable_cpu_mem_arena": True,
@@ -137,12 +144,18 @@ class RapidOCREngine:
 
     def __call__(self, rgb: np.ndarray) -> list[TextLine]:
         bgr = _bgr(rgb)
-        output = self._reader(small=min(bgr.shape[:2]) < 64)(bgr)
+        reader = self._reader(small=min(bgr.shape[:2]) < 64)
+        output = reader(bgr)
         if not output.txts:
             return []
+        sure = [()] * len(output.txts)
+        if self._characters:
+            sure = [words[0][1] for words in output.word_results]
         return reading_order(
-            TextLine(text, float(confidence), tuple((float(x), float(y)) for x, y in box))
-            for text, confidence, box in zip(output.txts, output.scores, output.boxes)
+            TextLine(text, float(confidence), tuple((float(x), float(y)) for x, y in box), given)
+            for text, confidence, box, given in zip(
+                output.txts, output.scores, output.boxes, sure, strict=True
+            )
         )
 
     def _reader(self, small: bool):
@@ -156,10 +169,43 @@ class RapidOCREngine:
                         "OCR engine 'rapidocr'", error, "pip install 'rapidocr==3.10.*' onnxruntime"
                     )
                 ) from error
-            self._readers[small] = RapidOCR(
-                params=self._params | self._limits[small] | self._overrides
-            )
+            reader: Any = RapidOCR(params=self._params | self._limits[small] | self._overrides)
+            if self._characters:
+                reader.cal_rec_boxes = _keep_confidences
+            self._readers[small] = reader
         return self._readers[small]
+
+
+def _keep_confidences(images, boxes, result, single_characters):
+    """Take the place of RapidOCR's computation of the boxes of words, which would drop spaces and so
+    assign confidences to the wrong characters: one entry (text, confidences, box) for each line.
+    """
+    result.word_results = tuple(
+        [(text, tuple(map(float, info.confs)), 0)]
+        for text, info in zip(result.txts, result.word_results)
+    )
+    return result
+
+
+class RapidOCRv4Engine(RapidOCREngine):
+    """PP-OCRv4, whose networks the wheel `rapidocr-onnxruntime` has, read by `rapidocr`.
+
+    Options and errors: `RapidOCREngine`.
+    """
+
+    def __init__(self, *, params: dict[str, Any] | None = None, **options):
+        package = importlib.util.find_spec("rapidocr_onnxruntime")
+        if package is None or not package.submodule_search_locations:
+            raise ImportError(
+                "OCR engine 'rapidocr_v4' needs the networks in a package that is missing: pip "
+                "install --no-deps rapidocr-onnxruntime==1.4.4"
+            )
+        folder = pathlib.Path(package.submodule_search_locations[0]) / "models"
+        networks = {
+            f"{kind}.model_path": str(folder / f"ch_PP-OCRv4_{kind.lower()}_infer.onnx")
+            for kind in ("Det", "Rec")
+        }
+        super().__init__(params=networks | (params or {}), **options)
 
 
 class PaddleOCREngine:
@@ -173,6 +219,7 @@ class PaddleOCREngine:
     limit_type, limit_side_len: size of the detector's input. The default is PaddleOCR's; 'min' and
         192 find more text on frames of 128 pixels or less: the mean reward of clean text of 12
         pixels or more rises from 0.77-0.95 to 0.96-1.
+    characters: give `TextLine.confidences`.
 
     Raises `ImportError`, with the command that installs the package, where it is missing.
     """
@@ -185,6 +232,7 @@ class PaddleOCREngine:
         cls_model_dir: str | None = None,
         limit_type: str = "max",
         limit_side_len: int = 960,
+        characters: bool = False,
     ):
         folders = {
             "det_model_dir": det_model_dir,
@@ -223,84 +271,60 @@ class PaddleOCREngine:
         )
         # else it warns of each frame without text
         logging.getLogger("ppocr").setLevel(logging.ERROR)
+        if characters:
+            decoder = self._reader.text_recognizer.postprocess_op
+            decoder.decode = _with_confidences(decoder.decode, set(decoder.get_ignored_tokens()))
         _warm_up(self)
 
     def __call__(self, rgb: np.ndarray) -> list[TextLine]:
         output = self._reader.ocr(_bgr(rgb), cls=False)[0]  # None for a frame without text
         return reading_order(
-            TextLine(text, float(confidence), tuple((float(x), float(y)) for x, y in box))
+            TextLine(
+                text,
+                float(confidence),
+                tuple((float(x), float(y)) for x, y in box),
+                getattr(confidence, "characters", ()),
+            )
             for box, (text, confidence) in output or []
         )
 
 
-# --- Readable characters --------------------------------------------------------------------------
+class _Confidence(float):
+    """A line's confidence, with those of its characters."""
+
+    characters: tuple[float, ...] = ()
 
 
-def readable_characters(engine: str) -> frozenset[str] | None:
-    """Return the characters that an engine built without options can read.
+def _with_confidences(decode: Callable[..., list], ignored: set[int]) -> Callable[..., list]:
+    """Wrap PaddleOCR's decoder, which gives a line's text and mean confidence, so that the
+    confidence also has those of the characters.
 
-    They come from the files of the engine's package; the networks are not loaded. None where the
-    package is not installed, or keeps the list elsewhere.
+    The decoder reads at each place of a line the likeliest character, and drops repetitions and
+    `ignored` (nothing was read).
     """
-    name, pattern = CHARACTER_LISTS[engine]
-    package = importlib.util.find_spec(name)
-    if package is None or not package.submodule_search_locations:
-        return None
-    files = sorted(pathlib.Path(package.submodule_search_locations[0]).glob(pattern))
-    if len(files) != 1:
-        return None
-    if files[0].suffix == ".txt":
-        text = files[0].read_text(encoding="utf-8")
-    else:
-        text = _onnx_metadata(files[0], "character")
-    return frozenset(text.replace("\n", "")) | {" "} if text else None
+
+    def decoded(indices, probabilities=None, *arguments, **options):
+        lines = decode(indices, probabilities, *arguments, **options)
+        if probabilities is None:
+            return lines
+        for at, (text, confidence, *rest) in enumerate(lines):
+            tokens, found = [int(i) for i in indices[at]], []
+            for place, token in enumerate(tokens):
+                if token not in ignored and (place == 0 or token != tokens[place - 1]):
+                    found.append(float(probabilities[at][place]))
+            sure = _Confidence(confidence)
+            sure.characters = tuple(found) if len(found) == len(text) else ()
+            lines[at] = (text, sure, *rest)
+        return lines
+
+    return decoded
 
 
-def _onnx_metadata(path: pathlib.Path, key: str) -> str | None:
-    """Return the value of `key` in the `metadata_props` of an ONNX file, or None; the rest of the
-    file is skipped.
-
-    ONNX files are protobuf messages. A field is a tag, 8 x number + type, and for type 2 a length
-    and as many bytes. `metadata_props` is field 14 of a model; key and value are fields 1 and 2 of
-    its entries.
-    """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        while file.tell() < size:
-            tag, length = _varint(file), _varint(file)
-            if tag % 8 == 0:
-                continue  # type 0: what follows the tag is the value itself, not a length
-            if tag % 8 != 2:
-                return None
-            if tag != 8 * 14 + 2:
-                file.seek(length, os.SEEK_CUR)
-                continue
-            entry, fields = io.BytesIO(file.read(length)), {}
-            while field := entry.read(1):
-                fields[field[0] // 8] = entry.read(_varint(entry)).decode("utf-8")
-            if fields.get(1) == key:
-                return fields.get(2)
-    return None
-
-
-def _varint(file: BinaryIO) -> int:
-    """Read a protobuf varint: seven bits per byte, lowest first; the highest bit of a byte tells
-    whether another one follows.
-    """
-    value, shift = 0, 0
-    while True:
-        byte = file.read(1)[0]
-        value, shift = value | (byte & 127) << shift, shift + 7
-        if byte < 128:
-            return value
-
-
-# {engine: (its package, pattern of the file in it that lists the characters)}
-CHARACTER_LISTS = {
-    "rapidocr": ("rapidocr", "models/*_rec_*.onnx"),
-    "paddleocr": ("paddleocr", "ppocr/utils/en_dict.txt"),
+ENGINES = {
+    "rapidocr": RapidOCREngine,
+    "rapidocr_v4": RapidOCRv4Engine,
+    "paddleocr": PaddleOCREngine,
 }
-ENGINES = {"rapidocr": RapidOCREngine, "paddleocr": PaddleOCREngine}
 
 
 def make_engine(name: str, **options) -> Engine:

@@ -6,10 +6,12 @@ combines the values.
 | rule              | frames read            | value of a frame                          | video     |
 |-------------------|------------------------|-------------------------------------------|-----------|
 | `spelling`        | even, first, last      | similarity; other text costs up to half   | mean      |
+| `confident`       | even, first, last      | the same, letters count by confidence     | mean      |
 | `flow_grpo_image` | the only one           | 1 if contained, else clipped distance     | the frame |
 | `flow_grpo_video` | every fourth           | clipped distance; other text costs all    | mean > 0  |
 
-Train with `spelling`. The other two are Flow-GRPO's own rules with their weaknesses, for
+Train with `spelling`, or with `confident`, which also pays for the shape of letters that are right
+but hard to read. The other two are Flow-GRPO's own rules with their weaknesses, for
 comparison. Text that flashes up in one frame of nine earns full marks under `flow_grpo_video`. A
 legible target in a scene with other signs earns 1.0 under `flow_grpo_image` but 0.3 under
 `flow_grpo_video`. Both use only the first target.
@@ -23,13 +25,16 @@ import numpy as np
 
 from rewards.base import Score, check_frames
 from rewards.boxes import around
-from rewards.ocr.engines import Engine, TextLine, make_engine, readable_characters
+from rewards.ocr.characters import readable_characters
+from rewards.ocr.engines import Engine, TextLine, make_engine
 from rewards.ocr.text_match import (
     Window,
     best_window,
+    confident_similarity,
     edit_distance,
     flow_grpo_normalise,
     normalise,
+    normalised_confidences,
     similarity,
 )
 
@@ -64,9 +69,45 @@ def spelling(lines: Sequence[TextLine], targets: Sequence[str]) -> float:
     is used twice. The R of a target is the text without the parts of the others. The value is the
     mean over the targets. Raises `ValueError` for blank targets.
     """
+    text = "".join(normalise(line.text) for line in lines)
+    return _spelling(
+        lines, targets, lambda goal, places: similarity(goal, "".join(text[at] for at in places))
+    )
+
+
+def confident_spelling(lines: Sequence[TextLine], targets: Sequence[str]) -> float:
+    """Return the value of one frame by `spelling`, with `text_match.confident_similarity` in place of
+    the similarity: a right letter counts as much as the reader is sure of it.
+
+    The confidences are those of the characters, `TextLine.confidences`, or of the line where an
+    engine has no others. 1 only for the targets and nothing else, read without doubt.
+    """
+    text = "".join(normalise(line.text) for line in lines)
+    sure = [
+        confidence
+        for line in lines
+        for confidence in normalised_confidences(line.text, line.confidences, line.confidence)
+    ]
+    return _spelling(
+        lines,
+        targets,
+        lambda goal, places: confident_similarity(
+            goal, "".join(text[at] for at in places), [sure[at] for at in places]
+        ),
+    )
+
+
+def _spelling(
+    lines: Sequence[TextLine],
+    targets: Sequence[str],
+    compare: Callable[[str, Sequence[int]], float],
+) -> float:
+    """Return the value of one frame as `spelling` describes it. compare: the similarity of a
+    normalised target and the characters at some places of the joined normalised lines.
+    """
     goals = _normalised(targets)
     line_texts = [normalise(line.text) for line in lines]
-    text = "".join(line_texts)
+    length = sum(map(len, line_texts))
     windows = _assign(goals, line_texts)
     values = []
     for i, (goal, own) in enumerate(zip(goals, windows)):
@@ -76,8 +117,8 @@ def spelling(lines: Sequence[TextLine], targets: Sequence[str]) -> float:
             if window and j != i
             for at in range(window.start, window.end)
         }
-        alone = similarity(goal, "".join(char for at, char in enumerate(text) if at not in taken))
-        within = own.similarity if own else 0.0
+        alone = compare(goal, [at for at in range(length) if at not in taken])
+        within = compare(goal, range(own.start, own.end)) if own else 0.0
         values.append(alone + CREDIT_AMONG_OTHER_TEXT * max(0.0, (2 * within - 1) - alone))
     return float(np.mean(values))
 
@@ -232,6 +273,7 @@ class Rule:
     choose_frames: Callable[[int, int], tuple[int, ...]]  # (T, max_frames) -> indices
     frame_value: Callable[[Sequence[TextLine], Sequence[str]], float]  # (lines, targets) -> value
     combine: Callable[[Sequence[float]], float]  # frame values -> value of the video
+    characters: bool = False  # whether the engine has to give the confidences of characters
 
 
 def _mean(frame_values: Sequence[float]) -> float:
@@ -240,6 +282,7 @@ def _mean(frame_values: Sequence[float]) -> float:
 
 RULES = {
     "spelling": Rule(even_frames, spelling, _mean),
+    "confident": Rule(even_frames, confident_spelling, _mean, characters=True),
     "flow_grpo_image": Rule(only_frame, flow_grpo_image, _mean),
     "flow_grpo_video": Rule(every_fourth_frame, flow_grpo_video_frame, flow_grpo_video_mean),
 }
@@ -273,9 +316,10 @@ class OCRReward:
                 f"max_frames={max_frames}: must be 2 or more, as first and last are always read"
             )
         self.rule, self.max_frames, self.boxes = RULES[rule], max_frames, boxes
-        self.engine = (
-            make_engine(engine, **(engine_options or {})) if isinstance(engine, str) else engine
-        )
+        options = dict(engine_options or {})
+        if self.rule.characters:
+            options.setdefault("characters", True)
+        self.engine = make_engine(engine, **options) if isinstance(engine, str) else engine
 
     def close(self) -> None:
         """Close an engine that waits for another machine, such as a judge; ends the waiting."""

@@ -1,10 +1,11 @@
 """Comparison of the text that was read with the text that was asked for: normalisation, edit
-distance, and the most similar part of a text.
+distance, the most similar part of a text, and how sure the reader is of its characters.
 """
 
 import dataclasses
 import re
 import unicodedata
+from collections.abc import Sequence
 
 from rapidfuzz.distance import Levenshtein
 
@@ -55,6 +56,39 @@ def similarity(a: str, b: str) -> float:
     equal, also for two empty ones.
     """
     return Levenshtein.normalized_similarity(a, b)
+
+
+def confident_similarity(target: str, text: str, confidences: Sequence[float]) -> float:
+    """Return `similarity`, in which each character of `text` that is right counts as much as the
+    reader is sure of it: less the sum of 1 - confidence over these, over the longer length; at
+    least 0. With confidences of 1 it is `similarity`.
+
+    confidences: of the characters of `text`, in [0, 1].
+    """
+    doubt = sum(
+        1.0 - confidences[at]
+        for block in Levenshtein.editops(target, text).as_matching_blocks()
+        for at in range(block.b, block.b + block.size)
+    )
+    if not doubt:
+        return similarity(target, text)
+    return max(0.0, similarity(target, text) - doubt / max(len(target), len(text)))
+
+
+def normalised_confidences(
+    text: str, confidences: Sequence[float], confidence: float
+) -> list[float]:
+    """Return the confidences of the characters of `normalise(text)`, in [0, 1].
+
+    confidences: of those of `text`; () where the reader gives none. confidence: of the whole text,
+    which counts for each character where there are none, or where normalisation joins characters.
+    """
+    known = confidences if len(confidences) == len(text) else [confidence] * len(text)
+    parts = [normalise(char) for char in text]
+    whole = normalise(text)
+    if "".join(parts) != whole:
+        parts, known = list(whole), [confidence] * len(whole)
+    return [min(1.0, max(0.0, c)) for part, c in zip(parts, known) for _ in part]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from rewards.judge import (
     JudgeReward,
     Transcriber,
     VisionEndpoint,
+    parse_letters,
     parse_rating,
     parse_transcript,
     parse_yes_no,
@@ -171,6 +172,22 @@ def test_ratings(answer, value):
     check(parse_rating, answer, value)
 
 
+@pytest.mark.parametrize(
+    "answer, value",
+    [
+        ("missing=0 extra=0 wrong=0", 1),
+        ("The O is cut.\nMissing: 1, extra: 0 and wrong: 1", 0.75),  # of 8 letters
+        ("missing=1 extra=1 wrong=1\n**missing=0 extra=1 wrong=0**", 0.875),
+        ("missing=9 extra=0 wrong=3", 0),
+        ("missing=0 extra=-1 wrong=0", None),
+        ("no letter is missing", None),
+        ("", None),
+    ],
+)
+def test_letters(answer, value):
+    check(lambda text: parse_letters(text, ("OPEN now", "!")), answer, value)
+
+
 def check(parse, answer, value):
     if value is None:
         with pytest.raises(RewardError, match="the judge"):
@@ -179,7 +196,10 @@ def check(parse, answer, value):
         assert parse(answer) == value
 
 
-@pytest.mark.parametrize("question, answer, value", [("yes_no", "Yes", 1.0), ("rate", "7", 0.7)])
+@pytest.mark.parametrize(
+    "question, answer, value",
+    [("yes_no", "Yes", 1.0), ("rate", "7", 0.7), ("letters", "missing=1 extra=0 wrong=1", 5 / 7)],
+)
 def test_a_question_about_the_video(question, answer, value):
     with judging(
         lambda frames, asked: (
@@ -266,7 +286,7 @@ def test_the_start():
         VisionEndpoint([url], **QUICK)
     with judging(None) as (judge, _):
         assert judge.model == "a-model"
-        with pytest.raises(ValueError, match="choose one of yes_no, rate"):
+        with pytest.raises(ValueError, match="choose one of yes_no, rate, letters"):
             JudgeReward(judge, "style")
         with pytest.raises(ValueError, match="max_frames=1"):
             JudgeReward(judge, max_frames=1)

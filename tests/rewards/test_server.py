@@ -14,6 +14,8 @@ pytest.importorskip("fastapi")
 
 import rewards.remote
 from rewards import server
+from rewards.ocr.rules import OCRReward
+from rewards.ocr.two_readers import TwoReaderReward
 from tests.rewards import pool_rewards
 from tests.rewards.serving import ROOT, TOKEN, Command, ask, serving, wait_for
 
@@ -110,6 +112,14 @@ def test_token(tmp_path, monkeypatch):
     with pytest.raises(server.UsageError, match="no HTTP header") as error:
         server.read_token(str(path), "A_TOKEN", "0.0.0.0", False)
     assert "two" not in str(error.value)
+
+
+def test_two_readers_show_on_the_health_page():
+    options = {"rule": "confident", "engine": "rapidocr", "max_frames": 3}
+    factory, about = server.make_factory("ocr", options | {"reader_two": "paddleocr"})
+    assert factory.func is TwoReaderReward and about["reader_two"] == "paddleocr"
+    factory, about = server.make_factory("ocr", options)
+    assert factory.func is OCRReward and "reader_two" not in about
 
 
 def test_your_own_reward():

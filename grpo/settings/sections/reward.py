@@ -58,14 +58,21 @@ class Reward(Section):
 
     rule: str = setting(
         "spelling",
-        "Rule that turns the texts read in a video into a score. `spelling` is the one to train "
-        "with; the others are Flow-GRPO's own, for comparison.",
+        "Rule that turns the texts read in a video into a score. Train with `spelling`, or with "
+        "`confident`, in which a right letter counts as much as the reader is sure of it; the "
+        "others are Flow-GRPO's own, for comparison.",
         choices=RULES,
     )
     engine: str = setting(
         "rapidocr",
         "What reads the frames: an OCR engine, or `judge`, the vision model at `reward.servers`.",
         choices=(*ENGINES, JUDGE),
+    )
+    reader_two: str = setting(
+        "",
+        "Second OCR engine of the reward: each frame counts as the reader says that reads it worse. "
+        "The values of both are logged as `ocr.reader_one` and `ocr.reader_two`. Empty: one reader.",
+        choices=("", *ENGINES),
     )
     panel: tuple[str, ...] = setting(
         PANEL,
@@ -166,6 +173,6 @@ class Reward(Section):
         "transcribe",
         "What the vision model is asked. `transcribe`: the text of each frame, which "
         "`reward.rule` scores. `yes_no`: whether the video shows the text. `rate`: a mark from 0 "
-        "to 10.",
+        "to 10. `letters`: how many letters are missing, extra or wrong.",
         choices=JUDGE_QUESTIONS,
     )

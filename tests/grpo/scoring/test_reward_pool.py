@@ -1,5 +1,6 @@
 """The pools of a recipe, the folders of users' modules, and prompts with and without text."""
 
+import importlib.util
 import types
 
 import numpy as np
@@ -16,10 +17,13 @@ from grpo.scoring.reward_pool import (
     load_scored_prompts,
     module_folders,
     open_pool,
+    targets_check,
 )
 from rewards.base import PromptRecord, Traits
+from rewards.ocr.characters import readable_characters
+from rewards.ocr.text_match import normalise
 from tests.rewards import own_rewards, pool_rewards
-from tests.rewards.drawing import filled
+from tests.rewards.drawing import filled, video
 from tests.rewards.serving import TOKEN, serving
 from wan_jax.command_line.cli import UserError
 from wan_jax.models import presets
@@ -52,6 +56,26 @@ def test_a_reward_of_the_user_alone(red):
     with pytest.raises(UserError, match=r"cwd_red.*'Blue'") as error:
         open_pool(reward_of(own={"red": "cwd_red:Blue"}), {"red": 1.0})
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_two_readers_of_one_text():
+    config = reward_of(reader_two="rapidocr_v4", workers=0, rule="confident", max_frames=2)
+    if importlib.util.find_spec("rapidocr_onnxruntime") is None:
+        with pytest.raises(UserError, match="rapidocr-onnxruntime"):
+            open_pool(config, {"ocr": 1.0})
+        return
+    with open_pool(config, {"ocr": 1.0}) as pool:
+        scores = pool.submit(video("HELLO")[None], [("HELLO",)]).result()
+    parts = {name: values[0] for name, values in scores.parts.items()}
+    assert scores.values[0] == min(parts["ocr.reader_one"], parts["ocr.reader_two"]) > 0.5
+    check = targets_check(config)
+    assert check is not None and check(("HELLO",)) is None
+    known, more = (
+        set("".join(map(normalise, readable_characters(name))))
+        for name in ("rapidocr_v4", "rapidocr")
+    )
+    with pytest.raises(ValueError, match="rapidocr_v4"):
+        check((min(more - known),))
 
 
 def test_with_a_named_server_and_text_servers(red, monkeypatch):

@@ -6,8 +6,9 @@ from configs import tiny_ocr
 from configs.defaults import defaults
 from grpo.scoring.reward_combination import MAIN
 from grpo.scoring.reward_pool import open_pool
-from grpo.scoring.reward_servers import check_settings
+from grpo.scoring.reward_servers import check_settings, connect, warn_of_readers
 from grpo.settings import parse
+from rewards.base import RewardError
 from rewards.judge import TRANSCRIBE
 from tests.rewards.drawing import video
 from tests.rewards.serving import TOKEN, Command, scripted
@@ -88,7 +89,12 @@ def test_malformed_scores_are_masked():
 
 @pytest.mark.parametrize(
     "question, answer, value",
-    [("transcribe", "OPFN", 0.75), ("yes_no", "No", 0), ("rate", "7", 0.7)],
+    [
+        ("transcribe", "OPFN", 0.75),
+        ("yes_no", "No", 0),
+        ("rate", "7", 0.7),
+        ("letters", "missing=1 extra=0 wrong=0", 0.75),
+    ],
 )
 def test_a_judge(question, answer, value):
     asked = []
@@ -109,6 +115,11 @@ def test_a_judge(question, answer, value):
 @pytest.mark.parametrize(
     "changes, message",
     [
+        ({"reader_two": "rapidocr"}, "reader_two='rapidocr' is also config.reward.engine"),
+        (
+            {"reader_two": "paddleocr", "engine": "judge", "servers": ("http://a",)},
+            "reader_two='paddleocr'.*engine='judge'",
+        ),
         ({"engine": "judge"}, r"config.reward.servers=\(\) names none"),
         ({"servers": ("cpu1:8080",)}, "config.reward.servers: .*write http://host:port"),
         ({"servers": ("http://a", "http://user:hush@b")}, "environment variable instead"),
@@ -156,6 +167,33 @@ def test_boxes_need_a_reader_on_this_machine(changes, named, without, lacking):
     with pytest.raises(UserError) as error:
         parse.from_config(config)
     assert named in str(error.value) and lacking in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, warned",
+    [
+        ({}, ""),
+        ({"second_engine": "paddleocr"}, ""),
+        ({"second_engine": "rapidocr"}, "second_engine=rapidocr"),
+        ({"reader_two": "rapidocr_v4", "second_engine": "paddleocr"}, ""),
+        (
+            {"reader_two": "rapidocr_v4", "second_engine": "rapidocr_v4"},
+            "second_engine=rapidocr_v4",
+        ),
+        ({"reader_two": "rapidocr_v4"}, "rapidocr and rapidocr_v4"),
+    ],
+)
+def test_a_judge_that_training_pleases_is_warned_of(caplog, changes, warned):
+    warn_of_readers(reward_of(**changes))
+    assert len(caplog.records) == bool(warned) and warned in caplog.text
+
+
+@pytest.mark.parametrize("readers, wanted", [({"reader_two": "paddleocr"}, ""), ({}, "paddleocr")])
+def test_a_server_must_have_the_same_readers(readers, wanted):
+    about = {"name": "ocr", "rule": "spelling", "engine": "rapidocr", "max_frames": 9}
+    health = 200, {"reward": about | readers, "wire": [1, 2], "workers": 1}
+    with scripted(lambda *_: health) as url, pytest.raises(RewardError, match="reader_two="):
+        connect(reward_of(servers=(url,), reader_two=wanted))
 
 
 def test_settings_without_servers_are_as_before():

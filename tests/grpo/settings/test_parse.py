@@ -83,7 +83,7 @@ def test_settings_of_a_method_on_finished_videos(method, kl_weight):
         ("reward.workers", -1, "workers=-1"),
         ("reward.max_frames", 0, "max_frames=0"),
         ("reward.retries", -1, "retries=-1"),
-        ("reward.judge_question", "why", "'why' must be one of transcribe, yes_no, rate"),
+        ("reward.judge_question", "why", "'why' must be one of transcribe, yes_no, rate, letters"),
         ("reward.weights.ocr", 0.0, "reward.weights={'ocr': 0.0}"),
         ("reward.weights.clip", 1.0, "reward.clip_model=''"),
         ("model.remat", "all", "remat='all' must be one of auto, none, block, save_matmuls"),

@@ -1,5 +1,6 @@
 """The real OCR engines, on drawn text."""
 
+import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -138,7 +139,9 @@ def test_reward_reads_a_video(rapid):
 
 
 def test_errors(rapid, monkeypatch):
-    with pytest.raises(ValueError, match=r"unknown OCR engine 'tesseract'.*paddleocr, rapidocr"):
+    with pytest.raises(
+        ValueError, match=r"unknown OCR engine 'tesseract'.*paddleocr, rapidocr, rapidocr_v4"
+    ):
         make_engine("tesseract")
     with pytest.raises(ValueError, match=r"one frame.*float32"):
         rapid(np.zeros((64, 64, 3), np.float32))
@@ -146,6 +149,9 @@ def test_errors(rapid, monkeypatch):
         rapid(np.zeros((2, 64, 64, 3), np.uint8))
     with pytest.raises(ValueError, match="add cls_model_dir, rec_model_dir"):
         PaddleOCREngine(det_model_dir="det")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ImportError, match=r"rapidocr-onnxruntime==1\.4\.4"):
+        make_engine("rapidocr_v4")
     monkeypatch.setitem(sys.modules, "rapidocr", None)
     with pytest.raises(ImportError, match=r"pip install 'rapidocr==3\.10\.\*' onnxruntime"):
         make_engine("rapidocr")
@@ -177,6 +183,61 @@ def paddle_models():
     return folders
 
 
+# --- Confidences of characters --------------------------------------------------------------------
+
+
+def check_characters(plain, sure):
+    """The reader that gives confidences reads the same; they are of its characters, and their mean
+    is the line's.
+    """
+    frames = [draw(word, 128, 256, 30) for word in (*WORDS, "GRAND\nOPENING", "Café 7")]
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 60, frames[0].shape)
+    frames += [(frame + noise).clip(0, 255).astype(np.uint8) for frame in frames]
+    lines = [line for frame in frames for line in sure(frame)]
+    assert [dataclasses.replace(line, confidences=()) for line in lines] == [
+        line for frame in frames for line in plain(frame)
+    ]
+    spread = []
+    for line in lines:
+        assert len(line.confidences) == len(line.text)
+        # each is rounded to 5 digits before the mean, and so is the mean
+        assert np.mean(line.confidences) == pytest.approx(line.confidence, abs=2e-5)
+        spread.append(np.ptp(line.confidences))
+    assert max(spread) > 0.05 and sure(np.zeros((64, 128, 3), np.uint8)) == []
+
+
+def test_confidences_are_those_of_the_characters(rapid):
+    assert all(line.confidences == () for line in rapid(draw("HELLO", 64, 128, 24)))
+    sure = make_engine("rapidocr", characters=True)
+    check_characters(rapid, sure)
+    damaged = draw("HELLO", 64, 128, 24).copy()
+    left = np.flatnonzero((damaged < 100).all(-1).any(0))[0]
+    damaged[24:32, left - 1 : left + 18] = 235  # erase the upper half of the H
+    (line,) = sure(damaged)
+    assert line.text[1:] == "ELLO" and line.confidences[0] < 0.5 < 0.99 < min(line.confidences[1:])
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("rapidocr_onnxruntime") is None,
+    reason="needs pip install --no-deps rapidocr-onnxruntime==1.4.4",
+)
+def test_the_earlier_networks_are_another_reader(rapid):
+    earlier = make_engine("rapidocr_v4")
+    frame = draw("HELLO", 128, 256, 36)
+    assert [line.text for line in earlier(frame)] == ["HELLO"]
+    assert earlier(frame)[0].confidence != rapid(frame)[0].confidence
+    check_characters(earlier, make_engine("rapidocr_v4", characters=True))
+
+
+def test_the_confidences_of_paddleocr():
+    pytest.importorskip("paddleocr")
+    options = {"lang": "ch", "limit_type": "min", "limit_side_len": 192, **paddle_models()}
+    check_characters(
+        make_engine("paddleocr", **options), make_engine("paddleocr", characters=True, **options)
+    )
+
+
 def test_paddleocr_agrees_with_rapidocr(rapid):
     """On clean text, with an enlarged input of the detector: otherwise PaddleOCR misses boxes on
     small frames.
@@ -201,36 +262,3 @@ def test_paddleocr_agrees_with_rapidocr(rapid):
         "GRAND",
         "OPENING",
     ]
-
-
-# --- Readable characters --------------------------------------------------------------------------
-
-
-def test_the_readable_characters_are_those_of_the_network():
-    runtime = pytest.importorskip("onnxruntime")
-    folder = pathlib.Path(importlib.util.find_spec("rapidocr").submodule_search_locations[0])
-    session = runtime.InferenceSession(next(folder.glob("models/*_rec_*.onnx")))
-    listed = session.get_modelmeta().custom_metadata_map["character"].split("\n")
-    assert (
-        engines.readable_characters("rapidocr") == set(listed) - {""} | {" "}
-        and len(listed) > 18_000
-    )
-    # the outputs are these, one for nothing, and one for a space
-    assert session.get_outputs()[0].shape[-1] in (len(listed) + 1, len(listed) + 2)
-
-
-def test_the_readable_characters_in_a_text_file(monkeypatch, tmp_path):
-    (tmp_path / "package").mkdir()
-    (tmp_path / "package/__init__.py").touch()
-    (tmp_path / "package/dict.txt").write_text("A\nB\né\n", encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(engines.CHARACTER_LISTS, "paddleocr", ("package", "dict.txt"))
-    assert engines.readable_characters("paddleocr") == set("ABé ")
-
-
-@pytest.mark.parametrize(
-    "place", [("no_such_package", "models/*.onnx"), ("rapidocr", "no_such_folder/*")]
-)
-def test_a_list_of_characters_that_is_missing(monkeypatch, place):
-    monkeypatch.setitem(engines.CHARACTER_LISTS, "rapidocr", place)
-    assert engines.readable_characters("rapidocr") is None

@@ -11,6 +11,7 @@ from rewards.ocr.engines import TextLine
 from rewards.ocr.rules import (
     RULES,
     OCRReward,
+    confident_spelling,
     even_frames,
     every_fourth_frame,
     flow_grpo_image,
@@ -74,6 +75,46 @@ def test_spelling_is_bounded_and_one_only_for_the_exact_text():
         assert 0 <= value <= 1
         if len(text) != len("".join(targets)):
             assert value < 1
+
+
+@pytest.mark.parametrize(
+    "targets, read, value",
+    [
+        # (text, confidences of its characters); a letter that is right counts its confidence
+        (("HELLO",), [("HELLO", (1, 1, 0.5, 1, 1))], 0.9),
+        (("HELLO",), [("hel lo", (1, 1, 0.5, 0.1, 1, 1))], 0.9),  # a space does not count
+        (("HELLO",), [("HELPO", (1, 1, 1, 0.1, 1))], 0.8),  # nor does a letter that is wrong
+        (("HELLO",), [("HE", (0.5, 1)), ("LLO", (1, 1, 1))], 0.9),
+        (("HELLO",), [("HELLO", (0.0,) * 5)], 0.0),
+        (("HELLO",), [("HELLO", ())], 0.9),  # of the line
+        (("HELLO",), [("HELLO", (0.5,))], 0.9),  # not those of its characters
+        (("HELLO",), [("HELLO", (2, 1, 1, 1, -1))], 0.8),
+        (("½",), [("½", (0.5,))], 0.5),  # three characters after normalisation
+        (("É",), [("E\u0301", (0.1, 0.1))], 0.9),  # one: that of the line
+        (("HELLO",), [("HELLOX", (1, 1, 1, 1, 1, 0.1))], 1 - 1 / 12),
+        (("OPEN", "24H"), [("24H", (1, 0.4, 1)), ("OPEN", (1, 1, 1, 1))], 0.9),
+        (("HELLO",), [], 0.0),
+    ],
+)
+def test_confident_spelling_by_hand(targets, read, value):
+    found = [TextLine(text, 0.9, ((0.0, 0.0),) * 4, sure) for text, sure in read]
+    assert confident_spelling(found, targets) == pytest.approx(value)
+
+
+def test_confident_spelling_is_spelling_where_the_reader_is_sure_and_never_more():
+    rng = random.Random(0)
+    for _ in range(300):
+        targets = tuple(
+            "".join(rng.choices("abc", k=rng.randint(1, 5))) for _ in range(rng.randint(1, 3))
+        )
+        texts = ["".join(rng.choices("abc ", k=rng.randint(0, 6))) for _ in range(2)]
+        plain = spelling(lines(*texts), targets)
+        assert confident_spelling(lines(*texts, confidence=1.0), targets) == plain
+        doubtful = [
+            TextLine(text, 0.9, ((0.0, 0.0),) * 4, tuple(rng.random() for _ in text))
+            for text in texts
+        ]
+        assert 0 <= confident_spelling(doubtful, targets) <= plain + 1e-12
 
 
 def test_spelling_repeats_never_pay():
