@@ -4,9 +4,9 @@ Towards Wide-Spectrum Human Preference Score", arXiv 2508.03789; weights: Mizzen
     python -m rewards.server --name=hps --reward=rewards.learned.hpsv3:HPSv3 \\
       --options='{"path": "MizzenAI/HPSv3", "template": "HPSv3/hpsv3"}'
 
-The head gives a mean and a deviation; the value is the mean, as in the published inference.py, and
-it is not normalised: good pictures have about 10. It judges pictures, so a video is the mean over
-some of its frames and motion does not count.
+The head gives a mean and a deviation; the value is the mean, as in the published inference.py, which
+does not normalise it. It judges pictures, so a video is the mean over some of its frames, and motion
+does not count.
 """
 
 import pathlib

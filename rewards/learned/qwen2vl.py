@@ -141,8 +141,9 @@ class Qwen2VL:
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise RewardError(f"{what}: no Qwen2-VL model in {str(base)!r}: {reason}") from error
-        if config.model_type != "qwen2_vl":
+        if not isinstance(config, transformers.Qwen2VLConfig):
             raise RewardError(f"{what}: {str(base)!r} is a {config.model_type}: {fix}")
+        text: Any = config.text_config
         if not tokenizer.chat_template and (base / "chat_template.json").is_file():
             tokenizer.chat_template = json.loads((base / "chat_template.json").read_text())[
                 "chat_template"
@@ -153,7 +154,7 @@ class Qwen2VL:
         )
         self.tokenizer, self.config, self.tokens = tokenizer, config, tuple(tokens)
         self.token_ids = tokenizer.convert_tokens_to_ids(list(tokens))
-        config.text_config.vocab_size = len(tokenizer)
+        text.vocab_size = len(tokenizer)
         # 2. The head.
         head_weights = {
             key.removeprefix(HEAD): value.float()
@@ -162,7 +163,7 @@ class Qwen2VL:
         }
         if not head_weights:
             raise RewardError(f"{what}: the weights have no head ({HEAD}...): {fix}")
-        self.head = make_head(config.text_config.hidden_size)
+        self.head = make_head(text.hidden_size)
         shapes = {key: tuple(value.shape) for key, value in self.head.state_dict().items()}
         check_keys(f"{what}, head", shapes, head_weights, fix)
         check_trained(what, head_weights, fix)
@@ -171,7 +172,7 @@ class Qwen2VL:
         # 3. The model.
         body = {key: value.to(kind) for key, value in weights.items() if not key.startswith(HEAD)}
         with torch.device("meta"):
-            empty = transformers.Qwen2VLModel(config)  # type: ignore
+            empty = transformers.Qwen2VLModel(config)
         shapes = {key: tuple(value.shape) for key, value in empty.state_dict().items()}
         check_keys(what, shapes, body, f"{fix} (the tokenizer has {len(tokenizer)} tokens)")
         self.model: Any = transformers.Qwen2VLModel.from_pretrained(

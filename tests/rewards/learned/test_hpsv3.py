@@ -27,11 +27,14 @@ def reward(hpsv3_files):
 def expected(base, weights, frame, prompt):
     """The head's mean, with transformers' own preparation of the picture."""
     import transformers
-    from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as preparation
 
+    # that of Pillow, where there are two
+    preparation = getattr(
+        transformers, "Qwen2VLImageProcessorPil", transformers.Qwen2VLImageProcessor
+    )
     height, width = smart_size(frame.shape[:2], 256 * 784, 256 * 784)
     picture = Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)
-    inputs = preparation.Qwen2VLImageProcessorPil()(images=[picture], return_tensors="pt")
+    inputs = preparation()(images=[picture], return_tensors="pt")
     config = transformers.AutoConfig.from_pretrained(base)
     config.text_config.vocab_size = len(weights["language_model.embed_tokens.weight"])
     model = transformers.Qwen2VLModel(config).eval()

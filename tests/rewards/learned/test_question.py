@@ -127,8 +127,9 @@ def model(tmp_path_factory):
         torch.nn.init.normal_(parameter, std=0.3)
     llava.generation_config.eos_token_id = words.eos_token_id
     llava.save_pretrained(folder)
+    preparation = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
     processor = transformers.LlavaProcessor(
-        image_processor=transformers.CLIPImageProcessorPil(
+        image_processor=preparation(
             size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
         ),
         tokenizer=words,

@@ -32,7 +32,11 @@ def tokenizer(words=WORDS, marks=MARKS, **options):
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.add_special_tokens([AddedToken(mark, normalized=False) for mark in marks])
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, unk_token="<unk>", chat_template=CHAT, **options
+        tokenizer_object=inner,
+        unk_token="<unk>",
+        chat_template=CHAT,
+        model_input_names=["input_ids", "attention_mask"],
+        **options,
     )
 
 
@@ -42,27 +46,28 @@ def qwen2vl(folder, extra):
     """
     words = tokenizer()
     words.save_pretrained(folder)
-    config = transformers.Qwen2VLConfig(
-        text_config=dict(
-            vocab_size=64,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": 10_000.0,
-                "mrope_section": [2, 1, 1],
-            },
-        ),
-        vision_config=dict(depth=1, embed_dim=16, num_heads=2, hidden_size=16),
-        image_token_id=words.convert_tokens_to_ids("<|image_pad|>"),
-        video_token_id=words.convert_tokens_to_ids("<|video_pad|>"),
-        vision_start_token_id=words.convert_tokens_to_ids("<|vision_start|>"),
-        vision_end_token_id=words.convert_tokens_to_ids("<|vision_end|>"),
-    )
-    config.save_pretrained(folder)
+    config = {  # in the form of the published ones
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "model_type": "qwen2_vl",
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_theta": 10_000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]},
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "vision_config": {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 16},
+        "image_token_id": words.convert_tokens_to_ids("<|image_pad|>"),
+        "video_token_id": words.convert_tokens_to_ids("<|video_pad|>"),
+        "vision_start_token_id": words.convert_tokens_to_ids("<|vision_start|>"),
+        "vision_end_token_id": words.convert_tokens_to_ids("<|vision_end|>"),
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    config = transformers.AutoConfig.from_pretrained(folder)
     config.text_config.vocab_size = len(words) + extra
     torch.manual_seed(0)
     model = transformers.Qwen2VLModel(config)
