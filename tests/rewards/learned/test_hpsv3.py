@@ -1,12 +1,13 @@
 """HPSv3 at reduced size: the published formula, and checkpoints that are wrong."""
 
+import functools
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from rewards.base import PromptRecord, RewardError
 from rewards.learned import hpsv3
-from rewards.learned.hpsv3 import HPSv3
 from rewards.learned.qwen2vl import smart_size
 
 NEEDS = "needs pip install -e '.[learned]'"
@@ -14,6 +15,8 @@ torch = pytest.importorskip("torch", reason=NEEDS)
 tiny_models = pytest.importorskip("tests.rewards.learned.tiny_models", reason=NEEDS)
 safetensors = pytest.importorskip("safetensors.torch", reason=NEEDS)
 
+# exact on the CPU in float32, the default where there is no GPU
+HPSv3 = functools.partial(hpsv3.HPSv3, device="cpu")
 VIDEO = np.random.default_rng(0).integers(0, 256, (5, 30, 50, 3), np.uint8)
 RED = PromptRecord((), "a red sign")
 

@@ -161,7 +161,7 @@ def test_a_model_of_this_process_answers_as_its_greedy_continuation(model):
         words.append(token)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[token]])], 1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    judge = LocalModel(str(model), max_tokens=3)
+    judge = LocalModel(str(model), device="cpu", max_tokens=3)
     judge.model.generation_config.eos_token_id = words[-1]
     answer = judge.ask("rate red", VIDEOS[0, :2])
     assert answer == processor.decode(words[: words.index(words[-1]) + 1], skip_special_tokens=True)
@@ -171,7 +171,9 @@ def test_a_model_of_this_process_answers_as_its_greedy_continuation(model):
 
 
 def test_a_question_to_a_model_of_this_process(model, monkeypatch):
-    reward = Question("rate red", r"^(\S+)", bounds=(0, 40), path=str(model), max_tokens=2)
+    reward = Question(
+        "rate red", r"^(\S+)", bounds=(0, 40), path=str(model), max_tokens=2, device="cpu"
+    )
     judge, seen = reward.judge, []
     generate = judge.model.generate
 

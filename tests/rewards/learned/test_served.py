@@ -21,7 +21,7 @@ def test_a_server_of_videoalign(videoalign_files):
 
     folder, base, _ = videoalign_files
     command = ["--reward=rewards.learned.videoalign:VideoAlign", "--name=va", "--workers=1"]
-    options = {"path": str(folder), "base": str(base)}
+    options = {"path": str(folder), "base": str(base), "device": "cpu"}
     record = PromptRecord((), "a red sign")
     with Command(*command, f"--options={json.dumps(options)}") as server:
         client = RemoteReward([server.url()], expect={"name": "va"}, token=TOKEN, patience=5.0)

@@ -1,5 +1,6 @@
 """VideoAlign at reduced size: the published formula, its files, and checkpoints that are wrong."""
 
+import functools
 import itertools
 import json
 import shutil
@@ -8,14 +9,17 @@ import numpy as np
 import pytest
 
 from rewards.base import PromptRecord, RewardError, Traits
+from rewards.learned import videoalign
 from rewards.learned.qwen2vl import MEAN, STD, plain_keys
-from rewards.learned.videoalign import VideoAlign, frame_indices
+from rewards.learned.videoalign import frame_indices
 from rewards.own import OwnReward
 
 NEEDS = "needs pip install -e '.[learned]'"
 torch = pytest.importorskip("torch", reason=NEEDS)
 tiny_models = pytest.importorskip("tests.rewards.learned.tiny_models", reason=NEEDS)
 
+# exact on the CPU in float32, the default where there is no GPU
+VideoAlign = functools.partial(videoalign.VideoAlign, device="cpu")
 VIDEO = np.random.default_rng(0).integers(0, 256, (9, 30, 50, 3), np.uint8)
 RED, BLUE = PromptRecord((), "a red sign"), PromptRecord((), "a blue sign")
 NORMS = {"VQ": (3.6757, 2.2476), "MQ": (1.1646, 1.3811), "TA": (2.8105, 2.5121)}
