@@ -308,3 +308,34 @@ def test_names_and_sums_are_those_of_peft(videoalign_files):
     assert plain.keys() == merged.keys() == (weights.keys() - {"rm_head.weight"})
     for key, value in merged.items():
         torch.testing.assert_close(plain[key], value)
+
+
+def test_the_published_checkpoint_has_as_many_weights():
+    """1,123, as others count in the published file (Tencent-Hunyuan/UniRL, pull request 97): a
+    Qwen2-VL of 2B whose language model has an adapter on each matrix, and the head.
+    """
+    peft = pytest.importorskip("peft", reason="needs pip install -e '.[parity]'")
+    import transformers
+
+    config = transformers.Qwen2VLConfig(
+        text_config=dict(
+            hidden_size=1536,
+            intermediate_size=8960,
+            num_hidden_layers=28,
+            num_attention_heads=12,
+            num_key_value_heads=2,
+        ),
+        vision_config=dict(hidden_size=1536),
+    )
+    with torch.device("meta"):
+        model = transformers.Qwen2VLForConditionalGeneration(config)
+        names = set(model.model.state_dict())
+        targets = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and "language_model" in name
+        ]
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=64, target_modules=targets))
+    stored = wrapped.state_dict() | {HEAD: torch.empty(1, 1536, device="meta")}
+    assert len(stored) == 1123
+    assert plain_keys(stored, 2.0).keys() == names | {"rm_head.weight"}
