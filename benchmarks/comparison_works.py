@@ -8,7 +8,12 @@ PEERS = {
     "bf16-compile": "--mode=bf16-compile",
     "bf16-compile-cudnn": "--mode=bf16-compile --attention=_native_cudnn",
 }
-OURS = {"ours": "", "ours-block": "--remat=block"}
+OURS = {
+    "ours": "",
+    "ours-block": "--remat=block",
+    "ours-fp8": "--weights=fp8",
+    "ours-fp8-block": "--weights=fp8 --remat=block",
+}
 SIDES = (*OURS, *PEERS)
 
 

@@ -34,16 +34,18 @@ from grpo.learning.policy import Policy, make_policy
 from grpo.learning.policy_loss import LossConfig
 from grpo.methods.grpo import make_gradient, stack_batches
 from grpo.rollout import StepTable, make_step, rollout
+from wan_jax.choices import WEIGHTS
 from wan_jax.diffusion.guidance import TextBatch
 from wan_jax.diffusion.schedule import flow_sigmas
 from wan_jax.diffusion.sde import SDEConfig
 from wan_jax.distributed import memory
 from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.distributed import sharding as sharding_lib
-from wan_jax.models import flat_params
+from wan_jax.models import flat_params, quantised
 from wan_jax.models.attention import choose_backend, platform_of
 from wan_jax.models.config import TransformerConfig
 from wan_jax.models.lora import LoRAConfig
+from wan_jax.models.quantised import Quantisation
 from wan_jax.models.transformer import REMAT_POLICIES, WanTransformer3D
 
 
@@ -59,6 +61,31 @@ def random_bias(name: str, array: jax.Array) -> jax.Array:
     return (0.02 * jax.random.normal(key, array.shape)).astype(array.dtype)
 
 
+def draw_layers(like: nnx.State, shardings: nnx.State, quantisation: Quantisation) -> nnx.State:
+    """Draw quantised weights, one layer of one kernel at a time, as they are loaded."""
+    wanted, placed = flat_params.flatten(like), flat_params.flatten(shardings)
+    abstract = {
+        k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=placed[k]) for k, v in wanted.items()
+    }
+    dtype, flat = wanted["proj_out/kernel"].dtype, {}
+    for name, (values, scales) in quantised.kernels(
+        {k: v.shape for k, v in wanted.items()}
+    ).items():
+        layers, *shape = quantisation.kernel_shape(wanted[values].shape)
+        keys = jax.random.split(jax.random.key(zlib.crc32(name.encode())), layers)
+        kernels = (jax.random.normal(key, shape, dtype) * shape[0] ** -0.5 for key in keys)
+        flat[values], flat[scales] = quantised.quantise_layers(
+            quantisation, kernels, abstract[values], abstract[scales]
+        )
+    for name, x in abstract.items():
+        if name not in flat:
+            key = jax.random.fold_in(jax.random.key(1), zlib.crc32(name.encode()))
+            value = jax.random.normal(key, x.shape, x.dtype) * x.shape[-2 % len(x.shape)] ** -0.5
+            value = jnp.ones(x.shape, x.dtype) if name.endswith("scale") else value
+            flat[name] = sharding_lib.place(random_bias(name, value), x.sharding)
+    return flat_params.unflatten(like, flat)
+
+
 @dataclasses.dataclass(frozen=True)
 class RandomPolicy:
     """A policy with random weights that are drawn on the devices."""
@@ -72,26 +99,43 @@ class RandomPolicy:
 
     @classmethod
     def draw(
-        cls, size: str, dtype, remat: str, mesh: jax.sharding.Mesh | None = None, full: bool = False
+        cls,
+        size: str,
+        dtype,
+        remat: str,
+        mesh: jax.sharding.Mesh | None = None,
+        full: bool = False,
+        weights: str = "dtype",
     ) -> "RandomPolicy":
         """Draw a policy. mesh: None for the first device. full: train all weights, no reference."""
         config, dtype = workload.transformer_config(size), jnp.dtype(dtype)
         mesh = mesh or mesh_lib.make_mesh(devices=jax.devices()[:1])
+        device = mesh.devices.flat[0]
+        quantisation = Quantisation.choose(weights, platform_of(device), device)
         backend = choose_backend(
             "auto", platform_of(mesh.devices.flat[0]), dtype, config.attention_head_dim
         )
 
-        def weights():
+        def draw():
             state = nnx.split(
-                WanTransformer3D(config, dtype=dtype, attention=backend, rngs=nnx.Rngs(0))
+                WanTransformer3D(
+                    config,
+                    dtype=dtype,
+                    attention=backend,
+                    quantisation=quantisation,
+                    rngs=nnx.Rngs(0),
+                )
             )[1]
             return flat_params.unflatten(
                 state, {k: random_bias(k, v) for k, v in flat_params.flatten(state).items()}
             )
 
-        frozen = jax.jit(
-            weights, out_shardings=sharding_lib.param_shardings(jax.eval_shape(weights), mesh)
-        )()
+        like = jax.eval_shape(draw)
+        shardings = sharding_lib.param_shardings(like, mesh)
+        if quantisation is None:
+            frozen = jax.jit(draw, out_shardings=shardings)()
+        else:
+            frozen = draw_layers(like, shardings, quantisation)
         policy, trainable = make_policy(
             config,
             frozen,
@@ -101,6 +145,7 @@ class RandomPolicy:
             dtype=dtype,
             attention=backend,
             remat=remat,
+            quantisation=quantisation,
         )
         return cls(config, mesh, backend, policy, trainable, None if full else frozen)
 
@@ -151,7 +196,9 @@ def measure(settings) -> Record:
     """Return the figures of both steps. settings: the flags."""
     # Weights, functions and inputs
     mesh = mesh_lib.make_mesh(settings.fsdp, jax.devices()[: settings.devices], settings.context)
-    drawn = RandomPolicy.draw(settings.size, settings.dtype, settings.remat, mesh, settings.full)
+    drawn = RandomPolicy.draw(
+        settings.size, settings.dtype, settings.remat, mesh, settings.full, settings.weights
+    )
     policy, trainable, frozen = drawn.policy, drawn.trainable, drawn.frozen
     steps, optimiser = step_table(), OptimiserConfig()
     step = make_step(policy, steps, settings.guidance)
@@ -167,7 +214,7 @@ def measure(settings) -> Record:
     parameters = sum(array.size for array in jax.tree.leaves(policy.base))
     kind = jax.devices()[0].device_kind
     print(
-        f"{settings.size}: {parameters:,} parameters {settings.dtype}, "
+        f"{settings.size}: {parameters:,} parameters {settings.dtype}, weights {settings.weights}, "
         f"{'all' if settings.full else 'adapters'} "
         f"trained, {workload.describe_shape(settings)}, guidance {settings.guidance}, "
         f"attention {drawn.backend}, remat {settings.remat}, {settings.devices} x {kind}, mesh "
@@ -250,6 +297,7 @@ if __name__ == "__main__":
     workload.define_flags(guidance=1.0, kl=0.0)
     flags.DEFINE_integer("micro", 1, "rollout batches of an update")
     flags.DEFINE_string("dtype", "bfloat16", "data type of weights and matrix products")
+    flags.DEFINE_enum("weights", "dtype", WEIGHTS, "how frozen weights are stored")
     flags.DEFINE_enum(
         "remat",
         "save_matmuls",

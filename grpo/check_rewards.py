@@ -138,7 +138,13 @@ def sample_groups(
     vae_graph, vae_state = pipeline.load_vae(model, mesh)
     decode = pipeline.make_decoder(vae_graph)
     graph, weights = load_transformers(
-        model, None, settings.dtype, spec.backend, mesh, recipe.model.offload
+        model,
+        None,
+        settings.dtype,
+        spec.backend,
+        mesh,
+        recipe.model.offload,
+        spec.quantisation,
     )
     make = functools.partial(
         pipeline.make_ode_step, functools.partial(nnx.merge, graph), spec.solver

@@ -148,7 +148,13 @@ def evaluate_recipe(
         def evaluate(trained: str | None, number: int):
             """Evaluate the model, or a checkpoint of epoch `number`, and record the results."""
             graph, weights = load_transformers(
-                model, trained, settings.dtype, spec.backend, spec.mesh, recipe.model.offload
+                model,
+                trained,
+                settings.dtype,
+                spec.backend,
+                spec.mesh,
+                recipe.model.offload,
+                spec.quantisation,
             )
             make = functools.partial(pipeline.make_ode_steps, graph, spec.solver, shift=shift)
             steps = make(spec.eval_guidance)

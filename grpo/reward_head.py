@@ -277,6 +277,11 @@ def main(_):
         model = open_model(recipe)
         spec = RunSpec.make(recipe, settings, presets.of_folder(model), training=False)
         transformer, size = spec.preset.transformer, recipe.sample.batch_size
+        if recipe.model.weights != "dtype":
+            raise ValueError(
+                f"config.model.weights={recipe.model.weights}: a reward head begins with blocks of the "
+                "unquantised model; give --config.model.weights=dtype"
+            )
         if options.layers > transformer.num_layers:
             raise ValueError(
                 f"--layers={options.layers}: the model has {transformer.num_layers} blocks; 0 makes "

@@ -26,6 +26,7 @@ from wan_jax.inference import pipeline
 from wan_jax.models.attention import choose_backend, platform_of
 from wan_jax.models.precision import describe
 from wan_jax.models.presets import Preset
+from wan_jax.models.quantised import Quantisation
 from wan_jax.storage import media, merged_loras, model_dir
 
 
@@ -112,6 +113,12 @@ class RunSpec:
         if max(self.evaluated_frames) > 1:
             media.check_ffmpeg()  # for the report
         _ = self.schedule, self.solver  # raise where steps and shift are invalid
+
+    @functools.cached_property
+    def quantisation(self) -> Quantisation | None:
+        """How the frozen weights of the blocks are stored; None: in the model's type."""
+        device = self.mesh.devices.flat[0]
+        return Quantisation.choose(self.recipe.model.weights, platform_of(device), device)
 
     # ---- videos ------------------------------------------------------------------------------
     def shape_of(self, frames: int) -> tuple[int, ...]:

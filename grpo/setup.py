@@ -349,7 +349,13 @@ def load_weights(spec: RunSpec, model: model_dir.ModelDir, offloaded: bool) -> W
         print_once("two experts: the idle one is offloaded to host memory")
 
     def load(name: str):
-        return model_dir.build(name, model, dtype=spec.settings.dtype, mesh=spec.mesh)[1]
+        return model_dir.build(
+            name,
+            model,
+            dtype=spec.settings.dtype,
+            mesh=spec.mesh,
+            quantisation=spec.quantisation,
+        )[1]
 
     return Weights([functools.partial(load, name) for name in model.experts], offloaded)
 

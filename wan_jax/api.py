@@ -15,7 +15,15 @@ from typing import Any, TypedDict, Unpack, get_type_hints
 
 import numpy as np
 
-from wan_jax.choices import DTYPES, MATMUL_PRECISIONS, OFFLOAD, SCHEDULES, SOLVERS, TEXT_ENCODER
+from wan_jax.choices import (
+    DTYPES,
+    MATMUL_PRECISIONS,
+    OFFLOAD,
+    SCHEDULES,
+    SOLVERS,
+    TEXT_ENCODER,
+    WEIGHTS,
+)
 from wan_jax.command_line import cli
 from wan_jax.command_line.limits import SEED, Range
 from wan_jax.errors import UserError
@@ -38,6 +46,7 @@ CHOICES = {
     "dtype": ("auto", *DTYPES),
     "matmul_precision": ("auto", *MATMUL_PRECISIONS),
     "text_encoder": TEXT_ENCODER,
+    "weights": WEIGHTS,
     "offload": OFFLOAD,
 }
 WHOLE = ("frames", "height", "width", "samples", "steps", "batch_size", "devices", "seed")
@@ -61,6 +70,7 @@ class Options(TypedDict, total=False):
     dtype: str  # "float32", "bfloat16" or "auto": bfloat16, but float32 on the CPU
     matmul_precision: str  # of float32 products
     attention: str  # backend, or "auto"
+    weights: str  # of the transformer: "dtype", "fp8", "int8" or "nf4"
     text_encoder: str  # "auto", "device" or "cpu"
     offload: str  # of the idle expert of two: "auto", "never" or "always"
 
@@ -191,7 +201,7 @@ class Model:
         size = options["frames"], options["height"], options["width"]
         settings = choose_settings(self.folder, *size[1:], Given(**given))
         settings.make_solver()  # raises where steps and shift do not fit
-        names = ("devices", "batch_size", "dtype", "attention", "text_encoder")
+        names = ("devices", "batch_size", "dtype", "attention", "weights", "text_encoder")
         placement = {name: options[name] for name in names if name in options}
         request = sampling.SampleRequest(
             self.folder,

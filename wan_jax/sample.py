@@ -29,6 +29,7 @@ from wan_jax.choices import (
     SOLVERS,
     TEXT_ENCODER,
     WAN,
+    WEIGHTS,
 )
 from wan_jax.command_line import cli
 from wan_jax.command_line.flag_types import check_used, define_number, define_path
@@ -104,6 +105,13 @@ flags.DEFINE_enum(
     ["auto", *DTYPES],
     "weights and matrix products of transformer and text encoder; auto: bfloat16, but float32 on "
     "the CPU",
+)
+flags.DEFINE_enum(
+    "weights",
+    "dtype",
+    WEIGHTS,
+    "how the transformer's weights are stored: in --dtype, or quantised; fp8 is also multiplied in 8 bits "
+    "where the device can",
 )
 flags.DEFINE_enum(
     "matmul_precision",
@@ -217,6 +225,7 @@ def checked_request(samples: int | None = None) -> sampling.SampleRequest:
             dtype=FLAGS.dtype,
             precision=FLAGS.matmul_precision,
             attention=FLAGS.attention,
+            weights=FLAGS.weights,
             text_encoder=FLAGS.text_encoder,
         ),
         seed=FLAGS.seed,

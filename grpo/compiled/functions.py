@@ -96,6 +96,7 @@ class Functions:
             dtype=spec.settings.dtype,
             attention=spec.backend,
             remat=spec.remat,
+            quantisation=spec.quantisation,
             mesh=spec.mesh,
         )
 

@@ -18,6 +18,7 @@ from wan_jax.models import lora as lora_lib
 from wan_jax.models.config import TransformerConfig
 from wan_jax.models.layers import LoRAParam
 from wan_jax.models.lora import LoRAConfig
+from wan_jax.models.quantised import Quantisation
 from wan_jax.models.transformer import WanTransformer3D
 
 Flat = dict[str, jax.Array]
@@ -92,17 +93,21 @@ def make_structure(
     dtype,
     attention: str,
     remat: str,
+    quantisation: Quantisation | None = None,
     mesh=None,
 ) -> Policy:
     """Return the structure of the policy, to trace, lower and compile functions with.
 
-    lora: None for full fine-tuning. dtype: of weights and products. mesh: of the arrays.
+    lora: None for full fine-tuning. dtype: of weights and products. quantisation: of the
+    frozen weights of the blocks. mesh: of the arrays.
     """
     key = jax.random.key(0)  # unused: no array is drawn
 
     def structure(lora):
         return nnx.eval_shape(
-            lambda: sharded_forward.attach(_build(config, lora, key, dtype, attention, remat), mesh)
+            lambda: sharded_forward.attach(
+                _build(config, lora, key, dtype, attention, remat, quantisation), mesh
+            )
         )
 
     base_graph, base = nnx.split(structure(None))
@@ -122,6 +127,7 @@ def make_policy(
     dtype,
     attention: str,
     remat: str,
+    quantisation: Quantisation | None = None,
 ) -> tuple[Policy, Flat]:
     """Return the policy and its initial trained arrays, placed on the mesh.
 
@@ -129,7 +135,13 @@ def make_policy(
     arguments are those of `make_structure`.
     """
     policy = make_structure(
-        config, lora=lora, dtype=dtype, attention=attention, remat=remat, mesh=mesh
+        config,
+        lora=lora,
+        dtype=dtype,
+        attention=attention,
+        remat=remat,
+        quantisation=quantisation,
+        mesh=mesh,
     )
     if lora is None:
         trainable = {k: jnp.array(v, jnp.float32) for k, v in flat_params.flatten(frozen).items()}
@@ -142,10 +154,15 @@ def make_policy(
 
 
 def _build(
-    config, lora: LoRAConfig | None, key, dtype, attention: str, remat: str
+    config, lora: LoRAConfig | None, key, dtype, attention: str, remat: str, quantisation=None
 ) -> WanTransformer3D:
     """Return the transformer, with adapters where `lora` is not None."""
     model = WanTransformer3D(
-        config, dtype=dtype, attention=attention, remat=remat, rngs=nnx.Rngs(0)
+        config,
+        dtype=dtype,
+        attention=attention,
+        remat=remat,
+        quantisation=quantisation,
+        rngs=nnx.Rngs(0),
     )
     return lora_lib.attach(model, lora, key) if lora else model

@@ -209,6 +209,11 @@ def check_lora(recipe) -> None:
             "config.lora.targets is empty: name the layers to adapt, or train all weights with "
             "lora.rank=0"
         )
+    if not lora.rank and recipe.model.weights != "dtype":
+        raise UserError(
+            f"config.model.weights={recipe.model.weights} stores frozen weights, but lora.rank=0 "
+            "trains all of them: set model.weights=dtype, or a rank of adapters"
+        )
     if lora.init and not lora.rank:
         raise UserError(
             f"config.lora.init={lora.init} needs adapters to start from: set config.lora.rank as "

@@ -13,6 +13,7 @@ from wan_jax.errors import UserError
 from wan_jax.models import precision as precision_lib
 from wan_jax.models import vae_chunks
 from wan_jax.models.attention import choose_backend, platform_of
+from wan_jax.models.quantised import Quantisation
 from wan_jax.storage.model_dir import ModelDir, component_bytes
 
 PICTURES = 8  # of a batch on each device, if not given; of longer videos it is one
@@ -29,6 +30,7 @@ class Placement:
         dtype: of the transformer's and the text encoder's weights and products, one of `DTYPES`.
         precision: of float32 products, one of `choices.MATMUL_PRECISIONS`.
         backend: of attention.
+        quantisation: of the transformer's weights; None: in `dtype`.
         batch_size: videos sampled at a time.
         limit: bytes of a device; None: unknown, as on the CPU.
         encoder_device: that the text encoder runs on.
@@ -39,6 +41,7 @@ class Placement:
     dtype: str
     precision: str
     backend: str
+    quantisation: Quantisation | None
     batch_size: int
     limit: int | None
     encoder_device: jax.Device  # pyright: ignore[reportInvalidTypeForm]
@@ -48,10 +51,12 @@ class Placement:
         count, kind = self.mesh.size, self.mesh.devices.flat[0].device_kind
         remark = mesh_lib.describe(self.mesh) if count > 1 else ""
         products = precision_lib.describe(self.precision, self.platform)
+        how = self.quantisation.describe() if self.quantisation else ""
         return [
             ("devices", f"{count} x {kind}", remark),
             ("batch", str(self.batch_size), "videos at a time"),
             ("dtype", self.dtype, f"float32 products: {products}"),
+            *([("weights", self.quantisation.kind, how)] if self.quantisation else []),
             ("attention", self.backend, ""),
             ("text encoder", self.encoder_device.platform, ""),
         ]
@@ -67,6 +72,7 @@ def choose_placement(
     dtype: str = "auto",
     precision: str = "auto",
     attention: str = "auto",
+    weights: str = "dtype",
     text_encoder: str = "auto",
 ) -> Placement:
     """Return the placement for this number of videos of `frames` frames.
@@ -81,6 +87,7 @@ def choose_placement(
         dtype: one of `DTYPES`; auto: bfloat16, but float32 on the CPU.
         precision: of `choices.MATMUL_PRECISIONS`, or auto (`precision.for_dtype`).
         attention: a backend or auto.
+        weights: one of `choices.WEIGHTS`, of the transformer.
         text_encoder: one of `choices.TEXT_ENCODER`; auto: the CPU where its weights do not fit the device.
 
     Raises `UserError` or ValueError where there are fewer devices, or a backend cannot run.
@@ -97,9 +104,9 @@ def choose_placement(
     count = len(chosen)
     batch = batch_size or count * (PICTURES if frames == 1 else 1)
     batch = min(batch, videos if videos < count else -(-videos // count) * count)
-    fsdp, context = mesh_lib.choose(
-        count, batch, component_bytes("transformer", model, jnp.dtype(dtype)), limit or 0
-    )
+    quantisation = Quantisation.choose(weights, platform, chosen[0])
+    size = component_bytes("transformer", model, jnp.dtype(dtype), quantisation=quantisation)
+    fsdp, context = mesh_lib.choose(count, batch, size, limit or 0)
     mesh = mesh_lib.make_mesh(fsdp, chosen, context)
     mesh_lib.check_batch("--batch_size", batch, mesh)
     config = model.config("transformer")
@@ -109,6 +116,7 @@ def choose_placement(
         dtype=dtype,
         precision=precision_lib.for_dtype(precision, dtype, platform),
         backend=choose_backend(attention, platform, jnp.dtype(dtype), config.attention_head_dim),
+        quantisation=quantisation,
         batch_size=batch,
         limit=limit,
         encoder_device=_encoder_device(text_encoder, model, jnp.dtype(dtype), chosen[0], limit),

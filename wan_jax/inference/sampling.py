@@ -168,6 +168,8 @@ def load(request: SampleRequest) -> Networks:
     remedies = ["more devices"]
     if place.dtype == "float32":
         remedies.insert(0, "--dtype=bfloat16")
+    if place.quantisation is None:
+        remedies.insert(0, "--weights=fp8")
     if len(model.experts) > 1 and request.offload != "always":
         remedies.insert(0, "--offload=always")
     with out_of_memory.explained("loading the transformer", place.limit, remedies):
@@ -178,6 +180,7 @@ def load(request: SampleRequest) -> Networks:
             place.backend,
             place.mesh,
             request.offload,
+            place.quantisation,
         )
     return Networks(transformer, weights, graph, state)
 
@@ -192,7 +195,9 @@ def sample(
     """
     place = request.place
     held = 1 if networks.weights.offload else len(request.model.experts)
-    size = model_dir.component_bytes("transformer", request.model, jnp.dtype(place.dtype))
+    size = model_dir.component_bytes(
+        "transformer", request.model, jnp.dtype(place.dtype), quantisation=place.quantisation
+    )
     size = held * size // place.mesh.shape["fsdp"]
     plan = plan_decoding(request.model, place, request.shape, request.tile, size)
     finished = denoise(request, table, networks)

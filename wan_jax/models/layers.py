@@ -50,35 +50,69 @@ class Linear(nnx.Module):
         self.lora_a: LoRAParam | None = nnx.data(None)  # set by lora.attach
         self.lora_b: LoRAParam | None = nnx.data(None)
         self.lora_scale = 0.0
+        self.in_features = in_features
+        self.out_features = out_features
         self.dtype = dtype
 
-    def __call__(self, x: Float[Array, "*batch n_in"]) -> Float[Array, "*batch n_out"]:
-        return fused_dense([self], x)[0]
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The leading axes of the weights: (layers,) of scanned blocks outside of the scan."""
+        return self.kernel.shape[:-2]
+
+    @staticmethod
+    def in_8bit(layers: Sequence["Linear"]) -> bool:
+        """Return whether `product` is computed in 8 bits. It is then in fp32, and has a name for
+        rematerialisation policies.
+        """
+        return False
+
+    @staticmethod
+    def product(
+        layers: Sequence["Linear"], x: Float[Array, "*batch n_in"], bound: jax.Array | None = None
+    ) -> jax.Array:
+        """Return x times the weights of several layers, side by side, in the dtype of x, or in fp32 if
+        `in_8bit`.
+
+        bound: as in `fused_dense`.
+        """
+        return x @ concatenate([layer.kernel[...] for layer in layers])
+
+    def __call__(
+        self, x: Float[Array, "*batch n_in"], bound: jax.Array | None = None
+    ) -> Float[Array, "*batch n_out"]:
+        return fused_dense([self], x, bound)[0]
 
 
 def fused_dense(
-    layers: Sequence[Linear], x: Float[Array, "*batch n_in"]
+    layers: Sequence[Linear], x: Float[Array, "*batch n_in"], bound: jax.Array | None = None
 ) -> list[Float[Array, "*batch _"]]:
     """Return the result of each of several dense layers for the same x, computed as one product.
 
     One wide product uses a GPU better than narrow ones. Adapters are fused too: their first factors
     are concatenated, their second ones are the blocks of a block-diagonal matrix. Layers are
     computed separately if only some have adapters or biases, or if their scales differ.
+
+    bound: of |x|, fp32 [..., 1]; None: not known. Products in 8 bits then compute it.
     """
     first = layers[0]
     if len({(y.bias is None, y.lora_a is None, y.lora_scale) for y in layers}) > 1:
-        return [fused_dense([layer], x)[0] for layer in layers]
+        return [fused_dense([layer], x, bound)[0] for layer in layers]
     x = x.astype(first.dtype)
-    y = x @ concatenate([layer.kernel[...] for layer in layers])
+    y, in_8bit = first.product(layers, x, bound), first.in_8bit(layers)
     # Either all of these layers have a bias, or none; and so for adapters.
     if first.bias is not None:
         y = y + concatenate([layer.bias[...] for layer in layers if layer.bias is not None])
     if first.lora_a is not None:
         a = [layer.lora_a[...].astype(first.dtype) for layer in layers if layer.lora_a is not None]
         b = [layer.lora_b[...].astype(first.dtype) for layer in layers if layer.lora_b is not None]
-        y = y + ((x @ concatenate(a)) * first.lora_scale) @ jax.scipy.linalg.block_diag(*b)
-    y = checkpoint_name(y, MATMUL)
-    return jnp.split(y, np.cumsum([layer.kernel.shape[-1] for layer in layers])[:-1], axis=-1)
+        narrow = (x @ concatenate(a)) * first.lora_scale
+        if in_8bit:
+            narrow = checkpoint_name(narrow, MATMUL)
+        y = y + narrow @ jax.scipy.linalg.block_diag(*b)
+    y = y.astype(first.dtype)
+    if not in_8bit:
+        y = checkpoint_name(y, MATMUL)
+    return jnp.split(y, np.cumsum([layer.out_features for layer in layers])[:-1], axis=-1)
 
 
 def concatenate(arrays: Sequence[Array]) -> Array:
@@ -108,6 +142,14 @@ def layer_norm(x: Float[Array, "*batch D"], eps: float) -> Float32[Array, "*batc
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
+def layer_norm_bound(
+    features: int, scale: Float32[Array, "... D"], shift: Float32[Array, "... D"]
+) -> Float32[Array, "... 1"]:
+    """Return a bound of |layer_norm(x) * scale + shift|: no normalised value exceeds sqrt(D)."""
+    largest_scale, largest_shift = (jnp.abs(y).max(-1, keepdims=True) for y in (scale, shift))
+    return features**0.5 * largest_scale + largest_shift
+
+
 class LayerNorm(nnx.Module):
     """`layer_norm` with an fp32 scale and bias, returned in the dtype of x."""
 
@@ -118,3 +160,9 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         return (layer_norm(x, self.eps) * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+    @property
+    def bound(self) -> Float32[Array, " 1"]:
+        """`layer_norm_bound` of the result."""
+        scale, shift = self.scale[...], self.bias[...]
+        return layer_norm_bound(scale.shape[-1], scale, shift)

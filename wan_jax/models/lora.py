@@ -54,7 +54,7 @@ def attach(model: Model, config: LoRAConfig, key: jax.Array) -> Model:
         if not targets:
             continue
         matched.update(targets)
-        *stack, n_in, n_out = module.kernel.shape  # stack is (L,) inside scanned blocks
+        stack, n_in, n_out = module.stack, module.in_features, module.out_features
         layer_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
         module.lora_a = LoRAParam(
             jax.random.normal(layer_key, (*stack, n_in, config.rank), jnp.float32) / config.rank

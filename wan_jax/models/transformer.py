@@ -9,6 +9,8 @@ in fp32.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int
 
-from wan_jax.models.attention import attention
+from wan_jax.models.attention import attention, save_attention
 from wan_jax.models.config import TransformerConfig
 from wan_jax.models.layers import (
     MATMUL,
@@ -27,8 +29,10 @@ from wan_jax.models.layers import (
     RMSNorm,
     fused_dense,
     layer_norm,
+    layer_norm_bound,
 )
 from wan_jax.models.positions import Positions, apply_rope, rope_table, timestep_features
+from wan_jax.models.quantised import Quantisation, dense
 from wan_jax.models.sharded_forward import Gather, Layout, saved_but_gathers, self_attention
 
 RESIDUAL = "residual"  # name of the input of a block, for rematerialisation policies
@@ -38,8 +42,11 @@ REMAT_POLICIES = {
     "none": None,
     # only the input of the block
     "block": jax.checkpoint_policies.nothing_saveable,
-    # the input and the results of dense layers: norms, activations and attention are rematerialised
-    "save_matmuls": jax.checkpoint_policies.save_only_these_names(MATMUL),
+    # the input and the results of dense layers and of attention: norms and activations are
+    # rematerialised
+    "save_matmuls": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names(MATMUL), save_attention
+    ),
     # only the input, offloaded to host memory
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
@@ -55,12 +62,14 @@ class Attention(nnx.Module):
     before they are split into heads.
     """
 
-    def __init__(self, config: TransformerConfig, *, dtype, backend: str, rngs: nnx.Rngs):
+    def __init__(
+        self, config: TransformerConfig, linear: Callable[..., Linear], *, dtype, backend: str
+    ):
         d = config.width
-        self.to_q = Linear(d, d, dtype=dtype, rngs=rngs)
-        self.to_k = Linear(d, d, dtype=dtype, rngs=rngs)
-        self.to_v = Linear(d, d, dtype=dtype, rngs=rngs)
-        self.to_out_0 = Linear(d, d, dtype=dtype, rngs=rngs)
+        self.to_q = linear(d, d)
+        self.to_k = linear(d, d)
+        self.to_v = linear(d, d)
+        self.to_out_0 = linear(d, d)
         self.norm_q = RMSNorm(d, eps=config.eps, dtype=dtype)
         self.norm_k = RMSNorm(d, eps=config.eps, dtype=dtype)
         self.heads = config.num_attention_heads
@@ -72,17 +81,21 @@ class Attention(nnx.Module):
         context: Float[Array, "B Sk D"],
         rope: Positions | None = None,
         key_counts: Int[np.ndarray, " Sk"] | None = None,
+        *,
+        bound: Float32[Array, "..."],
     ) -> Float[Array, "B S D"]:
-        """Attend from x to `context`; with `rope` it is self-attention, and `context` must be x."""
+        """Attend from x to `context`; with `rope` it is self-attention, and `context` must be x. bound:
+        of |x|, as in `fused_dense`.
+        """
 
         def split(y):
             return y.reshape(*y.shape[:2], self.heads, -1)
 
         if rope is None:
-            q = self.to_q(x)
+            q = self.to_q(x, bound)
             k, v = fused_dense([self.to_k, self.to_v], context)
         else:
-            q, k, v = fused_dense([self.to_q, self.to_k, self.to_v], x)
+            q, k, v = fused_dense([self.to_q, self.to_k, self.to_v], x, bound)
         q, k, v = split(self.norm_q(q)), split(self.norm_k(k)), split(v)
         if rope is None:
             out = attention(q, k, v, backend=self.backend, key_counts=key_counts)
@@ -98,45 +111,66 @@ class GELUProjection(nnx.Module):
 
     saved: whether the update saves the result of the dense layer. It is then rounded to `dtype`,
     and GELU cannot be fused into the product. The rollout must round as well, or the importance
-    ratio of the first update would deviate from 1 by 1e-4 in bfloat16.
+    ratio of the first update would deviate from 1 by 1e-4 in bfloat16. Products in 8 bits are always
+    rounded to `dtype` before anything else.
     """
 
-    def __init__(self, d: int, f: int, *, saved: bool, dtype, rngs: nnx.Rngs):
-        self.proj = Linear(d, f, dtype=dtype, rngs=rngs)
-        self.saved = saved
+    def __init__(self, d: int, f: int, linear: Callable[..., Linear], *, saved: bool):
+        self.proj = linear(d, f)
+        self.saved = saved and not self.proj.in_8bit([self.proj])
 
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S ffn_dim"]:
-        y = self.proj(x)
-        return jax.nn.gelu(jax.lax.optimization_barrier(y) if self.saved else y, approximate=True)
+    def __call__(
+        self, x: Float[Array, "B S D"], bound: Float32[Array, "..."]
+    ) -> tuple[Float[Array, "B S ffn_dim"], Float32[Array, "B S 1"]]:
+        """Return the result and a bound of its absolute values, as `fused_dense` takes it."""
+        y = self.proj(x, bound)
+        if self.saved:
+            y = jax.lax.optimization_barrier(y)
+        # GELU is between -0.171 and 0 for negative values, and below the identity for positive ones.
+        largest = jnp.maximum(y.max(-1, keepdims=True), 0.25).astype(jnp.float32)
+        if not self.proj.in_8bit([self.proj]):
+            return jax.nn.gelu(y, approximate=True), largest
+        # The same with 1 + tanh(z) = 2 sigmoid(2 z), in fp32 and rounded once: less work for a GPU.
+        z = y.astype(jnp.float32)
+        z = z * jax.nn.sigmoid((8 / math.pi) ** 0.5 * (z + 0.044715 * z**3))
+        return z.astype(y.dtype), largest
 
 
 class FeedForward(nnx.Module):
     """Dense layer, GELU, dense layer."""
 
-    def __init__(self, config: TransformerConfig, *, saved: bool, dtype, rngs: nnx.Rngs):
-        self.net_0 = GELUProjection(
-            config.width, config.ffn_dim, saved=saved, dtype=dtype, rngs=rngs
-        )
-        self.net_2 = Linear(config.ffn_dim, config.width, dtype=dtype, rngs=rngs)
+    def __init__(self, config: TransformerConfig, linear: Callable[..., Linear], *, saved: bool):
+        self.net_0 = GELUProjection(config.width, config.ffn_dim, linear, saved=saved)
+        self.net_2 = linear(config.ffn_dim, config.width)
 
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        return self.net_2(self.net_0(x))
+    def __call__(
+        self, x: Float[Array, "B S D"], bound: Float32[Array, "..."]
+    ) -> Float[Array, "B S D"]:
+        return self.net_2(*self.net_0(x, bound))
 
 
 class Block(nnx.Module):
     """Modulated self-attention, cross-attention to the text, modulated feed-forward network."""
 
     def __init__(
-        self, config: TransformerConfig, *, dtype, backend: str, saved: bool, rngs: nnx.Rngs
+        self,
+        config: TransformerConfig,
+        *,
+        dtype,
+        backend: str,
+        saved: bool,
+        quantisation: Quantisation | None,
+        rngs: nnx.Rngs,
     ):
         d = config.width
+        linear = partial(dense, quantisation, dtype=dtype, rngs=rngs)
         self.scale_shift_table = nnx.Param(
             jax.random.normal(rngs.params(), (1, 6, d), jnp.float32) * d**-0.5
         )
-        self.attn1 = Attention(config, dtype=dtype, backend=backend, rngs=rngs)
+        self.attn1 = Attention(config, linear, dtype=dtype, backend=backend)
         self.norm2 = LayerNorm(d, eps=config.eps)
-        self.attn2 = Attention(config, dtype=dtype, backend=backend, rngs=rngs)
-        self.ffn = FeedForward(config, saved=saved, dtype=dtype, rngs=rngs)
+        self.attn2 = Attention(config, linear, dtype=dtype, backend=backend)
+        self.ffn = FeedForward(config, linear, saved=saved)
         self.eps = config.eps
         self.gather: Gather | None = None  # set by sharded_forward.attach
 
@@ -172,10 +206,13 @@ class Block(nnx.Module):
         # of the attention and of the feed-forward network, each [B,1,D]
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (m[:, i : i + 1] for i in range(6))
         h = (layer_norm(x, self.eps) * (1 + scale_a) + shift_a).astype(x.dtype)
-        x = (x + self.attn1(h, h, rope) * gate_a).astype(x.dtype)
-        x = x + self.attn2(self.norm2(x), context, key_counts=key_counts)
+        bound = layer_norm_bound(x.shape[-1], 1 + scale_a, shift_a)
+        x = (x + self.attn1(h, h, rope, bound=bound) * gate_a).astype(x.dtype)
+        h = self.norm2(x)
+        x = x + self.attn2(h, context, key_counts=key_counts, bound=self.norm2.bound)
         h = (layer_norm(x, self.eps) * (1 + scale_f) + shift_f).astype(x.dtype)
-        return (x + self.ffn(h).astype(jnp.float32) * gate_f).astype(x.dtype)
+        bound = layer_norm_bound(x.shape[-1], 1 + scale_f, shift_f)
+        return (x + self.ffn(h, bound).astype(jnp.float32) * gate_f).astype(x.dtype)
 
 
 class TimestepEmbedding(nnx.Module):
@@ -228,6 +265,7 @@ class WanTransformer3D(nnx.Module):
         attention: a concrete backend, of `attention.choose_backend`.
         remat: one of `REMAT_POLICIES`. 'block' needs the activation memory of one block, and one
             residual stream per layer.
+        quantisation: how the dense layers of the blocks are stored; None: in `dtype`.
         rngs: for random weights.
     """
 
@@ -238,6 +276,7 @@ class WanTransformer3D(nnx.Module):
         dtype=jnp.bfloat16,
         attention: str = "xla",
         remat: str = "none",
+        quantisation: Quantisation | None = None,
         rngs: nnx.Rngs,
     ):
         if remat not in REMAT_POLICIES:
@@ -252,7 +291,14 @@ class WanTransformer3D(nnx.Module):
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
         def make_blocks(rngs):
-            return Block(config, dtype=dtype, backend=attention, saved=saved, rngs=rngs)
+            return Block(
+                config,
+                dtype=dtype,
+                backend=attention,
+                saved=saved,
+                quantisation=quantisation,
+                rngs=rngs,
+            )
 
         self.patch_embedding = Linear(patch * config.in_channels, d, dtype=dtype, rngs=rngs)
         self.condition_embedder = ConditionEmbedder(config, dtype=dtype, rngs=rngs)

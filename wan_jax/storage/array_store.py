@@ -216,18 +216,21 @@ class ArrayStore:
         dtype,
         sharding: jax.sharding.Sharding,
         changes: WeightChanges | None = None,
+        layer: int | None = None,
     ) -> jax.Array:
-        """Return an array in `dtype` on the devices of `sharding`. Reads only the files of this
+        """Return an array, or one of its layers, in `dtype` on the devices of `sharding`. Reads only the files of this
         process's shards, and copies each shard once. Raises `StoreError`.
 
         changes: what is added in fp32 before the values are rounded to `dtype`.
         """
         changed = changes is not None and name in changes.terms
+        first = () if layer is None else (slice(layer, layer + 1),)
         shards = {}
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None  # as JAX asserts
             key = tuple((s.start, s.stop) for s in index)
+            index = (*first, *index)
             if key not in shards and changes is not None and changed:
                 shards[key] = changes.merge_slice(
                     name,
@@ -238,9 +241,9 @@ class ArrayStore:
                 )
             elif key not in shards:
                 shards[key] = self._slice(name, index, np.dtype(dtype))
-            return shards[key]
+            return shards[key] if layer is None else shards[key][0]
 
-        return jax.make_array_from_callback(self.shapes[name], sharding, shard)
+        return jax.make_array_from_callback(self.shapes[name][len(first) :], sharding, shard)
 
     def _slice(self, name: str, index: Sequence[slice], dtype: np.dtype) -> np.ndarray:
         """Return a slice of an array, of step 1. Every file with some of it is read once, and

@@ -21,14 +21,16 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from wan_jax.distributed import multihost
 from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.errors import UserError
 from wan_jax.models import config as config_lib
-from wan_jax.models import flat_params
+from wan_jax.models import flat_params, quantised
+from wan_jax.models.quantised import Quantisation
 from wan_jax.models.text_encoder import UMT5Encoder
 from wan_jax.models.transformer import WanTransformer3D
 from wan_jax.models.vae import AutoencoderKLWan
@@ -147,19 +149,33 @@ class ModelDir:
         """Folder of the tokenizer."""
         return self.path / "tokenizer"
 
-    def load(self, component: str, like: nnx.State, mesh=None, device=None) -> nnx.State:
+    def load(
+        self,
+        component: str,
+        like: nnx.State,
+        mesh=None,
+        device=None,
+        quantisation: Quantisation | None = None,
+    ) -> nnx.State:
         """Return the weights of a component in the structure and dtypes of the abstract state
         `like`.
 
         mesh: shards them over it, and all processes must call this; None places them on `device`,
-        which is this process's first one if not given. Raises `UserError` when the stored arrays do not fit.
+        which is this process's first one if not given. quantisation: of `like`; a weight is quantised on the
+        devices, layer by layer. Raises `UserError` when the stored arrays do not fit.
         """
         wanted = flat_params.flatten(like)
         store = self.arrays(component)
+        expected = {k: tuple(v.shape) for k, v in wanted.items()}
+        kernels = {} if quantisation is None else quantised.kernels(expected)
+        for name, parts in kernels.items():
+            expected[name] = quantisation.kernel_shape(expected[parts[0]])
+            for part in parts:
+                del expected[part]
         if wrong := sorted(
             k
-            for k in wanted.keys() | store.shapes.keys()
-            if k not in wanted or store.shapes.get(k) != tuple(wanted[k].shape)
+            for k in expected.keys() | store.shapes.keys()
+            if store.shapes.get(k) != expected.get(k)
         ):
             raise UserError(
                 f"{store.path} does not fit {component}/config.json: {len(wrong)} arrays are "
@@ -173,11 +189,23 @@ class ModelDir:
         changes = self.changes(component) if self.changes and component in self.experts else None
         # one array at a time: the host needs memory for this process's shards of the largest one
         flat = {
-            k: jax.block_until_ready(store.place(k, v.dtype, shardings[k], changes))
-            for k, v in wanted.items()
+            k: jax.block_until_ready(store.place(k, wanted[k].dtype, shardings[k], changes))
+            for k in expected.keys() & wanted.keys()
         }
+        for name, parts in kernels.items():
+            targets = [
+                jax.ShapeDtypeStruct(wanted[k].shape, wanted[k].dtype, sharding=shardings[k])
+                for k in parts
+            ]
+            flat |= zip(parts, _quantised(store, name, targets, quantisation, changes))
         if changes is not None:
             changes.report(component, ", ".join(map(str, self.loras)))
+            if kernels and multihost.first():
+                print(
+                    f"{component}: the merged weights were then quantised to {quantisation.kind}; "
+                    "what that lost is not counted",
+                    flush=True,
+                )
         return flat_params.unflatten(like, flat)
 
     def arrays(self, component: str) -> ArrayStore:
@@ -198,6 +226,22 @@ class ModelDir:
             return store
         except StoreError as error:
             raise UserError(f"{error}; {CONVERT_AGAIN}") from None
+
+
+def _quantised(store: ArrayStore, name: str, like, quantisation: Quantisation, changes):
+    """Return values and scales of a stored kernel [L, in, out], of which one layer at a time is on
+    the devices as it is stored. like: abstract values and scales, with shardings.
+    """
+    # the device has the same outputs of the kernel as of the values
+    sharding = like[0].sharding
+    if isinstance(sharding, NamedSharding):
+        _, outputs, inputs = (*sharding.spec, None, None, None)[:3]
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(inputs, outputs))
+    changed = changes is not None and name in changes.terms
+    dtype = np.float32 if changed else store.dtypes[name]
+    layers = range(like[0].shape[0])
+    kernels = (store.place(name, dtype, sharding, changes, layer) for layer in layers)
+    return quantised.quantise_layers(quantisation, kernels, *like)
 
 
 def params_path(model: pathlib.Path, component: str) -> pathlib.Path:
@@ -288,9 +332,9 @@ def abstract(
     )
 
 
-def component_bytes(component: str, model: ModelDir, dtype) -> int:
+def component_bytes(component: str, model: ModelDir, dtype, **kwargs) -> int:
     """Return the bytes of the weights of a component as `build` makes them."""
-    _, state = abstract(component, model.config(component), dtype=dtype)
+    _, state = abstract(component, model.config(component), dtype=dtype, **kwargs)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
@@ -301,4 +345,4 @@ def build(
     module's parameters; mesh, device: as in `ModelDir.load`.
     """
     graphdef, like = abstract(component, model.config(component), dtype=dtype, **kwargs)
-    return graphdef, model.load(component, like, mesh, device)
+    return graphdef, model.load(component, like, mesh, device, kwargs.get("quantisation"))

@@ -19,6 +19,7 @@ from wan_jax.errors import UserError
 from wan_jax.models import flat_params, lora, sharded_forward
 from wan_jax.models.layers import LoRAParam
 from wan_jax.models.lora import LoRAConfig
+from wan_jax.models.quantised import Quantisation
 from wan_jax.models.transformer import WanTransformer3D
 from wan_jax.storage import checkpoint as checkpoint_lib
 from wan_jax.storage import merged_loras, model_dir
@@ -52,7 +53,13 @@ def used_single_expert(path) -> bool:
 
 
 def load_transformers(
-    model: model_dir.ModelDir, checkpoint: str | None, dtype, attention: str, mesh, offload: str
+    model: model_dir.ModelDir,
+    checkpoint: str | None,
+    dtype,
+    attention: str,
+    mesh,
+    offload: str,
+    quantisation: Quantisation | None = None,
 ) -> tuple[nnx.GraphDef, Weights]:
     """Load the transformers of a model, with the trained weights or adapters of a checkpoint.
 
@@ -63,6 +70,7 @@ def load_transformers(
         attention: a backend of `attention.choose_backend`.
         mesh: the mesh to shard them on.
         offload: whether the idle expert of two is in host memory, one of `offload.OFFLOAD`.
+        quantisation: of the weights of the blocks; None: stored in `dtype`.
 
     Returns the graph that all experts share, and their weights. Raises `UserError` when the
     checkpoint belongs to another model, or needs a LoRA merged that the model has not.
@@ -73,6 +81,11 @@ def load_transformers(
     beyond: tuple[merged_loras.MergedLoRA, ...] = ()
     if checkpoint is not None:
         lora_config, trained, meta = load_trained(checkpoint)
+        if quantisation is not None and lora_config is None:
+            raise UserError(
+                f"checkpoint {checkpoint} has trained all weights, which are not quantised "
+                f"({quantisation.kind}): use weights=dtype"
+            )
         model.check_same(meta.get("model_digest"), meta["model"], str(checkpoint))
         merged_loras.check(model, meta, checkpoint)
         beyond = merged_loras.beyond(model, meta)
@@ -88,6 +101,7 @@ def load_transformers(
             model.config("transformer"),
             dtype=dtype,
             attention=attention,
+            quantisation=quantisation,
             remat="block",  # there is no backward pass to save activations for
             rngs=nnx.Rngs(0),
         )
@@ -103,7 +117,9 @@ def load_transformers(
         # trained weights, unlike adapters, replace the model's, with what was merged into these
         replaced = values is not None and not lora_config
         source = dataclasses.replace(model, changes=None) if replaced else model
-        _, state = model_dir.build(expert, source, dtype=dtype, mesh=mesh, attention=attention)
+        _, state = model_dir.build(
+            expert, source, dtype=dtype, mesh=mesh, attention=attention, quantisation=quantisation
+        )
         target = adapters if lora_config else state
         flat = flat_params.flatten(target)
         if values is None and not lora_config:

@@ -3,7 +3,7 @@
 import dataclasses
 
 from grpo.settings.setting import PER_PROCESS, Section, setting
-from wan_jax.choices import BACKENDS, DTYPES, MATMUL_PRECISIONS, OFFLOAD, REMAT_POLICIES
+from wan_jax.choices import BACKENDS, DTYPES, MATMUL_PRECISIONS, OFFLOAD, REMAT_POLICIES, WEIGHTS
 from wan_jax.command_line.limits import Range
 
 
@@ -31,6 +31,17 @@ class Model(Section):
         "Type of the transformer's weights and matrix products. Trained weights, norms, the "
         "schedule and log-probs are always in float32.",
         choices=DTYPES,
+    )
+    weights: str = setting(
+        "dtype",
+        "How the frozen weights of the transformer's blocks are stored when adapters are trained. "
+        "`dtype`: in `model.dtype`. `fp8`, `int8` and `nf4` need a half and a quarter of the memory of "
+        "bfloat16. `fp8` is also multiplied in 8 bits where the device can (NVIDIA since Ada and Hopper, "
+        "AMD since MI300), which is faster; the others, and `fp8` elsewhere, are dequantised "
+        "before each product. The quantised model is the base of everything: sampling, ratios, the "
+        "KL, evaluations. `grpo.evaluate` with `--config.model.weights=dtype` judges the adapters on "
+        "the unquantised model.",
+        choices=WEIGHTS,
     )
     matmul_precision: str = setting(
         "default",

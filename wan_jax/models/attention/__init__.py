@@ -22,7 +22,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from wan_jax.choices import BACKENDS
-from wan_jax.models.attention.chunked import chunked_attention
+from wan_jax.models.attention.chunked import SAVED, chunked_attention
+
+# cuDNN's attention with what its backward pass needs, in JAX
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
 
 
 def platform_of(device: jax.Device) -> str:  # pyright: ignore[reportInvalidTypeForm]
@@ -71,6 +74,13 @@ def choose_backend(name: str, platform: str, dtype, head_dim: int) -> str:
             "'xla'"
         )
     return name
+
+
+def save_attention(primitive, *_, **params) -> bool:
+    """A policy for `jax.checkpoint`: save what the backward pass of attention needs of the forward pass, the
+    result and a number for each query and head. Of `xla` nothing is saved.
+    """
+    return primitive.name == CUDNN_FORWARD or params.get("name") == SAVED
 
 
 def attention(

@@ -15,9 +15,11 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32
 
 LOGITS = 2**20  # elements of the logits of one head in a chunk, 4 MiB in fp32
+SAVED = "attention"  # name of what the backward pass needs, for rematerialisation policies
 MIN_ROWS = 128  # below, reading k and v for every chunk costs more than the matrix products
 
 
@@ -86,6 +88,7 @@ def _forward(rows, q, k, v, key_bias):
         return out.astype(q.dtype), (largest + jnp.log(total))[..., 0]
 
     out, lse = map(_join, jax.lax.map(one_chunk, jnp.arange(q.shape[2] // rows)))
+    out, lse = (checkpoint_name(x, SAVED) for x in (out, lse))
     return out, (q, k, v, key_bias, lse)
 
 

@@ -15,12 +15,15 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import triton as plt
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32
+
+from wan_jax.models.attention.chunked import SAVED
 
 LOG2E = math.log2(math.e)
 LDS_BYTES = 65536  # local data share of one gfx942 workgroup
@@ -283,6 +286,7 @@ def _call(kernel: Kernel, tile: Tile, interpret: bool, inputs, key_bias, dtypes)
 def _forward(blocks, interpret, q, k, v, key_bias):
     dtypes = (q.dtype, jnp.float32)
     out, lse = _call(FORWARD, blocks.forward, interpret, (q, k, v), key_bias, dtypes)
+    out, lse = (checkpoint_name(x, SAVED) for x in (out, lse))
     return out, (q, k, v, key_bias, out, lse)
 
 
