@@ -13,7 +13,8 @@ RUN apt-get update && apt-get install -y --no-install-recommends python3-venv li
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /app
 COPY . .
-RUN python3 -m venv /opt/venv && pip install --no-cache-dir -e '.[rocm]'
+# the versions that the test suite runs with
+RUN python3 -m venv /opt/venv && pip install --no-cache-dir -c constraints.txt -e '.[rocm]'
 
 # the image is no good unless the plugin finds every library
 RUN python -c "import ctypes, importlib.util as u, pathlib as p; ctypes.CDLL(str(p.Path(u.find_spec('jax_plugins.xla_rocm7').origin).with_name('xla_rocm_plugin.so')))"
