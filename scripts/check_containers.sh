@@ -104,7 +104,7 @@ for image in "${images[@]}"; do
     if run_in "wan-jax-grpo:$image" bash -c "$command" > "$work/last.log" 2>&1; then
       echo "the plugin was loaded without ROCm: the step does not check it" >&2; exit 1
     fi
-    grep -oE 'lib[a-z_]+\.so[.0-9]*: cannot open shared object file' "$work/last.log" || { cat "$work/last.log"; exit 1; }
+    grep -oE 'lib[-a-z0-9_]+\.so[.0-9]*: cannot open shared object file' "$work/last.log" || { cat "$work/last.log"; exit 1; }
   fi
 done
 echo "== images: ${images[*]/#/wan-jax-grpo:}"

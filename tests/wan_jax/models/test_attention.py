@@ -189,7 +189,7 @@ def test_pallas_blocks_fit_into_an_mi300x(head_dim):
         )
 
 
-def test_pallas_lowers_for_amd_and_nvidia_to_triton_alone():
+def test_pallas_lowers_for_amd_and_nvidia_to_triton_alone(absent_gpu):
     q, k = (jax.ShapeDtypeStruct((2, s, 2, 128), jnp.bfloat16) for s in (3510, 65))
     both = jax.jit(
         jax.grad(

@@ -91,7 +91,7 @@ def test_rows_of_each_device(tokens, context):
 
 
 @pytest.mark.parametrize("backend", ["cudnn", "pallas"])
-def test_kernels_see_local_arrays(monkeypatch, backend):
+def test_kernels_see_local_arrays(monkeypatch, absent_gpu, backend):
     """40 heads over 4 devices, lowered for CUDA without a GPU: a kernel has 10 heads and all 3510
     tokens.
     """
