@@ -33,11 +33,8 @@ make_base() {  # make_base cuda|rocm: makes a local image with the name of the b
   echo "== stand-in of $name"
   if ! buildah inspect --type image localhost/debian-trixie > /dev/null 2>&1; then
     need debootstrap "Debian's package debootstrap"
-    debootstrap --variant=minbase --include=ca-certificates,python3,python3-pip trixie "$root" \
-      "${MIRROR:-http://deb.debian.org/debian}" > "$work/debootstrap.log" || { tail "$work/debootstrap.log"; exit 1; }
-    # as in the image `python`, where pip installs into the only Python
-    rm -f "$root"/usr/lib/python3*/EXTERNALLY-MANAGED
-    ln -s /usr/bin/python3 "$root/usr/local/bin/python"
+    debootstrap --variant=minbase --include=ca-certificates trixie "$root" "${MIRROR:-http://deb.debian.org/debian}" \
+      > "$work/debootstrap.log" || { tail "$work/debootstrap.log"; exit 1; }
     container=$(buildah from scratch)
     buildah copy --quiet "$container" "$root" / > /dev/null
     buildah commit --quiet --rm "$container" localhost/debian-trixie > /dev/null
@@ -45,7 +42,11 @@ make_base() {  # make_base cuda|rocm: makes a local image with the name of the b
     rm -rf "$root"
   fi
   container=$(buildah from localhost/debian-trixie)
-  if [ "$1" = rocm ]; then
+  if [ "$1" = cuda ]; then
+    # Python in /usr/local, as in the image `python`
+    buildah run "${run_options[@]}" "$container" -- sh -c 'apt-get update -qq && apt-get install -y -qq \
+      --no-install-recommends python3-venv > /dev/null && python3 -m venv /usr/local'
+  else
     for package in $ROCM; do
       mkdir -p "$work/$package/DEBIAN"
       printf 'Package: %s\nVersion: 0\nArchitecture: all\nMaintainer: none\nDescription: empty\n' "$package" \
@@ -53,7 +54,7 @@ make_base() {  # make_base cuda|rocm: makes a local image with the name of the b
       dpkg-deb --build "$work/$package" "$work/$package.deb" > /dev/null
       buildah copy --quiet "$container" "$work/$package.deb" /tmp/ > /dev/null
     done
-    buildah run --isolation chroot "$container" -- sh -c 'dpkg --install /tmp/*.deb > /dev/null && rm /tmp/*.deb'
+    buildah run "${run_options[@]}" "$container" -- sh -c 'dpkg --install /tmp/*.deb > /dev/null && rm /tmp/*.deb'
   fi
   buildah commit --quiet --rm "$container" "docker.io/$([[ $name == */* ]] || echo library/)$name" > /dev/null
   container=

@@ -1,4 +1,4 @@
-"""Draws charts as inline SVG whose colours are CSS variables of the page."""
+"""Draws charts as inline SVG whose colours are CSS variables of the page, or as PNG."""
 
 import dataclasses
 import io
@@ -56,43 +56,60 @@ def chart(draw: Callable[[Axes], None], caption: str, label: str, columns: int =
     )
 
 
+def png(draw: Callable[[Axes], None], columns: int = 2) -> bytes:
+    """Return a chart in the wide size as a PNG on white. draw, columns: as in `chart`."""
+    with rc_context({"font.family": "sans-serif", "font.size": 10}):
+        file = io.BytesIO()
+        # without the version of matplotlib, so that equal data give equal bytes
+        _figure(draw, "wide", columns).savefig(
+            file, format="png", dpi=110, facecolor="white", metadata={"Software": None}
+        )
+    return file.getvalue()
+
+
+def _figure(draw: Callable[[Axes], None], size: str, columns: int) -> Figure:
+    """Return a drawn chart with its legend."""
+    # 1 draw
+    width, height = SIZES[size]
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    if size == "narrow":
+        axes.locator_params(axis="x", nbins=4)
+    draw(axes)
+    axes.grid(axis="y", color=COLORS["grid"], lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(COLORS["grid"])
+    axes.tick_params(colors=COLORS["muted"], length=0)
+    axes.xaxis.label.set_color(COLORS["muted"])
+    axes.yaxis.label.set_color(COLORS["muted"])
+    # 2 put the legend above, and make room for its rows after the first
+    labels = axes.get_legend_handles_labels()[1]
+    longest = max(map(len, labels), default=0)
+    columns = max(1, min(columns, int(width / (KEY_INCHES + LETTER_INCHES * longest))))
+    rows = -(-len(labels) // columns)
+    figure.set_figheight(height + 0.2 * max(0, rows - 1))
+    figure.legend(loc="outside upper left", ncols=columns, frameon=False, labelcolor=COLORS["text"])
+    return figure
+
+
 def _svg(draw: Callable[[Axes], None], size: str, label: str, columns: int) -> str:
     """Return an <svg> element, safe to embed, with the page's colours and typeface."""
     from markupsafe import Markup, escape
 
     # 1 draw
-    width, height = SIZES[size]
     style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": size}
     style |= {"font.family": "sans-serif", "font.size": 10}
     with rc_context(style):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.add_subplot()
-        if size == "narrow":
-            axes.locator_params(axis="x", nbins=4)
-        draw(axes)
-        axes.grid(axis="y", color=COLORS["grid"], lw=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(COLORS["grid"])
-        axes.tick_params(colors=COLORS["muted"], length=0)
-        axes.xaxis.label.set_color(COLORS["muted"])
-        axes.yaxis.label.set_color(COLORS["muted"])
-        # 2 put the legend above, and make room for its rows after the first
-        labels = axes.get_legend_handles_labels()[1]
-        longest = max(map(len, labels), default=0)
-        columns = max(1, min(columns, int(width / (KEY_INCHES + LETTER_INCHES * longest))))
-        rows = -(-len(labels) // columns)
-        figure.set_figheight(height + 0.2 * max(0, rows - 1))
-        figure.legend(
-            loc="outside upper left", ncols=columns, frameon=False, labelcolor=COLORS["text"]
-        )
         file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(METADATA))
-    # 3 leave out what inline SVG does not need, such as addresses of name spaces
+        _figure(draw, size, columns).savefig(
+            file, format="svg", transparent=True, metadata=dict.fromkeys(METADATA)
+        )
+    # 2 leave out what inline SVG does not need, such as addresses of name spaces
     svg = file.getvalue()[file.getvalue().index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg.replace("xlink:href", "href"))
-    # 4 use the page's typeface and colours
+    # 3 use the page's typeface and colours
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
     for name, color in COLORS.items():
         svg = svg.replace(color, f"var(--{name})")

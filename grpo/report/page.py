@@ -1,4 +1,4 @@
-"""Renders the pages from `grpo/report/templates`: HTML and CSS, light and dark, wide and narrow."""
+"""Renders `grpo/report/templates`: pages of HTML and CSS, light and dark, wide and narrow, and Markdown."""
 
 import functools
 
@@ -12,7 +12,7 @@ def _environment():
 
     return jinja2.Environment(
         loader=jinja2.PackageLoader("grpo.report"),
-        autoescape=True,
+        autoescape=jinja2.select_autoescape((), disabled_extensions=("md",), default=True),
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -25,11 +25,11 @@ def plural(count: int, noun: str) -> str:
 
 
 def render(template: str, **values) -> str:
-    """Render a template of `grpo/report/templates` into a whole HTML document.
+    """Render a template of `grpo/report/templates` into a whole document.
 
     Args:
       template: file name, for example "comparison.html".
-      **values: what the template shows. Text is escaped; `charts.chart` returns safe SVG.
+      **values: what the template shows. In HTML text is escaped; `charts.chart` returns safe SVG.
 
     Raises:
       jinja2.UndefinedError: the template uses a value that was not given.

@@ -21,8 +21,8 @@ def provenance_rows(run: RunRecords) -> list[tuple[str, str]]:
         ("newest start", f"{_time(newest.get('time'))}, after epoch {newest.get('epoch')}"),
         ("newest record", _time(max(times, default=None))),
         ("from first start to newest record", _between(times)),
-        ("epochs and evaluations took", duration(_working(run))),
-        ("devices", _devices(hardware)),
+        ("epochs and evaluations took", working_time(run)),
+        ("devices", devices(hardware)),
         ("system", f"{hardware.get('system')}, {hardware.get('cpus')} CPU cores"),
         ("versions", ", ".join(f"{k} {v}" for k, v in versions.items() if v)),
         ("git commit of the source", newest.get("commit") or "not a checkout"),
@@ -55,14 +55,16 @@ def _between(times: list[str]) -> str:
     return duration((ends[1] - ends[0]).total_seconds())
 
 
-def _working(run: RunRecords) -> float:
-    """Return the seconds of all recorded epochs and evaluations."""
+def working_time(run: RunRecords) -> str:
+    """Return the time of all recorded epochs and evaluations in words."""
     epochs = [m["seconds"].get("total") for m in run.metrics if isinstance(m.get("seconds"), dict)]
     evaluations = [run_log.number(e, "seconds") for e in run.recorded]
-    return sum(s for s in (*epochs, *evaluations) if s is not None and math.isfinite(s))
+    seconds = [s for s in (*epochs, *evaluations) if s is not None and math.isfinite(s)]
+    return duration(sum(seconds))
 
 
-def _devices(hardware: dict) -> str:
+def devices(hardware: dict) -> str:
+    """Return the devices of a start's `hardware` in words."""
     parts = [str(hardware.get("devices"))]
     memory = hardware.get("memory_of_a_device")
     if isinstance(memory, int | float) and math.isfinite(memory):

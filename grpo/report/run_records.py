@@ -34,6 +34,13 @@ class RunRecords:
             run_log.read_starts(folder),
         )
 
+    def until(self, epoch: int) -> "RunRecords":
+        """Return what was recorded up to an epoch."""
+        first = {"metrics": self.metrics, "recorded": self.recorded}
+        first = {k: [r for r in v if r["epoch"] <= epoch] for k, v in first.items()}
+        starts = [s for s in self.starts if (run_log.number(s, "epoch") or 0) < max(epoch, 1)]
+        return dataclasses.replace(self, **first, starts=starts)
+
     @functools.cached_property
     def evaluations(self) -> list[dict]:
         """The evaluations that the report compares."""

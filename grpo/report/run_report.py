@@ -16,10 +16,11 @@ from grpo.records import run_log
 from grpo.records.clock import timestamp
 from grpo.records.run_log import number, reward_name
 from grpo.records.statistics import paired_difference
-from grpo.report.charts import COLORS, Chart, chart
+from grpo.report.charts import Chart, chart
 from grpo.report.curves import small_curves
 from grpo.report.page import CONFIDENCE, plural, render
 from grpo.report.provenance_tables import provenance_rows, setting_rows
+from grpo.report.reward_chart import RewardChart
 from grpo.report.run_records import RunRecords, comparable, without_result
 from grpo.report.samples import format_reward, samples, write_pairs
 from grpo.report.training_tables import health_rows, timings
@@ -48,8 +49,8 @@ def write_report(folder, pairs: bool = True) -> pathlib.Path:
         heading=name,
         written=_written(run),
         progress=run.progress if run.trained and run.progress.last else None,
-        sentence=_sentence(run),
-        remarks=[*_guard_lines(run), *_remarks(run)],
+        sentence=result_sentence(run),
+        remarks=[*guard_lines(run), *_remarks(run)],
         tiles=_tiles(run),
         reward=_reward_chart(run),
         curves=small_curves(run),
@@ -103,7 +104,7 @@ def summary_lines(folder) -> list[str]:
         )
     missing = without_result(run.recorded)
     warnings = [f"warning: {missing}"] if missing else []
-    return [result, *_guard_lines(run), *warnings, f"report: {run.folder / 'report.html'}"]
+    return [result, *guard_lines(run), *warnings, f"report: {run.folder / 'report.html'}"]
 
 
 def _interval(evaluation: dict) -> str:
@@ -115,7 +116,7 @@ def _overlap(first: dict, last: dict) -> str:
     return "overlap" if overlap else "do not overlap"
 
 
-def _sentence(run: RunRecords) -> str:
+def result_sentence(run: RunRecords) -> str:
     """Return the result in one sentence."""
     if not run.recorded:
         return "No held-out evaluation was recorded."
@@ -135,7 +136,7 @@ def _sentence(run: RunRecords) -> str:
     )
 
 
-def _guard_lines(run: RunRecords) -> list[str]:
+def guard_lines(run: RunRecords) -> list[str]:
     """Return which checkpoint is best and why, and the last evaluation's alarm; [] with fewer than two
     evaluations.
     """
@@ -264,48 +265,20 @@ def _tiles(run: RunRecords) -> list[tuple[str, str]]:
 
 def _reward_chart(run: RunRecords) -> Chart | None:
     """Draw the mean reward of training samples and of held-out prompts over the epochs."""
-    rewards = [(m["epoch"], number(m, "reward_mean")) for m in run.metrics]
-    training = [(e, value) for e, value in rewards if value is not None and math.isfinite(value)]
-    if not training and not run.evaluations:
+    reward = RewardChart(run)
+    if not reward:
         return None
-    # without training in between, as in grpo.evaluate, evaluations are points and no curve
-    joined = bool(training) and len(run.evaluations) > 1
-    name = reward_name(run.evaluations[-1] if run.evaluations else {})
-
-    def draw(axes):
-        if training:
-            axes.plot(*zip(*training), color=COLORS["training"], lw=1.4, label="training samples")
-        if run.evaluations:
-            epochs, low, high, heldout = (
-                [e[key] for e in run.evaluations] for key in ("epoch", "low", "high", "reward")
-            )
-            if joined:
-                axes.fill_between(epochs, low, high, color=COLORS["heldout"], alpha=0.22, lw=0)
-            else:
-                axes.vlines(epochs, low, high, color=COLORS["heldout"], alpha=0.4, lw=6)
-            line = dict(color=COLORS["heldout"], lw=2.2, marker="o", ms=5)
-            axes.plot(
-                epochs, heldout, ls="-" if joined else "none", label="held-out prompts", **line
-            )
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(name)
-        if training:
-            axes.xaxis.get_major_locator().set_params(integer=True)
-        else:  # only the epochs that were evaluated
-            axes.set_xticks([e["epoch"] for e in run.evaluations])
-            axes.margins(x=0.2)
-
     caption = (
         "Held-out: the averaged (EMA) weights with the deployment sampler, the same prompts and "
-        f"seeds each time; the {'band' if joined else 'bar'} is the {CONFIDENCE} bootstrap "
+        f"seeds each time; the {'band' if reward.joined else 'bar'} is the {CONFIDENCE} bootstrap "
         "interval of the mean."
     )
-    if training:
+    if reward.training:
         caption += (
             " Training: the mean over an epoch's samples, drawn as training draws them, which for "
             "GRPO is with noise: the levels may differ."
         )
-    return chart(draw, caption, f"{name} by epoch")
+    return chart(reward.draw, caption, f"{reward.name} by epoch")
 
 
 def _prompt_table(run: RunRecords) -> dict[str, list]:
