@@ -100,12 +100,13 @@ def _explained(what: str) -> Iterator[None]:
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
 
-    # the error of its HTTP client, of which those without a connection derive
-    client = [kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"]
+    # and the error of its HTTP client, of which those without a connection derive
+    kinds: list[type[Exception]] = [OSError, ValueError, RuntimeError]
+    kinds += [k for k in HfHubHTTPError.__mro__ if k.__name__ == "HTTPError"]
     try:
         yield
     except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
+        status = error.response.status_code if error.response is not None else 0
         advice = {
             401: "the hub does not know the token; set HF_TOKEN to one with write access, or run "
             "`hf auth login`",
@@ -114,7 +115,7 @@ def _explained(what: str) -> Iterator[None]:
         }.get(status, "try again")
         reason = str(error).splitlines()[0][:200]
         raise UserError(f"{what}: {reason}: {advice}") from None
-    except (OSError, ValueError, RuntimeError, *client) as error:
+    except tuple(kinds) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
             f"{what}: the upload to {constants.ENDPOINT} failed ({reason}); check the network, and run "

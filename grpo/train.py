@@ -38,6 +38,7 @@ from grpo.credit import compute_credit
 from grpo.data.prompts import PromptSet, epoch_prompts, without_shared
 from grpo.records import epoch_record, run_log, run_output
 from grpo.records.clock import Stopwatch, timestamp
+from grpo.records.forecast import forecast_lines
 from grpo.records.progress import estimate
 from grpo.report import run_report
 from grpo.run import RunSpec, open_model
@@ -201,6 +202,8 @@ def train(
         stop_on_alarm(start, states, done, spent)
         kl_weight = weight_of_kl(start, done, None)
         base = multihost.from_first(lambda: read_base(recipe.run_dir, settings.weights))
+        for line in forecast_lines(spec, log):
+            print_once(line)
 
     epoch = done
     last = False  # whether the epoch is the last one

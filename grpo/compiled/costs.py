@@ -11,6 +11,7 @@ import os
 import jax
 import jax.numpy as jnp
 
+from grpo import run as run_lib
 from grpo.compiled import device_kinds
 from grpo.compiled.device_kinds import Kind
 from grpo.compiled.functions import Functions, Program
@@ -118,6 +119,25 @@ def work(functions: Functions) -> Work:
         eval_sample=spec.eval_batches * evaluation,
         eval_decode=spec.eval_batches * eval_decode,
     )
+
+
+def epochs_in_evaluations(spec: RunSpec) -> float:
+    """Return the cost of an epoch in evaluations, by the forward passes of both and the tokens of their
+    videos, without tracing anything. Decoding and scoring count as if they grew alike.
+    """
+    branches = [1 + (guidance > 1) for guidance in spec.sampling_guidance]
+    sample = spec.settings.batches * sum(
+        len(segment.steps) * branches[segment.expert] for segment in spec.segments
+    )
+    update = spec.method.passes * sum(
+        spec.method.rollout_passes(spec, i) * spec.trained_steps(i) * branches[i]
+        for i in spec.trained_experts
+    )
+    guided = [1 + (guidance > 1) for guidance in spec.eval_guidance]
+    evaluation = sum(len(segment.steps) * guided[segment.expert] for segment in spec.eval_segments)
+    evaluation += spec.recipe.eval.steps * spec.recipe.eval.also_unguided
+    tokens = run_lib.tokens(spec.eval_shape)
+    return (sample + update) * spec.tokens / (spec.eval_batches * evaluation * tokens)
 
 
 def decode_flops(functions: Functions, shape: tuple[int, ...]) -> float:

@@ -49,24 +49,55 @@ def estimate(
     """
     newest = [record for record in epochs[-RECENT:] if _total(record) > 0]
     epoch = epochs[-1]["epoch"] if epochs else 0
-    last = config.get("epochs") or epoch
     # 1 a budget may end the run before its last epoch
-    if newest:
-        for name, limit in (config.get("budget") or {}).items():
-            values = [_number(record, f"spent_{name}") for record in newest]
-            values = [value for value in values if value > 0]
-            if limit is not None and values:
-                spent = values[-1]
-                each = _median(np.diff(values)) or spent / epoch
-                last = min(last, epoch + max(0, math.ceil((limit - spent) / each)))
+    steps: dict[str, tuple[float, float]] = {}
+    for name in (config.get("budget") or {}) if newest else ():
+        values = [_number(record, f"spent_{name}") for record in newest]
+        values = [value for value in values if value > 0]
+        if values:
+            steps[name] = values[-1], _median(np.diff(values)) or values[-1] / epoch
+    last = _last(epoch, config, steps)
     if not newest:
         return Progress(epoch, last, None)
     # 2 the time of the rest
+    return _rest(epoch, last, _median([_total(r) for r in newest]), evaluations, config)
+
+
+def forecast(
+    epoch_in_evaluations: float,
+    evaluations_of_epoch: int,
+    evaluations: Sequence[Mapping],
+    config: Mapping,
+) -> Progress:
+    """Estimate a run before its first epoch, from the time that its first evaluation took.
+
+    epoch_in_evaluations: cost of an epoch, in evaluations. evaluations_of_epoch: of the model in an
+    epoch's sampling, for a budget. evaluations, config: as in `estimate`.
+    """
+    seconds = epoch_in_evaluations * _median([_evaluation(r) for r in evaluations[-RECENT:]])
+    steps = {"seconds": (0.0, seconds), "evaluations": (0.0, float(evaluations_of_epoch))}
+    last = _last(0, config, steps)
+    return _rest(0, last, seconds, evaluations, config) if seconds else Progress(0, last, None)
+
+
+def _last(epoch: int, config: Mapping, steps: Mapping[str, tuple[float, float]]) -> int:
+    """Return the last epoch. steps: what is spent of each budget, and what an epoch spends."""
+    last = config.get("epochs") or epoch
+    for name, limit in (config.get("budget") or {}).items():
+        spent, each = steps.get(name, (0.0, 0.0))
+        if limit is not None and each > 0:
+            last = min(last, epoch + max(0, math.ceil((limit - spent) / each)))
+    return last
+
+
+def _rest(
+    epoch: int, last: int, seconds: float, evaluations: Sequence[Mapping], config: Mapping
+) -> Progress:
+    """Return the progress where an epoch takes `seconds`."""
     every = (config.get("eval") or {}).get("every") or last
     due = last // every - epoch // every + (last % every > 0)
     evaluation = _median([_evaluation(record) for record in evaluations[-RECENT:]])
-    seconds = (last - epoch) * _median([_total(record) for record in newest]) + due * evaluation
-    return Progress(epoch, last, max(0.0, seconds))
+    return Progress(epoch, last, max(0.0, (last - epoch) * seconds + due * evaluation))
 
 
 def _number(record: object, key: str) -> float:

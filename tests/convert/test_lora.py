@@ -447,7 +447,10 @@ def test_export_says_what_is_wrong(single, kernels, tmp_path):
     with pytest.raises(UserError, match=r"x\.safetensors must be a folder for --format=peft"):
         export(run, single.path, tmp_path / "x.safetensors", "peft")
     export(run, single.path, tmp_path / "lora", overwrite=True)
-    assert [p.name for p in (tmp_path / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == [
+        "README.md",
+        "pytorch_lora_weights.safetensors",
+    ]
 
 
 def test_a_write_that_went_wrong_is_noticed_and_leaves_nothing(

@@ -3,7 +3,7 @@
 import pytest
 
 from grpo.records.clock import duration
-from grpo.records.progress import estimate
+from grpo.records.progress import estimate, forecast
 
 
 def epoch(number, total=10.0, **values):
@@ -35,6 +35,15 @@ def test_what_is_unknown_is_not_estimated():
     assert estimate([{"epoch": 3}], [], CONFIG).seconds is None
     assert estimate([{"epoch": 3}], [], CONFIG).eta == ""
     assert estimate([epoch(10)], [], CONFIG).eta == ""
+
+
+def test_before_the_first_epoch_the_evaluation_is_the_measure():
+    """Ten epochs of three evaluations of 20 s, and the evaluations after 4, 8 and 10."""
+    records = [{"seconds": 15.0, "unguided": {"seconds": 5.0}}]
+    assert forecast(3.0, 24, records, CONFIG).seconds == pytest.approx(10 * 60 + 3 * 20)
+    assert forecast(3.0, 24, records, CONFIG | {"budget": {"evaluations": 100}}).last == 5
+    assert forecast(3.0, 24, records, CONFIG | {"budget": {"seconds": 61.0}}).last == 2
+    assert forecast(3.0, 24, [], CONFIG).eta == ""
 
 
 def test_damaged_records_do_no_harm():

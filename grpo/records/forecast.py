@@ -1,0 +1,22 @@
+"""What a run will take, printed before its first epoch."""
+
+from grpo.compiled.costs import epochs_in_evaluations
+from grpo.records.progress import estimate, forecast
+from grpo.records.run_log import RunLog, SilentLog
+from grpo.run import RunSpec
+
+
+def forecast_lines(spec: RunSpec, log: RunLog | SilentLog) -> list[str]:
+    """Return a line with the time that the rest of a run will take, by its last epochs, or by the first
+    evaluation before there are any; [] where nothing was timed.
+    """
+    epochs, evaluations, config = [*log.epochs], [*log.evaluations], spec.recipe.to_dict()
+    if epochs:
+        progress, source = estimate(epochs, evaluations, config), "its last epochs"
+    else:
+        sampled = spec.settings.videos * spec.recipe.sample.steps
+        cost = epochs_in_evaluations(spec)
+        progress, source = forecast(cost, sampled, evaluations, config), "the first evaluation"
+    if not progress.eta:
+        return []
+    return [f"the run takes about {progress.eta} more here, by {source}; refined after every epoch"]
