@@ -283,6 +283,8 @@ class Endpoints:
             except Exception as reason:  # any error means that the server is down: go on probing
                 error = _message(reason)
             with self._changed:
+                if self._closed:  # the probe may have failed because of that
+                    continue
                 if error and error != server.error:  # e.g. other settings after a restart
                     log.warning("reward server %s is still not used: %s", server.url, error)
                 server.error, server.probes = error, server.probes + 1
