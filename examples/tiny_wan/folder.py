@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from wan_jax.models import flat_params
 from wan_jax.models.config import VAEConfig, from_dict
 from wan_jax.models.vae import AutoencoderKLWan
 from wan_jax.storage import key_table
+from wan_jax.storage.tensor_files import save_tensors
 
 
 def save(
@@ -33,7 +34,7 @@ def save(
     """
     out.mkdir(parents=True, exist_ok=True)
     host = {k: np.asarray(v).astype(ml_dtypes.bfloat16) for k, v in flat.items()}
-    save_file(dict(key_table.to_theirs(component, host)), out / name, metadata={"format": "pt"})
+    save_tensors(dict(key_table.to_theirs(component, host)), out / name, metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

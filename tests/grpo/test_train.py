@@ -20,6 +20,7 @@ import time
 import numpy as np
 import pytest
 
+from convert import to_diffusers
 from convert.export_lora import export
 from grpo import train as training
 from grpo.learning import train_state
@@ -292,6 +293,24 @@ def test_a_report_at_every_evaluation_whose_failure_is_a_warning(recipe, monkeyp
     assert capsys.readouterr().out.count("warning: the report was not written") == 1
     assert "after 2 epochs: the run is finished" in (run / "report.html").read_text()
     assert "ZeroDivisionError" in (run / "run.log").read_text()
+
+
+def test_files_can_be_read_by_others(whole, model, tmp_path):
+    """All that a run and the commands after it write has the permissions of new files: 0644 by the usual
+    umask, which libraries that make temporary files do not ask for.
+    """
+    _, run, _ = whole
+    export(run, model, tmp_path / "lora")
+    export(run, model, tmp_path / "peft", "peft")
+    to_diffusers.export(model, tmp_path / "diffusers", checkpoint=str(run))
+    (tmp_path / "new").touch()
+    allowed = (tmp_path / "new").stat().st_mode
+    written = [p for root in (run, pathlib.Path(model), tmp_path) for p in root.rglob("*")]
+    files = [path for path in written if path.is_file()]
+    names = {path.name for path in files}
+    assert names >= {"report.html", "README.md", "reward.png", "adapter_config.json", "run.log"}
+    assert names >= {"wan_jax.json", "model_index.json", "pytorch_lora_weights.safetensors"}
+    assert [str(path) for path in files if path.stat().st_mode & allowed != allowed] == []
 
 
 @pytest.mark.slow

@@ -22,7 +22,9 @@ def build(config):
 def test_round_trip(tmp_path):
     flat = flat_params.flatten(nnx.state(build(from_dict(TextEncoderConfig, SMALL))))
     folder.save("text_encoder", flat, SMALL, tmp_path, "model.safetensors")
-    assert json.loads((tmp_path / "config.json").read_text()) == SMALL
+    config = tmp_path / "config.json"
+    assert json.loads(config.read_text()) == SMALL
+    assert (tmp_path / "model.safetensors").stat().st_mode == config.stat().st_mode
     shapes = {name: value.shape for name, value in flat.items()}
     stored = folder.load_flat(tmp_path, "text_encoder", shapes)
     loaded = nnx.merge(*folder.load_component(tmp_path, "text_encoder", TextEncoderConfig, build))
