@@ -225,7 +225,7 @@ def _rewards(lora: ExportedLoRA) -> str:
 def _settings(lora: ExportedLoRA, run: RunRecords) -> list[tuple[str, str]]:
     """Return the rows (what, value) of the table of settings, as far as they are recorded."""
     get, newest = lora.setting, run.starts[-1] if run.starts else {}
-    kl = get("train.kl_weight")
+    kl, hardware = get("train.kl_weight"), newest.get("hardware") or {}
     size = [get(f"sample.{key}") for key in ("frames", "height", "width")]
     held = run.evaluations[-1] if run.evaluations else {}
     versions = {"Python": newest.get("python")} | (newest.get("versions") or {})
@@ -252,7 +252,8 @@ def _settings(lora: ExportedLoRA, run: RunRecords) -> list[tuple[str, str]]:
         "groups": get("sample.groups") and f"{get('sample.groups')} of {get('sample.group_size')}",
         "seed": get("seed"),
         "weights of the base in": get("model.dtype"),
-        "hardware": devices(newest["hardware"]) if newest.get("hardware") else None,
+        "hardware": hardware
+        and f"{devices(hardware)}, {hardware.get('cpus', 'unknown')} CPU cores",
         "time of epochs and evaluations": working_time(run) if run.metrics else None,
         "versions": ", ".join(f"{k} {v}" for k, v in versions.items() if v),
         "commit of the source": newest.get("commit"),
