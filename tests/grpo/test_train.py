@@ -138,7 +138,7 @@ def test_whole_run(whole):
     assert re.search(r"epoch 0: held-out OCR reward \d\.\d+ \[", out)
     assert "memory of a device" in out and "compiled again" not in out
     assert re.search(
-        r"about \d+ (s|min) more here, by the first evaluation", out.split("epoch 1/3")[0]
+        r"about \d+ (s|min) or less, by the first evaluation", out.split("epoch 1/3")[0]
     )
     assert "epoch 3/3: reward" in out and "report.html" in out.splitlines()[-1]
     last, arrays, (metrics, evaluations) = result(run)
