@@ -70,8 +70,8 @@ class Linear(nnx.Module):
     def product(
         layers: Sequence["Linear"], x: Float[Array, "*batch n_in"], bound: jax.Array | None = None
     ) -> jax.Array:
-        """Return x times the weights of several layers, side by side, in the dtype of x, or in fp32 if
-        `in_8bit`.
+        """Return x times the weights of several layers, side by side, in the dtype of x, or in fp32
+        if `in_8bit`.
 
         bound: as in `fused_dense`.
         """

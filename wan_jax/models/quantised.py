@@ -11,9 +11,9 @@ contiguous, with scales in fp32:
 
 nf4 is that of QLoRA (Dettmers et al. 2023, arXiv 2305.14314, appendix E).
 
-Products in 8 bits: x is quantised to e4m3 on the fly, every row by a power of two (which leaves the
-significand's rounding independent of the row's maximum), the product is accumulated in fp32, and the scales
-multiply the result. In the backward pass the gradient is quantised in the same way, after it was
+Products in 8 bits: x is quantised to e4m3 on the fly, every row by a power of two, so that the
+rounding of its values does not depend on the largest one. The product is accumulated in fp32, and
+the scales multiply the result. In the backward pass the gradient is quantised in the same way, after it was
 multiplied by the scales of the outputs. There is no gradient of the weight: it is frozen.
 
 e4m3 is `float8_e4m3fn` (largest value 448) but on AMD's gfx94x, whose matrix units have
@@ -23,6 +23,7 @@ e4m3 is `float8_e4m3fn` (largest value 448) but on AMD's gfx94x, whose matrix un
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +117,8 @@ class Quantisation:
         """Raise `UserError` where a weight with `n_in` inputs cannot be quantised."""
         if self.kind == "nf4" and n_in % NF4_BLOCK:
             raise UserError(
-                f"weights=nf4: {name} has {n_in} inputs, which is no multiple of {NF4_BLOCK}; use int8 or fp8"
+                f"weights=nf4: {name} has {n_in} inputs, which is no multiple of {NF4_BLOCK}; use "
+                "int8 or fp8"
             )
 
     def describe(self) -> str:
@@ -179,7 +181,7 @@ class QuantisedLinear(Linear):
     @staticmethod
     def in_8bit(layers: Sequence[Linear]) -> bool:
         """As in `Linear`."""
-        first = layers[0]
+        first = cast(QuantisedLinear, layers[0])
         outputs = sum(layer.out_features for layer in layers)
         return first.quantisation.native and first.in_features * outputs >= SMALLEST
 
@@ -192,7 +194,7 @@ class QuantisedLinear(Linear):
             jnp.concatenate([getattr(layer, name)[...] for layer in layers])
             for name in (WEIGHT, SCALE)
         )
-        first = layers[0]
+        first = cast(QuantisedLinear, layers[0])
         if not first.in_8bit(layers):
             return x @ first.quantisation.dequantise(values, scales, x.dtype).T
         bound = jnp.abs(x).max(-1, keepdims=True) if bound is None else bound
@@ -215,17 +217,17 @@ def kernels(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, ...]]
 def quantise_layers(
     quantisation: Quantisation, kernels: Iterable[jax.Array], values, scales
 ) -> tuple[jax.Array, jax.Array]:
-    """Return values and scales of all layers of a kernel. Only one unquantised layer is on the device
-    at a time.
+    """Return values and scales of all layers of a kernel. Only one unquantised layer is on the
+    device at a time.
 
     kernels: [n_in, n_out] of each layer, made when it is needed. values, scales: abstract, with
     shardings.
     """
     put = _put_layer(quantisation, (values.sharding, scales.sharding))
-    out = tuple(jnp.zeros(x.shape, x.dtype, device=x.sharding) for x in (values, scales))
+    values, scales = (jnp.zeros(x.shape, x.dtype, device=x.sharding) for x in (values, scales))
     for layer, kernel in enumerate(kernels):
-        out = jax.block_until_ready(put(*out, layer, kernel))
-    return out
+        values, scales = jax.block_until_ready(put(values, scales, layer, kernel))
+    return values, scales
 
 
 @functools.cache
@@ -256,7 +258,8 @@ def nonzero(scale: jax.Array) -> jax.Array:
 
 def quantise_rows(x: jax.Array, bound: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
     """Return (values in an fp8 `dtype`, scales fp32 [..., 1]) of the rows of x [..., n]. The scales
-    are powers of two with which a row's bound of |x|, [..., 1], is in the upper part of the type's range.
+    are powers of two with which a row's bound of |x|, [..., 1], is in the upper part of the type's
+    range.
     """
     largest = jnp.broadcast_to(nonzero(bound.astype(jnp.float32)), (*x.shape[:-1], 1))
     # 2^(floor(log2 largest) - 7): values up to 256 of 448; for fnuz up to 128 of 240
@@ -272,8 +275,8 @@ def quantise_rows(x: jax.Array, bound: jax.Array, dtype) -> tuple[jax.Array, jax
 def multiply_8bit(
     x: jax.Array, bound: jax.Array, values: jax.Array, axis: int, dtype
 ) -> tuple[jax.Array, jax.Array]:
-    """Return (product in `dtype`, scales [..., 1]) of x quantised by rows and `values`, summed over axis
-    `axis` of `values`.
+    """Return (product in `dtype`, scales [..., 1]) of x quantised by rows and `values`, summed over
+    axis `axis` of `values`.
     """
     rows, scale = quantise_rows(x, bound, values.dtype)
     product = jax.lax.dot_general(
@@ -283,11 +286,11 @@ def multiply_8bit(
 
 
 def product_8bit(x: jax.Array, values: jax.Array, scale: jax.Array, bound: jax.Array) -> jax.Array:
-    """Return x W computed in 8 bits, fp32. values: fp8 [n_out, n_in]; scale: fp32 [n_out]; bound: of |x|,
-    [..., 1].
+    """Return x W computed in 8 bits, fp32. values: fp8 [n_out, n_in]; scale: fp32 [n_out]; bound:
+    of |x|, [..., 1].
 
-    The product before its scales has the dtype of x [..., n_in] and a name for rematerialisation policies.
-    What follows is elementwise, and is fused into what uses the result.
+    The product before its scales has the dtype of x [..., n_in] and a name for rematerialisation
+    policies. What follows is elementwise, and is fused into what uses the result.
     """
     product, rows = (checkpoint_name(y, MATMUL) for y in unscaled_product(x, values, bound))
     return product.astype(jnp.float32) * (jax.lax.stop_gradient(rows) * scale)
@@ -297,8 +300,8 @@ def product_8bit(x: jax.Array, values: jax.Array, scale: jax.Array, bound: jax.A
 def unscaled_product(
     x: jax.Array, values: jax.Array, bound: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Return `multiply_8bit` of x and values [n_out, n_in]. In the backward pass, the gradient of the
-    product is computed in the same way; the scales have none.
+    """Return `multiply_8bit` of x and values [n_out, n_in]. In the backward pass, the gradient of
+    the product is computed in the same way; the scales have none.
     """
     return multiply_8bit(x, bound, values, 1, x.dtype)
 
@@ -310,7 +313,7 @@ def _forward(x, values, bound):
 
 def _backward(residuals, gradients):
     values, rows = residuals
-    # The barrier: what it is computed from is not computed twice, for the bound and for the product.
+    # The barrier: what it is computed from is not computed twice, for the bound and the product.
     gradient = jax.lax.optimization_barrier(gradients[0])
     scaled = gradient.astype(jnp.float32) / rows  # exact: the scales are powers of two
     bound = jnp.abs(scaled).max(-1, keepdims=True)

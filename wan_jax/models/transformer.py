@@ -84,8 +84,9 @@ class Attention(nnx.Module):
         *,
         bound: Float32[Array, "..."],
     ) -> Float[Array, "B S D"]:
-        """Attend from x to `context`; with `rope` it is self-attention, and `context` must be x. bound:
-        of |x|, as in `fused_dense`.
+        """Attend from x to `context`; with `rope` it is self-attention, and `context` must be x.
+
+        bound: of |x|, as in `fused_dense`.
         """
 
         def split(y):
@@ -111,8 +112,8 @@ class GELUProjection(nnx.Module):
 
     saved: whether the update saves the result of the dense layer. It is then rounded to `dtype`,
     and GELU cannot be fused into the product. The rollout must round as well, or the importance
-    ratio of the first update would deviate from 1 by 1e-4 in bfloat16. Products in 8 bits are always
-    rounded to `dtype` before anything else.
+    ratio of the first update would deviate from 1 by 1e-4 in bfloat16. Products in 8 bits are
+    always rounded to `dtype` first.
     """
 
     def __init__(self, d: int, f: int, linear: Callable[..., Linear], *, saved: bool):
@@ -126,7 +127,7 @@ class GELUProjection(nnx.Module):
         y = self.proj(x, bound)
         if self.saved:
             y = jax.lax.optimization_barrier(y)
-        # GELU is between -0.171 and 0 for negative values, and below the identity for positive ones.
+        # GELU is between -0.171 and 0 for negative values, below the identity for positive ones.
         largest = jnp.maximum(y.max(-1, keepdims=True), 0.25).astype(jnp.float32)
         if not self.proj.in_8bit([self.proj]):
             return jax.nn.gelu(y, approximate=True), largest

@@ -161,14 +161,15 @@ class ModelDir:
         `like`.
 
         mesh: shards them over it, and all processes must call this; None places them on `device`,
-        which is this process's first one if not given. quantisation: of `like`; a weight is quantised on the
-        devices, layer by layer. Raises `UserError` when the stored arrays do not fit.
+        which is this process's first one if not given. quantisation: of `like`; a weight is
+        quantised on the devices, layer by layer. Raises `UserError` when the stored arrays do not fit.
         """
         wanted = flat_params.flatten(like)
         store = self.arrays(component)
         expected = {k: tuple(v.shape) for k, v in wanted.items()}
-        kernels = {} if quantisation is None else quantised.kernels(expected)
+        kernels = quantised.kernels(expected)
         for name, parts in kernels.items():
+            assert quantisation is not None
             expected[name] = quantisation.kernel_shape(expected[parts[0]])
             for part in parts:
                 del expected[part]
@@ -193,6 +194,7 @@ class ModelDir:
             for k in expected.keys() & wanted.keys()
         }
         for name, parts in kernels.items():
+            assert quantisation is not None
             targets = [
                 jax.ShapeDtypeStruct(wanted[k].shape, wanted[k].dtype, sharding=shardings[k])
                 for k in parts
@@ -200,7 +202,7 @@ class ModelDir:
             flat |= zip(parts, _quantised(store, name, targets, quantisation, changes))
         if changes is not None:
             changes.report(component, ", ".join(map(str, self.loras)))
-            if kernels and multihost.first():
+            if quantisation is not None and multihost.first():
                 print(
                     f"{component}: the merged weights were then quantised to {quantisation.kind}; "
                     "what that lost is not counted",

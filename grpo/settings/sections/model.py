@@ -35,12 +35,12 @@ class Model(Section):
     weights: str = setting(
         "dtype",
         "How the frozen weights of the transformer's blocks are stored when adapters are trained. "
-        "`dtype`: in `model.dtype`. `fp8`, `int8` and `nf4` need a half and a quarter of the memory of "
-        "bfloat16. `fp8` is also multiplied in 8 bits where the device can (NVIDIA since Ada and Hopper, "
-        "AMD since MI300), which is faster; the others, and `fp8` elsewhere, are dequantised "
-        "before each product. The quantised model is the base of everything: sampling, ratios, the "
-        "KL, evaluations. `grpo.evaluate` with `--config.model.weights=dtype` judges the adapters on "
-        "the unquantised model.",
+        "`dtype`: in `model.dtype`. `fp8` and `int8` take half of the memory of bfloat16, `nf4` a "
+        "quarter. `fp8` is also multiplied in 8 bits where the device can (NVIDIA since Ada and "
+        "Hopper, AMD since MI300), which is faster; the others, and `fp8` elsewhere, are "
+        "dequantised before each product. The quantised model is the base of everything: "
+        "sampling, ratios, the KL, evaluations. `grpo.evaluate` with "
+        "`--config.model.weights=dtype` judges the adapters on the unquantised model.",
         choices=WEIGHTS,
     )
     matmul_precision: str = setting(
