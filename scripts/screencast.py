@@ -1,7 +1,7 @@
 """Records a command in a real terminal, and draws the recording as an animated SVG.
 
     python scripts/screencast.py record quickstart.cast bash scripts/quickstart.sh
-    python scripts/screencast.py draw quickstart.cast docs/images/quickstart.svg
+    python scripts/screencast.py draw quickstart.cast docs/images/quickstart.svg "2 CPU cores"
 
 The recording is asciinema's format, version 2: a line of JSON with the terminal's size and the
 command, then one of [seconds, "o", text] for each output. Drawing knows lines and carriage returns,
@@ -16,8 +16,8 @@ import os
 import pathlib
 import pty
 import re
-import select
 import shlex
+import subprocess
 import sys
 import time
 
@@ -31,16 +31,16 @@ MARGIN, TITLE = 14, 34
 def record(path: pathlib.Path, command: list[str]) -> int:
     """Run the command in a terminal, write what it prints with the times, and return its exit code."""
     size = {"COLUMNS": str(COLUMNS), "LINES": str(ROWS), "TERM": "dumb"}
-    process, terminal = pty.fork()
-    if process == 0:
-        os.environ.update(size)
-        os.execvp(command[0], command)
+    terminal, inside = pty.openpty()
+    process = subprocess.Popen(
+        command, stdin=inside, stdout=inside, stderr=inside, env=os.environ | size
+    )
+    os.close(inside)
     start = time.monotonic()
     with path.open("w", encoding="utf-8") as file:
         head = {"version": 2, "width": COLUMNS, "height": ROWS, "command": shlex.join(command)}
         file.write(json.dumps(head) + "\n")
         while True:
-            select.select([terminal], [], [])
             try:
                 data = os.read(terminal, 1 << 16)
             except OSError:  # Linux's answer once the command has ended
@@ -51,7 +51,8 @@ def record(path: pathlib.Path, command: list[str]) -> int:
             file.write(json.dumps([round(time.monotonic() - start, 3), "o", text]) + "\n")
             file.flush()
             print(text, end="", flush=True)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    os.close(terminal)
+    return process.wait()
 
 
 def frames(path: pathlib.Path) -> tuple[str, list[tuple[float, list[str]]]]:
@@ -79,9 +80,10 @@ def wrapped(line: str) -> list[str]:
     return [line[i : i + COLUMNS] for i in range(0, max(len(line), 1), COLUMNS)]
 
 
-def draw(source: pathlib.Path, target: pathlib.Path) -> None:
+def draw(source: pathlib.Path, target: pathlib.Path, machine: str) -> None:
     """Write the picture of a recording: each row of text appears at its time and stays, the rows are
-    moved up as the terminal scrolls, and the clock counts.
+    moved up as the terminal scrolls, and the clock counts. machine: where it was recorded, for the
+    picture's title.
     """
     command, recorded = frames(source)
     shown = [(0.0, [f"$ {command}"]), *((s, [f"$ {command}", *rows]) for s, rows in recorded)]
@@ -123,8 +125,8 @@ def draw(source: pathlib.Path, target: pathlib.Path) -> None:
         f"@media (prefers-reduced-motion:reduce){{.a{{animation:none}}.o{{display:none}}}}</style>"
         f'<rect width="100%" height="100%" rx="8" fill="#0f1419"/>'
         f'<path d="M0 {TITLE - 8}H{width:.0f}" stroke="#2b333b"/>'
-        f'<text class="c" x="{MARGIN}" y="18">recorded on 2 CPU cores; waiting is shortened, the '
-        f"clock is not</text>{clock}"
+        f'<text class="c" x="{MARGIN}" y="18">recorded on '
+        f"{html.escape(machine)}; waiting is shortened, the clock is not</text>{clock}"
         f'<svg y="{TITLE}" width="{width:.0f}" height="{ROWS * LINE + 6}"><g id="s" class="a">'
         f"{''.join(body)}</g></svg></svg>\n",
         encoding="utf-8",
@@ -182,7 +184,7 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["record", path, *command] if command:
             sys.exit(record(pathlib.Path(path), command))
-        case ["draw", source, target]:
-            draw(pathlib.Path(source), pathlib.Path(target))
+        case ["draw", source, target, machine]:
+            draw(pathlib.Path(source), pathlib.Path(target), machine)
         case _:
             sys.exit(__doc__)

@@ -23,7 +23,7 @@ from PIL import Image
 ROOT = pathlib.Path(__file__).parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 NARROWEST = 500  # pixels: a narrower window of a headless browser is this wide
-COLORS = 128  # of a picture, which makes its file a third of the size
+COLORS = 256  # of a picture, which makes its file a third of the size
 VIEWS = {  # name: width and height of the page in pixels, dark
     "desktop": (1100, 900, False),
     "phone": (390, 844, False),
@@ -34,8 +34,8 @@ COMPARE = [
     "grpo.compare",
     "--method=nft: configs/quickstart.py",
     "--method=flow_grpo: configs/tiny_grpo.py",
-    "--common=eval.every=2 eval.num_prompts=32",
-    "--budget=epochs:6",
+    "--common=eval.every=1 eval.num_prompts=16 sample.groups=4",
+    "--budget=epochs:3",
     "--seeds=0,1",
 ]
 HELP_PAGE = """<!doctype html><meta name=viewport content="width=device-width"><style>:root{{color-scheme:light dark}}
@@ -81,7 +81,7 @@ def take(browser: str, page: pathlib.Path, picture: pathlib.Path, view: str) -> 
 
 def train(folder: pathlib.Path) -> None:
     """Train, and keep the report of the evaluation in the middle as running.html."""
-    run = folder / "run"
+    run = folder / "quickstart"
     process = command([*TRAIN, f"--config.run_dir={run}"])
     while process.poll() is None:
         if len(evaluations(run)) == 2 and not (folder / "running.html").exists():
