@@ -55,7 +55,7 @@ def command(text: str) -> str:
             rows[-1][1] += f" {line.strip()}"
     table = [f"| `{flag}` | {_cell(meaning)} |" for flag, meaning in rows]
     return "\n".join(
-        [_escaped(description), "| flag | meaning [default] |", "|---|---|", *table, ""]
+        [_escaped(description), "{.flags}", "| flag | meaning [default] |", "|---|---|", *table, ""]
     )
 
 
