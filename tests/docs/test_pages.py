@@ -11,7 +11,10 @@ from tests.commands import ROOT
 from wan_jax.command_line import flag_source
 
 SECTIONS = {key.partition(".")[0] for key in SETTINGS if "." in key}
-KEY = re.compile(rf"`(?:--)?(?:config\.)?((?:{'|'.join(SECTIONS)})\.[a-z_0-9.]+)(?:=[^`]*)?`")
+CODE = re.compile(r"`([^`\n]+)`")
+ASSIGNED = re.compile(
+    rf"(?:--)?(?:config\.|c\.)?((?:{'|'.join(SECTIONS)})(?:\.[a-z_0-9]+)+)(?:=([^,;]*))?[,;]?"
+)
 FILE = re.compile(r"\.(py|txt|jsonl?|log|md|png)$")
 OF_REWARDS = re.compile(r"reward\.weights\.\w+")  # a reward of the user's own has a weight, too
 PAGES = [
@@ -45,18 +48,28 @@ def test_settings_that_a_page_names_exist(path):
         text = re.sub(r"^\| (Flow-GRPO|Diffusers|FastVideo) \|.*$", "", text, flags=re.MULTILINE)
     elif path.name in OF_OTHERS:
         return
-    names = {n.rstrip(".") for n in KEY.findall(text) if not FILE.search(n)} - THEIRS
     known = {
         key[:i] for key in SETTINGS for i in range(len(key) + 1) if key[i : i + 1] in ("", ".")
     }
-    assert {n for n in names if n not in known and not OF_REWARDS.match(n)} == set()
+    named = settings_in(text)
+    unknown = {n for n, _ in named if n not in known and not OF_REWARDS.match(n)}
+    assert unknown - THEIRS == set()
+    for name, value in named:
+        choices = SETTINGS[name].choices if name in SETTINGS else ()
+        if choices and re.fullmatch(r"\w+", value):
+            assert value in choices, f"{name}={value}"
+
+
+def settings_in(text: str):
+    """Return the (setting, value) pairs in the code spans of a page; '' where it has no value."""
+    words = (word for span in CODE.findall(text) for word in span.split())
+    found = (match for word in words if (match := ASSIGNED.fullmatch(word)))
+    return [(m[1], m[2] or "") for m in found if not FILE.search(m[1])]
 
 
 def test_a_misspelt_setting_is_found():
-    assert KEY.findall("`train.kl_wieght=1`, `--config.lora.rank`") == [
-        "train.kl_wieght",
-        "lora.rank",
-    ]
+    page = "`train.kl_wieght=1 sample.sde=cps`, `--config.lora.rank` in `train.py`, not `model`"
+    assert settings_in(page) == [("train.kl_wieght", "1"), ("sample.sde", "cps"), ("lora.rank", "")]
     assert "train.kl_wieght" not in SETTINGS
 
 
