@@ -95,7 +95,7 @@ def notebook() -> str:
     head, _, rest = text.partition("\n\n")
     text = re.sub(
         r"\[docs/[\w/]+/(\w+)\.md\]",
-        r"[\1]",
+        lambda m: f"[{m[1].capitalize()}]",
         f"{head}\n\nThis page is {{download}}`a notebook <../../{NOTEBOOK}>`.\n\n{rest}",
     )
     return text + "\n"
