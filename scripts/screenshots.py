@@ -4,7 +4,8 @@
 
 Trains `configs/quickstart.py` with an evaluation in the middle, and compares two methods on two
 seeds, unless the folder has these runs. Takes a quarter of an hour on two cores, seconds where the runs
-exist. Needs Chromium or Chrome ($CHROMIUM, or in the PATH).
+exist. Needs Chromium or Chrome ($CHROMIUM, or in the PATH), and for the page of the
+commands the site (scripts/docs.sh).
 """
 
 import argparse
@@ -18,11 +19,13 @@ import sys
 import tempfile
 import time
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 ROOT = pathlib.Path(__file__).parents[1]
+SITE = ROOT / "docs/_build/html"  # by scripts/docs.sh
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 NARROWEST = 500  # pixels: a narrower window of a headless browser is this wide
+MARGIN = 30  # pixels below the content of a page
 COLORS = 256  # of a picture, which makes its file a third of the size
 VIEWS = {  # name: width and height of the page in pixels, dark
     "desktop": (1100, 900, False),
@@ -55,7 +58,7 @@ def take(browser: str, page: pathlib.Path, picture: pathlib.Path, view: str) -> 
         shown = pathlib.Path(folder, "frame.html")
         shown.write_text(
             f'<body style="margin:0"><iframe src="{page.resolve().as_uri()}" width="{width}" '
-            f'height="{height}" style="border:0"></iframe>'
+            f'height="{height}" style="border:0;display:block"></iframe>'
         )
         shot = pathlib.Path(folder, "shot.png")
         subprocess.run(
@@ -75,8 +78,16 @@ def take(browser: str, page: pathlib.Path, picture: pathlib.Path, view: str) -> 
             capture_output=True,
             timeout=120,
         )
-        image = Image.open(shot).convert("RGB").crop((0, 0, width, height))
+        image = trimmed(Image.open(shot).convert("RGB").crop((0, 0, width, height)))
         image.quantize(COLORS, dither=Image.Dither.NONE).save(picture, optimize=True)
+
+
+def trimmed(image: Image.Image) -> Image.Image:
+    """Return a picture without what is empty below its content, but for a margin."""
+    background = Image.new("RGB", image.size, image.getpixel((0, 0)))
+    content = ImageChops.difference(image, background).getbbox()
+    bottom = min(content[3] + MARGIN, image.height) if content else image.height
+    return image.crop((0, 0, image.width, bottom))
 
 
 def train(folder: pathlib.Path) -> None:
@@ -129,10 +140,14 @@ def main() -> None:
     )
     page = runs / "help.html"
     page.write_text(HELP_PAGE.format(text=html.escape(f"$ wan-train --help\n{shown.stdout}")))
-    pages = (runs / "running.html", runs / "report.html", compared, page)
-    for source in pages:
+    for source in (runs / "running.html", runs / "report.html", compared, page):
         for view in VIEWS:
+            if (source, view) == (page, "phone"):  # 100 columns do not fit
+                continue
             take(browser, source, options.images / f"{source.stem}_{view}.png", view)
+    commands = SITE / "reference/commands.html"
+    if commands.exists():
+        take(browser, commands, options.images / "commands_phone.png", "phone")
 
 
 if __name__ == "__main__":

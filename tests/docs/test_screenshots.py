@@ -26,3 +26,12 @@ def test_a_view_has_its_size_and_its_colours(tmp_path, view, size, colour):
     picture = Image.open(tmp_path / "a.png").convert("RGB")
     assert picture.size == size
     assert {picture.getpixel((5, 5)), picture.getpixel((size[0] - 5, size[1] - 5))} == {colour}
+
+
+def test_what_is_empty_below_the_content_is_cut():
+    picture = Image.new("RGB", (100, 200), "white")
+    assert screenshots.trimmed(picture).size == (100, 200)
+    picture.putpixel((5, 50), (0, 0, 0))
+    assert screenshots.trimmed(picture).size == (100, 51 + screenshots.MARGIN)
+    picture.putpixel((5, 199), (0, 0, 0))
+    assert screenshots.trimmed(picture).size == (100, 200)
