@@ -1,4 +1,4 @@
-"""Runs that are made to hack their reward, and whether the guard notices (docs/hacking.md).
+"""Runs that are made to hack their reward, and whether the guard notices (docs/explanation/hacking.md).
 
     python -m benchmarks.hacking --out=runs/hacking --jobs=6 --seconds=480 [--only=c,d,e]
     python -m benchmarks.hacking --out=runs/hacking --seconds=0       # tables of what is there

@@ -1,6 +1,6 @@
 """The ConfigDict that every recipe begins with: all settings with their defaults.
 
-docs/settings.md explains every setting (`python -m grpo.settings` prints it, `python -m
+docs/reference/settings.md explains every setting (`python -m grpo.settings` prints it, `python -m
 grpo.settings kl` the settings of a word). The method is DiffusionNFT, which learnt fastest of all on
 the small Wan (docs/results.md, "Methods under one budget"). With train.method=grpo the defaults of
 the optimiser and the loss are Flow-GRPO's for Wan 2.1 (`general_ocr_wan2_1`); configs/published has

@@ -1,4 +1,4 @@
-# NVIDIA GPUs; CUDA's libraries come with JAX, the host needs a driver for CUDA 13. docs/rocm.md says what was verified.
+# NVIDIA GPUs; CUDA's libraries come with JAX, the host needs a driver for CUDA 13. docs/howto/rocm.md says what was verified.
 #   docker build -f docker/cuda.Dockerfile -t wan-jax-grpo:cuda .
 #   docker run --gpus all --shm-size=16g -v "$PWD/models:/app/models" -v "$PWD/runs:/app/runs" wan-jax-grpo:cuda \
 #     python -m grpo.train --config=configs/wan21_14b_ocr.py

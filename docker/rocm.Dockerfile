@@ -1,4 +1,4 @@
-# AMD Instinct GPUs, ROCm 7.2. Written without an AMD machine; docs/rocm.md says what was verified.
+# AMD Instinct GPUs, ROCm 7.2. Written without an AMD machine; docs/howto/rocm.md says what was verified.
 #   docker build -f docker/rocm.Dockerfile -t wan-jax-grpo:rocm .
 #   docker run --device=/dev/kfd --device=/dev/dri --group-add video --security-opt seccomp=unconfined --shm-size=64g \
 #     -v "$PWD/models:/app/models" -v "$PWD/runs:/app/runs" wan-jax-grpo:rocm \

@@ -1,6 +1,6 @@
 """Training from Python: `train(recipe("configs/tiny_ocr.py", epochs=2), reward=my_function)`.
 
-docs/python.md has all functions with an example. They do what the commands do, by the same code, and
+docs/reference/python.md has all functions with an example. They do what the commands do, by the same code, and
 write the same folders. Importing this module imports JAX.
 """
 
@@ -108,7 +108,7 @@ def train(config: Any, reward: Any = None) -> Run:
     """Train by a recipe, or continue the run in its folder, as `wan-train` does.
 
     config: of `recipe`; it is not changed. reward: a function (video, request) -> score, or an object
-    with `score` or `score_group` (docs/own_rewards.md). It scores in this process, in one thread:
+    with `score` or `score_group` (docs/howto/own_rewards.md). It scores in this process, in one thread:
     it may be defined in a notebook, it holds Python's interpreter lock while it computes in Python,
     and nothing ends it if it hangs. It is measured by its name, with weight 1, and the recipe's
     rewards are measured without a weight, unless the recipe has `reward.weights.NAME`.

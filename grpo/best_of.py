@@ -48,7 +48,9 @@ from wan_jax.storage import media
 OCR = "ocr"
 define_number("best_of", 4, "candidates of each prompt", Range(2), int)
 flags.DEFINE_string(
-    "reward", "ocr", "what chooses: ocr, or your own reward, MODULE:FACTORY (docs/own_rewards.md)"
+    "reward",
+    "ocr",
+    "what chooses: ocr, or your own reward, MODULE:FACTORY (docs/howto/own_rewards.md)",
 )
 flags.DEFINE_enum("rule", RULES[0], RULES, "rule of ocr")
 flags.DEFINE_enum("engine", ENGINES[0], ENGINES, "OCR engine of --reward=ocr")

@@ -15,7 +15,7 @@ The methods are Flow-GRPO (Liu et al., arXiv 2505.05470), DiffusionNFT and their
 
 The same command on the same run folder continues after the newest checkpoint, bit for bit, because
 every random draw is a function of (seed, epoch, sample, step). On several hosts every process runs
-this program (docs/hosts.md). Each decodes and scores the videos on its devices; the first one writes
+this program (docs/howto/hosts.md). Each decodes and scores the videos on its devices; the first one writes
 and prints.
 """
 
@@ -420,7 +420,7 @@ if __name__ == "__main__":
         "auto",
         launchers.CLUSTERS,
         "source of the list of processes on several hosts: srun or mpirun where these started more than "
-        "one process (auto), an indexed Kubernetes job (k8s), or no source (none); see docs/hosts.md",
+        "one process (auto), an indexed Kubernetes job (k8s), or no source (none); see docs/howto/hosts.md",
     )
     flags.DEFINE_string(
         "coordinator", None, "instead of --cluster: host:port of process 0, with a free port"

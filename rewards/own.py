@@ -11,7 +11,7 @@ The factory, called without arguments, returns an object with at least one of
 video: uint8 [T, H, W, 3] RGB, a copy; videos: a list of them. request: a `PromptRecord` with
 `prompt`, `targets`, `metadata` and `fps`. A score is a number, a dict of parts by name (their sum is
 then the value; a part that is nan has failed for this video) or a `rewards.base.Score`.
-docs/own_rewards.md has examples. The factory runs in the scoring processes, never in the trainer;
+docs/howto/own_rewards.md has examples. The factory runs in the scoring processes, never in the trainer;
 a function or an object that is given in Python (`grpo.api`) scores in the process that has it
 (`adapted`).
 """

@@ -1,7 +1,7 @@
 """Serves a reward over HTTP: `python -m rewards.server --host=0.0.0.0 --port=8080 --workers=16`.
 
 This module is the command: its flags and their checks. The application is in
-`rewards.remote.application`, the client in `rewards.remote.client`; docs/rewards_server.md documents
+`rewards.remote.application`, the client in `rewards.remote.client`; docs/howto/rewards_server.md documents
 both and the wire format. Needs `pip install -e '.[server]'`.
 """
 

@@ -1,4 +1,4 @@
-# Source this before training on AMD Instinct MI300X. docs/rocm.md has the origin of each value.
+# Source this before training on AMD Instinct MI300X. docs/howto/rocm.md has the origin of each value.
 _flags=(
   --xla_gpu_enable_latency_hiding_scheduler=true
   --xla_gpu_enable_cublaslt=true                    # hipBLASLt

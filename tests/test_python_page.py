@@ -1,4 +1,4 @@
-"""docs/python.md names the functions, their parameters and the options as they are."""
+"""docs/reference/python.md names the functions, their parameters and the options as they are."""
 
 import ast
 import inspect
@@ -9,7 +9,7 @@ from grpo import api
 from tests.commands import ROOT
 from wan_jax.api import Options
 
-PAGE = (ROOT / "docs/python.md").read_text()
+PAGE = (ROOT / "docs/reference/python.md").read_text()
 OPENINGS = {"wan_jax": wan_jax, "grpo.api": api}
 
 

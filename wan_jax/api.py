@@ -1,4 +1,4 @@
-"""Sampling from Python: `wan_jax.load(folder).sample(prompts)` (docs/python.md).
+"""Sampling from Python: `wan_jax.load(folder).sample(prompts)` (docs/reference/python.md).
 
 `wan_jax` has these names as attributes, which import this module, and with it JAX, when they are
 first used.

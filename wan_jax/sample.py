@@ -6,7 +6,7 @@
         --prompts prompts.txt --samples 4 --grid --out signs.png
 
 Steps, guidance, shift and frames per second that are not given are those that the model is
-published with; the command prints the values in force and where they come from. docs/sampling.md
+published with; the command prints the values in force and where they come from. docs/howto/sampling.md
 has a command for each model.
 """
 

@@ -1,1 +1,1 @@
-"""Recipes of published runs of Flow-GRPO on Wan, as they were run (docs/published.md)."""
+"""Recipes of published runs of Flow-GRPO on Wan, as they were run (docs/howto/published.md)."""

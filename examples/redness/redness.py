@@ -1,4 +1,4 @@
-"""A reward in a file of its own, outside of the package: how red a video is (docs/own_rewards.md)."""
+"""A reward in a file of its own, outside of the package: how red a video is (docs/howto/own_rewards.md)."""
 
 import numpy as np
 

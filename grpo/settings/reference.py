@@ -1,4 +1,4 @@
-"""Writes the reference of all settings: Markdown (docs/settings.md), or text for a terminal."""
+"""Writes the reference of all settings: Markdown (docs/reference/settings.md), or text for a terminal."""
 
 import inspect
 import math
@@ -10,10 +10,10 @@ from wan_jax.errors import UserError
 
 HEAD = """# Settings of a recipe
 
-Written by `python -m grpo.settings > docs/settings.md`; the settings are declared in `grpo/settings/sections/`.
+Written by `python -m grpo.settings > docs/reference/settings.md`; the settings are in `grpo/settings/sections/`.
 `python -m grpo.settings WORD` prints those with the word in their key or meaning. A recipe (`configs/*.py`) begins with
 `defaults()` and changes a few of them, and each can be given on the command line: `--config.train.learning_rate=3e-5`.
-The methods and their measured effects: [algorithms.md](algorithms.md), [results.md](results.md).
+The methods and their measured effects: [methods](../explanation/algorithms.md), [results](../results.md).
 
 *Experimental* marks settings and values for which no gain has been measured: one seed, or a difference within the
 spread of the seeds. *Continuing* marks settings that a run may change when it is continued,
@@ -21,7 +21,7 @@ spread of the seeds. *Continuing* marks settings that a run may change when it i
 """
 FLAG_HELP = (  # of --config
     "recipe, e.g. configs/tiny_ocr.py; each of its settings can be given as --config.KEY=VALUE "
-    "(docs/settings.md, or python -m grpo.settings)"
+    "(docs/reference/settings.md, or python -m grpo.settings)"
 )
 TYPES = {int: "whole number", float: "number", bool: "True or False", str: "text", tuple: "pair"}
 

@@ -1,7 +1,7 @@
 """All settings of a recipe: `Recipe`, and the table `SETTINGS` that follows from it.
 
 Each setting is declared once, in the sections. The defaults of `configs.defaults`, the checks
-(`grpo.settings.validation`), the reference (`docs/settings.md`) and the settings that a continued run
+(`grpo.settings.validation`), the reference (`docs/reference/settings.md`) and the settings that a continued run
 may change follow from the declarations. Recipes import this module, so it does not import JAX.
 """
 

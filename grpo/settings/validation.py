@@ -55,7 +55,11 @@ def check_keys(config: ml_collections.ConfigDict) -> None:
         guesses = [guess for _, guess in unknown if guess]
         raise UserError(
             f"the recipe sets {', '.join(key for key, _ in unknown)}, which are not settings; "
-            + (f"did you mean {', '.join(guesses)}?" if guesses else "see docs/settings.md")
+            + (
+                f"did you mean {', '.join(guesses)}?"
+                if guesses
+                else "see docs/reference/settings.md"
+            )
         )
     missing = sorted(key for key in SETTINGS if not _has(values, key))
     if missing:

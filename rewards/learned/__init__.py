@@ -1,5 +1,5 @@
 """Learned rewards: published models that score videos, in PyTorch. Each is a class for
-`python -m rewards.server --reward=rewards.learned.MODULE:CLASS` (docs/own_rewards.md).
+`python -m rewards.server --reward=rewards.learned.MODULE:CLASS` (docs/howto/own_rewards.md).
 
     videoalign   visual quality, motion quality and text alignment of a video
     hpsv3        human preference of its frames

@@ -1,7 +1,7 @@
 """The application of a reward server: a FastAPI application around a `RewardPool`, and how uvicorn
 runs it.
 
-docs/rewards_server.md documents the paths and the wire format. Needs `pip install -e '.[server]'`.
+docs/howto/rewards_server.md documents the paths and the wire format. Needs `pip install -e '.[server]'`.
 """
 
 import asyncio
@@ -135,7 +135,7 @@ async def _read_body(
     kind = request.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != CONTENT_TYPE:
         raise WireError(
-            f"content type {kind[:100]!r} is not accepted: send {CONTENT_TYPE}, docs/rewards_server.md",
+            f"content type {kind[:100]!r} is not accepted: send {CONTENT_TYPE}, docs/howto/rewards_server.md",
             415,
         )
     body, claimed = bytearray(), 0

@@ -1,7 +1,7 @@
 """The wire format of videos and scores between a trainer and a reward server.
 
 A request is a short header and the pixels as they are in memory; an answer is JSON
-(docs/rewards_server.md). Nothing is unpickled, and no memory is allocated for a size that the
+(docs/howto/rewards_server.md). Nothing is unpickled, and no memory is allocated for a size that the
 sender only claims.
 
 Version 1 has any JSON as the record of a video. In version 2 a record is a `PromptRecord`, a request
@@ -139,7 +139,7 @@ def decode_request(body: bytes | bytearray, limits: Limits) -> ScoreRequest:
     if len(body) < _PREFIX.size or not body.startswith((MAGIC, MAGIC_2)):
         raise WireError(
             f"the body begins with {bytes(body[:8])!r}, not with {MAGIC!r} or {MAGIC_2!r}: send the "
-            "format of docs/rewards_server.md, version 1 or 2",
+            "format of docs/howto/rewards_server.md, version 1 or 2",
             415,
         )
     version = 1 if body.startswith(MAGIC) else 2

@@ -10,9 +10,7 @@ from wan_jax.command_line.flag_source import Source
 WIDTH = 100  # columns of a page
 INDENT = 20  # columns of the names of flags
 HEAD = "Flags, with their [defaults]:"
-END = (
-    "-h: this page, --helpfull: the whole description, --completion bash|zsh: docs/command_line.md"
-)
+END = "-h: this page, --helpfull: all of it, --completion bash|zsh: docs/reference/command_line.md"
 SETTINGS = "list the settings with this word in their key or meaning, or all of them, and end"
 REPEATED = "repeat this option to specify a list of values"  # absl adds it
 

@@ -30,7 +30,7 @@ from wan_jax.errors import UserError
 
 CHUNK = 2**22  # bytes of one collective
 FOLDER_SECONDS = 10  # in which a file of process 0 must become visible to the others
-SHARED = "see docs/hosts.md, What must be shared"
+SHARED = "see docs/howto/hosts.md, What must be shared"
 _watch: Watch | None = None
 
 

@@ -198,7 +198,7 @@ class Videos:
 
 # XLA's search for the fastest convolutions also tries kernels that need 75 GB of scratch memory for
 # 9 pictures of 512x512, and logs each failed allocation. All of these are nondeterministic kernels
-# of cuDNN: without them the search takes half the time and little memory (docs/performance.md).
+# of cuDNN: without them the search takes half the time and little memory (docs/explanation/performance.md).
 DECODER_OPTIONS = {"xla_gpu_exclude_nondeterministic_ops": True}
 
 

@@ -78,7 +78,7 @@ class Reward(Section):
         PANEL,
         "Measures of quality, names as in `reward.weights`, that are measured without a weight, in "
         "training and in evaluations. The guard compares them with those of the base model's "
-        "videos (docs/hacking.md).",
+        "videos (docs/explanation/hacking.md).",
         choices=(*MEASURES, *READ_MEASURES),
         resume=True,
     )
@@ -98,7 +98,7 @@ class Reward(Section):
     weights: Weights = dataclasses.field(default_factory=Weights)
     own: tuple[tuple[str, str], ...] = setting(
         (),
-        "Your own rewards by name, `module:factory` each (docs/own_rewards.md). In a recipe "
+        "Your own rewards by name, `module:factory` each (docs/howto/own_rewards.md). In a recipe "
         '`c.reward.own = {"red": "redness:Redness"}`, on the command line '
         "`--config.reward.own=red=redness:Redness,NAME=MODULE:FACTORY`.",
         named=str,
@@ -138,7 +138,7 @@ class Reward(Section):
     )
     servers: tuple[str, ...] = setting(
         (),
-        "URLs of reward servers (docs/rewards_server.md): URL for those that compute `ocr`, NAME=URL "
+        "URLs of reward servers (docs/howto/rewards_server.md): URL for those that compute `ocr`, NAME=URL "
         "for those of another reward. Empty: videos are scored on this machine.",
         **PER_PROCESS,
     )

@@ -25,7 +25,7 @@ class Train(Section):
 
     method: str = setting(
         "nft",
-        "Training method, explained in docs/algorithms.md. `grpo` is Flow-GRPO, which trains on the "
+        "Training method, explained in docs/explanation/algorithms.md. `grpo` is Flow-GRPO, which trains on the "
         "stochastic steps of the rollout. All others train on finished videos, noised again; `nft` "
         "is DiffusionNFT.",
         choices=METHODS,
@@ -149,7 +149,7 @@ class Train(Section):
     box_credit: float = setting(
         0.0,
         "How much more the cells of a video's latents count in the loss where the OCR engine read "
-        "text, from 0, all alike, to below 1, hardly any others (docs/algorithms.md). It needs an OCR "
+        "text, from 0, all alike, to below 1, hardly any others (docs/explanation/algorithms.md). It needs an OCR "
         "engine on this machine.",
         bounds=FRACTION,
         experimental=True,
@@ -193,7 +193,7 @@ class Train(Section):
     kl_gate: float | None = setting(
         None,
         "Share of an epoch's videos that the KL holds: those whose main reward ranks furthest above "
-        "their other measured rewards (docs/algorithms.md). None: all videos.",
+        "their other measured rewards (docs/explanation/algorithms.md). None: all videos.",
         bounds=Range(0, 1, above=True, below=True),
         experimental=True,
     )

@@ -1,4 +1,4 @@
-"""docs/settings.md and `python -m grpo.settings`."""
+"""docs/reference/settings.md and `python -m grpo.settings`."""
 
 import pathlib
 
@@ -12,8 +12,8 @@ ROOT = pathlib.Path(__file__).parents[3]
 
 
 def test_the_page_is_up_to_date():
-    """`python -m grpo.settings > docs/settings.md` writes it."""
-    assert (ROOT / "docs/settings.md").read_text() == markdown()
+    """`python -m grpo.settings > docs/reference/settings.md` writes it."""
+    assert (ROOT / "docs/reference/settings.md").read_text() == markdown()
 
 
 def test_every_setting_has_a_row_with_its_type_default_and_range():

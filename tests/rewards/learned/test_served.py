@@ -1,4 +1,4 @@
-"""A learned reward behind the command of the reward server, as docs/own_rewards.md gives it."""
+"""A learned reward behind the command of the reward server, as docs/howto/own_rewards.md gives it."""
 
 import json
 

@@ -188,7 +188,7 @@ def test_a_score_that_cannot_be_sent_is_not_valid(score):
     "body, status, message",
     [
         (b"", 415, "begins with b''"),
-        (pickle.dumps(VIDEOS), 415, "docs/rewards_server.md"),
+        (pickle.dumps(VIDEOS), 415, "docs/howto/rewards_server.md"),
         (b"PK\x03\x04 an npz file", 415, "begins with b'PK"),
         (MAGIC, 415, "begins with"),
         (struct.pack("<8sI", MAGIC, 100) + b"{}", 400, "100 bytes announced, 2 there"),

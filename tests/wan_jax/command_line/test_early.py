@@ -119,10 +119,16 @@ def test_choices_of_an_export_are_those_of_its_writer():
 
 def test_help_says_default_choices_and_need(answers):
     page = answers["grpo.train"][1]
-    assert "no limit [7200]" in page and "auto|none|slurm" in page and "docs/settings.md" in page
+    assert (
+        "no limit [7200]" in page
+        and "auto|none|slurm" in page
+        and "docs/reference/settings.md" in page
+    )
     for module in ("grpo.train", "grpo.evaluate", "grpo.plan", "grpo.reward_head"):
         config = answers[module][1].partition("--config ")[2].partition("\n  --")[0]
-        assert all(text in config for text in ("(required)", "docs/settings.md", "grpo.settings"))
+        assert all(
+            text in config for text in ("(required)", "docs/reference/settings.md", "grpo.settings")
+        )
     assert "The methods are Flow-GRPO" in answers["full"][1] and answers["full"][0] == 0
     assert "The methods are" not in page
     assert answers["short"][1] == answers["convert.export_lora"][1]

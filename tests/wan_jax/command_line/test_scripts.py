@@ -15,7 +15,7 @@ from wan_jax.command_line.scripts import COMMANDS
 def test_every_command_has_its_script():
     scripts = tomllib.loads((commands.ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == dict.fromkeys(COMMANDS, "wan_jax.command_line.scripts:main")
-    table = (commands.ROOT / "docs/command_line.md").read_text()
+    table = (commands.ROOT / "docs/reference/command_line.md").read_text()
     assert re.findall(r"^\| `(wan-\S+)` \| `python -m (\S+)`", table, re.MULTILINE) == [
         *COMMANDS.items()
     ]
