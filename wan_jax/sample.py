@@ -110,8 +110,7 @@ flags.DEFINE_enum(
     "weights",
     "dtype",
     WEIGHTS,
-    "how the transformer's weights are stored: in --dtype, or quantised; fp8 is also multiplied in 8 bits "
-    "where the device can",
+    "how the transformer's weights are stored",
 )
 flags.DEFINE_enum(
     "matmul_precision",

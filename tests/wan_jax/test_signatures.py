@@ -27,6 +27,7 @@ from wan_jax.models import attention, layers, lora, positions, text_encoder, vae
 from wan_jax.models.attention import pallas
 from wan_jax.models.config import TextEncoderConfig, TransformerConfig, VAEConfig, from_dict
 from wan_jax.models.lora import LoRAConfig
+from wan_jax.models.quantised import Quantisation
 from wan_jax.models.tokenizer import Tokenizer
 from wan_jax.models.transformer import WanTransformer3D
 from wan_jax.models.vae import AutoencoderKLWan
@@ -118,6 +119,7 @@ def run_transformer():
     timestep = jnp.array([300.0, 900.0])
     guidance.velocity(model, normal(2, 1, 4, 6, 16), timestep, text, 4.0)
     layers.layer_norm(normal(2, 8), 1e-6)
+    Quantisation("int8").quantise(normal(8, 4))
     positions.rope_table((1, 2, 3), 12)
 
 
