@@ -125,8 +125,8 @@ def choose_remat(
     of a device's memory, else 'block', which is also the choice where the memory is unknown.
 
     `save_matmuls` keeps, for each of a micro-batch's `tokens` a video and in every layer: q, k, v,
-    the output of self-attention, the query of cross-attention, its output, and both products of the
-    feed-forward; twice where guidance is trained, with each video twice. trained: number of trained
+    both results of self-attention and of cross-attention, before and after the dense layer, the
+    query of cross-attention, and both products of the feed-forward; twice where guidance is trained, with each video twice. trained: number of trained
     experts. memory: bytes of a device; None: unknown.
     """
     if recipe.model.remat != "auto":
@@ -137,7 +137,7 @@ def choose_remat(
     passes = 2 if recipe.sample.guidance > 1 and settings.method.guided else 1
     videos = passes * recipe.sample.batch_size // mesh_lib.batch_shards(mesh)
     rows = videos * tokens // mesh.shape["context"]
-    values = rows * config.num_layers * (7 * config.width + config.ffn_dim)
+    values = rows * config.num_layers * (9 * config.width + config.ffn_dim)
     activations = values * jnp.dtype(settings.dtype).itemsize
     state = state_of(recipe, settings, preset, trained) / mesh.shape["fsdp"]
     return "save_matmuls" if activations + state <= SHARE * memory else "block"

@@ -74,7 +74,7 @@ class Model(Section):
     remat: str = setting(
         "auto",
         "Which activations of a transformer block the backward pass rematerialises (recomputes). "
-        "`none` keeps all of them, `save_matmuls` only the results of dense layers, `block` only "
+        "`none` keeps all of them, `save_matmuls` only the results of dense layers and attention, `block` only "
         "the block's input; `offload` keeps that input in host memory. Memory falls and time rises "
         "in this order. `auto` is `save_matmuls` where it fits the device's memory, and `block` "
         "elsewhere.",

@@ -266,7 +266,7 @@ class Train(Section):
         resume=True,
     )
     alarm_tolerance: float = setting(
-        1.0,
+        1.5,
         "How far the mean of a measure of `reward.panel` may move from the base model's on the "
         "held-out prompts, in standard deviations of the base model's videos. inf: any distance.",
         bounds=POSITIVE_OR_INF,
