@@ -23,9 +23,6 @@ SIZES = (28, 36, 44)  # pixels of the font
 INK, PAPER = (20, 20, 20), (235, 235, 235)
 DAMAGES = ("erased", "stroke", "joined")
 
-SIGNS = flags.DEFINE_integer("signs", 96, "number of clean signs", lower_bound=1)
-READER_TWO = flags.DEFINE_enum("reader_two", "rapidocr_v4", tuple(ENGINES), "the second reader")
-
 
 def draw(word: str, size: int) -> Image.Image:
     """Return a sign of 128 x 256 pixels."""
@@ -60,7 +57,7 @@ def auc(clean: list[float], damaged: list[float]) -> float:
 def main(_) -> None:
     """Draw, damage, read, and print the table."""
     rng = np.random.default_rng(0)
-    readers = [make_engine(name, characters=True) for name in ("rapidocr", READER_TWO.value)]
+    readers = [make_engine(name, characters=True) for name in ("rapidocr", flags.FLAGS.reader_two)]
 
     def values(image: Image.Image, word: str) -> dict[str, float]:
         lines = [reader(np.array(image)) for reader in readers]
@@ -74,7 +71,7 @@ def main(_) -> None:
         }
 
     clean, damaged = [], {kind: [] for kind in DAMAGES}
-    for i in range(SIGNS.value):
+    for i in range(flags.FLAGS.signs):
         word = WORDS[i % len(WORDS)]
         image = draw(word, SIZES[i // len(WORDS) % len(SIZES)])
         clean.append(values(image, word))
@@ -91,4 +88,6 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_integer("signs", 96, "number of clean signs", lower_bound=1)
+    flags.DEFINE_enum("reader_two", "rapidocr_v4", tuple(ENGINES), "the second reader")
     app.run(main)

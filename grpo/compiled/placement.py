@@ -126,7 +126,8 @@ def choose_remat(
 
     `save_matmuls` keeps, for each of a micro-batch's `tokens` a video and in every layer: q, k, v,
     both results of self-attention and of cross-attention, before and after the dense layer, the
-    query of cross-attention, and both products of the feed-forward; twice where guidance is trained, with each video twice. trained: number of trained
+    query of cross-attention, and both products of the feed-forward; twice where guidance is
+    trained, with each video twice. trained: number of trained
     experts. memory: bytes of a device; None: unknown.
     """
     if recipe.model.remat != "auto":

@@ -123,7 +123,7 @@ def test_limits_follow_from_the_settings():
     config.reward.weights.part = {"x": 0.5}
     config.reward.weights.edges = 0.0
     limits = guard.Limits.of(parse.recipe_from_config(config).to_dict())
-    assert (limits.tolerance, limits.spread) == (1.0, 0.5) and "dark" in limits.panel
+    assert (limits.tolerance, limits.spread) == (1.5, 0.5) and "dark" in limits.panel
     assert {name.partition(".")[0] for name in limits.trained} == {"ocr", "part"}
     earlier = guard.Limits.of({"train": {}, "reward": {}})  # of a version without a guard
     assert earlier == guard.Limits((), math.inf, 0.0, [])
