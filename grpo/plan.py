@@ -13,18 +13,25 @@ published configuration (`--model`) where there is no folder yet.
 """
 
 import dataclasses
-import os
 import pathlib
 import time
 from itertools import chain
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
-from grpo.compiled import compile, costs, device_kinds, rocm_compiler
-from grpo.compiled.functions import TEXT_ROWS, Functions, Program
+from grpo.compiled import compile, costs, device_kinds
+from grpo.compiled.functions import TEXT_ROWS, Functions
+from grpo.compiled.largest_videos import search_lines
 from grpo.compiled.placement import choose_mesh
+from grpo.compiled.targets import (
+    Target,
+    choose_target,
+    compilable,
+    compiled_backend,
+    measure,
+    prepare_jax,
+)
 from grpo.run import RunSpec, open_model, trained_names
 from grpo.scoring.reward_pool import load_scored_prompts
 from grpo.settings import parse
@@ -33,116 +40,10 @@ from grpo.settings.schema import Recipe, measured_rewards
 from wan_jax.command_line import cli
 from wan_jax.command_line.flag_types import define_number, user_path
 from wan_jax.command_line.limits import Range
-from wan_jax.distributed import memory
-from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.distributed.memory import GIB
 from wan_jax.errors import UserError
 from wan_jax.inference import pipeline
-from wan_jax.models import precision, presets, vae_chunks
-from wan_jax.models.attention import choose_backend, platform_of
-
-# Sizes and lengths of the search for the largest videos. Sizes that a model cannot make are skipped.
-SIZES = ((240, 416), (512, 512), (480, 832), (704, 1280))
-FRAMES = (1, 9, 17, 33, 49, 65, 81)
-# JAX's variable: the share of a GPU's memory that a process takes, 0.75 if unset
-FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-# Triton products are tuned on the device. Without one, untuned products may need more shared memory
-# than gfx942 has.
-ABSENT_ROCM = {"xla_gpu_enable_triton_gemm": False}
-# XLA for the CPU computes bfloat16 products in float32 copies of whole weights and activations,
-# which took 2.3 to 3.7 times the ROCm compiler's temporaries. Compiled in float32 it was 1.3 to 1.8
-# times, for the update of 1.3B and 14B.
-CPU_NOTE = (
-    "no compiler for this device here: an estimate from the functions in float32 as XLA compiles "
-    "them for the CPU; compared with XLA's ROCm compiler it gave 1.3 to 1.8 times the update's "
-    "temporaries"
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """The devices to plan for, and how to compile for them.
-
-    Attributes:
-        kind: the kind of device; None: one with unknown rates.
-        devices: the devices to compile for.
-        platform: their platform, as `attention.platform_of` names it.
-        limit: memory of a device in bytes; None: unknown.
-        compiler: name of the compiler, for the output.
-        notes: further lines of the output.
-        options: compiler options.
-    """
-
-    kind: device_kinds.Kind | None
-    devices: list[jax.Device]  # pyright: ignore[reportInvalidTypeForm]
-    platform: str
-    limit: int | None
-    compiler: str
-    notes: tuple[str, ...] = ()
-    options: dict | None = None
-
-    @property
-    def stand_in(self) -> device_kinds.Kind | None:
-        """The kind to plan for where the compiler is that of another platform, else None."""
-        return self.kind if self.kind and self.kind.platform != self.platform else None
-
-
-def choose_target(device: str, count: int) -> Target:
-    """Return `count` devices with this name; 0: all of this machine, or one of a named kind. Raises
-    `UserError` where this machine has fewer.
-    """
-    if device == "here":
-        return _target_here(count)
-    kind = device_kinds.named(device)
-    assert kind.memory is not None, f"{device} has no memory in device_kinds.KINDS"
-    fraction = float(os.environ.get(FRACTION, "0.75"))
-    limit = int(kind.memory * fraction)
-    notes = (f"limit: {fraction:g} of {kind.memory / GIB:.0f} GiB ({FRACTION})",)
-    if not kind.bf16:
-        notes += (f"assumed: a {kind.label} of NVIDIA, whose rates are unknown",)
-    elif kind != device_kinds.KINDS["h200"]:
-        notes += (f"assumed, not measured: the {kind.label} as in its vendor's data sheet",)
-    if kind.platform == "rocm":
-        obstacle = rocm_compiler.why_not()
-        if obstacle is None:
-            rocm_compiler.load()
-            # the cache cannot read back functions that were compiled for absent devices
-            jax.config.update("jax_enable_compilation_cache", False)
-            return Target(
-                kind,
-                rocm_compiler.mi300x(count or 1),
-                platform="rocm",
-                limit=limit,
-                compiler="XLA's ROCm compiler for gfx942",
-                notes=notes,
-                options=ABSENT_ROCM,
-            )
-        notes += (f"no ROCm compiler: {obstacle}",)
-    notes += (CPU_NOTE,)
-    simulated = jax.devices("cpu")[: count or 1]
-    if len(simulated) < count:
-        raise UserError(
-            f"--devices={count}: XLA_FLAGS allows {len(simulated)} simulated devices; leave "
-            "xla_force_host_platform_device_count out of it"
-        )
-    return Target(kind, simulated, "cpu", limit, "XLA for the CPU", notes)
-
-
-def _target_here(count: int) -> Target:
-    devices = jax.devices()
-    if count > len(devices):
-        raise UserError(
-            f"--devices={count}: this machine has {len(devices)}; name the device to plan for with "
-            "--device"
-        )
-    chosen = devices[: count or len(devices)]
-    return Target(
-        costs.kind_of(chosen[0]),
-        chosen,
-        platform=platform_of(chosen[0]),
-        limit=memory.limit(chosen[0]),
-        compiler=f"XLA for {chosen[0].device_kind}",
-    )
+from wan_jax.models import precision, presets
 
 
 def choose_model(recipe: Recipe, name: str | None) -> tuple[presets.Preset, int, str]:
@@ -181,23 +82,6 @@ def choose_model(recipe: Recipe, name: str | None) -> tuple[presets.Preset, int,
     return preset, TEXT_ROWS, f"{name} as published"
 
 
-def compiled_backend(
-    setting: str, target: Target, dtype, head_dim: int
-) -> tuple[str, tuple[str, ...]]:
-    """Return (the attention backend to compile, notes): the target's, or chunked attention where
-    the target's cannot be compiled on this machine.
-    """
-    if target.stand_in is None:
-        return choose_backend(setting, target.platform, dtype, head_dim), ()
-    wanted = choose_backend(setting, target.stand_in.platform, dtype, head_dim)
-    if wanted in ("xla", "chunked"):
-        return wanted, ()
-    return "chunked", (
-        f"attention {wanted} cannot be compiled here; chunked attention is compiled instead, whose "
-        "memory is linear in the tokens as well",
-    )
-
-
 def compile_all(functions: Functions, target: Target, offload: bool) -> compile.Memory:
     """Compile all functions of a run with the target's compiler, or with its stand-in, and return
     the memory that they need (`compile.compile_all`).
@@ -212,109 +96,6 @@ def compile_all(functions: Functions, target: Target, offload: bool) -> compile.
         tuple(measured),
         compile.pinned_bytes(functions, offload),
     )
-
-
-def measure(program: Program, stand_in: Program, target: Target) -> compile.Measured:
-    """Return the memory of a function: temporaries of the stand-in as compiled, data of `program`."""
-    return dataclasses.replace(
-        compile.measure(stand_in, target.options), data=compile.data_bytes(program)
-    )
-
-
-def compilable(functions: Functions, target: Target) -> Functions:
-    """Return the functions to compile: `functions`, or in float32 where XLA for the CPU stands in for
-    the target's compiler (`CPU_NOTE`).
-    """
-    if target.stand_in is None:
-        return functions
-    spec = functions.spec.changed(model={"dtype": "float32"})
-    return dataclasses.replace(functions, spec=spec)
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """A compiled update: bytes of temporaries and results at a number of tokens a video."""
-
-    tokens: int
-    work: int
-
-
-def resized(functions: Functions, frames: int, height: int, width: int) -> Functions:
-    """Return the functions for videos of this size, in training and evaluation. Raises `UserError`
-    on sizes that the model cannot make.
-    """
-    spec = functions.spec.changed(
-        sample={"frames": frames, "frame_schedule": (), "height": height, "width": width},
-        eval={"frames": 0, "more_frames": ()},
-    )
-    spec.shape_of(frames)  # raises where the model cannot make it
-    return dataclasses.replace(functions, spec=spec)
-
-
-def interpolated_work(points: list[Point], tokens: int) -> float:
-    """Return the work in bytes at `tokens`, by linear interpolation between the compiled points and
-    extrapolation beyond them.
-    """
-    points = sorted(points, key=lambda point: point.tokens)
-    above = (i for i, point in enumerate(points) if point.tokens >= tokens and i)
-    right = next(above, len(points) - 1)
-    a, b = points[right - 1], points[right]
-    return a.work + (b.work - a.work) * (tokens - a.tokens) / (b.tokens - a.tokens)
-
-
-def estimated_peak(functions: Functions, resident: int, points: list[Point]) -> tuple[float, str]:
-    """Return (peak memory in bytes, the stage that needs it) at the run's size.
-
-    resident: bytes that are on the device throughout. The update's work is interpolated from
-    `points`, the decoder's is that of `vae_chunks`. The rollout needs less than the update, which
-    contains a forward pass, too.
-    """
-    spec = functions.spec
-    batches = [functions.update_batch(expert) for expert in spec.trained_experts]
-    trajectories = compile.device_bytes(functions.trajectories)
-    update = max(map(compile.device_bytes, batches)) + interpolated_work(points, spec.tokens)
-    latents = functions.latents()
-    local_shape = latents.sharding.shard_shape(latents.shape)
-    chunk = vae_chunks.choose_chunk(spec.preset.vae, local_shape)
-    decode = vae_chunks.decode_bytes(spec.preset.vae, local_shape, chunk)
-    base = resident + trajectories
-    return max((base + update, "the update"), (base + decode, "the decoder"))
-
-
-def largest_videos(
-    functions: Functions, resident: int, limit: int, points: list[Point]
-) -> list[str]:
-    """Return a line for each of SIZES that the model can make: the largest of FRAMES that fits into
-    `limit` bytes, and the stage that would not fit with more.
-    """
-    lines = []
-    for height, width in SIZES:
-        best, obstacle = "none", ""
-        for frames in FRAMES:
-            try:
-                candidate = resized(functions, frames, height, width)
-            except UserError:  # not a size of this model
-                break
-            needed, stage = estimated_peak(candidate, resident, points)
-            if needed > limit:
-                obstacle = f" ({frames} would need {needed / GIB:.0f} GiB in {stage})"
-                break
-            best = f"{frames} frame{'s' * (frames > 1)}"
-        if best != "none" or obstacle:
-            lines.append(f"  {height} x {width}: {best}{obstacle}")
-    return lines
-
-
-def search_points(functions: Functions, target: Target) -> list[Point]:
-    """Compile the update at the search's largest size and at a medium one."""
-    points = []
-    for size in ((33, 480, 832), (81, 704, 1280)):
-        other = resized(compilable(functions, target), *size)
-        measured = compile.measure(other.update(other.spec.trained_experts[0]), target.options)
-        label = " x ".join(map(str, size))
-        print_lines(f"  compiled: update for {label}, {measured.seconds:.1f} s")
-        points.append(Point(other.spec.tokens, measured.work))
-    return points
 
 
 def print_lines(*lines: str) -> None:
@@ -357,12 +138,13 @@ def main(_):
         offload = compile.offloads(functions, target.limit)
     label = target.kind.label if target.kind else target.devices[0].device_kind
     sample = recipe.sample
+    stored = run.quantisation.kind if run.quantisation else recipe.model.dtype
     print_lines(
         f"{source} on {mesh.size} x {label}: {sample.batch_size} videos of {sample.frames} x "
         f"{sample.height} x {sample.width} a batch ({run.tokens} tokens each), latents "
         f"{' x '.join(map(str, run.shape))}, prompts of {rows} tokens",
         placed,
-        f"compiled by {target.compiler}, attention {backend}, weights {recipe.model.dtype}, "
+        f"compiled by {target.compiler}, attention {backend}, weights {stored}, "
         f"rematerialisation {run.remat}",
         *target.notes,
         *notes,
@@ -411,43 +193,6 @@ def main(_):
     else:
         print_lines(*search_lines(functions, needed, target, recipe.model.remat))
     print_lines(f"planned in {time.monotonic() - start:.0f} s")
-
-
-def prepare_jax(device: str, count: int) -> None:
-    """Set JAX's platform for a target that is not on this machine: the CPU, as `count` devices."""
-    if device == "here":
-        return
-    jax.config.update("jax_platforms", "cpu")
-    # otherwise the ROCm plugin logs that it found no GPU
-    jax.config.update("jax_logging_level", "CRITICAL")
-    simulated = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if count and not simulated:
-        jax.config.update("jax_num_cpu_devices", count)
-
-
-def search_lines(
-    functions: Functions, needed: compile.Memory, target: Target, remat: str
-) -> list[str]:
-    """Search for the largest videos that fit, and return the lines of the result.
-
-    needed: the memory of `functions`. remat: the recipe's `model.remat`; 'auto' is 'block' at the
-    largest sizes, so that is compiled.
-    """
-    run = functions.spec
-    lean = run.changed(model={"remat": "block"}) if remat == "auto" else run
-    update = next(program for program in needed.programs if program.name.startswith("update"))
-    points = [Point(run.tokens, update.work)] if lean.remat == run.remat else []
-    lean_functions = Functions(lean, functions.text_rows)
-    known = {point.tokens for point in points}
-    points += [p for p in search_points(lean_functions, target) if p.tokens not in known]
-    share = run.recipe.sample.batch_size // mesh_lib.batch_shards(run.mesh)
-    assert target.limit is not None
-    return [
-        f"largest videos at {share} a device, of {', '.join(map(str, FRAMES))} frames (update "
-        f"compiled at {', '.join(str(point.tokens) for point in points)} tokens, interpolated "
-        "between; decoder by wan_jax/models/vae_chunks.py):",
-        *largest_videos(lean_functions, needed.resident_total, target.limit, points),
-    ]
 
 
 def override_efficiency(default: costs.Efficiency, **given: float | None) -> costs.Efficiency:

@@ -13,8 +13,7 @@ import sys
 import jax
 
 from configs import wan21_1_3b_ocr, wan21_14b_ocr, wan22_a14b_ocr, wan22_ti2v_5b_ocr
-from grpo import plan
-from grpo.compiled import compile, costs, device_kinds
+from grpo.compiled import compile, costs, device_kinds, targets
 from grpo.compiled.functions import TEXT_ROWS, Functions
 from grpo.compiled.placement import choose_mesh
 from grpo.run import RunSpec, trained_names
@@ -59,7 +58,7 @@ def functions_of(title: str, method: str, batch: int, remat: str) -> Functions:
 
 @functools.cache
 def update_of(title: str, method: str, batch: int, remat: str) -> compile.Measured:
-    """Return the memory of the update, compiled for the CPU in float32 (`plan.CPU_NOTE`)."""
+    """Return the memory of the update, compiled for the CPU in float32 (`targets.CPU_NOTE`)."""
     functions = functions_of(title, method, batch, remat)
     spec = functions.spec.changed(model={"dtype": "float32"})
     stand_in = dataclasses.replace(functions, spec=spec)
@@ -104,7 +103,7 @@ def row(title: str, kind: str) -> str:
 
 
 def main() -> None:
-    plan.prepare_jax("cpu", 1)
+    targets.prepare_jax("cpu", 1)
     rows = [row(title, kind) for title in MODELS for kind in KINDS]
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(HEAD)
     after = rest.partition("\n\n")[2]

@@ -25,7 +25,8 @@ PLUGIN = "jax_plugins.xla_rocm7"
 GLIBC = re.compile(r"(libc|libm|librt|libdl|libpthread|libgcc_s|libstdc\+\+|ld-linux-x86-64)\.so")
 
 # The MI300X in XLA's own description (openxla/xla,
-# xla/backends/gpu/target_config/specs/mi300.txtpb), except for the memory, which is AMD's.
+# xla/backends/gpu/target_config/specs/mi300.txtpb), except for the memory, which is AMD's, and the
+# version of ROCm: without one XLA does not multiply in fp8.
 MEMORY = MI300X_MEMORY
 MI300X = f"""
 gpu_device_info {{
@@ -37,6 +38,7 @@ gpu_device_info {{
   registers_per_core_limit: 131072 registers_per_block_limit: 131072
   rocm_compute_capability {{ gcn_arch_name: "gfx942:sramecc+:xnack-" }}
 }}
+runtime_version {{ major: 7 minor: 2 patch: 0 }}
 platform_name: "ROCM"
 device_description_str: "MI300X"
 dnn_version_info {{}}

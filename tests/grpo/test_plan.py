@@ -11,7 +11,7 @@ import pytest
 
 from configs import wan21_1_3b_ocr, wan21_14b_ocr, wan22_a14b_ocr, wan22_ti2v_5b_ocr
 from grpo import plan
-from grpo.compiled import compile, costs, device_kinds
+from grpo.compiled import compile, costs, device_kinds, largest_videos, targets
 from grpo.compiled.functions import Functions
 from tests import commands
 from tests.grpo.specs import functions_of, spec_of
@@ -89,25 +89,36 @@ def test_what_seconds_depend_on():
 
 
 def test_lines_between_compiled_points():
-    points = [plan.Point(100, 40), plan.Point(10, 4), plan.Point(200, 240)]
-    found = [plan.interpolated_work(points, tokens) for tokens in (5, 10, 55, 100, 150, 200, 300)]
+    points = [
+        largest_videos.Point(100, 40),
+        largest_videos.Point(10, 4),
+        largest_videos.Point(200, 240),
+    ]
+    found = [
+        largest_videos.interpolated_work(points, tokens)
+        for tokens in (5, 10, 55, 100, 150, 200, 300)
+    ]
     assert found == [2, 4, 22, 40, 140, 240, 440]
 
 
 def test_largest_clips():
     run = functions_of(wan21_1_3b_ocr, "wan2.1-1.3b", **FEW)
-    points = [plan.Point(1000, GIB), plan.Point(80000, 80 * GIB)]
+    points = [largest_videos.Point(1000, GIB), largest_videos.Point(80000, 80 * GIB)]
     small, middle, large = (
-        dict(line.strip().split(": ") for line in plan.largest_videos(run, GIB, limit, points))
+        dict(
+            line.strip().split(": ")
+            for line in largest_videos.largest_videos(run, GIB, limit, points)
+        )
         for limit in (2 * GIB, 17 * GIB, 1000 * GIB)
     )
-    assert list(middle) == [f"{h} x {w}" for h, w in plan.SIZES]
+    assert list(middle) == [f"{h} x {w}" for h, w in largest_videos.SIZES]
     assert set(large.values()) == {"81 frames"} and middle["240 x 416"] == "81 frames"
     assert re.fullmatch(r"1 frame \(9 would need \d+ GiB in the decoder\)", middle["704 x 1280"])
     assert re.fullmatch(r"none \(1 would need \d+ GiB in the \w+\)", small["704 x 1280"])
     ti2v = functions_of(wan22_ti2v_5b_ocr, "wan2.2-ti2v-5b")
     assert [
-        line.split(":")[0].strip() for line in plan.largest_videos(ti2v, GIB, 1000 * GIB, points)
+        line.split(":")[0].strip()
+        for line in largest_videos.largest_videos(ti2v, GIB, 1000 * GIB, points)
     ] == ["512 x 512", "480 x 832", "704 x 1280"]  # 240 is no multiple of 32
 
 
@@ -121,8 +132,8 @@ def test_search_compiles_the_update_at_other_sizes(monkeypatch):
             compiled.append(program) or compile.Measured(program.name, 0.0, 5, 0)
         ),
     )
-    target = plan.Target(device_kinds.KINDS["h200"], jax.devices()[:1], "cpu", GIB, "")
-    points = plan.search_points(run, target)
+    target = targets.Target(device_kinds.KINDS["h200"], jax.devices()[:1], "cpu", GIB, "")
+    points = largest_videos.search_points(run, target)
     assert [p.tokens for p in points] == [9 * 30 * 52, 21 * 44 * 80]
     assert all(
         p.args[0].trainable and p.args[1]["proj_out"]["kernel"].get_value().dtype == "float32"
@@ -147,32 +158,32 @@ def test_models_and_devices_are_chosen():
     ):
         plan.choose_model(recipe, None)
     with pytest.raises(UserError, match="--devices=99: this machine has 8"):
-        plan.choose_target("here", 99)
+        targets.choose_target("here", 99)
     with pytest.raises(UserError, match="--devices=99: XLA_FLAGS allows 8"):
-        plan.choose_target("h200", 99)
-    target = plan.choose_target("h100", 2)
+        targets.choose_target("h200", 99)
+    target = targets.choose_target("h100", 2)
     assert target.stand_in and len(target.devices) == 2 and target.limit == int(0.75 * 79 * GIB)
-    backend, notes = plan.compiled_backend("auto", target, "bfloat16", 128)
+    backend, notes = targets.compiled_backend("auto", target, "bfloat16", 128)
     assert backend == "chunked" and "cudnn cannot be compiled here" in notes[0]
-    assert plan.compiled_backend("auto", plan.choose_target("here", 1), "float32", 128) == (
+    assert targets.compiled_backend("auto", targets.choose_target("here", 1), "float32", 128) == (
         "chunked",
         (),
     )
 
 
 def test_a_device_may_be_a_memory_alone(monkeypatch):
-    monkeypatch.delenv(plan.FRACTION, raising=False)
-    target = plan.choose_target("24GiB", 0)
+    monkeypatch.delenv(targets.FRACTION, raising=False)
+    target = targets.choose_target("24GiB", 0)
     assert target.limit == int(0.75 * 24 * GIB) and target.stand_in and not target.kind.bf16
     assert any("24 GiB" in note and "assumed" in note for note in target.notes)
     noted = {
-        name: any("not measured" in note for note in plan.choose_target(name, 0).notes)
+        name: any("not measured" in note for note in targets.choose_target(name, 0).notes)
         for name in ("h200", "h100", "rtx4090")
     }
     assert noted == {"h200": False, "h100": True, "rtx4090": True}
     for wrong in ("h300", "24", "0GiB", "-1GiB", "24GB"):
         with pytest.raises(UserError, match=f"--device={wrong} .*mi325x.*24GiB"):
-            plan.choose_target(wrong, 0)
+            targets.choose_target(wrong, 0)
 
 
 @pytest.mark.slow
@@ -180,7 +191,7 @@ def test_command_line_without_weights(model, tmp_path):
     without = shutil.ignore_patterns("params", "text_cache")
     shutil.copytree(model, tmp_path / "model", ignore=without)
     config, run = write_recipe(tmp_path / "model", tmp_path)
-    env = commands.environment(plan.FRACTION)
+    env = commands.environment(targets.FRACTION)
     command = commands.command(
         "grpo.plan", f"--config={config}", "--device=h200", "--nosearch", "--update_efficiency=0.1"
     )

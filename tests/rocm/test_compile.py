@@ -25,6 +25,7 @@ LIMIT = 0.9 * rocm_compiler.MEMORY
 ONE_EACH = [
     Case("wan2.1-1.3b", True, devices, video) for devices in (1, 8) for video in (False, True)
 ]
+FP8_PRODUCT = "__cublas$lt$matmul$f8"  # XLA's name, also of hipBLASLt's products
 VIDEO = Case("wan2.1-1.3b", True, 1, True)
 
 
@@ -102,6 +103,24 @@ def test_rollout_step_compiles_and_fits(case, compiled):
     latents = program.args[2]
     # the next step's argument
     assert executable.output_shardings[0].is_equivalent_to(latents.sharding, latents.ndim)
+
+
+@pytest.mark.parametrize("weights", ["fp8", "nf4"])
+def test_quantised_weights_compile_and_fit(weights, compiled):
+    """fp8 is gfx942's own, in the products too; the weights take a half and a quarter of bfloat16's
+    memory.
+    """
+    case = Case("wan2.1-14b", True, 1)
+    run = case.run(rocm_compiler.mi300x(1), BACKEND, **{"model.weights": weights})
+    for name, program in (("rollout", run.rollout_step()), ("update", run.update())):
+        executable = compiled(f"{name} {case} {weights}", program)
+        check(executable, case, run.spec.tokens)
+        text = executable.as_text()
+        assert ("f8e4m3fnuz" in text) == (weights == "fp8") and "f8e4m3fn[" not in text
+        if weights == "fp8":
+            assert FP8_PRODUCT in text
+    gigabytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(run.policy.base)) / 1e9
+    assert gigabytes < {"fp8": 15, "nf4": 9}[weights]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

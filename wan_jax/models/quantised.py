@@ -22,6 +22,7 @@ e4m3 is `float8_e4m3fn` (largest value 448) but on AMD's gfx94x, whose matrix un
 
 import dataclasses
 import functools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
@@ -62,6 +63,7 @@ NF4_VALUES = np.array(
 WEIGHT = "quantised"  # names of the parameters in a state
 SCALE = "quantised_scale"
 FNUZ = "gfx94"  # AMD's architectures with their own fp8
+ARCHITECTURES = {"MI300": "gfx942", "MI325": "gfx942", "MI350": "gfx950", "MI355": "gfx950"}
 # Weights of fewer elements are dequantised: quantising x takes as long as 8 bits save.
 SMALLEST = 2**22
 COMPUTE_CAPABILITY = 8.9  # NVIDIA's first with fp8
@@ -102,14 +104,15 @@ class Quantisation:
             raise ValueError(f"weights={weights!r} is unknown; choose one of {', '.join(WEIGHTS)}")
         if weights == "dtype":
             return None
-        architecture = str(getattr(device, "compute_capability", ""))
+        architecture = architecture_of(device)
         native = {
-            "cuda": lambda: float(architecture or 0) >= COMPUTE_CAPABILITY,
-            "rocm": lambda: architecture.startswith((FNUZ, "gfx95")),
-        }.get(platform, lambda: False)
+            "cuda": re.fullmatch(r"[0-9.]+", architecture)
+            and float(architecture) >= COMPUTE_CAPABILITY,
+            "rocm": architecture.startswith((FNUZ, "gfx95")),
+        }
         return cls(
             weights,
-            native=weights == "fp8" and native(),
+            native=weights == "fp8" and bool(native.get(platform)),
             fnuz=weights == "fp8" and architecture.startswith(FNUZ),
         )
 
@@ -199,6 +202,17 @@ class QuantisedLinear(Linear):
             return x @ first.quantisation.dequantise(values, scales, x.dtype).T
         bound = jnp.abs(x).max(-1, keepdims=True) if bound is None else bound
         return product_8bit(x, values, scales, jax.lax.stop_gradient(bound))
+
+
+def architecture_of(device) -> str:
+    """Return the compute capability of an NVIDIA GPU ("9.0"), or AMD's name of an architecture
+    ("gfx942"); "" where it is unknown. Devices to compile for, which are not there, have only a kind.
+    """
+    found = str(getattr(device, "compute_capability", ""))
+    if found and not found.startswith("<"):
+        return found
+    kind = str(getattr(device, "device_kind", ""))
+    return next((name for amd, name in ARCHITECTURES.items() if amd in kind), "")
 
 
 def kernels(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, ...]]:

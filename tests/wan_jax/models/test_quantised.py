@@ -219,9 +219,13 @@ def test_inputs_that_nf4_cannot_store(folders):
 
 
 class Device:
-    def __init__(self, compute_capability=None):
+    def __init__(self, compute_capability=None, kind="a device"):
+        self.device_kind = kind
         if compute_capability:
             self.compute_capability = compute_capability
+
+
+ABSENT = Device("<unknown compute-capability>", "MI300X")  # one to compile for
 
 
 @pytest.mark.parametrize(
@@ -232,6 +236,8 @@ class Device:
         ("fp8", "cuda", Device("8.0"), Quantisation("fp8")),
         ("fp8", "rocm", Device("gfx942:sramecc+"), Quantisation("fp8", native=True, fnuz=True)),
         ("fp8", "rocm", Device("gfx950"), Quantisation("fp8", native=True)),
+        ("fp8", "rocm", ABSENT, Quantisation("fp8", native=True, fnuz=True)),
+        ("fp8", "cuda", Device("<unknown>"), Quantisation("fp8")),
         ("fp8", "rocm", Device(), Quantisation("fp8")),
         ("fp8", "cpu", Device(), Quantisation("fp8")),
         ("int8", "rocm", Device("gfx942"), Quantisation("int8")),
