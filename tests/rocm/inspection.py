@@ -10,7 +10,12 @@ from collections import Counter
 LOWERED = {"__gpu$xla.gpu.triton"}
 # In XLA's output, which calls AMD's libraries by NVIDIA's names: hipBLASLt, MIOpen's convolution,
 # Triton kernels.
-COMPILED = {"__cublas$lt$matmul", "__cudnn$convForward", "__gpu$xla.gpu.triton"}
+COMPILED = {
+    "__cublas$lt$matmul",
+    "__cublas$lt$matmul$f8",
+    "__cudnn$convForward",
+    "__gpu$xla.gpu.triton",
+}
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 AMDGPU, GFX942 = 224, 0x4C  # e_machine, and the low byte of e_flags
 
