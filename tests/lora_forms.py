@@ -224,4 +224,5 @@ def distilled(kernels, rank=4, seed=0, norms=True):
         tensors["diffusion_model.patch_embedding.lora_up.weight"] = b
         product = np.einsum("drxyz,rcthw->thwcd", b, a)
         added["patch_embedding/kernel"] = {None: product.reshape(-1, d)}
+        add("blocks.0.diff_m", "blocks/scale_shift_table", 0, (1, 6, d))
     return tensors, added

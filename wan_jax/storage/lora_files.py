@@ -8,8 +8,9 @@ alpha / rank (with use_rslora alpha / sqrt(rank)). Alpha comes from `.alpha` ten
 safetensors metadata of Diffusers or PEFT's adapter_config.json; without any of them the scale is 1.
 
 Files of distilled models also have differences, which are added to weights (`.diff`: layers, norms,
-modulation) and to biases (`.diff_b`, or PEFT's `lora_B.bias`, which the layer's scale multiplies).
-They can be merged into a model, but are no adapters that a run could train.
+modulation; `.diff_m`: the modulation of a block) and to biases (`.diff_b`, or PEFT's `lora_B.bias`,
+which the layer's scale multiplies). They can be merged into a model, but are no adapters that a run
+could train.
 
 A file with a key that is not understood is refused.
 """
@@ -54,7 +55,7 @@ FACTOR = re.compile(
     r"(?P<module>.+?)\.(?:(?P<a>lora_A|lora_down)|lora_B|lora_up)(?:\.(?!weight$)[\w-]+)?\.weight"
 )
 BIAS = re.compile(r"(?P<module>.+?)\.(?:lora_B|lora_up)(?:\.[\w-]+)?\.bias")
-DIFFERENCES = (".diff", ".diff_b")  # of a weight and of a bias
+DIFFERENCES = (".diff", ".diff_b", ".diff_m")  # of a weight, a bias, a modulation
 NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # preferred in a folder
 
 
@@ -302,7 +303,7 @@ def _all_names(names: Iterable[str]) -> dict[str, str]:
 def _differences(
     tensors: Mapping[str, np.ndarray], layers: Parameters, where: str
 ) -> dict[tuple[str, int | None], np.ndarray]:
-    """Return `LoRAFile.differences` of the tensors whose keys end in `.diff` and `.diff_b`.
+    """Return `LoRAFile.differences` of the tensors whose keys end in `DIFFERENCES`.
 
     Raises `UserError` when a tensor has no parameter, or another shape.
     """

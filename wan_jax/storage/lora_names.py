@@ -53,7 +53,8 @@ class Parameters:
     Attributes:
         kernels: the dense layers, the patch embedding included.
         differences: the entry of the key table that `.diff` (of a weight) or `.diff_b` (of a bias)
-            changes, by (Diffusers' or the original name of the layer, 'diff' or 'diff_b').
+            changes, by (Diffusers' or the original name of the layer, 'diff' or 'diff_b'). A
+            modulation is also ('blocks.0', 'diff_m'), as LightX2V writes it.
     """
 
     kernels: Kernels
@@ -75,7 +76,10 @@ def parameters(config) -> Parameters:
     for entry in key_table.entries("transformer", shapes, config.patch_size):
         kind = "diff_b" if entry.key.endswith(".bias") else "diff"
         name = entry.key.removesuffix(".bias").removesuffix(".weight")
-        differences |= {(name, kind): entry, (original_name(name), kind): entry}
+        original = original_name(name)
+        differences |= {(name, kind): entry, (original, kind): entry}
+        if original.endswith(".modulation"):
+            differences[original.removesuffix(".modulation"), "diff_m"] = entry
     return Parameters(_kernels(shapes), differences)
 
 
