@@ -252,6 +252,8 @@ def initial_adapters(paths: str, model: model_dir.ModelDir, recipe: LoRAConfig) 
         raise UserError(
             f"config.lora.init={paths} names no file for {' and '.join(sorted(missing))}"
         )
+    # Check before anything is reported: a file that does not fit starts nothing
+    adapters = {expert: fit(found[expert], recipe, kernels) for expert in model.experts}
     for expert, file in found.items():
         wanted = adapted_layers(kernels, recipe.targets)
         layers = sum(layer in wanted for layer, _ in modules(kernels).values())
@@ -264,4 +266,4 @@ def initial_adapters(paths: str, model: model_dir.ModelDir, recipe: LoRAConfig) 
                 f"{', '.join(f'{v:g}' for v in stated)}; the effect is kept, and the rest starts "
                 "at B = 0"
             )
-    return {expert: fit(found[expert], recipe, kernels) for expert in model.experts}
+    return adapters

@@ -106,8 +106,9 @@ def find(path) -> pathlib.Path:
         )
     if path.suffix != ".safetensors" or not path.is_file():
         problem = "is not a .safetensors file" if path.exists() else "does not exist"
+        hub = "" if path.exists() else "; of the hub: hf download OWNER/NAME FILE, then its path"
         raise UserError(
-            f"LoRA file {path} {problem}: give a .safetensors file, or a folder that holds one"
+            f"LoRA file {path} {problem}: give a .safetensors file, or a folder that holds one{hub}"
         )
     return path
 
