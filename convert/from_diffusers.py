@@ -169,6 +169,7 @@ def convert(
     """
     # Read all headers; nothing is written before they are known to be valid
     dtypes = parse_dtypes(dtype)
+    given = dst
     dst, folder = expand(dst), source_folder(src, revision)
     check_destination(folder, dst)
     plans = plan_components(folder, check_pipeline(folder), dtypes)
@@ -206,7 +207,7 @@ def convert(
             partial / model_dir.MANIFEST, manifest, integrity.measure(partial, excluded)
         )
     size = sum(f.stat().st_size for f in dst.rglob("*") if f.is_file())
-    print(f"{dst}: {size / 1e9:.3f} GB, ready for grpo.train and wan_jax.sample")
+    print(f"{given}: {size / 1e9:.3f} GB, ready for grpo.train and wan_jax.sample")
 
 
 def check(src: str, dst, *, revision: str | None = None) -> None:

@@ -54,6 +54,12 @@ def test_round_trip_is_bit_exact(source, tmp_path):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
 
 
+def test_names_the_folder_as_it_was_given(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    convert(str(source), "models/wan")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("models/wan: ")
+
+
 def test_float32_and_bfloat16(source, tmp_path):
     convert(str(source), tmp_path / "single", "float32")
     export(tmp_path / "single", tmp_path / "back")
