@@ -51,8 +51,9 @@ copybutton_prompt_text = "$ "
 
 
 def mend_links(app, name, source):
-    """Replace links to folders outside of docs, which the site does not have, by their text. On the
-    pages that are made from the code, make links of the names of pages.
+    """Replace links to folders outside of docs, which the site does not have, by their text, and
+    links to the notebook, which readers of the repository open, by its page. On the pages that are
+    made from the code, make links of the names of pages.
     """
     folder = pathlib.Path(app.srcdir, name).parent
 
@@ -60,6 +61,8 @@ def mend_links(app, name, source):
         return f"`{match[1]}`" if (folder / match[2]).is_dir() else match[0]
 
     source[0] = re.sub(r"\[([\w/.-]+)\]\((\.\./[\w/.-]+)\)", of_folder, source[0])
+    notebook = rf"\]\((?:\.\./)+{re.escape(generated.NOTEBOOK)}\)"
+    source[0] = re.sub(notebook, "](/tutorial/first_steps.md)", source[0])
     if name in ("reference/commands", "reference/settings"):
         page = re.compile(r"(?<![\w/`\[])(?<!> )docs/([\w/]+\.md)")
         lines = (

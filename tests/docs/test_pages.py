@@ -15,6 +15,7 @@ CODE = re.compile(r"`([^`\n]+)`")
 ASSIGNED = re.compile(
     rf"(?:--)?(?:config\.|c\.)?((?:{'|'.join(SECTIONS)})(?:\.[a-z_0-9]+)+)(?:=([^,;]*))?[,;]?"
 )
+LINK = re.compile(r"\]\(([\w./-]+)[#\w-]*\)")  # to a file
 FILE = re.compile(r"\.(py|txt|jsonl?|log|md|png)$")
 OF_REWARDS = re.compile(r"reward\.weights\.\w+")  # a reward of the user's own has a weight, too
 PAGES = [
@@ -71,6 +72,19 @@ def test_a_misspelt_setting_is_found():
     page = "`train.kl_wieght=1 sample.sde=cps`, `--config.lora.rank` in `train.py`, not `model`"
     assert settings_in(page) == [("train.kl_wieght", "1"), ("sample.sde", "cps"), ("lora.rank", "")]
     assert "train.kl_wieght" not in SETTINGS
+
+
+def test_links_between_pages_work_in_the_repository_without_the_site():
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    of_site = {ROOT / line for line in ignored if line.endswith(".md")}
+    assert of_site
+    broken = [
+        (page.name, link)
+        for page in {*PAGES, ROOT / "CONTRIBUTING.md"} - of_site
+        for link in LINK.findall(page.read_text(encoding="utf-8"))
+        if (path := (page.parent / link).resolve()) in of_site or not path.exists()
+    ]
+    assert broken == []
 
 
 @pytest.mark.parametrize("name", ["diffusers", "fastvideo"])
