@@ -1,13 +1,13 @@
-"""Samples N videos of each prompt and writes the one with the best reward.
+"""Samples N videos of each prompt and writes the one with the best reward. Takes also all flags of
+`python -m wan_jax.sample` but --samples, --grid and --noise.
 
     python -m grpo.best_of --model models/tiny-wan --prompt 'A red sign with the word "open".' \\
         --best_of 8 --height 64 --width 128 --out open.png
     python -m grpo.best_of --model models/tiny-wan --prompts prompts.txt --best_of 8 \\
         --reward redness:Redness --judge rapidocr --out signs.png
 
-It takes all flags of `python -m wan_jax.sample` but `--samples`, `--grid` and `--noise`. The highest of
-N readings is too high, because it also chooses the errors of the reader; `--judge` names another one,
-whose mean is the number to report. Without it the command says that the same reader chose.
+The highest of N readings is too high, because it also chooses the errors of the reader; `--judge` names
+another one, whose mean is the number to report. Without it the command says that the same reader chose.
 
 With `--prune_head`, a file of `grpo.reward_head`, the candidates are ranked by their predicted reward
 at the noise level `--prune_at`, and the better half of each prompt's goes on.

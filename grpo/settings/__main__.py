@@ -12,7 +12,8 @@ from wan_jax.errors import UserError
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m grpo.settings", description=__doc__)
+    purpose = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m grpo.settings", description=purpose)
     parser.add_argument(
         "word",
         nargs="?",
