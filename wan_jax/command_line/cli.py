@@ -256,10 +256,11 @@ def read_text(path, what: str, advice: str) -> str:
     else.
     """
     path = installed.data_file(path)
+    if path.is_dir():
+        raise UserError(f"{what} {path} is a folder; {advice}")
     if not path.is_file():
-        raise UserError(
-            f"{what} {path} {'is a folder' if path.is_dir() else 'does not exist'}; {advice}"
-        )
+        place = "" if path.is_absolute() else f" in {pathlib.Path.cwd()}, where the command runs"
+        raise UserError(f"{what} {path} does not exist{place}; {advice}")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -35,3 +35,10 @@ def test_a_file_that_cannot_be_read_is_one_message(tmp_path, name, content, mess
     with pytest.raises(UserError, match=message) as raised:
         read_prompts(path)
     assert str(path) in str(raised.value)
+
+
+def test_a_missing_file_names_the_folder_where_it_was_sought(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"train\.txt") as raised:
+        read_prompts("train.txt")
+    assert str(tmp_path) in str(raised.value)
