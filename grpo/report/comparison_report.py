@@ -31,12 +31,15 @@ WITHOUT_EFFECT = ("eval.every", "eval.previews")  # on the held-out reward
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A run's held-out evaluations: epoch, what was spent by then, and mean reward, [E] each."""
+    """A run's held-out evaluations: epoch, what was spent by then, and mean reward, [E] each; and the
+    name of that reward.
+    """
 
     epochs: np.ndarray
     evaluations: np.ndarray
     seconds: np.ndarray
     rewards: np.ndarray
+    reward: str = "OCR reward"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,16 @@ class Comparison:
     parallel: int
     command: str
     differing: Sequence[str]
+
+    @property
+    def rewards(self) -> list[str]:
+        """Names of the held-out rewards of the runs, each once."""
+        return sorted({curve.reward for runs in self.runs.values() for curve in runs.values()})
+
+    @property
+    def reward(self) -> str:
+        """Name of the held-out reward of all runs; "reward" if it is not one."""
+        return self.rewards[0] if len(self.rewards) == 1 else "reward"
 
 
 def read_curve(folder) -> Curve:
@@ -103,6 +116,7 @@ def read_curve(folder) -> Curve:
         np.array(evaluations),
         np.array(seconds),
         np.array([r["reward"] for r in records]),
+        run_log.reward_name(records[-1]),
     )
 
 
@@ -256,6 +270,10 @@ def _remarks(result: Comparison) -> list[str]:
             "The methods were not evaluated alike, so their rewards do not compare: they differ in "
             f"{', '.join(result.differing)}."
         )
+    if len(result.rewards) > 1:
+        remarks.append(
+            f"The methods' held-out rewards do not compare: they are {_listed(result.rewards)}."
+        )
     for run, error in result.failures.items():
         remarks.append(f"{run} failed and is left out: {error}")
     return remarks
@@ -286,7 +304,7 @@ def _headline(result: Comparison, rows: dict) -> tuple[str, str]:
     highest, half = ends[first]
     seeds = len(result.runs[first])
     figures = (
-        f"held-out OCR reward {rows[first]['start'][0]:.2f} → {_figure((highest, half), '.2f')} over "
+        f"held-out {result.reward} {rows[first]['start'][0]:.2f} → {_figure((highest, half), '.2f')} over "
         f"{seeds} seed{'s' if seeds > 1 else ''}"
     )
     equal = [name for name in ranked if math.isclose(ends[name][0], highest, abs_tol=1e-9)]
@@ -329,7 +347,7 @@ def _chart(result: Comparison, axis: str, names: Sequence[str]) -> Chart:
         axes.set_ylim(rewards.min() - margin, rewards.max() + margin)
         axes.xaxis.set_major_formatter("{x:,g}")
         axes.set_xlabel(AXES[axis])
-        axes.set_ylabel("held-out OCR reward")
+        axes.set_ylabel(f"held-out {result.reward}")
 
     caption = (
         f"Mean over seeds; the band is the {CONFIDENCE} interval, cut off where it leaves the "

@@ -144,6 +144,24 @@ def curve(rewards, evaluations=None, seconds=None):
     )
 
 
+def test_the_reward_has_the_name_of_the_evaluations(tmp_path):
+    path = records(tmp_path) / "evals.jsonl"
+    named = [json.loads(line) | {"main": "red"} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(record) + "\n" for record in named))
+    red, ocr = read_curve(tmp_path), curve([0.5, 0.6])
+    assert (red.reward, ocr.reward) == ("red reward", "OCR reward")
+    for runs, name in (({"a": {0: red}}, "red reward"), ({"a": {0: red}, "b": {0: ocr}}, "reward")):
+        result = Comparison(dict.fromkeys(runs, "r.py"), runs, ("epochs", 3), 0.1, {}, 1, "", [])
+        assert result.reward == name
+        page = Page(
+            comparison_report._page(
+                result, {n: summary(list(r.values()), 0.1) for n, r in runs.items()}
+            )
+        )
+        assert f"held-out {name} " in page.text
+        assert ("OCR reward and red reward" in page.text) == (len(runs) == 2)
+
+
 def test_curves_are_averaged_at_equal_spending():
     """Seeds are interpolated linearly, up to what every one of them spent."""
     a, b = curve([0.2, 0.4, 0.8]), curve([0.2, 0.6, 0.6], evaluations=[0, 50, 150])
