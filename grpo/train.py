@@ -69,7 +69,7 @@ from wan_jax.storage import folder_lock, model_dir
 
 # the first line that a run prints
 SIGNALS = (
-    "Ctrl-C once: the run ends after its epoch, which is saved; twice, or before the first epoch: "
+    "Ctrl-C once: the run ends after its epoch, which is saved; twice, or before the first evaluation: "
     "at once"
 )
 
