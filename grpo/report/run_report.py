@@ -137,14 +137,15 @@ def result_sentence(run: RunRecords) -> str:
 
 
 def guard_lines(run: RunRecords) -> list[str]:
-    """Return which checkpoint is best and why, and the last evaluation's alarm; [] with fewer than two
-    evaluations.
+    """Return which checkpoint of a training is best and why, and the last evaluation's alarm; [] with
+    fewer than two evaluations.
     """
     if len(run.verdicts) < 2:
         return []
     last = run.verdicts[-1]
     alarm = [f"Alarm after epoch {last.epoch}: {last.alarm}."] if last.alarm else []
-    return [guard.explain(run.verdicts, run.recorded), *alarm]
+    best = [guard.explain(run.verdicts, run.recorded)] if run.trained else []
+    return [*best, *alarm]
 
 
 def _panel(run: RunRecords) -> dict:
@@ -155,7 +156,7 @@ def _panel(run: RunRecords) -> dict:
         for v in run.verdicts
     }
     names = [name for name in panel if any(name in row for row in moved.values())]
-    chosen = guard.best(run.verdicts)
+    chosen = guard.best(run.verdicts) if run.trained else None
     rows = []
     for verdict in run.verdicts:
         cells = [

@@ -73,8 +73,10 @@ def test_records_in_the_former_format_are_drawn(tmp_path):
 def test_evaluations_without_training_are_points(tmp_path, trained):
     """As `grpo.evaluate` makes them, of the model and of a checkpoint."""
     log = RunLog(tmp_path)
+    half = {"reward": 0.5, "low": 0.4, "high": 0.6}
+    halves = {"choose": half, "report": half}
     for when in (0, 40):
-        log.evaluation(evaluation(when))
+        log.evaluation(evaluation(when) | halves)
     if trained:
         log.epoch({"epoch": 40, "reward_mean": 0.5})
     log.close()
@@ -84,6 +86,7 @@ def test_evaluations_without_training_are_points(tmp_path, trained):
         "FillBetween" in drawn
     ) == trained
     assert ("stroke-width: 2.2" in drawn) == trained, "a line between the points"
+    assert ("best checkpoint" in text) == trained, "nothing was chosen"
     if not trained:
         ticks = re.findall(r"<text[^>]*>([\d.]+)</text>", drawn)
         assert [tick for tick in ticks if "." not in tick] == ["0", "40"], "no epochs in between"
