@@ -34,6 +34,7 @@ from ml_collections import config_flags
 from grpo.records import run_log
 from grpo.report import comparison_report
 from grpo.report.comparison_report import Comparison
+from grpo.report.page import plural
 from grpo.settings import parse as settings
 from grpo.settings.budget import Budget, Spent
 from wan_jax.command_line import cli, parsing
@@ -330,8 +331,8 @@ def main(_):
         environment(out.absolute(), devices[i % len(devices)], shared) for i in range(parallel)
     ]
     print(
-        f"{len(methods)} methods x {len(seeds)} seeds, {args.budget} each; {len(finished)} of "
-        f"{len(jobs)} runs are finished, {parallel} at a time",
+        f"{plural(len(methods), 'method')} x {plural(len(seeds), 'seed')}, {args.budget} each; "
+        f"{len(finished)} of {len(jobs)} runs are finished, {parallel} at a time",
         flush=True,
     )
     waiting = [job for job in jobs if job not in finished]

@@ -349,10 +349,12 @@ def _chart(result: Comparison, axis: str, names: Sequence[str]) -> Chart:
         axes.set_xlabel(AXES[axis])
         axes.set_ylabel(f"held-out {result.reward}")
 
-    caption = (
-        f"Mean over seeds; the band is the {CONFIDENCE} interval, cut off where it leaves the "
-        "chart."
-    )
+    caption = "One seed of each method."
+    if max(len(result.runs[name]) for name in names) > 1:
+        caption = (
+            f"Mean over seeds; the band is the {CONFIDENCE} interval, cut off where it leaves the "
+            "chart."
+        )
     return chart(draw, caption, f"held-out reward over {AXES[axis]}", columns=4)
 
 

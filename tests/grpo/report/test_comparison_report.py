@@ -160,6 +160,7 @@ def test_the_reward_has_the_name_of_the_evaluations(tmp_path):
         )
         assert f"held-out {name} " in page.text
         assert ("OCR reward and red reward" in page.text) == (len(runs) == 2)
+        assert "the band" not in page.text, "one seed has none"
 
 
 def test_curves_are_averaged_at_equal_spending():
@@ -219,6 +220,7 @@ def test_page_and_tables(tmp_path):
     assert (
         "m7 ended highest of 8: held-out OCR reward 0.50 → 0.78 ± 0.00 over 3 seeds." in page.text
     )
+    assert page.text.count("the band is the") == 2
     assert "error: <b>no</b>" in page.text and "they differ in eval.steps" in page.text
     for i in range(6):
         assert f"var(--s{i})" in text
