@@ -106,6 +106,10 @@ class Videos:
     def __len__(self) -> int:
         return len(self.frames)
 
+    def __repr__(self) -> str:
+        n, t, h, w, _ = self.frames.shape
+        return f"<Videos: {n} of {t} x {h} x {w}, {self.fps:g} fps>"
+
     def sheet(self, columns: int = 4, least_height: int = 128) -> np.ndarray:
         """Return the first frames in a grid, uint8 [height, width, 3]. Small ones are enlarged by a
         whole factor to at least `least_height` pixels.

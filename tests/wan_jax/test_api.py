@@ -94,6 +94,8 @@ def test_videos_are_checked_saved_and_shown(tmp_path):
     assert np.asarray(Image.open(files[2])).tolist() == np.full((8, 16, 3), 2).tolist()
     assert videos.sheet(2, 8).shape == (2 * (8 + 2) + 2, 2 * (16 + 2) + 2, 3)
     assert videos._repr_png_().startswith(b"\x89PNG")
+    n, t, h, w, _ = videos.frames.shape
+    assert f"{n} of {t} x {h} x {w}" in repr(videos) and len(repr(videos)) < 100
     with pytest.raises(UserError, match=r"a\.jpg"):
         videos.save(tmp_path / "a.jpg")
     for frames, prompts, message in (
