@@ -55,15 +55,18 @@ class DownBlock(nnx.Module):
         self.downsampler = Downsample(n_out, temporal, dtype=dtype, rngs=rngs) if spatial else None
         self.resnets, self.shortcut = resnets, (n_out, 1 + temporal, 1 + spatial)
 
-    def __call__(self, x: Float[Array, "B T H W _"]) -> Float[Array, "B f h w _"]:
+    def __call__(
+        self, x: Float[Array, "B T H W _"], history: History | None = None
+    ) -> Float[Array, "B f h w _"]:
         shortcut = average_down(x, *self.shortcut)
         for i in range(self.resnets):
-            x = getattr(self, f"resnets_{i}")(x)
-        return (x if self.downsampler is None else self.downsampler(x)) + shortcut
+            x = getattr(self, f"resnets_{i}")(x, history)
+        return (x if self.downsampler is None else self.downsampler(x, history)) + shortcut
 
 
 class Encoder(nnx.Module):
     """Pixels to moments of the latents, [B,T,H,W,in_channels] -> [B,f,h,w,2C]; H and W in patches.
+    With a history, the frames are a chunk of a video.
 
     2.1 lists the blocks of all levels in one sequence, 2.2 has one block per level.
     """
@@ -91,11 +94,13 @@ class Encoder(nnx.Module):
         self.norm_out = ChannelNorm(dims[-1], dtype=dtype)
         self.conv_out = CausalConv3d(dims[-1], 2 * config.z_dim, (3, 3, 3), **kw)
 
-    def __call__(self, x: Float[Array, "B T H W _"]) -> Float[Array, "B f h w _"]:
-        x = self.conv_in(x)
+    def __call__(
+        self, x: Float[Array, "B T H W _"], history: History | None = None
+    ) -> Float[Array, "B f h w _"]:
+        x = self.conv_in(x, history)
         for i in range(self.num_blocks):
-            x = getattr(self, f"down_blocks_{i}")(x)
-        return self.conv_out(jax.nn.silu(self.norm_out(self.mid_block(x))))
+            x = getattr(self, f"down_blocks_{i}")(x, history)
+        return self.conv_out(jax.nn.silu(self.norm_out(self.mid_block(x, history))), history)
 
 
 class UpBlock(nnx.Module):
@@ -249,14 +254,30 @@ class AutoencoderKLWan(nnx.Module):
         They are not normalised; logvar is clamped to [-30, 20]. Raises ValueError on a number of
         frames, a size or a number of channels that the model cannot encode.
         """
+        return self._encode(video, None)
+
+    def encode_chunk(
+        self, video: Float[Array, "B frames height width 3"], history: tuple[Array, ...] = ()
+    ) -> tuple[tuple[Float32[Array, "B F H W C"], Float32[Array, "B F H W C"]], tuple[Array, ...]]:
+        """Encode the next frames of a video: 1 + 4k of them at its start, then 4k. Returns (mean,
+        logvar) of their latents, as `encode`, and the history for the next chunk.
+
+        history: what the previous chunk returned, () at the start of a video. Concatenated, the
+        chunks are `encode` of the whole video, up to rounding. Raises ValueError as `encode`.
+        """
+        updated = History(history)
+        return self._encode(video, updated), updated.frames
+
+    def _encode(self, video: Array, history: History | None) -> tuple[Array, Array]:
         patch = self.config.patch_size or 1
         self._check(video, self.config.in_channels // patch**2, "video")
         _, frames, height, width, _ = video.shape
         factor = self.config.scale_factor_temporal
-        if (frames - 1) % factor:
+        first = 1 if history is None or history.starts_video else 0
+        if (frames - first) % factor:
             raise ValueError(
-                f"video has {frames} frames; the VAE codes 1 + {factor}k frames, "
-                f"use {max(1, frames - (frames - 1) % factor)}"
+                f"video has {frames} frames; the VAE codes {'1 + ' * first}{factor}k frames, "
+                f"use {max(first or factor, frames - (frames - first) % factor)}"
             )
         cell = self.config.scale_factor_spatial
         for name, size in (("height", height), ("width", width)):
@@ -265,9 +286,8 @@ class AutoencoderKLWan(nnx.Module):
                     f"video has {name} {size}; it must be a multiple of {cell}, "
                     f"use {max(cell, size - size % cell)}"
                 )
-        moments = self.quant_conv(self.encoder(patchify(video.astype(self.dtype), patch))).astype(
-            jnp.float32
-        )
+        patches = patchify(video.astype(self.dtype), patch)
+        moments = self.quant_conv(self.encoder(patches, history)).astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 

@@ -1,5 +1,6 @@
-"""Decoding videos that are too long or too large for one pass, in pieces: chunks in time are exact,
-tiles in space are approximations.
+"""Decoding and encoding videos that are too long or too large for one pass, in pieces: chunks in time
+are exact, tiles in space are approximations. Encoding needs less memory than decoding the same video,
+so its chunks are chosen by the same estimate.
 
 Device memory in addition to the weights, fp32, one video, as XLA for the CPU compiles it
 (`memory_analysis`: temporary buffers plus the history, which is donated). Measured with JAX 0.10.2,
@@ -97,6 +98,27 @@ def decode_chunks(step: Callable, latents: Float[Array, "B F H W C"], sizes: lis
         video, history = step(latents[:, start : start + size], history)
         start += size
         yield video
+
+
+def encode_chunks(
+    step: Callable, video: Float[Array, "B frames height width 3"], sizes: list[int], factor: int
+) -> Iterator:
+    """Yield what `step` returns of the frames of a video in chunks of `sizes` latent frames.
+
+    step: (frames of a chunk, history) -> (result, history), e.g. `AutoencoderKLWan.encode_chunk`.
+    factor: frames of a latent frame after the first one, which has one. Raises ValueError when the
+    sizes are not positive or the chunks do not make up the video.
+    """
+    frames = 1 + factor * (sum(sizes) - 1)
+    if frames != video.shape[1] or min(sizes) < 1:
+        raise ValueError(f"chunks of {sizes} latent frames do not make up {video.shape[1]} frames")
+    start = 0
+    history = ()
+    for size in sizes:
+        end = start + factor * size - (factor - 1 if start == 0 else 0)
+        result, history = step(video[:, start:end], history)
+        start = end
+        yield result
 
 
 def tile_starts(size: int, tile: int, overlap: int) -> list[int]:

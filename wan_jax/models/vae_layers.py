@@ -6,8 +6,8 @@ Diffusers runs chunks of a video with caches. A whole video gives the same if (a
 convolution sees zero frames on the left, (b) the temporal upsampling does not change the first
 frame and starts its history after it, (c) the temporal downsampling copies the first frame and
 starts its first window there, (d) `average_down` pads a zero frame in front and `duplicate_up`
-drops the first copy. Only causal convolutions look back, so their last two input frames (`History`)
-are all that a chunk needs of the previous one.
+drops the first copy. Only causal convolutions and the temporal downsampling look back, so their last
+two input frames (`History`) are all that a chunk needs of the previous one.
 """
 
 import math
@@ -44,11 +44,11 @@ def _init(rngs: nnx.Rngs, shape: tuple[int, ...], dtype) -> nnx.Param:
 
 
 class History:
-    """The two frames before a chunk at every causal convolution, in the order of their calls: all
-    that decoding needs of the previous chunks.
+    """The two frames before a chunk at every layer that looks back, in the order of their calls: all
+    that encoding or decoding needs of the previous chunks.
 
     frames: what the previous chunk left, each [B,2,H,W,C] in the compute dtype; () at the start of
-    a video. Decoding the chunk replaces them by the frames that the next chunk needs.
+    a video. The chunk replaces them by the frames that the next chunk needs.
     """
 
     def __init__(self, frames: tuple[Array, ...] = ()):
@@ -232,7 +232,9 @@ class MidBlock(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Halves height and width, and with `temporal` also the number of frames after the first."""
+    """Halves height and width, and with `temporal` also the number of frames after a video's first,
+    which must be even.
+    """
 
     def __init__(self, channels: int, temporal: bool, *, dtype, rngs: nnx.Rngs):
         self.resample_1 = Conv2d(channels, channels, stride=2, dtype=dtype, rngs=rngs)
@@ -240,17 +242,24 @@ class Downsample(nnx.Module):
             self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), dtype=dtype, rngs=rngs)
         self.temporal = temporal
 
-    def __call__(self, x: Float[Array, "B T H W _"]) -> Float[Array, "B _ _ _ _"]:
+    def __call__(
+        self, x: Float[Array, "B T H W _"], history: History | None = None
+    ) -> Float[Array, "B _ _ _ _"]:
         x = self.resample_1(x)
-        if not self.temporal or x.shape[1] == 1:
+        if not self.temporal:
             return x
-        # windows (0,1,2), (2,3,4), ...: T = 1 + 2k frames give k
+        before = history.exchange(x) if history is not None else None
+        if before is None and x.shape[1] == 1:
+            return x
+        # windows (0,1,2), (2,3,4), ...: 1 + 2k frames give k; a later chunk's first frame is the last
+        # one of the chunk before
+        frames = x if before is None else jnp.concatenate([before[:, -1:], x], axis=1)
         y = self.time_conv.bias[...].astype(x.dtype)
         for tap in range(3):
-            y = y + x[:, tap : x.shape[1] - 2 + tap : 2] @ self.time_conv.kernel[...][
+            y = y + frames[:, tap : frames.shape[1] - 2 + tap : 2] @ self.time_conv.kernel[...][
                 tap, 0, 0
             ].astype(x.dtype)
-        return jnp.concatenate([x[:, :1], y], axis=1)  # [B,1+k,H,W,C]
+        return y if before is not None else jnp.concatenate([x[:, :1], y], axis=1)
 
 
 class Upsample(nnx.Module):

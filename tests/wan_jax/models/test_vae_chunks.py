@@ -31,6 +31,10 @@ def step(graphdef, state, z, history):
 
 
 compiled_step = quick_jit(step)
+compiled_encode = quick_jit(
+    lambda graphdef, state, x, history: nnx.merge(graphdef, state).encode_chunk(x, history)
+)
+encode_whole = quick_jit(lambda graphdef, state, x: nnx.merge(graphdef, state).encode(x))
 whole = quick_jit(lambda graphdef, state, z: nnx.merge(graphdef, state).decode(z))
 
 
@@ -62,6 +66,48 @@ def test_chunks_are_the_whole_clip(settings):
         pieces = list(vae_chunks.decode_chunks(partial(compiled_step, graphdef, state), z, sizes))
         assert [p.shape[1] for p in pieces] == [4 * sizes[0] - 3, *(4 * n for n in sizes[1:])]
         assert largest_difference(np.concatenate(pieces, axis=1), expected) < 1e-5, sizes
+
+
+@pytest.mark.slow
+@BOTH
+def test_chunks_are_encoded_as_the_whole_video(settings):
+    """Mean and logvar, by chunks of 1 and 2 latent frames; Diffusers encodes the whole video alike
+    (`test_vae.py`).
+    """
+    graphdef, state = nnx.split(random_model(settings))
+    cell = settings.get("scale_factor_spatial", 8)
+    video = np.random.default_rng(4).uniform(-1, 1, (2, 13, cell, 2 * cell, 3)).astype(np.float32)
+    expected = encode_whole(graphdef, state, video)
+    assert expected[0].shape[1] == 4
+    for sizes in ([1] * 4, [2, 2], [1, 2, 1]):
+        step = partial(compiled_encode, graphdef, state)
+        pieces = list(vae_chunks.encode_chunks(step, video, sizes, 4))
+        assert [p[0].shape[1] for p in pieces] == sizes
+        for whole_video, parts in zip(expected, zip(*pieces)):
+            assert largest_difference(np.concatenate(parts, axis=1), whole_video) < 1e-5, sizes
+
+
+@pytest.mark.slow
+@BOTH
+def test_a_later_chunk_is_not_encoded_as_the_start_of_a_video(settings):
+    graphdef, state = nnx.split(random_model(settings))
+    cell = settings.get("scale_factor_spatial", 8)
+    video = np.random.default_rng(5).uniform(-1, 1, (1, 5, cell, cell, 3)).astype(np.float32)
+    _, history = compiled_encode(graphdef, state, video[:, :1], ())
+    (mean, _), after = compiled_encode(graphdef, state, video[:, 1:], history)
+    assert [h.shape for h in after] == [h.shape for h in history]
+    blank = tuple(jnp.zeros_like(h) for h in history)
+    (empty, _), _ = compiled_encode(graphdef, state, video[:, 1:], blank)
+    assert largest_difference(mean, empty) > 1e-3
+
+
+@pytest.mark.parametrize("frames", [3, 6])
+def test_a_later_chunk_has_whole_latent_frames(frames):
+    model = nnx.merge(*abstract(maker.CONFIG))
+    with pytest.raises(ValueError, match=rf"{frames} frames.* 4k frames, use 4"):
+        model.encode_chunk(jnp.zeros((1, frames, 8, 8, 3)), (jnp.zeros((1, 2, 8, 8, 3)),))
+    with pytest.raises(ValueError, match=r"\[1, 1\].* 9 frames"):
+        next(vae_chunks.encode_chunks(None, np.zeros((1, 9, 8, 8, 3)), [1, 1], 4))
 
 
 @pytest.mark.slow
@@ -138,6 +184,35 @@ def test_the_estimate_covers_what_the_published_models_need(settings, height, wi
     estimate = vae_chunks.decode_bytes(config, (1, 9, *cells), chunk)
     print(f"{needed / 1e9:.1f} GB, estimate {estimate / 1e9:.1f} GB")
     assert needed <= estimate <= 1.35 * needed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings, height, width, chunk",
+    [(WAN_21, 480, 832, 1), (WAN_22, 704, 1280, 0), (WAN_22, 704, 1280, 1)],
+    ids=["2.1 480 by 1", "2.2 704", "2.2 704 by 1"],
+)
+def test_encoding_needs_no_more_than_the_estimate_for_decoding(settings, height, width, chunk):
+    config, (graphdef, state) = from_dict(VAEConfig, settings), abstract(settings)
+
+    def encode(state, video, history):
+        return nnx.merge(graphdef, state).encode_chunk(video, history)
+
+    def frames(count):
+        return jax.ShapeDtypeStruct((1, count, height, width, 3), jnp.float32)
+
+    video, history = frames(33), ()
+    if chunk:
+        history = jax.eval_shape(encode, state, frames(1), ())[1]
+        video = frames(4 * chunk)
+    options = {"xla_backend_optimization_level": 0}
+    compiled = jax.jit(encode, donate_argnums=2, compiler_options=options)
+    memory = compiled.lower(state, video, history).compile().memory_analysis()
+    needed = memory.temp_size_in_bytes + sum(h.size * h.dtype.itemsize for h in history)
+    cells = height // config.scale_factor_spatial, width // config.scale_factor_spatial
+    estimate = vae_chunks.decode_bytes(config, (1, 9, *cells, config.z_dim), chunk)
+    print(f"{needed / 1e9:.1f} GB, estimate {estimate / 1e9:.1f} GB")
+    assert needed <= estimate
 
 
 def test_small_decodes_are_whole_and_large_ones_chunked():
