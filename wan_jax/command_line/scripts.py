@@ -10,6 +10,7 @@ COMMANDS = {
     "wan-plan": "grpo.plan",
     "wan-check-rewards": "grpo.check_rewards",
     "wan-make-prompts": "grpo.make_prompts",
+    "wan-encode-clips": "grpo.encode_clips",
     "wan-reward-head": "grpo.reward_head",
     "wan-report": "grpo.report",
     "wan-settings": "grpo.settings",
