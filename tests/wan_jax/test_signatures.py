@@ -148,7 +148,9 @@ def run_vae():
         config = from_dict(VAEConfig, settings)
         vae = AutoencoderKLWan(config, rngs=nnx.Rngs(0))
         cell = config.scale_factor_spatial
-        mean, _ = vae.encode(jnp.tanh(normal(1, 5, cell, 2 * cell, 3)))
+        pixels = jnp.tanh(normal(1, 5, cell, 2 * cell, 3))
+        mean, _ = vae.encode(pixels)
+        list(vae_chunks.encode_chunks(vae.encode_chunk, pixels, [1, 1], 4))
         vae.decode(vae.denormalise(vae.normalise(mean)))
         list(vae_chunks.decode_chunks(vae.decode_chunk, mean, [1, 1]))
         video = np.zeros((1, 5, cell, cell, 3), np.float32)
