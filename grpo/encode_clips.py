@@ -7,7 +7,7 @@
 
 Captions are in FILE.txt beside each file, or in metadata.jsonl with {"file": ..., "prompt": ...} a
 line. Frames are resized until they cover the size, and their middle is kept. The same command encodes
-what is new, and goes on after an interruption. `config.data.path` trains on the folder (docs/data.md).
+what is new, and goes on after an interruption. `config.data.path` trains on the folder (docs/howto/data.md).
 """
 
 import dataclasses

@@ -24,10 +24,13 @@ class Stream(enum.Enum):
     GROUP_STEP = ("host", 0x150)
     NOISE_LEVEL = ("host", 0xF0A)
     REWARD_HEAD = ("host", 0x4EAD)
+    DATA_ORDER = ("host", 0xDA7A)  # of a pass over the data, in place of the epoch
+    DATA_LEVEL = ("host", 0xDA1E)  # of an optimiser step, in place of the epoch
 
     ADAPTERS = ("key", 0)  # initial LoRA factors of the first expert
     ROLLOUT = ("key", 1)
     SECOND_ADAPTERS = ("key", 2)  # those of the second expert
+    DATA_NOISE = ("key", 3)  # with the number of the optimiser step folded in
 
     INITIAL_NOISE = ("step", LARGEST)  # x_T of a video, drawn as the noise of this step
     RENOISING = ("video", LARGEST)  # noise of the methods that train on finished videos

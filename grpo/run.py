@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from grpo.compiled import placement
+from grpo.data import latent_folder
 from grpo.learning.method import Method
 from grpo.learning.sde_windows import Windows, batches_with
 from grpo.settings import frame_schedule
@@ -28,6 +29,7 @@ from wan_jax.models.precision import describe
 from wan_jax.models.presets import Preset
 from wan_jax.models.quantised import Quantisation
 from wan_jax.storage import media, merged_loras, model_dir
+from wan_jax.storage.paths import expand
 
 
 def open_model(recipe: Recipe) -> model_dir.ModelDir:
@@ -108,6 +110,7 @@ class RunSpec:
                     f"model: {self.recipe.model.path} has {', '.join(self.preset.experts)}"
                 )
             _ = self.windows  # raises where an expert has no step
+            _ = self.data_shape  # raises where there is no data
         for frames in (*(self.trained_frames if training else ()), *self.evaluated_frames):
             self.shape_of(frames)  # raises where the model cannot make it
         if max(self.evaluated_frames) > 1:
@@ -168,6 +171,18 @@ class RunSpec:
         if isinstance(series, str):
             return f", prompts {series}"
         return f", {series} frames" if len(self.evaluated_frames) > 1 else ""
+
+    @functools.cached_property
+    def data_shape(self) -> tuple[int, ...] | None:
+        """(F, H, W, C) of the latents of the data; None where training sees none. Raises `UserError`
+        where the folder is no data.
+        """
+        if not self.recipe.data.used:
+            return None
+        kind, _, _ = latent_folder.read_manifest(expand(self.recipe.data.path))
+        return pipeline.latent_shape(
+            kind.frames, kind.height, kind.width, self.preset.vae, self.preset.transformer
+        )
 
     @property
     def tokens(self) -> int:

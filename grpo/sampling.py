@@ -14,6 +14,7 @@ import numpy as np
 
 from grpo.compiled.functions import Functions
 from grpo.data.prompts import PromptSet, epoch_prompts
+from grpo.learning.data_loss import DataSource
 from grpo.learning.optimiser import TrainState
 from grpo.learning.policy import Flat
 from grpo.random_streams import Stream
@@ -60,6 +61,7 @@ class Session:
         to_device: copies a moving average from host memory to the device; the identity where it
             is not offloaded.
         progress: (iterable, desc=..., total=...) -> the iterable with a progress bar.
+        data: that updates train on too; None: without.
     """
 
     functions: Functions
@@ -71,6 +73,7 @@ class Session:
     start: dict[str, Flat]
     to_device: Callable
     progress: Callable
+    data: DataSource | None = None
 
     @property
     def spec(self) -> RunSpec:

@@ -19,6 +19,7 @@ from grpo.compiled import compile, offload
 from grpo.compiled.functions import Functions
 from grpo.data.prompts import PromptSet, examples
 from grpo.learning import train_state
+from grpo.learning.data_loss import DataSource, open_run_data
 from grpo.learning.method import kl_weight
 from grpo.learning.optimiser import init_state
 from grpo.learning.policy import Flat, make_policy
@@ -170,10 +171,11 @@ def prepare(
     if recipe.lora.init and settings.lora is not None:
         with cli.user_input():
             adapters = initial_adapters(recipe.lora.init, model, settings.lora)
+    data = open_run_data(spec, model)
 
     # ---- the newest checkpoint ---------------------------------------------------------------
     checkpoints = Checkpoints(recipe.run_dir, keep=recipe.save.keep)
-    folder = RunFolder(spec, checkpoints, train_state.origin(model, prompts), lock)
+    folder = RunFolder(spec, checkpoints, train_state.origin(model, prompts, data), lock)
     resumed, spent = multihost.from_first(checkpoints.begin), Spent()
     changed = ()
     if resumed is not None:
@@ -196,6 +198,8 @@ def prepare(
             )
         )
     describe(spec, prompts)
+    if data is not None:
+        print_once(str(data))
 
     # ---- compiled functions: refused where they do not fit, before any weight is read --------
     evaluated = {"": heldout, **(more or {})}
@@ -205,6 +209,8 @@ def prepare(
         text_rows = multihost.from_first(
             lambda: pipeline.text_rows(model, texts, recipe.prompts.negative, dtype=settings.dtype)
         )
+        if data is not None:
+            text_rows = max(text_rows, pipeline.round_up_rows(data.text_rows))
         functions = Functions(spec, text_rows)
         offloaded = compile.offloads(functions, spec.memory)
     if not ended or unevaluated:
@@ -223,6 +229,10 @@ def prepare(
             cache=True,
         )
     )
+    source = None
+    if data is not None:
+        table = dataclasses.replace(table, rows=text_rows)
+        source = DataSource.make(data, table, settings.dtype)
     multihost.stage("loading the weights")
     vae_graph, vae_state = pipeline.load_vae(model, mesh)
     decode = pipeline.make_decoder(vae_graph, functions=functions.decoder)
@@ -262,6 +272,7 @@ def prepare(
         start=start,
         to_device=offload.to_device if offloads else lambda arrays: arrays,
         progress=progress_bar,
+        data=source,
     )
     tables, first = {}, len(prompts)
     for name, each in evaluated.items():

@@ -189,7 +189,8 @@ def train(
     cli.end_well_on_signals()
     if start.resumed is None:
         count = sum(v.size for state in states.values() for v in jax.tree.leaves(state.trainable))
-        print_once(f"{count:,} trained parameters, {settings.videos} videos an epoch")
+        seen = "data alone" if recipe.data.only else f"{settings.videos} videos an epoch"
+        print_once(f"{count:,} trained parameters, {seen}")
         multihost.stage("epoch 0: saving")
         folder.save(0, states, spent)
     elif start.epochs or start.unevaluated:
@@ -213,24 +214,26 @@ def train(
         start.compiled.clear()
         clock = Stopwatch()
 
-        # ---- 1 sample ------------------------------------------------------------------------
-        rollout, pending = sample_epoch(session, states, epoch, clock)
+        rollout = scores = credit = None
+        if not recipe.data.only:  # training on data alone samples and scores nothing
+            # ---- 1 sample --------------------------------------------------------------------
+            rollout, pending = sample_epoch(session, states, epoch, clock)
 
-        # ---- 2 score -------------------------------------------------------------------------
-        multihost.stage(f"epoch {epoch}: scores")
-        scores = gather_scores(pending, settings.videos, settings.main)
-        clock("score_wait")
-        rollout = zero_nonfinite(rollout, scores.finite, spec.mesh)
+            # ---- 2 score ---------------------------------------------------------------------
+            multihost.stage(f"epoch {epoch}: scores")
+            scores = gather_scores(pending, settings.videos, settings.main)
+            clock("score_wait")
+            rollout = zero_nonfinite(rollout, scores.finite, spec.mesh)
 
-        # ---- 3 credit ------------------------------------------------------------------------
-        credit = compute_credit(spec, scores, rollout.prompt_of, base)
-        if not credit.valid.any():
-            folder.save(epoch - 1, states, spent)  # finished epochs are saved despite save.every
-            raise UserError(
-                f"epoch {epoch}: not one of {settings.videos} videos could be scored; "
-                f"{scores.why()}. Epoch {epoch - 1} is saved: once this is fixed, the same command "
-                "continues after it"
-            )
+            # ---- 3 credit --------------------------------------------------------------------
+            credit = compute_credit(spec, scores, rollout.prompt_of, base)
+            if not credit.valid.any():
+                folder.save(epoch - 1, states, spent)  # finished epochs, despite save.every
+                raise UserError(
+                    f"epoch {epoch}: not one of {settings.videos} videos could be scored; "
+                    f"{scores.why()}. Epoch {epoch - 1} is saved: once this is fixed, the same "
+                    "command continues after it"
+                )
 
         # ---- 4 update ------------------------------------------------------------------------
         multihost.stage(f"epoch {epoch}: update")
@@ -246,7 +249,8 @@ def train(
         clock("update", [state.trainable for state in states.values()])
 
         # ---- 5 record ------------------------------------------------------------------------
-        if epoch > done + 1 and same_length(recipe, epoch) and not scores.nonfinite:
+        nonfinite = scores is not None and scores.nonfinite
+        if epoch > done + 1 and same_length(recipe, epoch) and not nonfinite:
             recompiled = start.compiled.warning(epoch)
             if recompiled:
                 print_once(recompiled)
@@ -257,9 +261,12 @@ def train(
         seconds = clock.seconds | {"save": save_seconds, "total": clock.total}
         # of process 0, without compilation
         working = max(0.0, multihost.gather(clock.total - start.compiled.seconds)[0])
-        spent += Spent(rollout.evaluations, working)
+        spent += Spent(0 if rollout is None else rollout.evaluations, working)
         last = epoch == recipe.epochs or settings.budget.reached(spent)
-        record = epoch_record.make(spec, epoch, rollout, scores, credit, losses, spent, seconds)
+        if rollout is None or scores is None or credit is None:
+            record = epoch_record.make_of_data(spec, epoch, losses, spent, seconds)
+        else:
+            record = epoch_record.make(spec, epoch, rollout, scores, credit, losses, spent, seconds)
         del rollout
         folder.check_held()
         log.epoch(record)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grpo.credit import Credit
+from grpo.learning.data_loss import AnchoredBatch
 from grpo.learning.method import Method
 from grpo.learning.method import kl_weight as constant_kl_weight
 from grpo.learning.optimiser import learning_rate
@@ -21,12 +22,13 @@ def update_epoch(
     session: Session,
     states: States,
     epoch: int,
-    rollout: RolloutBatch,
-    credit: Credit,
+    rollout: RolloutBatch | None,
+    credit: Credit | None,
     kl_weight: float | None = None,
 ) -> tuple[States, dict]:
-    """Return the states after the optimiser steps of an epoch, and the record of the steps. kl_weight:
-    of the KL, where the guard sets it (train.on_alarm=kl).
+    """Return the states after the optimiser steps of an epoch, and the record of the steps. rollout,
+    credit: None where the epoch trains on data alone (data.only). kl_weight: of the KL, where the
+    guard sets it (train.on_alarm=kl).
 
     The record has the `summary` of all steps, the number of videos that they trained on
     (`videos_trained`), and the summary of each expert under `EXPERTS` where two are trained. The
@@ -34,6 +36,7 @@ def update_epoch(
     rollout and update disagree.
     """
     spec, method, states = session.spec, session.spec.method, dict(states)
+    data = session.data
     measured: dict[str, list[dict[str, float]]] = {}  # of each optimiser step, by expert
     trained: set[int] = set()  # numbers of videos
     # The rollout ends with the last expert on the device, so that one is updated first. The update
@@ -43,16 +46,25 @@ def update_epoch(
         if name not in states:
             continue
         steps = measured.setdefault(name, [])
-        sampled = method.log_sampled(rollout, name, spec.windows.videos(i))
-        made = int(states[name].updates)
-        for videos, batch, share_kept in method.batches(spec, epoch, i, rollout, credit, made):
+        made, sampled = int(states[name].updates), {}
+        if rollout is None or credit is None:
+            assert data is not None, "data.only"
+            batches = data.batches(spec, i, made)
+        else:
+            sampled = method.log_sampled(rollout, name, spec.windows.videos(i))
+            batches = method.batches(spec, epoch, i, rollout, credit, made)
+        for videos, batch, share_kept in batches:
+            if data is not None and rollout is not None:
+                batch = AnchoredBatch(batch, data.batch(spec, i, made + len(steps)))
             states[name], metrics, norms = session.functions.updates[expert](
                 states[name], session.frozen(expert), batch, share_kept, kl_weight
             )
             values = metrics.averages() | {key: float(value) for key, value in norms.items()}
             check_finite(values, epoch)
             values |= {} if kl_weight is None else {"kl_weight": kl_weight}
-            values |= kl_share(values, method, constant_kl_weight(type(method), spec.recipe))
+            weight = constant_kl_weight(type(method), spec.recipe)
+            values |= kl_share(values, method, weight)
+            values |= data_share(values, method, weight, spec.recipe.data.weight)
             values["learning_rate"] = learning_rate(spec.settings.optimiser, made + len(steps))
             if not steps:
                 values |= method.check_first(values, epoch)
@@ -80,6 +92,24 @@ def kl_share(values: Mapping[str, float], method: Method, weight: float) -> dict
     policy = values["policy_loss"] - (term if method.loss_has_kl else 0.0)
     total = abs(policy) + abs(term)
     return {"kl_share": abs(term) / total if total else 0.0}
+
+
+def data_share(
+    values: Mapping[str, float], method: Method, kl_weight: float, weight: float
+) -> dict[str, float]:
+    """Return {"data_share": |w D| / (|policy term| + |KL term| + |w D|)} of an update's loss, with
+    the error D on data; {} where data are no term of it.
+
+    values: of the update. kl_weight: of the KL where that does not adapt. weight: w.
+    """
+    if not {"data_error", "policy_loss"} <= values.keys():
+        return {}
+    kl = values.get("kl_weight", kl_weight) * values.get("kl", 0.0)
+    kl = 0.0 if method.sampling_kl is not None else kl
+    policy = values["policy_loss"] - (kl if method.loss_has_kl else 0.0)
+    term = abs(weight * values["data_error"])
+    total = abs(policy) + abs(kl) + term
+    return {"data_share": term / total if total else 0.0}
 
 
 def summary(updates: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo.compiled import offload
-from grpo.learning import abstract, optimiser
+from grpo.learning import abstract, data_loss, optimiser
 from grpo.learning.optimiser import TrainState, state_shapes
 from grpo.learning.policy import Policy, make_structure
 from grpo.learning.sde_windows import ONE_PER_GROUP
@@ -132,8 +132,13 @@ class Functions:
         module = offload if spec.recipe.train.offload_optimiser else optimiser
 
         def make(key):
+            gradient = method.make_gradient(self.policy, self.table, key)
+            if spec.recipe.data.used and not spec.recipe.data.only:
+                gradient = data_loss.with_data(
+                    gradient, self.policy, self.table, spec.recipe.data.weight
+                )
             return module.make_update(
-                method.make_gradient(self.policy, self.table, key),
+                gradient,
                 self.policy,
                 spec.settings.optimiser,
                 spec.mesh,
@@ -185,7 +190,7 @@ class Functions:
         for lengths, make in (
             (training, Functions.training_steps),
             (evaluation, Functions.evaluation_steps),
-            (training, Functions.decode),
+            ({} if self.spec.recipe.data.only else training, Functions.decode),
             (evaluation, Functions.evaluation_decode),
         ):
             for length, functions_at_length in lengths.items():
@@ -196,8 +201,10 @@ class Functions:
         return list(distinct.values())
 
     def training_steps(self) -> list[Program]:
-        """Return the denoising and optimiser steps of all experts."""
-        experts = range(len(self.spec.preset.experts))
+        """Return the denoising and optimiser steps of all experts; training on data alone has no
+        rollout.
+        """
+        experts = range(0 if self.spec.recipe.data.only else len(self.spec.preset.experts))
         return shared(
             [*map(self.rollout_step, experts), *map(self.update, self.spec.trained_experts)]
         )
@@ -383,7 +390,7 @@ class Functions:
     @functools.cached_property
     def trajectories(self) -> tuple:
         """The arrays that the rollout of an epoch leaves on the devices."""
-        return self.spec.method.epoch_shapes(self)
+        return () if self.spec.recipe.data.only else self.spec.method.epoch_shapes(self)
 
     @property
     def unstacked(self) -> list:
@@ -392,7 +399,11 @@ class Functions:
 
     def update_batch(self, expert: int):
         """Return the batch of one optimiser step of an expert."""
-        return self.spec.method.batch_shapes(self, expert)
+        data = self.spec.recipe.data
+        if data.only:
+            return data_loss.data_shapes(self)
+        batch = self.spec.method.batch_shapes(self, expert)
+        return data_loss.AnchoredBatch(batch, data_loss.data_shapes(self)) if data.used else batch
 
     @property
     def step_per_video(self) -> bool:

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import warnings
 import zlib
 from collections.abc import Generator, Iterator
 
@@ -219,17 +220,29 @@ def _opaque(frame: Image.Image) -> Image.Image:
 
 def _meta(path: pathlib.Path) -> dict:
     """Return what the head of a video says. Raises OSError or ValueError on one without frames."""
-    with contextlib.closing(imageio_ffmpeg.read_frames(str(path))) as reader:
+    with _reading(path) as reader:
         meta = next(reader)
     if not meta["fps"]:
         raise ValueError("its frame rate is not known")
     return meta
 
 
+@contextlib.contextmanager
+def _reading(path: pathlib.Path) -> Iterator[Generator]:
+    """Yield ffmpeg's reader of a video, which is ended afterwards."""
+    # the forked process runs ffmpeg at once, which is safe in spite of JAX's threads
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning
+        )
+        with contextlib.closing(imageio_ffmpeg.read_frames(str(path))) as reader:
+            yield reader
+
+
 def _mp4(path: pathlib.Path) -> Generator[tuple[float, Image.Image]]:
     """Yield the frames of a video in MP4."""
     meta = _meta(path)
-    with contextlib.closing(imageio_ffmpeg.read_frames(str(path))) as reader:
+    with _reading(path) as reader:
         next(reader)
         for number, data in enumerate(reader, 1):
             yield number / meta["fps"], Image.frombytes("RGB", meta["size"], data)

@@ -207,6 +207,13 @@ class LatentData:
     def __len__(self) -> int:
         return len(self.items)
 
+    def __str__(self) -> str:
+        kind = self.kind
+        return (
+            f"data: {len(self)} items of {kind.frames} x {kind.height} x {kind.width} with their own "
+            f"prompts ({self.digest[:12]})"
+        )
+
     @functools.cached_property
     def _arrays(self) -> dict[str, np.ndarray]:
         names = {_file(i.shard, part) for i in self.items for part in ("latents", "text")}

@@ -195,7 +195,6 @@ class FlowMatching(Method):
 
     Class attributes:
         logs: names of the further values that `loss` returns.
-        rollout_levels: whether noise levels are those of the rollout's steps, not logit-normal.
     """
 
     kl_weight: float = 0.0
@@ -402,33 +401,44 @@ class FlowMatching(Method):
         """Return the noise levels of the videos of an epoch for the expert of a segment. Their number
         is the segment's quota. They are a function of (seed, epoch, expert, video, draw).
 
-        Draw j of K is from the j-th of K equal parts of the distribution, so that few draws cover
-        it. With `rollout_levels` the distribution is uniform over the expert's steps of the rollout.
-        Otherwise it is logit-normal, s = sigmoid(N(0, 1)) (Esser et al., arXiv 2403.03206),
-        restricted to [1e-3, 1 - 1e-3] and to the expert's levels: those from the model's boundary
-        up for expert 0, those below for expert 1.
+        Draw j of K is from the j-th of K equal parts of the distribution (`levels_at`), so that few
+        draws cover it.
         """
-        expert, steps = spec.segments[segment].expert, spec.segments[segment].steps
-        quotas, schedule = spec.windows.quotas, spec.schedule
+        expert, quotas = spec.segments[segment].expert, spec.windows.quotas
         count = quotas[segment]
         draw = sum(quotas[:segment]) + np.arange(count, dtype=np.int32)
         rng = Stream.NOISE_LEVEL.generator(spec.recipe.seed, epoch, expert)
         uniform = rng.random((spec.settings.videos, count))
         share = (np.arange(count) + uniform) / count  # from 0 to 1
-        if self.rollout_levels:
-            step = np.minimum(steps.start + (share * len(steps)).astype(int), steps.stop - 1)
-            return Levels(schedule.sigmas[step], schedule.timesteps[step], draw)
-        low, high = LEAST_LEVEL, 1 - LEAST_LEVEL
-        boundary = spec.preset.boundary
-        if boundary is not None and expert == 0:
-            low = max(boundary, low)
-        elif boundary is not None:
-            high = min(boundary, high)
-        normal = NormalDist()
-        first, last = (normal.cdf(np.log(level / (1 - level))) for level in (low, high))
-        quantile = np.vectorize(normal.inv_cdf)(first + share * (last - first))
-        sigma = np.clip(1 / (1 + np.exp(-quantile)), low, high).astype(np.float32)
-        return Levels(sigma, 1000 * sigma, draw)
+        return Levels(*levels_at(spec, segment, share, self.rollout_levels), draw)
+
+
+def levels_at(
+    spec: "RunSpec", segment: int, share: np.ndarray, rollout_levels: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the noise levels of the expert of a segment at these shares of their distribution, from 0
+    to 1, and the timesteps of the model there, float32 as `share`.
+
+    With `rollout_levels` the distribution is uniform over the expert's steps of the rollout.
+    Otherwise it is logit-normal, s = sigmoid(N(0, 1)) (Esser et al., arXiv 2403.03206), restricted to
+    [1e-3, 1 - 1e-3] and to the expert's levels: those from the model's boundary up for expert 0,
+    those below for expert 1.
+    """
+    expert, steps = spec.segments[segment].expert, spec.segments[segment].steps
+    if rollout_levels:
+        step = np.minimum(steps.start + (share * len(steps)).astype(int), steps.stop - 1)
+        return spec.schedule.sigmas[step], spec.schedule.timesteps[step]
+    low, high = LEAST_LEVEL, 1 - LEAST_LEVEL
+    boundary = spec.preset.boundary
+    if boundary is not None and expert == 0:
+        low = max(boundary, low)
+    elif boundary is not None:
+        high = min(boundary, high)
+    normal = NormalDist()
+    first, last = (normal.cdf(np.log(level / (1 - level))) for level in (low, high))
+    quantile = np.vectorize(normal.inv_cdf)(first + share * (last - first))
+    sigma = np.clip(1 / (1 + np.exp(-quantile)), low, high).astype(np.float32)
+    return sigma, 1000 * sigma
 
 
 def check_range(config, *names: str, least: float | None = None) -> None:

@@ -45,6 +45,8 @@ class Method(abc.ABC):
         keeps_steps: whether the rollout keeps its stochastic steps.
         pairs: whether a row of a batch is a pair of a better and a worse video.
         one_per_group: whether it trains on one row of each group.
+        rollout_levels: whether noise levels of finished videos and of data are those of the rollout's
+            steps, not logit-normal.
     """
 
     name: ClassVar[str]
@@ -56,6 +58,7 @@ class Method(abc.ABC):
     keeps_steps: ClassVar[bool] = False
     pairs: ClassVar[bool] = False
     one_per_group: ClassVar[bool] = False
+    rollout_levels: ClassVar[bool] = True
 
     @classmethod
     def check(cls, recipe: "Recipe") -> None:

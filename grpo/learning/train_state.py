@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from grpo.data.latent_folder import LatentData
 from grpo.data.prompts import PromptSet
 from grpo.learning.kl import KLControl
 from grpo.learning.optimiser import TrainState
@@ -48,10 +49,10 @@ def state_tree(states: dict[str, TrainState]) -> dict:
     return tree
 
 
-def origin(model: ModelDir, prompts: PromptSet) -> dict[str, Any]:
-    """Return digests of the model and of the training prompts with their targets, and the LoRAs
-    merged into the model, with which a run must continue. Digests do not depend on paths. The
-    model's is None for folders of earlier versions.
+def origin(model: ModelDir, prompts: PromptSet, data: LatentData | None = None) -> dict[str, Any]:
+    """Return digests of the model, of the training prompts with their targets and of the data, and
+    the LoRAs merged into the model, with which a run must continue. Digests do not depend on paths.
+    The model's is None for folders of earlier versions.
     """
     targets = [
         ([t.targets, t.metadata] if t.metadata else t.targets) if isinstance(t, PromptRecord) else t
@@ -62,6 +63,7 @@ def origin(model: ModelDir, prompts: PromptSet) -> dict[str, Any]:
         "model_digest": model.fingerprint,
         "prompts_digest": hashlib.sha256(text.encode()).hexdigest(),
         "loras": [lora.record for lora in model.loras],
+        "data_digest": None if data is None else data.digest,
     }
 
 
@@ -70,20 +72,26 @@ def check_resume(
 ) -> tuple[str, ...]:
     """Return the settings that the run changes when it continues, as `parse.check_resume` does. Raise
     `UserError` where a run cannot continue after its checkpoint with these settings, this model and
-    these prompts.
+    these prompts and this data.
 
     meta: of the checkpoint. checkpoint: its path. config: the settings as nested dicts. belongs:
-    `origin` of the model and the prompts. prompts.train is compared by content; by path only where
-    the checkpoint is of an earlier version, which has no digest. model.loras is compared by content
-    and scale.
+    `origin` of the model, the prompts and the data. prompts.train is compared by content; by path
+    only where the checkpoint is of an earlier version, which has no digest. So is data.path, and
+    model.loras by content and scale.
     """
     saved, now = _with_loras(meta["config"], meta), _with_loras(config, belongs)
     before, after = meta.get("prompts_digest"), belongs["prompts_digest"]
     if before == after:
-        now = _with_training_prompts(now, saved["prompts"]["train"])
+        now = _with_path(now, "prompts", "train", saved["prompts"]["train"])
     elif before is not None:
-        saved = _with_training_prompts(saved, f"{saved['prompts']['train']} ({before[:12]})")
-        now = _with_training_prompts(now, f"{now['prompts']['train']} ({after[:12]})")
+        saved = _with_digest(saved, "prompts", "train", before)
+        now = _with_digest(now, "prompts", "train", after)
+    before, after = meta.get("data_digest"), belongs.get("data_digest")
+    if before == after and "data" in saved:
+        now = _with_path(now, "data", "path", saved["data"]["path"])
+    elif before != after:
+        saved = _with_digest(saved, "data", "path", before)
+        now = _with_digest(now, "data", "path", after)
     changed = parse.check_resume(saved, now, str(checkpoint))
     model.check_same(meta.get("model_digest"), meta["model"], str(checkpoint), "config.model.path")
     return changed
@@ -95,9 +103,15 @@ def _with_loras(config: dict, belongs: dict) -> dict:
     return config | {"model": config["model"] | {"loras": loras}}
 
 
-def _with_training_prompts(config: dict, name: str) -> dict:
-    """Return settings with another name of the training prompts."""
-    return config | {"prompts": config["prompts"] | {"train": name}}
+def _with_path(config: dict, section: str, key: str, path: str) -> dict:
+    """Return settings with another path in a section."""
+    return config | {section: config.get(section, {}) | {key: path}}
+
+
+def _with_digest(config: dict, section: str, key: str, digest: str | None) -> dict:
+    """Return settings with a digest behind a path, so that equal paths differ."""
+    path = config.get(section, {}).get(key, "")
+    return _with_path(config, section, key, f"{path} ({str(digest)[:12]})")
 
 
 def save(

@@ -52,14 +52,36 @@ def make(
     return sampled | losses | scored
 
 
+def make_of_data(
+    spec: RunSpec, epoch: int, losses: dict, spent: Spent, seconds: dict[str, float]
+) -> dict:
+    """Return the record of an epoch that trained on data alone. The arguments are those of `make`."""
+    return {
+        "epoch": epoch,
+        "time": timestamp(),
+        "evaluations": 0,
+        **losses,
+        "spent_evaluations": spent.evaluations,
+        "spent_seconds": spent.seconds,
+        "videos": 0,
+        "seconds": seconds,
+        "idle_share": max(0.0, 1 - seconds["update"] / seconds["total"]),
+        "peak_memory": memory.peaks().known(),
+    }
+
+
 def line(record: dict, epochs: int, progress: Progress) -> str:
     """Return an epoch's record in a line of at most `COLUMNS` characters; scores that failed are
     named in a second one.
     """
-    parts = [
-        f"epoch {record['epoch']}/{epochs}: reward {record['reward_mean']:.3f}",
-        f"spread {record['group_std']:.3f}",
-    ]
+    begin = f"epoch {record['epoch']}/{epochs}: "
+    if "reward_mean" in record:
+        parts = [
+            f"{begin}reward {record['reward_mean']:.3f}",
+            f"spread {record['group_std']:.3f}",
+        ]
+    else:
+        parts = [f"{begin}error on data {record['flow_error']:.4f}"]
     gradient = record.get("grad_norm")
     parts.append("nothing to learn from" if gradient is None else f"grad {gradient:.1e}")
     if "ratio_max_error" in record:
@@ -74,5 +96,5 @@ def line(record: dict, epochs: int, progress: Progress) -> str:
 
     while len(text()) > COLUMNS:  # leave out the shortest stages, then the last measures
         (stages or parts).pop()
-    failures = format_failures(record["failed_scores"], record)
+    failures = format_failures(record.get("failed_scores", 0), record)
     return f"{text()}\n  {failures}" if failures else text()

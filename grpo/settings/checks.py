@@ -32,6 +32,7 @@ def check_together(recipe) -> None:
     check_kl_gate(recipe)
     check_alarm_kl(recipe)
     check_lora(recipe)
+    check_data(recipe)
     check_evaluation(recipe)
     frame_schedule.check(recipe)
 
@@ -218,6 +219,26 @@ def check_lora(recipe) -> None:
         raise UserError(
             f"config.lora.init={lora.init} needs adapters to start from: set config.lora.rank as "
             "in the file"
+        )
+
+
+def check_data(recipe) -> None:
+    """Check that training on data alone has data, and the method whose loss it has."""
+    data, train = recipe.data, recipe.train
+    if data.only and not data.path:
+        raise UserError(
+            "config.data.only=True trains on data alone, and config.data.path='' names none: give a "
+            "folder that python -m grpo.encode_clips wrote"
+        )
+    if data.only and train.method != "sft":
+        raise UserError(
+            f"config.data.only=True is supervised fine-tuning, and train.method={train.method} is "
+            "not: set --config.train.method=sft, or data.only=False for an anchor"
+        )
+    if data.only and train.guided:
+        raise UserError(
+            "config.data.only=True trains the velocity without guidance, and train.guided=True is "
+            "about the guided one: set it to False"
         )
 
 

@@ -13,6 +13,7 @@ from dataclasses import field
 
 from grpo.settings.budget import Budget
 from grpo.settings.named import own_names, pairs
+from grpo.settings.sections.data import Data
 from grpo.settings.sections.model import LoRA, Mesh, Model
 from grpo.settings.sections.records import Eval, Log, Save
 from grpo.settings.sections.reward import Reward, Weights
@@ -55,6 +56,7 @@ class Recipe(Section):
     prompts: Prompts = field(default_factory=Prompts)
     sample: Sample = field(default_factory=Sample)
     train: Train = field(default_factory=Train)
+    data: Data = field(default_factory=Data)
     reward: Reward = field(default_factory=Reward)
     eval: Eval = field(default_factory=Eval, metadata=RESUME)
     log: Log = field(default_factory=Log, metadata=PER_PROCESS)

@@ -8,6 +8,18 @@ from grpo import methods
 from grpo.settings.choices import JUDGE, JUDGE_QUESTIONS, SLIDING
 from grpo.settings.schema import SETTINGS, values_of
 
+# settings of an epoch's videos, which training on data alone does not make
+OF_VIDEOS = (
+    "data.weight",
+    "train.timesteps",
+    "train.kl_gate",
+    "train.box_credit",
+    "sample.frame_schedule",
+    "sample.groups",
+    "sample.group_size",
+    "sample.ode_solver",
+)
+
 
 def unread(recipe) -> dict[str, str]:
     """Returns {key: reason} of all settings that the run of a recipe does not read. The reason is the
@@ -70,6 +82,17 @@ def unread(recipe) -> dict[str, str]:
             max(recipe.sample.guidance, recipe.eval.guidance) <= 1 and not train.cfg_distill_weight,
             "no guidance",
             ("prompts.negative",),
+        ),
+        (
+            not recipe.data.path,
+            "data.path is empty",
+            ("data.weight", "data.batch_size", "data.only"),
+        ),
+        (recipe.data.only, "data.only=True", OF_VIDEOS),
+        (
+            recipe.data.path and not recipe.data.weight and not recipe.data.only,
+            f"data.weight={recipe.data.weight:g}",
+            ("data.path", "data.batch_size"),
         ),
         (not recipe.lora.rank, "lora.rank=0", ("lora.alpha", "lora.targets")),
         (

@@ -15,11 +15,12 @@ from wan_jax.inference import pipeline
 from wan_jax.storage import model_dir
 
 # of a recipe: what the jitted functions follow from
-SECTIONS = ("model", "lora", "sample", "train", "eval", "mesh")
+SECTIONS = ("model", "lora", "sample", "train", "data", "eval", "mesh")
 UNRELATED = {
     "model": ("path", "offload", "loras"),
     "lora": ("init",),
     "eval": ("every", "seed", "previews"),
+    "data": ("path",),
 }
 decoder = functools.cache(lambda vae: pipeline.decoder_functions(model_dir.abstract("vae", vae)[0]))
 choose_mesh = placement.choose_mesh
@@ -39,7 +40,8 @@ def shared_functions(spec: RunSpec, text_rows: int) -> Functions:
         for name in SECTIONS
     }
     mesh = spec.mesh.devices.tolist(), dict(spec.mesh.shape)
-    key = repr((spec.preset, sections, mesh, spec.backend, spec.memory, text_rows))
+    known = spec.preset, sections, mesh, spec.backend, spec.memory, text_rows, spec.data_shape
+    key = repr(known)
     functions = Functions(spec, text_rows)
     vars(functions)["decoder"] = decoder(spec.preset.vae)
     like = shared.setdefault(key, functions)

@@ -66,6 +66,15 @@ def test_our_recipes_set_nothing_in_vain(name):
         ),
         ({"train.kl_horizon": 1.0}, "train.kl_horizon (train.method=nft)"),
         ({"lora.rank": 0, "lora.alpha": 1.0}, "lora.alpha (lora.rank=0)"),
+        ({"data.weight": 1.0}, "data.weight (data.path is empty)"),
+        (
+            {"data.path": "signs", "data.weight": 0.0, "data.batch_size": 3},
+            "data.batch_size, data.path (data.weight=0)",
+        ),
+        (
+            {"data.path": "signs", "data.only": True, "train.method": "sft", "train.timesteps": 2},
+            "train.timesteps (data.only=True)",
+        ),
         (
             {"reward.patience": 1.0, "log.wandb.entity": "us"},
             "log.wandb.entity (log.wandb.project is empty); reward.patience (reward.servers=())",

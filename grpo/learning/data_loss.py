@@ -1,0 +1,219 @@
+"""The loss on data: flow matching on pictures or videos with their own prompts, as an anchor of any
+method or alone.
+
+    L = L_method + w mean over pairs of mean((v(x_s, s, c) - (e - x0))^2),   x_s = (1 - s) x0 + s e
+
+x0 are latents of the data, c is the prompt of each of them, and v the velocity without guidance. It is
+the data term of DDRL (cosmos-rl's "data" loss, with weight w 0.01). There the noised data have the
+prompts, the noise and the noise levels of the rollout; here each has its own prompt, and noise and
+levels are drawn for it. The levels have the distribution of the method: the rollout's steps, or
+logit-normal (`flow_matching.levels_at`).
+
+Every draw is a function of (seed, expert, number of the optimiser step, place in its batch), so a run
+that is resumed repeats it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo.data.latent_folder import LatentData, open_data
+from grpo.learning import abstract
+from grpo.learning.flow_matching import FinishedBatch, FlowMetrics, levels_at
+from grpo.learning.optimiser import GradientInputs
+from grpo.learning.policy import Flat, Policy
+from grpo.learning.selection import Selection, layout
+from grpo.methods.sft import SFT
+from grpo.random_streams import Stream
+from grpo.rollout import StepTable
+from wan_jax.command_line import cli
+from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.distributed import multihost
+from wan_jax.distributed import sharding as sharding_lib
+from wan_jax.errors import UserError
+from wan_jax.inference.pipeline import TextTable
+from wan_jax.storage.model_dir import ModelDir
+
+if TYPE_CHECKING:
+    from grpo.compiled.functions import Functions
+    from grpo.run import RunSpec
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AnchoredBatch:
+    """The batch of an optimiser step with data.
+
+    Attributes:
+        method: the batch of the method.
+        data: M micro-batches of data, with one noise level a row.
+    """
+
+    method: Any
+    data: FinishedBatch
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AnchoredMetrics:
+    """The metrics of a method's update, and those of its data."""
+
+    method: Any
+    data: FlowMetrics
+
+    @property
+    def count(self) -> jax.Array:
+        """The number of the method's rows."""
+        return self.method.count
+
+    @property
+    def kl(self) -> jax.Array:
+        """The sum of the KL over the method's rows."""
+        return self.method.kl
+
+    def averages(self) -> dict[str, float]:
+        """Return the method's means for the log, and `data_error`, the flow-matching error on data."""
+        return self.method.averages() | {"data_error": self.data.averages()["flow_error"]}
+
+
+def with_data(gradient: Callable, policy: Policy, table: StepTable, weight: float) -> Callable:
+    """Return the gradient of a method's loss with that on data: (trainable, inputs, frozen,
+    `AnchoredBatch`) -> (gradient, `AnchoredMetrics`).
+
+    gradient: the result of `Method.make_gradient`. policy, table: as given there. weight: w.
+    """
+    of_data = SFT().make_gradient(policy, table, 1.0)
+
+    def anchored(trainable: Flat, inputs: GradientInputs, frozen, batch: AnchoredBatch):
+        grads, metrics = gradient(trainable, inputs, frozen, batch.method)
+        pull, data = of_data(trainable, GradientInputs(None, {}), frozen, batch.data)
+        total = jax.tree.map(lambda g, d: g + weight * d, grads, pull)
+        return total, AnchoredMetrics(metrics, data)
+
+    return anchored
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSource:
+    """The data of a run.
+
+    Attributes:
+        data: the latents, on disk.
+        table: the embeddings of the prompts of all items.
+    """
+
+    data: LatentData
+    table: TextTable
+
+    @classmethod
+    def make(cls, data: LatentData, table: TextTable, dtype) -> "DataSource":
+        """Return the source of a run. table: of the run's prompts; its rows suffice for the data's.
+        dtype: of the embeddings on the devices.
+        """
+        rows = tuple(text.astype(dtype) for text in data.texts())
+        return cls(data, dataclasses.replace(table, prompts=rows))
+
+    def batch(self, spec: "RunSpec", segment: int, update: int) -> FinishedBatch:
+        """Return the data of an optimiser step of the expert of a segment. update: number of the
+        expert's optimiser steps so far.
+        """
+        seed, expert = spec.recipe.seed, spec.segments[segment].expert
+        size, mesh = data_rows(spec), spec.mesh
+        numbers = draw_numbers(seed, update, len(self.data), size)
+        share = draw_shares(seed, update, expert, size)
+        sigma, timestep = levels_at(spec, segment, share, spec.method.rollout_levels)
+        every = Selection(np.arange(size), None, np.ones(size, np.float32), np.ones(size, bool))
+        shards = mesh_lib.batch_shards(mesh)
+        (chosen,) = every.batches(1, spec.recipe.sample.batch_size, shards)
+        places = chosen.videos  # int [M, B], in the batch; those that fill it up repeat others
+        sharded, replicated = sharding_lib.batch_sharding(mesh), sharding_lib.replicated(mesh)
+        latents = [sharding_lib.place(self.data.latents(numbers[p]), sharded) for p in places]
+        texts = [self.table.batch(numbers[p], sharded, replicated) for p in places]
+        key = jax.random.fold_in(Stream.DATA_NOISE.key(jax.random.key(seed)), update)
+        return FinishedBatch(
+            x0=jnp.stack(latents),
+            worse=None,
+            text=jax.tree.map(lambda *leaves: jnp.stack(leaves), *texts),
+            video=jnp.stack([sharding_lib.place(p.astype(np.int32), sharded) for p in places]),
+            sigma=jnp.asarray(sigma[places][:, None]),
+            timestep=jnp.asarray(timestep[places][:, None]),
+            weight=jnp.asarray(chosen.weight),
+            valid=jnp.asarray(chosen.valid),
+            draw=jnp.asarray(np.array([expert], np.int32)),
+            key=key,
+        )
+
+    def batches(
+        self, spec: "RunSpec", segment: int, update: int
+    ) -> Iterator[tuple[np.ndarray, FinishedBatch, dict[str, float]]]:
+        """Yield what `Method.batches` does, for an epoch that trains on data alone."""
+        for number in range(spec.recipe.train.updates_per_epoch):
+            yield np.arange(0), self.batch(spec, segment, update + number), {}
+
+
+def open_run_data(spec: "RunSpec", model: ModelDir) -> LatentData | None:
+    """Return the data that training sees, whose files are compared with their digests; None without
+    any. Raises `UserError`, also where the processes of a run have different data.
+    """
+    recipe = spec.recipe
+    if not recipe.data.used:
+        return None
+    with cli.user_input():
+        data = open_data(recipe.data.path, model)
+    if jax.process_count() > 1:
+        multihost.check_same_facts({"config.data.path": str(data)})
+    if data.shape != spec.data_shape:
+        raise UserError(
+            f"config.data.path={recipe.data.path} has latents of {list(data.shape)}, and this model's "
+            f"are {list(spec.data_shape or ())}: encode the data with --model={model.path}"
+        )
+    return data
+
+
+def data_rows(spec: "RunSpec") -> int:
+    """Return the number of pairs of an optimiser step."""
+    return spec.recipe.data.batch_size or spec.recipe.sample.batch_size
+
+
+def draw_numbers(seed: int, update: int, total: int, size: int) -> np.ndarray:
+    """Return the numbers of the pairs of an optimiser step, int [size]: the next ones of shuffled
+    passes over all `total` pairs, none of which is left out.
+    """
+    first = update * size
+    positions = np.arange(first, first + size)
+    passes = range(first // total, (first + size - 1) // total + 1)
+    orders = [Stream.DATA_ORDER.generator(seed, number).permutation(total) for number in passes]
+    return np.concatenate(orders)[positions - passes.start * total]
+
+
+def draw_shares(seed: int, update: int, expert: int, size: int) -> np.ndarray:
+    """Return where the noise levels of the pairs of an optimiser step lie in their distribution,
+    float64 [size] from 0 to 1: one in each of `size` equal parts, in a random order.
+    """
+    rng = Stream.DATA_LEVEL.generator(seed, update, expert)
+    return (rng.permutation(size) + rng.random(size)) / size
+
+
+def data_shapes(functions: "Functions") -> FinishedBatch:
+    """Return the abstract data of an optimiser step."""
+    spec = functions.spec
+    shards = mesh_lib.batch_shards(spec.mesh)
+    m, b = layout(data_rows(spec), 1, spec.recipe.sample.batch_size, shards)
+    assert spec.data_shape is not None
+    levels = abstract.array((m, 1, b), jnp.float32)
+    return FinishedBatch(
+        x0=functions.rows(jnp.float32, m, shape=spec.data_shape, batch=b),
+        worse=None,
+        text=functions.text(m, batch=b),
+        video=functions.rows(jnp.int32, m, batch=b),
+        sigma=levels,
+        timestep=levels,
+        weight=abstract.array((m, b), jnp.float32),
+        valid=abstract.array((m, b), bool),
+        draw=abstract.array((1,), jnp.int32),
+        key=functions.random_key(),
+    )

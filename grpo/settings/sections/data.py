@@ -1,0 +1,43 @@
+"""Data that training sees besides its own videos: `data`."""
+
+import dataclasses
+
+from grpo.settings.setting import Section, setting
+from wan_jax.command_line.limits import Range
+
+
+@dataclasses.dataclass(frozen=True)
+class Data(Section):
+    """Pictures or videos with their own prompts, on which every optimiser step trains too. See docs/howto/data.md."""
+
+    path: str = setting(
+        "",
+        "Folder of data, written by `python -m grpo.encode_clips`. A run that is continued may name "
+        "another folder with the same content. Empty: no data.",
+        path=True,
+        per_process=True,
+        experimental=True,
+    )
+    weight: float = setting(
+        0.01,
+        "Weight of the flow-matching error on the data in the loss of any method. 0: no data.",
+        bounds=Range(0),
+        experimental=True,
+    )
+    batch_size: int | None = setting(
+        None,
+        "Pictures or videos of the data in every optimiser step. None: sample.batch_size.",
+        bounds=Range(1),
+        experimental=True,
+    )
+    only: bool = setting(
+        False,
+        "Whether an epoch trains on the data alone, with the loss of train.method=sft: nothing is "
+        "sampled or scored between evaluations. It has train.updates_per_epoch optimiser steps.",
+        experimental=True,
+    )
+
+    @property
+    def used(self) -> bool:
+        """Whether training sees data."""
+        return bool(self.path) and (self.only or self.weight > 0)
