@@ -173,13 +173,20 @@ class RunSpec:
         return f", {series} frames" if len(self.evaluated_frames) > 1 else ""
 
     @functools.cached_property
-    def data_shape(self) -> tuple[int, ...] | None:
-        """(F, H, W, C) of the latents of the data; None where training sees none. Raises `UserError`
-        where the folder is no data.
+    def data_kind(self) -> latent_folder.Kind | None:
+        """What the data are; None where training sees none. Raises `UserError` where the folder is no
+        data.
         """
         if not self.recipe.data.used:
             return None
-        kind, _, _ = latent_folder.read_manifest(expand(self.recipe.data.path))
+        return latent_folder.read_manifest(expand(self.recipe.data.path))[0]
+
+    @property
+    def data_shape(self) -> tuple[int, ...] | None:
+        """(F, H, W, C) of the latents of the data; None where training sees none."""
+        kind = self.data_kind
+        if kind is None:
+            return None
         return pipeline.latent_shape(
             kind.frames, kind.height, kind.width, self.preset.vae, self.preset.transformer
         )

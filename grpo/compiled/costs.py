@@ -15,6 +15,7 @@ from grpo import run as run_lib
 from grpo.compiled import device_kinds
 from grpo.compiled.device_kinds import Kind
 from grpo.compiled.functions import Functions, Program
+from grpo.learning.data_loss import data_rows
 from grpo.run import RunSpec
 from wan_jax.models import flops
 
@@ -106,6 +107,7 @@ def work(functions: Functions) -> Work:
         spec.method.rollout_passes(spec, i) * spec.trained_steps(i) * forward[i]
         for i in spec.trained_experts
     )
+    sampled = not spec.recipe.data.only
     # evaluation: all steps by the expert with more FLOPs, and again without guidance
     steps, unguided = spec.recipe.eval.steps, bool(functions.unguided_steps)
     evaluation = max(count(functions.ode_step(i)) for i in experts) * steps
@@ -113,12 +115,35 @@ def work(functions: Functions) -> Work:
         evaluation += count(functions.unguided_step()) * steps
     eval_decode = decode_flops(functions, spec.eval_shape) * (1 + unguided)
     return Work(
-        sample=batches * sample,
-        decode=batches * decode_flops(functions, spec.shape),
-        update=spec.method.passes * trained,
+        sample=sampled * batches * sample,
+        decode=sampled * batches * decode_flops(functions, spec.shape),
+        update=sampled * spec.method.passes * trained + data_flops(functions),
         eval_sample=spec.eval_batches * evaluation,
         eval_decode=spec.eval_batches * eval_decode,
     )
+
+
+def data_flops(functions: Functions) -> float:
+    """Return the FLOPs of the data in the updates of an epoch."""
+    spec, kind = functions.spec, functions.spec.data_kind
+    if kind is None:
+        return 0.0
+    size = {"frames": kind.frames, "height": kind.height, "width": kind.width}
+    like = spec.changed(sample=size | {"guidance": 1.0, "guidance_2": None, "frame_schedule": ()})
+    branches = 2 if spec.method.sampling_kl else 1
+    step = Functions(like, functions.text_rows).rollout_step(spec.trained_experts[0])
+    return data_passes(spec) * count(step) / branches
+
+
+def data_passes(spec: RunSpec) -> float:
+    """Return the cost of the data in the updates of an epoch, in forward passes of a rollout batch
+    without guidance. The loss on data needs the policy, alone also the other models of its method.
+    """
+    if spec.data_kind is None:
+        return 0.0
+    updates = spec.recipe.train.updates_per_epoch * len(spec.trained_experts)
+    passes = spec.method.passes if spec.recipe.data.only else 3
+    return updates * passes * data_rows(spec) / spec.recipe.sample.batch_size
 
 
 def epochs_in_evaluations(spec: RunSpec) -> float:
@@ -137,7 +162,10 @@ def epochs_in_evaluations(spec: RunSpec) -> float:
     evaluation = sum(len(segment.steps) * guided[segment.expert] for segment in spec.eval_segments)
     evaluation += spec.recipe.eval.steps * spec.recipe.eval.also_unguided
     tokens = run_lib.tokens(spec.eval_shape)
-    return (sample + update) * spec.tokens / (spec.eval_batches * evaluation * tokens)
+    epoch = 0.0 if spec.recipe.data.only else (sample + update) * spec.tokens
+    if spec.data_shape is not None:
+        epoch += data_passes(spec) * run_lib.tokens(spec.data_shape)
+    return epoch / (spec.eval_batches * evaluation * tokens)
 
 
 def decode_flops(functions: Functions, shape: tuple[int, ...]) -> float:

@@ -15,7 +15,8 @@ def forecast_lines(spec: RunSpec, log: RunLog | SilentLog) -> list[str]:
     if epochs:
         progress, source = estimate(epochs, evaluations, config), ", by its last epochs"
     else:
-        sampled = spec.settings.videos * spec.recipe.sample.steps
+        videos = 0 if spec.recipe.data.only else spec.settings.videos
+        sampled = videos * spec.recipe.sample.steps
         cost = epochs_in_evaluations(spec)
         progress = forecast(cost, sampled, evaluations, config)
         source = " or less, by the first evaluation"

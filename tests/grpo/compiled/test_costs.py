@@ -3,8 +3,11 @@
 import pytest
 
 from configs import quickstart
-from grpo.compiled.costs import epochs_in_evaluations
+from grpo.compiled.costs import data_flops, epochs_in_evaluations
+from grpo.compiled.functions import Functions
 from tests.grpo import specs
+from tests.grpo.data_folders import write_data
+from wan_jax.models import flops as model_flops
 
 
 @pytest.mark.parametrize(
@@ -27,3 +30,35 @@ def test_an_epoch_in_evaluations(values, cost):
     spec = specs.spec_of(quickstart, "wan2.1-1.3b", **values)
     assert spec.settings.videos == 64
     assert epochs_in_evaluations(spec) == pytest.approx(cost)
+
+
+@pytest.mark.parametrize(
+    "values, cost",
+    [
+        # 16 pairs of a quarter of the tokens, three passes each, beside the epoch above
+        ({"data.batch_size": 16}, (64 * 10 + 64 * 4 * 5 + 16 * 3 / 4) / (64 * 10 * 2)),
+        # as many as a rollout batch, 32
+        ({}, (64 * 10 + 64 * 4 * 5 + 32 * 3 / 4) / (64 * 10 * 2)),
+        # alone, with the reference of a KL
+        (
+            {"train.method": "sft", "data.only": True, "train.kl_weight": 0.1},
+            32 * 4 / 4 / (64 * 10 * 2),
+        ),
+    ],
+)
+def test_an_epoch_with_data_in_evaluations(values, cost, tmp_path):
+    """Pictures of half of the width and the height."""
+    write_data(tmp_path / "data", (1, 4, 8, 16), height=32, width=64)
+    values = values | {"data.path": str(tmp_path / "data")}
+    spec = specs.spec_of(quickstart, "wan2.1-1.3b", **values)
+    assert epochs_in_evaluations(spec) == pytest.approx(cost)
+    flops = data_flops(Functions(spec))
+    alone = specs.spec_of(
+        quickstart,
+        "wan2.1-1.3b",
+        **{"sample.height": 32, "sample.width": 64, "sample.guidance": 1.0},
+    )
+    step = Functions(alone).rollout_step()
+    each = model_flops.count(step.jitted, *step.args) / alone.recipe.sample.batch_size
+    rows, passes = values.get("data.batch_size", 32), 4 if "train.kl_weight" in values else 3
+    assert flops == pytest.approx(rows * passes * each, rel=1e-6)

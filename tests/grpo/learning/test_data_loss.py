@@ -12,7 +12,7 @@ import pytest
 
 from grpo.compiled.functions import Functions
 from grpo.credit import compute_credit
-from grpo.data.latent_folder import Kind, Writer, open_data
+from grpo.data.latent_folder import open_data
 from grpo.learning import data_loss
 from grpo.learning.data_loss import DataSource, draw_numbers, draw_shares, with_data
 from grpo.learning.optimiser import GradientInputs
@@ -22,6 +22,7 @@ from grpo.random_streams import Stream
 from grpo.rollout import sample_noise
 from grpo.update import data_share, kl_share, update_epoch
 from tests.grpo import tiny_policy
+from tests.grpo.data_folders import MODEL, write_data
 from tests.grpo.epoch_inputs import rollout_of, scores_of, session_of, states_of
 from tests.grpo.specs import devices_mesh, tiny_spec
 from tests.grpo.tiny_policy import SHAPE
@@ -31,27 +32,12 @@ from wan_jax.diffusion.schedule import flow_sigmas
 from wan_jax.inference.pipeline import TEXT_ROWS, TextTable
 
 ITEMS = 5
-MODEL = types.SimpleNamespace(manifest={}, path="model")  # of a version without digests
 SEED = 3
-
-
-def write_data(folder, items=ITEMS, shape=SHAPE, kind=None, text_dim=12):
-    """Write random latents with random embeddings of 2 to 5 rows; return their `LatentData`."""
-    rng = np.random.default_rng(0)
-    folder.mkdir()
-    kind = kind or Kind(None, 32, 32, 1, None, "float32", "files")
-    writer = Writer(folder, kind)
-    latents = rng.standard_normal((items, *shape)).astype(np.float32)
-    texts = [rng.standard_normal((2 + i % 4, text_dim)).astype(np.float32) for i in range(items)]
-    keys = [(f"{i}.png", str(i), f"prompt {i}") for i in range(items)]
-    writer.add(keys[:2], latents[:2], texts[:2])  # two shards
-    writer.add(keys[2:], latents[2:], texts[2:])
-    return open_data(folder, MODEL), latents, texts
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data") / "data")
+    return write_data(tmp_path_factory.mktemp("data") / "data", SHAPE, height=32, width=32)
 
 
 @pytest.fixture(scope="module")
@@ -297,8 +283,7 @@ def test_an_epoch_on_data_alone():
 def folder(tmp_path_factory):
     """Data of 16 x 32 pictures for Wan 2.1."""
     path = tmp_path_factory.mktemp("wan") / "data"
-    kind = Kind(None, 16, 32, 1, None, "float32", "files")
-    write_data(path, shape=(1, 2, 4, 16), kind=kind, text_dim=4096)
+    write_data(path, (1, 2, 4, 16), height=16, width=32, text_dim=4096)
     return path
 
 
