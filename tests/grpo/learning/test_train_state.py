@@ -69,6 +69,38 @@ def test_the_content_of_the_training_prompts_counts(prompts):
         )
 
 
+def test_the_content_of_the_data_counts(prompts):
+    """Their path does not; a checkpoint of an earlier version had none."""
+    train = prompts("a.txt", "open")
+
+    def resume(before, after, path):
+        def settings(path):
+            c = config("a.txt")
+            c["data"]["path"] = path
+            return c
+
+        digests = [
+            train_state.origin(model(), train) | {"data_digest": digest}
+            for digest in (before, after)
+        ]
+        saved = meta(train) | digests[0] | {"config": settings("old")}
+        train_state.check_resume(saved, "R/1", settings(path), model(), digests[1])
+
+    resume("1234", "1234", "new")
+    for path in ("old", "new"):
+        with pytest.raises(UserError, match=rf"data\.path: 'old \(1234\)' -> '{path} \(5678\)'"):
+            resume("1234", "5678", path)
+    with pytest.raises(UserError, match=r"data\.path"):
+        resume("1234", None, "")
+    earlier = meta(train)
+    del earlier["data_digest"], earlier["config"]["data"]
+    same = train_state.origin(model(), train)
+    assert train_state.check_resume(earlier, "R/1", config("a.txt"), model(), same) == ()
+    with_data = same | {"data_digest": "1234"}
+    with pytest.raises(UserError, match=r"data\.path"):
+        train_state.check_resume(earlier, "R/1", config("a.txt"), model(), with_data)
+
+
 def test_targets_count_and_how_they_are_kept_does_not(prompts):
     before = prompts("a.txt", "open", "exit")
     asked = type(before)(before.prompts, tuple(map(PromptRecord, before.targets, before.prompts)))
