@@ -103,11 +103,12 @@ def work(functions: Functions) -> Work:
     forward = [count(functions.rollout_step(i)) / branches for i in experts]
     sample = sum(len(segment.steps) * forward[segment.expert] for segment in spec.segments)
     # update: forward passes of the trained steps
+    sampled = not spec.recipe.data.only
     trained = sum(
         spec.method.rollout_passes(spec, i) * spec.trained_steps(i) * forward[i]
         for i in spec.trained_experts
+        if sampled
     )
-    sampled = not spec.recipe.data.only
     # evaluation: all steps by the expert with more FLOPs, and again without guidance
     steps, unguided = spec.recipe.eval.steps, bool(functions.unguided_steps)
     evaluation = max(count(functions.ode_step(i)) for i in experts) * steps
@@ -117,7 +118,7 @@ def work(functions: Functions) -> Work:
     return Work(
         sample=sampled * batches * sample,
         decode=sampled * batches * decode_flops(functions, spec.shape),
-        update=sampled * spec.method.passes * trained + data_flops(functions),
+        update=spec.method.passes * trained + data_flops(functions),
         eval_sample=spec.eval_batches * evaluation,
         eval_decode=spec.eval_batches * eval_decode,
     )
@@ -157,6 +158,7 @@ def epochs_in_evaluations(spec: RunSpec) -> float:
     update = spec.method.passes * sum(
         spec.method.rollout_passes(spec, i) * spec.trained_steps(i) * branches[i]
         for i in spec.trained_experts
+        if not spec.recipe.data.only
     )
     guided = [1 + (guidance > 1) for guidance in spec.eval_guidance]
     evaluation = sum(len(segment.steps) * guided[segment.expert] for segment in spec.eval_segments)

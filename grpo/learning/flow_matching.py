@@ -245,7 +245,7 @@ class FlowMatching(Method):
                 "steps all videos of a group would be one; set it to False"
             )
         groups, updates = recipe.sample.groups, recipe.train.updates_per_epoch
-        if cls.one_per_group and groups % updates:
+        if cls.one_per_group and groups % updates and not recipe.data.only:
             raise UserError(
                 f"config.train.updates_per_epoch={updates} does not divide "
                 f"sample.groups={groups}: train.method={cls.name} trains on one "

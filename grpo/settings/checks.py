@@ -62,9 +62,11 @@ def check_batches(recipe) -> None:
 
 
 def check_updates(recipe) -> None:
-    """Check that the trained batches of an epoch can be divided among its updates."""
+    """Check that the trained batches of an epoch can be divided among its updates. Training on data
+    alone has none.
+    """
     batches, updates = trained_batches(recipe), recipe.train.updates_per_epoch
-    if batches % updates:
+    if batches % updates and not recipe.data.only:
         raise UserError(
             f"config.train.updates_per_epoch={updates} does not divide the epoch's {batches} batches"
         )

@@ -39,10 +39,15 @@ def test_an_epoch_in_evaluations(values, cost):
         ({"data.batch_size": 16}, (64 * 10 + 64 * 4 * 5 + 16 * 3 / 4) / (64 * 10 * 2)),
         # as many as a rollout batch, 32
         ({}, (64 * 10 + 64 * 4 * 5 + 32 * 3 / 4) / (64 * 10 * 2)),
-        # alone, with the reference of a KL
+        # alone, in three updates, which would not divide the groups, with the reference of a KL
         (
-            {"train.method": "sft", "data.only": True, "train.kl_weight": 0.1},
-            32 * 4 / 4 / (64 * 10 * 2),
+            {
+                "train.method": "sft",
+                "data.only": True,
+                "train.kl_weight": 0.1,
+                "train.updates_per_epoch": 3,
+            },
+            3 * 32 * 4 / 4 / (64 * 10 * 2),
         ),
     ],
 )
@@ -60,5 +65,6 @@ def test_an_epoch_with_data_in_evaluations(values, cost, tmp_path):
     )
     step = Functions(alone).rollout_step()
     each = model_flops.count(step.jitted, *step.args) / alone.recipe.sample.batch_size
-    rows, passes = values.get("data.batch_size", 32), 4 if "train.kl_weight" in values else 3
+    rows = values.get("data.batch_size", 32) * values.get("train.updates_per_epoch", 1)
+    passes = 4 if "train.kl_weight" in values else 3
     assert flops == pytest.approx(rows * passes * each, rel=1e-6)
