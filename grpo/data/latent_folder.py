@@ -114,7 +114,7 @@ class Writer:
                     "that this command wrote"
                 )
             return
-        found, self.files, items = read_manifest(self.folder)
+        found, self.files, items = read_manifest(self.folder, "--out")
         if found != kind:
             differs = [
                 f"{f.name} {getattr(found, f.name)}, now {getattr(kind, f.name)}"
@@ -174,15 +174,21 @@ def _is_own(name: str) -> bool:
     return name.startswith(".") or name.endswith(("_latents.npy", "_text.npy"))
 
 
-def read_manifest(folder: pathlib.Path) -> tuple[Kind, dict[str, tuple[int, int]], list[Item]]:
-    """Return the kind, the files and the items of a folder. Raises `UserError`."""
+def read_manifest(
+    folder: pathlib.Path, key: str = "config.data.path"
+) -> tuple[Kind, dict[str, tuple[int, int]], list[Item]]:
+    """Return the kind, the files and the items of a folder. key: the setting that names it, for
+    messages. Raises `UserError`.
+    """
     make = f"make it with python -m grpo.encode_clips --out={folder}"
+    if not folder.is_dir():
+        raise UserError(f"{key}={folder} does not exist; {make}")
     if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder} has no {MANIFEST}, so it is no data to train on; {make}")
+        raise UserError(f"{key}={folder} has no {MANIFEST}, so it is no data to train on; {make}")
     content = integrity.read_manifest(folder / MANIFEST)
     if content.get("format") != FORMAT:
         raise UserError(
-            f"{folder} has format {content.get('format')}, this version reads {FORMAT}; {make}"
+            f"{key}={folder} has format {content.get('format')}, this version reads {FORMAT}; {make}"
         )
     items = [Item(**item) for item in content["items"]]
     return Kind(**content["kind"]), content["files"], items
@@ -253,11 +259,7 @@ def open_data(folder, model: ModelDir, key: str = "config.data.path") -> LatentD
     where the folder is no data, is empty or damaged, or was encoded by another model.
     """
     path = expand(folder)
-    if not path.is_dir():
-        raise UserError(
-            f"{key}={folder} does not exist; make it with python -m grpo.encode_clips --out={folder}"
-        )
-    kind, files, items = read_manifest(path)
+    kind, files, items = read_manifest(path, key)
     if not items:
         raise UserError(f"{key}={folder} has no item: encode one with python -m grpo.encode_clips")
     own = encoders_digest(model)

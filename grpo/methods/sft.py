@@ -1,4 +1,6 @@
-"""Supervised fine-tuning: flow matching on the best video of each group."""
+"""Supervised fine-tuning: flow matching on the best video of each group, or with data.only on data
+(`grpo.learning.data_loss`).
+"""
 
 import dataclasses
 
