@@ -34,6 +34,7 @@ TINY = dict(
     repeats=1,
     dtype="float32",
     remat="block",
+    weights="dtype",
     micro=1,
     profile=False,
     chunk=None,
