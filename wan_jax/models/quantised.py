@@ -116,11 +116,11 @@ class Quantisation:
             fnuz=weights == "fp8" and architecture.startswith(FNUZ),
         )
 
-    def check(self, n_in: int, name: str) -> None:
+    def check(self, n_in: int) -> None:
         """Raise `UserError` where a weight with `n_in` inputs cannot be quantised."""
         if self.kind == "nf4" and n_in % NF4_BLOCK:
             raise UserError(
-                f"weights=nf4: {name} has {n_in} inputs, which is no multiple of {NF4_BLOCK}; use "
+                f"weights=nf4: a dense layer has {n_in} inputs, which is no multiple of {NF4_BLOCK}; use "
                 "int8 or fp8"
             )
 
@@ -168,7 +168,7 @@ class QuantisedLinear(Linear):
     def __init__(
         self, in_features: int, out_features: int, quantisation: Quantisation, *, dtype, rngs
     ):
-        quantisation.check(in_features, "a dense layer")
+        quantisation.check(in_features)
         super().__init__(in_features, out_features, dtype=dtype, rngs=rngs)
         values, scale = quantisation.quantise(self.kernel[...])
         del self.kernel
