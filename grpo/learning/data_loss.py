@@ -7,7 +7,7 @@ x0 are latents of the data, c is the prompt of each of them, and v the velocity 
 the data term of DDRL (cosmos-rl's "data" loss, with weight w 0.01). There the noised data have the
 prompts, the noise and the noise levels of the rollout; here each has its own prompt, and noise and
 levels are drawn for it. The levels have the distribution of the method: the rollout's steps, or
-logit-normal (`flow_matching.levels_at`).
+logit-normal (`finished_batch.levels_at`).
 
 Every draw is a function of (seed, expert, number of the optimiser step, place in its batch), so a run
 that is resumed repeats it.
@@ -23,7 +23,8 @@ import numpy as np
 
 from grpo.data.latent_folder import LatentData, open_data
 from grpo.learning import abstract
-from grpo.learning.flow_matching import FinishedBatch, FlowMetrics, levels_at
+from grpo.learning.finished_batch import FinishedBatch, levels_at
+from grpo.learning.flow_matching import FlowMetrics
 from grpo.learning.optimiser import GradientInputs
 from grpo.learning.policy import Flat, Policy
 from grpo.learning.selection import Selection, layout

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from grpo.data.prompts import epoch_prompts
-from grpo.learning.flow_matching import LEAST_LEVEL
+from grpo.learning.finished_batch import LEAST_LEVEL
 from grpo.learning.sde_windows import group_steps, sde_window
 from grpo.methods.nft import NFT
 from grpo.random_streams import LARGEST, Stream

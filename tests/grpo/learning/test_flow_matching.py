@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo.learning import flow_matching
+from grpo.learning import finished_batch
 from grpo.learning.optimiser import GradientInputs
 from grpo.learning.sde_windows import step_quotas
 from grpo.learning.selection import Selection
@@ -111,7 +111,7 @@ def batch_of(method, weight, valid, cells=None):
     levels = method.noise_levels(run_spec(flow_sigmas(4, 3.0), (2,), videos=8), 1, 0)
     texts = [tiny_policy.text_batch(selected.videos.shape[1])] * len(selected.videos)
     key, mesh = jax.random.key(5), devices_mesh(1)
-    batch = flow_matching.stack(selected, latents, texts, levels, key, mesh, cells=cells)
+    batch = finished_batch.stack(selected, latents, texts, levels, key, mesh, cells=cells)
     return batch, np.concatenate(latents)
 
 
