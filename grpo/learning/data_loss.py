@@ -24,10 +24,10 @@ import numpy as np
 from grpo.data.latent_folder import LatentData, open_data
 from grpo.learning import abstract
 from grpo.learning.finished_batch import FinishedBatch, levels_at
-from grpo.learning.flow_matching import FlowMetrics
 from grpo.learning.optimiser import GradientInputs
 from grpo.learning.policy import Flat, Policy
 from grpo.learning.selection import Selection, layout
+from grpo.learning.velocity_loss import FlowMetrics
 from grpo.methods.sft import SFT
 from grpo.random_streams import Stream
 from grpo.rollout import StepTable

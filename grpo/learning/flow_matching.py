@@ -12,7 +12,7 @@ A method derives from `FlowMatching` and defines the videos that it trains on (`
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -22,14 +22,11 @@ import numpy as np
 
 from grpo.learning import abstract
 from grpo.learning.finished_batch import FinishedBatch, FinishedRows, Levels, levels_at, stack
-from grpo.learning.kl import kl_to_reference
 from grpo.learning.method import Method, largest_kl_weight
 from grpo.learning.policy import Flat, Policy
 from grpo.learning.selection import Selection, layout
+from grpo.learning.velocity_loss import FlowMetrics, Rows, objective
 from grpo.random_streams import Stream
-from grpo.rollout import sample_noise
-from wan_jax.diffusion.guidance import pair, velocity
-from wan_jax.diffusion.solvers import per_sample
 from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.errors import UserError
 
@@ -42,70 +39,6 @@ if TYPE_CHECKING:
     from grpo.settings.schema import Recipe
 
 Array = jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """One micro-batch at one noise level, and the velocities there. In methods on pairs, rows
-    alternate between a better video and a worse one, with one noise and one level for both.
-
-    Attributes:
-        x: [B, F, H, W, C] fp32, x_s.
-        x0: [B, F, H, W, C] fp32, final latents.
-        sigma: [B] fp32, s.
-        v: [B, F, H, W, C], velocity of the trained weights.
-        v_lagged: the velocity of each copy of earlier weights, without gradient.
-        v_reference: the velocity of the base model, without gradient, where the method needs it.
-        error: [B] fp32, mean((v - target)^2), weighted by `cells`.
-        target: [B, F, H, W, C], the true velocity e - x0.
-        weight: [B] fp32, weights of `Selection`; [B / 2] for pairs.
-        cells: [B, F, H, W, 1] fp32, weights of the cells of the latents, with a mean of 1, in all
-            means over a video but the KL; None: all are 1.
-    """
-
-    x: Array
-    x0: Array
-    sigma: Array
-    v: Array
-    v_lagged: dict[str, Array]
-    v_reference: Array | None
-    error: Array
-    target: Array
-    weight: Array
-    cells: Array | None = None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class FlowMetrics:
-    """Sums over the rows that count, with their number, so that micro-batches can be added exactly.
-    fp32 [] each.
-
-    Attributes:
-        count: number of rows.
-        policy_loss: sum of the loss.
-        flow_error: sum of mean((v - (e - x0))^2), of the better videos of pairs.
-        kl: sum of mean((v - v_reference)^2).
-        more: sums of further values that the method logs.
-    """
-
-    count: Array
-    policy_loss: Array
-    flow_error: Array
-    kl: Array
-    more: dict[str, Array]
-
-    @classmethod
-    def zero(cls, logged: Sequence[str]) -> "FlowMetrics":
-        """Return the metrics of no rows. logged: names of the further values."""
-        zero = jnp.zeros((), jnp.float32)
-        return cls(zero, zero, zero, zero, dict.fromkeys(logged, zero))
-
-    def averages(self) -> dict[str, float]:
-        """Return the means for the log, on the host; 0 without rows."""
-        rows = max(float(self.count), 1.0)
-        sums = {"policy_loss": self.policy_loss, "flow_error": self.flow_error, "kl": self.kl}
-        return {name: float(value) / rows for name, value in (sums | self.more).items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,77 +281,3 @@ def check_range(config, *names: str, least: float | None = None) -> None:
         if not (inside and value < float("inf")):
             bound = "above 0" if least is None else f"at least {least}"
             raise ValueError(f"train.{name}={value} must be finite and {bound}")
-
-
-def mean_square(x: Array, cells: Array | None = None) -> Array:
-    """Return `video_mean` of the squares, [B] fp32."""
-    return video_mean(jnp.square(x.astype(jnp.float32)), cells)
-
-
-def video_mean(x: Array, cells: Array | None = None) -> Array:
-    """Return the mean of x, [B, ...], over all axes but B, [B]. cells: weights of the values, with a
-    mean of 1, which broadcast against x; None: all are 1.
-    """
-    return jnp.mean(x if cells is None else cells * x, axis=tuple(range(1, x.ndim)))
-
-
-def objective(
-    method: FlowMatching,
-    policy: Policy,
-    guidance: float,
-    trainable: Flat,
-    inputs: "GradientInputs",
-    frozen,
-    rows: FinishedRows,
-) -> tuple[Array, FlowMetrics]:
-    """Return the sum of the loss over the valid rows of one micro-batch at one draw, and its
-    metrics. guidance: of all velocities.
-    """
-    # x_s and the true velocity; the two videos of a pair have one noise and one level
-    x0, text, sigma, timestep = rows.x0, rows.text, rows.sigma, rows.timestep
-    cells = rows.cells
-    noise = sample_noise(rows.key, rows.video, rows.draw, x0.shape[1:])
-    if rows.worse is not None:
-        x0, noise = pair(x0, rows.worse), pair(noise, noise)
-        sigma, timestep = pair(sigma, sigma), pair(timestep, timestep)
-        text = dataclasses.replace(text, embeddings=pair(text.embeddings, text.embeddings))
-        if cells is not None and rows.worse_cells is not None:
-            cells = pair(cells, rows.worse_cells)
-    s = per_sample(sigma, x0)
-    x = (1 - s) * x0 + s * noise
-    target = noise - x0
-
-    # velocities of the policy and of the models that it is compared with
-    def velocity_of(module):
-        return velocity(module, x, timestep, text, guidance)
-
-    v = velocity_of(policy.module(trainable, frozen))
-    v_lagged = {
-        name: jax.lax.stop_gradient(velocity_of(policy.module(weights, frozen)))
-        for name, weights in inputs.lagged.items()
-    }
-    v_reference = None
-    if method.needs_reference:
-        v_reference = jax.lax.stop_gradient(velocity_of(policy.reference(frozen)))
-    error = mean_square(v - target, cells)
-    v_kl = v_reference if method.kl_copy is None else v_lagged[method.kl_copy]
-    kl = jnp.zeros_like(error) if v_kl is None else kl_to_reference(v, v_kl, None, kind="velocity")
-
-    # the loss of each row; the KL of a pair is that of the better video
-    loss, more = method.loss(
-        Rows(x, x0, sigma, v, v_lagged, v_reference, error, target, rows.weight, cells)
-    )
-    if rows.worse is not None:
-        error, kl = error[::2], kl[::2]
-    if rows.kl_gate is not None:
-        kl = rows.kl_gate * kl
-    if method.kl_weight:
-        weight = method.kl_weight if inputs.kl_weight is None else inputs.kl_weight
-        loss = loss + weight * kl
-
-    def total(values):
-        return jnp.sum(jnp.where(rows.valid, values, 0.0))
-
-    more = {name: total(more[name]) for name in method.logs}
-    metrics = FlowMetrics(total(1.0), total(loss), total(error), total(kl), more)
-    return total(loss), jax.lax.stop_gradient(metrics)

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo.learning.flow_matching import FlowMatching, Rows, mean_square
+from grpo.learning.flow_matching import FlowMatching
 from grpo.learning.policy_loss import clipped_loss
 from grpo.learning.selection import Selection
+from grpo.learning.velocity_loss import Rows, mean_square
 
 Array = jax.Array
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo.credit import Credit
-from grpo.learning.flow_matching import FlowMatching, Rows, check_range, mean_square, video_mean
+from grpo.learning.flow_matching import FlowMatching, check_range
 from grpo.learning.selection import Selection
+from grpo.learning.velocity_loss import Rows, mean_square, video_mean
 from grpo.settings.schema import Recipe
 from wan_jax.diffusion.solvers import per_sample
 

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 
 from grpo.credit import Credit
-from grpo.learning.flow_matching import FlowMatching, Rows, check_range
+from grpo.learning.flow_matching import FlowMatching, check_range
 from grpo.learning.selection import Selection
+from grpo.learning.velocity_loss import Rows
 from grpo.settings.schema import Recipe
 
 Array = jax.Array

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from grpo.credit import Credit
-from grpo.learning.flow_matching import FlowMatching, Rows
+from grpo.learning.flow_matching import FlowMatching
 from grpo.learning.selection import Selection, best_and_worst
+from grpo.learning.velocity_loss import Rows
 
 Array = jax.Array
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo.learning.flow_matching import Rows, mean_square
+from grpo.learning.velocity_loss import Rows, mean_square
 from grpo.methods.awm import AWM
 
 
