@@ -13,7 +13,6 @@ A method derives from `FlowMatching` and defines the videos that it trains on (`
 import abc
 import dataclasses
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import jax
@@ -21,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo.learning import abstract
-from grpo.learning.finished_batch import FinishedBatch, FinishedRows, Levels, levels_at, stack
+from grpo.learning.finished_batch import FinishedBatch, Levels, levels_at, stack
 from grpo.learning.method import Method, largest_kl_weight
-from grpo.learning.policy import Flat, Policy
+from grpo.learning.policy import Policy
 from grpo.learning.selection import Selection, layout
-from grpo.learning.velocity_loss import FlowMetrics, Rows, objective
+from grpo.learning.velocity_loss import Rows, make_gradient
 from grpo.random_streams import Stream
 from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.errors import UserError
@@ -33,7 +32,6 @@ from wan_jax.errors import UserError
 if TYPE_CHECKING:
     from grpo.compiled.functions import Functions
     from grpo.credit import Credit
-    from grpo.learning.optimiser import GradientInputs
     from grpo.run import RunSpec
     from grpo.sampling import RolloutBatch
     from grpo.settings.schema import Recipe
@@ -143,40 +141,7 @@ class FlowMatching(Method):
         """Return the gradient of `objective`. key: the guidance of all velocities in the loss; up to
         1 there is none.
         """
-        grad_fn = jax.grad(partial(objective, self, policy, key), has_aux=True)
-
-        def gradient(trainable: Flat, inputs: "GradientInputs", frozen, batch: FinishedBatch):
-            def one_draw(carry, level, micro):
-                sigma, timestep, draw = level
-                x0, worse, text, video, weight, valid, *factors = micro
-                rows = x0, worse, text, video, weight, valid
-                row = FinishedRows(*rows, sigma, timestep, draw, batch.key, *factors)
-                grads, metrics = grad_fn(trainable, inputs, frozen, row)
-                return jax.tree.map(jnp.add, carry, (grads, metrics)), None
-
-            def one_micro_batch(carry, micro):
-                *rows, sigma, timestep = micro
-                levels = (sigma, timestep, batch.draw)
-                return jax.lax.scan(partial(one_draw, micro=rows), carry, levels)[0], None
-
-            carry = (jax.tree.map(jnp.zeros_like, trainable), FlowMetrics.zero(self.logs))
-            micro_batches = (
-                batch.x0,
-                batch.worse,
-                batch.text,
-                batch.video,
-                batch.weight,
-                batch.valid,
-                batch.cells,
-                batch.worse_cells,
-                batch.kl_gate,
-                batch.sigma,
-                batch.timestep,
-            )
-            (grads, metrics), _ = jax.lax.scan(one_micro_batch, carry, micro_batches)
-            return jax.tree.map(lambda g: g / jnp.maximum(metrics.count, 1.0), grads), metrics
-
-        return gradient
+        return make_gradient(self, policy, key)
 
     # ---- abstract arrays ---------------------------------------------------------------------
     def selected_layout(self, spec: "RunSpec") -> tuple[int, int]:

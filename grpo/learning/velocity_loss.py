@@ -1,13 +1,14 @@
 """The loss of a micro-batch of finished videos at one noise level each, by the velocities there."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
-from grpo.learning.finished_batch import FinishedRows
+from grpo.learning.finished_batch import FinishedBatch, FinishedRows
 from grpo.learning.kl import kl_to_reference
 from grpo.learning.policy import Flat, Policy
 from grpo.rollout import sample_noise
@@ -157,3 +158,44 @@ def objective(
     more = {name: total(more[name]) for name in method.logs}
     metrics = FlowMetrics(total(1.0), total(loss), total(error), total(kl), more)
     return total(loss), jax.lax.stop_gradient(metrics)
+
+
+def make_gradient(method: "FlowMatching", policy: Policy, guidance: float) -> Callable:
+    """Return the gradient of `objective`: (trainable, GradientInputs, frozen, FinishedBatch) -> (mean
+    gradient over the valid rows, FlowMetrics). guidance: of all velocities in the loss; up to 1 there
+    is none.
+    """
+    grad_fn = jax.grad(partial(objective, method, policy, guidance), has_aux=True)
+
+    def gradient(trainable: Flat, inputs: "GradientInputs", frozen, batch: FinishedBatch):
+        def one_draw(carry, level, micro):
+            sigma, timestep, draw = level
+            x0, worse, text, video, weight, valid, *factors = micro
+            rows = x0, worse, text, video, weight, valid
+            row = FinishedRows(*rows, sigma, timestep, draw, batch.key, *factors)
+            grads, metrics = grad_fn(trainable, inputs, frozen, row)
+            return jax.tree.map(jnp.add, carry, (grads, metrics)), None
+
+        def one_micro_batch(carry, micro):
+            *rows, sigma, timestep = micro
+            levels = (sigma, timestep, batch.draw)
+            return jax.lax.scan(partial(one_draw, micro=rows), carry, levels)[0], None
+
+        carry = (jax.tree.map(jnp.zeros_like, trainable), FlowMetrics.zero(method.logs))
+        micro_batches = (
+            batch.x0,
+            batch.worse,
+            batch.text,
+            batch.video,
+            batch.weight,
+            batch.valid,
+            batch.cells,
+            batch.worse_cells,
+            batch.kl_gate,
+            batch.sigma,
+            batch.timestep,
+        )
+        (grads, metrics), _ = jax.lax.scan(one_micro_batch, carry, micro_batches)
+        return jax.tree.map(lambda g: g / jnp.maximum(metrics.count, 1.0), grads), metrics
+
+    return gradient
