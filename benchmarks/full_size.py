@@ -31,8 +31,8 @@ from grpo.compiled import offload
 from grpo.learning import optimiser as update
 from grpo.learning.optimiser import OptimiserConfig
 from grpo.learning.policy import Policy, make_policy
+from grpo.learning.policy_gradient import make_gradient, stack_batches
 from grpo.learning.policy_loss import LossConfig
-from grpo.methods.grpo import make_gradient, stack_batches
 from grpo.rollout import StepTable, make_step, rollout
 from wan_jax.choices import WEIGHTS
 from wan_jax.diffusion.guidance import TextBatch

@@ -8,11 +8,9 @@ removed.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -20,75 +18,22 @@ from grpo.credit import Credit, advantage_options
 from grpo.learning import abstract
 from grpo.learning.kl import AdaptiveKL
 from grpo.learning.method import Method, kl_weight, largest_kl_weight
-from grpo.learning.optimiser import GradientInputs
-from grpo.learning.policy import Flat, Policy
-from grpo.learning.policy_loss import LossConfig, LossMetrics, Rows, policy_gradient_terms
+from grpo.learning.policy import Policy
+from grpo.learning.policy_gradient import AVERAGE, PolicyBatch, make_gradient, stack_batches
+from grpo.learning.policy_loss import LossConfig
 from grpo.learning.sde_windows import ONE_PER_GROUP
-from grpo.rollout import StepTable, Trajectory
+from grpo.rollout import StepTable
 from grpo.scoring.advantages import step_advantages
 from grpo.settings.schema import Recipe
 from wan_jax.diffusion.experts import guidances
-from wan_jax.diffusion.guidance import TextBatch, velocity
 from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.errors import UserError
 
-# the lagged copy that is the reference with train.kl_reference=average, as checkpoints name it
-AVERAGE = "old"
 # Bound of the deviation of the importance ratio from 1 in the first update, where
 # train.ratio_tolerance is None. In bfloat16 rollout and update may round differently: 1e-7 to 6e-6
 # was measured on an H200 at full size, 6e-4 where XLA had merged products. A wrong step or text gives
 # far more.
 RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-3}
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PolicyBatch:
-    """M micro-batches of one optimiser step.
-
-    Attributes:
-        trajectory: arrays with a leading axis M (text embeddings [M, B, St, text_dim], negative
-            [M, ...]).
-        advantages: [M, B] fp32, or [M, K, B] where they differ between steps.
-        valid: [M, B] bool, videos that count.
-        cells: [M, B, F, H, W, 1] fp32, `Credit.cell_weights`; None: all count alike.
-        kl_gate: [M, B] fp32, `Credit.kl_gate`; None: the KL counts for all videos.
-    """
-
-    trajectory: Trajectory
-    advantages: jax.Array
-    valid: jax.Array
-    cells: jax.Array | None = None
-    kl_gate: jax.Array | None = None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Steps:
-    """One stochastic step of each video of a micro-batch.
-
-    Attributes:
-        x, x_next: [B, ...] fp32, latents before the step and as drawn.
-        log_prob: [B] fp32, at rollout.
-        index: int32 [], or [B] where it differs between videos: of the step in the schedule.
-        mean: [B, ...] fp32, of the step at rollout, where the objective needs it.
-        text: of the videos.
-        advantages: [B] fp32.
-        valid: [B] bool.
-        cells: [B, F, H, W, 1] fp32, weights of the cells of the latents.
-        kl_gate: [B] fp32, weights of the KL.
-    """
-
-    x: jax.Array
-    x_next: jax.Array
-    log_prob: jax.Array
-    index: jax.Array
-    mean: jax.Array | None
-    text: TextBatch
-    advantages: jax.Array
-    valid: jax.Array
-    cells: jax.Array | None = None
-    kl_gate: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -437,104 +382,3 @@ def check_selection(recipe: Recipe) -> None:
             "steps of the groups that are left out would not be trained; use another window, or "
             "train.groups=0"
         )
-
-
-# ---- the gradient --------------------------------------------------------------------------------
-def objective(
-    policy: Policy,
-    table: StepTable,
-    guidance: float,
-    config: LossConfig,
-    trainable: Flat,
-    inputs: GradientInputs,
-    frozen,
-    steps: Steps,
-) -> tuple[jax.Array, LossMetrics]:
-    """Return the sum of the loss over the valid rows of one micro-batch at one step of each video,
-    and its metrics.
-
-    guidance: of the policy's and the reference's velocity. The reference of the KL is the average of
-    the trained weights where the state has one.
-    """
-    # the rows, with the schedule's values of their steps
-    t, sigma, sigma_next, g = table.at(steps.index)
-    shape, weight = steps.advantages.shape, None
-    if table.weight is not None:
-        weight = jnp.broadcast_to(jnp.asarray(table.weight)[steps.index], shape)
-    rows = Rows(
-        steps.x,
-        steps.x_next,
-        steps.log_prob,
-        steps.advantages,
-        sigma=jnp.broadcast_to(sigma, shape),
-        sigma_next=jnp.broadcast_to(sigma_next, shape),
-        g=jnp.broadcast_to(g, shape),
-        mask=steps.valid,
-        old_mean=steps.mean,
-        weight=weight,
-        cells=steps.cells,
-        kl_gate=steps.kl_gate,
-        preserving=table.preserving,
-    )
-
-    # velocities of the policy, the reference and the teacher
-    def velocity_of(module, scale: float) -> jax.Array:
-        return velocity(module, steps.x, t, steps.text, scale)
-
-    v = velocity_of(policy.module(trainable, frozen), guidance)
-    v_reference = teacher = None
-    if config.kl_beta > 0:
-        average = inputs.lagged.get(AVERAGE)
-        model = policy.reference(frozen) if average is None else policy.module(average, frozen)
-        v_reference = velocity_of(model, guidance)
-    if config.distill_weight > 0:
-        teacher = velocity_of(policy.reference(frozen), config.distill_guidance)
-
-    # the loss
-    loss, metrics = policy_gradient_terms(rows, v, v_reference, config, inputs.kl_weight, teacher)
-    return jnp.sum(jnp.where(steps.valid, loss, 0.0)), metrics
-
-
-def make_gradient(
-    policy: Policy, table: StepTable, guidance: float, config: LossConfig
-) -> Callable:
-    """Return the function (trainable, GradientInputs, frozen, PolicyBatch) -> (mean gradient of the
-    objective over the valid rows, LossMetrics).
-    """
-    grad_fn = jax.grad(partial(objective, policy, table, guidance, config), has_aux=True)
-
-    def gradient(trainable: Flat, inputs: GradientInputs, frozen, batch: PolicyBatch):
-        def one_step(carry, row, text, valid, cells, kl_gate):
-            x, x_next, log_prob, index, mean, advantages = row
-            by_video = text, advantages, valid, cells, kl_gate
-            steps = Steps(x, x_next, log_prob, index, mean, *by_video)
-            grads, metrics = grad_fn(trainable, inputs, frozen, steps)
-            return (jax.tree.map(jnp.add, carry[0], grads), carry[1].merge(metrics)), None
-
-        def one_micro_batch(carry, micro):
-            t, advantages, valid, cells, gate = micro
-            advantages = jnp.broadcast_to(advantages, t.log_prob.shape)
-            rows = (t.x, t.x_next, t.log_prob, t.step, t.mean, advantages)  # each [K, ...]
-            body = partial(one_step, text=t.text, valid=valid, cells=cells, kl_gate=gate)
-            return jax.lax.scan(body, carry, rows)[0], None
-
-        carry = (jax.tree.map(jnp.zeros_like, trainable), LossMetrics.zero(config))
-        of_videos = (batch.advantages, batch.valid, batch.cells, batch.kl_gate)
-        micro_batches = (batch.trajectory, *of_videos)
-        (grads, metrics), _ = jax.lax.scan(one_micro_batch, carry, micro_batches)
-        return jax.tree.map(lambda g: g / jnp.maximum(metrics.count, 1.0), grads), metrics
-
-    return gradient
-
-
-def stack_batches(
-    trajectories: Sequence[Trajectory], advantages: np.ndarray, valid: np.ndarray
-) -> PolicyBatch:
-    """Return M rollout batches [K, B, ...] as one `PolicyBatch`. The KL of the trajectories is left
-    out; the advantages contain it.
-
-    advantages: [M, B] or [M, K, B]. valid: bool [M, B].
-    """
-    trajectories = [dataclasses.replace(t, kl=None) for t in trajectories]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trajectories)
-    return PolicyBatch(stacked, jnp.asarray(advantages, jnp.float32), jnp.asarray(valid, bool))

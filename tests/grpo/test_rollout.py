@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from grpo.learning.optimiser import GradientInputs
+from grpo.learning.policy_gradient import make_gradient, stack_batches
 from grpo.learning.policy_loss import LossConfig
-from grpo.methods.grpo import make_gradient, stack_batches
 from grpo.rollout import (
     StepTable,
     branch,

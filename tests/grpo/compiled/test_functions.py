@@ -18,8 +18,8 @@ from grpo.compiled import compile, costs
 from grpo.compiled.functions import Functions
 from grpo.learning.optimiser import init_state
 from grpo.learning.policy import make_policy
+from grpo.learning.policy_gradient import stack_batches
 from grpo.methods import grpo
-from grpo.methods.grpo import stack_batches
 from grpo.records import run_log
 from tests.grpo.compiled_names import compiled_names
 from tests.grpo.specs import devices_mesh, functions_of, spec_of

@@ -20,8 +20,8 @@ from grpo.learning import optimiser as optimiser_step
 from grpo.learning import train_state
 from grpo.learning.optimiser import make_update, state_shapes
 from grpo.learning.policy import make_structure
+from grpo.learning.policy_gradient import PolicyBatch, make_gradient, stack_batches
 from grpo.learning.policy_loss import LossConfig
-from grpo.methods.grpo import PolicyBatch, make_gradient, stack_batches
 from grpo.rollout import Trajectory
 from grpo.settings import parse
 from grpo.settings.budget import Spent

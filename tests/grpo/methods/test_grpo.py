@@ -12,8 +12,9 @@ import pytest
 from configs.defaults import defaults
 from grpo.learning import train_state
 from grpo.learning.optimiser import GradientInputs, init_state, make_update
+from grpo.learning.policy_gradient import make_gradient, stack_batches
 from grpo.learning.policy_loss import LossConfig
-from grpo.methods.grpo import GRPO, make_gradient, stack_batches
+from grpo.methods.grpo import GRPO
 from grpo.rollout import StepTable, initial_noise, make_step, rollout
 from grpo.settings.budget import Spent
 from tests import reference
