@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 
 import jax
 
-from grpo.compiled.functions import Functions, Program
+from grpo.compiled.functions import Functions
+from grpo.compiled.program import Program
 from grpo.run import RunSpec
 from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.distributed.memory import GIB, PINNED

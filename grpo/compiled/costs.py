@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from grpo import run as run_lib
 from grpo.compiled import device_kinds
 from grpo.compiled.device_kinds import Kind
-from grpo.compiled.functions import Functions, Program
+from grpo.compiled.functions import Functions
+from grpo.compiled.program import Program
 from grpo.learning.data_loss import data_rows
 from grpo.run import RunSpec
 from wan_jax.models import flops

@@ -6,7 +6,8 @@ import os
 import jax
 
 from grpo.compiled import compile, costs, device_kinds, rocm_compiler
-from grpo.compiled.functions import Functions, Program
+from grpo.compiled.functions import Functions
+from grpo.compiled.program import Program
 from wan_jax.distributed import memory
 from wan_jax.distributed.memory import GIB
 from wan_jax.errors import UserError

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from grpo.compiled import rocm_compiler
-from grpo.compiled.functions import Program
+from grpo.compiled.program import Program
 from tests.rocm import inspection
 from tests.rocm.programs import CASES, TOO_LARGE, Case
 from wan_jax.models.attention import choose_backend

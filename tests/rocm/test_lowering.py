@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo.compiled.functions import Functions, Program
+from grpo.compiled.functions import Functions
+from grpo.compiled.program import Program
 from tests.rocm.inspection import LOWERED, lowered_targets
 from tests.rocm.programs import CASES, Case
 from wan_jax.models.attention import choose_backend
