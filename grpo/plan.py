@@ -21,9 +21,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from grpo.compiled import compile, costs, device_kinds
-from grpo.compiled.functions import TEXT_ROWS, Functions
+from grpo.compiled.functions import Functions
 from grpo.compiled.largest_videos import search_lines
 from grpo.compiled.placement import choose_mesh
+from grpo.compiled.run_arrays import TEXT_ROWS
 from grpo.compiled.targets import (
     Target,
     choose_target,

@@ -14,8 +14,9 @@ import jax
 
 from configs import wan21_1_3b_ocr, wan21_14b_ocr, wan22_a14b_ocr, wan22_ti2v_5b_ocr
 from grpo.compiled import compile, costs, device_kinds, targets
-from grpo.compiled.functions import TEXT_ROWS, Functions
+from grpo.compiled.functions import Functions
 from grpo.compiled.placement import choose_mesh
+from grpo.compiled.run_arrays import TEXT_ROWS
 from grpo.run import RunSpec, trained_names
 from grpo.settings import parse
 from wan_jax.distributed.memory import GIB

@@ -9,30 +9,23 @@ functions that were compiled ahead.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from grpo.compiled import offload
 from grpo.compiled.program import Program, identity, integer, number, shared
+from grpo.compiled.run_arrays import RunArrays
 from grpo.learning import abstract, data_loss, optimiser
 from grpo.learning.optimiser import TrainState, state_shapes
 from grpo.learning.policy import Policy, make_structure
-from grpo.learning.sde_windows import ONE_PER_GROUP
-from grpo.rollout import StepTable, Trajectory, initial_noise, make_step
-from grpo.run import RunSpec
+from grpo.rollout import StepTable, initial_noise, make_step
 from wan_jax.diffusion.experts import per_guidance
-from wan_jax.diffusion.guidance import TextBatch
-from wan_jax.diffusion.solvers import SolverState
 from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.inference import pipeline
 from wan_jax.models import vae_chunks
 from wan_jax.storage import model_dir
 
-# Rows of text that are assumed where the prompts have not been encoded. The transformer attends to
-# 512.
-TEXT_ROWS = 64
 # attributes of `Functions` that are the same for all lengths of videos
 JITTED = (
     "policy",
@@ -47,13 +40,10 @@ JITTED = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Functions:
+class Functions(RunArrays):
     """The jitted functions of a run, one for each expert. Experts with the same guidance share
     them.
     """
-
-    spec: RunSpec
-    text_rows: int = TEXT_ROWS  # St of every batch
 
     def with_frames(self, sample: int, evaluation: int) -> "Functions":
         """Return the same jitted functions with arguments for one length in training and one in
@@ -322,16 +312,6 @@ class Functions:
         return Program("text encoder", pipeline.make_encoder(graph), args)
 
     # ---- abstract arguments ------------------------------------------------------------------
-    def params(self, tree):
-        """Return abstract parameters with the shardings of `mesh.shard_params`. tree: parameters, or
-        arrays with their shapes.
-        """
-        return jax.tree.map(
-            lambda x, sharding: abstract.array(x.shape, x.dtype, sharding=sharding),
-            tree,
-            sharding_lib.param_shardings(tree, self.spec.mesh),
-        )
-
     @functools.cached_property
     def frozen(self):
         """The base weights of one expert; None in full fine-tuning without a reference."""
@@ -348,25 +328,6 @@ class Functions:
         """The state of one trained expert."""
         config, method = self.spec.settings.optimiser, self.spec.method
         return self.params(state_shapes(self.policy, config, method.adaptive_kl, method.lagged))
-
-    def solver_state(self) -> SolverState:
-        """Return the state of the evaluation's solver for a batch."""
-        x = self.rows(jnp.float32, shape=self.spec.eval_shape)
-        return SolverState(x, (x,) * len(jax.eval_shape(self.spec.solver.init, x).history))
-
-    def trajectory(self, expert: int, *leading: int) -> Trajectory:
-        """Return the trajectory of a rollout batch; with a leading axis, of several batches."""
-        steps = self.spec.trained_steps(expert)
-        x = self.latents(*leading, steps)
-        index = abstract.array((*leading, steps), jnp.int32)
-        return Trajectory(
-            x=x,
-            x_next=x,
-            log_prob=self.rows(jnp.float32, *leading, steps),
-            step=self.rows(jnp.int32, *leading, steps) if self.step_per_video else index,
-            text=self.text(*leading),
-            mean=x if self.spec.method.keeps_mean else None,
-        )
 
     @functools.cached_property
     def trajectories(self) -> tuple:
@@ -385,41 +346,3 @@ class Functions:
             return data_loss.data_shapes(self)
         batch = self.spec.method.batch_shapes(self, expert)
         return data_loss.AnchoredBatch(batch, data_loss.data_shapes(self)) if data.used else batch
-
-    @property
-    def step_per_video(self) -> bool:
-        """Whether the videos of a batch have different stochastic steps."""
-        return self.spec.windows.rule == ONE_PER_GROUP
-
-    @property
-    def stochastic(self) -> Any:
-        """The flag of a stochastic step: bool [], or [B] where it differs between videos."""
-        return self.rows(bool) if self.step_per_video else abstract.array((), bool)
-
-    def rows(self, dtype, *leading: int, shape: tuple[int, ...] = (), batch: int = 0) -> Any:
-        """Return an abstract array [*leading, B, *shape], with B split over the mesh. batch: B; 0:
-        the recipe's.
-        """
-        sharding = sharding_lib.batch_sharding(self.spec.mesh, len(leading))
-        size = batch or self.spec.recipe.sample.batch_size
-        return abstract.array((*leading, size, *shape), dtype, sharding=sharding)
-
-    @staticmethod
-    def random_key() -> Any:
-        """Return an abstract JAX key."""
-        return jax.eval_shape(lambda: jax.random.key(0))
-
-    def latents(self, *leading: int) -> Any:
-        """Return the latents of a rollout batch, fp32 [*leading, B, F, H, W, C]."""
-        return self.rows(jnp.float32, *leading, shape=self.spec.shape)
-
-    def text(self, *leading: int, batch: int = 0) -> TextBatch:
-        """Return the text of a batch, in the text encoder's dtype, which is the model's."""
-        dtype = self.spec.settings.dtype
-        shape = (self.text_rows, self.spec.preset.transformer.text_dim)
-        replicated = sharding_lib.replicated(self.spec.mesh)
-        return TextBatch(
-            self.rows(dtype, *leading, shape=shape, batch=batch),
-            abstract.array((*leading, *shape), dtype, sharding=replicated),
-            pipeline.TEXT_ROWS - self.text_rows,
-        )

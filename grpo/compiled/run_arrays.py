@@ -1,0 +1,100 @@
+"""The abstract arrays of a run: their types and shardings are those of the arrays in training."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from grpo.learning import abstract
+from grpo.learning.sde_windows import ONE_PER_GROUP
+from grpo.rollout import Trajectory
+from grpo.run import RunSpec
+from wan_jax.diffusion.guidance import TextBatch
+from wan_jax.diffusion.solvers import SolverState
+from wan_jax.distributed import sharding as sharding_lib
+from wan_jax.inference import pipeline
+
+# Rows of text that are assumed where the prompts have not been encoded. The transformer attends to
+# 512.
+TEXT_ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class RunArrays:
+    """The abstract arrays of batches, and of parameters, of a run.
+
+    Attributes:
+        spec: the description of the run.
+        text_rows: St of every batch.
+    """
+
+    spec: RunSpec
+    text_rows: int = TEXT_ROWS
+
+    def params(self, tree):
+        """Return abstract parameters with the shardings of `mesh.shard_params`. tree: parameters, or
+        arrays with their shapes.
+        """
+        return jax.tree.map(
+            lambda x, sharding: abstract.array(x.shape, x.dtype, sharding=sharding),
+            tree,
+            sharding_lib.param_shardings(tree, self.spec.mesh),
+        )
+
+    def solver_state(self) -> SolverState:
+        """Return the state of the evaluation's solver for a batch."""
+        x = self.rows(jnp.float32, shape=self.spec.eval_shape)
+        return SolverState(x, (x,) * len(jax.eval_shape(self.spec.solver.init, x).history))
+
+    def trajectory(self, expert: int, *leading: int) -> Trajectory:
+        """Return the trajectory of a rollout batch; with a leading axis, of several batches."""
+        steps = self.spec.trained_steps(expert)
+        x = self.latents(*leading, steps)
+        index = abstract.array((*leading, steps), jnp.int32)
+        return Trajectory(
+            x=x,
+            x_next=x,
+            log_prob=self.rows(jnp.float32, *leading, steps),
+            step=self.rows(jnp.int32, *leading, steps) if self.step_per_video else index,
+            text=self.text(*leading),
+            mean=x if self.spec.method.keeps_mean else None,
+        )
+
+    @property
+    def step_per_video(self) -> bool:
+        """Whether the videos of a batch have different stochastic steps."""
+        return self.spec.windows.rule == ONE_PER_GROUP
+
+    @property
+    def stochastic(self) -> Any:
+        """The flag of a stochastic step: bool [], or [B] where it differs between videos."""
+        return self.rows(bool) if self.step_per_video else abstract.array((), bool)
+
+    def rows(self, dtype, *leading: int, shape: tuple[int, ...] = (), batch: int = 0) -> Any:
+        """Return an abstract array [*leading, B, *shape], with B split over the mesh. batch: B; 0:
+        the recipe's.
+        """
+        sharding = sharding_lib.batch_sharding(self.spec.mesh, len(leading))
+        size = batch or self.spec.recipe.sample.batch_size
+        return abstract.array((*leading, size, *shape), dtype, sharding=sharding)
+
+    @staticmethod
+    def random_key() -> Any:
+        """Return an abstract JAX key."""
+        return jax.eval_shape(lambda: jax.random.key(0))
+
+    def latents(self, *leading: int) -> Any:
+        """Return the latents of a rollout batch, fp32 [*leading, B, F, H, W, C]."""
+        return self.rows(jnp.float32, *leading, shape=self.spec.shape)
+
+    def text(self, *leading: int, batch: int = 0) -> TextBatch:
+        """Return the text of a batch, in the text encoder's dtype, which is the model's."""
+        dtype = self.spec.settings.dtype
+        shape = (self.text_rows, self.spec.preset.transformer.text_dim)
+        replicated = sharding_lib.replicated(self.spec.mesh)
+        return TextBatch(
+            self.rows(dtype, *leading, shape=shape, batch=batch),
+            abstract.array((*leading, *shape), dtype, sharding=replicated),
+            pipeline.TEXT_ROWS - self.text_rows,
+        )
