@@ -27,7 +27,8 @@ from benchmarks.workload import Record, Stage
 from grpo.learning.optimiser import OptimiserConfig, init_state, make_update
 from grpo.learning.policy_gradient import make_gradient, stack_batches
 from grpo.learning.policy_loss import LossConfig
-from grpo.rollout import StepTable, initial_noise, make_step, rollout_batches
+from grpo.learning.step_table import StepTable
+from grpo.rollout import initial_noise, make_step, rollout_batches
 from grpo.scoring.advantages import group_advantages
 from grpo.scoring.scores import gather_scores, submit
 from rewards.ocr.rules import OCRReward

@@ -33,7 +33,8 @@ from grpo.learning.optimiser import OptimiserConfig
 from grpo.learning.policy import Policy, make_policy
 from grpo.learning.policy_gradient import make_gradient, stack_batches
 from grpo.learning.policy_loss import LossConfig
-from grpo.rollout import StepTable, make_step, rollout
+from grpo.learning.step_table import StepTable
+from grpo.rollout import make_step, rollout
 from wan_jax.choices import WEIGHTS
 from wan_jax.diffusion.guidance import TextBatch
 from wan_jax.diffusion.schedule import flow_sigmas

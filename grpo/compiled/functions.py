@@ -19,7 +19,8 @@ from grpo.compiled.run_arrays import RunArrays
 from grpo.learning import abstract, data_loss, optimiser
 from grpo.learning.optimiser import TrainState, state_shapes
 from grpo.learning.policy import Policy, make_structure
-from grpo.rollout import StepTable, initial_noise, make_step
+from grpo.learning.step_table import StepTable
+from grpo.rollout import initial_noise, make_step
 from wan_jax.diffusion.experts import per_guidance
 from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.inference import pipeline

@@ -27,10 +27,10 @@ from grpo.learning.finished_batch import FinishedBatch, levels_at
 from grpo.learning.optimiser import GradientInputs
 from grpo.learning.policy import Flat, Policy
 from grpo.learning.selection import Selection, layout
+from grpo.learning.step_table import StepTable
 from grpo.learning.velocity_loss import FlowMetrics
 from grpo.methods.sft import SFT
 from grpo.random_streams import Stream
-from grpo.rollout import StepTable
 from wan_jax.command_line import cli
 from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.distributed import multihost

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from grpo.credit import Credit
     from grpo.learning.kl import AdaptiveKL
     from grpo.learning.policy import Policy
-    from grpo.rollout import StepTable
+    from grpo.learning.step_table import StepTable
     from grpo.run import RunSpec
     from grpo.sampling import RolloutBatch
     from grpo.settings.schema import Recipe

@@ -11,7 +11,8 @@ import numpy as np
 from grpo.learning.optimiser import GradientInputs
 from grpo.learning.policy import Flat, Policy
 from grpo.learning.policy_loss import LossConfig, LossMetrics, Rows, policy_gradient_terms
-from grpo.rollout import StepTable, Trajectory
+from grpo.learning.step_table import StepTable
+from grpo.rollout import Trajectory
 from wan_jax.diffusion.guidance import TextBatch, velocity
 
 # the lagged copy that is the reference with train.kl_reference=average, as checkpoints name it

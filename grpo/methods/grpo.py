@@ -22,7 +22,7 @@ from grpo.learning.policy import Policy
 from grpo.learning.policy_gradient import AVERAGE, PolicyBatch, make_gradient, stack_batches
 from grpo.learning.policy_loss import LossConfig
 from grpo.learning.sde_windows import ONE_PER_GROUP
-from grpo.rollout import StepTable
+from grpo.learning.step_table import StepTable
 from grpo.scoring.advantages import step_advantages
 from grpo.settings.schema import Recipe
 from wan_jax.diffusion.experts import guidances

@@ -12,8 +12,8 @@ import pytest
 from grpo.learning.optimiser import GradientInputs
 from grpo.learning.policy_gradient import make_gradient, stack_batches
 from grpo.learning.policy_loss import LossConfig
+from grpo.learning.step_table import StepTable
 from grpo.rollout import (
-    StepTable,
     branch,
     group_leaders,
     initial_noise,

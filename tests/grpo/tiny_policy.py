@@ -10,7 +10,8 @@ from flax import nnx
 from grpo.learning.optimiser import OptimiserConfig, make_update
 from grpo.learning.policy import make_structure
 from grpo.learning.policy_gradient import make_gradient
-from grpo.rollout import StepTable, initial_noise, make_step, rollout
+from grpo.learning.step_table import StepTable
+from grpo.rollout import initial_noise, make_step, rollout
 from tests.grpo.specs import devices_mesh
 from wan_jax.diffusion import sde
 from wan_jax.diffusion.guidance import TextBatch, velocity

@@ -14,8 +14,9 @@ from grpo.learning import train_state
 from grpo.learning.optimiser import GradientInputs, init_state, make_update
 from grpo.learning.policy_gradient import make_gradient, stack_batches
 from grpo.learning.policy_loss import LossConfig
+from grpo.learning.step_table import StepTable
 from grpo.methods.grpo import GRPO
-from grpo.rollout import StepTable, initial_noise, make_step, rollout
+from grpo.rollout import initial_noise, make_step, rollout
 from grpo.settings.budget import Spent
 from tests import reference
 from tests.grpo.specs import devices_mesh
