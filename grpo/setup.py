@@ -7,12 +7,10 @@ from the newest checkpoint.
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from convert.lora import initial_adapters
 from grpo.compiled import compile, offload
@@ -25,6 +23,7 @@ from grpo.learning.optimiser import init_state
 from grpo.learning.policy import Flat, make_policy
 from grpo.random_streams import Stream
 from grpo.records import provenance, run_log
+from grpo.records.console import print_once, progress_bar
 from grpo.run import RunSpec
 from grpo.sampling import Session, States
 from grpo.scoring import guard
@@ -402,15 +401,3 @@ def initial_arrays(
             arrays = {key: sharding_lib.place(given[key], shardings[key]) for key in arrays}
         start[name] = arrays
     return start
-
-
-def progress_bar(iterable, **options):
-    """Return the iterable with a progress bar on the terminal of the first process."""
-    shown = sys.stderr.isatty() and multihost.first()
-    return tqdm(iterable, leave=False, dynamic_ncols=True, disable=not shown, **options)
-
-
-def print_once(*lines: object) -> None:
-    """Print lines in the first process only."""
-    if multihost.first():
-        print(*lines, sep="\n", flush=True)

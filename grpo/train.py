@@ -38,6 +38,7 @@ from grpo.credit import compute_credit
 from grpo.data.prompts import PromptSet, epoch_prompts, without_shared
 from grpo.records import epoch_record, run_log, run_output
 from grpo.records.clock import Stopwatch, timestamp
+from grpo.records.console import print_once, progress_bar
 from grpo.records.forecast import forecast_lines
 from grpo.records.progress import estimate
 from grpo.report import run_report
@@ -57,7 +58,7 @@ from grpo.settings import agreement, frame_schedule, parse
 from grpo.settings.budget import Spent
 from grpo.settings.reference import FLAG_HELP
 from grpo.settings.schema import Recipe
-from grpo.setup import Start, evaluation_is_due, prepare, print_once, progress_bar
+from grpo.setup import Start, evaluation_is_due, prepare
 from grpo.update import NotFinite, update_epoch
 from rewards.pool_set import Pool
 from wan_jax.command_line import cli
