@@ -28,7 +28,8 @@ from grpo.data.prompts import PromptSet
 from grpo.records import run_log
 from grpo.scoring import scores
 from grpo.scoring.reward_combination import MAIN
-from grpo.scoring.reward_pool import for_rewards, open_pool
+from grpo.scoring.reward_pool import open_pool
+from grpo.scoring.scored_prompts import for_rewards
 from grpo.settings import parse, validation
 from grpo.settings.schema import BUILT_IN, main_reward, measured_rewards, values_of
 from rewards.ocr.targets import parse_targets

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from grpo.data.prompts import PromptSet, load_prompts
 from grpo.scoring.best_of import best_candidate, curve, finite_mean
-from grpo.scoring.reward_pool import for_rewards, open_pool, targets_check
+from grpo.scoring.reward_pool import open_pool
+from grpo.scoring.scored_prompts import for_rewards, targets_check
 from grpo.settings.schema import SECOND_READER, main_reward
 from grpo.settings.sections.reward import Reward
 from rewards.base import last_line

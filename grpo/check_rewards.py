@@ -33,7 +33,8 @@ from grpo.data.prompts import PromptSet
 from grpo.rollout import initial_noise
 from grpo.run import RunSpec
 from grpo.scoring.reward_combination import BAD_SIDE
-from grpo.scoring.reward_pool import for_rewards, fps_of, load_scored_prompts, open_pool
+from grpo.scoring.reward_pool import open_pool
+from grpo.scoring.scored_prompts import for_rewards, fps_of, load_scored_prompts
 from grpo.settings import parse
 from grpo.settings.named import TEXT, servers_by_name
 from grpo.settings.reference import FLAG_HELP

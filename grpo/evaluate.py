@@ -32,8 +32,9 @@ from grpo.records.clock import timestamp
 from grpo.records.run_log import RunLog
 from grpo.report import run_report
 from grpo.run import RunSpec, open_model
-from grpo.scoring.heldout import Evaluation, Evaluator, format_evaluation, load_more_prompts
-from grpo.scoring.reward_pool import for_rewards, fps_of, load_scored_prompts, open_pool
+from grpo.scoring.heldout import Evaluation, Evaluator, format_evaluation
+from grpo.scoring.reward_pool import open_pool
+from grpo.scoring.scored_prompts import for_rewards, fps_of, load_more_prompts, load_scored_prompts
 from grpo.settings import parse
 from grpo.settings.reference import FLAG_HELP
 from wan_jax.command_line import cli

@@ -34,7 +34,7 @@ from grpo.compiled.targets import (
     prepare_jax,
 )
 from grpo.run import RunSpec, open_model, trained_names
-from grpo.scoring.reward_pool import load_scored_prompts
+from grpo.scoring.scored_prompts import load_scored_prompts
 from grpo.settings import parse
 from grpo.settings.reference import FLAG_HELP
 from grpo.settings.schema import Recipe, measured_rewards

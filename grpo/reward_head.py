@@ -32,7 +32,8 @@ from grpo.random_streams import Stream
 from grpo.rollout import initial_noise
 from grpo.run import RunSpec, open_model
 from grpo.scoring import reward_combination
-from grpo.scoring.reward_pool import for_rewards, fps_of, load_scored_prompts, open_pool
+from grpo.scoring.reward_pool import open_pool
+from grpo.scoring.scored_prompts import for_rewards, fps_of, load_scored_prompts
 from grpo.scoring.scores import gather_scores, submit
 from grpo.settings import parse
 from grpo.settings.reference import FLAG_HELP

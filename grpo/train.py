@@ -29,13 +29,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
 from grpo.compiled import offload
 from grpo.credit import compute_credit
-from grpo.data.prompts import PromptSet, epoch_prompts, without_shared
+from grpo.data.prompts import PromptSet
 from grpo.records import epoch_record, run_log, run_output
 from grpo.records.clock import Stopwatch, timestamp
 from grpo.records.console import print_once, progress_bar
@@ -45,13 +44,12 @@ from grpo.report import run_report
 from grpo.run import RunSpec, open_model
 from grpo.sampling import States, averaged_weights, sample_epoch, zero_nonfinite
 from grpo.scoring import reward_combination
-from grpo.scoring.heldout import Evaluation, format_evaluation, load_more_prompts
-from grpo.scoring.reward_pool import (
-    check_groups,
+from grpo.scoring.heldout import Evaluation, format_evaluation
+from grpo.scoring.reward_pool import check_groups, open_pool
+from grpo.scoring.scored_prompts import (
     for_rewards,
     fps_of,
-    load_scored_prompts,
-    open_pool,
+    load_prompt_sets,
 )
 from grpo.scoring.scores import gather_scores
 from grpo.settings import agreement, frame_schedule, parse
@@ -137,33 +135,6 @@ def train_recipe(config, own: Mapping[str, Any] | None = None) -> int | None:
         if output is not None and ended is not None:
             output.add(format_end(ended))
         return ended
-
-
-def load_prompt_sets(
-    recipe: Recipe, settings: parse.Settings
-) -> tuple[PromptSet, PromptSet, dict[str, PromptSet]]:
-    """Return the prompts of training, of evaluation, and the further ones of evaluations by name.
-    Raises `UserError` where they overlap, are too few, or cannot be scored.
-    """
-    skip = recipe.prompts.skip_invalid
-    prompts, everything = (
-        load_scored_prompts(path, recipe.reward, settings.weights, skip_invalid=skip)
-        for path in (recipe.prompts.train, recipe.prompts.heldout)
-    )
-    heldout = everything.select(np.arange(len(everything)) < recipe.eval.num_prompts)
-    # apart from the whole file, so that training prompts do not depend on eval.num_prompts
-    prompts = without_shared(prompts, everything if skip else heldout, skip)
-    more = load_more_prompts(recipe, settings.weights)
-    for each in more.values():
-        prompts = without_shared(prompts, each, skip)
-    for key, found in (("train", prompts), ("heldout", everything)):
-        if found.left_out:
-            print_once(
-                f"config.prompts.{key}: {len(found.left_out)} lines are left out, e.g. "
-                f"{found.left_out[0].strip()}"
-            )
-    epoch_prompts(recipe.seed, 0, len(prompts), recipe.sample.groups)  # raises where too few
-    return prompts, heldout, more
 
 
 def train(

@@ -17,26 +17,12 @@ from grpo.rollout import initial_noise
 from grpo.scoring import guard
 from grpo.scoring.best_of import format_best, report_best
 from grpo.scoring.reward_combination import MAIN, base_statistics
-from grpo.scoring.reward_pool import load_scored_prompts
 from grpo.scoring.scores import format_failures, gather_scores, submit
-from grpo.settings.schema import Recipe
 from rewards.pool_set import Pool
-from wan_jax.command_line.flag_types import user_path
 from wan_jax.diffusion.experts import Segment
 from wan_jax.distributed import multihost
 from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.inference.pipeline import TextTable, one_ahead, sample_ode
-
-
-def load_more_prompts(recipe: Recipe, weights: dict[str, float]) -> dict[str, PromptSet]:
-    """Return the prompts of `eval.more_prompts` by name. weights: of the measured rewards. Raises
-    `UserError` as `load_scored_prompts` does.
-    """
-    limit, skip = recipe.eval.num_prompts, recipe.prompts.skip_invalid
-    return {
-        name: load_scored_prompts(user_path(path), recipe.reward, weights, limit, skip)
-        for name, path in recipe.eval.more_prompts
-    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,27 +1,24 @@
-"""The reward pool of a recipe, and its prompts with what the rewards need to know of them."""
+"""The reward pool of a recipe."""
 
 import contextlib
-import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from grpo.data.prompts import PromptSet, load_prompts
 from grpo.scoring import reward_servers
 from grpo.scoring.reward_combination import MAIN
 from grpo.settings.named import TEXT, pairs, servers_by_name
 from grpo.settings.schema import BUILT_IN, SECOND_READER, TEXT_AREA, Recipe, main_reward
-from rewards.base import PromptRecord, Reward, RewardError, last_line
+from rewards.base import Reward, RewardError, last_line
 from rewards.clip import KINDS, ClipReward
 from rewards.composite import DERIVED, CompositeReward
-from rewards.ocr.rules import OCRReward, make_readable_check
-from rewards.ocr.targets import TargetError, parse_targets
+from rewards.ocr.rules import OCRReward
 from rewards.ocr.two_readers import TwoReaderReward
 from rewards.own import OwnReward, adapted
 from rewards.pool import RewardPool
@@ -29,10 +26,8 @@ from rewards.pool_set import BUILT_IN_POOL, IN_PROCESS_POOL, OWN_POOL, Pool, Poo
 from rewards.quality import QualityReward
 from wan_jax.distributed import multihost
 from wan_jax.errors import UserError
-from wan_jax.models.presets import Preset
 
 Factory = Callable[[], Reward]
-FPS, TI2V_FPS = 16.0, 24.0  # frames per second of the published models' videos
 
 
 def open_pool(
@@ -152,76 +147,3 @@ def check_groups(pool: Pool, recipe: Recipe, rows: np.ndarray) -> None:
             f"would be split over processes with config.sample.batch_size={batch}: make it a "
             "multiple of the number of processes times the group's size"
         )
-
-
-# --- Prompts --------------------------------------------------------------------------------------
-
-
-def load_scored_prompts(
-    path,
-    config,
-    weights: dict[str, float],
-    limit: int | None = None,
-    skip_invalid: bool = False,
-) -> PromptSet:
-    """Read the prompts of a file. They need quoted text or targets if a reward that reads text is
-    measured.
-
-    config: `config.reward`. The other arguments and the errors are those of `open_pool` and
-    `grpo.data.prompts.load_prompts`.
-    """
-    if MAIN not in weights:
-        return load_prompts(path, _targets_if_any, limit=limit, skip_invalid=skip_invalid)
-    hint = ""
-    if not config.weights[MAIN] or any(name not in BUILT_IN for name in weights):
-        hint = (
-            f"; config.reward.weights.ocr={config.weights[MAIN]} reads text: without text in the "
-            "prompts set it to None"
-        )
-    check = targets_check(config)
-    return load_prompts(path, parse_targets, limit, check, skip_invalid, hint)
-
-
-def _targets_if_any(prompt: str) -> tuple[str, ...]:
-    try:
-        return parse_targets(prompt)
-    except TargetError:
-        return ()
-
-
-def targets_check(config) -> Callable[[Sequence[str]], None] | None:
-    """Return the check of targets for `grpo.data.prompts.load_prompts`: can the OCR engine read
-    their characters?
-
-    config: `config.reward`. None where servers or a judge read the text, or where the spelling has
-    no weight.
-    """
-    if TEXT in servers_by_name(config.servers) or not config.weights[MAIN]:
-        return None
-    engines = [engine for engine in (config.engine, config.reader_two) if engine]
-    checks = [check for check in map(make_readable_check, engines) if check is not None]
-
-    def check_all(targets: Sequence[str]) -> None:
-        for check in checks:
-            check(targets)
-
-    return check_all if checks else None
-
-
-def for_rewards(prompts: PromptSet, weights: dict[str, float], fps: float = FPS) -> PromptSet:
-    """Return the prompts with `PromptRecord`s as targets if a reward needs the prompt, else as they
-    are. fps: frames per second of the videos.
-    """
-    added = [name for name in weights if name not in BUILT_IN]
-    if not added and not set(weights) & set(KINDS):
-        return prompts
-    metadata = prompts.metadata if added and prompts.metadata else ({},) * len(prompts)
-    records = map(PromptRecord, prompts.targets, prompts.prompts, metadata)
-    return dataclasses.replace(
-        prompts, targets=tuple(dataclasses.replace(record, fps=fps) for record in records)
-    )
-
-
-def fps_of(preset: Preset) -> float:
-    """Return the frames per second of a model's videos."""
-    return TI2V_FPS if preset.expand_timesteps else FPS

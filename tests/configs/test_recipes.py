@@ -13,10 +13,11 @@ from ml_collections import config_flags
 
 from configs.defaults import defaults
 from examples import ocr_prompts
-from grpo import plan, train
+from grpo import plan
 from grpo.data.prompts import epoch_prompts, load_prompts
 from grpo.learning.sde_windows import step_quotas
 from grpo.run import RunSpec
+from grpo.scoring import scored_prompts
 from grpo.settings import parse
 from grpo.settings.unused import changed_in_vain
 from rewards.ocr.targets import parse_targets
@@ -109,7 +110,7 @@ def test_prompts_of_published_runs_are_not_shipped():
     c.reward.engine = "rapidocr"
     recipe = parse.recipe_from_config(c)
     with pytest.raises(UserError, match=r"flow_grpo/dataset/ocr/train\.txt"):
-        train.load_prompt_sets(recipe, parse.settings_of(recipe))
+        scored_prompts.load_prompt_sets(recipe, parse.settings_of(recipe))
 
 
 def test_every_setting_can_be_given_on_the_command_line(monkeypatch):

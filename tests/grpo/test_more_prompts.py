@@ -7,7 +7,7 @@ import pytest
 
 from grpo.records import run_log
 from grpo.records.run_log import RunLog
-from grpo.scoring.heldout import load_more_prompts
+from grpo.scoring.scored_prompts import load_more_prompts
 from grpo.settings import parse
 from grpo.setup import not_evaluated
 from tests import commands

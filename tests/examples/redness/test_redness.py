@@ -6,7 +6,7 @@ import pytest
 from configs.defaults import defaults
 from examples.redness import recipe, redness
 from grpo.data.prompts import epoch_prompts
-from grpo.scoring.reward_pool import load_scored_prompts
+from grpo.scoring.scored_prompts import load_scored_prompts
 from grpo.settings import parse
 from rewards.base import PromptRecord
 

@@ -10,15 +10,8 @@ from ml_collections import config_flags
 
 from configs.defaults import defaults
 from grpo.data.prompts import examples
-from grpo.scoring.reward_pool import (
-    check_groups,
-    for_rewards,
-    fps_of,
-    load_scored_prompts,
-    module_folders,
-    open_pool,
-    targets_check,
-)
+from grpo.scoring.reward_pool import check_groups, module_folders, open_pool
+from grpo.scoring.scored_prompts import for_rewards, fps_of, load_scored_prompts, targets_check
 from rewards.base import PromptRecord, Traits
 from rewards.ocr.characters import readable_characters
 from rewards.ocr.text_match import normalise

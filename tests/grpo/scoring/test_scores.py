@@ -9,7 +9,8 @@ import pytest
 from configs import tiny_ocr
 from configs.defaults import defaults
 from grpo.data.prompts import PromptSet, load_prompts
-from grpo.scoring.reward_pool import for_rewards, open_pool, targets_check
+from grpo.scoring.reward_pool import open_pool
+from grpo.scoring.scored_prompts import for_rewards, targets_check
 from grpo.scoring.scores import format_failures, gather_rows, gather_scores, submit
 from grpo.settings import parse
 from rewards.base import PromptRecord
