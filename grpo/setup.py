@@ -27,6 +27,7 @@ from grpo.records.run_folder import RunFolder
 from grpo.run import RunSpec
 from grpo.sampling import Session, States
 from grpo.scoring.heldout import Evaluator
+from grpo.scoring.run_evaluations import evaluation_is_due, not_evaluated
 from grpo.settings.budget import Spent
 from grpo.settings.schema import Recipe
 from grpo.settings.unused import changed_in_vain
@@ -241,25 +242,6 @@ def prepare(
         for series in spec.evaluations
     }
     return Start(session, states, resumed, spent, unevaluated, folder, log, evaluators, compiled)
-
-
-def evaluation_is_due(spec: RunSpec, epoch: int, spent: Spent) -> bool:
-    """Return whether the weights after an epoch are evaluated."""
-    recipe = spec.recipe
-    last = epoch == recipe.epochs or spec.settings.budget.reached(spent)
-    return last or epoch % recipe.eval.every == 0
-
-
-def not_evaluated(run_dir: str, epoch: int, every: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """Return the series of which the run's folder has no evaluation after `epoch`. every: all series
-    (`RunSpec.evaluations`).
-    """
-    missing = []
-    for i, series in enumerate(every):
-        known = run_log.read_evaluations(run_dir, series if i else None)
-        if epoch not in [record["epoch"] for record in known]:
-            missing.append(series)
-    return tuple(missing)
 
 
 def describe(spec: RunSpec, prompts: PromptSet) -> None:

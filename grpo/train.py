@@ -36,16 +36,16 @@ from grpo.compiled import offload
 from grpo.credit import compute_credit
 from grpo.data.prompts import PromptSet
 from grpo.records import epoch_record, run_log, run_output
-from grpo.records.clock import Stopwatch, timestamp
-from grpo.records.console import print_once, progress_bar
+from grpo.records.clock import Stopwatch
+from grpo.records.console import print_once
 from grpo.records.forecast import forecast_lines
 from grpo.records.progress import estimate
 from grpo.report import run_report
 from grpo.run import RunSpec, open_model
-from grpo.sampling import States, averaged_weights, sample_epoch, zero_nonfinite
-from grpo.scoring import reward_combination
-from grpo.scoring.heldout import Evaluation, format_evaluation
+from grpo.sampling import sample_epoch, zero_nonfinite
+from grpo.scoring.alarms import stop_on_alarm, weight_of_kl
 from grpo.scoring.reward_pool import check_groups, open_pool
+from grpo.scoring.run_evaluations import evaluate, evaluation_is_due, read_base
 from grpo.scoring.scored_prompts import (
     for_rewards,
     fps_of,
@@ -56,7 +56,7 @@ from grpo.settings import agreement, frame_schedule, parse
 from grpo.settings.budget import Spent
 from grpo.settings.reference import FLAG_HELP
 from grpo.settings.schema import Recipe
-from grpo.setup import Start, evaluation_is_due, prepare
+from grpo.setup import prepare
 from grpo.update import NotFinite, update_epoch
 from rewards.pool_set import Pool
 from wan_jax.command_line import cli
@@ -291,63 +291,6 @@ def write_report(run_dir: str, last: bool = False) -> None:
         print_once(f"warning: the report was not written:\n{traceback.format_exc()}")
 
 
-def evaluate(start: Start, states: States, epoch: int, due: tuple[int | str, ...]) -> None:
-    """Evaluate the moving average after an epoch, and record the results. due: of
-    `RunSpec.evaluations`.
-    """
-    session, spec = start.session, start.session.spec
-    for series in due:
-        result = start.evaluators[series](
-            lambda expert: averaged_weights(session, states, expert),
-            epoch,
-            lambda batches, **options: progress_bar(batches, desc="evaluation", **options),
-        )
-        is_main = series == spec.evaluations[0]  # the run is judged by this one
-        start.folder.check_held()
-        if epoch == 0 and is_main:
-            check_base(result, spec.settings.weights)
-        record = result.record | {"time": timestamp()}
-        start.log.evaluation(record, result.videos, None if is_main else series)
-        label = spec.label(series)
-        print_once(f"epoch {epoch}: held-out {format_evaluation(result.record)}{label}")
-        if result.warning:
-            print_once(result.warning)
-        if is_main and multihost.first():
-            start.folder.mark_best()
-            if alarm := start.folder.alarm(epoch):
-                print_once(f"alarm: {alarm}")
-
-
-def stop_on_alarm(start: Start, states: States, epoch: int, spent: Spent) -> None:
-    """Raise `UserError` where the last evaluation, after this epoch, raised an alarm on which the run
-    is to stop. Everything is saved before.
-    """
-    recipe, folder = start.session.spec.recipe, start.folder
-    if recipe.train.on_alarm != "stop":
-        return
-    alarm = multihost.from_first(lambda: folder.alarm(epoch))
-    if alarm:
-        folder.save(epoch, states, spent)
-        best = multihost.from_first(folder.checkpoints.best)
-        found = "" if best is None else f"The best checkpoint is {folder.checkpoints.path(best)}. "
-        raise UserError(
-            f"epoch {epoch}: {alarm}, so the run stops, as train.on_alarm=stop asks. Epoch {epoch} is "
-            f"saved. {found}To go on all the same: --config.train.on_alarm=log"
-        )
-
-
-def weight_of_kl(start: Start, epoch: int, before: float | None) -> float | None:
-    """Return the weight of the KL after an epoch, where the guard sets it (train.on_alarm=kl), else
-    None. A change is printed. before: the weight so far; None: of a run that starts or continues.
-    """
-    weight = multihost.from_first(start.folder.kl_weight)
-    raised = weight == start.session.spec.recipe.train.alarm_kl
-    if weight != before and (raised or before is not None):
-        why = "raised by the alarm" if raised else "the alarm is over"
-        print_once(f"epoch {epoch}: the weight of the KL is {weight:g} from now on, {why}")
-    return weight
-
-
 def same_length(recipe: Recipe, epoch: int) -> bool:
     """Return whether the videos of an epoch are as long as those of the epoch before, so that it
     should compile nothing.
@@ -360,36 +303,6 @@ def same_length(recipe: Recipe, epoch: int) -> bool:
 def asked_to_end() -> bool:
     """Return whether Ctrl-C or SIGTERM reached any process. All processes must call this together."""
     return any(multihost.gather(cli.asked_to_end.is_set()))
-
-
-def check_base(result: Evaluation, weights: dict[str, float]) -> None:
-    """Raise `UserError` where the first evaluation lacks a measure of quality with which later videos
-    are compared. The evaluation is not recorded then, so the same command makes it again.
-    """
-    missing = reward_combination.without_base(weights, result.record.get("measures", {}))
-    if missing:
-        raise UserError(
-            f"epoch 0: the evaluation of the starting model measured {', '.join(missing)} for "
-            "fewer than two videos, and the quality of later videos is compared with it; "
-            f"{result.why}. The same command measures it again; without "
-            f"config.reward.weights.{missing[0]} a new run does not need it"
-        )
-
-
-def read_base(run_dir: str, weights: dict[str, float]) -> reward_combination.Base:
-    """Return the measures of quality of the first evaluation. Raises `UserError` where the run's
-    folder no longer has one that is needed.
-    """
-    first = run_log.read_evaluations(run_dir)[:1]
-    measures = first[0].get("measures", {}) if first and first[0]["epoch"] == 0 else {}
-    missing = reward_combination.without_base(weights, measures)
-    if missing:
-        raise UserError(
-            f"{run_dir}/{run_log.EVALUATIONS} has no evaluation of epoch 0 with "
-            f"{', '.join(missing)}, with which the quality of later videos is compared; start a new "
-            "run with another --config.run_dir"
-        )
-    return measures
 
 
 if __name__ == "__main__":

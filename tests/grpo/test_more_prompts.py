@@ -7,9 +7,9 @@ import pytest
 
 from grpo.records import run_log
 from grpo.records.run_log import RunLog
+from grpo.scoring.run_evaluations import not_evaluated
 from grpo.scoring.scored_prompts import load_more_prompts
 from grpo.settings import parse
-from grpo.setup import not_evaluated
 from tests import commands
 from tests.grpo.here import train_here
 from tests.grpo.tiny_run import config_of, recipe_text
