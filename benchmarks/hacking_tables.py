@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from benchmarks.hacking_distance import RESULT
-from grpo.records import run_log
+from grpo.records import json_lines, run_log
 from grpo.records.statistics import t_interval
 from grpo.report.run_records import RunRecords
 from grpo.scoring import guard
@@ -91,7 +91,7 @@ def write(out: pathlib.Path) -> None:
     found = sorted(out.glob("*/seed*/" + run_log.EVALUATIONS))
     runs = [run for path in found if (run := summarise(path.parent))]
     pruned = best_of(out)
-    values = run_log.plain({"runs": runs, "best_of": pruned})
+    values = json_lines.plain({"runs": runs, "best_of": pruned})
     (out / VALUES).write_text(json.dumps(values, indent=1) + "\n")
     tables = [
         table("Runs", RUNS, runs),

@@ -31,7 +31,7 @@ import numpy as np
 from absl import flags
 
 from convert.from_diffusers import convert
-from grpo.records import run_log
+from grpo.records import json_lines, run_log
 from tests import commands, tiny
 from wan_jax.command_line import cli
 from wan_jax.storage.checkpoint import read_numpy
@@ -176,7 +176,7 @@ def result(run: pathlib.Path) -> dict:
         for i, line in enumerate((run / name).read_text().splitlines(), 1):
             found |= {
                 f"{name} line {i}: {key}": value
-                for key, value in run_log.flatten(json.loads(line)).items()
+                for key, value in json_lines.flatten(json.loads(line)).items()
                 if not CLOCKS.fullmatch(key)
             }
     return found

@@ -31,7 +31,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from grpo.records import run_log
+from grpo.records import json_lines, run_log
 from grpo.report import comparison_report
 from grpo.report.comparison_report import Comparison
 from grpo.report.page import plural
@@ -116,7 +116,7 @@ class Job:
     @property
     def expected(self) -> str:
         """The content of `FINISHED` once the run is finished."""
-        return json.dumps(run_log.plain(self.method.flat_config(*self.extra)), indent=1) + "\n"
+        return json.dumps(json_lines.plain(self.method.flat_config(*self.extra)), indent=1) + "\n"
 
     def finished(self) -> bool:
         """Return whether the run was finished with these settings."""

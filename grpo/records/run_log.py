@@ -20,10 +20,8 @@ disk when the call returns, and files are replaced atomically. OSError (disk ful
 is left to the caller. What cannot be read back is left out, with one warning for each file.
 """
 
-import contextlib
 import io
 import json
-import math
 import numbers
 import os
 import pathlib
@@ -32,12 +30,13 @@ import shutil
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from grpo.records import previews
+from grpo.records.json_lines import append_line, flatten, parse_lines, plain, record_line
 from grpo.records.progress import RECENT
 from grpo.records.run_files import read_json, warn, write_atomically
 from grpo.records.trackers import TensorBoard, open_trackers
@@ -79,10 +78,10 @@ class RunLog:
             if not resumed:
                 os.replace(path, path.with_name(name + ".old"))
                 continue
-            records, complete = _parse(path, _epoch_of)
+            records, complete = parse_lines(path, _epoch_of)
             if not complete:
                 shutil.copy2(path, path.with_name(name + ".damaged"))
-            write_atomically(path, b"".join(_line(r) for r in records if r["epoch"] <= last))
+            write_atomically(path, b"".join(record_line(r) for r in records if r["epoch"] <= last))
         if resumed:
             warn_of_missing(self.folder, resume_epoch)
             self.epochs.extend(read_metrics(self.folder))
@@ -276,34 +275,6 @@ def preview_path(folder, epoch: int) -> pathlib.Path:
     return pathlib.Path(folder, "previews", f"eval_{epoch:06d}.npz")
 
 
-def flatten(values: dict, prefix: str = "") -> dict:
-    """Join the keys of nested dicts: {'a': {'b': 1}} -> {'a/b': 1}."""
-    flat = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}/") if isinstance(value, dict) else {name: value}
-    return flat
-
-
-def append_line(path: pathlib.Path, record: dict) -> None:
-    """Append a record to a JSONL file and wait for the disk.
-
-    Raises:
-      OSError: the line could not be written whole; the file is as it was before.
-    """
-    data = _line(record)
-    size = path.stat().st_size if path.exists() else 0
-    try:
-        with open(path, "ab") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.truncate(path, size)
-        raise
-
-
 def number(record: dict, key: str) -> float | None:
     """Return record[key] if it is a number or NaN, else None."""
     value = record.get(key)
@@ -337,72 +308,6 @@ def _epoch_of(record: dict) -> int:
     return int(epoch)
 
 
-def _line(record: dict) -> bytes:
-    return (json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n").encode(
-        errors="replace"
-    )
-
-
-def plain(value):
-    """Convert to what JSON can hold.
-
-    Arrays and tuples become lists, NumPy scalars numbers, floats that are not finite None, and
-    objects of other types text.
-    """
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (str, bool, int)) else str(value)
-
-
 def _read_lines(path: pathlib.Path) -> list[dict]:
     """Return the usable records of one of the run's .jsonl files."""
-    return _parse(path, _epoch_of if path.name == METRICS else check_evaluation)[0]
-
-
-def _parse(path: pathlib.Path, check: Callable[[dict], object]) -> tuple[list[dict], bool]:
-    """Return the usable records of a .jsonl file, and whether all its lines are usable.
-
-    A warning names the lines that are not. A last line that is no JSON does not count: a kill cut
-    it off. check: raises ValueError on a record that cannot be used.
-    """
-    if not path.exists():
-        return [], True
-    lines = [
-        line for line in path.read_bytes().decode(errors="replace").split("\n") if line.strip()
-    ]
-    records, bad = [], []
-    for i, line in enumerate(lines, 1):
-        try:
-            record = _nan_for_null(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            if i < len(lines):
-                bad.append(f"line {i} ({error})")
-            continue
-        try:
-            if not isinstance(record, dict):
-                raise ValueError("not a JSON object")
-            check(record)
-            records.append(record)
-        except ValueError as error:
-            bad.append(f"line {i} ({error})")
-    if bad:
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        warn(
-            f"{path}: {len(bad)} of {len(lines)} lines cannot be read and are left out: "
-            f"{', '.join(bad[:3])}{more}"
-        )
-    return records, not bad
-
-
-def _nan_for_null(value):
-    if isinstance(value, dict):
-        return {k: _nan_for_null(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_nan_for_null(v) for v in value]
-    return math.nan if value is None else value
+    return parse_lines(path, _epoch_of if path.name == METRICS else check_evaluation)[0]

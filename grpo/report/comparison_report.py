@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from grpo.records import run_log
+from grpo.records import json_lines, run_log
 from grpo.records.statistics import t_interval
 from grpo.report.charts import COLORS, SERIES, Chart, chart
 from grpo.report.page import CONFIDENCE, render
@@ -198,7 +198,7 @@ def write(result: Comparison, out: pathlib.Path) -> list[str]:
         for name, runs in result.runs.items()
         if runs
     }
-    values = run_log.plain(dataclasses.asdict(result) | {"summary": rows})
+    values = json_lines.plain(dataclasses.asdict(result) | {"summary": rows})
     lines = _markdown(result, rows)
     files = {
         "json": json.dumps(values, indent=1, allow_nan=False) + "\n",

@@ -3,7 +3,7 @@
 import math
 from datetime import datetime
 
-from grpo.records import run_log
+from grpo.records import json_lines, run_log
 from grpo.records.clock import duration
 from grpo.report.run_records import RunRecords
 
@@ -34,7 +34,7 @@ def setting_rows(run: RunRecords) -> list[tuple[str, str]]:
     """Return every setting with its value, and what the run made of those that were left to it."""
     chosen = (run.starts[-1].get("in_force") or {}) if run.starts else {}
     rows = []
-    for name, value in run_log.flatten(run.config).items():
+    for name, value in json_lines.flatten(run.config).items():
         key = name.replace("/", ".")
         if key in chosen:
             rows.append((key, f"{chosen[key]} (given as {value})"))

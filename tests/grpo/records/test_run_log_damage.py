@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs.defaults import defaults
-from grpo.records import run_log, trackers
+from grpo.records import json_lines, run_log, trackers
 from grpo.records.run_log import RunLog, ranges, read_evaluations, read_metrics
 from grpo.report.run_report import summary_lines, write_report
 from tests.grpo.records.run_folders import evaluation, write
@@ -127,7 +127,7 @@ def test_previews_of_another_kind_are_left_out(tmp_path):
 )
 def test_an_evaluation_without_its_fields_is_left_out(tmp_path, capsys, change):
     write(tmp_path, (1, 2), evals=(1, 2))
-    edit(tmp_path / "evals.jsonl", 1, json.dumps(run_log.plain(evaluation(1) | change)).encode())
+    edit(tmp_path / "evals.jsonl", 1, json.dumps(json_lines.plain(evaluation(1) | change)).encode())
     assert [r["epoch"] for r in read_evaluations(tmp_path)] == [2]
     Page(write_report(tmp_path).read_text())
     assert capsys.readouterr().err.count("evals.jsonl: 1 of 2 lines") == 1, (
