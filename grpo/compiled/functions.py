@@ -106,9 +106,7 @@ class Functions(RunArrays):
         def make(key):
             gradient = method.make_gradient(self.policy, self.table, key)
             if spec.recipe.data.used and not spec.recipe.data.only:
-                gradient = data_loss.with_data(
-                    gradient, self.policy, self.table, spec.recipe.data.weight
-                )
+                gradient = data_loss.with_data(gradient, self.policy, spec.recipe.data.weight)
             return module.make_update(
                 gradient,
                 self.policy,

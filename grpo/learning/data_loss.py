@@ -27,9 +27,7 @@ from grpo.learning.finished_batch import FinishedBatch, levels_at
 from grpo.learning.optimiser import GradientInputs
 from grpo.learning.policy import Flat, Policy
 from grpo.learning.selection import Selection, layout
-from grpo.learning.step_table import StepTable
-from grpo.learning.velocity_loss import FlowMetrics
-from grpo.methods.sft import SFT
+from grpo.learning.velocity_loss import FlowError, FlowMetrics, make_gradient
 from grpo.random_streams import Stream
 from wan_jax.command_line import cli
 from wan_jax.distributed import mesh as mesh_lib
@@ -81,13 +79,13 @@ class AnchoredMetrics:
         return self.method.averages() | {"data_error": self.data.averages()["flow_error"]}
 
 
-def with_data(gradient: Callable, policy: Policy, table: StepTable, weight: float) -> Callable:
+def with_data(gradient: Callable, policy: Policy, weight: float) -> Callable:
     """Return the gradient of a method's loss with that on data: (trainable, inputs, frozen,
     `AnchoredBatch`) -> (gradient, `AnchoredMetrics`).
 
-    gradient: the result of `Method.make_gradient`. policy, table: as given there. weight: w.
+    gradient: the result of `Method.make_gradient`. policy: as given there. weight: w.
     """
-    of_data = SFT().make_gradient(policy, table, 1.0)
+    of_data = make_gradient(FlowError(), policy, 1.0)
 
     def anchored(trainable: Flat, inputs: GradientInputs, frozen, batch: AnchoredBatch):
         grads, metrics = gradient(trainable, inputs, frozen, batch.method)

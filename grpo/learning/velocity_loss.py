@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ from wan_jax.diffusion.guidance import pair, velocity
 from wan_jax.diffusion.solvers import per_sample
 
 if TYPE_CHECKING:
-    from grpo.learning.flow_matching import FlowMatching
     from grpo.learning.optimiser import GradientInputs
 
 Array = jax.Array
@@ -86,6 +85,47 @@ class FlowMetrics:
         return {name: float(value) / rows for name, value in (sums | self.more).items()}
 
 
+class VelocityLoss(Protocol):
+    """A loss of `Rows`, with the KL that is added to it.
+
+    Attributes:
+        kl_weight: weight of mean((v - v_reference)^2); 0: none is added.
+        kl_copy: name of the lagged copy that is the reference of the KL; None: the base model is.
+        needs_reference: whether the velocity of the base model is computed.
+        logs: names of the further values that `loss` returns.
+    """
+
+    logs: ClassVar[tuple[str, ...]]
+
+    @property
+    def kl_weight(self) -> float: ...
+    @property
+    def kl_copy(self) -> str | None: ...
+    @property
+    def needs_reference(self) -> bool: ...
+    def loss(self, rows: Rows) -> tuple[Array, dict[str, Array]]:
+        """Return the loss of each row without the KL, and the values named in `logs`, [B] each."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowError:
+    """Flow matching: the weighted error of the velocity, without a KL. A `VelocityLoss`."""
+
+    kl_weight: float = 0.0
+    kl_copy: str | None = None
+    needs_reference: bool = False
+    logs: ClassVar[tuple[str, ...]] = ()
+
+    def loss(self, rows: Rows) -> tuple[Array, dict[str, Array]]:
+        return flow_error(rows), {}
+
+
+def flow_error(rows: Rows) -> Array:
+    """Return the weighted error of the velocity, [B] fp32, the loss of supervised fine-tuning."""
+    return rows.weight * rows.error
+
+
 def mean_square(x: Array, cells: Array | None = None) -> Array:
     """Return `video_mean` of the squares, [B] fp32."""
     return video_mean(jnp.square(x.astype(jnp.float32)), cells)
@@ -99,7 +139,7 @@ def video_mean(x: Array, cells: Array | None = None) -> Array:
 
 
 def objective(
-    method: "FlowMatching",
+    method: VelocityLoss,
     policy: Policy,
     guidance: float,
     trainable: Flat,
@@ -160,7 +200,7 @@ def objective(
     return total(loss), jax.lax.stop_gradient(metrics)
 
 
-def make_gradient(method: "FlowMatching", policy: Policy, guidance: float) -> Callable:
+def make_gradient(method: VelocityLoss, policy: Policy, guidance: float) -> Callable:
     """Return the gradient of `objective`: (trainable, GradientInputs, frozen, FinishedBatch) -> (mean
     gradient over the valid rows, FlowMetrics). guidance: of all velocities in the loss; up to 1 there
     is none.

@@ -10,7 +10,7 @@ import numpy as np
 from grpo.credit import Credit
 from grpo.learning.flow_matching import FlowMatching
 from grpo.learning.selection import Selection, best_and_worst
-from grpo.learning.velocity_loss import Rows
+from grpo.learning.velocity_loss import Rows, flow_error
 
 Array = jax.Array
 
@@ -30,7 +30,7 @@ class SFT(FlowMatching):
         return Selection(best, None, np.ones(len(best), np.float32), differ)
 
     def loss(self, rows: Rows) -> tuple[Array, dict[str, Array]]:
-        return rows.weight * rows.error, {}
+        return flow_error(rows), {}
 
 
 METHOD = SFT

@@ -185,7 +185,7 @@ def test_loss_and_gradient_with_data(weights, velocity_of, written, source):
         assert inputs.lagged.keys() == {"old"}
         return jax.tree.map(lambda x: 2 * x, trainable), {"count": batch}
 
-    gradient = jax.jit(with_data(of_method, policy, tiny_policy.TABLE, weight))
+    gradient = jax.jit(with_data(of_method, policy, weight))
     errors = expected_errors(velocity_of, trainable, written, spec, update)
     batch = source.batch(spec, 0, update)
     inputs = GradientInputs(jnp.asarray(7.0), {"old": trainable})
