@@ -11,6 +11,7 @@ from grpo.compare import Method
 from grpo.compiled import placement
 from grpo.compiled.functions import JITTED, Functions
 from grpo.run import RunSpec
+from tests.grpo.tiny_run import MEASURES, PICTURE
 from wan_jax.inference import pipeline
 from wan_jax.storage import model_dir
 
@@ -68,3 +69,8 @@ def train_here(config, *overrides: str, devices: int = 1) -> int | None:
     with pytest.MonkeyPatch.context() as patch:
         share(patch, devices)
         return train.train_recipe(Method("recipe", str(config), overrides).config())
+
+
+def train_tiny(config, *overrides: str) -> int | None:
+    """Train as `train_here`, with the rewards and the pictures of the tiny model's runs."""
+    return train_here(config, *MEASURES, *PICTURE, *overrides)
