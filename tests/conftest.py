@@ -48,9 +48,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # them begins when the rest is done.
 FIRST = (
     "test_train",
+    "test_train_here",
     "test_hosts",
     "test_tiny_wan",
-    "test_grpo",
+    "test_policy_gradient",
     "test_true_width",
     "test_placement",
     "test_pipeline",

@@ -1,6 +1,7 @@
 """Runs of published models, without weights."""
 
 import functools
+import types
 
 import jax
 
@@ -8,6 +9,7 @@ from grpo.compiled.functions import Functions
 from grpo.run import RunSpec
 from grpo.settings import parse
 from tests.grpo import tiny_run
+from wan_jax.diffusion.experts import segments
 from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.models import presets
 
@@ -45,3 +47,15 @@ def spec_from(config, model: str, mesh: jax.sharding.Mesh, backend: str) -> RunS
 def functions_of(*args, **kwargs) -> Functions:
     """Return the jitted functions of `spec_of`'s run."""
     return Functions(spec_of(*args, **kwargs))
+
+
+def levels_spec(schedule, quotas, videos, *, seed=0, boundary=None):
+    """Return the part of a `RunSpec` that noise levels follow from."""
+    return types.SimpleNamespace(
+        recipe=types.SimpleNamespace(seed=seed),
+        settings=types.SimpleNamespace(videos=videos),
+        preset=types.SimpleNamespace(boundary=boundary),
+        windows=types.SimpleNamespace(quotas=quotas),
+        segments=segments(schedule.timesteps, boundary),
+        schedule=schedule,
+    )

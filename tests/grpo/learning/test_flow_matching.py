@@ -1,9 +1,6 @@
-"""The methods that train on finished videos: noise levels, losses and gradients by their formulas."""
+"""The methods that train on finished videos: losses and gradients by their formulas."""
 
 import dataclasses
-import math
-import types
-from statistics import NormalDist
 
 import jax
 import jax.numpy as jnp
@@ -22,64 +19,11 @@ from grpo.random_streams import Stream
 from grpo.rollout import sample_noise
 from tests import reference
 from tests.grpo import tiny_policy
-from tests.grpo.specs import devices_mesh
+from tests.grpo.specs import devices_mesh, levels_spec
 from tests.grpo.tiny_policy import SHAPE
 from wan_jax.diffusion.experts import segments
 from wan_jax.diffusion.guidance import velocity
 from wan_jax.diffusion.schedule import flow_sigmas
-
-
-def levels_of(
-    method, expert=0, *, seed=7, epoch=3, videos=4000, boundary=None, quotas=(4,), steps=20
-):
-    """Return a method's noise levels on a schedule with shift 12."""
-    spec = run_spec(flow_sigmas(steps, 12.0), quotas, videos, seed=seed, boundary=boundary)
-    segment = next(i for i, part in enumerate(spec.segments) if part.expert == expert)
-    return method.noise_levels(spec, epoch, segment)
-
-
-def run_spec(schedule, quotas, videos, *, seed=0, boundary=None):
-    """Return the part of a `RunSpec` that noise levels follow from."""
-    return types.SimpleNamespace(
-        recipe=types.SimpleNamespace(seed=seed),
-        settings=types.SimpleNamespace(videos=videos),
-        preset=types.SimpleNamespace(boundary=boundary),
-        windows=types.SimpleNamespace(quotas=quotas),
-        segments=segments(schedule.timesteps, boundary),
-        schedule=schedule,
-    )
-
-
-def test_noise_levels_lie_with_their_expert_and_cover_it():
-    for method in (NFT(), DPO()):
-        first, second = (
-            levels_of(method, expert, boundary=0.875, quotas=(3, 2)) for expert in (0, 1)
-        )
-        assert first.sigma.shape == (4000, 3) and second.sigma.shape == (4000, 2)
-        assert first.sigma.dtype == np.float32
-        assert first.timestep.min() >= 875 > second.timestep.max() and second.sigma.min() >= 0
-        assert first.draw.tolist() == [0, 1, 2] and second.draw.tolist() == [3, 4]
-        # strata, in their order
-        assert (np.diff(first.sigma.mean(0)) * (-1 if method.rollout_levels else 1) > 0).all()
-        again = levels_of(method, 0, boundary=0.875, quotas=(3, 2))
-        np.testing.assert_array_equal(again.sigma, first.sigma)
-        for other in ({"seed": 8}, {"epoch": 4}):
-            changed = levels_of(method, 0, boundary=0.875, quotas=(3, 2), **other)
-            assert not np.array_equal(changed.sigma, first.sigma)
-
-
-def test_as_many_levels_as_steps_are_each_step_once():
-    levels = levels_of(NFT(), videos=9, quotas=(20,))
-    schedule = flow_sigmas(20, 12.0)
-    np.testing.assert_array_equal(levels.sigma, np.tile(schedule.sigmas[:-1], (9, 1)))
-    np.testing.assert_array_equal(levels.timestep, np.tile(schedule.timesteps, (9, 1)))
-
-
-def test_other_levels_are_logit_normal():
-    levels, normal = levels_of(RWR(), videos=999), NormalDist()
-    for level in (0.1, 0.5, 0.8):
-        wanted = normal.cdf(math.log(level / (1 - level)))
-        assert np.mean(levels.sigma < level) == pytest.approx(wanted, abs=0.02)
 
 
 def test_fewer_levels_than_trained_experts_are_refused():
@@ -108,7 +52,7 @@ def batch_of(method, weight, valid, cells=None):
     if method.pairs:
         selection = Selection(numbers[::2], numbers[1::2], weight[::2], valid[::2])
     (selected,) = selection.batches(1, 4, 1)
-    levels = method.noise_levels(run_spec(flow_sigmas(4, 3.0), (2,), videos=8), 1, 0)
+    levels = method.noise_levels(levels_spec(flow_sigmas(4, 3.0), (2,), videos=8), 1, 0)
     texts = [tiny_policy.text_batch(selected.videos.shape[1])] * len(selected.videos)
     key, mesh = jax.random.key(5), devices_mesh(1)
     batch = finished_batch.stack(selected, latents, texts, levels, key, mesh, cells=cells)

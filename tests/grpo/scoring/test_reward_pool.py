@@ -1,4 +1,4 @@
-"""The pools of a recipe, the folders of users' modules, and prompts with and without text."""
+"""The pools of a recipe, and the folders of users' modules."""
 
 import importlib.util
 import types
@@ -9,9 +9,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs.defaults import defaults
-from grpo.data.prompts import examples
 from grpo.scoring.reward_pool import check_groups, module_folders, open_pool
-from grpo.scoring.scored_prompts import for_rewards, fps_of, load_scored_prompts, targets_check
+from grpo.scoring.scored_prompts import targets_check
 from rewards.base import PromptRecord, Traits
 from rewards.ocr.characters import readable_characters
 from rewards.ocr.text_match import normalise
@@ -19,7 +18,6 @@ from tests.rewards import own_rewards, pool_rewards
 from tests.rewards.drawing import filled, video
 from tests.rewards.serving import TOKEN, serving
 from wan_jax.command_line.cli import UserError
-from wan_jax.models import presets
 
 RECORD = PromptRecord((), "sign", {}, 24.0)
 
@@ -104,24 +102,6 @@ def test_modules_are_looked_for_next_to_the_recipe_and_here(tmp_path, monkeypatc
     values(argv)
     monkeypatch.setattr(flags, "FLAGS", values)
     assert module_folders() == (str(recipe.parent), str(tmp_path))
-
-
-def test_prompts_need_text_only_where_text_is_read(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"prompt": "a red sign", "id": 3}\n{"prompt": "a sign \\"OPEN\\""}\n')
-    config = reward_of()
-    prompts = load_scored_prompts(path, config, {"red": 1.0})
-    assert prompts.targets == ((), ("OPEN",)) and examples(prompts)[0] == "prompt: a red sign"
-    asked = for_rewards(prompts, {"red": 1.0}, 24.0)
-    assert asked.targets[0] == PromptRecord((), "a red sign", {"id": 3}, 24.0)
-    config.weights.ocr = 0.0
-    with pytest.raises(UserError, match=r"line 1.*\n.*weights\.ocr=0\.0|weights\.ocr=0\.0"):
-        load_scored_prompts(path, config, {"ocr": 0.0, "red": 1.0})
-
-
-def test_frame_rates_of_the_models():
-    assert fps_of(presets.PRESETS["wan2.2-ti2v-5b"]) == 24
-    assert fps_of(presets.PRESETS["wan2.1-1.3b"]) == 16
 
 
 def test_groups_that_processes_would_split_are_refused():

@@ -1,20 +1,14 @@
 """The scores of one process and of all, the counts of failures, and the checks of a recipe's rewards."""
 
-import re
-
 import jax
 import numpy as np
 import pytest
 
 from configs import tiny_ocr
 from configs.defaults import defaults
-from grpo.data.prompts import PromptSet, load_prompts
 from grpo.scoring.reward_pool import open_pool
-from grpo.scoring.scored_prompts import for_rewards, targets_check
 from grpo.scoring.scores import format_failures, gather_rows, gather_scores, submit
 from grpo.settings import parse
-from rewards.base import PromptRecord
-from rewards.ocr.targets import parse_targets
 from rewards.pool import RewardPool
 from tests.rewards.drawing import filled
 from tests.rewards.pool_rewards import Boxed, Mean
@@ -89,13 +83,6 @@ def test_a_reward_that_cannot_be_built_is_an_error_of_the_user():
         open_pool(config, {"ocr": 1.0})
 
 
-def test_prompts_are_given_to_rewards_that_need_them():
-    plain = PromptSet(("a sign",), (("open",),))
-    assert for_rewards(plain, {"ocr": 1.0, "motion": 0.1}) is plain
-    prompts = for_rewards(plain, {"ocr": 1.0, "clip": 0.1})
-    assert prompts.targets == (PromptRecord(("open",), "a sign"),)
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -121,24 +108,3 @@ def test_a_clip_reward_needs_pytorch(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(UserError, match="PyTorch"):
         parse.from_config(config)
-
-
-def test_prompts_that_the_engine_cannot_read_are_listed_by_line(tmp_path):
-    path, config = tmp_path / "a.jsonl", defaults().reward
-    path.write_text(
-        '{"prompt": "A \\"OPEN\\""}\n{"prompt": "A \\"МОСКВА\\""}\n{"prompt": "x", "targets": '
-        '["서울"]}\n',
-        encoding="utf-8",
-    )
-    with pytest.raises(UserError, match=re.escape("2 of 3 lines cannot be scored")) as error:
-        load_prompts(path, parse_targets, check=targets_check(config))
-    for part in (
-        "line 2: the OCR engine rapidocr cannot read М, О, С, К, В, А of 'МОСКВА'",
-        "line 3: ",
-        "서, 울",
-    ):
-        assert part in str(error.value)
-    config.weights.ocr = 0.0
-    assert targets_check(config) is None
-    config.weights.ocr, config.servers = 1.0, ("http://host:8000",)
-    assert targets_check(config) is None
