@@ -6,7 +6,7 @@
 tiny-wan is trained on one device, several runs at a time. The questions:
 
     a  proxy and gold   trained by Flow-GRPO's rules for pictures and for clips, judged by `spelling`
-                        without a weight: which epoch does the guard choose?
+                        without a weight: which epoch does the guard choose? Also with a run that falls
     b  a fall           runs whose reward rises and falls: is the best before the fall?
     c  a flaw           darkness is rewarded too, three times as much as the text, or only added to it
                         (`dark_sum`): how soon is there an alarm?
@@ -90,6 +90,7 @@ CASES = (
     *variants("fall", 45, 5, *RWR, "train.learning_rate=5e-4"),
     Case("a", "proxy_clips", 40, 5, settings=(*CLIPS, GOLD, FAST)),
     Case("a", "proxy_pictures", 50, 5, settings=(*PROXY, GOLD, FAST)),
+    Case("a", "proxy_fall", 45, 5, settings=(*PROXY, GOLD, *RWR, "train.learning_rate=5e-4")),
     Case("b", "long", 220, 20, STEPS, seeds=1),
 )
 
