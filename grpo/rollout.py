@@ -32,22 +32,37 @@ class Trajectory:
     """The K stochastic steps of one rollout batch.
 
     Attributes:
-        x: [K, B, F, H, W, C] fp32, latents before the step.
-        x_next: [K, B, F, H, W, C] fp32, latents after the step, as sampled.
+        x: K arrays [B, F, H, W, C] fp32, latents before the step.
+        x_next: K arrays [B, F, H, W, C] fp32, latents after the step, as sampled. If the next step is
+            stochastic too, they are the array that is its x: latents are kept once.
         log_prob: [K, B] fp32.
         step: [K] int32, index of the step in the schedule; [1, B] where it differs between videos.
         text: of the videos.
-        mean: [K, B, F, H, W, C] fp32, mean of the step, where the objective needs it.
+        mean: K arrays [B, F, H, W, C] fp32, mean of the step, where the objective needs it.
         kl: [K, B] fp32, KL to the reference, where it is part of the reward.
     """
 
-    x: jax.Array
-    x_next: jax.Array
+    x: tuple[jax.Array, ...]
+    x_next: tuple[jax.Array, ...]
     log_prob: jax.Array
     step: jax.Array
     text: TextBatch
-    mean: jax.Array | None = None
+    mean: tuple[jax.Array, ...] | None = None
     kl: jax.Array | None = None
+
+    @classmethod
+    def make(cls, taken: Sequence[tuple], step: jax.Array, text: TextBatch) -> "Trajectory":
+        """Return the trajectory of K steps (x, x_next, log_prob, mean, kl), as `make_step`."""
+        x, x_next, log_prob, mean, kl = zip(*taken)
+        return cls(
+            x,
+            x_next,
+            jnp.stack(log_prob),
+            step,
+            text,
+            None if mean[0] is None else mean,
+            None if kl[0] is None else jnp.stack(kl),
+        )
 
 
 def sample_noise(key: jax.Array, samples: jax.Array, step, shape: tuple[int, ...]) -> jax.Array:
@@ -191,9 +206,7 @@ def rollout(
         x = x_next
     if not taken:
         return x, None
-    xs, nexts, log_probs, means, kls = jax.tree.map(lambda *rows: jnp.stack(rows), *taken)
-    index = jnp.asarray(window, jnp.int32)
-    return x, Trajectory(xs, nexts, log_probs, index, text, means, kls)
+    return x, Trajectory.make(taken, jnp.asarray(window, jnp.int32), text)
 
 
 def _rollout_by_row(
@@ -227,10 +240,8 @@ def _rollout_by_row(
         x = x_next
     if taken is None:
         return x, None
-    xs, nexts, log_probs, means, kls = jax.tree.map(lambda rows: jnp.stack([rows]), taken)
     inside = np.where((window >= steps.start) & (window < steps.stop), window, steps.start)
-    index = jnp.stack([place(inside.astype(np.int32))])
-    return x, Trajectory(xs, nexts, log_probs, index, text, means, kls)
+    return x, Trajectory.make([taken], jnp.stack([place(inside.astype(np.int32))]), text)
 
 
 @jax.jit
@@ -242,27 +253,23 @@ def choose_rows(rows: jax.Array, new, old):
 
 
 @partial(jax.jit, static_argnames=("axis",))
-def zero_rows(x, valid: jax.Array, axis: int):
-    """Return a tree of arrays with zeros in the rows along `axis` where valid, bool [B], is False."""
-
-    def zeroed(array):
-        mask = valid.reshape((-1,) + (1,) * (array.ndim - axis - 1))
-        return jnp.where(mask, array, jnp.zeros((), array.dtype))
-
-    return jax.tree.map(zeroed, x)
+def zero_rows(array: jax.Array, valid: jax.Array, axis: int = 0) -> jax.Array:
+    """Return an array with zeros in the rows along `axis` where valid, bool [B], is False."""
+    mask = valid.reshape((-1,) + (1,) * (array.ndim - axis - 1))
+    return jnp.where(mask, array, jnp.zeros((), array.dtype))
 
 
 @jax.jit
 def progress(x: jax.Array, x_next: jax.Array, final: jax.Array) -> jax.Array:
-    """Return the progress of videos towards their final latents in each step, fp32 [K, B]: the
-    cosine similarity of x_next and the final latents, minus that of x and the final latents.
+    """Return the progress of videos towards their final latents in a step, fp32 [B]: the cosine
+    similarity of x_next and the final latents, minus that of x and the final latents.
 
-    x, x_next: [K, B, F, H, W, C]. final: [B, F, H, W, C].
+    x, x_next, final: [B, F, H, W, C].
     """
 
     def cosine(y):
-        axes = tuple(range(2, y.ndim))
-        lengths = jnp.sum(y * y, axes) * jnp.sum(final * final, tuple(a - 1 for a in axes))
+        axes = tuple(range(1, y.ndim))
+        lengths = jnp.sum(y * y, axes) * jnp.sum(final * final, axes)
         return jnp.sum(y * final, axes) * jax.lax.rsqrt(lengths)
 
     return cosine(x_next) - cosine(x)

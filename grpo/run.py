@@ -271,6 +271,14 @@ class RunSpec:
         pairs = zip(self.segments, self.windows.quotas)
         return sum(quota for segment, quota in pairs if segment.expert == expert)
 
+    def kept_latents(self, expert: int) -> int:
+        """Return the number of latents of a video that Flow-GRPO trains an expert with, K + 1 where
+        its stochastic steps follow each other, else 2 K.
+        """
+        steps = self.trained_steps(expert)
+        segment = [part.expert for part in self.segments].index(expert)
+        return steps + 1 if self.windows.neighbours(segment) else 2 * steps
+
     def update_batches(self, expert: int) -> np.ndarray:
         """Return which rollout batches train an expert in each optimiser step of an epoch, as
         indices into `Credit.order`: int [updates, M].

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from grpo.compiled.functions import Functions
@@ -42,8 +43,6 @@ from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.inference import pipeline
 
 States = dict[str, TrainState]  # by name of the trained expert
-# the arrays of a trajectory with an axis of videos, without the text
-VIDEO_ARRAYS = ("x", "x_next", "log_prob", "mean")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,13 +252,15 @@ def zero_nonfinite(
     rows = [sharding_lib.place(r, sharding) for r in finite.reshape(count, -1)]
 
     def zeroed(trajectory: Trajectory, valid: jax.Array) -> Trajectory:
-        arrays = tuple(getattr(trajectory, name) for name in VIDEO_ARRAYS)
-        values = dict(zip(VIDEO_ARRAYS, zero_rows(arrays, valid, axis=1)))
-        return dataclasses.replace(trajectory, **values)
+        t, log_prob = trajectory, zero_rows(trajectory.log_prob, valid, axis=1)
+        kept = {id(x): zero_rows(x, valid) for x in (*t.x, *t.x_next, *(t.mean or ()))}
+        x, x_next = (tuple(kept[id(a)] for a in arrays) for arrays in (t.x, t.x_next))
+        mean = None if t.mean is None else tuple(kept[id(a)] for a in t.mean)
+        return dataclasses.replace(t, x=x, x_next=x_next, mean=mean, log_prob=log_prob)
 
     return dataclasses.replace(
         batch,
-        finished=[zero_rows(x, valid, axis=0) for x, valid in zip(batch.finished, rows)],
+        finished=[zero_rows(x, valid) for x, valid in zip(batch.finished, rows)],
         trajectories={
             name: [zeroed(trajectory, valid) for trajectory, valid in zip(batches, rows)]
             for name, batches in batch.trajectories.items()
@@ -278,7 +279,10 @@ def importance_of(
     """
     gains = {}
     for name, batches in trajectories.items():
-        steps = [progress(t.x, t.x_next, final) for t, final in zip(batches, finished)]
+        steps = [
+            jnp.stack([progress(x, x_next, final) for x, x_next in zip(t.x, t.x_next)])
+            for t, final in zip(batches, finished)
+        ]
         gains[name] = gather_rows(steps, sharding)
     ends = np.cumsum([len(g) for g in gains.values()])
     weights = step_importance(np.concatenate([*gains.values()]))

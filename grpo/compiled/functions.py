@@ -222,7 +222,6 @@ class Functions(RunArrays):
             extra=(
                 *self.trajectories,
                 *[self.latents()] * (self.spec.settings.batches - 1),
-                *self.unstacked,
             ),
         )
 
@@ -260,10 +259,10 @@ class Functions(RunArrays):
         if isinstance(update, offload.OffloadedUpdate):
             inputs = self.state.gradient_inputs(kl_weight)
             args = (self.trainable, inputs, self.frozen, batch)
-            return Program(name, update.gradient, args, resident=3, extra=self.trajectories)
+            return Program(name, update.gradient, args, resident=3, extra=self.waiting(expert))
         share_kept = {name: number() for name in self.spec.method.lagged}
         args = (self.state, self.frozen, batch, share_kept, kl_weight)
-        return Program(name, update, args, resident=2, extra=self.trajectories)
+        return Program(name, update, args, resident=2, extra=self.waiting(expert))
 
     def decode(self, shape: tuple[int, ...] | None = None) -> list[Program]:
         """Return the VAE on a batch of latents (F, H, W, C), the rollout's by default: on whole
@@ -282,7 +281,7 @@ class Functions(RunArrays):
             ("decode, first chunk", "decode, chunk"), vae_chunks.chunk_sizes(shape[0], chunk)
         ):
             args = (state, self.rows(jnp.float32, shape=(frames, *shape[1:])), history)
-            extra = (*self.trajectories, *self.unstacked, latents)
+            extra = (*self.trajectories, latents)
             programs.append(Program(name, decode_chunk, args, resident=1, extra=extra))
             history = abstract.arrays(jax.eval_shape(decode_chunk, *args)[1], latents.sharding)
         return programs
@@ -295,7 +294,7 @@ class Functions(RunArrays):
             self.decoder[0],
             (state, self.rows(jnp.float32, shape=shape)),
             resident=1,
-            extra=(*self.trajectories, *self.unstacked),
+            extra=self.trajectories,
         )
 
     def encode_text(self) -> Program:
@@ -333,10 +332,9 @@ class Functions(RunArrays):
         """The arrays that the rollout of an epoch leaves on the devices."""
         return () if self.spec.recipe.data.only else self.spec.method.epoch_shapes(self)
 
-    @property
-    def unstacked(self) -> list:
-        """The arrays that the rollout of a batch keeps of its steps until they are stacked."""
-        return self.spec.method.step_shapes(self)
+    def waiting(self, expert: int) -> tuple:
+        """Return the arrays of the epoch that are on the devices during an update, beside its batch."""
+        return () if self.spec.recipe.data.only else self.spec.method.waiting_shapes(self, expert)
 
     def update_batch(self, expert: int):
         """Return the batch of one optimiser step of an expert."""

@@ -57,14 +57,15 @@ def estimated_peak(functions: Functions, resident: int, points: list[Point]) -> 
     """
     spec = functions.spec
     batches = [functions.update_batch(expert) for expert in spec.trained_experts]
-    trajectories = compile.device_bytes(functions.trajectories)
-    update = max(map(compile.device_bytes, batches)) + interpolated_work(points, spec.tokens)
+    waiting = [functions.waiting(expert) for expert in spec.trained_experts]
+    update = max(compile.device_bytes(arrays) for arrays in zip(batches, waiting))
+    update += interpolated_work(points, spec.tokens)
     latents = functions.latents()
     local_shape = latents.sharding.shard_shape(latents.shape)
     chunk = vae_chunks.choose_chunk(spec.preset.vae, local_shape)
     decode = vae_chunks.decode_bytes(spec.preset.vae, local_shape, chunk)
-    base = resident + trajectories
-    return max((base + update, "the update"), (base + decode, "the decoder"))
+    decode += compile.device_bytes(functions.trajectories)
+    return max((resident + update, "the update"), (resident + decode, "the decoder"))
 
 
 def largest_videos(

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from grpo.learning import abstract
 from grpo.learning.sde_windows import ONE_PER_GROUP
-from grpo.rollout import Trajectory
 from grpo.run import RunSpec
 from wan_jax.diffusion.guidance import TextBatch
 from wan_jax.diffusion.solvers import SolverState
@@ -46,20 +45,6 @@ class RunArrays:
         """Return the state of the evaluation's solver for a batch."""
         x = self.rows(jnp.float32, shape=self.spec.eval_shape)
         return SolverState(x, (x,) * len(jax.eval_shape(self.spec.solver.init, x).history))
-
-    def trajectory(self, expert: int, *leading: int) -> Trajectory:
-        """Return the trajectory of a rollout batch; with a leading axis, of several batches."""
-        steps = self.spec.trained_steps(expert)
-        x = self.latents(*leading, steps)
-        index = abstract.array((*leading, steps), jnp.int32)
-        return Trajectory(
-            x=x,
-            x_next=x,
-            log_prob=self.rows(jnp.float32, *leading, steps),
-            step=self.rows(jnp.int32, *leading, steps) if self.step_per_video else index,
-            text=self.text(*leading),
-            mean=x if self.spec.method.keeps_mean else None,
-        )
 
     @property
     def step_per_video(self) -> bool:

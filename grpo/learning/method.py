@@ -167,11 +167,11 @@ class Method(abc.ABC):
     def epoch_shapes(self, functions: "Functions") -> tuple:
         """Return the arrays that the rollout of an epoch leaves on the devices, abstract."""
 
-    def step_shapes(self, functions: "Functions") -> list:
-        """Return the arrays that the rollout of a batch keeps of its steps until they are stacked,
-        abstract.
+    def waiting_shapes(self, functions: "Functions", expert: int) -> tuple:
+        """Return those of `epoch_shapes` that are still on the devices in the first optimiser step of
+        an expert, beside its batch.
         """
-        return []
+        return functions.trajectories
 
     @abc.abstractmethod
     def rollout_passes(self, spec: "RunSpec", expert: int) -> float:

@@ -22,18 +22,27 @@ AVERAGE = "old"
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PolicyBatch:
-    """M micro-batches of one optimiser step.
+    """M micro-batches of one optimiser step, with K stochastic steps of each video.
 
     Attributes:
-        trajectory: arrays with a leading axis M (text embeddings [M, B, St, text_dim], negative
-            [M, ...]).
+        latents: [M, L, B, F, H, W, C] fp32. Where the steps follow each other, L is K + 1: those
+            before each step, and those after the last. Else 2 K: those before and after each step.
+        log_prob: [M, K, B] fp32, at rollout.
+        step: int32 [M, K], index of the step in the schedule; [M, 1, B] where it differs between
+            videos.
+        mean: [M, K, B, F, H, W, C] fp32, of the steps at rollout, where the objective needs it.
+        text: of the videos, with a leading axis M.
         advantages: [M, B] fp32, or [M, K, B] where they differ between steps.
         valid: [M, B] bool, videos that count.
         cells: [M, B, F, H, W, 1] fp32, `Credit.cell_weights`; None: all count alike.
         kl_gate: [M, B] fp32, `Credit.kl_gate`; None: the KL counts for all videos.
     """
 
-    trajectory: Trajectory
+    latents: jax.Array
+    log_prob: jax.Array
+    step: jax.Array
+    mean: jax.Array | None
+    text: TextBatch
     advantages: jax.Array
     valid: jax.Array
     cells: jax.Array | None = None
@@ -133,37 +142,61 @@ def make_gradient(
     grad_fn = jax.grad(partial(objective, policy, table, guidance, config), has_aux=True)
 
     def gradient(trainable: Flat, inputs: GradientInputs, frozen, batch: PolicyBatch):
-        def one_step(carry, row, text, valid, cells, kl_gate):
-            x, x_next, log_prob, index, mean, advantages = row
-            by_video = text, advantages, valid, cells, kl_gate
+        def one_step(carry, row, micro: PolicyBatch):
+            k, log_prob, index, mean, advantages = row
+            first = k if len(micro.latents) == len(micro.log_prob) + 1 else 2 * k
+            x, x_next = micro.latents[first], micro.latents[first + 1]
+            by_video = micro.text, advantages, micro.valid, micro.cells, micro.kl_gate
             steps = Steps(x, x_next, log_prob, index, mean, *by_video)
             grads, metrics = grad_fn(trainable, inputs, frozen, steps)
             return (jax.tree.map(jnp.add, carry[0], grads), carry[1].merge(metrics)), None
 
-        def one_micro_batch(carry, micro):
-            t, advantages, valid, cells, gate = micro
-            advantages = jnp.broadcast_to(advantages, t.log_prob.shape)
-            rows = (t.x, t.x_next, t.log_prob, t.step, t.mean, advantages)  # each [K, ...]
-            body = partial(one_step, text=t.text, valid=valid, cells=cells, kl_gate=gate)
-            return jax.lax.scan(body, carry, rows)[0], None
+        def one_micro_batch(carry, micro: PolicyBatch):
+            advantages = jnp.broadcast_to(micro.advantages, micro.log_prob.shape)
+            number = jnp.arange(len(micro.log_prob))
+            rows = (number, micro.log_prob, micro.step, micro.mean, advantages)  # each [K, ...]
+            return jax.lax.scan(partial(one_step, micro=micro), carry, rows)[0], None
 
         carry = (jax.tree.map(jnp.zeros_like, trainable), LossMetrics.zero(config))
-        of_videos = (batch.advantages, batch.valid, batch.cells, batch.kl_gate)
-        micro_batches = (batch.trajectory, *of_videos)
-        (grads, metrics), _ = jax.lax.scan(one_micro_batch, carry, micro_batches)
+        (grads, metrics), _ = jax.lax.scan(one_micro_batch, carry, batch)
         return jax.tree.map(lambda g: g / jnp.maximum(metrics.count, 1.0), grads), metrics
 
     return gradient
 
 
 def stack_batches(
-    trajectories: Sequence[Trajectory], advantages: np.ndarray, valid: np.ndarray
+    trajectories: Sequence[Trajectory],
+    advantages: np.ndarray,
+    valid: np.ndarray,
+    neighbours: bool = False,
 ) -> PolicyBatch:
-    """Return M rollout batches [K, B, ...] as one `PolicyBatch`. The KL of the trajectories is left
-    out; the advantages contain it.
+    """Return M rollout batches as one `PolicyBatch`. The KL of the trajectories is left out; the
+    advantages contain it.
 
-    advantages: [M, B] or [M, K, B]. valid: bool [M, B].
+    advantages: [M, B] or [M, K, B]. valid: bool [M, B]. neighbours: whether the steps follow each
+    other.
     """
-    trajectories = [dataclasses.replace(t, kl=None) for t in trajectories]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trajectories)
-    return PolicyBatch(stacked, jnp.asarray(advantages, jnp.float32), jnp.asarray(valid, bool))
+
+    def latents(t: Trajectory) -> list[jax.Array]:
+        if neighbours:
+            return [*t.x, t.x_next[-1]]
+        return [array for pair in zip(t.x, t.x_next) for array in pair]
+
+    rows = [(t.log_prob, t.step, t.text) for t in trajectories]
+    log_prob, step, text = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+    return PolicyBatch(
+        _stack([latents(t) for t in trajectories]),
+        log_prob,
+        step,
+        None if trajectories[0].mean is None else _stack([t.mean for t in trajectories]),
+        text,
+        jnp.asarray(advantages, jnp.float32),
+        jnp.asarray(valid, bool),
+    )
+
+
+@jax.jit
+def _stack(arrays):
+    """Return M lists of L arrays [...] as one array [M, L, ...], without another copy."""
+    stacked = jnp.stack([array for row in arrays for array in row])
+    return stacked.reshape(len(arrays), -1, *stacked.shape[1:])

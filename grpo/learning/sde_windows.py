@@ -101,6 +101,12 @@ class Windows:
             windows.append(window)
         return windows
 
+    def neighbours(self, part: int) -> bool:
+        """Return whether the stochastic steps of a segment follow each other in every epoch."""
+        return self.rule != ONE_PER_GROUP and (
+            self.rule != "any" or self.quotas[part] == len(self.ranges[part])
+        )
+
     def videos(self, part: int) -> range:
         """Return the numbers of the videos that have stochastic steps in a segment."""
         if self.rule != ONE_PER_GROUP:

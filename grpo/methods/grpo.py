@@ -204,8 +204,14 @@ class GRPO(Method):
         m, b = spec.update_batches(expert).shape[1], spec.recipe.sample.batch_size
         by_step = self.kl_in_reward > 0 or self.importance
         steps = (spec.trained_steps(expert),) if by_step else ()
+        k = spec.trained_steps(expert)
+        by_video = functions.step_per_video
         return PolicyBatch(
-            trajectory=functions.trajectory(expert, m),
+            latents=functions.latents(m, spec.kept_latents(expert)),
+            log_prob=functions.rows(jnp.float32, m, k),
+            step=functions.rows(jnp.int32, m, k) if by_video else abstract.array((m, k), jnp.int32),
+            mean=functions.latents(m, k) if self.keeps_mean else None,
+            text=functions.text(m),
             advantages=abstract.array((m, *steps, b), jnp.float32),
             valid=abstract.array((m, b), bool),
             cells=functions.rows(jnp.float32, m, shape=(*spec.shape[:-1], 1))
@@ -218,17 +224,19 @@ class GRPO(Method):
 
     def epoch_shapes(self, functions) -> tuple:
         spec, batches = functions.spec, functions.spec.settings.batches
-        latents = (functions.latents(),) * batches if self.importance else ()
-        steps = [functions.trajectory(i) for i in spec.trained_experts for _ in range(batches)]
-        return (*steps, *latents)
+        final = batches if self.importance else 0
+        kept = sum(self._kept(spec, expert) for expert in spec.trained_experts)
+        return (functions.latents(),) * (batches * kept + final)
 
-    def step_shapes(self, functions) -> list:
-        """Return the arrays that the rollout of a batch keeps of its steps until they are stacked.
-        The host dispatches one batch ahead, so they exist while another batch is decoded.
-        """
-        spec = functions.spec
-        most = max(map(spec.trained_steps, range(len(spec.preset.experts))))
-        return [functions.latents()] * most * (3 if self.keeps_mean else 2)
+    def waiting_shapes(self, functions, expert: int) -> tuple:
+        stacked = functions.spec.update_batches(expert).shape[1] * self._kept(
+            functions.spec, expert
+        )
+        return functions.trajectories[stacked:]
+
+    def _kept(self, spec, expert: int) -> int:
+        """Return the number of arrays of latents that an expert's trajectory keeps."""
+        return spec.kept_latents(expert) + self.keeps_mean * spec.trained_steps(expert)
 
     def rollout_passes(self, spec, expert: int) -> float:
         return spec.update_batches(expert).size
@@ -266,7 +274,9 @@ class GRPO(Method):
         counted = counted.reshape(batches, -1)
         spread = credit.spread.reshape(batches, -1)
         numbers = numbers.reshape(batches, -1)
-        trajectories = rollout.trajectories[name]
+        # an optimiser step has the only copy of its trajectories
+        trajectories = dict(enumerate(rollout.trajectories.pop(name)))
+        neighbours = spec.windows.neighbours(segment)
         cells = credit.cell_weights(spec, rollout.frames)
         sharding = sharding_lib.batch_sharding(spec.mesh)
         # the rollout batches of each optimiser step
@@ -274,7 +284,10 @@ class GRPO(Method):
             if (counted & spread)[chosen].any():
                 update += 1
                 batch = stack_batches(
-                    [trajectories[b] for b in chosen], advantages[chosen], counted[chosen]
+                    [trajectories.pop(b) for b in chosen],
+                    advantages[chosen],
+                    counted[chosen],
+                    neighbours,
                 )
                 if cells is not None:
                     rows = [sharding_lib.place(cells[numbers[b]], sharding) for b in chosen]

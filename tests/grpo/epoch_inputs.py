@@ -60,8 +60,9 @@ def texts(prompt_of: np.ndarray) -> TextBatch:
 def rollout_of(spec: RunSpec, **changes) -> RolloutBatch:
     """Return the rollout of an epoch: its latents are zeros, the KL of its steps rises."""
     size, videos = spec.recipe.sample.batch_size, spec.settings.videos
-    x, row = jnp.zeros((STEPS, size, *spec.shape)), jnp.zeros((STEPS, size))
-    trajectory = Trajectory(x, x, row, jnp.arange(STEPS), texts(np.arange(size)))
+    x, row = jnp.zeros((size, *spec.shape)), jnp.zeros((STEPS, size))
+    steps = (x,) * STEPS
+    trajectory = Trajectory(steps, steps, row, jnp.arange(STEPS), texts(np.arange(size)))
     batches = spec.settings.batches
     kl = np.linspace(0, 1, STEPS * videos).reshape(STEPS, videos)
     values = {
@@ -70,7 +71,7 @@ def rollout_of(spec: RunSpec, **changes) -> RolloutBatch:
         "prompt_of": np.repeat([3, 5], videos // 2),
         "texts": texts,
         "trajectories": {name: [trajectory] * batches for name in spec.preset.experts},
-        "finished": [x[0]] * batches,
+        "finished": [x] * batches,
         "kl": dict.fromkeys(spec.trained, kl),
         "importance": {},
         "evaluations": 0,

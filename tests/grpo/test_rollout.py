@@ -49,7 +49,7 @@ def test_rollout_keeps_what_the_formulas_say(guidance):
     policy, trainable, frozen = setup()
     final, kept = sampled(policy, trainable, frozen, range(3), guidance)
     module = policy.module(trainable, frozen)
-    assert kept.x.shape == (2, 3, *SHAPE) and kept.log_prob.shape == (2, 3)
+    assert np.shape(kept.x) == (2, 3, *SHAPE) and kept.log_prob.shape == (2, 3)
     for row, i in enumerate(WINDOW):
         t, s, s_next, g = (
             np.float64(v)
@@ -120,7 +120,7 @@ def test_branches_of_a_shared_prefix_are_the_rollouts_from_one_noise():
     np.testing.assert_allclose(x, y, atol=2e-5)
     np.testing.assert_allclose(kept.x, whole.x, atol=2e-5)
     for group in (0, 2, 4):
-        np.testing.assert_array_equal(kept.x[0, group], kept.x[0, group + 1])
+        np.testing.assert_array_equal(kept.x[0][group], kept.x[0][group + 1])
         assert np.abs(x[group] - x[group + 1]).max() > 0.1
     assert prefix(part, np.arange(0)) == range(STEPS) and not prefix(part, np.array([0, 3]))
     np.testing.assert_array_equal(group_leaders(3, 4, 2), [[0, 4], [8, 0]])
@@ -166,7 +166,7 @@ def test_every_row_its_own_stochastic_step():
         return final, kept, flat_vector(grads) * np.sum(valid)
 
     final, kept, grads = run(own, [False, True, True])
-    assert kept.x.shape == (1, 3, *SHAPE)
+    assert np.shape(kept.x) == (1, 3, *SHAPE)
     np.testing.assert_array_equal(kept.step, [[0, 0, 1]])
     parts = []
     for row in (1, 2):
@@ -174,7 +174,7 @@ def test_every_row_its_own_stochastic_step():
         alone, one = sample(own[0, row : row + 1])
         np.testing.assert_allclose(final[row], alone[row], atol=2e-5)
         for a, b in ((kept.x, one.x), (kept.x_next, one.x_next), (kept.log_prob, one.log_prob)):
-            np.testing.assert_allclose(a[0, row], b[0, row], atol=2e-5)
+            np.testing.assert_allclose(a[0][row], b[0][row], atol=2e-5)
     assert np.linalg.norm(grads - sum(parts)) < 1e-3 * np.linalg.norm(grads)
     assert np.linalg.norm(parts[0]) > 0 < np.linalg.norm(parts[1])
 
@@ -206,7 +206,7 @@ def test_kl_at_sampling_and_advantages_of_each_step():
         of_step = [np.float64(a[i]) for a in (TABLE.sigma, TABLE.sigma_next, TABLE.g)]
         for row in range(3):
             (mean, std), (mean_ref, _) = (
-                reference.mean_std(np.asarray(kept.x[k, row], np.float64), u[row], *of_step)
+                reference.mean_std(np.asarray(kept.x[k][row], np.float64), u[row], *of_step)
                 for u in (v, v_ref)
             )
             wanted = reference.kl("flow_grpo", mean, mean_ref, None, None, std, of_step[2])
@@ -246,12 +246,12 @@ def test_untrained_steps_are_stochastic_on_demand():
     both, neither = [True, True], [False, False]
     final, kept = run(WINDOW, untrained_noise=True)
     assert noisy == [both] * 4 and final[0, 0] == 4
-    assert kept.step.tolist() == WINDOW.tolist() and kept.x[:, 0, 0].tolist() == [0, 2]
+    assert kept.step.tolist() == WINDOW.tolist() and np.asarray(kept.x)[:, 0, 0].tolist() == [0, 2]
     run(WINDOW)
     assert noisy == [both, neither, both, neither]
     own = np.array([[2, 9]])
     _, kept = run(own, untrained_noise=True)
-    assert noisy == [both] * 4 and kept.x[0, :, 0].tolist() == [2, 0]
+    assert noisy == [both] * 4 and kept.x[0][:, 0].tolist() == [2, 0]
     run(own)
     assert noisy == [neither, neither, [True, False], neither]
 
@@ -299,9 +299,9 @@ def test_dpm_solver_between_stochastic_steps():
     path = solved(noise)
     np.testing.assert_allclose(run(np.arange(0))[0], path[-1], atol=5e-5)
     final, kept = run(np.array([[2, 9]]))  # the first video's step; the second one has none here
-    np.testing.assert_allclose(kept.x[0, 0], path[2][0], atol=5e-5)
+    np.testing.assert_allclose(kept.x[0][0], path[2][0], atol=5e-5)
     np.testing.assert_allclose(final[1], path[-1][1], atol=5e-5)
     # the solver on steps 3 to 5 alone
-    again = solved(np.stack([kept.x_next[0, 0], path[3][1]]), first=3)
+    again = solved(np.stack([kept.x_next[0][0], path[3][1]]), first=3)
     np.testing.assert_allclose(final[0], again[-1][0], atol=5e-5)
     assert np.abs(again[-1][1] - path[-1][1]).max() > 1e-3  # what starting anew changes

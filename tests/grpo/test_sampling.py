@@ -60,7 +60,7 @@ def test_a_step_counts_by_what_it_brought_the_video_nearer_to_its_end():
     trajectories = {
         name: [
             types.SimpleNamespace(
-                x=np.float32(before[name][:, b]), x_next=np.float32(after[name][:, b])
+                x=tuple(np.float32(before[name][:, b])), x_next=tuple(np.float32(after[name][:, b]))
             )
             for b in range(3)
         ]
@@ -102,10 +102,17 @@ def test_masked_rows_are_blanked_everywhere():
         * jnp.ones((3, 1, 2, 2, 4))
         for part in finite
     ]
-    steps = [jnp.stack([x, x]) for x in latents]
     trajectories = [
-        Trajectory(x, x, x[..., 0, 0, 0, 0], jnp.arange(2), "text", kl=jnp.zeros((2, 3)))
-        for x in steps
+        Trajectory(
+            (x, x),
+            (x, x),
+            jnp.stack([x[:, 0, 0, 0, 0]] * 2),
+            jnp.arange(2),
+            "text",
+            None,
+            jnp.zeros(2),
+        )
+        for x in latents
     ]
     rollout = dataclasses.replace(
         rollout_of(tiny_spec()), finished=latents, trajectories={"transformer": trajectories}
@@ -115,9 +122,9 @@ def test_masked_rows_are_blanked_everywhere():
     for t, x, kept in zip(batch.trajectories["transformer"], batch.finished, finite):
         np.testing.assert_array_equal(x[:, 0, 0, 0, 0], kept.astype(float))
         for name in ("x", "x_next", "log_prob"):
-            rows = getattr(t, name).reshape(2, 3, -1)[..., 0]
+            rows = np.reshape(getattr(t, name), (2, 3, -1))[..., 0]
             np.testing.assert_array_equal(rows, [kept.astype(float)] * 2)
-        assert t.mean is None and t.text == "text"
+        assert t.mean is None and t.text == "text" and t.x[1] is t.x_next[0]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(batch.finished))
     # a method that keeps only one of the two
     for changes in ({"finished": []}, {"trajectories": {}}):

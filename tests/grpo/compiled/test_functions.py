@@ -90,7 +90,7 @@ def test_groups_sampled_in_excess_are_not_trained(start, capsys, monkeypatch):
         4,
     ]
     assert len(stacked) == 4  # two optimiser steps in each of two epochs, one group in each
-    for trajectories, advantages, valid in stacked:
+    for trajectories, advantages, valid, _ in stacked:
         assert len(trajectories) == 2 and valid.sum() == 2
         # of each step; 1 of it in the mean is the video's
         assert advantages.shape == (2, len(trajectories[0].x), 2)
@@ -211,7 +211,7 @@ def test_two_experts():
         for expert in ("transformer", "transformer_2")
     ] + ["decode"]
     updates = [p for p in run.programs() if p.name.startswith("update")]
-    k = [p.args[2].trajectory.x.shape[1] for p in updates]
+    k = [p.args[2].log_prob.shape[1] for p in updates]
     assert k == [run.spec.trained_steps(0), run.spec.trained_steps(1)] and k[0] > k[1]
     assert sum(k) == run.spec.recipe.sample.sde_steps
     same = {"sample.guidance_2": None, "eval.guidance_2": None}
@@ -351,7 +351,7 @@ def test_what_is_planned():
     assert spec.trained_steps(0) + spec.trained_steps(1) == 5
     assert run.state.lagged["old"].keys() == run.state.trainable.keys()
     assert run.updates[0] is run.updates[1]
-    assert run.trajectories == (run.latents(),) * spec.settings.batches and not run.unstacked
+    assert run.trajectories == (run.latents(),) * spec.settings.batches
     full = {"train.method": "dpo", "lora.rank": 0, "train.kl_weight": 0.0}
     pairs = of(wan21_1_3b_ocr, "wan2.1-1.3b", **full)
     assert pairs.frozen is not None and pairs.update_batch(0).worse is not None

@@ -22,7 +22,6 @@ from grpo.learning.optimiser import make_update, state_shapes
 from grpo.learning.policy import make_structure
 from grpo.learning.policy_gradient import PolicyBatch, make_gradient, stack_batches
 from grpo.learning.policy_loss import LossConfig
-from grpo.rollout import Trajectory
 from grpo.settings import parse
 from grpo.settings.budget import Spent
 from tests.grpo.specs import devices_mesh
@@ -187,14 +186,16 @@ def test_weights_are_gathered_block_by_block_and_gradients_scattered(capfd):
         config, lora=None, dtype=jnp.float32, attention="xla", remat="none", mesh=mesh
     )
     rows = sharding_lib.batch_sharding(mesh, 2)
-    x, log_prob = (
-        jax.ShapeDtypeStruct((1, 2, b, *shape), jnp.float32, sharding=rows) for shape in (ODD, ())
-    )
+    log_prob = jax.ShapeDtypeStruct((1, 2, b), jnp.float32, sharding=rows)
     text = TextBatch(
         *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, b, 6, 12), (1, 6, 12))), 10
     )
     batch = PolicyBatch(
-        Trajectory(x, x, log_prob, jax.ShapeDtypeStruct((1, 2), jnp.int32), text),
+        jax.ShapeDtypeStruct((1, 4, b, *ODD), jnp.float32, sharding=rows),
+        log_prob,
+        jax.ShapeDtypeStruct((1, 2), jnp.int32),
+        None,
+        text,
         jax.ShapeDtypeStruct((1, b), jnp.float32),
         jax.ShapeDtypeStruct((1, b), bool),
     )
