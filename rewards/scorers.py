@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rewards.base import CompositeScore, Reward, RewardError, Score, Traits
+from rewards.shared_frames import SharedFrames
 
 _START_TIMEOUT = 300.0  # seconds to import and to load the models, also from a slow network disk
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -85,6 +86,7 @@ class ProcessScorer:
     def __init__(self, factory: bytes, timeout: float):
         self._factory, self._timeout, self._closed = factory, timeout, False
         self._process: subprocess.Popen | None = None
+        self._frames = SharedFrames.create()
         self._lock = threading.Lock()  # starting and closing exclude each other
         self.traits = Traits()
         self._start()
@@ -107,6 +109,8 @@ class ProcessScorer:
         assert self._process is not None  # `_start` set it
         if self._process.poll() is not None:
             self._start()
+        if self._frames is not None:
+            videos = self._frames.put(videos)
         purpose = "score one video" if method == "score" else f"score {count} videos"
         return self._request((method, videos, record), count * self._timeout, purpose)
 
@@ -124,9 +128,10 @@ class ProcessScorer:
             self._socket, child_socket = Pipe()  # dropping the previous socket closes it
             package_parent = str(pathlib.Path(__file__).resolve().parent.parent)
             path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
+            fds = [child_socket.fileno()] + ([self._frames.fd] if self._frames else [])
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "rewards.worker_process", str(child_socket.fileno())],
-                pass_fds=[child_socket.fileno()],
+                [sys.executable, "-m", "rewards.worker_process", *map(str, fds)],
+                pass_fds=fds,
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # what libraries print must not mix with the trainer's own output
                 start_new_session=True,  # Ctrl-C in the terminal reaches the trainer only

@@ -1,7 +1,8 @@
-"""Program of one reward worker: `python -m rewards.worker_process FD`.
+"""Program of one reward worker: `python -m rewards.worker_process FD [FRAMES]`.
 
 `rewards.scorers` starts it. FD is the inherited end of a socket pair that carries pickled objects,
-one request and its replies at a time:
+one request and its replies at a time. With FRAMES, a descriptor of shared memory, requests have the
+places of videos there (`rewards.shared_frames`) instead of the videos:
 
     request                                      replies
     first: (the parent's sys.path, factory)      ("ready", Traits) or ("failed", error)
@@ -26,6 +27,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from rewards.base import Traits, describe
+from rewards.shared_frames import SharedFrames
 
 
 def build_reward(paths: list[str], factory: bytes) -> Any:
@@ -42,10 +44,20 @@ def build_reward(paths: list[str], factory: bytes) -> Any:
     return pickle.loads(factory)()
 
 
-def score_videos(parent: Connection, reward: Any, method: str, videos: Any, record: Any) -> Any:
-    """Return what a method of the reward returns. A composite reward that scores one video also
+def score_videos(
+    parent: Connection,
+    shared: SharedFrames | None,
+    reward: Any,
+    method: str,
+    videos: Any,
+    record: Any,
+) -> Any:
+    """Return what a method of the reward returns. videos: one or several, or their places in the
+    shared memory. A composite reward that scores one video also
     sends the parent a partial score after each of its parts.
     """
+    if shared is not None:
+        videos = shared.get(videos)
     if method != "score" or not hasattr(reward, "scores"):
         return getattr(reward, method)(videos, record)
     for score in reward.scores(videos, record):
@@ -83,9 +95,10 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     parent = Connection(int(sys.argv[1]))
+    shared = SharedFrames(int(sys.argv[2])) if len(sys.argv) > 2 else None
     reward = answer(parent, build_reward, "ready", Traits.of)
     while reward is not None:
-        answer(parent, functools.partial(score_videos, parent, reward), "score")
+        answer(parent, functools.partial(score_videos, parent, shared, reward), "score")
 
 
 if __name__ == "__main__":
