@@ -12,26 +12,25 @@ The data is noisy, as real data is: `NoiseMix` has the shares of signs that are 
 blurred, tiny, covered or cut off, although the prompt does not say so. A model trained on it draws
 good and bad signs for one prompt, between which reinforcement learning can choose. Noise changes
 nothing else: a key gives the same prompt, place, colours and motion with any mix.
+
+Signs of another frame size have the prompts, colours and motions of the same key, which say nothing
+of the size. The sign of the base size, 64x128, is enlarged by a factor between 1 and that of the
+frame: letters have at least the pixels that they have in the base size, so OCR reads both.
 """
 
 import dataclasses
-import functools
-import os
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from examples.tiny_wan import prompts
-from examples.tiny_wan.prompts import ALPHABET, LETTERS
+from examples.tiny_wan.atlas import ABOVE, BELOW, EM, SPREAD, Atlas
+from examples.tiny_wan.atlas import build_atlas as build_atlas
+from examples.tiny_wan.prompts import LETTERS
 
-HEIGHT, WIDTH = 64, 128
-FONTS = ("DejaVuSans-Bold.ttf", "DejaVuSans.ttf", "DejaVuSerif-Bold.ttf", "DejaVuSansMono-Bold.ttf")
+BASE_SIZE = 64, 128  # height, width
 MODES = ("clean", "misspelt", "faint", "blurred", "tiny", "covered", "cut_off")
 
-EM = 48  # texels per em
-ABOVE, BELOW = 0.86, 0.34  # what a cell of the atlas holds above and below the baseline, in em
-SPREAD = 6.0  # texels: distances to the outline are stored from -SPREAD to SPREAD
 MIDDLE = 0.27  # em from the baseline up to the middle between ascenders and descenders
 PITCH = 1.06  # em between baselines
 
@@ -51,16 +50,6 @@ class NoiseMix:
     tiny: float = 0.08  # 0.17  letters of 5 pixels
     covered: float = 0.06  # 0.01  a bar across the text
     cut_off: float = 0.06  # 0.21  text more than half outside the sign
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Atlas:
-    """Letter shapes as signed distances to the outline, positive inside."""
-
-    # uint32 [fonts, letters, rows, columns]: a texel and three neighbours, 8 bits each
-    texels: jax.Array | np.ndarray
-    advances: jax.Array | np.ndarray  # float32 [fonts, letters], em
 
 
 @jax.tree_util.register_dataclass
@@ -92,49 +81,6 @@ class SignParams:
     drift: jax.Array  # float32 [B, 2], movement of the sign during a clip
     zoom: jax.Array  # float32 [B], log of the growth during a clip
     sway: jax.Array  # float32 [B], radians
-
-
-# ---------------------------------------------------------------- letter shapes
-
-
-@functools.lru_cache
-def build_atlas(fonts: tuple[str, ...] = FONTS, alphabet: str = ALPHABET) -> Atlas:
-    """Draw the alphabet in matplotlib's DejaVu fonts and measure the distances to the outlines.
-
-    Raises:
-      ValueError: a letter is wider than its cell.
-    """
-    import matplotlib
-    from PIL import Image, ImageDraw, ImageFont
-    from scipy.ndimage import distance_transform_edt
-
-    big, folder = 4, os.path.join(matplotlib.get_data_path(), "fonts", "ttf")
-    rows, columns = round((ABOVE + BELOW) * EM), round(1.25 * EM)
-    distance = np.zeros((len(fonts), len(alphabet), rows, columns), np.float32)
-    advances = np.zeros((len(fonts), len(alphabet)), np.float32)
-    for f, name in enumerate(fonts):
-        font = ImageFont.truetype(os.path.join(folder, name), EM * big)
-        for a, letter in enumerate(alphabet):
-            # a cell is as wide as the letter's advance, or wider where its ink would reach into a
-            # neighbour's
-            ink_left, _, ink_right, _ = font.getbbox(letter, anchor="ls")
-            left, right = min(0, ink_left - big), max(font.getlength(letter), ink_right + big)
-            image = Image.new("L", (columns * big, rows * big))
-            ImageDraw.Draw(image).text(
-                (-left, round(ABOVE * EM * big)), letter, 255, font, anchor="ls"
-            )
-            ink = np.asarray(image) > 127
-            inside, outside = (np.asarray(distance_transform_edt(x)) for x in (ink, ~ink))
-            signed = (inside - outside) / big
-            distance[f, a] = signed.reshape(rows, big, columns, big)[:, 1:3, :, 1:3].mean((1, 3))
-            advances[f, a] = (right - left) / (EM * big)
-    if advances.max() * EM > columns - 1:
-        raise ValueError(f"a letter is {advances.max():.2f} em wide, its cell {columns / EM:.2f}")
-    byte = np.clip(np.round((distance / SPREAD + 1) * 127.5), 0, 255).astype(np.uint32)
-    byte = np.pad(byte, ((0, 0), (0, 0), (0, 1), (0, 1)), mode="edge")
-    upper, lower = byte[..., :-1, :], byte[..., 1:, :]
-    texels = upper[..., :-1] | upper[..., 1:] << 8 | lower[..., :-1] << 16 | lower[..., 1:] << 24
-    return Atlas(texels, advances)
 
 
 def line_widths(
@@ -210,15 +156,24 @@ def _gaussian(size: int, sigma: jax.Array) -> jax.Array:
     return weight / weight.sum(-1, keepdims=True)
 
 
-def render(atlas: Atlas, params: SignParams, frames: int = 1, dtype=jnp.float32) -> jax.Array:
-    """Render signs as video [B, T, HEIGHT, WIDTH, 3] in [-1, 1]. Frame 0 is the picture."""
+def render(
+    atlas: Atlas,
+    params: SignParams,
+    frames: int = 1,
+    dtype=jnp.float32,
+    size: tuple[int, int] = BASE_SIZE,
+) -> jax.Array:
+    """Render signs as video [B, T, H, W, 3] in [-1, 1]. Frame 0 is the picture. size: (H, W), as in
+    `sample`.
+    """
 
     def mix(under, color, share):  # [B, T, H, W, 3], [B, 3], [B, T, H, W]
         return under + (color[:, None, None, None] - under) * share[..., None]
 
+    height, width = size
     time = (jnp.arange(frames) / max(frames - 1, 1))[None, :, None, None]
-    y = (jnp.arange(HEIGHT) - (HEIGHT - 1) / 2)[:, None]
-    x = jnp.arange(WIDTH) - (WIDTH - 1) / 2
+    y = (jnp.arange(height) - (height - 1) / 2)[:, None]
+    x = jnp.arange(width) - (width - 1) / 2
 
     zoom = jnp.exp(wide(params.zoom) * time)  # [B, T, 1, 1]
     angle = wide(params.angle) + wide(params.sway) * jnp.sin(2 * jnp.pi * time)
@@ -239,7 +194,7 @@ def render(atlas: Atlas, params: SignParams, frames: int = 1, dtype=jnp.float32)
 
     ink = _letter_coverage(atlas, params, u, v, zoom)
     ink = jnp.einsum(
-        "bij,btjk,blk->btil", _gaussian(HEIGHT, params.blur), ink, _gaussian(WIDTH, params.blur)
+        "bij,btjk,blk->btil", _gaussian(height, params.blur), ink, _gaussian(width, params.blur)
     )
     across = v * jnp.cos(wide(params.bar[:, 1])) - u * jnp.sin(wide(params.bar[:, 1]))
     bar = jnp.clip(0.5 + (wide(params.bar[:, 0]) - jnp.abs(across)) * zoom, 0, 1) * (
@@ -248,7 +203,7 @@ def render(atlas: Atlas, params: SignParams, frames: int = 1, dtype=jnp.float32)
 
     ground, sign, letter, border = (params.colors[:, i] for i in range(4))
     # [B, 1, H, 1, 3]
-    picture = ground[:, None, None, None] * (1 - wide(params.shade) * y / HEIGHT)[..., None]
+    picture = ground[:, None, None, None] * (1 - wide(params.shade) * y / height)[..., None]
     picture = mix(picture, border, plate)
     picture = mix(picture, sign, face)
     picture = mix(picture, letter, ink * face)
@@ -293,12 +248,16 @@ def sample(
     heldout: bool = False,
     noise: NoiseMix | None = None,
     words: prompts.WordMix = prompts.DEFAULT_MIX,
+    size: tuple[int, int] = BASE_SIZE,
 ) -> tuple[prompts.Content, SignParams]:
     """Draw `batch` signs: what their prompts say, and how they look.
 
     frames: more than 1 for clips, of which half the prompts describe the motion; heldout: whether
-    to draw words that training never draws; noise: shares of spoilt signs, None for clean ones.
+    to draw words that training never draws; noise: shares of spoilt signs, None for clean ones;
+    size: (H, W) of the frame in pixels.
     """
+    middle = jnp.array([size[1] / 2 - 1, size[0] / 2 - 1])  # of the frame, but for a pixel
+    largest = min(side / base for side, base in zip(size, BASE_SIZE))
     k_content, k_misspell, k_mode, k_look, k_jitter = jax.random.split(key, 5)
     content = prompts.draw_content(
         k_content, batch, split_heldout=heldout, clip=frames > 1, mix=words
@@ -319,6 +278,12 @@ def sample(
         hit = mode == MODES.index(name)
         return jnp.where(hit.reshape(-1, *[1] * (jnp.ndim(bad) - 1)), bad, good)
 
+    # `scale` enlarges the sign of the base size
+    scale = jnp.ones(batch)
+    if size != BASE_SIZE:
+        k_scale = jax.random.fold_in(k_look, 1)
+        scale = jax.random.uniform(k_scale, (batch,), minval=min(1.0, largest), maxval=largest)
+
     # text: as large as the frame allows, condensed by up to a quarter
     wrong = misspell(k_misspell, content.letters)
     letters = spoil("misspelt", wrong, content.letters)
@@ -331,8 +296,8 @@ def sample(
         )
     )
     two = content.letters[:, 1, 0] >= 0
-    em_y = jnp.where(two, between(20, 24), between(27, 35))
-    em_x = jnp.minimum(em_y, 106 / width)
+    em_y = scale * jnp.where(two, between(20, 24), between(27, 35))
+    em_x = jnp.minimum(em_y, scale * 106 / width)
     em_y = jnp.minimum(em_y, em_x / 0.75)
     # [B, 2] half extents
     text = jnp.stack([em_x * width, em_y * jnp.where(two, 1 + PITCH, 1.0)], axis=1) / 2
@@ -340,12 +305,13 @@ def sample(
 
     # sign: the text with a margin; `room` is how far it can go with the tilted text still in the
     # frame
-    half = text + jnp.stack([between(5, 12), between(2, 7)], axis=1)
+    half = text + scale[:, None] * jnp.stack([between(5, 12), between(2, 7)], axis=1)
     angle = between(-0.06, 0.06)
     reach = text + jnp.abs(angle)[:, None] * text[:, ::-1]
-    room = jnp.maximum(jnp.array([WIDTH / 2 - 1, HEIGHT / 2 - 1]) - reach, 0)
-    center = jnp.stack([between(-1, 1), between(-1, 1)], axis=1) * jnp.minimum(0.5 * room, 8)
-    border = jnp.where(between(0, 1) < 0.35, between(1.2, 2.2), 0.0)
+    room = jnp.maximum(middle - reach, 0)
+    farthest = jnp.minimum(0.5 * room, 8 * largest)
+    center = jnp.stack([between(-1, 1), between(-1, 1)], axis=1) * farthest
+    border = scale * jnp.where(between(0, 1) < 0.35, between(1.2, 2.2), 0.0)
 
     rgb = jnp.array(list(prompts.COLOURS.values()))
     colors = rgb[jnp.stack([content.ground, content.sign, content.letter, content.letter], axis=1)]
@@ -362,7 +328,7 @@ def sample(
     way = jnp.array([(-1, 0), (1, 0), (0, -1), (0, 1), (0, 0), (0, 0), (0, 0)])[kind]  # [B, 2]
     drift = jnp.where(way == 0, 0.0, way * goal - center)
     drift = jnp.where((kind == 4)[:, None], -center, drift)
-    closest = jnp.minimum((WIDTH / 2 - 1) / reach[:, 0], (HEIGHT / 2 - 1) / reach[:, 1])
+    closest = (middle / reach).min(axis=1)
     zoom = jnp.where(
         kind == 4,
         jnp.log(jnp.minimum(closest, between(1.2, 1.4))),
@@ -384,11 +350,11 @@ def sample(
         em=spoil("tiny", em * small[:, None], em),
         slant=between(-0.08, 0.08),
         thin=spoil("tiny", between(0.1, 0.3), zero),
-        blur=spoil("blurred", between(4.5, 6.5), zero),
+        blur=spoil("blurred", scale * between(4.5, 6.5), zero),
         shift=spoil("cut_off", away, jnp.zeros((batch, 2))),
         bar=jnp.stack([spoil("covered", cover, zero), between(-0.06, 0.06)], axis=1),
         half=half,
-        radius=between(0, 9),
+        radius=scale * between(0, 9),
         border=border,
         center=center,
         angle=angle,

@@ -82,3 +82,22 @@ MODEL_INDEX = {
 HEIGHT, WIDTH, CLIP_FRAMES = 64, 128, 9
 TEXT_ROWS = 512  # Wan's text length: what the transformer attends to, padding included
 FLOW_SHIFT = 3.0
+MULTIPLE = 16  # pixels of a patch: the VAE's 8 times the transformer's 2
+
+
+def parse(text: str) -> tuple[tuple[int, int], ...]:
+    """Return frame sizes (height, width) in pixels of e.g. "64x128,96x192". Raises `ValueError` for
+    anything else, for a size twice, and for sides that are not multiples of 16.
+    """
+    sizes = []
+    for part in text.split(","):
+        sides = part.strip().split("x")
+        if len(sides) != 2 or not all(side.isdigit() for side in sides):
+            raise ValueError(f"sizes={text}: {part!r} is not HEIGHTxWIDTH, such as 64x128")
+        height, width = map(int, sides)
+        if not height or not width or height % MULTIPLE or width % MULTIPLE:
+            raise ValueError(f"sizes={text}: sides of {part} must be multiples of {MULTIPLE}")
+        sizes.append((height, width))
+    if len(set(sizes)) < len(sizes):
+        raise ValueError(f"sizes={text}: a size is given twice")
+    return tuple(sizes)

@@ -2,6 +2,10 @@
 
     python -m examples.tiny_wan.train_transformer --vae assets/tiny-wan/vae --out assets/tiny-wan --seconds 900
 
+`--sizes 64x128,96x192` trains at several frame sizes: every step has an equal share of its batch of
+each. `--judge 256` completes the folder, samples 256 held-out prompts at each size, and prints their
+OCR rewards beside those of `--init`.
+
 The latents of a pool of signs are computed once. Every step then draws single frames and clips from
 the pool, a sigma (logit-normal, shifted by 3 as in sampling) and noise, and regresses velocity =
 noise - latents. A tenth of the prompts is dropped, so that guidance works. The text encoder has an
@@ -12,6 +16,7 @@ are an exponential moving average.
 
 import functools
 import pathlib
+import shutil
 import time
 
 import jax
@@ -20,11 +25,11 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from examples.tiny_wan import prompts, signs, sizes
+from examples.tiny_wan import evaluate, prompts, signs, sizes
+from examples.tiny_wan.assemble import assemble
 from examples.tiny_wan.folder import load_flat, load_vae, save, subtree
 from examples.tiny_wan.optim import muon_or_adam
-from examples.tiny_wan.tokenizer import EOS as EOS_TOKEN
-from examples.tiny_wan.tokenizer import SPACE, UNK, VOCABULARY
+from examples.tiny_wan.tokenise import frame_text, tokenise
 from wan_jax.models import flat_params
 from wan_jax.models.config import TextEncoderConfig, TransformerConfig, from_dict
 from wan_jax.models.text_encoder import UMT5Encoder, encode
@@ -33,37 +38,7 @@ from wan_jax.models.transformer import WanTransformer3D
 FLAGS = flags.FLAGS
 DROPOUT, LETTERS = 0.1, 6
 LONGEST = 76  # characters of the longest prompt, rounded up
-EOS = VOCABULARY.index(EOS_TOKEN)
-ASCII_IDS = np.array(
-    [
-        VOCABULARY.index(c if c in VOCABULARY else SPACE if c == " " else UNK)
-        for c in map(chr, range(128))
-    ],
-    np.int32,
-)
 EMA_DECAY = 0.998
-
-
-def frame_text(chars):
-    """Add the space that the tokenizer puts before a prompt, and room for EOS.
-
-    uint8 ASCII codes [B, R] -> [B, R + 2].
-    """
-    first = jnp.where(chars[:, :1] > 0, ord(" "), 0).astype(chars.dtype)
-    return jnp.concatenate([first, chars, jnp.zeros_like(first)], axis=1)
-
-
-def tokenise(chars):
-    """Tokenise as `examples/tiny_wan/tokenizer.py` does, inside `jit`.
-
-    ASCII codes [B, R], 0 past the end -> ids and mask [B, R + 2].
-    """
-    chars = frame_text(chars)
-    length = (chars > 0).sum(1, keepdims=True)
-    at = jnp.arange(chars.shape[1])
-    ids = jnp.where(at == length, EOS, jnp.asarray(ASCII_IDS)[chars])
-    mask = at <= length
-    return jnp.where(mask, ids, 0), mask
 
 
 def letter_classes(chars):
@@ -82,8 +57,10 @@ def letter_classes(chars):
     return jnp.where(inside & ~space, 1 + LETTERS * jnp.clip(line, 0, 1) + index, 0)
 
 
-def make_pool(vae_dir: str, atlas, key, count: int, batch: int, frames: int):
-    """Render `count` signs and encode them.
+def make_pool(
+    vae_dir: str, atlas, key, count: int, batch: int, *, frames: int, size: tuple[int, int]
+):
+    """Render `count` signs of `size` (H, W) in pixels and encode them.
 
     Returns:
       Normalised latents bf16 [count, F, H, W, C], and the prompts' ASCII codes uint8
@@ -94,8 +71,10 @@ def make_pool(vae_dir: str, atlas, key, count: int, batch: int, frames: int):
     @jax.jit
     def chunk(weights, key):
         vae = nnx.merge(graph, weights)
-        content, sign = signs.sample(key, atlas, batch, frames=frames, noise=signs.NoiseMix())
-        video = signs.render(atlas, sign, frames).astype(jnp.bfloat16)
+        content, sign = signs.sample(
+            key, atlas, batch, frames=frames, noise=signs.NoiseMix(), size=size
+        )
+        video = signs.render(atlas, sign, frames, size=size).astype(jnp.bfloat16)
         latents = vae.normalise(vae.encode(video)[0]).astype(jnp.bfloat16)
         return weights, (latents, content)
 
@@ -108,6 +87,7 @@ def make_pool(vae_dir: str, atlas, key, count: int, batch: int, frames: int):
 def main(_):
     # 1 the model, whose head serves the auxiliary loss alone
     start = time.time()
+    frame_sizes = sizes.parse(FLAGS.sizes)
     text_config = from_dict(TextEncoderConfig, sizes.TEXT_ENCODER)
     config = from_dict(TransformerConfig, sizes.TRANSFORMER)
 
@@ -133,23 +113,28 @@ def main(_):
     optimiser = muon_or_adam(flat, FLAGS.adam_scale)
     opt_state = optimiser.init(flat)
 
-    # 2 the pool of signs
+    # 2 the pools of signs: single frames and clips of each size
     key, atlas = jax.random.key(FLAGS.seed + 7), signs.build_atlas()
-    singles = make_pool(
-        FLAGS.vae, atlas, jax.random.fold_in(key, 1), FLAGS.pool, min(1000, FLAGS.pool), 1
-    )
-    clips = make_pool(
-        FLAGS.vae,
-        atlas,
-        jax.random.fold_in(key, 2),
-        FLAGS.pool_clips,
-        min(100, FLAGS.pool_clips),
-        sizes.CLIP_FRAMES,
-    )
-    jax.block_until_ready((singles, clips))
+    pools, batches = [], []
+    for number, size in enumerate(frame_sizes):
+        for kind, (count, batch, chunk, frames) in enumerate(
+            (
+                (FLAGS.pool, FLAGS.batch, 1000, 1),
+                (FLAGS.pool_clips, FLAGS.clips, 100, sizes.CLIP_FRAMES),
+            )
+        ):
+            count //= len(frame_sizes)
+            pool_key = jax.random.fold_in(key, 1 + kind)
+            pool_key = jax.random.fold_in(pool_key, number) if number else pool_key
+            chunk = min(chunk, count)
+            pools.append(
+                make_pool(FLAGS.vae, atlas, pool_key, count, chunk, frames=frames, size=size)
+            )
+            batches.append(max(1, batch // len(frame_sizes)))
+    jax.block_until_ready(pools)
     print(
-        f"{time.time() - start:6.0f} s  pool of {len(singles[0]):,} frames and {len(clips[0]):,} "
-        "clips",
+        f"{time.time() - start:6.0f} s  pool of {sum(len(x) for x, _ in pools[::2]):,} frames and "
+        f"{sum(len(x) for x, _ in pools[1::2]):,} clips",
         flush=True,
     )
 
@@ -176,7 +161,7 @@ def main(_):
         return jnp.mean((v - (noise - latents.astype(jnp.float32))) ** 2), aux
 
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
-    def train(flat, opt_state, ema, singles, clips, key, lr):
+    def train(flat, opt_state, ema, pools, key, lr):
         def step(carry, key):
             flat, opt_state, ema = carry
 
@@ -186,12 +171,16 @@ def main(_):
                     flat_params.unflatten(like, {k: v.astype(dtypes[k]) for k, v in flat.items()}),
                 )
                 losses = []
-                for i, (pool, batch) in enumerate(((singles, FLAGS.batch), (clips, FLAGS.clips))):
+                for i, (pool, batch) in enumerate(zip(pools, batches)):
                     k1, k2 = jax.random.split(jax.random.fold_in(key, i))
                     index = jax.random.randint(k1, (batch,), 0, pool[0].shape[0])
                     losses.append(flow_loss(model, pool[0][index], pool[1][index], k2))
-                (single, aux), (clip, _) = losses
-                return single + 0.4 * clip + FLAGS.aux * aux, jnp.stack([single, clip, aux])
+                single, clip = (
+                    jnp.stack([loss for loss, _ in losses[kind::2]]) for kind in range(2)
+                )
+                aux = jnp.stack([aux for _, aux in losses[::2]]).mean()
+                loss = single.mean() + 0.4 * clip.mean() + FLAGS.aux * aux
+                return loss, jnp.concatenate([single, clip, aux[None]])
 
             (_, logs), grads = jax.value_and_grad(total, has_aux=True)(flat)
             updates, opt_state = optimiser.update(grads, opt_state, flat)
@@ -203,7 +192,7 @@ def main(_):
         return *carry, logs.mean(0)
 
     # 4 train until the time is over
-    steps, logs = 0, np.full(3, np.nan)
+    steps, logs = 0, np.full(2 * len(frame_sizes) + 1, np.nan)
     flat, ema = jax.tree.map(jnp.copy, (flat, flat))
     begun = time.time()
     printed = begun - start - 20
@@ -216,14 +205,17 @@ def main(_):
             * max(FLAGS.final_rate, 1 - progress)
         )
         draw = jax.random.fold_in(key, 10 + steps)
-        flat, opt_state, ema, logs = train(flat, opt_state, ema, singles, clips, draw, lr)
+        flat, opt_state, ema, logs = train(flat, opt_state, ema, pools, draw, lr)
         logs = np.asarray(logs)
         steps += FLAGS.inner
         if time.time() - start - printed > 15:
             printed = time.time() - start
+            single, clip = (
+                " ".join(f"{loss:.4f}" for loss in losses) for losses in np.split(logs[:-1], 2)
+            )
             print(
-                f"{printed:6.0f} s  step {steps:6d}  lr {lr:.1e}  single {logs[0]:.4f}  clip "
-                f"{logs[1]:.4f}  letters {logs[2]:.4f}",
+                f"{printed:6.0f} s  step {steps:6d}  lr {lr:.1e}  single {single}  clip {clip}  "
+                f"letters {logs[-1]:.4f}",
                 flush=True,
             )
     # 5 write the averaged weights
@@ -235,8 +227,15 @@ def main(_):
         save(name, subtree(ema, name), settings, out / name, file)
     print(
         f"transformer: {steps} steps in {time.time() - start:.0f} s, loss {logs[0]:.4f}, written "
-        f"to {out}"
+        f"to {out}",
+        flush=True,
     )
+    # 6 judge them
+    if FLAGS.judge:
+        assemble(out)
+        shutil.copytree(FLAGS.vae, out / "vae", dirs_exist_ok=True)
+        folders = [out] if FLAGS.init is None else [FLAGS.init, out]
+        evaluate.judge_sizes(folders, frame_sizes, count=FLAGS.judge, workers=FLAGS.workers)
 
 
 if __name__ == "__main__":
@@ -258,4 +257,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("init", None, "folder with transformer/ and text_encoder/ to start from")
     flags.DEFINE_float("final_rate", 0.0, "the rate's share left at the end of its linear decay")
     flags.DEFINE_integer("inner", 50, "optimiser steps a call")
+    flags.DEFINE_string(
+        "sizes", "64x128", "frame sizes HEIGHTxWIDTH; batches and pools are divided"
+    )
+    flags.DEFINE_integer("judge", 0, "videos of held-out prompts to judge at each size; 0: none")
+    flags.DEFINE_integer("workers", 8, "OCR workers of the judgement")
     app.run(main)

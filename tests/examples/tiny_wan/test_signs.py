@@ -13,8 +13,9 @@ from examples.tiny_wan.signs import MODES, NoiseMix
 from rewards.ocr.targets import parse_targets
 
 ATLAS, BATCH = signs.build_atlas(), 2048
-sample = jax.jit(signs.sample, static_argnames=("batch", "frames", "heldout", "words"))
-render = jax.jit(signs.render, static_argnames=("frames", "dtype"))
+sample = jax.jit(signs.sample, static_argnames=("batch", "frames", "heldout", "words", "size"))
+render = jax.jit(signs.render, static_argnames=("frames", "dtype", "size"))
+LARGE = 96, 192
 
 
 def only(mode: str) -> NoiseMix:
@@ -141,3 +142,21 @@ def test_how_well_each_mode_reads(score, mode, low, high):
     params = first(16, params)
     reward = score(render(ATLAS, params)[:, 0], prompts.words(params.target))
     assert low <= reward <= high
+
+
+def test_larger_frames_show_the_same_texts_in_larger_letters(score):
+    """Letters grow by a factor between 1 and that of the frame, and are read as well."""
+    content, base = sample(jax.random.key(9), ATLAS, batch=BATCH)
+    same, large = sample(jax.random.key(9), ATLAS, batch=BATCH, size=LARGE)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, content, same)))
+    growth = np.asarray(large.em / base.em)
+    assert 1 <= growth.min() < 1.05 and 1.45 < growth.max() <= 1.5 + 1e-6
+    large = first(16, large)
+    pictures = render(ATLAS, large, size=LARGE)[:, 0]
+    assert pictures.shape == (16, *LARGE, 3)
+    assert score(pictures, prompts.words(large.target)) >= 0.95
+
+
+def test_tiny_letters_stay_tiny_in_larger_frames():
+    _, params = sample(jax.random.key(9), ATLAS, batch=BATCH, noise=only("tiny"), size=LARGE)
+    assert float(params.em.max()) < 6

@@ -24,3 +24,15 @@ def test_config_is_the_shipped_one(component, expected):
     assert shipped.keys() == expected.keys()
     for key in shipped.keys() - set(MEASURED):
         assert shipped[key] == expected[key], key
+
+
+def test_frame_sizes():
+    assert sizes.parse("64x128, 96x192") == ((64, 128), (96, 192))
+
+
+@pytest.mark.parametrize(
+    "text", ["64", "64x", "64x128x3", "60x128", "0x128", "64x128,64x128", "-64x128"]
+)
+def test_invalid_frame_sizes(text):
+    with pytest.raises(ValueError, match=f"sizes={text}"):
+        sizes.parse(text)
