@@ -14,7 +14,7 @@ that was read), videos of the first prompts, report.html, and side_by_side/: fil
 videos of the model (left) and of the checkpoint (right) from one prompt and noise. With `--best_of` N
 each prompt has N videos, of which the one with the best main reward counts; the first of them is that
 of an evaluation without it. The number is that of `reward.second_engine`, which does not choose.
-Prompts of `eval.more_prompts` are evaluated apart.
+Prompts of `eval.more_prompts` and videos of `eval.more_sizes` are evaluated apart.
 """
 
 import functools
@@ -157,25 +157,28 @@ def evaluate_recipe(
                 recipe.model.offload,
                 spec.quantisation,
             )
-            make = functools.partial(pipeline.make_ode_steps, graph, spec.solver, shift=shift)
-            steps = make(spec.eval_guidance)
-            unguided = ()
-            if recipe.eval.also_unguided:
-                unguided = make((1.0,) * len(model.experts))
+            made = {}  # the steps by shift of the schedule
             for i, series in enumerate(spec.evaluations):
-                named = isinstance(series, str)
-                name, frames = (series, spec.evaluated_frames[0]) if named else ("", series)
+                name, size = series if series in prompt_sets else "", spec.size_of(series)
+                own = spec.of_sizes(size, size)
+                if size.shift not in made:
+                    make = functools.partial(
+                        pipeline.make_ode_steps, graph, own.solver, shift=shift
+                    )
+                    unguided = (1.0,) * len(model.experts) if recipe.eval.also_unguided else ()
+                    made[size.shift] = make(spec.eval_guidance), make(unguided)
+                steps, unguided = made[size.shift]
                 evaluator = Evaluator(
                     prompts=prompt_sets[name],
                     table=tables[name],
-                    solver=spec.solver,
+                    solver=own.solver,
                     steps=steps,
-                    parts=spec.eval_segments,
+                    parts=own.eval_segments,
                     decode=decode,
                     vae_state=vae_state,
                     pool=pool,
                     mesh=spec.mesh,
-                    shape=spec.shape_of(frames),
+                    shape=own.eval_shape,
                     batch_size=recipe.sample.batch_size,
                     seed=recipe.eval.seed,
                     previews=recipe.eval.previews,

@@ -35,9 +35,10 @@ from grpo.compiled.targets import (
 )
 from grpo.run import RunSpec, open_model, trained_names
 from grpo.scoring.scored_prompts import load_scored_prompts
-from grpo.settings import parse
+from grpo.settings import parse, video_sizes
 from grpo.settings.reference import FLAG_HELP
 from grpo.settings.schema import Recipe, measured_rewards
+from grpo.settings.video_sizes import Size
 from wan_jax.command_line import cli
 from wan_jax.command_line.flag_types import define_number, user_path
 from wan_jax.command_line.limits import Range
@@ -176,11 +177,12 @@ def main(_):
             update=options.update_efficiency,
             decode=options.decode_efficiency,
         )
-        for frames in run.trained_frames:
-            at_length = functions.with_frames(frames, run.evaluated_frames[0])
-            if len(run.trained_frames) > 1:
-                print_lines(f"with {frames} frames:")
-            print_lines(*seconds_lines(at_length, target.kind, efficiency))
+        for size in run.trained_sizes:
+            if name := video_sizes.suffix(size, run.trained_sizes):
+                print_lines(f"with {name.removeprefix(', ')}:")
+            of_size = functions.of_sizes(size, run.evaluated_sizes[0])
+            print_lines(*seconds_lines(of_size, target.kind, efficiency))
+        print_lines(*more_lines(functions, target.kind, efficiency))
 
     # ---- the largest videos ----------------------------------------------------------------------
     if target.limit is None:
@@ -227,6 +229,35 @@ def seconds_lines(
         f"{kind.label}'s {kind.bf16 / 1e12:.4g} TFLOP/s bf16, {kind.fp32 / 1e12:.4g} fp32 "
         f"(decoder, and a float32 model): {efficiency.source}",
     ]
+
+
+def more_lines(
+    functions: Functions, kind: device_kinds.Kind, efficiency: costs.Efficiency
+) -> list[str]:
+    """Return a line about each further size of evaluations, and one about a run whose videos change
+    their size.
+    """
+    spec = functions.spec
+    recipe, trained, evaluated = spec.recipe, spec.trained_sizes, spec.evaluated_sizes
+
+    def seconds(size: Size, evaluation: Size) -> dict[str, float]:
+        return costs.seconds(functions.of_sizes(size, evaluation), kind, efficiency)
+
+    each = {size: seconds(trained[0], size)["evaluation"] for size in evaluated[1:]}
+    lines = [
+        f"an evaluation{video_sizes.suffix(size, evaluated)}: {value:.1f} s, besides the others"
+        for size, value in each.items()
+    ]
+    if len(trained) > 1:
+        first = [seconds(size, evaluated[0]) for size in trained]
+        stages = ("sample", "decode", "update")
+        epoch = dict(zip(trained, [sum(of[name] for name in stages) for of in first]))
+        epochs = range(1, recipe.epochs + 1)
+        total = sum(epoch[video_sizes.at(number, recipe.sample)] for number in epochs)
+        number = recipe.epochs // recipe.eval.every + 1
+        total += number * (first[0]["evaluation"] + sum(each.values()))
+        lines.append(f"the run, {recipe.epochs} epochs by its schedule: {total / 3600:.1f} h")
+    return lines
 
 
 if __name__ == "__main__":

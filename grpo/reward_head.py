@@ -283,6 +283,12 @@ def main(_):
                 f"config.model.weights={recipe.model.weights}: a reward head begins with blocks of the "
                 "unquantised model; give --config.model.weights=dtype"
             )
+        if spec.recipe.sample.size_schedule or spec.shape[1:] != spec.eval_shape[1:]:
+            raise ValueError(
+                f"config.sample.size_schedule={recipe.sample.size_schedule}, eval.height="
+                f"{recipe.eval.height}, eval.width={recipe.eval.width}: a reward head learns videos of "
+                "one size; leave them out, and give it as sample.height, sample.width and sample.shift"
+            )
         if options.layers > transformer.num_layers:
             raise ValueError(
                 f"--layers={options.layers}: the model has {transformer.num_layers} blocks; 0 makes "

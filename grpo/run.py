@@ -15,9 +15,10 @@ from grpo.compiled import placement
 from grpo.data import latent_folder
 from grpo.learning.method import Method
 from grpo.learning.sde_windows import Windows, batches_with
-from grpo.settings import frame_schedule
+from grpo.settings import frame_schedule, video_sizes
 from grpo.settings.parse import Settings, settings_of
 from grpo.settings.schema import Recipe
+from grpo.settings.video_sizes import Size
 from wan_jax.diffusion.experts import Segment, guidances, segments
 from wan_jax.diffusion.schedule import Schedule, flow_sigmas
 from wan_jax.diffusion.solvers import make_solver
@@ -111,9 +112,12 @@ class RunSpec:
                 )
             _ = self.windows  # raises where an expert has no step
             _ = self.data_shape  # raises where there is no data
-        for frames in (*(self.trained_frames if training else ()), *self.evaluated_frames):
-            self.shape_of(frames)  # raises where the model cannot make it
-        if max(self.evaluated_frames) > 1:
+        for size in (*(self.trained_sizes if training else ()), *self.evaluated_sizes):
+            self.check_size(size)
+        if training:
+            for size in self.trained_sizes[1:]:
+                _ = self.of_sizes(size, self.evaluated_sizes[0]).windows
+        if max(size.frames for size in self.evaluated_sizes) > 1:
             media.check_ffmpeg()  # for the report
         _ = self.schedule, self.solver  # raise where steps and shift are invalid
 
@@ -125,27 +129,50 @@ class RunSpec:
 
     # ---- videos ------------------------------------------------------------------------------
     def shape_of(self, frames: int) -> tuple[int, ...]:
-        """Return (F, H, W, C) of the latents of a video with `frames` frames."""
-        sample = self.recipe.sample
+        """Return (F, H, W, C) of the latents of a video with `frames` frames, of training's size."""
+        return self.latent_shape(dataclasses.replace(self.trained_sizes[0], frames=frames))
+
+    def latent_shape(self, size: Size) -> tuple[int, ...]:
+        """Return (F, H, W, C) of the latents of a video. Raises `UserError` where the model cannot make
+        videos of this size.
+        """
         return pipeline.latent_shape(
-            frames, sample.height, sample.width, self.preset.vae, self.preset.transformer
+            size.frames, size.height, size.width, self.preset.vae, self.preset.transformer
         )
+
+    def check_size(self, size: Size) -> None:
+        """Raise `UserError` as `latent_shape` does, with the size where it is not that of the first
+        epoch.
+        """
+        sample = self.recipe.sample
+        try:
+            self.latent_shape(size)
+        except UserError as error:
+            if (size.height, size.width) == (sample.height, sample.width):
+                raise
+            raise UserError(f"videos of {size} (frames x height x width): {error}") from None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(F, H, W, C) of one video's latents in training."""
-        return self.shape_of(self.recipe.sample.frames)
+        return self.latent_shape(self.trained_sizes[0])
 
     @property
     def eval_shape(self) -> tuple[int, ...]:
         """(F, H, W, C) of one video's latents in evaluations."""
-        return self.shape_of(self.evaluated_frames[0])
+        return self.latent_shape(self.evaluated_sizes[0])
 
     @property
-    def trained_frames(self) -> tuple[int, ...]:
-        """All numbers of frames that videos of epochs have, each once."""
-        sample = self.recipe.sample
-        return frame_schedule.trained(sample.frames, sample.frame_schedule)
+    def trained_sizes(self) -> tuple[Size, ...]:
+        """All sizes that videos of epochs have, each once."""
+        return video_sizes.trained(self.recipe.sample)
+
+    @functools.cached_property
+    def evaluated_sizes(self) -> tuple[Size, ...]:
+        """All sizes that videos of evaluations have, each once. The first is the one by which the run
+        is judged.
+        """
+        return tuple(dict.fromkeys(map(self.size_of, self.evaluations)))
 
     @property
     def evaluated_frames(self) -> tuple[int, ...]:
@@ -159,17 +186,26 @@ class RunSpec:
 
     @property
     def evaluations(self) -> tuple[int | str, ...]:
-        """All series of evaluations: numbers of frames, then names of further prompts. The first is the
-        one by which the run is judged.
+        """All series of evaluations: numbers of frames, then names of further sizes and of further
+        prompts. The first is the one by which the run is judged.
         """
-        return (*self.evaluated_frames, *(name for name, _ in self.recipe.eval.more_prompts))
+        prompts = (name for name, _ in self.recipe.eval.more_prompts)
+        return (*self.evaluated_frames, *video_sizes.more(self.recipe), *prompts)
+
+    def size_of(self, series: int | str) -> Size:
+        """Return the size of the videos of a series of evaluations."""
+        judged = video_sizes.judged(self.recipe)
+        if isinstance(series, str):
+            return video_sizes.more(self.recipe).get(series, judged)
+        return dataclasses.replace(judged, frames=series)
 
     def label(self, series: int | str) -> str:
         """Return the end of a printed line about an evaluation that names its series; "" where there is
         only one.
         """
         if isinstance(series, str):
-            return f", prompts {series}"
+            of_size = series in video_sizes.more(self.recipe)
+            return f", {series.replace('_', ' ')}" if of_size else f", prompts {series}"
         return f", {series} frames" if len(self.evaluated_frames) > 1 else ""
 
     @functools.cached_property
@@ -218,7 +254,8 @@ class RunSpec:
         """The solver of the evaluation, with its schedule."""
         evaluation, sample = self.recipe.eval, self.recipe.sample
         version = sample.schedule if evaluation.schedule == "sample" else evaluation.schedule
-        return make_solver(evaluation.solver, evaluation.steps, sample.shift, version=version)
+        shift = self.evaluated_sizes[0].shift
+        return make_solver(evaluation.solver, evaluation.steps, shift, version=version)
 
     @functools.cached_property
     def eval_segments(self) -> tuple[Segment, ...]:
@@ -294,14 +331,15 @@ class RunSpec:
     @functools.cached_property
     def remat(self) -> str:
         """The rematerialisation of blocks in the backward pass, one of `REMAT_POLICIES`, chosen for
-        the longest videos.
+        the largest videos.
         """
+        largest = max(self.trained_sizes, key=lambda size: size.volume)
         return placement.choose_remat(
             self.recipe,
             self.settings,
             self.preset,
             self.mesh,
-            tokens=tokens(self.shape_of(max(self.trained_frames))),
+            tokens=tokens(self.latent_shape(largest)),
             trained=len(self.trained),
             memory=self.memory,
         )
@@ -312,13 +350,13 @@ class RunSpec:
         recipe = changed(self.recipe, **sections)
         return dataclasses.replace(self, recipe=recipe, settings=settings_of(recipe))
 
-    def with_frames(self, sample: int, evaluation: int) -> "RunSpec":
-        """Return the run with `sample` frames in training and `evaluation` frames in evaluations."""
-        if (self.trained_frames, self.evaluated_frames) == ((sample,), (evaluation,)):
+    def of_sizes(self, sample: Size, evaluation: Size) -> "RunSpec":
+        """Return the run with one size in training and one in evaluations."""
+        if (self.trained_sizes, self.evaluated_sizes) == ((sample,), (evaluation,)):
             return self
         return self.changed(
-            sample={"frames": sample, "frame_schedule": ()},
-            eval={"frames": evaluation, "more_frames": ()},
+            sample=vars(sample) | {"frame_schedule": (), "size_schedule": ()},
+            eval=vars(evaluation) | {"more_frames": (), "more_sizes": ()},
         )
 
 

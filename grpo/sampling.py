@@ -79,6 +79,10 @@ class Session:
         """The description of the run."""
         return self.functions.spec
 
+    def of_epoch(self, epoch: int) -> "Session":
+        """Return the session with the functions for the size of an epoch's videos."""
+        return dataclasses.replace(self, functions=self.functions.of_epoch(epoch))
+
     def texts(self, prompt_of: np.ndarray) -> TextBatch:
         """Return the embeddings of prompts, int [B], as a batch on the mesh."""
         mesh = self.spec.mesh

@@ -217,30 +217,28 @@ def prepare(
         tables[name] = dataclasses.replace(table, prompts=rows)
         first += len(each)
 
-    def evaluator(frames: int, name: str) -> Evaluator:
+    def evaluator(series: int | str) -> Evaluator:
+        name = series if series in evaluated else ""
+        own = functions.of_series(series)
         return Evaluator(
             prompts=evaluated[name],
             table=tables[name],
-            solver=spec.solver,
-            steps=functions.eval_steps,
-            parts=spec.eval_segments,
+            solver=own.spec.solver,
+            steps=own.eval_steps,
+            parts=own.spec.eval_segments,
             decode=decode,
             vae_state=vae_state,
             pool=pool,
             mesh=mesh,
-            shape=spec.shape_of(frames),
+            shape=own.spec.eval_shape,
             batch_size=recipe.sample.batch_size,
             seed=recipe.eval.seed,
             previews=recipe.eval.previews,
-            unguided=functions.unguided_steps,
+            unguided=own.unguided_steps,
             main=settings.main,
         )
 
-    judged = spec.evaluated_frames[0]
-    evaluators: dict[int | str, Evaluator] = {
-        series: evaluator(judged, series) if isinstance(series, str) else evaluator(series, "")
-        for series in spec.evaluations
-    }
+    evaluators = {series: evaluator(series) for series in spec.evaluations}
     return Start(session, states, resumed, spent, unevaluated, folder, log, evaluators, compiled)
 
 

@@ -52,7 +52,7 @@ from grpo.scoring.scored_prompts import (
     load_prompt_sets,
 )
 from grpo.scoring.scores import gather_scores
-from grpo.settings import agreement, frame_schedule, parse
+from grpo.settings import agreement, parse, video_sizes
 from grpo.settings.budget import Spent
 from grpo.settings.reference import FLAG_HELP
 from grpo.settings.schema import Recipe
@@ -185,6 +185,7 @@ def train(
     for epoch in start.epochs:
         start.compiled.clear()
         clock = Stopwatch()
+        session = start.session.of_epoch(epoch)
 
         rollout = scores = credit = None
         if not recipe.data.only:  # training on data alone samples and scores nothing
@@ -198,7 +199,7 @@ def train(
             rollout = zero_nonfinite(rollout, scores.finite, spec.mesh)
 
             # ---- 3 credit --------------------------------------------------------------------
-            credit = compute_credit(spec, scores, rollout.prompt_of, base)
+            credit = compute_credit(session.spec, scores, rollout.prompt_of, base)
             if not credit.valid.any():
                 folder.save(epoch - 1, states, spent)  # finished epochs, despite save.every
                 raise UserError(
@@ -222,7 +223,7 @@ def train(
 
         # ---- 5 record ------------------------------------------------------------------------
         nonfinite = scores is not None and scores.nonfinite
-        if epoch > done + 1 and same_length(recipe, epoch) and not nonfinite:
+        if epoch > done + 1 and same_size(recipe, epoch) and not nonfinite:
             recompiled = start.compiled.warning(epoch)
             if recompiled:
                 print_once(recompiled)
@@ -291,13 +292,11 @@ def write_report(run_dir: str, last: bool = False) -> None:
         print_once(f"warning: the report was not written:\n{traceback.format_exc()}")
 
 
-def same_length(recipe: Recipe, epoch: int) -> bool:
-    """Return whether the videos of an epoch are as long as those of the epoch before, so that it
+def same_size(recipe: Recipe, epoch: int) -> bool:
+    """Return whether the videos of an epoch have the size of those of the epoch before, so that it
     should compile nothing.
     """
-    sample = recipe.sample
-    before = frame_schedule.at(epoch - 1, sample.frames, sample.frame_schedule)
-    return before == frame_schedule.at(epoch, sample.frames, sample.frame_schedule)
+    return video_sizes.at(epoch - 1, recipe.sample) == video_sizes.at(epoch, recipe.sample)
 
 
 def asked_to_end() -> bool:

@@ -18,6 +18,8 @@ from grpo.compiled.functions import Functions
 from grpo.compiled.program import Program
 from grpo.learning.data_loss import data_rows
 from grpo.run import RunSpec
+from grpo.settings import video_sizes
+from grpo.settings.video_sizes import Size
 from wan_jax.models import flops
 
 # Of one core, from docs/results.md: 64 pictures of the quickstart on 2 cores, 0.85 TFLOP of sampling
@@ -130,8 +132,8 @@ def data_flops(functions: Functions) -> float:
     spec, kind = functions.spec, functions.spec.data_kind
     if kind is None:
         return 0.0
-    size = {"frames": kind.frames, "height": kind.height, "width": kind.width}
-    like = spec.changed(sample=size | {"guidance": 1.0, "guidance_2": None, "frame_schedule": ()})
+    size = Size(kind.frames, kind.height, kind.width, spec.recipe.sample.shift)
+    like = spec.of_sizes(size, size).changed(sample={"guidance": 1.0, "guidance_2": None})
     branches = 2 if spec.method.sampling_kl else 1
     step = Functions(like, functions.text_rows).rollout_step(spec.trained_experts[0])
     return data_passes(spec) * count(step) / branches
@@ -149,9 +151,19 @@ def data_passes(spec: RunSpec) -> float:
 
 
 def epochs_in_evaluations(spec: RunSpec) -> float:
-    """Return the cost of an epoch in evaluations, by the forward passes of both and the tokens of their
-    videos, without tracing anything. Decoding and scoring count as if they grew alike.
+    """Return the mean cost of an epoch in evaluations, by the forward passes of both and the tokens of
+    their videos, without tracing anything. Decoding and scoring count as if they grew alike.
     """
+    sizes, judged = spec.trained_sizes, spec.evaluated_sizes[0]
+    if len(sizes) == 1:
+        return epoch_in_evaluations(spec)
+    cost = {size: epoch_in_evaluations(spec.of_sizes(size, judged)) for size in sizes}
+    epochs = range(1, spec.recipe.epochs + 1)
+    return sum(cost[video_sizes.at(epoch, spec.recipe.sample)] for epoch in epochs) / len(epochs)
+
+
+def epoch_in_evaluations(spec: RunSpec) -> float:
+    """Return the cost of an epoch of a run with one size of videos, in evaluations."""
     branches = [1 + (guidance > 1) for guidance in spec.sampling_guidance]
     sample = spec.settings.batches * sum(
         len(segment.steps) * branches[segment.expert] for segment in spec.segments

@@ -21,23 +21,20 @@ from grpo.learning.optimiser import TrainState, state_shapes
 from grpo.learning.policy import Policy, make_structure
 from grpo.learning.step_table import StepTable
 from grpo.rollout import initial_noise, make_step
+from grpo.settings import video_sizes
+from grpo.settings.video_sizes import Size
 from wan_jax.diffusion.experts import per_guidance
 from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.inference import pipeline
 from wan_jax.models import vae_chunks
 from wan_jax.storage import model_dir
 
-# attributes of `Functions` that are the same for all lengths of videos
-JITTED = (
-    "policy",
-    "table",
-    "steps",
-    "updates",
-    "eval_steps",
-    "unguided_steps",
-    "vae",
-    "decoder",
-)
+# attributes of `Functions` that are the same for all sizes of videos; for those of one shift in
+# training; and for those of one shift in evaluations
+OF_ALL = ("policy", "vae", "decoder")
+OF_TRAINING = ("table", "steps", "updates")
+OF_EVALUATION = ("eval_steps", "unguided_steps")
+JITTED = (*OF_ALL, *OF_TRAINING, *OF_EVALUATION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +43,43 @@ class Functions(RunArrays):
     them.
     """
 
-    def with_frames(self, sample: int, evaluation: int) -> "Functions":
-        """Return the same jitted functions with arguments for one length in training and one in
-        evaluation.
+    @functools.cached_property
+    def by_size(self) -> dict[tuple[Size, Size], "Functions"]:
+        """What `of_sizes` returned."""
+        return {}
+
+    def of_sizes(self, sample: Size, evaluation: Size) -> "Functions":
+        """Return the functions for one size in training and one in evaluation. Sizes of one shift have
+        the same jitted functions.
         """
-        spec = self.spec.with_frames(sample, evaluation)
+        spec = self.spec.of_sizes(sample, evaluation)
         if spec is self.spec:
             return self
-        other = Functions(spec, self.text_rows)
-        vars(other).update({name: getattr(self, name) for name in JITTED})
-        return other
+        if (sample, evaluation) not in self.by_size:
+            other = Functions(spec, self.text_rows)
+            own = self.spec.trained_sizes[0], self.spec.evaluated_sizes[0]
+            known = [(*own, self), *((*sizes, made) for sizes, made in self.by_size.items())]
+            same = [
+                (OF_ALL, known),
+                (OF_TRAINING, [k for k in known if k[0].shift == sample.shift]),
+                (OF_EVALUATION, [k for k in known if k[1].shift == evaluation.shift]),
+            ]
+            for names, like in same:
+                if like:
+                    vars(other).update({name: getattr(like[0][2], name) for name in names})
+            self.by_size[sample, evaluation] = other
+        return self.by_size[sample, evaluation]
+
+    def of_epoch(self, epoch: int) -> "Functions":
+        """Return the functions for the size of an epoch's videos."""
+        spec = self.spec
+        size = video_sizes.at(epoch, spec.recipe.sample)
+        one = len(spec.trained_sizes) == 1
+        return self if one else self.of_sizes(size, spec.evaluated_sizes[0])
+
+    def of_series(self, series: int | str) -> "Functions":
+        """Return the functions for the size of a series of evaluations."""
+        return self.of_sizes(self.spec.trained_sizes[0], self.spec.size_of(series))
 
     # ---- jitted functions --------------------------------------------------------------------
     @functools.cached_property
@@ -144,28 +168,23 @@ class Functions(RunArrays):
 
     # ---- functions with abstract arguments ---------------------------------------------------
     def programs(self) -> list[Program]:
-        """Return all functions that epochs call, each once for every length of videos.
+        """Return all functions that epochs call, each once for every size of videos.
 
-        Experts may share theirs, and an evaluation uses training's decoder at the same length.
+        Experts may share theirs, and an evaluation uses training's decoder at the same size.
         """
-        training = {
-            frames: self.with_frames(frames, self.spec.evaluated_frames[0])
-            for frames in self.spec.trained_frames
-        }
-        evaluation = {
-            frames: self.with_frames(self.spec.trained_frames[0], frames)
-            for frames in self.spec.evaluated_frames
-        }
+        trained, evaluated = self.spec.trained_sizes, self.spec.evaluated_sizes
+        training = {size: self.of_sizes(size, evaluated[0]) for size in trained}
+        evaluation = {size: self.of_sizes(trained[0], size) for size in evaluated}
         distinct = {}
-        for lengths, make in (
+        for sizes, make in (
             (training, Functions.training_steps),
             (evaluation, Functions.evaluation_steps),
             ({} if self.spec.recipe.data.only else training, Functions.decode),
             (evaluation, Functions.evaluation_decode),
         ):
-            for length, functions_at_length in lengths.items():
-                for program in make(functions_at_length):
-                    suffix = f", {length} frames" if len(lengths) > 1 else ""
+            for size, functions_of_size in sizes.items():
+                for program in make(functions_of_size):
+                    suffix = video_sizes.suffix(size, sizes)
                     named = dataclasses.replace(program, name=program.name + suffix)
                     distinct.setdefault(identity(program), named)
         return list(distinct.values())

@@ -7,6 +7,7 @@ import dataclasses
 from grpo.compiled import compile
 from grpo.compiled.functions import Functions
 from grpo.compiled.targets import Target, compilable
+from grpo.settings.video_sizes import Size
 from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.distributed.memory import GIB
 from wan_jax.errors import UserError
@@ -29,11 +30,9 @@ def resized(functions: Functions, frames: int, height: int, width: int) -> Funct
     """Return the functions for videos of this size, in training and evaluation. Raises `UserError`
     on sizes that the model cannot make.
     """
-    spec = functions.spec.changed(
-        sample={"frames": frames, "frame_schedule": (), "height": height, "width": width},
-        eval={"frames": 0, "more_frames": ()},
-    )
-    spec.shape_of(frames)  # raises where the model cannot make it
+    size = Size(frames, height, width, functions.spec.recipe.sample.shift)
+    spec = functions.spec.of_sizes(size, size)
+    spec.check_size(size)  # raises where the model cannot make it
     return dataclasses.replace(functions, spec=spec)
 
 

@@ -7,6 +7,7 @@ from grpo.run import RunSpec
 from grpo.sampling import RolloutBatch
 from grpo.scoring import reward_combination
 from grpo.scoring.scores import GatheredScores, format_failures
+from grpo.settings import video_sizes
 from grpo.settings.budget import Spent
 from wan_jax.distributed import memory
 
@@ -26,10 +27,15 @@ def make(
     """Return an epoch's record for metrics.jsonl. losses: what the updates measured."""
     groups = credit.groups
     working = seconds["sample"] + seconds["decode"] + seconds["update"]
+    size = {}
+    if spec.recipe.sample.size_schedule:
+        sizes = video_sizes.at(epoch, spec.recipe.sample)
+        size = {"height": sizes.height, "width": sizes.width, "shift": sizes.shift}
     sampled = {
         "epoch": epoch,
         "time": timestamp(),
         "frames": rollout.frames,
+        **size,
         "evaluations": rollout.evaluations,
         "evaluations_saved": rollout.evaluations_saved,
     }

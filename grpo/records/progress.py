@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from grpo.records.clock import duration
+from grpo.settings.video_sizes import relative_cost
 
 RECENT = 20  # epochs by which the rest is estimated
 
@@ -41,8 +42,9 @@ def estimate(
 ) -> Progress:
     """Estimate the rest of a run from its newest records.
 
-    An epoch takes the median of the last ones, with the time to save it; so does an evaluation.
-    Evaluations at further lengths are not counted.
+    An epoch takes the median of the last ones, with the time to save it; so does an evaluation. Where
+    schedules change the size of the videos, the time of an epoch is proportional to its tokens.
+    Evaluations of further sizes are not counted.
 
     epochs, evaluations: records of metrics.jsonl and evals.jsonl, oldest first. config: nested, of
     the recipe. What it lacks is not counted.
@@ -60,7 +62,9 @@ def estimate(
     if not newest:
         return Progress(epoch, last, None)
     # 2 the time of the rest
-    return _rest(epoch, last, _median([_total(r) for r in newest]), evaluations, config)
+    of_one = _median([_total(r) / relative_cost(r["epoch"], config) for r in newest])
+    left = sum(relative_cost(e, config) for e in range(epoch + 1, last + 1))
+    return _rest(epoch, last, of_one * left, evaluations, config)
 
 
 def forecast(
@@ -71,13 +75,15 @@ def forecast(
 ) -> Progress:
     """Estimate a run before its first epoch, from the time that its first evaluation took.
 
-    epoch_in_evaluations: cost of an epoch, in evaluations. evaluations_of_epoch: of the model in an
+    epoch_in_evaluations: mean cost of an epoch, in evaluations. evaluations_of_epoch: of the model in an
     epoch's sampling, for a budget. evaluations, config: as in `estimate`.
     """
     seconds = epoch_in_evaluations * _median([_evaluation(r) for r in evaluations[-RECENT:]])
     steps = {"seconds": (0.0, seconds), "evaluations": (0.0, float(evaluations_of_epoch))}
     last = _last(0, config, steps)
-    return _rest(0, last, seconds, evaluations, config) if seconds else Progress(0, last, None)
+    return (
+        _rest(0, last, last * seconds, evaluations, config) if seconds else Progress(0, last, None)
+    )
 
 
 def _last(epoch: int, config: Mapping, steps: Mapping[str, tuple[float, float]]) -> int:
@@ -93,11 +99,11 @@ def _last(epoch: int, config: Mapping, steps: Mapping[str, tuple[float, float]])
 def _rest(
     epoch: int, last: int, seconds: float, evaluations: Sequence[Mapping], config: Mapping
 ) -> Progress:
-    """Return the progress where an epoch takes `seconds`."""
+    """Return the progress where all epochs to come take `seconds`."""
     every = (config.get("eval") or {}).get("every") or last
     due = last // every - epoch // every + (last % every > 0)
     evaluation = _median([_evaluation(record) for record in evaluations[-RECENT:]])
-    return Progress(epoch, last, max(0.0, (last - epoch) * seconds + due * evaluation))
+    return Progress(epoch, last, max(0.0, seconds + due * evaluation))
 
 
 def _number(record: object, key: str) -> float:

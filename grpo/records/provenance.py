@@ -58,12 +58,16 @@ def in_force(spec: RunSpec) -> dict[str, Any]:
     """
     recipe, method, mesh = spec.recipe, spec.settings.method, dict(spec.mesh.shape)
     noise_level, max_step_std = sde.DEFAULTS[recipe.sample.sde]
+    judged = spec.evaluated_sizes[0]
     chosen = {
         "model.attention": spec.backend,
         "model.remat": spec.remat,
         "sample.noise_level": noise_level,
         "sample.max_step_std": max_step_std,
-        "eval.frames": spec.evaluated_frames[0],
+        "eval.frames": judged.frames,
+        "eval.height": judged.height,
+        "eval.width": judged.width,
+        "eval.shift": judged.shift,
         "train.kl_weight": kl_weight(type(method), recipe),
         "train.ratio_tolerance": getattr(method, "ratio_tolerance", None),
         "mesh.fsdp": mesh.get("fsdp"),

@@ -7,6 +7,7 @@
     runs/NAME/metrics.jsonl             one line per epoch
     runs/NAME/evals.jsonl               one line per held-out evaluation
     runs/NAME/evals_33_frames.jsonl     the same for videos of another length
+    runs/NAME/evals_96x192_1_frames.jsonl  the same for another size, `eval.more_sizes`
     runs/NAME/evals_long.jsonl          the same for other prompts, `eval.more_prompts` "long"
     runs/NAME/previews/eval_000012.npz  videos of an evaluation's first prompts,
                                         uint8 [n, T, H, W, 3]

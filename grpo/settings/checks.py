@@ -12,7 +12,7 @@ from grpo.learning.method import kl_weight
 from grpo.records import trackers
 from grpo.scoring.reward_combination import BAD_SIDE
 from grpo.scoring.reward_servers import check_settings
-from grpo.settings import frame_schedule
+from grpo.settings import frame_schedule, video_sizes
 from grpo.settings.named import TEXT, own_names, pairs, servers_by_name
 from grpo.settings.schema import BUILT_IN, TEXT_AREA, main_reward, measured_rewards
 from rewards.clip import KINDS, check_model
@@ -35,6 +35,7 @@ def check_together(recipe) -> None:
     check_data(recipe)
     check_evaluation(recipe)
     frame_schedule.check(recipe)
+    video_sizes.check(recipe)
 
 
 def videos_of(recipe) -> int:
@@ -108,11 +109,12 @@ def check_rewards(recipe) -> None:
         except ValueError as error:
             raise UserError(f"config.reward.{name}_model: {error}") from None
     quality = {name for name in BAD_SIDE if recipe.reward.weights[name] is not None}
-    if recipe.sample.frame_schedule and quality:
-        raise UserError(
-            f"config.reward.weights has {', '.join(sorted(quality))}, which are judged by the base "
-            "model's videos of one length: leave out either them or config.sample.frame_schedule"
-        )
+    for key, kind in (("frame_schedule", "length"), ("size_schedule", "size")):
+        if recipe.sample[key] and quality:
+            raise UserError(
+                f"config.reward.weights has {', '.join(sorted(quality))}, which are judged by the base "
+                f"model's videos of one {kind}: leave out either them or config.sample.{key}"
+            )
 
 
 def boxes_needed(recipe) -> str | None:

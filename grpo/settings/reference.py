@@ -96,6 +96,8 @@ def _type(entry: Setting) -> str:
         return f"{TYPES[entry.named]}s by name"
     if entry.elements is None:
         return "path" if entry.path else TYPES[entry.kind]
+    if entry.elements is tuple and entry.form:
+        return "tuple of tuples"
     return f"tuple of {TYPES[entry.elements]}s"
 
 

@@ -15,6 +15,7 @@ OF_VIDEOS = (
     "train.kl_gate",
     "train.box_credit",
     "sample.frame_schedule",
+    "sample.size_schedule",
     "sample.groups",
     "sample.group_size",
     "sample.ode_solver",

@@ -171,7 +171,8 @@ def _problem(entry: Setting, value) -> str:
     else:
         assert entry.elements is not None, entry.key
         items, kind = value, entry.elements
-        name = f"a tuple, each of it {TYPES[kind]}"
+        nested = kind is tuple and entry.form
+        name = f"a tuple, each of it {entry.form if nested else TYPES[kind]}"
     if not all(_is(kind, item) for item in items):
         return f"must be {name}{optional}"
     if entry.length and len(items) != entry.length:

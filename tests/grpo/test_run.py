@@ -11,6 +11,7 @@ from grpo.run import RunSpec
 from grpo.settings import parse
 from tests.grpo import tiny_run
 from tests.grpo.specs import spec_of, tiny_spec
+from wan_jax.diffusion.schedule import flow_sigmas
 from wan_jax.errors import UserError
 from wan_jax.models import presets
 
@@ -107,8 +108,55 @@ def test_lengths_of_a_run():
     spec = tiny_spec(
         **{"sample.frame_schedule": ((2, 5),), "eval.frames": 1, "eval.more_frames": (9,)}
     )
-    assert spec.trained_frames == (1, 5) and spec.evaluated_frames == (1, 9)
-    one = spec.with_frames(5, 9)
-    assert one.trained_frames == (5,) and one.evaluated_frames == (9,)
+    assert [size.frames for size in spec.trained_sizes] == [1, 5]
+    assert spec.evaluated_frames == (1, 9)
+    long = spec.trained_sizes[1], spec.size_of(9)
+    one = spec.of_sizes(*long)
+    assert (one.trained_sizes, one.evaluated_sizes) == ((long[0],), (long[1],))
     assert (one.shape[0], one.eval_shape[0]) == (2, 3)
-    assert one.with_frames(5, 9) is one
+    assert one.of_sizes(*long) is one
+
+
+def test_sizes_of_a_run():
+    """The shift of a size is that of its noise levels; a series is named after its size."""
+    spec = tiny_spec(
+        **{
+            "sample.height": 16,
+            "sample.width": 32,
+            "sample.size_schedule": ((3, 32, 32, 5.0),),
+            "eval.height": 32,
+            "eval.width": 32,
+            "eval.shift": 4.0,
+            "eval.more_sizes": ((16, 32, 1), (32, 64, 5, 7.0)),
+        }
+    )
+    small, large = spec.trained_sizes
+    assert (str(small), str(large)) == ("1 x 16 x 32", "1 x 32 x 32")
+    assert spec.shape[1:3] == (2, 4) and spec.eval_shape[1:3] == (4, 4)
+    names = ("16x32_1_frames", "32x64_5_frames_shift_7")
+    assert spec.evaluations == (1, *names)
+    assert [spec.size_of(series).shift for series in spec.evaluations] == [4, 4, 7]
+    assert spec.label(names[0]) == ", 16x32 1 frames"
+    late = spec.of_sizes(large, spec.size_of(names[1]))
+    assert late.shape[1:3] == (4, 4) and late.eval_shape[:3] == (2, 4, 8)
+    for shift, found in ((5, late.schedule), (7, late.solver.schedule), (4, spec.solver.schedule)):
+        expected = flow_sigmas(len(found.timesteps), shift, spec.recipe.sample.schedule)
+        np.testing.assert_array_equal(found.sigmas, expected.sigmas)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"eval.more_sizes": ((16, 40, 1),)},
+        {"eval.more_sizes": ((16, 32, 4),)},
+        {
+            "sample.size_schedule": ((2, 24, 32, 3.0),),
+            "eval.height": 16,
+            "eval.width": 32,
+            "eval.shift": 3.0,
+        },
+    ],
+)
+def test_sizes_that_the_model_cannot_make(values):
+    with pytest.raises(UserError, match=r"40|frames=4|24"):
+        make("wan2.1-1.3b", **values)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from grpo.settings.setting import GUIDANCE, Section, setting
+from grpo.settings.setting import GUIDANCE, POSITIVE, Section, setting
 from wan_jax.choices import SCHEDULES, SOLVERS
 from wan_jax.command_line.limits import SEED, Range
 
@@ -22,10 +22,33 @@ class Eval(Section):
         "Frames of the videos by which the run is judged. 0: `sample.frames`.",
         bounds=Range(0),
     )
+    height: int = setting(
+        0,
+        "Height of the videos by which the run is judged, in pixels. 0: `sample.height`.",
+        bounds=Range(0),
+    )
+    width: int = setting(
+        0,
+        "Width of the videos by which the run is judged, in pixels. 0: `sample.width`.",
+        bounds=Range(0),
+    )
+    shift: float | None = setting(
+        None,
+        "Shift of the noise schedule of evaluations. None: `sample.shift`, only where they have the "
+        "size of training.",
+        bounds=POSITIVE,
+    )
     more_frames: tuple[int, ...] = setting(
         (),
         "Further numbers of frames, e.g. (33,). Each has separate evaluations with a separate log.",
         bounds=Range(1),
+    )
+    more_sizes: tuple[tuple[float, ...], ...] = setting(
+        (),
+        "Further sizes, ((height, width, frames), ...), e.g. ((480, 832, 33),). A fourth number is the "
+        "shift of a size, else it is that of the other evaluations. Each has separate evaluations with "
+        "a separate log, evals_480x832_33_frames.jsonl. They do not choose the best checkpoint.",
+        form="(height, width, frames) or (height, width, frames, shift)",
     )
     more_prompts: tuple[tuple[str, str], ...] = setting(
         (),

@@ -54,6 +54,15 @@ class Sample(Section):
     width: int = setting(
         512, "Width of a video, in pixels; a multiple of 16 (TI2V-5B: of 32).", bounds=Range(1)
     )
+    size_schedule: tuple[tuple[float, ...], ...] = setting(
+        (),
+        "Changes of the size: ((epoch, height, width, shift), ...), each from its epoch on, e.g. "
+        "((50, 480, 832, 5.0),). Each states its shift, since larger videos need a larger one. Until "
+        "the first of them `sample.height`, `sample.width` and `sample.shift` hold. It needs "
+        "`eval.height`, `eval.width` and `eval.shift`. Empty: no change.",
+        form="(epoch, height, width, shift)",
+        experimental=True,
+    )
     steps: int = setting(20, "Number of denoising steps.", bounds=Range(1))
     shift: float = setting(
         3.0,
