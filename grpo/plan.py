@@ -33,6 +33,7 @@ from grpo.compiled.targets import (
     measure,
     prepare_jax,
 )
+from grpo.records.size_warnings import size_warnings
 from grpo.run import RunSpec, open_model, trained_names
 from grpo.scoring.scored_prompts import load_scored_prompts
 from grpo.settings import parse, video_sizes
@@ -150,6 +151,7 @@ def main(_):
         f"rematerialisation {run.remat}",
         *target.notes,
         *notes,
+        *size_warnings(run),
     )
 
     # ---- memory ----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ They are those of the Diffusers repositories Wan-AI/*-Diffusers; a converted mod
 """
 
 import dataclasses
+import math
 import typing
 
 from wan_jax.models.config import TextEncoderConfig, TransformerConfig, VAEConfig
@@ -73,6 +74,8 @@ class Sampling:
         shift: of the schedule; None: that of the model's scheduler.
         shift_small: of the schedule for videos below `SMALL_PIXELS`; None: `shift`.
         fps: frames per second.
+        sizes: (height, width) in pixels, as published, without the upright ones; (): unknown.
+        breaks_below: who reports broken videos below the smallest of `sizes`; "": nobody known.
         source: where the values are published.
     """
 
@@ -81,12 +84,19 @@ class Sampling:
     shift: float | None = None
     shift_small: float | None = None
     fps: float = 16.0
+    sizes: tuple[tuple[int, int], ...] = ()
+    breaks_below: str = ""
     source: str = "general values"
 
     def shift_for(self, height: int, width: int) -> float | None:
         """Return the shift for a size in pixels; None: that of the model's scheduler."""
         small = height * width < SMALL_PIXELS
         return self.shift_small if small and self.shift_small is not None else self.shift
+
+    def below(self, height: int, width: int) -> tuple[int, int] | None:
+        """Return the smallest published size where a size in pixels has fewer pixels, else None."""
+        smallest = min(self.sizes, key=math.prod, default=(0, 0))
+        return smallest if height * width < math.prod(smallest) else None
 
 
 # Between 480 x 832 and 704 x 1280, the sizes that Wan is published with.
@@ -129,14 +139,19 @@ PRESETS = {
         # The note on this model in the README: guidance 6, shift 8 to 12. The defaults of
         # generate.py, which are for both sizes of 2.1, are 5 and 5, and Diffusers' examples have 5
         # and 3.
-        sampling=Sampling(guidance=(6.0,), shift=8.0, source="README of Wan2.1"),
+        sampling=Sampling(
+            guidance=(6.0,), shift=8.0, sizes=((480, 832),), source="README of Wan2.1"
+        ),
     ),
     "wan2.1-14b": Preset(
         "Wan-AI/Wan2.1-T2V-14B-Diffusers",
         TransformerConfig(),
         # generate.py has shift 5 for all sizes, and Diffusers' documentation 5 at 720p and 3 at 480p
         sampling=Sampling(
-            shift=5.0, shift_small=3.0, source="generate.py of Wan2.1, shift of Diffusers' examples"
+            shift=5.0,
+            shift_small=3.0,
+            sizes=((480, 832), (720, 1280)),
+            source="generate.py of Wan2.1, shift of Diffusers' examples",
         ),
     ),
     "wan2.2-a14b": Preset(
@@ -147,6 +162,7 @@ PRESETS = {
             steps=40,
             guidance=(4.0, 3.0),  # the file has (low noise, high noise)
             shift=12.0,
+            sizes=((480, 832), (720, 1280)),
             source="wan/configs/wan_t2v_A14B.py of Wan2.2",
         ),
     ),
@@ -158,16 +174,26 @@ PRESETS = {
         transformer=TransformerConfig(
             num_attention_heads=24, ffn_dim=14336, num_layers=30, in_channels=48, out_channels=48
         ),
-        sampling=Sampling(shift=5.0, fps=24.0, source="wan/configs/wan_ti2v_5B.py of Wan2.2"),
+        sampling=Sampling(
+            shift=5.0,
+            fps=24.0,
+            sizes=((704, 1280),),
+            breaks_below="issue 127 of Flow-Factory",
+            source="wan/configs/wan_ti2v_5B.py of Wan2.2",
+        ),
     ),
 }
 
 
 def published(model: "ModelDir") -> str | None:
-    """Return the name of the preset with the networks of a converted model, also where its weights
-    were trained further; None for other models.
+    """Return `name_of` a converted model's configuration."""
+    return name_of(of_folder(model))
+
+
+def name_of(own: Preset) -> str | None:
+    """Return the name of the preset with the networks of a model, also where its weights were trained
+    further; None for other models.
     """
-    own = of_folder(model)
     for name, preset in PRESETS.items():
         if (own.transformer, own.vae, own.experts) == (
             preset.transformer,
