@@ -74,6 +74,8 @@ def test_the_shipped_methods_are_sound(monkeypatch):
     monkeypatch.chdir(ROOT)
     for method in read_methods([], [], "configs/compare_tiny_settings.txt"):
         method.config("eval.every=10")
+    steps = [m.config("seed=3") for m in read_methods([], [], "configs/compare_steps.txt")]
+    assert {c.sample.steps for c in steps} == {4, 6, 10} and all(c.eval.steps == 10 for c in steps)
     methods = read_methods([], [], "configs/compare_tiny.txt")
     assert len(methods) >= 6
     configs = {m.name: m.config("seed=3") for m in methods}
