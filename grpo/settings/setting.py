@@ -38,7 +38,8 @@ class Setting:
         meaning: what it does, its unit and its special values.
         choices: of a text or a tuple of texts, the values that are allowed; empty: any.
         bounds: of a number or a tuple of numbers, the range of each; None: any.
-        form: of a tuple of fixed length, what the elements are, e.g. '(lowest, highest)'.
+        form: of a tuple of fixed length, what the elements are, e.g. '(lowest, highest)'; of a tuple of
+            tuples, what those are unless they are pairs.
         named: of values by name, the type of each value, str or float; None: not by name. Recipes
             and the command line may give them in every form that `grpo.settings.named` reads.
         path: whether it is a path, which may begin with `~`.
