@@ -81,6 +81,17 @@ class Examples:
         )
 
 
+def check_one_size(spec: RunSpec) -> None:
+    """Raise `UserError` where training and evaluation have videos of several sizes in pixels."""
+    sample, evaluation = spec.recipe.sample, spec.recipe.eval
+    if sample.size_schedule or spec.shape[1:] != spec.eval_shape[1:]:
+        raise UserError(
+            f"config.sample.size_schedule={sample.size_schedule}, config.eval.height="
+            f"{evaluation.height}, config.eval.width={evaluation.width}: a reward head learns videos of "
+            "one size; leave them out, and give it as sample.height, sample.width and sample.shift"
+        )
+
+
 def noised(key, x0: jax.Array, sigma) -> jax.Array:
     """Return x_s = (1 - s) x0 + s e with e ~ N(0, 1). sigma: s, scalar or [B]."""
     s = per_sample(sigma, x0)
@@ -283,12 +294,7 @@ def main(_):
                 f"config.model.weights={recipe.model.weights}: a reward head begins with blocks of the "
                 "unquantised model; give --config.model.weights=dtype"
             )
-        if spec.recipe.sample.size_schedule or spec.shape[1:] != spec.eval_shape[1:]:
-            raise ValueError(
-                f"config.sample.size_schedule={recipe.sample.size_schedule}, eval.height="
-                f"{recipe.eval.height}, eval.width={recipe.eval.width}: a reward head learns videos of "
-                "one size; leave them out, and give it as sample.height, sample.width and sample.shift"
-            )
+        check_one_size(spec)
         if options.layers > transformer.num_layers:
             raise ValueError(
                 f"--layers={options.layers}: the model has {transformer.num_layers} blocks; 0 makes "

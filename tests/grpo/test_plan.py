@@ -88,6 +88,32 @@ def test_what_seconds_depend_on():
     assert "assumed to hold on MI300X" in costs.default_efficiency(spec, kind).source
 
 
+def test_every_size_has_its_seconds():
+    """Twice the tokens take nearly twice as long (the text does not grow); the schedule is between."""
+    size = {"sample.frames": 1, "sample.height": 64, "sample.width": 128, "eval.height": 64}
+    size |= {"eval.width": 128, "eval.shift": 3.0, "eval.more_sizes": ((64, 256, 1),)}
+    size |= {"eval.num_prompts": 2, "eval.every": 1000}
+    functions = functions_of(
+        wan21_1_3b_ocr, "wan2.1-1.3b", **size, **{"sample.size_schedule": ((51, 64, 256, 4.0),)}
+    )
+    kind, efficiency = device_kinds.KINDS["h200"], costs.Efficiency(1e-3, 1e-3, 1e-3, "")
+    run = functions.spec
+    small, large = (
+        costs.seconds(functions.of_sizes(each, run.evaluated_sizes[1]), kind, efficiency)
+        for each in run.trained_sizes
+    )
+    assert 1.7 < large["update"] / small["update"] < 2.1
+    evaluation, schedule = plan.more_lines(functions, kind, efficiency)
+    assert evaluation.startswith("an evaluation, 1 x 64 x 256: ")
+    assert f" {small['evaluation']:.1f} s" in evaluation
+    hours = float(schedule.rpartition(": ")[2].removesuffix(" h"))
+    first, last = (
+        run.recipe.epochs * sum(of[name] for name in ("sample", "decode", "update")) / 3600
+        for of in (small, large)
+    )
+    assert first < hours < last
+
+
 def test_lines_between_compiled_points():
     points = [
         largest_videos.Point(100, 40),

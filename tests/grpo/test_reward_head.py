@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from grpo.reward_head import LEVELS, Examples, explained, fit, train
+from grpo.reward_head import LEVELS, Examples, check_one_size, explained, fit, train
 from tests.grpo import tiny_policy
+from tests.grpo.specs import tiny_spec
 from wan_jax.command_line.cli import UserError
 from wan_jax.diffusion.solvers import make_solver
 from wan_jax.inference import pipeline, reward_guidance
@@ -108,6 +109,15 @@ def test_guidance_raises_the_reward(head):
 
     plain, guided = sample(None), sample(lambda *args: reward_guidance.shift(trained, *args))
     assert (guided[..., 0].mean((1, 2, 3)) > plain[..., 0].mean((1, 2, 3)) + 0.1).all()
+
+
+def test_videos_of_several_sizes_are_refused():
+    large = {"eval.height": 32, "eval.width": 32, "eval.shift": 3.0}
+    check_one_size(tiny_spec(**{"eval.more_sizes": ((32, 32, 1),), "eval.frames": 5}))
+    check_one_size(tiny_spec(**large, **{"sample.height": 32, "sample.width": 32}))
+    for values in (large, large | {"sample.size_schedule": ((2, 32, 32, 3.0),)}):
+        with pytest.raises(UserError, match=r"sample\.size_schedule=.*eval\.height=32"):
+            check_one_size(tiny_spec(**values))
 
 
 def test_a_file_holds_a_head(head, tmp_path):

@@ -24,6 +24,17 @@ from wan_jax.models import flops as model_flops
         ),
         # evaluations of 9 frames have three latent frames
         ({"eval.frames": 9}, (64 * 10 + 64 * 4 * 5) / (64 * 10 * 2 * 3)),
+        # four epochs of the size of evaluations, six of twice as many tokens
+        (
+            {
+                "epochs": 10,
+                "sample.size_schedule": ((5, 64, 256, 4.0),),
+                "eval.height": 64,
+                "eval.width": 128,
+                "eval.shift": 3.0,
+            },
+            (64 * 10 + 64 * 4 * 5) / (64 * 10 * 2) * (4 + 6 * 2) / 10,
+        ),
     ],
 )
 def test_an_epoch_in_evaluations(values, cost):

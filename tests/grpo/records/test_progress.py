@@ -22,6 +22,16 @@ def test_the_rest_is_epochs_and_evaluations():
     assert progress.seconds == pytest.approx(7 * 11 + 3 * 7) and progress.eta == "98 s"
 
 
+def test_the_time_of_an_epoch_follows_the_size_of_its_videos():
+    """Epochs 1 to 3 take 11 s, those from 5 on four times as long, by their tokens."""
+    sample = {"frames": 1, "height": 64, "width": 128, "shift": 3.0, "frame_schedule": []}
+    config = CONFIG | {"sample": sample | {"size_schedule": [[5, 128, 256, 4.0]]}}
+    records = [epoch(1), epoch(2), epoch(3)]
+    assert estimate(records, [], config).seconds == pytest.approx(11 + 6 * 44)
+    records += [epoch(4), epoch(5, total=43.0)]
+    assert estimate(records, [], config).seconds == pytest.approx(5 * 44)
+
+
 def test_a_budget_ends_the_run_before_its_last_epoch():
     records = [epoch(n, spent_evaluations=24 * n, spent_seconds=8.0 * n) for n in (1, 2)]
     budget = {"evaluations": 100, "seconds": None}
