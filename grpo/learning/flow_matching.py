@@ -51,6 +51,8 @@ class FlowMatching(Method):
 
     Class attributes:
         logs: names of the further values that `loss` returns.
+        levels_part: the part of the distribution of the noise levels that is trained, from its start:
+            with `rollout_levels` from the highest level on.
     """
 
     kl_weight: float = 0.0
@@ -58,6 +60,7 @@ class FlowMatching(Method):
     train_guided: bool = False
 
     logs: ClassVar[tuple[str, ...]] = ()
+    levels_part: ClassVar[float] = 1.0
     loss_has_kl = True
     reads: ClassVar[tuple[str, ...]] = ("train.timesteps", "train.guided")
     rollout_levels: ClassVar[bool] = False
@@ -232,7 +235,7 @@ class FlowMatching(Method):
         draw = sum(quotas[:segment]) + np.arange(count, dtype=np.int32)
         rng = Stream.NOISE_LEVEL.generator(spec.recipe.seed, epoch, expert)
         uniform = rng.random((spec.settings.videos, count))
-        share = (np.arange(count) + uniform) / count  # from 0 to 1
+        share = self.levels_part * (np.arange(count) + uniform) / count  # from 0 to 1
         return Levels(*levels_at(spec, segment, share, self.rollout_levels), draw)
 
 

@@ -38,6 +38,8 @@ class Rows:
         weight: [B] fp32, weights of `Selection`; [B / 2] for pairs.
         cells: [B, F, H, W, 1] fp32, weights of the cells of the latents, with a mean of 1, in all
             means over a video but the KL; None: all are 1.
+        video: [B] int32, of `FinishedBatch`; [B / 2] for pairs.
+        valid: [B] bool, rows that count; [B / 2] for pairs.
     """
 
     x: Array
@@ -50,6 +52,8 @@ class Rows:
     target: Array
     weight: Array
     cells: Array | None = None
+    video: Array | None = None
+    valid: Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -181,8 +185,9 @@ def objective(
     kl = jnp.zeros_like(error) if v_kl is None else kl_to_reference(v, v_kl, None, kind="velocity")
 
     # the loss of each row; the KL of a pair is that of the better video
+    velocities = v, v_lagged, v_reference, error, target
     loss, more = method.loss(
-        Rows(x, x0, sigma, v, v_lagged, v_reference, error, target, rows.weight, cells)
+        Rows(x, x0, sigma, *velocities, rows.weight, cells, rows.video, rows.valid)
     )
     if rows.worse is not None:
         error, kl = error[::2], kl[::2]

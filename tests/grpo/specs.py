@@ -52,7 +52,7 @@ def functions_of(*args, **kwargs) -> Functions:
 def levels_spec(schedule, quotas, videos, *, seed=0, boundary=None):
     """Return the part of a `RunSpec` that noise levels follow from."""
     return types.SimpleNamespace(
-        recipe=types.SimpleNamespace(seed=seed),
+        recipe=types.SimpleNamespace(seed=seed, sample=types.SimpleNamespace(group_size=1)),
         settings=types.SimpleNamespace(videos=videos),
         preset=types.SimpleNamespace(boundary=boundary),
         windows=types.SimpleNamespace(quotas=quotas),

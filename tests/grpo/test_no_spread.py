@@ -24,6 +24,7 @@ METHODS = {
     "grpo with an average as reference": {"train.kl_reference": "average"},
     "nft": {},
     "awm": {},
+    "dgpo": {},
     "rwr": {},
     "sft": {},
     "dpo": {},
@@ -76,7 +77,8 @@ def test_equal_rewards_leave_the_state_as_it_was(name, combine):
 
 
 @pytest.mark.parametrize(
-    "method, counted", [("nft", 4), ("awm", 4), ("rwr", 4), ("sft", 1), ("dpo", 1), ("grpo", 8)]
+    "method, counted",
+    [("nft", 4), ("awm", 4), ("dgpo", 4), ("rwr", 4), ("sft", 1), ("dpo", 1), ("grpo", 8)],
 )
 def test_one_group_without_spread_is_masked(method, counted):
     """In the methods on finished videos; in Flow-GRPO, where its advantages are 0, it still counts

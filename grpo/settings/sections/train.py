@@ -63,6 +63,20 @@ class Train(Section):
         bounds=Range(0),
         experimental=True,
     )
+    dgpo_beta: float = setting(
+        100.0,
+        "Of `dgpo`: beta of its loss. A group whose better videos have improved on the reference counts "
+        "less, the more so the larger beta is.",
+        bounds=POSITIVE,
+        experimental=True,
+    )
+    dgpo_clip: float = setting(
+        1e-3,
+        "Of `dgpo`: how far the ratio exp(d_old - d) of a video may move from 1 in the direction of its "
+        "advantage before the video has no gradient, with its flow-matching error d. inf: any distance.",
+        bounds=POSITIVE_OR_INF,
+        experimental=True,
+    )
     temperature: float = setting(
         1.0,
         "Of `rwr`: a video's weight is exp(reward / temperature) over its mean in the group.",

@@ -12,6 +12,7 @@ from grpo.learning.optimiser import GradientInputs
 from grpo.learning.sde_windows import step_quotas
 from grpo.learning.selection import Selection
 from grpo.methods.awm import AWM
+from grpo.methods.dgpo import DGPO
 from grpo.methods.dpo import DPO
 from grpo.methods.nft import NFT
 from grpo.methods.rwr import RWR
@@ -65,6 +66,7 @@ METHODS = {
     "rwr": RWR(kl_weight=0.1),
     "rwr-guided": RWR(kl_weight=0.1, train_guided=True),
     "awm": AWM(kl_weight=0.1, clip=1.0),
+    "dgpo": DGPO(kl_weight=0.1, beta=2.0, clip=float("inf")),  # each video is a group here
 }
 
 
@@ -95,7 +97,7 @@ def test_a_given_weight_of_the_kl_replaces_the_methods(weights):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "by_cell"),
-    [(method, name in ("nft", "dpo", "awm")) for name, method in METHODS.items()],
+    [(method, name in ("nft", "dpo", "awm", "dgpo")) for name, method in METHODS.items()],
     ids=METHODS,
 )
 def test_loss_and_gradient_of_an_update(weights, method, by_cell):
@@ -151,13 +153,16 @@ def test_loss_and_gradient_of_an_update(weights, method, by_cell):
                     loss = weight[n] * error
                     if method.name == "awm":
                         loss = -weight[n] * np.exp(old_error - error)
+                    if method.name == "dgpo":
+                        excess = error - np.mean(cells[n] * (v_ref[b] - (e - x0[n])) ** 2)
+                        loss /= 1 + np.exp(-2.0 * weight[n] * excess)
                 compared = v_ref if method.kl_copy is None else v_old
                 losses.append(loss + 0.1 * gate[n] * np.mean((v[b] - compared[b]) ** 2))
     assert float(metrics.count) == len(losses) == (6 if method.pairs else 14)
     assert metrics.averages()["policy_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
 
     # the gradient is the loss's slope, where nothing of it is held constant
-    if method.name != "nft":
+    if method.name not in ("nft", "dgpo"):
         way = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape) * 1e-3, new)
         ends = [
             gradient(
