@@ -12,6 +12,7 @@ from grpo.run import RunSpec
 from grpo.scoring import reward_combination
 from grpo.scoring.advantages import (
     GroupStatistics,
+    exponential_advantages,
     extremes,
     from_groups_with_spread,
     group_advantages,
@@ -76,6 +77,8 @@ def compute_credit(
     total = reward_combination.weighted_sum(rewards, weights)
     valid = scores.valid & np.isfinite(total)
     options = advantage_options(recipe)
+    if recipe.train.advantage_exp:
+        options["clip"] = None
     # several rewards are combined before or after they become advantages
     if recipe.reward.combine == "rewards":
         advantages = group_advantages(total, prompt_of, valid, **options)
@@ -85,6 +88,9 @@ def compute_credit(
             rewards, weights, prompt_of, valid, **options
         )
         value, differing = advantages, list(rewards.values())
+    spread = from_groups_with_spread(differing, prompt_of, valid)
+    if recipe.train.advantage_exp:
+        advantages = exponential_advantages(advantages, spread, recipe.train.advantage_clip)
     gate, share = None, recipe.train.kl_gate
     if share is not None:
         others = auxiliary_rewards(scores.parts, weights, base, scores.main)
@@ -96,7 +102,7 @@ def compute_credit(
         valid=valid,
         advantages=advantages,
         value=value,
-        spread=from_groups_with_spread(differing, prompt_of, valid),
+        spread=spread,
         counted=selected & extremes(total, prompt_of, valid, recipe.train.best_of),
         order=np.flatnonzero(selected.reshape(spec.settings.batches, -1).any(1)),
         groups=group_statistics(total, prompt_of, valid),

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grpo.credit import Credit
-from grpo.learning.data_loss import AnchoredBatch
+from grpo.learning.data_loss import AnchoredBatch, Rollout
 from grpo.learning.method import Method
 from grpo.learning.method import kl_weight as constant_kl_weight
 from grpo.learning.optimiser import learning_rate
@@ -55,7 +55,10 @@ def update_epoch(
             batches = method.batches(spec, epoch, i, rollout, credit, made)
         for videos, batch, share_kept in batches:
             if data is not None and rollout is not None:
-                batch = AnchoredBatch(batch, data.batch(spec, i, made + len(steps)))
+                used = None
+                if spec.recipe.data.noise == "rollout":
+                    used = Rollout(epoch, rollout.key, videos)
+                batch = AnchoredBatch(batch, data.batch(spec, i, made + len(steps), used))
             states[name], metrics, norms = session.functions.updates[expert](
                 states[name], session.frozen(expert), batch, share_kept, kl_weight
             )

@@ -4,10 +4,13 @@ method or alone.
     L = L_method + w mean over pairs of mean((v(x_s, s, c) - (e - x0))^2),   x_s = (1 - s) x0 + s e
 
 x0 are latents of the data, c is the prompt of each of them, and v the velocity without guidance. It is
-the data term of DDRL (cosmos-rl's "data" loss, with weight w 0.01). There the noised data have the
-prompts, the noise and the noise levels of the rollout; here each has its own prompt, and noise and
-levels are drawn for it. The levels have the distribution of the method: the rollout's steps, or
-logit-normal (`finished_batch.levels_at`).
+the data term of DDRL (arXiv 2512.04332; w is 0.01 in cosmos-rl's released settings). Noise and levels
+are drawn for the data (data.noise=own), the levels from the distribution of the method: the rollout's
+steps, or logit-normal (`finished_batch.levels_at`). Or they are those of the rollout, as in cosmos-rl:
+the initial noise of a video and the level of one of its stochastic steps (`rollout_draws`). There a
+video samples the prompt of the pair whose loss has its noise, and by reading, with a sigma_data of 1,
+the squared error of v is multiplied by s^2 + (1 - s)^2; here prompts of data and rollout are apart, and
+all levels weigh alike.
 
 Every draw is a function of (seed, expert, number of the optimiser step, place in its batch), so a run
 that is resumed repeats it.
@@ -97,6 +100,21 @@ def with_data(gradient: Callable, policy: Policy, weight: float) -> Callable:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rollout:
+    """What an optimiser step trains on, of the rollout of its epoch.
+
+    Attributes:
+        epoch: number of the epoch.
+        key: JAX key of the epoch.
+        videos: int [V], numbers of the videos that count in the step; at least one.
+    """
+
+    epoch: int
+    key: jax.Array
+    videos: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class DataSource:
     """The data of a run.
 
@@ -116,15 +134,24 @@ class DataSource:
         rows = tuple(text.astype(dtype) for text in data.texts())
         return cls(data, dataclasses.replace(table, prompts=rows))
 
-    def batch(self, spec: "RunSpec", segment: int, update: int) -> FinishedBatch:
+    def batch(
+        self, spec: "RunSpec", segment: int, update: int, rollout: "Rollout | None" = None
+    ) -> FinishedBatch:
         """Return the data of an optimiser step of the expert of a segment. update: number of the
-        expert's optimiser steps so far.
+        expert's optimiser steps so far. rollout: with data.noise=rollout, what the step trains on.
         """
         seed, expert = spec.recipe.seed, spec.segments[segment].expert
         size, mesh = data_rows(spec), spec.mesh
         numbers = draw_numbers(seed, update, len(self.data), size)
         share = draw_shares(seed, update, expert, size)
-        sigma, timestep = levels_at(spec, segment, share, spec.method.rollout_levels)
+        key = jax.random.fold_in(Stream.DATA_NOISE.key(jax.random.key(seed)), update)
+        drawn, draw = np.arange(size), expert  # noise is a function of (key, drawn, draw)
+        if rollout is None:
+            sigma, timestep = levels_at(spec, segment, share, spec.method.rollout_levels)
+        else:
+            drawn, step = rollout_draws(spec, segment, share, rollout)
+            sigma, timestep = spec.schedule.sigmas[step], spec.schedule.timesteps[step]
+            key, draw = rollout.key, Stream.INITIAL_NOISE.index
         every = Selection(np.arange(size), None, np.ones(size, np.float32), np.ones(size, bool))
         shards = mesh_lib.batch_shards(mesh)
         (chosen,) = every.batches(1, spec.recipe.sample.batch_size, shards)
@@ -132,17 +159,17 @@ class DataSource:
         sharded, replicated = sharding_lib.batch_sharding(mesh), sharding_lib.replicated(mesh)
         latents = [sharding_lib.place(self.data.latents(numbers[p]), sharded) for p in places]
         texts = [self.table.batch(numbers[p], sharded, replicated) for p in places]
-        key = jax.random.fold_in(Stream.DATA_NOISE.key(jax.random.key(seed)), update)
+        video = [sharding_lib.place(drawn[p].astype(np.int32), sharded) for p in places]
         return FinishedBatch(
             x0=jnp.stack(latents),
             worse=None,
             text=jax.tree.map(lambda *leaves: jnp.stack(leaves), *texts),
-            video=jnp.stack([sharding_lib.place(p.astype(np.int32), sharded) for p in places]),
+            video=jnp.stack(video),
             sigma=jnp.asarray(sigma[places][:, None]),
             timestep=jnp.asarray(timestep[places][:, None]),
             weight=jnp.asarray(chosen.weight),
             valid=jnp.asarray(chosen.valid),
-            draw=jnp.asarray(np.array([expert], np.int32)),
+            draw=jnp.asarray(np.array([draw], np.int32)),
             key=key,
         )
 
@@ -170,6 +197,13 @@ def open_run_data(spec: "RunSpec", model: ModelDir) -> LatentData | None:
             f"config.data.path={recipe.data.path} has latents of {list(data.shape)}, and this model's "
             f"are {list(spec.data_shape or ())}: encode the data with --model={model.path}"
         )
+    if recipe.data.noise == "rollout" and data.shape != spec.shape:
+        raise UserError(
+            f"config.data.noise=rollout noises data of {list(data.shape)} by the noise of videos of "
+            f"{list(spec.shape)}: encode the data at sample.height={recipe.sample.height}, "
+            f"sample.width={recipe.sample.width} and sample.frames={recipe.sample.frames}, or set "
+            "data.noise=own"
+        )
     return data
 
 
@@ -195,6 +229,27 @@ def draw_shares(seed: int, update: int, expert: int, size: int) -> np.ndarray:
     """
     rng = Stream.DATA_LEVEL.generator(seed, update, expert)
     return (rng.permutation(size) + rng.random(size)) / size
+
+
+def rollout_draws(
+    spec: "RunSpec", segment: int, share: np.ndarray, rollout: Rollout
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (number of the video whose initial noise each pair has, its stochastic step), int [size]
+    each, for the expert of a segment.
+
+    share: `draw_shares`. The pairs have the videos of the step in turn, and the stochastic steps of
+    the epoch at their shares; with one step a group, that of the video.
+    """
+    sample = spec.recipe.sample
+    videos = rollout.videos[np.arange(len(share)) % len(rollout.videos)]
+    window = spec.windows.of_epoch(spec.recipe.seed, rollout.epoch)[segment]
+    if window.ndim == 1:
+        step = window[(share * len(window)).astype(int)]
+    else:
+        step = window[0, videos]
+    if sample.shared_noise:  # that of the group's first video
+        videos = videos // sample.group_size * sample.group_size
+    return videos, step
 
 
 def data_shapes(functions: "Functions") -> FinishedBatch:

@@ -129,11 +129,12 @@ def sde_window(
     """Return the stochastic steps of an epoch, int [size], ascending: `size` of [low, high), as a
     function of (seed, epoch, segment). Raises ValueError where they do not fit.
 
-    The rules are 'any': any subset. 'random': neighbouring steps at a random place (Flow-GRPO-Fast;
-    MixGRPO's random strategy). 'progressive', 'decay' and 'exp_decay': neighbouring steps that slide
-    from the first to the last and start again (MixGRPO, arXiv 2507.21802). They stay `every` epochs
-    at each place, or fewer at later steps (`window_epochs`). MixGRPO's window slides out of the
-    range; ours stops at the last place where it is whole.
+    The rules are 'any': any subset. 'spaced': low + floor(i (high - low) / size) in every epoch, as
+    every second step in DDRL's settings (arXiv 2512.04332). 'random': neighbouring steps at a random
+    place (Flow-GRPO-Fast; MixGRPO's random strategy). 'progressive', 'decay' and 'exp_decay':
+    neighbouring steps that slide from the first to the last and start again (MixGRPO, arXiv
+    2507.21802). They stay `every` epochs at each place, or fewer at later steps (`window_epochs`).
+    MixGRPO's window slides out of the range; ours stops at the last place where it is whole.
     """
     if not 0 <= low <= high or not 0 <= size <= high - low:
         raise ValueError(f"{size} stochastic steps do not fit in the steps {low} to {high}")
@@ -145,6 +146,8 @@ def sde_window(
         )
     if size == high - low:
         return np.arange(low, high)
+    if rule == "spaced":
+        return low + np.arange(size) * (high - low) // size
     rng = Stream.SDE_WINDOW.generator(seed, epoch, *([segment] if segment else []))
     if rule == "any":
         return np.sort(rng.choice(np.arange(low, high), size, replace=False))

@@ -73,6 +73,8 @@ class GRPO(Method):
         "train.kl_target",
         "train.kl_reference",
         "train.cfg_distill_weight",
+        "train.advantage_exp",
+        "data.noise",
     )
     reads = (
         "sample.sde_steps",
@@ -356,6 +358,11 @@ def check_kl(recipe: Recipe, weight: float) -> None:
     train = recipe.train
     if train.kl_as != "reward":
         return
+    if train.advantage_exp:
+        raise UserError(
+            "config.train.advantage_exp=True needs one advantage a video, and config.train.kl_as=reward "
+            "gives one to each step: set train.kl_as=loss, or advantage_exp=False"
+        )
     if not (weight > 0 and train.kl_target is None and recipe.reward.combine == "rewards"):
         raise UserError(
             "config.train.kl_as=reward subtracts kl_weight times the KL from a fixed sum of rewards: "

@@ -85,6 +85,19 @@ def group_advantages(
     return advantages.astype(np.float32)
 
 
+def exponential_advantages(
+    advantages: np.ndarray, spread: np.ndarray, clip: float | None
+) -> np.ndarray:
+    """Return -exp(-A) where a video is from a group with different rewards, and 0 elsewhere, within
+    [-clip, clip], [N] float32 (DDRL, arXiv 2512.04332, whose code clips after the exponential).
+
+    advantages: A, [N], without a clip. spread: bool [N], `from_groups_with_spread`: without it, a group
+    of equal rewards would have -1. clip: None does not clip.
+    """
+    exponential = np.where(spread, -np.exp(-np.asarray(advantages, np.float64)), 0.0)
+    return (exponential if clip is None else np.clip(exponential, -clip, clip)).astype(np.float32)
+
+
 def step_advantages(
     rewards: np.ndarray,
     kl: np.ndarray,

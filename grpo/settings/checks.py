@@ -239,6 +239,11 @@ def check_data(recipe) -> None:
             f"config.data.only=True is supervised fine-tuning, and train.method={train.method} is "
             "not: set --config.train.method=sft, or data.only=False for an anchor"
         )
+    if data.noise == "rollout" and recipe.sample.frame_schedule:
+        raise UserError(
+            "config.data.noise=rollout needs videos of one length, and config.sample.frame_schedule="
+            f"{tuple(recipe.sample.frame_schedule)} has several: leave out either"
+        )
     if data.only and train.guided:
         raise UserError(
             "config.data.only=True trains the velocity without guidance, and train.guided=True is "

@@ -7,7 +7,7 @@ from rewards.choices import QUESTIONS
 
 METHODS = methods.names()
 ONE_PER_GROUP = "one_per_group"
-WINDOWS = ("any", "random", "progressive", "decay", "exp_decay", ONE_PER_GROUP)
+WINDOWS = ("any", "random", "progressive", "decay", "exp_decay", "spaced", ONE_PER_GROUP)
 SLIDING = ("progressive", "decay", "exp_decay")  # windows that move through the steps
 ODE_SOLVERS = ("euler", "dpmpp_2m")
 OBJECTIVES = ("clip", "unscaled", "guard", "dppo")
@@ -17,6 +17,7 @@ KL_REFERENCES = ("base", "average")
 CREDITS = ("none", "longcat", "rectified", "noise_over_step", "otca")
 ZERO_ADVANTAGES = ("keep", "drop")
 STDS = ("group", "global", "max", "none")
+DATA_NOISE = ("own", "rollout")  # of the loss on data
 COMBINATIONS = ("rewards", "advantages")
 ALARMS = ("log", "stop", "kl")  # what the guard does on an alarm
 JUDGE = "judge"  # the reward engine that asks a vision model on reward servers

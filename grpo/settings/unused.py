@@ -87,13 +87,13 @@ def unread(recipe) -> dict[str, str]:
         (
             not recipe.data.path,
             "data.path is empty",
-            ("data.weight", "data.batch_size", "data.only"),
+            ("data.weight", "data.batch_size", "data.noise", "data.only"),
         ),
         (recipe.data.only, "data.only=True", OF_VIDEOS),
         (
             recipe.data.path and not recipe.data.weight and not recipe.data.only,
             f"data.weight={recipe.data.weight:g}",
-            ("data.path", "data.batch_size"),
+            ("data.path", "data.batch_size", "data.noise"),
         ),
         (not recipe.lora.rank, "lora.rank=0", ("lora.alpha", "lora.targets")),
         (

@@ -65,6 +65,25 @@ def test_groups_of_largest_spread_and_their_extremes_are_counted():
     np.testing.assert_allclose(credit.advantages, wanted, rtol=1e-6)
 
 
+@pytest.mark.parametrize("clip", [0.5, 5.0, float("inf")])
+@pytest.mark.parametrize("combine", ["rewards", "advantages"])
+def test_exponential_advantages(clip, combine):
+    """-exp(-A) of advantages without a clip; groups without spread and invalid videos keep 0."""
+    rewards = np.array([0.1, 0.9, 0.4, np.nan, 0.2, 0.2, 0.2, 0.2])
+    values = {"reward.combine": combine, "train.advantage_std": "group"}
+
+    def advantages(**more):
+        spec = tiny_spec(**values | more)
+        return compute_credit(spec, scores_of(rewards), PROMPT_OF, {}).advantages.astype(np.float64)
+
+    plain = advantages(**{"train.advantage_clip": float("inf")})
+    wanted = np.zeros(8)
+    wanted[:3] = -np.exp(-plain[:3])
+    found = advantages(**{"train.advantage_exp": True, "train.advantage_clip": clip})
+    np.testing.assert_allclose(found, np.clip(wanted, -clip, clip), rtol=1e-6)
+    assert (found[:3] < 0).all()
+
+
 def test_not_one_score():
     credit = compute_credit(tiny_spec(), scores_of([np.nan] * 8), PROMPT_OF, {})
     assert not credit.valid.any() and not credit.counted.any() and not credit.advantages.any()

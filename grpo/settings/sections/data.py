@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from grpo.settings.choices import DATA_NOISE
 from grpo.settings.setting import Section, setting
 from wan_jax.command_line.limits import Range
 
@@ -29,6 +30,14 @@ class Data(Section):
         "Pictures or videos of the data in every optimiser step. None: sample.batch_size.",
         bounds=Range(1),
         experimental=True,
+    )
+    noise: str = setting(
+        "own",
+        "Noise and noise levels of the data. `own`: both are drawn for them. `rollout`: they are the "
+        "initial noise of the videos of the optimiser step, and the levels of its stochastic steps, as "
+        "in DDRL; the data must have the size and length of the videos.",
+        choices=DATA_NOISE,
+        experimental=("rollout",),
     )
     only: bool = setting(
         False,

@@ -150,12 +150,13 @@ class Sample(Section):
     sde_window: str = setting(
         "any",
         "Rule by which an epoch draws its stochastic steps from `sample.sde_range`. `any`: any "
-        "subset. `random`: neighbouring steps at a random place (Flow-GRPO-Fast). `progressive`, "
+        "subset. `spaced`: always the same, spread evenly from the first on, as every second one with "
+        "half as many steps (DDRL). `random`: neighbouring steps at a random place (Flow-GRPO-Fast). `progressive`, "
         "`decay`, `exp_decay`: neighbouring steps that slide from the first to the last (MixGRPO); "
         "with the last two they stay fewer epochs at later steps. `one_per_group`: one step, "
         "another for each group (Flash-GRPO); it needs sde_steps=1.",
         choices=WINDOWS,
-        experimental=("decay", "exp_decay"),
+        experimental=("spaced", "decay", "exp_decay"),
     )
     sde_window_epochs: int = setting(
         25, "Epochs that a sliding window stays at its first place.", bounds=Range(1)

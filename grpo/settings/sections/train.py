@@ -265,6 +265,12 @@ class Train(Section):
         choices=STDS,
         experimental=("global", "max", "none"),
     )
+    advantage_exp: bool = setting(
+        False,
+        "Whether an advantage A becomes -exp(-A), as in DDRL's paper; its published settings leave it "
+        "out. Groups of equal rewards keep 0.",
+        experimental=True,
+    )
     advantage_clip: float = setting(
         5.0,
         "Largest absolute value of an advantage. `nft` also divides advantages by it. inf: no bound.",

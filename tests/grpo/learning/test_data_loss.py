@@ -14,12 +14,12 @@ from grpo.compiled.functions import Functions
 from grpo.credit import compute_credit
 from grpo.data.latent_folder import open_data
 from grpo.learning import data_loss
-from grpo.learning.data_loss import DataSource, draw_numbers, draw_shares, with_data
+from grpo.learning.data_loss import DataSource, Rollout, draw_numbers, draw_shares, with_data
 from grpo.learning.optimiser import GradientInputs
 from grpo.methods.nft import NFT
 from grpo.methods.rwr import RWR
 from grpo.random_streams import Stream
-from grpo.rollout import sample_noise
+from grpo.rollout import initial_noise, sample_noise
 from grpo.update import data_share, kl_share, update_epoch
 from tests.grpo import tiny_policy
 from tests.grpo.data_folders import MODEL, write_data
@@ -128,6 +128,50 @@ def test_a_batch_has_the_latents_of_its_items_and_their_own_prompts(source, writ
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), 3), update)
         np.testing.assert_array_equal(jax.random.key_data(batch.key), jax.random.key_data(key))
     assert seen == set(range(ITEMS))
+
+
+@pytest.mark.parametrize(
+    ("values", "numbers", "steps"),
+    [
+        ({}, (6, 9, 11), {0, 2}),
+        ({"sample.shared_noise": True}, (4, 8, 8), {0, 2}),
+        ({"sample.sde_window": "one_per_group", "sample.sde_steps": 1}, (6, 9, 11), None),
+    ],
+    ids=["own noise", "shared noise", "one step a group"],
+)
+def test_noise_and_levels_of_the_rollout(source, values, numbers, steps):
+    """The pairs have the initial noise of the videos in turn, and the levels of the stochastic steps."""
+    own = {
+        "sample.groups": 3,
+        "sample.sde_window": "spaced",
+        "sample.steps": 4,
+        "data.batch_size": 5,
+    }
+    own |= {"sample.sde_range": (0, 4), "sample.batch_size": 4, "train.updates_per_epoch": 1}
+    spec = tiny_spec(**own | values)
+    rollout = Rollout(2, jax.random.key(8), np.array([6, 9, 11]))
+    batch = source.batch(spec, 0, 3, rollout)
+    plain = source.batch(spec, 0, 3)
+    assert jax.tree.structure(batch) == jax.tree.structure(plain)
+    for found, wanted in zip(jax.tree.leaves(batch), jax.tree.leaves(plain)):
+        assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+    np.testing.assert_array_equal(batch.x0, plain.x0)
+    # as the loss draws it
+    size = 5
+    for place in range(size):
+        m, b = divmod(place, batch.video.shape[1])
+        (draw,) = batch.draw
+        noise = sample_noise(batch.key, batch.video[m, b : b + 1], draw, SHAPE)
+        wanted = initial_noise(rollout.key, jnp.array([numbers[place % 3]]), SHAPE)
+        np.testing.assert_array_equal(noise, wanted)
+    sigma, timestep = (np.asarray(x).ravel()[:size] for x in (batch.sigma, batch.timestep))
+    index = [spec.schedule.sigmas.tolist().index(s) for s in sigma]
+    np.testing.assert_array_equal(timestep, spec.schedule.timesteps[index])
+    if steps is None:  # each video's own
+        (window,) = spec.windows.of_epoch(spec.recipe.seed, 2)
+        assert index == [window[0, (6, 9, 11)[place % 3]] for place in range(size)]
+    else:
+        assert set(index) == steps
 
 
 # --- the loss -------------------------------------------------------------------------------------
@@ -248,8 +292,8 @@ def test_the_share_of_the_data_in_the_loss():
 class Counted:
     """A source that hands out the numbers of its updates."""
 
-    def batch(self, spec, segment, update):
-        return segment, update
+    def batch(self, spec, segment, update, rollout=None):
+        return (segment, update) if rollout is None else rollout
 
     batches = DataSource.batches
 
@@ -265,6 +309,20 @@ def test_every_optimiser_step_has_the_data_of_its_number():
         states, _ = update_epoch(session, states, epoch, rollout, credit)
     assert [batch.data for batch, _ in made] == [(0, 0), (0, 1), (0, 2), (0, 3)]
     assert all(batch.method.valid.all() for batch, _ in made)
+
+
+def test_data_can_have_the_noise_of_the_videos_that_count():
+    """data.noise=rollout: of each optimiser step, in the epoch."""
+    values = {"train.updates_per_epoch": 2, "data.noise": "rollout", "data.path": "data"}
+    spec = tiny_spec(**values)
+    session, made = session_of(spec, data=Counted())
+    rollout = rollout_of(spec)
+    rewards = np.array([0.1, np.nan, 0.3, 0.4, 0.5, 0.5, np.nan, 0.9])
+    credit = compute_credit(spec, scores_of(rewards), rollout.prompt_of, {})
+    update_epoch(session, states_of(spec), 7, rollout, credit)
+    used = [batch.data for batch, _ in made]
+    assert [u.epoch for u in used] == [7, 7] and all(u.key is rollout.key for u in used)
+    assert [u.videos.tolist() for u in used] == [[0, 2, 3], [4, 5, 7]]
 
 
 def test_an_epoch_on_data_alone():

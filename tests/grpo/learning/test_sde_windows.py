@@ -33,6 +33,14 @@ def test_sde_window_is_a_function_of_seed_and_epoch():
         sde_window(0, 0, 3, 0, 2)
 
 
+def test_spaced_steps_are_the_same_in_every_epoch():
+    for size, low, high in ((10, 0, 20), (3, 2, 9), (7, 2, 9), (1, 4, 9)):
+        wanted = [low + i * (high - low) // size for i in range(size)]
+        for epoch in (1, 2):
+            assert sde_window(0, epoch, size, low, high, rule="spaced").tolist() == wanted
+    assert sde_window(0, 1, 10, 0, 20, rule="spaced").tolist() == [*range(0, 20, 2)]
+
+
 def test_windows_of_neighbours():
     """A random window takes every place; the sliding ones go from the first step to the last and
     start again.

@@ -21,6 +21,8 @@ OTHERS = {
     "train.kl_target": 0.1,
     "train.kl_reference": "average",
     "train.cfg_distill_weight": 0.5,
+    "train.advantage_exp": True,
+    "data.noise": "rollout",
 }
 
 
