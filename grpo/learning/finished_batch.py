@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from grpo.run import RunSpec
 
 Array = jax.Array
-LEAST_LEVEL = 1e-3  # bound of logit-normal noise levels: they are in [1e-3, 1 - 1e-3]
+LEAST_LEVEL = (
+    1e-3  # bound of noise levels that are not those of the rollout: they are in [1e-3, 1 - 1e-3]
+)
 
 
 @jax.tree_util.register_dataclass
@@ -103,24 +105,31 @@ def levels_at(
 
     With `rollout_levels` the distribution is uniform over the expert's steps of the rollout.
     Otherwise it is logit-normal, s = sigmoid(N(0, 1)) (Esser et al., arXiv 2403.03206), restricted to
-    [1e-3, 1 - 1e-3] and to the expert's levels: those from the model's boundary up for expert 0,
-    those below for expert 1.
+    `level_range`.
     """
-    expert, steps = spec.segments[segment].expert, spec.segments[segment].steps
+    steps = spec.segments[segment].steps
     if rollout_levels:
         step = np.minimum(steps.start + (share * len(steps)).astype(int), steps.stop - 1)
         return spec.schedule.sigmas[step], spec.schedule.timesteps[step]
-    low, high = LEAST_LEVEL, 1 - LEAST_LEVEL
-    boundary = spec.preset.boundary
-    if boundary is not None and expert == 0:
-        low = max(boundary, low)
-    elif boundary is not None:
-        high = min(boundary, high)
+    low, high = level_range(spec, segment)
     normal = NormalDist()
     first, last = (normal.cdf(np.log(level / (1 - level))) for level in (low, high))
     quantile = np.vectorize(normal.inv_cdf)(first + share * (last - first))
     sigma = np.clip(1 / (1 + np.exp(-quantile)), low, high).astype(np.float32)
     return sigma, 1000 * sigma
+
+
+def level_range(spec: "RunSpec", segment: int) -> tuple[float, float]:
+    """Return the bounds of the noise levels of the expert of a segment, within [1e-3, 1 - 1e-3]: from
+    the model's boundary up for expert 0, those below for expert 1.
+    """
+    low, high = LEAST_LEVEL, 1 - LEAST_LEVEL
+    boundary = spec.preset.boundary
+    if boundary is not None and spec.segments[segment].expert == 0:
+        low = max(boundary, low)
+    elif boundary is not None:
+        high = min(boundary, high)
+    return low, high
 
 
 def gather(latents: Sequence[Array], videos: np.ndarray, mesh: jax.sharding.Mesh) -> Array:

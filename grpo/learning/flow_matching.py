@@ -1,4 +1,4 @@
-"""Base of the methods that train on finished videos, noised again: NFT, DPO, RWR, SFT, AWM.
+"""Base of the methods that train on finished videos, noised again, as NFT and DPO.
 
 They need no log-probs, so the rollout is the plain ODE. Its final latents x0 are noised again,
 x_s = (1 - s) x0 + s e, at newly drawn noise levels s (papers write t), and the loss compares
@@ -236,7 +236,15 @@ class FlowMatching(Method):
         rng = Stream.NOISE_LEVEL.generator(spec.recipe.seed, epoch, expert)
         uniform = rng.random((spec.settings.videos, count))
         share = self.levels_part * (np.arange(count) + uniform) / count  # from 0 to 1
-        return Levels(*levels_at(spec, segment, share, self.rollout_levels), draw)
+        return Levels(*self.levels_at(spec, segment, share), draw)
+
+    def levels_at(
+        self, spec: "RunSpec", segment: int, share: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the noise levels at these shares of their distribution, and the timesteps there, as
+        `finished_batch.levels_at`.
+        """
+        return levels_at(spec, segment, share, self.rollout_levels)
 
 
 def check_range(config, *names: str, least: float | None = None) -> None:

@@ -25,6 +25,7 @@ METHODS = {
     "nft": {},
     "awm": {},
     "dgpo": {},
+    "rvm": {},
     "rwr": {},
     "sft": {},
     "dpo": {},
@@ -78,7 +79,16 @@ def test_equal_rewards_leave_the_state_as_it_was(name, combine):
 
 @pytest.mark.parametrize(
     "method, counted",
-    [("nft", 4), ("awm", 4), ("dgpo", 4), ("rwr", 4), ("sft", 1), ("dpo", 1), ("grpo", 8)],
+    [
+        ("nft", 4),
+        ("awm", 4),
+        ("dgpo", 4),
+        ("rvm", 4),
+        ("rwr", 4),
+        ("sft", 1),
+        ("dpo", 1),
+        ("grpo", 8),
+    ],
 )
 def test_one_group_without_spread_is_masked(method, counted):
     """In the methods on finished videos; in Flow-GRPO, where its advantages are 0, it still counts

@@ -8,6 +8,7 @@ import pytest
 
 from grpo.methods.dpo import DPO
 from grpo.methods.nft import NFT
+from grpo.methods.rvm import RVM
 from grpo.methods.rwr import RWR
 from tests.grpo.specs import levels_spec
 from wan_jax.diffusion.schedule import flow_sigmas
@@ -52,3 +53,13 @@ def test_other_levels_are_logit_normal():
     for level in (0.1, 0.5, 0.8):
         wanted = normal.cdf(math.log(level / (1 - level)))
         assert np.mean(levels.sigma < level) == pytest.approx(wanted, abs=0.02)
+
+
+def test_levels_of_velocity_matching_are_uniform():
+    levels = levels_of(RVM(), videos=999)
+    assert levels.sigma.dtype == np.float32 and levels.sigma.min() > 0 < 1 - levels.sigma.max()
+    np.testing.assert_array_equal(levels.timestep, 1000 * levels.sigma)
+    for level in (0.1, 0.5, 0.8):  # one level in each quarter of a video
+        assert np.mean(levels.sigma < level) == pytest.approx(level, abs=0.02)
+    low, high = (levels_of(RVM(), i, boundary=0.875, quotas=(3, 2)) for i in (1, 0))
+    assert low.timestep.max() < 875 <= high.timestep.min()

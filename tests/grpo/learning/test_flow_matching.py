@@ -15,6 +15,7 @@ from grpo.methods.awm import AWM
 from grpo.methods.dgpo import DGPO
 from grpo.methods.dpo import DPO
 from grpo.methods.nft import NFT
+from grpo.methods.rvm import RVM
 from grpo.methods.rwr import RWR
 from grpo.random_streams import Stream
 from grpo.rollout import sample_noise
@@ -66,6 +67,7 @@ METHODS = {
     "rwr": RWR(kl_weight=0.1),
     "rwr-guided": RWR(kl_weight=0.1, train_guided=True),
     "awm": AWM(kl_weight=0.1, clip=1.0),
+    "rvm": RVM(kl_weight=0.1),
     "dgpo": DGPO(kl_weight=0.1, beta=2.0, clip=float("inf")),  # each video is a group here
 }
 
@@ -153,6 +155,8 @@ def test_loss_and_gradient_of_an_update(weights, method, by_cell):
                     loss = weight[n] * error
                     if method.name == "awm":
                         loss = -weight[n] * np.exp(old_error - error)
+                    if method.name == "rvm":
+                        loss /= 2
                     if method.name == "dgpo":
                         excess = error - np.mean(cells[n] * (v_ref[b] - (e - x0[n])) ** 2)
                         loss /= 1 + np.exp(-2.0 * weight[n] * excess)

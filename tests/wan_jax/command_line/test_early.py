@@ -166,7 +166,7 @@ COMPLETED = [
     (["--clu"], ["--cluster="]),
     (["--cluster", "=", "s"], ["slurm"]),
     (["--cluster", "k"], ["k8s"]),
-    (["--config.train.method", "="], ["awm", "dgpo", "dpo", "grpo", "nft", "rwr", "sft"]),
+    (["--config.train.method", "="], ["awm", "dgpo", "dpo", "grpo", "nft", "rvm", "rwr", "sft"]),
     (["--config", "=", "conf"], []),  # files, by bash itself
 ]
 
