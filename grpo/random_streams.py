@@ -31,6 +31,7 @@ class Stream(enum.Enum):
     ROLLOUT = ("key", 1)
     SECOND_ADAPTERS = ("key", 2)  # those of the second expert
     DATA_NOISE = ("key", 3)  # with the number of the optimiser step folded in
+    HEAD_REFIT = ("key", 4)  # with the number of the reward head's update folded in
 
     INITIAL_NOISE = ("step", LARGEST)  # x_T of a video, drawn as the noise of this step
     RENOISING = ("video", LARGEST)  # noise of the methods that train on finished videos

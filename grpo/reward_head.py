@@ -28,6 +28,7 @@ from flax import nnx
 from ml_collections import config_flags
 from tqdm import tqdm
 
+from grpo.learning.head_guidance import fit_error, noised
 from grpo.random_streams import Stream
 from grpo.rollout import initial_noise
 from grpo.run import RunSpec, open_model
@@ -41,7 +42,6 @@ from wan_jax.command_line import cli
 from wan_jax.command_line.flag_types import define_number, define_path
 from wan_jax.command_line.limits import Range
 from wan_jax.diffusion.guidance import TextBatch
-from wan_jax.diffusion.solvers import per_sample
 from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.errors import UserError
 from wan_jax.inference import pipeline
@@ -92,12 +92,6 @@ def check_one_size(spec: RunSpec) -> None:
         )
 
 
-def noised(key, x0: jax.Array, sigma) -> jax.Array:
-    """Return x_s = (1 - s) x0 + s e with e ~ N(0, 1). sigma: s, scalar or [B]."""
-    s = per_sample(sigma, x0)
-    return (1 - s) * x0 + s * jax.random.normal(key, x0.shape, jnp.float32)
-
-
 def fit(
     head: WanTransformer3D,
     examples: Examples,
@@ -122,17 +116,11 @@ def fit(
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(params, opt, i, x0, text, rewards):
-        level_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
-        sigma = jax.random.uniform(level_key, rewards.shape)
+        prompts = TextBatch(text, text[0], examples.padding)
 
         def loss(params):
-            predicted = predict(
-                nnx.merge(graphdef, params),
-                noised(noise_key, x0, sigma),
-                1000 * sigma,
-                TextBatch(text, text[0], examples.padding),
-            )
-            return jnp.mean((predicted - rewards) ** 2)
+            head = nnx.merge(graphdef, params)
+            return fit_error(head, jax.random.fold_in(key, i), x0, prompts, rewards)
 
         changes, opt = optimiser.update(jax.grad(loss)(params), opt, params)
         return optax.apply_updates(params, changes), opt

@@ -10,6 +10,7 @@ devices.
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,9 @@ from wan_jax.diffusion.experts import Segment
 from wan_jax.diffusion.guidance import TextBatch, velocity
 from wan_jax.diffusion.solvers import dpm_step, per_sample
 from wan_jax.distributed import sharding as sharding_lib
+
+if TYPE_CHECKING:
+    from grpo.learning.head_guidance import HeadGuidance
 
 
 @jax.tree_util.register_dataclass
@@ -90,6 +94,7 @@ def make_step(
     guidance: float,
     keep_mean: bool = False,
     kl_kind: str | None = None,
+    head: "HeadGuidance | None" = None,
 ):
     """Return the jitted denoising step (trainable, frozen, x, i, stochastic, text, key, samples) ->
     (x_next, log_prob, mean, kl, clean).
@@ -98,7 +103,8 @@ def make_step(
     and samples int32 [B]. The results are x_next as x, log_prob [B], the mean of the step as x or
     None without keep_mean, the KL to the reference [B] or None without kl_kind (`kl_to_reference`),
     and the predicted final latents or None with Euler. The reference runs only where a row is
-    stochastic.
+    stochastic. With `head`, which guides towards the reward, `trainable` is (trainable, arrays of the
+    head).
 
     Where deterministic steps are DPM-Solver++(2M), the step has two further arguments: `last`, the
     final latents that the previous step predicted, and `follows`, as `stochastic`, whether that step
@@ -108,7 +114,7 @@ def make_step(
 
     @partial(jax.jit, compiler_options=COMPILER_OPTIONS)
     def rollout_step(
-        trainable: Flat,
+        trainable: Any,
         frozen,
         x,
         i,
@@ -121,7 +127,10 @@ def make_step(
     ):
         t, sigma, sigma_next, g = table.at(i)
         g = jnp.where(stochastic, g, 0.0)
+        trainable, arrays = trainable if head is not None else (trainable, {})
         v = velocity(policy.module(trainable, frozen), x, t, text, guidance)
+        if head is not None:
+            v = v - head.shift(arrays, x, sigma, t, text)
         noise = sample_noise(key, samples, i, x.shape[1:])
         x_next, log_prob, mean, _ = sde.sde_step(
             x, v, sigma, sigma_next, g, noise, table.preserving

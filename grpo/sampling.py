@@ -16,6 +16,7 @@ import numpy as np
 from grpo.compiled.functions import Functions
 from grpo.data.prompts import PromptSet, epoch_prompts
 from grpo.learning.data_loss import DataSource
+from grpo.learning.head_guidance import HeadState
 from grpo.learning.optimiser import TrainState
 from grpo.learning.policy import Flat
 from grpo.random_streams import Stream
@@ -124,15 +125,20 @@ class RolloutBatch:
     group_spread: float
 
 
-def sampling_weights(session: Session, states: States, expert: int) -> tuple:
+def sampling_weights(
+    session: Session, states: States, expert: int, head: HeadState | None = None
+) -> tuple:
     """Return (trainable, frozen) of the behaviour policy of an expert: the lagged copy that the
-    method samples with, else the trained weights.
+    method samples with, else the trained weights. head: that guides the rollout; `trainable` is then
+    (trainable, its arrays).
     """
     name = session.spec.preset.experts[expert]
     if name not in states:
-        return session.start[name], session.frozen(expert)
-    state, copy = states[name], session.spec.method.sampler
-    return state.trainable if copy is None else state.lagged[copy], session.frozen(expert)
+        weights = session.start[name]
+    else:
+        state, copy = states[name], session.spec.method.sampler
+        weights = state.trainable if copy is None else state.lagged[copy]
+    return weights if head is None else (weights, head.arrays), session.frozen(expert)
 
 
 def averaged_weights(session: Session, states: States, expert: int) -> tuple:
@@ -144,9 +150,10 @@ def averaged_weights(session: Session, states: States, expert: int) -> tuple:
 
 
 def sample_epoch(
-    session: Session, states: States, epoch: int, clock: Stopwatch
+    session: Session, states: States, epoch: int, clock: Stopwatch, head: HeadState | None = None
 ) -> tuple[RolloutBatch, list[PendingBatch]]:
-    """Return the videos of an epoch as training needs them, and their pending scores.
+    """Return the videos of an epoch as training needs them, and their pending scores. head: that guides
+    the rollout.
 
     All batches are computed with one expert before the next expert's weights are loaded onto the
     device.
@@ -176,7 +183,7 @@ def sample_epoch(
     # ---- denoise, decode and submit, batch by batch ------------------------------------------
     batches = rollout_batches(
         session.functions.steps,
-        lambda expert: sampling_weights(session, states, expert),
+        lambda expert: sampling_weights(session, states, expert, head),
         noise,
         [session.texts(prompt_of[r]) for r in rows],
         key=key,

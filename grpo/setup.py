@@ -18,6 +18,7 @@ from grpo.compiled.functions import Functions
 from grpo.data.prompts import PromptSet, examples
 from grpo.learning import train_state
 from grpo.learning.data_loss import DataSource, open_run_data
+from grpo.learning.head_guidance import HeadState, initial_head
 from grpo.learning.optimiser import init_state
 from grpo.learning.policy import Flat, make_policy
 from grpo.random_streams import Stream
@@ -56,6 +57,7 @@ class Start:
         log: of the run; silent in all processes but the first.
         evaluators: by series (`RunSpec.evaluations`).
         compiled: counts the functions that are compiled from now on.
+        head: that guides the rollout; None without reward guidance.
     """
 
     session: Session
@@ -67,6 +69,7 @@ class Start:
     log: run_log.RunLog | run_log.SilentLog
     evaluators: dict[int | str, Evaluator]
     compiled: compile.CompileCounter
+    head: HeadState | None = None
 
     @property
     def epochs(self) -> range:
@@ -189,8 +192,10 @@ def prepare(
         name: initial(start[name], settings.optimiser, spec.method.adaptive_kl, spec.method.lagged)
         for name in spec.trained
     }
+    with cli.user_input():
+        head = initial_head(spec, model)
     if resumed is not None:
-        states = train_state.restore(checkpoints, resumed, states)
+        states, head = train_state.restore_all(checkpoints, resumed, states, head)
 
     # ---- the log, the session, the evaluators ------------------------------------------------
     folder.check_held()
@@ -240,7 +245,8 @@ def prepare(
         )
 
     evaluators = {series: evaluator(series) for series in spec.evaluations}
-    return Start(session, states, resumed, spent, unevaluated, folder, log, evaluators, compiled)
+    shared = folder, log, evaluators, compiled
+    return Start(session, states, resumed, spent, unevaluated, *shared, head)
 
 
 def describe(spec: RunSpec, prompts: PromptSet) -> None:

@@ -35,6 +35,7 @@ from ml_collections import config_flags
 from grpo.compiled import offload
 from grpo.credit import compute_credit
 from grpo.data.prompts import PromptSet
+from grpo.learning.head_guidance import refit_head
 from grpo.records import epoch_record, run_log, run_output
 from grpo.records.clock import Stopwatch
 from grpo.records.console import print_once
@@ -155,6 +156,7 @@ def train(
     recipe, settings = spec.recipe, spec.settings
     start = prepare(spec, model, prompts, heldout, pool, lock, more)
     session, states, spent = start.session, start.states, start.spent
+    head = start.head
     folder, log, done = start.folder, start.log, start.resumed or 0
 
     # ---- before the first epoch: a checkpoint, an evaluation ---------------------------------
@@ -164,7 +166,7 @@ def train(
         seen = "data alone" if recipe.data.only else f"{settings.videos} videos an epoch"
         print_once(f"{count:,} trained parameters, {seen}")
         multihost.stage("epoch 0: saving")
-        folder.save(0, states, spent)
+        folder.save(0, states, spent, head)
     elif start.epochs or start.unevaluated:
         print_once(f"continuing {recipe.run_dir} after epoch {done}")
     if start.unevaluated:
@@ -172,7 +174,7 @@ def train(
         write_report(recipe.run_dir)
     base, kl_weight = {}, None
     if start.epochs:
-        stop_on_alarm(start, states, done, spent)
+        stop_on_alarm(start, states, done, spent, head)
         kl_weight = weight_of_kl(start, done, None)
         base = multihost.from_first(lambda: read_base(recipe.run_dir, settings.weights))
         for line in forecast_lines(spec, log):
@@ -190,7 +192,7 @@ def train(
         rollout = scores = credit = None
         if not recipe.data.only:  # training on data alone samples and scores nothing
             # ---- 1 sample --------------------------------------------------------------------
-            rollout, pending = sample_epoch(session, states, epoch, clock)
+            rollout, pending = sample_epoch(session, states, epoch, clock, head)
 
             # ---- 2 score ---------------------------------------------------------------------
             multihost.stage(f"epoch {epoch}: scores")
@@ -201,7 +203,7 @@ def train(
             # ---- 3 credit --------------------------------------------------------------------
             credit = compute_credit(session.spec, scores, rollout.prompt_of, base)
             if not credit.valid.any():
-                folder.save(epoch - 1, states, spent)  # finished epochs, despite save.every
+                folder.save(epoch - 1, states, spent, head)  # finished epochs, despite save.every
                 raise UserError(
                     f"epoch {epoch}: not one of {settings.videos} videos could be scored; "
                     f"{scores.why()}. Epoch {epoch - 1} is saved: once this is fixed, the same "
@@ -219,6 +221,8 @@ def train(
                 f"{error}. The epoch was not saved; the last good checkpoint is {checkpoint}. Lower "
                 "--config.train.learning_rate, or raise --config.train.kl_weight, in a new run_dir"
             ) from None
+        if head is not None and rollout is not None and credit is not None:
+            head = refit_head(session.functions, head, rollout, credit)
         clock("update", [state.trainable for state in states.values()])
 
         # ---- 5 record ------------------------------------------------------------------------
@@ -252,7 +256,7 @@ def train(
         ending = asked_to_end()
         due = evaluation_is_due(spec, epoch, spent)
         if epoch % recipe.save.every == 0 or last or ending or (due and recipe.save.best):
-            folder.save(epoch, states, spent)
+            folder.save(epoch, states, spent, head)
         save_seconds = time.monotonic() - saving  # logged with the next epoch
 
         # ---- 7 evaluate: an interrupted evaluation is made when the run continues --------------
@@ -260,11 +264,11 @@ def train(
             evaluate(start, states, epoch, spec.evaluations)
             if not last:
                 write_report(recipe.run_dir)
-                stop_on_alarm(start, states, epoch, spent)
+                stop_on_alarm(start, states, epoch, spent, head)
                 kl_weight = weight_of_kl(start, epoch, kl_weight)
             ending = asked_to_end()
             if ending:
-                folder.save(epoch, states, spent)
+                folder.save(epoch, states, spent, head)
         if last or ending:
             break
 

@@ -17,6 +17,7 @@ from grpo.compiled import offload
 from grpo.compiled.program import Program, identity, integer, number, shared
 from grpo.compiled.run_arrays import RunArrays
 from grpo.learning import abstract, data_loss, optimiser
+from grpo.learning.head_guidance import HeadGuidance, HeadState
 from grpo.learning.optimiser import TrainState, state_shapes
 from grpo.learning.policy import Policy, make_structure
 from grpo.learning.step_table import StepTable
@@ -32,7 +33,7 @@ from wan_jax.storage import model_dir
 # attributes of `Functions` that are the same for all sizes of videos; for those of one shift in
 # training; and for those of one shift in evaluations
 OF_ALL = ("policy", "vae", "decoder")
-OF_TRAINING = ("table", "steps", "updates")
+OF_TRAINING = ("table", "steps", "updates", "refit")
 OF_EVALUATION = ("eval_steps", "unguided_steps")
 JITTED = (*OF_ALL, *OF_TRAINING, *OF_EVALUATION)
 
@@ -118,8 +119,21 @@ class Functions(RunArrays):
             self.table,
             keep_mean=method.keeps_mean,
             kl_kind=method.sampling_kl,
+            head=self.head,
         )
         return per_guidance(make, self.spec.sampling_guidance)
+
+    @functools.cached_property
+    def head(self) -> HeadGuidance | None:
+        """The reward guidance of the rollout; None without."""
+        return HeadGuidance.of(self.spec)
+
+    @functools.cached_property
+    def refit(self) -> Callable | None:
+        """The update of the reward head; None without one that is fitted."""
+        if self.head is None or not self.spec.recipe.reward.head_refit:
+            return None
+        return self.head.make_refit(self.spec.mesh)
 
     @functools.cached_property
     def updates(self) -> tuple[Callable, ...]:
@@ -194,9 +208,9 @@ class Functions(RunArrays):
         rollout.
         """
         experts = range(0 if self.spec.recipe.data.only else len(self.spec.preset.experts))
-        return shared(
-            [*map(self.rollout_step, experts), *map(self.update, self.spec.trained_experts)]
-        )
+        refit = [self.refit_step()] if self.refit is not None and experts else []
+        updates = map(self.update, self.spec.trained_experts)
+        return shared([*map(self.rollout_step, experts), *updates, *refit])
 
     def evaluation_steps(self) -> list[Program]:
         """Return the denoising steps of the evaluation of all experts."""
@@ -223,11 +237,12 @@ class Functions(RunArrays):
     def rollout_step(self, expert: int = 0) -> Program:
         """Return one denoising step of the rollout."""
         multistep = () if self.table.dpm is None else (self.latents(), self.stochastic)
+        head = self.head_state
         return Program(
             self.with_expert("rollout step", expert),
             self.steps[expert],
             (
-                self.trainable,
+                self.trainable if head is None else (self.trainable, head.arrays),
                 self.frozen,
                 self.latents(),
                 integer(),
@@ -243,6 +258,12 @@ class Functions(RunArrays):
                 *[self.latents()] * (self.spec.settings.batches - 1),
             ),
         )
+
+    def refit_step(self) -> Program:
+        """Return one update of the reward head."""
+        rows = self.rows(jnp.float32), self.rows(bool)
+        args = (self.head_state, self.random_key(), self.latents(), self.text(), *rows)
+        return Program("reward head update", self.refit, args, resident=1, extra=self.trajectories)
 
     def ode_step(self, expert: int = 0) -> Program:
         """Return one denoising step of the evaluation."""
@@ -345,6 +366,13 @@ class Functions(RunArrays):
         """The state of one trained expert."""
         config, method = self.spec.settings.optimiser, self.spec.method
         return self.params(state_shapes(self.policy, config, method.adaptive_kl, method.lagged))
+
+    @functools.cached_property
+    def head_state(self) -> HeadState | None:
+        """The state of the reward head; None without guidance."""
+        if self.head is None:
+            return None
+        return abstract.arrays(self.head.state, sharding_lib.replicated(self.spec.mesh))
 
     @functools.cached_property
     def trajectories(self) -> tuple:

@@ -45,6 +45,7 @@ class Method(abc.ABC):
         keeps_steps: whether the rollout keeps its stochastic steps.
         pairs: whether a row of a batch is a pair of a better and a worse video.
         one_per_group: whether it trains on one row of each group.
+        has_ratio: whether the loss has an importance ratio to the policy that sampled.
         rollout_levels: whether noise levels of finished videos and of data are those of the rollout's
             steps, not logit-normal.
     """
@@ -58,6 +59,7 @@ class Method(abc.ABC):
     keeps_steps: ClassVar[bool] = False
     pairs: ClassVar[bool] = False
     one_per_group: ClassVar[bool] = False
+    has_ratio: ClassVar[bool] = False
     rollout_levels: ClassVar[bool] = True
 
     @classmethod

@@ -12,6 +12,7 @@ import jax
 
 from grpo.data.latent_folder import LatentData
 from grpo.data.prompts import PromptSet
+from grpo.learning.head_guidance import HeadState
 from grpo.learning.kl import KLControl
 from grpo.learning.optimiser import TrainState
 from grpo.settings import parse
@@ -23,10 +24,12 @@ from wan_jax.models.lora import LoRAConfig
 from wan_jax.storage.checkpoint import Checkpoints, join_experts, split_experts
 from wan_jax.storage.model_dir import ModelDir
 
+HEAD = "reward_head"  # the reward head in a checkpoint's state
 
-def state_tree(states: dict[str, TrainState]) -> dict:
-    """Return the arrays of the experts' states as a checkpoint stores them: 'ema' as the weights to
-    sample with, the others as the state.
+
+def state_tree(states: dict[str, TrainState], head: HeadState | None = None) -> dict:
+    """Return the arrays of the experts' states, and of a reward head, as a checkpoint stores them: 'ema'
+    as the weights to sample with, the others as the state.
     """
 
     def joined(part: Callable[[TrainState], dict]) -> dict:
@@ -46,7 +49,7 @@ def state_tree(states: dict[str, TrainState]) -> dict:
     }
     for name in next(iter(states.values())).lagged:
         tree[name] = joined(lambda state, name=name: state.lagged[name])
-    return tree
+    return tree if head is None else tree | {HEAD: head.tree()}
 
 
 def origin(model: ModelDir, prompts: PromptSet, data: LatentData | None = None) -> dict[str, Any]:
@@ -122,15 +125,16 @@ def save(
     lora: LoRAConfig | None,
     spent: Spent,
     belongs: dict | None = None,
+    head: HeadState | None = None,
 ):
     """Write a checkpoint: the states, the weights to sample with (the moving average), and the
     settings that are needed to read them. All processes call this together. Raises `UserError`, and
     writes nothing, where their weights differ.
 
     config: the settings as nested dicts. lora: None for full fine-tuning. spent: by the run so far.
-    belongs: the run's `origin`.
+    belongs: the run's `origin`. head: that guides the rollout.
     """
-    tree = state_tree(states)
+    tree = state_tree(states, head)
     replicas.check_same(tree, f"epoch {epoch}: the trained weights")
     ema = tree.pop("ema")
     adapters = None
@@ -167,7 +171,16 @@ def restore(
     checkpoints: Checkpoints, epoch: int, like: dict[str, TrainState]
 ) -> dict[str, TrainState]:
     """Return the experts' states of a checkpoint, with the structure and the shardings of `like`."""
-    tree, ema = checkpoints.restore_state(epoch, state_tree(like))
+    return restore_all(checkpoints, epoch, like, None)[0]
+
+
+def restore_all(
+    checkpoints: Checkpoints, epoch: int, like: dict[str, TrainState], head: HeadState | None
+) -> tuple[dict[str, TrainState], HeadState | None]:
+    """Return (`restore`, the reward head of a checkpoint as `head`, None where that is None)."""
+    tree, ema = checkpoints.restore_state(epoch, state_tree(like, head))
+    if head is not None:
+        head = head.of_tree(tree.pop(HEAD))
     tree["ema"] = ema
     by_expert = {key: split_experts(value, list(like)) for key, value in tree.items()}
     states = {}
@@ -183,4 +196,4 @@ def restore(
             kl=KLControl(**counters) if counters else None,
             lagged={copy: by_expert[copy][name] for copy in state.lagged},
         )
-    return states
+    return states, head

@@ -38,6 +38,7 @@ class AWM(FlowMatching):
     default_kl_weight = 0.1
     reads = (*FlowMatching.reads, "train.kl_weight", "train.kl_gate")
     on_advantages = True
+    has_ratio = True
     rollout_levels = True
     logs = ("ratio_mean", "clip_fraction")
 

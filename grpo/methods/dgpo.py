@@ -58,6 +58,7 @@ class DGPO(FlowMatching):
         "train.dgpo_clip",
     )
     on_advantages = True
+    has_ratio = True
     rollout_levels = True
     levels_part = 0.6
     logs = ("group_weight", "clip_fraction")

@@ -62,6 +62,7 @@ class GRPO(Method):
     default_kl_weight = 0.004
     keeps_steps = True
     on_advantages = True
+    has_ratio = True
     variants = (
         "sample.sde",
         "sample.sde_window",

@@ -3,6 +3,7 @@
 import dataclasses
 
 from grpo.learning import train_state
+from grpo.learning.head_guidance import HeadState
 from grpo.learning.method import kl_weight
 from grpo.records import run_log
 from grpo.run import RunSpec
@@ -62,14 +63,14 @@ class RunFolder:
             return recipe.train.alarm_kl
         return kl_weight(type(self.spec.method), recipe)
 
-    def save(self, epoch: int, states: States, spent: Spent) -> None:
+    def save(self, epoch: int, states: States, spent: Spent, head: HeadState | None = None) -> None:
         """Write the checkpoint of an epoch, unless the newest one is of this epoch. Raises
-        `UserError` as `check_held` does.
+        `UserError` as `check_held` does. head: that guides the rollout.
         """
         if self.checkpoints.latest() == epoch:
             return
         self.check_held()
         recipe, lora = self.spec.recipe, self.spec.settings.lora
         train_state.save(
-            self.checkpoints, epoch, states, recipe.to_dict(), lora, spent, self.origin
+            self.checkpoints, epoch, states, recipe.to_dict(), lora, spent, self.origin, head
         )

@@ -1,5 +1,6 @@
 """What a run does on the guard's alarm: it stops, or the weight of its KL is raised."""
 
+from grpo.learning.head_guidance import HeadState
 from grpo.records.console import print_once
 from grpo.sampling import States
 from grpo.settings.budget import Spent
@@ -8,16 +9,18 @@ from wan_jax.distributed import multihost
 from wan_jax.errors import UserError
 
 
-def stop_on_alarm(start: Start, states: States, epoch: int, spent: Spent) -> None:
+def stop_on_alarm(
+    start: Start, states: States, epoch: int, spent: Spent, head: HeadState | None
+) -> None:
     """Raise `UserError` where the last evaluation, after this epoch, raised an alarm on which the run
-    is to stop. Everything is saved before.
+    is to stop. Everything is saved before. head: that guides the rollout.
     """
     recipe, folder = start.session.spec.recipe, start.folder
     if recipe.train.on_alarm != "stop":
         return
     alarm = multihost.from_first(lambda: folder.alarm(epoch))
     if alarm:
-        folder.save(epoch, states, spent)
+        folder.save(epoch, states, spent, head)
         best = multihost.from_first(folder.checkpoints.best)
         found = "" if best is None else f"The best checkpoint is {folder.checkpoints.path(best)}. "
         raise UserError(

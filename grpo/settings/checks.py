@@ -33,6 +33,7 @@ def check_together(recipe) -> None:
     check_alarm_kl(recipe)
     check_lora(recipe)
     check_data(recipe)
+    check_reward_guidance(recipe)
     check_evaluation(recipe)
     frame_schedule.check(recipe)
     video_sizes.check(recipe)
@@ -248,6 +249,29 @@ def check_data(recipe) -> None:
         raise UserError(
             "config.data.only=True trains the velocity without guidance, and train.guided=True is "
             "about the guided one: set it to False"
+        )
+
+
+def check_reward_guidance(recipe) -> None:
+    """Check that guidance in the rollout has a head, and a method that learns from any videos."""
+    sample, method = recipe.sample, methods.method_class(recipe.train.method)
+    if not sample.reward_guidance:
+        return
+    if not sample.reward_head:
+        raise UserError(
+            f"config.sample.reward_guidance={sample.reward_guidance} follows a head, and "
+            "config.sample.reward_head='' names none: give a file of python -m grpo.reward_head"
+        )
+    if sample.size_schedule:
+        raise UserError(
+            f"config.sample.reward_guidance={sample.reward_guidance}, config.sample.size_schedule="
+            f"{sample.size_schedule}: a reward head knows videos of one size; leave one of them out"
+        )
+    if method.has_ratio:
+        raise UserError(
+            f"config.sample.reward_guidance={sample.reward_guidance}: train.method={method.name} compares "
+            "the policy with the one that sampled, by an importance ratio, and a guided rollout is of "
+            "neither: choose a method without a ratio, as nft, or reward_guidance=0"
         )
 
 

@@ -19,6 +19,9 @@ OF_VIDEOS = (
     "sample.groups",
     "sample.group_size",
     "sample.ode_solver",
+    "sample.reward_guidance",
+    "sample.reward_head",
+    "reward.head_refit",
 )
 
 
@@ -94,6 +97,11 @@ def unread(recipe) -> dict[str, str]:
             recipe.data.path and not recipe.data.weight and not recipe.data.only,
             f"data.weight={recipe.data.weight:g}",
             ("data.path", "data.batch_size", "data.noise"),
+        ),
+        (
+            not recipe.sample.reward_guidance,
+            "sample.reward_guidance=0",
+            ("sample.reward_head", "reward.head_refit"),
         ),
         (not recipe.lora.rank, "lora.rank=0", ("lora.alpha", "lora.targets")),
         (

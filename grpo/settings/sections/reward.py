@@ -129,6 +129,13 @@ class Reward(Section):
         choices=COMBINATIONS,
         experimental=("advantages",),
     )
+    head_refit: int = setting(
+        50,
+        "With `sample.reward_guidance`: updates of the head in every epoch, on its videos and rewards. 0: "
+        "the head stays as in its file.",
+        bounds=Range(0),
+        experimental=True,
+    )
     workers: int = setting(
         2,
         "Number of scoring processes. 0: the training process scores. With `reward.servers`: "

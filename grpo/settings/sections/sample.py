@@ -97,6 +97,21 @@ class Sample(Section):
         "divides groups x group_size.",
         bounds=Range(1),
     )
+    reward_guidance: float = setting(
+        0.0,
+        "Weight of reward guidance in the rollout, of methods without an importance ratio: the velocity "
+        "is shifted by this times the gradient of a head's reward (docs/explanation/algorithms.md). "
+        "Evaluations are not guided. 0: none.",
+        bounds=Range(0),
+        experimental=True,
+    )
+    reward_head: str = setting(
+        "",
+        "File of that head, written by `python -m grpo.reward_head`. A run that is continued has the head "
+        "of its checkpoint.",
+        path=True,
+        experimental=True,
+    )
     shared_noise: bool = setting(
         False,
         "Whether the videos of a group start from one noise. The steps before the first stochastic "
