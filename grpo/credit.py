@@ -65,15 +65,23 @@ class Credit:
 
 
 def compute_credit(
-    spec: RunSpec, scores: GatheredScores, prompt_of: np.ndarray, base: reward_combination.Base
+    spec: RunSpec,
+    scores: GatheredScores,
+    prompt_of: np.ndarray,
+    base: reward_combination.Base,
+    confidence: np.ndarray | None = None,
 ) -> Credit:
     """Return the credit of the videos of an epoch. Without any scored video, none is valid.
 
     prompt_of: int [N], the prompt of each video. base: statistics of the starting model, with which
-    measures of quality are compared.
+    measures of quality are compared. confidence: [N], a further reward with the weight
+    reward.confidence; nan where a video has none.
     """
     recipe, weights = spec.recipe, spec.settings.weights
     rewards = reward_combination.terms(scores.values, scores.parts, weights, base, scores.main)
+    if confidence is not None:
+        rewards["confidence"] = confidence
+        weights = {**weights, "confidence": recipe.reward.confidence}
     total = reward_combination.weighted_sum(rewards, weights)
     valid = scores.valid & np.isfinite(total)
     options = advantage_options(recipe)

@@ -3,7 +3,7 @@
 Host streams seed NumPy generators with [seed, epoch, number, ...]. Key streams are folded into the
 JAX key of the run. Within the key of an epoch, which is that of ROLLOUT with the epoch folded in, the
 noise of a denoising step has the key (number of the video, number of the step), whether the step is
-trained or not (`grpo.rollout.sample_noise`). The last two streams are reserved indices there. They are
+trained or not (`grpo.rollout.sample_noise`). The last three streams are reserved indices there. They are
 larger than the number of any denoising step or video, so that no draw of the rollout is equal to
 theirs.
 """
@@ -34,6 +34,7 @@ class Stream(enum.Enum):
     HEAD_REFIT = ("key", 4)  # with the number of the reward head's update folded in
 
     INITIAL_NOISE = ("step", LARGEST)  # x_T of a video, drawn as the noise of this step
+    PROBES = ("video", LARGEST - 1)  # noise of the probes of confidence
     RENOISING = ("video", LARGEST)  # noise of the methods that train on finished videos
 
     @property

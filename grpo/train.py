@@ -35,6 +35,7 @@ from ml_collections import config_flags
 from grpo.compiled import offload
 from grpo.credit import compute_credit
 from grpo.data.prompts import PromptSet
+from grpo.learning.confidence import measure_confidence
 from grpo.learning.head_guidance import refit_head
 from grpo.records import epoch_record, run_log, run_output
 from grpo.records.clock import Stopwatch
@@ -190,6 +191,7 @@ def train(
         session = start.session.of_epoch(epoch)
 
         rollout = scores = credit = None
+        logged: dict[str, float] = {}
         if not recipe.data.only:  # training on data alone samples and scores nothing
             # ---- 1 sample --------------------------------------------------------------------
             rollout, pending = sample_epoch(session, states, epoch, clock, head)
@@ -201,7 +203,9 @@ def train(
             rollout = zero_nonfinite(rollout, scores.finite, spec.mesh)
 
             # ---- 3 credit --------------------------------------------------------------------
-            credit = compute_credit(session.spec, scores, rollout.prompt_of, base)
+            sure, logged = measure_confidence(session, states, rollout, scores.valid)
+            clock("score_wait")
+            credit = compute_credit(session.spec, scores, rollout.prompt_of, base, sure)
             if not credit.valid.any():
                 folder.save(epoch - 1, states, spent, head)  # finished epochs, despite save.every
                 raise UserError(
@@ -243,6 +247,7 @@ def train(
         if rollout is None or scores is None or credit is None:
             record = epoch_record.make_of_data(spec, epoch, losses, spent, seconds)
         else:
+            losses |= logged
             record = epoch_record.make(spec, epoch, rollout, scores, credit, losses, spent, seconds)
         del rollout
         folder.check_held()

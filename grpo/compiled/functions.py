@@ -17,6 +17,7 @@ from grpo.compiled import offload
 from grpo.compiled.program import Program, identity, integer, number, shared
 from grpo.compiled.run_arrays import RunArrays
 from grpo.learning import abstract, data_loss, optimiser
+from grpo.learning.confidence import make_probe, probed_guidance
 from grpo.learning.head_guidance import HeadGuidance, HeadState
 from grpo.learning.optimiser import TrainState, state_shapes
 from grpo.learning.policy import Policy, make_structure
@@ -33,7 +34,7 @@ from wan_jax.storage import model_dir
 # attributes of `Functions` that are the same for all sizes of videos; for those of one shift in
 # training; and for those of one shift in evaluations
 OF_ALL = ("policy", "vae", "decoder")
-OF_TRAINING = ("table", "steps", "updates", "refit")
+OF_TRAINING = ("table", "steps", "updates", "refit", "probes")
 OF_EVALUATION = ("eval_steps", "unguided_steps")
 JITTED = (*OF_ALL, *OF_TRAINING, *OF_EVALUATION)
 
@@ -136,6 +137,14 @@ class Functions(RunArrays):
         return self.head.make_refit(self.spec.mesh)
 
     @functools.cached_property
+    def probes(self) -> tuple[Callable, ...]:
+        """The probes of the policy's confidence; () where it is not a reward."""
+        if not self.spec.recipe.reward.confidence:
+            return ()
+        make = functools.partial(make_probe, self.policy)
+        return per_guidance(make, probed_guidance(self.spec))
+
+    @functools.cached_property
     def updates(self) -> tuple[Callable, ...]:
         """The optimiser steps."""
         spec, method = self.spec, self.spec.method
@@ -209,8 +218,9 @@ class Functions(RunArrays):
         """
         experts = range(0 if self.spec.recipe.data.only else len(self.spec.preset.experts))
         refit = [self.refit_step()] if self.refit is not None and experts else []
+        probes = map(self.probe, experts) if self.probes else ()
         updates = map(self.update, self.spec.trained_experts)
-        return shared([*map(self.rollout_step, experts), *updates, *refit])
+        return shared([*map(self.rollout_step, experts), *updates, *refit, *probes])
 
     def evaluation_steps(self) -> list[Program]:
         """Return the denoising steps of the evaluation of all experts."""
@@ -264,6 +274,13 @@ class Functions(RunArrays):
         rows = self.rows(jnp.float32), self.rows(bool)
         args = (self.head_state, self.random_key(), self.latents(), self.text(), *rows)
         return Program("reward head update", self.refit, args, resident=1, extra=self.trajectories)
+
+    def probe(self, expert: int = 0) -> Program:
+        """Return the probes of a batch at one noise level."""
+        of_batch = self.text(), self.random_key(), self.rows(jnp.int32)
+        args = self.trainable, self.frozen, self.latents(), *of_batch, integer(), number(), number()
+        name = self.with_expert("confidence", expert)
+        return Program(name, self.probes[expert], args, resident=2, extra=self.trajectories)
 
     def ode_step(self, expert: int = 0) -> Program:
         """Return one denoising step of the evaluation."""

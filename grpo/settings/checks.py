@@ -34,6 +34,7 @@ def check_together(recipe) -> None:
     check_lora(recipe)
     check_data(recipe)
     check_reward_guidance(recipe)
+    check_confidence(recipe)
     check_evaluation(recipe)
     frame_schedule.check(recipe)
     video_sizes.check(recipe)
@@ -272,6 +273,16 @@ def check_reward_guidance(recipe) -> None:
             f"config.sample.reward_guidance={sample.reward_guidance}: train.method={method.name} compares "
             "the policy with the one that sampled, by an importance ratio, and a guided rollout is of "
             "neither: choose a method without a ratio, as nft, or reward_guidance=0"
+        )
+
+
+def check_confidence(recipe) -> None:
+    """Check that the method keeps the videos that the policy is asked about."""
+    weight, method = recipe.reward.confidence, methods.method_class(recipe.train.method)
+    if weight and method.keeps_steps:
+        raise UserError(
+            f"config.reward.confidence={weight} probes finished videos, and train.method={method.name} "
+            "keeps steps instead: choose a method on finished videos, or set it to 0"
         )
 
 

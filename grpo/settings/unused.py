@@ -22,6 +22,7 @@ OF_VIDEOS = (
     "sample.reward_guidance",
     "sample.reward_head",
     "reward.head_refit",
+    "reward.confidence",
 )
 
 

@@ -129,6 +129,14 @@ class Reward(Section):
         choices=COMBINATIONS,
         experimental=("advantages",),
     )
+    confidence: float = setting(
+        0.0,
+        "Weight of one more reward, how well the policy recovers noise from its own videos, standardised "
+        "over the epoch (SOLACE; docs/explanation/algorithms.md). A model may grow surer of pictures that "
+        "show less, so watch the others. Only in training; it costs 4 forward passes at half of the steps.",
+        bounds=Range(0),
+        experimental=True,
+    )
     head_refit: int = setting(
         50,
         "With `sample.reward_guidance`: updates of the head in every epoch, on its videos and rewards. 0: "

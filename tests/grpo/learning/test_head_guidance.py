@@ -171,12 +171,12 @@ def test_guidance_without_a_head_is_refused():
 
 @pytest.mark.slow
 def test_a_guided_run_resumes_bit_for_bit(model, tmp_path):
-    """Weights, head and its moments, also after a head of another content took the file's place. The
-    evaluation of the base model is that without guidance.
+    """Weights, head and its moments, also after a head of another content took the file's place, and with
+    confidence as a reward. The evaluation of the base model is that without guidance.
     """
     common = (*MEASURES, *PICTURE, "train.method=nft", "train.timesteps=2", "eval.every=1")
     common += ("eval.num_prompts=2", "eval.previews=1", "sample.reward_guidance=3")
-    common += ("reward.head_refit=3",)
+    common += ("reward.head_refit=3", "reward.confidence=0.2")
     results = []
     for name, ends in (("whole", (2,)), ("parts", (1, 2))):
         folder = tmp_path / name
