@@ -146,7 +146,9 @@ def data_passes(spec: RunSpec) -> float:
     if spec.data_kind is None:
         return 0.0
     updates = spec.recipe.train.updates_per_epoch * len(spec.trained_experts)
-    passes = spec.method.passes if spec.recipe.data.only else 3
+    passes = 3
+    if spec.recipe.data.only:
+        passes = spec.method.passes * (2 if spec.method.pairs else 1)
     return updates * passes * data_rows(spec) / spec.recipe.sample.batch_size
 
 

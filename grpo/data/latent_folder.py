@@ -18,7 +18,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,6 +27,9 @@ from wan_jax.storage import integrity
 from wan_jax.storage.array_store import CHUNK_FILE
 from wan_jax.storage.model_dir import ModelDir
 from wan_jax.storage.paths import expand
+
+if TYPE_CHECKING:
+    from grpo.data.labels import Labels
 
 MANIFEST = "data.json"
 FORMAT = 1
@@ -203,12 +206,14 @@ class LatentData:
         kind: what they share.
         items: in the order of their numbers.
         digest: SHA-256 of items and files.
+        labels: pairs or ratings of the items, where a run trains on these.
     """
 
     folder: pathlib.Path
     kind: Kind
     items: tuple[Item, ...]
     digest: str
+    labels: "Labels | None" = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -218,7 +223,7 @@ class LatentData:
         return (
             f"data: {len(self)} items of {kind.frames} x {kind.height} x {kind.width} with their own "
             f"prompts ({self.digest[:12]})"
-        )
+        ) + (f"; {self.labels}" if self.labels else "")
 
     @functools.cached_property
     def _arrays(self) -> dict[str, np.ndarray]:
@@ -228,7 +233,11 @@ class LatentData:
     @property
     def shape(self) -> tuple[int, ...]:
         """(F, H, W, C) of the latents of an item."""
-        return self._arrays[_file(self.items[0].shard, "latents")].shape[1:]
+        return self.shape_of(0)
+
+    def shape_of(self, number: int) -> tuple[int, ...]:
+        """Return (F, H, W, C) of the latents of an item by its number."""
+        return self._arrays[_file(self.items[number].shard, "latents")].shape[1:]
 
     def latents(self, numbers: np.ndarray) -> np.ndarray:
         """Return the latents of items, float32 [n, F, H, W, C]. numbers: int [n]."""

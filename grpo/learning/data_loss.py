@@ -1,5 +1,7 @@
-"""The loss on data: flow matching on pictures or videos with their own prompts, as an anchor of any
-method or alone.
+"""The loss on data: pictures or videos with their own prompts, as an anchor of any method or alone.
+
+With data.only the loss is that of a method, on all data or on given pairs or ratings of them
+(`Method.of_data`). The anchor is flow matching:
 
     L = L_method + w mean over pairs of mean((v(x_s, s, c) - (e - x0))^2),   x_s = (1 - s) x0 + s e
 
@@ -24,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo.data.labels import ITEMS, PAIRS, read_labels
 from grpo.data.latent_folder import LatentData, open_data
 from grpo.learning import abstract
 from grpo.learning.finished_batch import FinishedBatch, levels_at
@@ -119,7 +122,7 @@ class DataSource:
     """The data of a run.
 
     Attributes:
-        data: the latents, on disk.
+        data: the latents, on disk, with the labels that the run trains on.
         table: the embeddings of the prompts of all items.
     """
 
@@ -142,27 +145,48 @@ class DataSource:
         """
         seed, expert = spec.recipe.seed, spec.segments[segment].expert
         size, mesh = data_rows(spec), spec.mesh
-        numbers = draw_numbers(seed, update, len(self.data), size)
+        labels = self.data.labels
+        drawn = draw_numbers(seed, update, len(self.data if labels is None else labels), size)
+        numbers, rejected, weight = drawn, None, np.ones(size, np.float32)
+        if labels is not None:
+            numbers = labels.items[drawn]
+            if labels.rejected is not None:
+                rejected = labels.rejected[drawn]
+            if labels.scores is not None:
+                weight = spec.method.rated_weights(labels.scores)[drawn]
         share = draw_shares(seed, update, expert, size)
         key = jax.random.fold_in(Stream.DATA_NOISE.key(jax.random.key(seed)), update)
-        drawn, draw = np.arange(size), expert  # noise is a function of (key, drawn, draw)
+        noise_of, draw = np.arange(size), expert  # noise is a function of (key, noise_of, draw)
         if rollout is None:
             sigma, timestep = levels_at(spec, segment, share, spec.method.rollout_levels)
         else:
-            drawn, step = rollout_draws(spec, segment, share, rollout)
+            noise_of, step = rollout_draws(spec, segment, share, rollout)
             sigma, timestep = spec.schedule.sigmas[step], spec.schedule.timesteps[step]
             key, draw = rollout.key, Stream.INITIAL_NOISE.index
-        every = Selection(np.arange(size), None, np.ones(size, np.float32), np.ones(size, bool))
+        every = Selection(np.arange(size), None, weight, np.ones(size, bool))
         shards = mesh_lib.batch_shards(mesh)
         (chosen,) = every.batches(1, spec.recipe.sample.batch_size, shards)
         places = chosen.videos  # int [M, B], in the batch; those that fill it up repeat others
         sharded, replicated = sharding_lib.batch_sharding(mesh), sharding_lib.replicated(mesh)
-        latents = [sharding_lib.place(self.data.latents(numbers[p]), sharded) for p in places]
+
+        def latents(items: np.ndarray) -> jax.Array:
+            """Return the latents of these items of the batch, [M, B, F, H, W, C]. Each process reads
+            those of its own devices.
+            """
+
+            def rows(p: np.ndarray) -> jax.Array:
+                def read(index):
+                    return self.data.latents(items[p[index[0]]])
+
+                return jax.make_array_from_callback((len(p), *self.data.shape), sharded, read)
+
+            return jnp.stack([rows(p) for p in places])
+
         texts = [self.table.batch(numbers[p], sharded, replicated) for p in places]
-        video = [sharding_lib.place(drawn[p].astype(np.int32), sharded) for p in places]
+        video = [sharding_lib.place(noise_of[p].astype(np.int32), sharded) for p in places]
         return FinishedBatch(
-            x0=jnp.stack(latents),
-            worse=None,
+            x0=latents(numbers),
+            worse=None if rejected is None else latents(rejected),
             text=jax.tree.map(lambda *leaves: jnp.stack(leaves), *texts),
             video=jnp.stack(video),
             sigma=jnp.asarray(sigma[places][:, None]),
@@ -177,19 +201,26 @@ class DataSource:
         self, spec: "RunSpec", segment: int, update: int
     ) -> Iterator[tuple[np.ndarray, FinishedBatch, dict[str, float]]]:
         """Yield what `Method.batches` does, for an epoch that trains on data alone."""
-        for number in range(spec.recipe.train.updates_per_epoch):
-            yield np.arange(0), self.batch(spec, segment, update + number), {}
+        for number in range(update, update + spec.recipe.train.updates_per_epoch):
+            last = number + 1 == update + spec.recipe.train.updates_per_epoch
+            share_kept = spec.method.share_kept(number + 1, last)
+            yield np.arange(0), self.batch(spec, segment, number), share_kept
 
 
 def open_run_data(spec: "RunSpec", model: ModelDir) -> LatentData | None:
-    """Return the data that training sees, whose files are compared with their digests; None without
-    any. Raises `UserError`, also where the processes of a run have different data.
+    """Return the data that training sees, whose files are compared with their digests, with the labels
+    that it needs; None without any. Raises `UserError`, also where the processes of a run have
+    different data.
     """
     recipe = spec.recipe
     if not recipe.data.used:
         return None
     with cli.user_input():
         data = open_data(recipe.data.path, model)
+        kind = spec.method.of_data if recipe.data.only else ITEMS
+        if kind not in (None, ITEMS):
+            labels = read_labels(recipe.data.labels, data, kind)
+            data = dataclasses.replace(data, labels=labels)
     if jax.process_count() > 1:
         multihost.check_same_facts({"config.data.path": str(data)})
     if data.shape != spec.data_shape:
@@ -208,13 +239,13 @@ def open_run_data(spec: "RunSpec", model: ModelDir) -> LatentData | None:
 
 
 def data_rows(spec: "RunSpec") -> int:
-    """Return the number of pairs of an optimiser step."""
+    """Return the number of items or pairs of them of an optimiser step."""
     return spec.recipe.data.batch_size or spec.recipe.sample.batch_size
 
 
 def draw_numbers(seed: int, update: int, total: int, size: int) -> np.ndarray:
-    """Return the numbers of the pairs of an optimiser step, int [size]: the next ones of shuffled
-    passes over all `total` pairs, none of which is left out.
+    """Return the numbers of the items, or of the labels, of an optimiser step, int [size]: the next
+    ones of shuffled passes over all `total` of them, none of which is left out.
     """
     first = update * size
     positions = np.arange(first, first + size)
@@ -224,7 +255,7 @@ def draw_numbers(seed: int, update: int, total: int, size: int) -> np.ndarray:
 
 
 def draw_shares(seed: int, update: int, expert: int, size: int) -> np.ndarray:
-    """Return where the noise levels of the pairs of an optimiser step lie in their distribution,
+    """Return where the noise levels of the rows of an optimiser step lie in their distribution,
     float64 [size] from 0 to 1: one in each of `size` equal parts, in a random order.
     """
     rng = Stream.DATA_LEVEL.generator(seed, update, expert)
@@ -259,9 +290,11 @@ def data_shapes(functions: "Functions") -> FinishedBatch:
     m, b = layout(data_rows(spec), 1, spec.recipe.sample.batch_size, shards)
     assert spec.data_shape is not None
     levels = abstract.array((m, 1, b), jnp.float32)
+    latents = functions.rows(jnp.float32, m, shape=spec.data_shape, batch=b)
+    paired = spec.recipe.data.only and spec.method.of_data == PAIRS
     return FinishedBatch(
-        x0=functions.rows(jnp.float32, m, shape=spec.data_shape, batch=b),
-        worse=None,
+        x0=latents,
+        worse=latents if paired else None,
         text=functions.text(m, batch=b),
         video=functions.rows(jnp.int32, m, batch=b),
         sigma=levels,

@@ -48,6 +48,8 @@ class Method(abc.ABC):
         has_ratio: whether the loss has an importance ratio to the policy that sampled.
         rollout_levels: whether noise levels of finished videos and of data are those of the rollout's
             steps, not logit-normal.
+        of_data: what it trains on with data.only: ITEMS, PAIRS or RATINGS of `grpo.data.labels`;
+            None: it cannot train on data alone.
     """
 
     name: ClassVar[str]
@@ -61,6 +63,7 @@ class Method(abc.ABC):
     one_per_group: ClassVar[bool] = False
     has_ratio: ClassVar[bool] = False
     rollout_levels: ClassVar[bool] = True
+    of_data: ClassVar[str | None] = None
 
     @classmethod
     def check(cls, recipe: "Recipe") -> None:
@@ -194,6 +197,12 @@ class Method(abc.ABC):
         """Yield (numbers of the videos that count, batch, `share_kept`) for each optimiser step of
         the expert of a segment. update: number of optimiser steps of the expert so far.
         """
+
+    def rated_weights(self, scores: np.ndarray) -> np.ndarray:
+        """Return the weights of the rows of rated data, float32 [N], where `of_data` is RATINGS.
+        scores: float64 [N], of all rated items.
+        """
+        raise NotImplementedError
 
     def check_first(self, values: dict[str, float], epoch: int) -> dict[str, float]:
         """Return further values to log of an expert's first update of an epoch. Raises `UserError`

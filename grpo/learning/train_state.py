@@ -53,8 +53,8 @@ def state_tree(states: dict[str, TrainState], head: HeadState | None = None) -> 
 
 
 def origin(model: ModelDir, prompts: PromptSet, data: LatentData | None = None) -> dict[str, Any]:
-    """Return digests of the model, of the training prompts with their targets and of the data, and
-    the LoRAs merged into the model, with which a run must continue. Digests do not depend on paths.
+    """Return digests of the model, of the training prompts with their targets, of the data and of
+    their labels, and the LoRAs merged into the model, with which a run must continue. Digests do not depend on paths.
     The model's is None for folders of earlier versions.
     """
     targets = [
@@ -67,6 +67,7 @@ def origin(model: ModelDir, prompts: PromptSet, data: LatentData | None = None) 
         "prompts_digest": hashlib.sha256(text.encode()).hexdigest(),
         "loras": [lora.record for lora in model.loras],
         "data_digest": None if data is None else data.digest,
+        "labels_digest": None if data is None or data.labels is None else data.labels.digest,
     }
 
 
@@ -79,8 +80,8 @@ def check_resume(
 
     meta: of the checkpoint. checkpoint: its path. config: the settings as nested dicts. belongs:
     `origin` of the model, the prompts and the data. prompts.train is compared by content; by path
-    only where the checkpoint is of an earlier version, which has no digest. So is data.path, and
-    model.loras by content and scale.
+    only where the checkpoint is of an earlier version, which has no digest. So are data.path and
+    data.labels, and model.loras by content and scale.
     """
     saved, now = _with_loras(meta["config"], meta), _with_loras(config, belongs)
     before, after = meta.get("prompts_digest"), belongs["prompts_digest"]
@@ -89,12 +90,13 @@ def check_resume(
     elif before is not None:
         saved = _with_digest(saved, "prompts", "train", before)
         now = _with_digest(now, "prompts", "train", after)
-    before, after = meta.get("data_digest"), belongs.get("data_digest")
-    if before == after and "data" in saved:
-        now = _with_path(now, "data", "path", saved["data"]["path"])
-    elif before != after:
-        saved = _with_digest(saved, "data", "path", before)
-        now = _with_digest(now, "data", "path", after)
+    for key, digest in (("path", "data_digest"), ("labels", "labels_digest")):
+        before, after = meta.get(digest), belongs.get(digest)
+        if before == after and "data" in saved:
+            now = _with_path(now, "data", key, saved["data"].get(key, ""))
+        elif before != after:
+            saved = _with_digest(saved, "data", key, before)
+            now = _with_digest(now, "data", key, after)
     changed = parse.check_resume(saved, now, str(checkpoint))
     model.check_same(meta.get("model_digest"), meta["model"], str(checkpoint), "config.model.path")
     return changed

@@ -1,4 +1,8 @@
-"""Flow-DPO (Liu et al., arXiv 2501.13918): the best video of each group is preferred to the worst."""
+"""Flow-DPO (Liu et al., arXiv 2501.13918): the best video of each group is preferred to the worst.
+
+With data.only it trains on given pairs instead, as Diffusion-DPO does (Wallace et al., arXiv
+2311.12908), with the same loss.
+"""
 
 import dataclasses
 
@@ -6,6 +10,7 @@ import jax
 import numpy as np
 
 from grpo.credit import Credit
+from grpo.data.labels import PAIRS
 from grpo.learning.flow_matching import FlowMatching, check_range
 from grpo.learning.selection import Selection, best_and_worst
 from grpo.learning.velocity_loss import Rows, mean_square
@@ -32,6 +37,7 @@ class DPO(FlowMatching):
     reads = (*FlowMatching.reads, "train.dpo_beta", "train.reference_every")
     pairs = True
     one_per_group = True
+    of_data = PAIRS
     logs = ("preferred",)  # share of the pairs with a negative margin
 
     def __post_init__(self):

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from grpo.credit import Credit
+from grpo.data.labels import ITEMS
 from grpo.learning.flow_matching import FlowMatching
 from grpo.learning.selection import Selection, best_and_worst
 from grpo.learning.velocity_loss import Rows, flow_error
@@ -24,6 +25,7 @@ class SFT(FlowMatching):
     name = "sft"
     reads = (*FlowMatching.reads, "train.kl_weight", "train.kl_gate")
     one_per_group = True
+    of_data = ITEMS
 
     def select(self, credit: Credit, group_size: int) -> Selection:
         best, _, differ = best_and_worst(credit.value, credit.spread, group_size)

@@ -8,6 +8,7 @@ import math
 import re
 
 from grpo import methods
+from grpo.data.labels import LINES
 from grpo.learning.method import kl_weight
 from grpo.records import trackers
 from grpo.scoring.reward_combination import BAD_SIDE
@@ -229,17 +230,25 @@ def check_lora(recipe) -> None:
 
 
 def check_data(recipe) -> None:
-    """Check that training on data alone has data, and the method whose loss it has."""
+    """Check that training on data alone has data, a method that can, and the labels that it needs."""
     data, train = recipe.data, recipe.train
+    alone = {m.name: m.of_data for m in methods.all_methods() if m.of_data}
+    needs = alone.get(train.method)
     if data.only and not data.path:
         raise UserError(
             "config.data.only=True trains on data alone, and config.data.path='' names none: give a "
             "folder that python -m grpo.encode_clips wrote"
         )
-    if data.only and train.method != "sft":
+    if data.only and needs is None:
+        known = ", ".join(f"{name} ({kind})" for name, kind in alone.items())
         raise UserError(
-            f"config.data.only=True is supervised fine-tuning, and train.method={train.method} is "
-            "not: set --config.train.method=sft, or data.only=False for an anchor"
+            f"config.data.only=True with train.method={train.method}, which trains on videos of its own: "
+            f"set --config.train.method to one of {known}, or data.only=False for an anchor"
+        )
+    if data.only and needs in LINES and not data.labels:
+        raise UserError(
+            f"config.data.labels='' with config.data.only=True: train.method={train.method} trains on "
+            f"given {needs}; name a file with a line {LINES[needs]} each"
         )
     if data.noise == "rollout" and recipe.sample.frame_schedule:
         raise UserError(

@@ -5,6 +5,7 @@ without removing them. `grpo.methods` refuses settings that choose a variant of 
 """
 
 from grpo import methods
+from grpo.data.labels import LINES
 from grpo.settings.choices import JUDGE, JUDGE_QUESTIONS, SLIDING
 from grpo.settings.schema import SETTINGS, values_of
 
@@ -91,7 +92,12 @@ def unread(recipe) -> dict[str, str]:
         (
             not recipe.data.path,
             "data.path is empty",
-            ("data.weight", "data.batch_size", "data.noise", "data.only"),
+            ("data.weight", "data.batch_size", "data.noise", "data.only", "data.labels"),
+        ),
+        (
+            not recipe.data.only or method.of_data not in LINES,
+            f"data.only={recipe.data.only}, {cause}",
+            ("data.labels",),
         ),
         (recipe.data.only, "data.only=True", OF_VIDEOS),
         (

@@ -1,4 +1,6 @@
-"""Training runs with data: an anchor of a method, and a warm start on data alone."""
+"""Training runs with data: an anchor of a method, and training on data alone: a warm start, given pairs
+and given ratings.
+"""
 
 import json
 import shutil
@@ -18,13 +20,16 @@ METRICS, EVALUATIONS = "metrics.jsonl", "evals.jsonl"
 
 
 def write_data(model, folder, words=("sea", "sky", "sun")):
-    """Encode a random picture for each word; return the folder of the data."""
+    """Encode a random picture for each word, NAME/WORD.png with the caption for WORD; return the folder
+    of the data.
+    """
     src = folder / "src"
-    src.mkdir(parents=True)
     for i, word in enumerate(words):
         pixels = np.random.default_rng(i).integers(0, 256, (16, 32, 3), np.uint8)
-        Image.fromarray(pixels).save(src / f"{word}.png")
-        (src / f"{word}.txt").write_text(f'A sign that says "{word}".')
+        file = src / f"{word}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(file)
+        file.with_suffix(".txt").write_text(f'A sign that says "{file.stem}".')
     encode(Wanted(str(model), str(folder / "data"), str(src), height=16, width=32))
     return folder / "data"
 
@@ -107,6 +112,61 @@ def test_a_warm_start_on_data_alone(model, data, tmp_path, capsys):
     assert "rollout step" not in out and "trained parameters, data alone" in out
 
 
+def write_labels(path, lines):
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def labelled(model, tmp_path_factory):
+    """(folder of four pictures of two prompts, labels by method)."""
+    folder = tmp_path_factory.mktemp("labelled")
+    data = write_data(model, folder, ("a/sea", "b/sea", "a/sky", "b/sky"))
+    pairs = [{"preferred": f"a/{w}.png", "rejected": f"b/{w}.png"} for w in ("sea", "sky")]
+    scores = {"a/sea": 1.0, "b/sea": 0.0, "a/sky": 0.75, "b/sky": 0.25}
+    ratings = [{"file": f"{name}.png", "score": score} for name, score in scores.items()]
+    dpo, tgo = (folder / f"{name}.jsonl" for name in ("pairs", "ratings"))
+    return data, {"dpo": write_labels(dpo, pairs), "tgo": write_labels(tgo, ratings)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, share", [("dpo", "preferred"), ("tgo", "agreed")])
+def test_training_on_given_labels(model, labelled, tmp_path, capsys, method, share):
+    """It learns them, resumes bit for bit, also with a copy of the labels, and refuses others."""
+    data, labels = labelled
+    common = (*MEASURES, *PICTURE, f"train.method={method}", "train.timesteps=2", "data.only=True")
+    common += (
+        f"data.path={data}",
+        "data.batch_size=3",
+        "train.learning_rate=0.003",
+        "eval.every=1",
+    )
+    common += ("train.updates_per_epoch=3", *FEW)
+    results = []
+    for name, ends in (("whole", (3,)), ("parts", (1, 3))):
+        folder = tmp_path / name
+        folder.mkdir()
+        config, run = write_recipe(model, folder)
+        for end in ends:
+            file = labels[method]
+            if name == "parts" and end == 3:
+                file = shutil.copy(file, tmp_path / "moved.jsonl")
+            train_here(config, *common, f"data.labels={file}", f"epochs={end}")
+        results.append(result(run))
+    assert_same(*results)
+    records = lines_of(run, METRICS)
+    assert records[0][f"{share}_min"] == 0, "the first update compares the base model with itself"
+    assert np.mean([record[share] for record in records[-3:]]) > 0.7
+    assert [record["epoch"] for record in lines_of(run, EVALUATIONS)] == [0, 1, 2, 3]
+    out = capsys.readouterr().out
+    assert "4 items of 1 x 16 x 32" in out and "of them (" in out
+
+    lines = [json.loads(line) for line in labels[method].read_text().splitlines()]
+    other = write_labels(tmp_path / "other.jsonl", lines[:-1] if method == "tgo" else lines[:1])
+    refused = message(config, *common, f"data.labels={other}", "epochs=4")
+    assert f"data.labels: '{tmp_path / 'moved.jsonl'} (" in refused and f"{other} (" in refused
+
+
 def test_mistakes_before_any_work(model, data, recipe, tmp_path):
     """Settings, and folders that are no data or damaged."""
     config, run = recipe
@@ -116,6 +176,12 @@ def test_mistakes_before_any_work(model, data, recipe, tmp_path):
     assert "train.method=grpo" in message(config, *common, path, "data.only=True")
     guided = ("train.method=sft", "train.guided=True", "data.only=True")
     assert "train.guided=True" in message(config, *common, path, *guided)
+    alone = (path, "data.only=True", "train.method=dpo")
+    assert "data.labels=''" in message(config, *common, *alone)
+    same = {"preferred": "sea.png", "rejected": "sea.png"}
+    labels = write_labels(tmp_path / "labels.jsonl", [same | {"rejected": "sky.png"}])
+    found = message(config, *common, *alone, f"data.labels={labels}")
+    assert f"data.labels={labels}, line 1: 'sea.png' and 'sky.png' have different" in found
     assert "data.json" in message(config, *common, f"data.path={tmp_path}")
     damaged = shutil.copytree(data, tmp_path / "damaged")
     (damaged / "00000_text.npy").write_bytes(b"")

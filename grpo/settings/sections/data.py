@@ -41,8 +41,18 @@ class Data(Section):
     )
     only: bool = setting(
         False,
-        "Whether an epoch trains on the data alone, with the loss of train.method=sft: nothing is "
-        "sampled or scored between evaluations. It has train.updates_per_epoch optimiser steps.",
+        "Whether an epoch trains on the data alone: on all of them with train.method=sft, on given "
+        "pairs with `dpo`, on given ratings with `tgo`. Nothing is sampled or scored between "
+        "evaluations. It has train.updates_per_epoch optimiser steps.",
+        experimental=True,
+    )
+    labels: str = setting(
+        "",
+        'Pairs for `dpo` or ratings for `tgo` with data.only, a JSON line each: {"preferred": NAME, '
+        '"rejected": NAME} or {"file": NAME, "score": NUMBER}, with names of the data\'s items. A '
+        "run that is continued may name another file with the same content.",
+        path=True,
+        per_process=True,
         experimental=True,
     )
 

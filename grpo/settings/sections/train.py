@@ -77,6 +77,18 @@ class Train(Section):
         bounds=POSITIVE_OR_INF,
         experimental=True,
     )
+    tgo_temperature: float = setting(
+        1e-3,
+        "Of `tgo`: what differences of errors from the reference's are divided by.",
+        bounds=POSITIVE,
+        experimental=True,
+    )
+    tgo_confidence: float = setting(
+        5.0,
+        "Of `tgo`: c of a video's weight, 1 + c |score - median|. 0: all are equal.",
+        bounds=Range(0),
+        experimental=True,
+    )
     temperature: float = setting(
         1.0,
         "Of `rwr`: a video's weight is exp(reward / temperature) over its mean in the group.",

@@ -60,6 +60,11 @@ def test_an_epoch_in_evaluations(values, cost):
             },
             3 * 32 * 4 / 4 / (64 * 10 * 2),
         ),
+        # pairs of two, with the reference
+        (
+            {"train.method": "dpo", "data.only": True, "data.labels": "pairs.jsonl"},
+            32 * 2 * 4 / 4 / (64 * 10 * 2),
+        ),
     ],
 )
 def test_an_epoch_with_data_in_evaluations(values, cost, tmp_path):
@@ -77,5 +82,5 @@ def test_an_epoch_with_data_in_evaluations(values, cost, tmp_path):
     step = Functions(alone).rollout_step()
     each = model_flops.count(step.jitted, *step.args) / alone.recipe.sample.batch_size
     rows = values.get("data.batch_size", 32) * values.get("train.updates_per_epoch", 1)
-    passes = 4 if "train.kl_weight" in values else 3
+    passes = 8 if "data.labels" in values else 4 if "train.kl_weight" in values else 3
     assert flops == pytest.approx(rows * passes * each, rel=1e-6)

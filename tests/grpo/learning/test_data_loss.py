@@ -3,6 +3,7 @@ optimiser step has; and what is the same without data.
 """
 
 import dataclasses
+import json
 import types
 
 import jax
@@ -12,12 +13,15 @@ import pytest
 
 from grpo.compiled.functions import Functions
 from grpo.credit import compute_credit
+from grpo.data.labels import Labels, read_labels
 from grpo.data.latent_folder import open_data
 from grpo.learning import data_loss
 from grpo.learning.data_loss import DataSource, Rollout, draw_numbers, draw_shares, with_data
 from grpo.learning.optimiser import GradientInputs
+from grpo.methods.dpo import DPO
 from grpo.methods.nft import NFT
 from grpo.methods.rwr import RWR
+from grpo.methods.tgo import TGO
 from grpo.random_streams import Stream
 from grpo.rollout import initial_noise, sample_noise
 from grpo.update import data_share, kl_share, update_epoch
@@ -272,6 +276,133 @@ def test_swapped_prompts_would_be_seen(weights, velocity_of, written):
     assert abs(own.mean() - others.mean()) > 1e-4 * own.mean()
 
 
+# --- given pairs and ratings ----------------------------------------------------------------------
+
+PAIRS = [(0, 2), (3, 1), (4, 0), (5, 3)]  # of items with two prompts in turn
+SCORES = {1: 0.25, 2: 1.0, 3: 0.5, 5: 0.0}
+
+
+@pytest.fixture(scope="module")
+def paired(tmp_path_factory):
+    """(data, latents, embeddings) of six items with two prompts, and a source that makes labels."""
+    folder = tmp_path_factory.mktemp("paired")
+    written = write_data(folder / "data", SHAPE, height=32, width=32, items=6, prompts=2)
+    lines = [{"preferred": f"{a}.png", "rejected": f"{b}.png"} for a, b in PAIRS]
+    rated = [{"file": f"{item}.png", "score": score} for item, score in SCORES.items()]
+    table, sources = TextTable((), np.zeros((1, 12), np.float32), 6), {}
+    for kind, content in (("pairs", lines), ("ratings", rated)):
+        path = folder / f"{kind}.jsonl"
+        path.write_text("\n".join(map(json.dumps, content)))
+        labels = read_labels(str(path), written[0], kind)
+        data = dataclasses.replace(written[0], labels=labels)
+        sources[kind] = DataSource.make(data, table, np.float32)
+    return written, sources
+
+
+def test_a_batch_of_pairs_has_both_latents_and_the_prompt_of_the_two(paired):
+    (_, latents, texts), sources = paired
+    seen = []
+    for update in range(4):
+        batch = sources["pairs"].batch(spec_of(), 0, update)
+        drawn = draw_numbers(SEED, update, len(PAIRS), 3)
+        seen += drawn.tolist()
+        np.testing.assert_array_equal(batch.valid, [[True, True], [True, False]])
+        x0, worse = (np.asarray(x).reshape(4, *SHAPE) for x in (batch.x0, batch.worse))
+        embeddings = np.asarray(batch.text.embeddings).reshape(4, 6, 12)
+        for place, number in enumerate(drawn):
+            better, other = PAIRS[number]
+            np.testing.assert_array_equal(x0[place], latents[better])
+            np.testing.assert_array_equal(worse[place], latents[other])
+            for item in (better, other):  # they have one prompt
+                np.testing.assert_array_equal(embeddings[place, : len(texts[item])], texts[item])
+                assert not embeddings[place, len(texts[item]) :].any()
+    assert sorted(seen) == sorted([*range(4)] * 3), "three passes over all pairs"
+
+
+def errors_of(velocity_of, arrays, latents, text, batch, place):
+    """Return mean((v - (e - x0))^2) in float64 of each of the latents [F, H, W, C], at the noise and
+    the level of a row of a batch of data.
+    """
+    m, b = divmod(place, batch.valid.shape[1])
+    sigma = float(batch.sigma[m, 0, b])
+    noise = np.asarray(sample_noise(batch.key, jnp.array([place]), 0, SHAPE))[0].astype(np.float64)
+    rows = np.zeros((1, 6, 12), np.float32)
+    rows[0, : len(text)] = text
+    text = TextBatch(jnp.asarray(rows), jnp.zeros((6, 12)), TEXT_ROWS - 6)
+    errors = []
+    for x0 in latents:
+        x = ((1 - sigma) * x0.astype(np.float64) + sigma * noise)[None].astype(np.float32)
+        v = np.asarray(velocity_of(arrays, x, batch.timestep[m, 0, b : b + 1], text), np.float64)[0]
+        errors.append(np.mean((v - (noise - x0)) ** 2))
+    return np.array(errors)
+
+
+@pytest.fixture(scope="module")
+def reference_of(weights):
+    """The velocity of the base model, as `velocity_of`."""
+    policy, _, frozen = weights
+    return jax.jit(lambda _, x, t, text: velocity(policy.reference(frozen), x, t, text, 1.0))
+
+
+def loss_on(method, weights, batch) -> float:
+    """Return the mean loss of the three rows of a batch."""
+    policy, trainable, frozen = weights
+    gradient = jax.jit(method.make_gradient(policy, tiny_policy.TABLE, 1.0))
+    _, metrics = gradient(trainable, GradientInputs(None, {}), frozen, batch)
+    assert float(metrics.count) == 3
+    return float(metrics.policy_loss) / 3
+
+
+@pytest.mark.slow
+def test_the_loss_on_given_pairs(weights, velocity_of, reference_of, paired):
+    """-log sigmoid(-beta / 2 ((e_w - r_w) - (e_l - r_l))) with one noise and one level for both, under
+    their own prompt: with that of other items it would be another.
+    """
+    (_, latents, texts), sources = paired
+    method, update = DPO(beta=20.0), 1
+    batch = sources["pairs"].batch(spec_of(), 0, update)
+
+    def expected(swapped):
+        losses = []
+        for place, number in enumerate(draw_numbers(SEED, update, len(PAIRS), 3)):
+            pair = list(PAIRS[number])
+            common = latents[pair], texts[(pair[0] + swapped) % 2], batch, place
+            excess = errors_of(velocity_of, weights[1], *common)
+            excess -= errors_of(reference_of, None, *common)
+            losses.append(np.log1p(np.exp(0.5 * method.beta * (excess[0] - excess[1]))))
+        return np.mean(losses)
+
+    # float32 means of 64 values, times beta / 2
+    loss, tolerance = loss_on(method, weights, batch), 2e-5
+    assert loss == pytest.approx(expected(swapped=False), rel=tolerance)
+    assert loss != pytest.approx(expected(swapped=True), rel=5 * tolerance)
+
+
+@pytest.mark.slow
+def test_the_loss_on_given_ratings(weights, velocity_of, reference_of, paired):
+    """-w log sigmoid(+-h) by the median of all scores, 0.375, with each item under its own prompt."""
+    (_, latents, texts), sources = paired
+    method, update, items = TGO(temperature=0.1), 1, [*SCORES]
+    spec = spec_of()
+    spec.method.rated_weights = method.rated_weights
+    batch = sources["ratings"].batch(spec, 0, update)
+
+    def expected(swapped):
+        losses = []
+        for place, number in enumerate(draw_numbers(SEED, update, len(items), 3)):
+            item = items[number]
+            common = latents[[item]], texts[(item + swapped) % 2], batch, place
+            excess = errors_of(velocity_of, weights[1], *common)
+            h = (errors_of(reference_of, None, *common) - excess)[0] / method.temperature
+            likely, far = 1 / (1 + np.exp(-h)), abs(SCORES[item] - 0.375)
+            losses.append(-(1 + 5 * far) * np.log(likely if SCORES[item] > 0.375 else 1 - likely))
+        return np.mean(losses)
+
+    loss, tolerance = loss_on(method, weights, batch), 2e-5  # as above, divided by T
+    assert loss == pytest.approx(expected(swapped=False), rel=tolerance)
+    assert loss != pytest.approx(expected(swapped=True), rel=5 * tolerance)
+
+
 # --- an epoch's updates ---------------------------------------------------------------------------
 
 
@@ -359,11 +490,12 @@ def test_without_a_weight_the_update_is_the_same_function(folder):
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize("method", ["grpo", "sft"])
+@pytest.mark.parametrize("method", ["grpo", "sft", "dpo"])
 def test_batches_have_the_shapes_that_were_compiled(folder, method, devices):
     """Of another size than the videos; also on two devices, where a row fills the batch up."""
     values = {"train.method": method, "train.timesteps": 2, "train.updates_per_epoch": 1}
-    values |= {"data.path": str(folder), "data.batch_size": 3, "data.only": method == "sft"}
+    values |= {"data.path": str(folder), "data.batch_size": 3, "data.only": method != "grpo"}
+    values |= {"data.labels": "pairs.jsonl"} if method == "dpo" else {}
     spec = dataclasses.replace(
         tiny_spec(**values, **{"sample.height": 64}), mesh=devices_mesh(devices)
     )
@@ -373,14 +505,18 @@ def test_batches_have_the_shapes_that_were_compiled(folder, method, devices):
         assert isinstance(abstract, data_loss.AnchoredBatch)
         abstract = abstract.data
     table = TextTable((), np.zeros((1, 4096), np.float32), 6)
-    made = DataSource.make(open_data(folder, MODEL), table, np.float32).batch(spec, 0, 1)
+    data = open_data(folder, MODEL)
+    if method == "dpo":
+        items = np.arange(2)
+        data = dataclasses.replace(data, labels=Labels("pairs", items, items + 2, None, ""))
+    made = DataSource.make(data, table, np.float32).batch(spec, 0, 1)
     assert made.valid.sum() == 3 and made.valid.size == (3 if devices == 1 else 4)
     assert jax.tree.structure(made) == jax.tree.structure(abstract)
     for found, wanted in zip(jax.tree.leaves(made), jax.tree.leaves(abstract)):
         assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
     assert made.x0.sharding.is_equivalent_to(abstract.x0.sharding, made.x0.ndim)
     names = [program.name for program in functions.training_steps()]
-    assert names == (["update"] if method == "sft" else ["rollout step", "update"])
+    assert names == (["rollout step", "update"] if method == "grpo" else ["update"])
 
 
 def test_streams_of_data_are_their_own():

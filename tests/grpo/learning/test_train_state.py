@@ -101,6 +101,24 @@ def test_the_content_of_the_data_counts(prompts):
         train_state.check_resume(earlier, "R/1", config("a.txt"), model(), with_data)
 
 
+def test_the_content_of_the_labels_counts(prompts):
+    """Their path does not, as that of the data; a checkpoint of an earlier version had none."""
+    same = train_state.origin(model(), prompts("a.txt", "open")) | {"data_digest": "12"}
+    settings = {path: config("a.txt") for path in ("", "old", "new")}
+    for path, values in settings.items():
+        values["data"]["labels"] = path
+    saved = meta(prompts("a.txt", "open")) | same | {"config": settings["old"]}
+    labelled = [same | {"labels_digest": digest} for digest in ("34", "56")]
+    saved |= labelled[0]
+    train_state.check_resume(saved, "R/1", settings["new"], model(), labelled[0])
+    with pytest.raises(UserError, match=r"data\.labels: 'old \(34\)' -> 'old \(56\)'"):
+        train_state.check_resume(saved, "R/1", settings["old"], model(), labelled[1])
+    del saved["labels_digest"], saved["config"]["data"]["labels"]
+    train_state.check_resume(saved, "R/1", settings[""], model(), same)
+    with pytest.raises(UserError, match=r"data\.labels"):
+        train_state.check_resume(saved, "R/1", settings["old"], model(), labelled[0])
+
+
 def test_targets_count_and_how_they_are_kept_does_not(prompts):
     before = prompts("a.txt", "open", "exit")
     asked = type(before)(before.prompts, tuple(map(PromptRecord, before.targets, before.prompts)))
