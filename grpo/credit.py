@@ -12,6 +12,7 @@ from grpo.run import RunSpec
 from grpo.scoring import reward_combination
 from grpo.scoring.advantages import (
     GroupStatistics,
+    below_spread,
     exponential_advantages,
     extremes,
     from_groups_with_spread,
@@ -34,10 +35,12 @@ class Credit:
         valid: bool [N], whether the video has every weighted reward.
         advantages: fp32 [N], within the groups.
         value: [N], the value by which the videos of a group are ranked: `total` or `advantages`.
-        spread: bool [N], whether the video is valid and in a group with different rewards.
+        spread: bool [N], whether the video is valid and in a group with different rewards, which is
+            not `weak`.
         counted: bool [N], whether the video is valid and trained on.
         order: int [at most batches], numbers of the rollout batches that hold a selected group.
         groups: statistics of the groups, for the log.
+        weak: bool [N], whether the spread of the video's group is below train.min_group_std.
         kl_gate: fp32 [N], weight of the KL of each video (train.kl_gate); None: all are 1.
         boxes: of the text read in each video (`GatheredScores.boxes`), for `cell_weights`.
     """
@@ -50,6 +53,7 @@ class Credit:
     counted: np.ndarray
     order: np.ndarray
     groups: GroupStatistics
+    weak: np.ndarray
     kl_gate: np.ndarray | None = None
     boxes: Sequence[Boxes] = ()
 
@@ -96,7 +100,9 @@ def compute_credit(
             rewards, weights, prompt_of, valid, **options
         )
         value, differing = advantages, list(rewards.values())
-    spread = from_groups_with_spread(differing, prompt_of, valid)
+    weak = below_spread(total, prompt_of, valid, recipe.train.min_group_std)
+    advantages[weak] = 0
+    spread = from_groups_with_spread(differing, prompt_of, valid) & ~weak
     if recipe.train.advantage_exp:
         advantages = exponential_advantages(advantages, spread, recipe.train.advantage_clip)
     gate, share = None, recipe.train.kl_gate
@@ -114,6 +120,7 @@ def compute_credit(
         counted=selected & extremes(total, prompt_of, valid, recipe.train.best_of),
         order=np.flatnonzero(selected.reshape(spec.settings.batches, -1).any(1)),
         groups=group_statistics(total, prompt_of, valid),
+        weak=weak,
         kl_gate=gate,
         boxes=scores.boxes,
     )

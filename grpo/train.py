@@ -36,7 +36,7 @@ from grpo.compiled import offload
 from grpo.credit import compute_credit
 from grpo.data.prompts import PromptSet
 from grpo.learning.confidence import measure_confidence
-from grpo.learning.head_guidance import refit_head
+from grpo.learning.head_guidance import HeadState, refit_head
 from grpo.records import epoch_record, run_log, run_output
 from grpo.records.clock import Stopwatch
 from grpo.records.console import print_once
@@ -44,7 +44,7 @@ from grpo.records.forecast import forecast_lines
 from grpo.records.progress import estimate
 from grpo.report import run_report
 from grpo.run import RunSpec, open_model
-from grpo.sampling import sample_epoch, zero_nonfinite
+from grpo.sampling import States, sample_epoch, zero_nonfinite
 from grpo.scoring.alarms import stop_on_alarm, weight_of_kl
 from grpo.scoring.reward_pool import check_groups, open_pool
 from grpo.scoring.run_evaluations import evaluate, evaluation_is_due, read_base
@@ -58,8 +58,8 @@ from grpo.settings import agreement, parse, video_sizes
 from grpo.settings.budget import Spent
 from grpo.settings.reference import FLAG_HELP
 from grpo.settings.schema import Recipe
-from grpo.setup import prepare
-from grpo.update import NotFinite, update_epoch
+from grpo.setup import Start, prepare
+from grpo.update import NotFinite, new_warnings, update_epoch, velocity_excess
 from rewards.pool_set import Pool
 from wan_jax.command_line import cli
 from wan_jax.distributed import launchers, memory, multihost
@@ -176,6 +176,8 @@ def train(
     base, kl_weight = {}, None
     if start.epochs:
         stop_on_alarm(start, states, done, spent, head)
+        newest = multihost.from_first(lambda: [*log.epochs][-1:])
+        stop_on_distance(start, states, newest[0] if newest else {}, spent, head)
         kl_weight = weight_of_kl(start, done, None)
         base = multihost.from_first(lambda: read_base(recipe.run_dir, settings.weights))
         for line in forecast_lines(spec, log):
@@ -184,7 +186,7 @@ def train(
     epoch = done
     last = False  # whether the epoch is the last one
     save_seconds = 0.0  # of the previous epoch
-    warning = None  # of the method, printed once
+    warned: set[str] = set()  # kinds of warnings, which are printed once
     for epoch in start.epochs:
         start.compiled.clear()
         clock = Stopwatch()
@@ -235,10 +237,8 @@ def train(
             recompiled = start.compiled.warning(epoch)
             if recompiled:
                 print_once(recompiled)
-        if warning is None:
-            warning = spec.method.warning(losses)
-            if warning is not None:
-                print_once(warning)
+        for warning in new_warnings(spec, losses, warned):
+            print_once(warning)
         seconds = clock.seconds | {"save": save_seconds, "total": clock.total}
         # of process 0, without compilation
         working = max(0.0, multihost.gather(clock.total - start.compiled.seconds)[0])
@@ -274,6 +274,8 @@ def train(
             ending = asked_to_end()
             if ending:
                 folder.save(epoch, states, spent, head)
+        if not last:
+            stop_on_distance(start, states, record, spent, head)
         if last or ending:
             break
 
@@ -299,6 +301,28 @@ def write_report(run_dir: str, last: bool = False) -> None:
     # Broad, because a page must not cost the training of a run, whatever is wrong with it.
     except Exception:
         print_once(f"warning: the report was not written:\n{traceback.format_exc()}")
+
+
+def stop_on_distance(
+    start: Start,
+    states: States,
+    record: Mapping[str, Any],
+    spent: Spent,
+    head: HeadState | None,
+) -> None:
+    """Raise `UserError` where the velocity in an epoch's record is further from that of earlier weights
+    than train.max_velocity_distance. Everything is saved before. head: that guides the rollout.
+    """
+    spec, epoch = start.session.spec, record.get("epoch", 0)
+    excess = velocity_excess(spec, record)
+    if excess is not None:
+        start.folder.save(epoch, states, spent, head)
+        write_report(spec.recipe.run_dir)
+        raise UserError(
+            f"epoch {epoch}: {excess}, so the run stops. Epoch {epoch} is saved. To go on all the "
+            "same, raise the bound; in a new run_dir lower --config.train.learning_rate or raise "
+            "--config.train.kl_weight"
+        )
 
 
 def same_size(recipe: Recipe, epoch: int) -> bool:

@@ -9,10 +9,13 @@ from grpo.learning.data_loss import AnchoredBatch, Rollout
 from grpo.learning.method import Method
 from grpo.learning.method import kl_weight as constant_kl_weight
 from grpo.learning.optimiser import learning_rate
+from grpo.learning.policy import Flat
 from grpo.records.run_log import EXPERTS
+from grpo.run import RunSpec
 from grpo.sampling import RolloutBatch, Session, States
 from wan_jax.errors import UserError
 
+LEAST_GRADIENT = 10  # times train.adam_eps, below which the gradient is small
 # The values of several updates that an epoch logs as one bound. Others are logged as mean, minimum and
 # maximum.
 BOUNDS = {"ratio_min": min, "ratio_max": max, "ratio_max_error": max, "learning_rate": max}
@@ -37,7 +40,7 @@ def update_epoch(
     """
     spec, method, states = session.spec, session.spec.method, dict(states)
     data = session.data
-    measured: dict[str, list[dict[str, float]]] = {}  # of each optimiser step, by expert
+    measured: dict[str, list[dict[str, Any]]] = {}  # of each optimiser step, by expert
     trained: set[int] = set()  # numbers of videos
     # The rollout ends with the last expert on the device, so that one is updated first. The update
     # ends with the first one, with which the next rollout begins.
@@ -69,6 +72,7 @@ def update_epoch(
             values |= kl_share(values, method, weight)
             values |= data_share(values, method, weight, spec.recipe.data.weight)
             values["learning_rate"] = learning_rate(spec.settings.optimiser, made + len(steps))
+            values["grad_rms"] = gradient_rms(values["grad_norm"], states[name].trainable, spec)
             if not steps:
                 values |= method.check_first(values, epoch)
             steps.append(values | sampled)
@@ -78,6 +82,47 @@ def update_epoch(
     if len(measured) > 1:
         record[EXPERTS] = {name: summary(steps) for name, steps in measured.items()}
     return states, record
+
+
+def gradient_rms(norm: float, trainable: Flat, spec: RunSpec) -> float:
+    """Return the root mean square of the gradient that AdamW gets, after clipping. norm: before it.
+    trainable: arrays of the gradient's shapes.
+    """
+    size = sum(array.size for array in trainable.values())
+    return min(norm, spec.recipe.train.max_grad_norm) / math.sqrt(size)
+
+
+def new_warnings(spec: RunSpec, record: Mapping[str, Any], known: set[str]) -> list[str]:
+    """Return the warnings about the record of an epoch's updates, each kind once. known: the kinds that
+    the run has printed, to which those found are added.
+    """
+    found = {"method": spec.method.warning(dict(record)), "gradient": small_gradient(spec, record)}
+    new = {kind: text for kind, text in found.items() if text is not None and kind not in known}
+    known.update(new)
+    return [*new.values()]
+
+
+def small_gradient(spec: RunSpec, record: Mapping[str, Any]) -> str | None:
+    """Return a warning where train.adam_eps is not small beside the gradient, or None."""
+    rms, eps = record.get("grad_rms", 0.0), spec.recipe.train.adam_eps
+    if not 0 < rms < LEAST_GRADIENT * eps:
+        return None
+    fitting = 10.0 ** math.floor(math.log10(rms / LEAST_GRADIENT**2))
+    return (
+        f"warning: the gradient's root mean square is {rms:.1e}, under {LEAST_GRADIENT} times "
+        f"train.adam_eps={eps:g}, which AdamW adds to it in its divisor: steps are smaller than "
+        f"train.learning_rate asks for. Set --config.train.adam_eps={fitting:g} in a new run_dir"
+    )
+
+
+def velocity_excess(spec: RunSpec, record: Mapping[str, Any]) -> str | None:
+    """Return what exceeds train.max_velocity_distance in an epoch's record, or None."""
+    bound = spec.recipe.train.max_velocity_distance
+    for key in spec.method.distances:
+        value = record.get(f"{key}_max", 0.0)
+        if value > bound:
+            return f"{key} reached {value:.3g}, more than train.max_velocity_distance={bound:g}"
+    return None
 
 
 def kl_share(values: Mapping[str, float], method: Method, weight: float) -> dict[str, float]:
@@ -115,16 +160,18 @@ def data_share(
     return {"data_share": term / total if total else 0.0}
 
 
-def summary(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+def summary(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the number of updates, and for each KEY of their values the mean, KEY_min and KEY_max;
-    for the keys of BOUNDS the bound.
+    for the keys of BOUNDS the bound; for values by name their means by name.
 
     `ratio_max_error` is measured only in the first update of an expert in an epoch.
     """
-    record: dict[str, float] = {"updates": len(updates)}
+    record: dict[str, Any] = {"updates": len(updates)}
     for key in dict.fromkeys(key for values in updates for key in values):
         measured = [values[key] for values in updates if key in values]
-        if key in BOUNDS:
+        if isinstance(measured[0], Mapping):
+            record[key] = means_by_key(measured)
+        elif key in BOUNDS:
             record[key] = BOUNDS[key](measured)
         else:
             mean = sum(measured) / len(measured)
@@ -132,12 +179,21 @@ def summary(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     return record
 
 
+def means_by_key(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each key over those that have it."""
+    found = {key: [v[key] for v in values if key in v] for v in values for key in v}
+    return {key: sum(each) / len(each) for key, each in found.items()}
+
+
 class NotFinite(UserError):
     """An update has a NaN or an infinity."""
 
 
-def check_finite(values: dict[str, float], epoch: int) -> None:
-    """Raise `NotFinite` with the values that are not finite."""
-    bad = ", ".join(f"{k}={v}" for k, v in values.items() if not math.isfinite(v))
+def check_finite(values: Mapping[str, Any], epoch: int) -> None:
+    """Raise `NotFinite` with the values that are not finite. Those by name are not looked at: their
+    mean is another value.
+    """
+    numbers = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
+    bad = ", ".join(f"{k}={v}" for k, v in numbers.items() if not math.isfinite(v))
     if bad:
         raise NotFinite(f"epoch {epoch}: the update is not finite ({bad})")

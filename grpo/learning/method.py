@@ -50,6 +50,8 @@ class Method(abc.ABC):
             steps, not logit-normal.
         of_data: what it trains on with data.only: ITEMS, PAIRS or RATINGS of `grpo.data.labels`;
             None: it cannot train on data alone.
+        distances: logged means of squared differences of velocities that
+            train.max_velocity_distance bounds.
     """
 
     name: ClassVar[str]
@@ -64,6 +66,7 @@ class Method(abc.ABC):
     has_ratio: ClassVar[bool] = False
     rollout_levels: ClassVar[bool] = True
     of_data: ClassVar[str | None] = None
+    distances: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def check(cls, recipe: "Recipe") -> None:

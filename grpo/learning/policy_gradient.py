@@ -113,6 +113,8 @@ def objective(
         cells=steps.cells,
         kl_gate=steps.kl_gate,
         preserving=table.preserving,
+        index=jnp.broadcast_to(steps.index, shape),
+        steps=len(table.timestep),
     )
 
     # velocities of the policy, the reference and the teacher
@@ -157,7 +159,8 @@ def make_gradient(
             rows = (number, micro.log_prob, micro.step, micro.mean, advantages)  # each [K, ...]
             return jax.lax.scan(partial(one_step, micro=micro), carry, rows)[0], None
 
-        carry = (jax.tree.map(jnp.zeros_like, trainable), LossMetrics.zero(config))
+        zero = LossMetrics.zero(config, len(table.timestep))
+        carry = (jax.tree.map(jnp.zeros_like, trainable), zero)
         (grads, metrics), _ = jax.lax.scan(one_micro_batch, carry, batch)
         return jax.tree.map(lambda g: g / jnp.maximum(metrics.count, 1.0), grads), metrics
 

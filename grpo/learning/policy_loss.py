@@ -6,9 +6,11 @@ the rows that count, so that batches have one shape.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from grpo.learning.kl import AdaptiveKL, check_kind, kl_to_reference, step_kl
 from grpo.settings.choices import OBJECTIVES
@@ -133,6 +135,8 @@ class Rows:
             weights. None: all are 1.
         kl_gate: [B] fp32, weight of the KL to the reference of each row (train.kl_gate). None: 1.
         preserving: whether the mean of the step is that of CPS.
+        index: int32 [B], number of the step in the schedule, for the metrics by step; None: without.
+        steps: T, the number of steps of the schedule.
     """
 
     x: Array
@@ -148,6 +152,8 @@ class Rows:
     cells: Array | None = None
     kl_gate: Array | None = None
     preserving: bool = dataclasses.field(default=False, metadata={"static": True})
+    index: Array | None = None
+    steps: int = dataclasses.field(default=0, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -165,6 +171,8 @@ class LossMetrics:
         policy_loss: its sum.
         kl: sum of the KL without its weight.
         distillation: sum of mean((v - v_teacher)^2), where guidance is distilled.
+        log_ratio: [T], sums of |log-prob - log-prob at rollout| by step of the schedule.
+        step_count: [T], number of rows by step.
     """
 
     count: Array
@@ -176,10 +184,12 @@ class LossMetrics:
     policy_loss: Array
     kl: Array
     distillation: Array | None = None
+    log_ratio: Array | None = None
+    step_count: Array | None = None
 
     @classmethod
-    def zero(cls, config: LossConfig) -> "LossMetrics":
-        """Return the metrics of no rows."""
+    def zero(cls, config: LossConfig, steps: int = 0) -> "LossMetrics":
+        """Return the metrics of no rows. steps: T; 0: without metrics by step."""
         zero, infinity = jnp.zeros((), jnp.float32), jnp.full((), jnp.inf, jnp.float32)
         return cls(
             count=zero,
@@ -191,6 +201,8 @@ class LossMetrics:
             policy_loss=zero,
             kl=zero,
             distillation=zero if config.distill_weight > 0 else None,
+            log_ratio=jnp.zeros(steps, jnp.float32) if steps else None,
+            step_count=jnp.zeros(steps, jnp.float32) if steps else None,
         )
 
     def merge(self, other: "LossMetrics") -> "LossMetrics":
@@ -202,12 +214,12 @@ class LossMetrics:
             ratio_max=jnp.maximum(self.ratio_max, other.ratio_max),
         )
 
-    def averages(self) -> dict[str, float]:
+    def averages(self) -> dict[str, Any]:
         """Return the means for the log, on the host. Without rows the means are 0 and the bounds of
-        the ratio infinite.
+        the ratio infinite. `log_ratio_by_step` has the means of the steps with rows, by their number.
         """
         rows = max(float(self.count), 1.0)
-        means = {
+        means: dict[str, Any] = {
             "ratio_mean": float(self.ratio) / rows,
             "ratio_min": float(self.ratio_min),
             "ratio_max": float(self.ratio_max),
@@ -218,6 +230,12 @@ class LossMetrics:
         }
         if self.distillation is not None:
             means["distillation"] = float(self.distillation) / rows
+        if self.log_ratio is not None and self.step_count is not None:
+            sums, counts = np.asarray(self.log_ratio), np.asarray(self.step_count)
+            means["log_ratio"] = float(sums.sum()) / rows
+            means["log_ratio_by_step"] = {
+                str(step): float(sums[step] / counts[step]) for step in np.flatnonzero(counts)
+            }
         return means
 
 
@@ -324,6 +342,12 @@ def _metrics(
     def total(values):
         return jnp.sum(jnp.where(rows.mask, values, 0.0))
 
+    log_ratio = counts = None
+    if rows.index is not None:
+        at_step = rows.mask[:, None] & (rows.index[:, None] == jnp.arange(rows.steps))
+        change = jnp.abs(log_prob - rows.old_log_prob)[:, None]
+        log_ratio = jnp.sum(jnp.where(at_step, change, 0.0), axis=0)
+        counts = jnp.sum(at_step, axis=0, dtype=jnp.float32)
     return LossMetrics(
         count=total(1.0),
         ratio=total(ratio),
@@ -333,4 +357,6 @@ def _metrics(
         approx_kl=total(0.5 * (log_prob - rows.old_log_prob) ** 2),
         policy_loss=total(policy_loss),
         kl=total(kl),
+        log_ratio=log_ratio,
+        step_count=counts,
     )

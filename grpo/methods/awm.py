@@ -36,11 +36,17 @@ class AWM(FlowMatching):
 
     name = "awm"
     default_kl_weight = 0.1
-    reads = (*FlowMatching.reads, "train.kl_weight", "train.kl_gate")
+    reads = (
+        *FlowMatching.reads,
+        "train.kl_weight",
+        "train.kl_gate",
+        "train.max_velocity_distance",
+    )
     on_advantages = True
     has_ratio = True
     rollout_levels = True
-    logs = ("ratio_mean", "clip_fraction")
+    logs = ("ratio_mean", "clip_fraction", "log_ratio", "old_distance")
+    distances = ("old_distance", "kl")
 
     @property
     def lagged(self) -> tuple[str, ...]:
@@ -61,7 +67,12 @@ class AWM(FlowMatching):
         behaviour_error = mean_square(rows.v_lagged["behaviour"] - rows.target, rows.cells)
         log_ratio = behaviour_error - rows.error  # lp - lp_b
         loss, ratio = clipped_loss(log_ratio, rows.weight, self.clip, self.clip)
-        return loss, {"ratio_mean": ratio, "clip_fraction": jnp.abs(ratio - 1) > self.clip}
+        return loss, {
+            "ratio_mean": ratio,
+            "clip_fraction": jnp.abs(ratio - 1) > self.clip,
+            "log_ratio": jnp.abs(log_ratio),
+            "old_distance": mean_square(rows.v - rows.v_lagged["behaviour"]),
+        }
 
 
 METHOD = AWM

@@ -34,7 +34,13 @@ class DPO(FlowMatching):
     reference_every: int = 0
 
     name = "dpo"
-    reads = (*FlowMatching.reads, "train.dpo_beta", "train.reference_every")
+    reads = (
+        *FlowMatching.reads,
+        "train.dpo_beta",
+        "train.reference_every",
+        "train.max_velocity_distance",
+    )
+    distances = ("kl",)  # to the base model; with reference_every none is measured
     pairs = True
     one_per_group = True
     of_data = PAIRS

@@ -263,7 +263,7 @@ class GRPO(Method):
                 rollout.kl[name],
                 self.kl_in_reward,
                 rollout.prompt_of,
-                in_segment & credit.valid,
+                in_segment & credit.valid & ~credit.weak,
                 **advantage_options(spec.recipe),
             )
         if self.importance:

@@ -45,7 +45,10 @@ class NFT(FlowMatching):
         "train.nft_beta",
         "train.old_rate",
         "train.old_most",
+        "train.max_velocity_distance",
     )
+    logs = ("old_distance",)  # mean((v - v_behaviour)^2)
+    distances = ("old_distance", "kl")
     on_advantages = True
     rollout_levels = True
 
@@ -90,7 +93,7 @@ class NFT(FlowMatching):
         loss = nft_loss(
             rows.x, rows.x0, rows.sigma, rows.v, v_behaviour, optimality, self.beta, cells=cells
         )
-        return self.advantage_clip * loss, {}
+        return self.advantage_clip * loss, {"old_distance": mean_square(rows.v - v_behaviour)}
 
 
 def optimality(advantages: np.ndarray, clip: float) -> np.ndarray:

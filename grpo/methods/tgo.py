@@ -34,7 +34,13 @@ class TGO(FlowMatching):
     confidence: float = 5.0
 
     name = "tgo"
-    reads = (*FlowMatching.reads, "train.tgo_temperature", "train.tgo_confidence")
+    reads = (
+        *FlowMatching.reads,
+        "train.tgo_temperature",
+        "train.tgo_confidence",
+        "train.max_velocity_distance",
+    )
+    distances = ("kl",)
     logs = ("agreed",)  # share of the videos whose h is on their side
     of_data = RATINGS
 

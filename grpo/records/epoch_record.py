@@ -1,5 +1,7 @@
 """What is recorded of an epoch, and its line on the terminal."""
 
+import numpy as np
+
 from grpo.credit import Credit
 from grpo.records.clock import timestamp
 from grpo.records.progress import Progress
@@ -55,6 +57,8 @@ def make(
         "idle_share": max(0.0, 1 - working / seconds["total"]),
         "peak_memory": memory.peaks().known(),
     }
+    if spec.recipe.train.min_group_std:
+        scored["weak_groups"] = len(np.unique(rollout.prompt_of[credit.weak]))
     return sampled | losses | scored
 
 

@@ -22,6 +22,9 @@ LABELS: dict[str, str] = {
     "kl_share": "KL's share of the loss",
     "kl_weight": "weight of the KL",
     "update_norm": "norm of the update",
+    "grad_rms": "RMS of the clipped gradient",
+    "log_ratio": "change of log-probs",
+    "weak_groups": "groups below the least spread",
     "learning_rate": "learning rate",
     "idle_share": "share of an epoch in which the device waits",
     "ratio_mean": "mean importance ratio",
@@ -71,7 +74,14 @@ def small_curves(run: RunRecords) -> dict[str, list[SmallCurve]]:
     ]
     names = dict.fromkeys(k for record in (*means, *measured) for k in record if k != "epoch")
     measures = [_curve(name, _points(means, name), _points(measured, name), last) for name in names]
-    groups = {"Training": training, "Rewards and measures of the videos": measures}
+    steps = [{"epoch": m["epoch"]} | _dict(m, "log_ratio_by_step") for m in run.metrics]
+    numbers = sorted({k for record in steps for k in record if k.isdigit()}, key=int)
+    by_step = [_curve(f"step {k}", _points(steps, k), [], last) for k in numbers]
+    groups = {
+        "Training": training,
+        "Change of log-probs by denoising step": by_step,
+        "Rewards and measures of the videos": measures,
+    }
     return {
         heading: [curve for curve in curves if curve is not None]
         for heading, curves in groups.items()

@@ -39,6 +39,12 @@ HEALTH = {  # key in an epoch's record: metric
     "preferred": HealthMetric(
         "pairs ordered rightly", min, "a share of 0 to 1; 0 at first, then above 1/2"
     ),
+    "agreed": HealthMetric(
+        "videos on their side of the median", min, "a share of 0 to 1; 0 at first, then above 1/2"
+    ),
+    "old_distance": HealthMetric(
+        "distance from the behaviour policy", max, "small and steady: mean square of velocities"
+    ),
     "grad_norm": HealthMetric("gradient norm", max, "no jumps; before clipping"),
     "policy_loss": HealthMetric("policy loss", max, "no trend to expect: advantages are centred"),
     "group_std": HealthMetric(

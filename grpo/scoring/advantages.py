@@ -189,6 +189,20 @@ def from_groups_with_spread(
     return selected
 
 
+def below_spread(
+    rewards: np.ndarray, groups: np.ndarray, valid: np.ndarray, least: float
+) -> np.ndarray:
+    """Return which videos are in a group whose valid rewards have a standard deviation below `least`,
+    bool [N] (train.min_group_std). Groups with fewer than 2 valid rewards are not: they have no
+    advantages anyway.
+    """
+    rewards, groups, valid = _check_rewards(rewards, groups, valid)
+    below = np.zeros(len(groups), bool)
+    for members in _members(groups, valid):
+        below[members] = np.std(np.sort(rewards[members])) < least
+    return below
+
+
 def group_statistics(rewards: np.ndarray, groups: np.ndarray, valid: np.ndarray) -> GroupStatistics:
     """Return the statistics of rewards, groups and valid, [N] each, as `group_advantages` takes
     them. Raises ValueError as it does.

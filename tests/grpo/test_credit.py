@@ -53,6 +53,23 @@ def test_videos_are_ranked_by_what_is_combined():
     np.testing.assert_allclose(credit.advantages[4:], 0, atol=1e-6)
 
 
+@pytest.mark.parametrize("combine", ["rewards", "advantages"])
+def test_a_group_below_the_least_spread_teaches_nothing(combine):
+    """The others have what they had; standard deviations are 0.330 and 0.249."""
+    values = {"reward.combine": combine}
+    plain = compute_credit(tiny_spec(**values), scores_of(REWARDS), PROMPT_OF, {})
+    assert not plain.weak.any()
+    spec = tiny_spec(**values | {"train.min_group_std": 0.3})
+    credit = compute_credit(spec, scores_of(REWARDS), PROMPT_OF, {})
+    np.testing.assert_array_equal(credit.weak, PROMPT_OF == 5)
+    np.testing.assert_array_equal(credit.spread, VALID & (PROMPT_OF == 3))
+    np.testing.assert_array_equal(credit.counted, VALID)
+    np.testing.assert_array_equal(credit.advantages[:4], plain.advantages[:4])
+    assert plain.advantages[4:].any() and not credit.advantages[4:].any()
+    larger = tiny_spec(**values | {"train.min_group_std": 0.35})
+    assert not compute_credit(larger, scores_of(REWARDS), PROMPT_OF, {}).spread.any()
+
+
 def test_groups_of_largest_spread_and_their_extremes_are_counted():
     """Of two groups one is trained, of its videos the best and the worst."""
     settings = {"train.groups": 1, "train.best_of": 1, "train.updates_per_epoch": 1}

@@ -66,6 +66,30 @@ def test_an_alarm_stops_the_run_and_is_no_obstacle_to_going_on(run, capsys):
 
 
 @pytest.mark.slow
+def test_a_velocity_that_is_too_far_stops_the_run(start, capsys):
+    """After an epoch whose checkpoint is kept; once the bound is raised, the same run goes on."""
+    values = {"train.method": "nft", "train.timesteps": 2, "epochs": 2, "eval.every": 9}
+    values |= {"train.learning_rate": 1e-2, "train.updates_per_epoch": 2, "save.every": 9}
+
+    def run(bound):
+        spec, *rest = start(1, **values, **{"train.max_velocity_distance": bound})
+        train.train(spec, *rest)
+        return spec.recipe.run_dir
+
+    for _ in range(2):  # the same command again
+        with pytest.raises(UserError, match=r"epoch 1: old_distance reached .*=1e-09") as error:
+            run(1e-9)
+    assert "Epoch 1 is saved" in str(error.value)
+    folder = run(float("inf"))
+    assert "after epoch 1" in capsys.readouterr().out
+    records = read_metrics(folder)
+    assert [record["epoch"] for record in records] == [1, 2]
+    # the first update begins at the behaviour policy
+    assert records[0]["old_distance_min"] == 0 and records[0]["old_distance_max"] > 1e-9
+    assert all(record["grad_rms"] > 0 for record in records)
+
+
+@pytest.mark.slow
 def test_without_an_alarm_the_best_is_the_highest(run, capsys):
     folder = run(**{"train.alarm_tolerance": float("inf"), "save.keep": 9, "save.best": False})
     assert "alarm: " not in capsys.readouterr().out

@@ -8,7 +8,15 @@ import pytest
 
 from grpo.credit import compute_credit
 from grpo.records.run_log import EXPERTS
-from grpo.update import NotFinite, check_finite, kl_share, summary, update_epoch
+from grpo.update import (
+    NotFinite,
+    check_finite,
+    kl_share,
+    new_warnings,
+    summary,
+    update_epoch,
+    velocity_excess,
+)
 from tests.grpo.epoch_inputs import rollout_of, scores_of, session_of, states_of
 from tests.grpo.specs import tiny_spec
 
@@ -130,6 +138,48 @@ def test_an_epoch_keeps_the_mean_and_the_extremes_of_its_updates():
     assert summary([first]).keys() == record.keys()
     assert summary([first])["kl"] == summary([first])["kl_max"] == 0.1
     assert summary([]) == {"updates": 0}
+    steps = [{"by_step": {"0": 1.0, "2": 3.0}}, {"by_step": {"0": 2.0}}, {}]
+    assert summary(steps) == {"updates": 3, "by_step": {"0": 1.5, "2": 3.0}}
+    check_finite(steps[0], 1)
+
+
+@pytest.mark.parametrize("limit, rms", [(1.0, 1.0), (0.5, 0.5)])
+def test_the_gradient_that_adam_gets_is_recorded(limit, rms):
+    """Its norm is 1 before clipping, and there are three numbers."""
+    *_, record, _ = epoch(tiny_spec(**{"train.max_grad_norm": limit}))
+    assert record["grad_rms"] == pytest.approx(rms / 3**0.5)
+
+
+def test_a_gradient_as_small_as_adam_eps_is_warned_of_once():
+    spec, known = tiny_spec(**{"train.adam_eps": 1e-8}), set()
+    assert new_warnings(spec, {"grad_rms": 1.1e-7}, known) == []
+    assert new_warnings(spec, {"grad_rms": 0.0}, known) == new_warnings(spec, {}, known) == []
+    (warning,) = new_warnings(spec, {"grad_rms": 5e-8}, known)
+    assert "5.0e-08" in warning and "train.adam_eps=1e-08" in warning
+    assert "--config.train.adam_eps=1e-10 " in warning  # at most a hundredth of it
+    assert new_warnings(spec, {"grad_rms": 5e-8}, known) == []
+    # the method's own warning is of another kind
+    record = {"grad_rms": 5e-8, "ratio_max_error": 1.0}
+    assert len(new_warnings(spec, record, known)) == 1
+    assert known == {"gradient", "method"}
+
+
+@pytest.mark.parametrize(
+    "method, record, found",
+    [
+        ("nft", {"old_distance_max": 0.3, "old_distance": 0.1}, "old_distance reached 0.3"),
+        ("awm", {"old_distance_max": 0.1, "kl_max": 0.25}, "kl reached 0.25"),
+        ("dpo", {"kl_max": 0.25}, "kl reached 0.25"),
+        ("nft", {"old_distance_max": 0.2, "kl_max": 0.2}, None),
+        ("nft", {"updates": 0}, None),
+        ("grpo", {"kl_max": 0.25}, None),
+    ],
+)
+def test_what_is_further_than_the_bound(method, record, found):
+    values = {"train.method": method, "train.timesteps": 2, "train.max_velocity_distance": 0.2}
+    spec = tiny_spec(**values)
+    excess = velocity_excess(spec, record)
+    assert excess == (found and f"{found}, more than train.max_velocity_distance=0.2")
 
 
 @pytest.mark.parametrize("method, share", [("grpo", 0.02 / 0.12), ("nft", 0.02 / 0.10)])

@@ -288,6 +288,23 @@ class Train(Section):
         "Largest absolute value of an advantage. `nft` also divides advantages by it. inf: no bound.",
         bounds=POSITIVE_OR_INF,
     )
+    min_group_std: float = setting(
+        0.0,
+        "Standard deviation of a group's rewards (their weighted sum) below which its videos have "
+        "advantage 0, as those of a group of equal rewards: differences as small as the reader's noise "
+        "teach nothing. 0: all differences count.",
+        bounds=Range(0),
+        experimental=True,
+    )
+    max_velocity_distance: float = setting(
+        math.inf,
+        "Of `nft`, `awm`, `dpo` and `tgo`: bound of the mean of |v - v_old|^2 and |v - v_ref|^2 in an "
+        "update, the squared distance of the velocity from that of the behaviour policy and of the "
+        "KL's reference. Beyond it the run ends, with everything saved. inf: it never does.",
+        bounds=POSITIVE_OR_INF,
+        resume=True,
+        experimental=True,
+    )
     on_alarm: str = setting(
         "log",
         "What the guard does where an evaluation shows a measure of `reward.panel` outside the "

@@ -104,6 +104,8 @@ def test_objective_equals_reference(kind):
     args, mask = batch(), np.array([1, 1, 1, 1, 1, 0, 1, 1], bool)
     want = reference.grpo_objective(**args, **CONFIG, kl_kind=kind, mask=mask)
     rows = rows_of(args, old_log_prob(args), mask)
+    index = np.array([0, 3, 3, 0, 2, 1, 3, 2])  # step 1 is of a masked row
+    rows = dataclasses.replace(rows, index=jnp.asarray(index), steps=5)
     config = LossConfig(**CONFIG, kl_kind=kind)
     loss, gradient, metrics = objective(rows, args["v_new"], args["v_ref"], config)
     assert float(loss) == pytest.approx(want["loss"], rel=2e-5)
@@ -111,6 +113,12 @@ def test_objective_equals_reference(kind):
     np.testing.assert_allclose(gradient, want["gradient"], rtol=1e-3, atol=1e-5 * largest)
     averages = metrics.averages()
     assert float(metrics.count) == 7
+    change = np.abs(want["log_prob"] - want["old_log_prob"])
+    # log-probs of size 1 in fp32
+    assert averages["log_ratio"] == pytest.approx(change[mask].mean(), abs=5e-7)
+    assert averages["log_ratio_by_step"] == {
+        str(k): pytest.approx(change[mask & (index == k)].mean(), abs=5e-7) for k in (0, 2, 3)
+    }
     for name, values in {
         "ratio_mean": want["ratio"],
         "clip_fraction": want["clipped"],

@@ -36,6 +36,7 @@ def test_what_is_drawn(tmp_path):
             "grad_norm_max": 9.0,
             "reward_mean": 0.5,
             "rewards": {"ocr": 0.5, "motion": 0.1 * i, "flicker": 0.0},
+            "log_ratio_by_step": {"12": 1e-5, "3": 2e-5},
         }
         for i in (1, 2)
     ]
@@ -43,6 +44,7 @@ def test_what_is_drawn(tmp_path):
     found = curves(tmp_path, metrics, [base])
     assert [list(group) for group in found.values()] == [
         ["reward", "gradient norm", "new_value"],
+        ["step 3", "step 12"],
         ["ocr", "motion"],
     ], "no counts, extremes or zeros"
     motion = found["Rewards and measures of the videos"]["motion"]
