@@ -104,6 +104,38 @@ def test_published_run(name):
     assert (c.lora.rank, c.lora.alpha, train.advantage_std) == (32, 64.0, "group")
 
 
+def test_nft_of_ti2v_5b():
+    """RLinf's settings; the behaviour policy follows at once in the first epoch, by a hundredth in the
+    last. The careful twin differs in what holds the model.
+    """
+    plain, careful = (
+        parse.recipe_from_config(importlib.import_module(f"configs.{name}").get_config())
+        for name in ("wan22_ti2v_5b_nft", "wan22_ti2v_5b_nft_careful")
+    )
+    settings = parse.settings_of(plain)
+    sample, optimiser, method = plain.sample, settings.optimiser, settings.method
+    assert (sample.frames, sample.height, sample.width) == (5, 512, 512)
+    assert (sample.steps, plain.eval.steps) == (10, 20)
+    assert sample.guidance == plain.eval.guidance == 1.0
+    assert (settings.lora.rank, settings.lora.alpha) == (32, 64.0)
+    assert (settings.videos, sample.group_size, plain.train.updates_per_epoch) == (1152, 8, 2)
+    assert (optimiser.learning_rate, optimiser.weight_decay) == (4e-4, 1e-4)
+    assert (optimiser.adam_b1, optimiser.adam_b2, optimiser.adam_eps) == (0.9, 0.999, 1e-8)
+    assert (method.beta, method.advantage_clip, method.kl_weight) == (0.1, 5.0, 0.0)
+    kept = [method.share_kept(2 * epoch, True)["old"] for epoch in (1, 35, 70, 100)]
+    np.testing.assert_allclose(kept, [0.99 / 70, 0.495, 0.99, 0.99])
+    before, after = (parse.flat(recipe.to_dict()) for recipe in (plain, careful))
+    assert {key for key in before if before[key] != after[key]} == {
+        "run_dir",
+        "train.learning_rate",
+        "train.kl_weight",
+        "train.kl_gate",
+        "train.on_alarm",
+        "data.path",
+        "data.weight",
+    }
+
+
 def test_prompts_of_published_runs_are_not_shipped():
     """A run without them ends in one error, which names the file."""
     c = importlib.import_module("configs.published.amd_wan21_14b").get_config()
@@ -135,6 +167,8 @@ def test_every_size_has_a_recipe():
         "wan21_14b_ocr",
         "wan22_a14b_ocr",
         "wan22_ti2v_5b_ocr",
+        "wan22_ti2v_5b_nft",
+        "wan22_ti2v_5b_nft_careful",
     }
     published = (ROOT / "configs/published").glob("*_*.py")
     assert {p.stem for p in published} - {"__init__"} == PUBLISHED.keys()

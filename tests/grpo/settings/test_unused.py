@@ -17,6 +17,8 @@ RECIPES = (
     "wan21_1_3b_ocr",
     "wan22_a14b_ocr",
     "wan22_ti2v_5b_ocr",
+    "wan22_ti2v_5b_nft",
+    "wan22_ti2v_5b_nft_careful",
 )
 
 
