@@ -14,7 +14,7 @@ import pytest
 from grpo.compiled.functions import Functions
 from grpo.credit import compute_credit
 from grpo.data.labels import Labels, read_labels
-from grpo.data.latent_folder import open_data
+from grpo.data.latent_folder import LatentData, open_data
 from grpo.learning import data_loss
 from grpo.learning.data_loss import DataSource, Rollout, draw_numbers, draw_shares, with_data
 from grpo.learning.optimiser import GradientInputs
@@ -176,6 +176,24 @@ def test_noise_and_levels_of_the_rollout(source, values, numbers, steps):
         assert index == [window[0, (6, 9, 11)[place % 3]] for place in range(size)]
     else:
         assert set(index) == steps
+
+
+def test_only_the_rows_of_its_devices_are_read(source, written, monkeypatch):
+    """A process on several hosts reads those of its own devices."""
+    read = []
+
+    def latents(self, numbers):
+        read.append(numbers.tolist())
+        return written[1][numbers]
+
+    monkeypatch.setattr(LatentData, "latents", latents)
+    spec = spec_of()
+    spec.mesh = devices_mesh(2)
+    batch = source.batch(spec, 0, 0)
+    first, second, third = draw_numbers(SEED, 0, ITEMS, 3).tolist()
+    # the last row of the two micro-batches fills up
+    assert sorted(read) == sorted([[first], [second], [third], [first]])
+    np.testing.assert_array_equal(batch.x0[0], written[1][[first, second]])
 
 
 # --- the loss -------------------------------------------------------------------------------------
