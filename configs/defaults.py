@@ -7,10 +7,13 @@ the optimiser and the loss are Flow-GRPO's for Wan 2.1 (`general_ocr_wan2_1`); c
 whole published runs.
 """
 
+import ast
+import re
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
+from ml_collections.config_flags import tuple_parser
 
 from grpo.settings.schema import SETTINGS
 
@@ -32,8 +35,28 @@ class _IntegerOrNone(_OrNone, flags.IntegerParser):
     pass
 
 
+class _Tuple(tuple_parser.TupleParser):
+    """Parses A,B and (A,B) on the command line as the texts 'A' and 'B', besides Python's own forms;
+    nothing is the empty tuple. A text with a comma in it is in quotes, as in Python.
+    """
+
+    def parse(self, argument):
+        if not isinstance(argument, str):
+            return super().parse(argument)
+        try:
+            ast.literal_eval(argument)
+        except (SyntaxError, ValueError):
+            if "," in argument and re.search("['\"]", argument):
+                raise ValueError("put quotes around each of its texts, or around none") from None
+            inner = re.fullmatch(r"\s*[(\[](.*)[)\]]\s*", argument)
+            texts = (inner[1] if inner else argument).split(",")
+            return tuple(filter(None, map(str.strip, texts)))
+        return super().parse(argument)
+
+
 config_flags.register_flag_parser_for_type(float, _FloatOrNone())
 config_flags.register_flag_parser_for_type(int, _IntegerOrNone())
+config_flags.register_flag_parser_for_type(tuple, _Tuple())
 
 
 def defaults() -> Any:

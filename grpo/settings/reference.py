@@ -12,7 +12,8 @@ HEAD = """# Settings of a recipe
 
 Written by `python -m grpo.settings > docs/reference/settings.md`; the settings are in `grpo/settings/sections/`.
 `python -m grpo.settings WORD` prints those with the word in their key or meaning. A recipe (`configs/*.py`) begins with
-`defaults()` and changes a few of them, and each can be given on the command line: `--config.train.learning_rate=3e-5`.
+`defaults()` and changes a few of them, and each can be given on the command line: `--config.train.learning_rate=3e-5`,
+a tuple as `--config.reward.panel=dark,edges`.
 The methods and their measured effects: [methods](../explanation/algorithms.md), [results](../results.md).
 
 *Experimental* marks settings and values for which no gain has been measured: one seed, or a difference within the

@@ -191,6 +191,7 @@ def read_for(
         raise UserError(
             f"{what} {problem}, the model has {' and '.join(experts)}: give one file with adapters "
             "for all, or one for each, joined by a comma, the one for high noise first"
+            + (", on the command line in quotes, '\"HIGH,LOW\"'" if "loras=" in what else "")
         )
     return found
 

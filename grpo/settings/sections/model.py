@@ -23,7 +23,8 @@ class Model(Section):
         "LoRA files that are merged into the model when it is loaded, before training: FILE or "
         "FILE:SCALE each, of any form that `lora.init` reads, and also with changes of norms and "
         "biases. For two experts a file for both, or HIGH,LOW or HIGH,LOW:SCALE; an empty one "
-        "leaves its expert as it is. The merged model is the base of everything: sampling, the KL, "
+        "leaves its expert as it is; on the command line such a pair is in quotes, "
+        "`'--config.model.loras=\"HIGH,LOW\"'`. The merged model is the base of everything: sampling, the KL, "
         "evaluations. Checkpoints name the files with their digests.",
     )
     dtype: str = setting(

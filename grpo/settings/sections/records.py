@@ -40,7 +40,7 @@ class Eval(Section):
     )
     more_frames: tuple[int, ...] = setting(
         (),
-        "Further numbers of frames, e.g. (33,). Each has separate evaluations with a separate log.",
+        "Further numbers of frames, e.g. (9, 33). Each has separate evaluations with a separate log.",
         bounds=Range(1),
     )
     more_sizes: tuple[tuple[float, ...], ...] = setting(

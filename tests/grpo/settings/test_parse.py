@@ -5,6 +5,7 @@ import re
 import pytest
 
 from configs import tiny_ocr
+from grpo.compare import Method
 from grpo.settings import parse
 from grpo.settings.schema import Recipe, make_recipe, values_of
 from rewards.choices import PANEL
@@ -151,6 +152,48 @@ def test_settings_that_do_not_fit_together_are_refused(small, settings, message)
     small.update_from_flattened_dict({"train.updates_per_epoch": 2} | settings)
     with pytest.raises(UserError, match=re.escape(message)):
         parse.from_config(small)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("lora.targets", "to_q,to_out.0", ("to_q", "to_out.0")),
+        ("lora.targets", "(to_q, ffn.net.2)", ("to_q", "ffn.net.2")),
+        ("lora.targets", "('to_q', 'to_v')", ("to_q", "to_v")),
+        ("lora.targets", '"to_q","to_v"', ("to_q", "to_v")),
+        ("reward.panel", "dark,edges", ("dark", "edges")),
+        ("reward.panel", "dark", ("dark",)),
+        ("reward.panel", "('dark',)", ("dark",)),
+        ("reward.panel", "", ()),
+        ("reward.panel", "()", ()),
+        ("reward.panel", "None", ()),
+        ("reward.servers", "va=http://a:1,hps=http://b:2/x", ("va=http://a:1", "hps=http://b:2/x")),
+        ("model.loras", "/a/b-1.safetensors:0.5,c", ("/a/b-1.safetensors:0.5", "c")),
+        ("model.loras", "'HIGH,LOW:0.5'", ("HIGH,LOW:0.5",)),
+        ("model.loras", "/it's/one", ("/it's/one",)),
+        ("eval.more_frames", "9", (9,)),
+        ("eval.more_frames", "9,17", (9, 17)),
+        ("train.kl_weight_range", "1e-5,1", (1e-5, 1.0)),
+        ("sample.frame_schedule", "(3,5),(6,9)", ((3, 5), (6, 9))),
+    ],
+)
+def test_a_tuple_on_the_command_line_needs_no_quotes(key, text, value):
+    more = {"sample.frame_schedule": ("eval.frames=5",)}.get(key, ())
+    config = Method("a", "configs/tiny_ocr.py", (f"{key}={text}", *more)).config()
+    assert parse.values_of(config)[key] == value
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("reward.panel=dark,'edges'", "reward.panel=dark,'edges': put quotes around each"),
+        ("reward.panel=dark,egdes", "config.reward.panel=('dark', 'egdes') must be one of"),
+        ("eval.more_frames=9,many", "config.eval.more_frames=('9', 'many') must be a tuple"),
+    ],
+)
+def test_a_wrong_tuple_on_the_command_line(setting, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        Method("a", "configs/tiny_ocr.py", (setting,)).config()
 
 
 def test_a_run_older_than_a_setting_is_continued_with_its_default(small):
