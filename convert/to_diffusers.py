@@ -312,6 +312,6 @@ if __name__ == "__main__":
         "several. Those that the run's base had are merged anyway; the flag says where such a file "
         "is now",
     )
-    flags.DEFINE_float("shard_gb", 5.0, "size of the largest file in GB")
+    flags.DEFINE_float("shard_gb", 5.0, "size of the largest file in GB", lower_bound=0.01)
     flags.DEFINE_bool("overwrite", False, "replace an existing --dst")
     cli.run(main)

@@ -39,7 +39,7 @@ from rewards.pool_set import PendingSet, Pool
 from wan_jax import sample as sampling_command
 from wan_jax.command_line import cli
 from wan_jax.command_line.flag_types import check_used, define_number, define_path
-from wan_jax.command_line.limits import Range
+from wan_jax.command_line.limits import CANDIDATES, PROCESSES, Range
 from wan_jax.distributed import memory
 from wan_jax.errors import UserError
 from wan_jax.inference import pipeline, pruning, reward_guidance, sampling
@@ -47,7 +47,7 @@ from wan_jax.models import precision
 from wan_jax.storage import media
 
 OCR = "ocr"
-define_number("best_of", 4, "candidates of each prompt", Range(2), int)
+define_number("best_of", 4, "candidates of each prompt", Range(2, CANDIDATES.high), int)
 flags.DEFINE_string(
     "reward",
     "ocr",
@@ -63,7 +63,7 @@ flags.DEFINE_string(
 define_path("prune_head", "file of grpo.reward_head: the better half of the candidates goes on")
 define_number("prune_at", 0.7, "noise level at which they are ranked", Range(0, 1, above=True))
 flags.DEFINE_bool("keep_all", False, "also write the other candidates, with their numbers")
-define_number("workers", 2, "scoring processes", Range(1), int)
+define_number("workers", 2, "scoring processes", PROCESSES, int)
 FLAGS = flags.FLAGS
 
 

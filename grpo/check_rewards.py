@@ -45,6 +45,8 @@ from rewards.clip import KINDS
 from rewards.composite import DERIVED
 from rewards.pool_set import Pool
 from wan_jax.command_line import cli
+from wan_jax.command_line.flag_types import define_number
+from wan_jax.command_line.limits import CANDIDATES, Range
 from wan_jax.diffusion.experts import per_guidance
 from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.errors import UserError
@@ -309,7 +311,7 @@ def main(_):
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, FLAG_HELP, lock_config=True)
-    flags.DEFINE_integer("groups", 2, "prompts to sample videos for", lower_bound=1)
-    flags.DEFINE_integer("videos", 4, "videos of each prompt", lower_bound=2)
+    define_number("groups", 2, "prompts to sample videos for", CANDIDATES, int)
+    define_number("videos", 4, "videos of each prompt", Range(2, CANDIDATES.high), int)
     flags.mark_flag_as_required("config")
     cli.run(main)

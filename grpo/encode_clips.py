@@ -27,7 +27,7 @@ from grpo.rollout import initial_noise
 from wan_jax.choices import DTYPES, SOLVERS, WAN
 from wan_jax.command_line import cli
 from wan_jax.command_line.flag_types import check_used, define_number, define_path
-from wan_jax.command_line.limits import SEED, Range
+from wan_jax.command_line.limits import SEED, STEPS, Range
 from wan_jax.errors import UserError
 from wan_jax.inference import pipeline, sampling
 from wan_jax.inference.encoding import make_video_encoder
@@ -316,7 +316,11 @@ if __name__ == "__main__":
 
     # ---- samples of the model instead of files; not given: as the model is published
     define_number(
-        "from_model", 0, "number of samples of the model itself, instead of --src", Range(0), int
+        "from_model",
+        0,
+        "number of samples of the model itself, instead of --src",
+        Range(0, 1_000_000),
+        int,
     )
     define_path(
         "prompts", 'file of prompts: text, one a line, or .jsonl with {"prompt": ...} a line'
@@ -325,7 +329,7 @@ if __name__ == "__main__":
         "negative_prompt", "", f"what to steer away from; {WAN}: the one of Wan's own code"
     )
     define_number("seed", 0, "seed of the samples", SEED, int)
-    define_number("steps", None, "denoising steps", Range(1), int)
+    define_number("steps", None, "denoising steps", STEPS, int)
     define_number("guidance", None, "classifier-free guidance; up to 1 means none", Range(0))
     define_number("guidance_2", None, "of the second expert (Wan 2.2 A14B)", Range(0))
     define_number("shift", None, "shift of the sigma schedule", Range(0, above=True))

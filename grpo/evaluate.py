@@ -39,7 +39,7 @@ from grpo.settings import parse
 from grpo.settings.reference import FLAG_HELP
 from wan_jax.command_line import cli
 from wan_jax.command_line.flag_types import check_used, define_number, define_path
-from wan_jax.command_line.limits import Range
+from wan_jax.command_line.limits import CANDIDATES, Range
 from wan_jax.distributed import memory
 from wan_jax.errors import UserError
 from wan_jax.inference import pipeline, reward_guidance
@@ -232,7 +232,7 @@ if __name__ == "__main__":
     )
     define_number("reward_guidance", 10.0, "weight of that guidance", Range(0))
     define_number(
-        "best_of", 1, "videos of each prompt, of which the best one counts", Range(1), int
+        "best_of", 1, "videos of each prompt, of which the best one counts", CANDIDATES, int
     )
     flags.DEFINE_bool(
         "base",

@@ -179,8 +179,12 @@ def main(_):
 
 if __name__ == "__main__":
     default = TextStyle()
-    flags.DEFINE_integer("count", 20_000, "number of training prompts", lower_bound=1)
-    flags.DEFINE_integer("heldout", 1000, "number of held-out prompts", lower_bound=1)
+    flags.DEFINE_integer(
+        "count", 20_000, "number of training prompts", lower_bound=1, upper_bound=1_000_000
+    )
+    flags.DEFINE_integer(
+        "heldout", 1000, "number of held-out prompts", lower_bound=1, upper_bound=1_000_000
+    )
     define_path("out", "folder to write", required=True)
     flags.DEFINE_integer("seed", 0, "determines both sets", lower_bound=0)
     flags.DEFINE_list("styles", [], f"what the prompts look like: {', '.join(STYLES)}")

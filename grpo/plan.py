@@ -270,6 +270,7 @@ if __name__ == "__main__":
         0,
         "number of devices; 0: all of this machine, or one of a named kind",
         lower_bound=0,
+        upper_bound=4096,
     )
     flags.DEFINE_enum(
         "model", None, list(presets.PRESETS), "published model instead of config.model.path"

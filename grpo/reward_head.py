@@ -336,10 +336,18 @@ if __name__ == "__main__":
         lower_bound=0,
     )
     flags.DEFINE_integer(
-        "videos", 512, "number of videos to sample, rounded up to whole batches", lower_bound=16
+        "videos",
+        512,
+        "number of videos to sample, rounded up to whole batches",
+        lower_bound=16,
+        upper_bound=1_000_000,
     )
-    flags.DEFINE_integer("updates", 2000, "number of updates of the head", lower_bound=1)
-    flags.DEFINE_integer("batch", 32, "number of videos of an update", lower_bound=1)
+    flags.DEFINE_integer(
+        "updates", 2000, "number of updates of the head", lower_bound=1, upper_bound=10_000_000
+    )
+    flags.DEFINE_integer(
+        "batch", 32, "number of videos of an update", lower_bound=1, upper_bound=4096
+    )
     define_number(
         "learning_rate",
         3e-4,

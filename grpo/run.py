@@ -110,6 +110,12 @@ class RunSpec:
                     f"config.train.experts={tuple(self.recipe.train.experts)} has no expert of the "
                     f"model: {self.recipe.model.path} has {', '.join(self.preset.experts)}"
                 )
+            rank, width = self.recipe.lora.rank, self.preset.transformer.width
+            if rank > width:
+                raise UserError(
+                    f"config.lora.rank={rank} is above the model's width, {width}: set a lower one, 16 "
+                    "to 128 are usual, or 0 to train all weights"
+                )
             _ = self.windows  # raises where an expert has no step
             _ = self.data_shape  # raises where there is no data
         for size in (*(self.trained_sizes if training else ()), *self.evaluated_sizes):

@@ -42,7 +42,11 @@ TOKEN_ENV = flags.DEFINE_string(
 )
 ALLOW_ALL = flags.DEFINE_bool("allow_all", False, "serve other machines without a token")
 WORKERS = flags.DEFINE_integer(
-    "workers", max(1, (os.cpu_count() or 2) - 1), "scoring processes", lower_bound=1
+    "workers",
+    max(1, (os.cpu_count() or 2) - 1),
+    "scoring processes",
+    lower_bound=1,
+    upper_bound=1024,
 )
 REWARD = flags.DEFINE_string("reward", "ocr", "ocr, or your own as module:factory")
 NAME = flags.DEFINE_string(

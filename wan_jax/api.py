@@ -25,7 +25,7 @@ from wan_jax.choices import (
     WEIGHTS,
 )
 from wan_jax.command_line import cli
-from wan_jax.command_line.limits import SEED, Range
+from wan_jax.command_line.limits import SAMPLES, SEED, STEPS, Range
 from wan_jax.errors import UserError
 from wan_jax.inference import pipeline, sampling
 from wan_jax.inference.placement import choose_placement
@@ -35,9 +35,11 @@ from wan_jax.storage import media, merged_loras, model_dir, trained_weights
 
 # the ranges and choices of the flags of `wan_jax.sample`, which a test compares with them
 RANGES = {
-    **dict.fromkeys(("frames", "height", "width", "samples", "steps"), Range(1)),
+    **dict.fromkeys(("frames", "height", "width"), Range(1)),
     **dict.fromkeys(("guidance", "guidance_2", "batch_size", "devices"), Range(0)),
+    "samples": SAMPLES,
     "seed": SEED,
+    "steps": STEPS,
     "shift": Range(0, above=True),
 }
 CHOICES = {

@@ -33,7 +33,7 @@ from wan_jax.choices import (
 )
 from wan_jax.command_line import cli
 from wan_jax.command_line.flag_types import check_used, define_number, define_path
-from wan_jax.command_line.limits import SEED, Range
+from wan_jax.command_line.limits import SAMPLES, SEED, STEPS, Range
 from wan_jax.distributed import memory
 from wan_jax.errors import UserError
 from wan_jax.inference import pipeline, reward_guidance, sampling
@@ -71,12 +71,12 @@ flags.DEFINE_bool("grid", False, "also write one file with all: a row for each p
 define_number("frames", 1, "pixel frames, 1 + 4k", Range(1), int)
 define_number("height", 480, "pixels, a multiple of 16", Range(1), int)
 define_number("width", 832, "pixels, a multiple of 16", Range(1), int)
-define_number("samples", 1, "samples per prompt", Range(1), int)
+define_number("samples", 1, "samples per prompt", SAMPLES, int)
 define_number("seed", 0, "seed of the initial noise", SEED, int)
 define_path("noise", ".npy file with the initial noise [B, F, H, W, C], instead of the seed's")
 
 # ---- settings of the sampler: not given, those that the model is published with
-define_number("steps", None, "denoising steps", Range(1), int)
+define_number("steps", None, "denoising steps", STEPS, int)
 define_number("guidance", None, "classifier-free guidance; up to 1 means none", Range(0))
 define_number(
     "guidance_2",

@@ -54,6 +54,7 @@ def test_it_is_placed_on_all_devices_that_are_given():
         ("wan2.1-1.3b", {"sample.frames": 4}, "frames"),
         ("wan2.1-1.3b", {"sample.height": 56}, "56"),
         ("wan2.1-1.3b", {"eval.frames": 6}, "6"),
+        ("wan2.1-1.3b", {"lora.rank": 2000}, r"lora\.rank=2000 .*1536"),
         ("wan2.2-a14b", A14B | {"sample.sde_range": (2, 4)}, "transformer would be trained"),
     ],
 )

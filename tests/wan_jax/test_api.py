@@ -8,8 +8,7 @@ from PIL import Image
 
 import wan_jax
 from wan_jax import api
-from wan_jax.command_line import flag_source
-from wan_jax.command_line.limits import SEED, Range
+from wan_jax.command_line import flag_source, limits
 from wan_jax.errors import UserError
 from wan_jax.inference.sampling import SampleRequest
 from wan_jax.storage import media
@@ -31,7 +30,7 @@ def test_the_package_has_the_names_and_no_others():
 def test_ranges_and_choices_are_those_of_the_flags():
     source = flag_source.read("wan_jax.sample")
     assert source is not None
-    known = {"Range": Range, "SEED": SEED, "media": media} | {
+    known = {"media": media, **vars(limits)} | {
         name: getattr(wan_jax.choices, name) for name in dir(wan_jax.choices) if name.isupper()
     }
     numbers, choices = {}, {}

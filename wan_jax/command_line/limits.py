@@ -40,5 +40,10 @@ class Range:
         return text + (f"; {self.note}" if self.note else "")
 
 
+# Amounts of work: a number above them is a slip, and would fill the memory or start work for weeks.
+STEPS = Range(1, 1000, note="Wan is trained with 1000 timesteps")
+SAMPLES = Range(1, 10_000, note="for more, run again with another seed")
+CANDIDATES = Range(1, 1000)  # of which the best is taken
+PROCESSES = Range(1, 1024)
 # JAX makes random keys from 32 bits: a larger seed would give the same numbers as a smaller one.
 SEED = Range(0, 2**32 - 1, note="-1 does not stand for a random seed, choose a number")

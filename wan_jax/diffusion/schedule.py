@@ -51,7 +51,7 @@ def flow_sigmas(num_steps: int, shift: float, version: str = "diffusers") -> Sch
 
     'diffusers': u runs from 1 to 1/1000, and s_0 = 1 is lowered by 1e-6 because the solver needs
     log(1 - s_0). 'legacy': u runs from 0.999 to 0. In both, the last of the T + 1 points is
-    replaced by s_T = 0. Raises ValueError on num_steps < 1, a shift that is not positive and
+    replaced by s_T = 0. Raises ValueError on num_steps out of 1..1000, a shift that is not positive and
     finite, or an unknown version.
     """
     _check(num_steps, shift)
@@ -91,9 +91,10 @@ def _shifted(u, shift):
 
 
 def _check(num_steps, shift):
-    if num_steps < 1:
+    if not 1 <= num_steps <= TRAIN_TIMESTEPS:
         raise ValueError(
-            f"num_steps={num_steps}: a schedule needs at least 1 step; Wan's usual are 10 to 50"
+            f"num_steps={num_steps}: a schedule has from 1 step to {TRAIN_TIMESTEPS}, the number of "
+            "timesteps that Wan is trained with; usual are 10 to 50"
         )
     if not (shift > 0 and math.isfinite(shift)):
         raise ValueError(

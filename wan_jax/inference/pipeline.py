@@ -172,6 +172,16 @@ def latent_shape(
                 f"{name}={value} must be a multiple of {multiple}; use "
                 f"{max(multiple, round(value / multiple) * multiple)}"
             )
+    longest = transformer.rope_max_seq_len
+    for name, value, most in (
+        ("frames", frames, 1 + (longest - 1) * per_latent_frame),
+        ("height", height, longest * multiple),
+        ("width", width, longest * multiple),
+    ):
+        if value > most:
+            raise UserError(
+                f"{name}={value} must be at most {most}: the model has positions for {longest} tokens"
+            )
     return (
         (frames - 1) // per_latent_frame + 1,
         height // cell,

@@ -4,7 +4,7 @@ import dataclasses
 
 from grpo.settings.setting import GUIDANCE, POSITIVE, Section, setting
 from wan_jax.choices import SCHEDULES, SOLVERS
-from wan_jax.command_line.limits import SEED, Range
+from wan_jax.command_line.limits import SEED, STEPS, Range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +14,8 @@ class Eval(Section):
     every: int = setting(20, "Epochs between evaluations.", bounds=Range(1))
     num_prompts: int = setting(
         256,
-        "Number of held-out prompts, the first of their file. Each has one video.",
+        "Number of held-out prompts, the first of their file, or all where it has fewer. Each has one "
+        "video.",
         bounds=Range(2),
     )
     frames: int = setting(
@@ -59,7 +60,7 @@ class Eval(Section):
         "checkpoint.",
         named=str,
     )
-    steps: int = setting(20, "Number of denoising steps.", bounds=Range(1))
+    steps: int = setting(20, "Number of denoising steps.", bounds=STEPS)
     guidance: float = setting(
         4.5,
         "Scale of classifier-free guidance. Up to 1 there is no guidance.",

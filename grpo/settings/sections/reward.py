@@ -5,7 +5,7 @@ import dataclasses
 from grpo.settings.choices import COMBINATIONS, JUDGE, JUDGE_QUESTIONS
 from grpo.settings.setting import PER_PROCESS, POSITIVE, Section, setting
 from rewards.choices import ENGINES, MEASURES, PANEL, READ_MEASURES, RULES
-from wan_jax.command_line.limits import Range
+from wan_jax.command_line.limits import PROCESSES, Range
 
 
 def _weight(default: float | None, meaning: str):
@@ -148,7 +148,7 @@ class Reward(Section):
         2,
         "Number of scoring processes. 0: the training process scores. With `reward.servers`: "
         "videos sent at the same time, at least the number of workers of all servers.",
-        bounds=Range(0),
+        bounds=Range(0, PROCESSES.high),
         **PER_PROCESS,
     )
     servers: tuple[str, ...] = setting(

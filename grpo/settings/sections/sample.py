@@ -5,7 +5,7 @@ import dataclasses
 from grpo.settings.choices import ODE_SOLVERS, WINDOWS
 from grpo.settings.setting import GUIDANCE, PER_PROCESS, POSITIVE, POSITIVE_OR_INF, Section, setting
 from wan_jax.choices import SCHEDULES, SDE_KINDS
-from wan_jax.command_line.limits import Range
+from wan_jax.command_line.limits import STEPS, Range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Sample(Section):
         form="(epoch, height, width, shift)",
         experimental=True,
     )
-    steps: int = setting(20, "Number of denoising steps.", bounds=Range(1))
+    steps: int = setting(20, "Number of denoising steps.", bounds=STEPS)
     shift: float = setting(
         3.0,
         "Shift of the noise schedule. A larger one spends more of the steps at high noise.",
@@ -89,7 +89,7 @@ class Sample(Section):
     )
     groups: int = setting(48, "Groups of an epoch: the number of its prompts.", bounds=Range(1))
     group_size: int = setting(
-        12, "Videos of a group: how many are sampled of each prompt.", bounds=Range(2)
+        12, "Videos of a group: how many are sampled of each prompt.", bounds=Range(2, 1000)
     )
     batch_size: int = setting(
         9,

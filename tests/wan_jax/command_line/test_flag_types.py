@@ -5,7 +5,7 @@ from absl import flags
 
 from wan_jax.command_line.cli import UserError
 from wan_jax.command_line.flag_types import NumberParser, PathParser, check_used
-from wan_jax.command_line.limits import SEED, Range
+from wan_jax.command_line.limits import SAMPLES, SEED, STEPS, Range
 from wan_jax.storage import media
 
 
@@ -31,6 +31,20 @@ def parsed(parser, argument):
         (float, Range(0), "x", "flag --x=x: must be a number"),
         (float, Range(0), "nan", "flag --x=nan: must be at least 0 and finite"),
         (float, Range(0), "inf", "flag --x=inf: must be at least 0 and finite"),
+        (int, STEPS, "1000", 1000),
+        (
+            int,
+            STEPS,
+            "100000",
+            "flag --x=100000: must be at least 1 and at most 1000; Wan is trained with 1000 timesteps",
+        ),
+        (
+            int,
+            SAMPLES,
+            "10001",
+            "flag --x=10001: must be at least 1 and at most 10000; for more, run "
+            "again with another seed",
+        ),
         (int, SEED, str(2**32 - 1), 2**32 - 1),
         *(
             (

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from wan_jax.command_line.limits import SEED, Range
+from wan_jax.command_line.limits import SEED, STEPS, Range
+from wan_jax.diffusion.schedule import TRAIN_TIMESTEPS
 
 
 @pytest.mark.parametrize(
@@ -21,6 +22,10 @@ from wan_jax.command_line.limits import SEED, Range
 def test_membership(limits, inside, outside):
     assert all(value in limits for value in inside)
     assert not any(value in limits for value in outside)
+
+
+def test_a_schedule_has_no_more_steps_than_the_training():
+    assert STEPS.high == TRAIN_TIMESTEPS
 
 
 @pytest.mark.parametrize(

@@ -421,6 +421,8 @@ def test_sizes_that_wan_cannot_make():
         ((4, 480, 832), "frames=4.*use 1"),
         ((5, 472, 832), "height=472.*use 464|480"),
         ((5, 480, 8), "width=8.*use 16"),
+        ((4097, 480, 832), "frames=4097.*4093"),
+        ((5, 16400, 832), "height=16400.*16384"),
     ):
         with pytest.raises(UserError, match=message):
             pipeline.latent_shape(*arguments, vae, transformer)
