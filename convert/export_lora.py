@@ -165,7 +165,15 @@ def export(
     if publishing.repository:
         settings = [path.with_name(PEFT[1]) for path in files.values()] if layout == "peft" else []
         paths = {p.relative_to(root).as_posix(): p for p in (*files.values(), *settings)}
-        print(f"uploaded to {publishing.upload(paths | card)}")
+        try:
+            print(f"uploaded to {publishing.upload(paths | card)}")
+        except UserError as error:
+            local = [name for name in card if (root / name).is_file()] if root == dst else []
+            again = publishing.command(root, (*paths, *local))
+            raise UserError(
+                f"{error}. Nothing is lost: {', '.join(map(str, files.values()))} is written, and can be "
+                f"uploaded without another export by `{again}`"
+            ) from None
     return files
 
 

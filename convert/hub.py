@@ -1,4 +1,4 @@
-"""Uploads exported files to a model repository of the Hugging Face hub.
+"""Uploads exported files to a model repository of the Hugging Face hub, and asks whether the hub answers.
 
 The token is the one that `huggingface_hub` finds: HF_TOKEN, or what `hf auth login` stored. HF_ENDPOINT
 chooses another hub.
@@ -7,9 +7,39 @@ chooses another hub.
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
 
 from wan_jax.errors import UserError
+
+CONNECT_SECONDS = 4
+
+
+def unreachable() -> str:
+    """Return why the hub cannot be reached, after one attempt of `CONNECT_SECONDS`; "" if it answers.
+
+    `huggingface_hub` itself tries for half a minute before it looks into its cache.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=CONNECT_SECONDS)
+    except _connection_errors() as error:
+        return _first_line(error)
+    return ""
+
+
+def _connection_errors() -> tuple[type[Exception], ...]:
+    """Return the errors without an answer of the hub; those of its HTTP client by their base class."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    clients = [kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"]
+    return (OSError, ValueError, RuntimeError, *clients)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +62,9 @@ class Publishing:
     private: bool = False
 
     def check(self) -> None:
-        """Raise `UserError` where an id is not valid, or an upload cannot begin: no token, no network."""
+        """Raise `UserError` where an id is not valid, or an upload would be refused: no token, or a
+        wrong one. A hub that cannot be reached is no error yet, the files can be written.
+        """
         from huggingface_hub import HfApi, constants, get_token
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id
@@ -61,16 +93,19 @@ class Publishing:
                 f"{what}: there is no token for the hub; set HF_TOKEN to one with write access, or "
                 "run `hf auth login`"
             )
-        with _explained(what):
-            HfApi().whoami()
+        if not unreachable():
+            with _explained(what):
+                HfApi().whoami()
 
     def upload(self, files: Mapping[str, pathlib.Path | bytes]) -> str:
         """Make the repository if needed, upload {name in it: file or content} in one commit, and return
         its address. Raises `UserError`, also where `private` is set and the repository is public.
         """
-        from huggingface_hub import CommitOperationAdd, HfApi
+        from huggingface_hub import CommitOperationAdd, HfApi, constants
 
         api, what = HfApi(), f"--push_to_hub={self.repository}"
+        if reason := unreachable():
+            raise UserError(f"{what}: the hub {constants.ENDPOINT} cannot be reached ({reason})")
         with _explained(what):
             url = api.create_repo(self.repository, private=self.private or None, exist_ok=True)
             if self.private and not api.repo_info(self.repository).private:
@@ -90,6 +125,12 @@ class Publishing:
             )
         return str(url)
 
+    def command(self, folder: pathlib.Path, names: Iterable[str]) -> str:
+        """Return the command that uploads files of a folder later, by their names in it."""
+        private = ["--private"] if self.private else []
+        include = [part for name in names for part in ("--include", name)]
+        return shlex.join(["hf", "upload", self.repository, str(folder), ".", *include, *private])
+
 
 LOCAL = Publishing()  # a card, and no upload
 
@@ -100,9 +141,6 @@ def _explained(what: str) -> Iterator[None]:
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
 
-    # and the error of its HTTP client, of which those without a connection derive
-    kinds: list[type[Exception]] = [OSError, ValueError, RuntimeError]
-    kinds += [k for k in HfHubHTTPError.__mro__ if k.__name__ == "HTTPError"]
     try:
         yield
     except HfHubHTTPError as error:
@@ -113,11 +151,8 @@ def _explained(what: str) -> Iterator[None]:
             403: "the token may not write there; use one with write access to this owner",
             404: "there is no such owner, or the token may not see it",
         }.get(status, "try again")
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(f"{what}: {reason}: {advice}") from None
-    except tuple(kinds) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{what}: {_first_line(error)}: {advice}") from None
+    except _connection_errors() as error:
         raise UserError(
-            f"{what}: the upload to {constants.ENDPOINT} failed ({reason}); check the network, and run "
-            "the same command with --overwrite again"
+            f"{what}: the upload to {constants.ENDPOINT} failed ({_first_line(error)}); check the network"
         ) from None

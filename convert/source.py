@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+from convert import hub
 from convert.folders import JOURNAL
 from wan_jax.command_line import cli
 from wan_jax.errors import UserError
@@ -61,14 +62,19 @@ def _download(src: str, revision: str | None) -> pathlib.Path:
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
+    from huggingface_hub.utils import validate_repo_id
 
+    unreachable = ""
     elsewhere = (
-        f"or run `hf download {src} --local-dir FOLDER` on a machine with a network and give "
-        "--src FOLDER (there is no local folder of that name either)"
+        f"or give --src FOLDER, which `hf download {src} --local-dir FOLDER` writes on a machine with a "
+        "network (there is no local folder of that name)"
     )
     try:
+        validate_repo_id(src)
+        unreachable = "" if constants.HF_HUB_OFFLINE else hub.unreachable()
+        where: dict = {"revision": revision, "local_files_only": bool(unreachable)}
         index = check_pipeline(
-            pathlib.Path(hf_hub_download(src, "model_index.json", revision=revision)).parent
+            pathlib.Path(hf_hub_download(src, "model_index.json", **where)).parent
         )
         components = [
             name for name in model_dir.COMPONENTS if name != "transformer_2" or two_experts(index)
@@ -78,7 +84,7 @@ def _download(src: str, revision: str | None) -> pathlib.Path:
             *(f"{name}/*" for name in COPIED),
             *(f"{name}/*.{kind}" for name in components for kind in ("json", "safetensors")),
         ]
-        return pathlib.Path(snapshot_download(src, revision=revision, allow_patterns=patterns))
+        return pathlib.Path(snapshot_download(src, allow_patterns=patterns, **where))
     except HFValidationError as error:
         reason = f"it is not a hub id: {str(error).splitlines()[0][:200]}"
     except RepositoryNotFoundError:
@@ -98,9 +104,9 @@ def _download(src: str, revision: str | None) -> pathlib.Path:
             )
         else:
             reason = (
-                f"the hub {constants.ENDPOINT} cannot be reached "
-                f"({str(error).splitlines()[0][:120]}) and the model is not in the cache "
-                f"{constants.HF_HUB_CACHE}; check the network, {elsewhere}"
+                f"this machine cannot reach {constants.ENDPOINT} ({unreachable or str(error)[:120]}), "
+                f"and the model is not in the cache {constants.HF_HUB_CACHE}; connect it, {elsewhere}. "
+                "HF_HUB_OFFLINE=1 reads the cache without asking the hub"
             )
     except EntryNotFoundError:
         reason = (

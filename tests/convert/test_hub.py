@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 
 import huggingface_hub
@@ -198,7 +199,6 @@ def test_command(run, converted, tmp_path, hub):
         ({"private": True}, ["--private", "--push_to_hub"]),
         ({"token": ""}, ["--push_to_hub=me/signs", "HF_TOKEN"]),
         ({"token": "hf_wrong"}, ["--push_to_hub=me/signs", "token"]),
-        ({"endpoint": "http://127.0.0.1:9"}, ["--push_to_hub=me/signs", "127.0.0.1:9", "network"]),
         ({"offline": True}, ["--push_to_hub=me/signs", "HF_HUB_OFFLINE"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -208,7 +208,6 @@ def test_refused_before_anything_is_written(
 ):
     monkeypatch.setenv("HF_TOKEN", change.get("token", hub.token))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
-    monkeypatch.setattr(constants, "ENDPOINT", change.get("endpoint", hub.url))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", change.get("offline", False))
     given = {k: change[k] for k in ("repository", "base_model", "private") if k in change}
     publishing = Publishing(**(given or {"repository": "me/signs"}))
@@ -218,11 +217,27 @@ def test_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists() and hub.repository is None
 
 
+@pytest.mark.parametrize("name", ["out", "out/x.safetensors"])
+def test_without_a_network_the_files_are_written(run, converted, tmp_path, hub, monkeypatch, name):
+    """The message says where they are, and its command uploads them."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError) as caught:
+        publishing = Publishing(repository="me/signs", private=True)
+        export(run, converted, tmp_path / name, publishing=publishing)
+    written = tmp_path / "out" / (NAMES["diffusers"][0] if name == "out" else "x.safetensors")
+    text = str(caught.value)
+    assert written.is_file() and f"{written} is written" in text and "127.0.0.1:9" in text
+    assert "--overwrite" not in text
+    words = shlex.split(text.split("`")[1])
+    assert words[:5] == ["hf", "upload", "me/signs", str(tmp_path / "out"), "."]
+    assert words[-1] == "--private" and set(words[6:-1:2]) == set(names_in(tmp_path / "out"))
+
+
 def test_refused_by_the_hub(run, converted, tmp_path, hub):
     """An owner that the token may not write to, and a public repository with --private; the export
     itself is whole.
     """
-    with pytest.raises(UserError, match=r"--push_to_hub=other/signs.*write access"):
+    with pytest.raises(UserError, match=r"--push_to_hub=other/signs.*write access.*`hf upload"):
         export(run, converted, tmp_path / "a", publishing=Publishing(repository="other/signs"))
     hub.repository, hub.private = "me/signs", False
     with pytest.raises(UserError, match=r"--push_to_hub=me/signs.*public"):

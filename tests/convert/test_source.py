@@ -5,13 +5,14 @@ Both are checked before anything is written or downloaded.
 
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from convert import hub, to_diffusers
 from convert import source as sources
-from convert import to_diffusers
 from convert.from_diffusers import STEMS, check, convert
 from tests import tiny
 from wan_jax.command_line.cli import UserError
@@ -127,12 +128,14 @@ def test_another_layout_is_refused_before_its_weights_are_downloaded(source, mon
 
     asked = []
 
-    def download(repository, name, revision=None):
+    def download(repository, name, revision=None, local_files_only=False):
+        assert not local_files_only
         asked.append((repository, name, revision))
         if "Diffusers" not in repository:
             raise EntryNotFoundError("404")
         return str(source / name)
 
+    monkeypatch.setattr(hub, "unreachable", lambda: "")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(
         huggingface_hub,
@@ -151,6 +154,26 @@ def test_another_layout_is_refused_before_its_weights_are_downloaded(source, mon
     assert not any(p.startswith(("*", "transformer_2")) for p in asked[2]["allow_patterns"])
     with pytest.raises(UserError, match="--revision=abc is for hub ids"):
         sources.source_folder(str(source), "abc")
+
+
+def test_without_a_network_the_cache_is_read_at_once(source, monkeypatch, tmp_path):
+    """The hub is asked once, where nothing listens; the model is then found in the cache, or not."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    begun = time.monotonic()
+    with pytest.raises(UserError) as refused:
+        sources.source_folder("me/Wan-Diffusers")
+    cached = tmp_path / "models--me--Wan-Diffusers"
+    shutil.copytree(source, cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    assert sources.source_folder("me/Wan-Diffusers") == cached / "snapshots" / "abc"
+    assert time.monotonic() - begun < 5
+    for words in ("me/Wan-Diffusers", "127.0.0.1:9", str(tmp_path), "--src", "HF_HUB_OFFLINE"):
+        assert words in str(refused.value)
 
 
 # ---- configurations, tokenizer and scheduler -----------------------------------------------------
