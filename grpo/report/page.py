@@ -1,8 +1,12 @@
 """Renders `grpo/report/templates`: pages of HTML and CSS, light and dark, wide and narrow, and Markdown."""
 
 import functools
+import re
 
 CONFIDENCE = "95\N{NO-BREAK SPACE}%"  # of every interval on the pages
+NUMBER = r"[-+]?\d[\d.,]*"
+# 0.83 [0.76, 0.89] and 0.89 ± 0.03
+INTERVAL = re.compile(rf"(?:{NUMBER} )?\[{NUMBER} {NUMBER}\]|{NUMBER} ± {NUMBER}")
 
 
 @functools.cache
@@ -10,12 +14,24 @@ def _environment():
     # imported here because a command that writes no page should not wait for it
     import jinja2
 
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("grpo.report"),
         autoescape=jinja2.select_autoescape((), disabled_extensions=("md",), default=True),
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["unbroken"] = unbroken
+    return environment
+
+
+def unbroken(text: str):
+    """Return a text as HTML in which each number with its interval stays in one line."""
+    import markupsafe
+
+    escaped = str(markupsafe.escape(text))
+    return markupsafe.Markup(
+        INTERVAL.sub(lambda found: f'<span class="interval">{found[0]}</span>', escaped)
     )
 
 

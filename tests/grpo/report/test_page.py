@@ -27,6 +27,18 @@ def test_text_is_escaped():
     assert "--heldout: #2368c4" in text, "the style sheet is part of the page"
 
 
+def test_an_interval_stays_in_one_line():
+    text = render(
+        "comparison.html",
+        **COMPARISON | dict(headline="a < 0.83 [0.76, 0.89], b 0.9 ± 0.03 (95 %)", methods=[]),
+    )
+    assert (
+        'a &lt; <span class="interval">0.83 [0.76, 0.89]</span>, b <span class="interval">0.9 ± 0.03'
+        "</span> (95 %)" in text
+    )
+    assert ".interval, .numbers th, .numbers td { white-space: nowrap; }" in text
+
+
 @pytest.mark.parametrize("missing", ["heading", "remarks", "rows", "methods", "command"])
 def test_a_value_that_is_not_given_is_an_error(missing):
     values = {name: value for name, value in COMPARISON.items() if name != missing}

@@ -231,7 +231,10 @@ def test_other_evaluations_are_listed(tmp_path):
     log.close()
     text = write_report(tmp_path).read_text()
     rows = re.findall(r"<th[^>]*>(33 frames|long)</th>(.*?)</tr>", text, re.DOTALL)
-    cells = [[name, *re.findall(r"<td>(.*?)</td>", rest)] for name, rest in rows]
+    cells = [
+        [name, *(re.sub("<.*?>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", rest))]
+        for name, rest in rows
+    ]
     assert cells == [
         ["33 frames", "8", "0.25 [0.21, 0.29], epoch 0", "0.75 [0.71, 0.79], epoch 4"],
         ["long", "4", "0.75 [0.71, 0.79], epoch 0", "0.25 [0.21, 0.29], epoch 4"],
