@@ -282,8 +282,12 @@ if __name__ == "__main__":
         "share of the peak rate that the rollout reaches; None: as measured in docs/results.md",
         share,
     )
-    define_number("update_efficiency", None, "the same of the update", share)
-    define_number("decode_efficiency", None, "the same of the decoder, of the fp32 rate", share)
+    define_number(
+        "update_efficiency", None, "share of the peak rate that the update reaches", share
+    )
+    define_number(
+        "decode_efficiency", None, "share of the peak fp32 rate that the decoder reaches", share
+    )
     flags.DEFINE_bool(
         "search",
         True,

@@ -48,10 +48,10 @@ def markdown(word: str = "") -> str:
 
 def listing(word: str = "") -> str:
     """Return the settings that `markdown` returns, as text of at most 100 columns: key, default,
-    type and allowed values, and below that the meaning.
+    type and allowed values, and below that the meaning. Those with the word in their key come first.
     """
     lines = []
-    for entry in _matching(word):
+    for entry in sorted(_matching(word), key=lambda entry: word.lower() not in entry.key):
         details = "; ".join(filter(None, (_type(entry), _allowed(entry).replace("`", ""))))
         for text, indent in (
             (f"{entry.key}={entry.default!r}  ({details})", ""),
@@ -106,7 +106,7 @@ def _allowed(entry: Setting) -> str:
     """Return the allowed values as text: choices, range, form of a tuple, None."""
     parts = []
     if entry.choices:
-        parts.append(", ".join(f"`{choice}`" for choice in entry.choices))
+        parts.append(", ".join(f"`{choice}`" if choice else "empty" for choice in entry.choices))
     if entry.form:
         parts.append(entry.form)
     if entry.bounds:

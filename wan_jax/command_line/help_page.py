@@ -53,7 +53,9 @@ def _text(flag: flags.Flag) -> str:
 
 
 def _row(name: str, text: str) -> str:
-    """Return the lines of a flag."""
+    """Return the lines of a flag; below a long name its text begins in a line of its own."""
+    if len(name) >= INDENT - 1:
+        return f"  {name}\n{_row('', text)}"
     return textwrap.fill(
         text,
         WIDTH,

@@ -12,6 +12,12 @@ def _weight(default: float | None, meaning: str):
     return setting(default, meaning, bounds=Range(0))
 
 
+def _deviation(measure: str, counts: str = ""):
+    """Declare the weight of a measure of quality. counts: which deviations count; "": both."""
+    end = f"; {counts}." if counts else "."
+    return _weight(None, f"Deviation of {measure} from the base model's videos, -1 to 0{end}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Weights(Section):
     """Weight of each reward. 0: it is measured and logged, but not trained. None: not measured. A
@@ -28,27 +34,20 @@ class Weights(Section):
     pickscore: float | None = _weight(
         None, "PickScore of the prompt and the frames, over 26, by `reward.pickscore_model`."
     )
-    sharpness: float | None = _weight(
-        None, "Deviation of the frames' sharpness from that of the base model's videos, -1 to 0."
+    sharpness: float | None = _deviation("the frames' sharpness")
+    exposure: float | None = _deviation("the frames' mean brightness")
+    contrast: float | None = _deviation("the frames' contrast")
+    compressibility: float | None = _deviation("the bits that a pixel takes as JPEG")
+    flicker: float | None = _deviation(
+        "the changes between neighbouring frames", "only more of them counts"
     )
-    exposure: float | None = _weight(None, "The same for the mean brightness.")
-    contrast: float | None = _weight(None, "The same for the contrast.")
-    compressibility: float | None = _weight(None, "The same for the bits a pixel takes as JPEG.")
-    flicker: float | None = _weight(
-        None, "The same for changes between neighbouring frames; only more of them counts."
-    )
-    motion: float | None = _weight(
-        None, "The same for the length of the optical flow; only less of it counts."
-    )
-    dark: float | None = _weight(
-        None, "The same for the share of dark pixels; only more of them counts."
-    )
-    edges: float | None = _weight(None, "The same for the share of pixels on an edge.")
-    colours: float | None = _weight(None, "The same for the entropy of the colours.")
-    text_area: float | None = _weight(
-        None,
-        "The same for the share of the frame that the boxes of the text cover; only more of it "
-        "counts. It needs an OCR engine on this machine.",
+    motion: float | None = _deviation("the length of the optical flow", "only less of it counts")
+    dark: float | None = _deviation("the share of dark pixels", "only more of them counts")
+    edges: float | None = _deviation("the share of pixels on an edge")
+    colours: float | None = _deviation("the entropy of the colours")
+    text_area: float | None = _deviation(
+        "the share of the frame that the boxes of the text cover",
+        "only more of it counts. It needs an OCR engine on this machine",
     )
 
 

@@ -266,7 +266,8 @@ class Train(Section):
     )
     cfg_distill_guidance_2: float | None = setting(
         None,
-        "The same for the second expert, in models with two. None: as for the first.",
+        "Scale of guidance of the reference's second expert in that loss, in models with two. None: as "
+        "for the first.",
         bounds=GUIDANCE,
         experimental=True,
     )

@@ -51,4 +51,6 @@ def test_the_listing_has_every_setting_in_100_columns(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["settings", "--plain", "train.advantage_std"])
     command.main()
     out = capsys.readouterr().out
+    shown = [x.partition("=")[0] for x in listing("reward").splitlines() if not x.startswith(" ")]
+    assert shown[0] == "reward.rule" and "train.temperature" in shown
     assert out == listing("train.advantage_std") and "group, global, max, none" in out
