@@ -140,12 +140,17 @@ def measure_steps(settings, device: str) -> tuple[dict[str, Stage], tuple[float,
 
 # ---- decoding ------------------------------------------------------------------------------------
 def make_decoder(dtype: torch.dtype, device: str, **settings):
-    """Return a function from latents to uint8 frames on the host, with random weights.
-
-    It maps fp32 [B, C, F, H, W] to uint8 [B, T, H, W, 3]. settings: those of the VAE.
-    """
+    """Return `decoder_of` a VAE with random weights. settings: those of the VAE."""
     with drawn_as(dtype, device):
-        vae = AutoencoderKLWan(**settings).eval().requires_grad_(False)
+        return decoder_of(AutoencoderKLWan(**settings))
+
+
+def decoder_of(vae: AutoencoderKLWan):
+    """Return a function from latents to uint8 frames on the host.
+
+    It maps fp32 [B, C, F, H, W] to uint8 [B, T, H, W, 3].
+    """
+    vae, device, dtype = vae.eval().requires_grad_(False), vae.device, vae.dtype
     mean, std = (
         torch.tensor(vae.config[name], device=device).view(1, -1, 1, 1, 1)
         for name in ("latents_mean", "latents_std")

@@ -12,8 +12,33 @@ from benchmarks import workload
 from wan_jax.diffusion.schedule import Schedule
 from wan_jax.models.config import TransformerConfig
 
-CLIP = 1e-3  # range of the importance ratio around 1
-MAX_NORM = 1.0  # of the gradient
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Settings of training; the defaults are those of Flow-GRPO's Wan script.
+
+    Attributes:
+        rank, alpha, targets: of LoRA.
+        learning_rate, betas, eps, weight_decay: of AdamW.
+        clip: (below, above), range of the importance ratio around 1.
+        max_norm: of the gradient.
+        noise: g of each step; None: sigma_1 sigma, Flow-GRPO's for Wan.
+        checkpointing: whether the backward pass computes a block's activations again.
+        joined: whether guidance takes one forward pass over prompt and negative prompt, not two.
+    """
+
+    rank: int = workload.RANK
+    alpha: float = workload.ALPHA
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    clip: tuple[float, float] = (1e-3, 1e-3)
+    max_norm: float = 1.0
+    noise: tuple[float, ...] | None = None
+    checkpointing: bool = True
+    joined: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,32 +98,42 @@ class Policy:
         schedule: Schedule,
         guidance: float,
         compiler: str = "inductor",
+        options: Options = Options(),
     ):
         transformer.requires_grad_(False)
         self.model = get_peft_model(
             transformer,
             LoraConfig(
-                r=workload.RANK,
-                lora_alpha=workload.ALPHA,
+                r=options.rank,
+                lora_alpha=options.alpha,  # pyright: ignore[reportArgumentType]  any number
                 init_lora_weights="gaussian",
-                target_modules=["to_q", "to_k", "to_v", "to_out.0"],
+                target_modules=list(options.targets),
             ),
             autocast_adapter_dtype=False,
         )
-        transformer.enable_gradient_checkpointing()
+        if options.checkpointing:
+            transformer.enable_gradient_checkpointing()
         if mode == "bf16-compile":
             for block in transformer.blocks:
                 block.compile(backend=compiler)
         self.mode, self.guidance, self.device = mode, guidance, transformer.device.type
         self.dtype = weight_dtype(mode)
         self.sigmas, self.timesteps = schedule.sigmas.tolist(), schedule.timesteps.tolist()
+        self.noise = options.noise or tuple(self.sigmas[1] * s for s in self.sigmas[:-1])
+        self.options = options
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=1e-4)
+        self.optimiser = torch.optim.AdamW(
+            self.trained,
+            lr=options.learning_rate,
+            betas=options.betas,
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+        )
 
     def velocity(self, x, i: int, text: Text):
-        """Return the velocity in fp32; with guidance v_u + guidance (v_c - v_u), in two passes."""
+        """Return the velocity in fp32; with guidance v_u + guidance (v_c - v_u)."""
 
-        def forward(embeddings):
+        def forward(x, embeddings):
             t = torch.full((len(x),), self.timesteps[i], device=x.device).long()
             return self.model(
                 hidden_states=x.to(self.dtype),
@@ -108,16 +143,19 @@ class Policy:
             )[0].float()
 
         with torch.autocast(self.device, torch.bfloat16, enabled=self.mode == "autocast"):
-            conditional = forward(text.embeddings)
             if self.guidance <= 1:
-                return conditional
-            unconditional = forward(text.negative)
+                return forward(x, text.embeddings)
+            if self.options.joined:
+                both = forward(torch.cat([x, x]), torch.cat([text.embeddings, text.negative]))
+                conditional, unconditional = both.chunk(2)
+            else:
+                conditional = forward(x, text.embeddings)
+                unconditional = forward(x, text.negative)
         return unconditional + self.guidance * (conditional - unconditional)
 
     def gaussian(self, x, v, i: int):
-        """Return mean and deviation of step i with Flow-GRPO's noise for Wan, g = sigma_1 sigma."""
-        s, dt = self.sigmas[i], self.sigmas[i + 1] - self.sigmas[i]
-        g = self.sigmas[1] * s
+        """Return mean and deviation of step i if it is stochastic."""
+        s, dt, g = self.sigmas[i], self.sigmas[i + 1] - self.sigmas[i], self.noise[i]
         return x + v * dt + g * g / (2 * s) * dt * (x + (1 - s) * v), g * math.sqrt(-dt)
 
     @torch.no_grad()
@@ -127,12 +165,17 @@ class Policy:
         x_next = mean + std * torch.randn_like(x)
         return Transition(i, x, x_next, log_prob(x_next, mean, std))
 
+    @torch.no_grad()
+    def ode(self, x, i: int, text: Text):
+        """Return the latents after the deterministic step i, by Euler."""
+        return x + self.velocity(x, i, text) * (self.sigmas[i + 1] - self.sigmas[i])
+
     def loss(self, transition: Transition, text: Text, advantages, kl: float):
         """Return the clipped objective plus the KL to the reference, and the ratios [B]."""
         x, step = transition.x, transition.step
         mean, std = self.gaussian(x, self.velocity(x, step, text), step)
         ratio = torch.exp(log_prob(transition.x_next, mean, std) - transition.log_prob)
-        clipped = torch.clamp(ratio, 1 - CLIP, 1 + CLIP)
+        clipped = torch.clamp(ratio, 1 - self.options.clip[0], 1 + self.options.clip[1])
         loss = torch.maximum(-advantages * ratio, -advantages * clipped).mean()
         if kl > 0:
             with torch.no_grad(), self.model.disable_adapter():
@@ -140,10 +183,9 @@ class Policy:
             loss = loss + kl * ((mean - reference) ** 2).mean() / (2 * std**2)
         return loss, ratio.detach()
 
-    def update(self, batches: list[tuple[list[Transition], Text, torch.Tensor]], kl: float):
-        """Take one optimiser step over batches of (steps, text, advantages [B]).
-
-        Returns all ratios.
+    def accumulate(self, batches: list[tuple[list[Transition], Text, torch.Tensor]], kl: float):
+        """Add up the mean gradient over batches of (steps, text, advantages [B]), with a backward
+        pass for each step. Returns all ratios.
         """
         self.model.train()
         ratios, count = [], sum(len(steps) for steps, _, _ in batches)
@@ -152,10 +194,15 @@ class Policy:
                 loss, ratio = self.loss(transition, text, advantages, kl)
                 (loss / count).backward()
                 ratios.append(ratio)
-        torch.nn.utils.clip_grad_norm_(self.trained, MAX_NORM)
+        return torch.cat(ratios)
+
+    def update(self, batches: list[tuple[list[Transition], Text, torch.Tensor]], kl: float):
+        """Take one optimiser step over batches, as in `accumulate`. Returns all ratios."""
+        ratios = self.accumulate(batches, kl)
+        torch.nn.utils.clip_grad_norm_(self.trained, self.options.max_norm)
         self.optimiser.step()
         self.optimiser.zero_grad()
-        return torch.cat(ratios)
+        return ratios
 
 
 def log_prob(x_next, mean, std: float):
