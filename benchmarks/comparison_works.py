@@ -66,6 +66,8 @@ IMAGE = "--height=512 --width=512 --frames=1 --batch=9"
 DECODE = "--height=480 --width=832 --frames=81 --batch=1 --repeats=3"
 STEPS = ("rollout", "update")
 MEMORY = tuple(Target(stage, "memory") for stage in STEPS)
+PARTS = ("rollout", "guided rollout", "grpo update", "nft update", "decode")
+GUIDED = "--guidance=4.5 --kl=0.004 --repeats=3"
 UPDATE = (
     Target("update", "autocast", 2.2),
     Target("update", "best", 2.0),
@@ -146,5 +148,36 @@ WORKS = {
         (Target("epoch", "autocast", 3.0), Target("epoch", "memory")),
         "",
         "--group_size=3 --updates=1 --steps=2 --trained=1 --epochs=1",
+    ),
+    "1.3b-parts": Work(
+        "1.3B, 9 x 1 x 512 x 512, parts of an epoch",
+        "parts",
+        "parts",
+        f"--size=1.3b {IMAGE} {GUIDED}",
+        PARTS,
+        ("autocast", "bf16-compile"),
+        (),
+        own=("ours", "ours-fp8"),
+    ),
+    "14b-parts": Work(
+        "14B, 9 x 1 x 512 x 512, parts of an epoch",
+        "parts",
+        "parts",
+        f"--size=14b {IMAGE} {GUIDED}",
+        PARTS,
+        ("bf16-compile", "autocast"),
+        (),
+        "--guided_remat=block",
+        own=("ours", "ours-fp8"),
+    ),
+    "small-parts": Work(
+        "tiny-wan, 32 x 1 x 64 x 128, parts of an epoch",
+        "parts",
+        "parts",
+        "--size=small --height=64 --width=128 --frames=1 --batch=32 --guidance=2 --kl=0.004",
+        PARTS,
+        ("autocast", "bf16-compile"),
+        (),
+        "--dtype=float32 --remat=none --guided_remat=none",
     ),
 }

@@ -160,7 +160,8 @@ class RandomPolicy:
         They have the weights' data type, as in training.
         """
         dtype = flat_params.flatten(self.policy.base)["proj_out/kernel"].dtype
-        text = jax.random.normal(jax.random.key(1), (batch + 1, rows, 4096), dtype)
+        shape = batch + 1, rows, self.config.text_dim
+        text = jax.random.normal(jax.random.key(1), shape, dtype)
         return TextBatch(
             self.placed(text[:-1]),
             sharding_lib.place(text[-1], sharding_lib.replicated(self.mesh)),

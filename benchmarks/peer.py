@@ -22,6 +22,7 @@ Tasks:
     decode    latents to uint8 frames on the host; VAE in fp32, or in bf16 with cuDNN's search for
               the fastest convolutions
     epoch     sampling, decoding in fp32, scoring, advantages, update
+    parts     what `benchmarks.parts` measures of ours
 
 As in the script, one of 8 threads scores every fourth frame of a batch while the next batch is
 sampled, and the update waits for the scores. Text encoding, the script's moving average and its
@@ -138,6 +139,46 @@ def measure_steps(settings, device: str) -> tuple[dict[str, Stage], tuple[float,
     return stages, (float(ratios[0].min()), float(ratios[0].max()))
 
 
+def measure_parts(settings, device: str) -> tuple[dict[str, Stage], tuple[float, float]]:
+    """Return the stages of `benchmarks.parts`, and the first update's ratios. The VAE is in fp32."""
+    config, repeats = workload.transformer_config(settings.size), settings.repeats
+    policy = make_policy(settings, config, device, workload.STEPS)
+    text, x = random_text(config, settings.batch, device), latents(settings, device)
+    flops = workload.batch_flops(config, workload.shape_of_latents(settings), settings.batch, 1)
+    stages = {}
+
+    def show(name: str, function, work: float, steps: int = 1) -> None:
+        stages[name] = Stage.of(timed(function, repeats, device) / steps, peak_bytes(device), work)
+        print(f"{name}: {stages[name]}", flush=True)
+
+    # Rollout steps
+    policy.model.eval()
+    for name, guidance, passes in (("rollout", 1.0, 1), ("guided rollout", settings.guidance, 2)):
+        policy.guidance = guidance
+        show(name, lambda: policy.sample(x, 3, text), passes * flops)
+    # Updates: Flow-GRPO's with guidance, DiffusionNFT's without
+    transitions = [policy.sample(x, i, text) for i in workload.TRAINED]
+    batches = [(transitions, text, torch.randn(settings.batch, device=device))]
+    ratios, count = [], len(transitions)
+    show(
+        "grpo update",
+        lambda: ratios.append(policy.update(batches, settings.kl)),
+        6 * flops,
+        count,
+    )
+    policy.guidance = 1.0
+    policy.keep_behaviour()
+    weight = torch.rand(settings.batch, device=device)
+    rows = [(x, i, text, weight) for i in workload.TRAINED]
+    show("nft update", lambda: policy.update_nft(rows), 3 * flops, count)
+    # Decoding
+    torch.backends.cudnn.benchmark = settings.mode != "autocast"
+    decode = make_decoder(torch.float32, device, **vae_settings(settings.size))
+    stages["decode"] = Stage.of(timed(lambda: decode(x), repeats, device), peak_bytes(device))
+    print(f"decode: {stages['decode']}", flush=True)
+    return stages, (float(ratios[0].min()), float(ratios[0].max()))
+
+
 # ---- decoding ------------------------------------------------------------------------------------
 def make_decoder(dtype: torch.dtype, device: str, **settings):
     """Return `decoder_of` a VAE with random weights. settings: those of the VAE."""
@@ -178,7 +219,8 @@ def measure_decode(settings, device: str) -> dict[str, Stage]:
 
 def vae_settings(size: str) -> dict:
     """Return the settings of the VAE that goes with a size of the transformer."""
-    return {"base_dim": 8, "num_res_blocks": 1} if size == "tiny" else {}
+    base = {"tiny": 8, "small": 24}
+    return {"base_dim": base[size], "num_res_blocks": 1} if size in base else {}
 
 
 # ---- the epoch -----------------------------------------------------------------------------------
@@ -305,8 +347,9 @@ def measure(settings) -> Record:
         flush=True,
     )
     ratio = None
-    if settings.task == "steps":
-        stages, ratio = measure_steps(settings, device)
+    if settings.task in ("steps", "parts"):
+        measured = measure_steps if settings.task == "steps" else measure_parts
+        stages, ratio = measured(settings, device)
         print(f"ratio of the first update: {ratio[0]:.7f} to {ratio[1]:.7f}")
     else:
         stages = {"decode": measure_decode, "epoch": measure_epoch}[settings.task](settings, device)
@@ -320,7 +363,7 @@ def main(_):
 if __name__ == "__main__":
     workload.define_flags(guidance=1.0, kl=0.0)
     workload.define_epoch_flags()
-    flags.DEFINE_enum("task", "steps", ["steps", "decode", "epoch"], "stages to measure")
+    flags.DEFINE_enum("task", "steps", ["steps", "decode", "epoch", "parts"], "stages to measure")
     flags.DEFINE_enum("mode", "autocast", MODES, "data types and compilation")
     flags.DEFINE_integer("readers", 8, "threads that score; Flow-GRPO's script has 8")
     flags.DEFINE_string(

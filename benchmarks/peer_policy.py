@@ -6,11 +6,22 @@ import math
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-from peft import LoraConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 
 from benchmarks import workload
 from wan_jax.diffusion.schedule import Schedule
 from wan_jax.models.config import TransformerConfig
+
+DEFAULT, BEHAVIOUR = (
+    "default",
+    "old",
+)  # adapters: the trained one, and that of DiffusionNFT's sampler
+BETA = 0.1  # of DiffusionNFT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,16 +112,13 @@ class Policy:
         options: Options = Options(),
     ):
         transformer.requires_grad_(False)
-        self.model = get_peft_model(
-            transformer,
-            LoraConfig(
-                r=options.rank,
-                lora_alpha=options.alpha,  # pyright: ignore[reportArgumentType]  any number
-                init_lora_weights="gaussian",
-                target_modules=list(options.targets),
-            ),
-            autocast_adapter_dtype=False,
+        lora = LoraConfig(
+            r=options.rank,
+            lora_alpha=options.alpha,  # pyright: ignore[reportArgumentType]  any number
+            init_lora_weights="gaussian",
+            target_modules=list(options.targets),
         )
+        self.model = get_peft_model(transformer, lora, autocast_adapter_dtype=False)
         if options.checkpointing:
             transformer.enable_gradient_checkpointing()
         if mode == "bf16-compile":
@@ -121,6 +129,7 @@ class Policy:
         self.sigmas, self.timesteps = schedule.sigmas.tolist(), schedule.timesteps.tolist()
         self.noise = options.noise or tuple(self.sigmas[1] * s for s in self.sigmas[:-1])
         self.options = options
+        self.lora = lora
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(
             self.trained,
@@ -199,10 +208,61 @@ class Policy:
     def update(self, batches: list[tuple[list[Transition], Text, torch.Tensor]], kl: float):
         """Take one optimiser step over batches, as in `accumulate`. Returns all ratios."""
         ratios = self.accumulate(batches, kl)
+        self.step()
+        return ratios
+
+    def step(self) -> None:
+        """Clip the gradient, and take the optimiser's step."""
         torch.nn.utils.clip_grad_norm_(self.trained, self.options.max_norm)
         self.optimiser.step()
         self.optimiser.zero_grad()
-        return ratios
+
+    # ---- DiffusionNFT ----------------------------------------------------------------------------
+    def keep_behaviour(self) -> None:
+        """Add a second adapter, the behaviour policy: a copy of the trained one."""
+        self.model.add_adapter(BEHAVIOUR, self.lora, autocast_adapter_dtype=False)
+        state = get_peft_model_state_dict(self.model, adapter_name=DEFAULT)
+        set_peft_model_state_dict(self.model, state, adapter_name=BEHAVIOUR)
+        self.model.set_adapter(DEFAULT)
+
+    def nft_loss(self, x0, i: int, text: Text, weight, kl: float):
+        """Return DiffusionNFT's loss at the noise level of step i, with the KL to the base model.
+
+        x0: final latents. weight: [B], probability that a video is a good one. The behaviour policy
+        and the base model are evaluated by switching adapters, as in the authors' code.
+        """
+        s = self.sigmas[i]
+        x = (1 - s) * x0 + s * torch.randn_like(x0)
+        with torch.no_grad():
+            self.model.set_adapter(BEHAVIOUR)
+            behaviour = self.velocity(x, i, text)
+            self.model.set_adapter(DEFAULT)
+            with self.model.disable_adapter():
+                reference = self.velocity(x, i, text)
+        return nft_loss(x, x0, s, self.velocity(x, i, text), behaviour, reference, weight, kl)
+
+    def update_nft(self, rows: list[tuple[torch.Tensor, int, Text, torch.Tensor]], kl=1e-4):
+        """Take an optimiser step over batches of (final latents, step, text, weights [B])."""
+        self.model.train()
+        for x0, i, text, weight in rows:
+            (self.nft_loss(x0, i, text, weight, kl) / len(rows)).backward()
+        self.step()
+
+
+def nft_loss(x, x0, s: float, v, behaviour, reference, weight, kl: float):
+    """Return the mean loss of DiffusionNFT (arXiv 2509.16117) with beta 0.1 and its weights, times
+    the advantages' bound of 5, plus kl mean((v - reference)^2). Velocities as x; weight: [B].
+    """
+    mixed = (1 - BETA) * behaviour + BETA * v, (1 + BETA) * behaviour - BETA * v
+
+    def error(velocity):
+        residual = (x - s * velocity - x0).flatten(1)
+        scale = residual.detach().abs().mean(1).clamp(min=1e-5)
+        return (residual * residual).mean(1) / scale
+
+    better, worse = map(error, mixed)
+    loss = 5 * (weight * better + (1 - weight) * worse) / BETA
+    return (loss + kl * ((v - reference) ** 2).flatten(1).mean(1)).mean()
 
 
 def log_prob(x_next, mean, std: float):

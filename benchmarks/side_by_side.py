@@ -14,7 +14,8 @@ scratch memory does not belong to decoding, and the compiled functions are kept 
 `ours-block` rematerialises (recomputes) whole blocks in the backward pass, as the peer does; `ours`
 keeps the dense layers' results, as training does if they fit. Ratios are the peer's time over ours.
 The table has the MFU of the nominal 989 TFLOP/s, and of the 790 that a large bf16 product reached
-on an H200, which the targets refer to. The figures of an epoch are those of one video.
+on an H200, which the targets refer to. The figures of an epoch are those of one video. Where works
+NAME-parts were measured, a second table adds their parts up to epochs (`benchmarks.epoch_cost`).
 """
 
 import json
@@ -26,6 +27,7 @@ import time
 
 from absl import app, flags
 
+from benchmarks import epoch_cost
 from benchmarks.comparison_works import OURS, PEERS, SIDES, WORKS, Target, Work
 from benchmarks.workload import MEASURED, NOMINAL, Record, Stage
 
@@ -261,6 +263,7 @@ def main(_):
             WORKS[name], settings.sides, folder, settings.limit, results.setdefault(name, {}), write
         )
     print(table(results))
+    print(epoch_cost.table(results))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,10 @@ from wan_jax.models.config import TransformerConfig
 SIZES: dict[str, dict[str, Any]] = {
     "1.3b": dict(num_attention_heads=12, ffn_dim=8960, num_layers=30),
     "14b": dict(num_attention_heads=40, ffn_dim=13824, num_layers=40),
+    # the transformer of assets/tiny-wan
+    "small": dict(
+        num_attention_heads=4, ffn_dim=768, num_layers=8, attention_head_dim=64, text_dim=192
+    ),
     "tiny": dict(num_attention_heads=2, ffn_dim=512, num_layers=2),
 }
 TEXT = 64  # rows of a prompt
@@ -30,7 +34,8 @@ PROMPTS = pathlib.Path(__file__).parents[1] / "assets" / "prompts" / "ocr_train.
 
 def transformer_config(size: str) -> TransformerConfig:
     """Return the configuration of Wan's transformer. size: a key of `SIZES`."""
-    return TransformerConfig(**SIZES[size], attention_head_dim=128, text_dim=4096)
+    heads: dict[str, Any] = {"attention_head_dim": 128, "text_dim": 4096}
+    return TransformerConfig(**heads | SIZES[size])
 
 
 def latent_shape(frames: int, height: int, width: int) -> tuple[int, int, int, int]:
