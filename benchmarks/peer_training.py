@@ -49,7 +49,8 @@ from grpo.records import run_log
 from grpo.records.clock import timestamp
 from grpo.records.statistics import bootstrap_interval
 from grpo.rollout import initial_noise
-from grpo.scoring.reward_pool import load_scored_prompts, open_pool
+from grpo.scoring.reward_pool import open_pool
+from grpo.scoring.scored_prompts import load_scored_prompts
 from grpo.settings import parse
 from grpo.settings.budget import Spent
 from grpo.settings.reference import FLAG_HELP
