@@ -28,12 +28,13 @@ from grpo.settings.schema import Recipe
 from wan_jax.diffusion.experts import guidances
 from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.errors import UserError
+from wan_jax.models import precision
 
-# Bound of the deviation of the importance ratio from 1 in the first update, where
-# train.ratio_tolerance is None. In bfloat16 rollout and update may round differently: 1e-7 to 6e-6
-# was measured on an H200 at full size, 6e-4 where XLA had merged products. A wrong step or text gives
-# far more.
-RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-3}
+# Bounds of the deviation of the importance ratio from 1 in the first update, where
+# train.ratio_tolerance is None: with exact products, and with those of bfloat16 or TF32, which rollout
+# and update may round differently. On an H200 1e-7 to 6e-6 was measured at full size in bfloat16, 6e-4
+# where XLA had merged products, and 1.1e-4 on tiny-wan in TF32. A wrong step or text gives far more.
+EXACT_RATIO, ROUNDED_RATIO = 1e-4, 2e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,8 @@ class GRPO(Method):
         step_importance: whether each step is weighted by the progress of the video in it
             (train.credit=otca).
         drop_zero_advantages: whether videos whose advantages are all 0 do not count.
-        ratio_tolerance: bound of the deviation of the importance ratio from 1 in the first update.
+        ratio_tolerance: train.ratio_tolerance.
+        dtype: of the model's weights and products.
         by_cell: whether log-probs are weighted by cell (train.box_credit).
     """
 
@@ -55,7 +57,8 @@ class GRPO(Method):
     kl_in_reward: float = 0.0
     step_importance: bool = False
     drop_zero_advantages: bool = False
-    ratio_tolerance: float = 1e-4
+    ratio_tolerance: float | None = None
+    dtype: str = "float32"
     by_cell: bool = False
 
     name = "grpo"
@@ -118,9 +121,6 @@ class GRPO(Method):
         train, weight = recipe.train, largest_kl_weight(cls, recipe)
         in_reward = train.kl_as == "reward"
         averaged = train.kl_reference == "average"
-        tolerance = train.ratio_tolerance
-        if tolerance is None:
-            tolerance = RATIO_TOLERANCE[recipe.model.dtype]
         return cls(
             policy_loss=LossConfig(
                 clip_low=train.clip_low,
@@ -139,9 +139,18 @@ class GRPO(Method):
             kl_in_reward=weight if in_reward else 0.0,
             step_importance=train.credit == "otca",
             drop_zero_advantages=train.zero_advantages == "drop",
-            ratio_tolerance=tolerance,
+            ratio_tolerance=train.ratio_tolerance,
+            dtype=recipe.model.dtype,
             by_cell=train.box_credit > 0,
         )
+
+    @property
+    def ratio_bound(self) -> float:
+        """The bound of the deviation of the importance ratio from 1 in the first update."""
+        if self.ratio_tolerance is not None:
+            return self.ratio_tolerance
+        exact = self.dtype == "float32" and precision.is_exact()
+        return EXACT_RATIO if exact else ROUNDED_RATIO
 
     # ---- weights -----------------------------------------------------------------------------
     @property
@@ -302,10 +311,10 @@ class GRPO(Method):
 
     def check_first(self, values: dict[str, float], epoch: int) -> dict[str, float]:
         error = max(values["ratio_max"] - 1, 1 - values["ratio_min"])
-        if error > self.ratio_tolerance:
+        if error > self.ratio_bound:
             raise UserError(
                 f"epoch {epoch}: the importance ratio deviates from 1 by {error:.2e} in the first "
-                f"update, more than train.ratio_tolerance={self.ratio_tolerance:g}: rollout and "
+                f"update, more than train.ratio_tolerance={self.ratio_bound:g}: rollout and "
                 "update disagree, gradients would be wrong"
             )
         return {"ratio_max_error": error}

@@ -69,7 +69,7 @@ def in_force(spec: RunSpec) -> dict[str, Any]:
         "eval.width": judged.width,
         "eval.shift": judged.shift,
         "train.kl_weight": kl_weight(type(method), recipe),
-        "train.ratio_tolerance": getattr(method, "ratio_tolerance", None),
+        "train.ratio_tolerance": getattr(method, "ratio_bound", None),
         "mesh.fsdp": mesh.get("fsdp"),
         "mesh.context": mesh.get("context"),
     }

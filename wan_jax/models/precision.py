@@ -31,6 +31,12 @@ def use(precision: str) -> None:
         jax.config.update("jax_default_matmul_precision", JAX_NAMES[precision])
 
 
+def is_exact() -> bool:
+    """Return whether products of float32 values are computed in float32 on JAX's default backend."""
+    setting = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return jax.default_backend() == "cpu" or setting in ("float32", "highest")
+
+
 def for_dtype(precision: str, dtype, platform: str) -> str:
     """Return the precision that sampling uses: `auto` is float32 where float32 weights were asked
     for on an accelerator, and else `default`. platform: of `attention.platform_of`.

@@ -104,6 +104,25 @@ def test_a_clip_range_below_rounding_is_told(error, clip, objective, warned):
     assert not warned or (f"{error:.1e}" in warning and f"{clip:g}" in warning)
 
 
+@pytest.mark.parametrize(
+    ("backend", "products", "dtype", "given", "bound"),
+    [
+        ("cpu", None, "float32", None, 1e-4),
+        ("gpu", None, "float32", None, 2e-3),  # TF32
+        ("gpu", "float32", "float32", None, 1e-4),
+        ("gpu", "tensorfloat32", "float32", None, 2e-3),
+        ("cpu", None, "bfloat16", None, 2e-3),
+        ("gpu", None, "bfloat16", 1e-5, 1e-5),
+    ],
+)
+def test_the_bound_of_the_ratio_allows_for_rounding(
+    monkeypatch, backend, products, dtype, given, bound
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    with jax.default_matmul_precision(products):
+        assert GRPO(ratio_tolerance=given, dtype=dtype).ratio_bound == bound
+
+
 def test_a_first_update_off_policy_is_refused():
     method = GRPO(ratio_tolerance=1e-3)
     assert method.check_first({"ratio_min": 1 - 5e-4, "ratio_max": 1 + 2e-4}, 3) == {

@@ -40,7 +40,7 @@ def test_settings_of_flow_grpo(small):
     assert (found.videos, found.batches, found.train_batches) == (8, 4, 2)
     assert found.method.name == "grpo" and found.method.levels is None and found.lora is None
     assert found.method.kl_in_reward == 0.5 and found.method.policy_loss.kl_beta == 0.0
-    assert found.method.ratio_tolerance == 2e-3 and not found.method.importance
+    assert found.method.ratio_bound == 2e-3 and not found.method.importance
     assert found.weights == dict.fromkeys(sorted({*PANEL, "ocr"}), 0.0) | {"ocr": 1.0}
 
 
