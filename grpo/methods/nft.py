@@ -1,6 +1,7 @@
 """DiffusionNFT (Zheng et al., arXiv 2509.16117): a positive and a negative policy, without log-probs."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +30,15 @@ class NFT(FlowMatching):
         advantage_clip: the advantage at which `optimality` is 1. It also scales the loss, as
             published.
         old_rate, old_most: see above.
+        measures_distance: whether mean((v - v_behaviour)^2) is computed and logged, with
+            train.max_velocity_distance. The compiled function then rounds differently.
     """
 
     beta: float = 0.1
     advantage_clip: float = 5.0
     old_rate: float = 1e-3
     old_most: float = 0.5
+    measures_distance: bool = False
 
     name = "nft"
     default_kl_weight = 1e-4
@@ -47,10 +51,13 @@ class NFT(FlowMatching):
         "train.old_most",
         "train.max_velocity_distance",
     )
-    logs = ("old_distance",)  # mean((v - v_behaviour)^2)
     distances = ("old_distance", "kl")
     on_advantages = True
     rollout_levels = True
+
+    @property
+    def logs(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return ("old_distance",) if self.measures_distance else ()
 
     @property
     def lagged(self) -> tuple[str, ...]:
@@ -78,6 +85,7 @@ class NFT(FlowMatching):
             "advantage_clip": train.advantage_clip,
             "old_rate": train.old_rate,
             "old_most": train.old_most,
+            "measures_distance": train.max_velocity_distance < math.inf,
         }
 
     def share_kept(self, update: int, last: bool) -> dict[str, float]:

@@ -80,12 +80,12 @@ def test_a_velocity_that_is_too_far_stops_the_run(start, capsys):
         with pytest.raises(UserError, match=r"epoch 1: old_distance reached .*=1e-09") as error:
             run(1e-9)
     assert "Epoch 1 is saved" in str(error.value)
-    folder = run(float("inf"))
+    folder = run(1e3)
     assert "after epoch 1" in capsys.readouterr().out
     records = read_metrics(folder)
     assert [record["epoch"] for record in records] == [1, 2]
     # the first update begins at the behaviour policy
-    assert records[0]["old_distance_min"] == 0 and records[0]["old_distance_max"] > 1e-9
+    assert records[0]["old_distance_min"] < 1e-12 < 1e-9 < records[0]["old_distance_max"]
     assert all(record["grad_rms"] > 0 for record in records)
 
 

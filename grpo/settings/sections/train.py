@@ -301,7 +301,8 @@ class Train(Section):
         math.inf,
         "Of `nft`, `awm`, `dpo` and `tgo`: bound of the mean of |v - v_old|^2 and |v - v_ref|^2 in an "
         "update, the squared distance of the velocity from that of the behaviour policy and of the "
-        "KL's reference. Beyond it the run ends, with everything saved. inf: it never does.",
+        "KL's reference. Beyond it the run ends, with everything saved. inf: it never does, and `nft` "
+        "does not measure the first.",
         bounds=POSITIVE_OR_INF,
         resume=True,
         experimental=True,

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import tiny_ocr
 from grpo import train
 from grpo.methods.nft import NFT, nft_loss, optimality
+from grpo.settings import parse
 from tests.grpo.tiny_run import arrays_of, assert_same, result
 
 
@@ -40,6 +42,14 @@ def test_the_old_policy_follows_at_the_end_of_an_epoch():
     kept = [nft.share_kept(update, update % 2 == 0) for update in range(1, 9)]
     assert kept == [{"old": share} for share in (1.0, 0.02, 1.0, 0.04, 1.0, 0.05, 1.0, 0.05)]
     assert nft.lagged == (nft.sampler,) == ("old",)
+
+
+def test_the_distance_is_measured_only_with_a_bound():
+    """Without one the compiled function is that of earlier versions, to the bit of its results."""
+    config = tiny_ocr.get_config()
+    assert parse.from_config(config).method.logs == ()
+    config.train.max_velocity_distance = 1e3
+    assert parse.from_config(config).method.logs == ("old_distance",)
 
 
 @pytest.mark.slow
