@@ -129,7 +129,8 @@ def sources(reward, weights: dict[str, float]) -> list[Source]:
 def sample_groups(
     spec: RunSpec, model: model_dir.ModelDir, prompts: PromptSet, groups: int, videos: int
 ) -> pipeline.Videos:
-    """Return `videos` videos of each of the first `groups` prompts, group by group."""
+    """Return `videos` videos of each of the first `groups` prompts, group by group, of training's size."""
+    spec = spec.of_sizes(spec.trained_sizes[0], spec.trained_sizes[0])
     recipe, settings, mesh = spec.recipe, spec.settings, spec.mesh
     count, devices = groups * videos, mesh.shape["data"] * mesh.shape["fsdp"]
     batch = min(recipe.sample.batch_size, -(-count // devices) * devices)

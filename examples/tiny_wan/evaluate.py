@@ -201,8 +201,8 @@ def judge_sizes(folders, frame_sizes, *, count: int, workers: int) -> dict:
     """Print how well the VAE reconstructs and how well models spell at frame sizes (H, W), on one set
     of held-out prompts. Return the rewards [groups, 8] by (folder, size, number in SIZE_CHECKS).
 
-    folders: Diffusers folders with one VAE. count: videos of each model, size and check. workers: of
-    the OCR.
+    folders: Diffusers folders with one VAE. count: pictures of each model, size and check; of clips a
+    quarter. workers: of the OCR.
     """
     from rewards.ocr.rules import OCRReward
     from rewards.pool import RewardPool
@@ -213,7 +213,7 @@ def judge_sizes(folders, frame_sizes, *, count: int, workers: int) -> dict:
             check_vae(pathlib.Path(folders[0]) / "vae", pool, 1, min(count, 64), size)
             for folder in folders:
                 for i, options in enumerate(SIZE_CHECKS):
-                    groups = max(1, count // 8)
+                    groups = max(1, count // (32 if "frames" in options else 8))
                     rewards, _ = check_model(
                         folder, pool, groups=groups, frame_size=size, **options
                     )

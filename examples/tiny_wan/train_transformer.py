@@ -263,6 +263,6 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "sizes", "64x128", "frame sizes HEIGHTxWIDTH; batches and pools are divided"
     )
-    flags.DEFINE_integer("judge", 0, "videos of held-out prompts to judge at each size; 0: none")
+    flags.DEFINE_integer("judge", 0, "pictures of held-out prompts to judge at each size; 0: none")
     flags.DEFINE_integer("workers", 8, "OCR workers of the judgement")
     app.run(main)

@@ -106,6 +106,7 @@ def test_the_best_of_n_begins_with_the_evaluation_of_one(with_more, tmp_path):
                 "grpo.evaluate",
                 f"--config={config}",
                 f"--config.{more}",
+                "--config.eval.more_sizes=((32,32,1,5.0),)",
                 "--config.reward.weights.ocr=None",
                 "--config.reward.weights.edges=1.0",
                 "--config.reward.panel=()",
@@ -122,6 +123,9 @@ def test_the_best_of_n_begins_with_the_evaluation_of_one(with_more, tmp_path):
             for series in (None, "long")
         ]
     assert "the same reader (edges) chose" in done.stdout
+    assert done.stdout.count(", 32x32 1 frames shift 5\n") == 1
+    large = run_log.read_evaluations(tmp_path / "3", "32x32_1_frames_shift_5")[0]
+    assert large["prompts"] == found[3][0]["prompts"] and large["reward"] != found[3][0]["reward"]
     for one, three in zip(found[1], found[3]):
         assert "best_of" not in one and three["best_of"]["candidates"] == 3
         first = three["best_of"]["curve"][0]

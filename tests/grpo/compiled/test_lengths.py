@@ -151,3 +151,21 @@ def test_a_run_that_changes_its_size_goes_on_bit_for_bit(start, capsys):
         train.train(spec, *rest)
         assert "continuing" in capsys.readouterr().out
         assert_same(result(run), whole)
+
+
+@pytest.mark.slow
+def test_nft_samples_by_a_solver_of_second_order(start, tmp_path):
+    """As in its own code; evaluations stay the same."""
+    rewards = {}
+    values = {"train.method": "nft", "train.timesteps": 2, "epochs": 1, "eval.every": 9}
+    values |= {"train.updates_per_epoch": 1}
+    for solver in ("euler", "dpmpp_2m"):
+        changed = {"sample.ode_solver": solver, "run_dir": str(tmp_path / solver)}
+        spec, *rest = start(1, **values, **changed)
+        train.train(spec, *rest)
+        (record,) = run_log.read_metrics(spec.recipe.run_dir)
+        assert record["grad_norm"] > 0
+        base = run_log.read_evaluations(spec.recipe.run_dir)[0]["reward"]
+        rewards[solver] = base, record["reward_mean"]
+    first, second = rewards["euler"], rewards["dpmpp_2m"]
+    assert first[0] == second[0] and first[1] != second[1]
