@@ -197,31 +197,25 @@ def check_model(folder, pool, *, groups=32, size=8, frames=1, frame_size=BASE_SI
     return rewards, videos
 
 
-def judge_sizes(folders, frame_sizes, *, count: int, workers: int) -> dict:
+def judge_sizes(folders, frame_sizes, pool, *, count: int, checks=SIZE_CHECKS) -> dict:
     """Print how well the VAE reconstructs and how well models spell at frame sizes (H, W), on one set
-    of held-out prompts. Return the rewards [groups, 8] by (folder, size, number in SIZE_CHECKS).
+    of held-out prompts. Return the rewards [groups, 8] by (folder, size, number of the check).
 
-    folders: Diffusers folders with one VAE. count: pictures of each model, size and check; of clips a
-    quarter. workers: of the OCR.
+    folders: Diffusers folders with one VAE. pool: of OCR. count: pictures of each model, size and check;
+    of clips a quarter. checks: arguments of `check_model`.
     """
-    from rewards.ocr.rules import OCRReward
-    from rewards.pool import RewardPool
-
     found = {}
-    with RewardPool(OCRReward, workers=workers, mode="thread") as pool:
-        for size in frame_sizes:
-            check_vae(pathlib.Path(folders[0]) / "vae", pool, 1, min(count, 64), size)
-            for folder in folders:
-                for i, options in enumerate(SIZE_CHECKS):
-                    groups = max(1, count // (32 if "frames" in options else 8))
-                    rewards, _ = check_model(
-                        folder, pool, groups=groups, frame_size=size, **options
-                    )
-                    found[str(folder), size, i] = rewards
-    names = [", ".join(f"{key} {value}" for key, value in check.items()) for check in SIZE_CHECKS]
+    for size in frame_sizes:
+        check_vae(pathlib.Path(folders[0]) / "vae", pool, 1, min(count, 64), size)
+        for folder in folders:
+            for i, options in enumerate(checks):
+                groups = max(1, count // (32 if "frames" in options else 8))
+                rewards, _ = check_model(folder, pool, groups=groups, frame_size=size, **options)
+                found[str(folder), size, i] = rewards
+    names = [", ".join(f"{key} {value}" for key, value in check.items()) for check in checks]
     print(f"mean OCR reward and standard error over prompts: {'; '.join(names)}")
     for folder, size in dict.fromkeys((folder, size) for folder, size, _ in found):
-        means = [found[folder, size, i].mean(1) for i in range(len(SIZE_CHECKS))]
+        means = [found[folder, size, i].mean(1) for i in range(len(checks))]
         cells = "; ".join(f"{m.mean():.3f} +- {m.std() / len(m) ** 0.5:.3f}" for m in means)
         print(f"  {size[0]}x{size[1]}  {folder}: {cells}", flush=True)
     return found
@@ -232,12 +226,12 @@ def main(_):
     from rewards.pool import RewardPool
 
     root, workers = pathlib.Path(flags.FLAGS.model), flags.FLAGS.workers
-    if flags.FLAGS.stage == "sizes":
-        frame_sizes = sizes.parse(flags.FLAGS.sizes)
-        judge_sizes([root], frame_sizes, count=flags.FLAGS.count, workers=workers)
-        return
     with RewardPool(OCRReward, workers=workers, mode="thread") as pool:
         sheets = []
+        if flags.FLAGS.stage == "sizes":
+            frame_sizes = sizes.parse(flags.FLAGS.sizes)
+            judge_sizes([root], frame_sizes, pool, count=flags.FLAGS.count)
+            return
         if flags.FLAGS.stage in ("vae", "all"):
             sheets += [check_vae(root / "vae", pool, frames) for frames in (1, sizes.CLIP_FRAMES)]
         if flags.FLAGS.stage in ("model", "all"):

@@ -235,10 +235,14 @@ def main(_):
     )
     # 6 judge them
     if FLAGS.judge:
+        from rewards.ocr.rules import OCRReward
+        from rewards.pool import RewardPool
+
         assemble(out)
         shutil.copytree(FLAGS.vae, out / "vae", dirs_exist_ok=True)
         folders = [out] if FLAGS.init is None else [FLAGS.init, out]
-        evaluate.judge_sizes(folders, frame_sizes, count=FLAGS.judge, workers=FLAGS.workers)
+        with RewardPool(OCRReward, workers=FLAGS.workers, mode="thread") as pool:
+            evaluate.judge_sizes(folders, frame_sizes, pool, count=FLAGS.judge)
 
 
 if __name__ == "__main__":

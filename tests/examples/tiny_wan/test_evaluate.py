@@ -49,3 +49,22 @@ def test_model_is_sampled_in_groups_of_one_prompt(capsys):
     first, second, third, fourth = pool.targets
     assert first == second != third == fourth and len(first) == 1
     assert "reward 0.500" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_models_are_judged_at_every_size_on_one_set_of_prompts(capsys):
+    pool, targets = Pool(), []
+    submit = pool.submit
+    pool.submit = lambda videos, texts: (
+        targets.append((videos.shape[2:4], texts)) or submit(videos, texts)
+    )
+    frame_sizes = ((32, 64), (64, 128))
+    found = evaluate.judge_sizes(
+        [TINY_WAN, f"{TINY_WAN}/"], frame_sizes, pool, count=8, checks=(dict(steps=1),)
+    )
+    assert [key[1:] for key in found] == [(size, 0) for size in frame_sizes for _ in range(2)]
+    assert all(rewards.shape == (1, 8) for rewards in found.values())
+    sampled = [texts for _, texts in targets if len(set(texts)) == 1]
+    assert len(sampled) == 4 and all(texts == sampled[0] for texts in sampled)
+    assert [size for size, _ in targets] == [frame_sizes[0]] * 4 + [frame_sizes[1]] * 4
+    assert capsys.readouterr().out.count(": 0.500 +- 0.000") == 4
