@@ -165,6 +165,7 @@ def test_every_size_has_a_recipe():
         "tiny_grpo",
         "wan21_1_3b_ocr",
         "wan21_14b_ocr",
+        "wan21_14b_distilled",
         "wan22_a14b_ocr",
         "wan22_ti2v_5b_ocr",
         "wan22_ti2v_5b_nft",
