@@ -209,6 +209,12 @@ def rows_of(
     return rows
 
 
+LEGEND = """\
+samples: mean over the model's videos; in groups: standard deviation among the videos of a prompt, of
+which training learns; share: of a reward in that of the weighted sum; black, noise, shuffled: the
+values of a black video, of noise, and of a sample with its frames shuffled"""
+
+
 def table(rows: list[Row]) -> list[str]:
     """Return the lines of a table of all rewards."""
     total = sum(row.weight * row.spread for row in rows if row.name not in BAD_SIDE) or np.nan
@@ -297,7 +303,7 @@ def check(recipe: Recipe, groups: int, size: int) -> None:
                     if not np.array_equal(first.setdefault(name, values), values, equal_nan=True):
                         problems.append(f"{name} has other values in {where}: {RANDOM}")
 
-    print(*table([*rows.values()]), sep="\n", flush=True)
+    print(*table([*rows.values()]), LEGEND, sep="\n", flush=True)
     for row in rows.values():
         if row.weight and row.spread == 0:
             print(f"note: {row.name} has no spread within these groups, so they teach nothing")

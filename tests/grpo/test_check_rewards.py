@@ -5,7 +5,7 @@ import pytest
 
 from configs import tiny_ocr
 from grpo import check_rewards
-from grpo.check_rewards import Row, problems_of, sources, synthetic_videos, table
+from grpo.check_rewards import LEGEND, Row, problems_of, sources, synthetic_videos, table
 from grpo.settings import parse
 from grpo.settings.schema import measured_rewards
 from tests.grpo import here, tiny_run
@@ -78,4 +78,4 @@ def test_a_recipe_with_rewards_that_cannot_be_trained_on(recipe, monkeypatch, ca
     assert [problem.split()[0] for problem in problems] == ["fixed", "head", "black"]
     assert "has other values in another process" in problems[1] and "1 of 7" in problems[2]
     out = capsys.readouterr().out
-    assert "note: note is 1 for every video" in out and len(out.splitlines()) >= 7
+    assert LEGEND in out and "note: note is 1 for every video" in out and len(out.splitlines()) >= 7
