@@ -1,5 +1,6 @@
 """Parsing of a command line: recipes and flags, with every mistake reported in one line."""
 
+import itertools
 import re
 import sys
 import traceback
@@ -53,11 +54,22 @@ def parse_flags(argv):
             and not any(a.startswith("--config") for a in argv)
         ):
             fail(stray_argument(positional))
+        missing = MISSING.fullmatch(str(error))
+        if missing and (stray := _first_stray(argv)):
+            fail(f"{stray!r} is not given as a flag; is it --{missing[1]}={stray}? See --help")
         fail(flag_message(error))
     except SystemExit:
         if any(HELP.fullmatch(a) for a in argv[1:]):
             sys.exit(0)  # absl has printed the help, and exits with 1
         raise
+
+
+def _first_stray(argv: Sequence[str]) -> str | None:
+    """Return the first argument that is no flag and cannot be the value of one, None without any."""
+    for before, argument in itertools.pairwise(argv):
+        if not argument.startswith("-") and ("=" in before or not before.startswith("-")):
+            return argument
+    return None
 
 
 def last_of_each(argv: Sequence[str]) -> list[str]:
@@ -84,6 +96,9 @@ def flag_message(error: Exception) -> str:
     if isinstance(error, flags.Error):
         if missing := MISSING.fullmatch(str(error)):
             return f"--{missing[1]} is missing; see --help"
+        unknown = getattr(error, "flagname", "")
+        if "." in unknown and not unknown.startswith("config."):
+            return f"--{unknown} is no flag; settings are given as --config.{unknown}=VALUE"
         # an error in a recipe: ml_collections puts its traceback into the message
         if "Traceback (most recent call last)" in str(error):
             places = [

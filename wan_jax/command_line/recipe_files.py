@@ -3,6 +3,7 @@
 import difflib
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 
 from wan_jax.command_line import installed
@@ -25,6 +26,8 @@ def stray_argument(argument: str) -> str:
     """Return what is wrong with an argument that is not a flag."""
     if argument.endswith(".py"):
         return f"{argument} is not given as a flag; recipes are given as --config={argument}"
+    if re.match(r"[a-z_]+\.[a-z_.]+=", argument):
+        return f"{argument} is not given as a flag; settings are given as --config.{argument}"
     return f"unexpected argument {argument!r}; settings are given as --name=value, see --help"
 
 

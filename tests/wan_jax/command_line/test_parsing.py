@@ -50,6 +50,11 @@ def parse(monkeypatch, capsys, tmp_path):
         (["--config=configs"], "--config=configs is a folder"),
         (["configs/tiny_ocr.py"], "recipes are given as --config=configs/tiny_ocr.py"),
         ([], "--config is missing"),
+        (["tiny_ocr"], "'tiny_ocr' is not given as a flag; is it --config=tiny_ocr?"),
+        (
+            ["--config=tiny_ocr", "--train.learning_rate=3"],
+            "settings are given as --config.train.learning_rate=",
+        ),
         (
             ["--config=configs/tiny_ocr.py", "--config.sed=1"],
             'Did you mean "seed" instead of "sed"',
@@ -82,6 +87,11 @@ def test_a_recipe_in_the_home_folder(parse, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "configs"))
     _, values = parse("--config=~/tiny_ocr.py")
     assert values["config"].value.seed == 7
+
+
+def test_a_setting_without_its_prefix_is_named_with_it():
+    assert "--config.train.learning_rate=3" in parsing.stray_argument("train.learning_rate=3")
+    assert "--config" not in parsing.stray_argument("red.sign")
 
 
 def test_help_is_no_error(parse):
