@@ -48,6 +48,7 @@ class FlowMatching(Method):
             where it changes (`GradientInputs.kl_weight`).
         timesteps: number of noise levels of a video in an epoch, shared between the experts.
         train_guided: train.guided.
+        kl_outside: train.box_kl.
 
     Class attributes:
         logs: names of the further values that `loss` returns.
@@ -58,6 +59,7 @@ class FlowMatching(Method):
     kl_weight: float = 0.0
     timesteps: int = 4
     train_guided: bool = False
+    kl_outside: bool = False
 
     logs: ClassVar[tuple[str, ...]] = ()
     levels_part: ClassVar[float] = 1.0
@@ -118,6 +120,7 @@ class FlowMatching(Method):
             "kl_weight": largest_kl_weight(cls, recipe),
             "timesteps": train.timesteps,
             "train_guided": train.guided,
+            "kl_outside": train.box_kl,
         }
         return cls(**common | cls.settings(recipe))
 

@@ -46,14 +46,33 @@ def kl_to_reference(
     return jnp.where(std > 0, squared / (2.0 * safe * safe), 0.0)
 
 
-def step_kl(x: Array, velocity: Array, velocity_ref: Array, step: tuple, kind: str) -> Array:
+def step_kl(
+    x: Array,
+    velocity: Array,
+    velocity_ref: Array,
+    step: tuple,
+    kind: str,
+    cells: Array | None = None,
+) -> Array:
     """Return `kl_to_reference` of a step from x [B, ...] with the velocities of policy and reference
     [B, ...], fp32 [B]. step: (sigma, sigma_next, g, preserving) as `sde.sde_mean_std` takes them.
     """
     if kind == "velocity":
-        return kl_to_reference(velocity, velocity_ref, None, kind=kind)
+        return kl_to_reference(velocity, velocity_ref, None, kind=kind, cells=cells)
     (mean, std), (mean_ref, _) = (sde.sde_mean_std(x, v, *step) for v in (velocity, velocity_ref))
-    return kl_to_reference(mean, mean_ref, step[2] if kind == "sigma" else std, kind=kind)
+    std = step[2] if kind == "sigma" else std
+    return kl_to_reference(mean, mean_ref, std, kind=kind, cells=cells)
+
+
+def outside(cells: Array) -> Array:
+    """Return weights with a mean of 1 of the cells without text, and 0 of those with it, fp32 as
+    `cells`; 1 of all in a video that has no text, or text everywhere.
+
+    cells: [B, F, H, W, 1] fp32, `Credit.cell_weights`, which are above 1 where text is and below 1
+    elsewhere.
+    """
+    weights = (cells <= 1).astype(jnp.float32)
+    return weights / jnp.mean(weights, axis=tuple(range(1, cells.ndim)), keepdims=True)
 
 
 @jax.tree_util.register_dataclass

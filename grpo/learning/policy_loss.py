@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo.learning.kl import AdaptiveKL, check_kind, kl_to_reference, step_kl
+from grpo.learning.kl import AdaptiveKL, check_kind, kl_to_reference, outside, step_kl
 from grpo.settings.choices import OBJECTIVES
 from wan_jax.diffusion import sde
 
@@ -54,6 +54,8 @@ class LossConfig:
         distill_guidance: guidance of the teacher, which is the base model.
         reference_decay: the share of itself that the reference of the KL, an average of the
             trained weights, keeps in every update; None: the reference is the base model.
+        kl_outside: whether the KL is that of the cells without text alone, where `Rows.cells` are
+            given (train.box_kl).
     """
 
     clip_low: float = 1e-3
@@ -69,6 +71,7 @@ class LossConfig:
     distill_weight: float = 0.0
     distill_guidance: float = 1.0
     reference_decay: float | None = None
+    kl_outside: bool = False
 
     def __post_init__(self):
         if not (0 < self.clip_low <= 1 and 0 < self.clip_high):
@@ -132,7 +135,7 @@ class Rows:
         cells: fp32, broadcasts against x: weights of the values of each video, with a mean of 1.
             Log-probs and D of `LossConfig` are then means with these weights, and the log-prob at
             rollout follows from old_mean, which is needed. The KL to the reference has no such
-            weights. None: all are 1.
+            weights, but see `LossConfig.kl_outside`. None: all are 1.
         kl_gate: [B] fp32, weight of the KL to the reference of each row (train.kl_gate). None: 1.
         preserving: whether the mean of the step is that of CPS.
         index: int32 [B], number of the step in the schedule, for the metrics by step; None: without.
@@ -288,7 +291,9 @@ def policy_gradient_terms(
     policy_loss, ratio, clipped = policy_term(rows, log_prob, mean, std, config)
     kl = jnp.zeros_like(policy_loss)
     if velocity_ref is not None:
-        kl = step_kl(rows.x, velocity, jax.lax.stop_gradient(velocity_ref), step, config.kl_kind)
+        reference = jax.lax.stop_gradient(velocity_ref)
+        held = outside(rows.cells) if config.kl_outside and rows.cells is not None else None
+        kl = step_kl(rows.x, velocity, reference, step, config.kl_kind, held)
     if rows.weight is not None:
         policy_loss = rows.weight * policy_loss
         kl = rows.weight**2 * kl if config.kl_weighted else kl

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo.learning.finished_batch import FinishedBatch, FinishedRows
-from grpo.learning.kl import kl_to_reference
+from grpo.learning.kl import kl_to_reference, outside
 from grpo.learning.policy import Flat, Policy
 from grpo.rollout import sample_noise
 from wan_jax.diffusion.guidance import pair, velocity
@@ -37,7 +37,7 @@ class Rows:
         target: [B, F, H, W, C], the true velocity e - x0.
         weight: [B] fp32, weights of `Selection`; [B / 2] for pairs.
         cells: [B, F, H, W, 1] fp32, weights of the cells of the latents, with a mean of 1, in all
-            means over a video but the KL; None: all are 1.
+            means over a video but the KL's; None: all are 1.
         video: [B] int32, of `FinishedBatch`; [B / 2] for pairs.
         valid: [B] bool, rows that count; [B / 2] for pairs.
     """
@@ -95,6 +95,7 @@ class VelocityLoss(Protocol):
     Attributes:
         kl_weight: weight of mean((v - v_reference)^2); 0: none is added.
         kl_copy: name of the lagged copy that is the reference of the KL; None: the base model is.
+        kl_outside: whether the KL is that of the cells without text alone.
         needs_reference: whether the velocity of the base model is computed.
         logs: names of the further values that `loss` returns.
     """
@@ -105,6 +106,8 @@ class VelocityLoss(Protocol):
     def kl_weight(self) -> float: ...
     @property
     def kl_copy(self) -> str | None: ...
+    @property
+    def kl_outside(self) -> bool: ...
     @property
     def needs_reference(self) -> bool: ...
     def loss(self, rows: Rows) -> tuple[Array, dict[str, Array]]:
@@ -118,6 +121,7 @@ class FlowError:
 
     kl_weight: float = 0.0
     kl_copy: str | None = None
+    kl_outside: bool = False
     needs_reference: bool = False
     logs: ClassVar[tuple[str, ...]] = ()
 
@@ -182,7 +186,10 @@ def objective(
         v_reference = jax.lax.stop_gradient(velocity_of(policy.reference(frozen)))
     error = mean_square(v - target, cells)
     v_kl = v_reference if method.kl_copy is None else v_lagged[method.kl_copy]
-    kl = jnp.zeros_like(error) if v_kl is None else kl_to_reference(v, v_kl, None, kind="velocity")
+    kl = jnp.zeros_like(error)
+    if v_kl is not None:
+        held = outside(cells) if method.kl_outside and cells is not None else None
+        kl = kl_to_reference(v, v_kl, None, kind="velocity", cells=held)
 
     # the loss of each row; the KL of a pair is that of the better video
     velocities = v, v_lagged, v_reference, error, target

@@ -135,6 +135,7 @@ class GRPO(Method):
                 kl_range=train.kl_weight_range,
                 distill_weight=train.cfg_distill_weight,
                 reference_decay=train.kl_reference_decay if averaged else None,
+                kl_outside=train.box_kl,
             ),
             kl_in_reward=weight if in_reward else 0.0,
             step_importance=train.credit == "otca",

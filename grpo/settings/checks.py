@@ -9,7 +9,7 @@ import re
 
 from grpo import methods
 from grpo.data.labels import LINES
-from grpo.learning.method import kl_weight
+from grpo.learning.method import kl_weight, largest_kl_weight
 from grpo.records import trackers
 from grpo.scoring.reward_combination import BAD_SIDE
 from grpo.scoring.reward_servers import check_settings
@@ -31,6 +31,7 @@ def check_together(recipe) -> None:
     check_updates(recipe)
     check_rewards(recipe)
     check_kl_gate(recipe)
+    check_box_kl(recipe)
     check_alarm_kl(recipe)
     check_lora(recipe)
     check_data(recipe)
@@ -150,6 +151,25 @@ def check_kl_gate(recipe) -> None:
             f"config.train.kl_gate={train.kl_gate} compares {main} with rewards that are measured "
             "without a weight, and there are none: give a weight of 0, or measures in "
             f"config.reward.panel={tuple(recipe.reward.panel)}"
+        )
+
+
+def check_box_kl(recipe) -> None:
+    """Check that train.box_kl has boxes, and a KL in the loss."""
+    train, method = recipe.train, methods.method_class(recipe.train.method)
+    if not train.box_kl:
+        return
+    if not train.box_credit:
+        raise UserError(
+            f"config.train.box_kl={train.box_kl} holds what lies outside of the boxes of train.box_credit="
+            f"{train.box_credit}: give that a value above 0, or leave box_kl out"
+        )
+    weight = largest_kl_weight(method, recipe)
+    if "train.kl_weight" not in method.reads or not weight or train.kl_as != "loss":
+        raise UserError(
+            f"config.train.box_kl={train.box_kl} is about the KL in the loss: it needs train.kl_weight="
+            f"{weight} above 0, train.kl_as={train.kl_as} to be loss, and a method with a KL, which "
+            f"train.method={train.method} may not be"
         )
 
 

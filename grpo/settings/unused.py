@@ -15,6 +15,7 @@ OF_VIDEOS = (
     "train.timesteps",
     "train.kl_gate",
     "train.box_credit",
+    "train.box_kl",
     "sample.frame_schedule",
     "sample.size_schedule",
     "sample.groups",

@@ -17,6 +17,7 @@ from tests.rewards.pool_rewards import Boxed
 
 SETTINGS = {
     "train.box_credit": 0.5,
+    "train.box_kl": True,
     "train.kl_gate": 0.5,
     "train.kl_weight": 0.1,
     "reward.panel": ("exposure",),

@@ -180,6 +180,12 @@ class Train(Section):
         bounds=FRACTION,
         experimental=True,
     )
+    box_kl: bool = setting(
+        False,
+        "With `train.box_credit`: whether the KL holds only the cells in which no text was read, so that "
+        "letters are free and the background stays. A video without text is held everywhere.",
+        experimental=True,
+    )
     clip_low: float = setting(
         1e-3,
         "Lower clip range: the ratio is clipped at 1 - clip_low. Log-probs are means over a video's "

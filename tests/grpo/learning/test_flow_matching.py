@@ -66,7 +66,7 @@ METHODS = {
     "dpo": DPO(beta=30.0),
     "rwr": RWR(kl_weight=0.1),
     "rwr-guided": RWR(kl_weight=0.1, train_guided=True),
-    "awm": AWM(kl_weight=0.1, clip=1.0),
+    "awm": AWM(kl_weight=0.1, clip=1.0, kl_outside=True),
     "rvm": RVM(kl_weight=0.1),
     "dgpo": DGPO(kl_weight=0.1, beta=2.0, clip=float("inf")),  # each video is a group here
 }
@@ -161,7 +161,10 @@ def test_loss_and_gradient_of_an_update(weights, method, by_cell):
                         excess = error - np.mean(cells[n] * (v_ref[b] - (e - x0[n])) ** 2)
                         loss /= 1 + np.exp(-2.0 * weight[n] * excess)
                 compared = v_ref if method.kl_copy is None else v_old
-                losses.append(loss + 0.1 * gate[n] * np.mean((v[b] - compared[b]) ** 2))
+                distance = (v[b] - compared[b]) ** 2
+                if method.kl_outside:  # over the cells without text
+                    distance = distance[np.broadcast_to(cells[n] <= 1, distance.shape)]
+                losses.append(loss + 0.1 * gate[n] * np.mean(distance))
     assert float(metrics.count) == len(losses) == (6 if method.pairs else 14)
     assert metrics.averages()["policy_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
 

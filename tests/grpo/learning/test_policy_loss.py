@@ -477,3 +477,29 @@ def test_distillation_adds_its_squares_and_their_gradient():
     assert float(loss) == pytest.approx(float(plain) + 0.3 * squares, rel=1e-5)
     wanted = np.asarray(plain_gradient) + 0.3 * 2 * apart / (7 * np.prod(SHAPE[1:]))
     np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_the_kl_outside_of_the_boxes():
+    """A mean over the cells without text, whose weights are below 1; over all of a row that has no
+    text. With advantages of 0, where the policy loss has no gradient, cells with text get none.
+    """
+    has_text = np.random.default_rng(5).random((SHAPE[0], 1, *SHAPE[2:])) < 0.3
+    has_text[0] = False
+    share = np.maximum(has_text.mean(axis=(1, 2, 3, 4), keepdims=True), 1e-9)
+    cells = np.where(share > 1e-6, 0.5 + 0.5 * has_text / share, 1.0)
+    args = batch()
+    rows, v, *_ = variant(args, "clip", False, cells=cells)
+    rows = dataclasses.replace(rows, advantages=jnp.zeros(SHAPE[0]))
+    config = LossConfig(kl_beta=0.5, kl_kind="velocity", kl_outside=True)
+
+    def loss(v):
+        losses, metrics = policy_gradient_terms(rows, v, args["v_ref"], config)
+        return jnp.sum(losses), metrics.kl
+
+    gradient, kl = jax.grad(loss, has_aux=True)(jnp.asarray(v))
+    squares = np.square(np.asarray(v, np.float64) - args["v_ref"])
+    text = np.broadcast_to(has_text, SHAPE)
+    wanted = [squares[row][~text[row]].mean() for row in np.flatnonzero(rows.mask)]
+    assert float(kl) == pytest.approx(sum(wanted), rel=1e-5)
+    assert text.any() and not np.asarray(gradient)[text].any()
+    assert np.asarray(gradient)[~text].all()

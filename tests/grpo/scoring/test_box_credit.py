@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 
 from grpo.scoring.box_credit import cell_weights
+from grpo.settings import parse
 from tests import reference
+from tests.grpo import tiny_run
+from wan_jax.errors import UserError
 
 RECTANGLE, OTHER = (0.3, 0.4, 0.55, 0.6), (0.8, 0.0, 1.0, 0.11)
 
@@ -39,3 +42,21 @@ def test_without_boxes_or_with_boxes_everywhere_all_cells_count_alike(boxes):
 def test_the_first_latent_frame_stands_for_one_frame():
     (found,) = cell_weights([{0: (), 1: ((0.0, 0.0, 0.1, 0.1),)}], 5, (2, 4, 4), 0.5)
     assert (found[0] == 0.5).all() and found[1, 0, 0] > 1
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"train.box_credit": 0.0}, "train.box_credit=0.0"),
+        ({"train.kl_weight": 0.0}, "train.kl_weight=0.0"),
+        ({"train.kl_as": "reward", "train.kl_weight": 0.1}, "train.kl_as=reward"),
+        ({"train.method": "dpo", "train.timesteps": 2}, "train.method=dpo"),
+    ],
+)
+def test_a_kl_outside_of_the_boxes_without_boxes_or_a_kl_is_refused(changes, named):
+    text = tiny_run.recipe_text("model", "folder")
+    values = {"train.box_kl": True, "train.box_credit": 0.5}
+    config = tiny_run.config_of(text, **values | changes)
+    with pytest.raises(UserError) as error:
+        parse.recipe_from_config(config)
+    assert "train.box_kl=True" in str(error.value) and named in str(error.value)
