@@ -20,6 +20,7 @@ import pytest
 
 from tests import commands
 from tests.grpo import hosts_main
+from tests.grpo.data_folders import write_data
 from tests.grpo.here import train_here
 from tests.grpo.tiny_run import newest, write_recipe
 from wan_jax.command_line.cli import UserError
@@ -152,6 +153,15 @@ def entered(folder, process, epoch):
         return {name: file[name] for name in file.files}
 
 
+def write_run(model, folder):
+    """Write a recipe whose updates also train on data of another size; return its file."""
+    config, _ = write_recipe(model, folder)
+    write_data(folder / "data", (1, 2, 4, 16), height=16, width=32, text_dim=24)
+    setting = f"c.data.path, c.data.weight = {str(folder / 'data')!r}, 0.5\n    return c"
+    config.write_text(config.read_text().replace("return c", setting))
+    return config
+
+
 def train_alone(config, epochs):
     """In this process, whose simulated devices are eight."""
     with pytest.MonkeyPatch.context() as patch:
@@ -161,8 +171,8 @@ def train_alone(config, epochs):
 
 @pytest.fixture(scope="module")
 def one(model, tmp_path_factory):
-    """Two epochs in one process: the folder."""
-    config, _ = write_recipe(model, tmp_path_factory.mktemp("one"))
+    """Two epochs in one process, with data: the folder."""
+    config = write_run(model, tmp_path_factory.mktemp("one"))
     train_alone(config, 2)
     return config.parent
 
@@ -172,7 +182,7 @@ def two(model, tmp_path_factory):
     """The same in two processes, started by Slurm's variables: (config file, folder, standard
     output and error).
     """
-    config, _ = write_recipe(model, tmp_path_factory.mktemp("two"))
+    config = write_run(model, tmp_path_factory.mktemp("two"))
     with Processes(config, 2, slurm, hash_seeds=2) as run:
         run.finish()
         return config, config.parent, [run.text(0), run.text(1)]
@@ -223,6 +233,13 @@ def test_as_in_one_process(one, two):
         )
     )
     assert np.linalg.norm(b - a) < 0.02 * np.linalg.norm(a - start)
+    errors = [
+        [json.loads(line)["data_error"] for line in (path / "run/metrics.jsonl").open()]
+        for path in (one, folder)
+    ]
+    np.testing.assert_allclose(
+        *errors, rtol=1e-3
+    )  # the weights differ by up to 2 % of their change
     evaluations = [
         [json.loads(line) for line in (path / "run/evals.jsonl").read_text().splitlines()]
         for path in (one, folder)
