@@ -18,6 +18,7 @@ legible target in a scene with other signs earns 1.0 under `flow_grpo_image` but
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -132,7 +133,7 @@ def make_readable_check(engine: str) -> Callable[[Sequence[str]], None] | None:
     characters = readable_characters(engine)
     if characters is None:
         return None
-    known = set("".join(map(normalise, characters)))
+    known = _normalised_characters(characters)
 
     def check(targets: Sequence[str]) -> None:
         for target in targets:
@@ -144,6 +145,14 @@ def make_readable_check(engine: str) -> Callable[[Sequence[str]], None] | None:
                 )
 
     return check
+
+
+@functools.lru_cache(maxsize=4)
+def _normalised_characters(characters: frozenset[str]) -> frozenset[str]:
+    """Return the characters of the normalised characters. Kept, because an engine has many thousands
+    and every file of prompts asks.
+    """
+    return frozenset("".join(map(normalise, characters)))
 
 
 def _normalised(targets: Sequence[str]) -> list[str]:

@@ -2,14 +2,16 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from grpo import setup, train
 from grpo.compare import Method
 from grpo.compiled import placement
-from grpo.compiled.functions import JITTED, Functions
+from grpo.compiled.functions import Functions
 from grpo.run import RunSpec
 from tests.grpo.tiny_run import MEASURES, PICTURE
 from wan_jax.inference import pipeline
@@ -25,13 +27,14 @@ UNRELATED = {
 }
 decoder = functools.cache(lambda vae: pipeline.decoder_functions(model_dir.abstract("vae", vae)[0]))
 choose_mesh = placement.choose_mesh
-shared: dict[str, Functions] = {}
+shared: dict[str, Any] = {}  # by what they are made of, written out
 
 
 def shared_functions(spec: RunSpec, text_rows: int) -> Functions:
-    """Return the run's `Functions`, with the jitted functions of an earlier one alike and the
-    decoder of any.
+    """Return the run's `Functions` with jitted functions of earlier runs: the optimiser steps of one
+    alike; the policy, the denoising steps and the decoder of any for which they are the same.
     """
+    functions = Functions(spec, text_rows)
     sections = {
         name: {
             key: value
@@ -41,13 +44,32 @@ def shared_functions(spec: RunSpec, text_rows: int) -> Functions:
         for name in SECTIONS
     }
     mesh = spec.mesh.devices.tolist(), dict(spec.mesh.shape)
-    known = spec.preset, sections, mesh, spec.backend, spec.memory, text_rows, spec.data_shape
-    key = repr(known)
-    functions = Functions(spec, text_rows)
+    of_policy = (
+        spec.preset,
+        spec.settings.lora,
+        spec.settings.dtype,
+        spec.backend,
+        spec.remat,
+        spec.quantisation,
+        spec.recipe.model.matmul_precision,
+        mesh,
+    )
+    table = [repr(np.asarray(v).tolist()) for v in dataclasses.astuple(functions.table)]
+    of_steps = spec.sampling_guidance, spec.method.keeps_mean, spec.method.sampling_kl
+    of_solver = sections["eval"], spec.recipe.sample.shift, spec.recipe.sample.schedule
+    made_of = {
+        "policy": (),
+        "steps": (table, of_steps),
+        "eval_steps": of_solver,
+        "unguided_steps": of_solver,
+        "updates": (sections, spec.memory, text_rows, spec.data_shape),
+    }
+    for name, key in made_of.items():
+        key = repr((name, of_policy, key))
+        if key not in shared:
+            shared[key] = getattr(functions, name)
+        vars(functions)[name] = shared[key]
     vars(functions)["decoder"] = decoder(spec.preset.vae)
-    like = shared.setdefault(key, functions)
-    if like is not functions:
-        vars(functions).update({name: getattr(like, name) for name in JITTED})
     return functions
 
 

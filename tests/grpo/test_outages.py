@@ -90,9 +90,9 @@ def fresh_policy(*args, **kwargs):
     return policy, jax.tree.map(jnp.copy, trainable)
 
 
-def pool_size(kind):
+def pool_size(kind, workers=1):
     """Processes of their own for what would take the trainer along."""
-    return 2 if kind in ("hangs", "dies") else 0
+    return workers if kind in ("hangs", "dies") else 0
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def undisturbed(model, tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_video_without_a_score(run_with, kind, capsys, caplog):
     metrics, evaluations = records_of(
-        run_with(faulty.alone, (kind, "epoch 1", True), pool_size(kind))
+        run_with(faulty.alone, (kind, "epoch 1", True), pool_size(kind, 2))
     )
     assert [m["failed_scores"] for m in metrics] == [1, 0] and metrics[0]["retried_scores"] == 1
     assert [e["num"] for e in evaluations] == [VIDEOS] * 3

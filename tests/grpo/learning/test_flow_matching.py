@@ -1,6 +1,7 @@
 """The methods that train on finished videos: losses and gradients by their formulas."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -96,13 +97,37 @@ def test_a_given_weight_of_the_kl_replaces_the_methods(weights):
     assert above["policy_loss"] - at["policy_loss"] == pytest.approx(29 * at["kl"], rel=1e-3)
 
 
+@pytest.fixture(scope="module")
+def velocities_of(weights):
+    """A function: velocities_of(guidance) is the jitted function (x0, sigma, noise, timestep) -> the
+    velocities of the new weights, the base and the old weights at x_s.
+    """
+    policy, new, old, frozen = weights
+
+    @functools.cache
+    def made(guidance):
+        @jax.jit
+        def velocities(x0, sigma, noise, timestep):
+            modules = (
+                policy.module(new, frozen),
+                policy.reference(frozen),
+                policy.module(old, frozen),
+            )
+            x, text = (1 - sigma) * x0 + sigma * noise, tiny_policy.text_batch(4)
+            return [velocity(module, x, timestep, text, guidance) for module in modules]
+
+        return velocities
+
+    return made
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "by_cell"),
     [(method, name in ("nft", "dpo", "awm", "dgpo")) for name, method in METHODS.items()],
     ids=METHODS,
 )
-def test_loss_and_gradient_of_an_update(weights, method, by_cell):
+def test_loss_and_gradient_of_an_update(weights, velocities_of, method, by_cell):
     policy, new, old, frozen = weights
     guidance = 3.0 if method.guided else 1.0
     weight, valid = np.linspace(0, 1, 8, dtype=np.float32), np.array([1, 1, 1, 1, 0, 1, 1, 1], bool)
@@ -118,19 +143,7 @@ def test_loss_and_gradient_of_an_update(weights, method, by_cell):
     grads, metrics = gradient(new, held, frozen, batch)
 
     # the loss, row by row
-    @jax.jit
-    def velocities(x0, sigma, noise, timestep):
-        modules = [
-            policy.module(new, frozen),
-            policy.reference(frozen),
-            policy.module(old, frozen),
-        ]
-        text = tiny_policy.text_batch(4)
-        return [
-            velocity(module, (1 - sigma) * x0 + sigma * noise, timestep, text, guidance)
-            for module in modules
-        ]
-
+    velocities = velocities_of(guidance)
     losses, key = [], jax.random.fold_in(jax.random.key(5), Stream.RENOISING.index)
     for m in range(batch.video.shape[0]):
         for k, draw in enumerate(batch.draw):
