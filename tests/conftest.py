@@ -3,6 +3,7 @@ the marker `parity`.
 """
 
 import atexit
+import collections
 import gc
 import importlib.metadata
 import os
@@ -67,7 +68,16 @@ FIRST = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what -m does not name
 def pytest_collection_modifyitems(items):
+    cases = collections.Counter()
+    for item in items:
+        marker = item.get_closest_marker("quick_cases")
+        if marker is not None:
+            function = item.nodeid.partition("[")[0]
+            cases[function] += 1
+            if cases[function] > marker.args[0]:
+                item.add_marker(pytest.mark.slow)
     rank = {stem: i for i, stem in enumerate(FIRST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
     missing = [

@@ -38,6 +38,7 @@ def test_the_outcomes_are_told_apart(tmp_path):
     assert damage.outcome(raising(UserError(f"{path} is damaged")), "a", path)[0] == "message"
 
 
+@pytest.mark.slow
 def test_every_file_of_a_model_has_a_digest(subject):
     """Except the manifest, which has its own, cached prompts, which have theirs, and what nobody
     reads.

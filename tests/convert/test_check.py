@@ -49,6 +49,7 @@ def change_store(path, fault):
                 )
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     "fault, message",
     [

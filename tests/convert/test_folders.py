@@ -62,6 +62,7 @@ def test_overwrite_replaces_models_only(tmp_path):
     assert (tmp_path / "models" / "mine").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 @pytest.mark.parametrize("resumable", [True, False])
 def test_a_complete_copy_survives_a_kill_at_every_step(tmp_path, resumable):

@@ -83,6 +83,7 @@ def test_float32_and_bfloat16(source, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_shards(source, tmp_path):
     convert(str(source), tmp_path / "model")
     export(tmp_path / "model", tmp_path / "back", shard_gb=40e3 / 1e9)
@@ -204,6 +205,7 @@ def test_two_experts_are_known_by_their_boundary(source, tmp_path):
     assert alone.fingerprint == model.fingerprint and "transformer_2" in alone.components
 
 
+@pytest.mark.slow
 def test_existing_destination_survives(source, broken, tmp_path):
     convert(str(source), tmp_path / "model")
     with pytest.raises(UserError, match="--overwrite"):

@@ -171,6 +171,7 @@ def pipe(pipe_of_source):
 # ---- the effect ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("targets", MODULES, ids=["attention", "ffn", "everything"])
@@ -274,6 +275,7 @@ def test_a_file_that_peft_wrote(source, tmp_path):
     assert relative_error(base, ours) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize("targets", [ATTENTION, (*ATTENTION, "proj", "proj_out")])
 def test_peft_reads_its_folder(source, tmp_path, targets):
@@ -305,6 +307,7 @@ def test_peft_reads_its_folder(source, tmp_path, targets):
 # ---- there and back ------------------------------------------------------------------------------
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("alpha, exact", [(4.0, True), (8.0, True), (5.0, False)])
 def test_round_trip(single, kernels, tmp_path, layout, alpha, exact):

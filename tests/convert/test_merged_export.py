@@ -85,6 +85,7 @@ def test_adapters_are_added_to_the_base_as_the_run_rounded_it(model, file, tmp_p
     np.testing.assert_allclose(found[NORM], norm, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_trained_weights_are_written_without_what_their_base_had(model, file, tmp_path):
     path, added = file
     trained = {name: value + 1 for name, value in base_of(model).items()}

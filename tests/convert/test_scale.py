@@ -311,6 +311,7 @@ def test_a_line_cut_short_and_a_lost_file_are_done_again(source, killed, tmp_pat
     check(str(source), tmp_path / "model")
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("what", ["weights", "time", "config", "dtype"])
 def test_a_changed_source_is_refused(own, killed, tmp_path, what):
     dst, dtype = tmp_path / "model", "bfloat16"

@@ -52,6 +52,7 @@ def epoch_of(method, **values):
     return learn, states, made
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize(
     "name, combine",
     [
@@ -77,6 +78,7 @@ def test_equal_rewards_leave_the_state_as_it_was(name, combine):
     assert not any(jax.tree.leaves(jax.tree.map(np.array_equal, before, states)))
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     "method, counted",
     [

@@ -61,6 +61,7 @@ MEASURED = [
 ]
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("module, model, sample, update", MEASURED, ids=[m[1] for m in MEASURED])
 def test_seconds_are_near_what_was_measured(module, model, sample, update):
     run = functions_of(module, model, **PICTURES, **{"train.updates_per_epoch": 1})

@@ -141,6 +141,7 @@ def test_whole_run(whole):
     assert not re.search(r'(src|href)="(?!data:|#)', html)
 
 
+@pytest.mark.slow
 def test_same_command_again_changes_nothing(whole, capsys):
     config, run, _ = whole
     before = result(run)
@@ -264,6 +265,7 @@ def test_bad_prompts_are_named_by_line(recipe):
     assert not run.exists()
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize(
     "override, message",
     [

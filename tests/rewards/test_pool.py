@@ -76,6 +76,7 @@ def test_a_worker_that_dies_is_replaced(tmp_path):
         assert "died with exit code -9" in scores.errors[1]
 
 
+@pytest.mark.slow
 def test_a_worker_killed_from_outside_mid_batch_costs_a_retry_only():
     with RewardPool(pool_rewards.Slow, 2) as pool:
         pids = [scorer._process.pid for scorer in pool._scorers]

@@ -20,6 +20,7 @@ from tests.rewards import pool_rewards
 from tests.rewards.serving import ROOT, TOKEN, Command, ask, serving, wait_for
 
 
+@pytest.mark.slow
 def test_stopping_lets_requests_finish():
     results = []
     with (
@@ -40,6 +41,7 @@ def test_stopping_lets_requests_finish():
     assert results[0][0] == 200 and results[0][1]["scores"][1]["value"] == 1
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize(
     "flags, code, text",
     [

@@ -109,6 +109,7 @@ def contains(grid, picture):
     return bool((windows == picture).all(axis=(2, 3, 4)).any())
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize(
     "flags, message",
     [

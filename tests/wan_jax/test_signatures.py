@@ -175,6 +175,7 @@ def run_diffusion():
     experts.segments(steps.timesteps, 0.875)
 
 
+@pytest.mark.slow
 def test_all_signatures_are_true(called, tmp_path):
     expected, names = called
     for run in (run_transformer, run_attention, run_text_encoder, run_vae, run_diffusion):

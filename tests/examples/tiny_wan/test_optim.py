@@ -8,6 +8,7 @@ import pytest
 from examples.tiny_wan.optim import muon_or_adam, orthogonalise, scale_by_muon
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (3, 8, 8)])
 def test_singular_values_become_about_one(shape):
     """Five iterations bring them between 0.6 and 1.3; bf16 adds 2 %."""
@@ -31,6 +32,7 @@ def test_muon_has_momentum_and_scales_tall_outputs():
     np.testing.assert_array_equal(state["wide"], 0.5 * wide)
 
 
+@pytest.mark.slow
 def test_outer_layers_and_vectors_use_adam():
     """Adam's first update of equal gradients is 1 everywhere; Muon's is not."""
     names = ("blocks/ffn/kernel", "proj_out/kernel", "patch_embedding/kernel", "blocks/bias")

@@ -15,6 +15,7 @@ from examples.tiny_wan import prompts
 ASSETS = pathlib.Path(__file__).parents[3] / "assets/prompts"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split, count", [("train", 2048), ("heldout", 256)])
 def test_the_shipped_files_are_reproduced(tmp_path, split, count):
     out = tmp_path / "prompts.txt"
@@ -24,6 +25,7 @@ def test_the_shipped_files_are_reproduced(tmp_path, split, count):
     assert out.read_bytes() == (ASSETS / f"tiny_{split}.txt").read_bytes()
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("clip", [False, True])
 def test_every_sentence_names_what_is_drawn(clip):
     templates = prompts.TEMPLATES + prompts.MOTION_TEMPLATES
@@ -40,6 +42,7 @@ def test_every_sentence_names_what_is_drawn(clip):
         assert moves == (templates[i] in prompts.MOTION_TEMPLATES)
 
 
+@pytest.mark.slow
 def test_half_of_the_clips_describe_their_motion():
     for clip, share in ((False, 0.0), (True, 0.5)):
         content = jax.jit(lambda key, clip=clip: prompts.draw_content(key, 2048, clip=clip))(

@@ -66,6 +66,7 @@ def test_shapes_and_range():
     assert float(jnp.abs(video).max()) <= 1 and float(video.std()) > 0.2
 
 
+@pytest.mark.slow
 def test_same_key_same_data():
     one, two = (sample(jax.random.key(3), ATLAS, batch=BATCH, noise=NoiseMix()) for _ in range(2))
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, one, two)))
@@ -85,6 +86,7 @@ def test_prompt_quotes_the_letters_drawn(frames):
     assert 0.2 < np.mean([" " in word for word in words]) < 0.3
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("split", [False, True])
 def test_words_are_of_one_split(split):
     _, params = sample(jax.random.key(5), ATLAS, batch=BATCH, heldout=split, noise=NoiseMix())
@@ -125,6 +127,7 @@ def test_modes_come_in_the_shares_asked_for():
     np.testing.assert_allclose(shares, [1 - sum(expected), *expected], atol=0.03)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     "mode, low, high",
     [

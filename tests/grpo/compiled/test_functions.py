@@ -164,6 +164,7 @@ def test_what_compiles_again_is_named():
     assert "epoch 3 compiled again" in counter.warning(3) and "wandering" in counter.warning(3)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full"])
 def test_what_stays_is_what_lies_on_a_device(rank):
     spec = spec_of(wan21_1_3b_ocr, "wan2.1-1.3b", devices=8, fsdp=4, **{"lora.rank": rank})
@@ -230,6 +231,7 @@ def test_two_experts():
     assert not compile.offloads(run, 139 * GIB) and not compile.offloads(run, None)
 
 
+@pytest.mark.slow
 def test_ti2v_5b_and_clips_in_chunks():
     size = {
         "sample.frames": 81,
@@ -334,6 +336,7 @@ def test_what_the_host_holds_is_counted_and_refused_where_it_cannot():
     assert compile.pinned_bytes(both, False) == {}
 
 
+@pytest.mark.slow
 def test_what_is_planned():
     """The programs' batches, the old weights in memory, the reference where one is asked, the
     FLOPs.

@@ -13,6 +13,7 @@ from rewards.ocr.targets import parse_targets
 from wan_jax.errors import UserError
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     "style",
     [

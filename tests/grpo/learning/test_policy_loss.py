@@ -320,6 +320,7 @@ def random_cells(seed=7):
     return cells / cells.mean(axis=(1, 2, 3, 4), keepdims=True)
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize("cells", [None, random_cells()], ids=["alike", "by_cell"])
 @pytest.mark.parametrize("preserving", [False, True])
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -384,6 +385,7 @@ def test_masked_rows_equal_removed_ones_by_cell():
     assert not np.any(gradient[6:]) and float(metrics.count) == float(want_metrics.count) == 6
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize("cells", [None, random_cells()], ids=["alike", "by_cell"])
 @pytest.mark.parametrize("preserving", [False, True])
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -80,6 +80,7 @@ def test_stray_files_stay(tmp_path):
     )
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -112,6 +113,7 @@ def test_previews_of_another_kind_are_left_out(tmp_path):
         assert run_log.read_previews(tmp_path, 0) is None
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     "change",
     [

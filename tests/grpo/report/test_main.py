@@ -2,10 +2,13 @@
 
 import subprocess
 
+import pytest
+
 from tests import commands
 from tests.grpo.report.pages import report_of_run
 
 
+@pytest.mark.slow
 def test_command(tmp_path):
     report_of_run(tmp_path)
     (tmp_path / "report.html").unlink()

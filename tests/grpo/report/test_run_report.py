@@ -85,6 +85,7 @@ def test_pictures_are_the_previews(tmp_path):
     assert text.count('class="tiny"') == 4 and "width:384px" in text, "16 pixels are shown 192 high"
 
 
+@pytest.mark.slow
 def test_clips_are_videos(tmp_path):
     text = report_of_run(tmp_path, frames=5)
     assert text.count('src="data:video/mp4;base64,') == 4 and "data:image" not in text
@@ -170,6 +171,7 @@ def test_a_page_without_pairs_leaves_them(tmp_path):
     assert not (tmp_path / "side_by_side" / "000.png").exists()
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("missing", ["config.json", "metrics.jsonl", "evals.jsonl", "previews"])
 def test_missing_parts(tmp_path, missing):
     report_of_run(tmp_path)

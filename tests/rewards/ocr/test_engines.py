@@ -23,6 +23,7 @@ def rapid():
     return make_engine("rapidocr")
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("height, width, size", SIZES)
 def test_clean_text_reads_right(rapid, height, width, size):
     values = [spelling(rapid(draw(word, height, width, size)), (word,)) for word in WORDS]
@@ -42,6 +43,7 @@ def test_misspelt_text_earns_what_it_deserves(rapid, height, width, size):
         assert spelling(rapid(draw(drawn, height, width, size)), (target,)) == ideal < 1
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("height, width", [(16, 64), (32, 96), (64, 128), (256, 256)])
 def test_frames_without_text_earn_nothing(rapid, height, width):
     ramp = np.linspace(0, 255, width).astype(np.uint8)[None, :, None] * np.ones(

@@ -130,6 +130,7 @@ def test_a_full_queue_asks_to_come_back(url):
     assert results[0][0] == 200
 
 
+@pytest.mark.slow
 def test_the_work_of_a_client_that_left_is_dropped():
     with serving(pool_rewards.Slow, workers=1) as url:
         parts = urllib.parse.urlsplit(url)

@@ -21,6 +21,7 @@ def exchange(url, timeout=0.15, body=()):
     return Connections(url).exchange("POST", "/", {}, body, timeout=timeout)
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     "start, repeated",
     [

@@ -46,6 +46,7 @@ def test_paths_of_a_url_are_kept():
         assert ask(endpoints(url + "/behind/a/proxy/"))["path"] == "/behind/a/proxy/work"
 
 
+@pytest.mark.slow
 def test_the_server_with_the_fewest_requests_is_asked():
     counts, at_once, most = collections.Counter(), collections.Counter(), collections.Counter()
     lock = threading.Lock()
@@ -76,6 +77,7 @@ def test_the_server_with_the_fewest_requests_is_asked():
     assert counts.total() == 34 and counts["fast"] > 2 * counts["slow"] and max(most.values()) <= 4
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     "failure",
     [(500, {"detail": "broken"}), (502, b"<html>"), (200, b"no JSON"), (200, b"late", 0.6)],

@@ -115,6 +115,7 @@ def test_errors_that_only_name_the_systems_number(message):
     assert disk_error(ValueError(message)).errno == errno.ENOSPC
 
 
+@pytest.mark.slow
 def test_an_error_in_a_save_is_raised_and_not_printed_too(tmp_path, monkeypatch, capfd, caplog):
     """Orbax prints it in each of its threads; here because files may have 2000 bytes only, as on a
     full disk.
@@ -158,6 +159,7 @@ def test_too_little_space_is_an_error_before_the_first_byte(tmp_path, monkeypatc
     assert checkpoints.latest() is None
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     "number, code, word", [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")]
 )

@@ -58,6 +58,7 @@ def assert_close_per_step(ours, theirs, limit=1e-6):
     assert max(errors) <= limit, errors
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("order", [1, 2])
 def test_unipc_equals_reference(order):
     for (steps, shift), version in zip(GRID, itertools.cycle(("diffusers", "legacy", "legacy"))):
@@ -213,6 +214,7 @@ def diffusers_trajectory(peer, steps):
     return [x.numpy() for x in xs]
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parity
 @pytest.mark.parametrize("order", [1, 2])
 def test_unipc_is_diffusers(order):

@@ -16,6 +16,7 @@ def second(monkeypatch):
     return lambda sent: monkeypatch.setattr(multihost, "gather", lambda mine: [sent, mine])
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_not_shared(second, monkeypatch):
     monkeypatch.setattr(multihost, "from_first", lambda read: "token")
     second(("node0", "/runs/a", True))

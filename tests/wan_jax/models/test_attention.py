@@ -47,6 +47,7 @@ def interpreted(q, k, v, *, key_counts=None, blocks=DEFAULT):
     return pallas_attention(q, k, v, bias, blocks=blocks, interpret=True)
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", PLAIN)
@@ -60,6 +61,7 @@ def test_plain_backends_against_float64(backend, case, dtype):
     assert_close(results, exact(*arrays, counts), TOLERANCE[dtype])
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     "case, dtype, head_dim",
     [
@@ -85,6 +87,7 @@ def test_block_sizes_do_not_change_the_result():
     assert_close(small, exact(*arrays), TOLERANCE["float32"])
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("rows", [1, 13, 64, 130, 512])
 def test_chunk_size_does_not_change_the_result(monkeypatch, rows):
     monkeypatch.setattr(chunked, "chunk_rows", lambda sq, sk: rows)

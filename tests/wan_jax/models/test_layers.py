@@ -25,6 +25,7 @@ def layers(adapted=(), scales=(2.0, 2.0, 2.0)):
     return made
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     "adapted, scales, products",
     [
@@ -54,6 +55,7 @@ def test_fused_layers_are_the_layers(adapted, scales, products):
     assert str(jax.make_jaxpr(lambda x: fused_dense(made, x))(x)).count("dot_general") == products
 
 
+@pytest.mark.slow
 def test_gradients_of_fused_adapters_are_their_own():
     made, x = layers((0, 1, 2)), jax.random.normal(jax.random.key(0), (7, 8))
 

@@ -55,6 +55,7 @@ def dots(dtype) -> list[tuple[str, str, bool]]:
     return found
 
 
+@pytest.mark.slow
 def test_products_carry_the_precision(restored):
     plain = dots(jnp.float32)
     precision.use("default")

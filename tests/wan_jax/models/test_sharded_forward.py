@@ -39,6 +39,7 @@ def split(context: int, tokens: int, backend: str = "chunked"):
     return attend
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     "context, heads, tokens", [(4, 4, 130), (4, 3, 130), (8, 8, 9), (2, 6, 64), (8, 12, 35)]
 )
@@ -72,6 +73,7 @@ def test_what_split_attention_sends(heads, kinds):
     )
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("tokens, context", [(3510, 4), (32760, 8), (75600, 8), (9, 8), (1024, 1)])
 def test_rows_of_each_device(tokens, context):
     layout = Layout(mesh_lib.make_mesh(devices=jax.devices()[:context], context=context))

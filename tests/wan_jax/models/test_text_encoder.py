@@ -164,6 +164,7 @@ def test_parameters_of_the_published_encoder():
     }
 
 
+@pytest.mark.slow
 def test_initialisation_is_t5s_and_layers_differ():
     config = from_dict(
         TextEncoderConfig, {**golden.CONFIG, "d_model": 128, "d_kv": 64, "d_ff": 320}
@@ -252,6 +253,7 @@ def test_bfloat16_is_close_to_float32():
     assert relative_error(out.astype(jnp.float32), run_encode(model, ids, mask)) < 0.03
 
 
+@pytest.mark.slow
 def test_every_parameter_gets_a_gradient():
     model = UMT5Encoder(SMALL, rngs=nnx.Rngs(0))
     ids, mask = golden.random_ids(SMALL.vocab_size, (140, 6), seed=4)

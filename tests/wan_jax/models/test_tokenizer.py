@@ -304,6 +304,7 @@ def test_corrupt_vocabulary(folder, tmp_path, content):
 # --- the whole prompt path against Diffusers ------------------------------------------------------
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore:prompt of")
 @pytest.mark.parametrize("length", [64, 512])

@@ -96,6 +96,7 @@ def test_rematerialisation_changes_memory_and_work_but_not_gradients():
     assert kept["none"] > kept["save_matmuls"] > kept["block"] == kept["offload"]
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parity
 @pytest.mark.parametrize(
     "changes",
@@ -113,6 +114,7 @@ def test_diffusers(changes, grid):
     assert relative_error(run(build(config, weights), *inputs), maker.run(model, *inputs)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_bfloat16_is_as_close_to_float32_as_diffusers_is(tmp_path):
     """bf16 rounds every product and the residual stream; two implementations that round in a
@@ -183,6 +185,7 @@ def with_adapters(model, targets=lora.ATTENTION_TARGETS, seed=0):
     )
 
 
+@pytest.mark.slow
 def test_fresh_adapters_change_nothing_and_trained_ones_act_as_merged_weights():
     inputs = maker.random_inputs(2, 1, 4, 4)
     base = run(golden_model(), *inputs)

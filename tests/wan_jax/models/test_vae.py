@@ -83,6 +83,7 @@ def recorded_size(settings) -> tuple[int, int]:
 # --- against Diffusers ----------------------------------------------------------------------------
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("case", maker.LATENT_FRAMES)
 @pytest.mark.parametrize("file", maker.RECORDED)
 def test_recorded_outputs(file, case):
@@ -158,6 +159,7 @@ def test_parameters_of_the_published_2_2_vae():
     assert theirs["encoder.down_blocks.1.resnets.0.norm1.gamma"] == (160, 1, 1, 1)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parity
 @pytest.mark.parametrize("settings", [maker.CONFIG | TWO_BLOCKS, TWO_BLOCKS_22], ids=["2.1", "2.2"])
 def test_keys_of_diffusers_both_ways(settings):
@@ -301,6 +303,7 @@ def test_bfloat16_trains():
 # --- what is refused ------------------------------------------------------------------------------
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     "shape, words",
     [

@@ -36,6 +36,7 @@ def test_initialisation_keeps_the_variance(make, fan_in):
     np.testing.assert_array_equal(layer.bias[...], 0)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("window", [(3, 3, 3), (3, 1, 1), (1, 1, 1)])
 def test_causal_convolution_is_a_left_padded_3d_convolution(window):
     layer = CausalConv3d(3, 4, window, dtype=jnp.float32, rngs=nnx.Rngs(1))

@@ -111,6 +111,7 @@ def save_run(folder, model, trained, experts=("transformer",), **meta):
 # ---- what is merged ------------------------------------------------------------------------------
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("form", lora_forms.FORMS)
 def test_every_form_changes_the_kernels_that_it_names(model, base, kernels, tmp_path, form):
     path, wanted = lora_forms.write_form(tmp_path, kernels, form)
@@ -161,6 +162,7 @@ def test_the_sum_is_rounded_once_and_the_loss_is_printed(model, base, file, caps
     assert "rounding lost 0 %" in capsys.readouterr().out
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parity
 @pytest.mark.parametrize("form", ["PEFT", "PEFT with biases", "kohya", "distilled"])
 def test_the_model_is_that_of_diffusers_and_peft(folders, model, kernels, tmp_path, form):
@@ -208,6 +210,7 @@ def pair(tmp_path_factory):
     return model_dir.open_model(root / "model")
 
 
+@pytest.mark.slow
 def test_each_expert_has_its_file(pair, kernels, tmp_path):
     (high, added_high), (low, added_low) = (
         write(tmp_path / f"{seed}.safetensors", kernels, seed=seed) for seed in (0, 1)
@@ -336,6 +339,7 @@ def test_sampling_merges_what_the_runs_base_had(model, base, file, run, kernels,
         merged_loras.merge_with_checkpoint(model, run, None)
 
 
+@pytest.mark.slow
 def test_trained_weights_hold_what_their_base_had(model, base, file, kernels, tmp_path):
     """They are sampled without the run's LoRAs, and others are added to them."""
     path, added = file

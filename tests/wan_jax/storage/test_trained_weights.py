@@ -35,6 +35,7 @@ def base(model):
     return load(model, None)
 
 
+@pytest.mark.slow
 def test_all_weights_of_a_checkpoint_replace_those_of_the_model(model, base, tmp_path):
     trained = {path: x + 1 for path, x in base.items()}
     run = save(tmp_path / "run", model, trained, model_digest=model.fingerprint)
