@@ -48,10 +48,15 @@ def markdown(word: str = "") -> str:
 
 def listing(word: str = "") -> str:
     """Return the settings that `markdown` returns, as text of at most 100 columns: key, default,
-    type and allowed values, and below that the meaning. Those with the word in their key come first.
+    type and allowed values, and below that the meaning. Those whose key begins with the word come first,
+    then those that have it in their key.
     """
-    lines = []
-    for entry in sorted(_matching(word), key=lambda entry: word.lower() not in entry.key):
+    lines, start = [], word.lower()
+
+    def order(entry):
+        return not entry.key.startswith(start), start not in entry.key
+
+    for entry in sorted(_matching(word), key=order):
         details = "; ".join(filter(None, (_type(entry), _allowed(entry).replace("`", ""))))
         for text, indent in (
             (f"{entry.key}={entry.default!r}  ({details})", ""),

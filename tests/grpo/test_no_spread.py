@@ -41,9 +41,10 @@ def epoch_of(method, **values):
     """
     spec = tiny_spec(**{"train.method": method, "train.timesteps": 2} | values)
     session, made = session_of(spec)
-    states, rollout = states_of(spec), rollout_of(spec)
+    states = states_of(spec)
 
     def learn(rewards):
+        rollout = rollout_of(spec)  # its trajectories are used up
         credit = compute_credit(spec, scores_of(rewards), rollout.prompt_of, {})
         new, record = update_epoch(session, states, 1, rollout, credit)
         states.update(new)

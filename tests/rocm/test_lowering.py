@@ -117,7 +117,7 @@ def test_cases_are_what_they_say():
         state, frozen, batch, *_ = run.update().args
         adapters = any("lora" in path for path in state.trainable)
         assert adapters == case.lora and len(jax.tree.leaves(frozen)) > 0
-        latents = batch.trajectory.x if case.method == "grpo" else batch.x0
+        latents = batch.latents if case.method == "grpo" else batch.x0
         assert latents.sharding.shard_shape(latents.shape)[2 if case.method == "grpo" else 1] == 9
         method = run.spec.method
         assert method.needs_reference and bool(method.lagged) == (case.method == "nft")

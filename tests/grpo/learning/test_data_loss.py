@@ -455,7 +455,7 @@ def test_every_optimiser_step_has_the_data_of_its_number():
     credit = compute_credit(spec, scores_of(np.linspace(0, 1, 8)), rollout.prompt_of, {})
     states = states_of(spec)
     for epoch in (1, 2):
-        states, _ = update_epoch(session, states, epoch, rollout, credit)
+        states, _ = update_epoch(session, states, epoch, rollout_of(spec), credit)
     assert [batch.data for batch, _ in made] == [(0, 0), (0, 1), (0, 2), (0, 3)]
     assert all(batch.method.valid.all() for batch, _ in made)
 

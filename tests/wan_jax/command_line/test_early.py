@@ -166,7 +166,10 @@ COMPLETED = [
     (["--clu"], ["--cluster="]),
     (["--cluster", "=", "s"], ["slurm"]),
     (["--cluster", "k"], ["k8s"]),
-    (["--config.train.method", "="], ["awm", "dgpo", "dpo", "grpo", "nft", "rvm", "rwr", "sft"]),
+    (
+        ["--config.train.method", "="],
+        ["awm", "dgpo", "dpo", "grpo", "nft", "rvm", "rwr", "sft", "tgo"],
+    ),
     (["--config", "=", "conf"], []),  # files, by bash itself
 ]
 
