@@ -91,6 +91,7 @@ CASES = (
     Case("a", "proxy_clips", 40, 5, settings=(*CLIPS, GOLD, FAST)),
     Case("a", "proxy_pictures", 50, 5, settings=(*PROXY, GOLD, FAST)),
     Case("a", "proxy_fall", 45, 5, settings=(*PROXY, GOLD, *RWR, "train.learning_rate=5e-4")),
+    Case("a", "proxy_fall_clips", 45, 5, settings=(*CLIPS, GOLD, *RWR, "train.learning_rate=5e-4")),
     Case("b", "long", 220, 20, STEPS, seeds=1),
 )
 
