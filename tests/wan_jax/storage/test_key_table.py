@@ -83,3 +83,12 @@ def test_key_rule_keeps_names_that_end_in_a_number():
         "blocks.1.norm2.weight",
         "blocks.0.scale_shift_table",
     } <= keys
+
+
+def test_matrices_are_copied_whole():
+    """Of several blocks, of which the last ones are not full; and vectors."""
+    rng = np.random.default_rng(0)
+    for source in (rng.random((300, 530)).T, rng.random(7), np.float32(rng.random((2, 3, 4)))):
+        target = np.zeros(source.shape, source.dtype)
+        key_table.copy_in_blocks(source, target)
+        np.testing.assert_array_equal(target, source)
