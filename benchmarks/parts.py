@@ -17,19 +17,21 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import app, flags
 
 from benchmarks import workload
 from benchmarks.decode import random_vae
 from benchmarks.full_size import RandomPolicy, peak_bytes, software, step_table, timed
 from benchmarks.workload import Record, Stage
-from grpo.learning.flow_matching import FinishedBatch
+from grpo.learning.finished_batch import FinishedBatch
 from grpo.learning.optimiser import OptimiserConfig, init_state, make_update
 from grpo.learning.policy import Policy, make_structure
+from grpo.learning.policy_gradient import make_gradient, stack_batches
 from grpo.learning.policy_loss import LossConfig
-from grpo.methods.grpo import PolicyBatch, make_gradient
+from grpo.learning.step_table import StepTable
 from grpo.methods.nft import BEHAVIOUR, NFT
-from grpo.rollout import StepTable, Trajectory, make_step
+from grpo.rollout import Trajectory, make_step
 from wan_jax.choices import WEIGHTS
 from wan_jax.diffusion.guidance import TextBatch
 from wan_jax.inference import pipeline
@@ -114,16 +116,12 @@ def measure(settings) -> Record:
     # Updates. Each of them donates its state
     optimiser, count = OptimiserConfig(), len(workload.TRAINED)
     step = steps["guided rollout"][0]
-    kept = [step(trainable, frozen, x, i, True, text, key, samples)[:2] for i in workload.TRAINED]
-    trajectory = Trajectory(
-        x=jnp.stack([x] * count)[None],
-        x_next=jnp.stack([x_next for x_next, _ in kept])[None],
-        log_prob=jnp.stack([log_prob for _, log_prob in kept])[None],
-        step=jnp.asarray([workload.TRAINED], jnp.int32),
-        text=one_batch(text),
-    )
-    advantages = jax.random.normal(jax.random.key(7), (1, settings.batch))
-    batch = PolicyBatch(trajectory, advantages, jnp.ones((1, settings.batch), bool))
+    taken = [
+        (x, *step(trainable, frozen, x, i, True, text, key, samples)[:4]) for i in workload.TRAINED
+    ]
+    trajectory = Trajectory.make(taken, jnp.asarray(workload.TRAINED, jnp.int32), text)
+    advantages = np.asarray(jax.random.normal(jax.random.key(7), (1, settings.batch)))
+    batch = stack_batches([trajectory], advantages, np.ones((1, settings.batch), bool))
     nft = NFT(kl_weight=NFT.default_kl_weight)
     loss, firsts = LossConfig(kl_beta=settings.kl), []
 

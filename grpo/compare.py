@@ -282,6 +282,22 @@ def write_comparison(
     )
 
 
+def check_folders(methods: Sequence[Method], common: Sequence[str]) -> None:
+    """Raise `UserError` where the models or the data of methods do not exist, with all of them."""
+    lost: dict[str, list[str]] = {}
+    for method in methods:
+        values = method.flat_config(*common)
+        for key in ("model.path", "data.path"):
+            if values[key] and not pathlib.Path(values[key]).is_dir():
+                lost.setdefault(f"{key}={values[key]}", []).append(method.name)
+    if lost:
+        listed = "; ".join(f"{place} (of {', '.join(names)})" for place, names in lost.items())
+        raise UserError(
+            f"folders that do not exist: {listed}. Models are written by convert.from_diffusers, data by "
+            "grpo.encode_clips (--src, or --from_model for a model's own samples). No run was started"
+        )
+
+
 def main(_):
     args = flags.FLAGS
     out = pathlib.Path(args.out)
@@ -309,6 +325,7 @@ def main(_):
     for job in jobs:
         job.method.config(*job.extra)
         check_not_beyond(job.folder, unit, amount)
+    check_folders(methods, common)
     finished, failures = [job for job in jobs if job.finished()], {}
     parallel = args.jobs or max(1, len(args.devices))
     comparison = Comparison(

@@ -33,6 +33,7 @@ from grpo.compiled.targets import (
     measure,
     prepare_jax,
 )
+from grpo.learning import data_loss
 from grpo.records.size_warnings import size_warnings
 from grpo.run import RunSpec, open_model, trained_names
 from grpo.scoring.scored_prompts import load_scored_prompts
@@ -213,7 +214,10 @@ def seconds_lines(
     functions: Functions, kind: device_kinds.Kind, efficiency: costs.Efficiency
 ) -> list[str]:
     """Return the lines about the estimated seconds of an epoch, an evaluation and the run."""
-    recipe, videos = functions.spec.recipe, functions.spec.settings.videos
+    recipe, seen = functions.spec.recipe, f"{functions.spec.settings.videos} videos"
+    if recipe.data.only:
+        rows = recipe.train.updates_per_epoch * data_loss.data_rows(functions.spec)
+        seen = f"{rows} clips or pairs of the data"
     stages = costs.seconds(functions, kind, efficiency)
     evaluation = stages["evaluation"]
     epoch_stages = {name: stages[name] for name in ("sample", "decode", "update")}
@@ -224,7 +228,7 @@ def seconds_lines(
     return [
         f"seconds, estimated, without scoring: an epoch {epoch:.1f} ("
         + ", ".join(f"{name} {value:.1f}" for name, value in epoch_stages.items())
-        + f"), {videos} videos",
+        + f"), {seen}",
         f"  an evaluation {evaluation:.1f}, {recipe.eval.num_prompts} videos; {recipe.epochs} "
         f"epochs with one every {every}: {hours:.1f} h",
         f"  at {efficiency.rollout:g}, {efficiency.update:g} and {efficiency.decode:g} of "

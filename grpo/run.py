@@ -211,7 +211,8 @@ class RunSpec:
         """
         if isinstance(series, str):
             of_size = series in video_sizes.more(self.recipe)
-            return f", {series.replace('_', ' ')}" if of_size else f", prompts {series}"
+            size = series.replace("_1_frames", "_1_frame").replace("_", " ")
+            return f", {size}" if of_size else f", prompts {series}"
         return f", {series} frames" if len(self.evaluated_frames) > 1 else ""
 
     @functools.cached_property

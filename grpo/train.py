@@ -57,7 +57,6 @@ from grpo.scoring.scores import gather_scores
 from grpo.settings import agreement, parse, video_sizes
 from grpo.settings.budget import Spent
 from grpo.settings.reference import FLAG_HELP
-from grpo.settings.schema import Recipe
 from grpo.setup import Start, prepare
 from grpo.update import NotFinite, new_warnings, update_epoch, velocity_excess
 from rewards.pool_set import Pool
@@ -170,6 +169,11 @@ def train(
         folder.save(0, states, spent, head)
     elif start.epochs or start.unevaluated:
         print_once(f"continuing {recipe.run_dir} after epoch {done}")
+    else:
+        print_once(
+            f"{recipe.run_dir} is finished: epoch {done} was its last one. To train on, raise "
+            "--config.epochs, or the budget that ended it"
+        )
     if start.unevaluated:
         evaluate(start, states, done, start.unevaluated)
         write_report(recipe.run_dir)
@@ -187,6 +191,7 @@ def train(
     last = False  # whether the epoch is the last one
     save_seconds = 0.0  # of the previous epoch
     warned: set[str] = set()  # kinds of warnings, which are printed once
+    updated: set[video_sizes.Size] = set()  # sizes of epochs with updates, which compile no more
     for epoch in start.epochs:
         start.compiled.clear()
         clock = Stopwatch()
@@ -233,10 +238,13 @@ def train(
 
         # ---- 5 record ------------------------------------------------------------------------
         nonfinite = scores is not None and scores.nonfinite
-        if epoch > done + 1 and same_size(recipe, epoch) and not nonfinite:
+        size = video_sizes.at(epoch, recipe.sample)
+        if size in updated and not nonfinite:
             recompiled = start.compiled.warning(epoch)
             if recompiled:
                 print_once(recompiled)
+        if losses["updates"]:
+            updated.add(size)
         for warning in new_warnings(spec, losses, warned):
             print_once(warning)
         seconds = clock.seconds | {"save": save_seconds, "total": clock.total}
@@ -318,18 +326,12 @@ def stop_on_distance(
     if excess is not None:
         start.folder.save(epoch, states, spent, head)
         write_report(spec.recipe.run_dir)
+        has_kl = "train.kl_weight" in spec.method.reads
         raise UserError(
             f"epoch {epoch}: {excess}, so the run stops. Epoch {epoch} is saved. To go on all the "
-            "same, raise the bound; in a new run_dir lower --config.train.learning_rate or raise "
-            "--config.train.kl_weight"
+            "same, raise the bound; in a new run_dir lower --config.train.learning_rate"
+            + (" or raise --config.train.kl_weight" if has_kl else "")
         )
-
-
-def same_size(recipe: Recipe, epoch: int) -> bool:
-    """Return whether the videos of an epoch have the size of those of the epoch before, so that it
-    should compile nothing.
-    """
-    return video_sizes.at(epoch - 1, recipe.sample) == video_sizes.at(epoch, recipe.sample)
 
 
 def asked_to_end() -> bool:

@@ -350,7 +350,9 @@ def check_steps(recipe: Recipe) -> None:
     if not (0 <= low < high <= sample.steps and 1 <= sample.sde_steps <= high - low):
         raise UserError(
             f"config.sample: sde_steps={sample.sde_steps} steps do not fit in "
-            f"sde_range=({low}, {high}) of {sample.steps} steps"
+            f"sde_range=({low}, {high}) of {sample.steps} steps: give a range within (0, {sample.steps}) "
+            "and at most as many steps as it has, e.g. sample.sde_range=0,"
+            f"{max(1, sample.steps - 1)} sample.sde_steps={min(2, max(1, sample.steps - 1))}"
         )
     if sample.sde_window == ONE_PER_GROUP and sample.sde_steps != 1:
         raise UserError(

@@ -92,8 +92,16 @@ def line(record: dict, epochs: int, progress: Progress) -> str:
         ]
     else:
         parts = [f"{begin}error on data {record['flow_error']:.4f}"]
+        parts += [f"{key} {record[key]:.2f}" for key in ("preferred", "agreed") if key in record]
     gradient = record.get("grad_norm")
-    parts.append("nothing to learn from" if gradient is None else f"grad {gradient:.1e}")
+    if gradient is not None:
+        parts.append(f"grad {gradient:.1e}")
+    elif record.get("weak_groups"):
+        parts.append(
+            f"nothing to learn from, {record['weak_groups']} groups are below train.min_group_std"
+        )
+    else:
+        parts.append("nothing to learn from")
     if "ratio_max_error" in record:
         parts.append(f"ratio {record['ratio_max_error']:.0e}")
     seconds = {k: v for k, v in record["seconds"].items() if v >= 0.05 and k != "total"}

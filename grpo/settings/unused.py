@@ -75,6 +75,18 @@ def unread(recipe) -> dict[str, str]:
             ("model.offload", "sample.guidance_2", "eval.guidance_2"),
         ),
         (
+            bool(recipe.sample.size_schedule)
+            and all(first > recipe.epochs for first, *_ in recipe.sample.size_schedule),
+            f"epochs={recipe.epochs}",
+            ("sample.size_schedule",),
+        ),
+        (
+            bool(recipe.sample.frame_schedule)
+            and all(first > recipe.epochs for first, *_ in recipe.sample.frame_schedule),
+            f"epochs={recipe.epochs}",
+            ("sample.frame_schedule",),
+        ),
+        (
             recipe.sample.untrained_noise and method.keeps_steps,
             "sample.untrained_noise=True",
             ("sample.ode_solver",),

@@ -172,7 +172,10 @@ def _problem(entry: Setting, value) -> str:
         assert entry.elements is not None, entry.key
         items, kind = value, entry.elements
         nested = kind is tuple and entry.form
+        form = (entry.form or "").split(" or ")[0]
         name = f"a tuple, each of it {entry.form if nested else TYPES[kind]}"
+        if nested:
+            name += f": ({form},) for one"
     if not all(_is(kind, item) for item in items):
         return f"must be {name}{optional}"
     if entry.length and len(items) != entry.length:

@@ -54,12 +54,17 @@ def check(recipe) -> None:
         )
     if not all(_numbers(entry, 3, (3, 4)) for entry in more_sizes):
         raise UserError(
-            f"{MORE}={more_sizes}: give ((height, width, frames), ...) in whole numbers, each with a "
-            "shift above 0 as a fourth number where it differs"
+            f"{MORE}={more_sizes}: give ((height, width, frames), ...) in whole numbers of at least 1, "
+            "each with a shift above 0 as a fourth number where it differs"
         )
     names = [*map(_name, more_sizes)]
     if len(set(names)) < len(names):
         raise UserError(f"{MORE}={more_sizes} has a size twice: each has one log")
+    if judged(recipe) in more(recipe).values():
+        raise UserError(
+            f"{MORE}={more_sizes} has the size by which the run is judged, {judged(recipe)}: that one is "
+            "evaluated anyway, leave it out"
+        )
     if bool(evaluation.height) != bool(evaluation.width):
         raise UserError(
             f"config.eval.height={evaluation.height} and config.eval.width={evaluation.width}: give "
@@ -73,8 +78,9 @@ def check(recipe) -> None:
         )
     if schedule and not (evaluation.height and evaluation.shift is not None):
         raise UserError(
-            f"{SCHEDULE}={schedule} leaves open by which size the run is judged: set eval.height="
-            f"{evaluation.height}, eval.width={evaluation.width} and eval.shift={evaluation.shift}"
+            f"{SCHEDULE}={schedule} leaves open by which size the run is judged: set all of eval.height, "
+            f"eval.width and eval.shift, e.g. to {sample.height}, {sample.width} and {sample.shift}; now they "
+            f"are {evaluation.height}, {evaluation.width} and {evaluation.shift}"
         )
 
 

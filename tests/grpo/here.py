@@ -55,7 +55,9 @@ def shared_functions(spec: RunSpec, text_rows: int) -> Functions:
         mesh,
     )
     table = [repr(np.asarray(v).tolist()) for v in dataclasses.astuple(functions.table)]
+    sample = spec.recipe.sample
     of_steps = spec.sampling_guidance, spec.method.keeps_mean, spec.method.sampling_kl
+    of_steps += sample.reward_head, sample.reward_guidance
     of_solver = sections["eval"], spec.recipe.sample.shift, spec.recipe.sample.schedule
     made_of = {
         "policy": (),

@@ -1,5 +1,6 @@
 """Comparisons: methods, budgets, and real runs that end, fail or are stopped."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -144,6 +145,17 @@ def recipe(tmp_path_factory):
         )
     )
     return path
+
+
+def test_lost_folders_are_named_before_any_run(recipe, tmp_path):
+    good = Method("good", str(recipe))
+    compare.check_folders([good], ())
+    bad = dataclasses.replace(good, name="bad", overrides=("data.path=/lost/data",))
+    common = (f"model.path={tmp_path}/none",)
+    with pytest.raises(UserError) as error:
+        compare.check_folders([good, bad], common)
+    named = f"model.path={tmp_path}/none (of good, bad); data.path=/lost/data (of bad)"
+    assert named in str(error.value)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ for Wan 2.1 14B. The reference shares the model's weights, the texts' embeddings
 with the product, and no code: the forward pass is Diffusers' with PEFT's adapters.
 """
 
+import dataclasses
 import math
 import re
 
@@ -104,7 +105,9 @@ class Epoch:
         self.rollout, pending = sample_epoch(session, states, 1, Stopwatch())
         self.scores = gather_scores(pending, VIDEOS)
         self.credit = compute_credit(spec, self.scores, self.rollout.prompt_of, {})
-        states, self.record = update_epoch(session, states, 1, self.rollout, self.credit)
+        # the update uses the trajectories up
+        used = dataclasses.replace(self.rollout, trajectories={**self.rollout.trajectories})
+        states, self.record = update_epoch(session, states, 1, used, self.credit)
         self.state, self.spec = states["transformer"], spec
 
     def decode(self, latents):

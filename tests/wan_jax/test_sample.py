@@ -131,7 +131,7 @@ def contains(grid, picture):
         (("--model={model}", "--out=x.png", "--devices=99"), "devices=99"),
         (
             ("--model={model}", "--out=x.png", "--height=16000000", "--width=16000000"),
-            "16000000 x 16000000",
+            "height=16000000",
         ),
         (("--model={model}", "--out=x.png", "--schedule=old"), "schedule"),
         (

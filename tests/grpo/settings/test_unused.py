@@ -67,6 +67,10 @@ def test_our_recipes_set_nothing_in_vain(name):
             "eval.guidance_2 (eval.guidance=1.0); prompts.negative (no guidance)",
         ),
         ({"train.kl_horizon": 1.0}, "train.kl_horizon (train.method=nft)"),
+        (
+            {"epochs": 4, "sample.frame_schedule": ((5, 9), (6, 13))},
+            "sample.frame_schedule (epochs=4)",
+        ),
         ({"lora.rank": 0, "lora.alpha": 1.0}, "lora.alpha (lora.rank=0)"),
         ({"data.weight": 1.0}, "data.weight (data.path is empty)"),
         (

@@ -72,13 +72,14 @@ def test_names_tell_sizes_apart():
         ({"sample.size_schedule": ((5, 480, 832, 0.0),)} | JUDGED, "sample.size_schedule=((5,"),
         ({"sample.size_schedule": (*SCHEDULE, *SCHEDULE)} | JUDGED, "sample.size_schedule=((5,"),
         ({"sample.size_schedule": (5, 480, 832, 5.0)} | JUDGED, "sample.size_schedule=(5,"),
-        ({"sample.size_schedule": SCHEDULE}, "eval.height=0, eval.width=0 and eval.shift=None"),
+        ({"sample.size_schedule": SCHEDULE}, "now they are 0, 0 and None"),
         ({"eval.height": 480, "eval.width": 832}, "eval.shift=None"),
         ({"eval.height": 480}, "eval.width=0"),
         ({"eval.more_sizes": ((480, 832),)}, "eval.more_sizes=((480, 832),)"),
         ({"eval.more_sizes": ((480, 832, 1, -1.0),)}, "eval.more_sizes=((480, 832, 1, -1.0),)"),
         ({"eval.more_sizes": ((480, 832, 1),) * 2}, "eval.more_sizes=((480, 832, 1),"),
         ({"eval.more_sizes": (480, 832, 1)}, "eval.more_sizes=(480, 832, 1)"),
+        ({"eval.more_sizes": ((480, 832, 1, 5.0),)} | JUDGED, "the run is judged, 1 x 480 x 832"),
     ],
 )
 def test_wrong_sizes_are_refused(values, found):
