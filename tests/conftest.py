@@ -7,6 +7,7 @@ import collections
 import gc
 import importlib.metadata
 import os
+import pathlib
 import shutil
 import signal
 import tempfile
@@ -43,6 +44,24 @@ jax.config.update("jax_default_matmul_precision", "highest")
 gc.set_threshold(10_000, 10, 10)
 # ignored where a shell started the tests in the background
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+RESIDENT = int(os.environ.get("TESTS_RESIDENT_GIB", "3")) * 2**30
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bounded_memory():
+    """Drop what JAX has compiled after a file that leaves the process with more than `RESIDENT` bytes:
+    the compilation cache has it still. Without this a process grows to 6 GiB.
+    """
+    yield
+    try:
+        resident = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # not Linux
+        return
+    if resident * os.sysconf("SC_PAGE_SIZE") > RESIDENT:
+        jax.clear_caches()
+        gc.collect()
 
 
 # The files that take longest, in this order, wherever they are: with `--no-loadscope-reorder` none of

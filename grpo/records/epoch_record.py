@@ -97,9 +97,7 @@ def line(record: dict, epochs: int, progress: Progress) -> str:
     if gradient is not None:
         parts.append(f"grad {gradient:.1e}")
     elif record.get("weak_groups"):
-        parts.append(
-            f"nothing to learn from, {record['weak_groups']} groups are below train.min_group_std"
-        )
+        parts.append(f"nothing to learn, {record['weak_groups']} groups below min_group_std")
     else:
         parts.append("nothing to learn from")
     if "ratio_max_error" in record:

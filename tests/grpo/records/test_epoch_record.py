@@ -39,6 +39,6 @@ def test_failed_scores_have_a_line_of_their_own():
     text, failures = line(record, 4, Progress(4, 4, 0.0)).split("\n")
     assert "ETA" not in text and text.endswith("| 1.0 s (sample 1.0)") and "3" in failures
     del record["grad_norm"]
-    assert "nothing to learn from |" in line(record, 4, Progress(4, 4, 0.0))
-    weak = line(record | {"weak_groups": 3}, 4, Progress(4, 4, 0.0))
-    assert "nothing to learn from, 3 groups are below train.min_group_std |" in weak
+    assert "nothing to learn from, ratio" in line(record, 4, Progress(4, 4, 0.0))
+    weak = line(record | {"epoch": 2, "weak_groups": 3}, 4, Progress(4, 4, 0.0))
+    assert "nothing to learn, 3 groups below min_group_std" in weak
