@@ -123,7 +123,7 @@ def test_the_best_of_n_begins_with_the_evaluation_of_one(with_more, tmp_path):
             for series in (None, "long")
         ]
     assert "the same reader (edges) chose" in done.stdout
-    assert done.stdout.count(", 32x32 1 frames shift 5\n") == 1
+    assert done.stdout.count(", 32x32 1 frame shift 5\n") == 1
     large = run_log.read_evaluations(tmp_path / "3", "32x32_1_frames_shift_5")[0]
     assert large["prompts"] == found[3][0]["prompts"] and large["reward"] != found[3][0]["reward"]
     for one, three in zip(found[1], found[3]):

@@ -137,7 +137,7 @@ def test_sizes_of_a_run():
     names = ("16x32_1_frames", "32x64_5_frames_shift_7")
     assert spec.evaluations == (1, *names)
     assert [spec.size_of(series).shift for series in spec.evaluations] == [4, 4, 7]
-    assert spec.label(names[0]) == ", 16x32 1 frames"
+    assert spec.label(names[0]) == ", 16x32 1 frame"
     late = spec.of_sizes(large, spec.size_of(names[1]))
     assert late.shape[1:3] == (4, 4) and late.eval_shape[:3] == (2, 4, 8)
     for shift, found in ((5, late.schedule), (7, late.solver.schedule), (4, spec.solver.schedule)):

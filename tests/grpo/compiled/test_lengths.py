@@ -132,7 +132,7 @@ def test_a_run_that_changes_its_size_goes_on_bit_for_bit(start, capsys):
     spec, *rest = start(1, **values)
     train.train(spec, *rest)
     out, run = capsys.readouterr().out, pathlib.Path(spec.recipe.run_dir)
-    assert "compiled again" not in out and out.count(", 32x32 1 frames shift 5\n") == 2
+    assert "compiled again" not in out and out.count(", 32x32 1 frame shift 5\n") == 2
     whole = result(run)
     assert [(m["height"], m["width"], m["shift"]) for m in run_log.read_metrics(run)] == [
         (16, 32, 3.0),
