@@ -22,8 +22,9 @@ os.environ["XLA_FLAGS"] = (
     " --xla_cpu_parallel_codegen_split_count=1"
     " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
-# XLA ends the process where it does not know a flag, and that of 0.11 has only the newer emitters
-if importlib.metadata.version("jaxlib").startswith("0.10."):
+# XLA ends the process where it does not know a flag, and that of 0.11 has only the newer emitters. The
+# older ones of 0.10.0 round fp8 twice, those of 0.10.2 do not.
+if importlib.metadata.version("jaxlib") == "0.10.2":
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
