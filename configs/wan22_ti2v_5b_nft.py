@@ -7,8 +7,8 @@ Sampling, method and optimiser are those of RLinf's `wan22_ti2v_5b_nft_video_ocr
 without guidance, 144 groups of 8 in two updates an epoch (192 videos at a time, six times), one noise
 level a video, LoRA 32/64, learning rate 4e-4, beta 0.1, no KL, and a behaviour policy that
 follows the trained one at once in the first epoch and by a hundredth in the 70th. RLinf publishes no
-result. It also bounds the change of a velocity to a tenth of its norm (`nft_clip_ratio`), which is
-not implemented here; `train.max_velocity_distance` ends a run instead. Reward, prompts and shift 5 are
+result. It also bounds the change of a velocity to a tenth of its norm (`nft_clip_ratio`). This
+project has no such bound in the loss; `train.max_velocity_distance` ends a run instead. Reward, prompts and shift 5 are
 ours. It has not been run here with the published weights. Other projects report runs of NFT at this
 size that fall after their peak: `configs/wan22_ti2v_5b_nft_careful.py` is its careful twin.
 """

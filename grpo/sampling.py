@@ -102,7 +102,7 @@ class RolloutBatch:
         frames: of a video.
         prompt_of: int [N], the prompt of each video.
         texts: `Session.texts`.
-        trajectories: the stochastic steps of every batch.
+        trajectories: the stochastic steps of every batch, until the updates of an expert take them.
         finished: [B, F, H, W, C] fp32, final latents of every batch, where the method keeps them.
         kl: [K, N] of trained experts, where the KL is part of the reward.
         importance: [K, N] of trained experts, weights of the steps; empty unless they differ

@@ -211,7 +211,7 @@ def train(
 
             # ---- 3 credit --------------------------------------------------------------------
             sure, logged = measure_confidence(session, states, rollout, scores.valid)
-            clock("score_wait")
+            clock("sample")  # the model's work, not a wait for scores
             credit = compute_credit(session.spec, scores, rollout.prompt_of, base, sure)
             if not credit.valid.any():
                 folder.save(epoch - 1, states, spent, head)  # finished epochs, despite save.every

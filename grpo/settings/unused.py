@@ -74,17 +74,14 @@ def unread(recipe) -> dict[str, str]:
             "model.single_expert=True",
             ("model.offload", "sample.guidance_2", "eval.guidance_2"),
         ),
-        (
-            bool(recipe.sample.size_schedule)
-            and all(first > recipe.epochs for first, *_ in recipe.sample.size_schedule),
-            f"epochs={recipe.epochs}",
-            ("sample.size_schedule",),
-        ),
-        (
-            bool(recipe.sample.frame_schedule)
-            and all(first > recipe.epochs for first, *_ in recipe.sample.frame_schedule),
-            f"epochs={recipe.epochs}",
-            ("sample.frame_schedule",),
+        *(
+            (
+                bool(recipe.sample[name])
+                and all(first > recipe.epochs for first, *_ in recipe.sample[name]),
+                f"epochs={recipe.epochs}",
+                (f"sample.{name}",),
+            )
+            for name in ("size_schedule", "frame_schedule")
         ),
         (
             recipe.sample.untrained_noise and method.keeps_steps,
