@@ -7,22 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo.learning.velocity_loss import Rows, mean_square
 from grpo.methods.awm import AWM
+from tests.grpo.methods.velocity_rows import velocity_rows
 
 
-def rows(v, behaviour, target, weight) -> Rows:
-    return Rows(
-        x=None,
-        x0=None,
-        sigma=None,
-        v=v,
-        v_lagged={"behaviour": behaviour, "average": None},
-        v_reference=None,
-        error=mean_square(v - target),
-        target=target,
-        weight=weight,
-    )
+def rows(v, behaviour, target, weight):
+    lagged = {"behaviour": behaviour, "average": None}
+    return velocity_rows(v, target, weight, lagged=lagged)
 
 
 @pytest.fixture

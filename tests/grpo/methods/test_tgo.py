@@ -9,22 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo.learning.velocity_loss import Rows, mean_square
 from grpo.methods.tgo import TGO, signed_confidence
+from tests.grpo.methods.velocity_rows import velocity_rows
 
 
-def rows(v, reference, target, weight) -> Rows:
-    return Rows(
-        x=None,
-        x0=None,
-        sigma=None,
-        v=v,
-        v_lagged={},
-        v_reference=reference,
-        error=mean_square(v - target),
-        target=target,
-        weight=weight,
-    )
+def rows(v, reference, target, weight):
+    return velocity_rows(v, target, weight, reference=reference)
 
 
 @pytest.fixture
