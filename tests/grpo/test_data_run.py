@@ -79,6 +79,35 @@ def test_a_run_with_an_anchor_resumes_bit_for_bit(model, data, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("train.method=grpo", "data.noise=rollout", "sample.sde_window=spaced"),
+        ("train.method=dgpo", "train.timesteps=2"),
+    ],
+    ids=["ddrl", "dgpo"],
+)
+def test_methods_with_an_anchor_of_their_own_noise_resume_bit_for_bit(model, tmp_path, settings):
+    """DDRL's data term takes the noise of the rollout, DGPO's levels are drawn for the data."""
+    data = write_data(model, tmp_path, ("sea", "sky"))
+    size = ("sample.height=16", "sample.width=32", "data.weight=0.5", "data.batch_size=2")
+    common = (*MEASURES, *PICTURE, *FEW, *size, *settings, f"data.path={data}", "eval.every=2")
+    results = []
+    for name, ends in (("whole", (2,)), ("parts", (1, 2))):
+        folder = tmp_path / name
+        folder.mkdir()
+        config, run = write_recipe(model, folder)
+        for end in ends:
+            train_here(config, *common, f"epochs={end}")
+        results.append((tiny_run.arrays_of(run), lines_of(run, METRICS)))
+    whole, parts = results
+    for key, array in whole[0].items():
+        np.testing.assert_array_equal(array, parts[0][key], err_msg=key)
+    errors = [[record["data_error"] for record in records] for _, records in results]
+    assert errors[0] == errors[1] and all(error > 0 for error in errors[0])
+
+
+@pytest.mark.slow
 def test_a_warm_start_on_data_alone(model, data, tmp_path, capsys):
     """Nothing is sampled or scored between evaluations; it learns the data, and resumes."""
     common = (*MEASURES, *PICTURE, "train.method=sft", "train.timesteps=2", "data.only=True")
