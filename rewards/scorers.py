@@ -13,6 +13,7 @@ import pathlib
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from multiprocessing import Pipe
 from typing import Any, Protocol
@@ -153,37 +154,31 @@ class ProcessScorer:
 
     def _request(self, request: tuple, timeout: float, purpose: str) -> Any:
         """Send a request and wait for the answer. Every failure is a `RewardError` that names its
-        cause. purpose: completes "could not ..." in messages.
+        cause. purpose: completes "could not ..." in messages. Only the wait for the answer is timed:
+        with shared frames a request is smaller than what the socket holds.
         """
-        process, expired, partial = self._process, threading.Event(), None
+        process, expired = self._process, False
         assert process is not None  # `_start` set it
-
-        def expire():
-            expired.set()
-            process.kill()  # ends a blocked send as well as a blocked receive
-
-        timer = threading.Timer(timeout, expire)
-        timer.daemon = True
-        timer.start()
+        kind, answer, partial = "partial", None, None
+        deadline = time.monotonic() + timeout
         try:
             self._socket.send(request)
-            kind, answer = self._socket.recv()
             while kind == "partial":
                 partial = answer
+                expired = not self._socket.poll(max(0.0, deadline - time.monotonic()))
+                if expired:
+                    raise TimeoutError
                 kind, answer = self._socket.recv()
         except (EOFError, OSError) as error:
             process.kill()
             code = process.wait()
-            if expired.is_set():
+            if expired:
                 cause = f"took longer than {timeout} s"
             else:
                 cause = f"died with exit code {code}"
             raise WorkerLost(
                 f"reward worker {process.pid} {cause} and could not {purpose}", partial
             ) from error
-        finally:
-            timer.cancel()
-            timer.join()
         if kind == "failed":
             raise RewardError(f"reward worker {process.pid} failed to {purpose}:\n{answer}")
         return answer
