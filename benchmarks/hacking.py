@@ -6,7 +6,9 @@
 tiny-wan is trained on one device, several runs at a time. The questions:
 
     a  proxy and gold   trained by Flow-GRPO's rules for pictures and for clips, judged by `spelling`
-                        without a weight: which epoch does the guard choose? Also with a run that falls
+                        without a weight: which epoch does the guard choose? Also with runs that fall,
+                        and with prompts of two texts (`two_texts`), of which Flow-GRPO's rules read the
+                        first alone and take the second for a mistake
     b  a fall           runs whose reward rises and falls: is the best before the fall?
     c  a flaw           darkness is rewarded too, three times as much as the text, or only added to it
                         (`dark_sum`): how soon is there an alarm?
@@ -21,6 +23,7 @@ same command continues them. A run that is finished is not repeated.
 """
 
 import dataclasses
+import json
 import os
 import pathlib
 import signal
@@ -29,9 +32,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+import jax
 from absl import app, flags
 
 from benchmarks import hacking_tables
+from examples.tiny_wan import prompts
 from grpo.records import run_log
 
 PICTURES, STEPS = "configs/tiny_ocr.py", "configs/tiny_grpo.py"
@@ -44,6 +49,7 @@ RWR = ("train.method=rwr", "train.temperature=0.1", "train.kl_weight=0.5")
 RAISED = ("train.on_alarm=kl",)
 CLIPS = ("reward.rule=flow_grpo_video", "sample.frames=9")
 PROXY = ("reward.rule=flow_grpo_image",)
+PROMPTS = "train", "heldout"
 LEVELS = 0.7, 0.5  # noise levels at which candidates are ranked
 POLL, GRACE = 0.5, 15.0  # seconds between looks at the runs, and before one is killed
 
@@ -59,6 +65,7 @@ class Case:
     recipe: str = PICTURES
     settings: tuple[str, ...] = ()
     seeds: int = 3
+    two_texts: bool = False
 
 
 def box_credit(method: str, recipe: str, strength: float) -> Case:
@@ -92,6 +99,7 @@ CASES = (
     Case("a", "proxy_pictures", 50, 5, settings=(*PROXY, GOLD, FAST)),
     Case("a", "proxy_fall", 45, 5, settings=(*PROXY, GOLD, *RWR, "train.learning_rate=5e-4")),
     Case("a", "proxy_fall_clips", 45, 5, settings=(*CLIPS, GOLD, *RWR, "train.learning_rate=5e-4")),
+    Case("a", "two_texts", 60, 5, settings=(*PROXY, GOLD, FAST), two_texts=True),
     Case("b", "long", 220, 20, STEPS, seeds=1),
 )
 
@@ -120,6 +128,21 @@ def module(name: str, *arguments: object) -> tuple[str, ...]:
     return sys.executable, "-m", name, *map(str, arguments)
 
 
+def write_two_texts(folder: pathlib.Path) -> None:
+    """Write prompts of two words, train.jsonl and heldout.jsonl, whose targets are the single words."""
+    folder.mkdir(exist_ok=True)
+    for seed, (name, heldout, count) in enumerate(zip(PROMPTS, (False, True), (2048, 256))):
+        content = prompts.draw_content(
+            jax.random.key(seed), count, split_heldout=heldout, mix=prompts.WordMix(two_lines=1.0)
+        )
+        records = [
+            {"prompt": sentence, "targets": words.split()}
+            for sentence, words in zip(prompts.sentences(content), prompts.words(content.letters))
+        ]
+        lines = "".join(f"{json.dumps(record)}\n" for record in records)
+        (folder / f"{name}.jsonl").write_text(lines)
+
+
 def training(case: Case, seed: int, out: pathlib.Path, FLAGS) -> Job:
     """Return the job of a case with a seed."""
     epochs = min(case.epochs, FLAGS.epochs or case.epochs)
@@ -135,6 +158,7 @@ def training(case: Case, seed: int, out: pathlib.Path, FLAGS) -> Job:
         "save.every=1000",
         "save.keep=1",
         *case.settings,
+        *(f"prompts.{name}={out}/prompts/{name}.jsonl" for name in PROMPTS if case.two_texts),
         *FLAGS.common,
     )
     arguments = (f"--config={case.recipe}", *(f"--config.{setting}" for setting in settings))
@@ -276,6 +300,8 @@ def main(_) -> None:
     if not MODEL.exists():
         arguments = ("--src", "assets/tiny-wan", "--dst", MODEL, "--dtype", "float32")
         subprocess.run(module("convert.from_diffusers", *arguments), check=True)
+    jax.config.update("jax_platforms", "cpu")  # the runs have the device
+    write_two_texts(out / "prompts")
     seeds = range(FLAGS.seeds)
     jobs = [
         training(case, seed, out, FLAGS)

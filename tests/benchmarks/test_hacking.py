@@ -9,8 +9,10 @@ import pytest
 
 from benchmarks import hacking, hacking_distance, hacking_tables
 from grpo.compare import Method
+from grpo.data.prompts import load_prompts
 from grpo.records import run_log
 from rewards.base import Score
+from rewards.ocr.targets import parse_targets
 
 
 @pytest.mark.parametrize("case", hacking.CASES, ids=lambda case: case.name)
@@ -73,3 +75,11 @@ def test_tables_name_the_epochs_that_proxy_gold_and_guard_choose(tmp_path):
     assert row == (
         "| proxy_clips, seed 2 | 30 | 0.900, 0.300 | 10 | 0.600, 0.700 | 10 | 0.600, 0.700 | 20 | 0.300 |"
     )
+
+
+def test_prompts_of_two_texts_name_both_words(tmp_path):
+    hacking.write_two_texts(tmp_path)
+    for name in hacking.PROMPTS:
+        found = load_prompts(tmp_path / f"{name}.jsonl", parse_targets)
+        for prompt, targets in zip(found.prompts, found.targets, strict=True):
+            assert len(targets) == 2 and '"' + " ".join(targets) + '"' in prompt
