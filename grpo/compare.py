@@ -36,15 +36,13 @@ from grpo.report import comparison_report
 from grpo.report.comparison_report import Comparison
 from grpo.report.page import plural
 from grpo.settings import parse as settings
-from grpo.settings.budget import Budget, Spent
+from grpo.settings.budget import UNITS, Budget, Spent, budget_settings, parse_budget
 from wan_jax.command_line import cli, parsing
 from wan_jax.command_line.flag_types import define_number, define_path
 from wan_jax.command_line.limits import Range
 from wan_jax.errors import UserError
 from wan_jax.storage import folder_lock
 
-UNITS = ("evaluations", "seconds", "epochs")
-ENDLESS = 1_000_000  # epochs of a run that its budget ends
 FINISHED = "finished.json"  # in a run's folder: the settings with which it was finished
 EPOCH_SECONDS = 10  # for the epoch of a run that was told to stop, which it finishes and saves
 STOP_SECONDS = 60  # before a run that was told to stop at once is killed
@@ -154,25 +152,6 @@ def read_methods(configs: Sequence[str], lines: Sequence[str], path: str | None)
             f"two methods are named {', '.join(repeated)}: give each its own name with --method"
         )
     return methods
-
-
-def parse_budget(text: str) -> tuple[str, float]:
-    """Parse --budget: 'evaluations:20000' -> ('evaluations', 20000). Raises `UserError`."""
-    unit, _, number = text.partition(":")
-    try:
-        amount = float(number) if unit == "seconds" else int(number)
-    except ValueError:
-        amount = 0
-    if unit not in UNITS or not 0 < amount < float("inf"):
-        raise UserError(f"--budget={text}: give {', '.join(f'{u}:N' for u in UNITS)}, N above 0")
-    return unit, amount
-
-
-def budget_settings(unit: str, amount: float) -> tuple[str, ...]:
-    """Return the settings of a run that ends with its budget."""
-    if unit == "epochs":
-        return (f"epochs={amount}",)
-    return (f"epochs={ENDLESS}", f"budget.{unit}={amount}")
 
 
 def check_not_beyond(folder: pathlib.Path, unit: str, amount: float) -> None:

@@ -11,6 +11,10 @@ checkpoints do not count.
 import dataclasses
 
 from grpo.settings.setting import POSITIVE, Section, setting
+from wan_jax.errors import UserError
+
+UNITS = ("evaluations", "seconds", "epochs")
+ENDLESS = 1_000_000  # epochs of a run that its budget ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,3 +52,22 @@ class Budget(Section):
             limit is not None and getattr(spent, name) >= limit
             for name, limit in dataclasses.asdict(self).items()
         )
+
+
+def parse_budget(text: str) -> tuple[str, float]:
+    """Parse --budget: 'evaluations:20000' -> ('evaluations', 20000). Raises `UserError`."""
+    unit, _, number = text.partition(":")
+    try:
+        amount = float(number) if unit == "seconds" else int(number)
+    except ValueError:
+        amount = 0
+    if unit not in UNITS or not 0 < amount < float("inf"):
+        raise UserError(f"--budget={text}: give {', '.join(f'{u}:N' for u in UNITS)}, N above 0")
+    return unit, amount
+
+
+def budget_settings(unit: str, amount: float) -> tuple[str, ...]:
+    """Return the settings of a run that ends with its budget."""
+    if unit == "epochs":
+        return (f"epochs={amount}",)
+    return (f"epochs={ENDLESS}", f"budget.{unit}={amount}")

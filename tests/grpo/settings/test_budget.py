@@ -1,9 +1,11 @@
 """Budgets of runs."""
 
+import re
+
 import pytest
 
 from grpo.settings import parse
-from grpo.settings.budget import Budget, Spent
+from grpo.settings.budget import Budget, Spent, budget_settings, parse_budget
 from wan_jax.errors import UserError
 
 
@@ -20,3 +22,22 @@ def test_a_limit_that_allows_nothing_is_refused(c, key):
     c.budget[key] = 0
     with pytest.raises(UserError, match=rf"config\.budget\.{key}=0"):
         parse.recipe_from_config(c)
+
+
+def test_budgets():
+    assert parse_budget("evaluations:200") == ("evaluations", 200) and parse_budget(
+        "seconds:1.5"
+    ) == ("seconds", 1.5)
+    assert budget_settings("epochs", 3) == ("epochs=3",)
+    assert budget_settings("seconds", 1.5)[1] == "budget.seconds=1.5"
+    for bad in (
+        "20",
+        "epochs:0",
+        "epochs:1.5",
+        "hours:2",
+        "seconds:-1",
+        "seconds:inf",
+        "evaluations:many",
+    ):
+        with pytest.raises(UserError, match=f"--budget={re.escape(bad)}"):
+            parse_budget(bad)
