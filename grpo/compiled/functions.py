@@ -19,8 +19,6 @@ from grpo.compiled.run_arrays import RunArrays
 from grpo.learning import abstract, data_loss, optimiser
 from grpo.learning.confidence import make_probe, probed_guidance
 from grpo.learning.head_guidance import HeadGuidance, HeadState
-from grpo.learning.optimiser import TrainState, state_shapes
-from grpo.learning.policy import Policy, make_structure
 from grpo.learning.step_table import StepTable
 from grpo.rollout import initial_noise, make_step
 from grpo.settings import video_sizes
@@ -85,20 +83,6 @@ class Functions(RunArrays):
 
     # ---- jitted functions --------------------------------------------------------------------
     @functools.cached_property
-    def policy(self) -> Policy:
-        """The structure of the policy."""
-        spec = self.spec
-        return make_structure(
-            spec.preset.transformer,
-            lora=spec.settings.lora,
-            dtype=spec.settings.dtype,
-            attention=spec.backend,
-            remat=spec.remat,
-            quantisation=spec.quantisation,
-            mesh=spec.mesh,
-        )
-
-    @functools.cached_property
     def table(self) -> StepTable:
         """The values of the rollout's schedule for each step."""
         recipe = self.spec.recipe
@@ -128,6 +112,13 @@ class Functions(RunArrays):
     def head(self) -> HeadGuidance | None:
         """The reward guidance of the rollout; None without."""
         return HeadGuidance.of(self.spec)
+
+    @functools.cached_property
+    def head_state(self) -> HeadState | None:
+        """The state of the reward head; None without guidance."""
+        if self.head is None:
+            return None
+        return abstract.arrays(self.head.state, sharding_lib.replicated(self.spec.mesh))
 
     @functools.cached_property
     def refit(self) -> Callable | None:
@@ -365,45 +356,3 @@ class Functions(RunArrays):
         ids = abstract.array((16, self.text_rows), jnp.int32, sharding=device)
         args = (abstract.arrays(state, device), ids, ids)
         return Program("text encoder", pipeline.make_encoder(graph), args)
-
-    # ---- abstract arguments ------------------------------------------------------------------
-    @functools.cached_property
-    def frozen(self):
-        """The base weights of one expert; None in full fine-tuning without a reference."""
-        needed = self.spec.settings.lora is not None or self.spec.method.needs_reference
-        return self.params(self.policy.base) if needed else None
-
-    @functools.cached_property
-    def trainable(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The trained arrays of one expert."""
-        return self.params(self.policy.trainable)
-
-    @functools.cached_property
-    def state(self) -> TrainState:
-        """The state of one trained expert."""
-        config, method = self.spec.settings.optimiser, self.spec.method
-        return self.params(state_shapes(self.policy, config, method.adaptive_kl, method.lagged))
-
-    @functools.cached_property
-    def head_state(self) -> HeadState | None:
-        """The state of the reward head; None without guidance."""
-        if self.head is None:
-            return None
-        return abstract.arrays(self.head.state, sharding_lib.replicated(self.spec.mesh))
-
-    @functools.cached_property
-    def trajectories(self) -> tuple:
-        """The arrays that the rollout of an epoch leaves on the devices."""
-        return () if self.spec.recipe.data.only else self.spec.method.epoch_shapes(self)
-
-    def waiting(self, expert: int) -> tuple:
-        """Return the arrays of the epoch that are on the devices during an update, beside its batch."""
-        return () if self.spec.recipe.data.only else self.spec.method.waiting_shapes(self, expert)
-
-    def update_batch(self, expert: int):
-        """Return the batch of one optimiser step of an expert."""
-        data = self.spec.recipe.data
-        if data.only:
-            return data_loss.data_shapes(self)
-        batch = self.spec.method.batch_shapes(self, expert)
-        return data_loss.AnchoredBatch(batch, data_loss.data_shapes(self)) if data.used else batch

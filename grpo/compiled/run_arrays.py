@@ -1,12 +1,15 @@
 """The abstract arrays of a run: their types and shardings are those of the arrays in training."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from grpo.learning import abstract
+from grpo.learning import abstract, data_loss
+from grpo.learning.optimiser import TrainState, state_shapes
+from grpo.learning.policy import Policy, make_structure
 from grpo.learning.sde_windows import ONE_PER_GROUP
 from grpo.run import RunSpec
 from wan_jax.diffusion.guidance import TextBatch
@@ -21,7 +24,7 @@ TEXT_ROWS = 64
 
 @dataclasses.dataclass(frozen=True)
 class RunArrays:
-    """The abstract arrays of batches, and of parameters, of a run.
+    """The abstract arrays of a run: parameters and states, batches, and what an epoch keeps.
 
     Attributes:
         spec: the description of the run.
@@ -40,6 +43,37 @@ class RunArrays:
             tree,
             sharding_lib.param_shardings(tree, self.spec.mesh),
         )
+
+    @functools.cached_property
+    def policy(self) -> Policy:
+        """The structure of the policy."""
+        spec = self.spec
+        return make_structure(
+            spec.preset.transformer,
+            lora=spec.settings.lora,
+            dtype=spec.settings.dtype,
+            attention=spec.backend,
+            remat=spec.remat,
+            quantisation=spec.quantisation,
+            mesh=spec.mesh,
+        )
+
+    @functools.cached_property
+    def frozen(self):
+        """The base weights of one expert; None in full fine-tuning without a reference."""
+        needed = self.spec.settings.lora is not None or self.spec.method.needs_reference
+        return self.params(self.policy.base) if needed else None
+
+    @functools.cached_property
+    def trainable(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The trained arrays of one expert."""
+        return self.params(self.policy.trainable)
+
+    @functools.cached_property
+    def state(self) -> TrainState:
+        """The state of one trained expert."""
+        config, method = self.spec.settings.optimiser, self.spec.method
+        return self.params(state_shapes(self.policy, config, method.adaptive_kl, method.lagged))
 
     def solver_state(self) -> SolverState:
         """Return the state of the evaluation's solver for a batch."""
@@ -83,3 +117,20 @@ class RunArrays:
             abstract.array((*leading, *shape), dtype, sharding=replicated),
             pipeline.TEXT_ROWS - self.text_rows,
         )
+
+    @functools.cached_property
+    def trajectories(self) -> tuple:
+        """The arrays that the rollout of an epoch leaves on the devices."""
+        return () if self.spec.recipe.data.only else self.spec.method.epoch_shapes(self)
+
+    def waiting(self, expert: int) -> tuple:
+        """Return the arrays of the epoch that are on the devices during an update, beside its batch."""
+        return () if self.spec.recipe.data.only else self.spec.method.waiting_shapes(self, expert)
+
+    def update_batch(self, expert: int):
+        """Return the batch of one optimiser step of an expert."""
+        data = self.spec.recipe.data
+        if data.only:
+            return data_loss.data_shapes(self)
+        batch = self.spec.method.batch_shapes(self, expert)
+        return data_loss.AnchoredBatch(batch, data_loss.data_shapes(self)) if data.used else batch

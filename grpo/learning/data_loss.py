@@ -44,7 +44,7 @@ from wan_jax.inference.pipeline import TextTable
 from wan_jax.storage.model_dir import ModelDir
 
 if TYPE_CHECKING:
-    from grpo.compiled.functions import Functions
+    from grpo.compiled.run_arrays import RunArrays
     from grpo.run import RunSpec
 
 
@@ -283,24 +283,24 @@ def rollout_draws(
     return videos, step
 
 
-def data_shapes(functions: "Functions") -> FinishedBatch:
+def data_shapes(arrays: "RunArrays") -> FinishedBatch:
     """Return the abstract data of an optimiser step."""
-    spec = functions.spec
+    spec = arrays.spec
     shards = mesh_lib.batch_shards(spec.mesh)
     m, b = layout(data_rows(spec), 1, spec.recipe.sample.batch_size, shards)
     assert spec.data_shape is not None
     levels = abstract.array((m, 1, b), jnp.float32)
-    latents = functions.rows(jnp.float32, m, shape=spec.data_shape, batch=b)
+    latents = arrays.rows(jnp.float32, m, shape=spec.data_shape, batch=b)
     paired = spec.recipe.data.only and spec.method.of_data == PAIRS
     return FinishedBatch(
         x0=latents,
         worse=latents if paired else None,
-        text=functions.text(m, batch=b),
-        video=functions.rows(jnp.int32, m, batch=b),
+        text=arrays.text(m, batch=b),
+        video=arrays.rows(jnp.int32, m, batch=b),
         sigma=levels,
         timestep=levels,
         weight=abstract.array((m, b), jnp.float32),
         valid=abstract.array((m, b), bool),
         draw=abstract.array((1,), jnp.int32),
-        key=functions.random_key(),
+        key=arrays.random_key(),
     )

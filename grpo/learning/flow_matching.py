@@ -30,7 +30,7 @@ from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from grpo.compiled.functions import Functions
+    from grpo.compiled.run_arrays import RunArrays
     from grpo.credit import Credit
     from grpo.run import RunSpec
     from grpo.sampling import RolloutBatch
@@ -157,26 +157,26 @@ class FlowMatching(Method):
         shards = mesh_lib.batch_shards(spec.mesh)
         return layout(rows, spec.recipe.train.updates_per_epoch, sample.batch_size, shards)
 
-    def batch_shapes(self, functions: "Functions", expert: int) -> FinishedBatch:
-        spec = functions.spec
+    def batch_shapes(self, arrays: "RunArrays", expert: int) -> FinishedBatch:
+        spec = arrays.spec
         m, b = self.selected_layout(spec)
         k = spec.trained_steps(expert)
-        latents = functions.rows(jnp.float32, m, shape=spec.shape, batch=b)
+        latents = arrays.rows(jnp.float32, m, shape=spec.shape, batch=b)
         levels = abstract.array((m, k, b), jnp.float32)
         cells = None
         if spec.recipe.train.box_credit:
-            cells = functions.rows(jnp.float32, m, shape=(*spec.shape[:-1], 1), batch=b)
+            cells = arrays.rows(jnp.float32, m, shape=(*spec.shape[:-1], 1), batch=b)
         return FinishedBatch(
             x0=latents,
             worse=latents if self.pairs else None,
-            text=functions.text(m, batch=b),
-            video=functions.rows(jnp.int32, m, batch=b),
+            text=arrays.text(m, batch=b),
+            video=arrays.rows(jnp.int32, m, batch=b),
             sigma=levels,
             timestep=levels,
             weight=abstract.array((m, b), jnp.float32),
             valid=abstract.array((m, b), bool),
             draw=abstract.array((k,), jnp.int32),
-            key=functions.random_key(),
+            key=arrays.random_key(),
             cells=cells,
             worse_cells=cells if self.pairs else None,
             kl_gate=None
@@ -184,8 +184,8 @@ class FlowMatching(Method):
             else abstract.array((m, b), jnp.float32),
         )
 
-    def epoch_shapes(self, functions: "Functions") -> tuple:
-        return (functions.latents(),) * functions.spec.settings.batches
+    def epoch_shapes(self, arrays: "RunArrays") -> tuple:
+        return (arrays.latents(),) * arrays.spec.settings.batches
 
     def rollout_passes(self, spec: "RunSpec", expert: int) -> float:
         m, b = self.selected_layout(spec)

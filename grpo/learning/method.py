@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 if TYPE_CHECKING:
-    from grpo.compiled.functions import Functions
+    from grpo.compiled.run_arrays import RunArrays
     from grpo.credit import Credit
     from grpo.learning.kl import AdaptiveKL
     from grpo.learning.policy import Policy
@@ -168,18 +168,18 @@ class Method(abc.ABC):
         """
 
     @abc.abstractmethod
-    def batch_shapes(self, functions: "Functions", expert: int) -> Any:
+    def batch_shapes(self, arrays: "RunArrays", expert: int) -> Any:
         """Return the abstract batch of one optimiser step of an expert."""
 
     @abc.abstractmethod
-    def epoch_shapes(self, functions: "Functions") -> tuple:
+    def epoch_shapes(self, arrays: "RunArrays") -> tuple:
         """Return the arrays that the rollout of an epoch leaves on the devices, abstract."""
 
-    def waiting_shapes(self, functions: "Functions", expert: int) -> tuple:
+    def waiting_shapes(self, arrays: "RunArrays", expert: int) -> tuple:
         """Return those of `epoch_shapes` that are still on the devices in the first optimiser step of
         an expert, beside its batch.
         """
-        return functions.trajectories
+        return arrays.trajectories
 
     @abc.abstractmethod
     def rollout_passes(self, spec: "RunSpec", expert: int) -> float:

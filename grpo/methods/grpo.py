@@ -9,7 +9,7 @@ removed.
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +29,9 @@ from wan_jax.diffusion.experts import guidances
 from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.errors import UserError
 from wan_jax.models import precision
+
+if TYPE_CHECKING:
+    from grpo.compiled.run_arrays import RunArrays
 
 # Bounds of the deviation of the importance ratio from 1 in the first update, where
 # train.ratio_tolerance is None: with exact products, and with those of bfloat16 or TF32, which rollout
@@ -212,22 +215,22 @@ class GRPO(Method):
         return make_gradient(policy, table, *key)
 
     # ---- abstract arrays ---------------------------------------------------------------------
-    def batch_shapes(self, functions, expert: int) -> PolicyBatch:
-        spec = functions.spec
+    def batch_shapes(self, arrays: "RunArrays", expert: int) -> PolicyBatch:
+        spec = arrays.spec
         m, b = spec.update_batches(expert).shape[1], spec.recipe.sample.batch_size
         by_step = self.kl_in_reward > 0 or self.importance
         steps = (spec.trained_steps(expert),) if by_step else ()
         k = spec.trained_steps(expert)
-        by_video = functions.step_per_video
+        by_video = arrays.step_per_video
         return PolicyBatch(
-            latents=functions.latents(m, spec.kept_latents(expert)),
-            log_prob=functions.rows(jnp.float32, m, k),
-            step=functions.rows(jnp.int32, m, k) if by_video else abstract.array((m, k), jnp.int32),
-            mean=functions.latents(m, k) if self.keeps_mean else None,
-            text=functions.text(m),
+            latents=arrays.latents(m, spec.kept_latents(expert)),
+            log_prob=arrays.rows(jnp.float32, m, k),
+            step=arrays.rows(jnp.int32, m, k) if by_video else abstract.array((m, k), jnp.int32),
+            mean=arrays.latents(m, k) if self.keeps_mean else None,
+            text=arrays.text(m),
             advantages=abstract.array((m, *steps, b), jnp.float32),
             valid=abstract.array((m, b), bool),
-            cells=functions.rows(jnp.float32, m, shape=(*spec.shape[:-1], 1))
+            cells=arrays.rows(jnp.float32, m, shape=(*spec.shape[:-1], 1))
             if self.by_cell
             else None,
             kl_gate=None
@@ -235,17 +238,15 @@ class GRPO(Method):
             else abstract.array((m, b), jnp.float32),
         )
 
-    def epoch_shapes(self, functions) -> tuple:
-        spec, batches = functions.spec, functions.spec.settings.batches
+    def epoch_shapes(self, arrays: "RunArrays") -> tuple:
+        spec, batches = arrays.spec, arrays.spec.settings.batches
         final = batches if self.importance else 0
         kept = sum(self._kept(spec, expert) for expert in spec.trained_experts)
-        return (functions.latents(),) * (batches * kept + final)
+        return (arrays.latents(),) * (batches * kept + final)
 
-    def waiting_shapes(self, functions, expert: int) -> tuple:
-        stacked = functions.spec.update_batches(expert).shape[1] * self._kept(
-            functions.spec, expert
-        )
-        return functions.trajectories[stacked:]
+    def waiting_shapes(self, arrays: "RunArrays", expert: int) -> tuple:
+        stacked = arrays.spec.update_batches(expert).shape[1] * self._kept(arrays.spec, expert)
+        return arrays.trajectories[stacked:]
 
     def _kept(self, spec, expert: int) -> int:
         """Return the number of arrays of latents that an expert's trajectory keeps."""
