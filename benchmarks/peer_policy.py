@@ -1,4 +1,6 @@
-"""The policy of the PyTorch peer: Diffusers' Wan transformer with PEFT LoRA, and its two steps."""
+"""The policy of the PyTorch peer, Diffusers' Wan transformer with PEFT LoRA: its two steps, and the
+moving average of its adapters.
+"""
 
 import contextlib
 import dataclasses
@@ -247,6 +249,34 @@ class Policy:
         for x0, i, text, weight in rows:
             (self.nft_loss(x0, i, text, weight, kl) / len(rows)).backward()
         self.step()
+
+
+class Average:
+    """The moving average of the trained arrays, with `grpo.train`'s warm-up of the decay."""
+
+    def __init__(self, policy: Policy, decay: float):
+        self.trained, self.decay, self.updates = policy.trained, decay, 0
+        self.values = [p.detach().clone() for p in policy.trained]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move towards the trained arrays after an optimiser step."""
+        self.updates += 1
+        decay = min((1 + self.updates) / (10 + self.updates), self.decay)
+        for value, parameter in zip(self.values, self.trained):
+            value.lerp_(parameter, 1 - decay)
+
+    @contextlib.contextmanager
+    def in_use(self):
+        """Use the average as the policy's arrays inside the block."""
+        own = [p.data for p in self.trained]
+        for parameter, value in zip(self.trained, self.values):
+            parameter.data = value
+        try:
+            yield
+        finally:
+            for parameter, value in zip(self.trained, own):
+                parameter.data = value
 
 
 def nft_loss(x, x0, s: float, v, behaviour, reference, weight, kl: float):

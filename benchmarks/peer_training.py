@@ -21,7 +21,6 @@ OUT/start.json has the seconds of the warm-up, which the epochs leave out; metri
 have the keys of `grpo.train` that the race reads.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -40,7 +39,7 @@ from transformers import UMT5EncoderModel
 
 from benchmarks import workload
 from benchmarks.peer import Clock, decoder_of, wait
-from benchmarks.peer_policy import Options, Policy, Text, Transition
+from benchmarks.peer_policy import Average, Options, Policy, Text, Transition
 from grpo.data.prompts import PromptSet, epoch_prompts
 from grpo.learning.method import kl_weight
 from grpo.learning.sde_windows import sde_window
@@ -184,34 +183,6 @@ def group_advantages(rewards: np.ndarray, clip: float | None) -> np.ndarray:
     advantages = centred / (rewards.std(1, keepdims=True) + 1e-4)
     bound = math.inf if clip is None else clip
     return advantages.clip(-bound, bound).astype(np.float32)
-
-
-class Average:
-    """The moving average of the trained arrays, with `grpo.train`'s warm-up of the decay."""
-
-    def __init__(self, policy: Policy, decay: float):
-        self.trained, self.decay, self.updates = policy.trained, decay, 0
-        self.values = [p.detach().clone() for p in policy.trained]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Move towards the trained arrays after an optimiser step."""
-        self.updates += 1
-        decay = min((1 + self.updates) / (10 + self.updates), self.decay)
-        for value, parameter in zip(self.values, self.trained):
-            value.lerp_(parameter, 1 - decay)
-
-    @contextlib.contextmanager
-    def in_use(self):
-        """Use the average as the policy's arrays inside the block."""
-        own = [p.data for p in self.trained]
-        for parameter, value in zip(self.trained, self.values):
-            parameter.data = value
-        try:
-            yield
-        finally:
-            for parameter, value in zip(self.trained, own):
-                parameter.data = value
 
 
 Batch = tuple[list[Transition], Text, torch.Tensor]  # stochastic steps, text, advantages [B]

@@ -85,11 +85,13 @@ def recipe(folder):
 @pytest.fixture(scope="module")
 def run(peer, folder, recipe):
     """The PyTorch run before its first epoch, with adapters that matter."""
+    from benchmarks.peer_policy import Average
+
     run = peer.Training(recipe, folder / "source", "fp32", True, "cpu")
     for name, parameter in run.policy.model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.1)
-    run.average = peer.Average(run.policy, recipe.train.ema_decay)
+    run.average = Average(run.policy, recipe.train.ema_decay)
     return run
 
 
