@@ -8,8 +8,10 @@ import numpy as np
 
 from grpo.random_streams import Stream
 from grpo.settings.choices import ONE_PER_GROUP, WINDOWS
+from grpo.settings.schema import Recipe
 from grpo.settings.sections.sample import Sample
 from wan_jax.diffusion.experts import Segment
+from wan_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +115,29 @@ class Windows:
             return range(self.groups[part] * self.group_size)
         first = sum(self.groups[:part])
         return range(first * self.group_size, (first + self.groups[part]) * self.group_size)
+
+
+def check_steps(recipe: Recipe) -> None:
+    """Raise `UserError` where the stochastic steps do not fit into the schedule, or are too few."""
+    sample = recipe.sample
+    low, high = sample.sde_range
+    if not (0 <= low < high <= sample.steps and 1 <= sample.sde_steps <= high - low):
+        raise UserError(
+            f"config.sample: sde_steps={sample.sde_steps} steps do not fit in "
+            f"sde_range=({low}, {high}) of {sample.steps} steps: give a range within (0, {sample.steps}) "
+            "and at most as many steps as it has, e.g. sample.sde_range=0,"
+            f"{max(1, sample.steps - 1)} sample.sde_steps={min(2, max(1, sample.steps - 1))}"
+        )
+    if sample.sde_window == ONE_PER_GROUP and sample.sde_steps != 1:
+        raise UserError(
+            f"config.sample.sde_steps={sample.sde_steps} must be 1 with "
+            f"sample.sde_window={ONE_PER_GROUP}"
+        )
+    if recipe.train.credit == "otca" and sample.sde_steps < 2:
+        raise UserError(
+            "config.train.credit=otca divides a video's advantage among its trained steps, and "
+            f"sample.sde_steps={sample.sde_steps} leaves one: raise it, or choose another credit"
+        )
 
 
 def sde_window(

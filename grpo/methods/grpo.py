@@ -21,7 +21,7 @@ from grpo.learning.method import Method, kl_weight, largest_kl_weight
 from grpo.learning.policy import Policy
 from grpo.learning.policy_gradient import AVERAGE, PolicyBatch, make_gradient, stack_batches
 from grpo.learning.policy_loss import LossConfig
-from grpo.learning.sde_windows import ONE_PER_GROUP
+from grpo.learning.sde_windows import ONE_PER_GROUP, check_steps
 from grpo.learning.step_table import StepTable
 from grpo.scoring.advantages import step_advantages
 from grpo.settings.schema import Recipe
@@ -344,29 +344,6 @@ METHOD = GRPO
 
 
 # ---- checks of a recipe --------------------------------------------------------------------------
-def check_steps(recipe: Recipe) -> None:
-    """Raise `UserError` where the stochastic steps do not fit into the schedule, or are too few."""
-    sample = recipe.sample
-    low, high = sample.sde_range
-    if not (0 <= low < high <= sample.steps and 1 <= sample.sde_steps <= high - low):
-        raise UserError(
-            f"config.sample: sde_steps={sample.sde_steps} steps do not fit in "
-            f"sde_range=({low}, {high}) of {sample.steps} steps: give a range within (0, {sample.steps}) "
-            "and at most as many steps as it has, e.g. sample.sde_range=0,"
-            f"{max(1, sample.steps - 1)} sample.sde_steps={min(2, max(1, sample.steps - 1))}"
-        )
-    if sample.sde_window == ONE_PER_GROUP and sample.sde_steps != 1:
-        raise UserError(
-            f"config.sample.sde_steps={sample.sde_steps} must be 1 with "
-            f"sample.sde_window={ONE_PER_GROUP}"
-        )
-    if recipe.train.credit == "otca" and sample.sde_steps < 2:
-        raise UserError(
-            "config.train.credit=otca divides a video's advantage among its trained steps, and "
-            f"sample.sde_steps={sample.sde_steps} leaves one: raise it, or choose another credit"
-        )
-
-
 def check_kl(recipe: Recipe, weight: float) -> None:
     """Raise `UserError` where train.kl_as contradicts the other settings. weight: of the KL."""
     train = recipe.train
