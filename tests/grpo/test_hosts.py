@@ -24,7 +24,7 @@ from tests.grpo.data_folders import write_data
 from tests.grpo.here import train_here
 from tests.grpo.tiny_run import newest, write_recipe
 from wan_jax.command_line.cli import UserError
-from wan_jax.distributed import launchers, watchdog
+from wan_jax.distributed import launchers
 from wan_jax.storage.checkpoint import read_numpy
 
 TIMEOUT = 5  # --host_timeout
@@ -333,26 +333,6 @@ def test_an_error_of_one_process_ends_both(model, tmp_path):
     ), errors
 
 
-@pytest.mark.parametrize(
-    "given, message",
-    [
-        (("auto", "node:1", None, None), "--num_processes and --process_id not given"),
-        (("auto", None, 2, 0), "--coordinator not given"),
-        (("auto", "node", 2, 0), "host:port"),
-        (("auto", "node:99999", 2, 0), "host:port"),
-        (("auto", "node:1", 2, 2), "--process_id=2"),
-        (("auto", "node:1", 0, 0), "--num_processes=0"),
-        (("slurm", "node:1", 2, 0), "one or the other"),
-        (("slurm", None, None, None), "srun"),
-        (("ompi", None, None, None), "mpirun"),
-        (("k8s", None, None, None), "completionMode: Indexed"),
-    ],
-)
-def test_half_given_flags_are_one_message(given, message):
-    with pytest.raises(UserError, match=re.escape(message)):
-        launchers.choose(*given, {})
-
-
 def test_what_a_launcher_says():
     nothing = ("auto", None, None, None)
     assert launchers.choose(*nothing, {}) is None
@@ -379,24 +359,3 @@ def test_what_a_launcher_says():
     assert launchers.choose(
         "k8s", None, None, None, {"JOB_COMPLETION_INDEX": "0"}
     ) == launchers.Launch(cluster="k8s")
-
-
-def test_verdicts_of_the_watch():
-    def peers(**changes):
-        known = {p: watchdog.Peer(1, 100.0, f"node{p}", "sampling", 5, 1.0) for p in range(3)}
-        for name, value in changes.items():
-            setattr(known[1], name, value)
-        return known
-
-    def judge(known, answered=100.0, stage_timeout=50.0):
-        return watchdog.verdict(known, answered, 109.0, 10.0, stage_timeout)
-
-    assert judge(peers()) is None
-    assert "process 1 on node1" in judge(peers(at=98.0)) and "'sampling'" in judge(peers(at=98.0))
-    assert "process 0 on node0, the coordinator" in judge(peers(at=98.0), answered=98.0)
-    stuck = peers(count=4, stage="scores")
-    assert judge(stuck) is None
-    for peer in stuck.values():
-        peer.seconds = 51.0
-    assert "process 1 on node1 is furthest behind, in 'scores'" in judge(stuck)
-    assert judge(stuck, stage_timeout=0) is None

@@ -1,5 +1,7 @@
 """How a process finds the others: flags, and the variables of launchers."""
 
+import re
+
 import pytest
 
 from wan_jax.distributed.launchers import Launch, choose
@@ -64,3 +66,23 @@ def test_what_is_missing_or_wrong_is_named(flags, environ, values):
     with pytest.raises(UserError) as caught:
         choose(*flags, environ)
     assert all(value in str(caught.value) for value in values)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (("auto", "node:1", None, None), "--num_processes and --process_id not given"),
+        (("auto", None, 2, 0), "--coordinator not given"),
+        (("auto", "node", 2, 0), "host:port"),
+        (("auto", "node:99999", 2, 0), "host:port"),
+        (("auto", "node:1", 2, 2), "--process_id=2"),
+        (("auto", "node:1", 0, 0), "--num_processes=0"),
+        (("slurm", "node:1", 2, 0), "one or the other"),
+        (("slurm", None, None, None), "srun"),
+        (("ompi", None, None, None), "mpirun"),
+        (("k8s", None, None, None), "completionMode: Indexed"),
+    ],
+)
+def test_half_given_flags_are_one_message(given, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        choose(*given, {})

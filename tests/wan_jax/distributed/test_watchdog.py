@@ -30,3 +30,17 @@ def test_no_progress():
     found = verdict(stuck)
     assert "process 1 on node1" in found and "'scores'" in found and "50 s" in found
     assert verdict(stuck, stage_timeout=0) is None
+
+
+def test_verdicts_of_the_watch():
+    assert verdict(peers()) is None
+    assert "process 1 on node1" in verdict(peers(at=98.0)) and "'sampling'" in verdict(
+        peers(at=98.0)
+    )
+    assert "process 0 on node0, the coordinator" in verdict(peers(at=98.0), answered=98.0)
+    stuck = peers(count=4, stage="scores")
+    assert verdict(stuck) is None
+    for peer in stuck.values():
+        peer.seconds = 51.0
+    assert "process 1 on node1 is furthest behind, in 'scores'" in verdict(stuck)
+    assert verdict(stuck, stage_timeout=0) is None
