@@ -10,93 +10,20 @@ import numpy as np
 import pytest
 
 from grpo.learning.kl import KL_KINDS
-from grpo.learning.policy_loss import (
-    OBJECTIVES,
-    LossConfig,
-    Rows,
-    clipped_loss,
-    policy_gradient_terms,
-    policy_term,
-)
+from grpo.learning.policy_loss import LossConfig, clipped_loss
 from tests import reference
+from tests.grpo.policy_rows import (
+    SHAPE,
+    batch,
+    compiled_terms,
+    masked_mean,
+    objective,
+    old_log_prob,
+    rows_of,
+)
 from wan_jax.diffusion import sde
-from wan_jax.diffusion.schedule import flow_sigmas
 
-SHAPE = (8, 4, 1, 3, 5)  # B C F H W
 CONFIG = dict(clip_low=0.02, clip_high=0.03, kl_beta=0.1)
-
-
-def masked_mean(values, mask):
-    """Return the mean of values [B] where mask [B] is True; masked values may be NaN."""
-    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
-
-
-def batch(seed=0, distance=0.06):
-    """Eight rows at different steps of one schedule: the float32 arguments of
-    `reference.grpo_objective`.
-    """
-    rng = np.random.default_rng(seed)
-    schedule = flow_sigmas(10, 3.0)
-    steps = np.arange(1, 9)
-    sigma, sigma_next = schedule.sigmas[steps], schedule.sigmas[steps + 1]
-    g = sde.diffusion_coefficient(sde.SDEConfig(), schedule)[steps]
-    x, v_old, z, a, b = (rng.normal(size=SHAPE).astype(np.float32) for _ in range(5))
-    mean, std = sde.sde_mean_std(jnp.asarray(x), jnp.asarray(v_old), sigma, sigma_next, g)
-    x_next = np.asarray(mean) + np.asarray(std).reshape(-1, 1, 1, 1, 1) * z
-    # Moving the mean by +-distance * std * z changes the log-prob by about +-distance: ratios on
-    # both sides of the clip range, and two rows inside it.
-    side = np.array([1, -1, 1, -1, 0, 0, 1, -1], np.float32).reshape(-1, 1, 1, 1, 1)
-    scale = (np.asarray(std) / (sigma_next - sigma)).reshape(-1, 1, 1, 1, 1)
-    v_new = v_old + distance * (0.2 * a + side * scale * z)
-    advantages = np.array([1, 1, -1, -1, 2, -0.5, 0.3, -0.7], np.float32)
-    return dict(
-        x=x,
-        x_next=x_next,
-        v_new=v_new,
-        v_old=v_old,
-        v_ref=v_old + distance * b,
-        sigma=sigma,
-        sigma_next=sigma_next,
-        g=g,
-        advantages=advantages,
-    )
-
-
-def rows_of(args, old_log_prob, mask=None):
-    names = ("x", "x_next", "advantages", "sigma", "sigma_next", "g")
-    mask = np.ones(len(args["x"]), bool) if mask is None else mask
-    return Rows(
-        old_log_prob=jnp.asarray(old_log_prob, jnp.float32),
-        mask=jnp.asarray(mask),
-        **{name: jnp.asarray(args[name]) for name in names},
-    )
-
-
-compiled_terms = jax.jit(policy_gradient_terms, static_argnames="config")
-
-
-def objective(rows, v_new, v_ref, config):
-    """Scalar loss, gradient and metrics, jitted as an update would."""
-
-    def loss(v):
-        terms, metrics = policy_gradient_terms(rows, v, v_ref, config)
-        return masked_mean(terms, rows.mask), metrics
-
-    (value, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(jnp.asarray(v_new))
-    return value, gradient, metrics
-
-
-def old_log_prob(args):
-    return sde.log_prob(
-        jnp.asarray(args["x_next"]),
-        *sde.sde_mean_std(
-            jnp.asarray(args["x"]),
-            jnp.asarray(args["v_old"]),
-            args["sigma"],
-            args["sigma_next"],
-            args["g"],
-        ),
-    )
 
 
 @pytest.mark.parametrize("kind", KL_KINDS)
@@ -268,91 +195,6 @@ def test_bad_configuration(arguments, message):
         LossConfig(**arguments)
 
 
-def variant(args, objective_name, preserving, distance=1.0, cells=None):
-    """(rows with the old mean, velocities, clip range, the reference's (loss, ratio) of row b at
-    velocity v).
-    """
-    args = dict(args, v_new=args["v_old"] + distance * (args["v_new"] - args["v_old"]))
-    step = args["sigma"], args["sigma_next"], args["g"]
-    plain, std = sde.sde_mean_std(jnp.asarray(args["x"]), jnp.asarray(args["v_old"]), *step)
-    old_mean, _ = sde.sde_mean_std(
-        jnp.asarray(args["x"]), jnp.asarray(args["v_old"]), *step, preserving
-    )
-    # with the same noise
-    args["x_next"] = np.asarray(old_mean + args["x_next"] - plain, np.float32)
-    scale = {"guard": float(std.mean()), "unscaled": 2 * float(jnp.mean(std**2))}.get(
-        objective_name, 1.0
-    )
-    clip = {"clip_low": 0.02 * scale, "clip_high": 0.03 * scale}
-    rows = dataclasses.replace(
-        rows_of(args, sde.log_prob(jnp.asarray(args["x_next"]), old_mean, std)),
-        old_mean=old_mean,
-        cells=None if cells is None else jnp.asarray(cells, jnp.float32),
-        preserving=preserving,
-    )
-    mean_std = reference.cps_mean_std if preserving else reference.mean_std
-    wide = {k: np.asarray(v, np.float64) for k, v in args.items()}
-
-    def of_row(b, v):
-        row = wide["x"][b], wide["sigma"][b], wide["sigma_next"][b], wide["g"][b]
-        (mean, std), (old, _) = (mean_std(row[0], u, *row[1:]) for u in (v, wide["v_old"][b]))
-        return reference.policy_loss(
-            objective_name,
-            wide["x_next"][b],
-            mean,
-            old,
-            std,
-            row[2] - row[1],
-            wide["advantages"][b],
-            clip["clip_low"],
-            clip["clip_high"],
-            1e-3,
-            1.0 if cells is None else cells[b],
-        )
-
-    return rows, args["v_new"], clip, of_row
-
-
-def random_cells(seed=7):
-    """Weights of the cells of every row, with a mean of 1; a third of them 0."""
-    cells = np.random.default_rng(seed).uniform(0.5, 1.5, (SHAPE[0], 1, *SHAPE[2:]))
-    cells[..., ::3] = 0
-    return cells / cells.mean(axis=(1, 2, 3, 4), keepdims=True)
-
-
-@pytest.mark.quick_cases(4)
-@pytest.mark.parametrize("cells", [None, random_cells()], ids=["alike", "by_cell"])
-@pytest.mark.parametrize("preserving", [False, True])
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_objectives_equal_their_formulas(name, preserving, cells):
-    """Losses, ratios, and gradients against central differences, on both sides of every clip; with
-    weights of the cells too, of which those of 0 get no gradient.
-    """
-    rows, v, clip, of_row = variant(batch(), name, preserving, cells=cells)
-    config = LossConfig(**clip, kl_beta=0.0, objective=name, divergence=1e-3)
-    loss, gradient, metrics = objective(rows, v, None, config)
-    want, ratios = zip(*(of_row(b, v[b].astype(np.float64)) for b in range(8)))
-    assert float(loss) == pytest.approx(np.mean(want), rel=1e-4, abs=1e-7)
-    low, high = 1 - clip["clip_low"], 1 + clip["clip_high"]
-    bounded = [x == 0 if name == "dppo" else not low <= r <= high for x, r in zip(want, ratios)]
-    assert (
-        metrics.averages()["clip_fraction"] == pytest.approx(np.mean(bounded), rel=1e-6)
-        and 0 < np.mean(bounded) < 1
-    )
-    assert float(metrics.ratio_max) == pytest.approx(max(ratios), rel=1e-5)
-    assert float(metrics.ratio_min) == pytest.approx(min(ratios), rel=1e-5)
-    rng, expected, found = np.random.default_rng(3), [], []
-    for b in range(8):
-        direction = rng.normal(size=SHAPE[1:])
-        ends = [of_row(b, v[b] + h * direction)[0] for h in (1e-5, -1e-5)]
-        expected.append((ends[0] - ends[1]) / 2e-5 / 8)
-        found.append(float(np.sum(np.asarray(gradient[b], np.float64) * direction)))
-    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-5 * np.abs(expected).max())
-    assert 0 < np.count_nonzero(found) < 8  # some rows are clipped or left out
-    if cells is not None:
-        assert not np.any(np.asarray(gradient)[np.broadcast_to(cells, SHAPE) == 0])
-
-
 def test_the_gate_of_the_kl_leaves_the_policy_loss():
     """The loss and the logged KL have the KL of the rows that are held."""
     args, config = batch(), LossConfig(**CONFIG)
@@ -368,62 +210,6 @@ def test_the_gate_of_the_kl_leaves_the_policy_loss():
     assert float(found.kl) == pytest.approx((held * want["kl"]).sum(), rel=1e-4)
     assert float(found.policy_loss) == pytest.approx(float(metrics.policy_loss), rel=1e-6)
     assert np.any(np.abs(whole - terms) > 1e-4)
-
-
-def test_masked_rows_equal_removed_ones_by_cell():
-    rows, v, clip, _ = variant(batch(), "guard", False, cells=random_cells())
-    config = LossConfig(**clip, kl_beta=0.0, objective="guard")
-    counted = jnp.arange(8) < 6
-    masked = dataclasses.replace(
-        rows, mask=counted, cells=jnp.where(counted[:, None, None, None, None], rows.cells, 1e3)
-    )
-    loss, gradient, metrics = objective(masked, v, None, config)
-    first = jax.tree.map(lambda x: x[:6], rows)
-    want, want_gradient, want_metrics = objective(first, v[:6], None, config)
-    assert float(loss) == pytest.approx(float(want), rel=1e-6)  # sums in another order
-    np.testing.assert_allclose(gradient[:6], want_gradient, rtol=1e-5)
-    assert not np.any(gradient[6:]) and float(metrics.count) == float(want_metrics.count) == 6
-
-
-@pytest.mark.quick_cases(4)
-@pytest.mark.parametrize("cells", [None, random_cells()], ids=["alike", "by_cell"])
-@pytest.mark.parametrize("preserving", [False, True])
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_on_policy_the_ratio_is_one_and_the_gradient_is_not_zero(name, preserving, cells):
-    rows, v, *_ = variant(batch(), name, preserving, distance=0.0, cells=cells)
-    _, gradient, metrics = objective(rows, v, None, LossConfig(kl_beta=0.0, objective=name))
-    assert max(float(metrics.ratio_max) - 1, 1 - float(metrics.ratio_min)) < 2e-6
-    assert all(np.abs(np.asarray(gradient)).reshape(8, -1).max(1) > 0)
-
-
-def test_guard_centres_the_ratio_where_clip_is_shifted_to_the_left():
-    """Over the noise: E[log ratio] is -D with the plain density, 0 with the correction."""
-    args, shift = batch(), 0.05
-    step = args["sigma"][:1], args["sigma_next"][:1], args["g"][:1]
-    x, v = np.repeat(args["x"][:1], 2000, 0), np.repeat(args["v_old"][:1], 2000, 0)
-    old_mean, std = sde.sde_mean_std(
-        jnp.asarray(x), jnp.asarray(v), *(np.repeat(a, 2000) for a in step)
-    )
-    z = np.random.default_rng(0).normal(size=x.shape)
-    x_next = jnp.asarray(old_mean + float(std[0]) * z, jnp.float32)
-    ones, names = jnp.ones(2000), ("sigma", "sigma_next", "g")
-    rows = Rows(
-        x=jnp.asarray(x),
-        x_next=x_next,
-        old_log_prob=sde.log_prob(x_next, old_mean, std),
-        advantages=ones,
-        mask=ones > 0,
-        old_mean=old_mean,
-        **{n: jnp.repeat(a, 2000) for n, a in zip(names, step)},
-    )
-    mean = old_mean + shift * float(std[0])
-    new = sde.log_prob(x_next, mean, std)
-    logs = {
-        name: np.log(policy_term(rows, new, mean, std, LossConfig(objective=name))[1])
-        for name in ("clip", "guard")
-    }
-    assert np.mean(logs["clip"]) == pytest.approx(-(shift**2) / 2, rel=0.3)
-    assert abs(np.mean(logs["guard"])) < 0.15 * float(std[0]) * shift**2 / 2
 
 
 def test_weights_scale_the_loss_and_their_squares_the_penalty():
@@ -479,29 +265,3 @@ def test_distillation_adds_its_squares_and_their_gradient():
     assert float(loss) == pytest.approx(float(plain) + 0.3 * squares, rel=1e-5)
     wanted = np.asarray(plain_gradient) + 0.3 * 2 * apart / (7 * np.prod(SHAPE[1:]))
     np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-7)
-
-
-def test_the_kl_outside_of_the_boxes():
-    """A mean over the cells without text, whose weights are below 1; over all of a row that has no
-    text. With advantages of 0, where the policy loss has no gradient, cells with text get none.
-    """
-    has_text = np.random.default_rng(5).random((SHAPE[0], 1, *SHAPE[2:])) < 0.3
-    has_text[0] = False
-    share = np.maximum(has_text.mean(axis=(1, 2, 3, 4), keepdims=True), 1e-9)
-    cells = np.where(share > 1e-6, 0.5 + 0.5 * has_text / share, 1.0)
-    args = batch()
-    rows, v, *_ = variant(args, "clip", False, cells=cells)
-    rows = dataclasses.replace(rows, advantages=jnp.zeros(SHAPE[0]))
-    config = LossConfig(kl_beta=0.5, kl_kind="velocity", kl_outside=True)
-
-    def loss(v):
-        losses, metrics = policy_gradient_terms(rows, v, args["v_ref"], config)
-        return jnp.sum(losses), metrics.kl
-
-    gradient, kl = jax.grad(loss, has_aux=True)(jnp.asarray(v))
-    squares = np.square(np.asarray(v, np.float64) - args["v_ref"])
-    text = np.broadcast_to(has_text, SHAPE)
-    wanted = [squares[row][~text[row]].mean() for row in np.flatnonzero(rows.mask)]
-    assert float(kl) == pytest.approx(sum(wanted), rel=1e-5)
-    assert text.any() and not np.asarray(gradient)[text].any()
-    assert np.asarray(gradient)[~text].all()
