@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 
 from grpo.credit import compute_credit
+from grpo.learning.data_loss import DataSource
+from grpo.methods.nft import NFT
 from grpo.records.run_log import EXPERTS
 from grpo.update import (
     NotFinite,
     check_finite,
+    data_share,
     kl_share,
     new_warnings,
     summary,
@@ -203,3 +206,65 @@ def test_the_learning_rate_of_an_epoch_is_recorded():
     spec = tiny_spec(**{"train.updates_per_epoch": 2, "train.warmup_updates": 4})
     *_, record, _ = epoch(spec)
     assert record["learning_rate"] == pytest.approx(spec.recipe.train.learning_rate * 2 / 4)
+
+
+# ---- with data ---------------------------------------------------------------------------
+
+
+def test_the_share_of_the_data_in_the_loss():
+    values = {"policy_loss": -0.5, "kl": 2.0, "data_error": 3.0}
+    grpo, nft = tiny_spec().method, NFT(kl_weight=0.1)
+    # |w D| / (|policy| + |KL| + |w D|); NFT's logged loss has the KL
+    assert data_share(values, grpo, 0.1, 0.2) == {"data_share": pytest.approx(0.6 / 1.3)}
+    assert data_share(values, nft, 0.1, 0.2) == {"data_share": pytest.approx(0.6 / (0.7 + 0.8))}
+    assert data_share(values | {"kl_weight": 0.0}, nft, 0.1, 0.2)["data_share"] == pytest.approx(
+        0.6 / 1.1
+    )
+    assert data_share({"policy_loss": 1.0, "kl": 0.0}, grpo, 0.1, 0.2) == {}
+    assert data_share(values, grpo, 0.1, 0.0) == {"data_share": 0.0}
+    assert kl_share(values, grpo, 0.1) == {"kl_share": pytest.approx(0.2 / 0.7)}, "as before"
+
+
+class Counted:
+    """A source that hands out the numbers of its updates."""
+
+    def batch(self, spec, segment, update, rollout=None):
+        return (segment, update) if rollout is None else rollout
+
+    batches = DataSource.batches
+
+
+def test_every_optimiser_step_has_the_data_of_its_number():
+    """Counted by the state, so that a run that is resumed goes on with the next ones."""
+    spec = tiny_spec(**{"train.updates_per_epoch": 2})
+    session, made = session_of(spec, data=Counted())
+    rollout = rollout_of(spec)
+    credit = compute_credit(spec, scores_of(np.linspace(0, 1, 8)), rollout.prompt_of, {})
+    states = states_of(spec)
+    for epoch in (1, 2):
+        states, _ = update_epoch(session, states, epoch, rollout_of(spec), credit)
+    assert [batch.data for batch, _ in made] == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    assert all(batch.method.valid.all() for batch, _ in made)
+
+
+def test_data_can_have_the_noise_of_the_videos_that_count():
+    """data.noise=rollout: of each optimiser step, in the epoch."""
+    values = {"train.updates_per_epoch": 2, "data.noise": "rollout", "data.path": "data"}
+    spec = tiny_spec(**values)
+    session, made = session_of(spec, data=Counted())
+    rollout = rollout_of(spec)
+    rewards = np.array([0.1, np.nan, 0.3, 0.4, 0.5, 0.5, np.nan, 0.9])
+    credit = compute_credit(spec, scores_of(rewards), rollout.prompt_of, {})
+    update_epoch(session, states_of(spec), 7, rollout, credit)
+    used = [batch.data for batch, _ in made]
+    assert [u.epoch for u in used] == [7, 7] and all(u.key is rollout.key for u in used)
+    assert [u.videos.tolist() for u in used] == [[0, 2, 3], [4, 5, 7]]
+
+
+def test_an_epoch_on_data_alone():
+    values = {"train.method": "sft", "train.updates_per_epoch": 2, "train.timesteps": 2}
+    spec = tiny_spec(**values)
+    session, made = session_of(spec, data=Counted())
+    states, record = update_epoch(session, states_of(spec), 1, None, None)
+    assert made == [((0, 0), {}), ((0, 1), {})] and int(states["transformer"].updates) == 2
+    assert record["updates"] == 2 and record["videos_trained"] == 0
