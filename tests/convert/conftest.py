@@ -4,8 +4,10 @@ import shutil
 
 import pytest
 
+from convert import lora
 from convert.from_diffusers import convert
 from tests import tiny
+from wan_jax.storage import model_dir
 
 
 @pytest.fixture(scope="module")
@@ -31,3 +33,15 @@ def converted(source, tmp_path_factory):
 def own_model(converted, tmp_path):
     """A copy of the converted source to change."""
     return shutil.copytree(converted, tmp_path / "model")
+
+
+@pytest.fixture(scope="module")
+def single(converted):
+    """The converted source: a model with one transformer."""
+    return model_dir.open_model(converted)
+
+
+@pytest.fixture(scope="module")
+def kernels(single):
+    """The shapes of the transformer's layers to which adapters are added."""
+    return lora.dense_layers(single.config("transformer"))

@@ -2,8 +2,6 @@
 
 import functools
 import json
-import shutil
-import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -16,78 +14,26 @@ from convert import lora as files
 from convert.export_lora import export
 from convert.from_diffusers import convert
 from grpo.learning.policy import make_structure
-from tests import commands, tiny
+from tests import tiny
+from tests.convert.lora_runs import ATTENTION, FFN, random_adapters, write_run
 from wan_jax.command_line.cli import UserError
 from wan_jax.distributed import mesh as mesh_lib
-from wan_jax.models import lora
 from wan_jax.models.lora import LoRAConfig
 from wan_jax.storage import model_dir
-from wan_jax.storage.checkpoint import Checkpoints, join_experts
 
-ATTENTION = lora.ATTENTION_TARGETS
-FFN = (*ATTENTION, "ffn.net.0.proj", "ffn.net.2")
 EVERYTHING = (*FFN, "proj_out", "time_proj", "linear_1", "linear_2")
 MODULES = {ATTENTION: 8 * 2, (*FFN, "proj_out"): 10 * 2 + 1, EVERYTHING: 10 * 2 + 6}
 LAYOUTS = ("diffusers", "comfyui")
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
+def two_experts(tmp_path_factory):
     """A random model with two experts in Diffusers layout, and converted."""
     root = tmp_path_factory.mktemp("models")
     convert(
         str(tiny.write_pipeline(root / "source", seed=5, boundary=0.875)), root / "model", "float32"
     )
     return root / "source", model_dir.open_model(root / "model")
-
-
-@pytest.fixture(scope="module")
-def single(tmp_path_factory):
-    """A random model with one transformer, converted."""
-    root = tmp_path_factory.mktemp("single")
-    convert(str(tiny.write_pipeline(root / "source", seed=6)), root / "model", "float32")
-    return model_dir.open_model(root / "model")
-
-
-@pytest.fixture(scope="module")
-def kernels(single):
-    return files.dense_layers(single.config("transformer"))
-
-
-def random_adapters(kernels, config: LoRAConfig, seed=0):
-    """Adapters as a run trains them, with both factors far from zero."""
-    rng = np.random.default_rng(seed)
-    flat = {}
-    for layer in sorted(lora.adapted_layers(kernels, config.targets)):
-        *stack, n_in, n_out = kernels[layer]
-        flat[f"{layer}/lora_a"] = 0.3 * rng.standard_normal((*stack, n_in, config.rank)).astype(
-            np.float32
-        )
-        flat[f"{layer}/lora_b"] = 0.3 * rng.standard_normal((*stack, config.rank, n_out)).astype(
-            np.float32
-        )
-    return flat
-
-
-def write_run(folder, trained, config: LoRAConfig | None):
-    """A run folder whose checkpoint holds these trained weights: {expert: flat}, or one
-    transformer's alone.
-    """
-    experts = trained if "transformer" in trained else {"transformer": trained}
-    flat = join_experts(experts)
-    settings = config and {
-        "rank": config.rank,
-        "alpha": config.alpha,
-        "targets": list(config.targets),
-    }
-    checkpoints = Checkpoints(folder)
-    checkpoints.save(
-        1,
-        {"trainable": flat},
-        flat,
-        {"config": {}, "lora": settings, "model": "", "experts": list(experts)},
-    )
-    return folder
 
 
 def inputs(seed=1):
@@ -157,8 +103,8 @@ def peer(folder):
 
 
 @pytest.fixture(scope="module")
-def pipe_of_source(source):
-    return peer(source[0])
+def pipe_of_source(two_experts):
+    return peer(two_experts[0])
 
 
 @pytest.fixture
@@ -175,9 +121,9 @@ def pipe(pipe_of_source):
 @pytest.mark.parity
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("targets", MODULES, ids=["attention", "ffn", "everything"])
-def test_diffusers_computes_the_same(source, pipe, tmp_path, layout, targets):
+def test_diffusers_computes_the_same(two_experts, pipe, tmp_path, layout, targets):
     """Each expert's file in its own transformer: fp32, 1e-5 relative, alpha unlike the rank."""
-    _, model = source
+    _, model = two_experts
     config = LoRAConfig(rank=3, alpha=5.0, targets=targets)
     adapters = {
         expert: random_adapters(files.dense_layers(model.config(expert)), config, seed)
@@ -202,10 +148,10 @@ def test_diffusers_computes_the_same(source, pipe, tmp_path, layout, targets):
 @pytest.mark.parity
 @pytest.mark.parametrize("stated", ["metadata", "alpha tensors"])
 def test_files_that_state_alpha_have_the_effect_they_have_in_diffusers(
-    source, pipe, tmp_path, stated
+    two_experts, pipe, tmp_path, stated
 ):
     """A file of another program: unscaled factors and an alpha, read by Diffusers and by us."""
-    _, model = source
+    _, model = two_experts
     kernels = files.dense_layers(model.config("transformer"))
     config = LoRAConfig(rank=4, alpha=6.0, targets=FFN)
     plain = LoRAConfig(rank=4, alpha=4.0, targets=FFN)  # scale 1: the factors as they are
@@ -241,7 +187,7 @@ def test_files_that_state_alpha_have_the_effect_they_have_in_diffusers(
 
 
 @pytest.mark.parity
-def test_a_file_that_peft_wrote(source, tmp_path):
+def test_a_file_that_peft_wrote(two_experts, tmp_path):
     """Diffusers' own way: an adapter on its transformer, saved with `save_lora_weights`, alpha in
     the metadata.
     """
@@ -249,7 +195,7 @@ def test_a_file_that_peft_wrote(source, tmp_path):
     from diffusers import WanPipeline
     from peft import LoraConfig, get_peft_model_state_dict
 
-    folder, model = source
+    folder, model = two_experts
     transformer = peer(folder).transformer
     torch.manual_seed(0)
     config = LoraConfig(
@@ -278,11 +224,11 @@ def test_a_file_that_peft_wrote(source, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize("targets", [ATTENTION, (*ATTENTION, "proj", "proj_out")])
-def test_peft_reads_its_folder(source, tmp_path, targets):
+def test_peft_reads_its_folder(two_experts, tmp_path, targets):
     """`PeftModel.from_pretrained` of each expert's folder: fp32, 1e-5 relative, alpha as it is."""
     import peft
 
-    folder, model = source
+    folder, model = two_experts
     config = LoRAConfig(rank=3, alpha=5.0, targets=targets)
     kernels = files.dense_layers(model.config("transformer"))
     trained = {e: random_adapters(kernels, config, i) for i, e in enumerate(model.experts)}
@@ -369,8 +315,8 @@ def test_half_precision(single, kernels, tmp_path, dtype):
         )
 
 
-def test_two_experts_come_back_under_their_names(source, tmp_path):
-    _, model = source
+def test_two_experts_come_back_under_their_names(two_experts, tmp_path):
+    _, model = two_experts
     config = LoRAConfig(rank=2, alpha=4.0)
     kernels = files.dense_layers(model.config("transformer"))
     trained = {e: random_adapters(kernels, config, i) for i, e in enumerate(model.experts)}
@@ -390,111 +336,3 @@ def test_two_experts_come_back_under_their_names(source, tmp_path):
         files.initial_adapters(str(high), model, config)
     with pytest.raises(UserError, match=r"names no file for transformer_2"):
         files.initial_adapters(f"{high},", model, config)
-
-
-CONFIG = LoRAConfig(rank=4, alpha=8.0)
-FIRST = "transformer.blocks.0.attn1.to_q.lora_A.weight"
-
-
-# ---- exports that are refused --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda flat: {}, r"\(blocks/attn1/to_k\): it was trained from another one"),
-        (lambda flat: {f"wrong/{k}": v for k, v in flat.items()}, "trained from another one"),
-        (
-            lambda flat: {k: v for k, v in flat.items() if "attn2/to_v" not in k},
-            r"\(blocks/attn2/to_v\)",
-        ),
-        (lambda flat: {k: v[:1] for k, v in flat.items()}, "trained from another model"),
-        (lambda flat: {k: v * np.nan for k, v in flat.items()}, "NaN"),
-        (
-            lambda flat: flat | {"patch_embedding/lora_a": np.zeros((64, 4), np.float32)},
-            "convolution",
-        ),
-    ],
-)
-def test_adapters_of_another_model_are_not_written(kernels, change, message):
-    with pytest.raises(UserError, match=message):
-        files.to_tensors(change(random_adapters(kernels, CONFIG)), CONFIG, kernels)
-
-
-def test_float16_overflow_is_not_written(single, kernels, tmp_path):
-    flat = {k: v * np.float32(1e6) for k, v in random_adapters(kernels, CONFIG).items()}
-    with pytest.raises(UserError, match="beyond float16"):
-        export(
-            write_run(tmp_path / "run", flat, CONFIG),
-            single.path,
-            tmp_path / "lora",
-            dtype="float16",
-        )
-    assert not any((tmp_path / "lora").glob("*"))
-
-
-def test_export_says_what_is_wrong(single, kernels, tmp_path):
-    flat = random_adapters(kernels, CONFIG)
-    run = write_run(tmp_path / "run", flat, CONFIG)
-    with pytest.raises(UserError, match=r"all weights.*convert\.to_diffusers"):
-        export(write_run(tmp_path / "full", flat, None), single.path, tmp_path / "lora")
-    both = write_run(tmp_path / "both", dict.fromkeys(files.EXPERTS, flat), CONFIG)
-    with pytest.raises(UserError, match="trained transformer, transformer_2, the model"):
-        export(both, single.path, tmp_path / "lora")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"give a \.safetensors file or a folder"):
-        export(run, single.path, tmp_path / "file")
-    export(run, single.path, tmp_path / "lora")
-    with pytest.raises(UserError, match="--overwrite"):
-        export(run, single.path, tmp_path / "lora")
-    with pytest.raises(UserError, match=r"x\.safetensors must be a folder for --format=peft"):
-        export(run, single.path, tmp_path / "x.safetensors", "peft")
-    export(run, single.path, tmp_path / "lora", overwrite=True)
-    assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == [
-        "README.md",
-        "pytorch_lora_weights.safetensors",
-    ]
-
-
-def test_a_write_that_went_wrong_is_noticed_and_leaves_nothing(
-    single, kernels, tmp_path, monkeypatch
-):
-    def save(tensors, path, metadata):
-        save_file(tensors | {FIRST: tensors[FIRST] + 1}, path, metadata)
-
-    run = write_run(tmp_path / "run", random_adapters(kernels, CONFIG), CONFIG)
-    monkeypatch.setattr(files, "save_tensors", save)
-    with pytest.raises(UserError, match="does not hold what was written"):
-        export(run, single.path, tmp_path / "lora")
-    assert not any((tmp_path / "lora").iterdir())
-
-
-def test_command_line(single, kernels, tmp_path):
-    run = write_run(tmp_path / "run", random_adapters(kernels, CONFIG), CONFIG)
-    command = commands.command(
-        "convert.export_lora",
-        f"--src={single.path}",
-        f"--checkpoint={run}",
-        f"--dst={tmp_path / 'lora'}",
-        "--format=comfyui",
-        "--dtype=bfloat16",
-    )
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=commands.environment()
-    )
-    assert done.returncode == 0 and "comfyui_lora.safetensors" in done.stdout, (
-        done.stdout + done.stderr
-    )
-    assert load_file(tmp_path / "lora/comfyui_lora.safetensors").keys() >= {
-        "diffusion_model.blocks.0.self_attn.q.lora_down.weight",
-        "diffusion_model.blocks.1.cross_attn.o.lora_up.weight",
-    }
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=commands.environment()
-    )
-    assert (
-        done.returncode == 1
-        and "no checkpoints folder" in done.stderr
-        and "Traceback" not in done.stderr
-    )
