@@ -75,7 +75,7 @@ FIRST = (
     "test_policy_gradient",
     "test_true_width",
     "test_placement",
-    "test_pipeline",
+    "test_diffusers_pipeline",
     "test_peer",
     "test_rollout",
     "test_outages",
