@@ -34,7 +34,6 @@ from wan_jax.storage import model_dir
 OF_ALL = ("policy", "vae", "decoder")
 OF_TRAINING = ("table", "steps", "updates", "refit", "probes")
 OF_EVALUATION = ("eval_steps", "unguided_steps")
-JITTED = (*OF_ALL, *OF_TRAINING, *OF_EVALUATION)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,16 +19,12 @@ class GroupStatistics:
     """Statistics of one epoch's rewards. All are finite; without a valid reward all are 0.
 
     Attributes:
-        num_valid: number of valid rewards.
-        num_groups: number of groups with at least 2 valid rewards; only these give advantages.
         mean_reward: mean of the valid rewards.
         std_reward: their population standard deviation.
-        mean_group_std: mean of the standard deviations of those groups.
-        zero_std_fraction: share of those groups in which all rewards are equal.
+        mean_group_std: mean of the standard deviations of the groups with at least 2 valid rewards.
+        zero_std_fraction: share of these groups in which all rewards are equal.
     """
 
-    num_valid: int
-    num_groups: int
     mean_reward: float
     std_reward: float
     mean_group_std: float
@@ -216,8 +212,6 @@ def group_statistics(rewards: np.ndarray, groups: np.ndarray, valid: np.ndarray)
         ]
     )
     return GroupStatistics(
-        num_valid=len(ordered),
-        num_groups=len(stds),
         mean_reward=float(ordered.mean()) if len(ordered) else 0.0,
         std_reward=float(ordered.std()) if len(ordered) else 0.0,
         mean_group_std=float(stds.mean()) if len(stds) else 0.0,

@@ -336,7 +336,7 @@ def test_two_conversions_to_one_folder(source, tmp_path):
     assert (tmp_path / "model").is_dir()
 
 
-# ---- types ----------------------------------------------------------------------------------------
+# ---- types ---------------------------------------------------------------------------------------
 
 
 def test_dtype_for_each_component(source, tmp_path):

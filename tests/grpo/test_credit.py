@@ -24,7 +24,7 @@ def test_one_reward():
     np.testing.assert_array_equal(credit.spread, VALID)
     np.testing.assert_array_equal(credit.counted, VALID)
     np.testing.assert_array_equal(credit.order, [0, 1])
-    assert credit.groups.num_valid == 7 and credit.groups.num_groups == 2
+    assert credit.groups.mean_reward == pytest.approx(REWARDS[VALID].mean())
 
 
 def test_a_weighted_reward_that_is_missing_masks_the_video():
@@ -104,4 +104,4 @@ def test_exponential_advantages(clip, combine):
 def test_not_one_score():
     credit = compute_credit(tiny_spec(), scores_of([np.nan] * 8), PROMPT_OF, {})
     assert not credit.valid.any() and not credit.counted.any() and not credit.advantages.any()
-    assert credit.groups.num_valid == 0
+    assert credit.groups.mean_reward == 0

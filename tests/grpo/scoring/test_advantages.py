@@ -89,7 +89,7 @@ def test_nothing_valid():
     rewards, groups, _ = batch()
     nothing = np.zeros(len(rewards), bool)
     assert not np.any(group_advantages(rewards, groups, nothing, std="global"))
-    assert group_statistics(rewards, groups, nothing) == GroupStatistics(0, 0, 0.0, 0.0, 0.0, 0.0)
+    assert group_statistics(rewards, groups, nothing) == GroupStatistics(0.0, 0.0, 0.0, 0.0)
 
 
 def test_clip():
@@ -104,7 +104,6 @@ def test_statistics():
     rewards = np.array([0.0, 1.0, 0.5, 0.5, 7.0, 9.0])
     groups, valid = np.array([0, 0, 1, 1, 2, 2]), np.array([1, 1, 1, 1, 1, 0], bool)
     ours = group_statistics(rewards, groups, valid)
-    assert (ours.num_valid, ours.num_groups) == (5, 2)
     assert ours.mean_reward == pytest.approx(9.0 / 5)
     assert ours.std_reward == pytest.approx(np.std(rewards[:5]))
     assert ours.mean_group_std == pytest.approx(0.25) and ours.zero_std_fraction == pytest.approx(
