@@ -253,7 +253,7 @@ def train(
         spent += Spent(0 if rollout is None else rollout.evaluations, working)
         last = epoch == recipe.epochs or settings.budget.reached(spent)
         if rollout is None or scores is None or credit is None:
-            record = epoch_record.make_of_data(spec, epoch, losses, spent, seconds)
+            record = epoch_record.make_of_data(epoch, losses, spent, seconds)
         else:
             losses |= logged
             record = epoch_record.make(spec, epoch, rollout, scores, credit, losses, spent, seconds)

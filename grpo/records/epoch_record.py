@@ -62,9 +62,7 @@ def make(
     return sampled | losses | scored
 
 
-def make_of_data(
-    spec: RunSpec, epoch: int, losses: dict, spent: Spent, seconds: dict[str, float]
-) -> dict:
+def make_of_data(epoch: int, losses: dict, spent: Spent, seconds: dict[str, float]) -> dict:
     """Return the record of an epoch that trained on data alone. The arguments are those of `make`."""
     return {
         "epoch": epoch,
