@@ -122,3 +122,24 @@ def test_a_command_is_a_table_of_its_flags():
     head, rows = page.command(text).split("|---|---|\n")
     assert head.startswith("Does \\*x\\*.\n\n    run --it=<file>\n")
     assert rows.splitlines() == ["| `--it` | file, e.g. a\\_b \\[x\\] |", "| `--[no]grid` | one |"]
+
+
+def test_counts_of_a_module():
+    counts = script("scripts/count_code.py")
+    lines = ['"""A module.', "", 'Of two."""', "", "# why", "def f(self, a, *rest, b=1):  # what"]
+    lines += [
+        '    """Does it."""',
+        "    return '''a",
+        "",
+        "b'''",
+        "",
+        "class C:",
+        "    x = (",
+        "",
+        "    )",
+    ]
+    text = "\n".join([*lines, ""])
+    assert (
+        counts.code_lines(text) == 7
+    )  # def, return and its text, class, and x but for an empty line
+    assert counts.parameters(text) == [(2, "f")]
