@@ -44,7 +44,7 @@ from grpo.data.prompts import PromptSet, epoch_prompts
 from grpo.learning.method import kl_weight
 from grpo.learning.sde_windows import sde_window
 from grpo.methods.grpo import GRPO
-from grpo.records import run_log
+from grpo.records import json_lines, run_log
 from grpo.records.clock import timestamp
 from grpo.records.statistics import bootstrap_interval
 from grpo.rollout import initial_noise
@@ -341,7 +341,7 @@ def train(recipe: Recipe, folder: pathlib.Path, mode: str, joined: bool, device:
 
     def add(name: str, record: dict) -> None:
         with (out / name).open("a") as file:
-            file.write(json.dumps(run_log.plain(record)) + "\n")
+            file.write(json.dumps(json_lines.plain(record)) + "\n")
 
     run, spent = Training(recipe, folder, mode, joined, device), Spent()
     kind = torch.cuda.get_device_name() if device == "cuda" else "cpu"

@@ -35,7 +35,7 @@ from wan_jax.errors import UserError
 from wan_jax.models import presets
 from wan_jax.models.lora import LoRAConfig
 from wan_jax.storage import checkpoint as checkpoint_lib
-from wan_jax.storage import merged_loras, model_dir
+from wan_jax.storage import lora_names, merged_loras, model_dir
 from wan_jax.storage.paths import expand
 from wan_jax.storage.trained_weights import load_trained
 
@@ -121,7 +121,7 @@ def export(
     metadata |= model_card.metadata(described, run)
     try:
         for expert, adapters in experts.items():
-            kernels = lora.dense_layers(model.config(expert))
+            kernels = lora_names.dense_layers(model.config(expert))
             tensors = lora.to_tensors(adapters, config, kernels, layout, dtype)
             folder = partial[expert].parent
             shutil.rmtree(folder, ignore_errors=True)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from convert.check import differences
 from convert.folders import JOURNAL, partial_folder, whole_folder
 from convert.journal import Journal
-from convert.plan import DTYPES, STEMS, Plan, parse_dtypes, plan_component
+from convert.plan import Plan, parse_dtypes, plan_component
 from convert.source import (
     check_copied,
     check_destination,
@@ -41,8 +41,6 @@ from wan_jax.command_line import cli
 from wan_jax.errors import UserError
 from wan_jax.storage import array_store, integrity, model_dir
 from wan_jax.storage.paths import expand
-
-__all__ = ["DTYPES", "STEMS", "check", "convert"]
 
 # bytes written between two entries of the journal: the most that a kill or a power cut loses
 RECORD_BYTES = 2**30

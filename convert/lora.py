@@ -31,22 +31,10 @@ from wan_jax.storage.lora_names import (
     Flat,
     Kernels,
     dense_layers,
-    layer_targets,
     modules,
     original_name,
 )
 from wan_jax.storage.tensor_files import save_tensors
-
-__all__ = [
-    "Flat",
-    "Kernels",
-    "LoRAFile",
-    "dense_layers",
-    "layer_targets",
-    "modules",
-    "original_name",
-    "read",
-]
 
 EXPERTS = {"transformer": "high_noise", "transformer_2": "low_noise"}
 DTYPES = {

@@ -32,12 +32,14 @@ from absl import flags
 from ml_collections import config_flags
 
 from grpo.records import json_lines, run_log
+from grpo.records.run_files import write_atomically
 from grpo.report import comparison_report
 from grpo.report.comparison_report import Comparison
 from grpo.report.page import plural
 from grpo.settings import parse as settings
 from grpo.settings.budget import UNITS, Budget, Spent, budget_settings, parse_budget
-from wan_jax.command_line import cli, parsing
+from grpo.settings.validation import flat
+from wan_jax.command_line import cli, parsing, recipe_files
 from wan_jax.command_line.flag_types import define_number, define_path
 from wan_jax.command_line.limits import Range
 from wan_jax.errors import UserError
@@ -82,7 +84,7 @@ class Method:
         argv, values = ["grpo.train", *self.arguments(*more)], flags.FlagValues()
         config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
         try:
-            values(parsing.with_recipe(parsing.last_of_each(argv)))
+            values(recipe_files.with_recipe(parsing.last_of_each(argv)))
             config: Any = values["config"].value
             settings.from_config(config)
         except (UserError, *parsing.FLAG_ERRORS) as error:
@@ -91,7 +93,7 @@ class Method:
 
     def flat_config(self, *more: str) -> dict:
         """Return `config` with joined keys: {'train.learning_rate': 1e-4}."""
-        return settings.flat(self.config(*more).to_dict())
+        return flat(self.config(*more).to_dict())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Job:
         return path.is_file() and path.read_text(encoding="utf-8") == self.expected
 
     def mark_finished(self) -> None:
-        run_log.write_atomically(self.folder / FINISHED, self.expected.encode())
+        write_atomically(self.folder / FINISHED, self.expected.encode())
 
     def failure(self) -> str:
         """Return the last line of the run's output."""

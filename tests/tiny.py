@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from convert.from_diffusers import STEMS
+from convert.plan import STEMS
 from examples.tiny_wan import sizes
 from examples.tiny_wan.assemble import assemble
 from wan_jax.models import config as config_lib

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from grpo.learning import abstract, data_loss
 from grpo.learning.optimiser import TrainState, state_shapes
 from grpo.learning.policy import Policy, make_structure
-from grpo.learning.sde_windows import ONE_PER_GROUP
 from grpo.run import RunSpec
+from grpo.settings.choices import ONE_PER_GROUP
 from wan_jax.diffusion.guidance import TextBatch
 from wan_jax.diffusion.solvers import SolverState
 from wan_jax.distributed import sharding as sharding_lib

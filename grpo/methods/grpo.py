@@ -21,9 +21,10 @@ from grpo.learning.method import Method, kl_weight, largest_kl_weight
 from grpo.learning.policy import Policy
 from grpo.learning.policy_gradient import AVERAGE, PolicyBatch, make_gradient, stack_batches
 from grpo.learning.policy_loss import LossConfig
-from grpo.learning.sde_windows import ONE_PER_GROUP, check_steps
+from grpo.learning.sde_windows import check_steps
 from grpo.learning.step_table import StepTable
 from grpo.scoring.advantages import step_advantages
+from grpo.settings.choices import ONE_PER_GROUP
 from grpo.settings.schema import Recipe
 from wan_jax.diffusion.experts import guidances
 from wan_jax.distributed import sharding as sharding_lib

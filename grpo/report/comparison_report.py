@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from grpo.records import json_lines, run_log
+from grpo.records.run_files import write_atomically
 from grpo.records.statistics import t_interval
 from grpo.report.charts import COLORS, SERIES, Chart, chart
 from grpo.report.page import CONFIDENCE, render
@@ -207,7 +208,7 @@ def write(result: Comparison, out: pathlib.Path) -> list[str]:
     }
     out.mkdir(parents=True, exist_ok=True)
     for suffix, text in files.items():
-        run_log.write_atomically(out / f"comparison.{suffix}", text.encode(errors="replace"))
+        write_atomically(out / f"comparison.{suffix}", text.encode(errors="replace"))
     return [*lines, "", f"report: {out / 'comparison.html'}"]
 
 

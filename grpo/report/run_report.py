@@ -14,6 +14,7 @@ import numpy as np
 
 from grpo.records import run_log
 from grpo.records.clock import timestamp
+from grpo.records.run_files import write_atomically
 from grpo.records.run_log import number, reward_name
 from grpo.records.statistics import paired_difference
 from grpo.report.charts import Chart, chart
@@ -67,7 +68,7 @@ def write_report(folder, pairs: bool = True) -> pathlib.Path:
         command=run.config.get("command"),
     )
     path = folder / "report.html"
-    run_log.write_atomically(path, text.encode(errors="replace"))
+    write_atomically(path, text.encode(errors="replace"))
     return path
 
 

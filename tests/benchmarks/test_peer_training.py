@@ -28,7 +28,7 @@ from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.errors import UserError
 from wan_jax.inference import pipeline
 from wan_jax.models.lora import LoRAConfig
-from wan_jax.storage import lora_files, model_dir
+from wan_jax.storage import lora_files, lora_names, model_dir
 
 pytestmark = [pytest.mark.slow, pytest.mark.parity]
 LORA = LoRAConfig(rank=4, alpha=64.0)
@@ -120,7 +120,7 @@ def ours(folder, recipe):
         frozen=frozen,
         table=table,
         steps=StepTable.make(schedule, sde.SDEConfig("flow_sde", 0.7)),
-        kernels=lora.dense_layers(model.config("transformer")),
+        kernels=lora_names.dense_layers(model.config("transformer")),
     )
 
 

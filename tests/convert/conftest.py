@@ -4,10 +4,9 @@ import shutil
 
 import pytest
 
-from convert import lora
 from convert.from_diffusers import convert
 from tests import tiny
-from wan_jax.storage import model_dir
+from wan_jax.storage import lora_names, model_dir
 
 
 @pytest.fixture(scope="module")
@@ -44,4 +43,4 @@ def single(converted):
 @pytest.fixture(scope="module")
 def kernels(single):
     """The shapes of the transformer's layers to which adapters are added."""
-    return lora.dense_layers(single.config("transformer"))
+    return lora_names.dense_layers(single.config("transformer"))

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert.from_diffusers import STEMS, convert
+from convert.from_diffusers import convert
+from convert.plan import STEMS
 from convert.to_diffusers import export
 from tests import commands, tiny
 from wan_jax.command_line.cli import UserError

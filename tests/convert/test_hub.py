@@ -13,7 +13,6 @@ import yaml
 from huggingface_hub import constants
 from safetensors import safe_open
 
-from convert import lora as lora_files
 from convert.export_lora import export
 from convert.hub import Publishing
 from grpo.records.run_log import RunLog
@@ -21,7 +20,7 @@ from tests import commands
 from tests.convert.fake_hub import FakeHub
 from wan_jax.errors import UserError
 from wan_jax.models.lora import LoRAConfig, adapted_layers
-from wan_jax.storage import model_dir
+from wan_jax.storage import lora_names, model_dir
 from wan_jax.storage.checkpoint import Checkpoints, join_experts
 
 EVIL = 'A sign "OPEN" | <b>x</b> [y](z)'
@@ -60,7 +59,7 @@ def run(converted, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "signs"
     model = model_dir.open_model(converted)
     config = LoRAConfig(rank=2, alpha=4.0, targets=("to_q",))
-    kernels, rng = lora_files.dense_layers(model.config("transformer")), np.random.default_rng(0)
+    kernels, rng = lora_names.dense_layers(model.config("transformer")), np.random.default_rng(0)
     flat = {}
     for layer in adapted_layers(kernels, config.targets):
         *stack, n_in, n_out = kernels[layer]

@@ -19,7 +19,7 @@ from tests.convert.lora_runs import ATTENTION, FFN, random_adapters, write_run
 from wan_jax.command_line.cli import UserError
 from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.models.lora import LoRAConfig
-from wan_jax.storage import model_dir
+from wan_jax.storage import lora_files, lora_names, model_dir
 
 EVERYTHING = (*FFN, "proj_out", "time_proj", "linear_1", "linear_2")
 MODULES = {ATTENTION: 8 * 2, (*FFN, "proj_out"): 10 * 2 + 1, EVERYTHING: 10 * 2 + 6}
@@ -126,7 +126,7 @@ def test_diffusers_computes_the_same(two_experts, pipe, tmp_path, layout, target
     _, model = two_experts
     config = LoRAConfig(rank=3, alpha=5.0, targets=targets)
     adapters = {
-        expert: random_adapters(files.dense_layers(model.config(expert)), config, seed)
+        expert: random_adapters(lora_names.dense_layers(model.config(expert)), config, seed)
         for seed, expert in enumerate(model.experts)
     }
     run = write_run(tmp_path / "run", adapters, config)
@@ -152,7 +152,7 @@ def test_files_that_state_alpha_have_the_effect_they_have_in_diffusers(
 ):
     """A file of another program: unscaled factors and an alpha, read by Diffusers and by us."""
     _, model = two_experts
-    kernels = files.dense_layers(model.config("transformer"))
+    kernels = lora_names.dense_layers(model.config("transformer"))
     config = LoRAConfig(rank=4, alpha=6.0, targets=FFN)
     plain = LoRAConfig(rank=4, alpha=4.0, targets=FFN)  # scale 1: the factors as they are
     flat, path, metadata = (
@@ -176,7 +176,7 @@ def test_files_that_state_alpha_have_the_effect_they_have_in_diffusers(
         }
     save_file({k: np.asarray(v) for k, v in tensors.items()}, path, metadata=metadata)
     pipe.load_lora_weights(str(path))
-    found = files.read(path, kernels)
+    found = lora_files.read(path, kernels)
     assert found.config == config
     adapters = files.fit(found, config, kernels)
     ours, _ = our_velocities(model, "transformer", config, adapters)
@@ -211,8 +211,8 @@ def test_a_file_that_peft_wrote(two_experts, tmp_path):
             "target_modules": ["to_q", "to_v"],
         },
     )
-    kernels = files.dense_layers(model.config("transformer"))
-    found = files.read(tmp_path, kernels)
+    kernels = lora_names.dense_layers(model.config("transformer"))
+    found = lora_files.read(tmp_path, kernels)
     assert found.config == LoRAConfig(4, 10.0, ("to_q", "to_v"))
     ours, base = our_velocities(
         model, "transformer", found.config, files.fit(found, found.config, kernels)
@@ -230,7 +230,7 @@ def test_peft_reads_its_folder(two_experts, tmp_path, targets):
 
     folder, model = two_experts
     config = LoRAConfig(rank=3, alpha=5.0, targets=targets)
-    kernels = files.dense_layers(model.config("transformer"))
+    kernels = lora_names.dense_layers(model.config("transformer"))
     trained = {e: random_adapters(kernels, config, i) for i, e in enumerate(model.experts)}
     written = export(
         write_run(tmp_path / "run", trained, config), model.path, tmp_path / "x", "peft"
@@ -267,7 +267,7 @@ def test_round_trip(single, kernels, tmp_path, layout, alpha, exact):
     assert path == tmp_path / "a" / "lora.safetensors" and [
         p.name for p in path.parent.iterdir()
     ] == [path.name]
-    found = files.read(path, kernels)
+    found = lora_files.read(path, kernels)
     assert found.config == LoRAConfig(4, 4.0, FFN)
     back = files.initial_adapters(str(path), single, config)["transformer"]
     assert back.keys() == flat.keys() and all(v.dtype == np.float32 for v in back.values())
@@ -296,7 +296,7 @@ def test_a_peft_folder_comes_back(single, kernels, tmp_path):
     settings = json.loads(path.with_name("adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"]) == (4, 5.0)
     assert settings["target_modules"] == list(FFN)
-    assert files.read(path.parent, kernels).config == config
+    assert lora_files.read(path.parent, kernels).config == config
     back = files.initial_adapters(str(path.parent), single, config)["transformer"]
     assert all(np.array_equal(back[name], value) for name, value in flat.items())
 
@@ -318,7 +318,7 @@ def test_half_precision(single, kernels, tmp_path, dtype):
 def test_two_experts_come_back_under_their_names(two_experts, tmp_path):
     _, model = two_experts
     config = LoRAConfig(rank=2, alpha=4.0)
-    kernels = files.dense_layers(model.config("transformer"))
+    kernels = lora_names.dense_layers(model.config("transformer"))
     trained = {e: random_adapters(kernels, config, i) for i, e in enumerate(model.experts)}
     high, low = export(
         write_run(tmp_path / "run", trained, config), model.path, tmp_path / "x.safetensors"

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 from convert import from_diffusers, plan
 from convert.folders import JOURNAL, partial_folder, whole_folder
-from convert.from_diffusers import STEMS, check, convert
+from convert.from_diffusers import check, convert
+from convert.plan import STEMS
 from tests import tiny
 from wan_jax.command_line.cli import UserError
 from wan_jax.storage import array_store, model_dir

@@ -5,7 +5,8 @@ import json
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert.from_diffusers import STEMS, check, convert
+from convert.from_diffusers import check, convert
+from convert.plan import STEMS
 from wan_jax.command_line.cli import UserError
 
 

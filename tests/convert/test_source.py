@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from convert import hub, to_diffusers
 from convert import source as sources
-from convert.from_diffusers import STEMS, check, convert
+from convert.from_diffusers import check, convert
+from convert.plan import STEMS
 from tests import tiny
 from wan_jax.command_line.cli import UserError
 from wan_jax.models.config import (

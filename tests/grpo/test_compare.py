@@ -17,6 +17,7 @@ from grpo.compare import Job, Method, read_methods
 from grpo.records import run_log
 from grpo.report import comparison_report
 from grpo.settings.budget import budget_settings
+from grpo.settings.validation import flat
 from tests import commands, tiny
 from tests.grpo.records import run_folders
 from wan_jax.errors import UserError
@@ -81,12 +82,7 @@ def test_the_shipped_methods_are_sound(monkeypatch):
     methods = read_methods([], [], "configs/compare_tiny.txt")
     assert len(methods) >= 6
     configs = {m.name: m.config("seed=3") for m in methods}
-    assert (
-        comparison_report.differing(
-            {k: compare.settings.flat(c.to_dict()) for k, c in configs.items()}
-        )
-        == []
-    )
+    assert comparison_report.differing({k: flat(c.to_dict()) for k, c in configs.items()}) == []
     assert configs["grpo_guard"].train.objective == "guard" and configs["cps"].seed == 3
     with pytest.raises(UserError, match=r"cps: .*learning_rat"):
         Method("cps", "configs/tiny_ocr.py", ("train.learning_rat=1",)).config()

@@ -21,7 +21,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from wan_jax.command_line import installed
-from wan_jax.command_line.parsing import fail, parse_flags, stray_argument
+from wan_jax.command_line.parsing import fail, parse_flags
+from wan_jax.command_line.recipe_files import stray_argument
 from wan_jax.distributed import memory
 from wan_jax.errors import UserError
 

@@ -13,8 +13,6 @@ from wan_jax.command_line import early, installed
 from wan_jax.command_line.recipe_files import stray_argument, with_recipe
 from wan_jax.errors import UserError
 
-__all__ = ["fail", "parse_flags", "stray_argument", "with_recipe"]
-
 # Errors of flags, and of recipes, which are Python.
 FLAG_ERRORS = (
     flags.Error,

@@ -5,6 +5,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from wan_jax.command_line import parsing
+from wan_jax.command_line.recipe_files import stray_argument
 
 RECIPE = "from configs.defaults import defaults\n\ndef get_config():\n    c = defaults()\n    {line}\n    return c\n"
 
@@ -90,8 +91,8 @@ def test_a_recipe_in_the_home_folder(parse, monkeypatch, tmp_path):
 
 
 def test_a_setting_without_its_prefix_is_named_with_it():
-    assert "--config.train.learning_rate=3" in parsing.stray_argument("train.learning_rate=3")
-    assert "--config" not in parsing.stray_argument("red.sign")
+    assert "--config.train.learning_rate=3" in stray_argument("train.learning_rate=3")
+    assert "--config" not in stray_argument("red.sign")
 
 
 def test_help_is_no_error(parse):

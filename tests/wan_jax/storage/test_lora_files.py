@@ -15,12 +15,12 @@ from tests.lora_forms import ALPHA, FFN, FORMS, SETTINGS, factors, tensors_of, w
 from wan_jax.command_line.cli import UserError
 from wan_jax.models import config as config_lib
 from wan_jax.models.lora import LoRAConfig
-from wan_jax.storage import lora_files
+from wan_jax.storage import lora_files, lora_names
 
 
 @pytest.fixture(scope="module")
 def kernels():
-    return lora.dense_layers(
+    return lora_names.dense_layers(
         config_lib.from_dict(config_lib.TransformerConfig, tiny.SETTINGS["transformer"])
     )
 
@@ -28,7 +28,7 @@ def kernels():
 def deltas(flat, config, kernels):
     """{module: its change of the kernel} of our adapters."""
     out = {}
-    for module, (layer, index) in lora.modules(kernels).items():
+    for module, (layer, index) in lora_names.modules(kernels).items():
         if f"{layer}/lora_a" in flat:
             at = ... if index is None else index
             out[module] = config.scale * (flat[f"{layer}/lora_a"][at] @ flat[f"{layer}/lora_b"][at])
@@ -49,7 +49,7 @@ def test_the_effect_is_kept_under_another_recipe(kernels, tmp_path, form):
     """
     path, wanted = write_form(tmp_path, kernels, form)
     file, recipe = (
-        lora.read(path, kernels),
+        lora_files.read(path, kernels),
         LoRAConfig(rank=9, alpha=12.0, targets=(*FFN, "proj_out")),
     )
     flat = lora.fit(file, recipe, kernels)
@@ -94,7 +94,7 @@ def test_the_effect_is_that_of_diffusers_and_peft(pipe, kernels, tmp_path, form)
 
 def test_a_run_with_the_files_own_settings_gets_its_numbers(kernels, tmp_path):
     path, _ = write_form(tmp_path, kernels, "Diffusers with rslora")
-    file = lora.read(path, kernels)
+    file = lora_files.read(path, kernels)
     assert file.config == LoRAConfig(4, 12.0, FFN)
     flat = lora.fit(file, file.config, kernels)
     a, b = file.factors["blocks.1.attn2.to_out.0"]
@@ -113,7 +113,7 @@ def test_both_experts_in_one_file(kernels, tmp_path):
             file.factors["blocks.0.ffn.net.2"][1], pairs["blocks.0.ffn.net.2"][1]
         )
     with pytest.raises(UserError, match="adapters for transformer and transformer_2"):
-        lora.read(path, kernels)
+        lora_files.read(path, kernels)
 
 
 def test_folders(tmp_path):
@@ -216,7 +216,7 @@ def test_broken_files_are_refused(kernels, tmp_path, fault):
     change, message = FAULTS[fault]
     save_file(change(tensors_of(factors(kernels))), tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=message):
-        lora.read(tmp_path / "x.safetensors", kernels)
+        lora_files.read(tmp_path / "x.safetensors", kernels)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_settings_that_are_not_understood_are_refused(kernels, tmp_path, metadat
         metadata={"lora_adapter_metadata": text},
     )
     with pytest.raises(UserError, match=message):
-        lora.read(tmp_path / "x.safetensors", kernels)
+        lora_files.read(tmp_path / "x.safetensors", kernels)
 
 
 def test_two_scales_are_refused(kernels, tmp_path):
@@ -257,11 +257,11 @@ def test_two_scales_are_refused(kernels, tmp_path):
         save_file(
             tensors, tmp_path / f"{name}.safetensors", metadata={"lora_adapter_metadata": settings}
         )
-    assert set(lora.read(tmp_path / "same.safetensors", kernels).scales.values()) == {1.5}
+    assert set(lora_files.read(tmp_path / "same.safetensors", kernels).scales.values()) == {1.5}
     with pytest.raises(
         UserError, match=r"two scales of blocks.*: 1 by its alpha tensor and 1\.5 by PEFT"
     ):
-        lora.read(tmp_path / "other.safetensors", kernels)
+        lora_files.read(tmp_path / "other.safetensors", kernels)
 
 
 def test_damaged_and_missing_files(kernels, tmp_path):
@@ -269,14 +269,14 @@ def test_damaged_and_missing_files(kernels, tmp_path):
     save_file(tensors_of(factors(kernels)), path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="truncated or damaged"):
-        lora.read(path, kernels)
+        lora_files.read(path, kernels)
     path.rename(tmp_path / "x.bin")
     for name, message in (
         ("x.safetensors", "does not exist"),
         ("x.bin", "not a .safetensors file"),
     ):
         with pytest.raises(UserError, match=message):
-            lora.read(tmp_path / name, kernels)
+            lora_files.read(tmp_path / name, kernels)
 
 
 @pytest.mark.parametrize(
@@ -296,4 +296,4 @@ def test_damaged_and_missing_files(kernels, tmp_path):
 def test_recipes_that_cannot_hold_the_file(kernels, tmp_path, recipe, message):
     path, _ = write_form(tmp_path, kernels, "Diffusers")
     with pytest.raises(UserError, match=message):
-        lora.fit(lora.read(path, kernels), recipe, kernels)
+        lora.fit(lora_files.read(path, kernels), recipe, kernels)
