@@ -322,7 +322,8 @@ def unscaled_product(
 
 def _forward(x, values, bound):
     product, rows = unscaled_product(x, values, bound)
-    return (product, rows), (values, rows)
+    # named here too: the backward pass would compute the bound of the rows again
+    return (product, rows), (values, checkpoint_name(rows, MATMUL))
 
 
 def _backward(residuals, gradients):
