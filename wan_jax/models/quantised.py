@@ -24,7 +24,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -190,18 +190,44 @@ class QuantisedLinear(Linear):
 
     @staticmethod
     def product(
-        layers: Sequence[Linear], x: Float[Array, "*batch n_in"], bound: jax.Array | None = None
+        layers: Sequence[Linear],
+        x: Float[Array, "*batch n_in"],
+        bound: "jax.Array | Rounded | None" = None,
     ) -> jax.Array:
         """As in `Linear`."""
-        values, scales = (
-            jnp.concatenate([getattr(layer, name)[...] for layer in layers])
-            for name in (WEIGHT, SCALE)
-        )
-        first = cast(QuantisedLinear, layers[0])
+        first, values, scales = _joined(layers)
         if not first.in_8bit(layers):
             return x @ first.quantisation.dequantise(values, scales, x.dtype).T
         bound = jnp.abs(x).max(-1, keepdims=True) if bound is None else bound
         return product_8bit(x, values, scales, jax.lax.stop_gradient(bound))
+
+    @staticmethod
+    def unscaled(
+        layers: Sequence[Linear],
+        x: Float[Array, "*batch n_in"],
+        bound: "jax.Array | Rounded | None" = None,
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """As in `Linear`."""
+        first, values, scales = _joined(layers)
+        if not first.in_8bit(layers):
+            return Linear.unscaled(layers, x, bound)
+        bound = jnp.abs(x).max(-1, keepdims=True) if bound is None else bound
+        product, rows = named_product(x, values, jax.lax.stop_gradient(bound))
+        return product, rows, scales
+
+
+def _joined(layers: Sequence[Linear]) -> tuple[QuantisedLinear, jax.Array, jax.Array]:
+    """Return the first layer, and the values and scales of all."""
+    values, scales = (
+        jnp.concatenate([getattr(layer, name)[...] for layer in layers]) for name in (WEIGHT, SCALE)
+    )
+    return cast(QuantisedLinear, layers[0]), values, scales
+
+
+def rounded_type(layers: Sequence[Linear]) -> np.dtype | None:
+    """Return the fp8 type that the layers' input is rounded to; None: their product has 16 bits."""
+    first = layers[0]
+    return cast(QuantisedLinear, first).quantisation.dtype if first.in_8bit(layers) else None
 
 
 def architecture_of(device) -> str:
@@ -270,12 +296,28 @@ def nonzero(scale: jax.Array) -> jax.Array:
     return jnp.where(scale > 0, scale, 1)
 
 
-def quantise_rows(x: jax.Array, bound: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-    """Return (values in an fp8 `dtype`, scales fp32 [..., 1]) of the rows of x [..., n]. The scales
-    are powers of two with which a row's bound of |x|, [..., 1], is in the upper part of the type's
-    range.
+class Rounded(NamedTuple):
+    """An array [..., n] that was rounded to fp8 by rows: its values, and their scales [..., 1]. Takes
+    the place of a bound where the rounding was fused with what comes before it.
     """
-    largest = jnp.broadcast_to(nonzero(bound.astype(jnp.float32)), (*x.shape[:-1], 1))
+
+    values: jax.Array
+    scale: jax.Array
+
+
+def quantise_rows(x: jax.Array, bound: jax.Array, dtype) -> Rounded:
+    """Return the rows of x [..., n] in an fp8 `dtype`, with the scales of `row_scales` for their
+    bounds of |x|, [..., 1].
+    """
+    bound = jnp.broadcast_to(nonzero(bound.astype(jnp.float32)), (*x.shape[:-1], 1))
+    scale, inverse = row_scales(bound, dtype)
+    return Rounded((x.astype(jnp.float32) * inverse).astype(dtype), scale)
+
+
+def row_scales(largest: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+    """Return (scales, their inverses), fp32: powers of two with which a positive value `largest` is in
+    the upper part of the range of an fp8 `dtype`.
+    """
     # 2^(floor(log2 largest) - 7): values up to 256 of 448; for fnuz up to 128 of 240
     headroom = 7 if dtype == jnp.float8_e4m3fn else 6
     exponent = (jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23) - 127 - headroom
@@ -283,36 +325,46 @@ def quantise_rows(x: jax.Array, bound: jax.Array, dtype) -> tuple[jax.Array, jax
     scale, inverse = (
         jax.lax.bitcast_convert_type((sign * exponent + 127) << 23, jnp.float32) for sign in (1, -1)
     )
-    return (x.astype(jnp.float32) * inverse).astype(dtype), scale
+    return scale, inverse
 
 
 def multiply_8bit(
-    x: jax.Array, bound: jax.Array, values: jax.Array, axis: int, dtype
+    x: jax.Array, bound: jax.Array | Rounded, values: jax.Array, axis: int, dtype
 ) -> tuple[jax.Array, jax.Array]:
     """Return (product in `dtype`, scales [..., 1]) of x quantised by rows and `values`, summed over
     axis `axis` of `values`.
     """
-    rows, scale = quantise_rows(x, bound, values.dtype)
+    rows, scale = bound if isinstance(bound, Rounded) else quantise_rows(x, bound, values.dtype)
     product = jax.lax.dot_general(
         rows, values, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=dtype
     )
     return product, scale
 
 
-def product_8bit(x: jax.Array, values: jax.Array, scale: jax.Array, bound: jax.Array) -> jax.Array:
+def product_8bit(
+    x: jax.Array, values: jax.Array, scale: jax.Array, bound: jax.Array | Rounded
+) -> jax.Array:
     """Return x W computed in 8 bits, fp32. values: fp8 [n_out, n_in]; scale: fp32 [n_out]; bound:
     of |x|, [..., 1].
 
     The product before its scales has the dtype of x [..., n_in] and a name for rematerialisation
     policies. What follows is elementwise, and is fused into what uses the result.
     """
-    product, rows = (checkpoint_name(y, MATMUL) for y in unscaled_product(x, values, bound))
+    product, rows = named_product(x, values, bound)
     return product.astype(jnp.float32) * (jax.lax.stop_gradient(rows) * scale)
+
+
+def named_product(
+    x: jax.Array, values: jax.Array, bound: jax.Array | Rounded
+) -> tuple[jax.Array, jax.Array]:
+    """Return `unscaled_product` with names for rematerialisation policies."""
+    product, rows = (checkpoint_name(y, MATMUL) for y in unscaled_product(x, values, bound))
+    return product, rows
 
 
 @jax.custom_vjp
 def unscaled_product(
-    x: jax.Array, values: jax.Array, bound: jax.Array
+    x: jax.Array, values: jax.Array, bound: jax.Array | Rounded
 ) -> tuple[jax.Array, jax.Array]:
     """Return `multiply_8bit` of x and values [n_out, n_in]. In the backward pass, the gradient of
     the product is computed in the same way; the scales have none.
@@ -328,12 +380,21 @@ def _forward(x, values, bound):
 
 def _backward(residuals, gradients):
     values, rows = residuals
+    product, scale = scaled_gradient(gradients[0], rows, values)
+    return (product.astype(jnp.float32) * scale).astype(product.dtype), None, None
+
+
+def scaled_gradient(
+    gradient: jax.Array, rows: jax.Array, values: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return the gradient by x of `unscaled_product`, before its scales, and these, from that by the
+    product. rows: the scales of x.
+    """
     # The barrier: what it is computed from is not computed twice, for the bound and the product.
-    gradient = jax.lax.optimization_barrier(gradients[0])
+    gradient = jax.lax.optimization_barrier(gradient)
     scaled = gradient.astype(jnp.float32) / rows  # exact: the scales are powers of two
     bound = jnp.abs(scaled).max(-1, keepdims=True)
-    product, scale = multiply_8bit(scaled, bound, values, 0, gradient.dtype)
-    return (product.astype(jnp.float32) * scale).astype(gradient.dtype), None, None
+    return multiply_8bit(scaled, bound, values, 0, gradient.dtype)
 
 
 unscaled_product.defvjp(_forward, _backward)

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from wan_jax.models.attention import attention, save_attention
 from wan_jax.models.config import TransformerConfig
+from wan_jax.models.fused import block as fused_block
 from wan_jax.models.layers import (
     MATMUL,
     LayerNorm,
@@ -28,6 +29,7 @@ from wan_jax.models.layers import (
     LoRAParam,
     RMSNorm,
     fused_dense,
+    gelu,
     layer_norm,
     layer_norm_bound,
 )
@@ -131,10 +133,8 @@ class GELUProjection(nnx.Module):
         largest = jnp.maximum(y.max(-1, keepdims=True), 0.25).astype(jnp.float32)
         if not self.proj.in_8bit([self.proj]):
             return jax.nn.gelu(y, approximate=True), largest
-        # The same with 1 + tanh(z) = 2 sigmoid(2 z), in fp32 and rounded once: less work for a GPU.
-        z = y.astype(jnp.float32)
-        z = z * jax.nn.sigmoid((8 / math.pi) ** 0.5 * (z + 0.044715 * z**3))
-        return z.astype(y.dtype), largest
+        # in fp32 and rounded once: less work for a GPU
+        return gelu(y.astype(jnp.float32)).astype(y.dtype), largest
 
 
 class FeedForward(nnx.Module):
@@ -161,6 +161,7 @@ class Block(nnx.Module):
         backend: str,
         saved: bool,
         quantisation: Quantisation | None,
+        fused: str,
         rngs: nnx.Rngs,
     ):
         d = config.width
@@ -173,6 +174,7 @@ class Block(nnx.Module):
         self.attn2 = Attention(config, linear, dtype=dtype, backend=backend)
         self.ffn = FeedForward(config, linear, saved=saved)
         self.eps = config.eps
+        self.fused = fused
         self.gather: Gather | None = None  # set by sharded_forward.attach
 
     def __call__(
@@ -204,6 +206,8 @@ class Block(nnx.Module):
     ) -> Float[Array, "B S D"]:
         """Compute the block with gathered (whole) parameters."""
         m = self.scale_shift_table[...] + modulation
+        if self.fused == "pallas":
+            return fused_block.forward(self, x, context, m, rope, key_counts)
         # of the attention and of the feed-forward network, each [B,1,D]
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (m[:, i : i + 1] for i in range(6))
         h = (layer_norm(x, self.eps) * (1 + scale_a) + shift_a).astype(x.dtype)
@@ -267,6 +271,7 @@ class WanTransformer3D(nnx.Module):
         remat: one of `REMAT_POLICIES`. 'block' needs the activation memory of one block, and one
             residual stream per layer.
         quantisation: how the dense layers of the blocks are stored; None: in `dtype`.
+        fused: of `fused.choose_fused`.
         rngs: for random weights.
     """
 
@@ -278,6 +283,7 @@ class WanTransformer3D(nnx.Module):
         attention: str = "xla",
         remat: str = "none",
         quantisation: Quantisation | None = None,
+        fused: str = "off",
         rngs: nnx.Rngs,
     ):
         if remat not in REMAT_POLICIES:
@@ -298,6 +304,7 @@ class WanTransformer3D(nnx.Module):
                 backend=attention,
                 saved=saved,
                 quantisation=quantisation,
+                fused=fused,
                 rngs=rngs,
             )
 
