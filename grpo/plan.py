@@ -30,6 +30,7 @@ from grpo.compiled.targets import (
     choose_target,
     compilable,
     compiled_backend,
+    compiled_fused,
     measure,
     prepare_jax,
 )
@@ -136,7 +137,10 @@ def main(_):
             settings.dtype,
             preset.transformer.attention_head_dim,
         )
-        run = RunSpec(recipe, settings, preset, mesh, backend, target.limit, placed)
+        fused, more_notes = compiled_fused(
+            recipe.model.fused, target, settings.dtype, preset.transformer.attention_head_dim
+        )
+        run = RunSpec(recipe, settings, preset, mesh, backend, target.limit, placed, fused)
         run = run.changed(model={"remat": run.remat})  # the same at every size
         functions = Functions(run, rows)
         offload = compile.offloads(functions, target.limit)
@@ -152,6 +156,7 @@ def main(_):
         f"rematerialisation {run.remat}",
         *target.notes,
         *notes,
+        *more_notes,
         *size_warnings(run),
     )
 

@@ -55,6 +55,7 @@ class RunArrays:
             attention=spec.backend,
             remat=spec.remat,
             quantisation=spec.quantisation,
+            fused=spec.fused,
             mesh=spec.mesh,
         )
 

@@ -47,7 +47,8 @@ class Case:
         )
         recipe = parse.recipe_from_config(config)
         settings, preset = parse.settings_of(recipe), presets.PRESETS[self.model]
-        return Functions(RunSpec(recipe, settings, preset, mesh, backend))
+        fused = recipe.model.fused
+        return Functions(RunSpec(recipe, settings, preset, mesh, backend, fused=fused))
 
 
 CASES = [

@@ -4,6 +4,7 @@ Runs where JAX's ROCm plugin is installed (scripts/test_rocm.sh). Shows neither 
 """
 
 import os
+import re
 import time
 
 import jax
@@ -121,6 +122,23 @@ def test_quantised_weights_compile_and_fit(weights, compiled):
             assert FP8_PRODUCT in text
     gigabytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(run.policy.base)) / 1e9
     assert gigabytes < {"fp8": 15, "nf4": 9}[weights]
+
+
+@pytest.mark.parametrize("model", ["wan2.1-1.3b", "wan2.1-14b"])
+def test_fused_kernels_compile_and_fit(model, compiled):
+    """With fp8 in gfx942's own type; each kernel is called."""
+    case = Case(model, True, 1)
+    values = {"model.weights": "fp8", "model.fused": "pallas"}
+    run = case.run(rocm_compiler.mi300x(1), BACKEND, **values)
+    for name, program in (("rollout", run.rollout_step()), ("update", run.update())):
+        executable = compiled(f"{name} {case} fp8, fused", program)
+        check(executable, case, run.spec.tokens)
+        text = executable.as_text()
+        gradients = {"gelu_gradient", "heads_gradient"} if name == "update" else set()
+        found = set(
+            re.findall(r"/(heads|norm|gelu|heads_gradient|gelu_gradient)/pallas_call", text)
+        )
+        assert found == {"heads", "norm", "gelu"} | gradients
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
