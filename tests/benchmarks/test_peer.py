@@ -35,6 +35,7 @@ TINY = dict(
     dtype="float32",
     remat="block",
     weights="dtype",
+    fused="off",
     micro=1,
     profile=False,
     chunk=None,

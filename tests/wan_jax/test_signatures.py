@@ -23,7 +23,15 @@ import wan_jax.diffusion
 import wan_jax.models
 from tests import tiny
 from wan_jax.diffusion import experts, guidance, schedule, sde, solvers
-from wan_jax.models import attention, layers, lora, positions, text_encoder, vae_chunks
+from wan_jax.models import (
+    attention,
+    layers,
+    lora,
+    positions,
+    quantised,
+    text_encoder,
+    vae_chunks,
+)
 from wan_jax.models.attention import pallas
 from wan_jax.models.config import TextEncoderConfig, TransformerConfig, VAEConfig, from_dict
 from wan_jax.models.lora import LoRAConfig
@@ -123,6 +131,25 @@ def run_transformer():
     positions.rope_table((1, 2, 3), 12)
 
 
+def run_fused():
+    """A gradient by the adapters, with all products in 8 bits."""
+    config = TransformerConfig(
+        num_attention_heads=2, attention_head_dim=32, ffn_dim=160, num_layers=1, text_dim=24
+    )
+    how = Quantisation("fp8", native=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantised, "SMALLEST", 0)
+        model = WanTransformer3D(config, quantisation=how, fused="pallas", rngs=nnx.Rngs(0))
+        lora.attach(model, LoRAConfig(rank=2), jax.random.key(0))
+        graph, adapters, rest = nnx.split(model, layers.LoRAParam, ...)
+
+        def loss(adapters):
+            model = nnx.merge(graph, adapters, rest)
+            return model(normal(1, 1, 4, 6, 16), jnp.ones(1), normal(1, 3, 24)).sum()
+
+        jax.grad(loss)(adapters)
+
+
 def run_attention():
     q, k = normal(1, 16, 2, 16), normal(1, 5, 2, 16)
     counts = np.array([1, 1, 1, 1, 7])
@@ -178,7 +205,14 @@ def run_diffusion():
 @pytest.mark.slow
 def test_all_signatures_are_true(called, tmp_path):
     expected, names = called
-    for run in (run_transformer, run_attention, run_text_encoder, run_vae, run_diffusion):
+    for run in (
+        run_transformer,
+        run_fused,
+        run_attention,
+        run_text_encoder,
+        run_vae,
+        run_diffusion,
+    ):
         jax.eval_shape(run)  # tracing calls everything, and compiles nothing
     run_tokenizer(tmp_path / "pipeline")
     assert names == expected

@@ -162,6 +162,15 @@ class Quantisation:
         return (values.astype(jnp.float32) * scale[:, None]).astype(dtype)
 
 
+class Rounded(NamedTuple):
+    """An array [..., n] that was rounded to fp8 by rows: its values, and their scales [..., 1]. Takes
+    the place of a bound where the rounding was fused with what comes before it.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+
+
 class QuantisedLinear(Linear):
     """A `Linear` whose weight is quantised and frozen."""
 
@@ -192,7 +201,7 @@ class QuantisedLinear(Linear):
     def product(
         layers: Sequence[Linear],
         x: Float[Array, "*batch n_in"],
-        bound: "jax.Array | Rounded | None" = None,
+        bound: jax.Array | Rounded | None = None,
     ) -> jax.Array:
         """As in `Linear`."""
         first, values, scales = _joined(layers)
@@ -205,7 +214,7 @@ class QuantisedLinear(Linear):
     def unscaled(
         layers: Sequence[Linear],
         x: Float[Array, "*batch n_in"],
-        bound: "jax.Array | Rounded | None" = None,
+        bound: jax.Array | Rounded | None = None,
     ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         """As in `Linear`."""
         first, values, scales = _joined(layers)
@@ -294,15 +303,6 @@ def dense(
 def nonzero(scale: jax.Array) -> jax.Array:
     """Return the scales, with 1 for zero."""
     return jnp.where(scale > 0, scale, 1)
-
-
-class Rounded(NamedTuple):
-    """An array [..., n] that was rounded to fp8 by rows: its values, and their scales [..., 1]. Takes
-    the place of a bound where the rounding was fused with what comes before it.
-    """
-
-    values: jax.Array
-    scale: jax.Array
 
 
 def quantise_rows(x: jax.Array, bound: jax.Array, dtype) -> Rounded:

@@ -3,7 +3,7 @@ modules it takes.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from wan_jax.models.quantised import QuantisedLinear, Rounded, rounded_type
 from wan_jax.models.sharded_forward import self_attention
 
 
+@runtime_checkable
 class AttentionLayers(Protocol):
     """The parts of `transformer.Attention`."""
 
@@ -39,12 +40,14 @@ class AttentionLayers(Protocol):
     backend: str
 
 
+@runtime_checkable
 class Projection(Protocol):
     """The parts of `transformer.GELUProjection`."""
 
     proj: Linear
 
 
+@runtime_checkable
 class FeedForwardLayers(Protocol):
     """The parts of `transformer.FeedForward`."""
 
@@ -60,6 +63,7 @@ class FeedForwardLayers(Protocol):
         ...
 
 
+@runtime_checkable
 class BlockLayers(Protocol):
     """The parts of `transformer.Block`."""
 
@@ -102,7 +106,8 @@ def forward(
     first = fused.norm(spec, x, None, None, 1 + scale_a, shift_a, bound)
     out = attend(block.attn1, first.norm, first.norm, rope, bound=first.rounded or bound)
     # gated residual, norm, cross-attention
-    scale, shift, bound = block.norm2.scale[...], block.norm2.bias[...], block.norm2.bound
+    scale, shift = (y[...][None, None] for y in (block.norm2.scale, block.norm2.bias))
+    bound = block.norm2.bound
     spec = fused.NormSpec(block.norm2.eps, kept=True, fp8=rounded_type([block.attn2.to_q]))
     second = fused.norm(spec, x, out, gate_a, scale, shift, bound)
     bound = second.rounded or bound
