@@ -35,7 +35,7 @@ from grpo.learning.policy_gradient import make_gradient, stack_batches
 from grpo.learning.policy_loss import LossConfig
 from grpo.learning.step_table import StepTable
 from grpo.rollout import make_step, rollout
-from wan_jax.choices import FUSED, WEIGHTS
+from wan_jax.choices import WEIGHTS
 from wan_jax.diffusion.guidance import TextBatch
 from wan_jax.diffusion.schedule import flow_sigmas
 from wan_jax.diffusion.sde import SDEConfig
@@ -45,7 +45,6 @@ from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.models import flat_params, quantised
 from wan_jax.models.attention import choose_backend, platform_of
 from wan_jax.models.config import TransformerConfig
-from wan_jax.models.fused import choose_fused
 from wan_jax.models.lora import LoRAConfig
 from wan_jax.models.quantised import Quantisation
 from wan_jax.models.transformer import REMAT_POLICIES, WanTransformer3D
@@ -108,15 +107,20 @@ class RandomPolicy:
         mesh: jax.sharding.Mesh | None = None,
         full: bool = False,
         weights: str = "dtype",
-        fused: str = "off",
+        kernel: bool = True,
     ) -> "RandomPolicy":
-        """Draw a policy. mesh: None for the first device. full: train all weights, no reference."""
+        """Draw a policy. mesh: None for the first device. full: train all weights, no reference.
+        kernel: whether fp8 uses GELU's, where that is the device's default.
+        """
         config, dtype = workload.transformer_config(size), jnp.dtype(dtype)
         mesh = mesh or mesh_lib.make_mesh(devices=jax.devices()[:1])
         device = mesh.devices.flat[0]
         quantisation = Quantisation.choose(weights, platform_of(device), device)
-        computes = platform_of(device), dtype, config.attention_head_dim
-        backend, fused = choose_backend("auto", *computes), choose_fused(fused, *computes)
+        if quantisation is not None and not kernel:
+            quantisation = dataclasses.replace(quantisation, kernel=False)
+        backend = choose_backend(
+            "auto", platform_of(mesh.devices.flat[0]), dtype, config.attention_head_dim
+        )
 
         def draw():
             state = nnx.split(
@@ -148,7 +152,6 @@ class RandomPolicy:
             attention=backend,
             remat=remat,
             quantisation=quantisation,
-            fused=fused,
         )
         return cls(config, mesh, backend, policy, trainable, None if full else frozen)
 
@@ -207,7 +210,7 @@ def measure(settings) -> Record:
         mesh,
         settings.full,
         settings.weights,
-        settings.fused,
+        settings.kernel,
     )
     policy, trainable, frozen = drawn.policy, drawn.trainable, drawn.frozen
     steps, optimiser = step_table(), OptimiserConfig()
@@ -225,10 +228,10 @@ def measure(settings) -> Record:
     kind = jax.devices()[0].device_kind
     print(
         f"{settings.size}: {parameters:,} parameters {settings.dtype}, weights {settings.weights}, "
+        f"{'' if settings.kernel else 'no kernel, '}"
         f"{'all' if settings.full else 'adapters'} "
         f"trained, {workload.describe_shape(settings)}, guidance {settings.guidance}, "
-        f"attention {drawn.backend}, fused {settings.fused}, remat {settings.remat}, "
-        f"{settings.devices} x {kind}, mesh "
+        f"attention {drawn.backend}, remat {settings.remat}, {settings.devices} x {kind}, mesh "
         f"{mesh_lib.describe(mesh)}, jax {jax.__version__}",
         flush=True,
     )
@@ -304,13 +307,12 @@ def main(_):
     measure(flags.FLAGS).write(flags.FLAGS.json)
 
 
-def define_flags() -> None:
-    """Define the flags of this benchmark."""
+if __name__ == "__main__":
     workload.define_flags(guidance=1.0, kl=0.0)
     flags.DEFINE_integer("micro", 1, "rollout batches of an update")
     flags.DEFINE_string("dtype", "bfloat16", "data type of weights and matrix products")
     flags.DEFINE_enum("weights", "dtype", WEIGHTS, "how frozen weights are stored")
-    flags.DEFINE_enum("fused", "off", FUSED, "kernels around the products")
+    flags.DEFINE_bool("kernel", True, "use GELU's kernel with fp8 on NVIDIA GPUs")
     flags.DEFINE_enum(
         "remat",
         "save_matmuls",
@@ -329,8 +331,4 @@ def define_flags() -> None:
         "offload_optimiser", False, "offload moments and average to host memory between updates"
     )
     flags.DEFINE_bool("profile", False, "list the kernels by time")
-
-
-if __name__ == "__main__":
-    define_flags()
     app.run(main)

@@ -30,7 +30,6 @@ from grpo.compiled.targets import (
     choose_target,
     compilable,
     compiled_backend,
-    compiled_fused,
     measure,
     prepare_jax,
 )
@@ -137,10 +136,7 @@ def main(_):
             settings.dtype,
             preset.transformer.attention_head_dim,
         )
-        fused, more_notes = compiled_fused(
-            recipe.model.fused, target, settings.dtype, preset.transformer.attention_head_dim
-        )
-        run = RunSpec(recipe, settings, preset, mesh, backend, target.limit, placed, fused)
+        run = RunSpec(recipe, settings, preset, mesh, backend, target.limit, placed)
         run = run.changed(model={"remat": run.remat})  # the same at every size
         functions = Functions(run, rows)
         offload = compile.offloads(functions, target.limit)
@@ -156,7 +152,6 @@ def main(_):
         f"rematerialisation {run.remat}",
         *target.notes,
         *notes,
-        *more_notes,
         *size_warnings(run),
     )
 

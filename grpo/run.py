@@ -26,7 +26,6 @@ from wan_jax.distributed import memory as device_memory
 from wan_jax.errors import UserError
 from wan_jax.inference import pipeline
 from wan_jax.models.attention import choose_backend, platform_of
-from wan_jax.models.fused import choose_fused
 from wan_jax.models.precision import describe
 from wan_jax.models.presets import Preset
 from wan_jax.models.quantised import Quantisation
@@ -55,7 +54,6 @@ class RunSpec:
         backend: of attention.
         memory: bytes of a device; None: unknown.
         placed: one line for the log about the placement on the mesh.
-        fused: kernels around the products of rollout and update, of `choices.FUSED`.
     """
 
     recipe: Recipe
@@ -65,7 +63,6 @@ class RunSpec:
     backend: str
     memory: int | None = None
     placed: str = ""
-    fused: str = "off"
 
     @classmethod
     def make(
@@ -89,14 +86,17 @@ class RunSpec:
             recipe, settings, preset, trained=len(trained), devices=devices, memory=memory
         )
         platform = platform_of(mesh.devices.flat[0])
-        computes = platform, settings.dtype, preset.transformer.attention_head_dim
-        backend = choose_backend(recipe.model.attention, *computes)
-        fused = choose_fused(recipe.model.fused, *computes)
+        backend = choose_backend(
+            recipe.model.attention,
+            platform,
+            settings.dtype,
+            preset.transformer.attention_head_dim,
+        )
         if platform != "cpu" and recipe.model.dtype == "float32":
             placed += f"\nfloat32 products in {describe(recipe.model.matmul_precision, platform)}"
         if memory is None:
             memory = device_memory.limit(mesh.local_devices[0])
-        spec = cls(recipe, settings, preset, mesh, backend, memory, placed, fused)
+        spec = cls(recipe, settings, preset, mesh, backend, memory, placed)
         spec.check(training)
         return spec
 

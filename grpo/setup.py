@@ -255,8 +255,7 @@ def describe(spec: RunSpec, prompts: PromptSet) -> None:
     processes = f" on {count} processes" if count > 1 else ""
     print_once(
         f"{devices.size} x {devices.flat[0].device_kind}{processes}, attention {spec.backend}, "
-        f"weights {spec.recipe.model.dtype}"
-        + ("" if spec.fused == "off" else f", fused kernels {spec.fused}"),
+        f"weights {spec.recipe.model.dtype}",
         spec.placed,
         *size_warnings(spec),
         *changed_in_vain(spec.recipe),

@@ -5,7 +5,6 @@ does not load JAX.
 DTYPES = ("float32", "bfloat16")
 MATMUL_PRECISIONS = ("default", "tf32", "float32")  # of products of float32 values
 BACKENDS = ("auto", "xla", "chunked", "cudnn", "pallas")  # of attention
-FUSED = ("off", "pallas")  # kernels around the products of a block
 WEIGHTS = ("dtype", "fp8", "int8", "nf4")  # how frozen weights are stored
 REMAT_POLICIES = ("none", "block", "save_matmuls", "offload")
 OFFLOAD = ("auto", "never", "always")  # of the idle expert

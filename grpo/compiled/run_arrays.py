@@ -55,7 +55,6 @@ class RunArrays:
             attention=spec.backend,
             remat=spec.remat,
             quantisation=spec.quantisation,
-            fused=spec.fused,
             mesh=spec.mesh,
         )
 

@@ -12,7 +12,6 @@ from wan_jax.distributed import memory
 from wan_jax.distributed.memory import GIB
 from wan_jax.errors import UserError
 from wan_jax.models.attention import choose_backend, platform_of
-from wan_jax.models.fused import choose_fused
 
 # JAX's variable: the share of a GPU's memory that a process takes, 0.75 if unset
 FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
@@ -142,19 +141,6 @@ def compiled_backend(
         f"attention {wanted} cannot be compiled here; chunked attention is compiled instead, whose "
         "memory is linear in the tokens as well",
     )
-
-
-def compiled_fused(
-    setting: str, target: Target, dtype, head_dim: int
-) -> tuple[str, tuple[str, ...]]:
-    """Return (the kernels to compile, of `choices.FUSED`, notes): none where the target's cannot be
-    compiled on this machine.
-    """
-    if target.stand_in is None:
-        return choose_fused(setting, target.platform, dtype, head_dim), ()
-    if choose_fused(setting, target.stand_in.platform, dtype, head_dim) == "off":
-        return "off", ()
-    return "off", (f"fused kernels {setting} cannot be compiled here; the plain code is",)
 
 
 def measure(program: Program, stand_in: Program, target: Target) -> compile.Measured:

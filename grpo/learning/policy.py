@@ -94,20 +94,19 @@ def make_structure(
     attention: str,
     remat: str,
     quantisation: Quantisation | None = None,
-    fused: str = "off",
     mesh=None,
 ) -> Policy:
     """Return the structure of the policy, to trace, lower and compile functions with.
 
     lora: None for full fine-tuning. dtype: of weights and products. quantisation: of the
-    frozen weights of the blocks. fused: of `fused.choose_fused`. mesh: of the arrays.
+    frozen weights of the blocks. mesh: of the arrays.
     """
     key = jax.random.key(0)  # unused: no array is drawn
 
     def structure(lora):
         return nnx.eval_shape(
             lambda: sharded_forward.attach(
-                _build(config, lora, key, dtype, attention, remat, quantisation, fused), mesh
+                _build(config, lora, key, dtype, attention, remat, quantisation), mesh
             )
         )
 
@@ -129,7 +128,6 @@ def make_policy(
     attention: str,
     remat: str,
     quantisation: Quantisation | None = None,
-    fused: str = "off",
 ) -> tuple[Policy, Flat]:
     """Return the policy and its initial trained arrays, placed on the mesh.
 
@@ -143,7 +141,6 @@ def make_policy(
         attention=attention,
         remat=remat,
         quantisation=quantisation,
-        fused=fused,
         mesh=mesh,
     )
     if lora is None:
@@ -157,14 +154,7 @@ def make_policy(
 
 
 def _build(
-    config,
-    lora: LoRAConfig | None,
-    key,
-    dtype,
-    attention: str,
-    remat: str,
-    quantisation=None,
-    fused: str = "off",
+    config, lora: LoRAConfig | None, key, dtype, attention: str, remat: str, quantisation=None
 ) -> WanTransformer3D:
     """Return the transformer, with adapters where `lora` is not None."""
     model = WanTransformer3D(
@@ -173,7 +163,6 @@ def _build(
         attention=attention,
         remat=remat,
         quantisation=quantisation,
-        fused=fused,
         rngs=nnx.Rngs(0),
     )
     return lora_lib.attach(model, lora, key) if lora else model

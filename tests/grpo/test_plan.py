@@ -196,11 +196,6 @@ def test_models_and_devices_are_chosen():
         "chunked",
         (),
     )
-    kernels, notes = targets.compiled_fused("pallas", target, "bfloat16", 128)
-    assert kernels == "off" and "pallas cannot be compiled here" in notes[0]
-    assert targets.compiled_fused("off", target, "float32", 128) == ("off", ())
-    with pytest.raises(UserError, match=r"fused='pallas'.*'cpu'"):
-        targets.compiled_fused("pallas", targets.choose_target("here", 1), "bfloat16", 128)
 
 
 def test_a_device_may_be_a_memory_alone(monkeypatch):

@@ -34,7 +34,6 @@ def test_what_follows_from_the_tiny_recipe():
     assert spec.trained == ("transformer",) and spec.trained_steps(0) == 2
     assert spec.update_batches(0).tolist() == [[0], [1]] and spec.eval_batches == 1
     assert spec.sampling_guidance == spec.eval_guidance == (1.0,)
-    assert spec.fused == "off"
     assert spec.remat == "none" and spec.backend == "chunked" and spec.mesh.size == 1
     assert spec.placed.startswith("mesh data 1")
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -56,7 +55,6 @@ def test_it_is_placed_on_all_devices_that_are_given():
         ("wan2.1-1.3b", {"sample.height": 56}, "56"),
         ("wan2.1-1.3b", {"eval.frames": 6}, "6"),
         ("wan2.1-1.3b", {"lora.rank": 2000}, r"lora\.rank=2000 .*1536"),
-        ("wan2.1-1.3b", {"model.fused": "pallas"}, "fused='pallas'.*'cpu'"),
         ("wan2.2-a14b", A14B | {"sample.sde_range": (2, 4)}, "transformer would be trained"),
     ],
 )

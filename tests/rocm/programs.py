@@ -47,8 +47,7 @@ class Case:
         )
         recipe = parse.recipe_from_config(config)
         settings, preset = parse.settings_of(recipe), presets.PRESETS[self.model]
-        fused = recipe.model.fused
-        return Functions(RunSpec(recipe, settings, preset, mesh, backend, fused=fused))
+        return Functions(RunSpec(recipe, settings, preset, mesh, backend))
 
 
 CASES = [

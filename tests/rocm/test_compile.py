@@ -3,8 +3,8 @@
 Runs where JAX's ROCm plugin is installed (scripts/test_rocm.sh). Shows neither numerics nor speed.
 """
 
+import dataclasses
 import os
-import re
 import time
 
 import jax
@@ -16,6 +16,7 @@ from grpo.compiled.program import Program
 from tests.rocm import inspection
 from tests.rocm.programs import CASES, TOO_LARGE, Case
 from wan_jax.models.attention import choose_backend
+from wan_jax.models.quantised import Quantisation
 
 pytestmark = [
     pytest.mark.slow,
@@ -124,21 +125,18 @@ def test_quantised_weights_compile_and_fit(weights, compiled):
     assert gigabytes < {"fp8": 15, "nf4": 9}[weights]
 
 
-@pytest.mark.parametrize("model", ["wan2.1-1.3b", "wan2.1-14b"])
-def test_fused_kernels_compile_and_fit(model, compiled):
-    """With fp8 in gfx942's own type; each kernel is called."""
-    case = Case(model, True, 1)
-    values = {"model.weights": "fp8", "model.fused": "pallas"}
-    run = case.run(rocm_compiler.mi300x(1), BACKEND, **values)
+def test_gelus_kernel_compiles(compiled, monkeypatch):
+    """With fp8 in gfx942's own type. It is used on NVIDIA GPUs alone, as it has not run here."""
+    choose = Quantisation.choose
+    monkeypatch.setattr(
+        Quantisation, "choose", lambda *where: dataclasses.replace(choose(*where), kernel=True)
+    )
+    case = Case("wan2.1-1.3b", True, 1)
+    run = case.run(rocm_compiler.mi300x(1), BACKEND, **{"model.weights": "fp8"})
     for name, program in (("rollout", run.rollout_step()), ("update", run.update())):
-        executable = compiled(f"{name} {case} fp8, fused", program)
+        executable = compiled(f"{name} {case} fp8, kernel", program)
         check(executable, case, run.spec.tokens)
-        text = executable.as_text()
-        gradients = {"gelu_gradient", "heads_gradient"} if name == "update" else set()
-        found = set(
-            re.findall(r"/(heads|norm|gelu|heads_gradient|gelu_gradient)/pallas_call", text)
-        )
-        assert found == {"heads", "norm", "gelu"} | gradients
+        assert "/gelu_rows/pallas_call" in executable.as_text()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -55,13 +55,6 @@ def test_training_asks_for_nothing_foreign(case):
 
 
 @pytest.mark.slow
-def test_fused_kernels_ask_for_nothing_foreign():
-    run = FIRST.run(jax.devices(), BACKEND, **{"model.fused": "pallas"})
-    for program in (run.rollout_step(), run.update()):
-        assert lowered_targets(lower(program)) == LOWERED, program.name
-
-
-@pytest.mark.slow
 def test_text_encoder_asks_for_nothing_foreign():
     run = CASES[0].run(jax.devices(), BACKEND)
     assert lowered_targets(lower(run.encode_text())) <= LOWERED

@@ -6,7 +6,6 @@ is `kernel`, `scale` or `embedding`): see `wan_jax/storage/key_table.py`.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,15 +78,6 @@ class Linear(nnx.Module):
         """
         return x @ concatenate([layer.kernel[...] for layer in layers])
 
-    @staticmethod
-    def unscaled(
-        layers: Sequence["Linear"], x: Float[Array, "*batch n_in"], bound=None
-    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-        """Return (`product` in the dtype of x, before its scales; scales of the rows, or None; scales
-        of the outputs, or None), the first two with a name for rematerialisation policies.
-        """
-        return checkpoint_name(layers[0].product(layers, x, bound), MATMUL), None, None
-
     def __call__(
         self, x: Float[Array, "*batch n_in"], bound: jax.Array | None = None
     ) -> Float[Array, "*batch n_out"]:
@@ -106,7 +96,7 @@ def fused_dense(
     bound: of |x|, fp32 [..., 1]; None: not known. Products in 8 bits then compute it.
     """
     first = layers[0]
-    if not uniform(layers):
+    if len({(y.bias is None, y.lora_a is None, y.lora_scale) for y in layers}) > 1:
         return [fused_dense([layer], x, bound)[0] for layer in layers]
     x = x.astype(first.dtype)
     y, in_8bit = first.product(layers, x, bound), first.in_8bit(layers)
@@ -114,7 +104,8 @@ def fused_dense(
     if first.bias is not None:
         y = y + concatenate([layer.bias[...] for layer in layers if layer.bias is not None])
     if first.lora_a is not None:
-        a, b = adapter_factors(layers)
+        a = [layer.lora_a[...].astype(first.dtype) for layer in layers if layer.lora_a is not None]
+        b = [layer.lora_b[...].astype(first.dtype) for layer in layers if layer.lora_b is not None]
         narrow = (x @ concatenate(a)) * first.lora_scale
         if in_8bit:
             narrow = checkpoint_name(narrow, MATMUL)
@@ -125,68 +116,16 @@ def fused_dense(
     return jnp.split(y, np.cumsum([layer.out_features for layer in layers])[:-1], axis=-1)
 
 
-def uniform(layers: Sequence[Linear]) -> bool:
-    """Return whether all or none of the layers have biases, and so for adapters, of equal scale."""
-    return len({(y.bias is None, y.lora_a is None, y.lora_scale) for y in layers}) == 1
-
-
-def adapter_factors(layers: Sequence[Linear]) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Return the first and the second factors of the adapters in the layers' dtype."""
-    dtype = layers[0].dtype
-    a = [layer.lora_a[...].astype(dtype) for layer in layers if layer.lora_a is not None]
-    b = [layer.lora_b[...].astype(dtype) for layer in layers if layer.lora_b is not None]
-    return a, b
-
-
-class Dense(NamedTuple):
-    """What the results of dense layers, side by side, are made of.
-
-    Attributes:
-        product: x times the weights [B,S,P], before its scales.
-        bias: [P].
-        rows, scale: scales of the product, fp32 [B,S,1] and [P]; None: 1.
-        narrow, factor: adapters' first product, scaled, [B,S,parts*rank], and their second factors
-            [rank,P]; None without adapters.
-    """
-
-    product: jax.Array
-    bias: jax.Array
-    rows: jax.Array | None
-    scale: jax.Array | None
-    narrow: jax.Array | None
-    factor: jax.Array | None
-
-    @classmethod
-    def of(cls, layers: Sequence[Linear], x: Float[Array, "B S n_in"], bound=None) -> "Dense":
-        """Return the parts of the results of `fused_dense`. The layers must be `uniform` and have
-        biases.
-        """
-        first = layers[0]
-        x = x.astype(first.dtype)
-        product, rows, scale = first.unscaled(layers, x, bound)
-        bias = concatenate([layer.bias[...] for layer in layers if layer.bias is not None])
-        narrow, factor = None, None
-        if first.lora_a is not None:
-            a, b = adapter_factors(layers)
-            narrow = checkpoint_name((x @ concatenate(a)) * first.lora_scale, MATMUL)
-            factor = concatenate(b)
-        return cls(product, bias, rows, scale, narrow, factor)
-
-    def result(self, parts: int = 1) -> Float[Array, "B S P"]:
-        """Return the results of `parts` layers in the product's type, summed in fp32."""
-        y = self.product.astype(jnp.float32)
-        if self.rows is not None and self.scale is not None:
-            y = y * (jax.lax.stop_gradient(self.rows) * self.scale)
-        y = y + self.bias
-        if self.narrow is not None and self.factor is not None:
-            factors = jnp.split(self.factor, parts, axis=-1)
-            y = y + self.narrow @ jax.scipy.linalg.block_diag(*factors)
-        return y.astype(self.product.dtype)
-
-
 def gelu(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
     """Return tanh-approximated GELU with 1 + tanh(z) = 2 sigmoid(2 z): less work for a GPU."""
     return x * jax.nn.sigmoid((8 / math.pi) ** 0.5 * (x + 0.044715 * x**3))
+
+
+def gelu_bound(largest: Float[Array, "..."]) -> Float32[Array, "..."]:
+    """Return a bound of |GELU| of values up to `largest`: it is between -0.171 and 0 for negative
+    values, below the identity for positive ones.
+    """
+    return jnp.maximum(largest, 0.25).astype(jnp.float32)
 
 
 def concatenate(arrays: Sequence[Array]) -> Array:
@@ -204,16 +143,9 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        return rms_norm(x, self.scale[...], self.eps)
-
-
-def rms_norm(
-    x: Float[Array, "*batch D"], scale: Float[Array, " D"], eps: float
-) -> Float[Array, "*batch D"]:
-    """Compute `RMSNorm`."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
 def layer_norm(x: Float[Array, "*batch D"], eps: float) -> Float32[Array, "*batch D"]:

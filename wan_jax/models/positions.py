@@ -49,25 +49,10 @@ def apply_rope(
     and written in order. Splitting the pairs and stacking them again makes GPUs write every other
     value.
     """
-    cosine, signed_sine = rotation(cos, sin)
-    cosine = cosine[:, None]  # [S, 1, head_dim]
-    return rotate(x, cosine, signed_sine.reshape(cosine.shape))
-
-
-def rotation(cos, sin):
-    """Return (cosine, signed sine) [S, head_dim] of each value from cos and sin [S, head_dim/2] of
-    each pair.
-    """
     # NumPy for a constant of the jitted function, JAX for this device's rows of it
     xp = np if isinstance(cos, np.ndarray) else jnp
-    cosine = xp.repeat(cos, 2, axis=-1)
-    return cosine, xp.stack([-sin, sin], axis=-1).reshape(cosine.shape)
-
-
-def rotate(
-    x: Float[Array, "*batch head_dim"], cosine, signed_sine
-) -> Float[Array, "*batch head_dim"]:
-    """Return x times cosine plus its neighbours times signed sine (`rotation`), which broadcast."""
+    cosine = xp.repeat(cos, 2, axis=-1)[:, None]  # [S, 1, head_dim]
+    signed_sine = xp.stack([-sin, sin], axis=-1).reshape(cosine.shape)
     y = x.astype(jnp.float32)
     neighbour = y.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
     return (y * cosine + neighbour * signed_sine).astype(x.dtype)

@@ -77,11 +77,13 @@ class Quantisation:
         kind: fp8, int8 or nf4.
         native: whether products are computed in 8 bits; only fp8.
         fnuz: whether fp8 is AMD's `float8_e4m3fnuz`.
+        kernel: whether GELU between two products in 8 bits is the kernel of `gelu_kernel.py`.
     """
 
     kind: str
     native: bool = False
     fnuz: bool = False
+    kernel: bool = False
 
     @property
     def dtype(self) -> np.dtype:
@@ -110,10 +112,13 @@ class Quantisation:
             and float(architecture) >= COMPUTE_CAPABILITY,
             "rocm": architecture.startswith((FNUZ, "gfx95")),
         }
+        fp8 = weights == "fp8"
+        multiplied = fp8 and bool(native.get(platform))
         return cls(
             weights,
-            native=weights == "fp8" and bool(native.get(platform)),
-            fnuz=weights == "fp8" and architecture.startswith(FNUZ),
+            native=multiplied,
+            fnuz=fp8 and architecture.startswith(FNUZ),
+            kernel=multiplied and platform == "cuda",  # has not run on an AMD GPU
         )
 
     def check(self, n_in: int) -> None:
@@ -164,7 +169,7 @@ class Quantisation:
 
 class Rounded(NamedTuple):
     """An array [..., n] that was rounded to fp8 by rows: its values, and their scales [..., 1]. Takes
-    the place of a bound where the rounding was fused with what comes before it.
+    the place of a bound where what comes before it has rounded it.
     """
 
     values: jax.Array
@@ -197,6 +202,20 @@ class QuantisedLinear(Linear):
         outputs = sum(layer.out_features for layer in layers)
         return first.quantisation.native and first.in_features * outputs >= SMALLEST
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether GELU of the result is computed by `gelu_kernel.gelu_rows`."""
+        return self.quantisation.kernel and self.in_8bit([self]) and self.lora_a is None
+
+    def parts(
+        self, x: Float[Array, "*batch n_in"], bound: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Return what the result is made of (`scaled`): product, scales of rows and outputs, bias."""
+        assert self.bias is not None
+        x = x.astype(self.dtype)
+        product, rows = named_product(x, self.quantised[...], jax.lax.stop_gradient(bound))
+        return product, jax.lax.stop_gradient(rows), self.quantised_scale[...], self.bias[...]
+
     @staticmethod
     def product(
         layers: Sequence[Linear],
@@ -204,39 +223,15 @@ class QuantisedLinear(Linear):
         bound: jax.Array | Rounded | None = None,
     ) -> jax.Array:
         """As in `Linear`."""
-        first, values, scales = _joined(layers)
+        values, scales = (
+            jnp.concatenate([getattr(layer, name)[...] for layer in layers])
+            for name in (WEIGHT, SCALE)
+        )
+        first = cast(QuantisedLinear, layers[0])
         if not first.in_8bit(layers):
             return x @ first.quantisation.dequantise(values, scales, x.dtype).T
         bound = jnp.abs(x).max(-1, keepdims=True) if bound is None else bound
         return product_8bit(x, values, scales, jax.lax.stop_gradient(bound))
-
-    @staticmethod
-    def unscaled(
-        layers: Sequence[Linear],
-        x: Float[Array, "*batch n_in"],
-        bound: jax.Array | Rounded | None = None,
-    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-        """As in `Linear`."""
-        first, values, scales = _joined(layers)
-        if not first.in_8bit(layers):
-            return Linear.unscaled(layers, x, bound)
-        bound = jnp.abs(x).max(-1, keepdims=True) if bound is None else bound
-        product, rows = named_product(x, values, jax.lax.stop_gradient(bound))
-        return product, rows, scales
-
-
-def _joined(layers: Sequence[Linear]) -> tuple[QuantisedLinear, jax.Array, jax.Array]:
-    """Return the first layer, and the values and scales of all."""
-    values, scales = (
-        jnp.concatenate([getattr(layer, name)[...] for layer in layers]) for name in (WEIGHT, SCALE)
-    )
-    return cast(QuantisedLinear, layers[0]), values, scales
-
-
-def rounded_type(layers: Sequence[Linear]) -> np.dtype | None:
-    """Return the fp8 type that the layers' input is rounded to; None: their product has 16 bits."""
-    first = layers[0]
-    return cast(QuantisedLinear, first).quantisation.dtype if first.in_8bit(layers) else None
 
 
 def architecture_of(device) -> str:
@@ -305,6 +300,17 @@ def nonzero(scale: jax.Array) -> jax.Array:
     return jnp.where(scale > 0, scale, 1)
 
 
+def scaled(
+    product: Float[Array, "... n_out"],
+    rows: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array | None = None,
+) -> jax.Array:
+    """Return a product in 8 bits times its scales, fp32."""
+    y = product.astype(jnp.float32) * (rows * scale)
+    return y if bias is None else y + bias
+
+
 def quantise_rows(x: jax.Array, bound: jax.Array, dtype) -> Rounded:
     """Return the rows of x [..., n] in an fp8 `dtype`, with the scales of `row_scales` for their
     bounds of |x|, [..., 1].
@@ -351,7 +357,7 @@ def product_8bit(
     policies. What follows is elementwise, and is fused into what uses the result.
     """
     product, rows = named_product(x, values, bound)
-    return product.astype(jnp.float32) * (jax.lax.stop_gradient(rows) * scale)
+    return scaled(product, jax.lax.stop_gradient(rows), scale)
 
 
 def named_product(
@@ -380,21 +386,12 @@ def _forward(x, values, bound):
 
 def _backward(residuals, gradients):
     values, rows = residuals
-    product, scale = scaled_gradient(gradients[0], rows, values)
-    return (product.astype(jnp.float32) * scale).astype(product.dtype), None, None
-
-
-def scaled_gradient(
-    gradient: jax.Array, rows: jax.Array, values: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Return the gradient by x of `unscaled_product`, before its scales, and these, from that by the
-    product. rows: the scales of x.
-    """
     # The barrier: what it is computed from is not computed twice, for the bound and the product.
-    gradient = jax.lax.optimization_barrier(gradient)
+    gradient = jax.lax.optimization_barrier(gradients[0])
     scaled = gradient.astype(jnp.float32) / rows  # exact: the scales are powers of two
     bound = jnp.abs(scaled).max(-1, keepdims=True)
-    return multiply_8bit(scaled, bound, values, 0, gradient.dtype)
+    product, scale = multiply_8bit(scaled, bound, values, 0, gradient.dtype)
+    return (product.astype(jnp.float32) * scale).astype(gradient.dtype), None, None
 
 
 unscaled_product.defvjp(_forward, _backward)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from wan_jax.models.attention import attention, save_attention
 from wan_jax.models.config import TransformerConfig
-from wan_jax.models.fused import block as fused_block
+from wan_jax.models.gelu_kernel import gelu_rows
 from wan_jax.models.layers import (
     MATMUL,
     LayerNorm,
@@ -30,11 +30,12 @@ from wan_jax.models.layers import (
     RMSNorm,
     fused_dense,
     gelu,
+    gelu_bound,
     layer_norm,
     layer_norm_bound,
 )
 from wan_jax.models.positions import Positions, apply_rope, rope_table, timestep_features
-from wan_jax.models.quantised import Quantisation, dense
+from wan_jax.models.quantised import Quantisation, QuantisedLinear, Rounded, dense, scaled
 from wan_jax.models.sharded_forward import Gather, Layout, saved_but_gathers, self_attention
 
 RESIDUAL = "residual"  # name of the input of a block, for rematerialisation policies
@@ -124,17 +125,24 @@ class GELUProjection(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B S D"], bound: Float32[Array, "..."]
-    ) -> tuple[Float[Array, "B S ffn_dim"], Float32[Array, "B S 1"]]:
-        """Return the result and a bound of its absolute values, as `fused_dense` takes it."""
+    ) -> tuple[Float[Array, "B S ffn_dim"], Float32[Array, "B S 1"] | Rounded]:
+        """Return the result, and a bound of its absolute values or its rounded values, as
+        `fused_dense` takes them.
+        """
+        if isinstance(self.proj, QuantisedLinear) and self.proj.has_kernel:
+            parts = self.proj.parts(x, bound)
+            rounded = gelu_rows(*jax.lax.stop_gradient(parts), self.proj.quantisation.dtype)
+            # its value is used by the gradient alone
+            y = scaled(*parts).astype(x.dtype)
+            return gelu(y.astype(jnp.float32)).astype(x.dtype), rounded
         y = self.proj(x, bound)
         if self.saved:
             y = jax.lax.optimization_barrier(y)
-        # GELU is between -0.171 and 0 for negative values, below the identity for positive ones.
-        largest = jnp.maximum(y.max(-1, keepdims=True), 0.25).astype(jnp.float32)
+        bound = gelu_bound(y.max(-1, keepdims=True))
         if not self.proj.in_8bit([self.proj]):
-            return jax.nn.gelu(y, approximate=True), largest
+            return jax.nn.gelu(y, approximate=True), bound
         # in fp32 and rounded once: less work for a GPU
-        return gelu(y.astype(jnp.float32)).astype(y.dtype), largest
+        return gelu(y.astype(jnp.float32)).astype(y.dtype), bound
 
 
 class FeedForward(nnx.Module):
@@ -161,7 +169,6 @@ class Block(nnx.Module):
         backend: str,
         saved: bool,
         quantisation: Quantisation | None,
-        fused: str,
         rngs: nnx.Rngs,
     ):
         d = config.width
@@ -174,7 +181,6 @@ class Block(nnx.Module):
         self.attn2 = Attention(config, linear, dtype=dtype, backend=backend)
         self.ffn = FeedForward(config, linear, saved=saved)
         self.eps = config.eps
-        self.fused = fused
         self.gather: Gather | None = None  # set by sharded_forward.attach
 
     def __call__(
@@ -206,8 +212,6 @@ class Block(nnx.Module):
     ) -> Float[Array, "B S D"]:
         """Compute the block with gathered (whole) parameters."""
         m = self.scale_shift_table[...] + modulation
-        if self.fused == "pallas":
-            return fused_block.forward(self, x, context, m, rope, key_counts)
         # of the attention and of the feed-forward network, each [B,1,D]
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (m[:, i : i + 1] for i in range(6))
         h = (layer_norm(x, self.eps) * (1 + scale_a) + shift_a).astype(x.dtype)
@@ -271,7 +275,6 @@ class WanTransformer3D(nnx.Module):
         remat: one of `REMAT_POLICIES`. 'block' needs the activation memory of one block, and one
             residual stream per layer.
         quantisation: how the dense layers of the blocks are stored; None: in `dtype`.
-        fused: of `fused.choose_fused`.
         rngs: for random weights.
     """
 
@@ -283,7 +286,6 @@ class WanTransformer3D(nnx.Module):
         attention: str = "xla",
         remat: str = "none",
         quantisation: Quantisation | None = None,
-        fused: str = "off",
         rngs: nnx.Rngs,
     ):
         if remat not in REMAT_POLICIES:
@@ -304,7 +306,6 @@ class WanTransformer3D(nnx.Module):
                 backend=attention,
                 saved=saved,
                 quantisation=quantisation,
-                fused=fused,
                 rngs=rngs,
             )
 

@@ -3,15 +3,7 @@
 import dataclasses
 
 from grpo.settings.setting import PER_PROCESS, Section, setting
-from wan_jax.choices import (
-    BACKENDS,
-    DTYPES,
-    FUSED,
-    MATMUL_PRECISIONS,
-    OFFLOAD,
-    REMAT_POLICIES,
-    WEIGHTS,
-)
+from wan_jax.choices import BACKENDS, DTYPES, MATMUL_PRECISIONS, OFFLOAD, REMAT_POLICIES, WEIGHTS
 from wan_jax.command_line.limits import Range
 
 
@@ -66,14 +58,6 @@ class Model(Section):
         "`chunked` elsewhere. `xla` needs memory quadratic in the number of tokens, the others "
         "linear. `pallas` needs a GPU and has not run on one of AMD's.",
         choices=BACKENDS,
-    )
-    fused: str = setting(
-        "off",
-        "Whether rollout and update compute what stands between the products of a block (norms, "
-        "adapters' second factors, RoPE, residuals, GELU, rounding to fp8) in kernels of ours, which "
-        "read and write less memory. `pallas` needs a GPU and 16-bit types; it has not been measured, "
-        "and has not run on one of AMD's.",
-        choices=FUSED,
     )
     single_expert: bool = setting(
         False,

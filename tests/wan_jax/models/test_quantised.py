@@ -232,7 +232,7 @@ ABSENT = Device("<unknown compute-capability>", "MI300X")  # one to compile for
     "weights, platform, device, wanted",
     [
         ("dtype", "cuda", Device("9.0"), None),
-        ("fp8", "cuda", Device("9.0"), Quantisation("fp8", native=True)),
+        ("fp8", "cuda", Device("9.0"), Quantisation("fp8", native=True, kernel=True)),
         ("fp8", "cuda", Device("8.0"), Quantisation("fp8")),
         ("fp8", "rocm", Device("gfx942:sramecc+"), Quantisation("fp8", native=True, fnuz=True)),
         ("fp8", "rocm", Device("gfx950"), Quantisation("fp8", native=True)),
