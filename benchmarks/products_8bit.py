@@ -24,7 +24,7 @@ from grpo.learning.policy import COMPILER_OPTIONS
 from wan_jax.distributed import memory
 from wan_jax.models import gelu_kernel, quantised
 from wan_jax.models.attention import platform_of
-from wan_jax.models.layers import gelu, gelu_bound
+from wan_jax.models.layers import Rounded, gelu, gelu_bound
 from wan_jax.models.quantised import Quantisation
 
 VIDEOS, TOKENS = 9, 1024
@@ -106,7 +106,7 @@ def measure_products(repeats: int, line: Callable[[dict], None]) -> None:
 
 
 # ---- GELU ------------------------------------------------------------------------------------------
-def plain_gelu(product, rows, scale, bias, fp8) -> quantised.Rounded:
+def plain_gelu(product, rows, scale, bias, fp8) -> Rounded:
     """Compute `gelu_kernel.gelu_rows` as `transformer.GELUProjection` does without it."""
     y = quantised.scaled(product, rows, scale, bias).astype(product.dtype)
     activation = gelu(y.astype(jnp.float32)).astype(y.dtype)

@@ -100,6 +100,12 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.slow)
     rank = {stem: i for i, stem in enumerate(FIRST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    # 16-bit floats, through which XLA converts fp8, have no instructions there, nor a function in XLA
+    if "xla_cpu_max_isa=SSE4_2" in os.environ["XLA_FLAGS"]:
+        skip = pytest.mark.skip(reason="XLA cannot convert fp8 with the instructions of SSE4.2")
+        for item in items:
+            if item.get_closest_marker("fp8"):
+                item.add_marker(skip)
     missing = [
         name
         for name in ("torch", "diffusers", "transformers")

@@ -5,10 +5,13 @@ import json
 import sys
 
 import jax
+import pytest
 
 from benchmarks import products_8bit
 from wan_jax.models import gelu_kernel
 from wan_jax.models.quantised import Quantisation
+
+pytestmark = pytest.mark.fp8
 
 
 def test_the_kernel_is_compared_with_the_plain_code(monkeypatch):

@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32
 
-from wan_jax.models.layers import gelu, gelu_bound
-from wan_jax.models.quantised import Rounded, row_scales
+from wan_jax.models.layers import Rounded, gelu, gelu_bound
+from wan_jax.models.quantised import row_scales
 
 WARPS = 8  # of a program, which computes a row
 

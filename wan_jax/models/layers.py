@@ -6,6 +6,7 @@ is `kernel`, `scale` or `embedding`): see `wan_jax/storage/key_table.py`.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,15 @@ class LoRAParam(nnx.Param):
     """A trainable low-rank factor; a variable type of its own, so that `nnx.split(model, LoRAParam,
     ...)` selects it.
     """
+
+
+class Rounded(NamedTuple):
+    """An array [..., n] that was rounded to fp8 by rows: its values, and their scales [..., 1]. Takes
+    the place of a bound where what comes before it has rounded it.
+    """
+
+    values: jax.Array
+    scale: jax.Array
 
 
 class Linear(nnx.Module):
@@ -69,7 +79,9 @@ class Linear(nnx.Module):
 
     @staticmethod
     def product(
-        layers: Sequence["Linear"], x: Float[Array, "*batch n_in"], bound: jax.Array | None = None
+        layers: Sequence["Linear"],
+        x: Float[Array, "*batch n_in"],
+        bound: jax.Array | Rounded | None = None,
     ) -> jax.Array:
         """Return x times the weights of several layers, side by side, in the dtype of x, or in fp32
         if `in_8bit`.
@@ -79,13 +91,15 @@ class Linear(nnx.Module):
         return x @ concatenate([layer.kernel[...] for layer in layers])
 
     def __call__(
-        self, x: Float[Array, "*batch n_in"], bound: jax.Array | None = None
+        self, x: Float[Array, "*batch n_in"], bound: jax.Array | Rounded | None = None
     ) -> Float[Array, "*batch n_out"]:
         return fused_dense([self], x, bound)[0]
 
 
 def fused_dense(
-    layers: Sequence[Linear], x: Float[Array, "*batch n_in"], bound: jax.Array | None = None
+    layers: Sequence[Linear],
+    x: Float[Array, "*batch n_in"],
+    bound: jax.Array | Rounded | None = None,
 ) -> list[Float[Array, "*batch _"]]:
     """Return the result of each of several dense layers for the same x, computed as one product.
 
@@ -93,7 +107,8 @@ def fused_dense(
     are concatenated, their second ones are the blocks of a block-diagonal matrix. Layers are
     computed separately if only some have adapters or biases, or if their scales differ.
 
-    bound: of |x|, fp32 [..., 1]; None: not known. Products in 8 bits then compute it.
+    bound: of |x|, fp32 [..., 1], or x as it was rounded; None: not known. Products in 8 bits then
+        compute it.
     """
     first = layers[0]
     if len({(y.bias is None, y.lora_a is None, y.lora_scale) for y in layers}) > 1:

@@ -24,7 +24,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from jaxtyping import Array, Float
 
 from wan_jax.choices import WEIGHTS
 from wan_jax.errors import UserError
-from wan_jax.models.layers import MATMUL, Linear
+from wan_jax.models.layers import MATMUL, Linear, Rounded
 
 NF4_BLOCK = 64  # inputs that share a scale
 # The 16 values of nf4: quantiles of a normal distribution, scaled to [-1, 1], zero included.
@@ -165,15 +165,6 @@ class Quantisation:
                 .astype(dtype)
             )
         return (values.astype(jnp.float32) * scale[:, None]).astype(dtype)
-
-
-class Rounded(NamedTuple):
-    """An array [..., n] that was rounded to fp8 by rows: its values, and their scales [..., 1]. Takes
-    the place of a bound where what comes before it has rounded it.
-    """
-
-    values: jax.Array
-    scale: jax.Array
 
 
 class QuantisedLinear(Linear):

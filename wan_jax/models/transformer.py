@@ -28,6 +28,7 @@ from wan_jax.models.layers import (
     Linear,
     LoRAParam,
     RMSNorm,
+    Rounded,
     fused_dense,
     gelu,
     gelu_bound,
@@ -35,7 +36,7 @@ from wan_jax.models.layers import (
     layer_norm_bound,
 )
 from wan_jax.models.positions import Positions, apply_rope, rope_table, timestep_features
-from wan_jax.models.quantised import Quantisation, QuantisedLinear, Rounded, dense, scaled
+from wan_jax.models.quantised import Quantisation, QuantisedLinear, dense, scaled
 from wan_jax.models.sharded_forward import Gather, Layout, saved_but_gathers, self_attention
 
 RESIDUAL = "residual"  # name of the input of a block, for rematerialisation policies

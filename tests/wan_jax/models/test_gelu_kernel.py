@@ -55,6 +55,7 @@ def draw(videos, tokens, width, dtype=jnp.bfloat16):
 
 
 # ---- the kernel ------------------------------------------------------------------------------------
+@pytest.mark.fp8
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
     "tokens, width, fp8, dtype",
@@ -97,6 +98,7 @@ def test_pieces_of_a_row(width):
     assert [start for start, _ in pieces[1:]] == [start + n for start, n in pieces[:-1]]
 
 
+@pytest.mark.fp8
 @pytest.mark.usefixtures("interpreted")
 def test_devices_work_on_their_own_videos():
     """On eight devices: the results of one, and nothing sent from one to another."""
@@ -148,6 +150,7 @@ def velocity_and_gradients(model):
     return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(adapters, LATENTS)
 
 
+@pytest.mark.fp8
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreted", "everything_in_8_bits")
 @pytest.mark.parametrize(
@@ -179,6 +182,7 @@ def test_where_the_kernel_is_used(targets, calls):
     assert len(re.findall(r"name=gelu_rows\b", jaxpr)) == calls
 
 
+@pytest.mark.fp8
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreted", "everything_in_8_bits")
 def test_weights_and_tokens_of_a_video_may_be_split():

@@ -68,6 +68,7 @@ def rows_8bit(x, dtype, largest):
     return (x / scale).astype(np.float32).astype(dtype).astype(np.float64) * scale
 
 
+@pytest.mark.fp8
 @pytest.mark.parametrize("fnuz, largest", [(False, 7), (True, 6)])
 def test_product_in_8_bits_and_its_gradient(fnuz, largest):
     """Against float64 on the rounded operands; rows of very different size, and an unsafe zero row."""
@@ -113,6 +114,7 @@ def everything_in_8_bits(monkeypatch):
     monkeypatch.setattr(quantised, "SMALLEST", 0)
 
 
+@pytest.mark.fp8
 @pytest.mark.parametrize("how", [*KINDS, Quantisation("fp8", native=True)], ids=str)
 def test_fused_layers_and_separate_ones(how, everything_in_8_bits):
     """With biases and adapters, and equal to the dequantised layers up to the rounding of x."""
@@ -135,6 +137,7 @@ def test_fused_layers_and_separate_ones(how, everything_in_8_bits):
         assert error < (0.04 if how.native else 1e-5)  # e4m3 has 3 bits: 2.6 % of relative error
 
 
+@pytest.mark.fp8
 @pytest.mark.slow
 @pytest.mark.parametrize("weights, tolerance", [("fp8", 0.06), ("int8", 0.015)])
 @pytest.mark.usefixtures("everything_in_8_bits")
@@ -196,6 +199,7 @@ def test_products_in_8_bits_are_not_computed_again():
     assert products("block") == 7 + 6 + 6
 
 
+@pytest.mark.fp8
 @pytest.mark.parametrize("how", KINDS[:3], ids=str)
 @pytest.mark.parametrize("fsdp", [1, 2])
 def test_loading_quantises_the_stored_weights(folders, how, fsdp):
