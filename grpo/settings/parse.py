@@ -122,6 +122,10 @@ def settings_of(recipe: Recipe) -> Settings:
         raise UserError(f"config: {error}") from None
 
 
+# settings that are no more, with the value that is what is done without them
+REMOVED = {"model.fused": "off"}
+
+
 def check_resume(saved: dict, now: dict, checkpoint: str) -> tuple[str, ...]:
     """Return the settings that differ from those of a run's checkpoint, as 'KEY OLD -> NEW'; those
     that belong to a process, as paths, are left out. Raises `UserError` where a setting differs that
@@ -132,7 +136,8 @@ def check_resume(saved: dict, now: dict, checkpoint: str) -> tuple[str, ...]:
     # Settings that are newer than the checkpoint had their defaults, except that the method was
     # Flow-GRPO.
     defaults = flat(Recipe().to_dict()) | {"train.method": "grpo"}
-    before, after = _with_kl_weight(defaults | flat(saved)), _with_kl_weight(flat(now))
+    kept = {key: value for key, value in flat(saved).items() if REMOVED.get(key) != value}
+    before, after = _with_kl_weight(defaults | kept), _with_kl_weight(flat(now))
     changed = {
         key: f"{before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())

@@ -227,6 +227,17 @@ def test_a_run_with_a_setting_that_no_longer_exists_is_not_continued(small):
         parse.check_resume(saved, small.to_dict(), "run")
 
 
+@pytest.mark.parametrize("key, value", parse.REMOVED.items())
+def test_a_run_that_left_a_removed_setting_as_it_was_is_continued(key, value, small):
+    saved = small.to_dict()
+    section, name = key.split(".")
+    saved[section][name] = value
+    parse.check_resume(saved, small.to_dict(), "run")
+    saved[section][name] = "other"
+    with pytest.raises(UserError, match=rf"{re.escape(key)}: 'other' -> None"):
+        parse.check_resume(saved, small.to_dict(), "run")
+
+
 def test_a_kl_weight_of_none_is_the_methods_own(small):
     saved = small.to_dict()
     saved["train"]["kl_weight"] = 0.004  # as it was before it could be None
