@@ -4,7 +4,7 @@
 
 `--sizes` trains at several frame sizes: every step has an equal share of its batch of each. `--judge`
 completes the folder, samples held-out prompts at each size, and prints their OCR rewards beside those of
-`--init`. That takes about two minutes more than `--seconds` on a GPU with 8 cores:
+`--init`. That takes about two minutes on a GPU with 8 cores:
 
     python -m examples.tiny_wan.train_transformer --vae assets/tiny-wan/vae --init assets/tiny-wan \\
         --sizes 64x128,96x192 --learning_rate 0.016 --seconds 250 --judge 512 --out OUT
@@ -199,9 +199,8 @@ def main(_):
     flat, ema = jax.tree.map(jnp.copy, (flat, flat))
     begun = time.time()
     printed = begun - start - 20
-    total_time = FLAGS.seconds - (begun - start)
-    while (elapsed := time.time() - begun) < total_time:
-        progress = elapsed / total_time
+    while (elapsed := time.time() - begun) < FLAGS.seconds:
+        progress = elapsed / FLAGS.seconds
         lr = (
             FLAGS.learning_rate
             * min(1.0, (steps + FLAGS.inner) / 400)
@@ -251,7 +250,9 @@ if __name__ == "__main__":
         "out", None, "folder to write transformer/ and text_encoder/ into", required=True
     )
     flags.DEFINE_float(
-        "seconds", 900, "time budget of the optimisation, pool and compilation included"
+        "seconds",
+        900,
+        "time of the optimisation, its compilation included; the pool is made before",
     )
     flags.DEFINE_float("learning_rate", 0.02, "peak rate of Muon")
     flags.DEFINE_float("adam_scale", 0.1, "Adam's rate as a share of Muon's")
