@@ -2,7 +2,7 @@
 
     python -m grpo.train --config=configs/quickstart.py
 
-As `configs/tiny_ocr.py`, but 10 epochs in place of 40, sampled without guidance, which halves the
+As `configs/tiny_ocr.py`, but 10 epochs instead of 40, sampled without guidance, which halves the
 forward passes of sampling, and two evaluations of 64 held-out prompts, with guidance. The full recipe
 goes further; `--config.epochs=40` on the same run folder continues this one.
 """

@@ -65,7 +65,7 @@ class Plan:
 
         A tensor comes in one piece, or in pieces of `array_store.chunk_shape` if its layout does
         not change and no layers are stacked (the embedding of 4.2 GB). An array is valid until the
-        thread asks any plan for the next one, since it lies in the thread's `Buffers`. Raises
+        thread asks any plan for the next one, since it is in the thread's `Buffers`. Raises
         `UserError` on NaN, infinity, a value too large for the stored type and a damaged file.
         """
         shape, dtype, stacked = self.arrays[entry.path]

@@ -1,5 +1,5 @@
-"""Samples N videos of each prompt and writes the one with the best reward. Takes also all flags of
-`python -m wan_jax.sample` but --samples, --grid and --noise.
+"""Samples N videos of each prompt and writes the one with the best reward. It also takes the flags of
+`python -m wan_jax.sample` except --samples, --grid and --noise.
 
     python -m grpo.best_of --model models/tiny-wan --prompt 'A red sign with the word "open".' \\
         --best_of 8 --height 64 --width 128 --out open.png
@@ -10,7 +10,7 @@ The highest of N readings is too high, because it also chooses the errors of the
 another one, whose mean is the number to report. Without it the command says that the same reader chose.
 
 With `--prune_head`, a file of `grpo.reward_head`, the candidates are ranked by their predicted reward
-at the noise level `--prune_at`, and the better half of each prompt's goes on.
+at the noise level `--prune_at`, and only the better half of each prompt's candidates is finished.
 """
 
 import dataclasses

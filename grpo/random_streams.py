@@ -24,8 +24,8 @@ class Stream(enum.Enum):
     GROUP_STEP = ("host", 0x150)
     NOISE_LEVEL = ("host", 0xF0A)
     REWARD_HEAD = ("host", 0x4EAD)
-    DATA_ORDER = ("host", 0xDA7A)  # of a pass over the data, in place of the epoch
-    DATA_LEVEL = ("host", 0xDA1E)  # of an optimiser step, in place of the epoch
+    DATA_ORDER = ("host", 0xDA7A)  # of a pass over the data, instead of the epoch
+    DATA_LEVEL = ("host", 0xDA1E)  # of an optimiser step, instead of the epoch
 
     ADAPTERS = ("key", 0)  # initial LoRA factors of the first expert
     ROLLOUT = ("key", 1)

@@ -1,8 +1,8 @@
-"""Frames that a worker process finds in memory which it shares with its parent.
+"""Frames in memory that a worker process shares with its parent.
 
 A pickled video is copied five times on its way through a socket, twice by the parent's Python. Here
-the parent copies it once into anonymous memory, and the worker once out of it, so that a reward may
-keep its frames. The memory is a file without a name (`memfd_create`), not /dev/shm, which containers
+the parent copies it once into anonymous memory, and the worker copies it once out of it, so that a
+reward may keep its frames. The memory is a file without a name (`memfd_create`), not /dev/shm, which containers
 limit to 64 MB. Where the system has none, frames are pickled.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 
 
 class Place(NamedTuple):
-    """Where a video lies in the memory. offset: in bytes."""
+    """The place of a video in the memory. offset: in bytes."""
 
     offset: int
     shape: tuple[int, ...]

@@ -1,5 +1,5 @@
-"""The optimiser step with moments and moving average in host memory between updates, and one array at
-a time on the device.
+"""The optimiser step with moments and moving average offloaded to host memory between updates; one
+array at a time is on the device.
 
 The gradient of all arrays is one jitted function, as in `optimiser.make_update`; its peak is lower by
 12 bytes a trained parameter. After it, array by array, the moments and the average are copied to the

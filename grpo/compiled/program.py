@@ -31,7 +31,7 @@ class Program:
 
 
 def identity(program: Program) -> tuple:
-    """Return a value that is equal for programs which are compiled once: (function, structure,
+    """Return a value that is equal for `Program`s that share one compilation: (function, structure,
     shapes and dtypes).
     """
     leaves, treedef = jax.tree.flatten(program.args)

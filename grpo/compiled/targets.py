@@ -1,4 +1,5 @@
-"""The devices that `grpo.plan` plans for, which need not be here, and how to compile for them."""
+"""The devices that `grpo.plan` plans for, which this machine need not have, and how to compile for
+them."""
 
 import dataclasses
 import os

@@ -203,7 +203,7 @@ def draw_text(
         chosen.insert(int(rng.integers(len(chosen) + 1)), str(rng.integers(1, 1000)))
     # 3 case
     text = CASES[str(rng.choice(style.cases))](" ".join(chosen))
-    # 4 punctuation, at the end or in place of the first space
+    # 4 punctuation, at the end or instead of the first space
     if happens(style.punctuation):
         if " " not in text or rng.random() < 0.5:
             return text + str(rng.choice(["!", "?"]))

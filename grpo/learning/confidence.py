@@ -9,8 +9,8 @@ has the weights s (1 - s):
     R = sum_s s (1 - s) (S_s - mean(S_s)) / std(S_s) / sum_s s (1 - s)
 
 as in the authors' code, according to notes on it; the paper has 8 probes and the last 60 % of the steps.
-Nothing outside of the model is asked, so the model may grow surer of pictures that show less: a frozen
-model has preferred one without the subject of its prompt.
+Only the model itself judges, so it may become surer of pictures that show less: a frozen model
+has preferred one without the subject of its prompt.
 """
 
 from collections.abc import Callable

@@ -9,10 +9,10 @@ x0 are latents of the data, c is the prompt of each of them, and v the velocity 
 the data term of DDRL (arXiv 2512.04332; w is 0.01 in cosmos-rl's released settings). Noise and levels
 are drawn for the data (data.noise=own), the levels from the distribution of the method: the rollout's
 steps, or logit-normal (`finished_batch.levels_at`). Or they are those of the rollout, as in cosmos-rl:
-the initial noise of a video and the level of one of its stochastic steps (`rollout_draws`). There a
-video samples the prompt of the pair whose loss has its noise, and by reading, with a sigma_data of 1,
-the squared error of v is multiplied by s^2 + (1 - s)^2; here prompts of data and rollout are apart, and
-all levels weigh alike.
+the initial noise of a video and the level of one of its stochastic steps (`rollout_draws`). In
+cosmos-rl a pair has the noise of a video of the same prompt, and, as far as its code was read, the
+squared error of v is multiplied by s^2 + (1 - s)^2 (sigma_data is 1). Here data and rollout have
+prompts of their own, and all levels have the same weight.
 
 Every draw is a function of (seed, expert, number of the optimiser step, place in its batch), so a run
 that is resumed repeats it.

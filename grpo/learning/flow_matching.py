@@ -1,4 +1,4 @@
-"""Base of the methods that train on finished videos, noised again, as NFT and DPO.
+"""Base of the methods that train on finished videos, noised again, such as NFT and DPO.
 
 They need no log-probs, so the rollout is the plain ODE. Its final latents x0 are noised again,
 x_s = (1 - s) x0 + s e, at newly drawn noise levels s (papers write t), and the loss compares

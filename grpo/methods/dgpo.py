@@ -9,12 +9,12 @@ with W without gradient: the gradient of -log sigmoid(-beta / G sum A (d - d_ref
 where the advantages of a group add up to 0. W falls once the better videos have a smaller error than
 under the reference and the worse ones a larger one.
 
-Compared by reading with the authors' code (`compute_group_dgpo_loss_allreduce` in
-scripts/train_sd3_dgpo.py of Luo-Yihong/DGPO): the sign, W and what has no gradient are as here, noise
-and level are those of the group, and the levels are the rollout's first steps, 5 or 7 of 10 there. So
-is its clip, which the paper has not: d of a video has no gradient once exp(d_old - d) has moved by
-more than `clip` in the direction of A, where "old" follows the policy in every update. There it also
-samples after some hundred updates; here the policy always does.
+By reading, the authors' code (`compute_group_dgpo_loss_allreduce` in scripts/train_sd3_dgpo.py of
+Luo-Yihong/DGPO) agrees: the sign, W and what has no gradient are as here, a group shares its noise
+and level, and the levels are those of the rollout's first steps, there 5 or 7 of 10. The clip is also
+from that code, and not in the paper: d of a video has no gradient once exp(d_old - d) has moved by
+more than `clip` in the direction of A. "old" is a copy of the weights that follows the policy in every
+update. There it also samples after some hundred updates; here the policy always samples.
 """
 
 import dataclasses

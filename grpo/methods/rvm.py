@@ -5,7 +5,7 @@ in (0, 1), and the velocity moves by the gradient c (v - u), with c = 0.1 A: to 
 better than its group, away from it where it is worse. That is the gradient of c / 2 mean((v - u)^2).
 The paper's optional anchor, weight (v - v_ref), is `train.kl_weight` of half that weight.
 
-Formula and settings by reading the implementation for FastVideo (hao-ai-lab/FastVideo, pull request
+Formula and settings were taken by reading the implementation for FastVideo (hao-ai-lab/FastVideo, pull request
 1806: `detached_rvm_surrogate`, `standardize_group_rewards`, rvm_faithful.py): A is the reward minus its
 group's mean, divided by the standard deviation of all rewards and clipped at 5
 (train.advantage_std=global), there is no anchor, and videos are sampled without guidance. There the

@@ -1,7 +1,7 @@
 """Writes and reads the records of a training run.
 
     runs/NAME/config.json               every setting, and the command line
-    runs/NAME/provenance.json           of each start: time, hardware, versions, commit, values in
+    runs/NAME/provenance.json           for each start: time, hardware, versions, commit, values in
                                         force (`grpo.records.provenance`)
     runs/NAME/run.log                   every line that the run printed (`grpo.records.run_output`)
     runs/NAME/metrics.jsonl             one line per epoch

@@ -1,7 +1,8 @@
 """The guard against reward hacking: judges every evaluation of a run, and names the best checkpoint.
 
-A reward is a proxy of what the user wants, and training finds its gaps. Three things are watched in
-the held-out evaluations, which all have the same prompts and the same noise, and one in the epochs:
+A reward is a proxy of what the user wants, and training finds its gaps. Three things (panel, judges,
+fall) are watched in the held-out evaluations, which all have the same prompts and the same noise, and
+one (spread) in the epochs:
 
     panel   measures of quality that training does not optimise (`reward.panel`). One of them is
             outside where its mean m differs from the base model's m_0 by more than `tolerance`
@@ -12,9 +13,10 @@ the held-out evaluations, which all have the same prompts and the same noise, an
             which the starting model samples. It is too small below a floor.
     fall    the main reward has fallen where its interval lies below that of the best evaluation.
 
-Each is an alarm. The best checkpoint has the highest lower bound of the main reward among those without
-one of the first three; the base model counts. An evaluation chooses by the prompts of even number and
-reports by the others (`halves`), since a mean that was chosen for its height is too high.
+Each raises the alarm. The best checkpoint has the highest lower bound of the main reward among those
+without an alarm of the first three kinds; the base model is a candidate too. The prompts of even
+number choose and the others report (`halves`), since a mean that was chosen for its height is too
+high.
 """
 
 import dataclasses

@@ -77,7 +77,7 @@ def spelling(lines: Sequence[TextLine], targets: Sequence[str]) -> float:
 
 
 def confident_spelling(lines: Sequence[TextLine], targets: Sequence[str]) -> float:
-    """Return the value of one frame by `spelling`, with `text_match.confident_similarity` in place of
+    """Return the value of one frame by `spelling`, with `text_match.confident_similarity` instead of
     the similarity: a right letter counts as much as the reader is sure of it.
 
     The confidences are those of the characters, `TextLine.confidences`, or of the line where an

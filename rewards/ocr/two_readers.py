@@ -1,4 +1,4 @@
-"""A text reward that two readers must agree on: each frame counts as the one that reads it worse.
+"""A text reward by two readers: each frame has the lower one of their values.
 
 A policy that is trained on one OCR engine finds letters that this engine takes for the right ones
 and people do not. Letters that fool two engines are harder to find, but a policy trained on both

@@ -178,7 +178,7 @@ class Shards:
     ) -> np.ndarray:
         """Return one tensor, or rows of it, in the stored dtype.
 
-        With `buffers` the array lies in their slot "source". Raises `UserError` when the tensor
+        With `buffers` the array is in their slot "source". Raises `UserError` when the tensor
         holds NaN or infinity, or the file has become shorter.
         """
         path, shape = self.where[key], self.shapes[key]

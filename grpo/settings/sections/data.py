@@ -41,9 +41,9 @@ class Data(Section):
     )
     only: bool = setting(
         False,
-        "Whether an epoch trains on the data alone: on all of them with train.method=sft, on given "
+        "Whether an epoch trains on the data alone: on all items with train.method=sft, on given "
         "pairs with `dpo`, on given ratings with `tgo`. Nothing is sampled or scored between "
-        "evaluations. It has train.updates_per_epoch optimiser steps.",
+        "evaluations. An epoch has train.updates_per_epoch optimiser steps.",
         experimental=True,
     )
     labels: str = setting(

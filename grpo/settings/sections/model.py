@@ -61,8 +61,8 @@ class Model(Section):
     )
     single_expert: bool = setting(
         False,
-        "Of models with two experts: whether the first one computes all steps, and the second is "
-        "neither loaded nor trained. So does Diffusers up to 0.34, with which Flow-GRPO trained "
+        "For models with two experts: whether the first one computes all steps, and the second is "
+        "neither loaded nor trained, as in Diffusers up to 0.34, with which Flow-GRPO trained "
         "Wan 2.2 A14B.",
     )
     offload: str = setting(

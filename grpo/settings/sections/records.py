@@ -35,8 +35,8 @@ class Eval(Section):
     )
     shift: float | None = setting(
         None,
-        "Shift of the noise schedule of evaluations. None: `sample.shift`, only where they have the "
-        "size of training.",
+        "Shift of the noise schedule of evaluations. None: `sample.shift`, which is allowed only if they "
+        "have the size of training.",
         bounds=POSITIVE,
     )
     more_frames: tuple[int, ...] = setting(
@@ -47,7 +47,7 @@ class Eval(Section):
     more_sizes: tuple[tuple[float, ...], ...] = setting(
         (),
         "Further sizes, ((height, width, frames), ...), e.g. ((480, 832, 33),). A fourth number is the "
-        "shift of a size, else it is that of the other evaluations. Each has separate evaluations with "
+        "shift of a size; without it, the shift is that of the other evaluations. Each has separate evaluations with "
         "a separate log, evals_480x832_33_frames.jsonl. They do not choose the best checkpoint.",
         form="(height, width, frames) or (height, width, frames, shift)",
     )

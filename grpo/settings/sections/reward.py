@@ -58,7 +58,7 @@ class Reward(Section):
     rule: str = setting(
         "spelling",
         "Rule that turns the texts read in a video into a score. Train with `spelling`, or with "
-        "`confident`, in which a right letter counts as much as the reader is sure of it; the "
+        "`confident`, in which a right letter counts by the reader's confidence; the "
         "others are Flow-GRPO's own, for comparison.",
         choices=RULES,
     )
@@ -69,7 +69,7 @@ class Reward(Section):
     )
     reader_two: str = setting(
         "",
-        "Second OCR engine of the reward: each frame counts as the reader says that reads it worse. "
+        "Second OCR engine of the reward: each frame has the lower one of the two readers' values. "
         "The values of both are logged as `ocr.reader_one` and `ocr.reader_two`. Empty: one reader.",
         choices=("", *ENGINES),
     )
@@ -106,7 +106,7 @@ class Reward(Section):
         (),
         "Weights of your own rewards and of rewards of named servers, or of their parts, by name: "
         "on the command line `--config.reward.own_weights=red=1.0,NAME.PART=0.5`. In a recipe, "
-        "`c.reward.weights.red = 1.0` is the same. Without one it is 0: measured, but not trained.",
+        "`c.reward.weights.red = 1.0` is the same. The default of a weight is 0: measured, but not trained.",
         named=float,
     )
     clip_model: str = setting(
@@ -130,9 +130,9 @@ class Reward(Section):
     )
     confidence: float = setting(
         0.0,
-        "Weight of one more reward, how well the policy recovers noise from its own videos, standardised "
-        "over the epoch (SOLACE; docs/explanation/algorithms.md). A model may grow surer of pictures that "
-        "show less, so watch the others. Only in training; it costs 4 forward passes at half of the steps.",
+        "Weight of one more reward: how well the policy recovers noise from its own videos, standardised "
+        "over the epoch (SOLACE; docs/explanation/algorithms.md). A model may become surer of pictures that "
+        "show less, so watch the other rewards. Only in training; it costs 4 forward passes at half of the steps.",
         bounds=Range(0),
         experimental=True,
     )

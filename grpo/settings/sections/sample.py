@@ -100,14 +100,14 @@ class Sample(Section):
     reward_guidance: float = setting(
         0.0,
         "Weight of reward guidance in the rollout, of methods without an importance ratio: the velocity "
-        "is shifted by this times the gradient of a head's reward (docs/explanation/algorithms.md). "
+        "is shifted by this times the gradient of a reward head (docs/explanation/algorithms.md). "
         "Evaluations are not guided. 0: none.",
         bounds=Range(0),
         experimental=True,
     )
     reward_head: str = setting(
         "",
-        "File of that head, written by `python -m grpo.reward_head`. A run that is continued has the head "
+        "File of the reward head, written by `python -m grpo.reward_head`. A run that is continued has the head "
         "of its checkpoint.",
         path=True,
         experimental=True,
@@ -159,15 +159,16 @@ class Sample(Section):
     )
     untrained_noise: bool = setting(
         False,
-        "Of `grpo`: whether the steps that are not trained are stochastic too. In Flow-GRPO's code "
-        "for Wan all 20 steps are, and the last is not trained. False: they follow the ODE.",
+        "For `grpo`: whether the steps that are not trained are stochastic too. In Flow-GRPO's code "
+        "for Wan all 20 steps are stochastic, and the last is not trained. False: they follow the ODE.",
     )
     sde_window: str = setting(
         "any",
         "Rule by which an epoch draws its stochastic steps from `sample.sde_range`. `any`: any "
-        "subset. `spaced`: always the same, spread evenly from the first on, as every second one with "
-        "half as many steps (DDRL). `random`: neighbouring steps at a random place (Flow-GRPO-Fast). `progressive`, "
-        "`decay`, `exp_decay`: neighbouring steps that slide from the first to the last (MixGRPO); "
+        "subset. `spaced`: the same steps in every epoch, spread evenly from the first on; with half as "
+        "many steps every second one (DDRL). `random`: neighbouring steps at a random place "
+        "(Flow-GRPO-Fast). `progressive`, `decay`, `exp_decay`: neighbouring steps that slide from the "
+        "first to the last (MixGRPO); "
         "with the last two they stay fewer epochs at later steps. `one_per_group`: one step, "
         "another for each group (Flash-GRPO); it needs sde_steps=1.",
         choices=WINDOWS,

@@ -32,71 +32,71 @@ class Train(Section):
     )
     timesteps: int = setting(
         4,
-        "Of the methods on finished videos: noise levels of a video in an epoch. Two experts share "
+        "For the methods on finished videos: noise levels of a video in an epoch. Two experts share "
         "them. At most `sample.steps`.",
         bounds=Range(1),
     )
     nft_beta: float = setting(
         0.1,
-        "Of `nft`: distance of its positive and negative policies from the behaviour policy.",
+        "For `nft`: distance of its positive and negative policies from the behaviour policy.",
         bounds=POSITIVE,
     )
     old_rate: float = setting(
         1e-3,
-        "Of `nft`: after n updates the behaviour policy, which samples, keeps min(old_rate n, "
+        "For `nft`: after n updates the behaviour policy, which samples, keeps min(old_rate n, "
         "old_most) of itself at the end of an epoch. The rest is the trained policy.",
         bounds=Range(0),
     )
     old_most: float = setting(
-        0.5, "Of `nft`: the largest share that the behaviour policy keeps.", bounds=FRACTION
+        0.5, "For `nft`: the largest share that the behaviour policy keeps.", bounds=FRACTION
     )
     dpo_beta: float = setting(
         100.0,
-        "Of `dpo`: beta of its loss, -log sigmoid(-beta / 2 x margin). It is the strength of the "
+        "For `dpo`: beta of its loss, -log sigmoid(-beta / 2 x margin). It is the strength of the "
         "preference and of the constraint to the reference.",
         bounds=POSITIVE,
     )
     reference_every: int = setting(
         0,
-        "Of `dpo`: updates after which the policy becomes the reference (online DPO). 0: the "
+        "For `dpo`: updates after which the policy becomes the reference (online DPO). 0: the "
         "reference is the base model.",
         bounds=Range(0),
         experimental=True,
     )
     dgpo_beta: float = setting(
         100.0,
-        "Of `dgpo`: beta of its loss. A group whose better videos have improved on the reference counts "
+        "For `dgpo`: beta of its loss. A group whose better videos have improved on the reference counts "
         "less, the more so the larger beta is.",
         bounds=POSITIVE,
         experimental=True,
     )
     dgpo_clip: float = setting(
         1e-3,
-        "Of `dgpo`: how far the ratio exp(d_old - d) of a video may move from 1 in the direction of its "
+        "For `dgpo`: how far the ratio exp(d_old - d) of a video may move from 1 in the direction of its "
         "advantage before the video has no gradient, with its flow-matching error d. inf: any distance.",
         bounds=POSITIVE_OR_INF,
         experimental=True,
     )
     tgo_temperature: float = setting(
         1e-3,
-        "Of `tgo`: what differences of errors from the reference's are divided by.",
+        "For `tgo`: divisor of the difference between the reference's error and the policy's.",
         bounds=POSITIVE,
         experimental=True,
     )
     tgo_confidence: float = setting(
         5.0,
-        "Of `tgo`: c of a video's weight, 1 + c |score - median|. 0: all are equal.",
+        "For `tgo`: c in a video's weight, 1 + c |score - median|. 0: all weights are equal.",
         bounds=Range(0),
         experimental=True,
     )
     temperature: float = setting(
         1.0,
-        "Of `rwr`: a video's weight is exp(reward / temperature) over its mean in the group.",
+        "For `rwr`: a video's weight is exp(reward / temperature) over its mean in the group.",
         bounds=POSITIVE,
     )
     guided: bool = setting(
         False,
-        "Of the methods on finished videos: whether the velocity with `sample.guidance` is trained, "
+        "For the methods on finished videos: whether the velocity with `sample.guidance` is trained, "
         "at twice the forward passes. False: the conditional velocity, as published.",
         experimental=True,
     )
@@ -160,7 +160,7 @@ class Train(Section):
     )
     divergence: float = setting(
         1e-5,
-        "Of `dppo`: divergence from the sampling policy at which a step of a video is left out.",
+        "For `dppo`: divergence from the sampling policy at which a step of a video is left out.",
         bounds=POSITIVE,
         experimental=True,
     )
@@ -175,8 +175,8 @@ class Train(Section):
     box_credit: float = setting(
         0.0,
         "How much more the cells of a video's latents count in the loss where the OCR engine read "
-        "text, from 0, all alike, to below 1, hardly any others (docs/explanation/algorithms.md). It needs an OCR "
-        "engine on this machine.",
+        "text. 0: all cells count alike. Close to 1: the others hardly count "
+        "(docs/explanation/algorithms.md). It needs an OCR engine on this machine.",
         bounds=FRACTION,
         experimental=True,
     )
@@ -197,7 +197,7 @@ class Train(Section):
     )
     kl_weight: float | None = setting(
         None,
-        "Weight of the KL to the reference. Of the methods on finished videos it is the weight of "
+        "Weight of the KL to the reference. For the methods on finished videos it is the weight of "
         "mean((v - v_ref)^2), with velocities v; `dpo` has none. None: the method's own, e.g. 0.004 "
         "for `grpo` and 1e-4 for `nft`.",
         bounds=Range(0),
@@ -218,7 +218,7 @@ class Train(Section):
     )
     kl_reference_decay: float = setting(
         0.99,
-        "Decay of that average: the share of itself that it keeps in every update.",
+        "With train.kl_reference=average: the share of itself that the average keeps in every update.",
         bounds=FRACTION,
         experimental=True,
     )
@@ -231,7 +231,7 @@ class Train(Section):
     )
     kl_target: float | None = setting(
         None,
-        "KL that the weight is adapted to; kl_weight is then the first weight. None: the weight is "
+        "KL that its weight is adapted to; train.kl_weight is then the first weight. None: the weight is "
         "constant.",
         bounds=POSITIVE,
         experimental=True,
@@ -244,7 +244,7 @@ class Train(Section):
     )
     kl_weight_range: tuple[float, float] = setting(
         (1e-4, 1.0),
-        "Range of the adapted weight.",
+        "Range of the weight that `train.kl_target` adapts.",
         bounds=POSITIVE,
         form="(lowest, highest)",
         experimental=True,
@@ -266,14 +266,13 @@ class Train(Section):
     )
     cfg_distill_guidance: float = setting(
         4.5,
-        "Scale of guidance of the reference in that loss; above 1.",
+        "Scale of guidance of the reference in the loss of `train.cfg_distill_weight`; above 1.",
         bounds=GUIDANCE,
         experimental=True,
     )
     cfg_distill_guidance_2: float | None = setting(
         None,
-        "Scale of guidance of the reference's second expert in that loss, in models with two. None: as "
-        "for the first.",
+        "The same for the reference's second expert, in models with two. None: as for the first.",
         bounds=GUIDANCE,
         experimental=True,
     )
@@ -305,10 +304,10 @@ class Train(Section):
     )
     max_velocity_distance: float = setting(
         math.inf,
-        "Of `nft`, `awm`, `dpo` and `tgo`: bound of the mean of |v - v_old|^2 and |v - v_ref|^2 in an "
+        "For `nft`, `awm`, `dpo` and `tgo`: bound of the mean of |v - v_old|^2 and |v - v_ref|^2 in an "
         "update, the squared distance of the velocity from that of the behaviour policy and of the "
-        "KL's reference. Beyond it the run ends, with everything saved. inf: it never does, and `nft` "
-        "does not measure the first.",
+        "KL's reference. Beyond it the run ends, with everything saved. inf: no bound, and `nft` does not "
+        "measure the distance from v_old.",
         bounds=POSITIVE_OR_INF,
         resume=True,
         experimental=True,
@@ -332,7 +331,7 @@ class Train(Section):
     alarm_spread: float = setting(
         0.5,
         "How different the videos of a group must stay, as a share of the starting model's spread: "
-        "the alarm rings where the mean since the last evaluation is below it. 0: never.",
+        "the alarm is raised if the mean since the last evaluation is below it. 0: never.",
         bounds=FRACTION,
         resume=True,
     )
@@ -353,14 +352,14 @@ class Train(Section):
     )
     zero_advantages: str = setting(
         "keep",
-        "Of `grpo`: what becomes of videos whose advantages are all 0, as in groups of equal rewards. "
+        "For `grpo`: what becomes of videos whose advantages are all 0, as in groups of equal rewards. "
         "`keep`: they count in the means of loss and KL. `drop`: they do not, as in Flow-GRPO's code.",
         choices=ZERO_ADVANTAGES,
     )
     ratio_tolerance: float | None = setting(
         None,
-        "Deviation of the importance ratio from 1 in the first update of an epoch that ends the run, "
-        "as that update is on-policy. inf: it is not checked. None: 1e-4 where products of "
+        "Deviation of the importance ratio from 1 that ends the run, in the first update of an epoch, "
+        "which is on-policy. inf: it is not checked. None: 1e-4 where products of "
         "float32 are exact, 2e-3 in bfloat16 and in TF32, the default of NVIDIA GPUs.",
         bounds=Range(0, math.inf, below=False),
         resume=True,
