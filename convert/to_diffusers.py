@@ -309,8 +309,8 @@ if __name__ == "__main__":
         "lora",
         None,
         "LoRA file to merge, FILE[:SCALE], for two experts HIGH,LOW[:SCALE]; repeat the flag for "
-        "several. Those that the run's base had are merged anyway; the flag says where such a file "
-        "is now",
+        "several. LoRAs that the run's base had are merged anyway; give their present path if it "
+        "has changed",
     )
     flags.DEFINE_float("shard_gb", 5.0, "size of the largest file in GB", lower_bound=0.01)
     flags.DEFINE_bool("overwrite", False, "replace an existing --dst")

@@ -58,10 +58,17 @@ flags.DEFINE_enum("engine", ENGINES[0], ENGINES, "OCR engine of --reward=ocr")
 flags.DEFINE_string(
     "judge",
     "",
-    f"what does not choose and gives the number to report: {' or '.join(ENGINES)}, or MODULE:FACTORY",
+    f"reader that does not choose and gives the number to report: {', '.join(ENGINES)}, or MODULE:FACTORY",
 )
-define_path("prune_head", "file of grpo.reward_head: the better half of the candidates goes on")
-define_number("prune_at", 0.7, "noise level at which they are ranked", Range(0, 1, above=True))
+define_path(
+    "prune_head", "file of grpo.reward_head: only the better half of the candidates is finished"
+)
+define_number(
+    "prune_at",
+    0.7,
+    "noise level at which --prune_head ranks the candidates",
+    Range(0, 1, above=True),
+)
 flags.DEFINE_bool("keep_all", False, "also write the other candidates, with their numbers")
 define_number("workers", 2, "scoring processes", PROCESSES, int)
 FLAGS = flags.FLAGS

@@ -366,7 +366,7 @@ if __name__ == "__main__":
     )
     flags.DEFINE_list("seeds", ["0", "1", "2"], "config.seed of the runs of each method")
     flags.DEFINE_string(
-        "budget", None, "of each run: evaluations:N, seconds:N or epochs:N", required=True
+        "budget", None, "budget of each run: evaluations:N, seconds:N or epochs:N", required=True
     )
     define_path("out", "folder to write", required=True)
     define_number(
@@ -379,6 +379,8 @@ if __name__ == "__main__":
         "jobs", 0, "runs at the same time; 0: one for each of --devices", lower_bound=0
     )
     flags.DEFINE_list(
-        "devices", [], "numbers of the GPUs (CUDA or HIP) that runs get in turn; none: all see all"
+        "devices",
+        [],
+        "numbers of the GPUs (CUDA or HIP) that runs get in turn; not given: each run sees all",
     )
     cli.run(main)

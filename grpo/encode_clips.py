@@ -309,7 +309,7 @@ if __name__ == "__main__":
         "dtype",
         "auto",
         ["auto", *DTYPES],
-        "of the text encoder, and of the transformer with --from_model; the VAE's is float32; auto: "
+        "type of the text encoder, and with --from_model of the transformer; the VAE has float32; auto: "
         "bfloat16, but float32 on the CPU",
     )
     define_number("batch_size", 0, "videos at a time; 0: chosen", Range(0), int)
@@ -331,7 +331,7 @@ if __name__ == "__main__":
     define_number("seed", 0, "seed of the samples", SEED, int)
     define_number("steps", None, "denoising steps", STEPS, int)
     define_number("guidance", None, "classifier-free guidance; up to 1 means none", Range(0))
-    define_number("guidance_2", None, "of the second expert (Wan 2.2 A14B)", Range(0))
+    define_number("guidance_2", None, "guidance of the second expert (Wan 2.2 A14B)", Range(0))
     define_number("shift", None, "shift of the sigma schedule", Range(0, above=True))
     flags.DEFINE_enum(
         "solver", "auto", ["auto", *SOLVERS], "ODE solver; auto: the one of the model's scheduler"

@@ -224,13 +224,13 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, FLAG_HELP, lock_config=True)
     define_path(
         "checkpoint",
-        "run folder of grpo.train, RUN/best or RUN/checkpoints/<epoch>; None: only the model itself",
+        "run folder of grpo.train, RUN/best or RUN/checkpoints/<epoch>; not given: only the model itself",
     )
     define_path("out", "folder to write", required=True)
     define_path(
         "reward_head", "file of grpo.reward_head: sample with guidance towards a higher reward"
     )
-    define_number("reward_guidance", 10.0, "weight of that guidance", Range(0))
+    define_number("reward_guidance", 10.0, "weight of the reward head's guidance", Range(0))
     define_number(
         "best_of", 1, "videos of each prompt, of which the best one counts", CANDIDATES, int
     )

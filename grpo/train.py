@@ -328,8 +328,8 @@ def stop_on_distance(
         write_report(spec.recipe.run_dir)
         has_kl = "train.kl_weight" in spec.method.reads
         raise UserError(
-            f"epoch {epoch}: {excess}, so the run stops. Epoch {epoch} is saved. To go on all the "
-            "same, raise the bound; in a new run_dir lower --config.train.learning_rate"
+            f"epoch {epoch}: {excess}, so the run stops. Epoch {epoch} is saved. To continue "
+            "anyway, raise the bound; in a new run_dir lower --config.train.learning_rate"
             + (" or raise --config.train.kl_weight" if has_kl else "")
         )
 

@@ -223,7 +223,7 @@ def main(_: Sequence[str]) -> None:
         pool.close()
         raise UsageError(
             f"--batch={BATCH.value} needs a reward with score_batch(videos, requests), which "
-            f"--reward={name} has not: write it, or leave --batch out"
+            f"--reward={name} does not have: write it, or leave out --batch"
         )
 
     # 4. Serving.

@@ -53,7 +53,7 @@ flags.DEFINE_multi_string(
     "lora",
     None,
     "LoRA file to merge, FILE[:SCALE], for two experts HIGH,LOW[:SCALE]; repeat the flag for "
-    "several. Of those that a checkpoint's base had: where it is now",
+    "several. Also the present path of a LoRA that a checkpoint's base had",
 )
 flags.DEFINE_multi_string("prompt", [], "what to show; repeat the flag for several prompts")
 define_path("prompts", 'file of prompts: text, one a line, or .jsonl with {"prompt": ...} a line')
@@ -81,7 +81,7 @@ define_number("guidance", None, "classifier-free guidance; up to 1 means none", 
 define_number(
     "guidance_2",
     None,
-    "of the second expert (Wan 2.2 A14B); not given: --guidance if that is given",
+    "guidance of the second expert (Wan 2.2 A14B); not given: --guidance, if given",
     Range(0),
 )
 define_number("shift", None, "shift of the sigma schedule", Range(0, above=True))
@@ -116,7 +116,7 @@ flags.DEFINE_enum(
     "matmul_precision",
     "auto",
     ["auto", *MATMUL_PRECISIONS],
-    "of float32 products, the VAE's included; default: the backend's, TF32 on NVIDIA; auto: "
+    "precision of float32 products, also in the VAE; default: the backend's, TF32 on NVIDIA; auto: "
     "float32 if --dtype is float32, else default",
 )
 define_number("batch_size", 0, "videos sampled at a time; 0: chosen", Range(0), int)

@@ -187,7 +187,7 @@ def read_manifest(
     if not folder.is_dir():
         raise UserError(f"{key}={folder} does not exist; {make}")
     if not (folder / MANIFEST).is_file():
-        raise UserError(f"{key}={folder} has no {MANIFEST}, so it is no data to train on; {make}")
+        raise UserError(f"{key}={folder} has no {MANIFEST}, so it is not a folder of data; {make}")
     content = integrity.read_manifest(folder / MANIFEST)
     if content.get("format") != FORMAT:
         raise UserError(

@@ -25,7 +25,7 @@ def stop_on_alarm(
         found = "" if best is None else f"The best checkpoint is {folder.checkpoints.path(best)}. "
         raise UserError(
             f"epoch {epoch}: {alarm}, so the run stops, as train.on_alarm=stop asks. Epoch {epoch} is "
-            f"saved. {found}To go on all the same: --config.train.on_alarm=log"
+            f"saved. {found}To continue anyway: --config.train.on_alarm=log"
         )
 
 

@@ -107,7 +107,7 @@ def fill(question: str, request: PromptRecord) -> str:
     def place(match: re.Match) -> str:
         if match[1] not in known:
             raise RewardError(
-                f"the question asks for {match[0]}, which this prompt has not: {request.prompt!r}"
+                f"the question asks for {match[0]}, which this prompt does not have: {request.prompt!r}"
             )
         return str(known[match[1]])
 

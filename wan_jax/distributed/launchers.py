@@ -96,8 +96,8 @@ def _from_flags(cluster: str, coordinator: str, processes: int, process: int) ->
         )
     if processes < 1 or not 0 <= process < processes:
         raise UserError(
-            f"--process_id={process} of --num_processes={processes}: must be from 0 to the "
-            "number of processes less one, another one for each process"
+            f"--process_id={process} of --num_processes={processes}: must be from 0 to "
+            "--num_processes - 1, and different for each process"
         )
     return Launch(coordinator, processes, process) if processes > 1 else None
 

@@ -169,7 +169,7 @@ def check(model: ModelDir, meta: Mapping[str, Any], checkpoint) -> None:
     if missing := [lora for lora in needed(model, meta) if lora.identity not in have]:
         raise UserError(
             f"{checkpoint} was trained on a base with {', '.join(map(str, missing))} merged "
-            f"({missing[0].digest[:12]}), which this model has not: give it as config.model.loras, "
+            f"({missing[0].digest[:12]}), which this model does not have: give it as config.model.loras, "
             "wherever the file is now"
         )
 

@@ -91,7 +91,7 @@ def load_transformers(
         beyond = merged_loras.beyond(model, meta)
         if extra := sorted(set(trained) - set(model.experts)):
             raise UserError(
-                f"checkpoint {checkpoint} trained {', '.join(extra)}, which {model.path} has not: "
+                f"checkpoint {checkpoint} trained {', '.join(extra)}, which {model.path} does not have: "
                 "it was trained from another model; see 'model' in its config.json"
             )
 
