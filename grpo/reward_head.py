@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from grpo.run import RunSpec, open_model
 from grpo.scoring import reward_combination
 from grpo.scoring.reward_pool import open_pool
 from grpo.scoring.scored_prompts import for_rewards, fps_of, load_scored_prompts
-from grpo.scoring.scores import gather_scores, submit
+from grpo.scoring.scores import GatheredScores, gather_scores, submit
 from grpo.settings import parse
 from grpo.settings.reference import FLAG_HELP
 from wan_jax.command_line import cli
@@ -158,6 +158,35 @@ def explained(
     return shares
 
 
+def learned_rewards(weights: Mapping[str, float]) -> tuple[str, ...]:
+    """Return the names of the rewards that a head learns: those with a weight, but measures of
+    quality. Raises `UserError` without any. weights: of the measured rewards by name.
+    """
+    weighted = [name for name, weight in weights.items() if weight]
+    names = tuple(name for name in weighted if name not in reward_combination.BAD_SIDE)
+    if not names:
+        raise UserError(
+            f"config.reward.weights: only {', '.join(weighted)} have a weight, measures of quality, "
+            "which a reward head does not learn: training compares them with a first evaluation. "
+            "Give another reward a weight"
+        )
+    return names
+
+
+def rewards_of(
+    scores: GatheredScores, weights: Mapping[str, float]
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Return the weighted sum of `learned_rewards`, float64 [N], nan where a video lacks one of them;
+    and for how many videos each has no value, without those that all videos have.
+    """
+    nothing = np.full(len(scores.values), np.nan)
+    known = {scores.main: scores.values} | scores.parts
+    values = {name: known.get(name, nothing) for name in learned_rewards(weights)}
+    missing = {name: int((~np.isfinite(each)).sum()) for name, each in values.items()}
+    rewards = reward_combination.weighted_sum(values, weights)
+    return rewards, {name: number for name, number in missing.items() if number}
+
+
 def collect(
     spec: RunSpec, model: model_dir.ModelDir, weights: tuple, count: int, bar: Callable
 ) -> Examples:
@@ -216,19 +245,14 @@ def collect(
         scores = gather_scores(pending, count, settings.main)
 
     # ---- the videos with a reward ------------------------------------------------------------
-    values = {scores.main: scores.values}
-    for name, measured in scores.parts.items():
-        if name not in reward_combination.BAD_SIDE:
-            values[name] = measured
-    weighted = {
-        name: values[name] for name, weight in settings.weights.items() if weight and name in values
-    }
-    rewards = reward_combination.weighted_sum(weighted, settings.weights)
+    rewards, lacking = rewards_of(scores, settings.weights)
     good = np.flatnonzero(np.isfinite(rewards))
+    print(f"{len(good)} of {count} videos have a reward", flush=True)
     if len(good) < 2 * HELD_OUT or np.ptp(rewards[good]) == 0:
         failures = ""
-        if scores.failures:
-            failures = f". {scores.failures} have no score: {scores.why()}"
+        if lacking:
+            failed = ", ".join(f"{name} for {number}" for name, number in lacking.items())
+            failures = f". There is no value of {failed}: {scores.why()}"
         raise UserError(
             f"{len(good)} of {count} videos have a reward, {np.unique(rewards[good]).size} "
             "different ones: too few to learn from; raise --videos, or use other prompts" + failures
@@ -262,6 +286,7 @@ def main(_):
     config.run_dir = config.run_dir or str(out.parent)
     recipe = parse.recipe_from_config(config)
     settings = parse.settings_of(recipe)
+    learned_rewards(settings.weights)  # raises before any long work
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: the file's name must end in .safetensors")
     if out.is_dir():
