@@ -9,7 +9,7 @@ values, their mean standard deviation within a group, which training learns from
 reward has in the weighted sum's spread, and the seconds of a video. The command ends with an error,
 after the table, where a reward with a weight
 
-    has no finite value for one of the videos
+    has no finite value for one of the videos, or is a part that no score has
     has the same value for all of them
     has another value when it is built again, or on another of its servers: a part of its model is
       drawn at random because its weights were not loaded, or it is not deterministic
@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
+from collections.abc import Collection, Mapping
 
 import jax
 import numpy as np
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 from grpo.data.prompts import PromptSet
 from grpo.rollout import initial_noise
-from grpo.run import RunSpec
+from grpo.run import RunSpec, open_model
 from grpo.scoring.reward_combination import BAD_SIDE
 from grpo.scoring.reward_pool import open_pool
 from grpo.scoring.scored_prompts import for_rewards, fps_of, load_scored_prompts
@@ -209,6 +210,18 @@ def rows_of(
     return rows
 
 
+def absent(weights: Mapping[str, float], known: Collection[str]) -> list[str]:
+    """Return why rewards with a weight cannot be trained on because no score has them, as a part with
+    a misspelled name. weights: of the measured rewards. known: the names that the scores have.
+    """
+    return [
+        f"{name} has a weight, but reward {name.partition('.')[0]} gives no such part, only "
+        f"{', '.join(known)}"
+        for name, weight in weights.items()
+        if weight and name not in known
+    ]
+
+
 LEGEND = """\
 samples: mean over the model's videos; in groups: standard deviation among the videos of a prompt, of
 which training learns; share: of a reward in that of the weighted sum; black, noise, shuffled: the
@@ -261,7 +274,7 @@ def check(recipe: Recipe, groups: int, size: int) -> None:
     groups = min(groups, len(prompts))
     cli.enable_compilation_cache()
     with cli.user_input():
-        model = model_dir.open_model(recipe.model.path)
+        model = open_model(recipe)
         spec = RunSpec.make(recipe, settings, presets.of_folder(model), training=False)
     prompts = for_rewards(prompts, settings.weights, fps_of(spec.preset))
     records = [target for target in prompts.targets[:groups] for _ in range(size)]
@@ -302,6 +315,7 @@ def check(recipe: Recipe, groups: int, size: int) -> None:
                 for name, values in values_of(batch, source).items():
                     if not np.array_equal(first.setdefault(name, values), values, equal_nan=True):
                         problems.append(f"{name} has other values in {where}: {RANDOM}")
+        problems += absent(settings.weights, rows)
 
     print(*table([*rows.values()]), LEGEND, sep="\n", flush=True)
     for row in rows.values():

@@ -5,7 +5,15 @@ import pytest
 
 from configs import tiny_ocr
 from grpo import check_rewards
-from grpo.check_rewards import LEGEND, Row, problems_of, sources, synthetic_videos, table
+from grpo.check_rewards import (
+    LEGEND,
+    Row,
+    absent,
+    problems_of,
+    sources,
+    synthetic_videos,
+    table,
+)
 from grpo.settings import parse
 from grpo.settings.schema import measured_rewards
 from tests.grpo import here, tiny_run
@@ -25,6 +33,12 @@ def test_what_cannot_be_trained_on():
     assert problems_of(row(np.ones((2, 2)), [0, 1, 1]), "") == ""
     failed = problems_of(row(SAMPLES, [np.nan, 1, 1]), "ValueError: why")
     assert "1 of 7 videos: ValueError: why" in failed
+
+
+def test_a_weighted_part_that_no_score_has():
+    weights = {"va": 1.0, "va.VQ": 1.0, "va.MQQ": 1.0, "va.TAA": 0.0}
+    (problem,) = absent(weights, ["va", "va.VQ", "va.MQ"])
+    assert problem.startswith("va.MQQ ") and "va.MQ" in problem.split("only ")[1]
 
 
 def test_the_spread_is_within_groups_and_its_share_is_by_weight():
@@ -62,6 +76,15 @@ def test_synthetic_videos():
     np.testing.assert_array_equal(np.sort(shuffled, axis=0), video)
 
 
+def test_the_samples_are_of_the_model_with_its_loras(recipe, tmp_path):
+    config = tiny_run.config_of(recipe[0].read_text())
+    config.model.loras = (str(tmp_path / "none.safetensors"),)
+    config.reward.weights.ocr, config.reward.weights.edges = None, 1.0
+    checked = parse.recipe_from_config(config)
+    with pytest.raises(UserError, match=r"none\.safetensors"):
+        check_rewards.check(checked, 1, 2)
+
+
 @pytest.mark.slow
 def test_a_recipe_with_rewards_that_cannot_be_trained_on(recipe, monkeypatch, capsys):
     here.share(monkeypatch)
@@ -71,11 +94,11 @@ def test_a_recipe_with_rewards_that_cannot_be_trained_on(recipe, monkeypatch, ca
     config.reward.workers = 1
     config.reward.weights.ocr = None
     config.reward.own = own.replace("=", f"={module}:")
-    config.reward.own_weights = "mean=1,fixed=1,head=1,black=1"
+    config.reward.own_weights = "mean=1,fixed=1,head=1,black=1,mean.part=1"
     with pytest.raises(UserError) as error:
         check_rewards.check(parse.recipe_from_config(config), 2, 2)
     problems = str(error.value).split("; ")
-    assert [problem.split()[0] for problem in problems] == ["fixed", "head", "black"]
+    assert [problem.split()[0] for problem in problems] == ["fixed", "head", "black", "mean.part"]
     assert "has other values in another process" in problems[1] and "1 of 7" in problems[2]
     out = capsys.readouterr().out
     assert LEGEND in out and "note: note is 1 for every video" in out and len(out.splitlines()) >= 7
