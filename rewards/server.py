@@ -104,6 +104,19 @@ class UsageError(Exception):
     """An error that the user can correct. The command prints its message in one line."""
 
 
+def check_used(name: str) -> None:
+    """Raise `UsageError` where a flag is given that the reward `name` does not read."""
+    of_ocr = (RULE, ENGINE, READER_TWO, MAX_FRAMES)
+    fix = "your own reward gets its arguments by --options"
+    if name == "ocr":
+        fix = f"reward ocr reads {', '.join(f'--{flag.name}' for flag in of_ocr)}"
+    for flag in (OPTIONS,) if name == "ocr" else of_ocr:
+        if flag.present:
+            raise UsageError(
+                f"--{flag.name}={flag.value} has no effect with --reward={name}: leave it out; {fix}"
+            )
+
+
 def make_factory(name: str, options: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Any]]:
     """Return (picklable factory of the reward `name`, settings that the health page shows). Raises
     `UsageError`.
@@ -191,6 +204,7 @@ def main(_: Sequence[str]) -> None:
             raise UsageError(
                 f'--options={OPTIONS.value} is not a JSON object: write {{"name": value, ...}}'
             )
+    check_used(name)
     if name == "ocr" and (NAME.value not in (None, "ocr") or BATCH.value > 1):
         raise UsageError(
             f"--name={NAME.value} and --batch={BATCH.value} are of your own reward: give it as "

@@ -9,6 +9,7 @@ import threading
 import urllib.parse
 
 import pytest
+from absl.testing import flagsaver
 
 pytest.importorskip("fastapi")
 
@@ -114,6 +115,18 @@ def test_token(tmp_path, monkeypatch):
     with pytest.raises(server.UsageError, match="no HTTP header") as error:
         server.read_token(str(path), "A_TOKEN", "0.0.0.0", False)
     assert "two" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, given",
+    [("ocr", {"options": '{"rule": "confident"}'}), ("a:b", {"rule": "confident"})],
+)
+def test_a_flag_that_the_reward_does_not_read(name, given):
+    server.check_used(name)
+    with flagsaver.as_parsed(**given), pytest.raises(server.UsageError) as error:
+        server.check_used(name)
+    ((flag, value),) = given.items()
+    assert f"--{flag}={value} " in str(error.value) and f"--reward={name}:" in str(error.value)
 
 
 def test_two_readers_show_on_the_health_page():
