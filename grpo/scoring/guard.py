@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from grpo.records.statistics import LEAST_VALUES, bootstrap_interval
-from grpo.scoring.reward_combination import BAD_SIDE
+from grpo.scoring.reward_combination import BAD_SIDE, against_base
 from grpo.settings.named import pairs
 
 CONFIDENCE = 1.96  # standard errors on each side of a mean, 95 %
@@ -129,14 +129,15 @@ def judge(
 
     evaluations: records of evals.jsonl, oldest first. The first one with a result is the base.
     Evaluations on other prompts than the newest one's are left out, and so are records without
-    halves, of earlier versions. epochs: records of metrics.jsonl, oldest first.
+    halves, of earlier versions. Where the main reward is a measure of quality, they are judged by the
+    penalty that training uses. epochs: records of metrics.jsonl, oldest first.
     """
     usable = [e for e in evaluations if math.isfinite(e.get(CHOOSE, {}).get("low", math.nan))]
     usable = [e for e in usable if e["prompts"] == usable[-1]["prompts"]]
     shares = relative_spreads(epochs)
     verdicts: list[Verdict] = []
     for number, evaluation in enumerate(usable):
-        epoch, chosen = evaluation["epoch"], evaluation[CHOOSE]
+        epoch, chosen = evaluation["epoch"], chosen_by(usable[0], evaluation)
         outside = {
             name: moved
             for name, moved in movements(usable[0], evaluation, limits.panel).items()
@@ -158,6 +159,19 @@ def judge(
             )
         )
     return verdicts
+
+
+def chosen_by(base: Mapping, evaluation: Mapping) -> Mapping[str, float]:
+    """Return the mean and the interval by which an evaluation chooses. A measure of quality as the
+    main reward is neither good nor bad where it is high: its `reward_combination.against_base` counts.
+    base: the first evaluation.
+    """
+    name = evaluation.get("main")
+    mean, deviation = base.get("measures", {}).get(name) or (math.nan,) * 2
+    if name not in BAD_SIDE or not math.isfinite(mean):
+        return evaluation[CHOOSE]
+    penalties = against_base(name, evaluation["rewards"], mean, deviation)
+    return halves(penalties, seed=0)[CHOOSE]
 
 
 def relative_spreads(epochs: Sequence[Mapping]) -> dict[int, float]:

@@ -68,6 +68,20 @@ def test_a_fall_is_an_interval_below_that_of_the_best():
     assert "fallen since, to epoch 3" in guard.explain(judge(*records), records)
 
 
+@pytest.mark.parametrize("change, fallen, best", [(-1, None, 5), (1, 0, 0)])
+def test_a_measure_as_the_main_reward_is_judged_by_its_penalty(change, fallen, best):
+    """Less flicker is no fall and more no gain, though the evaluations report it as it is."""
+    values = np.linspace(2.9, 3.1, 16)
+
+    def of_flicker(epoch, change):
+        rewards = values + change
+        record = evaluation(epoch, 0.0, 0.0, flicker=[rewards.mean(), rewards.std()])
+        return record | guard.halves(rewards, 0) | {"main": "flicker", "rewards": rewards.tolist()}
+
+    verdicts = judge(of_flicker(0, 0.0), of_flicker(5, change))
+    assert verdicts[1].fallen == fallen and guard.best(verdicts).epoch == best
+
+
 def test_what_cannot_be_compared_is_left_out():
     old = {k: v for k, v in evaluation(0, 0.4, 0.5).items() if k not in ("choose", "report")}
     empty = evaluation(2, math.nan, math.nan)
