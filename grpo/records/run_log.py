@@ -44,6 +44,7 @@ from grpo.records.trackers import TensorBoard, open_trackers
 
 METRICS, EVALUATIONS, CONFIG = "metrics.jsonl", "evals.jsonl", "config.json"
 PROVENANCE, STARTS = "provenance.json", "starts"  # its file, and the only key in it
+PAIRS = "side_by_side"  # folder of pictures of two evaluations, which the report writes
 EXPERTS = "experts"  # key of an epoch's record: metrics of each expert by name, if two are trained
 PREVIEW = re.compile(r"(?:eval|epoch)_(\d+)\.(?:npz|png|mp4)")
 # raised on a truncated or damaged .npz
@@ -91,6 +92,9 @@ class RunLog:
         folder = self.folder / "previews"
         for path in (*folder.glob("eval_*"), *folder.glob("[0-9][0-9][0-9]/epoch_*")):
             if (named := PREVIEW.fullmatch(path.name)) and int(named[1]) > last:
+                path.unlink()
+        if not resumed:  # what the report wrote of an earlier attempt's
+            for path in self.folder.glob(f"{PAIRS}/[0-9][0-9][0-9].*"):
                 path.unlink()
         # 3 open the trackers
         self._trackers = [TensorBoard(self.folder / "tensorboard", last + 1)]

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from grpo.records.run_log import PAIRS
 from grpo.report.run_records import BETWEEN, RunRecords
 from rewards.ocr.targets import TargetError, parse_targets
 from wan_jax.storage import media
@@ -41,7 +42,7 @@ def write_pairs(run: RunRecords) -> None:
     if len(videos) < 2 or videos[0].shape[1:] != videos[1].shape[1:]:
         return
     frames, height = videos[0].shape[1:3]
-    folder = run.folder / "side_by_side"
+    folder = run.folder / PAIRS
     folder.mkdir(exist_ok=True)
     for i, (before, after) in enumerate(zip(*videos)):
         media.write(

@@ -171,6 +171,16 @@ def test_a_page_without_pairs_leaves_them(tmp_path):
     assert not (tmp_path / "side_by_side" / "000.png").exists()
 
 
+def test_pairs_of_an_earlier_evaluation_are_not_left(tmp_path):
+    """As by `grpo.evaluate` with a checkpoint, and then without one into the same folder."""
+    report_of_run(tmp_path)
+    assert len([*(tmp_path / "side_by_side").iterdir()]) == 2
+    RunLog(tmp_path, resume_epoch=4).close()
+    assert len([*(tmp_path / "side_by_side").iterdir()]) == 2
+    RunLog(tmp_path).close()
+    assert not [*(tmp_path / "side_by_side").iterdir()]
+
+
 @pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("missing", ["config.json", "metrics.jsonl", "evals.jsonl", "previews"])
 def test_missing_parts(tmp_path, missing):
