@@ -85,12 +85,14 @@ def measure(
     """Add {side: record or {'failed': error}} to `found`, and call `write` after each side."""
     end, file = time.monotonic() + limit, folder / "record.json"
     for side in (side for side in (*work.own, *work.peers) if side in sides):
+        failed = None
         if side == work.own[0] and work.search is not None:
-            run(
-                command(work, side, *work.search.split(), "--repeats=1"),
-                folder,
-                end - time.monotonic(),
-            )
+            search = command(work, side, *work.search.split(), "--repeats=1")
+            failed = run(search, folder, end - time.monotonic())
+        if failed:  # the scratch memory of a later search would count as that of decoding
+            found[side] = {"failed": f"the search before it: {failed}"}
+            write()
+            continue
         file.unlink(missing_ok=True)
         failed = run(command(work, side, f"--json={file}"), folder, end - time.monotonic())
         found[side] = {"failed": failed} if failed else json.loads(file.read_text())

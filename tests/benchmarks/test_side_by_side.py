@@ -102,6 +102,18 @@ def test_what_fails_or_takes_too_long_is_told(tmp_path):
     assert "took longer" in slow and side_by_side.run([], tmp_path, 0) == "no time left"
 
 
+def test_a_side_whose_search_failed_is_not_measured(tmp_path, monkeypatch):
+    work = next(work for work in WORKS.values() if work.search)
+    monkeypatch.setattr(
+        side_by_side, "run", lambda arguments, *_: None if "--json" in str(arguments) else "broken"
+    )
+    (tmp_path / "record.json").write_text("{}")
+    found, written = {}, []
+    sides = [work.own[0]]
+    side_by_side.measure(work, sides, tmp_path, 9.0, found, lambda: written.append(dict(found)))
+    assert "broken" in found[work.own[0]]["failed"] and written == [found]
+
+
 def test_epoch_comes_out_even():
     assert [rows.tolist() for rows in workload.epoch_rows(2, 2, 2, 2)] == [[0, 1], [2, 3]]
     with pytest.raises(ValueError, match="groups=3 x group_size=2"):
