@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from grpo.data.clips import Clip, check_clip, find_clips, load_frames
+from grpo.data.clips import Clip, check_clip, describe_left_out, find_clips, load_frames
 from grpo.data.latent_folder import SHARD, Kind, Writer, encoders_digest
 from grpo.rollout import initial_noise
 from wan_jax.choices import DTYPES, SOLVERS, WAN
@@ -150,6 +150,8 @@ def encode(wanted: Wanted) -> None:
     clips: dict[Key, Clip] = {}
     if wanted.src is not None:
         found = find_clips(pathlib.Path(wanted.src))
+        if note := describe_left_out(pathlib.Path(wanted.src), found):
+            print(note, flush=True)
         clips = {(clip.name, clip.digest(), clip.prompt): clip for clip in found}
         keys = [*clips]
     else:

@@ -15,7 +15,7 @@ import json
 import pathlib
 import warnings
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 import imageio_ffmpeg
 import numpy as np
@@ -68,6 +68,28 @@ def find_clips(folder: pathlib.Path) -> list[Clip]:
             f"--src={folder} has no picture or video: {', '.join((*PICTURES, *VIDEOS))} are read"
         )
     return sorted(clips, key=lambda clip: clip.name)
+
+
+def describe_left_out(folder: pathlib.Path, clips: Iterable[Clip]) -> str:
+    """Return a line about the pictures, videos and captions in a folder that belong to none of its
+    clips, "" without any: they are not in its list, or captions of files of another kind.
+    """
+    used = set()
+    for clip in clips:
+        path = clip.path.resolve()
+        used |= {path, path.with_suffix(".txt"), path.with_name(f"{path.name}.txt")}
+    kinds = (*PICTURES, *VIDEOS)
+    others = [
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.suffix.lower() in (*kinds, ".txt") and path.is_file() and path.resolve() not in used
+    ]
+    if not others:
+        return ""
+    return (
+        f"note: {len(others)} files in --src={folder} are left out, e.g. {min(others)}: pictures and "
+        f"videos are {', '.join(kinds)}, and where there is a list of captions, it has to name them"
+    )
 
 
 def _listed(folder: pathlib.Path, path: pathlib.Path) -> list[Clip]:

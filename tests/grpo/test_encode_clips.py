@@ -53,8 +53,10 @@ def reference(model, pixels):
 
 
 def test_latents_and_prompts_of_pictures(wanted, model, src, capsys):
+    (src / "film.txt").write_text("a film")  # of film.mov, which is not read
     encode(wanted)
-    assert "3 of 3 to encode" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "3 of 3 to encode" in out and "e.g. film.txt" in out
     opened = model_dir.open_model(model)
     data = open_data(wanted.out, opened)
     assert [item.name for item in data.items] == ["sea.png", "sky.png", "sun.png"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grpo.data.clips import Clip, check_clip, find_clips, load_frames
+from grpo.data.clips import Clip, check_clip, describe_left_out, find_clips, load_frames
 from wan_jax.errors import UserError
 from wan_jax.storage import media
 
@@ -35,6 +35,12 @@ def test_captions_beside_the_files(tmp_path):
     (tmp_path / "notes.md").write_text("not read")
     found = [(c.name, c.prompt) for c in find_clips(tmp_path)]
     assert found == [("b.png", "A sign that says “b”."), ("c.webp", "see"), ("deep/a.jpg", "deep")]
+    assert describe_left_out(tmp_path, find_clips(tmp_path)) == ""
+    # a video of a kind that is not read, with its caption
+    (tmp_path / "deep" / "film.mov").touch()
+    (tmp_path / "deep" / "film.txt").write_text("a film")
+    assert "1 files" in describe_left_out(tmp_path, find_clips(tmp_path))
+    assert "e.g. deep/film.txt" in describe_left_out(tmp_path, find_clips(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "captions.jsonl"])
@@ -44,6 +50,8 @@ def test_captions_in_a_list(tmp_path, name):
     picture(tmp_path / "unlisted.png")
     lines = [{"file": "b.png", "prompt": "two", "seed": 3}, {"file": "./a.png", "prompt": "one"}]
     (tmp_path / name).write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    assert "1 files" in describe_left_out(tmp_path, find_clips(tmp_path))
+    assert "e.g. unlisted.png" in describe_left_out(tmp_path, find_clips(tmp_path))
     assert [(c.name, c.prompt) for c in find_clips(tmp_path)] == [
         ("a.png", "one"),
         ("b.png", "two"),
