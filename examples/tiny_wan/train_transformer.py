@@ -33,6 +33,8 @@ from examples.tiny_wan.assemble import assemble
 from examples.tiny_wan.folder import load_flat, load_vae, save, subtree
 from examples.tiny_wan.optim import muon_or_adam
 from examples.tiny_wan.tokenise import frame_text, tokenise
+from wan_jax.command_line.flag_types import define_number
+from wan_jax.command_line.limits import Range
 from wan_jax.models import flat_params
 from wan_jax.models.config import TextEncoderConfig, TransformerConfig, from_dict
 from wan_jax.models.text_encoder import UMT5Encoder, encode
@@ -199,7 +201,7 @@ def main(_):
     flat, ema = jax.tree.map(jnp.copy, (flat, flat))
     begun = time.time()
     printed = begun - start - 20
-    while (elapsed := time.time() - begun) < FLAGS.seconds:
+    while (elapsed := time.time() - begun) < FLAGS.seconds or not steps:
         progress = elapsed / FLAGS.seconds
         lr = (
             FLAGS.learning_rate
@@ -249,10 +251,11 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "out", None, "folder to write transformer/ and text_encoder/ into", required=True
     )
-    flags.DEFINE_float(
+    define_number(
         "seconds",
         900,
         "time of the optimisation, its compilation included; the pool is made before",
+        Range(0, above=True),
     )
     flags.DEFINE_float("learning_rate", 0.02, "peak rate of Muon")
     flags.DEFINE_float("adam_scale", 0.1, "Adam's rate as a share of Muon's")
