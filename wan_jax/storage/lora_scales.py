@@ -16,7 +16,26 @@ CHANGED_BASE = ("pissa", "olora", "corda", "loftq")
 def scales(
     ranks: Mapping[str, int], alphas: Mapping[str, float], settings: Mapping | None, where: str
 ) -> dict[str, float]:
-    """Return each layer's scale, from its alpha tensor or PEFT's settings, or 1 without them."""
+    """Return each layer's scale, from its alpha tensor or PEFT's settings, or 1 without them. Raises
+    `UserError` where they are not supported, a scale is not finite, or all are 0.
+    """
+    found = _stated_scales(ranks, alphas, settings, where)
+    if odd := [module for module, scale in found.items() if not math.isfinite(scale)]:
+        raise UserError(
+            f"{where}: the scale of {odd[0]} is {found[odd[0]]:g}, by its alpha tensor or PEFT's "
+            "lora_alpha: the file is damaged"
+        )
+    if found and not any(found.values()):
+        raise UserError(
+            f"{where}: the scale of all layers is 0, by their alpha tensors or PEFT's lora_alpha, so "
+            "the file has no effect: correct it, or leave the file out"
+        )
+    return found
+
+
+def _stated_scales(
+    ranks: Mapping[str, int], alphas: Mapping[str, float], settings: Mapping | None, where: str
+) -> dict[str, float]:
     own = {module: alphas.get(module, rank) / rank for module, rank in ranks.items()}
     if settings is None:
         return own

@@ -4,6 +4,7 @@ are refused.
 
 import copy
 import json
+import math
 
 import numpy as np
 import pytest
@@ -226,6 +227,9 @@ def test_broken_files_are_refused(kernels, tmp_path, fault):
         ("[1]", "is damaged"),
         ({"lora_alpha": 8}, "are damaged: r=None"),
         ({"r": "a", "lora_alpha": 8}, "are damaged: r='a'"),
+        ({"r": 4, "lora_alpha": math.nan}, r"scale of blocks\.0\..* is nan"),
+        ({"r": 4, "lora_alpha": "inf"}, r"scale of blocks\.0\..* is inf"),
+        ({"r": 4, "lora_alpha": 0}, "scale of all layers is 0"),
         ({"r": 8, "lora_alpha": 8}, "state rank 8 of blocks"),
         ({"r": 4, "lora_alpha": 8, "use_dora": True}, "use_dora=True"),
         ({"r": 4, "lora_alpha": 8, "peft_type": "LOHA"}, "peft_type=LOHA"),
