@@ -247,7 +247,7 @@ def table(rows: list[Row]) -> list[str]:
 
 
 def problems_of(row: Row, error: str) -> str:
-    """Return why a reward cannot be trained on, "" if nothing is known. error: its last one."""
+    """Return why a reward cannot be trained on, "" if nothing is known. error: the reward's last one."""
     values = np.concatenate([row.samples.ravel(), row.synthetic])
     failed = int((~np.isfinite(values)).sum())
     if failed:

@@ -81,9 +81,9 @@ def evaluate_recipe(
     """Evaluate by a recipe's ConfigDict, write the results into the folder `out`, and return their
     records: the model's, then the checkpoint's. Raises `UserError`.
 
-    config: its run_dir becomes `out`. base: whether the model itself is evaluated, unless only it is.
-    head, guidance: file and weight of a reward head. best_of: videos of each prompt, of which the best
-    one counts. own: as in `open_pool`.
+    config: its run_dir becomes `out`. base: whether the model itself is evaluated too; without a
+    checkpoint it always is. head, guidance: file and weight of a reward head. best_of: videos of each
+    prompt, of which the best one counts. own: as in `open_pool`.
     """
     # ---- the recipe --------------------------------------------------------------------------
     config.run_dir = out

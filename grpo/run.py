@@ -309,7 +309,7 @@ class RunSpec:
         )
 
     def trained_steps(self, expert: int) -> int:
-        """Return K. Of Flow-GRPO it is the number of stochastic steps of an epoch that train an
+        """Return K. For Flow-GRPO it is the number of stochastic steps of an epoch that train an
         expert; of methods on finished videos it is the number of noise levels of a video.
         """
         pairs = zip(self.segments, self.windows.quotas)

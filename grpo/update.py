@@ -103,7 +103,7 @@ def new_warnings(spec: RunSpec, record: Mapping[str, Any], known: set[str]) -> l
 
 
 def small_gradient(spec: RunSpec, record: Mapping[str, Any]) -> str | None:
-    """Return a warning where train.adam_eps is not small beside the gradient, or None."""
+    """Return a warning where train.adam_eps is not small compared with the gradient, or None."""
     rms, eps = record.get("grad_rms", 0.0), spec.recipe.train.adam_eps
     if not 0 < rms < LEAST_GRADIENT * eps:
         return None

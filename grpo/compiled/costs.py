@@ -141,7 +141,7 @@ def data_flops(functions: Functions) -> float:
 
 def data_passes(spec: RunSpec) -> float:
     """Return the cost of the data in the updates of an epoch, in forward passes of a rollout batch
-    without guidance. The loss on data needs the policy, alone also the other models of its method.
+    without guidance. The loss on data needs the policy; with data.only also the other models of its method.
     """
     if spec.data_kind is None:
         return 0.0
@@ -154,7 +154,7 @@ def data_passes(spec: RunSpec) -> float:
 
 def epochs_in_evaluations(spec: RunSpec) -> float:
     """Return the mean cost of an epoch in evaluations, by the forward passes of both and the tokens of
-    their videos, without tracing anything. Decoding and scoring count as if they grew alike.
+    their videos, without tracing anything. Decoding and scoring are assumed to grow in proportion.
     """
     sizes, judged = spec.trained_sizes, spec.evaluated_sizes[0]
     if len(sizes) == 1:

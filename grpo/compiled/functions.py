@@ -44,7 +44,7 @@ class Functions(RunArrays):
 
     @functools.cached_property
     def by_size(self) -> dict[tuple[Size, Size], "Functions"]:
-        """What `of_sizes` returned."""
+        """The results of `of_sizes`, by their sizes."""
         return {}
 
     def of_sizes(self, sample: Size, evaluation: Size) -> "Functions":

@@ -5,7 +5,7 @@
                                           {"file": "sign.png", "prompt": "..."} a line
 
 Files are read in the order of their names, in sub-folders too. A frame is resized until it covers the
-size that is asked for, and its middle is kept. Of a video the first frames are taken, at the frame
+size that is asked for, and its middle is kept. The first frames of a video are taken, at the frame
 rate that is asked for.
 """
 

@@ -38,8 +38,8 @@ SHARD = 64  # items of a shard
 
 
 def encoders_digest(model: ModelDir) -> str | None:
-    """Return the SHA-256 of the digests of the networks that encode data, by which data and model
-    belong together; None for model folders of versions without digests. The transformer does not
+    """Return the SHA-256 of the digests of the networks that encode data, which data and model must
+    share; None for model folders of versions without digests. The transformer does not
     matter: models that share VAE, text encoder and tokenizer share data.
     """
     files = model.manifest.get("files")
@@ -261,13 +261,14 @@ class LatentData:
         return max(item.last - item.first for item in self.items)
 
 
-def open_data(folder, model: ModelDir, key: str = "config.data.path") -> LatentData:
-    """Return the data of a folder, all of whose files were compared with their digests.
+def open_data(folder, model: ModelDir) -> LatentData:
+    """Return the data of `config.data.path`, after comparing all its files with their digests.
 
-    model: that trains on it. key: the setting that names the folder, for messages. Raises `UserError`
-    where the folder is no data, is empty or damaged, or was encoded by another model.
+    model: that trains on it. Raises `UserError` where the folder has no data, is empty or damaged, or
+    was encoded by another model.
     """
     path = expand(folder)
+    key = "config.data.path"
     kind, files, items = read_manifest(path, key)
     if not items:
         raise UserError(f"{key}={folder} has no item: encode one with python -m grpo.encode_clips")

@@ -115,10 +115,10 @@ def without_shared(prompts: PromptSet, heldout: PromptSet, skip_invalid: bool) -
     return dataclasses.replace(apart, left_out=(*apart.left_out, *reasons))
 
 
-def examples(prompts: PromptSet, count: int = 2) -> list[str]:
-    """Return a line for each of the first prompts, which shows a misread file at the start."""
+def examples(prompts: PromptSet) -> list[str]:
+    """Return a line for each of the first two prompts, which shows a misread file at the start."""
     lines = []
-    for prompt, targets in zip(prompts.prompts[:count], prompts.targets):
+    for prompt, targets in zip(prompts.prompts[:2], prompts.targets):
         texts = getattr(targets, "targets", targets)
         lines.append(f"prompt: {prompt}" + (f" -> {', '.join(map(repr, texts))}" if texts else ""))
     return lines

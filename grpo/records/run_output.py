@@ -42,8 +42,8 @@ class RunOutput:
 
 
 class Tee:
-    """A text stream that also adds its whole lines to a `RunOutput`. Of a line that was overwritten,
-    as progress bars do, the last text counts.
+    """A text stream that also adds its whole lines to a `RunOutput`. Where a line
+    is overwritten, as by progress bars, its last text counts.
     """
 
     def __init__(self, stream: TextIO, output: RunOutput):

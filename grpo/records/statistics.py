@@ -54,10 +54,8 @@ def bootstrap_interval(
     return float(values.mean()), float(low), float(high)
 
 
-def paired_difference(
-    before, after, *, confidence: float = 0.95, draws: int = 10_000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Return the mean of after - before and its bootstrap interval: (mean, low, high).
+def paired_difference(before, after) -> tuple[float, float, float]:
+    """Return the mean of after - before and its 95 % bootstrap interval: (mean, low, high).
 
     Both are [N], for the same prompts and seeds in the same order; pairs with a NaN are left out.
     The interval is narrower than their own, because what makes a prompt hard for both cancels.
@@ -69,11 +67,11 @@ def paired_difference(
             f"pairs need the same samples before and after, got shapes {before.shape} and "
             f"{after.shape}"
         )
-    return bootstrap_interval(after - before, confidence=confidence, draws=draws, seed=seed)
+    return bootstrap_interval(after - before)
 
 
-def t_interval(values, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the mean of values [N] and half the width of its interval, t sqrt(s^2 / N).
+def t_interval(values) -> tuple[float, float]:
+    """Return the mean of values [N] and half the width of its 95 % interval, t sqrt(s^2 / N).
 
     s^2 is the unbiased variance and t the quantile of Student's distribution with N - 1 degrees of
     freedom. The half-width of one value is NaN; without values both are NaN.
@@ -82,5 +80,5 @@ def t_interval(values, *, confidence: float = 0.95) -> tuple[float, float]:
     mean = float(values.mean()) if len(values) else float("nan")
     if len(values) < 2:
         return mean, float("nan")
-    t = special.stdtrit(len(values) - 1, (1 + confidence) / 2)
+    t = special.stdtrit(len(values) - 1, (1 + 0.95) / 2)
     return mean, float(t * values.std(ddof=1) / np.sqrt(len(values)))

@@ -56,12 +56,12 @@ def chart(draw: Callable[[Axes], None], caption: str, label: str, columns: int =
     )
 
 
-def png(draw: Callable[[Axes], None], columns: int = 2) -> bytes:
-    """Return a chart in the wide size as a PNG on white. draw, columns: as in `chart`."""
+def png(draw: Callable[[Axes], None]) -> bytes:
+    """Return a chart in the wide size, with two columns of its legend, as a PNG on white."""
     with rc_context({"font.family": "sans-serif", "font.size": 10}):
         file = io.BytesIO()
         # without the version of matplotlib, so that equal data give equal bytes
-        _figure(draw, "wide", columns).savefig(
+        _figure(draw, "wide", 2).savefig(
             file, format="png", dpi=110, facecolor="white", metadata={"Software": None}
         )
     return file.getvalue()

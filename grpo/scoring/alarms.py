@@ -31,7 +31,7 @@ def stop_on_alarm(
 
 def weight_of_kl(start: Start, epoch: int, before: float | None) -> float | None:
     """Return the weight of the KL after an epoch, where the guard sets it (train.on_alarm=kl), else
-    None. A change is printed. before: the weight so far; None: of a run that starts or continues.
+    None. A change is printed. before: the weight so far; None where the run starts or continues.
     """
     weight = multihost.from_first(start.folder.kl_weight)
     raised = weight == start.session.spec.recipe.train.alarm_kl

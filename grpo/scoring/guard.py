@@ -92,7 +92,7 @@ def halves(rewards: np.ndarray, seed: int) -> dict[str, dict[str, float]]:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What the guard watches, and where it rings the alarm.
+    """What the guard watches, and when it raises the alarm.
 
     Attributes:
         panel: names of measures of quality.

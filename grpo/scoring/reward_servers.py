@@ -116,7 +116,7 @@ def connect(config, name: str = TEXT) -> Callable[[], Reward]:
 
 
 def warn_of_readers(config) -> None:
-    """Warn where the reader that judges is one that training learns to please.
+    """Warn where training also sees the reader that judges.
 
     config: `config.reward` of a recipe that trains the spelling.
     """

@@ -306,7 +306,7 @@ def check_reward_guidance(recipe) -> None:
 
 
 def check_confidence(recipe) -> None:
-    """Check that the method keeps the videos that the policy is asked about."""
+    """Check that the method keeps the finished videos that reward.confidence probes."""
     weight, method = recipe.reward.confidence, methods.method_class(recipe.train.method)
     if weight and method.keeps_steps:
         raise UserError(

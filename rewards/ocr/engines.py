@@ -177,7 +177,7 @@ class RapidOCREngine:
 
 
 def _keep_confidences(images, boxes, result, single_characters):
-    """Take the place of RapidOCR's computation of the boxes of words, which would drop spaces and so
+    """Replace RapidOCR's computation of the boxes of words, which would drop spaces and so
     assign confidences to the wrong characters: one entry (text, confidences, box) for each line.
     """
     result.word_results = tuple(

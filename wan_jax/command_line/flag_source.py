@@ -1,6 +1,6 @@
 """The flags of a command from its source, without importing it, which would take seconds for JAX.
 
-Of a command's module only the calls that define flags are executed, with the imports and the
+Only the calls of a command's module that define flags are executed, with the imports and the
 constants that these calls name. So help and completion cannot differ from the flags themselves.
 What the calls import does not import JAX; a test checks that for every command.
 """

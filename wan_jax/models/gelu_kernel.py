@@ -31,7 +31,8 @@ def gelu_rows(
     """Return GELU of product * rows * scale + bias in `fp8`, scaled by rows. Equal to
     `quantise_rows` of the plain code's GELU, which is rounded to the product's type before and after.
 
-    Has no derivative. Each device computes its own videos. Raises nothing; runs on AMD and NVIDIA.
+    Has no derivative. Each device computes its own videos. For GPUs of NVIDIA, and of AMD, where
+    it has not run yet.
     """
 
     def run(*arrays):
