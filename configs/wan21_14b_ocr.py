@@ -11,8 +11,9 @@ rewards cannot be compared with the published ones; `configs/published/amd_wan21
 fraction of the time.
 
 Memory: a trained step of 9 pictures without guidance takes at most 35 GiB on one H200, with random
-weights (docs/results.md). Several GPUs share a batch, so sample.batch_size is a multiple of their
-number. All weights (lora.rank=0) need 4 GPUs or more, which share them (mesh.fsdp).
+weights and model.remat=block (docs/results.md). Several GPUs share a batch, so sample.batch_size is a
+multiple of their number. All weights (lora.rank=0) need 4 GPUs, over which mesh.fsdp splits them, or 2
+with train.offload_optimiser=True.
 """
 
 from configs.defaults import defaults

@@ -11,7 +11,7 @@ been run here with the published weights. `--config.train.method=nft` is Diffusi
 faster on the small Wan and updates in a fraction of the time.
 
 Memory: one GPU. A trained step of 9 such videos without guidance takes at most 9 GiB on one H200
-(docs/results.md).
+with model.remat=block (docs/results_archive.md).
 """
 
 from configs.defaults import defaults

@@ -10,7 +10,7 @@ follows the trained one at once in the first epoch and by a hundredth in the 70t
 result. It also bounds the change of a velocity to a tenth of its norm (`nft_clip_ratio`). This
 project has no such bound in the loss; `train.max_velocity_distance` ends a run instead. Reward, prompts and shift 5 are
 ours. It has not been run here with the published weights. Other projects report runs of NFT at this
-size that fall after their peak: `configs/wan22_ti2v_5b_nft_careful.py` is its careful twin.
+size that fall after their peak: `configs/wan22_ti2v_5b_nft_careful.py` is a more careful variant.
 """
 
 from configs.defaults import defaults

@@ -1,4 +1,4 @@
-"""Wan 2.2 TI2V 5B by DiffusionNFT, held to what it was: a quarter of the learning rate, a KL on the
+"""Wan 2.2 TI2V 5B by DiffusionNFT, kept close to its start: a quarter of the learning rate, a KL on the
 videos whose reward looks too good, and its own earlier samples as an anchor.
 
     python -m grpo.encode_clips --model models/wan2.2-ti2v-5b --from_model 512 --prompts assets/prompts/ocr_train.txt \\
@@ -6,10 +6,12 @@ videos whose reward looks too good, and its own earlier samples as an anchor.
     python -m grpo.train --config=configs/wan22_ti2v_5b_nft_careful.py
 
 Otherwise as `wan22_ti2v_5b_nft`. The samples are made once, before training, with the model's own
-guidance, which the anchor teaches the policy that samples without. The KL of weight 0.04 counts on the
-tenth of an epoch's videos whose main reward ranks furthest above the measures of `reward.panel`. An
-alarm of the guard ends the run. The choices are ours and have not been measured at this size: look at
-`kl_share` and `data_share` in the first epochs, and change the weights where they are near 0 or 1.
+guidance, which the anchor teaches the policy that samples without. On the small Wan such an anchor cost
+reward, and clean pictures cost less (docs/results.md, "Methods at three times the budget"). The KL of
+weight 0.04 counts on the tenth of an epoch's videos whose main reward ranks furthest above the measures
+of `reward.panel`. An alarm of the guard ends the run. The choices are ours and have not been measured
+at this size: look at `kl_share` and `data_share` in the first epochs, and change the weights where they
+are near 0 or 1.
 """
 
 from configs.wan22_ti2v_5b_nft import get_config as plain

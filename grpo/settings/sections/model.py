@@ -56,7 +56,7 @@ class Model(Section):
         "auto",
         "Implementation of attention. `auto` is `cudnn` where that runs (NVIDIA, 16-bit types) and "
         "`chunked` elsewhere. `xla` needs memory quadratic in the number of tokens, the others "
-        "linear. `pallas` needs a GPU and has not run on one of AMD's.",
+        "linear. `pallas` needs a GPU, and has not run on one yet.",
         choices=BACKENDS,
     )
     single_expert: bool = setting(

@@ -6,8 +6,8 @@ model. An impossible request is an error, never a silent fallback.
 - `cudnn`: cuDNN's flash attention; NVIDIA GPUs, 16-bit types.
 - `chunked`: queries in chunks, in plain JAX (`chunked.py`); everywhere, memory linear in the
   tokens.
-- `pallas`: our fused Triton kernels (`pallas.py`); AMD and NVIDIA GPUs, 16-bit types; has never run
-  on AMD.
+- `pallas`: our fused Triton kernels (`pallas.py`); AMD and NVIDIA GPUs, 16-bit types; has not run
+  on a GPU yet.
 - `xla`: logits and softmax as written; everywhere, memory quadratic in the tokens.
 
 `auto` is `cudnn` where that runs and `chunked` elsewhere. All four accept any lengths and any
@@ -40,7 +40,7 @@ def choose_backend(name: str, platform: str, dtype, head_dim: int) -> str:
     chunked attention elsewhere.
 
     platform: of `platform_of`. 'auto' never chooses 'pallas', because its kernels have not run on
-    an AMD GPU. Raises ValueError on an unknown name and where 'cudnn' (not NVIDIA, fp32, head_dim
+    a GPU yet. Raises ValueError on an unknown name and where 'cudnn' (not NVIDIA, fp32, head_dim
     over 128 or not a multiple of 8) or 'pallas' (no GPU, fp32, head_dim not 16, 32, 64 or 128)
     cannot run.
     """
