@@ -40,11 +40,6 @@ def at(epoch: int, frames: int, schedule: Schedule) -> int:
     return [frames, *(length for first, length in schedule if first <= epoch)][-1]
 
 
-def trained(frames: int, schedule: Schedule) -> tuple[int, ...]:
-    """Return all numbers of frames that epochs have, each once. The arguments are those of `at`."""
-    return tuple(dict.fromkeys((frames, *(length for _, length in schedule))))
-
-
 def evaluated(frames: int, eval_frames: int, more_frames: Sequence[int]) -> tuple[int, ...]:
     """Return all numbers of frames that evaluations have, each once. The run is judged by the first.
 

@@ -198,7 +198,7 @@ class Train(Section):
     kl_weight: float | None = setting(
         None,
         "Weight of the KL to the reference. For the methods on finished videos it is the weight of "
-        "mean((v - v_ref)^2), with velocities v; `dpo` has none. None: the method's own, e.g. 0.004 "
+        "mean((v - v_ref)^2), with velocities v; `dpo` and `tgo` have none. None: the method's own, e.g. 0.004 "
         "for `grpo` and 1e-4 for `nft`.",
         bounds=Range(0),
     )

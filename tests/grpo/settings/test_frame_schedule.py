@@ -13,8 +13,7 @@ SCHEDULE = ((5, 9), (8, 33))
 
 def test_lengths_by_epoch():
     assert [frame_schedule.at(e, 1, SCHEDULE) for e in range(1, 10)] == [1] * 4 + [9] * 3 + [33] * 2
-    assert frame_schedule.at(7, 5, ()) == 5 and frame_schedule.trained(1, ()) == (1,)
-    assert frame_schedule.trained(1, ((2, 9), (3, 1), (4, 9))) == (1, 9)
+    assert frame_schedule.at(7, 5, ()) == 5
     assert frame_schedule.evaluated(5, 0, ()) == (5,) and frame_schedule.evaluated(
         5, 1, (33, 1, 9)
     ) == (1, 33, 9)
