@@ -38,6 +38,7 @@ from convert.source import (
 )
 from wan_jax.choices import DTYPES as DTYPE_NAMES
 from wan_jax.command_line import cli
+from wan_jax.command_line.flag_types import check_used
 from wan_jax.errors import UserError
 from wan_jax.storage import array_store, integrity, model_dir
 from wan_jax.storage.paths import expand
@@ -249,6 +250,8 @@ def check(src: str, dst, *, revision: str | None = None) -> None:
 def main(_):
     FLAGS = flags.FLAGS
     if FLAGS.check:
+        converting = ("dtype", "overwrite", "restart")  # the type is that of the existing folder
+        check_used(FLAGS, dict.fromkeys(converting, "to be without --check"))
         check(FLAGS.src, FLAGS.dst, revision=FLAGS.revision)
         return
     try:

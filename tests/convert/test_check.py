@@ -96,3 +96,14 @@ def test_check_finds_what_changed_in_the_source(own, tmp_path):
     rewrite(path, lambda w: w.pop("quant_conv.bias"))
     with pytest.raises(UserError, match=r"1 missing \(quant_conv.bias\)"):
         check(str(own), tmp_path / "model")
+
+
+def test_a_check_reads_no_settings_of_a_conversion(own, tmp_path):
+    """The type that is compared is that of the folder, whatever --dtype says."""
+    command = commands.command(
+        "convert.from_diffusers", f"--src={own}", f"--dst={tmp_path}", "--check", "--dtype=float32"
+    )
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=commands.environment()
+    )
+    assert done.returncode == 1 and "--dtype has no effect" in done.stderr
