@@ -26,6 +26,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -119,8 +120,19 @@ class Job:
 
     @property
     def done(self) -> pathlib.Path:
-        """The file that marks a finished job."""
+        """The file that marks a finished job, with its commands."""
         return self.folder / "finished"
+
+    @property
+    def text(self) -> str:
+        """The commands, a line each."""
+        return "".join(f"{shlex.join(command[1:])}\n" for command in self.commands)
+
+    def finished(self) -> bool:
+        """Return whether the job was finished with these commands, or by a version that did not keep
+        them.
+        """
+        return self.done.exists() and self.done.read_text() in ("", self.text)
 
 
 def module(name: str, *arguments: object) -> tuple[str, ...]:
@@ -230,7 +242,7 @@ class Running:
             self.why = self.why or f"ended with {code}"
             return False
         if self.number == len(self.job.commands):
-            self.job.done.touch()
+            self.job.done.write_text(self.job.text)
             self.why = "finished"
             return False
         self.process = launch(self.job, self.number)
@@ -251,9 +263,11 @@ class Running:
 
 
 def launch(job: Job, number: int) -> subprocess.Popen:
-    """Start a command of a job in a process group of its own."""
+    """Start a command of a job in a process group of its own. The first one begins a new log, in
+    which `hacking_tables` would take the results of an earlier attempt for further ones.
+    """
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    with job.log.open("ab") as output:
+    with job.log.open("ab" if number else "wb") as output:
         return subprocess.Popen(
             job.commands[number],
             stdout=output,
@@ -311,7 +325,7 @@ def main(_) -> None:
     ]
     if "f" in FLAGS.only:
         jobs.append(best_of(out, FLAGS))
-    jobs = [job for job in jobs if not job.done.exists()]
+    jobs = [job for job in jobs if not job.finished()]
 
     def write() -> None:
         hacking_tables.write(out)

@@ -3,6 +3,8 @@ the text.
 """
 
 import json
+import time
+import types
 
 import numpy as np
 import pytest
@@ -75,6 +77,23 @@ def test_tables_name_the_epochs_that_proxy_gold_and_guard_choose(tmp_path):
     assert row == (
         "| proxy_clips, seed 2 | 30 | 0.900, 0.300 | 10 | 0.600, 0.700 | 10 | 0.600, 0.700 | 20 | 0.300 |"
     )
+
+
+def test_a_finished_job_is_one_with_these_commands(tmp_path, monkeypatch):
+    """The log has the output of its last attempt."""
+    monkeypatch.setattr(hacking, "POLL", 0.01)
+    options = types.SimpleNamespace(jobs=1, limit=60)
+
+    def job(*texts):
+        return hacking.Job("a", tmp_path / "a", tuple(("echo", text) for text in texts))
+
+    for texts in (("one", "two"), ("three", "four")):
+        assert not job(*texts).finished()
+        hacking.run([job(*texts)], lambda: None, options, time.monotonic() + 60)
+        assert job(*texts).finished() and not job(texts[0]).finished()
+        assert job(*texts).log.read_text().split() == list(texts)
+    job().done.write_text("")  # of an earlier version
+    assert job("one").finished()
 
 
 def test_prompts_of_two_texts_name_both_words(tmp_path):
