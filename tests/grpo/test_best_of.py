@@ -92,6 +92,7 @@ def test_pruned_candidates_are_not_finished(best_of, model, tmp_path):
         (("--prompt=sea",), "no quoted text"),
         (('--prompt="sea"', "--judge=rapidocr"), "--judge=rapidocr is what chooses"),
         (('--prompt="sea"', "--samples=2"), "--samples has no effect"),
+        (('--prompt="sea"', "--prune_at=0.5"), "--prune_at has no effect"),
         (("--prompt=sea", "--reward=missing:X"), "there is no module 'missing'"),
     ],
 )

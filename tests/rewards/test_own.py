@@ -109,14 +109,30 @@ def test_a_group_is_scored_together_also_from_several_batches(workers):
 
 
 def test_a_group_that_fails_is_tried_again_then_masked(caplog):
+    calls = []
+
     class Counts:
         def score_group(self, videos, request):
+            calls.append(len(videos))
             return [1.0]
 
     with RewardPool(lambda: OwnReward.of("x", Counts)) as pool:
         scores = pool.submit(filled(1, 2), [RECORD] * 2, ["a", "a"], 2).result()
+    assert calls == [2, 2]
     assert scores.failures == scores.retries == 2 and not scores.valid.any()
     assert "returned 1 scores for 2 videos" in scores.errors[0] and len(caplog.records) == 1
+
+
+def test_a_group_that_fails_once_has_the_scores_of_the_second_attempt():
+    attempts = iter([[math.nan, 1.0], [2.0, 3.0]])
+
+    class Once:
+        def score_group(self, videos, request):
+            return next(attempts)
+
+    with RewardPool(lambda: OwnReward.of("x", Once)) as pool:
+        scores = pool.submit(filled(1, 2), [RECORD] * 2, ["a", "a"], 2).result()
+    assert scores.values.tolist() == [2, 3] and scores.valid.all() and scores.retries == 2
 
 
 def test_waiting_videos_are_scored_in_batches_of_one_shape():

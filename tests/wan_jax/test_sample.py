@@ -139,6 +139,13 @@ def contains(grid, picture):
             "--schedule has no effect here",
         ),
         (("--model={model}", "--out=x.png", "--matmul_precision=tf19"), "matmul_precision"),
+        (("--model={model}", "--out=x.png", "--noise=n.npy", "--seed=1"), "--seed has no effect"),
+        (
+            ("--model={model}", "--out=x.png", "--guidance=1", "--negative_prompt=x"),
+            "--negative_prompt has no effect here",
+        ),
+        (("--model={model}", "--out=x.png", "--guidance_2=3"), "--guidance_2 has no effect here"),
+        (("--model={model}", "--out=x.png", "--reward_guidance=3"), "--reward_guidance has no"),
     ],
 )
 def test_sampling_errors_are_one_message(folders, flags, message):

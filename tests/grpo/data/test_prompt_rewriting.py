@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from grpo.data.prompt_rewriting import INSTRUCTION, problem
-from grpo.data.prompts import load_prompts
+from grpo.data.prompt_rewriting import INSTRUCTION, problem, rewrite
+from grpo.data.prompts import PromptSet, load_prompts
 from grpo.make_prompts import rewrite_file
 from rewards.ocr.targets import parse_targets
 from tests.rewards.serving import scripted
@@ -62,6 +62,20 @@ def test_only_rewrites_with_the_same_texts_are_taken(source, chat, tmp_path, cap
     first = (tmp_path / "out" / "some.jsonl").read_bytes()
     rewrite_file(str(source), tmp_path / "out", url, "a-model", "secret")
     assert len(asked) == 5 and (tmp_path / "out" / "some.jsonl").read_bytes() == first
+
+
+def test_two_prompts_do_not_become_one(tmp_path):
+    """A file reads equal prompts once, so the second one would be lost."""
+    old = ('a mug with "Tea" on it', 'a cup with "Tea" on it')
+    found = rewrite(
+        PromptSet(old, (("Tea",), ("Tea",))),
+        lambda question: 'A cup that says "Tea" steams.',
+        "a-model",
+        tmp_path / "answers",
+        lambda answers, total: answers,
+    )
+    assert found.prompts == ('A cup that says "Tea" steams.', old[1])
+    assert found.refused == {"the same as another prompt": 1}
 
 
 def test_an_unknown_model_names_the_flag(source, chat, tmp_path):
