@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from grpo.reward_head import LEVELS, Examples, check_one_size, explained, fit, train
+from grpo.data.prompts import load_prompts
+from grpo.reward_head import LEVELS, Examples, check_one_size, collect, explained, fit, train
 from tests.grpo import tiny_policy
 from tests.grpo.specs import tiny_spec
 from wan_jax.command_line.cli import UserError
 from wan_jax.diffusion.solvers import make_solver
 from wan_jax.inference import pipeline, reward_guidance
 from wan_jax.models import flat_params
+from wan_jax.storage.trained_weights import load_transformers
 
 pytestmark = pytest.mark.slow
 SHAPE, PADDING = (1, 4, 4, 4), 10
@@ -109,6 +111,38 @@ def test_guidance_raises_the_reward(head):
 
     plain, guided = sample(None), sample(lambda *args: reward_guidance.shift(trained, *args))
     assert (guided[..., 0].mean((1, 2, 3)) > plain[..., 0].mean((1, 2, 3)) + 0.1).all()
+
+
+def test_examples_have_the_text_and_the_reward_of_their_own_video(start, tmp_path):
+    """The reward is the brightness of a video and the length of its prompt."""
+    words = ("sea", "harbour", "at night")
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f'A sign that says "{word}".\n' for word in words))
+    spec, model, *_ = start(
+        1,
+        **{
+            "prompts.train": str(path),
+            "reward.workers": 1,
+            "reward.own": (("own", "tests.rewards.own_rewards:Parts"),),
+            "reward.own_weights": (("own", 1.0),),
+            "reward.weights.ocr": None,
+            "reward.panel": (),
+        },
+    )
+    recipe, settings = spec.recipe, spec.settings
+    weights = load_transformers(model, None, settings.dtype, spec.backend, spec.mesh, "never")
+    found = collect(spec, model, weights, 16, lambda rows, **_: rows)
+    assert len(found) == 16 and found.latents.shape == (16, *spec.shape)
+    vae, state = pipeline.load_vae(model, spec.mesh)
+    frames = pipeline.make_decoder(vae)(state, jnp.asarray(found.latents))().frames
+    lengths = found.rewards - frames.reshape(16, -1).mean(1) - 16.0  # frames a second
+    prompts = load_prompts(path, lambda prompt: ()).prompts
+    table = pipeline.embed_prompts(model, prompts, recipe.prompts.negative, dtype=settings.dtype)
+    texts = table.padded(table.prompts)
+    own = [next(i for i, text in enumerate(texts) if np.array_equal(text, t)) for t in found.text]
+    # decoded in another batch: a unit of few of the pixels
+    np.testing.assert_allclose(lengths, [len(prompts[i]) for i in own], atol=0.1)
+    assert sorted(np.bincount(own)) == [5, 5, 6]
 
 
 def test_videos_of_several_sizes_are_refused():
