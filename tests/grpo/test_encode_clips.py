@@ -109,6 +109,17 @@ def test_a_second_run_encodes_what_is_new(wanted, model, src, capsys, monkeypatc
     assert np.abs(after[2] - before[1]).max() > 0.1, "the file's new content"
 
 
+def test_latents_that_are_not_finite_are_not_written(wanted, model, monkeypatch):
+    def encoder(*_):
+        return lambda state, videos: np.full((len(videos), 1, 2, 4, 16), np.nan, np.float32)
+
+    monkeypatch.setattr(encode_clips, "make_video_encoder", encoder)
+    with pytest.raises(UserError, match=r"sea\.png: its latents are not finite"):
+        encode(wanted)
+    with pytest.raises(UserError):
+        open_data(wanted.out, model_dir.open_model(model))
+
+
 def test_a_run_that_was_killed_goes_on(wanted, model, monkeypatch, capsys):
     """After one shard of two items: the rest is encoded, and what was complete is not changed."""
     monkeypatch.setattr(encode_clips, "SHARD", 2)
