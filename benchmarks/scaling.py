@@ -174,23 +174,38 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join([*lines, "", *sorted(notes)])
 
 
+def measured(names: list[str], devices: list[str]) -> list[tuple[str, int]]:
+    """Return (work, number of GPUs) of all runs. Raises ValueError without any."""
+    runs = [(name, n) for name in names for n in WORKS[name].devices if str(n) in devices]
+    if not runs:
+        known = {n for name in names for n in WORKS[name].devices}
+        raise ValueError(
+            f"--devices={','.join(devices)}: these works are measured on "
+            f"{', '.join(map(str, sorted(known)))} GPUs"
+        )
+    return runs
+
+
 def main(_):
     settings = flags.FLAGS
+    try:
+        runs = measured(settings.works, settings.devices)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
     folder = pathlib.Path(settings.out).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     path, record = folder / "results.json", folder / "record.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
     end = time.monotonic() + settings.limit
-    for name in settings.works:
-        for devices in (n for n in WORKS[name].devices if str(n) in settings.devices):
-            record.unlink(missing_ok=True)
-            failed = run(
-                WORKS[name].command(devices, f"--json={record}"), folder, end - time.monotonic()
-            )
-            results.setdefault(name, {})[str(devices)] = (
-                {"failed": failed} if failed else json.loads(record.read_text())
-            )
-            path.write_text(json.dumps(results, indent=2) + "\n")
+    for name, devices in runs:
+        record.unlink(missing_ok=True)
+        failed = run(
+            WORKS[name].command(devices, f"--json={record}"), folder, end - time.monotonic()
+        )
+        results.setdefault(name, {})[str(devices)] = (
+            {"failed": failed} if failed else json.loads(record.read_text())
+        )
+        path.write_text(json.dumps(results, indent=2) + "\n")
     print(table(results))
 
 

@@ -52,7 +52,7 @@ from wan_jax.diffusion.experts import per_guidance
 from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.errors import UserError
 from wan_jax.inference import pipeline
-from wan_jax.models import presets
+from wan_jax.models import precision, presets
 from wan_jax.storage import model_dir
 from wan_jax.storage.trained_weights import load_transformers
 
@@ -273,6 +273,7 @@ def check(recipe: Recipe, groups: int, size: int) -> None:
     )
     groups = min(groups, len(prompts))
     cli.enable_compilation_cache()
+    precision.use(recipe.model.matmul_precision)
     with cli.user_input():
         model = open_model(recipe)
         spec = RunSpec.make(recipe, settings, presets.of_folder(model), training=False)

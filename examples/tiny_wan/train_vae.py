@@ -116,7 +116,7 @@ def main(_):
 
     # 3 train until the time is over; clips join after `CLIP_PHASE`
     key, steps, printed = jax.random.key(FLAGS.seed + 1), 0, 0.0
-    while (elapsed := time.time() - start) < FLAGS.seconds:
+    while (elapsed := time.time() - start) < FLAGS.seconds or not steps:
         progress = elapsed / FLAGS.seconds
         lr = (
             FLAGS.learning_rate

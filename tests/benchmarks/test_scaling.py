@@ -54,6 +54,12 @@ def test_table_judges_data_parallel_only(tmp_path):
     }
 
 
+def test_a_call_that_measures_nothing_is_refused():
+    assert scaling.measured(["1.3b-data"], ["1", "2"]) == [("1.3b-data", 1), ("1.3b-data", 2)]
+    with pytest.raises(ValueError, match=r"--devices=16: .*1, 2, 4 GPUs"):
+        scaling.measured(["1.3b-data"], ["16"])
+
+
 def test_commands_fill_the_axis():
     for work in WORKS.values():
         for devices in work.devices:
