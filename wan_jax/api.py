@@ -206,6 +206,9 @@ class Model:
         given = {f.name: options[f.name] for f in dataclasses.fields(Given) if f.name in options}
         size = options["frames"], options["height"], options["width"]
         settings = choose_settings(self.folder, *size[1:], Given(**given))
+        for name, needed in settings.unused(len(self.folder.experts)).items():
+            if options.get(name, "") != "":
+                raise UserError(f"{name}={options[name]!r} has no effect: it needs {needed}")
         settings.make_solver()  # raises where steps and shift do not fit
         names = ("devices", "batch_size", "dtype", "attention", "weights", "text_encoder")
         placement = {name: options[name] for name in names if name in options}

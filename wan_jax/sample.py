@@ -40,7 +40,12 @@ from wan_jax.inference import pipeline, reward_guidance, sampling
 from wan_jax.inference.outputs import Outputs
 from wan_jax.inference.placement import choose_placement
 from wan_jax.inference.prompt_files import read_prompts
-from wan_jax.inference.settings import Given, choose_settings, negative_prompt
+from wan_jax.inference.settings import (
+    Given,
+    SamplingSettings,
+    choose_settings,
+    negative_prompt,
+)
 from wan_jax.models import precision
 from wan_jax.storage import media, merged_loras, model_dir, trained_weights
 
@@ -247,25 +252,15 @@ def checked_prompts() -> tuple[str, ...]:
     return prompts
 
 
-def without_effect(settings, num_experts: int) -> dict[str, str]:
-    """Return the flags that have no effect with the other ones, each with what it needs.
-
-    settings: of `choose_settings`.
-    """
-    guided = settings.guidance[0] > 1
+def without_effect(settings: SamplingSettings, num_experts: int) -> dict[str, str]:
+    """Return the flags that have no effect with the other ones, each with what it needs."""
     needs = (
         ("reward_guidance", "--reward_head", FLAGS.reward_head is not None),
-        ("negative_prompt", "--guidance above 1", guided),
-        (
-            "guidance_2",
-            "--guidance above 1 and a model with two experts",
-            guided and num_experts > 1,
-        ),
         ("seed", "to be without --noise", FLAGS.noise is None),
         ("fps", "a video as --out", pathlib.Path(FLAGS.out).suffix.lower() != ".png"),
-        ("schedule", "another --solver", settings.solver != "flow_match_euler"),
     )
-    return {name: needed for name, needed, has_effect in needs if not has_effect}
+    unused = {name: needed for name, needed, has_effect in needs if not has_effect}
+    return unused | settings.unused(num_experts)
 
 
 def describe(request: sampling.SampleRequest) -> str:

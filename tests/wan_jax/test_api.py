@@ -68,6 +68,8 @@ def test_ranges_and_choices_are_those_of_the_flags():
         ({"frames": 2}, "frames=2.*use 1"),
         ({"height": 30}, "height=30.*16"),
         ({"devices": 99}, "devices=99"),
+        ({"guidance": 1.0, "negative_prompt": "dull"}, "negative_prompt='dull'.*guidance above 1"),
+        ({"guidance_2": 2.0}, "guidance_2=2.0.*two experts"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_read(folders, options, message):

@@ -61,6 +61,20 @@ class SamplingSettings:
             self.solver, self.steps, self.shift, order=self.order, version=self.schedule
         )
 
+    def unused(self, num_experts: int) -> dict[str, str]:
+        """Return the options of sampling that these settings do not use, each with what it needs."""
+        guided = self.guidance[0] > 1
+        needs = (
+            ("negative_prompt", "guidance above 1", guided),
+            (
+                "guidance_2",
+                "guidance above 1 and a model with two experts",
+                guided and num_experts > 1,
+            ),
+            ("schedule", "another solver", self.solver != "flow_match_euler"),
+        )
+        return {name: needed for name, needed, used in needs if not used}
+
     def rows(self) -> list[tuple[str, str, str]]:
         """Return (name, value, source) of each setting, as text."""
         shown = {
