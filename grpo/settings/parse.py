@@ -136,7 +136,7 @@ def check_resume(saved: dict, now: dict, checkpoint: str) -> tuple[str, ...]:
     # Settings that are newer than the checkpoint had their defaults, except that the method was
     # Flow-GRPO.
     defaults = flat(Recipe().to_dict()) | {"train.method": "grpo"}
-    kept = {key: value for key, value in flat(saved).items() if REMOVED.get(key) != value}
+    kept = {key: value for key, value in flat(saved).items() if (key, value) not in REMOVED.items()}
     before, after = _with_kl_weight(defaults | kept), _with_kl_weight(flat(now))
     changed = {
         key: f"{before.get(key)!r} -> {after.get(key)!r}"

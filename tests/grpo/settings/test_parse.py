@@ -238,6 +238,11 @@ def test_a_run_that_left_a_removed_setting_as_it_was_is_continued(key, value, sm
         parse.check_resume(saved, small.to_dict(), "run")
 
 
+def test_a_setting_of_none_is_not_taken_for_a_removed_one(small):
+    small.reward.weights.ocr = None  # its default is 1
+    parse.check_resume(small.to_dict(), small.to_dict(), "run")
+
+
 def test_a_kl_weight_of_none_is_the_methods_own(small):
     saved = small.to_dict()
     saved["train"]["kl_weight"] = 0.004  # as it was before it could be None
