@@ -118,9 +118,7 @@ class RandomPolicy:
         quantisation = Quantisation.choose(weights, platform_of(device), device)
         if quantisation is not None and not kernel:
             quantisation = dataclasses.replace(quantisation, kernel=False)
-        backend = choose_backend(
-            "auto", platform_of(mesh.devices.flat[0]), dtype, config.attention_head_dim
-        )
+        backend = choose_backend("auto", platform_of(device), dtype, config.attention_head_dim)
 
         def draw():
             state = nnx.split(

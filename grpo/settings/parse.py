@@ -122,7 +122,7 @@ def settings_of(recipe: Recipe) -> Settings:
         raise UserError(f"config: {error}") from None
 
 
-# settings that are no more, with the value that is what is done without them
+# removed settings, each with the value that a run without it behaves like
 REMOVED = {"model.fused": "off"}
 
 
