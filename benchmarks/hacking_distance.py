@@ -5,7 +5,9 @@
 The held-out evaluations of a run sample the same prompts from the same noise. The distance of a video
 is the mean absolute difference of its pixels, 0 to 255, from those before training, outside of the
 boxes of the text that is read in either, grown by `GROWN` pixels. RUN/distance.json gets the mean over
-the previews of the last evaluation (`eval.previews`), its 95 % interval, and the mean inside.
+the previews of the last evaluation (`eval.previews`), its 95 % interval, the mean inside and the
+held-out reward; `earlier` has the same of the evaluations between, so that runs can be compared at
+equal reward.
 """
 
 import json
@@ -55,23 +57,30 @@ def main(folder: str) -> None:
     """Write the result of a run."""
     run = pathlib.Path(folder)
     shown = [
-        (e["epoch"], videos)
+        (e, videos)
         for e in run_log.read_evaluations(run)
         if (videos := run_log.read_previews(run, e["epoch"])) is not None
     ]
-    (_, before), (epoch, after) = shown[0], shown[-1]
-    outside, inside = distances(before, after, OCRReward("spelling", boxes=True))
-    mean, low, high = bootstrap_interval(outside)
-    result = {
-        "epoch": epoch,
-        "videos": len(after),
-        "outside": mean,
-        "low": low,
-        "high": high,
-        "inside": float(np.nanmean(inside)),
-    }
-    (run / RESULT).write_text(json.dumps(result) + "\n")
-    print(result)
+    if len(shown) < 2:
+        sys.exit(f"{run} has previews of {len(shown)} evaluations, but a distance needs two")
+    reader, before, results = OCRReward("spelling", boxes=True), shown[0][1], []
+    for evaluation, after in shown[1:]:
+        outside, inside = distances(before, after, reader)
+        mean, low, high = bootstrap_interval(outside)
+        results.append(
+            {
+                "epoch": evaluation["epoch"],
+                "reward": evaluation["reward"],
+                "videos": len(after),
+                "outside": mean,
+                "low": low,
+                "high": high,
+                "inside": float(np.nanmean(inside)),
+            }
+        )
+    *earlier, last = results
+    (run / RESULT).write_text(json.dumps(last | {"earlier": earlier}) + "\n")
+    print(json.dumps(last))
 
 
 if __name__ == "__main__":

@@ -102,3 +102,19 @@ def test_prompts_of_two_texts_name_both_words(tmp_path):
         found = load_prompts(tmp_path / f"{name}.jsonl", parse_targets)
         for prompt, targets in zip(found.prompts, found.targets, strict=True):
             assert len(targets) == 2 and '"' + " ".join(targets) + '"' in prompt
+
+
+def test_distances_of_a_run_are_written_for_every_evaluation(tmp_path, monkeypatch):
+    monkeypatch.setattr(hacking_distance, "OCRReward", lambda *_, **__: Reader())
+    lines = list(records((0.4, 0.6, 0.8), (0.4, 0.7, 0.5)))
+    (tmp_path / run_log.EVALUATIONS).write_text("".join(json.dumps(e) + "\n" for e in lines))
+    with pytest.raises(SystemExit, match="previews of 0 evaluations"):
+        hacking_distance.main(str(tmp_path))
+    for level, evaluation in enumerate(lines):
+        path = run_log.preview_path(tmp_path, evaluation["epoch"])
+        path.parent.mkdir(exist_ok=True)
+        np.savez(path, videos=np.full((2, 1, 16, 64, 3), 3 * level, np.uint8))
+    hacking_distance.main(str(tmp_path))
+    found = json.loads((tmp_path / hacking_distance.RESULT).read_text())
+    assert (found["epoch"], found["reward"], found["outside"]) == (20, 0.8, 6)
+    assert [(e["epoch"], e["reward"], e["inside"]) for e in found["earlier"]] == [(10, 0.6, 3)]
