@@ -105,9 +105,9 @@ class Windows:
 
     def neighbours(self, part: int) -> bool:
         """Return whether the stochastic steps of a segment follow each other in every epoch."""
-        return self.rule != ONE_PER_GROUP and (
-            self.rule != "any" or self.quotas[part] == len(self.ranges[part])
-        )
+        if self.rule in ("any", "spaced"):
+            return self.quotas[part] == len(self.ranges[part])
+        return self.rule != ONE_PER_GROUP
 
     def videos(self, part: int) -> range:
         """Return the numbers of the videos that have stochastic steps in a segment."""

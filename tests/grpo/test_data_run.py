@@ -82,7 +82,13 @@ def test_a_run_with_an_anchor_resumes_bit_for_bit(model, data, tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        ("train.method=grpo", "data.noise=rollout", "sample.sde_window=spaced"),
+        (
+            "train.method=grpo",
+            "data.noise=rollout",
+            "sample.sde_window=spaced",  # steps 0 and 2
+            "sample.steps=4",
+            "sample.sde_range=(0,4)",
+        ),
         ("train.method=dgpo", "train.timesteps=2"),
     ],
     ids=["ddrl", "dgpo"],

@@ -156,6 +156,7 @@ def test_windows_of_an_epoch():
         and second.of_epoch(0, 1)[0].size == 0
         and second.of_epoch(0, 1)[1].min() >= 7
     )
+    assert not windows.neighbours(0)
     sample.sde_window, sample.sde_steps = "any", 5
     usual = Windows.make(sample, PARTS, BOTH, BOTH)
     assert [len(w) for w in usual.of_epoch(0, 1)] == [2, 3] and usual.videos(0) == usual.videos(
@@ -170,3 +171,12 @@ def test_batches_of_some_videos_are_dealt_to_the_updates():
     # 3 is a neighbour
     np.testing.assert_array_equal(batches_with(range(12), 4, 6, 2), [[0, 2], [1, 3]])
     np.testing.assert_array_equal(batches_with(range(12, 24), 4, 6, 2), [[2, 4], [3, 5]])
+
+
+@pytest.mark.parametrize("rule", sorted(set(WINDOWS) - {ONE_PER_GROUP}))
+@pytest.mark.parametrize("quota", [2, 3, 6])
+def test_neighbours_are_steps_that_follow_each_other_in_every_epoch(rule, quota):
+    """Their latents are kept once, so a rule that is wrongly said to have them trains on others'."""
+    windows = Windows(rule, 2, (range(1, 7),), (quota,), (4,), 2)
+    drawn = [windows.of_epoch(0, epoch)[0] for epoch in range(1, 40)]
+    assert windows.neighbours(0) == all((np.diff(window) == 1).all() for window in drawn)
