@@ -169,6 +169,7 @@ def training(case: Case, seed: int, out: pathlib.Path, FLAGS) -> Job:
         "eval.previews=2",
         "save.every=1000",
         "save.keep=1",
+        "sample.steps=10",
         *case.settings,
         *(f"prompts.{name}={out}/prompts/{name}.jsonl" for name in PROMPTS if case.two_texts),
         *FLAGS.common,

@@ -2,8 +2,8 @@
 
     python -m grpo.train --config=configs/tiny_grpo.py
 
-As `configs/tiny_ocr.py`, but 2 of the 10 steps are stochastic and trained, without KL. Results:
-docs/results.md.
+As `configs/tiny_ocr.py`, but with 10 steps, 2 of which are stochastic and trained, and without KL.
+Results: docs/results.md.
 """
 
 from configs import tiny_ocr
@@ -12,6 +12,7 @@ from configs import tiny_ocr
 def get_config():
     c = tiny_ocr.get_config()
     c.run_dir = "runs/tiny_grpo"
+    c.sample.steps = 10
     c.sample.sde = "flow_sde"
     c.sample.noise_level = 0.7
     c.sample.sde_steps = 2

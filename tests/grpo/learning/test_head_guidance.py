@@ -155,7 +155,7 @@ def test_an_epoch_fits_its_batches_in_turn():
 def test_a_method_with_a_ratio_is_refused(method):
     config = tiny_ocr.get_config()
     config.sample.reward_guidance, config.sample.reward_head = 5.0, "head.safetensors"
-    config.sample.sde_steps, config.sample.sde_range = 2, (0, 6)
+    config.sample.sde_steps, config.sample.sde_range = 2, (0, 3)
     parse.recipe_from_config(config)
     config.train.method = method
     with pytest.raises(UserError, match=f"reward_guidance=5.0.*train.method={method}"):

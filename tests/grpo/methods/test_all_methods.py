@@ -13,7 +13,7 @@ from wan_jax.errors import UserError
     [
         ({"train.method": "ppo"}, "train.method"),
         ({"train.timesteps": 0}, "train.timesteps=0"),
-        ({"train.timesteps": 11}, "train.timesteps=11 .*sample.steps=10"),
+        ({"train.timesteps": 5}, "train.timesteps=5 .*sample.steps=4"),
         ({"train.nft_beta": 0.0}, "train.nft_beta=0.0"),
         ({"sample.shared_noise": True}, "sample.shared_noise=True"),
         ({"train.old_most": 1.0}, "train.old_most=1.0"),

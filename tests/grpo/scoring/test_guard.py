@@ -23,7 +23,7 @@ def evaluation(epoch, low, high, dark=0.1, prompts=("a", "b"), **measures):
     }
 
 
-STEPS = {"sample.sde_steps": 2, "sample.sde_range": (0, 6)}
+STEPS = {"sample.sde_steps": 2, "sample.sde_range": (0, 3)}
 PANEL = ("dark", "motion", "colours")
 
 
