@@ -63,6 +63,7 @@ class Work:
 
 
 IMAGE = "--height=512 --width=512 --frames=1 --batch=9"
+SMALLER = "--height=256 --width=256 --frames=1 --batch=9"
 DECODE = "--height=480 --width=832 --frames=81 --batch=1 --repeats=3"
 STEPS = ("rollout", "update")
 MEMORY = tuple(Target(stage, "memory") for stage in STEPS)
@@ -154,6 +155,16 @@ WORKS = {
         "parts",
         "parts",
         f"--size=1.3b {IMAGE} {GUIDED}",
+        PARTS,
+        ("autocast", "bf16-compile"),
+        (),
+        own=("ours", "ours-fp8"),
+    ),
+    "1.3b-256-parts": Work(
+        "1.3B, 9 x 1 x 256 x 256, parts of an epoch",
+        "parts",
+        "parts",
+        f"--size=1.3b {SMALLER} {GUIDED}",
         PARTS,
         ("autocast", "bf16-compile"),
         (),
