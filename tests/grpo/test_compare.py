@@ -75,8 +75,12 @@ def test_methods_of_a_file_a_flag_and_recipes(tmp_path):
 
 def test_the_shipped_methods_are_sound(monkeypatch):
     monkeypatch.chdir(ROOT)
-    for method in read_methods([], [], "configs/compare_tiny_settings.txt"):
-        method.config("eval.every=10")
+    files = sorted(ROOT.glob("configs/compare_*.txt"))
+    assert len(files) >= 5
+    for path in files:
+        configs = [m.config("eval.every=10") for m in read_methods([], [], str(path))]
+        few = path.stem == "compare_steps"
+        assert few or {c.sample.steps for c in configs} == {10}, path  # one budget of evaluations
     steps = [m.config("seed=3") for m in read_methods([], [], "configs/compare_steps.txt")]
     assert {c.sample.steps for c in steps} == {4, 6, 10} and all(c.eval.steps == 10 for c in steps)
     methods = read_methods([], [], "configs/compare_tiny.txt")
