@@ -9,6 +9,8 @@ from tests.grpo import specs
 from tests.grpo.data_folders import write_data
 from wan_jax.models import flops as model_flops
 
+ROLLOUT = {"sample.steps": 10, "sample.guidance": 1.0}
+
 
 @pytest.mark.parametrize(
     "values, cost",
@@ -38,7 +40,7 @@ from wan_jax.models import flops as model_flops
     ],
 )
 def test_an_epoch_in_evaluations(values, cost):
-    spec = specs.spec_of(quickstart, "wan2.1-1.3b", **values)
+    spec = specs.spec_of(quickstart, "wan2.1-1.3b", **(ROLLOUT | values))
     assert spec.settings.videos == 64
     assert epochs_in_evaluations(spec) == pytest.approx(cost)
 
@@ -70,7 +72,7 @@ def test_an_epoch_in_evaluations(values, cost):
 def test_an_epoch_with_data_in_evaluations(values, cost, tmp_path):
     """Pictures of half of the width and the height."""
     write_data(tmp_path / "data", (1, 4, 8, 16), height=32, width=64)
-    values = values | {"data.path": str(tmp_path / "data")}
+    values = ROLLOUT | values | {"data.path": str(tmp_path / "data")}
     spec = specs.spec_of(quickstart, "wan2.1-1.3b", **values)
     assert epochs_in_evaluations(spec) == pytest.approx(cost)
     flops = data_flops(Functions(spec))
