@@ -22,8 +22,8 @@ from grpo.settings import video_sizes
 from grpo.settings.video_sizes import Size
 from wan_jax.models import flops
 
-# Of one core, from docs/results.md: 64 pictures of the quickstart on 2 cores, 0.85 TFLOP of sampling
-# in 3.5 s.
+# Of one core, from docs/results.md: 64 pictures in 10 steps with guidance, configs/tiny_ocr.py of then,
+# 0.85 TFLOP of sampling in 3.5 s on 2 cores.
 CPU = Kind("CPU", "cpu", None, 0.12e12, 0.12e12)
 
 
@@ -56,7 +56,7 @@ MEASURED = {
 }
 # From docs/results.md, "Every model at full size": 18 pictures decoded, 20 TFLOP, in 0.1 s.
 DECODE = 0.4
-ON_CPU = Efficiency(1.0, 0.85, 0.7, "measured with the quickstart on 2 cores")
+ON_CPU = Efficiency(1.0, 0.85, 0.7, "measured with tiny-wan on 2 cores")
 
 
 def kind_of(device: jax.Device) -> Kind | None:  # pyright: ignore[reportInvalidTypeForm]
