@@ -7,7 +7,7 @@ completes the folder, samples held-out prompts at each size, and prints their OC
 `--init`. That takes about two minutes on a GPU with 8 cores:
 
     python -m examples.tiny_wan.train_transformer --vae assets/tiny-wan/vae --init assets/tiny-wan \\
-        --sizes 64x128,96x192 --learning_rate 0.016 --seconds 250 --judge 512 --out OUT
+        --sizes 64x128,96x192 --learning_rate 0.016 --seconds 220 --judge 512 --out OUT
 
 The latents of a pool of signs are computed once. Every step then draws single frames and clips from
 the pool, a sigma (logit-normal, shifted by 3 as in sampling) and noise, and regresses velocity =
