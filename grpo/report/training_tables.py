@@ -37,10 +37,12 @@ HEALTH = {  # key in an epoch's record: metric
         "flow-matching error", max, "no jumps; depends on the noise levels drawn"
     ),
     "preferred": HealthMetric(
-        "pairs ordered rightly", min, "a share of 0 to 1; 0 at first, then above 1/2"
+        "pairs ordered rightly", min, "a share of 0 to 1; above 1/2 after the first update"
     ),
     "agreed": HealthMetric(
-        "videos on their side of the median", min, "a share of 0 to 1; 0 at first, then above 1/2"
+        "videos on their side of the median",
+        min,
+        "a share of 0 to 1; above 1/2 after the first update",
     ),
     "old_distance": HealthMetric(
         "distance from the behaviour policy", max, "small and steady: mean square of velocities"
