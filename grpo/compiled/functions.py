@@ -89,7 +89,7 @@ class Functions(RunArrays):
             self.spec.schedule,
             self.spec.settings.sde,
             recipe.train.credit,
-            slice(*recipe.sample.sde_range),
+            self.spec.windows.ranges,
             recipe.sample.ode_solver,
         )
 

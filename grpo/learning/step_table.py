@@ -1,6 +1,7 @@
 """The values of the rollout's schedule for each step, with its noise and its weight in the loss."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -39,13 +40,13 @@ class StepTable:
         schedule: Schedule,
         config: sde.SDEConfig,
         credit: str = "none",
-        trained: slice = slice(None),
+        trained: Sequence[range] = (),
         ode_solver: str = "euler",
     ) -> "StepTable":
         """Return the table of a schedule.
 
-        config: of the stochastic steps. credit: kind of `step_credit`. trained: the steps that may
-        be stochastic. ode_solver: of the deterministic steps, 'euler' or 'dpmpp_2m'.
+        config: of the stochastic steps. credit, trained: kind and steps of `step_credit`. ode_solver:
+        of the deterministic steps, 'euler' or 'dpmpp_2m'.
         """
         return cls(
             timestep=np.asarray(schedule.timesteps, np.float32),
@@ -70,21 +71,24 @@ class StepTable:
 
 
 def step_credit(
-    kind: str, schedule: Schedule, config: sde.SDEConfig, trained: slice
+    kind: str, schedule: Schedule, config: sde.SDEConfig, trained: Sequence[range]
 ) -> np.ndarray | None:
     """Return the weight of each step in the loss, fp32 [T]. It is None for 'none', and for 'otca',
     where weights differ between videos (`advantages.step_importance`).
+
+    trained: the steps of each trained expert that may be stochastic; (): all steps, of one expert.
 
     'longcat': w = sqrt(s / (1 - s)) / sqrt(-dt), which cancels the factor sqrt(-dt (1 - s) / s) in
     the gradient of flow_sde's log-prob (LongCat-Video). In the first step the divisor has s_1, as in
     `sde.diffusion_coefficient`.
 
-    'rectified': w = 1 / c divided by its mean over the `trained` steps: Flash-GRPO's temporal
+    'rectified': w = 1 / c divided by its mean over the expert's `trained` steps: Flash-GRPO's temporal
     gradient rectification (arXiv 2605.15980). The gradient of a step's log-prob with respect to v is
     z |d mean / d v| / std with z ~ N(0, 1), so c = |d mean / d v| / std = sqrt(-dt) / g +
     g sqrt(-dt) (1 - s) / (2 s) for all forms but CPS. On flow_sde, 1 / c equals 'longcat' up to a
-    factor. The published divisor is the mean over the rows of an update. Ours is constant, and equal
-    to it where the rows are spread evenly over the trained steps.
+    factor. The published divisor is the mean over the rows of an update, which are of one expert. Ours
+    is constant, and equal to it where the rows are spread evenly over the expert's trained steps.
+    Steps that are not trained have no rows; their weight is not divided.
 
     'noise_over_step': w = g / sqrt(-dt), of the policy loss alone, as in scripts/train_wan2_1.py of
     Flow-GRPO at 32b48fd (`* sigma_t / dt`, where its dt is a root). It is the first term of 1 / c:
@@ -105,4 +109,7 @@ def step_credit(
     if kind == "noise_over_step":
         return (g / root).astype(np.float32)
     weight = g * root / sde.mean_slope(config, schedule)
-    return (weight / np.mean(weight[trained])).astype(np.float32)
+    for steps in trained or [range(len(weight))]:
+        if steps:
+            weight[steps] /= np.mean(weight[steps])
+    return weight.astype(np.float32)
