@@ -17,6 +17,7 @@ from tests.grpo import tiny_policy
 from tests.grpo.epoch_inputs import rollout_of, scores_of
 from tests.grpo.specs import tiny_spec
 from tests.grpo.tiny_policy import SHAPE
+from wan_jax.choices import EXPERTS
 from wan_jax.diffusion.guidance import velocity
 from wan_jax.errors import UserError
 
@@ -73,26 +74,39 @@ def test_the_reward_is_standardised_by_level():
 
 
 def test_every_video_is_probed_at_the_second_half_of_the_steps():
-    spec = tiny_spec(**{"train.method": "nft", "sample.steps": 10, "reward.confidence": 0.5})
+    """Each step by its expert, of which one is not trained; with the noise of the video's group of four
+    and its own prompt, in batches of two.
+    """
+    values = {"train.method": "nft", "sample.steps": 10, "sample.shift": 12.0}
+    values |= {"reward.confidence": 0.5, "sample.batch_size": 2, "train.experts": EXPERTS[:1]}
+    spec = tiny_spec("wan2.2-a14b", **values)
+    assert spec.segments[1].steps == range(7, 10)
     asked = []
 
-    def probe(weights, frozen, x0, text, key, group, step, sigma, timestep):
-        asked.append((step, np.asarray(group).tolist(), sigma, timestep))
-        return jnp.full(len(group), float(step)) + group / 10
+    def probe_of(expert):
+        def probe(weights, frozen, x0, text, key, group, step, sigma, timestep):
+            assert (weights, frozen) == (f"weights of {expert}", f"frozen {expert}")
+            assert step in spec.segments[expert].steps
+            asked.append((step, np.asarray(group).tolist(), text.tolist(), sigma, timestep))
+            return jnp.full(len(group), float(step)) + group / 10
+
+        return probe
 
     session = types.SimpleNamespace(
         spec=spec,
-        functions=types.SimpleNamespace(probes=(probe,)),
-        frozen=lambda expert: None,
-        start={},
+        functions=types.SimpleNamespace(probes=(probe_of(0), probe_of(1))),
+        frozen=lambda expert: f"frozen {expert}",
+        start={EXPERTS[1]: "weights of 1"},
     )
-    states = {"transformer": types.SimpleNamespace(trainable=None)}
-    errors = measure_errors(session, states, rollout_of(spec))
+    states = {EXPERTS[0]: types.SimpleNamespace(trainable="weights of 0")}
+    errors = measure_errors(session, states, rollout_of(spec, texts=lambda prompts: prompts))
     assert list(probed_steps(spec)) == [5, 6, 7, 8, 9]
     steps = np.arange(5, 10)
     np.testing.assert_allclose(errors, steps[:, None] + np.repeat([0, 0.1], 4), rtol=1e-6)
-    assert [group for _, group, *_ in asked] == [[0] * 4] * 5 + [[1] * 4] * 5
-    for step, _, sigma, timestep in asked:
+    batches = [([0, 0], [3, 3])] * 2 + [([1, 1], [5, 5])] * 2  # groups, prompts
+    wanted = [(step, *batch) for part in ((5, 6), (7, 8, 9)) for batch in batches for step in part]
+    assert [tuple(call[:3]) for call in asked] == wanted
+    for step, *_, sigma, timestep in asked:
         assert sigma == float(spec.schedule.sigmas[step])
         assert timestep == float(spec.schedule.timesteps[step])
 
