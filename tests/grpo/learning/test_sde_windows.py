@@ -164,6 +164,26 @@ def test_windows_of_an_epoch():
     ) == range(24)
 
 
+def test_windows_of_two_experts_are_drawn_apart():
+    """Each from its own steps; a sliding one stays as many epochs as the recipe says."""
+    settings = {"sde_range": (1, 15), "sde_steps": 5, "sde_window": "any", "sde_window_epochs": 2}
+    sample = types.SimpleNamespace(**settings, groups=6, group_size=4)
+    windows = Windows.make(sample, PARTS, BOTH, BOTH)
+    assert windows.quotas == (2, 3)
+    for epoch in range(1, 9):
+        first, second = windows.of_epoch(4, epoch)
+        np.testing.assert_array_equal(first, sde_window(4, epoch, 2, 1, 7))
+        np.testing.assert_array_equal(second, sde_window(4, epoch, 3, 7, 15, segment=1))
+    sample.sde_window = "progressive"
+    windows = Windows.make(sample, PARTS, BOTH, BOTH)
+    for epoch, place in enumerate([0, 0, 1, 1, 2, 2], start=1):
+        first, second = windows.of_epoch(4, epoch)
+        assert (first.tolist(), second.tolist()) == (
+            [1 + place, 2 + place],
+            [7 + place, 8 + place, 9 + place],
+        )
+
+
 def test_batches_of_some_videos_are_dealt_to_the_updates():
     np.testing.assert_array_equal(batches_with(range(24), 4, 6, 2), [[0, 1, 2], [3, 4, 5]])
     # the third is partly theirs
