@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grpo.credit import compute_credit
 from grpo.learning import finished_batch
 from grpo.learning.optimiser import GradientInputs
 from grpo.learning.sde_windows import step_quotas
@@ -22,10 +23,11 @@ from grpo.random_streams import Stream
 from grpo.rollout import sample_noise
 from tests import reference
 from tests.grpo import tiny_policy
-from tests.grpo.specs import devices_mesh, levels_spec
+from tests.grpo.epoch_inputs import rollout_of, scores_of
+from tests.grpo.specs import devices_mesh, levels_spec, tiny_spec
 from tests.grpo.tiny_policy import SHAPE
 from wan_jax.diffusion.experts import segments
-from wan_jax.diffusion.guidance import velocity
+from wan_jax.diffusion.guidance import TextBatch, velocity
 from wan_jax.diffusion.schedule import flow_sigmas
 
 
@@ -211,3 +213,49 @@ def test_loss_and_gradient_of_an_update(weights, velocities_of, method, by_cell)
         still, _ = gradient(bases, GradientInputs(None, {"old": bases}), frozen, half)
         assert max(float(jnp.abs(g).max()) for g in still.values()) < 1e-5
         assert max(float(jnp.abs(g).max()) for g in grads.values()) > 1e-3
+
+
+@pytest.mark.parametrize("method", ["nft", "awm", "rvm", "rwr", "tgo", "dgpo", "sft", "dpo"])
+def test_rows_are_those_of_their_videos(method):
+    """Latents, prompts, levels, weights and gates of eight groups of two in batches of four, two updates of
+    each of two experts; one group is equal and one video has no reward.
+    """
+    values = {"train.method": method, "train.timesteps": 3, "sample.steps": 8}
+    values |= {"sample.groups": 8, "sample.group_size": 2, "sample.batch_size": 4}
+    values |= {"train.kl_gate": 0.4, "train.kl_weight": 0.1, "reward.panel": ("dark",)}
+    spec = tiny_spec("wan2.2-a14b", **values)
+    numbers, prompts = np.arange(16), np.repeat([7, 2, 0, 5, 1, 6, 3, 4], 2)
+    finished = [
+        jnp.broadcast_to(part.reshape(4, 1, 1, 1, 1), (4, *spec.shape)).astype(jnp.float32)
+        for part in np.split(numbers, 4)
+    ]
+    rewards = np.random.default_rng(0).random(16)
+    rewards[6:8], rewards[11] = 0.5, np.nan
+    scores = scores_of(rewards, {"dark": np.random.default_rng(1).random(16)})
+    credit = compute_credit(spec, scores, prompts, {"dark": (0.5, 0.1)})
+    assert credit.spread.sum() == 12 and 0 < credit.kl_gate.sum() < 12
+    texts = lambda of: TextBatch(jnp.asarray(of), jnp.zeros(1), 1)  # noqa: E731
+    rollout = rollout_of(spec, finished=finished, prompt_of=prompts, texts=texts)
+    selected = spec.method.select(credit, 2)
+    weight = dict(zip(selected.videos.tolist(), selected.weight.tolist()))
+    worse = {} if selected.worse is None else dict(zip(selected.videos, selected.worse))
+    for segment in (0, 1):
+        levels, found = spec.method.noise_levels(spec, 9, segment), []
+        for videos, batch, _ in spec.method.batches(spec, 9, segment, rollout, credit, 0):
+            rows = np.argwhere(batch.valid)
+            own = [int(batch.x0[m, b].ravel()[0]) for m, b in rows]
+            for (m, b), video in zip(rows, own):
+                assert batch.text.embeddings[m, b] == prompts[video]
+                noise = video // 2 if method == "dgpo" else video  # a group shares it
+                assert batch.video[m, b] == noise
+                np.testing.assert_array_equal(batch.sigma[m, :, b], levels.sigma[video])
+                np.testing.assert_array_equal(batch.timestep[m, :, b], levels.timestep[video])
+                assert batch.weight[m, b] == np.float32(weight[video])
+                assert batch.kl_gate[m, b] == credit.kl_gate[video]
+                if worse:
+                    assert (batch.worse[m, b] == worse[video]).all()
+            assert sorted(videos) == sorted([*own, *(worse[video] for video in own if worse)])
+            np.testing.assert_array_equal(batch.draw, levels.draw)
+            found += own
+        assert sorted(found) == sorted(selected.videos[selected.valid])
+        assert len(set(map(tuple, levels.sigma))) > 1

@@ -125,16 +125,20 @@ def test_a_masked_video_equals_a_removed_one():
 
 
 def test_the_videos_of_a_group_share_noise_and_level():
-    """And the levels are of the first 60 % of the steps, all of which are trained in the long run."""
-    spec = tiny_spec(**{"train.method": "dgpo", "train.timesteps": 2, "sample.steps": 10})
+    """And the levels are of the first 60 % of the steps, all of which are trained in the long run. Four
+    groups of two, in batches of four.
+    """
+    values = {"train.method": "dgpo", "train.timesteps": 2, "sample.steps": 10}
+    spec = tiny_spec(**values, **{"sample.groups": 4, "sample.group_size": 2})
     method, rollout = spec.method, rollout_of(spec)
-    seen = set()
+    seen, groups_differ = set(), []
     for epoch in range(20):
         levels = method.noise_levels(spec, epoch, 0)
-        by_group = levels.sigma.reshape(2, 4, 2)
-        np.testing.assert_array_equal(by_group, by_group[:, :1].repeat(4, 1))
+        by_group = levels.sigma.reshape(4, 2, 2)
+        np.testing.assert_array_equal(by_group, by_group[:, :1].repeat(2, 1))
+        groups_differ.append((by_group[:-1] != by_group[1:]).any((1, 2)))
         seen |= {*levels.sigma.ravel().tolist()}
-    assert seen == {*spec.schedule.sigmas[:6].tolist()}
+    assert seen == {*spec.schedule.sigmas[:6].tolist()} and np.any(groups_differ, 0).all()
     credit = types.SimpleNamespace(
         advantages=np.linspace(-1, 1, 8),
         spread=np.ones(8, bool),
@@ -146,7 +150,7 @@ def test_the_videos_of_a_group_share_noise_and_level():
         videos += numbers.tolist()
         groups += np.asarray(batch.video).ravel().tolist()
         assert kept == {"old": pytest.approx(0.041 + 0.001 * (len(videos) > 4))}
-    assert videos == [*range(8)] and groups == [0] * 4 + [1] * 4
+    assert videos == [*range(8)] and groups == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_what_the_copy_keeps():
