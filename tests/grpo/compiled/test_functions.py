@@ -14,7 +14,7 @@ import pytest
 
 from configs import wan21_1_3b_ocr, wan21_14b_ocr, wan22_a14b_ocr, wan22_ti2v_5b_ocr
 from grpo import setup, train
-from grpo.compiled import compile, costs
+from grpo.compiled import compile, costs, functions
 from grpo.compiled.functions import Functions
 from grpo.learning.optimiser import init_state
 from grpo.learning.policy import make_policy
@@ -22,7 +22,7 @@ from grpo.learning.policy_gradient import stack_batches
 from grpo.methods import grpo
 from grpo.records import run_log
 from tests.grpo.compiled_names import compiled_names
-from tests.grpo.specs import devices_mesh, functions_of, spec_of
+from tests.grpo.specs import devices_mesh, functions_of, spec_of, tiny_spec
 from wan_jax.command_line.cli import UserError
 from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.models.config import TransformerConfig
@@ -37,6 +37,7 @@ WIDE = TransformerConfig(
     num_layers=2,
 )  # its matrices are large enough to be split by fsdp
 GIB = 2**30
+A14B = {"sample.steps": 4, "sample.sde_range": (0, 4), "train.timesteps": 2}
 
 
 @pytest.mark.slow
@@ -367,3 +368,31 @@ def test_what_is_planned():
         for method in ("grpo", "rwr")
     )
     assert rwr.sample == grpo.sample and rwr.update == pytest.approx(grpo.update / 2)  # no guidance
+
+
+def test_each_expert_has_its_guidance_and_all_the_schedule(monkeypatch):
+    """In rollout, update, probes and evaluation; and the teacher its own."""
+    made = types.SimpleNamespace(
+        make_ode_step=lambda module, solver, guidance: guidance,
+        decoder_functions=None,
+    )
+    monkeypatch.setattr(functions, "pipeline", made)
+    monkeypatch.setattr(functions, "make_step", lambda policy, table, guidance, **kwargs: guidance)
+    monkeypatch.setattr(functions, "make_probe", lambda policy, guidance: guidance)
+    values = {"sample.guidance": 2.0, "sample.guidance_2": 3.0}
+    values |= {"eval.guidance": 4.0, "eval.guidance_2": 5.0, "train.kl_weight": 0.0}
+
+    def run(**more):
+        return Functions(tiny_spec("wan2.2-a14b", **A14B | values | more))
+
+    own = run(**{"train.credit": "longcat", "sample.ode_solver": "dpmpp_2m"})
+    assert own.steps == (2, 3) and own.eval_steps == (4, 5)
+    assert [guidance for guidance, _ in own.spec.method.gradient_keys(own.spec)] == [2, 3]
+    assert own.table.weight is not None and own.table.dpm is not None
+    for guided, wanted in ((True, (2, 3)), (False, (1, 1))):
+        nft = run(**{"train.method": "nft", "train.guided": guided, "reward.confidence": 0.1})
+        assert nft.spec.method.gradient_keys(nft.spec) == nft.probes == wanted
+    teacher = {"train.cfg_distill_weight": 1.0, "train.cfg_distill_guidance": 6.0}
+    taught = run(**teacher, **{"train.cfg_distill_guidance_2": 7.0, "sample.guidance": 1.0})
+    keys = taught.spec.method.gradient_keys(taught.spec)
+    assert [(guidance, loss.distill_guidance) for guidance, loss in keys] == [(1, 6), (1, 7)]
