@@ -270,11 +270,12 @@ def check_data(recipe) -> None:
             f"config.data.labels='' with config.data.only=True: train.method={train.method} trains on "
             f"given {needs}; name a file with a line {LINES[needs]} each"
         )
-    if data.noise == "rollout" and recipe.sample.frame_schedule:
-        raise UserError(
-            "config.data.noise=rollout needs videos of one length, and config.sample.frame_schedule="
-            f"{tuple(recipe.sample.frame_schedule)} has several: leave out either"
-        )
+    for key, kind in (("frame_schedule", "length"), ("size_schedule", "size")):
+        if data.noise == "rollout" and recipe.sample[key]:
+            raise UserError(
+                f"config.data.noise=rollout needs videos of one {kind}, and config.sample.{key}="
+                f"{tuple(recipe.sample[key])} has several: leave out either"
+            )
     if data.only and train.guided:
         raise UserError(
             "config.data.only=True trains the velocity without guidance, and train.guided=True is "
