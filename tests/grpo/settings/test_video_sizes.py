@@ -94,11 +94,10 @@ def test_measures_of_quality_need_one_size():
 
 
 @pytest.mark.parametrize(
-    "values", [{"frame_schedule": ((5, 9),)}, {"size_schedule": SCHEDULE}], ids=lambda v: [*v][0]
+    ("key", "schedule"), [("frame_schedule", ((5, 9),)), ("size_schedule", SCHEDULE)]
 )
-def test_data_with_the_noise_of_the_rollout_need_videos_of_one_size(values):
+def test_data_with_the_noise_of_the_rollout_need_videos_of_one_size(key, schedule):
     """Noise is drawn in the shape of the videos, which is the data's only until the size changes."""
-    ((key, schedule),) = values.items()
     values = {f"sample.{key}": schedule, "data.path": "data", "eval.frames": 1} | JUDGED
     recipe_of(**values)
     with pytest.raises(UserError, match=rf"data\.noise=rollout.*sample\.{key}="):
