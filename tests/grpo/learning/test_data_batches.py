@@ -135,6 +135,17 @@ def test_noise_and_levels_of_the_rollout(source, values, numbers, steps):
         assert set(index) == steps
 
 
+def test_levels_of_the_rollout_are_those_of_the_experts_stochastic_steps(source):
+    values = {"sample.sde_window": "spaced", "sample.steps": 6, "sample.sde_range": (0, 6)}
+    values |= {"sample.sde_steps": 3, "data.batch_size": 5}
+    spec = tiny_spec("wan2.2-a14b", **values)
+    rollout = Rollout(2, jax.random.key(8), np.array([6, 1]))
+    for segment, steps in enumerate([{0}, {2, 4}]):
+        batch = source.batch(spec, segment, 3, rollout)
+        sigma = np.asarray(batch.sigma)[np.asarray(batch.valid)[:, None]]
+        assert {spec.schedule.sigmas.tolist().index(s) for s in sigma} == steps
+
+
 def test_only_the_rows_of_its_devices_are_read(source, written, monkeypatch):
     """A process on several hosts reads those of its own devices."""
     read = []
