@@ -58,13 +58,15 @@ def texts(prompt_of: np.ndarray) -> TextBatch:
 
 
 def rollout_of(spec: RunSpec, **changes) -> RolloutBatch:
-    """Return the rollout of an epoch: its latents are zeros, the KL of its steps rises."""
+    """Return the rollout of an epoch: its latents are zeros, the KL is 0 in the first step and rises from
+    video to video in the second.
+    """
     size, videos = spec.recipe.sample.batch_size, spec.settings.videos
     x, row = jnp.zeros((size, *spec.shape)), jnp.zeros((STEPS, size))
     steps = (x,) * STEPS
     trajectory = Trajectory(steps, steps, row, jnp.arange(STEPS), texts(np.arange(size)))
     batches = spec.settings.batches
-    kl = np.linspace(0, 1, STEPS * videos).reshape(STEPS, videos)
+    kl = np.stack([np.zeros(videos), np.linspace(0, 1, videos)])
     values = {
         "key": jax.random.key(0),
         "frames": 1,

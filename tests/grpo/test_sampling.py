@@ -109,7 +109,7 @@ def test_masked_rows_are_blanked_everywhere():
             jnp.stack([x[:, 0, 0, 0, 0]] * 2),
             jnp.arange(2),
             "text",
-            None,
+            (2 * x, 3 * x),
             jnp.zeros(2),
         )
         for x in latents
@@ -124,7 +124,9 @@ def test_masked_rows_are_blanked_everywhere():
         for name in ("x", "x_next", "log_prob"):
             rows = np.reshape(getattr(t, name), (2, 3, -1))[..., 0]
             np.testing.assert_array_equal(rows, [kept.astype(float)] * 2)
-        assert t.mean is None and t.text == "text" and t.x[1] is t.x_next[0]
+        means = np.reshape(t.mean, (2, 3, -1))[..., 0]
+        np.testing.assert_array_equal(means, [2.0 * kept, 3.0 * kept])
+        assert t.text == "text" and t.x[1] is t.x_next[0]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(batch.finished))
     # a method that keeps only one of the two
     for changes in ({"finished": []}, {"trajectories": {}}):

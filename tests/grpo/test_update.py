@@ -53,8 +53,8 @@ def test_every_video_is_trained_on_once():
 
 @pytest.mark.parametrize("method", ["grpo", "nft", "dpo"])
 def test_weights_of_cells_and_the_gate_of_the_kl_go_with_their_videos(method):
-    """On 8 x 8 cells; the boxes of the videos differ in width."""
-    values = {"train.method": method, "train.timesteps": 2, "train.updates_per_epoch": 1}
+    """On 8 x 8 cells, in two updates; the boxes of the videos differ in width."""
+    values = {"train.method": method, "train.timesteps": 2, "train.updates_per_epoch": 2}
     values |= {"sample.height": 64, "sample.width": 64, "reward.panel": ("dark",)}
     spec = tiny_spec(**values | {"train.box_credit": 0.5, "train.kl_gate": 0.25})
     session, made = session_of(spec)
@@ -64,19 +64,20 @@ def test_weights_of_cells_and_the_gate_of_the_kl_go_with_their_videos(method):
     rollout = rollout_of(spec)
     credit = compute_credit(spec, scores, rollout.prompt_of, {"dark": (0.5, 0.1)})
     update_epoch(session, states_of(spec), 1, rollout, credit)
-    ((batch, _),) = made
     cells, gate = credit.cell_weights(spec, rollout.frames), credit.kl_gate
-    assert cells.shape == (8, 1, 8, 8, 1) and np.ptp(cells) > 0.5 and 0 < gate.sum() < 8
-    videos = np.array([[3, 7]]) if method == "dpo" else np.arange(8).reshape(2, 4)
-    np.testing.assert_array_equal(batch.cells, cells[videos])
-    np.testing.assert_array_equal(batch.kl_gate, gate[videos])
-    if method == "dpo":
-        np.testing.assert_array_equal(batch.worse_cells, cells[[[0, 4]]])
-    abstract = spec.method.batch_shapes(session.functions, 0)
-    for name in ("cells", "worse_cells", "kl_gate"):
-        found, wanted = getattr(batch, name, None), getattr(abstract, name, None)
-        assert (found is None) == (wanted is None)
-        assert found is None or (found.shape, found.dtype) == (wanted.shape, wanted.dtype), name
+    assert cells.shape == (8, 1, 8, 8, 1) and np.ptp(cells) > 0.5
+    videos = np.array([[[3]], [[7]]]) if method == "dpo" else np.arange(8).reshape(2, 1, 4)
+    assert len(made) == 2 and (gate[videos[0]] != gate[videos[1]]).any()
+    for number, (batch, _) in enumerate(made):
+        np.testing.assert_array_equal(batch.cells, cells[videos[number]])
+        np.testing.assert_array_equal(batch.kl_gate, gate[videos[number]])
+        if method == "dpo":
+            np.testing.assert_array_equal(batch.worse_cells, cells[[[4 * number]]])
+        abstract = spec.method.batch_shapes(session.functions, 0)
+        for name in ("cells", "worse_cells", "kl_gate"):
+            found, wanted = getattr(batch, name, None), getattr(abstract, name, None)
+            assert (found is None) == (wanted is None)
+            assert found is None or (found.shape, found.dtype) == (wanted.shape, wanted.dtype), name
 
 
 def test_the_expert_on_the_device_goes_first():
