@@ -38,19 +38,24 @@ from wan_jax.diffusion.schedule import flow_sigmas
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("lora", "kl_kind"), [(LORA, "flow_grpo"), (None, "velocity")])
-def test_loss_and_gradient_against_float64(lora, kl_kind):
+@pytest.mark.parametrize(
+    ("lora", "kl_kind", "given"), [(LORA, "flow_grpo", None), (None, "velocity", 0.5)]
+)
+def test_loss_and_gradient_against_float64(lora, kl_kind, given):
     """The mean loss over the counted rows of both steps, and its gradient through the model: NumPy's
     gradient of the loss with respect to the velocity, pulled back through the model's own Jacobian.
-    `test_policy_loss` has all kinds of KL by themselves.
+    `test_policy_loss` has all kinds of KL by themselves. given: weight of the KL that replaces the
+    configuration's, as one that adapts does.
     """
     policy, trainable, frozen = setup(lora)
     _, kept = sampled(policy, trainable, frozen, range(4))
     later = moved(trainable)
-    config = LossConfig(clip_low=2e-3, clip_high=3e-3, kl_beta=0.5, kl_kind=kl_kind)
+    beta = 0.5 if given is None else 0.9
+    config = LossConfig(clip_low=2e-3, clip_high=3e-3, kl_beta=beta, kl_kind=kl_kind)
+    inputs = GradientInputs(None if given is None else jnp.asarray(given), {})
     advantages, valid = np.array([1.5, -0.7, 0.4, -2.0]), np.array([True, True, False, True])
     batch = stack_batches([kept], advantages[None], valid[None])
-    grads, metrics = gradient_of(policy, config)(later, GradientInputs(None, {}), frozen, batch)
+    grads, metrics = gradient_of(policy, config)(later, inputs, frozen, batch)
 
     @jax.jit
     def velocity_and_pulled_back(w, x, timestep, cotangent):

@@ -125,6 +125,9 @@ def test_one_step_a_group_spread_evenly_over_steps_and_experts(groups):
         seen.append(steps)
     assert set(np.concatenate(seen)) == set(range(15))
     assert len({tuple(s) for s in seen}) > 20  # epochs differ, and so do groups within one
+    if groups > 2:  # in any order
+        parts = [part for steps in seen for part in np.split(steps, [quotas[0]])]
+        assert any((np.diff(part) < 0).any() for part in parts)
     with pytest.raises(ValueError, match=r"sample\.groups=1 .*at least 2"):
         group_quotas((3, 4), 1)
 
