@@ -63,3 +63,12 @@ def test_levels_of_velocity_matching_are_uniform():
         assert np.mean(levels.sigma < level) == pytest.approx(level, abs=0.02)
     low, high = (levels_of(RVM(), i, boundary=0.875, quotas=(3, 2)) for i in (1, 0))
     assert low.timestep.max() < 875 <= high.timestep.min()
+
+
+def test_levels_of_two_experts_are_drawn_apart():
+    """Where they lie in their distribution, between the bounds of each."""
+    first, second = (levels_of(RVM(), i, boundary=0.875, quotas=(3, 3)) for i in (0, 1))
+    shares = (first.sigma - 0.875) / (0.999 - 0.875), (second.sigma - 0.001) / (0.875 - 0.001)
+    for share in shares:  # one in each third
+        assert ((share >= np.arange(3) / 3 - 1e-4) & (share <= np.arange(1, 4) / 3 + 1e-4)).all()
+    assert np.abs(shares[0] - shares[1]).max() > 0.2
