@@ -118,7 +118,9 @@ class Windows:
 
 
 def check_steps(recipe: Recipe) -> None:
-    """Raise `UserError` where the stochastic steps do not fit into the schedule, or are too few."""
+    """Raise `UserError` where the stochastic steps do not fit into the schedule, are too few, or have no
+    noise.
+    """
     sample = recipe.sample
     low, high = sample.sde_range
     if not (0 <= low < high <= sample.steps and 1 <= sample.sde_steps <= high - low):
@@ -132,6 +134,12 @@ def check_steps(recipe: Recipe) -> None:
         raise UserError(
             f"config.sample.sde_steps={sample.sde_steps} must be 1 with "
             f"sample.sde_window={ONE_PER_GROUP}"
+        )
+    if sample.noise_level == 0:
+        raise UserError(
+            f"config.sample.noise_level={sample.noise_level} with config.train.method="
+            f"{recipe.train.method}, which trains on the noise of stochastic steps, learns nothing: set "
+            "it above 0, or to None for the form's own"
         )
     if recipe.train.credit == "otca" and sample.sde_steps < 2:
         raise UserError(

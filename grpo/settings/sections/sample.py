@@ -134,7 +134,7 @@ class Sample(Section):
     )
     noise_level: float | None = setting(
         None,
-        "Amount of noise of stochastic steps; 0 is the ODE. None: the form's own, 1.0 for "
+        "Amount of noise of stochastic steps; `grpo` needs some. None: the form's own, 1.0 for "
         "flow_grpo_wan, 0.7 for flow_sde, 0.3 for dance, 0.8 for cps.",
         bounds=Range(0),
     )

@@ -95,6 +95,7 @@ def test_settings_of_a_method_on_finished_videos(method, kl_weight):
         ("epochs", 0, "epochs=0"),
         ("sample.sde_window", "left", "sde_window='left' must be one of any, random, progressive"),
         ("sample.sde_window", "one_per_group", "sde_steps=2 must be 1"),
+        ("sample.noise_level", 0.0, "sample.noise_level=0.0"),
         ("train.objective", "ppo", "objective='ppo' must be one of clip"),
         ("eval.solver", "heun", "solver='heun' must be one of unipc, euler"),
         ("model.attention", "flash", "attention='flash' must be one of auto"),
