@@ -34,7 +34,7 @@ from grpo.compiled.targets import (
     prepare_jax,
 )
 from grpo.learning import data_loss
-from grpo.records.size_warnings import size_warnings
+from grpo.records.start_warnings import start_warnings
 from grpo.run import RunSpec, open_model, trained_names
 from grpo.scoring.scored_prompts import load_scored_prompts
 from grpo.settings import parse, video_sizes
@@ -152,7 +152,7 @@ def main(_):
         f"rematerialisation {run.remat}",
         *target.notes,
         *notes,
-        *size_warnings(run),
+        *start_warnings(run),
     )
 
     # ---- memory ----------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from grpo.random_streams import Stream
 from grpo.records import provenance, run_log
 from grpo.records.console import print_once, progress_bar
 from grpo.records.run_folder import RunFolder
-from grpo.records.size_warnings import size_warnings
+from grpo.records.start_warnings import start_warnings
 from grpo.run import RunSpec
 from grpo.sampling import Session, States
 from grpo.scoring.heldout import Evaluator
@@ -257,7 +257,7 @@ def describe(spec: RunSpec, prompts: PromptSet) -> None:
         f"{devices.size} x {devices.flat[0].device_kind}{processes}, attention {spec.backend}, "
         f"weights {spec.recipe.model.dtype}",
         spec.placed,
-        *size_warnings(spec),
+        *start_warnings(spec),
         *changed_in_vain(spec.recipe),
         *examples(prompts),
     )

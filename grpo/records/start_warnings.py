@@ -1,10 +1,39 @@
-"""What a run prints about videos below the size that its model is published for."""
+"""What a run and its plan print about settings that work against learning: videos below the size that
+the model is published for, and trained steps without noise.
+"""
+
+import numpy as np
 
 from grpo.run import RunSpec
 from grpo.settings.schema import TEXT_AREA, measured_rewards
+from wan_jax.diffusion import sde
 from wan_jax.models import presets
 
 LEAST_LETTER = 10  # pixels: OCR engines do not read letters that are much smaller
+
+
+def start_warnings(spec: RunSpec) -> list[str]:
+    """Return all lines about a run."""
+    return size_warnings(spec) + noise_warnings(spec)
+
+
+def noise_warnings(spec: RunSpec) -> list[str]:
+    """Return a line about the stochastic steps of a run to which its SDE adds no noise; [] without any,
+    and for methods that do not train steps. CPS adds none to the last step.
+    """
+    if not spec.method.keeps_steps:
+        return []
+    noise = sde.diffusion_coefficient(spec.settings.sde, spec.schedule)
+    steps = [step for part in spec.windows.ranges for step in part if not noise[step]]
+    if not steps:
+        return []
+    low, high = spec.recipe.sample.sde_range
+    shown = " and ".join(str(step) for step in np.sort(steps))
+    return [
+        f"warning: sample.sde={spec.settings.sde.kind} adds no noise in step {shown} of "
+        f"sample.sde_range=({low}, {high}): it has no likelihood and teaches nothing, but counts as a "
+        "trained step; end the range before it"
+    ]
 
 
 def size_warnings(spec: RunSpec) -> list[str]:
