@@ -40,14 +40,14 @@ def text_mask(video: np.ndarray, reader: OCRReward) -> np.ndarray:
     return mask
 
 
-def distances(before: np.ndarray, after: np.ndarray, reader) -> tuple[np.ndarray, np.ndarray]:
+def distances(before, texts, after, reader) -> tuple[np.ndarray, np.ndarray]:
     """Return the distance of each video outside of and inside the text, [n] each; nan where there is
-    no such pixel. before, after: uint8 [n, T, H, W, 3].
+    no such pixel. before, after: uint8 [n, T, H, W, 3]. texts: the masks of the text in `before`.
     """
     found = []
-    for old, new in zip(before, after):
+    for old, text, new in zip(before, texts, after):
         difference = np.abs(new.astype(np.float64) - old).mean(axis=-1)
-        text = text_mask(old, reader) | text_mask(new, reader)
+        text = text | text_mask(new, reader)
         found.append([difference[m].mean() if m.any() else np.nan for m in (~text, text)])
     outside, inside = np.array(found).T
     return outside, inside
@@ -64,8 +64,9 @@ def main(folder: str) -> None:
     if len(shown) < 2:
         sys.exit(f"{run} has previews of {len(shown)} evaluations, but a distance needs two")
     reader, before, results = OCRReward("spelling", boxes=True), shown[0][1], []
+    texts = [text_mask(video, reader) for video in before]
     for evaluation, after in shown[1:]:
-        outside, inside = distances(before, after, reader)
+        outside, inside = distances(before, texts, after, reader)
         mean, low, high = bootstrap_interval(outside)
         results.append(
             {

@@ -4,7 +4,7 @@
 
 `--sizes` trains at several frame sizes: every step has an equal share of its batch of each. `--judge`
 completes the folder, samples held-out prompts at each size, and prints their OCR rewards beside those of
-`--init`. That takes about two minutes on a GPU with 8 cores:
+`--init`:
 
     python -m examples.tiny_wan.train_transformer --vae assets/tiny-wan/vae --init assets/tiny-wan \\
         --sizes 64x128,96x192 --learning_rate 0.016 --seconds 220 --judge 512 --out OUT

@@ -22,8 +22,8 @@ from grpo.settings import video_sizes
 from grpo.settings.video_sizes import Size
 from wan_jax.models import flops
 
-# Of one core, from docs/results.md: 64 pictures in 10 steps with guidance, configs/tiny_ocr.py of then,
-# 0.85 TFLOP of sampling in 3.5 s on 2 cores.
+# Of one core, from docs/results.md: 64 pictures in 10 steps with guidance, as configs/tiny_ocr.py had
+# then, 0.85 TFLOP of sampling in 3.5 s on 2 cores.
 CPU = Kind("CPU", "cpu", None, 0.12e12, 0.12e12)
 
 

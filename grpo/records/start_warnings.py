@@ -2,8 +2,6 @@
 the model is published for, and trained steps without noise.
 """
 
-import numpy as np
-
 from grpo.run import RunSpec
 from grpo.settings.schema import TEXT_AREA, measured_rewards
 from wan_jax.diffusion import sde
@@ -28,11 +26,11 @@ def noise_warnings(spec: RunSpec) -> list[str]:
     if not steps:
         return []
     low, high = spec.recipe.sample.sde_range
-    shown = " and ".join(str(step) for step in np.sort(steps))
+    shown = " and ".join(map(str, steps))
     return [
         f"warning: sample.sde={spec.settings.sde.kind} adds no noise in step {shown} of "
-        f"sample.sde_range=({low}, {high}): it has no likelihood and teaches nothing, but counts as a "
-        "trained step; end the range before it"
+        f"sample.sde_range=({low}, {high}): where it is trained it has no likelihood and teaches nothing, "
+        "but counts in the mean of an update; end the range before it"
     ]
 
 

@@ -33,7 +33,8 @@ def test_the_distance_is_apart_for_text_and_the_rest():
     before = np.zeros((2, 1, 16, 64, 3), np.uint8)
     after = before.copy()
     after[0, :, :, :32], after[0, :, :, 32:] = 50, 4
-    outside, inside = hacking_distance.distances(before, after, Reader())
+    texts = [hacking_distance.text_mask(video, Reader()) for video in before]
+    outside, inside = hacking_distance.distances(before, texts, after, Reader())
     assert outside.tolist() == [4.0, 0.0]
     np.testing.assert_allclose(inside, [(32 * 50 + 8 * 4) / 40, 0])  # boxes are grown by 8 pixels
 
