@@ -17,19 +17,16 @@ class Data(Section):
         "another folder with the same content. Empty: no data.",
         path=True,
         per_process=True,
-        experimental=True,
     )
     weight: float = setting(
         0.01,
         "Weight of the flow-matching error on the data in the loss of any method. 0: no data.",
         bounds=Range(0),
-        experimental=True,
     )
     batch_size: int | None = setting(
         None,
         "Pictures or videos of the data in every optimiser step. None: sample.batch_size.",
         bounds=Range(1),
-        experimental=True,
     )
     noise: str = setting(
         "own",
@@ -44,7 +41,6 @@ class Data(Section):
         "Whether an epoch trains on the data alone: on all items with train.method=sft, on given "
         "pairs with `dpo`, on given ratings with `tgo`. Nothing is sampled or scored between "
         "evaluations. An epoch has train.updates_per_epoch optimiser steps.",
-        experimental=True,
     )
     labels: str = setting(
         "",
@@ -53,7 +49,6 @@ class Data(Section):
         "run that is continued may name another file with the same content.",
         path=True,
         per_process=True,
-        experimental=True,
     )
 
     @property
