@@ -102,6 +102,16 @@ def test_what_fails_or_takes_too_long_is_told(tmp_path):
     assert "took longer" in slow and side_by_side.run([], tmp_path, 0) == "no time left"
 
 
+@pytest.mark.parametrize("given, used", [(None, "0.95"), ("0.5", "0.5")])
+def test_a_process_may_use_the_whole_gpu(tmp_path, monkeypatch, given, used):
+    if given is None:
+        monkeypatch.delenv(side_by_side.MEMORY, raising=False)
+    else:
+        monkeypatch.setenv(side_by_side.MEMORY, given)
+    code = f"import os; assert os.environ[{side_by_side.MEMORY!r}] == {used!r}"
+    assert side_by_side.run([sys.executable, "-c", code], tmp_path, 20) is None
+
+
 def test_a_side_whose_search_failed_is_not_measured(tmp_path, monkeypatch):
     work = next(work for work in WORKS.values() if work.search)
     monkeypatch.setattr(
