@@ -270,6 +270,12 @@ def check_data(recipe) -> None:
             f"config.data.labels='' with config.data.only=True: train.method={train.method} trains on "
             f"given {needs}; name a file with a line {LINES[needs]} each"
         )
+    if data.only and recipe.budget.evaluations is not None:
+        raise UserError(
+            f"config.budget.evaluations={recipe.budget.evaluations} with config.data.only=True: training "
+            "on data samples nothing, so the run would never spend it; limit epochs or budget.seconds "
+            "(grpo.compare: --budget=epochs:N or seconds:N)"
+        )
     for key, kind in (("frame_schedule", "length"), ("size_schedule", "size")):
         if data.noise == "rollout" and recipe.sample[key]:
             raise UserError(

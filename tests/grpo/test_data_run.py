@@ -212,6 +212,8 @@ def test_mistakes_before_any_work(model, data, recipe, tmp_path):
     assert "train.method=grpo" in message(config, *common, path, "data.only=True")
     guided = ("train.method=sft", "train.guided=True", "data.only=True")
     assert "train.guided=True" in message(config, *common, path, *guided)
+    endless = (path, "data.only=True", "train.method=sft", "budget.evaluations=9")
+    assert "budget.evaluations=9 with config.data.only" in message(config, *common, *endless)
     alone = (path, "data.only=True", "train.method=dpo")
     assert "data.labels=''" in message(config, *common, *alone)
     same = {"preferred": "sea.png", "rejected": "sea.png"}
