@@ -77,6 +77,12 @@ class Comparison:
         """Name of the held-out reward of all runs; "reward" if it is not one."""
         return self.rewards[0] if len(self.rewards) == 1 else "reward"
 
+    def spent(self, name: str, axis: str) -> bool:
+        """Return whether the runs of a method spent any of this. Those on data alone sample nothing,
+        and so spend no evaluations.
+        """
+        return any(getattr(curve, axis)[-1] > 0 for curve in self.runs[name].values())
+
 
 def read_curve(folder) -> Curve:
     """Read the curve of a run's folder, without the evaluations that have no result.
@@ -224,7 +230,10 @@ def _cells(name: str, result: Comparison, row: dict) -> list[str]:
     to_reach = ["not reached"] * len(AXES)
     if reached:
         some = f" ({reached} of {seeds})" if reached < seeds else ""
-        to_reach = [_figure(row[f"{axis}_to_reach"], ".3g") + some for axis in AXES]
+        to_reach = [
+            _figure(row[f"{axis}_to_reach"], ".3g") + some if result.spent(name, axis) else "–"
+            for axis in AXES
+        ]
     return [
         name,
         str(seeds),
@@ -266,6 +275,12 @@ def _remarks(result: Comparison) -> list[str]:
         )
     else:
         remarks.append("One seed says nothing about how runs differ: no bands.")
+    without = [n for n, runs in result.runs.items() if runs and not result.spent(n, "evaluations")]
+    if without:
+        remarks.append(
+            f"{_listed(without)} trained on data alone and sampled nothing: the evaluations that made "
+            "the data are not counted."
+        )
     if result.differing:
         remarks.append(
             "The methods were not evaluated alike, so their rewards do not compare: they differ in "
@@ -335,15 +350,18 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _chart(result: Comparison, axis: str, names: Sequence[str]) -> Chart:
-    """Draw the methods' mean rewards over what they spent."""
+    """Draw the mean rewards over what was spent of all methods that spent any."""
+    spenders = [name for name in names if result.spent(name, axis)]
 
     def draw(axes):
-        for i, name in enumerate(names):
+        for name in spenders:
+            i = names.index(name)  # a method has one colour in all charts
             color, dash = COLORS[f"s{i % SERIES}"], DASHES[i // SERIES % len(DASHES)]
             spending, mean, half = mean_curve(list(result.runs[name].values()), axis)
             axes.fill_between(spending, mean - half, mean + half, color=color, alpha=0.15, lw=0)
             axes.plot(spending, mean, dash, color=color, lw=1.8, marker="o", ms=3.5, label=name)
-        rewards = np.concatenate([c.rewards for name in names for c in result.runs[name].values()])
+        curves = [curve for name in spenders for curve in result.runs[name].values()]
+        rewards = np.concatenate([curve.rewards for curve in curves])
         margin = np.ptp(rewards) / 2 + 0.01  # intervals of few seeds are wider than all rewards
         axes.set_ylim(rewards.min() - margin, rewards.max() + margin)
         axes.xaxis.set_major_formatter("{x:,g}")
@@ -351,7 +369,7 @@ def _chart(result: Comparison, axis: str, names: Sequence[str]) -> Chart:
         axes.set_ylabel(f"held-out {result.reward}")
 
     caption = "One seed of each method."
-    if max(len(result.runs[name]) for name in names) > 1:
+    if max(len(result.runs[name]) for name in spenders) > 1:
         caption = (
             f"Mean over seeds; the band is the {CONFIDENCE} interval, cut off where it leaves the "
             "chart."
@@ -368,7 +386,11 @@ def _page(result: Comparison, rows: dict) -> str:
         heading=f"Comparison of methods: {who}",
         headline=headline,
         remarks=_remarks(result),
-        charts={axis: _chart(result, axis, list(rows)) for axis in AXES if rows},
+        charts={
+            axis: _chart(result, axis, list(rows))
+            for axis in AXES
+            if any(result.spent(name, axis) for name in rows)
+        },
         head=_head(result),
         rows=[_cells(name, result, row) for name, row in rows.items()],
         colors=[f"s{i % SERIES}" for i in range(len(rows))],

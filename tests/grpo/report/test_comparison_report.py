@@ -241,6 +241,28 @@ def test_page_and_tables(tmp_path):
     assert "No run was finished." in (tmp_path / "none" / "comparison.html").read_text()
 
 
+@pytest.mark.parametrize("others", [{}, {"nft": 100}])
+def test_a_method_that_samples_nothing_is_in_the_chart_of_seconds_alone(tmp_path, others):
+    """Its evaluations are no figure, and its colour stays."""
+    rewards, steps = np.array([0.5, 0.8]), np.array([0, 4])
+    runs = {
+        name: {0: Curve(steps, np.array([0, evaluations]), steps / 2, rewards)}
+        for name, evaluations in ({"dpo": 0} | others).items()
+    }
+    write(
+        Comparison(dict.fromkeys(runs, "r.py"), runs, ("epochs", 4), 0.15, {}, 1, "", []), tmp_path
+    )
+    text = (tmp_path / "comparison.html").read_text()
+    charts = dict(part.split("</h2>") for part in text.split("<h2>")[1:])
+    assert ("Reward by evaluations" in charts) == bool(others)
+    for name, color in (("dpo", "var(--s0)"), *((other, "var(--s1)") for other in others)):
+        assert color in charts["Reward by time"], name
+        assert (color in charts.get("Reward by evaluations", "")) == (name != "dpo")
+    table = (tmp_path / "comparison.md").read_text()
+    assert "| dpo | 1 | 0.500 | 0.800 | +0.300 | – | 1.0 | 4 | 0 | 2 |" in table
+    assert "dpo trained on data alone and sampled nothing" in table
+
+
 def test_settings_of_the_held_out_evaluation_that_differ():
     first = {"eval.steps": 5, "eval.every": 1, "sample.frames": 1, "train.method": "grpo"}
     other = {"eval.steps": 6, "eval.every": 2, "sample.frames": 1, "train.method": "nft"}
