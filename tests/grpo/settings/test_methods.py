@@ -80,7 +80,9 @@ def test_flow_grpo_does_not_read_timesteps(small):
 
 
 @pytest.mark.parametrize(
-    ("method", "own"), [("grpo", 0.004), ("nft", 1e-4), ("dpo", 0.0), ("rwr", 0.0), ("sft", 0.0)]
+    ("method", "own"),
+    [("grpo", 0.004), ("nft", 1e-4), ("awm", 0.1), ("dgpo", 1e-3)]
+    + [(name, 0.0) for name in ("dpo", "rwr", "rvm", "sft", "tgo")],
 )
 def test_the_weight_of_the_kl(method, own):
     assert methods.kl_weight(method, None) == own and methods.kl_weight(method, 0.5) == 0.5

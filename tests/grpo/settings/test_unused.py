@@ -101,6 +101,7 @@ def test_what_is_changed_in_vain_is_named_with_its_cause(settings, line):
         {"train.method": "grpo", "train.clip_low": 1e-4},
         {"train.method": "rwr", "train.temperature": 2.0},
         {"train.method": "sft", "reward.combine": "advantages", "train.advantage_std": "global"},
+        *({"train.method": name, "train.advantage_clip": 1.0} for name in ("awm", "dgpo", "rvm")),
         {"reward.servers": ("http://a",), "reward.timeout": 9.0},
         {"reward.weights.clip": 1.0, "reward.clip_model": "clip"},
     ],
