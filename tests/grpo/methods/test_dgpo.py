@@ -105,6 +105,36 @@ def test_the_gradient_holds_the_weight_and_clipped_videos():
     np.testing.assert_allclose(jax.grad(total)(rows.v), wanted, rtol=1e-5, atol=1e-8)
 
 
+def test_the_clip_is_one_sided_and_of_the_weighted_errors():
+    """Log-ratios of half and of one and a half of the range, to both sides, for both signs of A. With
+    weights of the cells that hide half of the cells, where the errors change the other way.
+    """
+    clip, advantages = 0.01, np.array([1, 1, 1, 1, -1, -1, -1, -1, 0], np.float32)
+    log_ratio = clip * np.array([0.5, 1.5, -0.5, -1.5, 0.5, 1.5, -0.5, -1.5, -1.5])
+    clipped = np.array([0, 1, 0, 0, 0, 0, 0, 1, 0], bool)
+    side = np.array([1.0, -1.0]).reshape(1, 1, 1, 2, 1)  # cells that count, and others
+    errors = 1 - side * log_ratio.reshape(-1, 1, 1, 1, 1)
+    v = np.sqrt(errors).astype(np.float32) * np.ones((9, 1, 2, 2, 3), np.float32)
+    cells = np.broadcast_to(1 + side, (9, 1, 2, 2, 1)).astype(np.float32)
+    target, old = np.zeros_like(v), np.ones_like(v)
+
+    def rows(v):
+        return dataclasses.replace(
+            with_velocity(v, old, old, target),
+            error=mean_square(v - target, cells),
+            weight=jnp.asarray(advantages),
+            cells=cells,
+            video=jnp.arange(9),
+            valid=jnp.ones(9, bool),
+        )
+
+    method = DGPO(clip=clip)
+    assert np.asarray(method.loss(rows(v))[1]["clip_fraction"]).tolist() == clipped.tolist()
+    gradient = jax.grad(lambda v: method.loss(rows(v))[0].sum())(jnp.asarray(v))
+    moved = np.abs(gradient).max(axis=(1, 2, 3, 4)) > 0
+    assert moved.tolist() == (~clipped & (advantages != 0)).tolist()
+
+
 def test_a_masked_video_equals_a_removed_one():
     rows, left = make_rows(), np.flatnonzero(VALID)
     arrays = (rows.v, rows.v_lagged["old"], rows.v_reference, rows.target)
