@@ -19,6 +19,8 @@ from grpo.methods.dpo import DPO
 from grpo.methods.nft import NFT
 from grpo.methods.rvm import RVM
 from grpo.methods.rwr import RWR
+from grpo.methods.sft import SFT
+from grpo.methods.tgo import TGO
 from grpo.random_streams import Stream
 from grpo.rollout import sample_noise
 from tests import reference
@@ -71,6 +73,8 @@ METHODS = {
     "rwr-guided": RWR(kl_weight=0.1, train_guided=True),
     "awm": AWM(kl_weight=0.1, clip=1.0, kl_outside=True),
     "rvm": RVM(kl_weight=0.1),
+    "sft": SFT(kl_weight=0.1),
+    "tgo": TGO(kl_weight=0.1, temperature=0.1),
     "dgpo": DGPO(kl_weight=0.1, beta=2.0, clip=float("inf")),  # each video is a group here
 }
 
@@ -126,7 +130,7 @@ def velocities_of(weights):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "by_cell"),
-    [(method, name in ("nft", "dpo", "awm", "dgpo")) for name, method in METHODS.items()],
+    [(method, name in ("nft", "dpo", "awm", "dgpo", "tgo")) for name, method in METHODS.items()],
     ids=METHODS,
 )
 def test_loss_and_gradient_of_an_update(weights, velocities_of, method, by_cell):
@@ -172,9 +176,11 @@ def test_loss_and_gradient_of_an_update(weights, velocities_of, method, by_cell)
                         loss = -weight[n] * np.exp(old_error - error)
                     if method.name == "rvm":
                         loss /= 2
+                    excess = error - np.mean(cells[n] * (v_ref[b] - (e - x0[n])) ** 2)
                     if method.name == "dgpo":
-                        excess = error - np.mean(cells[n] * (v_ref[b] - (e - x0[n])) ** 2)
                         loss /= 1 + np.exp(-2.0 * weight[n] * excess)
+                    if method.name == "tgo":
+                        loss = weight[n] * np.log1p(np.exp(excess / 0.1))
                 compared = v_ref if method.kl_copy is None else v_old
                 distance = (v[b] - compared[b]) ** 2
                 if method.kl_outside:  # over the cells without text
@@ -215,6 +221,30 @@ def test_loss_and_gradient_of_an_update(weights, velocities_of, method, by_cell)
         assert max(float(jnp.abs(g).max()) for g in grads.values()) > 1e-3
 
 
+def expected_rows(method, rewards, credit):
+    """Return (numbers of the videos or better videos that are trained, the weight of each video, the worse
+    video of each) of groups of two.
+    """
+    groups = rewards.reshape(-1, 2)
+    differ = np.isfinite(groups).all(1) & (groups[:, 0] != groups[:, 1])
+    trained, ones = np.flatnonzero(differ.repeat(2)), np.ones(16)
+    if method in ("sft", "dpo"):
+        best, worst = 2 * np.arange(8) + groups.argmax(1), 2 * np.arange(8) + groups.argmin(1)
+        worse = dict(zip(best.tolist(), worst.tolist())) if method == "dpo" else {}
+        return best[differ].tolist(), ones, worse
+    advantages = credit.advantages.astype(np.float64)
+    if method == "nft":
+        weight = np.clip(advantages / 5, -1, 1) / 2 + 0.5
+    elif method == "rwr":
+        weight = reference.regression_weights(rewards, differ.repeat(2), 2, 1.0)
+    elif method == "tgo":
+        away = rewards - np.median(rewards[trained])
+        weight = np.where(away >= 0, 1, -1) * (1 + 5 * np.abs(away))
+    else:
+        weight = {"awm": 1.0, "dgpo": 1.0, "rvm": 0.1}[method] * advantages
+    return trained.tolist(), weight, {}
+
+
 @pytest.mark.parametrize("method", ["nft", "awm", "rvm", "rwr", "tgo", "dgpo", "sft", "dpo"])
 def test_rows_are_those_of_their_videos(method):
     """Latents, prompts, levels, weights and gates of eight groups of two in batches of four, two updates of
@@ -236,9 +266,7 @@ def test_rows_are_those_of_their_videos(method):
     assert credit.spread.sum() == 12 and 0 < credit.kl_gate.sum() < 12
     texts = lambda of: TextBatch(jnp.asarray(of), jnp.zeros(1), 1)  # noqa: E731
     rollout = rollout_of(spec, finished=finished, prompt_of=prompts, texts=texts)
-    selected = spec.method.select(credit, 2)
-    weight = dict(zip(selected.videos.tolist(), selected.weight.tolist()))
-    worse = {} if selected.worse is None else dict(zip(selected.videos, selected.worse))
+    trained, weight, worse = expected_rows(method, rewards, credit)
     for segment in (0, 1):
         levels, found = spec.method.noise_levels(spec, 9, segment), []
         for videos, batch, _ in spec.method.batches(spec, 9, segment, rollout, credit, 0):
@@ -250,12 +278,14 @@ def test_rows_are_those_of_their_videos(method):
                 assert batch.video[m, b] == noise
                 np.testing.assert_array_equal(batch.sigma[m, :, b], levels.sigma[video])
                 np.testing.assert_array_equal(batch.timestep[m, :, b], levels.timestep[video])
-                assert batch.weight[m, b] == np.float32(weight[video])
+                assert batch.weight[m, b] == pytest.approx(weight[video], rel=1e-5)
                 assert batch.kl_gate[m, b] == credit.kl_gate[video]
                 if worse:
                     assert (batch.worse[m, b] == worse[video]).all()
+                else:
+                    assert batch.worse is None
             assert sorted(videos) == sorted([*own, *(worse[video] for video in own if worse)])
             np.testing.assert_array_equal(batch.draw, levels.draw)
             found += own
-        assert sorted(found) == sorted(selected.videos[selected.valid])
+        assert sorted(found) == trained
         assert len(set(map(tuple, levels.sigma))) > 1
