@@ -8,6 +8,7 @@ import pytest
 
 from grpo.credit import compute_credit
 from grpo.learning.data_loss import DataSource
+from grpo.methods.dpo import DPO
 from grpo.methods.nft import NFT
 from grpo.records.run_log import EXPERTS
 from grpo.update import (
@@ -262,10 +263,25 @@ def test_data_can_have_the_noise_of_the_videos_that_count():
     assert [u.videos.tolist() for u in used] == [[0, 2, 3], [4, 5, 7]]
 
 
-def test_an_epoch_on_data_alone():
-    values = {"train.method": "sft", "train.updates_per_epoch": 2, "train.timesteps": 2}
-    spec = tiny_spec(**values)
+def test_an_epoch_on_data_alone(monkeypatch):
+    """The copies of earlier weights follow the number of the optimiser step in the run, and know the last
+    one of an epoch.
+    """
+    values = {"train.method": "dpo", "train.updates_per_epoch": 2, "train.timesteps": 2}
+    spec, asked = tiny_spec(**values, **{"train.reference_every": 3}), []
+    share_kept = DPO.share_kept
+
+    def recorded(self, update, last):
+        asked.append((update, last))
+        return share_kept(self, update, last)
+
+    monkeypatch.setattr(DPO, "share_kept", recorded)
     session, made = session_of(spec, data=Counted())
-    states, record = update_epoch(session, states_of(spec), 1, None, None)
-    assert made == [((0, 0), {}), ((0, 1), {})] and int(states["transformer"].updates) == 2
-    assert record["updates"] == 2 and record["videos_trained"] == 0
+    states = states_of(spec)
+    for epoch in (1, 2):
+        states, record = update_epoch(session, states, epoch, None, None)
+        assert record["updates"] == 2 and record["videos_trained"] == 0
+    kept = [{"old": share} for share in (1.0, 1.0, 0.0, 1.0)]
+    assert made == [((0, number), share) for number, share in enumerate(kept)]
+    assert asked == [(1, False), (2, True), (3, False), (4, True)]
+    assert int(states["transformer"].updates) == 4
