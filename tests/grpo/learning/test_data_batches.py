@@ -54,7 +54,15 @@ def test_levels_are_those_of_the_method_and_the_expert(source):
     for segment, inside in ((0, lambda t: t >= 875), (1, lambda t: t < 875)):
         of_rollout = source.batch(spec, segment, 0)
         assert inside(of_rollout.timestep).all()
-        assert np.isin(np.asarray(of_rollout.sigma), spec.schedule.sigmas).all()
+        # the shares are drawn for each expert
+        steps, share = spec.segments[segment].steps, draw_shares(SEED, 0, segment, 8)
+        wanted = steps.start + (share * len(steps)).astype(int)
+        valid = np.asarray(of_rollout.valid)
+        for found, values in (
+            (of_rollout.sigma, spec.schedule.sigmas),
+            (of_rollout.timestep, spec.schedule.timesteps),
+        ):
+            np.testing.assert_array_equal(np.asarray(found)[:, 0][valid], values[wanted])
         spec.method.rollout_levels = False
         drawn = source.batch(spec, segment, 0)
         assert inside(drawn.timestep).all()
