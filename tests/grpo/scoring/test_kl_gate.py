@@ -37,6 +37,38 @@ def test_videos_whose_main_reward_is_ahead_are_held():
     assert held[2] == 1 and held[3] == 0 and held.dtype == np.float32
 
 
+def expected_gate(main, others, valid, share):
+    """The gate by its formula: ranks by SciPy, video by video."""
+
+    def rank(values):  # {video: rank from 0 to 1}
+        found = [i for i in range(len(values)) if valid[i] and np.isfinite(values[i])]
+        among = (scipy.stats.rankdata([values[i] for i in found]) - 1) / max(len(found) - 1, 1)
+        return dict(zip(found, among)) if len(found) > 1 else dict.fromkeys(found, 0.5)
+
+    of_main, of_others, ahead = rank(main), [rank(values) for values in others.values()], {}
+    for i in np.flatnonzero(valid):
+        own = [ranked[i] for ranked in of_others if i in ranked]
+        ahead[i] = of_main[i] - sum(own) / len(own) if own else 0.0
+    bound = np.quantile([*ahead.values()], 1 - share)
+    return [float(i in ahead and ahead[i] > bound) for i in range(len(main))]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.85])
+def test_the_gate_equals_its_formula(share):
+    """Of videos without a reward, whatever their other rewards are, and without some or all others."""
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        main, a, b, c = rng.integers(0, 12, (4, 30)) / 4
+        a, b, c = (np.where(rng.random(30) < 0.3, np.nan, values) for values in (a, b, c))
+        others, valid = {"a": a, "b": b, "c": c}, rng.random(30) < 0.7
+        alone = rng.choice(30, 6, replace=False)  # with no other reward
+        a[alone], b[alone], c[alone] = np.nan, np.nan, np.nan
+        main[~valid] = rng.choice([-9, 9, np.nan], (~valid).sum())
+        found = kl_gate(main, others, valid, share)
+        wanted = expected_gate(main, others, valid, share)
+        assert found.tolist() == wanted and 0 < sum(wanted) < valid.sum()
+
+
 def test_without_another_reward_of_a_video_or_a_valid_video_nothing_is_held():
     main, nothing = np.arange(8.0), np.full(8, np.nan)
     assert not kl_gate(main, {"a": nothing}, VALID, 0.5).any()
@@ -52,6 +84,8 @@ def test_measures_are_compared_with_the_base_on_both_sides():
     assert found.keys() == {"dark", "red"}
     np.testing.assert_allclose(found["dark"], [-0.2, 0, -0.3])
     np.testing.assert_array_equal(found["red"], parts["red"])
+    # the main reward is not among the others, also where it has no weight
+    assert auxiliary_rewards(parts, weights | {"ocr": 0.0}, {}, "ocr").keys() == {"red"}
 
 
 def test_the_gate_is_part_of_the_credit():
