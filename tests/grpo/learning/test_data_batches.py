@@ -197,23 +197,32 @@ def test_without_a_weight_the_update_is_the_same_function(folder):
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize("method", ["grpo", "sft", "dpo"])
-def test_batches_have_the_shapes_that_were_compiled(folder, method, devices):
-    """Of another size than the videos; also on two devices, where a row fills the batch up."""
+@pytest.mark.parametrize(
+    "method, alone",
+    [("grpo", False), ("dpo", False), ("tgo", False), ("sft", True), ("dpo", True)],
+    ids=lambda x: {True: "alone", False: "anchor"}.get(x, x),
+)
+def test_batches_have_the_shapes_that_were_compiled(folder, method, alone, devices):
+    """Of another size than the videos; also on two devices, where a row fills the batch up. An anchor has no
+    labels, whatever the method could train on.
+    """
     values = {"train.method": method, "train.timesteps": 2, "train.updates_per_epoch": 1}
-    values |= {"data.path": str(folder), "data.batch_size": 3, "data.only": method != "grpo"}
-    values |= {"data.labels": "pairs.jsonl"} if method == "dpo" else {}
+    values |= {"data.path": str(folder), "data.batch_size": 3, "data.only": alone}
+    values |= {"data.labels": "pairs.jsonl"} if alone and method == "dpo" else {}
     spec = dataclasses.replace(
         tiny_spec(**values, **{"sample.height": 64}), mesh=devices_mesh(devices)
     )
     functions = Functions(spec, text_rows=6)
     abstract = functions.update_batch(0)
-    if method == "grpo":
+    if not alone:
         assert isinstance(abstract, data_loss.AnchoredBatch)
         abstract = abstract.data
     table = TextTable((), np.zeros((1, 4096), np.float32), 6)
     data = open_data(folder, MODEL)
-    if method == "dpo":
+    if not alone:
+        data = data_loss.open_run_data(spec, MODEL)
+        assert data.labels is None
+    elif method == "dpo":
         items = np.arange(2)
         data = dataclasses.replace(data, labels=Labels("pairs", items, items + 2, None, ""))
     made = DataSource.make(data, table, np.float32).batch(spec, 0, 1)
@@ -223,7 +232,7 @@ def test_batches_have_the_shapes_that_were_compiled(folder, method, devices):
         assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
     assert made.x0.sharding.is_equivalent_to(abstract.x0.sharding, made.x0.ndim)
     names = [program.name for program in functions.training_steps()]
-    assert names == (["rollout step", "update"] if method == "grpo" else ["update"])
+    assert names == (["update"] if alone else ["rollout step", "update"])
 
 
 def test_streams_of_data_are_their_own():
