@@ -6,7 +6,9 @@ import pytest
 from grpo.scoring.advantages import (
     STDS,
     GroupStatistics,
+    below_spread,
     extremes,
+    from_groups_with_spread,
     group_advantages,
     group_statistics,
     largest_spread,
@@ -98,6 +100,8 @@ def test_clip():
     ours = group_advantages(rewards, groups, np.ones(10, bool), std="group", clip=2.0)
     assert free[-1] > 2.9
     np.testing.assert_array_equal(ours, np.clip(free, -2, 2))
+    below = group_advantages(-rewards, groups, np.ones(10, bool), std="group", clip=2.0)
+    np.testing.assert_array_equal(below, -ours)
 
 
 def test_statistics():
@@ -109,6 +113,25 @@ def test_statistics():
     assert ours.mean_group_std == pytest.approx(0.25) and ours.zero_std_fraction == pytest.approx(
         0.5
     )
+
+
+def test_equal_rewards_have_no_spread():
+    """Their mean in floats is inexact, and so would their standard deviation be."""
+    rewards, groups = np.array([0.1, 0.1, 0.1, 0.0, 1.0]), np.array([4, 4, 4, 2, 2])
+    found = group_statistics(rewards, groups, np.ones(5, bool))
+    assert np.std(rewards[:3]) > 0 and found.zero_std_fraction == 0.5
+    assert found.mean_group_std == 0.25
+    below = below_spread(rewards, groups, np.ones(5, bool), 0.5)  # the other group has just that
+    np.testing.assert_array_equal(below, groups == 4)
+
+
+def test_one_reward_with_spread_is_enough():
+    """In any place among several; a video without a score does not count."""
+    flat, other = np.full(6, 0.1), np.array([0.1, 0.1, 0.1, 0.2, 0.1, 0.3])
+    groups, valid = np.repeat([3, 1, 2], 2), np.array([1, 1, 1, 1, 1, 0], bool)
+    for rewards in ([flat, other], [other, flat], [flat, other, flat]):
+        found = from_groups_with_spread(rewards, groups, valid)
+        np.testing.assert_array_equal(found, groups == 1)
 
 
 @pytest.mark.parametrize(
@@ -148,8 +171,11 @@ def test_kl_as_reward_tells_the_steps_apart():
     np.testing.assert_array_equal(
         step_advantages(rewards, kl, 0.0, groups, valid, std="group", clip=5.0), [plain] * 3
     )
-    kl[1, 2] = np.nan
-    assert step_advantages(rewards, kl, 0.3, groups, valid, std="group")[1, 2] == 0
+    video = np.flatnonzero(valid)[0]  # counts in the other steps
+    kl[1, video] = np.nan
+    found = step_advantages(rewards, kl, 0.3, groups, valid, std="group", clip=5.0)
+    assert found[1, video] == 0 and np.isfinite(found).all()
+    np.testing.assert_array_equal(found[[0, 2]], ours[[0, 2]])
 
 
 def test_extremes_and_their_ties():
