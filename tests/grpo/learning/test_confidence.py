@@ -9,7 +9,16 @@ import pytest
 
 from configs import tiny_grpo
 from grpo.credit import compute_credit
-from grpo.learning.confidence import PROBES, confidence, make_probe, measure_errors, probed_steps
+from grpo.learning import confidence as confidence_module
+from grpo.learning.confidence import (
+    PROBES,
+    confidence,
+    make_probe,
+    measure_confidence,
+    measure_errors,
+    probed_guidance,
+    probed_steps,
+)
 from grpo.random_streams import Stream
 from grpo.rollout import sample_noise
 from grpo.settings import parse
@@ -43,7 +52,7 @@ def test_the_error_of_the_probes():
     np.testing.assert_allclose(found, np.mean(errors, 0), rtol=1e-5)
 
 
-def expected(errors, sigma):
+def expected_rewards(errors, sigma):
     """The reward of the videos of a batch, video by video."""
     levels = []
     for row in -np.log(errors):
@@ -59,13 +68,13 @@ def test_the_reward_is_standardised_by_level():
     errors[1] = 0.5
     sigma, valid = np.array([0.6, 0.4, 0.1], np.float32), np.array([1, 1, 0, 1, 1, 1], bool)
     found = confidence(errors, sigma, valid)
-    wanted = expected(errors[:, valid], sigma)
+    wanted = expected_rewards(errors[:, valid], sigma)
     np.testing.assert_allclose(found[valid], wanted, rtol=1e-5)
     assert np.isnan(found[2])
     errors[0, 4] = np.nan  # not finite: masked too
     left = np.array([0, 1, 3, 5])
     found = confidence(errors, sigma, valid)
-    np.testing.assert_allclose(found[left], expected(errors[:, left], sigma), rtol=1e-5)
+    np.testing.assert_allclose(found[left], expected_rewards(errors[:, left], sigma), rtol=1e-5)
     assert np.isnan(found[[2, 4]]).all()
     assert np.isnan(confidence(errors, sigma, np.zeros(6, bool))).all()
     # the surer video has the larger reward
@@ -109,6 +118,32 @@ def test_every_video_is_probed_at_the_second_half_of_the_steps():
     for step, *_, sigma, timestep in asked:
         assert sigma == float(spec.schedule.sigmas[step])
         assert timestep == float(spec.schedule.timesteps[step])
+
+
+@pytest.mark.parametrize("guided, expected", [(True, (3.0,)), (False, (1.0,))])
+def test_the_probed_velocity_is_that_of_training(guided, expected):
+    values = {"train.method": "nft", "train.timesteps": 2, "sample.guidance": 3.0}
+    assert probed_guidance(tiny_spec(**values, **{"train.guided": guided})) == expected
+
+
+def test_the_confidence_of_an_epoch(monkeypatch):
+    """The reward of the videos with a score, and their mean S for the log; nothing without a weight."""
+    values = {"train.method": "nft", "sample.steps": 4, "train.timesteps": 2}
+    spec = tiny_spec(**values, **{"reward.confidence": 0.5})
+    errors = np.random.default_rng(0).uniform(0.1, 2.0, (2, 8))
+    errors[1, 6] = np.inf
+    monkeypatch.setattr(confidence_module, "measure_errors", lambda *_: errors)
+    session, valid = types.SimpleNamespace(spec=spec), np.arange(8) != 3
+    counted = [0, 1, 2, 4, 5, 7]
+    rewards, logged = measure_confidence(session, {}, None, valid)
+    wanted = expected_rewards(errors[:, counted], spec.schedule.sigmas[[2, 3]])
+    np.testing.assert_allclose(rewards[counted], wanted, rtol=1e-5)
+    assert np.isnan(rewards[[3, 6]]).all()
+    assert logged == {"confidence": pytest.approx(-np.log(errors[:, counted]).mean())}
+    rewards, logged = measure_confidence(session, {}, None, np.zeros(8, bool))
+    assert np.isnan(rewards).all() and logged == {"confidence": 0.0}
+    session = types.SimpleNamespace(spec=tiny_spec(**values))
+    assert measure_confidence(session, {}, None, valid) == (None, {})
 
 
 def test_it_counts_with_its_weight():
