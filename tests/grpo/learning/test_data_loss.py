@@ -12,6 +12,7 @@ from grpo.data.labels import read_labels
 from grpo.learning import data_loss
 from grpo.learning.data_loss import DataSource, draw_numbers, draw_shares, with_data
 from grpo.learning.optimiser import GradientInputs
+from grpo.learning.velocity_loss import FlowMetrics
 from grpo.methods.dpo import DPO
 from grpo.methods.tgo import TGO
 from grpo.rollout import sample_noise
@@ -109,6 +110,17 @@ def test_loss_and_gradient_with_data(weights, velocity_of, written, source):
         np.testing.assert_array_equal(grads[name], other[name])
         np.testing.assert_array_equal(nothing[name], 2 * trainable[name])
     assert empty.data.averages()["flow_error"] == 0
+
+
+def test_the_weight_of_the_kl_follows_the_method_not_the_data():
+    """An adaptive weight and the log take the count and the KL of the method's rows."""
+    method, data = (
+        FlowMetrics(*map(jnp.asarray, (n, 1.0, 2.0 * n, 3.0 * n)), {}) for n in (4.0, 6.0)
+    )
+    found = data_loss.AnchoredMetrics(method, data)
+    assert (float(found.count), float(found.kl)) == (4.0, 12.0)
+    averages = {"policy_loss": 0.25, "flow_error": 2.0, "kl": 3.0, "data_error": 2.0}
+    assert found.averages() == averages
 
 
 def test_swapped_prompts_would_be_seen(weights, velocity_of, written):
