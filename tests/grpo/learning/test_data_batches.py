@@ -45,6 +45,8 @@ def test_every_pass_has_every_item_once(total, size):
 def test_levels_are_one_in_each_part_of_the_distribution():
     shares = draw_shares(SEED, 4, 0, 8)
     assert sorted((shares * 8).astype(int)) == list(range(8))
+    first = [draw_shares(SEED, update, 0, 8)[0] for update in range(200)]
+    assert {int(8 * share) for share in first} == set(range(8)), "in any order"
     for other in ((SEED + 1, 4, 0), (SEED, 5, 0), (SEED, 4, 1)):
         assert not np.array_equal(draw_shares(*other, 8), shares)
 
