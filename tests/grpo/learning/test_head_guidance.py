@@ -2,6 +2,7 @@
 run repeats, and settings that are refused.
 """
 
+import dataclasses
 import types
 
 import jax
@@ -79,10 +80,10 @@ def test_updates_repeat_after_a_checkpoint(guidance):
     refit = made.make_refit(devices_mesh(1))
     text, x0 = tiny_policy.text_batch(4), jax.random.normal(jax.random.key(1), (4, *SHAPE))
 
-    def run(state, updates, valid=VALID):
+    def run(state, updates, valid=VALID, rewards=REWARDS):
         state = jax.tree.map(jnp.copy, state)  # the update donates it
         for _ in range(updates):
-            state = refit(state, jax.random.key(0), x0, text, REWARDS, valid)
+            state = refit(state, jax.random.key(0), x0, text, rewards, valid)
         return state
 
     whole, half = run(state, 4), run(state, 2)
@@ -95,6 +96,19 @@ def test_updates_repeat_after_a_checkpoint(guidance):
     first = run(state, 1)
     moved = [np.abs(first.arrays[k] - state.arrays[k]).max() for k in state.arrays]
     assert max(moved) == pytest.approx(RATE, rel=0.02)
+    # the reward of a video that does not count says nothing
+    other = run(state, 1, rewards=np.where(VALID, REWARDS, 99).astype(np.float32))
+    for name in first.arrays:
+        np.testing.assert_array_equal(first.arrays[name], other.arrays[name])
+    # each update has draws of its own
+    repeated = run(dataclasses.replace(first, updates=state.updates), 1)
+    assert any((repeated.arrays[k] != half.arrays[k]).any() for k in half.arrays)
+    # each step goes towards the rewards
+    errors = [
+        float(fit_error(made.module(each.arrays), jax.random.key(5), x0, text, REWARDS, VALID))
+        for each in (state, run(state, 30))
+    ]
+    assert errors[1] < errors[0]
     # without a video that counts nothing is learnt
     still = run(half, 1, np.zeros(4, bool))
     assert int(still.updates) == 3
