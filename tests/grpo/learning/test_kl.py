@@ -22,6 +22,9 @@ def test_kl_kinds():
     for kind in ("x", "velocity"):
         np.testing.assert_allclose(kl_to_reference(a, b, None, kind=kind), squared, rtol=1e-5)
     assert not np.any(kl_to_reference(a, a, scale, kind="flow_grpo"))
+    short = [x.astype(jnp.bfloat16) for x in (a, b)]  # the difference is in float32
+    exact = np.mean(np.subtract(*(np.asarray(x, np.float64) for x in short)) ** 2, axis=(1, 2))
+    np.testing.assert_allclose(kl_to_reference(*short, None, kind="x"), exact, rtol=1e-5)
     half = jnp.array([0.0, 1.0])  # row 0 deterministic
     gradient = jax.grad(lambda m: jnp.sum(kl_to_reference(m, b, half, kind="flow_grpo")))(a)
     assert np.isfinite(gradient).all() and not np.any(gradient[0]) and np.any(gradient[1])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grpo.learning.kl import KL_KINDS
 from grpo.learning.policy_loss import (
     OBJECTIVES,
     LossConfig,
@@ -162,7 +163,8 @@ def test_guard_centres_the_ratio_where_clip_is_shifted_to_the_left():
     assert abs(np.mean(logs["guard"])) < 0.15 * float(std[0]) * shift**2 / 2
 
 
-def test_the_kl_outside_of_the_boxes():
+@pytest.mark.parametrize("kind", KL_KINDS)
+def test_the_kl_outside_of_the_boxes(kind):
     """A mean over the cells without text, whose weights are below 1; over all of a row that has no
     text. With advantages of 0, where the policy loss has no gradient, cells with text get none.
     """
@@ -173,16 +175,23 @@ def test_the_kl_outside_of_the_boxes():
     args = batch()
     rows, v, *_ = variant(args, "clip", False, cells=cells)
     rows = dataclasses.replace(rows, advantages=jnp.zeros(SHAPE[0]))
-    config = LossConfig(kl_beta=0.5, kl_kind="velocity", kl_outside=True)
+    config = LossConfig(kl_beta=0.5, kl_kind=kind, kl_outside=True)
 
     def loss(v):
         losses, metrics = policy_gradient_terms(rows, v, args["v_ref"], config)
         return jnp.sum(losses), metrics.kl
 
     gradient, kl = jax.grad(loss, has_aux=True)(jnp.asarray(v))
-    squares = np.square(np.asarray(v, np.float64) - args["v_ref"])
-    text = np.broadcast_to(has_text, SHAPE)
-    wanted = [squares[row][~text[row]].mean() for row in np.flatnonzero(rows.mask)]
+    text, wanted = np.broadcast_to(has_text, SHAPE), []
+    wide = {key: np.asarray(value, np.float64) for key, value in (args | {"v_new": v}).items()}
+    for row in np.flatnonzero(rows.mask):
+        step = [wide[key][row] for key in ("sigma", "sigma_next", "g")]
+        both = wide["v_new"][row], wide["v_ref"][row]
+        (mean, std), (mean_ref, _) = (
+            reference.mean_std(wide["x"][row], each, *step) for each in both
+        )
+        free = [array[~text[row]] for array in (mean, mean_ref, *both)]
+        wanted.append(reference.kl(kind, *free, std, step[2]))
     assert float(kl) == pytest.approx(sum(wanted), rel=1e-5)
     assert text.any() and not np.asarray(gradient)[text].any()
     assert np.asarray(gradient)[~text].all()
