@@ -14,6 +14,10 @@ def test_the_best_and_the_worst_of_each_group():
     assert best.tolist() == [1, 3, 6] and worst.tolist() == [0, 3, 8]
     assert differ.tolist() == [True, False, True]
     assert not best_and_worst(REWARDS, np.zeros(9, bool), 3)[2].any()
+    # whatever a failed video has as its reward
+    for failed in (-9.0, 0.0, 9.0, np.nan):
+        found = best_and_worst(np.array([0.5, failed, 0.9]), np.array([True, False, True]), 3)
+        assert [x.tolist() for x in found] == [[2], [0], [True]]
 
 
 @pytest.mark.parametrize(
