@@ -113,10 +113,9 @@ def test_the_clip_is_one_sided_and_of_the_weighted_errors():
     log_ratio = clip * np.array([0.5, 1.5, -0.5, -1.5, 0.5, 1.5, -0.5, -1.5, -1.5])
     clipped = np.array([0, 1, 0, 0, 0, 0, 0, 1, 0], bool)
     side = np.array([1.0, -1.0]).reshape(1, 1, 1, 2, 1)  # cells that count, and others
-    errors = 1 - side * log_ratio.reshape(-1, 1, 1, 1, 1)
-    v = np.sqrt(errors).astype(np.float32) * np.ones((9, 1, 2, 2, 3), np.float32)
+    v, target = np.ones((9, 1, 2, 2, 3), np.float32), np.zeros((9, 1, 2, 2, 3), np.float32)
+    old = np.sqrt(1 + side * log_ratio.reshape(-1, 1, 1, 1, 1)).astype(np.float32) * v
     cells = np.broadcast_to(1 + side, (9, 1, 2, 2, 1)).astype(np.float32)
-    target, old = np.zeros_like(v), np.ones_like(v)
 
     def rows(v):
         return dataclasses.replace(
