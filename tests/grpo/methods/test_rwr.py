@@ -1,5 +1,7 @@
 """Flow-RWR: its weights of videos."""
 
+import types
+
 import numpy as np
 
 from grpo.methods.rwr import RWR, regression_weights
@@ -15,6 +17,16 @@ def test_weights_follow_their_formula():
         wanted = reference.regression_weights(REWARDS, VALID, 3, temperature)
         np.testing.assert_allclose(weights, wanted, rtol=1e-6)
     assert (regression_weights(REWARDS * 1e4, np.zeros(9, bool), 3, 1.0) == 0).all()
+
+
+def test_videos_count_by_their_rewards_and_the_temperature():
+    """Rewards of the credit, not advantages; of groups without spread none is valid."""
+    spread = VALID & (np.arange(9) // 3 != 1)
+    credit = types.SimpleNamespace(value=REWARDS, spread=spread, advantages=np.zeros(9))
+    selection = RWR(temperature=0.2).select(credit, 3)
+    wanted = reference.regression_weights(REWARDS, spread, 3, 0.2)
+    np.testing.assert_allclose(selection.weight, wanted, rtol=1e-6)
+    assert selection.valid.tolist() == spread.tolist() and selection.worse is None
 
 
 def test_it_keeps_no_earlier_weights():
