@@ -214,6 +214,9 @@ def test_samples_of_the_model(model, tmp_path, capsys):
         ("sample_000001", "sky"),
         ("sample_000002", "sea"),
     ]
+    table = pipeline.embed_prompts(opened, ["sea", "sky", "sea"])
+    for ours, rows in zip(data.texts(), table.prompts):
+        np.testing.assert_allclose(ours, rows, rtol=1e-5, atol=1e-6)  # other shapes of batches
     latents = data.latents(np.arange(3))
     assert np.abs(latents[2] - latents[0]).max() > 0.1, "another noise"
 
