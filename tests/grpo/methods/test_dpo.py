@@ -7,6 +7,7 @@ import pytest
 
 from grpo import train
 from grpo.methods.dpo import DPO
+from tests.grpo.methods.velocity_rows import velocity_rows
 from tests.grpo.tiny_run import arrays_of
 
 
@@ -16,6 +17,26 @@ def test_the_reference_is_the_base_model_or_copied_every_few_updates():
     assert kept == [1, 1, 0, 1, 1, 0]
     assert online.lagged == ("old",) and online.sampler is None and not online.needs_reference
     assert DPO().needs_reference and DPO().lagged == () and DPO().share_kept(1, True) == {}
+
+
+@pytest.mark.parametrize("every", [0, 4])
+def test_the_loss_is_that_of_the_margin(every):
+    """-log sigmoid(-beta / 2 ((d_w - r_w) - (d_l - r_l))); rows alternate between better and worse. The base
+    model is the reference, or the copy; the other one has no say.
+    """
+    rng = np.random.default_rng(0)
+    v, target, reference, other = rng.standard_normal((4, 6, 1, 3, 3, 4)).astype(np.float32)
+    base, copy = (other, reference) if every else (reference, other)
+    rows = velocity_rows(v, target, np.ones(3), lagged={"old": copy}, reference=base)
+    loss, logged = DPO(beta=3.0, reference_every=every).loss(rows)
+    errors, known = (
+        np.mean((x.astype(np.float64) - target) ** 2, axis=(1, 2, 3, 4)) for x in (v, reference)
+    )
+    margin = (errors[::2] - known[::2]) - (errors[1::2] - known[1::2])
+    # fp32 means of 36 squares of size 1 to 4
+    np.testing.assert_allclose(loss, np.log1p(np.exp(3.0 / 2 * margin)), rtol=1e-5)
+    assert np.asarray(logged["preferred"]).tolist() == (margin < 0).tolist()
+    assert 0 < (margin < 0).sum() < 3
 
 
 @pytest.mark.slow
