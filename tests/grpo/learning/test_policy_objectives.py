@@ -182,7 +182,7 @@ def test_the_kl_outside_of_the_boxes(kind):
         return jnp.sum(losses), metrics.kl
 
     gradient, kl = jax.grad(loss, has_aux=True)(jnp.asarray(v))
-    text, wanted = np.broadcast_to(has_text, SHAPE), []
+    text, wanted, everywhere = np.broadcast_to(has_text, SHAPE), [], []
     wide = {key: np.asarray(value, np.float64) for key, value in (args | {"v_new": v}).items()}
     for row in np.flatnonzero(rows.mask):
         step = [wide[key][row] for key in ("sigma", "sigma_next", "g")]
@@ -190,8 +190,14 @@ def test_the_kl_outside_of_the_boxes(kind):
         (mean, std), (mean_ref, _) = (
             reference.mean_std(wide["x"][row], each, *step) for each in both
         )
-        free = [array[~text[row]] for array in (mean, mean_ref, *both)]
+        arrays = mean, mean_ref, *both
+        free = [array[~text[row]] for array in arrays]
         wanted.append(reference.kl(kind, *free, std, step[2]))
+        everywhere.append(reference.kl(kind, *arrays, std, step[2]))
     assert float(kl) == pytest.approx(sum(wanted), rel=1e-5)
     assert text.any() and not np.asarray(gradient)[text].any()
     assert np.asarray(gradient)[~text].all()
+    # without the setting the weights of the cells are those of the policy loss alone
+    config = dataclasses.replace(config, kl_outside=False)
+    _, metrics = policy_gradient_terms(rows, jnp.asarray(v), args["v_ref"], config)
+    assert float(metrics.kl) == pytest.approx(sum(everywhere), rel=1e-5)
