@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from grpo.learning.kl import KL_KINDS
-from grpo.learning.policy_loss import LossConfig, clipped_loss
+from grpo.learning.policy_loss import LossConfig, clipped_loss, policy_term
 from tests import reference
 from tests.grpo.policy_rows import (
     SHAPE,
@@ -120,6 +120,16 @@ def test_clipped_loss_values_and_gradients():
         np.testing.assert_allclose(loss, want, rtol=1e-6)
         gradient = jax.grad(lambda lp, A=A: clipped_loss(lp, jnp.full(5, A), 0.2, 0.3)[0].sum())
         np.testing.assert_allclose(gradient(jnp.log(r)), slopes, rtol=1e-6)
+
+
+def test_the_logged_share_has_both_bounds():
+    """Ratios on both sides of each of the two bounds, [0.8, 1.3]."""
+    ratio = np.array([0.69, 0.71, 0.79, 0.81, 1.19, 1.21, 1.29, 1.31], np.float32)
+    rows = dataclasses.replace(rows_of(batch(), np.zeros(8)), advantages=jnp.ones(8))
+    config = LossConfig(clip_low=0.2, clip_high=0.3)
+    _, found, outside = policy_term(rows, jnp.log(ratio), rows.x, jnp.ones(8), config)
+    np.testing.assert_allclose(found, ratio, rtol=1e-6)
+    assert np.asarray(outside).tolist() == [True] * 3 + [False] * 4 + [True]
 
 
 def test_masked_rows_change_nothing():
