@@ -31,6 +31,31 @@ def test_half_optimal_videos_leave_the_old_policy_alone():
     assert (np.asarray(better * (v - (noise - x0))).sum((1, 2)) > 0).all()
 
 
+@pytest.mark.parametrize("by_cell", [False, True])
+def test_the_gradient_holds_the_adaptive_weights(by_cell):
+    """With the error D of the predicted clean sample it is -2 s (r D+ / w+ - (1 - r) D- / w-) / n for each
+    value, times the cell's weight; w is as the loss has it, without gradient.
+    """
+    rng, beta = np.random.default_rng(1), 0.3
+    x0, noise, v, old = rng.standard_normal((4, 3, 2, 4)).astype(np.float32)
+    sigma, r = np.array([0.2, 0.5, 0.9], np.float32), np.array([0.1, 0.5, 0.8], np.float32)
+    s = sigma[:, None, None].astype(np.float64)
+    cells = rng.uniform(0.2, 1.8, (3, 2, 4)) if by_cell else np.ones((3, 2, 4))
+    cells = (cells / cells.mean(axis=(1, 2), keepdims=True)).astype(np.float32)
+    x = ((1 - s) * x0 + s * noise).astype(np.float32)
+    wanted = 0.0
+    for sign, share in ((1, r), (-1, 1 - r)):
+        moved = (1 - sign * beta) * old.astype(np.float64) + sign * beta * v
+        error = x - s * moved - x0
+        size = np.mean(cells * np.abs(error), axis=(1, 2), keepdims=True)
+        wanted -= sign * 2 * s * share[:, None, None] * cells * error / size / 8
+
+    def total(v):
+        return nft_loss(x, x0, sigma, v, old, r, beta, cells=cells if by_cell else None).sum()
+
+    np.testing.assert_allclose(jax.grad(total)(jnp.asarray(v)), wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_optimality_is_clipped():
     found = optimality(np.array([-9.0, -2.5, 0.0, 5.0]), 5.0)
     np.testing.assert_allclose(found, [0, 0.25, 0.5, 1])
