@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grpo import methods
 from grpo.compiled.functions import Functions
 from grpo.data.labels import Labels
 from grpo.data.latent_folder import LatentData, open_data
 from grpo.learning import data_loss
 from grpo.learning.data_loss import DataSource, Rollout, draw_numbers, draw_shares
-from grpo.methods.nft import NFT
-from grpo.methods.rwr import RWR
 from grpo.random_streams import Stream
 from grpo.rollout import initial_noise, sample_noise
 from tests.grpo.data_folders import MODEL, write_data
@@ -75,8 +74,9 @@ def test_levels_are_those_of_the_method_and_the_expert(source):
 
 
 def test_methods_have_the_levels_that_they_train_at():
-    assert NFT.rollout_levels and not RWR.rollout_levels
-    assert tiny_spec().method.rollout_levels  # Flow-GRPO
+    """Some those of the rollout's steps, the others logit-normal ones."""
+    found = {method.name for method in methods.all_methods() if method.rollout_levels}
+    assert found == {"grpo", "nft", "awm", "dgpo"}
 
 
 def test_a_batch_has_the_latents_of_its_items_and_their_own_prompts(source, written):

@@ -37,6 +37,11 @@ def test_the_loss_is_the_clipped_surrogate(arrays, clip):
     np.testing.assert_allclose(loss, wanted, rtol=5e-6)
     np.testing.assert_allclose(logged["ratio_mean"], ratio, rtol=2e-6)
     assert np.asarray(logged["clip_fraction"]).tolist() == (np.abs(ratio - 1) > clip).tolist()
+    np.testing.assert_allclose(logged["log_ratio"], np.abs(np.log(ratio)), atol=2e-6)
+    assert (ratio < 1).any() and (ratio > 1).any()
+    np.testing.assert_allclose(
+        logged["old_distance"], np.mean((v - behaviour) ** 2, axes), rtol=1e-5
+    )
 
 
 def test_a_better_video_draws_the_velocity_to_its_own(arrays):
@@ -55,10 +60,13 @@ def test_a_better_video_draws_the_velocity_to_its_own(arrays):
 def test_what_the_copies_keep():
     """The behaviour policy is replaced after an epoch; the average moves in every update."""
     method = AWM()
+    assert method.clip == 1e-5, "as published; it is no setting"
     assert set(method.share_kept(1, False)) == set(method.lagged)
     assert method.share_kept(1, False) == {"behaviour": 1.0, "average": 0.9}
     assert method.share_kept(2, True) == {"behaviour": 0.0, "average": 0.9}
-    assert method.sampler is None and not method.needs_reference
+    assert method.sampler is None
+    # the KL is to the average, never to the base model
+    assert method.kl_copy == "average" and not AWM(kl_weight=0.1).needs_reference
 
 
 def test_videos_count_by_their_advantages():
