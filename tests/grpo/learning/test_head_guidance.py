@@ -17,10 +17,12 @@ from grpo.learning.head_guidance import (
     HeadGuidance,
     HeadState,
     fit_error,
+    initial_head,
     noised,
     read_structure,
     refit_head,
 )
+from grpo.random_streams import Stream
 from grpo.rollout import make_step
 from grpo.settings import parse
 from tests.grpo import tiny_policy
@@ -66,7 +68,9 @@ def test_the_error_is_that_of_the_videos_that_count(guidance):
     error = jax.jit(lambda x0, rewards: fit_error(head, key, x0, text, rewards, VALID))
     level_key, noise_key = jax.random.split(key)
     sigma = jax.random.uniform(level_key, (4,))
-    x = noised(noise_key, x0, sigma)
+    s, noise = np.reshape(sigma, (4, 1, 1, 1, 1)), jax.random.normal(noise_key, x0.shape)
+    x = (1 - s) * x0 + s * noise
+    np.testing.assert_allclose(noised(noise_key, x0, sigma), x, rtol=1e-6, atol=1e-6)
     predicted = np.asarray(reward_guidance.predict(head, x, 1000 * sigma, text), np.float64)
     wanted = np.mean((predicted[VALID] - REWARDS[VALID]) ** 2)
     assert float(error(x0, REWARDS)) == pytest.approx(wanted, rel=1e-4)
@@ -142,10 +146,12 @@ def test_an_epoch_fits_its_batches_in_turn():
 
     def refit(head, key, x0, text, rewards, valid):
         seen.append((x0, np.asarray(text).tolist(), np.asarray(rewards), np.asarray(valid)))
+        wanted = Stream.HEAD_REFIT.key(jax.random.key(9))
+        np.testing.assert_array_equal(*map(jax.random.key_data, (key, wanted)))
         return head + 1
 
     recipe = types.SimpleNamespace(
-        seed=0,
+        seed=9,
         sample=types.SimpleNamespace(batch_size=2),
         reward=types.SimpleNamespace(head_refit=3),
     )
@@ -160,7 +166,9 @@ def test_an_epoch_fits_its_batches_in_turn():
     assert refit_head(functions, 0, rollout, credit) == 3
     assert [batch for batch, *_ in seen] == ["first", "second", "first"]
     assert [text for _, text, *_ in seen] == [[4, 4], [7, 7], [4, 4]]
-    assert seen[0][2].tolist() == [0.5, 0.0] and seen[0][3].tolist() == [True, False]
+    batches = [([0.5, 0.0], [True, False]), ([1.0, 2.0], [True, True])]
+    found = [(rewards.tolist(), valid.tolist()) for *_, rewards, valid in seen]
+    assert found == [batches[0], batches[1], batches[0]]
     functions.refit = None
     assert refit_head(functions, 0, rollout, credit) == 0
 
@@ -181,6 +189,25 @@ def test_guidance_without_a_head_is_refused():
     config.sample.reward_guidance = 5.0
     with pytest.raises(UserError, match=r"reward_guidance=5\.0.*reward_head=''"):
         parse.recipe_from_config(config)
+
+
+def test_the_head_of_another_model_is_refused(model, two_experts, tmp_path):
+    """Before the first epoch, though its latents and prompts have the same shapes."""
+    path = write_head(tmp_path / "head.safetensors", model)
+
+    def start(folder):
+        opened = model_dir.open_model(folder)
+        sample = types.SimpleNamespace(reward_guidance=1.0, reward_head=path)
+        spec = types.SimpleNamespace(
+            recipe=types.SimpleNamespace(sample=sample),
+            preset=types.SimpleNamespace(transformer=opened.config("transformer")),
+            mesh=devices_mesh(1),
+        )
+        return initial_head(spec, opened)
+
+    assert int(start(model).updates) == 0
+    with pytest.raises(UserError, match=r"head\.safetensors"):
+        start(two_experts)
 
 
 @pytest.mark.slow
