@@ -1,5 +1,6 @@
 """DiffusionNFT: its loss, its weights of videos, its old policy, and a whole run."""
 
+import dataclasses
 import pathlib
 import shutil
 
@@ -12,6 +13,7 @@ from configs import tiny_ocr
 from grpo import train
 from grpo.methods.nft import NFT, nft_loss, optimality
 from grpo.settings import parse
+from tests.grpo.methods.velocity_rows import velocity_rows
 from tests.grpo.tiny_run import arrays_of, assert_same, result
 
 
@@ -74,7 +76,13 @@ def test_the_distance_is_measured_only_with_a_bound():
     config = tiny_ocr.get_config()
     assert parse.from_config(config).method.logs == ()
     config.train.max_velocity_distance = 1e3
-    assert parse.from_config(config).method.logs == ("old_distance",)
+    method = parse.from_config(config).method
+    assert method.logs == ("old_distance",)
+    v, old, x0 = np.random.default_rng(0).standard_normal((3, 2, 1, 3, 3, 4)).astype(np.float32)
+    rows = velocity_rows(v, v - x0, np.full(2, 0.5, np.float32), lagged={"old": old})
+    rows = dataclasses.replace(rows, x=x0, x0=x0, sigma=np.full(2, 0.5, np.float32))
+    wanted = np.mean((v.astype(np.float64) - old) ** 2, axis=(1, 2, 3, 4))
+    np.testing.assert_allclose(method.loss(rows)[1]["old_distance"], wanted, rtol=1e-5)
 
 
 @pytest.mark.slow
