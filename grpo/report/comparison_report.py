@@ -77,11 +77,13 @@ class Comparison:
         """Name of the held-out reward of all runs; "reward" if it is not one."""
         return self.rewards[0] if len(self.rewards) == 1 else "reward"
 
-    def spent(self, name: str, axis: str) -> bool:
-        """Return whether the runs of a method spent any of this. Those on data alone sample nothing,
-        and so spend no evaluations.
-        """
-        return any(getattr(curve, axis)[-1] > 0 for curve in self.runs[name].values())
+    def samples(self, name: str) -> bool:
+        """Return whether a method sampled: training on data alone spends seconds and no evaluations."""
+        return any(c.evaluations[-1] > 0 or c.seconds[-1] == 0 for c in self.runs[name].values())
+
+    def on(self, axis: str, names: Sequence[str]) -> list[str]:
+        """Return the methods whose spending on an axis of `AXES` means something."""
+        return [name for name in names if axis != "evaluations" or self.samples(name)]
 
 
 def read_curve(folder) -> Curve:
@@ -231,7 +233,7 @@ def _cells(name: str, result: Comparison, row: dict) -> list[str]:
     if reached:
         some = f" ({reached} of {seeds})" if reached < seeds else ""
         to_reach = [
-            _figure(row[f"{axis}_to_reach"], ".3g") + some if result.spent(name, axis) else "–"
+            _figure(row[f"{axis}_to_reach"], ".3g") + some if result.on(axis, [name]) else "–"
             for axis in AXES
         ]
     return [
@@ -275,7 +277,7 @@ def _remarks(result: Comparison) -> list[str]:
         )
     else:
         remarks.append("One seed says nothing about how runs differ: no bands.")
-    without = [n for n, runs in result.runs.items() if runs and not result.spent(n, "evaluations")]
+    without = [name for name, runs in result.runs.items() if runs and not result.samples(name)]
     if without:
         remarks.append(
             f"{_listed(without)} trained on data alone and sampled nothing: the evaluations that made "
@@ -350,17 +352,17 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _chart(result: Comparison, axis: str, names: Sequence[str]) -> Chart:
-    """Draw the mean rewards over what was spent of all methods that spent any."""
-    spenders = [name for name in names if result.spent(name, axis)]
+    """Draw the methods' mean rewards over what they spent."""
+    drawn = result.on(axis, names)
 
     def draw(axes):
-        for name in spenders:
+        for name in drawn:
             i = names.index(name)  # a method has one colour in all charts
             color, dash = COLORS[f"s{i % SERIES}"], DASHES[i // SERIES % len(DASHES)]
             spending, mean, half = mean_curve(list(result.runs[name].values()), axis)
             axes.fill_between(spending, mean - half, mean + half, color=color, alpha=0.15, lw=0)
             axes.plot(spending, mean, dash, color=color, lw=1.8, marker="o", ms=3.5, label=name)
-        curves = [curve for name in spenders for curve in result.runs[name].values()]
+        curves = [curve for name in drawn for curve in result.runs[name].values()]
         rewards = np.concatenate([curve.rewards for curve in curves])
         margin = np.ptp(rewards) / 2 + 0.01  # intervals of few seeds are wider than all rewards
         axes.set_ylim(rewards.min() - margin, rewards.max() + margin)
@@ -369,7 +371,7 @@ def _chart(result: Comparison, axis: str, names: Sequence[str]) -> Chart:
         axes.set_ylabel(f"held-out {result.reward}")
 
     caption = "One seed of each method."
-    if max(len(result.runs[name]) for name in spenders) > 1:
+    if max(len(result.runs[name]) for name in drawn) > 1:
         caption = (
             f"Mean over seeds; the band is the {CONFIDENCE} interval, cut off where it leaves the "
             "chart."
@@ -387,9 +389,7 @@ def _page(result: Comparison, rows: dict) -> str:
         headline=headline,
         remarks=_remarks(result),
         charts={
-            axis: _chart(result, axis, list(rows))
-            for axis in AXES
-            if any(result.spent(name, axis) for name in rows)
+            axis: _chart(result, axis, list(rows)) for axis in AXES if result.on(axis, list(rows))
         },
         head=_head(result),
         rows=[_cells(name, result, row) for name, row in rows.items()],
