@@ -15,6 +15,7 @@ from wan_jax.diffusion.sde import (
     SDEConfig,
     diffusion_coefficient,
     log_prob,
+    mean_slope,
     sde_mean_std,
     sde_step,
 )
@@ -70,6 +71,24 @@ def test_published_defaults():
     assert step_std(SDEConfig("flow_sde"), euler_sigmas(20, 3.0))[0] == pytest.approx(
         0.70, abs=5e-3
     )
+
+
+@pytest.mark.parametrize(
+    "kind, level, bound",
+    [
+        ("flow_grpo_wan", 1.0, math.inf),
+        ("flow_sde", 0.7, 1.0),
+        ("dance", 0.3, math.inf),
+        ("cps", 0.8, math.inf),
+    ],
+)
+def test_defaults_of_each_kind(kind, level, bound):
+    """The level where none is given, and the bound at a level whose steps have a std above 1."""
+    schedule = flow_sigmas(4, 3.0)
+    for level, given in ((level, None), *([(20.0, 20.0)] if kind != "cps" else [])):
+        theirs = reference.diffusion_coefficient(kind, schedule.sigmas.astype(float), level)
+        wanted = np.minimum(theirs * np.sqrt(-np.diff(schedule.sigmas)), bound)
+        np.testing.assert_allclose(step_std(SDEConfig(kind, given), schedule), wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", DEFAULTS)
@@ -226,6 +245,39 @@ def test_on_policy_ratio_is_one():
     x_next, logp, _, _ = jax.jit(sde_step)(x, v, 0.8, 0.7, 0.5, z)
     again = jax.jit(lambda v: log_prob(x_next, *sde_mean_std(x, v, 0.8, 0.7, 0.5)))(v)
     np.testing.assert_allclose(jnp.exp(again - logp), 1.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", DEFAULTS)
+def test_slope_of_the_mean(kind):
+    """d mean / d v of the reference, which is linear in v."""
+    config = SDEConfig(kind, 0.6)
+    mean_std = reference.cps_mean_std if config.preserving else reference.mean_std
+    for schedule in SCHEDULES[::5]:
+        sigmas, g = schedule.sigmas.astype(float), diffusion_coefficient(config, schedule)
+        wanted = [
+            abs(mean_std(0.3, 1.0, *step)[0] - mean_std(0.3, 0.0, *step)[0])
+            for step in zip(sigmas[:-1], sigmas[1:], g.astype(float))
+        ]
+        np.testing.assert_allclose(mean_slope(config, schedule), wanted, rtol=1e-6, atol=1e-9)
+
+
+def test_slope_where_all_noise_is_fresh():
+    """s (1 - s_next) of CPS, up to the root of a rounded zero, 2^-21 at most, which is negative at some
+    steps.
+    """
+    for schedule in SCHEDULES:
+        s, after = schedule.sigmas[:-1].astype(float), schedule.sigmas[1:].astype(float)
+        found = mean_slope(SDEConfig("cps", 1.0), schedule)
+        assert (np.abs(found - s * (1 - after)) <= (1 - s) * 2**-10.5 + 1e-12).all()
+
+
+def test_noise_rounded_above_that_of_the_schedule_leaves_none_to_predict():
+    """CPS with std = s_next (1 + 1e-5): the mean is the clean share alone, not NaN."""
+    x, v = normal(0), normal(1)
+    g = 0.25 * (1 + 1e-5) / math.sqrt(0.25)
+    mean, std = sde_mean_std(x, v, 0.5, 0.25, g, preserving=True)
+    assert float(std) > 0.25
+    np.testing.assert_allclose(mean, 0.75 * (x - 0.5 * v), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
