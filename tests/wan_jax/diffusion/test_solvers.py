@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from tests import reference
+from wan_jax.choices import SOLVERS
 from wan_jax.diffusion.schedule import euler_sigmas, flow_sigmas
 from wan_jax.diffusion.solvers import (
     DPMSolverPP2M,
     Euler,
     UniPC,
+    dpm_step,
     euler_step,
     make_solver,
     unipc_coefficients,
@@ -59,7 +61,7 @@ def assert_close_per_step(ours, theirs, limit=1e-6):
 
 
 @pytest.mark.quick_cases(1)
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", [2, 1])  # Wan's is the quick case
 def test_unipc_equals_reference(order):
     for (steps, shift), version in zip(GRID, itertools.cycle(("diffusers", "legacy", "legacy"))):
         schedule = flow_sigmas(steps, shift, version)
@@ -152,12 +154,30 @@ def test_euler_step_takes_one_sigma_per_sample():
         )
 
 
-@pytest.mark.parametrize("name", ["unipc", "euler"])
-def test_bf16_velocity_keeps_an_fp32_state(name):
+def test_dpm_step_takes_one_row_of_the_table_per_sample():
+    """As many channels as videos: the values must not be broadcast along the channels."""
+    x, clean, last = (jnp.asarray(noise(seed, (2, 1, 3, 2))) for seed in range(3))
+    rows = np.array([[0.9, 0.3, 0.0], [0.4, 0.8, -0.2]], np.float32)
+    both = dpm_step(x, clean, last, *rows.T)
+    for b, (keep, base, old) in enumerate(rows):
+        wanted = keep * x[b] + base * clean[b] + old * (last[b] - clean[b])
+        np.testing.assert_allclose(both[b], wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_bf16_velocity_keeps_fp32_states_and_arithmetic(name):
+    """The steps are those of the same values in fp32, up to its rounding."""
     solver = make_solver(name, 4, 3.0)
-    x, v = (jnp.asarray(noise(seed), jnp.bfloat16) for seed in (0, 1))
-    state = solver.step(solver.init(x), 0, v)
-    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
+    x, *velocities = (jnp.asarray(noise(seed), jnp.bfloat16) for seed in range(4))
+    states = [solver.init(x), solver.init(x.astype(jnp.float32))]
+    for i, v in enumerate((None, *velocities)):
+        if v is not None:
+            states = [
+                solver.step(state, i - 1, each)
+                for state, each in zip(states, (v, v.astype(jnp.float32)))
+            ]
+        assert {leaf.dtype for leaf in jax.tree.leaves(states)} == {jnp.dtype("float32")}
+        np.testing.assert_allclose(states[0].x, states[1].x, rtol=1e-6, atol=1e-6)
 
 
 def test_make_solver():
