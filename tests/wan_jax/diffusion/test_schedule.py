@@ -148,6 +148,12 @@ def test_bad_arguments(arguments, message):
             euler_sigmas(*arguments)
 
 
+def test_equal_sigmas_are_refused():
+    """Of the legacy list, which has no lowered first sigma that another one could exceed."""
+    with pytest.raises(ValueError, match=r"num_steps=1000 .*shift=1000000\.0"):
+        flow_sigmas(1000, 1e6, "legacy")
+
+
 def test_unknown_version():
     with pytest.raises(ValueError, match=r"'old'.*diffusers, legacy"):
         flow_sigmas(10, 3.0, "old")
