@@ -30,6 +30,22 @@ def test_every_measure_has_a_bad_side():
 
 
 @pytest.mark.parametrize(
+    "side, names",
+    [
+        (1, {"flicker", "dark", "text_area"}),
+        (-1, {"motion"}),
+        (0, {"sharpness", "exposure", "contrast", "compressibility", "edges", "colours"}),
+    ],
+)
+def test_the_bad_side_of_each_measure(side, names):
+    """That of the descriptions of `reward.weights`: "only more counts", "only less", and neither."""
+    assert {name for name, bad in BAD_SIDE.items() if bad == side} == names
+    for name in names:
+        low, high = against_base(name, np.array([0.0, 20.0]), 10.0, 2.0)
+        assert (low, high) == (-1.0 * (side <= 0), -1.0 * (side >= 0))
+
+
+@pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
         ("sharpness", 10.0, 0),
@@ -54,6 +70,9 @@ def test_a_measure_that_never_varied_still_has_a_scale():
         against_base("exposure", np.array([100.0, 100.05, 101.0]), 100.0, 0.0), [0, 0, -1]
     )
     np.testing.assert_allclose(against_base("motion", np.zeros(3), 0.0, 0.0), 0)
+    # a logarithm, negative for blank frames
+    values = np.array([-6.9, -6.905, -7.0])
+    np.testing.assert_allclose(against_base("sharpness", values, -6.9, 0.0), [0, 0, -1])
 
 
 def test_base_statistics_leave_out_what_failed():
@@ -65,6 +84,13 @@ def test_base_statistics_leave_out_what_failed():
         and np.isnan(statistics["flicker"]).all()
     )
     assert means(parts)["motion"] == 2.0 and np.isnan(means(parts)["flicker"])
+
+
+def test_a_measure_as_the_main_reward_has_a_base():
+    """Its penalty needs one; a main reward with a scale of its own does not."""
+    parts = {"flicker": np.array([1.0, 3.0]), "red": np.array([0.0, 1.0])}
+    assert base_statistics(parts, "flicker") == {"flicker": (2.0, 1.0), "red": (0.5, 0.5)}
+    assert base_statistics(parts, "red") == {"flicker": (2.0, 1.0)}
 
 
 def test_weights_add_up_and_zero_is_only_measured():
