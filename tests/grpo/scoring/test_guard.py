@@ -93,6 +93,10 @@ def test_what_cannot_be_compared_is_left_out():
     still = evaluation(5, 0.4, 0.5)
     still["measures"] = {"motion": [0.1, 0.0], "colours": [3.0, 1.0]}
     assert guard.movements(evaluation(0, 0, 1), still, PANEL) == {"motion": pytest.approx(1e5)}
+    # sharpness is a logarithm, negative for blank frames
+    blank, noise = ({"measures": {"sharpness": [mean, 0.0]}} for mean in (-6.9, -6.8931))
+    moved = guard.movements(blank, noise, ("sharpness",))
+    assert moved == {"sharpness": pytest.approx(1.0)}
 
 
 def test_a_judge_that_falls_excludes_a_checkpoint():
@@ -115,6 +119,23 @@ def test_a_judge_that_falls_excludes_a_checkpoint():
     assert "Epoch 3 has a higher reward" in guard.explain(verdicts, records)
     both = guard.judge(records, guard.Limits(PANEL, 1.0))[3]
     assert both.judges == {"gold": 1, "silver": 0}
+
+
+def test_intervals_of_judges_are_95_per_cent():
+    """1.96 standard errors on each side: 0.2 / sqrt(100) makes 0.0392. The best evaluation has the highest
+    lower bound, not the highest mean or upper bound.
+    """
+    first = evaluation(0, 0.4, 0.5, gold=[0.8, 0.2])
+    uncertain = evaluation(1, 0.4, 0.5, gold=[0.81, 0.8])
+    for mean, fallen in ((0.8 - 0.0783, {}), (0.8 - 0.0785, {"gold": 0})):
+        last = evaluation(2, 0.4, 0.5, gold=[mean, 0.2])
+        assert judge(first, uncertain, last)[-1].judges == fallen
+
+
+def test_the_best_reward_is_reported_by_the_prompts_that_did_not_choose():
+    record = evaluation(3, 0.7, 0.9) | {"report": {"reward": 0.31, "low": 0.21, "high": 0.41}}
+    sentence = guard.explain(judge(record), [record])
+    assert "epoch 3" in sentence and "0.31 [0.21, 0.41]" in sentence
 
 
 def test_groups_that_become_alike_raise_the_alarm():
