@@ -100,6 +100,38 @@ def test_the_expert_on_the_device_goes_first():
     assert record.keys() - record[EXPERTS]["transformer"].keys() == {"videos_trained", EXPERTS}
 
 
+def test_later_updates_may_leave_the_ratio_of_1():
+    """Only the first one of an epoch shows whether rollout and update agree."""
+    ratios = iter([1.0, 1.5])
+
+    def update(state, frozen, batch, share_kept, kl_weight):
+        values = {"ratio_min": 1.0, "ratio_max": next(ratios)}
+        return state, types.SimpleNamespace(averages=lambda: values), {"grad_norm": 1.0}
+
+    *_, record, _ = epoch(tiny_spec(**{"train.updates_per_epoch": 2}), update)
+    assert record["ratio_max"] == 1.5 and record["ratio_max_error"] == 0.0
+
+
+def test_the_weight_that_the_guard_sets_reaches_the_updates():
+    """And is logged, with the share of the KL by it."""
+    spec, given = tiny_spec(**{"train.updates_per_epoch": 2}), []
+
+    def update(state, frozen, batch, share_kept, kl_weight):
+        given.append(kl_weight)
+        values = {"ratio_min": 1.0, "ratio_max": 1.0, "policy_loss": 0.1, "kl": 0.2}
+        return state, types.SimpleNamespace(averages=lambda: values), {"grad_norm": 1.0}
+
+    session, _ = session_of(spec)
+    vars(session.functions)["updates"] = [update]
+    for weight in (0.5, None):
+        rollout = rollout_of(spec)
+        credit = compute_credit(spec, scores_of(REWARDS), rollout.prompt_of, {})
+        _, record = update_epoch(session, states_of(spec), 1, rollout, credit, weight)
+        assert given[-2:] == [weight] * 2 and record.get("kl_weight") == weight
+        if weight:
+            assert record["kl_share"] == pytest.approx(0.5 * 0.2 / (0.1 + 0.5 * 0.2))
+
+
 @pytest.mark.parametrize("key", ["grad_norm", "policy_loss"])
 def test_an_update_that_is_not_finite_is_named(key):
     def update(state, frozen, batch, share_kept, kl_weight):
@@ -206,8 +238,26 @@ def test_no_share_of_a_kl_in_the_reward():
 
 def test_the_learning_rate_of_an_epoch_is_recorded():
     spec = tiny_spec(**{"train.updates_per_epoch": 2, "train.warmup_updates": 4})
-    *_, record, _ = epoch(spec)
-    assert record["learning_rate"] == pytest.approx(spec.recipe.train.learning_rate * 2 / 4)
+    session, _ = session_of(spec)
+    states = states_of(spec)
+    for number, share in ((1, 2 / 4), (2, 1)):  # that of its last update
+        rollout = rollout_of(spec)
+        credit = compute_credit(spec, scores_of(REWARDS), rollout.prompt_of, {})
+        states, record = update_epoch(session, states, number, rollout, credit)
+        assert record["learning_rate"] == pytest.approx(spec.recipe.train.learning_rate * share)
+
+
+def test_copies_follow_the_number_of_the_optimiser_step_in_the_run():
+    """The reference of DPO is renewed after each third one, here the first of the second epoch."""
+    values = {"train.method": "dpo", "train.updates_per_epoch": 2, "train.timesteps": 2}
+    spec = tiny_spec(**values, **{"train.reference_every": 3})
+    session, made = session_of(spec)
+    states = states_of(spec)
+    for number in (1, 2):
+        rollout = rollout_of(spec)
+        credit = compute_credit(spec, scores_of(REWARDS), rollout.prompt_of, {})
+        states, _ = update_epoch(session, states, number, rollout, credit)
+    assert [share["old"] for _, share in made] == [1.0, 1.0, 0.0, 1.0]
 
 
 # ---- with data ---------------------------------------------------------------------------
@@ -223,6 +273,8 @@ def test_the_share_of_the_data_in_the_loss():
         0.6 / 1.1
     )
     assert data_share({"policy_loss": 1.0, "kl": 0.0}, grpo, 0.1, 0.2) == {}
+    in_reward = tiny_spec(**{"train.kl_as": "reward"}).method  # no term of the loss
+    assert data_share(values, in_reward, 0.1, 0.2) == {"data_share": pytest.approx(0.6 / 1.1)}
     assert data_share(values, grpo, 0.1, 0.0) == {"data_share": 0.0}
     assert kl_share(values, grpo, 0.1) == {"kl_share": pytest.approx(0.2 / 0.7)}, "as before"
 
