@@ -41,6 +41,7 @@ def test_streams_are_distinct():
 def test_reserved_indices_are_above_all_steps_and_videos():
     """They are folded in where denoising steps and numbers of videos are, int32 both."""
     assert Stream.INITIAL_NOISE.index == Stream.RENOISING.index == LARGEST == np.iinfo(np.int32).max
+    assert Stream.PROBES.index == LARGEST - 1
 
 
 def test_host_draws_are_those_of_earlier_versions():
@@ -79,16 +80,22 @@ def test_host_draws_are_those_of_earlier_versions():
     wanted = np.random.default_rng([SEED, 0x4EAD]).permutation(9)
     np.testing.assert_array_equal(Stream.REWARD_HEAD.generator(SEED).permutation(9), wanted)
 
+    for stream, number in ((Stream.DATA_ORDER, 0xDA7A), (Stream.DATA_LEVEL, 0xDA1E)):
+        found = stream.generator(SEED, EPOCH, 1).random(4)
+        np.testing.assert_array_equal(found, generator(EPOCH, number, 1).random(4))
+
 
 def test_keys_are_those_of_earlier_versions():
     def same(a, b):
         np.testing.assert_array_equal(*(jax.random.key_data(key) for key in (a, b)))
 
     root, fold = jax.random.key(SEED), jax.random.fold_in
-    for stream, number in ((Stream.ADAPTERS, 0), (Stream.ROLLOUT, 1), (Stream.SECOND_ADAPTERS, 2)):
-        same(stream.key(root), fold(root, number))
+    streams = ("ADAPTERS", "ROLLOUT", "SECOND_ADAPTERS", "DATA_NOISE", "HEAD_REFIT")
+    for number, name in enumerate(streams):
+        same(Stream[name].key(root), fold(root, number))
     epoch = fold(fold(root, 1), EPOCH)
     same(Stream.RENOISING.key(epoch), fold(epoch, 2**31 - 1))
+    same(Stream.PROBES.key(epoch), fold(epoch, 2**31 - 2))
     noise = initial_noise(epoch, np.arange(2, dtype=np.int32), (1, 2, 2, 3))
     for video in range(2):
         key = fold(fold(epoch, video), 2**31 - 1)
