@@ -1,6 +1,7 @@
 """Weights of 8 and 4 bits: what they are rounded to, products in 8 bits, and models made of them."""
 
 import functools
+import types
 from statistics import NormalDist
 
 import jax
@@ -25,6 +26,11 @@ KERNEL = np.random.default_rng(0).standard_normal((128, 48)).astype(np.float32)
 KERNEL[:, 3] = 0  # a column without a scale
 
 
+@pytest.fixture
+def everything_in_8_bits(monkeypatch):
+    monkeypatch.setattr(quantised, "SMALLEST", 0)
+
+
 @pytest.mark.parametrize("how", KINDS, ids=str)
 def test_values_are_the_nearest_ones(how):
     """No other value of the type is nearer, with the scale that takes the largest weight to the
@@ -46,6 +52,58 @@ def test_values_are_the_nearest_ones(how):
     nearest = np.abs(blocks[..., None] / scales[..., None] - levels).min(-1) * scales
     error = np.abs(found - w).reshape(blocks.shape)
     np.testing.assert_allclose(error, nearest, atol=1e-6)  # ties and the rounding of scales
+
+
+@pytest.mark.fp8
+@pytest.mark.parametrize("how", KINDS, ids=str)
+def test_dequantised_values_are_rounded_once(how):
+    """To bfloat16: values times fp32 scales, not scales that were rounded before."""
+    values, scale = how.quantise(jnp.asarray(KERNEL))
+    found = np.asarray(how.dequantise(values, scale, jnp.bfloat16))
+    exact = np.asarray(how.dequantise(values, scale, jnp.float32))
+    np.testing.assert_array_equal(found, exact.astype(ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("fp8, largest", [(jnp.float8_e4m3fn, 256), (jnp.float8_e4m3fnuz, 128)])
+def test_scales_of_rows_of_any_size(fp8, largest):
+    """Powers of two and their inverses, from subnormal numbers to nearly the largest ones of fp32."""
+    bounds = np.float32([1e-42, 1e-38, 1e-30, 0.3, 0.5, 1.0, 1.99, 1e30, 1.6e38])
+    scale, inverse = map(np.asarray, quantised.row_scales(jnp.asarray(bounds), fp8))
+    assert (scale * inverse == 1).all() and (np.frexp(scale)[0] == 0.5).all()
+    upper = bounds * inverse
+    assert (upper < largest).all() and (upper[2:] >= largest / 2).all()
+
+
+def test_which_products_have_8_bits():
+    """Three layers of Wan 1.3B's width have together what one has not."""
+
+    def layers(*widths, native=True):
+        how = Quantisation("fp8", native=native)
+        return [
+            types.SimpleNamespace(quantisation=how, in_features=n_in, out_features=n_out)
+            for n_in, n_out in widths
+        ]
+
+    in_8bit = quantised.QuantisedLinear.in_8bit
+    assert not in_8bit(layers((1536, 1536))) and in_8bit(layers(*[(1536, 1536)] * 3))
+    assert in_8bit(layers((2048, 2048))) and not in_8bit(layers((2048, 2047)))
+    assert not in_8bit(layers((5120, 5120), native=False))
+
+
+@pytest.mark.fp8
+def test_each_row_has_a_bound_of_its_own(everything_in_8_bits):
+    """Where the caller knows none: a small row keeps its values beside a large one."""
+    layer = quantised.dense(
+        Quantisation("fp8", native=True), 128, 48, dtype=jnp.float32, rngs=nnx.Rngs(0)
+    )
+    x = np.random.default_rng(3).standard_normal((2, 3, 128)).astype(np.float32)
+    x *= np.float32([[[1e-6], [1], [1e6]]])
+    weight = layer.quantisation.dequantise(
+        layer.quantised[...], layer.quantised_scale[...], jnp.float32
+    )
+    found, wanted = (np.asarray(y, np.float64) for y in (layer(jnp.asarray(x)), x @ weight.T))
+    error = np.linalg.norm(found - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)
+    assert error.max() < 0.06  # e4m3: 2.6 % of relative error on average
 
 
 def test_published_values_of_nf4():
@@ -107,11 +165,6 @@ def test_bounds_of_rows():
     assert result.max() <= bound
     norm = LayerNorm(64)
     assert norm.bound.shape == (1,) and np.abs(norm(jnp.asarray(x))).max() <= norm.bound
-
-
-@pytest.fixture
-def everything_in_8_bits(monkeypatch):
-    monkeypatch.setattr(quantised, "SMALLEST", 0)
 
 
 @pytest.mark.fp8
