@@ -85,8 +85,9 @@ def test_published_defaults():
 def test_defaults_of_each_kind(kind, level, bound):
     """The level where none is given, and the bound at a level whose steps have a std above 1."""
     schedule = flow_sigmas(4, 3.0)
-    for level, given in ((level, None), *([(20.0, 20.0)] if kind != "cps" else [])):
-        theirs = reference.diffusion_coefficient(kind, schedule.sigmas.astype(float), level)
+    cases = [(level, None)] + [(20.0, 20.0)] * (kind != "cps")  # cps takes 1 at most
+    for meant, given in cases:
+        theirs = reference.diffusion_coefficient(kind, schedule.sigmas.astype(float), meant)
         wanted = np.minimum(theirs * np.sqrt(-np.diff(schedule.sigmas)), bound)
         np.testing.assert_allclose(step_std(SDEConfig(kind, given), schedule), wanted, rtol=1e-6)
 
