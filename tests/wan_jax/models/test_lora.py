@@ -1,5 +1,7 @@
 """Low-rank adapters: which layers get one, and from which random numbers."""
 
+import zlib
+
 import jax
 import numpy as np
 import pytest
@@ -33,6 +35,27 @@ def test_a_draw_depends_on_key_and_path_alone():
     one = draw(0, ("to_q",))
     np.testing.assert_array_equal(draw(0, ("to_out.0", "to_q")), one)
     assert (draw(1, ("to_q",)) != one).all()
+
+
+def test_a_fresh_adapter_adds_nothing_and_its_first_factor_is_that_of_peft():
+    """A ~ normal(1 / rank) by the key with the CRC-32 of the path folded in, B = 0, both fp32."""
+    rngs, key, rank = nnx.Rngs(0), jax.random.key(3), 16
+    block = nnx.Dict(
+        attn1=nnx.Dict(to_q=Linear(512, 64, rngs=rngs)),
+        attn2=nnx.Dict(to_q=Linear(512, 64, rngs=rngs, dtype=jax.numpy.bfloat16)),
+    )
+    x = jax.random.normal(jax.random.key(1), (2, 512))
+    before = [np.asarray(block[name]["to_q"](x)) for name in block]
+    model = lora.attach(block, LoRAConfig(rank, 8.0, ("to_q",)), key)
+    for name, y in zip(model, before):
+        layer, path = model[name]["to_q"], f"{name}/to_q"
+        a, b = np.asarray(layer.lora_a[...]), np.asarray(layer.lora_b[...])
+        assert a.dtype == b.dtype == np.float32 and not b.any()
+        np.testing.assert_array_equal(layer(x), y)
+        # 8192 draws: the relative standard error of their deviation is 0.8 %
+        assert a.std() * rank == pytest.approx(1, rel=0.05) and abs(a.mean()) * rank < 0.05
+        of_layer = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        np.testing.assert_array_equal(a, jax.random.normal(of_layer, a.shape) / rank)
 
 
 def test_adapted_layers():
