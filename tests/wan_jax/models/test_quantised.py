@@ -64,6 +64,23 @@ def test_dequantised_values_are_rounded_once(how):
     np.testing.assert_array_equal(found, exact.astype(ml_dtypes.bfloat16))
 
 
+@pytest.mark.parametrize("how", KINDS, ids=str)
+def test_the_shape_of_the_kernel_follows_from_that_of_its_values(how):
+    values, _ = jax.eval_shape(how.quantise, jnp.asarray(KERNEL))
+    assert how.kernel_shape(values.shape) == KERNEL.shape
+    assert how.kernel_shape((30, *values.shape)) == (30, *KERNEL.shape)
+
+
+def test_scales_are_applied_in_fp32():
+    """To products in bfloat16, whose dtype has 8 bits of the scales' 24."""
+    rng = np.random.default_rng(5)
+    product = jnp.asarray(rng.standard_normal((4, 48)), jnp.bfloat16)
+    scale = rng.uniform(0.5, 1, 48).astype(np.float32)
+    found = quantised.scaled(product, jnp.full((4, 1), 0.25), jnp.asarray(scale))
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, np.asarray(product, np.float32) * (0.25 * scale))
+
+
 @pytest.mark.parametrize("fp8, largest", [(jnp.float8_e4m3fn, 256), (jnp.float8_e4m3fnuz, 128)])
 def test_scales_of_rows_of_any_size(fp8, largest):
     """Powers of two and their inverses, from subnormal numbers to nearly the largest ones of fp32."""
@@ -137,7 +154,9 @@ def test_product_in_8_bits_and_its_gradient(fnuz, largest):
     )
     values, scale = how.quantise(jnp.asarray(KERNEL))
     weight = np.asarray(how.dequantise(values, scale, jnp.float32)).astype(np.float64)  # [out, in]
-    upstream = rng.standard_normal((2, 5, 48)).astype(np.float32)
+    upstream = rng.standard_normal((2, 5, 48)).astype(np.float32) * np.float32(
+        [[[1e4], [1e-10], [1e-3], [1], [30]]]
+    )
 
     def product(x):
         return product_8bit(x, values, scale, jnp.abs(x).max(-1, keepdims=True))
@@ -148,8 +167,9 @@ def test_product_in_8_bits_and_its_gradient(fnuz, largest):
     np.testing.assert_allclose(found / size, wanted / size, atol=1e-6)
     scaled = rows_8bit(upstream * np.asarray(scale), dtype, largest)
     wanted = scaled @ (weight / np.asarray(scale, np.float64)[:, None])
-    error = np.linalg.norm(transpose(jnp.asarray(upstream))[0] - wanted) / np.linalg.norm(wanted)
-    assert error < 1e-5
+    found = np.asarray(transpose(jnp.asarray(upstream))[0], np.float64)
+    error = np.linalg.norm(found - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)
+    assert error.max() < 1e-5
     assert np.isfinite(product(jnp.zeros((1, 128)))).all()
 
 
@@ -293,7 +313,11 @@ ABSENT = Device("<unknown compute-capability>", "MI300X")  # one to compile for
         ("fp8", "cuda", Device("8.0"), Quantisation("fp8")),
         ("fp8", "rocm", Device("gfx942:sramecc+"), Quantisation("fp8", native=True, fnuz=True)),
         ("fp8", "rocm", Device("gfx950"), Quantisation("fp8", native=True)),
+        ("fp8", "cuda", Device("8.9"), Quantisation("fp8", native=True, kernel=True)),
         ("fp8", "rocm", ABSENT, Quantisation("fp8", native=True, fnuz=True)),
+        ("fp8", "rocm", Device(kind="MI325X"), Quantisation("fp8", native=True, fnuz=True)),
+        ("fp8", "rocm", Device(kind="MI350X"), Quantisation("fp8", native=True)),
+        ("fp8", "rocm", Device(kind="MI355X"), Quantisation("fp8", native=True)),
         ("fp8", "cuda", Device("<unknown>"), Quantisation("fp8")),
         ("fp8", "rocm", Device(), Quantisation("fp8")),
         ("fp8", "cpu", Device(), Quantisation("fp8")),
