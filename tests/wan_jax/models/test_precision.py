@@ -76,6 +76,20 @@ def test_products_in_bfloat16_stay_products_in_bfloat16(restored):
     assert [types for *types, _ in dots(jnp.bfloat16)] == plain
 
 
+@pytest.mark.parametrize(
+    "name, of_jax", [("default", None), ("tf32", "tensorfloat32"), ("float32", "float32")]
+)
+def test_names_are_those_of_jax(restored, monkeypatch, name, of_jax):
+    """And only float32 is exact, but on the CPU, where all are."""
+    precision.use(name)
+    assert jax.config.jax_default_matmul_precision == of_jax
+    assert precision.is_exact()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert precision.is_exact() == (name == "float32")
+    jax.config.update("jax_default_matmul_precision", "highest")  # float32 by JAX's other name
+    assert precision.is_exact()
+
+
 def test_precision_of_sampling():
     assert precision.for_dtype("auto", "float32", "cuda") == "float32"
     assert precision.for_dtype("auto", "bfloat16", "cuda") == "default"
