@@ -41,6 +41,27 @@ def test_a_weighted_reward_that_is_missing_masks_the_video():
             assert credit.total[7] == pytest.approx(rewards[7] - 0.5)
 
 
+def test_a_video_without_the_main_reward_is_masked_though_it_has_no_weight():
+    """`main_reward`: runs are judged by it."""
+    spec = tiny_spec(**{"reward.weights.ocr": 0.0, "reward.weights.sharpness": 0.5})
+    scores = scores_of(REWARDS, {"ocr": REWARDS, "sharpness": np.linspace(1.0, 3.0, 8)})
+    credit = compute_credit(spec, scores, PROMPT_OF, {"sharpness": (1.0, 0.5)})
+    assert np.isfinite(credit.total).all()
+    np.testing.assert_array_equal(credit.valid, VALID)
+    assert credit.advantages[3] == 0 and not credit.counted[3]
+
+
+def test_the_gate_ranks_by_the_main_reward_not_by_the_sum():
+    """The weighted sum has the opposite order."""
+    main = np.linspace(0.0, 0.7, 8)
+    parts = {"ocr": main, "sharpness": np.linspace(1.0, 5.0, 8), "dark": np.full(8, 0.5)}
+    values = {"reward.weights.sharpness": 2.0, "reward.panel": ("dark",), "train.kl_gate": 0.25}
+    base = {"sharpness": (1.0, 1.0), "dark": (0.5, 0.1)}
+    credit = compute_credit(tiny_spec(**values), scores_of(main, parts), PROMPT_OF, base)
+    assert np.argmax(credit.total) < 4
+    np.testing.assert_array_equal(credit.kl_gate, np.arange(8) >= 6)
+
+
 def test_videos_are_ranked_by_what_is_combined():
     """By advantages of each reward, a group counts where any reward has spread."""
     flat, sharpness = np.full(8, 0.5), np.array([1.0, 2.0, 2.5, 1.0, 1.0, 1.0, 1.0, 1.0])
