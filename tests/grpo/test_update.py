@@ -54,9 +54,9 @@ def test_every_video_is_trained_on_once():
 
 @pytest.mark.parametrize("method", ["grpo", "nft", "dpo"])
 def test_weights_of_cells_and_the_gate_of_the_kl_go_with_their_videos(method):
-    """On 8 x 8 cells, in two updates; the boxes of the videos differ in width."""
+    """On 8 x 12 cells, in two updates; the boxes of the videos differ in width."""
     values = {"train.method": method, "train.timesteps": 2, "train.updates_per_epoch": 2}
-    values |= {"sample.height": 64, "sample.width": 64, "reward.panel": ("dark",)}
+    values |= {"sample.height": 64, "sample.width": 96, "reward.panel": ("dark",)}
     spec = tiny_spec(**values | {"train.box_credit": 0.5, "train.kl_gate": 0.25})
     session, made = session_of(spec)
     parts = {"dark": np.array([0.5, 0.5, 0.9, 0.5, 0.5, 0.9, 0.5, 0.5])}
@@ -66,7 +66,7 @@ def test_weights_of_cells_and_the_gate_of_the_kl_go_with_their_videos(method):
     credit = compute_credit(spec, scores, rollout.prompt_of, {"dark": (0.5, 0.1)})
     update_epoch(session, states_of(spec), 1, rollout, credit)
     cells, gate = credit.cell_weights(spec, rollout.frames), credit.kl_gate
-    assert cells.shape == (8, 1, 8, 8, 1) and np.ptp(cells) > 0.5
+    assert cells.shape == (8, 1, 8, 12, 1) and np.ptp(cells) > 0.5
     videos = np.array([[[3]], [[7]]]) if method == "dpo" else np.arange(8).reshape(2, 1, 4)
     assert len(made) == 2 and (gate[videos[0]] != gate[videos[1]]).any()
     for number, (batch, _) in enumerate(made):
