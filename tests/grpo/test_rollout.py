@@ -270,16 +270,16 @@ def test_dpm_solver_between_stochastic_steps():
     noise = initial_noise(key, samples, SHAPE)
     sigmas = schedule.sigmas.astype(np.float64)
 
-    def run(window):
+    def run(window, x=noise, first=0):
         return rollout(
             step,
             trainable,
             frozen,
-            noise,
+            x,
             text,
             key=key,
             samples=samples,
-            steps=range(6),
+            steps=range(first, 6),
             window=window,
             multistep=True,
         )
@@ -305,3 +305,11 @@ def test_dpm_solver_between_stochastic_steps():
     again = solved(np.stack([kept.x_next[0][0], path[3][1]]), first=3)
     np.testing.assert_allclose(final[0], again[-1][0], atol=5e-5)
     assert np.abs(again[-1][1] - path[-1][1]).max() > 1e-3  # what starting anew changes
+    # a segment that begins at step 3, for all and by row
+    for window in (np.arange(0), np.array([[9, 9]])):
+        middle = run(window, jnp.asarray(path[3], jnp.float32), first=3)[0]
+        np.testing.assert_allclose(middle, solved(path[3], first=3)[-1], atol=5e-5)
+    # and with one window for all
+    final, kept = run(np.array([2]))
+    again = solved(kept.x_next[0], first=3)
+    np.testing.assert_allclose(final, again[-1], atol=5e-5)
