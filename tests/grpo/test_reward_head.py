@@ -78,6 +78,8 @@ def test_a_head_of_the_models_first_blocks():
         head.config.num_layers == 1 < tiny_policy.CONFIG.num_layers
         and head.config.out_channels == 1
     )
+    patch, width = tiny_policy.CONFIG.patch_size, theirs["proj_out/kernel"].shape[0]
+    assert ours["proj_out/kernel"].shape == (width, np.prod(patch))  # one output a patch element
     for name, value in ours.items():
         assert value.dtype == jnp.float32
         if not name.startswith("proj_out/"):
