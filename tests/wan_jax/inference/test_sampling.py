@@ -92,6 +92,26 @@ def test_videos_do_not_depend_on_batches_and_devices(request_of, place, mesh):
 
 
 @pytest.mark.slow
+def test_each_video_is_of_its_own_prompt(request_of):
+    """With the text of a prompt and the noise of a video, it ends as alone; another text ends elsewhere."""
+    request = request_of(devices=1, batch_size=2)
+
+    def latents_of(request):
+        found = sampling.denoise(request, sampling.encode(request), sampling.load(request))
+        return np.concatenate([np.asarray(x) for _, x, _ in found])
+
+    whole = latents_of(request)
+    noise = np.asarray(request.initial_noise(np.arange(4)))
+    for number, prompt in enumerate(PROMPTS):
+        own = slice(2 * number, 2 * number + 2)
+        alone = dataclasses.replace(request, prompts=(prompt,), noise=noise[own])
+        # padded to another length of the text, latents of size 4: some roundings of fp32
+        np.testing.assert_allclose(latents_of(alone), whole[own], atol=1e-4)
+    swapped = dataclasses.replace(request, prompts=PROMPTS[::-1], noise=noise)
+    assert np.abs(latents_of(swapped) - whole).min(axis=0).max() > 1e-2
+
+
+@pytest.mark.slow
 def test_decoding_waits_where_memory_is_short(request_of):
     """The same videos, whether each batch is decoded at once or all after the transformer is freed."""
     request = request_of(devices=1, batch_size=1)
