@@ -65,8 +65,17 @@ def test_states_and_predictions_are_of_the_videos_alone():
 
 
 @pytest.mark.slow
-def test_survivors_end_as_without_pruning(folders):
-    """Whatever the solver's history and the batches; those that the head prefers go on."""
+def test_survivors_end_as_without_pruning(folders, monkeypatch):
+    """Whatever the solver's history and the batches; those that the head prefers go on, judged at the
+    timestep of the step that they have before them.
+    """
+    levels = []
+
+    def recorded(pruning, every, texts, timestep, batches):
+        levels.append(float(timestep))
+        return collect(pruning, every, texts, timestep, batches)
+
+    monkeypatch.setattr(sampling, "collect", recorded)
     model = model_dir.open_model(folders[1])
     head = make_head(head_config(model.config("transformer"), heads=1, layers=1), seed=1)
     request = sampling.SampleRequest(
@@ -88,6 +97,7 @@ def test_survivors_end_as_without_pruning(folders):
         found = [(rows, np.asarray(x)[: len(rows)]) for rows, x, _ in batches]
         rankings.append({n: y for rows, x in found for n, y in zip(rows.tolist(), x)})
     whole, pruned = rankings
+    assert levels == [request.settings.make_solver().schedule.timesteps[3]]
     assert sorted(whole) == list(range(6)) and [n // 3 for n in pruned] == [0, 1]
     for number, latents in pruned.items():
         np.testing.assert_allclose(latents, whole[number], atol=1e-4)
