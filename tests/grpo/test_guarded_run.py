@@ -66,6 +66,15 @@ def test_an_alarm_stops_the_run_and_is_no_obstacle_to_going_on(run, capsys):
 
 
 @pytest.mark.slow
+def test_what_an_alarm_stops_is_saved_where_no_best_one_is_kept(run, tmp_path):
+    """As its message says, though neither save.every nor the evaluation asks for it."""
+    with pytest.raises(UserError, match=r"Epoch 1 is saved\. To continue"):
+        run(**{"train.on_alarm": "stop", "save.best": False, "save.keep": 9})
+    (folder,) = tmp_path.glob("**/checkpoints")
+    assert checkpoint.Checkpoints(folder.parent).epochs() == [0, 1]
+
+
+@pytest.mark.slow
 def test_a_velocity_that_is_too_far_stops_the_run(start, capsys):
     """After an epoch whose checkpoint is kept; once the bound is raised, the same run goes on."""
     values = {"train.method": "nft", "train.timesteps": 2, "epochs": 2, "eval.every": 9}
