@@ -87,6 +87,13 @@ def test_last_unipc_step_returns_the_predicted_sample():
     assert np.isfinite(table).all()
 
 
+def test_coefficients_are_computed_in_float64():
+    """h is a small difference of logarithms, in float32 wrong by 1e-5 of it."""
+    sigmas = flow_sigmas(50, 12.0).sigmas
+    found = unipc_coefficients(sigmas)
+    np.testing.assert_array_equal(found, unipc_coefficients(sigmas.astype(np.float64)))
+
+
 def test_dpm_solver_equals_reference():
     for (steps, shift), version in zip(GRID, itertools.cycle(("diffusers", "legacy", "legacy"))):
         solver = DPMSolverPP2M(flow_sigmas(steps, shift, version))
