@@ -55,6 +55,8 @@ def test_noise_depends_on_the_number_of_the_video_alone(request_of):
         np.testing.assert_array_equal(every.initial_noise(np.array(rows)), whole[rows])
     more = request_of(samples=7, devices=1)
     np.testing.assert_array_equal(more.initial_noise(np.arange(4)), whole)
+    other = dataclasses.replace(every, seed=1)
+    assert (np.asarray(other.initial_noise(np.arange(4))) != whole).mean() > 0.99
 
 
 def test_given_noise(request_of):
@@ -69,6 +71,12 @@ def test_batches(request_of):
     assert [rows.tolist() for rows in request.batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert request.padded(request.batches[2]).tolist() == [8, 9, 8, 9]
     assert request.prompt_of.tolist() == [0] * 5 + [1] * 5
+    assert [len(rows) for rows in request_of(samples=5, devices=1, batch_size=3).batches] == [
+        3,
+        3,
+        3,
+        1,
+    ]
 
 
 @pytest.mark.slow
