@@ -1,6 +1,7 @@
 """The optimiser steps of an epoch: their order, what they are given, and what is recorded of them."""
 
 import dataclasses
+import functools
 import types
 
 import numpy as np
@@ -28,12 +29,13 @@ REWARDS = np.linspace(0, 1, 8)
 
 
 def epoch(spec, update=None):
-    """Return (states before, states after, record, arguments of the updates). update: instead of
-    the one of `session_of`.
+    """Return (states before, states after, record, arguments of the updates). update: a function or one
+    for each expert, instead of the one of `session_of`.
     """
     session, made = session_of(spec)
     if update is not None:
-        vars(session.functions)["updates"] = [update] * len(spec.preset.experts)
+        each = update if isinstance(update, list) else [update] * len(spec.preset.experts)
+        vars(session.functions)["updates"] = each
     states, rollout = states_of(spec), rollout_of(spec)
     credit = compute_credit(spec, scores_of(REWARDS), rollout.prompt_of, {})
     new, record = update_epoch(session, states, 1, rollout, credit)
@@ -82,17 +84,18 @@ def test_weights_of_cells_and_the_gate_of_the_kl_go_with_their_videos(method):
 
 
 def test_the_expert_on_the_device_goes_first():
-    """The second one, whose steps end the rollout; each has a summary of its own."""
+    """The second one, whose steps end the rollout; each has an update and a summary of its own."""
     settings = {"sample.steps": 4, "sample.sde_range": (0, 4), "sample.sde_steps": 2}
     spec, order = tiny_spec("wan2.2-a14b", **settings), []
 
-    def update(state, frozen, batch, share_kept, kl_weight):
+    def update(expert, state, frozen, batch, share_kept, kl_weight):
         order.append(frozen)
+        assert frozen == f"frozen {expert}"
         value = 1.0 if frozen == "frozen 0" else 3.0
         values = {"ratio_min": 1.0, "ratio_max": 1.0, "policy_loss": value}
         return state, types.SimpleNamespace(averages=lambda: values), {"grad_norm": value}
 
-    _, _, record, _ = epoch(spec, update)
+    _, _, record, _ = epoch(spec, [functools.partial(update, expert) for expert in range(2)])
     assert order == ["frozen 1"] * 2 + ["frozen 0"] * 2
     assert list(record[EXPERTS]) == ["transformer_2", "transformer"]
     assert record["updates"] == 4 and record["policy_loss"] == 2.0
@@ -175,6 +178,7 @@ def test_an_epoch_keeps_the_mean_and_the_extremes_of_its_updates():
     assert summary([first]).keys() == record.keys()
     assert summary([first])["kl"] == summary([first])["kl_max"] == 0.1
     assert summary([]) == {"updates": 0}
+    assert summary([{"kl": 1.0}, {"kl": 3.0}, {}])["kl"] == 2.0  # of those that have it
     steps = [{"by_step": {"0": 1.0, "2": 3.0}}, {"by_step": {"0": 2.0}}, {}]
     assert summary(steps) == {"updates": 3, "by_step": {"0": 1.5, "2": 3.0}}
     check_finite(steps[0], 1)
