@@ -69,6 +69,7 @@ def test_videos_are_ranked_by_what_is_combined():
     scores = scores_of(flat, {"ocr": flat, "sharpness": sharpness})
     credit = compute_credit(spec, scores, PROMPT_OF, {"sharpness": (1.0, 0.5)})
     assert credit.value is credit.advantages
+    assert credit.groups.mean_reward == pytest.approx(credit.total.mean())
     np.testing.assert_array_equal(credit.spread, PROMPT_OF == 3)
     assert np.ptp(credit.advantages[:4]) > 1
     np.testing.assert_allclose(credit.advantages[4:], 0, atol=1e-6)
