@@ -146,6 +146,9 @@ def test_groups_that_become_alike_raise_the_alarm():
     assert spreads == [None, None, pytest.approx((0.5 + 0.1) / 2 / 0.8)]
     last = guard.judge(records, guard.Limits(PANEL, 1.0, 0.5), epochs)[-1]
     assert "38%" in last.alarm and not last.inside
+    # the base has no evaluation before it
+    first = guard.judge(records[2:], guard.Limits(PANEL, 1.0, 0.7), epochs)[0]
+    assert first.epoch == 4 and first.spread is None
     # a floor of 0, and a run of an earlier version
     for floor, known in ((0.0, epochs), (0.5, epochs[1:]), (0.5, [{"epoch": 1}, *epochs[1:]])):
         verdicts = guard.judge(records, guard.Limits(PANEL, 1.0, floor), known)
