@@ -62,6 +62,7 @@ def test_adapted_layers():
     names = ["blocks/attn1/to_q", "blocks/attn1/to_out_0", "blocks/ffn/net_0/proj", "proj_out"]
     assert lora.adapted_layers(names, ["to_out.0"]) == {names[1]}
     assert lora.adapted_layers(names, ["ffn.net.0.proj", "to_q"]) == {names[0], names[2]}
+    assert not lora.adapted_layers(names, ["o_q", "roj_out"])  # no whole words
 
 
 @pytest.mark.parametrize(
