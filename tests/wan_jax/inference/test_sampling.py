@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -45,6 +46,12 @@ def videos_of(request):
     assert [row for batch in batches for row in batch.rows] == list(range(len(request.prompt_of)))
     assert all(batch.videos.finite.all() for batch in batches)
     return np.concatenate([batch.videos.frames for batch in batches]), loaded
+
+
+def latents_of(request):
+    """All final latents of a request, in order."""
+    found = sampling.denoise(request, sampling.encode(request), sampling.load(request))
+    return np.concatenate([np.asarray(x) for _, x, _ in found])
 
 
 def test_noise_depends_on_the_number_of_the_video_alone(request_of):
@@ -104,10 +111,6 @@ def test_each_video_is_of_its_own_prompt(request_of):
     """With the text of a prompt and the noise of a video, it ends as alone; another text ends elsewhere."""
     request = request_of(devices=1, batch_size=2)
 
-    def latents_of(request):
-        found = sampling.denoise(request, sampling.encode(request), sampling.load(request))
-        return np.concatenate([np.asarray(x) for _, x, _ in found])
-
     whole = latents_of(request)
     noise = np.asarray(request.initial_noise(np.arange(4)))
     for number, prompt in enumerate(PROMPTS):
@@ -117,6 +120,15 @@ def test_each_video_is_of_its_own_prompt(request_of):
         np.testing.assert_allclose(latents_of(alone), whole[own], atol=1e-4)
     swapped = dataclasses.replace(request, prompts=PROMPTS[::-1], noise=noise)
     assert np.abs(latents_of(swapped) - whole).min(axis=0).max() > 1e-2
+
+
+@pytest.mark.slow
+def test_the_velocity_is_shifted_by_the_reward(request_of):
+    """By 0.5, which is subtracted, for sigmas from 1 to 0: the latents end near 0.5 higher."""
+    request = request_of(samples=1, devices=1)
+    shifted = dataclasses.replace(request, reward_shift=lambda x, *_: jnp.full_like(x, 0.5))
+    rise = latents_of(shifted) - latents_of(request)
+    assert rise.mean() == pytest.approx(0.5, abs=0.2)
 
 
 @pytest.mark.slow
