@@ -78,5 +78,5 @@ def adapted_layers(layers: Iterable[str], targets: Iterable[str]) -> set[str]:
 def _matches(path: str, target: str) -> bool:
     """Return whether the Diffusers name of the layer at `path` ends in `target`."""
     name = path.replace("/", "_")
-    ending = target.replace(".", "_").partition("/")[0]
+    ending = target.replace(".", "_")
     return name == ending or name.endswith("_" + ending)

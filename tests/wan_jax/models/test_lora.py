@@ -66,7 +66,12 @@ def test_adapted_layers():
 
 
 @pytest.mark.parametrize(
-    "config, value", [(LoRAConfig(rank=0), "rank 0"), (LoRAConfig(targets=("to_w",)), "to_w")]
+    "config, value",
+    [
+        (LoRAConfig(rank=0), "rank 0"),
+        (LoRAConfig(targets=("to_w",)), "to_w"),
+        (LoRAConfig(targets=("to_q/x",)), "to_q/x"),
+    ],
 )
 def test_impossible_settings_are_named(config, value):
     with pytest.raises(ValueError, match=value):
