@@ -81,8 +81,8 @@ class Comparison:
         """Return whether a method sampled: training on data alone spends seconds and no evaluations."""
         return any(c.evaluations[-1] > 0 or c.seconds[-1] == 0 for c in self.runs[name].values())
 
-    def on(self, axis: str, names: Sequence[str]) -> list[str]:
-        """Return the methods whose spending on an axis of `AXES` means something."""
+    def counted(self, axis: str, names: Sequence[str]) -> list[str]:
+        """Return the methods with a figure on an axis of `AXES`; evaluations need samples."""
         return [name for name in names if axis != "evaluations" or self.samples(name)]
 
 
@@ -233,7 +233,7 @@ def _cells(name: str, result: Comparison, row: dict) -> list[str]:
     if reached:
         some = f" ({reached} of {seeds})" if reached < seeds else ""
         to_reach = [
-            _figure(row[f"{axis}_to_reach"], ".3g") + some if result.on(axis, [name]) else "–"
+            _figure(row[f"{axis}_to_reach"], ".3g") + some if result.counted(axis, [name]) else "–"
             for axis in AXES
         ]
     return [
@@ -353,7 +353,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def _chart(result: Comparison, axis: str, names: Sequence[str]) -> Chart:
     """Draw the methods' mean rewards over what they spent."""
-    drawn = result.on(axis, names)
+    drawn = result.counted(axis, names)
 
     def draw(axes):
         for name in drawn:
@@ -381,16 +381,14 @@ def _chart(result: Comparison, axis: str, names: Sequence[str]) -> Chart:
 
 def _page(result: Comparison, rows: dict) -> str:
     """Return comparison.html."""
-    who, headline = _headline(result, rows)
+    names, (who, headline) = list(rows), _headline(result, rows)
     return render(
         "comparison.html",
         title="Comparison of methods",
         heading=f"Comparison of methods: {who}",
         headline=headline,
         remarks=_remarks(result),
-        charts={
-            axis: _chart(result, axis, list(rows)) for axis in AXES if result.on(axis, list(rows))
-        },
+        charts={axis: _chart(result, axis, names) for axis in AXES if result.counted(axis, names)},
         head=_head(result),
         rows=[_cells(name, result, row) for name, row in rows.items()],
         colors=[f"s{i % SERIES}" for i in range(len(rows))],
