@@ -142,11 +142,11 @@ def sampling_weights(
 
 
 def averaged_weights(session: Session, states: States, expert: int) -> tuple:
-    """Return (trainable, frozen) of an expert for evaluations: the moving average."""
+    """Return (trainable, frozen) of an expert for evaluations: the moving average, where there is one."""
     name = session.spec.preset.experts[expert]
     if name not in states:
         return session.start[name], session.frozen(expert)
-    return session.to_device(states[name].ema), session.frozen(expert)
+    return session.to_device(states[name].averaged), session.frozen(expert)
 
 
 def sample_epoch(

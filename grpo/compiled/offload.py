@@ -2,9 +2,9 @@
 array at a time is on the device.
 
 The gradient of all arrays is one jitted function, as in `optimiser.make_update`; its peak is lower by
-12 bytes a trained parameter. After it, array by array, the moments and the average are copied to the
-device, stepped, and copied back. The step is computed by the same functions as without offloading,
-so results are the same but for rounding.
+the bytes of moments and average, 12 a trained parameter in fp32. After it, array by array, the moments
+and the average are copied to the device, stepped, and copied back. The step is computed by the same
+functions as without offloading, so results are the same but for rounding.
 """
 
 import dataclasses

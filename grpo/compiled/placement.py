@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from grpo.learning.optimiser import OptimiserConfig
 from grpo.learning.policy import Policy, make_structure
 from grpo.settings.parse import Settings
 from grpo.settings.schema import Recipe
@@ -27,11 +28,12 @@ def state_bytes(
     lagged: int = 0,
     offload: str,
     offload_optimiser: bool,
+    optimiser: OptimiserConfig,
 ) -> int:
     """Return the bytes of a run's weights and states on its devices together, without activations.
     They are split over `mesh.fsdp`.
 
-    For each trained parameter these are 4 bytes of weight, 8 of moments, 4 of average and 4 of each
+    For each trained parameter these are 4 bytes of weight, those of moments and average, and 4 of each
     lagged copy, for every trained expert, and 4 of gradient for the one that is being updated. They
     include the frozen weights of all experts; of one where `offload` may put the other into host
     memory; of none in full fine-tuning without a reference. Full fine-tuning also computes with a
@@ -46,6 +48,7 @@ def state_bytes(
         lagged: number of copies of earlier weights that the method keeps.
         offload: config.model.offload.
         offload_optimiser: whether moments and average are in host memory.
+        optimiser: settings of the optimiser.
     """
     count = sum(x.size for x in policy.trainable.values())
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(policy.base))
@@ -54,7 +57,7 @@ def state_bytes(
         return frozen
     full = policy.adapters is None
     frozen = 0 if full and not reference else frozen
-    each = 4 + (0 if offload_optimiser else 12) + 4 * lagged
+    each = 4 + (0 if offload_optimiser else optimiser.bytes_per_parameter) + 4 * lagged
     return frozen + (weights if full else 0) + count * (each * trained + 4)
 
 
@@ -71,6 +74,7 @@ def state_of(recipe: Recipe, settings: Settings, preset: Preset, trained: int) -
         lagged=len(settings.method.lagged),
         offload=recipe.model.offload,
         offload_optimiser=recipe.train.offload_optimiser,
+        optimiser=settings.optimiser,
     )
 
 

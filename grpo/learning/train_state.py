@@ -29,7 +29,8 @@ HEAD = "reward_head"  # the reward head in a checkpoint's state
 
 def state_tree(states: dict[str, TrainState], head: HeadState | None = None) -> dict:
     """Return the arrays of the experts' states, and of a reward head, as a checkpoint stores them: 'ema'
-    as the weights to sample with, the others as the state.
+    as the weights to sample with, the others as the state. Without an average 'ema' are the trained weights, which
+    are stored once.
     """
 
     def joined(part: Callable[[TrainState], dict]) -> dict:
@@ -42,12 +43,14 @@ def state_tree(states: dict[str, TrainState], head: HeadState | None = None) -> 
         return {"updates": state.updates} | (vars(state.kl) if state.kl else {})
 
     tree = {
-        "trainable": joined(lambda state: state.trainable),
-        "ema": joined(lambda state: state.ema),
+        "ema": joined(lambda state: state.averaged),
         "opt": joined(optimiser),
         "counters": joined(counters),
     }
-    for name in next(iter(states.values())).lagged:
+    first = next(iter(states.values()))
+    if first.ema:
+        tree["trainable"] = joined(lambda state: state.trainable)
+    for name in first.lagged:
         tree[name] = joined(lambda state, name=name: state.lagged[name])
     return tree if head is None else tree | {HEAD: head.tree()}
 
@@ -191,9 +194,9 @@ def restore_all(
         opt = by_expert["opt"][name]
         counters = dict(by_expert["counters"][name])
         states[name] = TrainState(
-            trainable=by_expert["trainable"][name],
+            trainable=by_expert["trainable" if state.ema else "ema"][name],
             opt=jax.tree.unflatten(structure, [opt[str(i)] for i in range(len(leaves))]),
-            ema=by_expert["ema"][name],
+            ema=by_expert["ema"][name] if state.ema else {},
             updates=counters.pop("updates"),
             kl=KLControl(**counters) if counters else None,
             lagged={copy: by_expert[copy][name] for copy in state.lagged},

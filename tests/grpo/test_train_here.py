@@ -93,6 +93,28 @@ def test_full_fine_tuning(recipe):
 
 
 @pytest.mark.slow
+def test_all_weights_in_a_compact_form_resume_bit_for_bit(recipe, tmp_path):
+    """Moments in bfloat16 and no average, as in a checkpoint: the weights are in it once."""
+    config, run = recipe
+    settings = ("lora.rank=0", "train.learning_rate=1e-5", "train.moments_dtype=bfloat16")
+    settings += ("train.ema_decay=0", "eval.every=1")
+    train_tiny(config, *settings, "epochs=2")
+    other = tmp_path / "continued"
+    for epochs in (1, 2):
+        train_tiny(config, *settings, f"epochs={epochs}", f"run_dir={other}")
+    assert_same(result(other), result(run))
+    arrays = arrays_of(run)
+    weights = sum(v.size for k, v in arrays.items() if k.startswith("trained"))
+    assert not any(k.startswith("state['trainable']") for k in arrays)
+    opt = [v for k, v in arrays.items() if k.startswith("state['opt']") and v.ndim]
+    assert sum(v.size for v in opt) == 2 * weights and {v.dtype.name for v in opt} == {"bfloat16"}
+    first = load_trained(run / "checkpoints" / "0")[1]["transformer"]
+    assert any(
+        not np.array_equal(v, first[k]) for k, v in load_trained(run)[1]["transformer"].items()
+    )
+
+
+@pytest.mark.slow
 def test_starts_from_a_lora_file(alike, model, recipe, capsys):
     """Another run's adapters through a LoRA file: the weights that run ended with, to the bit, at
     epoch 0.

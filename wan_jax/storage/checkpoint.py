@@ -40,6 +40,9 @@ from wan_jax.storage.paths import expand
 FORMAT = 2
 DIGESTS, META, BEST = "digests.json", "meta/metadata", "best.json"
 ITEMS = ("meta", "state", "trained")
+# Parts of state/ that earlier versions stored beside the same weights in trained/: the moving average
+# in format 1, the trained weights of runs without an average.
+REPEATED = {"ema", "trainable"}
 # Fields of every meta, and their types.
 FIELDS = {"epoch": int, "model": str, "experts": list, "lora": (dict, type(None)), "config": dict}
 LORA_FIELDS = {"rank": int, "alpha": (int, float), "targets": list}
@@ -189,11 +192,19 @@ class Checkpoints:
         like: arrays with the shapes, dtypes and shardings to restore to, as `state` and with a part
         'ema' for the trained weights.
         """
-        averaged_too = self.meta(epoch)["format"] == 1
-        state = (
-            like if averaged_too else {key: value for key, value in like.items() if key != "ema"}
-        )
-        return self._restore(epoch, "state", state), self._restore(epoch, "trained", like["ema"])
+        state = {key: value for key, value in like.items() if key != "ema"}
+        more = dict.fromkeys(self._parts(epoch, "state") & REPEATED - set(state), like["ema"])
+        restored = self._restore(epoch, "state", state | more)
+        trained = self._restore(epoch, "trained", like["ema"])
+        return {key: restored[key] for key in state}, trained
+
+    def _parts(self, epoch: int, item: str) -> set[str]:
+        """Return the names of the parts of an item."""
+        with (
+            self._readable(epoch, item),
+            ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
+        ):
+            return set(checkpointer.metadata(self.path(epoch) / item).item_metadata.tree)
 
     def _restore(self, epoch: int, item: str, like: dict) -> dict:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)

@@ -15,7 +15,7 @@ from grpo.settings.choices import (
     ZERO_ADVANTAGES,
 )
 from grpo.settings.setting import FRACTION, GUIDANCE, POSITIVE, POSITIVE_OR_INF, Section, setting
-from wan_jax.choices import EXPERTS
+from wan_jax.choices import DTYPES, EXPERTS
 from wan_jax.command_line.limits import Range
 
 
@@ -143,8 +143,14 @@ class Train(Section):
     ema_decay: float = setting(
         0.9,
         "Decay of the average of the trained weights, which evaluations and exports use. It starts "
-        "lower: min((1 + n) / (10 + n), ema_decay) after n updates. 0: the weights themselves.",
+        "lower: min((1 + n) / (10 + n), ema_decay) after n updates. 0: no average, the weights themselves.",
         bounds=FRACTION,
+    )
+    moments_dtype: str = setting(
+        "float32",
+        "Type in which AdamW's moments are kept between updates, in memory and in checkpoints. `bfloat16`: "
+        "half the bytes, rounded stochastically; they are computed in float32.",
+        choices=DTYPES,
     )
     offload_optimiser: bool = setting(
         False,

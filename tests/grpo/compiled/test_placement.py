@@ -18,7 +18,7 @@ from configs.defaults import defaults
 from grpo.compiled import offload, placement
 from grpo.learning import optimiser as optimiser_step
 from grpo.learning import train_state
-from grpo.learning.optimiser import make_update, state_shapes
+from grpo.learning.optimiser import OptimiserConfig, make_update, state_shapes
 from grpo.learning.policy import make_structure
 from grpo.learning.policy_gradient import PolicyBatch, make_gradient, stack_batches
 from grpo.learning.policy_loss import LossConfig
@@ -303,6 +303,7 @@ def test_bytes_that_a_run_holds():
         offload="auto",
         offload_optimiser=False,
         lagged=0,
+        **optimiser,
     ):
         return (
             placement.state_bytes(
@@ -313,6 +314,7 @@ def test_bytes_that_a_run_holds():
                 offload=offload,
                 offload_optimiser=offload_optimiser,
                 lagged=lagged,
+                optimiser=OptimiserConfig(**optimiser),
             )
             / count
         )
@@ -321,6 +323,8 @@ def test_bytes_that_a_run_holds():
     assert per_parameter() == 4 + 16 + 4
     assert per_parameter(reference=True) == 4 + 4 + 16 + 4
     assert per_parameter(offload_optimiser=True) == 4 + 4 + 4
+    assert per_parameter(moments_dtype="bfloat16") == 4 + 12 + 4
+    assert per_parameter(moments_dtype="bfloat16", ema_decay=0.0) == 4 + 8 + 4
     assert per_parameter(lagged=1) == 4 + 16 + 4 + 4
     assert per_parameter(2, 2, lagged=2) == 4 + 2 * (16 + 2 * 4) + 4
     assert per_parameter(trained=0) == 4  # an evaluation

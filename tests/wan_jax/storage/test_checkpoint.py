@@ -76,6 +76,15 @@ def test_a_checkpoint_comes_back_and_holds_the_average_once(run):
     assert tree.keys() == STATE.keys()
 
 
+def test_weights_that_an_earlier_version_stored_twice_are_read(run):
+    """Of a run without an average, whose state has the weights of the other part again."""
+    like = {key: value for key, value in STATE.items() if key != "trainable"} | {"ema": TRAINED}
+    state, trained = Checkpoints(run).restore_state(2, like)
+    assert state.keys() == like.keys() - {"ema"}
+    for name, value in TRAINED.items():
+        np.testing.assert_array_equal(trained[name], value)
+
+
 def test_a_checkpoint_whose_folder_is_moved_away_during_the_save_is_not_finished(run, monkeypatch):
     """Between its two parts."""
     parts, prepare = [], ocp.args.StandardSave
