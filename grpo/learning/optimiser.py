@@ -146,9 +146,9 @@ def adamw(config: OptimiserConfig) -> optax.GradientTransformation:
 def bfloat16_moments(rule: optax.GradientTransformation) -> optax.GradientTransformation:
     """Return AdamW with moments that are kept in bfloat16, and computed in fp32.
 
-    They are rounded stochastically, by bits that follow from the number of updates. Rounded to the
-    nearest value, a second moment would never fall: at b2 = 0.999 an update lowers it by at most
-    0.1 %, and neighbouring values of bfloat16 differ by 0.4 to 0.8 %.
+    They are rounded stochastically. Rounded to the nearest value, a second moment would never fall: at
+    b2 = 0.999 an update lowers it by at most 0.1 %, and neighbouring values of bfloat16 differ by 0.4
+    to 0.8 %. The noise follows from the number of updates, so a run is repeated to the bit.
     """
 
     def is_moment(x: jax.Array) -> bool:
@@ -164,21 +164,35 @@ def bfloat16_moments(rule: optax.GradientTransformation) -> optax.GradientTransf
         new: Any
         changes, new = rule.update(updates, exact, params)
         leaves, structure = jax.tree.flatten(new)
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), new[0].count), len(leaves))
+        first = new[0].count.astype(jnp.uint32) * len(leaves)
         rounded = [
-            round_stochastically(x, key) if is_moment(x) else x for x, key in zip(leaves, keys)
+            round_stochastically(x, first + i) if is_moment(x) else x for i, x in enumerate(leaves)
         ]
         return changes, jax.tree.unflatten(structure, rounded)
 
     return optax.GradientTransformation(init, update)
 
 
-def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
-    """Return fp32 values in bfloat16: one of the two neighbours, with `x` as the expected value."""
-    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+def round_stochastically(x: jax.Array, seed: jax.Array) -> jax.Array:
+    """Return fp32 values in bfloat16: one of the two neighbours, with `x` as the expected value.
+
+    seed: uint32 []. The noise is a hash of it and of a value's position, which XLA computes in the same
+    loop as the value. Random numbers of JAX would be arrays of several times the size of `x` on a GPU.
+    """
+    position = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        position = position * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    noise = hash_bits(position ^ hash_bits(seed)) >> 16
     upper = (jax.lax.bitcast_convert_type(x, jnp.uint32) + noise) >> 16
     rounded = jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
+
+
+def hash_bits(x: jax.Array) -> jax.Array:
+    """Return a hash of each uint32: the last steps of MurmurHash3 (Appleby, public domain)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 def init_state(
