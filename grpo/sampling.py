@@ -57,7 +57,7 @@ class Session:
         decode: latents of a batch -> a function that returns the videos of this process.
         pool: the processes that score.
         frozen: number of an expert -> its base weights, on the device.
-        start: the trainable arrays of every expert before the first update.
+        start: the trainable arrays of the experts that are not trained.
         to_device: copies a moving average from host memory to the device; the identity where it
             is not offloaded.
         progress: (iterable, desc=..., total=...) -> the iterable with a progress bar.

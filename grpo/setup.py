@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
 
 from convert.lora import initial_adapters
 from grpo.compiled import compile, offload
@@ -194,7 +195,10 @@ def prepare(
     }
     with cli.user_input():
         head = initial_head(spec, model)
+    for name in spec.trained:
+        del start[name]  # held by the states, which an update donates or a checkpoint replaces
     if resumed is not None:
+        states = jax.tree.map(ocp.utils.to_shape_dtype_struct, states)  # freed before they are read
         states, head = train_state.restore_all(checkpoints, resumed, states, head)
 
     # ---- the log, the session, the evaluators ------------------------------------------------

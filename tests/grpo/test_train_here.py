@@ -2,11 +2,14 @@
 the run `alike`: only runs of the same kind are equal to the bit.
 """
 
+import collections
+import gc
 import json
 import pathlib
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -112,6 +115,33 @@ def test_all_weights_in_a_compact_form_resume_bit_for_bit(recipe, tmp_path):
     assert any(
         not np.array_equal(v, first[k]) for k, v in load_trained(run)[1]["transformer"].items()
     )
+
+
+@pytest.mark.slow
+def test_a_continued_run_holds_no_more_than_a_new_one(recipe, monkeypatch):
+    """Arrays of the weights' shapes at its first update: those before training are not kept."""
+    config, run = recipe
+    update_epoch, held = training.update_epoch, []
+
+    def live():
+        gc.collect()
+        buffers = {
+            x.addressable_data(0).unsafe_buffer_pointer(): x.shape for x in jax.live_arrays()
+        }
+        return collections.Counter(buffers.values())
+
+    def measured(session, states, *args):
+        shapes = {x.shape for x in states["transformer"].trainable.values() if x.ndim > 1}
+        held.append({shape: count for shape, count in (live() - before).items() if shape in shapes})
+        return update_epoch(session, states, *args)
+
+    monkeypatch.setattr(training, "update_epoch", measured)
+    settings = "lora.rank=0", "train.learning_rate=1e-5"
+    for folder, epochs in ((f"{run}_first", 1), (run, 1), (run, 2)):  # the first fills caches
+        before = live()
+        train_tiny(config, *settings, f"run_dir={folder}", f"epochs={epochs}")
+    _, new, continued = held
+    assert continued == new and len(new) > 5
 
 
 @pytest.mark.slow
