@@ -156,6 +156,20 @@ def test_update_compiles_and_fits(case, compiled):
     assert not moved
 
 
+def test_a_compact_state_is_smaller_by_all_that_it_leaves_out(compiled):
+    """4 bytes of moments and 4 of average a parameter; the noise of rounding is in no array."""
+    case, found = Case("wan2.1-1.3b", False, 1), []
+    compact = {"train.moments_dtype": "bfloat16", "train.ema_decay": 0.0}
+    for name, values in ((f"{case}", {}), (f"{case}, compact", compact)):
+        run = case.run(rocm_compiler.mi300x(1), BACKEND, **values)
+        found.append(compiled(f"update {name}", run.update()).memory_analysis())
+    whole, small = found
+    parameters = sum(x.size for x in run.policy.trainable.values())
+    left_out = whole.argument_size_in_bytes - small.argument_size_in_bytes
+    assert left_out == pytest.approx(8 * parameters, rel=1e-3)
+    assert small.temp_size_in_bytes < whole.temp_size_in_bytes + 2 * parameters
+
+
 def test_the_update_has_the_rollouts_products(compiled):
     """Where the rollout rounds a layer's result, the update does too: else the first update's ratio
     is not 1. A reference has products of its own, which must not be merged with the policy's.
