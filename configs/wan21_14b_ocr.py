@@ -13,7 +13,8 @@ fraction of the time.
 Memory: a trained step of 9 pictures without guidance takes at most 35 GiB on one H200, with random
 weights and model.remat=block (docs/results.md). Several GPUs share a batch, so sample.batch_size is a
 multiple of their number. All weights (lora.rank=0) need 4 GPUs, over which mesh.fsdp splits them, or 2
-with train.offload_optimiser=True.
+with train.offload_optimiser=True, or with train.moments_dtype=bfloat16 train.ema_decay=0
+train.kl_weight=0 and XLA_PYTHON_CLIENT_MEM_FRACTION=0.95.
 """
 
 from configs.defaults import defaults

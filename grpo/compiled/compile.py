@@ -233,6 +233,8 @@ def remedies(run: RunSpec, offload: bool) -> list[str]:
         sentences.append(f"Raise --config.mesh.fsdp={fsdp} up to the {devices} devices.")
     if full and not recipe.train.offload_optimiser:
         sentences.append("Set --config.train.offload_optimiser=True.")
+    if full and recipe.train.moments_dtype == "float32":
+        sentences.append("Set --config.train.moments_dtype=bfloat16.")
     if len(run.preset.experts) > 1 and not offload:
         sentences.append("Set --config.model.offload=always.")
     if full:

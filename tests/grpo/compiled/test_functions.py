@@ -262,6 +262,9 @@ REMEDIES = [
     ({"model.remat": "offload"}, 1, 1, "batch_size=8", "remat="),
     ({}, 8, 2, "mesh.fsdp=2 up to the 8", "batch_size=8, which"),
     ({"lora.rank": 0}, 8, 8, "lora.rank=32.", "fsdp=8 up"),
+    ({"lora.rank": 0}, 8, 8, "moments_dtype=bfloat16.", "fsdp=8 up"),
+    ({"lora.rank": 0, "train.moments_dtype": "bfloat16"}, 8, 8, "lora.rank=32.", "moments_dtype"),
+    ({}, 8, 8, "model.remat=", "moments_dtype"),
 ]
 
 
