@@ -8,9 +8,10 @@
     nft update        DiffusionNFT's update at one noise level, without guidance, with its KL
     decode            latents to uint8 frames on the host, VAE in fp32
 
-Updates are optimiser steps over two trained steps or levels, divided by two. Model FLOPs are counted
-as in `benchmarks.full_size`. `benchmarks.epoch_cost` adds the parts up to whole epochs, and
-`benchmarks.peer --task=parts` measures the same in PyTorch.
+Updates are optimiser steps over two trained steps or levels, divided by two. With several `--devices`
+the batch is that of all of them. Model FLOPs are counted as in `benchmarks.full_size`.
+`benchmarks.epoch_cost` adds the parts up to whole epochs, `benchmarks.scaling` compares numbers of GPUs,
+and `benchmarks.peer --task=parts` measures the same in PyTorch.
 """
 
 import functools
@@ -34,6 +35,8 @@ from grpo.methods.nft import BEHAVIOUR, NFT
 from grpo.rollout import Trajectory, make_step
 from wan_jax.choices import WEIGHTS
 from wan_jax.diffusion.guidance import TextBatch
+from wan_jax.distributed import mesh as mesh_lib
+from wan_jax.distributed import sharding as sharding_lib
 from wan_jax.inference import pipeline
 from wan_jax.models.attention import platform_of
 from wan_jax.models.lora import LoRAConfig
@@ -60,23 +63,28 @@ def one_batch(text: TextBatch) -> TextBatch:
     return jax.tree.map(lambda rows: rows[None], text)
 
 
-def finished_batch(x: jax.Array, text: TextBatch, table: StepTable) -> FinishedBatch:
+def finished_batch(
+    x: jax.Array, text: TextBatch, table: StepTable, mesh: jax.sharding.Mesh
+) -> FinishedBatch:
     """Return an update's batch of DiffusionNFT at the noise levels of two steps. x: final latents."""
     size = len(x)
 
+    def rows(values: jax.Array) -> jax.Array:
+        return sharding_lib.place(values, sharding_lib.batch_sharding(mesh, values.ndim - 1))
+
     def levels(values) -> jax.Array:
         chosen = jnp.asarray([values[i] for i in workload.TRAINED], jnp.float32)
-        return jnp.broadcast_to(chosen[None, :, None], (1, len(chosen), size))
+        return rows(jnp.broadcast_to(chosen[None, :, None], (1, len(chosen), size)))
 
     return FinishedBatch(
         x0=x[None],
         worse=None,
         text=one_batch(text),
-        video=jnp.arange(size, dtype=jnp.int32)[None],
+        video=rows(jnp.arange(size, dtype=jnp.int32)[None]),
         sigma=levels(table.sigma),
         timestep=levels(table.timestep),
-        weight=jax.random.uniform(jax.random.key(5), (1, size)),
-        valid=jnp.ones((1, size), bool),
+        weight=rows(jax.random.uniform(jax.random.key(5), (1, size))),
+        valid=rows(jnp.ones((1, size), bool)),
         draw=jnp.arange(len(workload.TRAINED), dtype=jnp.int32),
         key=jax.random.key(6),
     )
@@ -84,19 +92,21 @@ def finished_batch(x: jax.Array, text: TextBatch, table: StepTable) -> FinishedB
 
 def measure(settings) -> Record:
     """Return the figures of all parts. settings: the flags."""
+    mesh = mesh_lib.make_mesh(settings.fsdp, jax.devices()[: settings.devices])
     drawn = RandomPolicy.draw(
-        settings.size, settings.dtype, settings.remat, weights=settings.weights
+        settings.size, settings.dtype, settings.remat, mesh, weights=settings.weights
     )
     guided = with_remat(drawn, settings, settings.guided_remat)
     trainable, frozen, table = drawn.trainable, drawn.frozen, step_table()
     shape, text = workload.shape_of_latents(settings), drawn.random_text(settings.batch)
-    flops = workload.batch_flops(drawn.config, shape, settings.batch, 1)
+    flops = workload.batch_flops(drawn.config, shape, settings.batch, 1) / settings.devices
     samples = drawn.placed(jnp.arange(settings.batch, dtype=jnp.int32))
     x = drawn.placed(jax.random.normal(jax.random.key(3), (settings.batch, *shape)))
     kind, key, stages = jax.devices()[0].device_kind, jax.random.key(4), {}
     print(
         f"parts: {settings.size}, {settings.dtype}, weights {settings.weights}, "
-        f"{workload.describe_shape(settings)}, guidance {settings.guidance}, {kind}, {software()}",
+        f"{workload.describe_shape(settings)}, guidance {settings.guidance}, {settings.devices} x "
+        f"{kind}, mesh {mesh_lib.describe(mesh)}, {software()}",
         flush=True,
     )
 
@@ -142,11 +152,11 @@ def measure(settings) -> Record:
     show("grpo update", updating(guided, gradient, batch, ()), 6 * flops, count)
     first = firsts[0]
     gradient = nft.make_gradient(drawn.policy, table, 1.0)
-    finished = finished_batch(x, text, table)
+    finished = finished_batch(x, text, table, mesh)
     show("nft update", updating(drawn.policy, gradient, finished, (BEHAVIOUR,)), 3 * flops, count)
     # Decoding
     graph, state = random_vae(settings.size, jnp.float32)
-    decode = pipeline.make_decoder(graph)
+    decode, state = pipeline.make_decoder(graph), sharding_lib.replicate(state, mesh)
     show("decode", lambda: decode(state, x)(), None)
     return Record("ours", stages, kind, software(), (first["ratio_min"], first["ratio_max"]))
 
@@ -159,6 +169,8 @@ if __name__ == "__main__":
     workload.define_flags(guidance=4.5, kl=0.004)
     flags.DEFINE_string("dtype", "bfloat16", "data type of weights and matrix products")
     flags.DEFINE_enum("weights", "dtype", WEIGHTS, "how frozen weights are stored")
+    flags.DEFINE_integer("devices", 1, "number of GPUs, data x fsdp", lower_bound=1)
+    flags.DEFINE_integer("fsdp", 1, "GPUs that share the weights")
     for name, update in (("remat", "without guidance"), ("guided_remat", "with guidance")):
         flags.DEFINE_enum(
             name,

@@ -1,14 +1,17 @@
-"""Compares several GPUs with one: rollout step and update step of `benchmarks.full_size`.
+"""Compares several GPUs with one: rollout step and update step of `benchmarks.full_size`, and the parts
+of an epoch of `benchmarks.parts`.
 
     python -m benchmarks.scaling --out build/scaling
     python -m benchmarks.scaling --out build/scaling --works 1.3b-data,14b-full --devices 1,2
-    python -m benchmarks.scaling --out build/scaling --works=        # print the table again
+    python -m benchmarks.scaling --out build/scaling --works 1.3b-parts,14b-parts --devices 1,2
+    python -m benchmarks.scaling --out build/scaling --works=        # print the tables again
 
 Every number of GPUs is measured in a process of its own. Works on the axis `data` give every GPU as
 many videos as a single GPU has, so ideally n GPUs process n times the videos in the same time;
 works on `context` split one video over all GPUs, ideally in 1 / n of the time; works on `fsdp` run
-on as many GPUs as the model needs. Speed-ups compare videos a second. OUT/results.json is written
-after every process, and a second call adds to it.
+on as many GPUs as the model needs. Speed-ups compare videos a second. The parts are added up to the
+seconds of a video by `benchmarks.epoch_cost`. OUT/results.json is written after every process, and a
+second call adds to it.
 """
 
 import dataclasses
@@ -19,8 +22,10 @@ import time
 
 from absl import app, flags
 
+from benchmarks import epoch_cost
+from benchmarks.comparison_works import GUIDED, PARTS
 from benchmarks.side_by_side import format_ratio, run, verdict
-from benchmarks.workload import Record
+from benchmarks.workload import STEPS, Record
 
 IMAGE = "--height=512 --width=512 --frames=1"
 TARGETS = {2: 1.9, 4: 3.75}  # speed-up over one GPU on the axis data
@@ -34,9 +39,10 @@ class Work:
     Attributes:
         title: name in the table.
         axis: 'data', 'fsdp' or 'context'.
-        arguments: those of benchmarks.full_size.
+        arguments: those of the benchmark.
         batch: videos a GPU, or on the axis context all videos.
         devices: numbers of GPUs to measure.
+        module: of benchmarks, full_size or parts.
     """
 
     title: str
@@ -44,6 +50,7 @@ class Work:
     arguments: str
     batch: int
     devices: tuple[int, ...] = (1, 2, 4)
+    module: str = "full_size"
 
     def videos(self, devices: int) -> int:
         """Return the number of videos on all GPUs."""
@@ -55,7 +62,7 @@ class Work:
         return [
             sys.executable,
             "-m",
-            "benchmarks.full_size",
+            f"benchmarks.{self.module}",
             *self.arguments.split(),
             f"--devices={devices}",
             *split,
@@ -96,6 +103,30 @@ WORKS = {
         "context",
         "--size=1.3b --height=480 --width=832 --frames=81 --remat=block --repeats=3",
         1,
+    ),
+    "1.3b-parts": Work(
+        "1.3B, LoRA, fp8, parts of an epoch",
+        "data",
+        f"--size=1.3b {IMAGE} --weights=fp8 {GUIDED}",
+        9,
+        (1, 2),
+        "parts",
+    ),
+    "14b-parts": Work(
+        "14B, LoRA, fp8, parts of an epoch",
+        "data",
+        f"--size=14b {IMAGE} --weights=fp8 --guided_remat=block {GUIDED}",
+        9,
+        (1, 2),
+        "parts",
+    ),
+    "14b-parts-fsdp": Work(
+        "14B, LoRA, bf16, parts of an epoch",
+        "fsdp",
+        f"--size=14b {IMAGE} --remat=block --guided_remat=block {GUIDED}",
+        9,
+        (1, 2),
+        "parts",
     ),
     "tiny-data": Work(
         "tiny, LoRA, 2 x 1 x 32 x 32 a GPU",
@@ -148,18 +179,45 @@ HEAD = (
     "peak GiB",
     "targets",
 )
+RULE = "|---|---|" + "--:|" * 7 + "---|"
+
+
+def parts_row(work: Work, records: dict[int, Record], devices: int) -> str:
+    """Return the row of one number of GPUs of a work of parts."""
+    stages, videos = records[devices].stages, work.videos(devices)
+    cells = [work.title, f"{work.axis} {devices}", *(f"{stages[part].ms:.1f}" for part in PARTS)]
+    for method in epoch_cost.METHODS:
+        seconds, relative = epoch_cost.seconds(method, records[devices], STEPS, videos), ""
+        if devices > 1 and 1 in records:
+            one = epoch_cost.seconds(method, records[1], STEPS, work.videos(1))
+            relative = f" ({one / seconds:.2f})"
+        cells.append(f"{seconds:.3f}{relative}")
+    peak = max((stage.peak_gib or 0.0 for stage in stages.values()), default=0.0)
+    return "| " + " | ".join([*cells, f"{peak:.1f}" if peak else ""]) + " |"
+
+
+PARTS_HEAD = (
+    "work",
+    "GPUs",
+    *(f"{part}, ms" for part in PARTS),
+    *(f"{method.title}, s a video (x one)" for method in epoch_cost.METHODS),
+    "peak GiB",
+)
+PARTS_RULE = "|---|---|" + "--:|" * (len(PARTS_HEAD) - 2)
 
 
 def table(results: dict[str, dict]) -> str:
-    """Return a Markdown table with a row for each number of GPUs.
+    """Return a Markdown table with a row for each number of GPUs, one of the works of steps and one of
+    those of parts.
 
-    Below it are the ratios of the first update, devices and software, and failures.
+    Below them are the ratios of the first update, devices and software, and failures.
     """
-    lines, notes = ["| " + " | ".join(HEAD) + " |", "|---|---|" + "--:|" * 7 + "---|"], set()
+    lines, notes = {"full_size": list[str](), "parts": list[str]()}, set()
     for name in (name for name in WORKS if name in results):
         work, found = WORKS[name], results[name]
         records = {int(n): Record.from_dict(v) for n, v in found.items() if "failed" not in v}
-        lines += [row(work, records, n) for n in sorted(records)]
+        format_row = parts_row if work.module == "parts" else row
+        lines[work.module] += [format_row(work, records, n) for n in sorted(records)]
         notes |= {
             f"- {work.title}, {n} GPUs: failed, {v['failed']}"
             for n, v in found.items()
@@ -171,7 +229,11 @@ def table(results: dict[str, dict]) -> str:
             if record.ratio
         }
         notes |= {f"- {r.device}, {r.software}" for r in records.values()}
-    return "\n".join([*lines, "", *sorted(notes)])
+    tables = []
+    for module, head, rule in (("full_size", HEAD, RULE), ("parts", PARTS_HEAD, PARTS_RULE)):
+        if lines[module]:
+            tables += ["| " + " | ".join(head) + " |", rule, *lines[module], ""]
+    return "\n".join([*tables, *sorted(notes)])
 
 
 def measured(names: list[str], devices: list[str]) -> list[tuple[str, int]]:
@@ -211,7 +273,8 @@ def main(_):
 
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "folder of results.json", required=True)
-    flags.DEFINE_list("works", [name for name in WORKS if name != "tiny-data"], "works to measure")
+    steps = [name for name, work in WORKS.items() if work.module == "full_size"]
+    flags.DEFINE_list("works", [name for name in steps if name != "tiny-data"], "works to measure")
     flags.DEFINE_list("devices", ["1", "2", "4"], "numbers of GPUs")
     flags.DEFINE_float("limit", 900, "seconds for all of them")
     flags.register_validator(

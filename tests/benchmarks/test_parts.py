@@ -25,6 +25,8 @@ SETTINGS = types.SimpleNamespace(
     remat="none",
     guided_remat="block",
     weights="dtype",
+    devices=1,
+    fsdp=1,
     task="parts",
     mode="autocast",
     attention=None,
@@ -46,11 +48,12 @@ def peer():
     torch.set_num_threads(threads)
 
 
-def check(record):
+def check(record, videos=2):
+    """videos: of a device."""
     assert tuple(record.stages) == comparison_works.PARTS
     assert all(stage.ms > 0 for stage in record.stages.values())
     assert max(abs(ratio - 1) for ratio in record.ratio) < 1e-4
-    work = workload.batch_flops(workload.transformer_config("tiny"), (1, 2, 4, 16), 2, 1.0)
+    work = workload.batch_flops(workload.transformer_config("tiny"), (1, 2, 4, 16), videos, 1.0)
     for name, passes in (("guided rollout", 2), ("grpo update", 6), ("nft update", 3)):
         stage = record.stages[name]
         assert stage.tflops == pytest.approx(passes * work / stage.ms / 1e9)
@@ -60,6 +63,14 @@ def check(record):
 def test_our_parts(monkeypatch):
     monkeypatch.setitem(COMPILER_OPTIONS, "xla_backend_optimization_level", 0)
     check(parts.measure(SETTINGS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_our_parts_on_two_devices(monkeypatch, fsdp):
+    monkeypatch.setitem(COMPILER_OPTIONS, "xla_backend_optimization_level", 0)
+    settings = vars(SETTINGS) | {"devices": 2, "fsdp": fsdp, "batch": 4}
+    check(parts.measure(types.SimpleNamespace(**settings)))
 
 
 @pytest.mark.slow

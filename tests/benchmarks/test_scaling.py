@@ -54,6 +54,30 @@ def test_table_judges_data_parallel_only(tmp_path):
     }
 
 
+def test_parts_are_added_up_to_the_seconds_of_a_video(tmp_path):
+    def parts(**ms: float) -> dict:
+        stages = {
+            name.replace("_", " "): Stage(value, 2.0 + value, 1.0) for name, value in ms.items()
+        }
+        return as_written(Record("ours", stages, "GPU", "1.0"), tmp_path)
+
+    one = parts(rollout=9.0, guided_rollout=18.0, grpo_update=90.0, nft_update=45.0, decode=9.0)
+    two = parts(rollout=9.0, guided_rollout=18.0, grpo_update=100.0, nft_update=45.0, decode=9.0)
+    lines = table({"1.3b-parts": {"1": one, "2": two}}).splitlines()
+    assert (
+        lines[0].startswith("| work | GPUs | rollout, ms |") and "Flow-GRPO, s a video" in lines[0]
+    )
+    # (20 x 18 + 9 + 19 x 90) / 9 ms, and on two GPUs (20 x 18 + 9 + 19 x 100) / 18
+    assert lines[2].endswith(
+        "| data 1 | 9.0 | 18.0 | 90.0 | 45.0 | 9.0 | 0.231 | 0.061 | 0.061 | 0.041 | 92.0 |"
+    )
+    assert "| data 2 |" in lines[3]
+    assert lines[3].endswith(
+        "| 0.126 (1.83) | 0.032 (1.93) | 0.030 (2.00) | 0.021 (2.00) | 102.0 |"
+    )
+    assert {line.count("|") for line in lines[:4]} == {len(scaling.PARTS_HEAD) + 1}
+
+
 def test_a_call_that_measures_nothing_is_refused():
     assert scaling.measured(["1.3b-data"], ["1", "2"]) == [("1.3b-data", 1), ("1.3b-data", 2)]
     with pytest.raises(ValueError, match=r"--devices=16: .*1, 2, 4 GPUs"):
