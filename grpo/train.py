@@ -179,6 +179,7 @@ def train(
         write_report(recipe.run_dir)
     base, kl_weight = {}, None
     if start.epochs:
+        folder.check_space(states, head)
         stop_on_alarm(start, states, done, spent, head)
         newest = multihost.from_first(lambda: [*log.epochs][-1:])
         stop_on_distance(start, states, newest[0] if newest else {}, spent, head)

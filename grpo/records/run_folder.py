@@ -63,6 +63,12 @@ class RunFolder:
             return recipe.train.alarm_kl
         return kl_weight(type(self.spec.method), recipe)
 
+    def check_space(self, states: States, head: HeadState | None = None) -> None:
+        """Raise `UserError` where the disk does not have the space of the next checkpoint, before an epoch
+        is computed that could not be saved.
+        """
+        self.checkpoints.check_space(train_state.state_tree(states, head), "the next checkpoint")
+
     def save(self, epoch: int, states: States, spent: Spent, head: HeadState | None = None) -> None:
         """Write the checkpoint of an epoch, unless the newest one is of this epoch. Raises
         `UserError` as `check_held` does. head: that guides the rollout.

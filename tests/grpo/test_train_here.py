@@ -118,6 +118,17 @@ def test_all_weights_in_a_compact_form_resume_bit_for_bit(recipe, tmp_path):
 
 
 @pytest.mark.slow
+def test_without_space_for_the_next_checkpoint_no_epoch_is_computed(alike, tmp_path, monkeypatch):
+    run = shutil.copytree(alike, tmp_path / "run")
+    usage = shutil.disk_usage(run)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"the next checkpoint needs .* MB, the disk has 0\.0 MB"):
+        train_tiny(alike.parent / "recipe.py", f"run_dir={run}", "epochs=3")
+    monkeypatch.undo()
+    assert [record["epoch"] for record in run_log.read_metrics(run)] == [1, 2] and newest(run) == 2
+
+
+@pytest.mark.slow
 def test_a_continued_run_holds_no_more_than_a_new_one(recipe, monkeypatch):
     """Arrays of the weights' shapes at its first update: those before training are not kept."""
     config, run = recipe

@@ -100,9 +100,7 @@ class Checkpoints:
 
         Raises `UserError` when the disk does not have enough space.
         """
-        check_space(
-            self.folder, sum(x.nbytes for x in jax.tree.leaves((state, trained))), "the checkpoint"
-        )
+        self.check_space((state, trained), "the checkpoint")
         temporary = self.folder / f".{epoch}.tmp"
         multihost.from_first(self._remove_unfinished)
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
@@ -111,6 +109,10 @@ class Checkpoints:
         multihost.from_first(
             lambda: self._finish(temporary, epoch, dict(meta, format=FORMAT, epoch=epoch))
         )
+
+    def check_space(self, tree, what: str) -> None:
+        """Raise `UserError` where the disk does not have the space of a tree's arrays. what: its name."""
+        check_space(self.folder, sum(x.nbytes for x in jax.tree.leaves(tree)), what)
 
     def _remove_unfinished(self) -> None:
         """Remove what a killed process left, also in format 1."""
