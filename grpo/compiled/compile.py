@@ -204,15 +204,17 @@ def check_host_fits(memory: Memory, run: RunSpec, limit: int) -> None:
     needed = sum(memory.host.values())
     if needed <= limit:
         return
-    remedy = ""
-    if run.recipe.train.offload_optimiser:
+    train = run.recipe.train
+    remedy, smaller = "", list[str]()
+    if train.offload_optimiser:
         remedy = ", or leave the optimiser on the devices: --config.train.offload_optimiser=False"
+        smaller = smaller_states(train)
     raise UserError(
         f"this run needs {needed / GIB:.1f} GiB for each device in pinned host memory "
         f"({format_gib(memory.host, digits=1)}), and may take {limit / GIB:.1f} GiB, its share of "
         f"this host's; {PINNED} in the environment changes that. Use more devices with "
         f"--config.mesh.fsdp={run.mesh.shape['fsdp']}, on more hosts, or a host with more "
-        f"memory{remedy}."
+        + " ".join([f"memory{remedy}.", *smaller])
     )
 
 
@@ -233,8 +235,8 @@ def remedies(run: RunSpec, offload: bool) -> list[str]:
         sentences.append(f"Raise --config.mesh.fsdp={fsdp} up to the {devices} devices.")
     if full and not recipe.train.offload_optimiser:
         sentences.append("Set --config.train.offload_optimiser=True.")
-    if full and recipe.train.moments_dtype == "float32":
-        sentences.append("Set --config.train.moments_dtype=bfloat16.")
+    if full and not recipe.train.offload_optimiser:
+        sentences += smaller_states(recipe.train)
     if len(run.preset.experts) > 1 and not offload:
         sentences.append("Set --config.model.offload=always.")
     if full:
@@ -245,6 +247,18 @@ def remedies(run: RunSpec, offload: bool) -> list[str]:
         "GPU that runs nothing else, XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 gives JAX more than its "
         "usual three quarters.",
     ]
+
+
+def smaller_states(train) -> list[str]:
+    """Return the sentences about settings with which the optimiser's state takes less. train: the
+    recipe's section.
+    """
+    sentences = []
+    if train.moments_dtype == "float32":
+        sentences.append("Set --config.train.moments_dtype=bfloat16.")
+    if train.ema_decay:
+        sentences.append("Evaluate the weights themselves: --config.train.ema_decay=0.")
+    return sentences
 
 
 class CompileCounter:

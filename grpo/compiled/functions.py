@@ -275,7 +275,8 @@ class Functions(RunArrays):
     def ode_step(self, expert: int = 0) -> Program:
         """Return one denoising step of the evaluation."""
         batches = self.spec.eval_batches
-        average = self.trainable if self.spec.recipe.train.offload_optimiser else None
+        train = self.spec.recipe.train
+        average = self.trainable if train.offload_optimiser and train.ema_decay else None
         noise = self.rows(jnp.float32, shape=self.spec.eval_shape)
         return Program(
             self.with_expert("evaluation step", expert),

@@ -13,6 +13,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from grpo.learning import optimiser as update_lib
@@ -85,7 +86,8 @@ class OffloadedUpdate:
     Attributes:
         gradient: jitted, (trainable, GradientInputs, frozen, batch) -> (clipped gradient, metrics,
             norm of the gradient). Its peak memory is that of the whole optimiser step.
-        step: jitted, (state of one array, its gradient, share_kept) -> (state, norm of the update).
+        step: jitted, (state of one array, its gradient, share_kept, its number among all) -> (state,
+            norm of the update).
         adapt: jitted, (KL control, updates so far, metrics) -> KL control.
     """
 
@@ -102,13 +104,14 @@ class OffloadedUpdate:
         # the step, array by array
         clipping_state, adamw_state = state.opt
         stepped, norms = {}, []
-        for name in sorted(grads):
+        for number, name in enumerate(sorted(grads)):
             one = only(dataclasses.replace(state, opt=adamw_state, kl=None), name)
             on_device = jax.block_until_ready(to_device(one))
             for x in jax.tree.leaves((one.opt, one.ema)):
                 if x.sharding.memory_kind == KIND:
                     x.delete()  # the host may not have memory for both old and new ones
-            new, norm = self.step(on_device, {ANY: grads.pop(name)}, share_kept or {})
+            gradient = {ANY: grads.pop(name)}
+            new, norm = self.step(on_device, gradient, share_kept or {}, np.uint32(number))
             if stepped:  # at most two are on the device: one is copied while the next is stepped
                 jax.block_until_ready(list(stepped.values())[-1])
             stepped[name] = to_host(new)
@@ -142,8 +145,9 @@ def make_update(
         return clipped, metrics, optax.global_norm(grads)
 
     @partial(jax.jit, donate_argnums=0, compiler_options=COMPILER_OPTIONS)
-    def step(state: TrainState, grads, share_kept):
-        new, updates = apply_gradient(adamw(config), config.ema_decay, state, grads, share_kept)
+    def step(state: TrainState, grads, share_kept, number):
+        rule = adamw(config, number)
+        new, updates = apply_gradient(rule, config.ema_decay, state, grads, share_kept)
         return jax.tree.map(
             jax.lax.with_sharding_constraint, new, sharding_lib.param_shardings(new, mesh)
         ), optax.global_norm(updates)

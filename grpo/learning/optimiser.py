@@ -128,8 +128,10 @@ def learning_rate(config: OptimiserConfig, update: int) -> float:
     return config.learning_rate * (min(1.0, (update + 1) / warmup) if warmup else 1.0)
 
 
-def adamw(config: OptimiserConfig) -> optax.GradientTransformation:
-    """Return AdamW, which treats each array independently."""
+def adamw(config: OptimiserConfig, first: jax.Array | int = 0) -> optax.GradientTransformation:
+    """Return AdamW, which treats each array independently. first: number of the first array among all
+    that are trained, which the noise of its moments' rounding follows from.
+    """
     rate = config.learning_rate
     if config.warmup_updates:
         rate = optax.linear_schedule(rate / config.warmup_updates, rate, config.warmup_updates - 1)
@@ -140,35 +142,43 @@ def adamw(config: OptimiserConfig) -> optax.GradientTransformation:
         eps=config.adam_eps,
         weight_decay=config.weight_decay,
     )
-    return rule if config.moments_dtype == "float32" else bfloat16_moments(rule)
+    return rule if config.moments_dtype == "float32" else bfloat16_moments(rule, first)
 
 
-def bfloat16_moments(rule: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Return AdamW with moments that are kept in bfloat16, and computed in fp32.
+def bfloat16_moments(
+    rule: optax.GradientTransformation, first: jax.Array | int = 0
+) -> optax.GradientTransformation:
+    """Return AdamW with moments that are kept in bfloat16, and computed in fp32. first: as of `adamw`.
 
     They are rounded stochastically. Rounded to the nearest value, a second moment would never fall: at
     b2 = 0.999 an update lowers it by at most 0.1 %, and neighbouring values of bfloat16 differ by 0.4
     to 0.8 %. The noise follows from the number of updates, so a run is repeated to the bit.
     """
 
-    def is_moment(x: jax.Array) -> bool:
-        return x.dtype in (jnp.float32, jnp.bfloat16)
+    def stored(state: Any, as_stored: Callable[[Any, int], Any]) -> Any:
+        """Return a state with other moments. as_stored: (moment of all arrays, its number) -> the same."""
+        adam, *others = state
+        adam = adam._replace(mu=as_stored(adam.mu, 0), nu=as_stored(adam.nu, 1))
+        return (adam, *others)
+
+    def cast(dtype) -> Callable[[Any, int], Any]:
+        return lambda moment, _: jax.tree.map(lambda x: x.astype(dtype), moment)
 
     def init(params):
-        return jax.tree.map(
-            lambda x: x.astype(jnp.bfloat16) if is_moment(x) else x, rule.init(params)
-        )
+        return stored(rule.init(params), cast(jnp.bfloat16))
 
     def update(updates, state: Any, params=None):
-        exact = jax.tree.map(lambda x: x.astype(jnp.float32) if is_moment(x) else x, state)
-        new: Any
-        changes, new = rule.update(updates, exact, params)
-        leaves, structure = jax.tree.flatten(new)
-        first = new[0].count.astype(jnp.uint32) * len(leaves)
-        rounded = [
-            round_stochastically(x, first + i) if is_moment(x) else x for i, x in enumerate(leaves)
-        ]
-        return changes, jax.tree.unflatten(structure, rounded)
+        changes, new = rule.update(updates, stored(state, cast(jnp.float32)), params)
+        count = state[0].count.astype(jnp.uint32)
+
+        def rounded(moment: Any, number: int) -> Any:
+            leaves, structure = jax.tree.flatten(moment)
+            seed = hash_bits(2 * count + number) + jnp.asarray(first, jnp.uint32)
+            return jax.tree.unflatten(
+                structure, [round_stochastically(x, seed + i) for i, x in enumerate(leaves)]
+            )
+
+        return changes, stored(new, rounded)
 
     return optax.GradientTransformation(init, update)
 

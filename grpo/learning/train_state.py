@@ -132,7 +132,7 @@ def save(
     belongs: dict | None = None,
     head: HeadState | None = None,
 ):
-    """Write a checkpoint: the states, the weights to sample with (the moving average), and the
+    """Write a checkpoint: the states, the weights to sample with (`TrainState.averaged`), and the
     settings that are needed to read them. All processes call this together. Raises `UserError`, and
     writes nothing, where their weights differ.
 

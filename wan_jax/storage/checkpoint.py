@@ -3,7 +3,8 @@
     RUN/checkpoints/<epoch>/state/         orbax: flat dicts of trainable arrays, optimiser state
                                            and counters
     RUN/checkpoints/<epoch>/trained/       orbax: flat dict of the weights to sample with, which are
-                                           the moving average
+                                           the moving average; in a run without one
+                                           the trained arrays, which state/ leaves out
     RUN/checkpoints/<epoch>/meta/metadata  JSON: epoch, model, trained experts, LoRA settings or
                                            null, the config, digests of the model and of the prompts
     RUN/checkpoints/<epoch>/digests.json   size and digest of every other file (`integrity`)

@@ -265,6 +265,9 @@ REMEDIES = [
     ({"lora.rank": 0}, 8, 8, "moments_dtype=bfloat16.", "fsdp=8 up"),
     ({"lora.rank": 0, "train.moments_dtype": "bfloat16"}, 8, 8, "lora.rank=32.", "moments_dtype"),
     ({}, 8, 8, "model.remat=", "moments_dtype"),
+    ({"lora.rank": 0}, 8, 8, "train.ema_decay=0.", "fsdp=8 up"),
+    ({"lora.rank": 0, "train.ema_decay": 0.0}, 8, 8, "lora.rank=32.", "ema_decay"),
+    ({"lora.rank": 0, "train.offload_optimiser": True}, 8, 8, "lora.rank=32.", "moments_dtype"),
 ]
 
 
@@ -330,7 +333,8 @@ def test_what_the_host_holds_is_counted_and_refused_where_it_cannot():
     for limit in (None, 25 * GIB):
         compile.check_fits(needed, run.spec, False, None, limit)
     with pytest.raises(
-        UserError, match=r"20\.0 GiB for each device in pinned.*10\.0 GiB.*fsdp=8.*=False"
+        UserError,
+        match=r"20\.0 GiB for each device in pinned.*10\.0 GiB.*fsdp=8.*=False.*=bfloat16\. .*ema_decay=0\.$",
     ):
         compile.check_fits(needed, run.spec, False, None, 10 * GIB)
     both = functions_of(wan22_a14b_ocr, "wan2.2-a14b")
