@@ -98,6 +98,8 @@ def line(record: dict, epochs: int, progress: Progress) -> str:
         parts.append(f"nothing to learn, {record['weak_groups']} groups below min_group_std")
     else:
         parts.append("nothing to learn from")
+    if "data_share" in record:
+        parts.append(f"data {record['data_share']:.1%} of the loss")
     if "ratio_max_error" in record:
         parts.append(f"ratio {record['ratio_max_error']:.0e}")
     seconds = {k: v for k, v in record["seconds"].items() if v >= 0.05 and k != "total"}

@@ -37,18 +37,24 @@ HEALTH = {  # key in an epoch's record: metric
         "flow-matching error", max, "no jumps; depends on the noise levels drawn"
     ),
     "preferred": HealthMetric(
-        "pairs ordered rightly", min, "a share of 0 to 1; above 1/2 after the first update"
+        "pairs ordered rightly", min, "a share of 0 to 1; rises above 1/2 after the first updates"
     ),
     "agreed": HealthMetric(
         "videos on their side of the median",
         min,
-        "a share of 0 to 1; above 1/2 after the first update",
+        "a share of 0 to 1; rises above 1/2 after some updates",
+    ),
+    "data_error": HealthMetric("flow-matching error on the data", max, "no rise"),
+    "data_share": HealthMetric(
+        "the data's share of the loss", max, "a share of 0 to 1; choose data.weight by it"
     ),
     "old_distance": HealthMetric(
         "distance from the behaviour policy", max, "small and steady: mean square of velocities"
     ),
     "grad_norm": HealthMetric("gradient norm", max, "no jumps; before clipping"),
-    "policy_loss": HealthMetric("policy loss", max, "no trend to expect: advantages are centred"),
+    "policy_loss": HealthMetric(
+        "policy loss", max, "falls on data and labels; no trend where advantages are centred"
+    ),
     "group_std": HealthMetric(
         "reward spread within groups", min, "the learning signal; 0 teaches nothing"
     ),

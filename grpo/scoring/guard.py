@@ -266,4 +266,4 @@ def explain(verdicts: Sequence[Verdict], evaluations: Sequence[Mapping]) -> str:
         return f"{sentence}. Epoch {top.epoch} has a higher reward, but {top.alarm}."
     if last.fallen is not None:
         return f"{sentence}. The reward has fallen since, to epoch {last.epoch}."
-    return f"{sentence}. Later evaluations are not better."
+    return f"{sentence}. No later one has a higher lower bound on those that choose."

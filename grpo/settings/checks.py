@@ -16,6 +16,7 @@ from grpo.scoring.reward_servers import check_settings
 from grpo.settings import frame_schedule, video_sizes
 from grpo.settings.named import TEXT, own_names, pairs, servers_by_name
 from grpo.settings.schema import BUILT_IN, TEXT_AREA, main_reward, measured_rewards
+from grpo.settings.sections.data import Data
 from rewards.clip import KINDS, check_model
 from rewards.own import TARGET
 from wan_jax.errors import UserError
@@ -258,6 +259,18 @@ def check_data(recipe) -> None:
         raise UserError(
             "config.data.only=True trains on data alone, and config.data.path='' names none: give a "
             "folder that python -m grpo.encode_clips wrote"
+        )
+    if data.weight not in (0.0, Data().weight) and not data.path:
+        raise UserError(
+            f"config.data.weight={data.weight:g} is that of data, and config.data.path='' names none: give "
+            "a folder that python -m grpo.encode_clips wrote, or leave the weight out"
+        )
+    if data.labels and not (data.only and needs in LINES):
+        able = ", ".join(name for name, kind in alone.items() if kind in LINES)
+        raise UserError(
+            f"config.data.labels={data.labels} is read with config.data.only=True and train.method in "
+            f"({able}), and this run has data.only={data.only} and train.method={train.method}: set both, or "
+            "leave the labels out"
         )
     if data.only and needs is None:
         known = ", ".join(f"{name} ({kind})" for name, kind in alone.items())

@@ -102,7 +102,7 @@ def unread(recipe) -> dict[str, str]:
         (
             not recipe.data.path,
             "data.path is empty",
-            ("data.weight", "data.batch_size", "data.noise", "data.only", "data.labels"),
+            ("data.weight", "data.batch_size", "data.noise"),
         ),
         (
             not recipe.data.only or method.of_data not in LINES,

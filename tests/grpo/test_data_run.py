@@ -210,6 +210,12 @@ def test_mistakes_before_any_work(model, data, recipe, tmp_path):
     assert "data.path=''" in message(config, *common, "data.only=True", "train.method=sft")
     path = f"data.path={data}"
     assert "train.method=grpo" in message(config, *common, path, "data.only=True")
+    forgotten = message(config, *common, "data.weight=1")
+    assert "data.weight=1 is that of data" in forgotten and "encode_clips" in forgotten
+    labels = (path, "data.labels=pairs.jsonl")
+    for others in ((), ("train.method=dpo",), ("train.method=sft", "data.only=True")):
+        assert "(dpo, tgo)" in (said := message(config, *common, *labels, *others))
+        assert "data.labels=pairs.jsonl is read with" in said
     guided = ("train.method=sft", "train.guided=True", "data.only=True")
     assert "train.guided=True" in message(config, *common, path, *guided)
     endless = (path, "data.only=True", "train.method=sft", "budget.evaluations=9")

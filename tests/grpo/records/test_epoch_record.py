@@ -36,6 +36,8 @@ def test_the_longest_line_fits(seconds):
 
 def test_failed_scores_have_a_line_of_their_own():
     record = RECORD | {"failed_scores": 3, "seconds": {"sample": 1.0, "total": 1.0}}
+    shared = line(RECORD | {"epoch": 2, "data_share": 0.0163}, 40, Progress(2, 40, None))
+    assert ", data 1.6% of the loss" in shared
     text, failures = line(record, 4, Progress(4, 4, 0.0)).split("\n")
     assert "ETA" not in text and text.endswith("| 1.0 s (sample 1.0)") and "3" in failures
     del record["grad_norm"]

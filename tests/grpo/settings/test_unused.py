@@ -72,7 +72,7 @@ def test_our_recipes_set_nothing_in_vain(name):
             "sample.frame_schedule (epochs=4)",
         ),
         ({"lora.rank": 0, "lora.alpha": 1.0}, "lora.alpha (lora.rank=0)"),
-        ({"data.weight": 1.0}, "data.weight (data.path is empty)"),
+        ({"data.weight": 0.0}, "data.weight (data.path is empty)"),
         (
             {"data.path": "signs", "data.weight": 0.0, "data.batch_size": 3},
             "data.batch_size, data.path (data.weight=0)",
