@@ -138,6 +138,8 @@ def check_resume(saved: dict, now: dict, checkpoint: str) -> tuple[str, ...]:
     defaults = flat(Recipe().to_dict()) | {"train.method": "grpo"}
     kept = {key: value for key, value in flat(saved).items() if (key, value) not in REMOVED.items()}
     before, after = _with_kl_weight(defaults | kept), _with_kl_weight(flat(now))
+    if not before["data.path"]:  # a weight without data is refused now, and meant nothing
+        before["data.weight"] = after["data.weight"]
     changed = {
         key: f"{before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())

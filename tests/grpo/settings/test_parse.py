@@ -244,6 +244,16 @@ def test_a_setting_of_none_is_not_taken_for_a_removed_one(small):
     parse.check_resume(small.to_dict(), small.to_dict(), "run")
 
 
+def test_a_weight_without_data_is_left_out(small):
+    """It is refused now; a run that had one and no data goes on without it."""
+    saved = small.to_dict()
+    saved["data"]["weight"] = 1.0
+    parse.check_resume(saved, small.to_dict(), "run")
+    saved["data"]["path"] = small.data.path = "data"
+    with pytest.raises(UserError, match=r"data\.weight: 1\.0 -> 0\.01"):
+        parse.check_resume(saved, small.to_dict(), "run")
+
+
 def test_a_kl_weight_of_none_is_the_methods_own(small):
     saved = small.to_dict()
     saved["train"]["kl_weight"] = 0.004  # as it was before it could be None
