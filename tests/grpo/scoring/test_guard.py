@@ -45,6 +45,9 @@ def test_best_is_the_highest_lower_bound():
     # the earliest of equal ones
     assert guard.best(judge(evaluation(0, 0.4, 0.5), evaluation(5, 0.4, 0.9))).epoch == 0
     assert guard.best([]) is None
+    records = evaluation(0, 0.4, 0.5), evaluation(5, 0.7, 0.8), evaluation(9, 0.7, 0.95)
+    said = guard.explain(judge(*records), records)
+    assert "epoch 5" in said and said.endswith("higher lower bound on those that choose.")
 
 
 def test_a_higher_reward_with_a_panel_outside_is_not_chosen():
