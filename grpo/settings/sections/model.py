@@ -76,8 +76,8 @@ class Model(Section):
         "auto",
         "Which activations of a transformer block the backward pass rematerialises (recomputes). "
         "`none` keeps all of them, `save_matmuls` only the results of dense layers and attention, `block` only "
-        "the block's input; `offload` keeps that input in host memory. Memory falls and time rises "
-        "in this order. `auto` is `save_matmuls` where it fits the device's memory, and `block` "
+        "the block's input; `offload` keeps that input in host memory. Memory falls in this order, "
+        "and time rises from `save_matmuls` on. `auto` is `save_matmuls` where it fits the device's memory, and `block` "
         "elsewhere.",
         choices=("auto", *REMAT_POLICIES),
     )
