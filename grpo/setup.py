@@ -7,11 +7,10 @@ from the newest checkpoint.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 
 from convert.lora import initial_adapters
 from grpo.compiled import compile, offload
@@ -178,28 +177,31 @@ def prepare(
     multihost.stage("loading the weights")
     vae_graph, vae_state = pipeline.load_vae(model, mesh)
     decode = pipeline.make_decoder(vae_graph, functions=functions.decoder)
-    weights = load_weights(spec, model, offloaded)
+    fresh = spec.trained if resumed is None else ()  # a continued run reads its states
+    drawn = {*fresh, *(name for name in spec.preset.experts if name not in spec.trained)}
+    # full fine-tuning without a reference needs only the fp32 copies
+    kept = settings.lora is not None or spec.method.needs_reference
+    weights = load_weights(spec, model, offloaded) if kept or drawn else no_weights
 
     # ---- the policy, the optimiser -----------------------------------------------------------
     with cli.user_input():
-        start = initial_arrays(spec, weights, adapters)
-    frozen: Callable[[int], Any] = weights
-    if settings.lora is None and not spec.method.needs_reference:
-        del weights  # full fine-tuning without a reference needs only the fp32 copies
-        frozen = no_weights
+        start = initial_arrays(spec, weights, adapters, drawn)
+    frozen: Callable[[int], Any] = weights if kept else no_weights
+    del weights
     offloads = recipe.train.offload_optimiser
     initial = offload.init_state if offloads else init_state
-    states = {
-        name: initial(start[name], settings.optimiser, spec.method.adaptive_kl, spec.method.lagged)
-        for name in spec.trained
+    states = {  # an update donates the initial arrays
+        name: initial(
+            start.pop(name), settings.optimiser, spec.method.adaptive_kl, spec.method.lagged
+        )
+        for name in fresh
     }
     with cli.user_input():
         head = initial_head(spec, model)
-    for name in spec.trained:
-        del start[name]  # held by the states, which an update donates or a checkpoint replaces
     if resumed is not None:
-        states = jax.tree.map(ocp.utils.to_shape_dtype_struct, states)  # freed before they are read
-        states, head = train_state.restore_all(checkpoints, resumed, states, head)
+        like = offload.to_host(functions.state) if offloads else functions.state
+        like = dict.fromkeys(spec.trained, like)
+        states, head = train_state.restore_all(checkpoints, resumed, like, head)
 
     # ---- the log, the session, the evaluators ------------------------------------------------
     folder.check_held()
@@ -305,14 +307,19 @@ def no_weights(expert: int) -> None:
 
 
 def initial_arrays(
-    spec: RunSpec, frozen: Callable, adapters: Mapping[str, Mapping[str, Any]] | None
+    spec: RunSpec,
+    frozen: Callable,
+    adapters: Mapping[str, Mapping[str, Any]] | None,
+    experts: Collection[str],
 ) -> dict[str, Flat]:
-    """Return the trainable arrays of each expert before the first update: adapters drawn from the
+    """Return the trainable arrays of `experts` before the first update: adapters drawn from the
     seed, or `adapters` by name of the expert, or all weights. frozen: number of an expert -> its
     weights.
     """
     start, key = {}, jax.random.key(spec.recipe.seed)
     for i, name in enumerate(spec.preset.experts):
+        if name not in experts:
+            continue
         stream = Stream.SECOND_ADAPTERS if i else Stream.ADAPTERS
         _, arrays = make_policy(
             spec.preset.transformer,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from grpo.learning import abstract
 from grpo.learning import optimiser as update_lib
 from grpo.learning.kl import AdaptiveKL
 from grpo.learning.optimiser import (
@@ -72,10 +73,19 @@ def to_device(tree):
 
 
 def to_memory(tree, kind: str):
-    """Return a tree with its arrays in memory of a kind. Scalars are not moved."""
-    return jax.tree.map(
-        lambda x: jax.device_put(x, x.sharding.with_memory_kind(kind)) if x.ndim else x, tree
-    )
+    """Return a tree with its arrays, which may be abstract, in memory of a kind. Scalars are not
+    moved.
+    """
+
+    def move(x):
+        if not x.ndim:
+            return x
+        sharding = x.sharding.with_memory_kind(kind)
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return abstract.array(x.shape, x.dtype, sharding=sharding)
+        return jax.device_put(x, sharding)
+
+    return jax.tree.map(move, tree)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,7 +83,9 @@ class Epoch:
         texts = rng.standard_normal((len(PROMPTS) + 1, TEXT, width), np.float32)
         self.table = TextTable(tuple(texts[:-1]), texts[-1], TEXT)
         # B is not 0, so that the policy differs from the reference
-        start = initial_arrays(spec, lambda expert: self.frozen, None)["transformer"]
+        start = initial_arrays(spec, lambda expert: self.frozen, None, ["transformer"])[
+            "transformer"
+        ]
         start = {
             name: x + 0.1 * rng.standard_normal(x.shape, np.float32)
             for name, x in sorted(start.items())

@@ -112,13 +112,14 @@ class Epoch:
             (len(prompts) + 1, TEXT, spec.preset.transformer.text_dim), np.float32
         )
         self.table = TextTable(tuple(texts[:-1]), texts[-1], TEXT)
+        begin = initial_arrays(spec, self.frozen.__getitem__, None, spec.preset.experts)
         # adapters that are not 0, so that the policy differs from the base model
         self.start = {
             name: {
                 key: x + 0.1 * rng.standard_normal(x.shape, np.float32)
                 for key, x in sorted(arrays.items())
             }
-            for name, arrays in initial_arrays(spec, self.frozen.__getitem__, None).items()
+            for name, arrays in begin.items()
         }
         self.states = {
             name: init_state(self.start[name], spec.settings.optimiser) for name in spec.trained

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from convert.export_lora import export
+from grpo import setup
 from grpo import train as training
 from grpo.learning import train_state
 from grpo.records import run_log
@@ -96,11 +97,12 @@ def test_full_fine_tuning(recipe):
 
 
 @pytest.mark.slow
-def test_all_weights_in_a_compact_form_resume_bit_for_bit(recipe, tmp_path):
+@pytest.mark.parametrize("offload", [False, True])
+def test_all_weights_in_a_compact_form_resume_bit_for_bit(recipe, tmp_path, offload):
     """Moments in bfloat16 and no average, as in a checkpoint: the weights are in it once."""
     config, run = recipe
     settings = ("lora.rank=0", "train.learning_rate=1e-5", "train.moments_dtype=bfloat16")
-    settings += ("train.ema_decay=0", "eval.every=1")
+    settings += ("train.ema_decay=0", "eval.every=1", f"train.offload_optimiser={offload}")
     train_tiny(config, *settings, "epochs=2")
     other = tmp_path / "continued"
     for epochs in (1, 2):
@@ -130,7 +132,9 @@ def test_without_space_for_the_next_checkpoint_no_epoch_is_computed(alike, tmp_p
 
 @pytest.mark.slow
 def test_a_continued_run_holds_no_more_than_a_new_one(recipe, monkeypatch):
-    """Arrays of the weights' shapes at its first update: those before training are not kept."""
+    """Arrays of the weights' shapes at its first update: those before training are not kept. Neither
+    the base weights are read nor a fresh state is made.
+    """
     config, run = recipe
     update_epoch, held = training.update_epoch, []
 
@@ -147,9 +151,12 @@ def test_a_continued_run_holds_no_more_than_a_new_one(recipe, monkeypatch):
         return update_epoch(session, states, *args)
 
     monkeypatch.setattr(training, "update_epoch", measured)
-    settings = "lora.rank=0", "train.learning_rate=1e-5"
+    settings = "lora.rank=0", "train.learning_rate=1e-5", "train.kl_weight=0"
     for folder, epochs in ((f"{run}_first", 1), (run, 1), (run, 2)):  # the first fills caches
         before = live()
+        if epochs == 2:
+            for unneeded in ("load_weights", "init_state", "make_policy"):
+                monkeypatch.setattr(setup, unneeded, None)
         train_tiny(config, *settings, f"run_dir={folder}", f"epochs={epochs}")
     _, new, continued = held
     assert continued == new and len(new) > 5

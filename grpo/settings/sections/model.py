@@ -77,8 +77,8 @@ class Model(Section):
         "Which activations of a transformer block the backward pass rematerialises (recomputes). "
         "`none` keeps all of them, `save_matmuls` only the results of dense layers and attention, `block` only "
         "the block's input; `offload` keeps that input in host memory. Memory falls in this order, "
-        "and time rises from `save_matmuls` on. `auto` is `save_matmuls` where it fits the device's memory, and `block` "
-        "elsewhere.",
+        "and time rises from `save_matmuls` on. `auto` is `save_matmuls` where it fits the device's "
+        "memory, and `block` elsewhere.",
         choices=("auto", *REMAT_POLICIES),
     )
 
