@@ -24,7 +24,7 @@ def training_precision():
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def table(request) -> list[str]:
     """Rows that the session prints at its end."""
     return request.config.stash[TABLE]

@@ -46,13 +46,16 @@ def code_objects(tmp_path_factory):
     jax.config.update("jax_enable_compilation_cache", True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def compiled(code_objects, table):
     """compile(name, program) -> the executable, measured, after the checks that every program must
-    pass.
+    pass. Each name is compiled once: of an equal program XLA would leave no second code object.
     """
+    executables = {}
 
     def compile(name: str, program: Program):
+        if name in executables:
+            return executables[name]
         before = set(code_objects.iterdir())
         lowered = program.jitted.lower(*program.args)
         assert inspection.lowered_targets(lowered.as_text()) <= inspection.LOWERED
@@ -69,6 +72,7 @@ def compiled(code_objects, table):
         assert inspection.compiled_targets(text) <= inspection.COMPILED
         new = set(code_objects.iterdir()) - before
         assert new and all(map(inspection.is_gfx942, new))
+        executables[name] = executable
         return executable
 
     return compile
