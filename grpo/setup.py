@@ -108,14 +108,17 @@ def prepare(
     run's folder, in process 0. more: prompts of further evaluations by name.
     """
     recipe, settings, mesh = spec.recipe, spec.settings, spec.mesh
+    checkpoints = Checkpoints(recipe.run_dir, keep=recipe.save.keep)
+    continues = bool(multihost.from_first(checkpoints.epochs))
+    fresh = () if continues else spec.trained  # a continued run reads its states
+    drawn = {*fresh, *(name for name in spec.preset.experts if name not in spec.trained)}
     adapters = None
-    if recipe.lora.init and settings.lora is not None:
+    if recipe.lora.init and settings.lora is not None and drawn:
         with cli.user_input():
             adapters = initial_adapters(recipe.lora.init, model, settings.lora)
     data = open_run_data(spec, model)
 
     # ---- the newest checkpoint ---------------------------------------------------------------
-    checkpoints = Checkpoints(recipe.run_dir, keep=recipe.save.keep)
     folder = RunFolder(spec, checkpoints, train_state.origin(model, prompts, data), lock)
     resumed, spent = multihost.from_first(checkpoints.begin), Spent()
     changed = ()
@@ -177,8 +180,6 @@ def prepare(
     multihost.stage("loading the weights")
     vae_graph, vae_state = pipeline.load_vae(model, mesh)
     decode = pipeline.make_decoder(vae_graph, functions=functions.decoder)
-    fresh = spec.trained if resumed is None else ()  # a continued run reads its states
-    drawn = {*fresh, *(name for name in spec.preset.experts if name not in spec.trained)}
     # full fine-tuning without a reference needs only the fp32 copies
     kept = settings.lora is not None or spec.method.needs_reference
     weights = load_weights(spec, model, offloaded) if kept or drawn else no_weights

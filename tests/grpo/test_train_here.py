@@ -180,7 +180,9 @@ def test_starts_from_a_lora_file(alike, model, recipe, capsys):
     assert any(
         not np.array_equal(v, wanted[k]) for k, v in load_trained(run)[1]["transformer"].items()
     )
+    away = path.rename(path.with_name("away.safetensors"))  # a continued run does not read it
     train_tiny(config, f"lora.init={path}", "epochs=2")
+    away.rename(path)
     assert "continuing" in capsys.readouterr().out and newest(run) == 2
     with pytest.raises(UserError, match=r"has rank 4.*lora\.rank=2 is too low"):
         train_tiny(config, f"lora.init={path}", "lora.rank=2", f"run_dir={run}2")
