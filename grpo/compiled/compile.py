@@ -24,6 +24,12 @@ from wan_jax.errors import UserError
 
 # JAX's event of a compilation, or of a function read from the persistent cache
 COMPILED = "/jax/core/compile/backend_compile_duration"
+# `config.model.weights` -> the flag of types in which frozen weights take less
+SMALLER_WEIGHTS = {
+    "dtype": "--config.model.weights=fp8, or nf4",
+    "fp8": "--config.model.weights=nf4",
+    "int8": "--config.model.weights=nf4",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +237,8 @@ def remedies(run: RunSpec, offload: bool) -> list[str]:
         sentences.append("Set --config.model.remat=offload.")
     elif run.remat != "offload":
         sentences.append("Set --config.model.remat=block, or offload.")
+    if not full and (smaller := SMALLER_WEIGHTS.get(recipe.model.weights)):
+        sentences.append(f"Store the base in fewer bits: {smaller}.")
     if fsdp < devices:
         sentences.append(f"Raise --config.mesh.fsdp={fsdp} up to the {devices} devices.")
     if full and not recipe.train.offload_optimiser:

@@ -268,6 +268,10 @@ REMEDIES = [
     ({"lora.rank": 0}, 8, 8, "train.ema_decay=0.", "fsdp=8 up"),
     ({"lora.rank": 0, "train.ema_decay": 0.0}, 8, 8, "lora.rank=32.", "ema_decay"),
     ({"lora.rank": 0, "train.offload_optimiser": True}, 8, 8, "lora.rank=32.", "moments_dtype"),
+    ({"lora.rank": 0}, 8, 8, "lora.rank=32.", "model.weights"),
+    ({}, 8, 8, "model.weights=fp8, or nf4.", "moments_dtype"),
+    ({"model.weights": "fp8"}, 8, 8, "model.weights=nf4.", "fp8"),
+    ({"model.weights": "nf4"}, 8, 8, "model.remat=", "model.weights"),
 ]
 
 
