@@ -45,14 +45,18 @@ class Efficiency:
     source: str
 
 
-# (rollout, update) by model and by whether the results of dense layers are kept or blocks are
-# rematerialised. From docs/results.md, the comparison with the PyTorch stack: pictures on one H200,
-# of 989 TFLOP/s.
+# (rollout, update) by model, by whether the results of dense layers are kept or blocks are
+# rematerialised, and by whether the base is multiplied in 8 bits. From docs/results.md, the comparison
+# with the PyTorch stack: pictures on one H200, of 989 TFLOP/s, also for fp8.
 MEASURED = {
-    ("1.3B", "kept"): (0.44, 0.48),
-    ("1.3B", "rematerialised"): (0.46, 0.44),
-    ("14B", "kept"): (0.57, 0.72),
-    ("14B", "rematerialised"): (0.58, 0.58),
+    ("1.3B", "kept", False): (0.44, 0.48),
+    ("1.3B", "rematerialised", False): (0.46, 0.44),
+    ("14B", "kept", False): (0.57, 0.72),
+    ("14B", "rematerialised", False): (0.58, 0.58),
+    ("1.3B", "kept", True): (0.55, 0.52),
+    ("1.3B", "rematerialised", True): (0.53, 0.46),
+    ("14B", "kept", True): (0.89, 0.94),
+    ("14B", "rematerialised", True): (0.89, 0.80),
 }
 # From docs/results.md, "Every model at full size": 18 pictures decoded, 20 TFLOP, in 0.1 s.
 DECODE = 0.4
@@ -75,9 +79,10 @@ def default_efficiency(run: RunSpec, kind: Kind) -> Efficiency:
         return ON_CPU
     model = "14B" if run.preset.transformer.width >= 5120 else "1.3B"
     results = "kept" if run.remat in ("none", "save_matmuls") else "rematerialised"
-    rollout, update = MEASURED[model, results]
+    fp8 = run.recipe.model.weights == "fp8" and kind.fp8
+    rollout, update = MEASURED[model, results, fp8]
     assumed = "" if kind.label == "H200" else f", assumed to hold on {kind.label}"
-    source = f"measured on an H200 with Wan 2.1 {model}{assumed}"
+    source = f"measured on an H200 with Wan 2.1 {model}{' in fp8' if fp8 else ''}{assumed}"
     return Efficiency(rollout, update, DECODE, source)
 
 

@@ -21,6 +21,7 @@ class Kind:
         bf16: dense peak rate of bf16 products summed in fp32, without sparsity, FLOP/s; 0: unknown.
         fp32: the same of fp32 products as XLA runs them by default: TF32 on NVIDIA, fp32 matrix
             cores on AMD.
+        fp8: whether it multiplies in 8 bits (`model.weights=fp8`).
     """
 
     label: str
@@ -28,6 +29,7 @@ class Kind:
     memory: int | None
     bf16: float
     fp32: float
+    fp8: bool = True
 
 
 # Rates are of data sheets without sparsity; NVIDIA's state most of them with it, twice as high.
@@ -35,8 +37,8 @@ class Kind:
 # Only the H200's was seen at work (docs/results.md).
 KINDS = {
     # NVIDIA A100 Tensor Core GPU data sheet (nvidia-1758950): 312 TFLOPS bf16, 156 TF32
-    "a100-40": Kind("A100 40GB", "cuda", 39 * GIB, 312e12, 156e12),
-    "a100-80": Kind("A100 80GB", "cuda", 79 * GIB, 312e12, 156e12),
+    "a100-40": Kind("A100 40GB", "cuda", 39 * GIB, 312e12, 156e12, fp8=False),
+    "a100-80": Kind("A100 80GB", "cuda", 79 * GIB, 312e12, 156e12, fp8=False),
     # NVIDIA H100 and H200 data sheets, SXM: 1,979 TFLOPS bf16 and 989 TF32 with sparsity
     "h100": Kind("H100", "cuda", 79 * GIB, 989e12, 495e12),
     "h200": Kind("H200", "cuda", 139 * GIB, 989e12, 495e12),
