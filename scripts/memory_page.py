@@ -30,23 +30,30 @@ MODELS = {  # title: recipe, published configuration
 }
 KINDS = ("rtx4090", "l40s", "a100-80", "h100", "h200", "b200", "mi300x")
 SHARE = 0.95  # XLA_PYTHON_CLIENT_MEM_FRACTION of the page
-# the first that fits: videos of a batch, model.remat
-ATTEMPTS = ((9, "save_matmuls"), (9, "block"), (3, "block"), (1, "block"))
+# the first that fits: videos of a batch, model.remat, model.weights
+ATTEMPTS = (
+    (9, "save_matmuls", "dtype"),
+    (9, "block", "dtype"),
+    (9, "block", "fp8"),
+    (3, "block", "fp8"),
+    (1, "block", "fp8"),
+    (1, "block", "nf4"),
+)
 METHODS = ("grpo", "nft")
 PAGE = pathlib.Path(__file__).parents[1] / "docs/howto/memory.md"
 HEAD = (
-    "| model | GPU | batch | dense results | GiB | hours, Flow-GRPO | hours, DiffusionNFT |\n"
-    "|---|---|--:|---|--:|--:|--:|\n"
+    "| model | GPU | base | batch | dense results | GiB | hours, Flow-GRPO | hours, DiffusionNFT |\n"
+    "|---|---|---|--:|---|--:|--:|--:|\n"
 )
 
 
 @functools.cache
-def functions_of(title: str, method: str, batch: int, remat: str) -> Functions:
+def functions_of(title: str, method: str, batch: int, remat: str, weights: str) -> Functions:
     """Return the functions of a model's recipe with pictures of 512x512, on one device."""
     module, name = MODELS[title]
     config = module.get_config()
     config.sample.update(frames=1, height=512, width=512, groups=48, group_size=12)
-    config.sample.batch_size, config.model.remat = batch, remat
+    config.sample.batch_size, config.model.remat, config.model.weights = batch, remat, weights
     config.train.method, config.train.updates_per_epoch = method, 2
     config.model.path, config.run_dir = name, "none"
     recipe = parse.recipe_from_config(config)
@@ -58,29 +65,29 @@ def functions_of(title: str, method: str, batch: int, remat: str) -> Functions:
 
 
 @functools.cache
-def update_of(title: str, method: str, batch: int, remat: str) -> compile.Measured:
+def update_of(title: str, method: str, batch: int, remat: str, weights: str) -> compile.Measured:
     """Return the memory of the update, compiled for the CPU in float32 (`targets.CPU_NOTE`)."""
-    functions = functions_of(title, method, batch, remat)
-    spec = functions.spec.changed(model={"dtype": "float32"})
-    stand_in = dataclasses.replace(functions, spec=spec)
+    functions = functions_of(title, method, batch, remat, weights)
     expert = functions.spec.trained_experts[0]
-    found = compile.measure(stand_in.update(expert))
-    print(title, method, batch, remat, f"{found.seconds:.0f} s", file=sys.stderr)
+    found = compile.measure(targets.for_the_cpu(functions).update(expert))
+    print(title, method, batch, remat, weights, f"{found.seconds:.0f} s", file=sys.stderr)
     return dataclasses.replace(found, data=compile.data_bytes(functions.update(expert)))
 
 
-def peak_of(title: str, method: str, batch: int, remat: str, limit: int) -> float:
+def peak_of(title: str, method: str, batch: int, remat: str, weights: str, limit: int) -> float:
     """Return the bytes on a device with `limit` bytes during the update."""
-    functions = functions_of(title, method, batch, remat)
+    functions = functions_of(title, method, batch, remat, weights)
     resident = compile.resident_bytes(functions, compile.offloads(functions, limit))
-    measured = update_of(title, method, batch, remat)
+    measured = update_of(title, method, batch, remat, weights)
     return compile.Memory(resident, (measured,)).peak(measured)
 
 
 @functools.cache
-def hours_of(title: str, method: str, remat: str, kind: str, epochs: int = 100) -> float:
+def hours_of(
+    title: str, method: str, remat: str, weights: str, kind: str, epochs: int = 100
+) -> float:
     """Return the predicted hours of the epochs' sampling, decoding and update."""
-    functions = functions_of(title, method, 9, remat)
+    functions = functions_of(title, method, 9, remat, weights)
     device = device_kinds.KINDS[kind]
     stages = costs.seconds(functions, device, costs.default_efficiency(functions.spec, device))
     return epochs * sum(stages[name] for name in ("sample", "decode", "update")) / 3600
@@ -91,16 +98,19 @@ def row(title: str, kind: str) -> str:
     device = device_kinds.KINDS[kind]
     assert device.memory is not None
     limit = int(device.memory * SHARE)
-    for batch, remat in ATTEMPTS:
-        peak = peak_of(title, "grpo", batch, remat, limit)
+    for batch, remat, weights in ATTEMPTS:
+        peak = peak_of(title, "grpo", batch, remat, weights, limit)
         if peak <= limit:
             break
     else:
-        return f"| {title} | {device.label} | none | | {peak / GIB:.0f} of {limit / GIB:.1f} | | |"
+        return (
+            f"| {title} | {device.label} | none | | | {peak / GIB:.0f} of {limit / GIB:.1f} | | |"
+        )
     kept = "kept" if remat == "save_matmuls" else "recomputed"
-    hours = " | ".join(f"{hours_of(title, method, remat, kind):.0f}" for method in METHODS)
+    hours = " | ".join(f"{hours_of(title, method, remat, weights, kind):.0f}" for method in METHODS)
+    base = "bf16" if weights == "dtype" else weights
     memory = f"{peak / GIB:.0f} of {limit / GIB:.1f}"
-    return f"| {title} | {device.label} | {batch} | {kept} | {memory} | {hours} |"
+    return f"| {title} | {device.label} | {base} | {batch} | {kept} | {memory} | {hours} |"
 
 
 def main() -> None:

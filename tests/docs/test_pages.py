@@ -100,8 +100,8 @@ def test_flags_for_those_who_come_from_elsewhere_exist(name):
 
 
 @pytest.mark.slow
-def test_hours_are_those_of_the_plan():
-    """The memory needs minutes of compilation; the hours follow from the jaxprs."""
+def test_hours_and_memory_are_those_of_the_plan():
+    """All of the memory needs minutes of compilation; the hours follow from the jaxprs."""
     page = script("scripts/memory_page.py")
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
@@ -109,10 +109,20 @@ def test_hours_are_those_of_the_plan():
         if line.startswith("| Wan")
     ]
     assert len(rows) == len(page.MODELS) * len(page.KINDS)
-    title, label, batch, results, _, *hours = next(row for row in rows if row[1] == "H200")
-    assert (title, label, batch, results) == ("Wan 2.1 1.3B", "H200", "9", "kept")
-    found = [page.hours_of(title, method, "save_matmuls", "h200") for method in page.METHODS]
-    assert [f"{hour:.0f}" for hour in found] == hours
+    cases = [
+        ("h200", ["Wan 2.1 1.3B", "H200", "bf16", "9", "kept"], "save_matmuls", "dtype"),
+        ("l40s", ["Wan 2.1 14B", "L40S", "fp8", "3", "recomputed"], "block", "fp8"),
+    ]
+    for kind, first, *how in cases:
+        (hours,) = (row[6:] for row in rows if row[:5] == first)
+        found = [page.hours_of(first[0], method, *how, kind) for method in page.METHODS]
+        assert [f"{hour:.0f}" for hour in found] == hours
+    # as compiled on this CPU
+    first = ["Wan 2.1 1.3B", "RTX 4090", "bf16", "9", "recomputed"]
+    (memory,) = (row[5] for row in rows if row[:5] == first)
+    needed, limit = map(float, memory.split(" of "))
+    found = page.peak_of(first[0], "grpo", 9, "block", "dtype", int(limit * 2**30))
+    assert found / 2**30 == pytest.approx(needed, rel=0.1)
 
 
 def test_a_command_is_a_table_of_its_flags():
