@@ -165,11 +165,7 @@ def load(request: SampleRequest) -> Networks:
     place, model = request.place, request.model
     graph, state = model_dir.build("vae", model, dtype=jnp.float32)
     state = jax.tree.map(np.asarray, state)
-    remedies = ["more devices"]
-    if place.dtype == "float32":
-        remedies.insert(0, "--dtype=bfloat16")
-    if place.quantisation is None:
-        remedies.insert(0, "--weights=fp8")
+    remedies = [*fewer_bits(place), "more devices"]
     if len(model.experts) > 1 and request.offload != "always":
         remedies.insert(0, "--offload=always")
     with out_of_memory.explained("loading the transformer", place.limit, remedies):
@@ -282,14 +278,20 @@ class _Inputs:
 
 def denoising_remedies(request: SampleRequest) -> list[str]:
     """Return the flags with which denoising would need less memory."""
-    remedies = smaller_batch(request)
-    if request.place.dtype == "float32":
-        remedies.append("--dtype=bfloat16")
+    remedies = [*smaller_batch(request), *fewer_bits(request.place)]
     if len(request.model.experts) > 1 and request.offload != "always":
         remedies.append("--offload=always")
     if request.frames > 1:
         remedies.append(f"--frames={1 + (request.frames - 1) // 8 * 4}")
     return [*remedies, smaller_size(request), "more devices"]
+
+
+def fewer_bits(place: Placement) -> list[str]:
+    """Return the flags with which the transformer's weights take less."""
+    stored = place.quantisation.kind if place.quantisation else None
+    flags = {None: ["--weights=fp8"], "fp8": ["--weights=nf4"], "int8": ["--weights=nf4"]}
+    wide = ["--dtype=bfloat16"] if place.dtype == "float32" else []
+    return [*flags.get(stored, []), *wide]
 
 
 def decoding_remedies(request: SampleRequest) -> list[str]:

@@ -12,6 +12,7 @@ from tests import tiny
 from wan_jax.inference import sampling
 from wan_jax.inference.placement import choose_placement
 from wan_jax.inference.settings import Given, choose_settings
+from wan_jax.models.quantised import Quantisation
 from wan_jax.storage import model_dir
 
 PROMPTS = ('A red sign with the word "open".', "sea")
@@ -176,7 +177,10 @@ def test_remedies_name_flags_that_would_help(request_of):
     request = request_of(samples=4, frames=9, devices=1, batch_size=8)
     assert "--batch_size=4" in sampling.denoising_remedies(request)
     assert "--frames=5" in sampling.denoising_remedies(request)
-    assert "--dtype=bfloat16" in sampling.denoising_remedies(request)
+    assert {"--weights=fp8", "--dtype=bfloat16"} <= {*sampling.denoising_remedies(request)}
+    for stored, flags in (("fp8", ["--weights=nf4"]), ("nf4", [])):
+        place = dataclasses.replace(request.place, quantisation=Quantisation(stored))
+        assert sampling.fewer_bits(place) == [*flags, "--dtype=bfloat16"]
     large = dataclasses.replace(request, height=480, width=832)
     assert "--tile=224" in sampling.decoding_remedies(large)
     assert "--height=336 --width=592" in sampling.decoding_remedies(large)
