@@ -10,7 +10,8 @@ one (spread) in the epochs:
     judges  rewards without a weight, such as a second reader. One of them has fallen where its
             interval lies below that of its best evaluation.
     spread  how different the videos of a group are (`group_spread`), relative to the first epoch,
-            which the starting model samples. It is too small below a floor.
+            which the starting model samples. It is too small below a floor. A change of the videos' size
+            or length is not counted.
     fall    the main reward has fallen where its interval lies below that of the best evaluation.
 
 Each raises the alarm. The best checkpoint has the highest lower bound of the main reward among those
@@ -30,6 +31,7 @@ from grpo.scoring.reward_combination import BAD_SIDE, against_base
 from grpo.settings.named import pairs
 
 CONFIDENCE = 1.96  # standard errors on each side of a mean, 95 %
+SIZE = ("frames", "height", "width", "shift")  # keys of an epoch's record; only frames is in all
 CHOOSE, REPORT = "choose", "report"  # keys of an evaluation's record, and names of the halves
 
 
@@ -176,13 +178,20 @@ def chosen_by(base: Mapping, evaluation: Mapping) -> Mapping[str, float]:
 
 def relative_spreads(epochs: Sequence[Mapping]) -> dict[int, float]:
     """Return the spread of the groups of each epoch as a share of the first epoch's; {} where that one
-    is not known. epochs: records of metrics.jsonl, oldest first.
+    is not known. Latents of another size differ by another amount, so the first epoch of a size has the
+    share of the epoch before it. epochs: records of metrics.jsonl, oldest first.
     """
-    spreads = {record["epoch"]: record.get("group_spread", math.nan) for record in epochs}
-    first = spreads.get(1, math.nan)
-    if not first > 0:
+    known = [e for e in epochs if math.isfinite(e.get("group_spread", math.nan))]
+    if not known or known[0]["epoch"] != 1 or not known[0]["group_spread"] > 0:
         return {}
-    return {epoch: spread / first for epoch, spread in spreads.items() if math.isfinite(spread)}
+    shares, size, whole, last = {}, None, math.nan, 1.0
+    for record in known:
+        spread, own = record["group_spread"], tuple(map(record.get, SIZE))
+        if own != size and spread > 0:
+            size, whole = own, spread / last
+        shares[record["epoch"]] = spread / whole
+        last = shares[record["epoch"]] or last
+    return shares
 
 
 def fallen_judges(evaluations: Sequence[Mapping], trained: Sequence[str]) -> dict[str, int]:

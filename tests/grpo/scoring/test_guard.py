@@ -158,6 +158,20 @@ def test_groups_that_become_alike_raise_the_alarm():
         assert not any(v.alarm for v in verdicts)
 
 
+def test_a_change_of_size_is_no_fall_of_the_spread():
+    """A new size has the share of the epoch before it, so what had fallen before stays fallen."""
+    sizes = [{"frames": 1}] * 2 + [{"frames": 5}] * 2 + [{"frames": 5, "height": 96}] * 3
+    spreads = 0.8, 0.6, 0.2, 0.1, 3.0, 0.0, 1.5
+    epochs = [
+        {"epoch": n, "group_spread": spread, **size}
+        for n, (spread, size) in enumerate(zip(spreads, sizes, strict=True), start=1)
+    ]
+    shares = guard.relative_spreads(epochs)
+    assert [*shares.values()] == pytest.approx([1, 0.75, 0.75, 0.375, 0.375, 0, 0.1875])
+    collapsed = {"epoch": 8, "group_spread": 0.0, "frames": 9}
+    assert guard.relative_spreads([*epochs, collapsed])[8] == 0
+
+
 def test_limits_follow_from_the_settings():
     config = tiny_ocr.get_config()
     config.reward.own = {"gold": "a:B", "part": "a:C"}
