@@ -13,6 +13,7 @@ from grpo.settings.parse import Settings
 from grpo.settings.schema import Recipe
 from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.models.presets import Preset
+from wan_jax.models.quantised import Quantisation
 
 # share of a device's memory for weights, states and the activations that `save_matmuls` keeps,
 # where model.remat is 'auto'
@@ -63,8 +64,14 @@ def state_bytes(
 
 def state_of(recipe: Recipe, settings: Settings, preset: Preset, trained: int) -> int:
     """Return the `state_bytes` of a recipe that trains `trained` experts of a model."""
+    weights = recipe.model.weights
     policy = make_structure(
-        preset.transformer, lora=settings.lora, dtype=settings.dtype, attention="xla", remat="none"
+        preset.transformer,
+        lora=settings.lora,
+        dtype=settings.dtype,
+        attention="xla",
+        remat="none",
+        quantisation=None if weights == "dtype" else Quantisation(weights),
     )
     return state_bytes(
         policy,

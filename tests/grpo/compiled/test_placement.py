@@ -363,6 +363,8 @@ def test_what_is_recomputed_follows_the_memory():
         return (kept + state) / placement.SHARE
 
     state = state_of()
+    eight, four = (state - state_of(**{"model.weights": name}) for name in ("fp8", "nf4"))
+    assert 1.2e9 < eight < four < 2.1e9  # of 2.8e9 in 16 bits
     assert chosen(None) == "block"
     assert chosen(least(kept, state) + 1e6) == "save_matmuls"
     assert chosen(least(kept, state) - 1e6) == "block"
