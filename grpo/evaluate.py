@@ -46,7 +46,7 @@ from wan_jax.inference import pipeline, reward_guidance
 from wan_jax.models import precision, presets
 from wan_jax.storage import checkpoint as checkpoint_lib
 from wan_jax.storage import folder_lock, merged_loras
-from wan_jax.storage.trained_weights import load_transformers
+from wan_jax.storage.trained_weights import base_note, load_transformers
 
 
 def main(_):
@@ -115,6 +115,8 @@ def evaluate_recipe(
             )
             merged_loras.check(model, meta, checkpoint)
         spec = RunSpec.make(recipe, settings, presets.of_folder(model), training=False)
+        if checkpoint is not None and (note := base_note(checkpoint, spec.quantisation)):
+            print(note, flush=True)
         shift = reward_guidance.guidance(head, guidance, spec.preset.transformer, model)
     prompt_sets = {
         name: for_rewards(each, settings.weights, fps_of(spec.preset))

@@ -153,8 +153,11 @@ def main(_):
         request = checked_request()
         outputs = Outputs(pathlib.Path(FLAGS.out), request, grid=FLAGS.grid)
         outputs.check_writable()
+        note = ""
+        if FLAGS.checkpoint is not None:
+            note = trained_weights.base_note(FLAGS.checkpoint, request.place.quantisation)
     precision.use(request.place.precision)
-    print(describe(request), flush=True)
+    print(describe(request), *([note] if note else []), sep="\n", flush=True)
 
     # ---- 2. encode the prompts; the text encoder is freed again --------------------------------
     bar = functools.partial(

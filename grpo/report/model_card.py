@@ -131,11 +131,12 @@ def escaped(text: str) -> str:
 
 
 def metadata(lora: ExportedLoRA, folder: pathlib.Path) -> dict[str, str]:
-    """Return what a LoRA file says of its origin: base model, epoch, optimiser steps, the reward and its
-    held-out mean before and after, as far as the run recorded them.
+    """Return what a LoRA file says of its origin: base model, in how many bits where it was quantised,
+    epoch, optimiser steps, the reward and its held-out mean before and after, as far as the run recorded them.
     """
     run = RunRecords.read(folder).until(lora.epoch)
     found = {"base_model": lora.base, "epoch": str(lora.epoch), "reward": _rewards(lora)}
+    found["base_weights"] = _quantised(lora.setting("model.weights"))
     if run.metrics and all("updates" in m for m in run.metrics):
         found["step"] = str(sum(int(m["updates"]) for m in run.metrics))
     if run.evaluations:
@@ -252,6 +253,7 @@ def _settings(lora: ExportedLoRA, run: RunRecords) -> list[tuple[str, str]]:
         "groups": get("sample.groups") and f"{get('sample.groups')} of {get('sample.group_size')}",
         "seed": get("seed"),
         "weights of the base in": get("model.dtype"),
+        "base in training and evaluation": _quantised(get("model.weights")),
         "hardware": hardware
         and f"{devices(hardware)}, {hardware.get('cpus', 'unknown')} CPU cores",
         "time of epochs and evaluations": working_time(run) if run.metrics else None,
@@ -259,6 +261,13 @@ def _settings(lora: ExportedLoRA, run: RunRecords) -> list[tuple[str, str]]:
         "commit of the source": newest.get("commit"),
     }
     return [(key, escaped(value)) for key, value in rows.items() if value not in (None, "")]
+
+
+def _quantised(weights: str | None) -> str:
+    """Return how a base in fewer bits was stored; "" where it was not."""
+    if weights in (None, "dtype"):
+        return ""
+    return f"quantised to {weights} (model.weights); rewards on the unquantised base differ"
 
 
 def _file(path: Any) -> str:

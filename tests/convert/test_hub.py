@@ -32,6 +32,7 @@ NAMES = {
 PICTURES = ["images/after_0.png", "images/before_0.png", "images/reward.png"]
 SETTINGS = {
     "epochs": 9,
+    "model": {"weights": "fp8"},
     "prompts": {"train": "/secret/folder/train.txt", "heldout": "/secret/folder/heldout.txt"},
     "reward": {"weights": {"ocr": 1.0, "clip": None}, "rule": "spelling", "engine": "rapidocr"},
     "train": {"method": "nft", "learning_rate": 3e-5},
@@ -112,7 +113,7 @@ def test_a_card_beside_every_format(run, converted, tmp_path, layout):
     assert data["widget"] == [{"text": EVIL, "output": {"url": "images/after_0.png"}}]
     (result,) = card.data.eval_results
     assert (result.metric_type, result.metric_value) == ("ocr_reward", 0.6), "of epoch 2, not 4"
-    for wanted in ("0.40 → 0.60", "3e-05", "1 x CPU", "2 of 9", "| 32 |", "--lora"):
+    for wanted in ("0.40 → 0.60", "3e-05", "1 x CPU", "2 of 9", "| 32 |", "--lora", "to fp8"):
         assert wanted in card.text, wanted
     assert "\\| \\<b\\>x\\</b\\> \\[y\\](z)" in card.text, "escaped in the table"
     assert "/secret" not in card.content and str(run) not in card.content
@@ -120,6 +121,7 @@ def test_a_card_beside_every_format(run, converted, tmp_path, layout):
         said = file.metadata()
     assert said["epoch"] == "2" and said["step"] == "6" and said["reward"].startswith("ocr")
     assert said["reward_heldout"].startswith("0.6000") and said["base_model"]
+    assert said["base_weights"].startswith("quantised to fp8")
 
 
 def test_python_of_the_card_is_python(run, converted, tmp_path):

@@ -52,6 +52,30 @@ def used_single_expert(path) -> bool:
     return bool(checkpoints.meta(epoch)["config"].get("model", {}).get("single_expert"))
 
 
+def base_note(path, quantisation: Quantisation | None) -> str:
+    """Return a sentence where the adapters of a checkpoint were trained on base weights that are stored
+    otherwise than in `quantisation`; "" where they were not. Raises `UserError` as `load_trained` does,
+    and where all weights were trained and these are quantised.
+    """
+    checkpoints, epoch = checkpoint_lib.find(path)
+    meta = checkpoints.meta(epoch)
+    check_quantised(path, meta, quantisation)
+    before = meta["config"].get("model", {}).get("weights", "dtype")
+    now = quantisation.kind if quantisation else "dtype"
+    if before == now or not meta["lora"]:
+        return ""
+    return f"{path} was trained on a base with weights={before}, and this one has weights={now}"
+
+
+def check_quantised(path, meta: dict, quantisation: Quantisation | None) -> None:
+    """Raise `UserError` where a checkpoint has all weights, and they are to be quantised."""
+    if quantisation is not None and not meta["lora"]:
+        raise UserError(
+            f"checkpoint {path} has trained all weights, which are not quantised "
+            f"({quantisation.kind}): set --config.model.weights=dtype, in sampling --weights=dtype"
+        )
+
+
 def load_transformers(
     model: model_dir.ModelDir,
     checkpoint: str | None,
@@ -81,11 +105,7 @@ def load_transformers(
     beyond: tuple[merged_loras.MergedLoRA, ...] = ()
     if checkpoint is not None:
         lora_config, trained, meta = load_trained(checkpoint)
-        if quantisation is not None and lora_config is None:
-            raise UserError(
-                f"checkpoint {checkpoint} has trained all weights, which are not quantised "
-                f"({quantisation.kind}): use weights=dtype"
-            )
+        check_quantised(checkpoint, meta, quantisation)
         model.check_same(meta.get("model_digest"), meta["model"], str(checkpoint))
         merged_loras.check(model, meta, checkpoint)
         beyond = merged_loras.beyond(model, meta)

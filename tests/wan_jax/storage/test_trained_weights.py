@@ -8,9 +8,12 @@ import pytest
 from wan_jax.distributed.mesh import make_mesh
 from wan_jax.errors import UserError
 from wan_jax.models import flat_params
+from wan_jax.models.quantised import Quantisation
 from wan_jax.storage import model_dir
 from wan_jax.storage.checkpoint import Checkpoints
-from wan_jax.storage.trained_weights import load_trained, load_transformers
+from wan_jax.storage.trained_weights import base_note, load_trained, load_transformers
+
+LORA = {"rank": 4, "alpha": 4.0, "targets": ["attention"]}
 
 
 def save(run, model, trained, **meta):
@@ -65,3 +68,21 @@ def test_arrays_that_do_not_fit_are_named(model, base, tmp_path):
     run = save(tmp_path / "run", model, base | {path: base[path][..., :1]})
     with pytest.raises(UserError, match=path):
         load(model, run)
+
+
+@pytest.mark.parametrize("stored, asked", [("dtype", None), ("fp8", "fp8"), ("fp8", None)])
+def test_a_base_stored_otherwise_than_in_training_is_said(model, tmp_path, stored, asked):
+    config = {"config": {"model": {"weights": stored}}, "lora": LORA}
+    run = save(tmp_path / "run", model, {"x": np.zeros(1)}, **config)
+    quantisation = Quantisation(asked) if asked else None
+    note = base_note(run, quantisation)
+    assert bool(note) == (stored != (asked or "dtype"))
+    if note:
+        assert run in note and "weights=fp8" in note and "weights=dtype" in note
+
+
+def test_all_weights_are_not_quantised(model, tmp_path):
+    run = save(tmp_path / "run", model, {"x": np.zeros(1)})
+    assert not base_note(run, None)
+    with pytest.raises(UserError, match=r"--config\.model\.weights=dtype, in sampling --weights"):
+        base_note(run, Quantisation("fp8"))
