@@ -32,6 +32,7 @@ from grpo.compiled.targets import (
     compiled_backend,
     measure,
     prepare_jax,
+    verdict,
 )
 from grpo.learning import data_loss
 from grpo.records.start_warnings import start_warnings
@@ -163,10 +164,8 @@ def main(_):
         *needed.table(target.limit),
         f"  before that the text encoder, {(encoder.work + encoder.data) / GIB:.2f} GiB",
     )
-    try:
-        compile.check_fits(needed, run, offload, target.limit)
-    except UserError as error:
-        print_lines(f"does not fit: {error}")
+    if said := verdict(needed, run, offload, target):
+        print_lines(said)
 
     # ---- seconds ---------------------------------------------------------------------------------
     if target.kind is None or not target.kind.bf16:

@@ -9,6 +9,7 @@ import jax
 from grpo.compiled import compile, costs, device_kinds, rocm_compiler
 from grpo.compiled.functions import Functions
 from grpo.compiled.program import Program
+from grpo.run import RunSpec
 from wan_jax.distributed import memory
 from wan_jax.distributed.memory import GIB
 from wan_jax.errors import UserError
@@ -23,10 +24,11 @@ ABSENT_ROCM = {"xla_gpu_enable_triton_gemm": False}
 # which took 2.3 to 3.7 times the ROCm compiler's temporaries. Compiled in float32 it was 1.3 to 1.8
 # times, for the update of 1.3B and 14B. It also keeps a float16 copy of all fp8 weights, as no GPU does;
 # int8 takes as many bytes, and is dequantised layer by layer.
+OVERESTIMATE = 1.3, 1.8
 CPU_NOTE = (
     "no compiler for this device here: an estimate from the functions in float32 as XLA compiles "
-    "them for the CPU; compared with XLA's ROCm compiler it gave 1.3 to 1.8 times the update's "
-    "temporaries"
+    "them for the CPU; compared with XLA's ROCm compiler it gave {} to {} times the update's "
+    "temporaries".format(*OVERESTIMATE)
 )
 
 
@@ -150,6 +152,32 @@ def measure(program: Program, stand_in: Program, target: Target) -> compile.Meas
     return dataclasses.replace(
         compile.measure(stand_in, target.options), data=compile.data_bytes(program)
     )
+
+
+def verdict(needed: compile.Memory, run: RunSpec, offload: bool, target: Target) -> str:
+    """Return whether a run fits, in words: "" where it does; else why not, and how sure that is. offload:
+    whether the idle one of two experts is in host memory.
+    """
+    try:
+        compile.check_fits(needed, run, offload, target.limit)
+        return ""
+    except UserError as error:
+        why = str(error)
+    if target.stand_in is not None:
+        programs = [
+            dataclasses.replace(each, work=int(each.work / OVERESTIMATE[1]))
+            for each in needed.programs
+        ]
+        try:
+            least = dataclasses.replace(needed, programs=tuple(programs))
+            compile.check_fits(least, run, offload, target.limit)
+            return (
+                "may not fit: by this estimate it does not, with the temporaries of a GPU's own compiler it "
+                f"may (--device=here where the GPU is). {why[0].upper()}{why[1:]}"
+            )
+        except UserError:
+            pass
+    return f"does not fit: {why}"
 
 
 def compilable(functions: Functions, target: Target) -> Functions:

@@ -2,6 +2,7 @@
 without weights.
 """
 
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -102,6 +103,22 @@ def test_fp8_weights_are_not_planned_with_a_16_bit_copy():
         if weights == "fp8":
             assert stored[0] == pytest.approx(stored[1], rel=0.1)
     assert work["fp8"] == pytest.approx(work["dtype"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "device, work, said",
+    [("24GiB", 9, ""), ("24GiB", 20, "may not fit: "), ("24GiB", 40, "does not fit: ")],
+)
+def test_an_estimate_too_high_by_less_than_its_error_may_fit(monkeypatch, device, work, said):
+    monkeypatch.setenv(targets.FRACTION, "1")
+    run, target = spec_of(wan21_1_3b_ocr, "wan2.1-1.3b"), targets.choose_target(device, 0)
+    programs = (compile.Measured("update", 1.0, work * GIB, 0),)
+    needed = compile.Memory({"frozen weights": 10 * GIB}, programs)
+    found = targets.verdict(needed, run, False, target)
+    assert found.startswith(said) and bool(found) == bool(said)
+    here = dataclasses.replace(target, kind=None)  # compiled by the device's own compiler
+    assert targets.verdict(needed, run, False, here).startswith("does not fit" if said else "")
+    assert not said or f"needs {10 + work:.1f} GiB" in found
 
 
 def test_what_seconds_depend_on():
