@@ -28,6 +28,12 @@ FLAG_ERRORS = (
 )
 HELP = re.compile(r"--?(help\w*|\?)(=.*)?")
 MISSING = re.compile(r"flag --(\w+)=None: Flag --\1 must have a value other than None\.")
+# what Python and absl say of values that they cannot parse, as {pattern: what was expected}
+NOT_PARSED = {
+    r"\('Non-boolean argument to boolean flag', .*\)": "True or False",
+    r"invalid literal for int\(\) with base 10: .*": "a whole number",
+    r"could not convert string to float: .*": "a number",
+}
 IN_RECIPE = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -104,7 +110,10 @@ def flag_message(error: Exception) -> str:
             ]
             last = str(error).strip().splitlines()[-1].partition(": ")[2]
             return f"settings: {last}" + (f" ({':'.join(places[-1])})" if places else "")
-        return f"{error}; see --help"
+        text = str(error)
+        for pattern, expected in NOT_PARSED.items():
+            text = re.sub(pattern, f"expected {expected}", text)
+        return f"{text}; see --help"
     # An error in a recipe or in a check: name the innermost line that is not a library's.
     frames = [
         frame

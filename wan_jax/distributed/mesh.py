@@ -38,9 +38,11 @@ def make_mesh(fsdp: int = 1, devices=None, context: int = 1) -> Mesh:
     ):
         if value < 1 or among % value:
             of = f"{len(devices)} devices" + (
-                f" by fsdp={fsdp}, {among}" if name == "context" and fsdp > 1 else ""
+                f" / fsdp={fsdp} = {among}" if name == "context" and fsdp > 1 else ""
             )
-            raise ValueError(f"mesh.{name}={value} does not divide the {of}; choose a divisor")
+            raise ValueError(
+                f"mesh.{name}={value} does not divide the {of}; choose a divisor of {among}"
+            )
     return Mesh(np.asarray(devices).reshape(-1, fsdp, context), AXES)
 
 

@@ -248,9 +248,9 @@ def test_axes_of_the_mesh():
 @pytest.mark.parametrize(
     "fsdp, context, why",
     [
-        (3, 1, r"mesh.fsdp=3 does not divide the 8 devices; choose a divisor"),
+        (3, 1, r"mesh.fsdp=3 does not divide the 8 devices; choose a divisor of 8"),
         (0, 1, r"mesh.fsdp=0 does not divide"),
-        (2, 3, r"mesh.context=3 does not divide the 8 devices by fsdp=2, 4; choose"),
+        (2, 3, r"mesh.context=3 does not divide the 8 devices / fsdp=2 = 4; choose a divisor of 4"),
         (1, 16, r"mesh.context=16 does not divide the 8 devices; choose"),
         (
             2,

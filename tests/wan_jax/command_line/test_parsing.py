@@ -51,6 +51,15 @@ def parse(monkeypatch, capsys, tmp_path):
         (["--config=configs"], "--config=configs is a folder"),
         (["configs/tiny_ocr.py"], "recipes are given as --config=configs/tiny_ocr.py"),
         ([], "--config is missing"),
+        (["--config=tiny_ocr", "--config.seed=x"], "--config.seed=x: expected a whole number;"),
+        (
+            ["--config=tiny_ocr", "--config.train.offload_optimiser=yes"],
+            "--config.train.offload_optimiser=yes: expected True or False;",
+        ),
+        (
+            ["--config=tiny_ocr", "--config.train.learning_rate=x"],
+            "--config.train.learning_rate=x: expected a number;",
+        ),
         (["tiny_ocr"], "'tiny_ocr' is not given as a flag; is it --config=tiny_ocr?"),
         (
             ["--config=tiny_ocr", "--train.learning_rate=3"],
