@@ -267,7 +267,7 @@ def _quantised(weights: str | None) -> str:
     """Return how a base in fewer bits was stored; "" where it was not."""
     if weights in (None, "dtype"):
         return ""
-    return f"quantised to {weights} (model.weights); rewards on the unquantised base differ"
+    return f"quantised to {weights} (model.weights); on the unquantised base rewards may differ"
 
 
 def _file(path: Any) -> str:
