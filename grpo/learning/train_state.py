@@ -100,7 +100,7 @@ def check_resume(
         elif before != after:
             saved = _with_digest(saved, "data", key, before)
             now = _with_digest(now, "data", key, after)
-    changed = parse.check_resume(saved, now, str(checkpoint))
+    changed = parse.check_resume(saved, now, str(checkpoint), meta["epoch"])
     model.check_same(meta.get("model_digest"), meta["model"], str(checkpoint), "config.model.path")
     return changed
 

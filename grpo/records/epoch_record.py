@@ -29,15 +29,14 @@ def make(
     """Return an epoch's record for metrics.jsonl. losses: what the updates measured."""
     groups = credit.groups
     working = seconds["sample"] + seconds["decode"] + seconds["update"]
-    size = {}
-    if spec.recipe.sample.size_schedule:
-        sizes = video_sizes.at(epoch, spec.recipe.sample)
-        size = {"height": sizes.height, "width": sizes.width, "shift": sizes.shift}
+    size = video_sizes.at(epoch, spec.recipe.sample)
     sampled = {
         "epoch": epoch,
         "time": timestamp(),
         "frames": rollout.frames,
-        **size,
+        "height": size.height,
+        "width": size.width,
+        "shift": size.shift,
         "evaluations": rollout.evaluations,
         "evaluations_saved": rollout.evaluations_saved,
     }

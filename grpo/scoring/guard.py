@@ -31,7 +31,7 @@ from grpo.scoring.reward_combination import BAD_SIDE, against_base
 from grpo.settings.named import pairs
 
 CONFIDENCE = 1.96  # standard errors on each side of a mean, 95 %
-SIZE = ("frames", "height", "width", "shift")  # keys of an epoch's record; only frames is in all
+SIZE = ("frames", "height", "width", "shift")  # keys of an epoch's record
 CHOOSE, REPORT = "choose", "report"  # keys of an evaluation's record, and names of the halves
 
 

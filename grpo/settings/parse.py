@@ -4,6 +4,7 @@ follow from it.
 
 import dataclasses
 import operator
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import ml_collections
@@ -122,16 +123,20 @@ def settings_of(recipe: Recipe) -> Settings:
         raise UserError(f"config: {error}") from None
 
 
+# changes of the videos in the course of a run, by their epochs
+SCHEDULES = "sample.frame_schedule", "sample.size_schedule"
 # removed settings, each with the value that a run without it behaves like
 REMOVED = {"model.fused": "off"}
 
 
-def check_resume(saved: dict, now: dict, checkpoint: str) -> tuple[str, ...]:
+def check_resume(saved: dict, now: dict, checkpoint: str, epoch: int = 0) -> tuple[str, ...]:
     """Return the settings that differ from those of a run's checkpoint, as 'KEY OLD -> NEW'; those
     that belong to a process, as paths, are left out. Raises `UserError` where a setting differs that
-    a continued run may not change.
+    a continued run may not change. Changes of the videos' size or length are settings of their epochs:
+    those after the checkpoint may differ.
 
-    saved, now: nested dicts, from `to_dict` of a recipe or a ConfigDict. checkpoint: its path.
+    saved, now: nested dicts, from `to_dict` of a recipe or a ConfigDict. checkpoint: its path. epoch:
+    of the checkpoint.
     """
     # Settings that are newer than the checkpoint had their defaults, except that the method was
     # Flow-GRPO.
@@ -145,7 +150,12 @@ def check_resume(saved: dict, now: dict, checkpoint: str) -> tuple[str, ...]:
         for key in sorted(before.keys() | after.keys())
         if not _same(key, before.get(key), after.get(key))
     }
-    refused = [f"{key}: {x}" for key, x in changed.items() if not is_marked(key, "resume")]
+    refused = [
+        f"{key}: {x}"
+        for key, x in changed.items()
+        if not is_marked(key, "resume")
+        and not (key in SCHEDULES and _until(before[key], epoch) == _until(after[key], epoch))
+    ]
     if refused:
         raise UserError(
             f"{checkpoint} was made with other settings ({'; '.join(refused[:6])}); continue with "
@@ -180,6 +190,11 @@ def _with_kl_weight(values: dict) -> dict:
     """
     weight = methods.kl_weight(values["train.method"], values["train.kl_weight"])
     return values | {"train.kl_weight": weight}
+
+
+def _until(schedule: Sequence[Sequence], epoch: int) -> list[list]:
+    """Return the entries of one of `SCHEDULES` that an epoch has reached."""
+    return [list(entry) for entry in schedule if entry[0] <= epoch]
 
 
 def _same(key: str, a, b) -> bool:

@@ -1,5 +1,7 @@
 """Runs by rewards of the user's own: from a file outside of the package, and from a named server."""
 
+import pathlib
+
 import pytest
 
 from grpo import train as training
@@ -7,6 +9,7 @@ from grpo.records import run_log
 from tests.grpo.here import train_here
 from tests.grpo.tiny_run import assert_same, newest, result
 from tests.rewards.serving import TOKEN, Command
+from wan_jax.errors import UserError
 
 OWN = """
 import numpy as np
@@ -61,6 +64,23 @@ def test_a_reward_outside_of_the_package_is_trained_and_continued_bit_for_bit(un
     train_here(config, *settings, again, "epochs=2")
     assert newest(run.parent / "run2") == 2
     assert_same(result(run), result(run.parent / "run2"))
+
+
+@pytest.mark.slow
+def test_a_change_of_length_may_be_decided_later(unquoted, capsys):
+    """The run is then the one whose schedule was known at its start. What was trained stays."""
+    config, run = unquoted
+    settings = (*SETTINGS, "eval.every=1", "eval.frames=1")
+    schedule = "sample.frame_schedule=((2,5),)"
+    train_here(config, *settings, "epochs=2", schedule)
+    later = f"run_dir={run}2"
+    train_here(config, *SETTINGS, "eval.every=1", "epochs=1", later)
+    train_here(config, *settings, "epochs=2", schedule, later)
+    assert "sample.frame_schedule [] -> [[2, 5]]" in capsys.readouterr().out
+    assert_same(result(pathlib.Path(f"{run}2")), result(run))
+    assert [record["frames"] for record in run_log.read_metrics(run)] == [1, 5]
+    with pytest.raises(UserError, match=r"other settings \(sample\.frame_schedule: "):
+        train_here(config, *settings, "epochs=3", "sample.frame_schedule=((3,5),)", later)
 
 
 @pytest.mark.slow

@@ -201,6 +201,15 @@ def test_a_wrong_tuple_on_the_command_line(setting, message):
         Method("a", "configs/tiny_ocr.py", (setting,)).config()
 
 
+def test_changes_of_size_after_a_checkpoint_may_differ(small):
+    saved = small.to_dict()
+    small.sample.size_schedule = ((5, 96, 192, 3.0),)
+    (change,) = parse.check_resume(saved, small.to_dict(), "run", 4)
+    assert change.startswith("sample.size_schedule [] -> [[5, 96, 192, 3.0]]")
+    with pytest.raises(UserError, match=r"other settings \(sample\.size_schedule: "):
+        parse.check_resume(saved, small.to_dict(), "run", 5)
+
+
 def test_a_run_older_than_a_setting_is_continued_with_its_default(small):
     saved = small.to_dict()
     del saved["lora"]["init"]
