@@ -37,6 +37,7 @@ def config(train, **changes):
 
 def meta(prompts, of=None, **changes):
     return {
+        "epoch": 1,
         "config": config("a.txt"),
         "model": "models/one",
         **train_state.origin(of or model(), prompts),
