@@ -6,6 +6,8 @@ DTYPES = ("float32", "bfloat16")
 MATMUL_PRECISIONS = ("default", "tf32", "float32")  # of products of float32 values
 BACKENDS = ("auto", "xla", "chunked", "cudnn", "pallas")  # of attention
 WEIGHTS = ("dtype", "fp8", "int8", "nf4")  # how frozen weights are stored
+# what to choose instead where they take too much memory
+SMALLER_WEIGHTS = {"dtype": ("fp8", "nf4"), "fp8": ("nf4",), "int8": ("nf4",), "nf4": ()}
 REMAT_POLICIES = ("none", "block", "save_matmuls", "offload")
 OFFLOAD = ("auto", "never", "always")  # of the idle expert
 SOLVERS = ("unipc", "euler", "flow_match_euler", "dpmpp_2m")

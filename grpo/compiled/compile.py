@@ -17,6 +17,7 @@ import jax
 from grpo.compiled.functions import Functions
 from grpo.compiled.program import Program
 from grpo.run import RunSpec
+from wan_jax.choices import SMALLER_WEIGHTS
 from wan_jax.distributed import mesh as mesh_lib
 from wan_jax.distributed.memory import GIB, PINNED
 from wan_jax.distributed.offload import choose_offload
@@ -24,12 +25,6 @@ from wan_jax.errors import UserError
 
 # JAX's event of a compilation, or of a function read from the persistent cache
 COMPILED = "/jax/core/compile/backend_compile_duration"
-# `config.model.weights` -> the flag of types in which frozen weights take less
-SMALLER_WEIGHTS = {
-    "dtype": "--config.model.weights=fp8, or nf4",
-    "fp8": "--config.model.weights=nf4",
-    "int8": "--config.model.weights=nf4",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,13 +232,13 @@ def remedies(run: RunSpec, offload: bool) -> list[str]:
         sentences.append("Set --config.model.remat=offload.")
     elif run.remat != "offload":
         sentences.append("Set --config.model.remat=block, or offload.")
-    if not full and (smaller := SMALLER_WEIGHTS.get(recipe.model.weights)):
-        sentences.append(f"Store the base in fewer bits: {smaller}.")
+    if not full and (smaller := SMALLER_WEIGHTS[recipe.model.weights]):
+        names = ", or ".join(smaller)
+        sentences.append(f"Store the base in fewer bits: --config.model.weights={names}.")
     if fsdp < devices:
         sentences.append(f"Raise --config.mesh.fsdp={fsdp} up to the {devices} devices.")
     if full and not recipe.train.offload_optimiser:
         sentences.append("Set --config.train.offload_optimiser=True.")
-    if full and not recipe.train.offload_optimiser:
         sentences += smaller_states(recipe.train)
     if len(run.preset.experts) > 1 and not offload:
         sentences.append("Set --config.model.offload=always.")

@@ -22,8 +22,8 @@ FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 ABSENT_ROCM = {"xla_gpu_enable_triton_gemm": False}
 # XLA for the CPU computes bfloat16 products in float32 copies of whole weights and activations,
 # which took 2.3 to 3.7 times the ROCm compiler's temporaries. Compiled in float32 it was 1.3 to 1.8
-# times, for the update of 1.3B and 14B. It also keeps a float16 copy of all fp8 weights, as no GPU does;
-# int8 takes as many bytes, and is dequantised layer by layer.
+# times, for the update of 1.3B and 14B. It also keeps a float16 copy of all fp8 weights, which it does
+# not for an H200 or an MI300X; int8 takes as many bytes, and is dequantised layer by layer.
 OVERESTIMATE = 1.3, 1.8
 CPU_NOTE = (
     "no compiler for this device here: an estimate from the functions in float32 as XLA compiles "

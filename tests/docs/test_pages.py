@@ -117,12 +117,12 @@ def test_hours_and_memory_are_those_of_the_plan():
         (hours,) = (row[6:] for row in rows if row[:5] == first)
         found = [page.hours_of(first[0], method, *how, kind) for method in page.METHODS]
         assert [f"{hour:.0f}" for hour in found] == hours
-    # as compiled on this CPU
+    # as compiled on this CPU: another one may need other temporaries
     first = ["Wan 2.1 1.3B", "RTX 4090", "bf16", "9", "recomputed"]
     (memory,) = (row[5] for row in rows if row[:5] == first)
     needed, limit = map(float, memory.split(" of "))
     found = page.peak_of(first[0], "grpo", 9, "block", "dtype", int(limit * 2**30))
-    assert found / 2**30 == pytest.approx(needed, rel=0.1)
+    assert found / 2**30 == pytest.approx(needed, rel=0.2)
 
 
 def test_a_command_is_a_table_of_its_flags():

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from wan_jax.choices import SMALLER_WEIGHTS
 from wan_jax.diffusion import experts
 from wan_jax.diffusion.guidance import TextBatch
 from wan_jax.diffusion.solvers import SolverState
@@ -288,10 +289,9 @@ def denoising_remedies(request: SampleRequest) -> list[str]:
 
 def fewer_bits(place: Placement) -> list[str]:
     """Return the flags with which the transformer's weights take less."""
-    stored = place.quantisation.kind if place.quantisation else None
-    flags = {None: ["--weights=fp8"], "fp8": ["--weights=nf4"], "int8": ["--weights=nf4"]}
+    stored = place.quantisation.kind if place.quantisation else "dtype"
     wide = ["--dtype=bfloat16"] if place.dtype == "float32" else []
-    return [*flags.get(stored, []), *wide]
+    return [*(f"--weights={name}" for name in SMALLER_WEIGHTS[stored]), *wide]
 
 
 def decoding_remedies(request: SampleRequest) -> list[str]:
